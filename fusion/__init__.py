@@ -1,0 +1,11 @@
+"""What joins vision to language: projectors, token pruners, language models, adapters inside them. One line each."""
+
+from zoo.registry import declare
+
+declare("adapter", "lora", "zoo.fusion.lora")
+declare("llm", "hf", "zoo.fusion.llm")
+declare("projector", "linear", "zoo.fusion.linear")
+declare("projector", "mlp", "zoo.fusion.mlp")
+declare("projector", "resampler", "zoo.fusion.resampler")
+declare("pruner", "pool", "zoo.fusion.pool_pruner")
+declare("pruner", "random", "zoo.fusion.random_pruner")

@@ -1,0 +1,49 @@
+"""Names to components. Imports nothing else of ours, and nothing heavy."""
+
+from zoo.registry.contracts import (
+    IGNORE_INDEX,
+    KINDS,
+    MANY,
+    Dialog,
+    ImageFeatures,
+    ImageTransform,
+    Sample,
+    Score,
+)
+from zoo.registry.core import (
+    MISSING,
+    Entry,
+    build,
+    config_of,
+    declare,
+    entries,
+    get,
+    names,
+    refuse_code,
+    register,
+)
+from zoo.registry.errors import ZooError, nearest, unknown
+
+__all__ = [
+    "IGNORE_INDEX",
+    "KINDS",
+    "MANY",
+    "MISSING",
+    "Dialog",
+    "Entry",
+    "ImageFeatures",
+    "ImageTransform",
+    "Sample",
+    "Score",
+    "ZooError",
+    "build",
+    "config_of",
+    "declare",
+    "entries",
+    "get",
+    "names",
+    "nearest",
+    "refuse_code",
+    "register",
+    "unknown",
+]

@@ -1,0 +1,223 @@
+"""What every part promises: the kinds, one protocol for each, and the values that flow between the slots.
+
+Letters in shapes: B sequences, M images in the batch, N image tokens per image, K kept, T positions in the LLM, D vision
+width, C LLM width, V vocabulary; `h, w` is the patch grid. Nothing here imports torch, so that names and configs stay cheap.
+
+Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some; the check walks the slots in the
+order vision -> pruner -> projector -> llm -> adapter and keeps the set of those that hold. In use:
+
+    grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by pruners that drop tokens
+    cls_attention   the [CLS] row of one layer's attention       given by encoders that have a [CLS] token
+    prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
+    image_tokens    images stand in the LLM's sequence           given by projectors
+    moe             the LLM's feed-forward layers are experts    given by some LLMs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from torch import Tensor, nn
+
+KINDS = ("vision", "pruner", "projector", "llm", "adapter", "distiller", "dataset", "task")
+MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold several members, keyed by name
+
+IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
+
+
+@dataclass
+class ImageFeatures:
+    """What flows from the encoder through the pruners to the projector. A part returns a new one (`dataclasses.replace`)."""
+
+    tokens: Tensor  # (M, N, D) patch tokens in row-major order, no [CLS]
+    grid: tuple[int, int] | None  # (h, w) with h * w == N; None once tokens were dropped
+    cls_attention: Tensor | None = None  # (M, N) float32, mean over heads; None unless a part needs it
+    prefix: Tensor | None = None  # (M, P, D) [CLS] and register tokens; None unless a part needs them
+    keep: Tensor | None = None  # (M, N) index of each token in the encoder's own grid; None means all, in order
+    # How rows belong together where an image is several crops or a video several frames: the number of rows of each
+    # image, and what they are. None: every row is one image.
+    rows: tuple[int, ...] | None = None
+    row_kind: str = "image"  # image | crop | frame
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How an encoder wants its pixels: what `zoo.vision.transform` does with a decoded image."""
+
+    size: tuple[int, int]  # (height, width) in pixels
+    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    std: tuple[float, float, float]
+    resample: str = "bicubic"  # nearest | bilinear | bicubic | lanczos
+    fit: str = "crop"  # crop: shortest side to size, centre crop; squash: both sides to size; pad: longest side, mean colour
+
+
+# An image as a data set may give it: a path, encoded bytes, an array (h, w, 3) uint8, a PIL image, or a function that
+# returns one of these; decoded by `zoo.vision.images.open_image`, as late as possible.
+ImageSource = Any
+
+
+@dataclass
+class Dialog:
+    """One conversation about the images of a sample.
+
+    `messages` are chat turns: `{"role": "system" | "user" | "assistant", "content": [part, ...]}` with parts
+    `{"type": "text", "text": ...}` and `{"type": "image"}`; image parts stand for the sample's images in order.
+    For evaluation the last assistant turn is held back and compared.
+    """
+
+    messages: list[dict[str, Any]]
+    kind: str = ""  # row of the score table ("exist", "count"); empty: the data set's name
+    task: str = ""  # name of the task that scores it; empty: the one asked for
+    answers: list[str] = field(default_factory=list)  # all accepted answers; empty: the last assistant turn
+    choices: list[str] = field(default_factory=list)  # for multiple choice
+    meta: dict[str, Any] = field(default_factory=dict)  # plain values, written beside predictions
+
+
+@dataclass
+class Sample:
+    """Some images and what is said about them. Several dialogs are independent of each other and share the images."""
+
+    id: str
+    images: list[ImageSource]
+    dialogs: list[Dialog]
+    targets: dict[str, np.ndarray] = field(default_factory=dict)  # dense targets, one row per image: (images, ...)
+
+
+@dataclass
+class Score:
+    """A number that carries how far it can be trusted."""
+
+    value: float
+    n: int  # samples behind it
+    stderr: float  # standard error of the mean; 0.0 where n < 2
+
+
+class Part(Protocol):
+    """What all parts of a model declare. Class attributes, or set in `__init__` where they depend on the config."""
+
+    needs: frozenset[str]
+    provides: frozenset[str]
+    destroys: frozenset[str]
+
+
+@runtime_checkable
+class Vision(Protocol):
+    """`__init__(config)`: structure only under `torch.device("meta")`, with the checkpoint's weights otherwise."""
+
+    hidden_size: int  # D, of the tokens it gives
+    grid: tuple[int, int]
+    num_tokens: int  # N == h * w
+    provides: frozenset[str]
+    transform: ImageTransform
+
+    def __call__(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
+        """Encode (M, 3, S, S) pixels; what `need` names (cls_attention, prefix_tokens) is computed as well."""
+
+
+@runtime_checkable
+class Pruner(Protocol):
+    """`__init__(config, *, vision_dim, grid, llm)`, any of the three. Before the LLM: `__call__`. Inside: `attach`."""
+
+    def num_tokens(self, n: int) -> int: ...
+
+    def __call__(self, image: ImageFeatures) -> ImageFeatures: ...
+
+
+@runtime_checkable
+class Projector(Protocol):
+    """`__init__(config, *, vision_dim, text_dim, grid)`, any of them. `grid` is None once a pruner destroyed it."""
+
+    def num_tokens(self, n: int) -> int: ...
+
+    def __call__(self, image: ImageFeatures) -> Tensor:
+        """Give (M, K, C) with K == num_tokens(N)."""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """`__init__(config, *, vocab_size)`: a causal LM of transformers, unmodified, and a view of its parts."""
+
+    lm: nn.Module  # the transformers model
+    hidden_size: int  # C
+    num_layers: int
+    vocab_size: int
+    max_positions: int | None  # None: no limit
+    provides: frozenset[str]
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+    def hidden(self, **inputs: Any) -> Any:
+        """Run the decoder without the vocabulary projection; returns the transformers output (`last_hidden_state`)."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Project (..., C) to logits (..., V) exactly as the model itself does, scaling and capping included."""
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """`__init__(config, *, llm, vision_dim, text_dim)`, any of them. `llm` is the LanguageModel, base weights loaded."""
+
+    def attach(self) -> None:
+        """Take effect in the LLM given at construction. The base weights stay where checkpoints find them."""
+
+    def detach(self) -> None:
+        """Leave the LLM bit-identical to what it was before `attach`."""
+
+    def owns(self, name: str) -> bool:
+        """Whether the parameter `name` of `llm.lm` was added by this adapter."""
+
+    def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
+        """Take the encoder's features before a forward pass; rows of the LLM's batch are repeated `expand` times."""
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Losses of the last forward pass by name, unweighted or weighted as the config says."""
+
+
+@runtime_checkable
+class Distiller(Protocol):
+    """A loss beside the answer loss; with a teacher, or with dense targets that the data set knows.
+
+    `needs` words: `student.image`, `student.hidden`, `teacher.logits`, `batch.<key>`, ...; derived keywords of
+    `__init__`: vision_dim, text_dim, vocab_size, grid.
+    """
+
+    def __call__(self, student: Any, teacher: Any | None, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """`__init__(config)`. Randomness is a function of (config.seed, epoch, index) and of nothing else."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """Return sample `index`; cheap to call in a loader worker, images still undecoded."""
+
+
+@runtime_checkable
+class StreamingDataset(Protocol):
+    """A data set whose length is not known."""
+
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample]: ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """`__init__(config)`. Turns predictions into numbers; knows nothing of models."""
+
+    mode: str  # generate: free text, greedy; choice: the likeliest of `dialog.choices`
+    max_new_tokens: int
+
+    def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
+        """Metric name -> value of one prediction, each in [0, 1]."""
+
+    def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
+        """The table's numbers from the rows of `score`; the mean of each metric unless the metric is no mean."""
+
+

@@ -1,0 +1,264 @@
+"""The table of components. The dataclass of a component is its only schema: Hydra sees the same one.
+
+Two steps keep names cheap: each folder *declares* a line per component (kind, name, module: three strings), and the module
+*registers* its class when it is imported, which happens on first use.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from zoo.registry.contracts import KINDS
+from zoo.registry.errors import ZooError, unknown
+
+MISSING: Any = "???"  # default of a required option, as OmegaConf spells it
+
+T = TypeVar("T", bound=type)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a component's dataclass."""
+
+    name: str
+    type: str
+    default: Any  # MISSING where the option is required
+    doc: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered component."""
+
+    kind: str
+    name: str
+    cls: type
+    config: type  # the component's own dataclass
+    node: type  # the same plus `name`, as stored with Hydra
+
+    @property
+    def summary(self) -> str:
+        return summary_of(Path(self.file))
+
+    @property
+    def paper(self) -> str:
+        """The line of the module's docstring that starts with `Paper:`, or nothing."""
+        for line in (inspect.getdoc(inspect.getmodule(self.cls)) or "").splitlines():
+            if line.strip().startswith("Paper:"):
+                return line.strip().removeprefix("Paper:").strip()
+        return ""
+
+    @property
+    def file(self) -> str:
+        return inspect.getsourcefile(self.cls) or "?"
+
+    @property
+    def line(self) -> int:
+        return inspect.getsourcelines(self.cls)[1]
+
+    @property
+    def package(self) -> str:
+        """Name of the installed distribution that owns the component, or of its top module where there is none."""
+        top = self.cls.__module__.partition(".")[0]
+        return (packages_distributions().get(top) or [top])[0]
+
+    @property
+    def options(self) -> list[Option]:
+        return options_of(self.config)
+
+
+_declared: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}  # kind -> name -> module
+_entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+
+
+def declare(kind: str, name: str, module: str) -> None:
+    """Say where the component `name` lives without importing it; its module registers it on first use."""
+    if kind not in _declared:
+        raise unknown("kind of component", kind, KINDS)
+    _declared[kind][name] = module
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Class decorator: make a component available under `name`, in Python and in Hydra.
+
+    The class takes its dataclass as `config` and what the composer derives (widths, grids) as keyword-only arguments;
+    it is given those that its signature names.
+
+    Raises:
+        ZooError: the kind is unknown, the name is no plain word, or it is taken.
+        TypeError: `__init__` does not annotate `config` with a dataclass, or that dataclass has a field `name`.
+    """
+    if kind not in _entries:
+        raise unknown("kind of component", kind, KINDS)
+    if not name.replace("_", "a").isalnum() or not name.islower():
+        raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
+
+    def add(cls: T) -> T:
+        config = get_type_hints(cls.__init__).get("config")
+        if not is_dataclass(config):
+            raise TypeError(f"{cls.__qualname__}.__init__ must annotate `config` with a dataclass, got {config!r}.")
+        if "name" in {f.name for f in fields(config)}:
+            raise TypeError(f"{config.__qualname__} must not have a field `name`: it holds the registry name.")
+        taken = _entries[kind].get(name)
+        if taken and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ZooError(f"{kind} {name!r} is taken: {taken.cls.__qualname__} in {taken.file}:{taken.line}.")
+        owner = _declared[kind].get(name)
+        if not taken and owner and owner != cls.__module__:
+            spec = find_spec(owner)
+            raise ZooError(f"{kind} {name!r} is taken: {owner} in {spec.origin if spec else owner}:1.")
+        node = make_dataclass(
+            config.__name__,
+            [("name", str, field(default=name, kw_only=True))],
+            bases=(config,),
+            namespace={"__module__": config.__module__, "__doc__": config.__doc__},
+        )
+        _entries[kind][name] = Entry(kind, name, cls, config, node)
+        return cls
+
+    return add
+
+
+def names(kind: str, pattern: str = "*") -> list[str]:
+    """Return the registered names of a kind that match a shell pattern, sorted. Imports nothing."""
+    if kind not in _declared:
+        raise unknown("kind of component", kind, KINDS)
+    return sorted(n for n in {*_declared[kind], *_entries[kind]} if fnmatchcase(n, pattern))
+
+
+def get(kind: str, name: str) -> Entry:
+    """Return the entry called `name`, importing its module where that has not happened yet."""
+    if kind not in _entries:
+        raise unknown("kind of component", kind, KINDS)
+    if name not in _entries[kind] and (module := _declared[kind].get(name)):
+        import_module(module)
+    if name not in _entries[kind]:
+        raise unknown(kind, name, names(kind))
+    return _entries[kind][name]
+
+
+def entries() -> list[Entry]:
+    """Return every component, importing all of their modules (torch, but no backend)."""
+    return [get(kind, name) for kind in KINDS for name in names(kind)]
+
+
+def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
+    """Check `node` against the schema of the component it names; the typed config is the result.
+
+    A plain mapping may come from a file of somebody else: it cannot hold interpolations.
+
+    Raises:
+        ZooError: the name or a field does not exist, a value has the wrong type, or a required one is missing.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    if not isinstance(node, DictConfig):
+        refuse_code(plain, f"the config of a {kind}")
+    if "name" not in plain:
+        raise ZooError(f"A {kind} config needs a `name`. Available: {', '.join(names(kind))}.")
+    entry = get(kind, plain["name"])
+    known = {f.name for f in fields(entry.node)}
+    for key in plain:
+        if key not in known:
+            raise unknown(f"option of {kind} {entry.name!r}", str(key), known - {"name"})
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(entry.node), plain))
+    except ZooError as error:
+        raise ZooError(f"{kind} {entry.name!r}: {error}") from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or error.key
+        raise ZooError(f"{kind} {entry.name!r}, option {key!r}: {(error.msg or str(error)).splitlines()[0]}") from error
+    missing = [f.name for f in fields(entry.node) if getattr(typed, f.name) == MISSING]
+    if missing:
+        raise ZooError(f"{kind} {entry.name!r} needs a value for {', '.join(map(repr, missing))}.")
+    return entry, typed
+
+
+def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
+    """Build the component that `node` names; `derived` carries what the config never does (widths, grids).
+
+    A component is given the derived values that its `__init__` names, and no others.
+    """
+    entry, config = config_of(kind, node)
+    accepted = inspect.signature(entry.cls.__init__).parameters
+    return entry.cls(config, **{k: v for k, v in derived.items() if k in accepted})
+
+
+def refuse_code(value: Any, where: str) -> None:
+    """Refuse what could name code or read the environment in a config that may come from elsewhere.
+
+    Raises:
+        ZooError: a key such as `_target_`, or a string with an interpolation.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if str(key) in {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}:
+                raise ZooError(f"{where} holds {key!r}: configs name registered components, never code.")
+            refuse_code(item, where)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_code(item, where)
+    elif isinstance(value, str) and "${" in value:
+        raise ZooError(f"{where} holds the interpolation {value!r}: write the value itself.")
+
+
+def summary_of(file: Path) -> str:
+    """Return the first line of a module's docstring without importing the module."""
+    try:
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    except (OSError, SyntaxError):
+        return ""
+    return text.partition("\n")[0].strip()
+
+
+def source_of(kind: str, name: str) -> Path | None:
+    """Return the file of a component; without importing it where it is only declared."""
+    if entry := _entries[kind].get(name):
+        return Path(entry.file)
+    spec = find_spec(_declared[kind][name])
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def options_of(config: type) -> list[Option]:
+    """Return the fields of a dataclass with type, default and the comment that follows each in its source."""
+    docs: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if is_dataclass(base):
+            docs |= _field_comments(base)
+    hints = {f.name: f.type if isinstance(f.type, str) else getattr(f.type, "__name__", None) for f in fields(config)}
+    result = []
+    for f in fields(config):
+        default = f.default
+        if default is NO_DEFAULT:
+            default = f.default_factory() if f.default_factory is not NO_DEFAULT else MISSING
+        result.append(Option(f.name, hints[f.name] or str(f.type), default, docs.get(f.name, "")))
+    return result
+
+
+def _field_comments(cls: type) -> dict[str, str]:
+    """Field name -> trailing comment, or the comment lines right above it."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):
+        return {}
+    docs, above = {}, []
+    for line in lines:
+        text = line.strip()
+        if text.startswith("#"):
+            above.append(text.lstrip("# "))
+            continue
+        head = text.partition(":")[0].strip()
+        if head.isidentifier() and ":" in text:
+            _, hash_, tail = text.partition("  # ")
+            docs[head] = tail.strip() if hash_ else " ".join(above)
+        above = []
+    return docs

@@ -1,0 +1,45 @@
+"""One exception type for mistakes a user can fix, and the one way to phrase "no such name"."""
+
+from collections.abc import Iterable
+
+
+class ZooError(ValueError):
+    """A mistake in a config or a call: the message says what was wrong, what was given and what is allowed."""
+
+
+def edits(given: str, wanted: str) -> int:
+    """Count the insertions, deletions, substitutions and swaps of neighbours that lead from one word to the other.
+
+    This is the optimal string alignment distance: one slip of a finger costs one, which `difflib` does not promise.
+    """
+    before: list[int] = []
+    row = list(range(len(wanted) + 1))
+    for i, a in enumerate(given, 1):
+        before, row, above = row, [i], before
+        for j, b in enumerate(wanted, 1):
+            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == wanted[j - 2] and given[i - 2] == b:
+                best = min(best, above[j - 2] + 1)
+            row.append(best)
+    return row[-1]
+
+
+def nearest(given: str, allowed: Iterable[str], most: int = 1) -> list[str]:
+    """Return up to `most` of `allowed` that a person may have meant by `given`, best first; none if all are far off."""
+    lowered = given.lower()
+    ranked = []
+    for name in sorted(set(allowed)):
+        distance = edits(lowered, name.lower())
+        within = distance <= max(1, (max(len(given), len(name)) + 1) // 3)
+        part = len(lowered) >= 3 and (lowered in name.lower() or name.lower() in lowered)
+        if within or part:
+            ranked.append((distance if within else distance + 100, name))
+    return [name for _, name in sorted(ranked)[:most]]
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> ZooError:
+    """The error for a name that is not in `allowed`, with the nearest allowed name."""
+    allowed = sorted(allowed)
+    near = nearest(given, allowed)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ZooError(f"No {what} named {given!r}.{hint} Available: {', '.join(allowed) or 'none'}.")

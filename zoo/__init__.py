@@ -1,0 +1,68 @@
+"""A multimodal model zoo: compose a vision-language model from registered parts, by config."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+_root = Path(__file__).parent.parent
+if (_root / "pyproject.toml").is_file():  # a checkout: the other folders of the package stand beside this one
+    __path__.append(str(_root))
+
+from zoo import data, distill, fusion, tasks, vision  # noqa: E402  tables of the components, nothing heavy
+from zoo.registry import (  # noqa: E402
+    Dialog,
+    ImageFeatures,
+    ImageTransform,
+    Sample,
+    Score,
+    ZooError,
+    names,
+    register,
+)
+
+if TYPE_CHECKING:
+    from zoo.check import check
+    from zoo.load import compose, load
+    from zoo.model import ZooConfig, ZooModel
+    from zoo.processor import ZooProcessor
+
+__version__ = "0.1.0"
+
+# Names that cost an import of torch or transformers, and where they live; resolved on first use (PEP 562).
+_LAZY = {
+    "ZooConfig": "zoo.model",
+    "ZooModel": "zoo.model",
+    "ZooProcessor": "zoo.processor",
+    "check": "zoo.check",
+    "compose": "zoo.load",
+    "load": "zoo.load",
+}
+
+__all__ = [
+    "Dialog",
+    "ImageFeatures",
+    "ImageTransform",
+    "Sample",
+    "Score",
+    "ZooConfig",
+    "ZooError",
+    "ZooModel",
+    "ZooProcessor",
+    "check",
+    "compose",
+    "load",
+    "names",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,9 @@
+"""Data sets: records in, samples out. One line per component."""
+
+from zoo.registry import declare
+
+declare("dataset", "chat_json", "zoo.data.chat_json")
+declare("dataset", "classes", "zoo.data.classes")
+declare("dataset", "hf", "zoo.data.hf_hub")
+declare("dataset", "nlvr", "zoo.data.nlvr")
+declare("dataset", "scenes", "zoo.data.scenes")
