@@ -1,0 +1,125 @@
+"""One stage of a recipe: what trains, on which data, for how long, and how. Plain values, no torch.
+
+A recipe is a dict of named stages that run one after the other; each starts with a fresh optimiser on the weights that
+the one before left. `batch_size` counts samples of one optimiser step over all processes and forward passes, so that the
+same recipe trains the same model on one process and on eight.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.registry import ZooError, unknown
+
+OPTIMIZERS = ("muon_adamw", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
+PACKS = ("dialogs", "none")
+
+
+@dataclass
+class Stage:
+    # What trains
+    train: list[str] = field(default_factory=lambda: ["all"])  # parts (vision, adapter.lora, ..., all) or globs
+    freeze: list[str] = field(default_factory=list)  # parts or globs taken out of `train` again
+    # Data and length
+    data: dict[str, float] = field(default_factory=dict)  # data name -> weight in the mix; empty: every sample as often
+    steps: int | None = None  # optimiser steps; give this or `epochs`
+    epochs: float | None = None  # passes over the data; give this or `steps`
+    batch_size: int = 16  # samples of one optimiser step, over all processes and forward passes
+    accumulate: int = 1  # forward passes per optimiser step and process
+    pack: str = "dialogs"  # dialogs: those of a sample share its images in one sequence; none: one sequence for each
+    pack_length: int | None = None  # several samples share a row of up to so many tokens; null: a row for each
+    length_buckets: bool = False  # batch samples of like length, so that little is padding
+    workers: int = 0  # processes that read data; 0: one thread, best for small images
+    # Optimiser
+    optimizer: str = "adamw"  # adamw, or muon_adamw: Muon on the matrices, AdamW on the rest
+    lr: float = 1e-3  # peak learning rate of AdamW
+    matrix_lr: float = 0.02  # peak learning rate of Muon
+    momentum: float = 0.95  # of Muon
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # of AdamW
+    weight_decay: float = 0.01  # decoupled; not on norms, biases and embeddings
+    clip: float = 1.0  # largest norm of the gradient that AdamW sees; 0: no clipping
+    lr_scale: dict[str, float] = field(default_factory=dict)  # part or glob -> factor on its learning rate
+    schedule: str = "linear"  # constant | linear | cosine: how the rate falls after the flat part
+    warmup_ratio: float = 0.03  # share of the steps over which the rate rises from 0
+    flat_ratio: float = 0.0  # share of the steps, warm-up included, before the rate falls
+    final_ratio: float = 0.0  # rate at the end as a share of the peak
+    # Losses
+    loss_weights: dict[str, float] = field(default_factory=dict)  # loss -> weight, else 1; answer: 0 skips the LLM
+    distiller: Any = None  # null, the name of a distiller, or {name: ..., options}
+    teacher: str = ""  # model name of a teacher, as in `model=`; empty: none
+    # Speed and memory
+    precision: str = ""  # auto | fp32 | bf16 | fp16; empty: as the run says
+    compile: bool = False  # torch.compile; pays after a few hundred steps
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    # Intervals, in optimiser steps
+    checkpoint_every: int = 500  # 0: only at the end of the stage
+    eval_every: int = 0  # 0: only at the end of the run
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("pack", self.pack, PACKS)
+        if (self.steps is None) == (self.epochs is None):
+            raise ZooError(f"A stage needs either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
+        if not self.train:
+            raise ZooError("A stage needs something to train: 'train' is empty. Allowed: parts, globs, or [all].")
+        if self.distiller is not None and not (
+            isinstance(self.distiller, str) or (hasattr(self.distiller, "keys") and "name" in self.distiller)
+        ):
+            raise ZooError(f"A distiller is a name or a mapping with a `name`, got {self.distiller!r}.")
+        self._check_counts()
+        self._check_numbers()
+
+    def _check_counts(self) -> None:
+        for name in ("batch_size", "accumulate"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("steps", "pack_length"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name in ("workers", "checkpoint_every", "eval_every"):
+            _at_least(name, getattr(self, name), 0)
+        if self.batch_size % self.accumulate:
+            raise ZooError(
+                f"batch_size={self.batch_size} does not split evenly into accumulate={self.accumulate} passes."
+            )
+        if self.pack == "none" and self.pack_length is not None:
+            raise ZooError("pack_length puts several samples into a row: it needs pack=dialogs, got pack=none.")
+
+    def _check_numbers(self) -> None:
+        if self.epochs is not None and not self.epochs > 0:
+            raise ZooError(f"epochs must be more than 0, got {self.epochs}.")
+        for name in ("lr", "matrix_lr", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ZooError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("warmup_ratio", "flat_ratio", "final_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ZooError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ZooError(f"betas must be two numbers in [0, 1), got {list(self.betas)}.")
+        if not 0 <= self.momentum < 1:
+            raise ZooError(f"momentum must be in [0, 1), got {self.momentum}.")
+        for name in ("data", "lr_scale", "loss_weights"):
+            if low := {k: v for k, v in getattr(self, name).items() if not v >= 0}:
+                raise ZooError(f"Values of {name} must be at least 0, got {low}.")
+        if self.data and not any(self.data.values()):
+            raise ZooError(f"The mix has no data left: all weights are 0 in {dict(self.data)}.")
+
+    @property
+    def distiller_node(self) -> dict[str, Any] | None:
+        """The distiller as a config node, or None."""
+        if self.distiller is None:
+            return None
+        return {"name": self.distiller} if isinstance(self.distiller, str) else dict(self.distiller)
+
+
+def _one_of(field_name: str, given: str, allowed: Iterable[str]) -> None:
+    if given not in allowed:
+        raise unknown(field_name, given, [a for a in allowed if a])
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ZooError(f"{name} must be at least {least}, got {value}.")
