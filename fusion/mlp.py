@@ -1,0 +1,48 @@
+"""Linear layers with GELU between them, token by token: `mlp2x_gelu` of LLaVA-1.5 by default.
+
+Paper: Liu et al., arXiv:2310.03744 (LLaVA-1.5), section 3.2.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from zoo.registry import ImageFeatures, ZooError, register
+
+
+@dataclass
+class MLPProjectorConfig:
+    depth: int = 2  # linear layers
+    hidden_size: int = 0  # width between them; 0: the LLM's
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ZooError(f"depth must be at least 1, got {self.depth}.")
+        if self.hidden_size < 0:
+            raise ZooError(f"hidden_size must not be negative, got {self.hidden_size}.")
+
+
+@register("projector", "mlp")
+class MLPProjector(nn.Module):
+    """As many tokens out as in."""
+
+    needs = frozenset()
+    provides = frozenset({"image_tokens"})
+    destroys = frozenset()
+
+    def __init__(self, config: MLPProjectorConfig, *, vision_dim: int, text_dim: int) -> None:
+        super().__init__()
+        inner = [config.hidden_size or text_dim] * (config.depth - 1)
+        widths = [vision_dim, *inner, text_dim]
+        layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+        for a, b in zip(widths[1:], widths[2:], strict=False):
+            layers += [nn.GELU(), nn.Linear(a, b)]
+        self.net = nn.Sequential(*layers)
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens given for `n` of an image."""
+        return n
+
+    def forward(self, image: ImageFeatures) -> Tensor:
+        """Project tokens (M, N, D) to (M, N, C)."""
+        return self.net(image.tokens)
