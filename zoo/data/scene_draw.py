@@ -24,7 +24,7 @@ RADII = (6 / 64, 10 / 64)  # of the image's side
 HELD_OUT = (("red", "square"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "cross"))
 
 WOBBLE = 0.8 / 64  # most that a radius departs from its size
-MARGIN = 2  # pixels around the picture, cut off in the end
+MARGIN = 2  # pixels above and left of the picture, cut off in the end
 TRIES = 30  # places tried for an object before it is left out
 
 
@@ -162,7 +162,7 @@ def draw(rng: np.random.Generator, objects: Objects, level: Level, size: int) ->
 def _ground(rng: np.random.Generator, n: int, level: Level, size: int) -> np.ndarray:
     """Six by six random colours, stretched, and grain on top: (n, size + rim, size + rim, 3) float32."""
     stretch = _bilinear(6, size)  # (size, 6)
-    full = size + 2 * MARGIN + 2  # windows of objects at the edge reach over it
+    full = MARGIN + size + 5 + int(np.ceil(4 * WOBBLE * size))  # a small object's window may reach over the edge
     ground = np.zeros((n, full, full, 3), np.float32)
     coarse = rng.uniform(*level.texture, (n, 6, 6 * 3)).astype(np.float32)
     across = np.kron(stretch, np.eye(3, dtype=np.float32)).T  # (6 * 3, size * 3)
