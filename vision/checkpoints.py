@@ -1,0 +1,84 @@
+"""Where an encoder's files come from: a local folder, or the model hub's cache. Safetensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError
+
+ALLOWED = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    ".safetensors",
+    ".safetensors.index.json",
+)
+
+
+def is_local(checkpoint: str) -> bool:
+    """Whether `checkpoint` names a folder of this machine.
+
+    Raises:
+        ZooError: it is written as a path, and nothing is there.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return True
+    if checkpoint.startswith(("/", "./", "../", "~")) or checkpoint.count("/") > 1 or "\\" in checkpoint:
+        raise ZooError(f"No checkpoint at {checkpoint!r}: neither a folder here nor a hub name such as 'org/name'.")
+    return False
+
+
+def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
+    """Return the path of one file of a checkpoint, downloaded on first use where it is a hub name (`org/name@revision`).
+
+    Raises:
+        ZooError: there is no such file (None if `optional`), or the hub cannot be reached.
+    """
+    if not name.endswith(ALLOWED):
+        raise ZooError(f"{checkpoint!r}: only JSON and safetensors files are read, not {name!r}.")
+    if is_local(checkpoint):
+        path = Path(checkpoint).expanduser() / name
+        if path.is_file():
+            return path
+        if optional:
+            return None
+        raise ZooError(f"Checkpoint folder {checkpoint!r} has no {name}. It holds: {_listing(path.parent)}.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = checkpoint.partition("@")
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision or None))
+    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is a kind
+        raise ZooError(
+            f"{name} of {checkpoint!r} is not in the cache, and the hub cannot be reached: {error}"
+        ) from error
+    except EntryNotFoundError as error:
+        if optional:
+            return None
+        raise ZooError(f"Hub repository {checkpoint!r} has no {name}; other weight formats are not read.") from error
+    except HFValidationError as error:
+        raise ZooError(f"{checkpoint!r} is no folder here and no hub name such as 'org/name'.") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ZooError(f"{name} of {checkpoint!r} cannot be fetched: {error}") from error
+
+
+def read_json(checkpoint: str, name: str = "config.json", optional: bool = False) -> dict[str, Any]:
+    """Read one JSON file of a checkpoint; an absent optional one is empty."""
+    path = fetch(checkpoint, name, optional)
+    if path is None:
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ZooError(f"{name} of {checkpoint!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ZooError(f"{name} of {checkpoint!r} holds a {type(value).__name__}, not an object.")
+    return value
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "nothing, it is no folder"

@@ -1,0 +1,230 @@
+"""Encoders of timm: any ViT that it names, a folder saved by it, or a small one from sizes, trained from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.vision.checkpoints import fetch, is_local
+from zoo.vision.stem import ConvStem
+from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, block_count, check_divides, on_meta
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+FITS = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+@dataclass
+class TimmVisionConfig:
+    model: str = (
+        ""  # a name of timm, e.g. vit_base_patch16_clip_224.openai; empty: the checkpoint's, or the sizes below
+    )
+    # pretrained: timm's weights for `model`; a hub name (timm/...) or a folder with config.json and model.safetensors
+    checkpoint: str = ""
+    layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
+    norm: bool = False  # apply the final norm to the tokens
+    image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
+    # Sizes, used where `model` and `checkpoint` are empty.
+    stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
+    patch_size: int = 16  # pixels a side
+    width: int = 192  # D
+    depth: int = 12  # blocks
+    heads: int = 3  # attention heads
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    cls_token: bool = True  # a [CLS] token in front of the patches
+    registers: int = 0  # register tokens behind it
+    activation: str = "gelu"  # gelu | gelu_tanh | quick_gelu | relu | silu
+    bias: bool = True  # biases in the linear layers of the blocks
+    zero_init: bool = False  # blocks start as the identity: their output layers are zero
+
+    def __post_init__(self) -> None:
+        if self.stem not in {"patch", "conv"}:
+            raise unknown("stem", self.stem, ["patch", "conv"])
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        if self.checkpoint == "pretrained" and not self.model:
+            raise ZooError("checkpoint=pretrained loads timm's weights for a `model`, and none is named.")
+        if not self.model and not self.checkpoint:
+            check_divides(self.patch_size, self.image_size or 224)
+            if self.heads < 1 or self.width % self.heads or self.depth < 1:
+                raise ZooError(
+                    f"width must be a multiple of heads and depth at least 1, got width {self.width},"
+                    f" heads {self.heads}, depth {self.depth}."
+                )
+
+
+@register("vision", "timm")
+class TimmVision(Tower):
+    """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
+
+    def __init__(self, config: TimmVisionConfig) -> None:
+        super().__init__()
+        named = bool(config.model or config.checkpoint)
+        self.tower = _named(config) if named else _sized(config)
+        tower: Any = self.tower
+        if not _is_plain(tower):
+            raise ZooError(
+                f"{config.model or config.checkpoint!r} is a {type(tower).__name__}, which has no blocks of one width on"
+                " one patch grid; a plain ViT is needed (vit_*, deit_*, eva_*, beit_* of timm)."
+            )
+        self.depth = block_count(config.layer, len(tower.blocks), lowest=1)
+        if config.norm and isinstance(tower.norm, nn.Identity):  # models that pool first keep their norm behind it
+            tower.norm = getattr(tower, "fc_norm", tower.norm)
+            if isinstance(tower.norm, nn.Identity):
+                raise ZooError(f"{config.model or config.checkpoint!r} has no final norm: norm must be false.")
+        self.norm = config.norm
+        tower.prune_intermediate_layers([self.depth - 1], prune_norm=not config.norm, prune_head=True)
+        self.hidden_size = tower.embed_dim
+        self.num_prefix = tower.num_prefix_tokens
+        self.grid = tuple(tower.patch_embed.grid_size)
+        self.transform = _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF)
+        self.rope: Tensor | None = None
+        self.attention = self._listen() if getattr(tower, "cls_token", None) is not None else None
+        provides = {"grid"}
+        if self.num_prefix:
+            provides.add("prefix_tokens")
+        if self.attention is not None:
+            provides.add("cls_attention")
+        self.provides = frozenset(provides)
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        tower: Any = self.tower
+        (out,) = tower.forward_intermediates(
+            pixel_values,
+            indices=[self.depth - 1],
+            return_prefix_tokens=True,
+            norm=self.norm,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out  # (M, P + N, D)
+
+    def _listen(self) -> nn.Module | None:
+        """Take q and k behind their norms from the last block, of the attentions whose scores are q.k and no more."""
+        from timm.layers import Attention, AttentionRope
+        from timm.models.eva import EvaAttention
+
+        attention = getattr(self.tower.blocks[-1], "attn", None)  # type: ignore[index]
+        if type(attention) not in (Attention, AttentionRope, EvaAttention) or not self.num_prefix:
+            return None
+        attention.register_forward_pre_hook(self._keep_rope, with_kwargs=True)
+        attention.q_norm.register_forward_hook(self.keep_query)
+        attention.k_norm.register_forward_hook(self.keep_key)
+        return attention
+
+    def _keep_rope(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.wants_row:
+            self.rope = kwargs.get("rope")
+
+    def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
+        from timm.layers import apply_rot_embed_cat
+
+        attention: Any = self.attention
+        assert self.query is not None and self.key is not None, "the hooks of the last block did not fire"
+        query, key = self.query[:, :, :1], self.key  # (M, H, 1, d), (M, H, P + N, d)
+        if self.rope is not None:  # patches are rotated, the prefix is not
+            p = self.num_prefix
+            rotated = apply_rot_embed_cat(key[:, :, p:], self.rope, half=getattr(attention, "rotate_half", False))
+            key, self.rope = torch.cat([key[:, :, :p], rotated], dim=2), None
+        return query, key, attention.scale
+
+    def set_attention(self, name: str) -> None:
+        if name not in {"eager", "sdpa"}:
+            raise ZooError(f"timm encoders run eager or sdpa attention, got {name!r}.")
+        for module in self.tower.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = name == "sdpa"
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        self.tower.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+
+def _sized(config: TimmVisionConfig) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    tower = VisionTransformer(
+        img_size=config.image_size or 224,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        class_token=config.cls_token,
+        reg_tokens=config.registers,
+        qkv_bias=config.bias,
+        proj_bias=config.bias,
+        act_layer=config.activation.replace("quick_gelu", "quickgelu"),
+        num_classes=0,
+        global_pool="",
+        **({"embed_layer": ConvStem} if config.stem == "conv" else {}),
+    )
+    if config.zero_init:
+        for block in tower.blocks:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+    return tower
+
+
+def _named(config: TimmVisionConfig) -> nn.Module:
+    import timm
+
+    options: dict[str, Any] = {"img_size": config.image_size or None}
+    source = config.checkpoint
+    if config.model:
+        _check_name(config.model)
+        name = config.model
+    elif is_local(source):
+        fetch(source, "config.json")
+        name = f"local-dir:{source}"
+    else:
+        name = f"hf-hub:{source}"
+    if source and not on_meta():
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"source": "", "file": str(_weights(config))}}
+    try:
+        return timm.create_model(name, **options)
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+        raise ZooError(f"timm cannot build {name!r} with {options}: {error}") from error
+
+
+def _weights(config: TimmVisionConfig) -> Any:
+    """Find the safetensors file of the checkpoint."""
+    import timm
+
+    if config.checkpoint != "pretrained":
+        return fetch(config.checkpoint, "model.safetensors")
+    known = timm.get_pretrained_cfg(config.model)
+    if known is None or not known.hf_hub_id:
+        raise ZooError(f"timm has no safetensors weights for {config.model!r}; name a checkpoint.")
+    filename = (known.hf_hub_filename or "model.safetensors").replace("pytorch_model.bin", "model.safetensors")
+    return fetch(known.hf_hub_id, filename)
+
+
+def _check_name(model: str) -> None:
+    import timm
+
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        raise unknown("timm model", architecture, timm.list_models())
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(architecture + ".*")]
+    if tag and tag not in tags:
+        raise unknown(f"weights of timm model {architecture!r}", tag, tags)
+
+
+def _is_plain(tower: Any) -> bool:
+    parts = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
+    return all(hasattr(tower, part) for part in parts) and bool(getattr(tower.patch_embed, "grid_size", None))
+
+
+def _transform(tower: Any) -> ImageTransform:
+    """Take statistics and resampling from the weights' metadata; `crop_pct`, a habit of classifiers, is left out."""
+    known = tower.pretrained_cfg
+    return ImageTransform(
+        size=tuple(tower.patch_embed.img_size),
+        mean=tuple(known.get("mean") or IMAGENET_MEAN),
+        std=tuple(known.get("std") or IMAGENET_STD),
+        resample=known.get("interpolation") or "bicubic",
+        fit=FITS.get(known.get("crop_mode") or "center", "crop"),
+    )
