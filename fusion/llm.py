@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
 from zoo.registry import ZooError, nearest, register, unknown
 
 # What our size fields are called by the families that do not say it as Llama does.
@@ -90,6 +91,8 @@ class HFLanguageModel(nn.Module):
         """
         super().__init__()
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if attention == ZOO_EAGER:
+            register_zoo_eager()
         source = _from_checkpoint if config.checkpoint else _from_sizes
         self.lm = source(config, vocab_size, dtype, attention)
         if config.zero_init_residual:
@@ -122,6 +125,8 @@ class HFLanguageModel(nn.Module):
 
     def set_attention(self, name: str) -> None:
         """Switch to another attention implementation that transformers knows."""
+        if name == ZOO_EAGER:
+            register_zoo_eager()
         self.lm.set_attn_implementation(name)
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -1,0 +1,220 @@
+"""Which attention kernel runs, the masks that go with it, and `zoo_eager`, the fastest for short bf16 rows on CPU.
+
+A mask says who sees whom as bool, (B, 1, T, T), True where key k is visible to query q. Kernels want it in their own form:
+sdpa as it is, eager forms as a number to add, flash kernels not at all. `as_backend_mask` converts, so that nothing else
+needs to know.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.registry import ZooError, unknown
+
+ZOO_EAGER = "zoo_eager"
+LONG = 1024  # keys from which on `zoo_eager` calls the fused kernel: the matrix of scores no longer fits the caches
+
+_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+_NAMES = ("auto", "eager", "sdpa", "flex_attention", ZOO_EAGER, *_FLASH)
+
+
+def resolve_attention(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seq_len: int | None = None,
+    *,
+    lm: nn.Module | None = None,
+    packed: bool = False,
+) -> str:
+    """Name the attention implementation to use; looks at what is installed and never downloads.
+
+    Args:
+        name: `auto`, or a name of transformers, or `zoo_eager`.
+        device: where the model runs.
+        dtype: of the products, so bfloat16 under bf16 autocast.
+        seq_len: longest row; None: not known.
+        lm: the transformers model, where it is known: some families have no sdpa.
+        packed: rows will come with a mask of their own, which flash kernels do not take.
+
+    Raises:
+        ZooError: the name does not exist, or what it needs is not here.
+    """
+    device = torch.device(device)
+    if name not in _NAMES:
+        raise unknown("attention", name, _NAMES)
+    if name == ZOO_EAGER:
+        register_zoo_eager()
+    if name in _FLASH and (reason := _why_no_flash(int(name[-1]), device, dtype)):
+        raise ZooError(f"attention {name!r} cannot run: {reason}. Use 'auto' or 'sdpa'.")
+    if name in _FLASH and packed:
+        raise ZooError(f"attention {name!r} takes no mask, which packed rows need. Use 'sdpa', or no packing.")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        flash = (3, 2) if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9 else (2,)
+        if not packed and getattr(lm, "_supports_flash_attn", True):
+            for version in flash:  # 4 is a pre-release: only by name
+                if not _why_no_flash(version, device, dtype):
+                    return f"flash_attention_{version}"
+    if lm is not None and not getattr(lm, "_supports_sdpa", False):
+        return "eager"  # the model's own; it knows its caps and sinks
+    if device.type == "cpu" and dtype == torch.bfloat16 and (seq_len is None or seq_len < LONG):
+        register_zoo_eager()
+        return ZOO_EAGER
+    return "sdpa"
+
+
+def _why_no_flash(version: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Return why FlashAttention of that version cannot run, or nothing where it can."""
+    from transformers.utils import import_utils
+
+    # Asking transformers for a kernel that is not installed may start a download, so look first.
+    if not getattr(import_utils, f"is_flash_attn_{version}_available")():
+        return f"the package of FlashAttention {version} is not installed"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and this is {device.type!r}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, and this is {str(dtype).removeprefix('torch.')}"
+    major = torch.cuda.get_device_capability(device)[0]
+    least = {2: 8, 3: 8, 4: 9}[version]
+    return "" if major >= least else f"it needs compute capability {least}.0, and the device has {major}.x"
+
+
+def block_mask(attention_mask: Tensor | None, segment_ids: Tensor, block_ids: Tensor | None = None) -> Tensor:
+    """Say who sees whom in packed rows: (B, 1, T, T), True where key k is visible to query q.
+
+    That is so where k <= q, both are of one segment, and the block of k is 0 (the prefix all blocks share) or that of q.
+    Every position sees itself, padding too: a row without any key would come out as NaN.
+
+    Args:
+        attention_mask: (B, T) 1 where a token is real; None: everywhere.
+        segment_ids: (B, T) which sample of the row; -1 is padding.
+        block_ids: (B, T) which block of the sample; None: one block.
+    """
+    t = segment_ids.shape[1]
+    real = segment_ids >= 0  # (B, T)
+    if attention_mask is not None:
+        real = real & attention_mask.bool()
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]  # (B, T, T)
+    if block_ids is not None:
+        mask &= (block_ids[:, None, :] == 0) | (block_ids[:, :, None] == block_ids[:, None, :])
+    mask &= real[:, None, :]
+    mask &= torch.ones(t, t, dtype=torch.bool, device=mask.device).tril_()
+    mask |= torch.eye(t, dtype=torch.bool, device=mask.device)
+    return mask[:, None]  # (B, 1, T, T)
+
+
+def as_backend_mask(mask: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:
+    """Give a bool mask (B, 1, T, T) the form that an attention implementation wants.
+
+    Args:
+        mask: True where a key is visible.
+        attn_implementation: the resolved name.
+        dtype: of the products, so bfloat16 under bf16 autocast: additive masks come in it.
+
+    Raises:
+        ZooError: the implementation takes no such mask.
+    """
+    if attn_implementation == "sdpa":
+        return mask
+    if attn_implementation in ("eager", ZOO_EAGER):
+        return _additive(mask, dtype)
+    raise ZooError(
+        f"attention {attn_implementation!r} takes no mask of who sees whom, which packed rows need: "
+        "use 'sdpa', 'eager' or 'zoo_eager', or do not pack."
+    )
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(dtype).min)
+
+
+def register_zoo_eager() -> None:
+    """Make `zoo_eager` known to transformers, with its mask: without one under the same name padding is lost silently."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ZOO_EAGER, zoo_eager)
+    AttentionMaskInterface.register(ZOO_EAGER, _zoo_eager_mask)
+
+
+def _zoo_eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    from transformers.masking_utils import eager_mask
+
+    device = torch.device(kwargs.get("device", "cpu"))
+    return eager_mask(*args, dtype=_product_dtype(device, dtype), **kwargs)
+
+
+def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def zoo_eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as three plain operations, in the dtype of the products from end to end.
+
+    Against transformers' eager: scores, mask, softmax and weights stay bf16 under bf16 autocast (torch's softmax sums in
+    float32 inside), the mask is added in place, and grouped queries share keys without copies. From `LONG` keys on, the
+    fused kernel runs instead, with the same mask.
+
+    Args:
+        module: the attention layer, for `is_causal`.
+        query: (B, H, T, d), after rotation.
+        key: (B, H_kv, S, d), with H a multiple of H_kv.
+        value: (B, H_kv, S, e).
+        attention_mask: additive or bool, (B or 1, 1, T, S); None: causal where the layer is.
+        scaling: of the scores; None: 1 / sqrt(d).
+        dropout: of the weights.
+        softcap: cap of the scores through tanh (Gemma 2).
+        kwargs: what else transformers passes.
+
+    Returns:
+        (B, T, H, e), and no weights.
+    """
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ZooError(f"attention {ZOO_EAGER!r} does not know {name!r}, which {type(module).__name__} uses.")
+    dtype = _product_dtype(query.device, query.dtype)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    b, h, t, _ = query.shape
+    kv, s = key.shape[1], key.shape[2]
+    if attention_mask is None and t > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        attention_mask = torch.ones(t, s, dtype=torch.bool, device=query.device).tril_(s - t)[None, None]
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :s]
+        if attention_mask.dtype == torch.bool:
+            attention_mask = _additive(attention_mask, dtype)  # (B, 1, T, S)
+        attention_mask = attention_mask.to(dtype)
+    key, value = key.to(dtype).contiguous(), value.to(dtype).contiguous()
+    if s >= LONG and softcap is None:
+        query = query.to(dtype)
+        if kv != h:
+            key, value = (x.repeat_interleave(h // kv, dim=1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None  # (B, T, H, e)
+    query = (query * scaling).to(dtype).reshape(b, kv, h // kv * t, -1)  # (B, H_kv, H/H_kv * T, d)
+    scores = query @ key.transpose(-1, -2)  # (B, H_kv, H/H_kv * T, S)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(b, kv, h // kv, t, s)
+    if attention_mask is not None:
+        # In place: neither the product nor the sum needs its result for the gradient (tanh does).
+        mask = attention_mask[:, :, None]  # (B, 1, 1, T, S)
+        scores = scores.add_(mask) if softcap is None else scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=dtype)
+    if dropout:
+        weights = F.dropout(weights, dropout, training=module.training)
+    out = weights.view(b, kv, h // kv * t, s) @ value  # (B, H_kv, H/H_kv * T, e)
+    return out.view(b, h, t, -1).transpose(1, 2).contiguous(), None  # (B, T, H, e)
