@@ -1,0 +1,106 @@
+"""Questions and dialogs in JSON files: LLaVA's format, chat messages, or columns of question and answer.
+
+How a record is read stands in `records.py`. Images are files below a folder or members of tar archives. Training can
+take all dialogs about the same images as one sample, which the model reads with the image in front once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zoo.data.image_store import ImageStore, open_store
+from zoo.data.record_file import RecordFile
+from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
+from zoo.registry import MISSING, Dialog, Sample, ZooError, register
+
+
+@dataclass
+class ChatJsonConfig(RecordFields):
+    file: str = MISSING  # .json, .jsonl or the same with .gz; {split} in the name is replaced
+    images: str = ""  # folder, tar archive or pattern such as shards/*.tar; empty: the folder of the file
+    split: str = "train"  # part of the file name, or the value wanted in split_field
+    split_field: str = ""  # column that says which split a record belongs to; empty: all records
+    group_by_image: bool = False  # one sample for all records about the same images, each a dialog of its own
+    limit: int = 0  # first records only; 0: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit < 0:
+            raise ZooError(f"limit must be 0 (all records) or more, got {self.limit}.")
+
+
+@register("dataset", "chat_json")
+class ChatJson:
+    """A file of records, read and checked when it is opened; images are left alone until they are looked at."""
+
+    def __init__(self, config: ChatJsonConfig) -> None:
+        self.config = config
+        path = Path(config.file.replace("{split}", config.split))
+        self.records = RecordFile(path)
+        self.store: ImageStore = open_store(config.images or str(path.parent))
+        self.groups = self._groups()
+        if not self.groups:
+            asked = f" with {config.split_field} = {config.split!r}" if config.split_field else ""
+            raise ZooError(f"{path} has no record{asked}.")
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """Return one sample; the order and the words are the same in every epoch."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        members = self.groups[index]
+        dialogs, images = [], []
+        for member in members:
+            images, dialog = self._read(member)
+            dialogs.append(dialog)
+        where = self._where(members[0])
+        name = record_id(self.records[members[0]], self.config) or f"{self.records.path.name}:{members[0]}"
+        return Sample(name, [self._image(image, where) for image in images], dialogs)
+
+    def train_split(self) -> "ChatJson":
+        """The training records of the same file or set: what is common there is what a blind guess knows."""
+        config = self.config
+        if config.split == "train" or not (config.split_field or "{split}" in config.file):
+            return self
+        return ChatJson(replace(config, split="train", limit=0))
+
+    def _groups(self) -> list[tuple[int, ...]]:
+        """Read every record once, so that the first broken one is named now; return the indices behind each sample."""
+        kept: list[tuple[int, ...]] = []
+        by_image: dict[tuple[Any, ...], list[int]] = {}
+        taken = 0
+        for index in range(len(self.records)):
+            if self.config.limit and taken == self.config.limit:
+                break
+            if self.config.split_field and self._split_of(index) != self.config.split:
+                continue
+            images, dialog = self._read(index)
+            taken += 1
+            head = shared_head(dialog) if self.config.group_by_image else None
+            if head is not None:
+                by_image.setdefault((*map(str, images), head), []).append(index)
+            else:
+                kept.append((index,))
+        return sorted([*kept, *map(tuple, by_image.values())])
+
+    def _split_of(self, index: int) -> str:
+        record = self.records[index]
+        if self.config.split_field not in record:
+            raise ZooError(f"{self._where(index)} has no field {self.config.split_field!r} to tell its split.")
+        return str(record[self.config.split_field])
+
+    def _read(self, index: int) -> tuple[list[Any], Dialog]:
+        return read_record(self.records[index], self.config, self._where(index))
+
+    def _where(self, index: int) -> str:
+        name = record_id(self.records[index], self.config)
+        return self.records.where(index) + (f" (record {name!r})" if name else "")
+
+    def _image(self, image: Any, where: str) -> bytes | Path | Callable[[], bytes]:
+        if not isinstance(image, str):
+            raise ZooError(f"{where}: an image is named by a text, got {type(image).__name__} {str(image)[:40]!r}.")
+        data = inline_image(image, where)
+        return self.store.find(image, where) if data is None else data

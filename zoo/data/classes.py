@@ -1,0 +1,117 @@
+"""Labelled pictures as questions: "What is shown?" and "Is this a <class>?".
+
+Reads the IDX files of the MNIST family (LeCun's format, plain or gzipped). Half of the yes/no questions name the true
+class, and the others draw one of the rest evenly: a guesser is right half of the time.
+"""
+
+import gzip
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from zoo.registry import MISSING, Dialog, Sample, ZooError, register
+
+
+@dataclass
+class ClassesConfig:
+    images: str = MISSING  # IDX file of images, plain or .gz; {split} in the name is replaced
+    labels: str = MISSING  # IDX file of labels, in the same order
+    classes: list[str] = MISSING  # name of each label, from 0
+    split: str = "train"  # put for {split} in the names of the files
+    name_question: str = "What is shown?"  # answered by the name of the class; empty: not asked
+    yes_no_question: str = "Is this a {class}?"  # answered by yes or no; empty: not asked
+    yes_no: int = 1  # yes/no questions about each image
+    seed: int = 0  # of the classes asked for, with the epoch and the index
+    limit: int = 0  # first images only; 0: all
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) < max(2, len(self.classes)) and self.classes != MISSING:
+            raise ZooError(f"classes needs two or more different names, got {self.classes}.")
+        if self.yes_no_question and self.yes_no_question.replace("{class}", "").count("{") + (
+            "{class}" not in self.yes_no_question
+        ):
+            raise ZooError(f"yes_no_question takes '{{class}}' and no other brace, got {self.yes_no_question!r}.")
+        if self.yes_no < 0 or self.limit < 0:
+            raise ZooError(f"yes_no and limit must be 0 or more, got {self.yes_no} and {self.limit}.")
+        if not self.name_question and not (self.yes_no_question and self.yes_no):
+            raise ZooError("There is nothing to ask: name_question and yes_no_question are both off.")
+
+
+@register("dataset", "classes")
+class Classes:
+    """All pictures of the files, in their order; each is asked about again, with other classes, in every epoch."""
+
+    def __init__(self, config: ClassesConfig) -> None:
+        self.config = config
+        images, labels = (Path(p.replace("{split}", config.split)) for p in (config.images, config.labels))
+        self.images, self.labels = read_idx(images), read_idx(labels)
+        if self.images.ndim not in {3, 4} or self.labels.ndim != 1 or len(self.images) != len(self.labels):
+            raise ZooError(f"{images} has shape {self.images.shape}, {labels} {self.labels.shape}: they do not fit.")
+        if len(self.labels) and self.labels.max() >= len(config.classes):
+            raise ZooError(f"{labels} has label {self.labels.max()}, but classes names {len(config.classes)}.")
+        if config.limit:
+            self.images, self.labels = self.images[: config.limit], self.labels[: config.limit]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """Return one picture with its questions; which classes are asked for depends on (seed, epoch, index)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        label = int(self.labels[index])
+        dialogs = []
+        if self.config.name_question:
+            dialog = _dialog(self.config.name_question, self.config.classes[label], "name")
+            dialog.choices = list(self.config.classes)
+            dialogs.append(dialog)
+        random = np.random.default_rng([self.config.seed, epoch, index])
+        for _ in range(self.config.yes_no if self.config.yes_no_question else 0):
+            asked = label
+            if random.random() < 0.5:
+                asked = (label + int(random.integers(1, len(self.config.classes)))) % len(self.config.classes)
+            question = self.config.yes_no_question.replace("{class}", self.config.classes[asked])
+            dialogs.append(_dialog(question, "yes" if asked == label else "no", "yes_no", "yes_no"))
+        return Sample(f"{self.config.split}-{index}", [_rgb(self.images[index])], dialogs)
+
+    def train_split(self) -> "Classes":
+        """The training pictures: what is common there is what a blind guess knows."""
+        config = self.config
+        if config.split == "train" or "{split}" not in config.labels:
+            return self
+        return Classes(replace(config, split="train", limit=0))
+
+
+def _dialog(question: str, answer: str, kind: str, task: str = "") -> Dialog:
+    asked = [{"type": "image"}, {"type": "text", "text": question}]
+    said = [{"type": "text", "text": answer}]
+    return Dialog([{"role": "user", "content": asked}, {"role": "assistant", "content": said}], kind=kind, task=task)
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    grey = image[..., None] if image.ndim == 2 else image  # (h, w, 1 or 3)
+    return np.repeat(grey, 3, axis=2) if grey.shape[2] == 1 else grey  # (h, w, 3)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an IDX file of bytes: two zeros, type 8, the number of dimensions, their sizes, the values.
+
+    Raises:
+        ZooError: the file is absent, of another kind, or shorter than it says.
+    """
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except FileNotFoundError:
+        raise ZooError(f"There is no file {path}.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ZooError(f"{path} cannot be read: {error}") from None
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise ZooError(f"{path} is no IDX file of bytes: it begins with {data[:4].hex()}, not 000008.")
+    start = 4 + 4 * data[3]
+    shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))
+    if len(data) - start != int(np.prod(shape)):
+        raise ZooError(f"{path} says {shape}, which is {int(np.prod(shape))} values, and holds {len(data) - start}.")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

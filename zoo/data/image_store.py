@@ -1,0 +1,132 @@
+"""Images by the names that records give them: files below a folder, or members of tar archives.
+
+A name can never reach a file outside: absolute names, `..` and links that lead out are refused.
+"""
+
+import tarfile
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from zoo.registry import ZooError, nearest
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """The bytes of one image inside an archive, read when called.
+
+    The archive is opened for each read: a handle open across a fork shares its position with the other process.
+    """
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+
+    def __call__(self) -> bytes:
+        with Path(self.archive).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def __str__(self) -> str:
+        return f"{self.archive}::{self.name}"
+
+
+class ImageStore(Protocol):
+    """Gives what `open_image` takes."""
+
+    def find(self, name: str, where: str) -> Path | TarMember: ...
+
+
+class Folder:
+    """Files below a root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def find(self, name: str, where: str) -> Path:
+        """Return the path of an image.
+
+        Raises:
+            ZooError: the name leads out of the folder, or there is no such file; `where` says which record asked.
+        """
+        refuse_escape(name, where)
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root):
+            raise ZooError(f"{where}: image {name!r} is a link that leads out of {self.root}.")
+        if not path.is_file():
+            raise ZooError(f"{where}: there is no image {name!r} in {self.root}.")
+        return path
+
+
+class Archives:
+    """Members of uncompressed tar archives, indexed once; the bytes are read later, by offset."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._members: dict[str, TarMember] = {}
+        self.paths = paths
+        for path in paths:
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    for item in tar:
+                        if item.isfile():
+                            self._add(TarMember(str(path), _plain(item.name), item.offset_data, item.size))
+            except tarfile.TarError as error:
+                raise ZooError(
+                    f"{path} cannot be read as a tar archive ({error}). It must not be compressed: images are read "
+                    "from the middle of it."
+                ) from None
+
+    def _add(self, member: TarMember) -> None:
+        if other := self._members.get(member.name):
+            raise ZooError(f"Image {member.name!r} is in {other.archive} and again in {member.archive}.")
+        self._members[member.name] = member
+
+    def find(self, name: str, where: str) -> TarMember:
+        """Return a member.
+
+        Raises:
+            ZooError: no archive has it; `where` says which record asked.
+        """
+        refuse_escape(name, where)
+        member = self._members.get(_plain(name))
+        if member is None:
+            near = nearest(name, self._members) if len(self._members) < 10_000 else []
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ZooError(f"{where}: there is no image {name!r} in {', '.join(map(str, self.paths))}.{hint}")
+        return member
+
+
+def open_store(place: str) -> ImageStore:
+    """Open a folder, a tar archive, or all archives that a pattern such as `shards/*.tar` matches.
+
+    Raises:
+        ZooError: there is nothing of that name.
+    """
+    path = Path(place)
+    if path.is_dir():
+        return Folder(path)
+    if path.is_file():
+        return Archives([path])
+    found = sorted(Path(p) for p in glob(place)) if set(place) & set("*?[") else []  # noqa: PTH207  may be absolute
+    if not found:
+        raise ZooError(f"There is no folder or tar archive {place!r} with images.")
+    return Archives(found)
+
+
+def refuse_escape(name: str, where: str) -> None:
+    """Refuse a name that is absolute, climbs with `..`, or is an address.
+
+    Raises:
+        ZooError: with `where`, the record that gave the name.
+    """
+    if "://" in name:
+        raise ZooError(f"{where}: image {name!r} is an address. Nothing is downloaded: save it and name the file.")
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or (path.parts[:1] and path.parts[0].endswith(":")) or "\0" in name:
+        raise ZooError(f"{where}: image {name!r} leads out of the folder of images.")
+
+
+def _plain(name: str) -> str:
+    return str(PurePosixPath(name))

@@ -1,0 +1,160 @@
+"""NLVR: is a sentence that a person wrote true of three boxes with coloured shapes?
+
+Paper: Suhr et al., A Corpus of Natural Language for Visual Reasoning, ACL 2017. Reads the official JSON fields
+(`identifier`, `sentence`, `label`, `structured_rep`) and draws the images from the structure; no pixels are stored.
+Training files are those of our selection of the corpus: official examples, other images of the same presentations, and
+sentences paired with further training images. The last two carry labels computed by programs, so a score of a model
+trained on them stands beside published ones with a note.
+
+`boxes`, the default, gives three images of 100 x 100: a small encoder with patches of 10 sees the smallest shape as one
+patch, and no pixel of the gaps costs a token. `canvas` is the official 400 x 100, `square` a 224 x 224 arrangement of
+two rows for encoders that take one square image.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo.data.nlvr_draw import LAYOUTS, ORDERS, Drawing, Shape, Sprites, cell_labels, drawings, read_box
+from zoo.data.record_file import RecordFile
+from zoo.registry import MISSING, Dialog, Sample, ZooError, register, unknown
+
+SOURCES = {  # training files, in the order in which a label counts where two files label the same pair
+    "official": "train_official.jsonl.gz",
+    "same_presentation": "train_same_presentation.jsonl.gz",
+    "pairs": "train_pairs.jsonl.gz",
+}
+SPLITS = ("train", "dev")
+
+
+@dataclass
+class NLVRConfig:
+    root: str = MISSING  # folder with dev.jsonl.gz, train_*.jsonl.gz and sprites.json
+    split: str = "train"  # train | dev
+    sources: list[str] = field(default_factory=lambda: list(SOURCES))  # of train: official, same_presentation, pairs
+    layout: str = "boxes"  # boxes: three images 100 x 100 | canvas: one 400 x 100 | square: one 224 x 224
+    shuffle_boxes: bool = True  # training shows the boxes in an order drawn anew in each epoch; dev in the official one
+    group_by_image: bool = True  # train: one sample for all sentences about an image
+    most_sentences: int = 16  # of a training sample; more are drawn from in each epoch
+    prompt: str = "True or false: {sentence}"  # what the user says
+    plain_text: bool = False  # sentences in lower case and without the full stop
+    grid: int = 0  # cells per side of dense labels of each image, as in `scenes`; 0: none
+    seed: int = 0  # of the order of boxes and the choice of sentences, with the epoch and the index
+    limit: int = 0  # first examples only; 0: all
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise unknown("split of nlvr", self.split, SPLITS)
+        if self.layout not in LAYOUTS:
+            raise unknown("layout of nlvr", self.layout, LAYOUTS)
+        for source in self.sources:
+            if source not in SOURCES:
+                raise unknown("training source of nlvr", source, SOURCES)
+        if "{sentence}" not in self.prompt:
+            raise ZooError(f"prompt must hold '{{sentence}}', got {self.prompt!r}.")
+        if min(self.grid, self.limit) < 0 or self.most_sentences < 1:
+            raise ZooError("grid and limit must be 0 or more, most_sentences 1 or more.")
+
+
+@register("dataset", "nlvr")
+class NLVR:
+    """Samples are pictures with all their sentences (train) or one sentence each (dev)."""
+
+    def __init__(self, config: NLVRConfig) -> None:
+        self.config = config
+        self.root = Path(config.root)
+        if not self.root.is_dir():
+            raise ZooError(f"There is no folder {config.root!r} with the files of NLVR.")
+        self.sprites = Sprites(self.root / "sprites.json")
+        self.training = config.split == "train"
+        train_sentences = {r["sid"]: r["sentence"] for r in self._records("train_sentences.jsonl.gz")}
+        self.seen = frozenset(train_sentences.values())
+        self.pictures: dict[str, list[list[Shape]]] = {}
+        # (identifier of the picture, sentence, label) of each example
+        self.examples = self._train(train_sentences) if self.training else self._dev()
+        groups: dict[Any, list[int]] = {}
+        for number, (identifier, _, _) in enumerate(self.examples):
+            groups.setdefault(identifier if self.training and config.group_by_image else number, []).append(number)
+        self.groups = list(groups.values())
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """Return one picture and its sentences."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        random = np.random.default_rng([self.config.seed, epoch, index])
+        members = self.groups[index]
+        if len(members) > self.config.most_sentences:
+            members = [members[i] for i in sorted(random.permutation(len(members))[: self.config.most_sentences])]
+        identifier = self.examples[members[0]][0]
+        boxes = self.pictures[identifier]
+        if self.training and self.config.shuffle_boxes:
+            boxes = [boxes[i] for i in ORDERS[random.integers(len(ORDERS))]]
+        images = drawings(self.sprites, boxes, self.config.layout)
+        targets = {"patch_labels": cell_labels(images, self.config.grid)} if self.config.grid else {}
+        dialogs = [self._dialog(*self.examples[member], num_images=len(images)) for member in members]
+        return Sample(f"{self.config.split}-{identifier}", list[Drawing | Any](images), dialogs, targets)
+
+    def train_split(self) -> "NLVR":
+        """The training examples: what is common there is what a blind guess knows."""
+        return self if self.training else NLVR(replace(self.config, split="train", limit=0))
+
+    def _dialog(self, identifier: str, sentence: str, label: str, num_images: int) -> Dialog:
+        said = sentence.strip()
+        if self.config.plain_text:
+            said = said.lower().rstrip(" .")
+        question = self.config.prompt.replace("{sentence}", said)
+        asked = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
+        tower = all(s == 1 and t == 0 and x == 40 for box in self.pictures[identifier] for x, _, s, t, _ in box)
+        return Dialog(
+            [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": [{"type": "text", "text": label}]},
+            ],
+            kind="seen sentence" if sentence in self.seen else "new sentence",
+            choices=["true", "false"],
+            meta={"identifier": identifier, "group": sentence, "picture": "tower" if tower else "scatter"},
+        )
+
+    def _records(self, name: str) -> RecordFile:
+        return RecordFile(self.root / name)
+
+    def _dev(self) -> list[tuple[str, str, str]]:
+        examples = []
+        for record in self._limited(self._records("dev.jsonl.gz")):
+            self._add_picture(record)
+            examples.append((record["identifier"], record["sentence"], _label(record)))
+        return examples
+
+    def _train(self, sentences: dict[str, str]) -> list[tuple[str, str, str]]:
+        for record in self._records("train_images.jsonl.gz"):
+            self._add_picture(record)
+        labels: dict[tuple[str, str], str] = {}
+        for source in SOURCES:
+            for record in self._records(SOURCES[source]) if source in self.config.sources else []:
+                if record["identifier"] not in self.pictures:
+                    self._add_picture(record)
+                sentence = record["sentence"] if "sentence" in record else sentences[record["sid"]]
+                labels.setdefault((record["identifier"], sentence), _label(record))
+        return self._limited([(*key, label) for key, label in labels.items()])
+
+    def _limited(self, rows: Any) -> Any:
+        return [row for row, _ in zip(rows, range(self.config.limit or len(rows)), strict=False)]
+
+    def _add_picture(self, record: dict[str, Any]) -> None:
+        where = f"Example {record.get('identifier')!r} of NLVR"
+        structure = record.get("structured_rep")
+        if not isinstance(structure, list) or len(structure) != 3:
+            raise ZooError(f"{where} needs a structured_rep of three boxes.")
+        self.pictures[record["identifier"]] = [read_box(box, where) for box in structure]
+
+
+def _label(record: dict[str, Any]) -> str:
+    label = str(record.get("label")).lower()
+    if label not in {"true", "false"}:
+        raise ZooError(f"Example {record.get('identifier')!r} of NLVR has label {label!r}, not true or false.")
+    return label

@@ -1,0 +1,281 @@
+"""From records to dialogs: LLaVA's `conversations`, chat `messages`, or columns of question and answer.
+
+`<image>` in the text of a user or system turn marks where an image goes. The rules are:
+
+- as many marks as images: each takes the next image; line breaks and spaces around a mark at the edge of a turn go, the
+  chat template puts its own;
+- images but no mark: they are put in front of the first user turn, in order;
+- anything else is an error that names the record, as is a mark in an assistant turn.
+"""
+
+import base64
+import binascii
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any
+
+from zoo.registry import Dialog, ZooError, unknown
+
+MARK = "<image>"
+FORMATS = ("auto", "conversations", "messages", "columns")
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
+IMAGE_COLUMNS = ("image", "images")  # looked for where no column is named
+
+
+@dataclass
+class RecordFields:
+    """Where things stand in a record."""
+
+    format: str = "auto"  # conversations (LLaVA) | messages | columns (question and answer) | auto: what the record has
+    turns_field: str = ""  # list of turns; empty: conversations or messages
+    image_field: str = ""  # name of an image, or a list of names; empty: image or images
+    question_field: str = "question"
+    answer_field: str = "answer"  # a text or number, or a list of all accepted answers
+    choices_field: str = ""  # list of options for multiple choice; empty: none
+    id_field: str = ""  # empty: id, qid or question_id, else the place in the file
+    kind_field: str = ""  # row of the score table, such as answer_type; empty: the data set's name
+    task_field: str = ""  # name of the task that scores the record; empty: `task`
+    task: str = ""  # name of the task that scores all records; empty: the one asked for
+    prompt: str = "{question}"  # what the user says; braces take any column of the record
+    system: str = ""  # system turn put before dialogs that have none
+    meta_fields: list[str] = field(default_factory=list)  # columns written beside predictions
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise unknown("format of records", self.format, FORMATS)
+        for name in _columns_of(self.prompt):
+            if not name.isidentifier():
+                raise ZooError(f"prompt takes columns by name, as in '{{question}}'; got {{{name}}}.")
+
+
+def _columns_of(prompt: str) -> list[str]:
+    try:
+        parts = list(Formatter().parse(prompt))
+    except ValueError as error:
+        raise ZooError(f"prompt {prompt!r} cannot be read: {error}. Write {{{{ for a brace.") from None
+    if any(spec or conversion for _, name, spec, conversion in parts if name is not None):
+        raise ZooError(f"prompt {prompt!r} must name columns only, with no format behind ':' or '!'.")
+    return [name for _, name, _, _ in parts if name is not None]
+
+
+def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> tuple[list[Any], Dialog]:
+    """Return the images of a record, as it names them, and its dialog.
+
+    Raises:
+        ZooError: something is missing or does not fit; the message begins with `where`.
+    """
+    images = _images(record, fields, where)
+    turns_field = _turns_field(record, fields, where)
+    answers: list[str] = []
+    if turns_field:
+        messages, images = _turns(record[turns_field], images, f"{where}, {turns_field}")
+    else:
+        messages, answers = _question(record, fields, where)
+    if fields.system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": fields.system}]})
+    place_images(messages, len(images), where)
+    if messages[-1]["role"] != "assistant":
+        raise ZooError(f"{where}: the last turn is from the {messages[-1]['role']}; the assistant must have it.")
+    return images, Dialog(
+        messages,
+        kind=_text(record, fields.kind_field, where),
+        task=_text(record, fields.task_field, where) or fields.task,
+        answers=answers,
+        choices=[str(choice) for choice in _column(record, fields.choices_field, where) or []],
+        meta={name: _column(record, name, where) for name in fields.meta_fields},
+    )
+
+
+def record_id(record: Mapping[str, Any], fields: RecordFields) -> str:
+    """Return what the record calls itself, or nothing."""
+    for name in [fields.id_field] if fields.id_field else ["id", "qid", "question_id"]:
+        if record.get(name) is not None:
+            return str(record[name])
+    return ""
+
+
+def place_images(messages: list[dict[str, Any]], num_images: int, where: str) -> None:
+    """Check the image parts of `messages` against the number of images; put all images first where there is no part.
+
+    Raises:
+        ZooError: the counts differ.
+    """
+    marks = sum(_marks(message["content"]) for message in messages)
+    if marks == 0 and num_images:
+        first = next((m for m in messages if m["role"] == "user"), None)
+        if first is None:
+            raise ZooError(f"{where}: there is no user turn to put the image into.")
+        first["content"][:0] = [{"type": "image"} for _ in range(num_images)]
+    elif marks != num_images:
+        raise ZooError(
+            f"{where}: {marks} {MARK} for {num_images} image{'s' * (num_images != 1)}. Write one {MARK} per image, or "
+            "none to put the images first."
+        )
+
+
+def shared_head(dialog: Dialog) -> str | None:
+    """Return all that is said up to the last image; None where there is no image, or one behind an answer.
+
+    Dialogs with the same head can be read behind one another with the images in front once.
+    """
+    images = [(n, m) for n, message in enumerate(dialog.messages) for m in range(_marks(message["content"]))]
+    if not images:
+        return None
+    head = dialog.messages[: images[-1][0] + 1]
+    if any(message["role"] == "assistant" for message in head):
+        return None
+    last = max(n for n, part in enumerate(head[-1]["content"]) if part["type"] == "image")
+    return repr([*head[:-1], head[-1]["content"][: last + 1]])
+
+
+def split_marks(text: str) -> list[dict[str, Any]]:
+    """Cut a text at each `<image>` into text and image parts."""
+    if MARK not in text:
+        return [{"type": "text", "text": text}]
+    pieces = text.split(MARK)
+    said = [number for number, piece in enumerate(pieces) if piece.strip()]
+    if said and said[0] > 0:
+        pieces[said[0]] = pieces[said[0]].lstrip()
+    if said and said[-1] < len(pieces) - 1:
+        pieces[said[-1]] = pieces[said[-1]].rstrip()
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if number in said else []
+    return parts
+
+
+def _turns_field(record: Mapping[str, Any], fields: RecordFields, where: str) -> str:
+    """Return the column with the turns; empty where the record is made of columns."""
+    if fields.format == "columns":
+        return ""
+    if fields.turns_field:
+        wanted = [fields.turns_field]
+    else:
+        wanted = ["conversations", "messages"] if fields.format == "auto" else [fields.format]
+    for name in wanted:
+        if record.get(name) is not None:
+            return name
+    if fields.format == "auto" and not fields.turns_field and fields.question_field in record:
+        return ""
+    allowed = [*wanted, fields.question_field] if fields.format == "auto" else wanted
+    raise ZooError(f"{where} has none of {', '.join(map(repr, allowed))}; its fields are {', '.join(sorted(record))}.")
+
+
+def _images(record: Mapping[str, Any], fields: RecordFields, where: str) -> list[Any]:
+    if fields.image_field:
+        value = _column(record, fields.image_field, where)
+    else:
+        value = next((record[name] for name in IMAGE_COLUMNS if record.get(name) is not None), None)
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Read LLaVA or chat turns, mixed as they come; parts with an image of their own put it among the images."""
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise ZooError(f"{where}: a list of turns is needed, got {type(turns).__name__} {str(turns)[:40]!r}.")
+    queue = list(images)
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns, 1):
+        at = f"{where}, turn {number}"
+        if not isinstance(turn, Mapping):
+            raise ZooError(f"{at} is a {type(turn).__name__}; `from` and `value`, or `role` and `content`, are needed.")
+        speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if speaker not in ROLES:
+            raise ZooError(f"{at}: {unknown('speaker', str(speaker), ROLES)}")
+        parts: list[dict[str, Any]] = []
+        for part in _parts(content, at):
+            if "source" in part:
+                queue.insert(sum(_marks(m["content"]) for m in messages) + _marks(parts), part["source"])
+            parts.append({key: value for key, value in part.items() if key != "source"})
+        if ROLES[speaker] == "assistant" and _marks(parts):
+            raise ZooError(f"{at}: the assistant cannot say {MARK}; images belong to the user's turns.")
+        messages.append({"role": ROLES[speaker], "content": parts})
+    return messages, queue
+
+
+def _marks(parts: list[dict[str, Any]]) -> int:
+    return sum(part["type"] == "image" for part in parts)
+
+
+def _parts(content: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return split_marks(content)
+    if not isinstance(content, Sequence):
+        raise ZooError(f"{where}: a text or a list of parts is needed, got {type(content).__name__}.")
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(part, str) or kind == "text":
+            parts += split_marks(part if isinstance(part, str) else str(part.get("text", "")))
+        elif kind in {"image", "image_url"}:
+            source = next((part[k] for k in ("image", "image_url", "path", "url") if part.get(k)), None)
+            source = source.get("url") if isinstance(source, Mapping) and "url" in source else source
+            parts.append({"type": "image"} if source is None else {"type": "image", "source": source})
+        else:
+            raise ZooError(f"{where}: {unknown('part of a message', str(kind), ['text', 'image', 'image_url'])}")
+    return parts
+
+
+def _question(record: Mapping[str, Any], fields: RecordFields, where: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Make the two turns of a question and its answer; a list of answers keeps them all and trains on the commonest."""
+    columns = {
+        name: _text(record, fields.question_field if name == "question" else name, where)
+        for name in _columns_of(fields.prompt)
+    }
+    answer = _column(record, fields.answer_field, where)
+    answers = []
+    if isinstance(answer, (list, tuple)):
+        answers = [str(a["answer"]) if isinstance(a, Mapping) and "answer" in a else str(a) for a in answer]
+        answer = Counter(answers).most_common(1)[0][0] if answers else None
+    if answer is None or str(answer).strip() == "":
+        raise ZooError(f"{where}: {fields.answer_field!r} is empty, so there is nothing to learn or to compare with.")
+    question = fields.prompt.format(**columns)
+    return [
+        {"role": "user", "content": split_marks(question)},
+        {"role": "assistant", "content": [{"type": "text", "text": str(answer)}]},
+    ], answers
+
+
+def _column(record: Mapping[str, Any], name: str, where: str) -> Any:
+    if not name:
+        return None
+    if name not in record:
+        raise ZooError(f"{where}: {unknown('field', name, map(str, record))}")
+    return record[name]
+
+
+def _text(record: Mapping[str, Any], name: str, where: str) -> str:
+    value = _column(record, name, where)
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def inline_image(name: str, where: str) -> bytes | None:
+    """Return the bytes of a `data:` address, or None for any other name.
+
+    Raises:
+        ZooError: the address is broken.
+    """
+    if not name.startswith("data:"):
+        return None
+    head, _, body = name.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("it is not base64")
+        return base64.b64decode(body, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise ZooError(f"{where}: the image in {head[:40]!r} cannot be read: {error}") from None
