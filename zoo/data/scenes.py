@@ -26,6 +26,18 @@ SPLITS = ("train", "eval")
 BINS = 32  # words for a coordinate
 CHUNK = 128  # scenes in a chunk
 
+QUESTIONS = {
+    "exist": 4,
+    "color": 2,
+    "shape": 1,
+    "size": 1,
+    "count": 2,
+    "relation": 4,
+    "box": 2,
+    "point": 1,
+    "caption": 0,
+}
+
 # Streams of random numbers: what is drawn by one never moves when another changes.
 PLACE, DRAW, ASK = range(3)
 
@@ -40,12 +52,7 @@ class ScenesConfig:
     grid: int = 8  # cells per side of the dense labels; 0: none
     seed: int = 0
     # How many of each kind are asked about a picture, in this order; those given replace the numbers here.
-    questions: dict[str, int] = field(
-        default_factory=lambda: {
-            "exist": 4, "color": 2, "shape": 1, "size": 1,
-            "count": 2, "relation": 4, "box": 2, "point": 1, "caption": 0,
-        }
-    )  # fmt: skip
+    questions: dict[str, int] = field(default_factory=lambda: dict(QUESTIONS))
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -63,7 +70,7 @@ class ScenesConfig:
                 raise unknown("kind of question", kind, KINDS)
             if number < 0:
                 raise ZooError(f"The number of {kind!r} questions must not be negative, got {number}.")
-        if not any(self.questions.values()):
+        if not any((QUESTIONS | dict(self.questions)).values()):
             raise ZooError("questions must ask for at least one question per picture.")
 
 
@@ -82,7 +89,7 @@ class Scenes:
         self.config = config
         self.level: Level = LEVELS[config.difficulty]
         self.training = config.split == "train"
-        numbers = ScenesConfig().questions | dict(config.questions)
+        numbers = QUESTIONS | dict(config.questions)
         self.wanted = [KINDS.index(kind) for kind, number in numbers.items() for _ in range(number)]
         self._placed: dict[Chunk, Objects] = {}
         self._drawn: dict[Chunk, tuple[np.ndarray, np.ndarray | None]] = {}  # pictures and labels; all are kept
