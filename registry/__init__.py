@@ -21,6 +21,7 @@ from zoo.registry.core import (
     names,
     refuse_code,
     register,
+    source_options,
 )
 from zoo.registry.errors import ZooError, nearest, unknown
 
@@ -45,5 +46,6 @@ __all__ = [
     "nearest",
     "refuse_code",
     "register",
+    "source_options",
     "unknown",
 ]

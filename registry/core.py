@@ -4,10 +4,8 @@ Two steps keep names cheap: each folder *declares* a line per component (kind, n
 *registers* its class when it is imported, which happens on first use.
 """
 
-import ast
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -18,20 +16,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from zoo.registry.contracts import KINDS
 from zoo.registry.errors import ZooError, unknown
-
-MISSING: Any = "???"  # default of a required option, as OmegaConf spells it
+from zoo.registry.source import MISSING, Option, options_in, options_of, summary_of
 
 T = TypeVar("T", bound=type)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One field of a component's dataclass."""
-
-    name: str
-    type: str
-    default: Any  # MISSING where the option is required
-    doc: str
 
 
 @dataclass(frozen=True)
@@ -188,7 +175,8 @@ def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
 
     A component is given the derived values that its `__init__` names, and no others.
     """
-    entry, config = config_of(kind, node)
+    entry, typed = config_of(kind, node)
+    config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})  # importable, so it pickles
     accepted = inspect.signature(entry.cls.__init__).parameters
     return entry.cls(config, **{k: v for k, v in derived.items() if k in accepted})
 
@@ -211,15 +199,6 @@ def refuse_code(value: Any, where: str) -> None:
         raise ZooError(f"{where} holds the interpolation {value!r}: write the value itself.")
 
 
-def summary_of(file: Path) -> str:
-    """Return the first line of a module's docstring without importing the module."""
-    try:
-        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    except (OSError, SyntaxError):
-        return ""
-    return text.partition("\n")[0].strip()
-
-
 def source_of(kind: str, name: str) -> Path | None:
     """Return the file of a component; without importing it where it is only declared."""
     if entry := _entries[kind].get(name):
@@ -228,37 +207,9 @@ def source_of(kind: str, name: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def options_of(config: type) -> list[Option]:
-    """Return the fields of a dataclass with type, default and the comment that follows each in its source."""
-    docs: dict[str, str] = {}
-    for base in reversed(config.__mro__):
-        if is_dataclass(base):
-            docs |= _field_comments(base)
-    hints = {f.name: f.type if isinstance(f.type, str) else getattr(f.type, "__name__", None) for f in fields(config)}
-    result = []
-    for f in fields(config):
-        default = f.default
-        if default is NO_DEFAULT:
-            default = f.default_factory() if f.default_factory is not NO_DEFAULT else MISSING
-        result.append(Option(f.name, hints[f.name] or str(f.type), default, docs.get(f.name, "")))
-    return result
-
-
-def _field_comments(cls: type) -> dict[str, str]:
-    """Field name -> trailing comment, or the comment lines right above it."""
-    try:
-        lines = inspect.getsource(cls).splitlines()
-    except (OSError, TypeError):
-        return {}
-    docs, above = {}, []
-    for line in lines:
-        text = line.strip()
-        if text.startswith("#"):
-            above.append(text.lstrip("# "))
-            continue
-        head = text.partition(":")[0].strip()
-        if head.isidentifier() and ":" in text:
-            _, hash_, tail = text.partition("  # ")
-            docs[head] = tail.strip() if hash_ else " ".join(above)
-        above = []
-    return docs
+def source_options(kind: str, name: str) -> list[Option]:
+    """Return the options of a component without importing it: from its dataclass if that is here, else from its text."""
+    if entry := _entries[kind].get(name):
+        return entry.options
+    file = source_of(kind, name)
+    return options_in(file, kind, name) if file else []

@@ -1,0 +1,117 @@
+"""Components from outside: bring them in before a config is composed, and keep one that breaks from breaking the rest.
+
+A plugin is an installed package with an entry point in the group `zoo.plugins`, a module by its dotted name, or a Python
+file (`./my_pruner.py`). Loading it runs its code, so a plugin is only ever named by a person: on the command line, in a
+recipe, in `ZOO_PLUGINS`, or by installing it. What a saved model says about plugins is asked for, never loaded.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from zoo.registry.contracts import KINDS
+from zoo.registry.core import names
+
+ENTRY_POINT_GROUP = "zoo.plugins"
+
+
+@dataclass
+class Plugin:
+    """A plugin and how loading it went."""
+
+    name: str  # as a person writes it: package, module or file
+    origin: str  # installed | ZOO_PLUGINS | named
+    error: str = ""  # empty: it loaded
+    adds: list[str] = field(default_factory=list)  # kind/name of the components it brought
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+
+_plugins: dict[str, Plugin] = {}
+
+
+def status() -> list[Plugin]:
+    """Return every plugin that was looked at in this process, in order."""
+    return list(_plugins.values())
+
+
+def failed() -> list[Plugin]:
+    """Return the plugins that raised."""
+    return [p for p in _plugins.values() if not p.ok]
+
+
+def loaded() -> list[str]:
+    """Return the names of the plugins that loaded, for a saved model to remember."""
+    return [p.name for p in _plugins.values() if p.ok]
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a plugin that a saved model remembers is here, by its name or as a file of the same name."""
+    return any(p.ok and (p.name == name or Path(p.name).name == Path(name).name) for p in _plugins.values())
+
+
+def load_installed() -> list[Plugin]:
+    """Load the entry points and what `ZOO_PLUGINS` names. Each is tried once per process."""
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        name = point.dist.name if point.dist else point.name
+        _load(name if name not in _plugins else f"{name}:{point.name}", "installed", point)
+    load([p.strip() for p in os.environ.get("ZOO_PLUGINS", "").split(",") if p.strip()], "ZOO_PLUGINS")
+    return status()
+
+
+def load(wanted: Iterable[str], origin: str = "named") -> list[Plugin]:
+    """Load modules and files by name; a failure is recorded, not raised."""
+    return [_load(name, origin) for name in wanted]
+
+
+def _load(name: str, origin: str, point: EntryPoint | None = None) -> Plugin:
+    key = f"{name}={point.value}" if point else name
+    if (known := _plugins.get(key)) and (known.ok or origin == "installed"):
+        return known
+    plugin = _plugins[key] = Plugin(name, origin)
+    before = _components()
+    try:
+        if point:
+            point.load()
+        elif name.endswith(".py") or "/" in name:
+            _load_file(Path(name))
+        else:
+            import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may even call sys.exit: the rest must work
+        first = (str(error).strip() or "no message").splitlines()[0]
+        plugin.error = f"{type(error).__name__}: {first}"
+    plugin.adds = sorted(_components() - before)
+    return plugin
+
+
+def _load_file(path: Path) -> None:
+    """Run a Python file as a module of its own, so that two files of the same name do not meet."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    name = f"zoo_plugin_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _components() -> set[str]:
+    return {f"{kind}/{name}" for kind in KINDS for name in names(kind)}

@@ -1,0 +1,195 @@
+"""The config of a run: its schema, and how overrides, presets and recipes become one typed, checked config.
+
+Hydra composes; the schema below and the dataclasses of the components are the only ones it sees. Nothing here imports
+torch; the modules of the components that a run chose do.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import MANY, ZooError, config_of
+from zoo.registry.store import SLOT_KINDS, group_of
+from zoo.stage import Stage
+
+CONFIG_NAME = "zoo"
+DEFAULT_RECIPE = "scenes_tiny"
+DEFAULT_MODEL = "scenes_tiny"
+
+
+@dataclass
+class ModelSource:
+    """Where the composed model and its weights come from; filled in by `model=`."""
+
+    name: str = ""  # preset, or the folder or repository
+    source: str = "preset"  # preset | dir | hub
+    repository: str = ""  # on the hub, of the preset's trained weights or of the model itself
+    revision: str = ""  # commit or tag of `repository`
+    sha256: str = ""  # of the weights, where the card states it
+
+
+@dataclass
+class TokenizerConfig:
+    checkpoint: str | None = None  # hub name or folder; null: the LLM's own, or one trained on the run's text
+    vocab_size: int = 4096  # of a tokenizer that is trained
+    chat_template: str = ""  # name of a built-in template; empty: the tokenizer's own
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes: `dir/<date>/<name, or the time>`."""
+
+    dir: str = "runs"  # under which run folders are made
+    name: str = ""  # of the run folder; empty: the time
+    folder: str = ""  # exactly this folder, instead of one made from `dir` and `name`
+    recipe: str = ""  # filled in by `recipe=`
+
+
+def _defaults() -> list[Any]:
+    """A later entry's `override` beats an earlier one's, and its body is merged later: the recipe has the last word."""
+    slots = [{group_of(kind): [] if kind in MANY else None} for kind in SLOT_KINDS]
+    hydra = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    hydra.append({"override hydra/sweeper": "zoo"})
+    return ["_self_", *slots, {"model": DEFAULT_MODEL}, {"recipe": DEFAULT_RECIPE}, *hydra]
+
+
+def _hydra() -> dict[str, Any]:
+    """Hydra itself writes nothing, except what a sweep ran."""
+    sweep = {"dir": "${run.dir}/sweeps/${now:%Y-%m-%d}/${now:%H-%M-%S}", "subdir": "${hydra.job.num}"}
+    return {"run": {"dir": "."}, "sweep": sweep, "output_subdir": None, "job": {"chdir": False}}
+
+
+@dataclass
+class RunRoot:
+    """Everything a run knows, for `zoo train`, `zoo eval`, `zoo check` and `zoo.load` alike."""
+
+    defaults: list[Any] = field(default_factory=_defaults)
+    hydra: Any = field(default_factory=_hydra)
+    # The model: one component per slot; pruner and adapter hold several, by name
+    vision: Any = None
+    pruner: dict[str, Any] = field(default_factory=dict)
+    projector: Any = None
+    llm: Any = None
+    adapter: dict[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelSource = field(default_factory=ModelSource)
+    # Data and tasks, by name
+    data: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    # Training
+    stages: dict[str, Stage] = field(default_factory=dict)
+    resume: str | None = None  # folder of a run, or `last`
+    # Evaluation
+    batch_size: int = 32  # dialogs per batch
+    limit: int | None = None  # samples of each data set; null: all
+    # Machine
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16
+    attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
+    workers: int = 0  # processes that read data for evaluation
+    # The run
+    plugins: list[str] = field(default_factory=list)  # modules and files to load first
+    log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def store_schema() -> None:
+    """Give Hydra the root schema and our sweeper."""
+    from hydra.core.config_store import ConfigStore
+
+    from zoo.sweep import register_sweeper
+
+    ConfigStore.instance().store(CONFIG_NAME, RunRoot, provider="zoo")
+    register_sweeper()
+
+
+def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
+    """Compose and check the config of `zoo <command> <overrides>`, also inside a running Hydra job.
+
+    Args:
+        command: train, eval and check start from the default recipe, anything else from no recipe.
+        overrides: as on the command line.
+        config_dir: folder with more models, recipes and data, laid out as `conf/`.
+
+    Returns:
+        The typed config (a DictConfig of `RunRoot`).
+
+    Raises:
+        ZooError: anything that is wrong with the config.
+    """
+    from zoo.explain import explained
+    from zoo.prepare import prepare
+
+    with explained():
+        prepared = prepare(command, overrides, config_dir)
+        from hydra import compose as hydra_compose
+
+        store_schema()
+        with _hydra_of_its_own(config_dir):
+            cfg = hydra_compose(CONFIG_NAME, prepared)
+        validate(cfg)
+    return cfg
+
+
+@contextmanager
+def _hydra_of_its_own(config_dir: str | Path | None) -> Iterator[None]:
+    """Set up Hydra for one composition, and leave a job that is running as it was."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_module("zoo.conf", version_base="1.3"):
+            inner = GlobalHydra.instance().hydra
+            if config_dir and inner:
+                add_config_dir(inner.config_loader.get_search_path(), config_dir)
+                inner.config_loader.repository.initialize_sources(inner.config_loader.get_search_path())
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def add_config_dir(search_path: Any, config_dir: str | Path) -> None:
+    """Let Hydra look into a user's folder too, as its own `--config-dir` does."""
+    from hydra.core.config_search_path import SearchPathQuery
+
+    path = f"file://{Path(config_dir).resolve()}"
+    search_path.prepend(provider="command-line", path=path, anchor=SearchPathQuery(provider="schema"))
+
+
+def slots_of(cfg: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield kind, key and node of every component that the config chose; the key of a single slot is its kind."""
+    for kind in SLOT_KINDS:
+        node = cfg.get(group_of(kind))
+        if kind in MANY:
+            yield from ((kind, str(key), item) for key, item in (node or {}).items())
+        elif node is not None:
+            yield kind, kind, node
+
+
+def validate(cfg: Any) -> None:
+    """Check every chosen component and every stage: names, types, required values, and what their dataclasses say.
+
+    Raises:
+        ZooError: the first thing that is wrong.
+    """
+    from omegaconf import OmegaConf
+
+    for kind, key, node in slots_of(cfg):
+        if not hasattr(node, "keys") or "name" not in node:
+            slot = group_of(kind)
+            if kind in MANY:
+                raise ZooError(f"{slot} {key!r} has options but is not chosen: add it with {slot}=[...,{key}].")
+            raise ZooError(f"{slot} has options but no component is chosen: write {slot}=<name>.")
+        config_of(kind, node)
+    for kind in ("vision", "llm"):
+        if cfg[kind] is None:
+            raise ZooError(f"No {kind} is chosen. Write {kind}=<name>, or start from a preset with model=<name>.")
+    for name, stage in cfg.stages.items():
+        try:
+            OmegaConf.to_object(stage)
+        except ZooError as error:
+            raise ZooError(f"stage {name!r}: {error}") from error

@@ -1,0 +1,174 @@
+"""From what a person typed to what Hydra can compose: plugins, names, saved models, presets trimmed to the choice.
+
+`prepare` runs once for a run and once for every job of a sweep. It looks at names only, so that most mistakes are found
+before any component is imported.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from zoo import presets, saved
+from zoo.config import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
+from zoo.registry import MANY, ZooError, names, plugins, source_options, unknown
+from zoo.registry.store import SLOT_KINDS, flush, group_of, kind_of
+
+RECIPE_COMMANDS = ("train", "eval", "check")  # these start from the default recipe; anything else from none
+SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
+SEVERAL = tuple(group_of(kind) for kind in SLOT_KINDS if kind in MANY)
+_OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # a stage's dicts that take any key
+_STAGE = re.compile(r"stages\.\w+(\.|$)")
+
+
+def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """Load plugins, make every component an option, and rewrite overrides to what Hydra can compose.
+
+    Raises:
+        ZooError: an override cannot be read, or names something that does not exist.
+    """
+    parsed = parse(overrides)
+    for override in parsed:
+        if override.is_sweep_override():
+            line, key = override.input_line, override.key_or_group
+            several = f", or brackets for several at once: {key}=[...]" if key in SEVERAL else ""
+            raise ZooError(f"{line!r} is a sweep: add -m to run each{several}.")
+    load_plugins(command, [values(parsed)], config_dir)
+    flush()
+    for override in parsed:
+        check(override, config_dir)
+    choice = settle(command, values(parsed), config_dir)
+    lines = [line for o in parsed if o.key_or_group not in ("model", "recipe") for line in _rewritten(o, choice)]
+    return lines + choice.lines(config_dir)
+
+
+def parse(overrides: Sequence[str]) -> list[Any]:
+    """Return Hydra's view of each override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser, parsed = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except OverrideParseException as error:
+            hint = "" if "=" in text else f" Options are given as {text}=<value>."
+            raise ZooError(f"Cannot read {text!r}.{hint} Quote a value that holds spaces, commas or braces.") from error
+    return parsed
+
+
+def values(parsed: Iterable[Any]) -> dict[str, Any]:
+    """Key -> value of overrides that set one."""
+    return {o.key_or_group: o.value() for o in parsed if not o.is_delete()}
+
+
+def default_recipe(command: str) -> str | None:
+    """Return the recipe of a command where none is named."""
+    return DEFAULT_RECIPE if command in RECIPE_COMMANDS else None
+
+
+def load_plugins(command: str, runs: Iterable[Mapping[str, Any]], config_dir: str | Path | None = None) -> None:
+    """Load installed plugins, those that the recipes name, and those named with `plugins=`."""
+    plugins.load_installed()
+    wanted: list[str] = []
+    for given in runs:
+        recipe = given.get("recipe", default_recipe(command))
+        if isinstance(recipe, str):
+            wanted += presets.plugins_of(recipe, config_dir)
+        wanted += [str(name) for name in presets.as_list(given.get("plugins"))]
+    plugins.load(dict.fromkeys(wanted))
+
+
+def check(override: Any, config_dir: str | Path | None) -> None:
+    """Refuse keys and choices that do not exist, and Hydra's prefixes where they would slip past the schema."""
+    key, value = override.key_or_group, override.value()
+    if override.is_hydra_override() or key.startswith("hydra/"):
+        return
+    if override.package is not None:
+        raise ZooError(f"{override.input_line!r}: '@' is for files. Write {key}=<name>.")
+    if (override.is_add() or override.is_force_add() or override.is_delete()) and not _STAGE.match(key):
+        off = "[]" if key in SEVERAL else "null"
+        instead = f"{key}={off}" if override.is_delete() else override.input_line.lstrip("+")
+        raise ZooError(f"{override.input_line!r}: an option is there or it is not. Write {instead}.")
+    head = key.partition(".")[0]
+    known = {f.name for f in fields(RunRoot)} - {"defaults", "hydra"} | {"recipe"}
+    if head not in known:
+        raise unknown("option", head, known)
+    if key in SLOTS and not isinstance(value, dict):
+        if key not in SEVERAL and isinstance(value, list):
+            raise ZooError(f"{key}={_text(value)}: the slot {key!r} holds one component. Write {key}=<name>.")
+        for name in presets.as_list(value):
+            presets.require(key, name, config_dir)
+    elif key == "recipe" and value is not None:
+        presets.require(key, value, config_dir)
+
+
+@dataclass
+class Choice:
+    """The recipe, the model and the components that a run picks."""
+
+    recipe: str | None
+    model: str
+    own: dict[str, Any]  # group -> what recipe and model pick by themselves
+    own_of_model: dict[str, Any]
+    chosen: dict[str, Any]  # group -> what the run picks; a list where the slot holds several
+    source: dict[str, str]  # fields of ModelSource
+
+    def lines(self, config_dir: str | Path | None = None) -> list[str]:
+        """Return the overrides that make Hydra compose this choice."""
+        lines = [f"model={presets.trim('model', self.model, self.own_of_model, self.chosen, config_dir)}"]
+        lines += [f"++model.{key}='{value}'" for key, value in self.source.items()]
+        if self.recipe is None:
+            return [*lines, "recipe=null"]
+        recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir)
+        return [*lines, f"recipe={recipe}", f"run.recipe={self.recipe}"]
+
+
+def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None = None) -> Choice:
+    """Find out what a run picks: its own overrides first, then the recipe's, then the model's."""
+    recipe = given.get("recipe", default_recipe(command))
+    from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
+    asked = given.get("model", from_recipe.get("model", DEFAULT_MODEL))
+    model, source = saved.resolve(asked, given, config_dir)
+    from_model = presets.selection("model", model, config_dir)
+    if recipe and "recipe" not in given and "data" in from_model:
+        recipe, from_recipe = None, {}  # a saved model brings its own data: the default recipe's do not apply
+    own = {**from_model, **from_recipe}
+    picked = {key: given[key] for key in SLOTS if key in given and not isinstance(given[key], dict)}
+    chosen = {key: presets.as_list(v) if key in SEVERAL else v for key, v in {**own, **picked}.items()}
+    source = {key: value for key, value in source.items() if f"model.{key}" not in given}
+    return Choice(recipe, model, own, from_model, chosen, source)
+
+
+def _rewritten(override: Any, choice: Choice) -> list[str]:
+    """Spell an override the way Hydra wants it."""
+    key, value = override.key_or_group, override.value()
+    if key in SEVERAL and value is None:
+        return [f"{key}=[]"]
+    if key in ("plugins", "log") and not isinstance(value, list):
+        return [f"{key}={_text(presets.as_list(value))}"]
+    if _OPEN.match(key) and not override.is_delete():
+        return ["++" + override.input_line.lstrip("+")]
+    if members := having(key, choice.chosen):
+        group, _, option = key.partition(".")
+        return [f"{group}.{member}.{option}={override.get_value_element_as_str()}" for member in members]
+    return [override.input_line]
+
+
+def having(key: str, chosen: Mapping[str, Any]) -> list[str]:
+    """Return the chosen members that have the option meant by a short path such as `pruner.keep_ratio`."""
+    parts = key.split(".")
+    if len(parts) != 2 or parts[0] not in SEVERAL:
+        return []
+    group, option = parts
+    kind, members = kind_of(group), chosen.get(group, [])
+    if kind is None or option in members:
+        return []
+    return [m for m in members if m in names(kind) and option in {o.name for o in source_options(kind, m)}]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value)
