@@ -4,11 +4,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-_root = Path(__file__).parent.parent
-if (_root / "pyproject.toml").is_file():  # a checkout: the other folders of the package stand beside this one
-    __path__.append(str(_root))
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file():  # a checkout, run in place or linked to by an editable install
+    __path__[:] = [str(_root / "zoo"), str(_root)]  # the other folders of the package stand beside this one
 
 from zoo import data, distill, fusion, tasks, vision  # noqa: E402  tables of the components, nothing heavy
+from zoo.auto import register_when_loaded  # noqa: E402
 from zoo.registry import (  # noqa: E402
     Dialog,
     ImageFeatures,
@@ -21,8 +22,8 @@ from zoo.registry import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
-    from zoo.check import check
-    from zoo.load import compose, load
+    from zoo.checker import check
+    from zoo.loading import compose, load
     from zoo.model import ZooConfig, ZooModel
     from zoo.processor import ZooProcessor
 
@@ -33,9 +34,9 @@ _LAZY = {
     "ZooConfig": "zoo.model",
     "ZooModel": "zoo.model",
     "ZooProcessor": "zoo.processor",
-    "check": "zoo.check",
-    "compose": "zoo.load",
-    "load": "zoo.load",
+    "check": "zoo.checker",
+    "compose": "zoo.loading",
+    "load": "zoo.loading",
 }
 
 __all__ = [
@@ -54,6 +55,9 @@ __all__ = [
     "names",
     "register",
 ]
+
+
+register_when_loaded()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,174 @@
+"""Slots -> parts. The one place that knows how parts fit together.
+
+The walk goes vision -> pruners -> projector -> llm -> adapters. It carries the number of image tokens, the grid, the width and the
+set of capabilities that hold, and refuses the first thing that does not fit. `zoo check` does the same walk on the meta device.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo import registry
+from zoo.registry import ZooError
+
+# What a part may need that only holds once the LLM stands: checked after the walk has passed it.
+LATE = frozenset({"image_tokens", "moe"})
+# What an encoder computes only when somebody needs it.
+ON_REQUEST = frozenset({"cls_attention", "prefix_tokens", "pooling_head"})
+
+
+class MisfitError(ZooError):
+    """Two parts do not fit. `part` and `why` are for the checker, which looks for fixes; the message is for people."""
+
+    def __init__(self, part: tuple[str, str], why: str, message: str) -> None:
+        super().__init__(message)
+        self.part, self.why = part, why
+
+
+@dataclass
+class Step:
+    """One row of the walk: a part, and what leaves it."""
+
+    kind: str
+    name: str
+    tokens: int  # image tokens per image after this part
+    grid: tuple[int, int] | None
+    width: int
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
+
+
+@dataclass
+class Parts:
+    """The modules of a composed model, and the walk that led to them."""
+
+    vision: Any = None
+    pruner: dict[str, Any] = field(default_factory=dict)
+    projector: Any = None
+    llm: Any = None
+    adapter: dict[str, Any] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders per image in the LLM's sequence; 0 where images do not stand in it."""
+        return next((s.tokens for s in self.steps if s.kind == "projector"), 0)
+
+    @property
+    def requested(self) -> frozenset[str]:
+        """What the encoder must compute beside tokens."""
+        needed = frozenset().union(*(s.needs for s in self.steps)) if self.steps else frozenset()
+        return needed & ON_REQUEST
+
+    def name_of(self, kind: str) -> str:
+        """Registry name of the first part of a kind, or nothing."""
+        return next((s.name for s in self.steps if s.kind == kind), "")
+
+
+def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
+    """Build the parts that `slots` names, in the order of the walk; structure only under `torch.device("meta")`.
+
+    Args:
+        slots: `vision`, `projector`, `llm` a node or None; `pruner`, `adapter` a dict of nodes keyed by component name.
+        vocab_size: of the tokenizer; an LLM built from sizes takes it, one from a checkpoint grows to it.
+
+    Raises:
+        MisfitError: two parts do not fit together; the message says which, why, and what is there instead.
+    """
+    parts = Parts()
+    have: frozenset[str] = frozenset()
+    tokens, grid, width = 0, None, 0
+
+    def took(kind: str, name: str, part: Any, **leaves: Any) -> None:
+        words = {w: frozenset(getattr(part, w, frozenset())) for w in ("needs", "provides", "destroys")}
+        parts.steps.append(Step(kind, name, **leaves, **words))
+
+    if not slots.get("llm"):
+        raise MisfitError(("llm", ""), "empty", "The slot llm is empty: a model needs a language model, llm=hf for example.")
+    if node := slots.get("vision"):
+        parts.vision = registry.build("vision", node)
+        tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
+        have = frozenset(parts.vision.provides)
+        took("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
+    vision_name = parts.steps[0].name if parts.steps else ""
+
+    for name, node in (slots.get("pruner") or {}).items():
+        if parts.vision is None:
+            raise MisfitError(("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty.")
+        pruner = registry.build("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
+        _require("pruner", name, pruner, have, f"vision {vision_name!r}", slots)
+        tokens = pruner.num_tokens(tokens)
+        have = (have - getattr(pruner, "destroys", frozenset())) | getattr(pruner, "provides", frozenset())
+        grid = tuple(pruner.grid) if getattr(pruner, "grid", None) and "grid" in have else (grid if "grid" in have else None)
+        parts.pruner[name] = pruner
+        took("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
+
+    # The LLM's width is needed by the projector, so it is built first and walked second.
+    parts.llm = registry.build("llm", slots["llm"], vocab_size=vocab_size)
+    text_dim = parts.llm.hidden_size
+    if node := slots.get("projector"):
+        name = node["name"]
+        if parts.vision is None:
+            raise MisfitError(("projector", name), "no vision", f"projector {name!r} has no image tokens: the slot vision is empty.")
+        grid_now = grid if "grid" in have else None
+        parts.projector = registry.build(
+            "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
+        )
+        _require("projector", name, parts.projector, have, f"vision {vision_name!r}", slots)
+        tokens = parts.projector.num_tokens(tokens)
+        have |= {"image_tokens"}
+        took("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
+
+    have |= frozenset(parts.llm.provides)
+    took("llm", slots["llm"]["name"], parts.llm, tokens=parts.num_image_tokens, grid=None, width=text_dim)
+    for name, node in (slots.get("adapter") or {}).items():
+        adapter = registry.build(
+            "adapter", {**node, "name": name}, llm=parts.llm, vision_dim=width or None, text_dim=text_dim, grid=grid
+        )
+        _require("adapter", name, adapter, have, f"llm {slots['llm']['name']!r}", slots)
+        have = (have - getattr(adapter, "destroys", frozenset())) | getattr(adapter, "provides", frozenset())
+        parts.adapter[name] = adapter
+        adapter.attach()
+        took("adapter", name, adapter, tokens=parts.num_image_tokens, grid=None, width=text_dim)
+    for name, pruner in parts.pruner.items():  # what a pruner needs inside the LLM holds only now
+        missing = (frozenset(getattr(pruner, "needs", ())) & LATE) - have
+        if missing:
+            raise _misfit("pruner", name, missing, have, f"llm {slots['llm']['name']!r}")
+        if hasattr(pruner, "attach"):
+            pruner.attach(parts.llm)
+
+    if parts.vision is not None and parts.projector is None and not any(_uses_image(a) for a in parts.adapter.values()):
+        raise MisfitError(
+            ("projector", ""),
+            "image unused",
+            f"The image reaches nothing: vision {vision_name!r} has no projector, and no adapter takes image features. "
+            f"Set projector={registry.names('projector')[0]} for example.",
+        )
+    return parts
+
+
+def _uses_image(adapter: Any) -> bool:
+    return bool(frozenset(getattr(adapter, "needs", ())) & {"image", "grid", "cls_attention", "prefix_tokens"})
+
+
+def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
+    needs = frozenset(getattr(part, "needs", frozenset())) - {"image"}
+    missing = needs - have - (LATE if kind == "pruner" else frozenset())
+    if missing:
+        destroyers = [
+            n for n in (slots.get("pruner") or {}) if n != name and missing & frozenset(registry.get("pruner", n).cls.destroys)
+        ]
+        raise _misfit(kind, name, missing, have, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers))
+
+
+def _misfit(
+    kind: str, name: str, missing: frozenset[str], have: frozenset[str], source: str, destroyed: bool = False
+) -> MisfitError:
+    what = ", ".join(sorted(missing))
+    how = f"{source} destroys it" if destroyed else f"{source} does not give it"
+    return MisfitError(
+        (kind, name),
+        f"{'destroyed' if destroyed else 'missing'}: {what}",
+        f"{kind} {name!r} needs {what}, but {how}. What holds there: {', '.join(sorted(have)) or 'nothing'}.",
+    )

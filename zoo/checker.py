@@ -1,0 +1,343 @@
+"""The check before anything is loaded: walk the composition on the meta device, and refuse what does not fit.
+
+A refusal says which part, why, what is there instead, and up to three changes that do fit: each of them was tried by this
+very check. The same check runs inside `zoo train` and `zoo.load`, before a weight is read.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from zoo import registry
+from zoo.assembly import Parts, assemble
+from zoo.registry import MISSING, ZooError
+
+_TEXT = 64  # tokens of text beside the images that a sequence must have room for
+_MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
+_SECONDS = 6.0  # and how long it may take
+
+
+@dataclass
+class Row:
+    """A part in the walk, and what leaves it."""
+
+    kind: str
+    name: str
+    tokens: int
+    grid: tuple[int, int] | None
+    width: int
+    parameters: int
+    trainable: int
+    needs: frozenset[str]
+    provides: frozenset[str]
+    destroys: frozenset[str]
+    bytes: int
+
+
+@dataclass
+class Stagecheck:
+    """What a stage of the recipe trains, and the memory it takes."""
+
+    name: str
+    trainable: dict[str, int]
+    memory: int  # bytes
+
+
+@dataclass
+class Walk:
+    """The result of a check that found nothing wrong."""
+
+    rows: list[Row]
+    num_image_tokens: int
+    memory: int  # bytes, inference with one image and the KV cache of a full prompt
+    stages: list[Stagecheck] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class RefusedError(ZooError):
+    """The composition does not fit. `reason` is the sentence, `fixes` the overrides that make it fit."""
+
+    def __init__(self, reason: str, fixes: Sequence[str] = ()) -> None:
+        lines = [reason, *(f"  fix {i}: {fix}" for i, fix in enumerate(fixes, 1))]
+        super().__init__("\n".join(lines))
+        self.reason, self.fixes = reason, list(fixes)
+
+
+@dataclass
+class Plan:
+    """All that a check looks at, as plain values: the slots, and how they are to be used."""
+
+    slots: dict[str, Any]
+    vocab_size: int | None = None
+    placeholders: int | None = None  # that a saved processor writes for each image; None: it is made anew
+    stages: dict[str, Any] = field(default_factory=dict)  # name -> Stage
+    data: tuple[str, ...] = ()  # names of the data that stages may mix
+    attention: str = "auto"
+    precision: str = "auto"
+    device: str = "auto"
+
+
+def check(plan: Plan | str, *overrides: str) -> Walk:
+    """Walk a composition without reading a weight.
+
+    Args:
+        plan: what to check, or the name of a model as `zoo.load` takes it.
+        overrides: with a name, further options such as `pruner=random`.
+
+    Raises:
+        RefusedError: something does not fit; the message has the reason and fixes that were tried.
+    """
+    if isinstance(plan, str):
+        from zoo.loading import plan_of
+
+        plan = plan_of(plan, *overrides)
+    start = time.perf_counter()
+    try:
+        walk = _walk(plan)
+    except ZooError as error:
+        raise RefusedError(str(error), list(_fixes(plan))) from error
+    walk.seconds = time.perf_counter() - start
+    return walk
+
+
+def _walk(plan: Plan) -> Walk:
+    _check_machine(plan)
+    with torch.device("meta"):
+        parts = assemble(plan.slots, vocab_size=plan.vocab_size)
+    if plan.placeholders is not None and plan.placeholders != parts.num_image_tokens:
+        raise ZooError(
+            f"The saved processor writes {plan.placeholders} placeholders for an image, but the parts make "
+            f"{parts.num_image_tokens} image tokens of it."
+        )
+    _check_positions(parts)
+    from zoo.model import ZooConfig, ZooModel
+
+    with torch.device("meta"):
+        model = ZooModel(ZooConfig(slots=dict(plan.slots), attention="sdpa"), parts=parts)
+    rows = [_row(step, parts, model) for step in parts.steps]
+    weights = sum(r.bytes for r in rows)
+    walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + _TEXT))
+    for name, stage in plan.stages.items():
+        walk.stages.append(_check_stage(name, stage, model, plan, weights))
+    return walk
+
+
+def _check_machine(plan: Plan) -> None:
+    """Refuse devices, precisions and kernels that cannot run here."""
+    devices = ("auto", "cpu", "cuda", "mps")
+    if plan.device.partition(":")[0] not in devices:
+        raise registry.unknown("device", plan.device, devices)
+    if plan.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ZooError(f"device={plan.device} was asked for, but torch {torch.__version__} finds no CUDA device here.")
+    if plan.device == "mps" and not torch.backends.mps.is_available():
+        raise ZooError("device=mps was asked for, but there is none here.")
+    device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if plan.precision not in ("auto", "fp32", "bf16"):
+        raise registry.unknown("precision", plan.precision, ("auto", "fp32", "bf16"))
+    if plan.attention.startswith("flash_attention"):
+        if not device.startswith("cuda"):
+            raise ZooError(f"attention={plan.attention} runs on CUDA only, and the device is {device}.")
+        if plan.precision == "fp32":
+            raise ZooError(f"attention={plan.attention} computes in bf16 or fp16, and precision=fp32 was asked for.")
+
+
+def _check_positions(parts: Parts) -> None:
+    limit, needed = parts.llm.max_positions, parts.num_image_tokens + _TEXT
+    if limit is not None and parts.num_image_tokens and limit < needed:
+        raise ZooError(
+            f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {parts.num_image_tokens} tokens and {_TEXT} of "
+            f"text need {needed}."
+        )
+
+
+def _row(step: Any, parts: Parts, model: Any) -> Row:
+    key = step.kind if step.kind in {"vision", "projector", "llm"} else f"{step.kind}.{step.name}"
+    own = [p for n, p in model.named_parameters() if model.part_of(n) == key]
+    return Row(
+        step.kind,
+        step.name,
+        step.tokens,
+        step.grid,
+        step.width,
+        sum(p.numel() for p in own),
+        sum(p.numel() for p in own if p.requires_grad),
+        step.needs,
+        step.provides,
+        step.destroys,
+        sum(p.numel() * p.element_size() for p in own),
+    )
+
+
+def _cache_bytes(parts: Parts, tokens: int) -> int:
+    text = parts.llm.lm.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or parts.llm.hidden_size // max(1, getattr(text, "num_attention_heads", 1))
+    size = next(parts.llm.parameters()).element_size()
+    return 2 * parts.llm.num_layers * heads * width * tokens * size
+
+
+def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) -> Stagecheck:
+    """What a stage trains, by part; the memory of weights, gradients, two moments, and activations of one pass."""
+    where = f"Stage {name!r}: "
+    for key in stage.data:
+        if key not in plan.data:
+            raise ZooError(where + str(registry.unknown("data", key, plan.data)))
+    try:
+        trainable = model.set_trainable(stage.train, stage.freeze)
+    except ZooError as error:
+        raise ZooError(where + str(error)) from error
+    if stage.distiller:
+        node = {"name": stage.distiller} if isinstance(stage.distiller, str) else dict(stage.distiller)
+        entry, _ = registry.config_of("distiller", node)
+        needs = frozenset(getattr(entry.cls, "needs", ()))
+        if any(n.startswith("teacher.") for n in needs) and not stage.teacher:
+            raise ZooError(f"{where}distiller {entry.name!r} needs a teacher: set stages.{name}.teacher to a model's name.")
+        if "student.image" in needs and not model.num_image_tokens and model.vision is None:
+            raise ZooError(f"{where}distiller {entry.name!r} needs image features, but the model has no vision encoder.")
+    elif stage.teacher:
+        raise ZooError(f"{where}a teacher is named, but no distiller: set stages.{name}.distiller.")
+    if stage.loss_weights.get("answer", 1.0) == 0 and not stage.distiller:
+        raise ZooError(f"{where}loss_weights.answer is 0 and there is no distiller, so nothing is learnt.")
+    learnt = sum(trainable.values())
+    text = model.llm.lm.config.get_text_config()
+    layers, width = model.llm.num_layers, model.llm.hidden_size
+    rows = max(1, stage.batch_size // stage.accumulate)
+    tokens = rows * (model.num_image_tokens + _TEXT)
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
+    return Stagecheck(name, trainable, weights + 12 * learnt + tokens * per_token)
+
+
+# ---- fixes -------------------------------------------------------------------------------------------------------
+
+
+def _fixes(plan: Plan, most: int = 3) -> Iterator[str]:
+    """Yield overrides that make the plan fit, smallest change first; each was walked."""
+    found, start = 0, time.perf_counter()
+    for tries, (override, candidate) in enumerate(_candidates(plan)):
+        if tries >= _MOST_TRIES or time.perf_counter() - start > _SECONDS:
+            return
+        try:
+            _walk(candidate)
+        except Exception:  # a candidate may fail in any way; it is then no fix
+            continue
+        yield override
+        found += 1
+        if found == most:
+            return
+
+
+def _candidates(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for key, value in (("device", "auto"), ("precision", "auto"), ("attention", "auto")):
+        if getattr(plan, key) != value:
+            yield f"{key}={value}", replace(plan, **{key: value})
+    yield from _other_options(plan)
+    yield from _other_stages(plan)
+    for kind in ("pruner", "adapter"):
+        members = plan.slots.get(kind) or {}
+        for name in members:
+            rest = {n: node for n, node in members.items() if n != name}
+            yield f"{kind}=[{','.join(rest)}]" if rest else f"{kind}=null", replace(plan, slots={**plan.slots, kind: rest})
+            for other in registry.names(kind):
+                if other not in members and (node := _default_node(kind, other)):
+                    swapped = {(other if n == name else n): (node if n == name else v) for n, v in members.items()}
+                    yield f"{kind}=[{','.join(swapped)}]", replace(plan, slots={**plan.slots, kind: swapped})
+        if len(members) > 1:
+            turned = dict(reversed(members.items()))
+            yield f"{kind}=[{','.join(turned)}]", replace(plan, slots={**plan.slots, kind: turned})
+    for kind in ("projector", "vision", "llm"):
+        current = (plan.slots.get(kind) or {}).get("name")
+        for other in registry.names(kind):
+            if other != current and (node := _default_node(kind, other)):
+                yield f"{kind}={other}", replace(plan, slots={**plan.slots, kind: node})
+        if current and kind != "llm":
+            yield f"{kind}=null", replace(plan, slots={**plan.slots, kind: None})
+
+
+def _other_options(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Each option that differs from its default set back, and each option's other named values."""
+    for kind in ("vision", "projector", "llm", "pruner", "adapter"):
+        nodes = plan.slots.get(kind) or {}
+        many = kind in {"pruner", "adapter"}
+        for name, node in (nodes.items() if many else [(nodes.get("name"), nodes)]):
+            if not name:
+                continue
+            entry = registry.get(kind, name)
+            path = f"{kind}.{name}" if many else kind
+            for option in entry.options:
+                given = node.get(option.name, option.default)
+                values = [] if option.default in (given, MISSING) or option.name == "checkpoint" else [option.default]
+                values += [v for v in getattr(entry.cls, "choices", {}).get(option.name, ()) if v != given]
+                if kind == "llm" and option.name == "max_positions" and isinstance(given, int):
+                    values = [given * 2**k for k in (1, 2, 3, 4)]
+                for value in values:
+                    slots = deepcopy(plan.slots)
+                    (slots[kind][name] if many else slots[kind])[option.name] = value
+                    yield f"{path}.{option.name}={value}", replace(plan, slots=slots)
+
+
+def _other_stages(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for name, stage in plan.stages.items():
+        for field_name, value in (("freeze", []), ("train", ["all"]), ("train", ["projector"]), ("data", {}), ("distiller", None)):
+            if getattr(stage, field_name) != value:
+                shown = "null" if value is None else "[" + ",".join(value) + "]" if isinstance(value, list) else "{}"
+                try:
+                    changed = replace(stage, **{field_name: value})
+                except ZooError:
+                    continue
+                yield f"stages.{name}.{field_name}={shown}", replace(plan, stages={**plan.stages, name: changed})
+
+
+def _default_node(kind: str, name: str) -> dict[str, Any] | None:
+    """A component with its default options, or None where one is required."""
+    options = registry.get(kind, name).options
+    return {"name": name} if all(o.default != MISSING for o in options) else None
+
+
+# ---- command -----------------------------------------------------------------------------------------------------
+
+
+def size_text(count: float) -> str:
+    """Bytes or parameters for people: 1.5 K, 23.4 M, 7.1 G."""
+    for unit in ("", " K", " M", " G", " T"):
+        if abs(count) < 1000 or unit == " T":
+            return f"{count:.0f}{unit}" if not unit or count >= 100 else f"{count:.1f}{unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def show(walk: Walk, title: str = "") -> None:
+    """Print the walk as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left")
+    for column in ("part", "component", "tokens", "grid", "width", "parameters", "memory", "needs", "provides", "destroys"):
+        table.add_column(column, justify="right" if column in {"tokens", "width", "parameters", "memory"} else "left")
+    for r in walk.rows:
+        grid = f"{r.grid[0]} x {r.grid[1]}" if r.grid else "-"
+        words = [", ".join(sorted(w)) or "-" for w in (r.needs, r.provides, r.destroys)]
+        table.add_row(
+            r.kind, r.name, str(r.tokens), grid, str(r.width), size_text(r.parameters), size_text(r.bytes) + "B", *words
+        )
+    console = Console()
+    console.print(table)
+    total = sum(r.parameters for r in walk.rows)
+    console.print(
+        f"{walk.num_image_tokens} image tokens = {walk.num_image_tokens} placeholders per image, {size_text(total)} parameters, "
+        f"inference about {size_text(walk.memory)}B, checked in {walk.seconds:.1f} s"
+    )
+    for stage in walk.stages:
+        parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
+        console.print(f"stage {stage.name}: trains {parts}; about {size_text(stage.memory)}B")
+
+
+def main(cfg: Any) -> None:
+    """`zoo check`: show the walk, or the reason why there is none."""
+    from zoo.loading import plan_from
+
+    show(check(plan_from(cfg)), "The composition fits.")

@@ -1,0 +1,147 @@
+"""Encoded samples -> one batch of tensors: padding, packing several samples into a row, shared prefixes.
+
+A row may hold several samples (segments), and a sample several dialogs (blocks) behind one shared prefix that holds the images.
+Key k is visible to query q iff k <= q, both lie in the same segment, and k's block is 0 (the prefix) or q's own. The positions
+of every block go on from the end of the prefix, so a packed dialog computes exactly what it computes alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoo.registry import IGNORE_INDEX, ZooError
+
+
+@dataclass
+class EncodedSample:
+    """One row before padding. All arrays have length T; `blocks` and `segments` are None where nothing is packed."""
+
+    input_ids: np.ndarray  # (T,) int64
+    labels: np.ndarray  # (T,) int64, IGNORE_INDEX where nothing is learnt; not shifted
+    pixel_values: list[torch.Tensor]  # one (3, h, w) for each image
+    positions: np.ndarray | None = None  # (T,) int64; None: 0 .. T-1
+    blocks: np.ndarray | None = None  # (T,) int64, 0 the shared prefix
+    segments: np.ndarray | None = None  # (T,) int64
+    targets: dict[str, np.ndarray] = field(default_factory=dict)  # dense targets, one row per image
+    ids: list[str] = field(default_factory=list)  # of the samples in it
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def share_prefix(dialogs: Sequence[tuple[np.ndarray, np.ndarray]], prefix: int, sample_id: str) -> dict[str, np.ndarray]:
+    """Join dialogs that begin with the same `prefix` tokens into one row: the prefix once, then a block per dialog.
+
+    Args:
+        dialogs: (input_ids, labels) of each dialog alone.
+        prefix: number of tokens that are the same in all of them, images included.
+
+    Returns:
+        `input_ids`, `labels`, `positions` and `blocks` of the row.
+    """
+    head = dialogs[0][0][:prefix]
+    ids, labels = [head], [np.full(prefix, IGNORE_INDEX, dtype=np.int64)]
+    positions, blocks = [np.arange(prefix)], [np.zeros(prefix, dtype=np.int64)]
+    for number, (tokens, targets) in enumerate(dialogs, 1):
+        if not np.array_equal(tokens[:prefix], head):
+            raise ZooError(f"The dialogs of sample {sample_id!r} do not begin alike, so they cannot share their images.")
+        assert (targets[: prefix + 1] == IGNORE_INDEX).all(), "the first token of a block is never learnt"
+        ids.append(tokens[prefix:])
+        labels.append(targets[prefix:])
+        positions.append(np.arange(prefix, len(tokens)))
+        blocks.append(np.full(len(tokens) - prefix, number, dtype=np.int64))
+    return {
+        "input_ids": np.concatenate(ids),
+        "labels": np.concatenate(labels),
+        "positions": np.concatenate(positions),
+        "blocks": np.concatenate(blocks),
+    }
+
+
+def pack(samples: Sequence[EncodedSample], length: int) -> list[EncodedSample]:
+    """Join samples into rows of at most `length` tokens, longest first, each into the first row that has room.
+
+    A sample longer than `length` gets a row of its own. Losses of each sample are those of the sample alone.
+    """
+    rows: list[list[EncodedSample]] = []
+    room: list[int] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        row = next((i for i, free in enumerate(room) if free >= len(sample)), None)
+        if row is None:
+            rows.append([sample])
+            room.append(max(length, len(sample)) - len(sample))
+        else:
+            rows[row].append(sample)
+            room[row] -= len(sample)
+    return [_join(row) for row in rows]
+
+
+def _join(samples: list[EncodedSample]) -> EncodedSample:
+    labels = [s.labels.copy() for s in samples]
+    for one in labels:
+        one[0] = IGNORE_INDEX  # alone, nothing predicts a first token; here the sample before must not
+    segments = [np.full(len(s), i, dtype=np.int64) for i, s in enumerate(samples)]
+    blocks = [np.zeros(len(s), dtype=np.int64) if s.blocks is None else s.blocks for s in samples]
+    keys = {key for s in samples for key in s.targets}
+    return EncodedSample(
+        input_ids=np.concatenate([s.input_ids for s in samples]),
+        labels=np.concatenate(labels),
+        pixel_values=[p for s in samples for p in s.pixel_values],
+        positions=np.concatenate([np.arange(len(s)) if s.positions is None else s.positions for s in samples]),
+        blocks=np.concatenate(blocks),
+        segments=np.concatenate(segments),
+        targets={key: np.concatenate([s.targets[key] for s in samples if key in s.targets]) for key in keys},
+        ids=[i for s in samples for i in s.ids],
+    )
+
+
+def collate(
+    samples: Sequence[EncodedSample], *, pad_id: int, padding_side: str = "right", multiple_of: int = 1
+) -> dict[str, Any]:
+    """Stack rows into a batch for `ZooModel.forward`.
+
+    Args:
+        samples: rows, from `ZooProcessor.encode` or `pack`.
+        pad_id: token id of padding.
+        padding_side: `right` for training, `left` for generation.
+        multiple_of: T is rounded up to a multiple of this (for `torch.compile`).
+
+    Returns:
+        input_ids, labels, attention_mask, position_ids (B, T); images_per_row (list); pixel_values (M, 3, h, w) if there
+        are images; segment_ids and block_ids (B, T) if a row is packed, -1 at padding; targets if there are any.
+    """
+    longest = -(-max(len(s) for s in samples) // multiple_of) * multiple_of
+    size = (len(samples), longest)
+    ids = np.full(size, pad_id, dtype=np.int64)
+    labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
+    mask = np.zeros(size, dtype=np.int64)
+    positions = np.zeros(size, dtype=np.int64)
+    is_packed = any(s.blocks is not None or s.segments is not None for s in samples)
+    blocks, segments = np.full(size, -1, dtype=np.int64), np.full(size, -1, dtype=np.int64)
+    for row, s in enumerate(samples):
+        span = slice(longest - len(s), longest) if padding_side == "left" else slice(0, len(s))
+        ids[row, span], labels[row, span], mask[row, span] = s.input_ids, s.labels, 1
+        positions[row, span] = np.arange(len(s)) if s.positions is None else s.positions
+        if is_packed:
+            blocks[row, span] = 0 if s.blocks is None else s.blocks
+            segments[row, span] = 0 if s.segments is None else s.segments
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "attention_mask": torch.from_numpy(mask),
+        "position_ids": torch.from_numpy(positions),
+        "images_per_row": [len(s.pixel_values) for s in samples],
+    }
+    if is_packed:
+        batch |= {"segment_ids": torch.from_numpy(segments), "block_ids": torch.from_numpy(blocks)}
+    if pixels := [p for s in samples for p in s.pixel_values]:
+        batch["pixel_values"] = torch.stack(pixels)  # (M, 3, h, w)
+    keys = {key for s in samples for key in s.targets}
+    if keys:
+        batch["targets"] = {
+            key: torch.from_numpy(np.concatenate([s.targets[key] for s in samples if key in s.targets])) for key in sorted(keys)
+        }
+    return batch

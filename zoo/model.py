@@ -1,0 +1,532 @@
+"""The composed model, in the shape people of this ecosystem know: a transformers config, a transformers model, `generate`.
+
+`ZooModel` owns no modelling code: it runs the encoder, the pruners and the projector, puts image tokens where the placeholders
+are, runs an unmodified causal LM, and computes the loss only where labels are.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from zoo.assembly import Parts, assemble
+from zoo.fusion.attention import as_backend_mask, block_mask, resolve_attention
+from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError, refuse_code, unknown
+
+_LOGITS_AT_ONCE = 1 << 26  # elements of a logit chunk; above this the loss recomputes chunk by chunk in backward
+
+
+class ZooConfig(PreTrainedConfig):
+    """What a composed model is made of: registry names and options, never code.
+
+    Args:
+        slots: `vision`, `projector`, `llm` (a node or None), `pruner`, `adapter` (nodes keyed by component name).
+        tokenizer: what the tokenizer was made from (a checkpoint, or trained).
+        plugins: modules that must be imported for the names in `slots` to exist.
+        image_token_id: the placeholder, one per image token.
+        text_vocab_size: ids of the tokenizer; the LLM's table may be larger.
+        versions: of the libraries that wrote the model.
+        base: for each part whose unchanged weights stay in its own checkpoint: checkpoint, revision and hash.
+    """
+
+    model_type = "zoo"
+    slots: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    plugins: list[str] | None = None
+    image_token_id: int = -1
+    text_vocab_size: int | None = None
+    versions: dict[str, str] | None = None
+    base: dict[str, Any] | None = None
+    attention: str = "auto"
+    data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
+    task: dict[str, Any] | None = None
+
+
+@dataclass
+class ZooOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: sum of `losses`; None without labels.
+        losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
+        logits: (B, T, V); None where the loss alone was asked for.
+        last_hidden_state: (B, T, C), before the vocabulary projection.
+        labels: (B, T) as the loss saw them; shorter than the input's where tokens were dropped inside the LLM.
+        image: the encoder's features before pruning.
+        image_kept: what the pruners left of them.
+        image_tokens: (M, K, C) as they stand in the sequence.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    labels: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    image: ImageFeatures | None = None
+    image_kept: ImageFeatures | None = None
+    image_tokens: Tensor | None = None
+
+
+@dataclass
+class Sequence2D:
+    """The LLM's sequence of one forward pass, for parts that act inside it; they may replace `labels`.
+
+    A pruner inside the LLM reads where image tokens and padding are, and shortens `labels` along with the hidden states.
+    """
+
+    image_mask: Tensor  # (B, T) bool
+    attention_mask: Tensor | None  # (B, T)
+    position_ids: Tensor | None  # (B, T)
+    labels: Tensor | None  # (B, T)
+
+
+class ZooModel(PreTrainedModel):
+    """A vision-language model composed of registered parts.
+
+    `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts that
+    `config.slots` names, with the weights of their checkpoints.
+    """
+
+    config_class = ZooConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: ZooConfig, parts: Parts | None = None) -> None:
+        super().__init__(config)
+        parts = parts or assemble(config.slots or {}, vocab_size=config.text_vocab_size)
+        self.steps = parts.steps
+        self.num_image_tokens = parts.num_image_tokens
+        self.requested = parts.requested
+        self.vision = parts.vision
+        self.pruner = nn.ModuleDict(parts.pruner)
+        self.projector = parts.projector
+        self.llm = parts.llm
+        self.adapter = nn.ModuleDict(parts.adapter)
+        self.generation_config = getattr(self.llm.lm, "generation_config", None)
+        self.set_attention(config.attention)
+
+    # ---- what it is --------------------------------------------------------------------------------------------
+
+    @property
+    def image_token_id(self) -> int:
+        return self.config.image_token_id
+
+    def set_attention(self, name: str) -> str:
+        """Choose the LLM's attention: `auto` or a name that transformers knows; returns the one taken."""
+        probe = next(self.llm.parameters())
+        taken = resolve_attention(name, probe.device, self._compute_dtype())
+        self.llm.lm.set_attn_implementation(taken)
+        self.config.attention = name
+        return taken
+
+    def _compute_dtype(self) -> torch.dtype:
+        device = next(self.llm.parameters()).device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return next(self.llm.parameters()).dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.lm.get_output_embeddings()
+
+    def can_generate(self) -> bool:
+        return True
+
+    def part_of(self, name: str) -> str:
+        """Name the part that the parameter `name` belongs to: vision, projector, llm, pruner.X or adapter.X."""
+        head, _, rest = name.partition(".")
+        if head == "llm":
+            inner = rest.removeprefix("lm.")
+            owner = next((n for n, a in self.adapter.items() if a.owns(inner)), None)
+            return f"adapter.{owner}" if owner else "llm"
+        if head in {"pruner", "adapter"}:
+            return f"{head}.{rest.partition('.')[0]}"
+        return head
+
+    def set_trainable(self, train: Sequence[str], freeze: Sequence[str] = ()) -> dict[str, int]:
+        """Let exactly the parameters train that match `train` and not `freeze`.
+
+        Args:
+            train: parts (`vision`, `projector`, `llm`, `adapter`, `adapter.lora`, `all`) or globs over parameter names.
+            freeze: the same; wins over `train`.
+
+        Returns:
+            Number of trainable parameters by part.
+
+        Raises:
+            ZooError: a pattern matches nothing, or nothing is left to train.
+        """
+        named = dict(self.named_parameters())
+        parts = {name: self.part_of(name) for name in named}
+
+        def matches(pattern: str, name: str) -> bool:
+            part = parts[name]
+            return pattern == "all" or pattern in {part, part.partition(".")[0]} or fnmatchcase(name, pattern)
+
+        for pattern in [*train, *freeze]:
+            if not any(matches(pattern, name) for name in named):
+                raise unknown("part or parameter to train", pattern, {"all", *parts.values()})
+        count: dict[str, int] = {}
+        for name, parameter in named.items():
+            on = any(matches(p, name) for p in train) and not any(matches(p, name) for p in freeze)
+            parameter.requires_grad_(on)
+            if on:
+                count[parts[name]] = count.get(parts[name], 0) + parameter.numel()
+        if not count:
+            raise ZooError(f"Nothing trains: train={list(train)} and freeze={list(freeze)} leave no parameter.")
+        return count
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations of the LLM (and the encoder where it can) in backward."""
+        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.llm.lm.gradient_checkpointing_disable()
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(False)
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[ImageFeatures, ImageFeatures, Tensor | None]:
+        """Run encoder, pruners and projector.
+
+        Args:
+            pixel_values: (M, 3, S, S).
+
+        Returns:
+            The encoder's features, what the pruners left of them, and the image tokens (M, K, C) or None.
+        """
+        if self.vision is None:
+            raise ZooError("The batch has images, but the model has no vision encoder.")
+        image = self.vision(pixel_values, need=self.requested)
+        kept = image
+        for pruner in self.pruner.values():
+            kept = pruner(kept)
+        return image, kept, self.projector(kept) if self.projector is not None else None
+
+    def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
+        """Embed `input_ids` (B, T) and put the image tokens (M, K, C) where the placeholders are.
+
+        Raises:
+            ZooError: the placeholders and the image tokens are not equally many.
+        """
+        slots = input_ids == self.image_token_id  # (B, T)
+        embeds = self.llm.embed(input_ids.masked_fill(slots, 0))  # (B, T, C)
+        have = 0 if image_tokens is None else image_tokens.shape[0] * image_tokens.shape[1]
+        if not torch.compiler.is_compiling() and (found := int(slots.sum())) != have:
+            raise ZooError(
+                f"The batch has {found} image placeholders (id {self.image_token_id}) for "
+                f"{0 if image_tokens is None else image_tokens.shape[0]} images of {self.num_image_tokens} tokens; {have} are needed."
+            )
+        if not have:
+            return embeds
+        flat = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds.dtype)  # (M * K, C)
+        index = (slots.flatten().cumsum(0) - 1).clamp_(min=0).view_as(slots)  # (B, T)
+        return torch.where(slots.unsqueeze(-1), flat[index], embeds)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
+        images_per_row: Sequence[int] | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        num_labels: Tensor | float | None = None,
+        all_logits: bool = False,
+        run_llm: bool = True,
+        output_hidden_states: bool | None = None,
+        targets: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ZooOutput:
+        """Run the model.
+
+        Args:
+            input_ids: (B, T) with `num_image_tokens` placeholders per image.
+            pixel_values: (M, 3, S, S), images in the order of their placeholders.
+            attention_mask: (B, T), 1 where a token is; padding may stand on either side.
+            position_ids: (B, T); counted from `attention_mask` where absent.
+            labels: (B, T), not shifted, IGNORE_INDEX where nothing is learnt. The loss is the mean over labels.
+            segment_ids, block_ids: (B, T) of packed rows, see `zoo.collate`.
+            images_per_row: images of each row; counted from the placeholders where absent.
+            num_labels: what the summed answer loss is divided by, for gradient accumulation; default: labels in the batch.
+            all_logits: give logits (B, T, V) although there are labels.
+            run_llm: False stops after the projector.
+            targets: ignored here; dense targets for distillers travel in the same batch.
+        """
+        image = kept = image_tokens = None
+        unused = None
+        if pixel_values is not None:
+            image, kept, image_tokens = self.encode_images(pixel_values)
+        elif self.training and self._vision_trains():
+            unused = self._touch_vision()
+        if not run_llm:
+            return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.merge(input_ids, image_tokens)
+        if unused is not None:
+            inputs_embeds = inputs_embeds + unused
+        self._condition(kept, images_per_row, input_ids)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        llm_mask = attention_mask
+        extra: dict[str, Any] = {}
+        if block_ids is not None or segment_ids is not None:
+            llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
+            extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
+        sequence = self._sequence(input_ids, attention_mask, position_ids, labels)
+        for pruner in self.pruner.values():
+            if hasattr(pruner, "begin"):
+                pruner.begin(sequence)
+        out = self.llm.hidden(
+            inputs_embeds=inputs_embeds,
+            attention_mask=llm_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache) if labels is None else False,
+            output_hidden_states=output_hidden_states,
+            **extra,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state  # (B, T, C)
+        result = ZooOutput(
+            last_hidden_state=hidden,
+            past_key_values=getattr(out, "past_key_values", None),
+            hidden_states=getattr(out, "hidden_states", None),
+            attentions=getattr(out, "attentions", None),
+            labels=sequence.labels,
+            image=image,
+            image_kept=kept,
+            image_tokens=image_tokens,
+        )
+        if labels is None or all_logits:
+            result.logits = self.llm.head(hidden)  # (B, T, V)
+        if labels is not None:
+            losses = {"answer": self._answer_loss(hidden, sequence.labels, num_labels)}
+            for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
+                losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
+            result.losses = losses
+            result.loss = torch.stack(list(losses.values())).sum()
+        return result
+
+    def _answer_loss(self, hidden: Tensor, labels: Tensor, num_labels: Tensor | float | None) -> Tensor:
+        """Cross-entropy of the next token, with the vocabulary projection only where there is a label."""
+        shifted = labels[:, 1:]
+        where = shifted != IGNORE_INDEX  # (B, T - 1)
+        rows, wanted = hidden[:, :-1][where], shifted[where]  # (S, C), (S,)
+        if not len(wanted):
+            return hidden.sum() * 0.0  # nothing to learn in this batch: a loss that still reaches every parameter
+        chunk = max(1, _LOGITS_AT_ONCE // self.llm.vocab_size)
+
+        def summed(some: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(self.llm.head(some).float(), target, reduction="sum")
+
+        if len(wanted) <= chunk:
+            total = summed(rows, wanted)
+        else:
+            pairs = zip(rows.split(chunk), wanted.split(chunk), strict=True)
+            total = torch.stack([checkpoint(summed, r, w, use_reentrant=False) for r, w in pairs]).sum()
+        return total / (len(wanted) if num_labels is None else num_labels)
+
+    def _packed_mask(self, attention_mask: Tensor | None, segment_ids: Tensor | None, block_ids: Tensor | None) -> Tensor:
+        visible = block_mask(attention_mask, segment_ids, block_ids)  # (B, 1, T, T) bool
+        return as_backend_mask(visible, self.llm.lm.config._attn_implementation, self._compute_dtype())
+
+    def _sequence(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None, labels: Tensor | None
+    ) -> Sequence2D:
+        slots = input_ids == self.image_token_id if input_ids is not None else None
+        return Sequence2D(slots, attention_mask, position_ids, labels)
+
+    def _condition(
+        self, image: ImageFeatures | None, images_per_row: Sequence[int] | None, input_ids: Tensor | None, expand: int = 1
+    ) -> None:
+        """Hand the image features to the adapters that want them, with the number of images of each row."""
+        if not len(self.adapter):
+            return
+        if images_per_row is None and input_ids is not None:
+            if image is None:
+                images_per_row = [0] * len(input_ids)
+            elif self.num_image_tokens:
+                found = (input_ids == self.image_token_id).sum(1) // self.num_image_tokens
+                images_per_row = found.tolist()
+            elif len(image.tokens) == len(input_ids):
+                images_per_row = [1] * len(input_ids)
+            else:
+                raise ZooError(
+                    f"{len(image.tokens)} images for {len(input_ids)} rows without image placeholders: pass images_per_row."
+                )
+        for adapter in self.adapter.values():
+            adapter.condition(image, images_per_row or [], expand)
+
+    def _vision_trains(self) -> bool:
+        parts = (self.vision, self.projector)
+        return any(p.requires_grad for part in parts if part is not None for p in part.parameters())
+
+    def _touch_vision(self) -> Tensor:
+        """Zero that depends on the encoder and the projector: ranks without images then still meet in backward."""
+        pixels = torch.zeros(1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype)
+        image, kept, tokens = self.encode_images(pixels)
+        return (tokens if tokens is not None else kept.tokens).sum() * 0.0
+
+    # ---- generate ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        images_per_row: Sequence[int] | None = None,
+        generation_config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate with transformers' own `generate`: greedy, sampling, beams, several sequences, any of its options.
+
+        Args:
+            input_ids: (B, T), padded on the left where lengths differ.
+            pixel_values: (M, 3, S, S).
+            images_per_row: needed only where images have no placeholders and rows do not hold one image each.
+
+        Returns:
+            What transformers returns: prompt and new ids (B * num_return_sequences, T + new), or a dict if asked for.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        elif not bool(attention_mask[:, -1].all()):
+            raise ZooError("generate needs padding on the left: the last token of some row is padding. Set padding_side='left'.")
+        kept = image_tokens = None
+        if pixel_values is not None:
+            _, kept, image_tokens = self.encode_images(pixel_values)
+        embeds = self.merge(input_ids, image_tokens)
+        config = generation_config or self.generation_config
+        beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
+        copies = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", None)) or 1
+        self._condition(kept, images_per_row, input_ids, expand=max(beams, copies))
+        sequence = self._sequence(input_ids, attention_mask, None, None)
+        for pruner in self.pruner.values():
+            if hasattr(pruner, "begin"):
+                pruner.begin(sequence)
+        return self.llm.lm.generate(
+            input_ids=input_ids,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            **kwargs,
+        )
+
+    # ---- save and load -----------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        include_base: bool = False,
+        max_shard_size: str | int = "5GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json and the weights that differ from the base checkpoints, as safetensors.
+
+        Args:
+            include_base: also write weights that did not change since they came from a part's own checkpoint.
+        """
+        from zoo.weights import changed_state, write_weights
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = type(self.config).from_dict(self.config.to_dict())
+        if include_base:
+            config.base = None
+        config.architectures = [type(self).__name__]
+        config.versions = _versions()
+        config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        write_weights(changed_state(self, include_base), folder, max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        config: ZooConfig | None = None,
+        fresh: Iterable[str] = (),
+        revision: str | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> "ZooModel":
+        """Load a folder or a hub repository that `save_pretrained` wrote; the model is in eval mode.
+
+        Args:
+            config: of the same parts, or of other ones: those without weights in the folder must be in `fresh`.
+            fresh: parts that may start without weights.
+            dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
+            device_map: a device, or None for the CPU.
+        """
+        from zoo.weights import read_weights, remember_base
+
+        folder = local_folder(pretrained_model_name_or_path, revision)
+        config = config or ZooConfig.from_pretrained(folder)
+        refuse_code(config.slots, f"{folder}/config.json")
+        model = cls(config)
+        remember_base(model, config.slots or {})
+        read_weights(model, folder, fresh=fresh)
+        dtype = dtype if dtype is not None else torch_dtype
+        if dtype not in (None, "auto"):
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if device_map is not None and device_map != "auto":
+            model.to(next(iter(device_map.values())) if isinstance(device_map, dict) else device_map)
+        return model.eval()
+
+
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a model: a local one as it is, a hub repository from the cache or downloaded.
+
+    Only configs, tokenizers, templates, cards and safetensors are fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or ".." in str(name).split("/") or str(name).count("/") > 1:
+        raise ZooError(f"There is no folder {str(name)!r}, and it is no hub name (org/name) either.")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
+    return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "timm", "open_clip_torch", "peft")}

@@ -1,0 +1,116 @@
+"""Tokenizers: the LLM's own, or a byte-level BPE trained on the run's text; and the chat templates that come with the zoo.
+
+Messages reach a template with plain string content, the image token standing where an image goes, so that the templates of
+text-only LLMs work unchanged.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from zoo.registry import ZooError, unknown
+
+IMAGE_TOKEN = "<image>"
+
+# name -> (template, what stands between an image and the text after it)
+CHAT_TEMPLATES = {
+    "plain": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "",
+    ),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "\n",
+    ),
+    "vicuna": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }} {% elif m['role'] == 'user' %}"
+        "USER: {{ m['content'] }} {% else %}ASSISTANT: {{ m['content'] }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        "\n",
+    ),
+}
+_SPECIAL = {"plain": ("<|assistant|>", "<|end|>"), "chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("<s>", "</s>")}
+
+
+def image_separator(template: str) -> str:
+    """What stands between an image and the text after it; a newline, as in LLaVA, for templates that are not ours."""
+    return CHAT_TEMPLATES[template][1] if template in CHAT_TEMPLATES else "\n"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plain") -> Any:
+    """Train a byte-level BPE on `texts`; every byte stays representable, frequent words become one token.
+
+    Args:
+        texts: user and assistant turns as they are, without special tokens.
+        vocab_size: an upper bound, special tokens included; at least 256 + 4.
+        template: name of one of `CHAT_TEMPLATES`; its markers become special tokens.
+
+    Returns:
+        A transformers tokenizer with pad, end-of-sequence and image token, and the chat template.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if template not in CHAT_TEMPLATES:
+        raise unknown("chat template", template, CHAT_TEMPLATES)
+    special = ["<pad>", IMAGE_TOKEN, *_SPECIAL[template]]
+    if vocab_size < 256 + len(special):
+        raise ZooError(f"tokenizer.vocab_size must be at least {256 + len(special)} (all bytes and special tokens), got {vocab_size}.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token=_SPECIAL[template][1], padding_side="right",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+    )
+    tokenizer.chat_template = CHAT_TEMPLATES[template][0]
+    return tokenizer
+
+
+def load_tokenizer(checkpoint: str, template: str = "", **hub: Any) -> Any:
+    """Load the tokenizer of an LLM and give it what a vision-language model needs: an image token, padding, a template.
+
+    Args:
+        checkpoint: hub name or folder.
+        template: name of one of `CHAT_TEMPLATES` to use in place of the tokenizer's own; required if it has none.
+
+    Raises:
+        ZooError: there is no end-of-sequence token, or no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
+    return fit_tokenizer(tokenizer, checkpoint, template)
+
+
+def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
+    """Add the image token, padding and the chat template in place; see `load_tokenizer`."""
+    if tokenizer.eos_token is None:
+        raise ZooError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers could never end.")
+    if template:
+        if template not in CHAT_TEMPLATES:
+            raise unknown("chat template", template, CHAT_TEMPLATES)
+        tokenizer.chat_template = CHAT_TEMPLATES[template][0]
+        missing = [t for t in _SPECIAL[template] if t not in tokenizer.get_vocab()]
+        if missing:
+            tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    if not tokenizer.chat_template:
+        raise ZooError(
+            f"The tokenizer of {source!r} has no chat template. Set tokenizer.chat_template to one of: {', '.join(CHAT_TEMPLATES)}."
+        )
+    if getattr(tokenizer, "image_token", None) is None:
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        tokenizer.image_token = IMAGE_TOKEN
+    tokenizer.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

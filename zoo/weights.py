@@ -1,0 +1,153 @@
+"""Weights of a composed model in a folder: safetensors only, every tensor that differs from the named base weights.
+
+A part whose weights came from its own checkpoint and did not change is not written again: the folder names the checkpoint,
+its revision and its fingerprint, and loading reads it from there. Everything else is in the folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ZooError
+
+WEIGHTS = "model.safetensors"
+_ENDS = 1 << 20  # bytes read from each end of a file for its fingerprint
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash the names, sizes and both ends of the safetensors files in a folder: cheap for any size, and telling."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_ENDS))
+            stream.seek(max(0, size - _ENDS))
+            digest.update(stream.read(_ENDS))
+    return digest.hexdigest()
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remember_base(model: nn.Module, slots: Mapping[str, Any]) -> None:
+    """Note which weights have just come from a part's own checkpoint, and where that is.
+
+    An in-place change raises a tensor's version, and a replaced tensor is another object, so nothing has to be told.
+    """
+    model._base_tensors = {}
+    base: dict[str, Any] = {}
+    for part in ("vision", "llm"):
+        node = slots.get(part) or {}
+        checkpoint = node.get("checkpoint")
+        if not checkpoint:
+            continue
+        folder = Path(checkpoint)
+        base[part] = {"checkpoint": checkpoint, "revision": node.get("revision") or None}
+        if folder.is_dir():
+            base[part]["fingerprint"] = fingerprint(folder)
+        fresh = set(getattr(getattr(model, part), "fresh", ()))
+        for name, tensor in getattr(model, part).state_dict(keep_vars=True).items():
+            full = f"{part}.{name}"
+            if model.part_of(full) == part and name not in fresh:
+                model._base_tensors[full] = (id(tensor), tensor._version)
+    model.config.base = base or None
+
+
+def changed_state(model: nn.Module, include_base: bool = False) -> dict[str, Tensor]:
+    """Return the tensors that a folder must hold: all but those that still are what the base checkpoints gave."""
+    known = {} if include_base else getattr(model, "_base_tensors", {})
+    state = model.state_dict(keep_vars=True)
+    return {n: t.detach() for n, t in state.items() if known.get(n) != (id(t), t._version)}
+
+
+def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB") -> None:
+    """Write tensors as safetensors, in shards where they are large; shared tensors are written once."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(dict(state), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder.
+
+    Raises:
+        ZooError: there are none; a folder of pickled weights says so.
+    """
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in listed:
+            if Path(name).name != name:
+                raise ZooError(f"{index} names the file {name!r}, which lies outside of its folder.")
+        return [folder / name for name in listed]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickled = sorted(f.name for f in folder.glob("*.bin")) + sorted(f.name for f in folder.glob("*.pt*"))
+    hint = f" It has {', '.join(pickled)}, but pickled weights are never read." if pickled else ""
+    raise ZooError(f"{folder} holds no {WEIGHTS}.{hint}")
+
+
+def read_weights(model: nn.Module, folder: Path, *, fresh: Iterable[str] = ()) -> list[str]:
+    """Load the tensors of a folder into a model in place.
+
+    Args:
+        fresh: parts that may start without weights (`projector`, `adapter.lora`), or `all`.
+
+    Returns:
+        Names of the tensors that were not in the folder and did not come from a base checkpoint.
+
+    Raises:
+        ZooError: a tensor is missing, unknown or of another shape; reported by part.
+    """
+    from safetensors import safe_open
+
+    own = model.state_dict(keep_vars=True)
+    shared = _shared_names(own)
+    missing, unexpected, misshapen = set(own) - set(getattr(model, "_base_tensors", {})), [], []
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  a safetensors handle is no mapping
+                if name not in own:
+                    unexpected.append(name)
+                    continue
+                value = tensors.get_tensor(name)
+                if value.shape != own[name].shape:
+                    misshapen.append(f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model")
+                    continue
+                with torch.no_grad():
+                    own[name].copy_(value)
+                missing -= shared[name]
+    allowed = set(fresh)
+    left = {n for n in missing if "all" not in allowed and not {model.part_of(n), model.part_of(n).partition(".")[0]} & allowed}
+    if left or unexpected or misshapen:
+        lines = [f"The weights in {folder} do not fit the model."]
+        lines += _by_part("missing", left, model.part_of) + _by_part("unknown", unexpected, lambda n: n.partition(".")[0])
+        lines += [f"  other shape: {m}" for m in misshapen[:5]]
+        raise ZooError("\n".join(lines))
+    return sorted(missing)
+
+
+def _shared_names(state: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """Name -> all names of the same tensor (tied embeddings): safetensors hold one of them."""
+    groups: dict[tuple[int, ...], set[str]] = {}
+    keys = {}
+    for name, tensor in state.items():
+        keys[name] = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor),)
+        groups.setdefault(keys[name], set()).add(name)
+    return {name: groups[key] for name, key in keys.items()}
+
+
+def _by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
+    parts: dict[str, list[str]] = {}
+    for name in sorted(names):
+        parts.setdefault(part_of(name), []).append(name)
+    return [f"  {what} in {part}: {len(n)} tensors, first {n[0]}" for part, n in parts.items()]
