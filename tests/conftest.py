@@ -1,0 +1,102 @@
+"""Tiny models and samples that all tests share. Nothing here needs the network."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+QUESTIONS = [
+    "is there a red circle?",
+    "what color is the square?",
+    "how many shapes are there?",
+    "where is the green cross?",
+    "describe the picture.",
+]
+ANSWERS = ["yes", "no", "blue", "red", "two", "3 7 12 19", "a red circle left of a blue square"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets; the test is skipped where there is none."""
+    for place in (os.environ.get("ZOO_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"):
+        if place and Path(place).is_dir():
+            return Path(place)
+    pytest.skip("no real data here: set ZOO_DATA to its folder")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE trained on the questions and answers above."""
+    from zoo.tokenizer import train_tokenizer
+
+    return train_tokenizer([f"{q} {a}" for q in QUESTIONS for a in ANSWERS] * 3, 360, "plain")
+
+
+def tiny_slots(**slots) -> dict:
+    """Slots of a tiny model with random weights: 32 px, 16 image tokens, width 32; keywords replace a slot."""
+    return {
+        "vision": {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1},
+        "pruner": {},
+        "projector": {"name": "mlp"},
+        "llm": {"name": "hf", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 256},
+        "adapter": {},
+        **slots,
+    }
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    """`make_model(seed=0, attention="sdpa", **slots) -> (model, processor)`, in eval mode and float32."""
+    import torch
+
+    from zoo.loading import processor_for
+    from zoo.model import ZooConfig, ZooModel
+
+    def make(seed: int = 0, attention: str = "sdpa", **slots):
+        torch.manual_seed(seed)
+        config = ZooConfig(
+            slots=tiny_slots(**slots),
+            image_token_id=tokenizer.image_token_id,
+            text_vocab_size=len(tokenizer),
+            attention=attention,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = ZooModel(config).eval()
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model, processor_for(model, tokenizer)
+
+    return make
+
+
+def picture(seed: int = 0, size: int = 32) -> np.ndarray:
+    """A random uint8 image (size, size, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def talk(question: str, answer: str, images: int = 1):
+    """A dialog of one question and answer that shows `images` images first."""
+    from zoo.registry import Dialog
+
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return Dialog([{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
+
+
+def sample(*pairs: tuple[str, str], images: int = 1, seed: int = 0, name: str = "s"):
+    """A sample with a dialog for each (question, answer)."""
+    from zoo.registry import Sample
+
+    return Sample(name, [picture(seed + i) for i in range(images)], [talk(q, a, images) for q, a in pairs])
