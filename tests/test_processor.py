@@ -1,0 +1,159 @@
+"""Chat templates, labels and placeholders: nothing is masked in silence."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.conftest import ANSWERS, QUESTIONS, picture, sample
+
+from zoo.processor import ZooProcessor
+from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
+from zoo.tokenizer import CHAT_TEMPLATES, train_tokenizer
+
+TRANSFORM = ImageTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
+TEXTS = [f"{q} {a}" for q in QUESTIONS for a in ANSWERS]
+
+# Shapes of templates that people meet: trimmed content, text before the answer, turns that depend on what follows.
+FOREIGN = {
+    "trimmed": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}",
+    "thinking": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n"
+    "</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+def processor_with(template: str) -> ZooProcessor:
+    known = template in CHAT_TEMPLATES
+    tokenizer = train_tokenizer(TEXTS, 400, template if known else "chatml")
+    if not known:
+        tokenizer.bos_token = "<|im_start|>"
+        tokenizer.chat_template = FOREIGN[template]
+    return ZooProcessor(tokenizer, TRANSFORM, num_image_tokens=4)
+
+
+def learnt(processor: ZooProcessor, messages: list) -> list[str]:
+    """The supervised text, turn by turn."""
+    ids, labels = processor.tokenize_dialog(messages)
+    assert ((labels == ids) | (labels == IGNORE_INDEX)).all()
+    on = labels != IGNORE_INDEX
+    starts = np.flatnonzero(on & ~np.r_[False, on[:-1]])
+    turns = [ids[s : s + int((~on[s:]).argmax() or len(ids) - s)] for s in starts]
+    return [processor.tokenizer.decode(t) for t in turns]
+
+
+@pytest.mark.parametrize("template", [*CHAT_TEMPLATES, *FOREIGN])
+def test_only_answers_and_their_end_are_learnt(template):
+    processor = processor_with(template)
+    end = processor.tokenizer.eos_token
+    one = sample((QUESTIONS[0], "yes")).dialogs[0].messages
+    (turn,) = learnt(processor, one)
+    assert turn.strip().removeprefix("<think>\n\n</think>\n\n") == f"yes{end}"
+    two = [*one, {"role": "user", "content": "sure?"}, {"role": "assistant", "content": "no"}]
+    first, second = learnt(processor, two)
+    assert first.strip() == f"yes{end}" and second.strip().endswith(f"no{end}")
+
+
+@pytest.mark.parametrize("template", [*CHAT_TEMPLATES, *FOREIGN])
+def test_the_quick_ways_agree_with_the_plain_one(template):
+    """The remembered skeleton and the split at special tokens give what rendering and tokenizing the whole text gives."""
+    quick, plain = processor_with(template), processor_with(template)
+    plain._special = None
+    plain._skeleton = lambda roles: None
+    for question, answer in [(QUESTIONS[0], "yes"), (QUESTIONS[3], "3 7 12 19"), ("what  is  this?", "a 'red' circle\nand more")]:
+        messages = sample((question, answer)).dialogs[0].messages
+        for a, b in zip(quick.tokenize_dialog(messages), plain.tokenize_dialog(messages), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_every_image_becomes_its_placeholders():
+    processor = processor_with("chatml")
+    row = processor.encode(sample((QUESTIONS[0], "yes"), images=3))
+    assert (row.input_ids == processor.image_token_id).sum() == 12 and len(row.pixel_values) == 3
+    none = ZooProcessor(processor.tokenizer, TRANSFORM, num_image_tokens=0)
+    assert (none.encode(sample((QUESTIONS[0], "yes"))).input_ids != processor.image_token_id).all()
+
+
+def test_dialogs_share_the_prefix_that_holds_the_images():
+    processor = processor_with("chatml")
+    row = processor.encode(sample((QUESTIONS[0], "yes"), (QUESTIONS[1], "blue")))
+    assert (row.input_ids == processor.image_token_id).sum() == 4
+    prefix = int((row.blocks == 0).sum())
+    assert row.input_ids[prefix - 1] == processor.image_token_id
+    for block in (1, 2):
+        positions = row.positions[row.blocks == block]
+        assert positions[0] == prefix and (np.diff(positions) == 1).all()
+
+
+def test_prompts_end_where_answers_begin():
+    processor = processor_with("plain")
+    s = sample((QUESTIONS[0], "yes"))
+    whole, prompt = processor.encode(s), processor.encode_prompt(s, s.dialogs[0])
+    first = int((whole.labels != IGNORE_INDEX).argmax())
+    assert np.array_equal(whole.input_ids[:first], prompt.input_ids)
+
+
+def test_an_empty_answer_is_an_error():
+    with pytest.raises(ZooError, match="'s' has an empty answer"):
+        processor_with("chatml").encode(sample((QUESTIONS[0], "  ")))
+
+
+def test_a_dialog_without_answer_is_an_error_that_shows_the_text():
+    dialog = Dialog([{"role": "user", "content": "hello"}])
+    with pytest.raises(ZooError, match="nothing to learn.*hello"):
+        processor_with("chatml").encode(Sample("x", [], [dialog]))
+
+
+def test_a_template_that_hides_the_answer_is_an_error():
+    processor = processor_with("chatml")
+    processor.tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    with pytest.raises(ZooError, match="does not show the answer 'yes'"):
+        processor.encode(sample((QUESTIONS[0], "yes")))
+
+
+def test_a_template_that_changes_earlier_turns_is_an_error_that_says_where():
+    processor = processor_with("chatml")
+    processor.tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    with pytest.raises(ZooError, match="renders turn 1 differently.*They part at '2 "):
+        processor.encode(sample((QUESTIONS[0], "yes")))
+
+
+def test_a_token_across_the_border_is_an_error_that_shows_it():
+    processor = processor_with("chatml")
+    processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ZooError, match="runs across the border.*>>>"):
+        processor.encode(Sample("x", [], [Dialog([{"role": "user", "content": "a circ"}, {"role": "assistant", "content": "le"}])]))
+
+
+def test_images_and_image_parts_must_match():
+    s = sample((QUESTIONS[0], "yes"), images=2)
+    s.images.pop()
+    with pytest.raises(ZooError, match="'s' has 1 images, but a dialog shows 2"):
+        processor_with("chatml").encode(s)
+
+
+def test_an_image_token_in_a_text_is_refused():
+    with pytest.raises(ZooError, match="holds the image token '<image>'"):
+        processor_with("chatml").encode(sample(("what is <image>?", "yes")))
+
+
+def test_the_call_of_transformers_works():
+    processor = processor_with("chatml")
+    image = Image.fromarray(picture(size=48))
+    batch = processor(images=[image, image], text=["<image>\nhi", "<image> there you are"])
+    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [4, 4]
+    with pytest.raises(ZooError, match="holds 1 times '<image>', but 2 images"):
+        processor(images=[image, image], text="<image>")
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "hi"}]}]
+    out = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+    assert out["pixel_values"].shape[0] == 1 and torch.equal(out["attention_mask"], torch.ones_like(out["input_ids"]))
+    assert processor.decode(out["input_ids"][0]).endswith("<|im_start|>assistant\n")
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    processor = processor_with("plain")
+    processor.save_pretrained(tmp_path)
+    again = ZooProcessor.from_pretrained(tmp_path)
+    assert (again.transform, again.num_image_tokens, again.image_separator) == (TRANSFORM, 4, "\n")
+    s = sample((QUESTIONS[0], "yes"), (QUESTIONS[1], "blue"))
+    assert np.array_equal(processor.encode(s).input_ids, again.encode(s).input_ids)
