@@ -32,7 +32,7 @@ def is_local(checkpoint: str) -> bool:
 
 
 def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
-    """Return the path of one file of a checkpoint, downloaded on first use where it is a hub name (`org/name@revision`).
+    """Return the path of one file of a checkpoint; a hub name (`org/name@revision`) is downloaded on first use.
 
     Raises:
         ZooError: there is no such file (None if `optional`), or the hub cannot be reached.

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from torch import nn
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.checkpoints import fetch, is_local
 from zoo.vision.stem import ConvStem
-from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, block_count, check_divides, on_meta
+from zoo.vision.timm_runner import TimmRunner
+from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_divides, on_meta
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 FITS = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -61,85 +60,10 @@ class TimmVision(Tower):
     """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
 
     def __init__(self, config: TimmVisionConfig) -> None:
-        super().__init__()
-        named = bool(config.model or config.checkpoint)
-        self.tower = _named(config) if named else _sized(config)
-        tower: Any = self.tower
-        if not _is_plain(tower):
-            raise ZooError(
-                f"{config.model or config.checkpoint!r} is a {type(tower).__name__}, which has no blocks of one width on"
-                " one patch grid; a plain ViT is needed (vit_*, deit_*, eva_*, beit_* of timm)."
-            )
-        self.depth = block_count(config.layer, len(tower.blocks), lowest=1)
-        if config.norm and isinstance(tower.norm, nn.Identity):  # models that pool first keep their norm behind it
-            tower.norm = getattr(tower, "fc_norm", tower.norm)
-            if isinstance(tower.norm, nn.Identity):
-                raise ZooError(f"{config.model or config.checkpoint!r} has no final norm: norm must be false.")
-        self.norm = config.norm
-        tower.prune_intermediate_layers([self.depth - 1], prune_norm=not config.norm, prune_head=True)
-        self.hidden_size = tower.embed_dim
-        self.num_prefix = tower.num_prefix_tokens
-        self.grid = tuple(tower.patch_embed.grid_size)
-        self.transform = _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF)
-        self.rope: Tensor | None = None
-        self.attention = self._listen() if getattr(tower, "cls_token", None) is not None else None
-        provides = {"grid"}
-        if self.num_prefix:
-            provides.add("prefix_tokens")
-        if self.attention is not None:
-            provides.add("cls_attention")
-        self.provides = frozenset(provides)
-
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        tower: Any = self.tower
-        (out,) = tower.forward_intermediates(
-            pixel_values,
-            indices=[self.depth - 1],
-            return_prefix_tokens=True,
-            norm=self.norm,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out  # (M, P + N, D)
-
-    def _listen(self) -> nn.Module | None:
-        """Take q and k behind their norms from the last block, of the attentions whose scores are q.k and no more."""
-        from timm.layers import Attention, AttentionRope
-        from timm.models.eva import EvaAttention
-
-        attention = getattr(self.tower.blocks[-1], "attn", None)  # type: ignore[index]
-        if type(attention) not in (Attention, AttentionRope, EvaAttention) or not self.num_prefix:
-            return None
-        attention.register_forward_pre_hook(self._keep_rope, with_kwargs=True)
-        attention.q_norm.register_forward_hook(self.keep_query)
-        attention.k_norm.register_forward_hook(self.keep_key)
-        return attention
-
-    def _keep_rope(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.wants_row:
-            self.rope = kwargs.get("rope")
-
-    def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
-        from timm.layers import apply_rot_embed_cat
-
-        attention: Any = self.attention
-        assert self.query is not None and self.key is not None, "the hooks of the last block did not fire"
-        query, key = self.query[:, :, :1], self.key  # (M, H, 1, d), (M, H, P + N, d)
-        if self.rope is not None:  # patches are rotated, the prefix is not
-            p = self.num_prefix
-            rotated = apply_rot_embed_cat(key[:, :, p:], self.rope, half=getattr(attention, "rotate_half", False))
-            key, self.rope = torch.cat([key[:, :, :p], rotated], dim=2), None
-        return query, key, attention.scale
-
-    def set_attention(self, name: str) -> None:
-        if name not in {"eager", "sdpa"}:
-            raise ZooError(f"timm encoders run eager or sdpa attention, got {name!r}.")
-        for module in self.tower.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = name == "sdpa"
-
-    def set_gradient_checkpointing(self, enable: bool) -> None:
-        self.tower.set_grad_checkpointing(enable)  # type: ignore[operator]
+        named = config.model or config.checkpoint
+        tower: Any = _named(config) if named else _sized(config)
+        runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder")
+        super().__init__(runner, _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF))
 
 
 def _sized(config: TimmVisionConfig) -> nn.Module:
@@ -211,11 +135,6 @@ def _check_name(model: str) -> None:
     tags = [name.partition(".")[2] for name in timm.list_pretrained(architecture + ".*")]
     if tag and tag not in tags:
         raise unknown(f"weights of timm model {architecture!r}", tag, tags)
-
-
-def _is_plain(tower: Any) -> bool:
-    parts = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
-    return all(hasattr(tower, part) for part in parts) and bool(getattr(tower.patch_embed, "grid_size", None))
 
 
 def _transform(tower: Any) -> ImageTransform:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from zoo.registry import ImageFeatures, ImageTransform, ZooError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -18,43 +17,85 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP, and of what is trained from scratch here
 
 
-class Tower(nn.Module):
-    """A wrapped encoder. Subclasses build `self.tower`, set what is declared here and say how to run it."""
+class Runner:
+    """How a tower of one library is run, and what it says of itself. One subclass per library.
 
-    needs: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
-    provides: frozenset[str]
-    tower: nn.Module
+    It is no module: the tower's weights keep the names that its library gave them.
+    """
+
+    tower: Any
     hidden_size: int
-    grid: tuple[int, int]
-    transform: ImageTransform
     num_prefix: int  # [CLS] and register tokens in front of the patches
+    grid: tuple[int, int]
+    has_row: bool  # whether the last block has a [CLS] token and scores that are q.k and no more
 
     def __init__(self) -> None:
-        super().__init__()
         self.wants_row = False
         self.query: Tensor | None = None
         self.key: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Run the blocks: (M, 3, S, S) -> (M, P + N, D), prefix tokens first."""
         raise NotImplementedError
 
     def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
-        """Give what the last block's attention just saw: the [CLS] query (M, H, 1, d), the keys (M, H, P + N, d), and
-        the factor of their product."""
+        """Give what the last block's attention just saw, and the factor of q.k.
+
+        Returns:
+            The query of [CLS] (M, H, 1, d), the keys (M, H, P + N, d), the scale.
+        """
         raise NotImplementedError
 
     def set_attention(self, name: str) -> None:
-        """Choose the attention kernel: eager, sdpa, or another one that the library knows."""
         raise NotImplementedError
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         raise NotImplementedError
+
+    # Hooks, as bound methods so that a deep copy of the tower listens to itself. They act only while a row is wanted.
+    def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        if self.wants_row:
+            self.query = out.detach()
+
+    def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        if self.wants_row:
+            self.key = out.detach()
+
+
+class Tower(nn.Module):
+    """A wrapped encoder, cut behind the last block that is used. The components of this folder build one each."""
+
+    needs: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
+
+    def __init__(self, runner: Runner, transform: ImageTransform) -> None:
+        super().__init__()
+        self.tower: nn.Module = runner.tower
+        self.runner = runner
+        self.transform = transform
+        self.hidden_size = runner.hidden_size
+        self.grid = runner.grid
+        words = {"grid": True, "prefix_tokens": runner.num_prefix > 0, "cls_attention": runner.has_row}
+        self.provides = frozenset(word for word, given in words.items() if given)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def set_attention(self, name: str) -> None:
+        """Choose the attention kernel: eager, sdpa, or another one that the library knows."""
+        self.runner.set_attention(name)
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.runner.set_gradient_checkpointing(enable)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Switch to training; a frozen tower stays in evaluation (DINOv3 shakes its positions while it trains)."""
+        super().train(mode)
+        if not self._trains():
+            self.tower.eval()
+        return self
 
     def forward(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
         """Encode images.
@@ -74,33 +115,33 @@ class Tower(nn.Module):
         if tuple(pixel_values.shape[-2:]) != self.transform.size:
             given, wanted = tuple(pixel_values.shape[-2:]), self.transform.size
             raise ZooError(f"The encoder takes images of {wanted[0]} x {wanted[1]}, got {given[0]} x {given[1]}.")
-        trains = pixel_values.requires_grad or any(p.requires_grad for p in self.tower.parameters())
-        self.wants_row = "cls_attention" in need
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            tokens = self.encode(pixel_values)  # (M, P + N, D)
-        row = self._cls_row() if self.wants_row else None
-        self.wants_row, self.query, self.key = False, None, None
-        prefix = tokens[:, : self.num_prefix] if "prefix_tokens" in need else None
-        return ImageFeatures(tokens[:, self.num_prefix :], self.grid, cls_attention=row, prefix=prefix)
+        runner, p = self.runner, self.runner.num_prefix
+        runner.wants_row = "cls_attention" in need
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or self._trains())):
+            tokens = runner.encode(pixel_values)  # (M, P + N, D)
+        row = _cls_row(*runner.cls_query_key())[:, p:] if runner.wants_row else None  # (M, N)
+        runner.wants_row, runner.query, runner.key = False, None, None
+        prefix = tokens[:, :p] if "prefix_tokens" in need else None  # (M, P, D)
+        return ImageFeatures(tokens[:, p:], self.grid, cls_attention=row, prefix=prefix)
 
-    def _cls_row(self) -> Tensor:
-        """One row of the attention matrix from q and k, in float32; the kernel that ran stays as fused as it was."""
-        query, key, scale = self.cls_query_key()
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            key = key.float()
-            if key.shape[1] != query.shape[1]:  # grouped queries
-                key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-            scores = (query.float() * scale) @ key.transpose(-1, -2)  # (M, H, 1, P + N)
-            return scores.softmax(-1).mean(1)[:, 0, self.num_prefix :]  # (M, N)
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.tower.parameters())
 
-    # Hooks, as bound methods so that a deep copy of the tower listens to itself. They act only while a row is wanted.
-    def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if self.wants_row:
-            self.query = out.detach()
 
-    def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if self.wants_row:
-            self.key = out.detach()
+def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """One row of the attention matrix, mean over heads: (M, P + N) float32. The kernel that ran stays fused.
+
+    Args:
+        query: (M, H, 1, d) of the [CLS] token.
+        key: (M, H, P + N, d), or fewer heads where queries share keys in groups.
+        scale: factor of q.k.
+    """
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        key = key.float()
+        if key.shape[1] != query.shape[1]:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = (query.float() * scale) @ key.transpose(-1, -2)  # (M, H, 1, P + N)
+        return scores.softmax(-1).mean(1)[:, 0]  # (M, P + N)
 
 
 def block_count(layer: int, depth: int, lowest: int = 0) -> int:

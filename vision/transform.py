@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-
 from zoo.registry import ImageTransform, ZooError
 from zoo.vision.images import open_image
 

@@ -1,0 +1,284 @@
+"""Encoders of transformers: CLIP, SigLIP, SigLIP 2, DINOv2 with and without registers, DINOv3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.vision.checkpoints import fetch, is_local, read_json
+from zoo.vision.tower import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Runner,
+    Tower,
+    block_count,
+    check_divides,
+    on_meta,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family keeps what we need, and its statistics where a checkpoint has no processor file."""
+
+    model: str  # class of transformers
+    blocks: str
+    norm: str
+    attention: str  # inside a block
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: str
+    fit: str
+    has_cls: bool = True
+    any_size: bool = False  # takes images of any size; the processor says which
+
+
+FAMILIES = {
+    "clip": Family(
+        "CLIPVisionModel", "encoder.layers", "post_layernorm", "self_attn", CLIP_MEAN, CLIP_STD, "bicubic", "crop"
+    ),
+    "siglip": Family(
+        "SiglipVisionModel", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "bicubic", "squash", False
+    ),
+    "siglip2": Family(
+        "Siglip2VisionModel", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "bilinear", "squash", False
+    ),
+    "dinov2": Family(
+        "Dinov2Model", "encoder.layer", "layernorm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bicubic", "crop",
+        any_size=True,
+    ),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "encoder.layer", "layernorm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bicubic",
+        "crop", any_size=True,
+    ),
+    "dinov3_vit": Family(
+        "DINOv3ViTModel", "model.layer", "norm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash",
+        any_size=True,
+    ),
+}  # fmt: skip
+RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
+
+
+@dataclass
+class HFVisionConfig:
+    checkpoint: str = ""  # hub name or folder, of an encoder or of a model that holds one; empty: random weights
+    layer: int = -2  # 0: what enters the first block, 1: after it, -1: after the last; blocks beyond it are not kept
+    norm: bool = False  # apply the final norm to the tokens
+    image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
+    # Sizes, used where `checkpoint` is empty.
+    model_type: str = "clip"  # clip | siglip | siglip2 | dinov2 | dinov2_with_registers | dinov3_vit
+    patch_size: int = 16  # pixels a side
+    width: int = 192  # D
+    depth: int = 12  # blocks
+    heads: int = 3  # attention heads
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    registers: int = 4  # register tokens, in the families that have them
+
+    def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise unknown("model_type", self.model_type, FAMILIES)
+        if not self.checkpoint:
+            check_divides(self.patch_size, self.image_size or 224)
+            if self.heads < 1 or self.width % self.heads or self.depth < 1:
+                raise ZooError(
+                    f"width must be a multiple of heads and depth at least 1, got width {self.width},"
+                    f" heads {self.heads}, depth {self.depth}."
+                )
+            if self.model_type.startswith("dinov2") and self.mlp_ratio != int(self.mlp_ratio):
+                raise ZooError(f"mlp_ratio of {self.model_type} is a whole number, got {self.mlp_ratio}.")
+
+
+@register("vision", "hf")
+class HFVision(Tower):
+    """The vision part of a composite checkpoint (a whole CLIP, say) is taken out of it."""
+
+    def __init__(self, config: HFVisionConfig) -> None:
+        spec = _from_json(config) if config.checkpoint else _from_sizes(config)
+        family = FAMILIES[_family(spec)]
+        depth = block_count(config.layer, spec.num_hidden_layers)
+        spec.num_hidden_layers = depth  # later blocks are neither built nor read
+        size, transform = _transform(config, spec, family)
+        check_divides(spec.patch_size, size)
+        tower = _load(config.checkpoint, family, spec) if config.checkpoint and not on_meta() else _class(family)(spec)
+        super().__init__(HFRunner(tower, family, size, config.norm), transform)
+
+
+class HFRunner(Runner):
+    """Runs the tower's own forward, which ends behind the last block: its final norm and pooling head are gone."""
+
+    def __init__(self, tower: Any, family: Family, size: int, norm: bool) -> None:
+        super().__init__()
+        spec = tower.config
+        self.tower, self.family = tower, family
+        if not norm:
+            setattr(tower, family.norm, nn.Identity())
+        self.norm = getattr(tower, family.norm) if norm and spec.model_type.startswith("clip") else None
+        if getattr(tower, "use_head", False):
+            tower.use_head, tower.head = False, None
+        if hasattr(tower.embeddings, "mask_token"):  # of the pretraining task; DDP would wait for its gradient
+            tower.embeddings.mask_token = None
+        self.hidden_size = spec.hidden_size
+        self.num_prefix = int(family.has_cls) * (1 + getattr(spec, "num_register_tokens", 0))
+        self.grid = (size // spec.patch_size, size // spec.patch_size)
+        self.interpolate = not family.any_size and size != getattr(spec, "image_size", size)
+        self.position: Any = None
+        blocks = reduce(getattr, family.blocks.split("."), tower)
+        self.has_row = family.has_cls and len(blocks) > 0
+        if self.has_row:
+            self.attention = getattr(blocks[-1], family.attention)
+            self.attention.register_forward_pre_hook(self._keep_position, with_kwargs=True)
+            self.attention.q_proj.register_forward_hook(self.keep_query)
+            self.attention.k_proj.register_forward_hook(self.keep_key)
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        if self.tower.config.model_type.startswith("siglip2"):
+            return self._encode_patches(pixel_values)
+        options = {"interpolate_pos_encoding": True} if self.interpolate else {}
+        tokens = self.tower(pixel_values, **options).last_hidden_state  # (M, P + N, D)
+        return self.norm(tokens) if self.norm is not None else tokens  # CLIP's own forward norms [CLS] only
+
+    def _encode_patches(self, pixel_values: Tensor) -> Tensor:
+        """SigLIP 2 takes patches and their number; here all images have the same, so nothing is padded."""
+        tower, (h, w), m = self.tower, self.grid, pixel_values.shape[0]
+        p = tower.config.patch_size
+        patches = (
+            pixel_values.view(m, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(m, h * w, p * p * 3)
+        )  # (M, N, .)
+        x = tower.embeddings.patch_embedding(patches.to(tower.embeddings.patch_embedding.weight.dtype))  # (M, N, D)
+        side = tower.embeddings.position_embedding_size
+        positions = tower.embeddings.position_embedding.weight.view(1, side, side, -1).permute(0, 3, 1, 2)
+        if (side, side) != (h, w):
+            positions = F.interpolate(positions.float(), (h, w), mode="bilinear", align_corners=False, antialias=True)
+        x = x + positions.flatten(2).transpose(1, 2).to(x.dtype)  # (M, N, D)
+        return getattr(tower, self.family.norm)(tower.encoder(inputs_embeds=x).last_hidden_state)
+
+    def _keep_position(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.wants_row:
+            self.position = kwargs.get("position_embeddings")
+
+    def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
+        assert self.query is not None and self.key is not None, "the hooks of the last block did not fire"
+        heads = (self.tower.config.num_attention_heads, -1)
+        query = self.query[:, :1].unflatten(-1, heads).transpose(1, 2)  # (M, H, 1, d)
+        key = self.key.unflatten(-1, heads).transpose(1, 2)  # (M, H, P + N, d)
+        if self.position is not None:  # DINOv3 rotates patches, not the prefix
+            from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
+
+            (cos, sin), self.position, p = self.position, None, self.num_prefix
+            patches = key[:, :, p:]
+            key = torch.cat([key[:, :, :p], patches * cos + rotate_half(patches) * sin], dim=2)
+        return query, key, query.shape[-1] ** -0.5
+
+    def set_attention(self, name: str) -> None:
+        self.tower.set_attn_implementation(name)
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        if enable:
+            self.tower.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.tower.gradient_checkpointing_disable()
+
+
+def _class(family: Family) -> Any:
+    import transformers
+
+    return getattr(transformers, family.model)
+
+
+def _family(spec: Any) -> str:
+    return spec.model_type.removesuffix("_vision_model")
+
+
+def _from_sizes(config: HFVisionConfig) -> Any:
+    family = FAMILIES[config.model_type]
+    size = config.image_size or 224
+    sizes: dict[str, Any] = {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "patch_size": config.patch_size,
+        "image_size": size,
+        "intermediate_size": round(config.width * config.mlp_ratio),
+        "mlp_ratio": int(config.mlp_ratio),
+        "num_register_tokens": config.registers,
+        "num_patches": (size // config.patch_size) ** 2,
+        "vision_use_head": False,
+    }
+    known = _class(family).config_class
+    return known(**{key: value for key, value in sizes.items() if key in known.__dataclass_fields__})
+
+
+def _from_json(config: HFVisionConfig) -> Any:
+    """Read the vision part of a checkpoint's `config.json`."""
+    plain = read_json(config.checkpoint)
+    whole = str(plain.get("model_type", ""))
+    while isinstance(plain.get("vision_config"), dict):
+        inner = plain["vision_config"]
+        plain = {**inner, "model_type": inner.get("model_type") or f"{whole}_vision_model"}
+    name = str(plain.get("model_type", "")).removesuffix("_vision_model")
+    if name not in FAMILIES:
+        raise ZooError(
+            f"{config.checkpoint!r} holds a model of type {whole or 'unknown'!r}; its encoder must be one of"
+            f" {', '.join(FAMILIES)}."
+        )
+    return _class(FAMILIES[name]).config_class.from_dict(plain)
+
+
+def _load(checkpoint: str, family: Family, spec: Any) -> Any:
+    from transformers.utils import logging
+
+    if is_local(checkpoint) and not fetch(checkpoint, "model.safetensors.index.json", optional=True):
+        fetch(checkpoint, "model.safetensors")
+    name, _, revision = (checkpoint, "", "") if is_local(checkpoint) else checkpoint.partition("@")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of every block that we leave out
+    try:
+        tower, report = _class(family).from_pretrained(
+            name,
+            revision=revision or "main",
+            config=spec,
+            dtype=torch.get_default_dtype(),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ZooError(f"The weights of {checkpoint!r} cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
+        raise ZooError(f"{checkpoint!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]}.")
+    return tower
+
+
+def _transform(config: HFVisionConfig, spec: Any, family: Family) -> tuple[int, ImageTransform]:
+    """Size and statistics: what the checkpoint's processor says, what its family uses where it says nothing."""
+    processor: dict[str, Any] = {}
+    if config.checkpoint:
+        processor = read_json(config.checkpoint, "preprocessor_config.json", optional=True)
+        if not processor:
+            processor = read_json(config.checkpoint, "processor_config.json", optional=True).get("image_processor", {})
+    own = processor.get("size")
+    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
+    if isinstance(own, int):  # processors before 2022 wrote a number
+        own = {"shortest_edge": own}
+    fit = "crop" if crop or "shortest_edge" in (own or {}) else "squash" if "height" in (own or {}) else family.fit
+    asked = crop if isinstance(crop, int) else (crop or own or {}).get("height", 0)
+    if not hasattr(spec, "image_size"):  # SigLIP 2 knows its number of patches only
+        size = config.image_size or round(spec.num_patches**0.5) * spec.patch_size
+    else:
+        size = config.image_size or (asked if family.any_size else 0) or spec.image_size
+    return size, ImageTransform(
+        size=(size, size),
+        mean=tuple(processor.get("image_mean") or family.mean),
+        std=tuple(processor.get("image_std") or family.std),
+        resample=RESAMPLES.get(processor.get("resample", -1), family.resample),
+        fit=fit,
+    )
