@@ -1,8 +1,8 @@
 """One stage of a recipe: what trains, on which data, for how long, and how. Plain values, no torch.
 
 A recipe is a dict of named stages that run one after the other; each starts with a fresh optimiser on the weights that
-the one before left. `batch_size` counts samples of one optimiser step over all processes and forward passes, so that the
-same recipe trains the same model on one process and on eight.
+the one before left. `batch_size` counts the samples of one optimiser step over all processes and forward passes, so
+that the same recipe trains the same model on one process and on eight.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from zoo.registry import ZooError, unknown
 
 OPTIMIZERS = ("muon_adamw", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("", "auto", "fp32", "bf16")
 PACKS = ("dialogs", "none")
 
 
@@ -50,7 +50,7 @@ class Stage:
     distiller: Any = None  # null, the name of a distiller, or {name: ..., options}
     teacher: str = ""  # model name of a teacher, as in `model=`; empty: none
     # Speed and memory
-    precision: str = ""  # auto | fp32 | bf16 | fp16; empty: as the run says
+    precision: str = ""  # auto | fp32 | bf16; empty: as the run says
     compile: bool = False  # torch.compile; pays after a few hundred steps
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     # Intervals, in optimiser steps

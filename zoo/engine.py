@@ -1,0 +1,258 @@
+"""One optimiser step of a stage: forward passes, weighted losses, gradients over all processes, optimisers.
+
+The answer loss is a mean over every label of the step, wherever it was computed, so accumulation and more processes
+change nothing but the speed. Other losses are means over forward passes.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.loader import keyed
+from zoo.optim import build_optimizers, rate_at, set_rate
+from zoo.precision import autocast, resolve_precision
+from zoo.registry import IGNORE_INDEX, ZooError, build
+from zoo.stage import Stage
+
+
+class TrainStep(nn.Module):
+    """The model, the distiller and what joins them, as one module, so that DDP sees every parameter that trains."""
+
+    def __init__(self, model: nn.Module, distiller: Any, teacher: Any, stage: Stage) -> None:
+        super().__init__()
+        self.model = model
+        self.distiller = distiller
+        self.hidden = {"teacher": teacher}  # a dict hides it: the teacher is neither trained nor saved nor sharded
+        self.run_llm = stage.loss_weights.get("answer", 1.0) > 0
+        self.loss_weights = dict(stage.loss_weights)
+        needs = getattr(distiller, "needs", frozenset())
+        self.student_options = _options(needs, "student")
+        self.teacher_options = _options(needs, "teacher")
+
+    def forward(self, batch: Mapping[str, Any], num_labels: float) -> dict[str, Tensor]:
+        """Return the unweighted losses of one forward pass by name.
+
+        Args:
+            batch: what `ZooProcessor.collate` gives, on this device.
+            num_labels: what the sum of the answer loss is divided by.
+        """
+        out = self.model(**batch, num_labels=num_labels, run_llm=self.run_llm, **self.student_options)
+        losses = dict(out.losses or {})
+        if self.distiller is not None:
+            seen = None
+            if (teacher := self.hidden["teacher"]) is not None:
+                with torch.no_grad():
+                    seen = teacher(**batch, **self.teacher_options)
+            losses |= self.distiller(out, seen, batch)
+        return losses
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Sum the losses, weighted as the stage says."""
+        weighted = [self.loss_weights.get(name, 1.0) * value for name, value in losses.items()]
+        if not weighted:
+            raise ZooError("The stage has no loss: the answer loss has weight 0 and no distiller gives another.")
+        return torch.stack([w.float() for w in weighted]).sum()
+
+
+def _options(needs: frozenset[str], who: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if f"{who}.logits" in needs:
+        options["all_logits"] = True
+    if f"{who}.hidden" in needs:
+        options["output_hidden_states"] = True
+    return options
+
+
+class Engine:
+    """Everything of one stage that lives on the device.
+
+    Args:
+        accelerator: of the run.
+        model: the composed model; only what the stage trains will require a gradient.
+        stage: its settings.
+        steps: optimiser steps of the stage.
+        seed: of the run.
+        precision: of the run, where the stage states none.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: Any,
+        stage: Stage,
+        steps: int,
+        *,
+        seed: int = 0,
+        precision: str = "auto",
+        distiller: Any = None,
+        teacher: Any = None,
+    ) -> None:
+        accelerator.free_memory()  # lets go of what the stage before wrapped
+        self.accelerator, self.model, self.stage, self.steps, self.seed = accelerator, model, stage, steps, seed
+        self.distiller, self.device = distiller, accelerator.device
+        self.trainable = model.set_trainable(list(stage.train), list(stage.freeze))  # numbers by part
+        self.precision = resolve_precision(stage.precision or precision, self.device)
+        self.resume_training()
+        if distiller is not None:
+            distiller.to(self.device) if isinstance(distiller, nn.Module) else None
+        step = TrainStep(model, distiller, teacher, stage)
+        if getattr(accelerator, "is_fsdp2", False):
+            _shard(accelerator, model)
+            self.step: Any = step
+        else:
+            self.step = accelerator.prepare_model(step)
+        self.total = step.total
+        modules = {"": model}
+        if isinstance(distiller, nn.Module):
+            modules["distiller"] = distiller
+        self.optimizers = build_optimizers(modules, stage, _parts_of(model))
+        self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon does not see the size of a gradient
+
+    def run(
+        self, number: int, global_step: int, batches: list[dict[str, Any]], stop: bool
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Take optimiser step `number` of the stage.
+
+        Args:
+            number: counted from 0 within the stage.
+            global_step: counted over the run; the model's randomness is a function of it.
+            batches: one per forward pass, still on the CPU.
+            stop: whether this process was asked to leave.
+
+        Returns:
+            Losses by name, and whether any process was asked to leave.
+        """
+        reseed(self.seed, global_step, self.accelerator.process_index)
+        num_labels, stop = self._agree(sum(count_labels(b) for b in batches), stop)
+        set_rate(self.optimizers, rate_at(number, self.steps, self.stage))
+        sums: dict[str, Tensor] = {}
+        for turn, batch in enumerate(batches):
+            last = turn + 1 == len(batches)
+            with contextlib.nullcontext() if last else self._no_sync():
+                with autocast(self.precision, self.device):
+                    losses = self.step(to_device(batch, self.device), num_labels)
+                losses = {k: v if k == "answer" else v / len(batches) for k, v in losses.items()}
+                self.accelerator.backward(self.total(losses))
+            for name, value in losses.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        if self.stage.clip:
+            torch.nn.utils.clip_grad_norm_(self.clipped, self.stage.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return sums, stop
+
+    def resume_training(self) -> None:
+        """Set up the model's attention and modes; after an evaluation once more."""
+        with autocast(self.precision, self.device):
+            self.attention = self.model.set_attention(self.model.config.attention)
+        _set_mode(self.model, self.stage)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of AdamW now, or of Muon where that is all there is."""
+        return self.optimizers[-1].param_groups[0]["lr"]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains in this stage, with the names that checkpoints use."""
+        named = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        if isinstance(self.distiller, nn.Module):
+            named |= {f"distiller.{n}": p for n, p in self.distiller.named_parameters()}
+        return named
+
+    def _no_sync(self) -> Any:
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
+            return _unsynced(self.model)
+        return self.accelerator.no_sync(self.step)
+
+    def _agree(self, labels: int, stop: bool) -> tuple[float, bool]:
+        """Share out the step's labels: each process divides by the mean, as gradients are averaged over processes."""
+        world = self.accelerator.num_processes
+        if world > 1:
+            both = torch.tensor([labels, int(stop)], dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(both)
+            labels, stop = int(both[0]), bool(both[1] > 0)
+        return max(1, labels) / world, stop
+
+
+def reseed(seed: int, global_step: int, rank: int) -> None:
+    """Make the model's randomness a function of (seed, step, process)."""
+    torch.manual_seed(int(keyed(seed, 3, global_step, rank).integers(2**63)))
+
+
+def count_labels(batch: Mapping[str, Any]) -> int:
+    """Count the labels that a batch's answer loss is over: the first position predicts nothing before it."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch, wherever they are in it."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value
+
+
+def build_distiller(model: Any, node: Mapping[str, Any]) -> Any:
+    """Build the distiller that a stage names, for this model."""
+    vision = model.vision
+    return build(
+        "distiller",
+        node,
+        vision_dim=vision.hidden_size if vision is not None else None,
+        text_dim=model.llm.hidden_size,
+        vocab_size=model.llm.vocab_size,
+        grid=vision.grid if vision is not None else None,
+    )
+
+
+def _set_mode(model: Any, stage: Stage) -> None:
+    """Train mode where something trains, eval mode in frozen parts; checkpointing and compilation as the stage says."""
+    model.train()
+    for part in model.children():
+        if not any(p.requires_grad for p in part.parameters()):
+            part.eval()
+    model.gradient_checkpointing_enable() if stage.gradient_checkpointing else model.gradient_checkpointing_disable()
+    for part in (model.vision, model.projector, _decoder(model.llm)):
+        if part is None:
+            continue
+        if stage.compile:
+            part.compile()
+        else:
+            part._compiled_call_impl = None
+
+
+def _decoder(llm: Any) -> nn.Module:
+    """The LLM without its vocabulary head: what `hidden` calls."""
+    return llm.lm.get_decoder() if hasattr(llm.lm, "get_decoder") else llm.lm
+
+
+def _shard(accelerator: Any, model: Any) -> None:
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    fsdp2_prepare_model(accelerator, model)
+
+
+@contextlib.contextmanager
+def _unsynced(model: Any) -> Any:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def _parts_of(model: Any) -> Any:
+    def parts(name: str) -> tuple[str, str]:
+        part = "distiller" if name.startswith("distiller.") else model.part_of(name)
+        return part, part.partition(".")[0]
+
+    return parts
+
+
+def _params(optimizer: Any) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,304 @@
+"""Samples in an order that is a function of (seed, position), and the batches made of them.
+
+Nothing here has a state that must be restored: position p of a stage's stream is a data set, an epoch and an index,
+whoever asks and whenever. So a run resumes at any step, with any number of worker processes, and a run on two processes
+sees the samples of a run on one. Streaming data sets, whose length nobody knows, are read in order by every process and
+worker, each decoding its own share only; their place is saved.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.registry import Sample, ZooError, unknown
+from zoo.stage import Stage
+
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly at every length
+Where = tuple[int, int, int]  # which data set of the mix, epoch, index
+WINDOW = 32  # steps whose samples are sorted by length together
+
+
+def keyed(*key: int) -> np.random.Generator:
+    """Return a generator that depends on `key` alone."""
+    return np.random.default_rng([k & 0xFFFFFFFF for k in key])
+
+
+class Mix:
+    """The order in which the samples of several data sets are seen.
+
+    Args:
+        datasets: data name -> data set.
+        weights: data name -> share of the stream; empty: every sample equally often.
+        seed: of the order.
+    """
+
+    def __init__(self, datasets: Mapping[str, Any], weights: Mapping[str, float], seed: int) -> None:
+        for name in weights:
+            if name not in datasets:
+                raise unknown("data in this run", name, datasets)
+        self.names = [n for n in datasets if weights.get(n, 0.0 if weights else 1.0) > 0]
+        self.datasets = [datasets[n] for n in self.names]
+        self.lengths = [None if hasattr(d, "stream") else len(d) for d in self.datasets]
+        for name, length in zip(self.names, self.lengths, strict=True):
+            if length == 0:
+                raise ZooError(f"data {name!r} has no samples.")
+        if not weights and None in self.lengths and len(self.names) > 1:
+            raise ZooError(
+                f"A streaming data set has no length: give the mix weights, data: {{{self.names[0]}: 1.0, ...}}."
+            )
+        shares = np.array(
+            [weights[n] if weights else (size or 1) for n, size in zip(self.names, self.lengths, strict=True)]
+        )
+        self.bounds = np.cumsum(shares / shares.sum())[:-1]
+        self.seed = seed
+        self._seen = (
+            0,
+            np.zeros(len(self.names), dtype=np.int64),
+        )  # position, and how often each data set came before it
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def samples_in(self, epochs: float) -> int:
+        """Return how many positions `epochs` passes are: one pass is as many as all data sets hold."""
+        if None in self.lengths:
+            name = self.names[self.lengths.index(None)]
+            raise ZooError(f"data {name!r} is a stream without a length: give the stage steps, not epochs.")
+        return round(epochs * sum(n for n in self.lengths if n is not None))
+
+    def members(self, start: int, stop: int) -> np.ndarray:
+        """Return which data set each position in [start, stop) belongs to."""
+        return np.searchsorted(self.bounds, np.arange(start, stop) * GOLDEN % 1.0, side="right")
+
+    def places(self, start: int, stop: int) -> list[Where]:
+        """Return (data set, epoch, index) of each position in [start, stop); for streams the last two say nothing."""
+        at, counts = self._seen
+        if at > start:
+            at, counts = 0, np.zeros_like(counts)
+        counts = counts.copy()
+        while at < start:  # in pieces, so that a long run costs no memory
+            until = min(start, at + 1_000_000)
+            counts += np.bincount(self.members(at, until), minlength=len(counts))
+            at = until
+        self._seen = (start, counts.copy())
+        result = []
+        for member in self.members(start, stop).tolist():
+            count, length = int(counts[member]), self.lengths[member]
+            counts[member] += 1
+            if length is None:
+                result.append((member, 0, count))
+            else:
+                epoch, offset = divmod(count, length)
+                result.append((member, epoch, int(self._order(member, epoch)[offset])))
+        return result
+
+    def _order(self, member: int, epoch: int) -> np.ndarray:
+        if (member, epoch) not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != member}  # one epoch of each is enough
+            self._orders[member, epoch] = keyed(self.seed, 1, member, epoch).permutation(self.lengths[member] or 0)
+        return self._orders[member, epoch]
+
+
+@dataclass
+class Place:
+    """Which part of each optimiser step this process computes."""
+
+    rank: int = 0
+    world: int = 1
+    step: int = 0  # optimiser step of the stage to start at
+    streams: dict[str, list[int]] = field(default_factory=dict)  # of each stream: epoch and samples read, at `step`
+
+
+class Batches(Dataset):
+    """Forward pass j of this process -> its batch. A function of j alone, but for streams, which are read in order."""
+
+    def __init__(
+        self,
+        mix: Mix,
+        processor: Any,
+        stage: Stage,
+        steps: int,
+        place: Place,
+        *,
+        multiple_of: int = 1,
+        skip_broken: bool = False,
+    ) -> None:
+        self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
+        self.multiple_of, self.skip_broken = multiple_of, skip_broken
+        parts = place.world * stage.accumulate
+        if stage.batch_size % parts:
+            raise ZooError(
+                f"batch_size={stage.batch_size} does not split evenly over {place.world} processes with "
+                f"accumulate={stage.accumulate}; allowed are multiples of {parts}."
+            )
+        if stage.length_buckets and None in mix.lengths:
+            name = mix.names[mix.lengths.index(None)]
+            raise ZooError(f"length_buckets needs data of known length, and data {name!r} is a stream.")
+        self.size = stage.batch_size // parts  # samples of one forward pass
+        self._window: tuple[int, list[list[Where]]] = (-1, [])
+        self._streams: dict[int, tuple[Iterator[Sample], int, int]] = {}  # data set -> samples, epoch, how many read
+        self._done = place.step * stage.batch_size  # position up to which streams were read
+        self._step: tuple[int, list[Sample]] = (-1, [])  # with streams: the last step's samples
+
+    def __len__(self) -> int:
+        return self.steps * self.stage.accumulate
+
+    def __getitem__(self, j: int) -> dict[str, Any]:
+        step, turn = divmod(j, self.stage.accumulate)
+        first = (turn * self.place.world + self.place.rank) * self.size
+        samples = self._samples(step, slice(first, first + self.size))
+        rows, broken = [], []
+        for sample in samples:
+            try:
+                rows += [self.processor.encode(s) for s in self._pieces(sample)]
+            except (ZooError, OSError) as error:
+                if not self.skip_broken:
+                    raise
+                broken.append(f"{sample.id}: {error}")
+        if not rows:
+            raise ZooError(f"Every sample of a batch is broken, the first is {broken[0]}")
+        if self.stage.pack_length is not None:
+            rows = self.processor.pack(rows, self.stage.pack_length)
+        batch = self.processor.collate(rows, multiple_of=self.multiple_of)
+        info = {"samples": len(samples) - len(broken), "broken": broken, "streams": self._stream_places()}
+        return {"batch": batch, "info": info}
+
+    def _pieces(self, sample: Sample) -> list[Sample]:
+        if self.stage.pack == "dialogs" or len(sample.dialogs) == 1:
+            return [sample]
+        return [replace(sample, dialogs=[d]) for d in sample.dialogs]
+
+    def _samples(self, step: int, mine: slice) -> list[Sample]:
+        if None not in self.mix.lengths:
+            return [self.mix.datasets[member].get(index, epoch) for member, epoch, index in self._places(step)[mine]]
+        if self._step[0] != step:
+            self._step = (step, self._read(step))
+        return self._step[1][mine]
+
+    def _places(self, step: int) -> list[Where]:
+        """Return what makes up optimiser step `step`."""
+        size = self.stage.batch_size
+        if not self.stage.length_buckets:
+            return self.mix.places(step * size, (step + 1) * size)
+        window = step // WINDOW
+        if self._window[0] != window:
+            places = self.mix.places(window * WINDOW * size, min((window + 1) * WINDOW, self.steps) * size)
+            lengths = [_length(self.mix.datasets[member].get(index, epoch)) for member, epoch, index in places]
+            ranked = np.argsort(lengths, kind="stable").reshape(-1, size)
+            shuffled = ranked[keyed(self.mix.seed, 2, window).permutation(len(ranked))]
+            self._window = (window, [[places[i] for i in row] for row in shuffled.tolist()])
+        return self._window[1][step - window * WINDOW]
+
+    # ---- streams -----------------------------------------------------------------------------------------------
+
+    def _read(self, step: int) -> list[Sample]:
+        """Return the samples of a step of a mix with streams, having passed over what other workers read."""
+        start, stop = step * self.stage.batch_size, (step + 1) * self.stage.batch_size
+        for member in self.mix.members(self._done, start).tolist():
+            if self.mix.lengths[member] is None:
+                self._next(member)
+        self._done = stop
+        return [
+            self._next(member) if self.mix.lengths[member] is None else self.mix.datasets[member].get(index, epoch)
+            for member, epoch, index in self.mix.places(start, stop)
+        ]
+
+    def _next(self, member: int) -> Sample:
+        name, dataset = self.mix.names[member], self.mix.datasets[member]
+        if member not in self._streams:
+            epoch, read = self.place.streams.get(name, (0, 0))
+            self._streams[member] = (iter(dataset.stream(epoch, read)), epoch, read)
+        iterator, epoch, read = self._streams[member]
+        for again in (False, True):
+            if (sample := next(iterator, None)) is not None:
+                self._streams[member] = (iterator, epoch, read + 1)
+                return sample
+            if again:
+                break
+            iterator, epoch, read = iter(dataset.stream(epoch + 1, 0)), epoch + 1, 0
+        raise ZooError(f"data {name!r} is a stream without a single sample.")
+
+    def _stream_places(self) -> dict[str, list[int]]:
+        return self.place.streams | {self.mix.names[m]: [epoch, read] for m, (_, epoch, read) in self._streams.items()}
+
+
+def _length(sample: Sample) -> int:
+    """How long a sample is, roughly: characters of its text, and a good deal for each image."""
+    parts = (m["content"] for d in sample.dialogs for m in d.messages)
+    text = sum(len(c) if isinstance(c, str) else sum(len(p.get("text", "")) for p in c) for c in parts)
+    return text + 1000 * len(sample.images)
+
+
+class Loader:
+    """Iterates over the batches of this process, read ahead by a thread or by worker processes; counts the waiting."""
+
+    def __init__(self, batches: Batches, *, ahead: int = 3, pin_memory: bool = False) -> None:
+        self.batches, self.ahead, self.pin_memory = batches, ahead, pin_memory
+        self.waited = 0.0  # seconds the consumer has waited
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first = self.batches.place.step * self.batches.stage.accumulate
+        turns = range(first, len(self.batches))
+        source = self._by_workers(turns) if self.batches.stage.workers else _by_thread(self.batches, turns, self.ahead)
+        try:
+            while True:
+                start = time.perf_counter()
+                item = next(source, None)
+                self.waited += time.perf_counter() - start
+                if item is None:
+                    return
+                yield item
+        finally:
+            source.close()
+
+    def _by_workers(self, turns: range) -> Iterator[dict[str, Any]]:
+        loader = DataLoader(
+            self.batches,
+            sampler=turns,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=self.batches.stage.workers,
+            prefetch_factor=self.ahead,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(0),  # else the iterator draws its seed from the model's randomness
+        )
+        yield from loader
+
+
+def _by_thread(batches: Batches, turns: range, ahead: int) -> Iterator[dict[str, Any]]:
+    """Make batches in a thread. Most of the work of a step releases Python's lock, and the thread uses the gaps."""
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    leave = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not leave.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for j in turns:
+                if not put(batches[j]):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="zoo-loader")
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        leave.set()
+        thread.join(timeout=10)
