@@ -1,8 +1,8 @@
 """Which attention kernel runs, the masks that go with it, and `zoo_eager`, the fastest for short bf16 rows on CPU.
 
-A mask says who sees whom as bool, (B, 1, T, T), True where key k is visible to query q. Kernels want it in their own form:
-sdpa as it is, eager forms as a number to add, flash kernels not at all. `as_backend_mask` converts, so that nothing else
-needs to know.
+A mask says who sees whom as bool, (B, 1, T, T), True where key k is visible to query q. Kernels want it in their own
+form: sdpa as it is, eager forms as a number to add, flash kernels not at all. `as_backend_mask` converts, so that
+nothing else needs to know.
 """
 
 from typing import Any
@@ -86,7 +86,7 @@ def _why_no_flash(version: int, device: torch.device, dtype: torch.dtype) -> str
 def block_mask(attention_mask: Tensor | None, segment_ids: Tensor, block_ids: Tensor | None = None) -> Tensor:
     """Say who sees whom in packed rows: (B, 1, T, T), True where key k is visible to query q.
 
-    That is so where k <= q, both are of one segment, and the block of k is 0 (the prefix all blocks share) or that of q.
+    That is so where k <= q, both are of one segment, and the block of k is 0 (the prefix of all blocks) or that of q.
     Every position sees itself, padding too: a row without any key would come out as NaN.
 
     Args:
@@ -134,7 +134,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def register_zoo_eager() -> None:
-    """Make `zoo_eager` known to transformers, with its mask: without one under the same name padding is lost silently."""
+    """Make `zoo_eager` known to transformers, with its mask: without one of that name padding is lost silently."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ZOO_EAGER, zoo_eager)
@@ -165,9 +165,9 @@ def zoo_eager(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as three plain operations, in the dtype of the products from end to end.
 
-    Against transformers' eager: scores, mask, softmax and weights stay bf16 under bf16 autocast (torch's softmax sums in
-    float32 inside), the mask is added in place, and grouped queries share keys without copies. From `LONG` keys on, the
-    fused kernel runs instead, with the same mask.
+    Against transformers' eager: scores, mask, softmax and weights stay bf16 under bf16 autocast (torch's softmax sums
+    in float32 inside), the mask is added in place, and grouped queries share keys without copies. From `LONG` keys
+    on, the fused kernel runs instead, with the same mask.
 
     Args:
         module: the attention layer, for `is_causal`.

@@ -4,6 +4,7 @@ Paper: Liu et al., arXiv:2310.03744 (LLaVA-1.5), section 3.2.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class MLPProjector(nn.Module):
         inner = [config.hidden_size or text_dim] * (config.depth - 1)
         widths = [vision_dim, *inner, text_dim]
         layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
-        for a, b in zip(widths[1:], widths[2:], strict=False):
+        for a, b in pairwise(widths[1:]):
             layers += [nn.GELU(), nn.Linear(a, b)]
         self.net = nn.Sequential(*layers)
 

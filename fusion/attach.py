@@ -1,0 +1,117 @@
+"""Ways into a model that we do not own: terms on a linear's output, replaced modules, and the keys that stay.
+
+Adapters attach after the base weights are loaded and undo everything in `detach`. State-dict keys of the base model
+stay what its checkpoints call them, whatever stands in between.
+"""
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zoo.registry import ZooError, nearest
+
+
+def linears(root: nn.Module, head: nn.Module | None = None) -> list[str]:
+    """Name the linear layers below `root` in the order of its modules, GPT-2's `Conv1D` too; `head` is left out."""
+    return [n for n, m in root.named_modules() if m is not head and _is_linear(m)]
+
+
+def find_linears(lm: nn.Module, targets: Iterable[str], who: str) -> list[str]:
+    """Name the linear layers of a language model that `targets` mean.
+
+    Args:
+        lm: the transformers model, real or on the meta device.
+        targets: last parts of names (`q_proj`, `self_attn.q_proj`), shell patterns over whole names
+            (`*.layers.0.*.q_proj`), or `all-linear`: all but the vocabulary projection.
+        who: the adapter, for the message.
+
+    Raises:
+        ZooError: a target names nothing, or something that is no linear layer.
+    """
+    head = lm.get_output_embeddings()
+    known = linears(lm, head)
+    chosen: set[str] = set()
+    for target in targets:
+        if target == "all-linear":
+            chosen |= set(known)
+            continue
+        hits = [n for n in known if _means(target, n)]
+        if not hits:
+            others = [n for n, m in lm.named_modules() if n and _means(target, n)]
+            if others:
+                kind = "the vocabulary projection" if lm.get_submodule(others[0]) is head else "no linear layer"
+                raise ZooError(f"{who} cannot target {target!r}: {others[0]!r} is {kind}.")
+            short = sorted({n.rpartition(".")[2] for n in known})
+            near = nearest(target, [*short, *known], 3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ZooError(
+                f"{who} has no target {target!r} in {type(lm).__name__}.{hint} "
+                f"Linear layers: {', '.join(short)}, or 'all-linear'."
+            )
+        chosen |= set(hits)
+    return [n for n in known if n in chosen]
+
+
+def add_to_output(lm: nn.Module, name: str, delta: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Add `delta(x)` to the output of the linear layer called `name`; None adds nothing.
+
+    The module tree and the state-dict keys of `lm` stay as they were, so base checkpoints still load. Activation
+    checkpointing runs the hook again in backward: `delta` must be a pure function of `x` and of what it holds.
+    """
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        extra = delta(args[0])
+        return out if extra is None else out + extra
+
+    return lm.get_submodule(name).register_forward_hook(hook)
+
+
+def replace(root: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
+    """Put `new` in the place of the module called `name`; the result puts the old one back."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = root.get_submodule(parent_name)
+    old = parent.get_submodule(leaf)
+
+    def undo() -> None:
+        parent.add_module(leaf, old)
+
+    parent.add_module(leaf, new)
+    return undo
+
+
+def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
+    """Leave the level `inner` of a wrapper out of state-dict keys: `q_proj.base.weight` is saved as `q_proj.weight`.
+
+    Base checkpoints then load into the wrapped model, and what it saves loads into a plain one. The result undoes it.
+    """
+
+    def on_save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+        _rename(state, f"{prefix}{inner}.", prefix)
+
+    def on_load(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        own = tuple(f"{prefix}{name}" for name, _ in module.named_children())
+        for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
+            state[f"{prefix}{inner}.{key.removeprefix(prefix)}"] = state.pop(key)
+
+    handles = [wrapper.register_state_dict_post_hook(on_save), wrapper.register_load_state_dict_pre_hook(on_load)]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _rename(state: dict[str, Tensor], old: str, new: str) -> None:
+    for key in [k for k in state if k.startswith(old)]:
+        state[new + key.removeprefix(old)] = state.pop(key)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _means(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)

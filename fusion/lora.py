@@ -1,0 +1,155 @@
+"""LoRA: a low-rank term on linear layers of a frozen language model, through PEFT.
+
+Paper: Hu et al., arXiv:2106.09685. The layers are PEFT's own; they stand in the language model where they replace the
+linears, and the base weights keep the names that checkpoints know.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.fusion.attach import find_linears, keep_keys, replace
+from zoo.registry import ImageFeatures, ZooError, register
+
+_NAME = "lora"  # PEFT's name for this set of weights: `q_proj.lora_A.lora.weight`
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = 16
+    alpha: float = 32.0  # the term is scaled by alpha / rank
+    dropout: float = 0.0  # of the term's input, in [0, 1)
+    # Linear layers: last parts of names, shell patterns, or all-linear (all but the vocabulary projection).
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ZooError(f"rank must be at least 1, got {self.rank}.")
+        if not 0 <= self.dropout < 1:
+            raise ZooError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if not self.targets:
+            raise ZooError("targets is empty: name linear layers (q_proj, v_proj), or all-linear.")
+
+
+@register("adapter", "lora")
+class LoRA(nn.Module):
+    """Starts as the base model: the second factor is zero."""
+
+    needs = frozenset()
+    provides = frozenset()
+    destroys = frozenset()
+
+    def __init__(self, config: LoRAConfig, *, llm: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.targets = find_linears(llm.lm, config.targets, "adapter 'lora'")
+        self.__dict__["lm"] = llm.lm  # not a child: its parameters are the language model's
+        self.__dict__["_layers"] = {}  # target -> PEFT layer; kept while detached
+        self._undo: list[Any] = []
+
+    def attach(self) -> None:
+        """Put PEFT's layers in the place of the targets; the second time, those of the first."""
+        if self._undo:
+            return
+        if self._layers:
+            self._undo = [replace(self.lm, name, layer) for name, layer in self._layers.items()]
+        else:
+            base = {name: self.lm.get_submodule(name) for name in self.targets}
+            self._inject()
+            for name, old in base.items():
+                self._layers[name] = self.lm.get_submodule(name)
+                self._undo.append(lambda name=name, old=old: replace(self.lm, name, old))
+        self._undo += [keep_keys(layer, "base_layer") for layer in self._layers.values()]
+
+    def detach(self) -> None:
+        """Put the linears back; the language model is what it was, to the bit."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def merge(self) -> None:
+        """Add the terms to the base weights and detach for good: what is left is a plain language model."""
+        if not self._undo:
+            raise ZooError("adapter 'lora' is not attached: there is nothing to merge into.")
+        for layer in self._layers.values():
+            layer.merge()
+        self.detach()
+        self._layers.clear()
+        self.targets = []
+
+    def owns(self, name: str) -> bool:
+        """Whether the parameter `name` of the language model is one of this adapter's."""
+        return f".lora_A.{_NAME}." in name or f".lora_B.{_NAME}." in name
+
+    def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
+        """Nothing here depends on the image."""
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Give this adapter's weights alone, by their names in the language model."""
+        return {
+            f"{target}.{name}": weight.detach()
+            for target, layer in self._layers.items()
+            for name, weight in layer.named_parameters()
+            if self.owns(f".{name}")
+        }
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights that `adapter_state_dict` gave.
+
+        Raises:
+            ZooError: names differ, so the weights are of another model or other targets.
+        """
+        own = {
+            f"{target}.{name}": weight
+            for target, layer in self._layers.items()
+            for name, weight in layer.named_parameters()
+            if self.owns(f".{name}")
+        }
+        if odd := sorted(own.keys() ^ state.keys()):
+            raise ZooError(f"The weights are not of this LoRA: {odd[0]!r} is only on one side ({len(odd)} such names).")
+        for name, weight in own.items():
+            weight.data.copy_(state[name])
+
+    def save_peft(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, for `PeftModel.from_pretrained`."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": weight.contiguous()
+            for name, weight in self.adapter_state_dict().items()
+        }
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = self._peft_config().to_dict()
+        text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}, indent=2, default=str)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _peft_config(self) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            target_modules=list(self.targets),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+    def _inject(self) -> None:
+        from peft import inject_adapter_in_model
+
+        trains = [(p, p.requires_grad) for p in self.lm.parameters()]
+        inject_adapter_in_model(self._peft_config(), self.lm, adapter_name=_NAME)
+        del self.lm.peft_config  # else transformers takes the model for one that saves its adapter only
+        for parameter, flag in trains:  # PEFT freezes the base; what trains is the recipe's business
+            parameter.requires_grad_(flag)

@@ -1,0 +1,75 @@
+"""Average neighbouring image tokens on the grid: the baseline for pruners that merge.
+
+By a stride (2: a quarter of the tokens), or to a grid of given size. Windows are those of adaptive average pooling, so
+a grid that the stride does not divide gets windows of unlike size and no padding.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.registry import ImageFeatures, ZooError, register
+
+
+@dataclass
+class PoolPrunerConfig:
+    stride: int = 2  # side of a window, in patches; 1: keep all
+    target: list[int] = field(default_factory=list)  # rows and columns of the grid to pool to; empty: by the stride
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ZooError(f"stride must be at least 1, got {self.stride}.")
+        if self.target and (len(self.target) != 2 or min(self.target) < 1):
+            raise ZooError(f"target must be two positive numbers, rows and columns, got {self.target}.")
+
+
+@register("pruner", "pool")
+class PoolPruner(nn.Module):
+    """Training-free; the result is a smaller grid, so what needs one may follow."""
+
+    needs = frozenset({"grid"})
+    provides = frozenset({"grid"})
+    destroys = frozenset()
+
+    def __init__(self, config: PoolPrunerConfig, *, grid: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.config = config
+        self.grid_in = grid
+        self.grid = None if grid is None else self._pooled(grid)  # what leaves
+        if grid and any(a > b for a, b in zip(config.target, grid, strict=False)):
+            raise ZooError(f"target {list(config.target)} is larger than the grid {list(grid)}.")
+
+    def _pooled(self, grid: tuple[int, int]) -> tuple[int, int]:
+        if self.config.target:
+            return self.config.target[0], self.config.target[1]
+        return -(-grid[0] // self.config.stride), -(-grid[1] // self.config.stride)
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens left of a grid with `n`."""
+        if self.grid_in is None:
+            return n  # refused by the check: the grid this needs is not there
+        if n != self.grid_in[0] * self.grid_in[1]:
+            raise ZooError(f"pruner 'pool' was made for a grid {list(self.grid_in)}, which does not hold {n} tokens.")
+        return self.grid[0] * self.grid[1]
+
+    def forward(self, image: ImageFeatures) -> ImageFeatures:
+        """Average tokens (M, h * w, D) to (M, K, D) on the pooled grid, the [CLS] attention likewise."""
+        if image.grid is None:
+            raise ZooError("pruner 'pool' needs a grid, and the image tokens have none.")
+        grid = self._pooled(image.grid)
+        if grid == tuple(image.grid):
+            return image
+
+        def pool(x: Tensor) -> Tensor:  # (M, N, D)
+            x = x.transpose(1, 2).unflatten(2, image.grid)  # (M, D, h, w)
+            return F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)  # (M, K, D)
+
+        scores = image.cls_attention
+        return replace(
+            image,
+            tokens=pool(image.tokens),
+            grid=grid,
+            keep=None,  # a mean has no place of its own; the tokens fill the new grid in order
+            cls_attention=None if scores is None else pool(scores.unsqueeze(-1)).squeeze(-1),  # (M, K)
+        )

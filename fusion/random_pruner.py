@@ -1,0 +1,67 @@
+"""Keep a random subset of the image tokens: the baseline for pruners that choose.
+
+The subset follows from the seed and the number of tokens alone, so it is the same for every image, every batch and
+every run, and smaller ratios keep a subset of what larger ones keep. To learn how random pruning does on average, run
+several seeds. With `resample` each image in training draws anew from torch's generator, as a regulariser.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ImageFeatures, ZooError, register
+
+
+@dataclass
+class RandomPrunerConfig:
+    keep_ratio: float = 0.25  # share of image tokens kept, in (0, 1]
+    seed: int = 0
+    resample: bool = False  # while training, draw anew for each image
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise ZooError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}.")
+        if self.seed < 0:
+            raise ZooError(f"seed must not be negative, got {self.seed}.")
+
+
+@register("pruner", "random")
+class RandomPruner(nn.Module):
+    """Training-free; those kept stay in grid order."""
+
+    needs = frozenset()
+    provides = frozenset()
+    destroys = frozenset({"grid"})
+
+    def __init__(self, config: RandomPrunerConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.keep_ratio == 1:
+            self.destroys = frozenset()
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens kept of `n`."""
+        return max(1, int(n * self.config.keep_ratio + 0.5))
+
+    def forward(self, image: ImageFeatures) -> ImageFeatures:
+        """Keep num_tokens(N) of the tokens (M, N, D); there is no grid any more, unless all are kept."""
+        m, n, d = image.tokens.shape
+        if self.config.keep_ratio == 1:
+            return image
+        keep = self._choose(m, n).to(image.tokens.device)  # (M, K)
+        return replace(
+            image,
+            tokens=image.tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, d)),  # (M, K, D)
+            grid=None,
+            keep=keep if image.keep is None else image.keep.gather(1, keep),
+            cls_attention=None if image.cls_attention is None else image.cls_attention.gather(1, keep),
+        )
+
+    def _choose(self, m: int, n: int) -> Tensor:
+        k = self.num_tokens(n)
+        if self.config.resample and self.training:
+            return torch.rand(m, n, device="cpu").topk(k, dim=1).indices.sort(dim=1).values  # (M, K)
+        generator = torch.Generator("cpu").manual_seed(self.config.seed)
+        keep = torch.randperm(n, generator=generator, device="cpu")[:k].sort().values  # (K,)
+        return keep.expand(m, k)

@@ -1,0 +1,95 @@
+"""A fixed number of learned queries that read the image tokens by cross-attention: the baseline among projectors.
+
+Paper: Alayrac et al., arXiv:2204.14198 (Flamingo), section 3.1: each layer lets the queries attend to the image tokens
+and to themselves at once, then a feed-forward. We differ in adding fixed sine positions of the grid to the image
+tokens, as Qwen-VL does; where there is no grid they have none. Attention is torch's fused kernel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.registry import ImageFeatures, ZooError, register
+
+
+@dataclass
+class ResamplerConfig:
+    num_queries: int = 64  # image tokens given, whatever comes in
+    depth: int = 2  # layers
+    hidden_size: int = 0  # width inside; 0: the encoder's
+    num_heads: int = 0  # 0: one per 64 of the width
+    mlp_ratio: float = 4.0  # width of the feed-forward over the width inside
+
+    def __post_init__(self) -> None:
+        for name in ("num_queries", "depth"):
+            if getattr(self, name) < 1:
+                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size < 0 or self.num_heads < 0 or self.mlp_ratio <= 0:
+            raise ZooError("hidden_size and num_heads must not be negative, and mlp_ratio must be positive.")
+
+
+@register("projector", "resampler")
+class Resampler(nn.Module):
+    """As many tokens out as there are queries."""
+
+    needs = frozenset()
+    provides = frozenset({"image_tokens"})
+    destroys = frozenset()
+
+    def __init__(self, config: ResamplerConfig, *, vision_dim: int, text_dim: int) -> None:
+        super().__init__()
+        width = config.hidden_size or vision_dim
+        heads = config.num_heads or max(1, width // 64)
+        if width % heads:
+            raise ZooError(f"projector 'resampler': width {width} is no multiple of num_heads {heads}.")
+        self.num_queries = config.num_queries
+        self.queries = nn.Parameter(torch.randn(config.num_queries, width) * width**-0.5)
+        self.proj_in = nn.Linear(vision_dim, width)
+        self.norm_in = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(_Layer(width, heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_out = nn.Linear(width, text_dim)
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens given for `n` of an image."""
+        return self.num_queries
+
+    def forward(self, image: ImageFeatures) -> Tensor:
+        """Read tokens (M, N, D) into (M, K, C) with K = num_queries."""
+        x = self.norm_in(self.proj_in(image.tokens))  # (M, N, W)
+        if image.grid is not None:
+            x = x + sine_positions(image.grid, x.shape[-1], x.device).to(x.dtype)  # (M, N, W)
+        queries = self.queries.expand(len(x), -1, -1)  # (M, K, W)
+        for layer in self.layers:
+            queries = layer(queries, x)
+        return self.proj_out(self.norm_out(queries))  # (M, K, C)
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        inner = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+    def forward(self, queries: Tensor, x: Tensor) -> Tensor:
+        own = self.norm1(queries)  # (M, K, W)
+        q = self.q(own).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (M, H, K, d)
+        k, v = self.kv(torch.cat([x, own], dim=1)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(q, k, v)  # (M, H, K, d)
+        queries = queries + self.out(read.transpose(1, 2).flatten(2))  # (M, K, W)
+        return queries + self.mlp(self.norm2(queries))
+
+
+def sine_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """Sines and cosines of row and column, (h * w, width); wavelengths from 2 pi to 10 000 times that."""
+    quarter = -(-width // 4)
+    rates = 10000.0 ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)  # (W/4,)
+    rows, columns = (torch.arange(side, device=device, dtype=torch.float32)[:, None] * rates for side in grid)
+    rows = torch.cat([rows.sin(), rows.cos()], dim=-1)[:, None].expand(-1, grid[1], -1)  # (h, w, W/2)
+    columns = torch.cat([columns.sin(), columns.cos()], dim=-1)[None].expand(grid[0], -1, -1)  # (h, w, W/2)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)[:, :width]  # (h * w, W)
