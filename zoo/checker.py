@@ -293,8 +293,11 @@ def _other_stages(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def _default_node(kind: str, name: str) -> dict[str, Any] | None:
-    """A component with its default options, or None where one is required."""
-    options = registry.get(kind, name).options
+    """A component with its default options, or None where one is required or the component cannot be imported."""
+    try:
+        options = registry.get(kind, name).options
+    except ZooError:
+        return None
     return {"name": name} if all(o.default != MISSING for o in options) else None
 
 
@@ -312,28 +315,34 @@ def size_text(count: float) -> str:
 
 def show(walk: Walk, title: str = "") -> None:
     """Print the walk as a table."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left")
-    for column in ("part", "component", "tokens", "grid", "width", "parameters", "memory", "needs", "provides", "destroys"):
-        table.add_column(column, justify="right" if column in {"tokens", "width", "parameters", "memory"} else "left")
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part")
+    for column in ("tokens", "grid", "width", "params", "memory"):
+        table.add_column(column, justify="right")
+    table.add_column("capabilities", overflow="fold")
     for r in walk.rows:
-        grid = f"{r.grid[0]} x {r.grid[1]}" if r.grid else "-"
-        words = [", ".join(sorted(w)) or "-" for w in (r.needs, r.provides, r.destroys)]
-        table.add_row(
-            r.kind, r.name, str(r.tokens), grid, str(r.width), size_text(r.parameters), size_text(r.bytes) + "B", *words
-        )
+        grid = f"{r.grid[0]}x{r.grid[1]}" if r.grid else "-"
+        words = (("needs", r.needs), ("gives", r.provides), ("destroys", r.destroys))
+        what = "; ".join(f"{word} {', '.join(sorted(some))}" for word, some in words if some)
+        sizes = (size_text(r.parameters), size_text(r.bytes) + "B")
+        table.add_row(f"{r.kind} {r.name}", str(r.tokens), grid, str(r.width), *sizes, what or "-")
     console = Console()
     console.print(table)
     total = sum(r.parameters for r in walk.rows)
     console.print(
-        f"{walk.num_image_tokens} image tokens = {walk.num_image_tokens} placeholders per image, {size_text(total)} parameters, "
-        f"inference about {size_text(walk.memory)}B, checked in {walk.seconds:.1f} s"
+        f"{walk.num_image_tokens} image tokens = placeholders per image; {size_text(total)} parameters; "
+        f"inference takes about {size_text(walk.memory)}B; checked in {walk.seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
     )
     for stage in walk.stages:
         parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
-        console.print(f"stage {stage.name}: trains {parts}; about {size_text(stage.memory)}B")
+        line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def main(cfg: Any) -> None:

@@ -32,32 +32,38 @@ class EncodedSample:
         return len(self.input_ids)
 
 
-def share_prefix(dialogs: Sequence[tuple[np.ndarray, np.ndarray]], prefix: int, sample_id: str) -> dict[str, np.ndarray]:
-    """Join dialogs that begin with the same `prefix` tokens into one row: the prefix once, then a block per dialog.
+@dataclass(frozen=True)
+class TokenizedDialog:
+    """A dialog as tokens, image tokens expanded."""
 
-    Args:
-        dialogs: (input_ids, labels) of each dialog alone.
-        prefix: number of tokens that are the same in all of them, images included.
+    input_ids: np.ndarray  # (T,) int64
+    labels: np.ndarray  # (T,) int64
+    prefix: int  # length of what it shares with other dialogs about the same images: up to the last placeholder
+    images: int  # that it shows
+
+    def __post_init__(self) -> None:
+        # Alone, nothing predicts the token behind a prefix of nothing; in a row, the dialog before must not.
+        self.labels[: self.prefix + (self.prefix == 0)] = IGNORE_INDEX
+        object.__setattr__(self, "head", self.input_ids[: self.prefix].tobytes())
+
+
+def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str, np.ndarray]:
+    """Join dialogs that begin with the same tokens into one row: the prefix once, then a block per dialog.
 
     Returns:
         `input_ids`, `labels`, `positions` and `blocks` of the row.
     """
-    head = dialogs[0][0][:prefix]
-    ids, labels = [head], [np.full(prefix, IGNORE_INDEX, dtype=np.int64)]
-    positions, blocks = [np.arange(prefix)], [np.zeros(prefix, dtype=np.int64)]
-    for number, (tokens, targets) in enumerate(dialogs, 1):
-        if not np.array_equal(tokens[:prefix], head):
-            raise ZooError(f"The dialogs of sample {sample_id!r} do not begin alike, so they cannot share their images.")
-        assert (targets[: prefix + 1] == IGNORE_INDEX).all(), "the first token of a block is never learnt"
-        ids.append(tokens[prefix:])
-        labels.append(targets[prefix:])
-        positions.append(np.arange(prefix, len(tokens)))
-        blocks.append(np.full(len(tokens) - prefix, number, dtype=np.int64))
+    prefix = dialogs[0].prefix
+    if any(d.head != dialogs[0].head for d in dialogs):
+        raise ZooError(f"The dialogs of sample {sample_id!r} do not begin alike, so they cannot share their images.")
+    lengths = np.array([prefix] + [len(d.input_ids) - prefix for d in dialogs])
+    blocks = np.repeat(np.arange(len(lengths)), lengths)
+    starts = lengths.cumsum() - lengths  # of each block in the row
     return {
-        "input_ids": np.concatenate(ids),
-        "labels": np.concatenate(labels),
-        "positions": np.concatenate(positions),
-        "blocks": np.concatenate(blocks),
+        "input_ids": np.concatenate([dialogs[0].input_ids[:prefix]] + [d.input_ids[prefix:] for d in dialogs]),
+        "labels": np.concatenate([dialogs[0].labels[:prefix]] + [d.labels[prefix:] for d in dialogs]),
+        "positions": np.arange(len(blocks)) - (starts - prefix * (starts > 0))[blocks],
+        "blocks": blocks,
     }
 
 

@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from zoo.collate import EncodedSample, collate, pack, share_prefix
+from zoo.collate import EncodedSample, TokenizedDialog, collate, pack, share_prefix
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
 from zoo.vision.images import open_image
 from zoo.vision.transform import to_pixels
@@ -49,7 +50,7 @@ class ZooProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
-        self._dialogs: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self._dialogs: dict[Any, TokenizedDialog] = {}
         self._segments: dict[str, tuple[list[int], list[int]]] = {}
         self._skeletons: dict[tuple[str, ...], list[tuple[int, str]] | None] = {}
 
@@ -154,17 +155,30 @@ class ZooProcessor(ProcessorMixin):
             ZooError: images and image parts do not match, an answer is empty, or the chat template and the tokenizer
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
-        self._check_images(sample)
-        dialogs = [self.tokenize_dialog(d.messages, sample.id) for d in sample.dialogs]
+        dialogs = [self._learnt(d.messages, sample) for d in sample.dialogs]
         common = {"pixel_values": [self._pixels(i) for i in sample.images], "targets": sample.targets, "ids": [sample.id]}
         if len(dialogs) == 1:
-            return EncodedSample(*dialogs[0], **common)
-        return EncodedSample(**share_prefix(dialogs, self._shared(dialogs[0][0]), sample.id), **common)
+            return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, **common)
+        return EncodedSample(**share_prefix(dialogs, sample.id), **common)
+
+    def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample) -> TokenizedDialog:
+        """Tokenize a dialog of a sample, or remember it: a step may see hundreds, and most have been seen before."""
+        key = tuple([(m["role"], c if isinstance(c := m["content"], str) else tuple([p.get("text") for p in c])) for m in messages])
+        known = self._dialogs.get(key)
+        if known is None:
+            if len(self._dialogs) >= _CACHE:
+                self._dialogs.clear()
+            ids, labels = self.tokenize_dialog(messages, sample.id)
+            known = self._dialogs[key] = TokenizedDialog(ids, labels, self._shared(ids), _count_images(messages))
+        if known.images != len(sample.images):
+            raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {known.images}.")
+        return known
 
     def encode_prompt(self, sample: Sample, dialog: Dialog, pixel_values: list[torch.Tensor] | None = None) -> EncodedSample:
         """Encode one dialog up to its last assistant turn, which is left for the model to write."""
-        self._check_images(sample)
         messages = dialog.messages
+        if (shown := _count_images(messages)) != len(sample.images):
+            raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         text = self._render(self.flatten(messages), add_generation_prompt=True)
@@ -187,16 +201,7 @@ class ZooProcessor(ProcessorMixin):
         Returns:
             input_ids and labels, both (T,), image tokens expanded.
         """
-        flat = self.flatten(messages)
-        key = tuple((m["role"], m["content"]) for m in flat)
-        if key not in self._dialogs:
-            if len(self._dialogs) >= _CACHE:
-                self._dialogs.clear()
-            self._dialogs[key] = self._tokenize_dialog(flat, sample_id)
-        return self._dialogs[key]
-
-    def _tokenize_dialog(self, messages: list[dict[str, str]], sample_id: str) -> tuple[np.ndarray, np.ndarray]:
-        text, spans = self._spans(messages, sample_id)
+        text, spans = self._spans(self.flatten(messages), sample_id)
         ids, ends = self._tokenize(text)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
         starts = np.array([0, *ends[:-1]])
@@ -322,7 +327,8 @@ class ZooProcessor(ProcessorMixin):
             if segment not in self._segments:
                 if len(self._segments) >= _CACHE:
                     self._segments.clear()
-                self._segments[segment] = self._tokenize_whole(segment)
+                encoding = self.tokenizer.backend_tokenizer.encode(segment, add_special_tokens=False)
+                self._segments[segment] = encoding.ids, _rising([end for _, end in encoding.offsets])
             some, stops = self._segments[segment]
             ids += some
             ends += [at + s for s in stops]
@@ -331,11 +337,7 @@ class ZooProcessor(ProcessorMixin):
 
     def _tokenize_whole(self, text: str) -> tuple[list[int], list[int]]:
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ends, last = [], 0
-        for _, end in out["offset_mapping"]:
-            last = max(last, end)
-            ends.append(last)
-        return list(out["input_ids"]), ends
+        return list(out["input_ids"]), _rising([end for _, end in out["offset_mapping"]])
 
     def _expand(self, values: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
         """Repeat each image token `num_image_tokens` times, in `values` or wherever `ids` holds one."""
@@ -347,16 +349,19 @@ class ZooProcessor(ProcessorMixin):
         where = np.flatnonzero(ids == self.image_token_id)
         return int(where[-1]) + 1 if len(where) else 0
 
-    def _check_images(self, sample: Sample) -> None:
-        for dialog in sample.dialogs:
-            wanted = sum(p["type"] == "image" for m in dialog.messages if not isinstance(m["content"], str) for p in m["content"])
-            if wanted != len(sample.images):
-                raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {wanted}.")
-
     def _pixels(self, source: Any) -> torch.Tensor:
         if self.transform is None:
             raise ZooError("An image was given to a model that has no vision encoder.")
         return to_pixels(open_image(source), self.transform)
+
+
+def _rising(ends: list[int]) -> list[int]:
+    """The largest end so far: bytes of one character give their tokens the same, or an empty, stretch of text."""
+    return list(accumulate(ends, max))
+
+
+def _count_images(messages: Sequence[Mapping[str, Any]]) -> int:
+    return sum(p["type"] == "image" for m in messages if not isinstance(m["content"], str) for p in m["content"])
 
 
 def _flat(images: Any) -> list[Any]:
