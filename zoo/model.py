@@ -255,6 +255,7 @@ class ZooModel(PreTrainedModel):
         segment_ids: Tensor | None = None,
         block_ids: Tensor | None = None,
         images_per_row: Sequence[int] | None = None,
+        encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
@@ -276,6 +277,7 @@ class ZooModel(PreTrainedModel):
             labels: (B, T), not shifted, IGNORE_INDEX where nothing is learnt. The loss is the mean over labels.
             segment_ids, block_ids: (B, T) of packed rows, see `zoo.collate`.
             images_per_row: images of each row; counted from the placeholders where absent.
+            encoded: what `encode_images` gave, instead of `pixel_values`.
             num_labels: what the summed answer loss is divided by, for gradient accumulation; default: labels in the batch.
             all_logits: give logits (B, T, V) although there are labels.
             run_llm: False stops after the projector.
@@ -283,8 +285,8 @@ class ZooModel(PreTrainedModel):
         """
         image = kept = image_tokens = None
         unused = None
-        if pixel_values is not None:
-            image, kept, image_tokens = self.encode_images(pixel_values)
+        if pixel_values is not None or encoded is not None:
+            image, kept, image_tokens = encoded or self.encode_images(pixel_values)
         elif self.training and self._vision_trains():
             unused = self._touch_vision()
         if not run_llm:
@@ -406,6 +408,7 @@ class ZooModel(PreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         images_per_row: Sequence[int] | None = None,
+        encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
         generation_config: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -415,6 +418,7 @@ class ZooModel(PreTrainedModel):
             input_ids: (B, T), padded on the left where lengths differ.
             pixel_values: (M, 3, S, S).
             images_per_row: needed only where images have no placeholders and rows do not hold one image each.
+            encoded: what `encode_images` gave, instead of `pixel_values`.
 
         Returns:
             What transformers returns: prompt and new ids (B * num_return_sequences, T + new), or a dict if asked for.
@@ -424,8 +428,8 @@ class ZooModel(PreTrainedModel):
         elif not bool(attention_mask[:, -1].all()):
             raise ZooError("generate needs padding on the left: the last token of some row is padding. Set padding_side='left'.")
         kept = image_tokens = None
-        if pixel_values is not None:
-            _, kept, image_tokens = self.encode_images(pixel_values)
+        if pixel_values is not None or encoded is not None:
+            _, kept, image_tokens = encoded or self.encode_images(pixel_values)
         embeds = self.merge(input_ids, image_tokens)
         config = generation_config or self.generation_config
         beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
