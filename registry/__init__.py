@@ -23,7 +23,8 @@ from zoo.registry.core import (
     register,
     source_options,
 )
-from zoo.registry.errors import ZooError, nearest, unknown
+from zoo.registry.errors import ZooError, nearest, unknown, unknown_option, wrong_value
+from zoo.registry.source import Option, options_of
 
 __all__ = [
     "IGNORE_INDEX",
@@ -34,6 +35,7 @@ __all__ = [
     "Entry",
     "ImageFeatures",
     "ImageTransform",
+    "Option",
     "Sample",
     "Score",
     "ZooError",
@@ -44,8 +46,11 @@ __all__ = [
     "get",
     "names",
     "nearest",
+    "options_of",
     "refuse_code",
     "register",
     "source_options",
     "unknown",
+    "unknown_option",
+    "wrong_value",
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from zoo.registry.contracts import KINDS
-from zoo.registry.errors import ZooError, unknown
+from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
 from zoo.registry.source import MISSING, Option, options_in, options_of, summary_of
 
 T = TypeVar("T", bound=type)
@@ -125,7 +125,10 @@ def get(kind: str, name: str) -> Entry:
     if kind not in _entries:
         raise unknown("kind of component", kind, KINDS)
     if name not in _entries[kind] and (module := _declared[kind].get(name)):
-        import_module(module)
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ZooError(f"{kind} {name!r} cannot be imported from {module}: {error}") from error
     if name not in _entries[kind]:
         raise unknown(kind, name, names(kind))
     return _entries[kind][name]
@@ -156,14 +159,15 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     known = {f.name for f in fields(entry.node)}
     for key in plain:
         if key not in known:
-            raise unknown(f"option of {kind} {entry.name!r}", str(key), known - {"name"})
+            raise unknown_option(f"{kind} {entry.name!r}", str(key), entry.options)
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(entry.node), plain))
     except ZooError as error:
         raise ZooError(f"{kind} {entry.name!r}: {error}") from error
     except OmegaConfBaseException as error:
-        key = error.full_key or error.key
-        raise ZooError(f"{kind} {entry.name!r}, option {key!r}: {(error.msg or str(error)).splitlines()[0]}") from error
+        key = str(error.full_key or error.key or "").partition(".")[0]
+        message = (error.msg or str(error)).splitlines()[0]
+        raise wrong_value(f"{kind} {entry.name!r}", key, entry.options, message) from error
     missing = [f.name for f in fields(entry.node) if getattr(typed, f.name) == MISSING]
     if missing:
         raise ZooError(f"{kind} {entry.name!r} needs a value for {', '.join(map(repr, missing))}.")

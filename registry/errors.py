@@ -1,6 +1,9 @@
 """One exception type for mistakes a user can fix, and the one way to phrase "no such name"."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+
+from zoo.registry.source import MISSING, Option
 
 
 class ZooError(ValueError):
@@ -43,3 +46,27 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ZooError:
     near = nearest(given, allowed)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ZooError(f"No {what} named {given!r}.{hint} Available: {', '.join(allowed) or 'none'}.")
+
+
+def unknown_option(owner: str, given: str, options: Sequence[Option]) -> ZooError:
+    """The error for an option that `owner` ("pruner 'random'") does not have, with the nearest one and its type."""
+    by_name = {option.name: option for option in options}
+    near = nearest(given, by_name)
+    hint = f" Did you mean {near[0]!r} ({facts(by_name[near[0]])})?" if near else ""
+    return ZooError(f"No option of {owner} named {given!r}.{hint} Available: {', '.join(sorted(by_name)) or 'none'}.")
+
+
+def wrong_value(owner: str, option: str, options: Sequence[Option], message: str) -> ZooError:
+    """The error for a value that OmegaConf refused with `message`, saying what the option takes."""
+    takes = next((f"{o.type} ({_default(o)})" for o in options if o.name == option), "another type")
+    given = re.match(r"Value '(.*?)' (?:of type|could not|is not)", message, re.DOTALL)
+    return ZooError(f"Option {option!r} of {owner} takes {takes}, " + (f"got {given[1]!r}." if given else f"and: {message}"))
+
+
+def facts(option: Option) -> str:
+    """Type and default of an option, as messages show them."""
+    return f"{option.type}, {_default(option)}"
+
+
+def _default(option: Option) -> str:
+    return "required" if option.default == MISSING else f"default {option.default!r}"

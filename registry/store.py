@@ -9,9 +9,11 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigNode, ConfigStore
+
 from zoo.registry.contracts import KINDS, MANY
 from zoo.registry.core import get, names, source_options
 
+NOBODY = "_none_"  # the option behind `projector=null`: Hydra has no way to say it on a command line
 SLOT_KINDS = tuple(kind for kind in KINDS if kind != "distiller")  # a distiller belongs to a stage, not to the run
 
 
@@ -61,6 +63,8 @@ def flush(typed: bool = True) -> None:
     for kind in SLOT_KINDS:
         options = {f"{name}.yaml": ComponentNode(kind, name, typed=typed) for name in names(kind)}
         repo.setdefault(group_of(kind), {}).update(options)
+    for group in ("recipe", *(kind for kind in SLOT_KINDS if kind not in MANY)):
+        ConfigStore.instance().store(NOBODY, {}, group=group, package="_global_", provider="zoo")
 
 
 def add_option(kind: str, key: str, component: str) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from zoo import presets, saved
 from zoo.config import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
-from zoo.registry import MANY, ZooError, names, plugins, source_options, unknown
-from zoo.registry.store import SLOT_KINDS, flush, group_of, kind_of
+from zoo.registry import MANY, ZooError, plugins, source_options, unknown
+from zoo.registry.store import NOBODY, SLOT_KINDS, flush, group_of, kind_of
+from zoo.trial import try_override
 
 RECIPE_COMMANDS = ("train", "eval", "check")  # these start from the default recipe; anything else from none
 SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
@@ -39,20 +40,23 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     for override in parsed:
         check(override, config_dir)
     choice = settle(command, values(parsed), config_dir)
-    lines = [line for o in parsed if o.key_or_group not in ("model", "recipe") for line in _rewritten(o, choice)]
+    for override in parsed:
+        if not having(override.key_or_group, choice.chosen, config_dir):
+            try_override(override, choice.chosen, config_dir)
+    lines = [line for o in parsed if o.key_or_group not in ("model", "recipe") for line in _rewritten(o, choice, config_dir)]
     return lines + choice.lines(config_dir)
 
 
 def parse(overrides: Sequence[str]) -> list[Any]:
     """Return Hydra's view of each override."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     parser, parsed = OverridesParser.create(), []
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
-        except OverrideParseException as error:
+        except HydraException as error:
             hint = "" if "=" in text else f" Options are given as {text}=<value>."
             raise ZooError(f"Cannot read {text!r}.{hint} Quote a value that holds spaces, commas or braces.") from error
     return parsed
@@ -95,8 +99,8 @@ def check(override: Any, config_dir: str | Path | None) -> None:
     known = {f.name for f in fields(RunRoot)} - {"defaults", "hydra"} | {"recipe"}
     if head not in known:
         raise unknown("option", head, known)
-    if key in SLOTS and not isinstance(value, dict):
-        if key not in SEVERAL and isinstance(value, list):
+    if key in SLOTS and not override.is_delete() and not isinstance(value, dict):
+        if isinstance(value, list) and key not in SEVERAL:
             raise ZooError(f"{key}={_text(value)}: the slot {key!r} holds one component. Write {key}=<name>.")
         for name in presets.as_list(value):
             presets.require(key, name, config_dir)
@@ -120,7 +124,7 @@ class Choice:
         lines = [f"model={presets.trim('model', self.model, self.own_of_model, self.chosen, config_dir)}"]
         lines += [f"++model.{key}='{value}'" for key, value in self.source.items()]
         if self.recipe is None:
-            return [*lines, "recipe=null"]
+            return [*lines, f"recipe={NOBODY}"]
         recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir)
         return [*lines, f"recipe={recipe}", f"run.recipe={self.recipe}"]
 
@@ -137,26 +141,32 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     own = {**from_model, **from_recipe}
     picked = {key: given[key] for key in SLOTS if key in given and not isinstance(given[key], dict)}
     chosen = {key: presets.as_list(v) if key in SEVERAL else v for key, v in {**own, **picked}.items()}
+    for key in SLOTS:
+        if key in own and key not in picked:
+            for name in presets.as_list(own[key]):
+                presets.require(key, name, config_dir)
     source = {key: value for key, value in source.items() if f"model.{key}" not in given}
     return Choice(recipe, model, own, from_model, chosen, source)
 
 
-def _rewritten(override: Any, choice: Choice) -> list[str]:
+def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> list[str]:
     """Spell an override the way Hydra wants it."""
     key, value = override.key_or_group, override.value()
     if key in SEVERAL and value is None:
         return [f"{key}=[]"]
+    if key in SLOTS and value is None:
+        return [f"{key}={NOBODY}"]
     if key in ("plugins", "log") and not isinstance(value, list):
         return [f"{key}={_text(presets.as_list(value))}"]
     if _OPEN.match(key) and not override.is_delete():
         return ["++" + override.input_line.lstrip("+")]
-    if members := having(key, choice.chosen):
+    if members := having(key, choice.chosen, config_dir):
         group, _, option = key.partition(".")
         return [f"{group}.{member}.{option}={override.get_value_element_as_str()}" for member in members]
     return [override.input_line]
 
 
-def having(key: str, chosen: Mapping[str, Any]) -> list[str]:
+def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> list[str]:
     """Return the chosen members that have the option meant by a short path such as `pruner.keep_ratio`."""
     parts = key.split(".")
     if len(parts) != 2 or parts[0] not in SEVERAL:
@@ -165,7 +175,8 @@ def having(key: str, chosen: Mapping[str, Any]) -> list[str]:
     kind, members = kind_of(group), chosen.get(group, [])
     if kind is None or option in members:
         return []
-    return [m for m in members if m in names(kind) and option in {o.name for o in source_options(kind, m)}]
+    components = {m: presets.component_of(group, m, config_dir) for m in members}
+    return [m for m, name in components.items() if option in {o.name for o in source_options(kind, name)}]
 
 
 def _text(value: Any) -> str:

@@ -82,6 +82,15 @@ def store(group: str, name: str, content: Mapping[str, Any]) -> str:
     return name
 
 
+def component_of(group: str, key: str, config_dir: str | Path | None = None) -> str:
+    """Return the component behind a choice: itself, or the one that a data preset builds on."""
+    for entry in read(group, key, config_dir).get("defaults") or [] if group in GROUPS else []:
+        name = entry.partition("@")[0] if isinstance(entry, str) else ""
+        if name and name != "_self_":
+            return component_of(group, name, config_dir)
+    return key
+
+
 def plugins_of(recipe: Any, config_dir: str | Path | None = None) -> list[str]:
     """Return the plugins that a recipe, and the recipes it starts from, name."""
     content = read("recipe", recipe, config_dir)
