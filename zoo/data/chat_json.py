@@ -20,6 +20,7 @@ class ChatJsonConfig(RecordFields):
     file: str = MISSING  # .json, .jsonl or the same with .gz; {split} in the name is replaced
     images: str = ""  # folder, tar archive or pattern such as shards/*.tar; empty: the folder of the file
     split: str = "train"  # part of the file name, or the value wanted in split_field
+    eval_split: str = ""  # split to evaluate on where a run has data for training only; empty: none
     split_field: str = ""  # column that says which split a record belongs to; empty: all records
     group_by_image: bool = False  # one sample for all records about the same images, each a dialog of its own
     limit: int = 0  # first records only; 0: all
@@ -66,6 +67,12 @@ class ChatJson:
         if config.split == "train" or not (config.split_field or "{split}" in config.file):
             return self
         return ChatJson(replace(config, split="train", limit=0))
+
+    def eval_split(self) -> "ChatJson | None":
+        """The records to evaluate on; None where the config names no such split."""
+        if not self.config.eval_split:
+            return None
+        return ChatJson(replace(self.config, split=self.config.eval_split, limit=0))
 
     def _groups(self) -> list[tuple[int, ...]]:
         """Read every record once, so that the first broken one is named now; return the indices behind each sample."""

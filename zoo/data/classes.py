@@ -20,6 +20,7 @@ class ClassesConfig:
     labels: str = MISSING  # IDX file of labels, in the same order
     classes: list[str] = MISSING  # name of each label, from 0
     split: str = "train"  # put for {split} in the names of the files
+    eval_split: str = ""  # split to evaluate on where a run has data for training only; empty: none
     name_question: str = "What is shown?"  # answered by the name of the class; empty: not asked
     yes_no_question: str = "Is this a {class}?"  # answered by yes or no; empty: not asked
     yes_no: int = 1  # yes/no questions about each image
@@ -82,6 +83,12 @@ class Classes:
         if config.split == "train" or "{split}" not in config.labels:
             return self
         return Classes(replace(config, split="train", limit=0))
+
+    def eval_split(self) -> "Classes | None":
+        """The pictures to evaluate on; None where the config names no such split."""
+        if not self.config.eval_split:
+            return None
+        return Classes(replace(self.config, split=self.config.eval_split, limit=0))
 
 
 def _dialog(question: str, answer: str, kind: str, task: str = "") -> Dialog:

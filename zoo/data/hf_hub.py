@@ -21,6 +21,7 @@ class HubDataConfig(RecordFields):
     path: str = MISSING  # org/name on the hub, a folder, or a .parquet, .arrow, .jsonl or .csv file (patterns allowed)
     subset: str = ""  # configuration of a hub data set, such as 2014_captions; empty: its default
     split: str = "train"  # as the hub names it
+    eval_split: str = ""  # split to evaluate on where a run has data for training only; empty: none
     revision: str = ""  # commit, tag or branch on the hub; empty: the newest
     streaming: bool = False  # read row by row, without a download in front
     shuffle_buffer: int = 0  # rows among which a stream draws the next, anew in each epoch; 0: the stored order
@@ -57,6 +58,12 @@ class HubData:
     def train_split(self) -> "HubData":
         """The rows of the split called train: what is common there is what a blind guess knows."""
         return self if self.config.split == "train" else HubData(replace(self.config, split="train", limit=0))
+
+    def eval_split(self) -> "HubData | None":
+        """The rows to evaluate on; None where the config names no such split."""
+        if not self.config.eval_split:
+            return None
+        return HubData(replace(self.config, split=self.config.eval_split, shuffle_buffer=0, limit=0))
 
     def sample(self, row: dict[str, Any], number: int) -> Sample:
         """Turn row `number` into a sample."""

@@ -11,6 +11,7 @@ patch, and no pixel of the gaps costs a token. `canvas` is the official 400 x 10
 two rows for encoders that take one square image.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from zoo.data.nlvr_draw import LAYOUTS, ORDERS, Drawing, Shape, Sprites, cell_labels, drawings, read_box
 from zoo.data.record_file import RecordFile
-from zoo.registry import MISSING, Dialog, Sample, ZooError, register, unknown
+from zoo.registry import Dialog, Sample, ZooError, register, unknown
 
 SOURCES = {  # training files, in the order in which a label counts where two files label the same pair
     "official": "train_official.jsonl.gz",
@@ -31,7 +32,7 @@ SPLITS = ("train", "dev")
 
 @dataclass
 class NLVRConfig:
-    root: str = MISSING  # folder with dev.jsonl.gz, train_*.jsonl.gz and sprites.json
+    root: str = ""  # folder with dev.jsonl.gz, train_*.jsonl.gz and sprites.json; empty: nlvr below $ZOO_DATA or data
     split: str = "train"  # train | dev
     sources: list[str] = field(default_factory=lambda: list(SOURCES))  # of train: official, same_presentation, pairs
     layout: str = "boxes"  # boxes: three images 100 x 100 | canvas: one 400 x 100 | square: one 224 x 224
@@ -64,9 +65,9 @@ class NLVR:
 
     def __init__(self, config: NLVRConfig) -> None:
         self.config = config
-        self.root = Path(config.root)
+        self.root = Path(config.root or Path(os.environ.get("ZOO_DATA", "data")) / "nlvr")
         if not self.root.is_dir():
-            raise ZooError(f"There is no folder {config.root!r} with the files of NLVR.")
+            raise ZooError(f"There is no folder {str(self.root)!r} with the files of NLVR; name it with root=...")
         self.sprites = Sprites(self.root / "sprites.json")
         self.training = config.split == "train"
         train_sentences = {r["sid"]: r["sentence"] for r in self._records("train_sentences.jsonl.gz")}
@@ -102,6 +103,10 @@ class NLVR:
     def train_split(self) -> "NLVR":
         """The training examples: what is common there is what a blind guess knows."""
         return self if self.training else NLVR(replace(self.config, split="train", limit=0))
+
+    def eval_split(self) -> "NLVR":
+        """The development examples."""
+        return NLVR(replace(self.config, split="dev", limit=0)) if self.training else self
 
     def _dialog(self, identifier: str, sentence: str, label: str, num_images: int) -> Dialog:
         said = sentence.strip()

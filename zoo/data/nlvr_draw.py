@@ -116,18 +116,22 @@ def cell_labels(images: list[Drawing], grid: int) -> np.ndarray:
     """What stands in each cell of a grid over each image: (images, grid * grid, 7) int16.
 
     The columns are those of `scenes`: colour, shape and size (0: ground, else 1 + index), then the box as x1 y1 x2 y2
-    in 32 bins (ignored on the ground). A cell belongs to the shape whose square, one pixel wider, holds its centre.
+    in 32 bins (ignored on the ground). A cell belongs to the shape whose square holds its centre, or comes within a
+    pixel of it.
     """
     labels = np.zeros((len(images), grid, grid, 7), np.int16)
     labels[..., 3:] = IGNORE_INDEX
     for image, cells in zip(images, labels, strict=True):
         width, height = image.layout.size
-        for (left, top), shapes in zip(image.layout.corners, image.boxes, strict=True):
-            for x, y, s, t, c in shapes:
-                box = np.array([left + x, top + y, left + x + SIZES[s], top + y + SIZES[s]])
-                span = np.array([width, height, width, height])
-                first = np.ceil((box[:2] - 1) * grid / span[:2] - 0.5).astype(int).clip(0)
-                last = np.floor((box[2:] + 1) * grid / span[:2] - 0.5).astype(int)
-                bins = (box * BINS / span).clip(0, BINS - 1)
+        span = np.array([width, height])
+        placed = [
+            (corner, shape) for corner, some in zip(image.layout.corners, image.boxes, strict=True) for shape in some
+        ]
+        for reach in (1, 0):  # shapes may stand one pixel apart: what is inside of one beats what is beside another
+            for corner, (x, y, s, t, c) in placed:
+                start = np.array(corner) + (x, y)
+                first = np.ceil((start - reach) * grid / span - 0.5).astype(int).clip(0)
+                last = np.floor((start + SIZES[s] + reach) * grid / span - 0.5).astype(int)
+                bins = (np.concatenate([start / span, (start + SIZES[s]) / span]) * BINS).clip(0, BINS - 1)
                 cells[first[1] : last[1] + 1, first[0] : last[0] + 1] = [c + 1, t + 1, s + 1, *bins.astype(int)]
     return labels.reshape(len(images), grid * grid, 7)
