@@ -216,7 +216,10 @@ def _set_mode(model: Any, stage: Stage) -> None:
     for part in model.children():
         if not any(p.requires_grad for p in part.parameters()):
             part.eval()
-    model.gradient_checkpointing_enable() if stage.gradient_checkpointing else model.gradient_checkpointing_disable()
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    elif getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
     for part in (model.vision, model.projector, _decoder(model.llm)):
         if part is None:
             continue

@@ -29,7 +29,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        (self._bar.console if self._bar else self.console).print(text, markup=False)
+        (self._bar.console if self._bar else self.console).print(text, markup=False, soft_wrap=True)
 
     def begin(self, stage: str, steps: int, done: int = 0) -> None:
         """Start a stage of `steps` steps, `done` of which were run before."""
@@ -64,7 +64,7 @@ class Display:
             self._bar.update(self._task, completed=done, text=text)
         else:
             self.shown = now
-            self.console.print(f"{self.stage} {text}", markup=False)
+            self.console.print(f"{self.stage} {text}", markup=False, soft_wrap=True)
 
     def end(self) -> None:
         """Close the bar, leaving its last state."""

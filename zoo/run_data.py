@@ -1,6 +1,7 @@
 """The data sets of a run: which are for training, which for evaluation, and the text a new tokenizer learns from."""
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from zoo.loader import Mix
@@ -13,8 +14,8 @@ TEXTS = 2000  # samples of each data set that a new tokenizer is trained on
 class RunData:
     """Built once per run.
 
-    A data set whose option `split` is something else than `train` is for evaluation: no stage trains on it unless it says
-    so by name. Where a run has none, training data sets that know another split of themselves (`eval_split`) give it.
+    A data set whose option `split` is something else than `train` is for evaluation: no stage trains on it unless it
+    says so by name. Where a run has none, training data sets that know a split to evaluate on (`eval_split`) give it.
     """
 
     def __init__(self, nodes: Mapping[str, Any]) -> None:
@@ -23,11 +24,14 @@ class RunData:
         self.training = {n: d for n, d in self.all.items() if splits[n] == "train"}
         self._mixes: dict[tuple, Mix] = {}
 
-    @property
+    @cached_property
     def evaluation(self) -> dict[str, Any]:
         """Data name -> data set to evaluate on; empty if the run has none."""
         held = {n: d for n, d in self.all.items() if n not in self.training}
-        return held or {n: d.eval_split() for n, d in self.training.items() if hasattr(d, "eval_split")}
+        if held:
+            return held
+        others = {n: d.eval_split() for n, d in self.training.items() if hasattr(d, "eval_split")}
+        return {n: d for n, d in others.items() if d is not None}
 
     def mix(self, stage: Stage, seed: int) -> Mix:
         """Return the order in which a stage sees its samples.

@@ -1,7 +1,7 @@
 """`zoo train`: runs the stages of a recipe, one loop for one process and for many.
 
-Also `accelerate launch -m zoo.train ...` and `torchrun --nproc_per_node 2 -m zoo.train ...`. SIGTERM saves a checkpoint and
-leaves with code 143; a run that was killed goes on with `zoo train resume=last`, to the same losses.
+Also `accelerate launch -m zoo.train ...` and `torchrun --nproc_per_node 2 -m zoo.train ...`. SIGTERM saves a checkpoint
+and leaves with code 143; a run that was killed goes on with `zoo train resume=last`, to the same losses.
 """
 
 import signal
@@ -126,7 +126,7 @@ class Run:
         return folder, read_config(folder.config, cfg)
 
     def _compose(self) -> tuple[Any, Any]:
-        """Compose the model. One process makes the tokenizer where a new one is needed; all others, and later, read it."""
+        """Compose the model. One process makes the tokenizer where a new one is needed; the others, and later, read it."""
         made = self.folder.path / "tokenizer"
         result = None
         if self.main and not (made / "tokenizer_config.json").is_file():

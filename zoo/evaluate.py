@@ -1,0 +1,278 @@
+"""`zoo eval`: what a model scores on data sets, with the number of samples and the standard error of every figure.
+
+Beside it stand two models that do not look: the majority, which gives the commonest training answer of each kind of
+question, and the model itself, shown zero pixels. What the training split never showed (`meta["held_out"]`) is counted
+apart.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.precision import autocast, fast_products
+from zoo.predict import Question, answer
+from zoo.processes import gather
+from zoo.registry import Dialog, Sample, Score, ZooError, build
+from zoo.run_folder import write_json
+
+DEFAULT_TASK = "exact"  # for dialogs that name no task
+TRAIN_SAMPLES = 2000  # samples of the training split in which the majority counts answers
+
+
+@dataclass
+class Line:
+    """One figure of the table."""
+
+    data: str
+    kind: str
+    task: str
+    metric: str
+    held_out: bool
+    score: Score
+    blind: Score | None = None
+    majority: Score | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}/{self.kind}/{self.metric}"
+
+
+@dataclass
+class EvalResult:
+    """Scores, and every prediction behind them."""
+
+    lines: list[Line]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Return the value of every figure, by `data/kind/metric`."""
+        return {line.name: line.score.value for line in self.lines}
+
+    def save(self, folder: Path) -> None:
+        """Write scores.json and predictions.jsonl."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "scores.json", [asdict(line) for line in self.lines])
+        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            for row in self.predictions:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    datasets: Mapping[str, Any],
+    tasks: Mapping[str, Any] | None = None,
+    *,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    baselines: bool = True,
+    accelerator: Any = None,
+    precision: str = "fp32",
+) -> EvalResult:
+    """Score a model.
+
+    Args:
+        model: put in eval mode.
+        processor: of the model.
+        datasets: data name -> data set.
+        tasks: task name -> task. Dialogs that name another task are left out; None scores each by its own.
+        batch_size: dialogs at once; None chooses by the size of the model. The scores do not depend on it.
+        limit: samples of each data set; None takes all.
+        baselines: also score the majority and the blind model.
+        accelerator: of a run on several processes, which then share the samples.
+        precision: fp32, or bf16 for autocast.
+
+    Raises:
+        ZooError: nothing in the data is for these tasks.
+    """
+    fast_products()
+    model.eval()
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    batch_size = batch_size or _batch_size(model)
+    table = Tasks(tasks)
+    with torch.no_grad(), autocast(precision, model.device):
+        model.set_attention(model.config.attention)
+        rows = _rows(model, processor, datasets, table, batch_size, limit, rank, world, blind=False)
+        blind = (
+            _rows(model, processor, datasets, table, batch_size, limit, rank, world, blind=True) if baselines else []
+        )
+    if accelerator is not None:
+        rows, blind = ([r for some in gather(accelerator, part) for r in some] for part in (rows, blind))
+    if not rows:
+        raise ZooError(
+            f"No dialog in data {', '.join(datasets) or 'none'} is for the tasks {', '.join(tasks or ['any'])}."
+        )
+    rows.sort(key=lambda r: r["order"])
+    lines = _lines(rows, table)
+    if baselines:
+        _add(lines, _lines(blind, table), "blind")
+        _add(lines, _majority(rows, datasets, table), "majority")
+    for row in rows:
+        row.pop("order"), row.pop("dialog")
+    return EvalResult(lines, rows)
+
+
+class Tasks:
+    """The tasks that were asked for, or any that a dialog names."""
+
+    def __init__(self, asked: Mapping[str, Any] | None = None) -> None:
+        self.asked = dict(asked or {})
+        self.made = dict(self.asked)
+
+    def of(self, dialog: Dialog) -> list[str]:
+        """Names of the tasks that score a dialog."""
+        if self.asked:
+            return [dialog.task] if dialog.task in self.asked else [] if dialog.task else list(self.asked)
+        return [dialog.task or DEFAULT_TASK]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.made:
+            self.made[name] = build("task", {"name": name})
+        return self.made[name]
+
+
+def _questions(
+    datasets: Mapping[str, Any], tasks: Tasks, limit: int | None, rank: int, world: int
+) -> Iterator[tuple[Question, str]]:
+    for at, (data, dataset) in enumerate(datasets.items()):
+        for index, sample in enumerate(islice(_samples(dataset, limit, rank, world), limit)):
+            if sample is None:
+                continue
+            for number, dialog in enumerate(sample.dialogs):
+                modes = {(tasks[t].mode, tasks[t].max_new_tokens): None for t in tasks.of(dialog)}
+                for mode, most in modes:
+                    yield Question(sample, dialog, mode, most, (at, index, number)), data
+
+
+def _samples(dataset: Any, limit: int | None, rank: int, world: int) -> Iterator[Sample | None]:
+    """Every `world`-th sample, and None in place of those that other processes see to."""
+    if hasattr(dataset, "stream"):
+        yield from (s if i % world == rank else None for i, s in enumerate(dataset.stream(0, 0)))
+    else:
+        for i in range(len(dataset) if limit is None else min(limit, len(dataset))):
+            yield dataset.get(i) if i % world == rank else None
+
+
+def _rows(
+    model: Any,
+    processor: Any,
+    datasets: Mapping[str, Any],
+    tasks: Tasks,
+    batch_size: int,
+    limit: int | None,
+    rank: int,
+    world: int,
+    *,
+    blind: bool,
+) -> list[dict[str, Any]]:
+    """Predict, and score each prediction by itself."""
+    names: dict[int, str] = {}
+
+    def asked() -> Iterator[Question]:
+        for question, data in _questions(datasets, tasks, limit, rank, world):
+            names[question.order[0]] = data
+            yield question
+
+    rows = []
+    for question, text in answer(model, processor, asked(), batch_size=batch_size, blind=blind):
+        dialog, data = question.dialog, names[question.order[0]]
+        for name in tasks.of(dialog):
+            task = tasks[name]
+            if (task.mode, task.max_new_tokens) != (question.mode, question.max_new_tokens):
+                continue
+            rows.append(
+                {
+                    "data": data,
+                    "id": question.sample.id,
+                    "kind": dialog.kind or data,
+                    "task": name,
+                    "prompt": prompt_of(dialog),
+                    "prediction": text,
+                    "answers": dialog.answers or [reference_of(dialog)],
+                    "scores": task.score(dialog, text),
+                    "meta": dialog.meta,
+                    "order": (*question.order, name),
+                    "dialog": dialog,
+                }
+            )
+    return rows
+
+
+Key = tuple[str, str, str, bool]  # data, kind, task, held out
+
+
+def _by_key(rows: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
+    groups: dict[Key, list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["data"], row["kind"], row["task"], bool(row["meta"].get("held_out")))
+        groups.setdefault(key, []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][3])))
+
+
+def _lines(rows: list[dict[str, Any]], tasks: Tasks) -> list[Line]:
+    return [
+        Line(data, kind, task, metric, held_out, score)
+        for (data, kind, task, held_out), some in _by_key(rows).items()
+        for metric, score in tasks[task].summarise([r["scores"] for r in some]).items()
+    ]
+
+
+def _add(lines: list[Line], others: list[Line], what: str) -> None:
+    found = {(o.data, o.kind, o.task, o.held_out, o.metric): o.score for o in others}
+    for line in lines:
+        setattr(line, what, found.get((line.data, line.kind, line.task, line.held_out, line.metric)))
+
+
+def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Tasks) -> list[Line]:
+    """Score the commonest training answer of each kind, on the dialogs that the model was scored on."""
+    from zoo.tasks.baselines import majority
+
+    lines = []
+    for data, dataset in datasets.items():
+        if not hasattr(dataset, "train_split"):
+            continue
+        train = dataset.train_split()
+        count = min(TRAIN_SAMPLES, len(train))
+        seen = [d for i in range(count) for d in train.get(i * len(train) // count).dialogs]
+        for (name, kind, task, held_out), some in _by_key(rows).items():
+            if name == data:
+                asked = [r["dialog"] for r in some]
+                scores = majority(_like(seen, asked[0].kind), asked, tasks[task])
+                lines += [Line(data, kind, task, m, held_out, s) for got in scores.values() for m, s in got.items()]
+    return lines
+
+
+def _like(seen: list[Dialog], kind: str) -> list[Dialog]:
+    """The training dialogs of a kind; of the kind that its name goes on from where it occurs in evaluation only."""
+    kinds = {d.kind for d in seen}
+    base = kind if kind in kinds else max((k for k in kinds if k and kind.startswith(k + "_")), key=len, default=kind)
+    return [replace(d, kind=kind) for d in seen if d.kind == base]
+
+
+def _batch_size(model: Any) -> int:
+    parameters = sum(p.numel() for p in model.parameters())
+    return 512 if parameters < 50e6 else 64 if parameters < 1e9 else 16
+
+
+def prompt_of(dialog: Dialog) -> str:
+    """The text before the last assistant turn, images as `<image>`."""
+    turns = dialog.messages
+    turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    return "\n".join(_text(turn["content"]) for turn in turns)
+
+
+def reference_of(dialog: Dialog) -> str:
+    """The text of the last assistant turn."""
+    last = dialog.messages[-1] if dialog.messages else {"role": ""}
+    return _text(last["content"]) if last["role"] == "assistant" else ""
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join("<image> " if p["type"] == "image" else p["text"] for p in content)

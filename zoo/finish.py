@@ -1,0 +1,117 @@
+"""The end of a run: the model is saved, scored, and a person is told what there is and what to try next."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from zoo import checkpoint
+from zoo.evaluate import EvalResult, evaluate
+from zoo.progress import clock
+from zoo.registry import build
+from zoo.run_folder import hashes, read_metrics, write_json, written_beside
+from zoo.score_table import score_table
+
+if TYPE_CHECKING:
+    from zoo.train import Run
+
+SAMPLES = 400  # of each data set scored at the end of a run; `zoo eval` scores all
+
+
+def finish(run: "Run", seconds: float) -> None:
+    """Save the model, score it, and print the table, the folder and three commands."""
+    save_model(run)
+    result = score(run, limit=run.cfg.limit or SAMPLES, baselines=True)
+    if run.main:
+        report(run, result, seconds, Console())
+    run.accelerator.end_training()
+
+
+def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
+    """Evaluate the run's model on the run's evaluation data; None where it has none."""
+    datasets = run.data.evaluation
+    if not datasets:
+        return None
+    return evaluate(
+        run.model,
+        run.processor,
+        datasets,
+        {str(name): build("task", node) for name, node in run.cfg.task.items()},
+        limit=limit,
+        baselines=baselines,
+        accelerator=run.accelerator,
+    )
+
+
+def save_model(run: "Run") -> None:
+    """Write the final model and its processor to the run's folder."""
+    model, sharded = run.model, hasattr(run.model, "set_requires_gradient_sync")
+    state = {n: checkpoint.whole(t) for n, t in model.state_dict().items()} if sharded else None
+    if run.main:
+        with written_beside(run.folder.model, folder=True) as beside:
+            model.save_pretrained(beside, **({"state_dict": state} if sharded else {}))
+            run.processor.save_pretrained(beside)
+            (beside / "README.md").write_text(_card(run), encoding="utf-8")
+        run.folder.write_lock(
+            plugins=list(run.cfg.plugins),
+            base=model.config.base,
+            model=hashes(run.folder.model.glob("*.safetensors")),
+        )
+    run.accelerator.wait_for_everyone()
+
+
+def report(run: "Run", result: EvalResult | None, seconds: float, console: Console) -> None:
+    """Print what came out."""
+    path = _short(run.folder.path)
+    if result is not None:
+        result.save(run.folder.path)
+        (run.folder.model / "README.md").write_text(_card(run, result), encoding="utf-8")
+        console.print(score_table(result.lines, "Scores in per cent"))
+    else:
+        console.print("Nothing was scored: data holds no split for evaluation, such as data=[..., scenes_eval].")
+    write_json(run.folder.path / "summary.json", _summary(run, result, seconds))
+    console.print(f"Trained in {clock(seconds)}. Everything is in {path}", soft_wrap=True, highlight=False)
+    console.print("Try next:")
+    for command in (
+        f"zoo eval model=dir:{path}",
+        "zoo report runs",
+        f"python -c \"import zoo; print(zoo.load('dir:{path}'))\"",
+    ):
+        console.print(f"    {command}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _summary(run: "Run", result: EvalResult | None, seconds: float) -> dict[str, Any]:
+    metrics = [m for m in read_metrics(run.folder.metrics) if "loss" in m]
+    return {
+        "name": run.folder.path.name,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "steps": run.progress.global_step,
+        "seconds": round(seconds, 1),
+        "loss": metrics[-1]["loss"] if metrics else None,
+        "scores": result.summary() if result is not None else {},
+    }
+
+
+def _card(run: "Run", result: EvalResult | None = None) -> str:
+    """A short card: what the model is made of, how to load it, what it scored."""
+    slots = run.model.config.slots or {}
+    rows = []
+    for slot in ("vision", "pruner", "projector", "llm", "adapter"):
+        node = slots.get(slot) or {}
+        rows.append(f"| {slot} | {node.get('name') or ', '.join(node) or '-'} |")
+    lines = ["---", "library_name: zoo", "pipeline_tag: image-text-to-text", "---", f"# {run.folder.path.name}", ""]
+    lines += ["| slot | part |", "|---|---|", *rows, "", "```python", "import zoo", ""]
+    lines += [f'model, processor = zoo.load("dir:{_short(run.folder.path)}")', "```", ""]
+    if result is not None:
+        lines += ["| data | kind | metric | score | s.e. | n | majority | blind |", "|---|---|---|---|---|---|---|---|"]
+        for x in result.lines:
+            others = " | ".join("-" if s is None else f"{s.value:.3f}" for s in (x.majority, x.blind))
+            figures = f"{x.score.value:.3f} | {x.score.stderr:.3f} | {x.score.n}"
+            lines.append(f"| {x.data} | {x.kind} | {x.metric} | {figures} | {others} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(path: Path) -> str:
+    """The path as seen from here, where that is shorter."""
+    here = Path.cwd()
+    return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else str(path)

@@ -1,0 +1,194 @@
+"""What a model answers: dialogs in, texts out, in batches that change nothing but the speed.
+
+Dialogs of like length share a batch. An image is encoded once however many dialogs ask about it, and equal questions
+about one image (all images are one where a blind model is asked) are answered once.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.collate import EncodedSample
+from zoo.engine import to_device
+from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
+
+WINDOW = 8  # batches whose dialogs are sorted by length together
+
+
+@dataclass
+class Question:
+    """One dialog to answer, as the model will see it."""
+
+    sample: Sample
+    dialog: Dialog
+    mode: str  # generate | choice
+    max_new_tokens: int
+    order: tuple[Any, ...] = ()  # place in the whole evaluation
+
+
+def answer(
+    model: Any, processor: Any, questions: Iterable[Question], *, batch_size: int, blind: bool = False
+) -> Iterator[tuple[Question, str]]:
+    """Yield each question with the model's answer; the order is that of `questions`.
+
+    Args:
+        model: in eval mode.
+        processor: of the model.
+        questions: in any order; those about one image best together.
+        batch_size: dialogs (or options, in multiple choice) that the model sees at once.
+        blind: show the model zero pixels instead of the images.
+    """
+    source = iter(questions)
+    while window := list(islice(source, WINDOW * batch_size)):
+        pictures = _Pictures(model, processor, window, blind, batch_size)
+        texts: dict[int, str] = {}
+        for mode, do in (("generate", _generate), ("choice", _choose)):
+            asked = [i for i, q in enumerate(window) if q.mode == mode]
+            texts |= do(model, processor, {i: window[i] for i in asked}, pictures, batch_size) if asked else {}
+        yield from ((q, texts[i]) for i, q in enumerate(window))
+
+
+class _Pictures:
+    """The images of a window of questions, each encoded once."""
+
+    def __init__(self, model: Any, processor: Any, window: Sequence[Question], blind: bool, batch_size: int) -> None:
+        self.model, self.blind = model, blind
+        self.of: dict[int, list[int]] = {}  # id of a sample -> where its images are
+        self.shared = True
+        pixels: list[Tensor] = []
+        for question in window:
+            sample = question.sample
+            if id(sample) in self.of:
+                continue
+            if blind and sample.images:
+                if not pixels:
+                    shown = processor.encode_prompt(sample, question.dialog).pixel_values[0]
+                    pixels.append(torch.zeros_like(shown))
+                self.of[id(sample)] = [0] * len(sample.images)
+            else:
+                self.of[id(sample)] = list(range(len(pixels), len(pixels) + len(sample.images)))
+                pixels += processor.encode_prompt(sample, question.dialog).pixel_values
+        self.pixels = pixels
+        self.parts = [self._encode(pixels[at : at + batch_size]) for at in range(0, len(pixels), batch_size)]
+        self.encoded = _join(self.parts) if self.parts and self.shared else None
+
+    def _encode(self, pixels: list[Tensor]) -> Any:
+        if not self.shared:
+            return None
+        encoded = self.model.encode_images(torch.stack(pixels).to(self.model.device))
+        self.shared = encoded[0].rows is None  # crops and frames: a row is no image, so they go in as pixels
+        return encoded
+
+    def batch(self, which: Sequence[int]) -> dict[str, Any]:
+        """Return what shows the model the images `which`, in this order."""
+        if not which:
+            return {}
+        if not self.shared or self.encoded is None:
+            return {"pixel_values": torch.stack([self.pixels[i] for i in which]).to(self.model.device)}
+        index = torch.tensor(which, device=self.model.device)
+        image, kept, tokens = self.encoded
+        return {"encoded": (_pick(image, index), _pick(kept, index), None if tokens is None else tokens[index])}
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, processor: Any, questions: dict[int, Question], pictures: _Pictures, batch_size: int
+) -> dict[int, str]:
+    """Answer in free text, greedily."""
+    groups: dict[tuple, list[int]] = {}
+    prompts: dict[tuple, EncodedSample] = {}
+    for i, q in questions.items():
+        prompt = processor.encode_prompt(q.sample, q.dialog, pixel_values=[])
+        key = (q.max_new_tokens, prompt.input_ids.tobytes(), *pictures.of[id(q.sample)])
+        groups.setdefault(key, []).append(i)
+        prompts[key] = prompt
+    texts: dict[int, str] = {}
+    keys = sorted(groups, key=lambda k: (k[0], len(prompts[k])))
+    for most in dict.fromkeys(k[0] for k in keys):
+        some = [k for k in keys if k[0] == most]
+        for at in range(0, len(some), batch_size):
+            chunk = some[at : at + batch_size]
+            batch = processor.collate([prompts[k] for k in chunk], padding_side="left")
+            batch["images_per_row"] = [len(k) - 2 for k in chunk]
+            ids = to_device(batch["input_ids"], model.device)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=to_device(batch["attention_mask"], model.device),
+                images_per_row=batch["images_per_row"],
+                max_new_tokens=most,
+                do_sample=False,
+                num_beams=1,
+                **pictures.batch([i for k in chunk for i in k[2:]]),
+            )
+            answers = processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            texts |= {i: text.strip() for k, text in zip(chunk, answers, strict=True) for i in groups[k]}
+    return texts
+
+
+@torch.no_grad()
+def _choose(
+    model: Any, processor: Any, questions: dict[int, Question], pictures: _Pictures, batch_size: int
+) -> dict[int, str]:
+    """Answer with the likeliest option: the one whose tokens, end of turn included, have the largest probability."""
+    options: list[tuple[int, str, EncodedSample]] = []
+    for i, q in questions.items():
+        turns = q.dialog.messages
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        for option in q.dialog.choices:
+            said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
+            ids, labels = processor.tokenize_dialog(said, q.sample.id)
+            last = _last_turn(labels)
+            options.append((i, option, EncodedSample(ids, last, [])))
+    options.sort(key=lambda o: len(o[2]))
+    found: dict[int, tuple[float, str]] = {}
+    for at in range(0, len(options), batch_size):
+        chunk = options[at : at + batch_size]
+        batch = to_device(processor.collate([o[2] for o in chunk]), model.device)
+        images = [pictures.of[id(questions[i].sample)] for i, _, _ in chunk]
+        batch["images_per_row"] = [len(some) for some in images]
+        out = model(**batch, **pictures.batch([i for some in images for i in some]))
+        for (i, option, _), value in zip(chunk, _likelihood(model, out).tolist(), strict=True):
+            if i not in found or value > found[i][0]:
+                found[i] = (value, option)
+    return {i: option for i, (_, option) in found.items()}
+
+
+def _likelihood(model: Any, out: Any) -> Tensor:
+    """Log-probability of the labels of each row: (B,)."""
+    wanted = out.labels[:, 1:]
+    where = wanted != IGNORE_INDEX  # (B, T - 1)
+    logits = model.llm.head(out.last_hidden_state[:, :-1][where]).float()  # (S, V)
+    each = -F.cross_entropy(logits, wanted[where], reduction="none")  # (S,)
+    return torch.zeros(len(wanted), device=each.device).index_add_(0, where.nonzero()[:, 0], each)
+
+
+def _last_turn(labels: np.ndarray) -> np.ndarray:
+    """Keep the labels of the last assistant turn only."""
+    where = np.flatnonzero(labels != IGNORE_INDEX)
+    gaps = np.flatnonzero(np.diff(where) > 1)
+    start = where[gaps[-1] + 1] if len(gaps) else where[0]
+    result = np.full_like(labels, IGNORE_INDEX)
+    result[start:] = labels[start:]
+    return result
+
+
+def _pick(image: ImageFeatures, index: Tensor) -> ImageFeatures:
+    """The rows `index` of every tensor."""
+    rows = {f.name: getattr(image, f.name) for f in fields(image)}
+    return replace(image, **{k: v[index] for k, v in rows.items() if isinstance(v, Tensor)})
+
+
+def _join(parts: list[tuple[ImageFeatures, ImageFeatures, Tensor | None]]) -> Any:
+    def joined(features: list[ImageFeatures]) -> ImageFeatures:
+        rows = {f.name: getattr(features[0], f.name) for f in fields(features[0])}
+        names = [k for k, v in rows.items() if isinstance(v, Tensor)]
+        return replace(features[0], **{k: torch.cat([getattr(f, k) for f in features]) for k in names})
+
+    images, kept, tokens = zip(*parts, strict=True)
+    return joined(list(images)), joined(list(kept)), None if tokens[0] is None else torch.cat(list(tokens))
