@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.checkpoints import fetch, is_local, read_json
 from zoo.vision.tower import (
@@ -21,6 +22,7 @@ from zoo.vision.tower import (
     Tower,
     block_count,
     check_divides,
+    check_sizes,
     on_meta,
 )
 
@@ -86,12 +88,7 @@ class HFVisionConfig:
         if self.model_type not in FAMILIES:
             raise unknown("model_type", self.model_type, FAMILIES)
         if not self.checkpoint:
-            check_divides(self.patch_size, self.image_size or 224)
-            if self.heads < 1 or self.width % self.heads or self.depth < 1:
-                raise ZooError(
-                    f"width must be a multiple of heads and depth at least 1, got width {self.width},"
-                    f" heads {self.heads}, depth {self.depth}."
-                )
+            check_sizes(self)
             if self.model_type.startswith("dinov2") and self.mlp_ratio != int(self.mlp_ratio):
                 raise ZooError(f"mlp_ratio of {self.model_type} is a whole number, got {self.mlp_ratio}.")
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.checkpoints import fetch, is_local, read_json
 from zoo.vision.timm_runner import TimmRunner
-from zoo.vision.tower import CLIP_MEAN, CLIP_STD, Runner, Tower, block_count, check_divides, on_meta
+from zoo.vision.tower import CLIP_MEAN, CLIP_STD, Runner, Tower, block_count, check_divides, check_sizes, on_meta
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}
@@ -39,12 +40,7 @@ class OpenClipVisionConfig:
 
     def __post_init__(self) -> None:
         if not self.model and not self.checkpoint:
-            check_divides(self.patch_size, self.image_size or 224)
-            if self.heads < 1 or self.width % self.heads or self.depth < 1:
-                raise ZooError(
-                    f"width must be a multiple of heads and depth at least 1, got width {self.width},"
-                    f" heads {self.heads}, depth {self.depth}."
-                )
+            check_sizes(self)
 
 
 @register("vision", "open_clip")
@@ -82,6 +78,8 @@ class OpenClipRunner(Runner):
 
     def __init__(self, tower: Any, layer: int, norm: bool) -> None:
         super().__init__()
+        for pixels, patch in zip(tower.image_size, tower.patch_size, strict=True):
+            check_divides(patch, pixels)
         self.last = block_count(layer, len(tower.transformer.resblocks), lowest=1) - 1
         tower.prune_intermediate_layers([self.last], prune_norm=not norm, prune_head=True)
         tower.attn_pool = None

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo.registry import ZooError
-from zoo.vision.tower import Runner, block_count
+from zoo.vision.tower import Runner, block_count, check_divides
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
 
@@ -27,6 +28,8 @@ class TimmRunner(Runner):
                 f"{name!r} is a {type(tower).__name__}, which has no blocks of one width on one fixed patch grid;"
                 " a plain ViT is needed (vit_*, deit_*, eva*, beit* of timm)."
             )
+        for pixels, patch in zip(tower.patch_embed.img_size, tower.patch_embed.patch_size, strict=True):
+            check_divides(patch, pixels)
         last = block_count(layer, len(tower.blocks), lowest=1) - 1
         if norm and isinstance(tower.norm, nn.Identity):  # models that pool first keep their norm behind the pooling
             tower.norm = getattr(tower, "fc_norm", tower.norm)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.checkpoints import fetch, is_local
 from zoo.vision.stem import ConvStem
 from zoo.vision.timm_runner import TimmRunner
-from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_divides, on_meta
+from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_sizes, on_meta
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 FITS = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -18,9 +19,7 @@ FITS = {"center": "crop", "squash": "squash", "border": "pad"}
 
 @dataclass
 class TimmVisionConfig:
-    model: str = (
-        ""  # a name of timm, e.g. vit_base_patch16_clip_224.openai; empty: the checkpoint's, or the sizes below
-    )
+    model: str = ""  # a name of timm, e.g. vit_base_patch16_clip_224.openai; empty: the checkpoint's, or sizes
     # pretrained: timm's weights for `model`; a hub name (timm/...) or a folder with config.json and model.safetensors
     checkpoint: str = ""
     layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
@@ -47,12 +46,7 @@ class TimmVisionConfig:
         if self.checkpoint == "pretrained" and not self.model:
             raise ZooError("checkpoint=pretrained loads timm's weights for a `model`, and none is named.")
         if not self.model and not self.checkpoint:
-            check_divides(self.patch_size, self.image_size or 224)
-            if self.heads < 1 or self.width % self.heads or self.depth < 1:
-                raise ZooError(
-                    f"width must be a multiple of heads and depth at least 1, got width {self.width},"
-                    f" heads {self.heads}, depth {self.depth}."
-                )
+            check_sizes(self)
 
 
 @register("vision", "timm")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo.registry import ImageFeatures, ImageTransform, ZooError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -167,3 +168,13 @@ def on_meta() -> bool:
 def check_divides(patch_size: int, image_size: int) -> None:
     if patch_size < 1 or image_size % patch_size:
         raise ZooError(f"patch_size {patch_size} does not divide image_size {image_size}.")
+
+
+def check_sizes(config: Any) -> None:
+    """Check the size fields that the encoders share: patch_size, image_size, width, heads, depth."""
+    check_divides(config.patch_size, config.image_size or 224)
+    if config.heads < 1 or config.width % config.heads or config.depth < 1:
+        raise ZooError(
+            f"width must be a multiple of heads and depth at least 1, got width {config.width},"
+            f" heads {config.heads}, depth {config.depth}."
+        )

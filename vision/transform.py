@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+
 from zoo.registry import ImageTransform, ZooError
 from zoo.vision.images import open_image
 
@@ -26,15 +27,14 @@ def to_pixels(image: Any, transform: ImageTransform, where: str = "") -> Tensor:
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and _fits(image.shape, transform.size)):
         image = np.asarray(fit(open_image(image, where), transform))
-    return normalise(torch.from_numpy(np.ascontiguousarray(image)), transform)
+    return normalise(torch.from_numpy(np.require(image, requirements="CW")), transform)  # a copy only if need be
 
 
 def normalise(image: Tensor, transform: ImageTransform) -> Tensor:
     """Turn uint8 pixels (..., h, w, 3) or grey ones (h, w) into normalised float32 ones (..., 3, h, w)."""
     factor, offset = _affine(transform)
-    if image.ndim == 2:
-        return image * factor + offset  # (3, h, w) by broadcasting
-    return torch.addcmul(offset, image.movedim(-1, -3).float(), factor)
+    image = image[None] if image.ndim == 2 else image.movedim(-1, -3)
+    return torch.addcmul(offset, image.float(), factor)
 
 
 def fit(image: Image.Image, transform: ImageTransform) -> Image.Image:

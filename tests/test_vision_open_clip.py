@@ -1,0 +1,120 @@
+"""Encoders of open_clip against open_clip itself, on tiny checkpoints in the layout of its hub repositories."""
+
+import json
+
+import pytest
+import torch
+
+from tests.vision_builders import OPEN_CLIP, open_clip_model, pixels, save_open_clip, shake
+from zoo.registry import ImageTransform, ZooError, build
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("open_clip")
+    model, architecture = open_clip_model()
+    save_open_clip(model, architecture, folder, mean=[0.1, 0.2, 0.3], resize_mode="squash", interpolation="bilinear")
+    return str(folder), model
+
+
+def reference(model, layer):
+    index = layer + 4 if layer < 0 else layer - 1
+    block, matrix = model.visual.transformer.resblocks[index], []
+
+    def look(module, args):
+        matrix.append(module.forward(*args, need_weights=True, average_attn_weights=False)[1])
+
+    handle = block.attn.register_forward_pre_hook(look)
+    with torch.no_grad():
+        out = model.visual.forward_intermediates(
+            pixels(), indices=[index], intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
+        )
+    handle.remove()
+    return out["image_intermediates"][0], out["image_intermediates_prefix"][0], matrix[0]
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_features_and_row_are_open_clips(saved, layer):
+    folder, model = saved
+    tower = build("vision", {"name": "open_clip", "checkpoint": folder, "layer": layer}).requires_grad_(False).eval()
+    out = tower(pixels(), need=tower.provides)
+    patches, prefix, matrix = reference(model, layer)
+    assert torch.equal(out.tokens, patches) and torch.equal(out.prefix, prefix)
+    torch.testing.assert_close(out.cls_attention, matrix[:, :, 0, 1:].mean(1), atol=1e-6, rtol=0)
+    assert tower.transform == ImageTransform((32, 32), (0.1, 0.2, 0.3), tower.transform.std, "bilinear", "squash")
+    assert type(tower.tower.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+def test_only_the_visual_tower_is_kept(saved):
+    tower = build("vision", {"name": "open_clip", "checkpoint": saved[0]})
+    assert not [name for name, _ in tower.named_parameters() if "token_embedding" in name or name[-4:] == "proj"]
+    assert len(tower.tower.transformer.resblocks) == 3
+
+
+def test_another_image_size_interpolates_positions(saved):
+    tower = build("vision", {"name": "open_clip", "checkpoint": saved[0], "image_size": 48}).eval()
+    assert tower.grid == (6, 6) and tower(pixels(size=48)).tokens.shape == (2, 36, 32)
+    small = build("vision", {"name": "open_clip", "checkpoint": saved[0]})
+    a, b = tower.tower.positional_embedding, small.tower.positional_embedding
+    assert torch.equal(a[0], b[0]) and a.shape == (37, 32)
+    torch.testing.assert_close(a[1:].mean(0), b[1:].mean(0), atol=0.05, rtol=0)
+
+
+def test_a_tower_that_wraps_timm_is_run_as_timm_does(tmp_path):
+    import open_clip
+
+    # One block of a real size: open_clip gives no way to make its timm towers tiny.
+    vision = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear"}
+    architecture = {**OPEN_CLIP, "vision_cfg": vision}
+    model = open_clip.CustomTextCLIP(**architecture)
+    shake(model)
+    save_open_clip(model, architecture, tmp_path)
+    tower = build("vision", {"name": "open_clip", "checkpoint": str(tmp_path), "layer": 1}).eval()
+    x = pixels(1, 224)
+    with torch.no_grad():
+        want = model.visual.forward_intermediates(x, indices=[0], intermediates_only=True, output_fmt="NLC")
+        out = tower(x, need=tower.provides)
+    assert torch.equal(out.tokens, want["image_intermediates"][0]) and out.cls_attention.shape == (1, 196)
+    resized = build("vision", {"name": "open_clip", "checkpoint": str(tmp_path), "layer": 1, "image_size": 64})
+    assert resized.grid == (4, 4) and resized(pixels(1, 64)).tokens.shape == (1, 16, 192)
+
+
+def test_meta_builds_named_models_without_weights(saved, tmp_path):
+    with torch.device("meta"):
+        clip = build("vision", {"name": "open_clip", "model": "ViT-B-32", "checkpoint": "openai"})
+        plain = build("vision", {"name": "open_clip", "model": "ViT-B-32"})
+        siglip = build("vision", {"name": "open_clip", "model": "ViT-B-16-SigLIP-256", "checkpoint": "webli"})
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
+        local = build("vision", {"name": "open_clip", "checkpoint": str(tmp_path)})
+    assert clip.grid == (7, 7) and clip.hidden_size == 768 and len(clip.tower.transformer.resblocks) == 11
+    # The activation is a fact of the weights: OpenAI's need another one than the name's default.
+    names = [type(t.tower.transformer.resblocks[0].mlp.gelu).__name__ for t in (clip, plain)]
+    assert names == ["QuickGELU", "GELU"]
+    assert siglip.grid == (16, 16) and siglip.provides == {"grid"} and siglip.transform.fit == "squash"
+    assert local.grid == (4, 4)
+    assert {p.device.type for t in (clip, plain, siglip, local) for p in t.parameters()} == {"meta"}
+    with pytest.raises(ZooError, match=r"has no open_clip_model.safetensors"):
+        build("vision", {"name": "open_clip", "checkpoint": str(tmp_path)})
+
+
+def test_wrong_names_are_refused():
+    for options, message in [
+        ({"model": "ViT-B-33"}, "No open_clip model named 'ViT-B-33'. Did you mean 'ViT-B-32'"),
+        ({"model": "ViT-B-32", "checkpoint": "openay"}, "named 'openay'. Did you mean 'openai'"),
+        ({"model": "RN50"}, "is a ResNet; a ViT is needed"),
+        ({"model": "convnext_base"}, "a plain ViT is needed"),
+    ]:
+        with torch.device("meta"), pytest.raises(ZooError, match=message):
+            build("vision", {"name": "open_clip", **options})
+
+
+def test_weights_of_something_else_are_refused(saved, tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
+    save_file({"text.weight": torch.zeros(2)}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ZooError, match="holds no visual tower of open_clip"):
+        build("vision", {"name": "open_clip", "checkpoint": str(tmp_path)})
+    save_file({"visual.proj": torch.zeros(2)}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ZooError, match="do not fit its architecture"):
+        build("vision", {"name": "open_clip", "checkpoint": str(tmp_path)})

@@ -1,0 +1,147 @@
+"""Encoders of timm against timm itself, on tiny variants of named models, in the folders that it saves."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.vision_builders import TIMM, pixels, save_timm, timm_model
+from zoo.registry import ZooError, build
+
+# Their scores are q.k and no more; BEiT adds a bias for each pair of positions, SigLIP has no [CLS].
+WITH_ROW = set(TIMM) - {"beit_base_patch16_224", "vit_base_patch16_siglip_224"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = timm_model(name)
+            save_timm(model, folder)
+            made[name] = str(folder), model
+        return made[name]
+
+    return get
+
+
+def reference(model, layer):
+    """Patches, prefix and the whole attention matrix of one block, with timm's own unfused attention."""
+    index = layer + 4 if layer < 0 else layer - 1
+    matrix = []
+    attention = model.blocks[index].attn
+    handle = attention.attn_drop.register_forward_pre_hook(lambda m, args: matrix.append(args[0]))
+    with torch.no_grad():
+        (out,) = model.forward_intermediates(
+            pixels(), indices=[index], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
+        attention.fused_attn, before = False, attention.fused_attn
+        model.forward_features(pixels())
+        attention.fused_attn = before
+    handle.remove()
+    patches, prefix = out if isinstance(out, tuple) else (out, None)
+    return patches, prefix, matrix[-1]
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_features_and_row_are_timms(saved, name, layer):
+    folder, model = saved(name)
+    tower = build("vision", {"name": "timm", "checkpoint": folder, "layer": layer}).requires_grad_(False).eval()
+    out = tower(pixels(), need=tower.provides)
+    patches, prefix, matrix = reference(model, layer)
+    assert torch.equal(out.tokens, patches)  # bit for bit: leaving out later blocks changes nothing
+    if prefix is not None:
+        assert torch.equal(out.prefix, prefix)
+    assert ("cls_attention" in tower.provides) == (name in WITH_ROW)
+    if name in WITH_ROW:
+        p = prefix.shape[1]
+        torch.testing.assert_close(out.cls_attention, matrix[:, :, 0, p:].mean(1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "vit_small_patch16_dinov3"])
+def test_the_final_norm_is_timms(saved, name):
+    folder, model = saved(name)
+    tower = build("vision", {"name": "timm", "checkpoint": folder, "layer": -1, "norm": True}).eval()
+    with torch.no_grad():
+        want = model.forward_features(pixels())[:, -16:]
+        torch.testing.assert_close(tower(pixels()).tokens, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_another_image_size_interpolates_positions(saved, name):
+    folder, model = saved(name)
+    tower = build("vision", {"name": "timm", "checkpoint": folder, "image_size": 48}).eval()
+    assert tower.grid == (6, 6) and tower.transform.size == (48, 48)
+    model = timm_model(name)
+    model.set_input_size((48, 48))
+    with torch.no_grad():
+        (want,) = model.forward_intermediates(pixels(size=48), indices=[2], output_fmt="NLC", intermediates_only=True)
+        torch.testing.assert_close(tower(pixels(size=48)).tokens, want, atol=1e-5, rtol=1e-5)
+
+
+def test_meta_builds_named_models_without_weights(saved, tmp_path):
+    with torch.device("meta"):
+        clip = build(
+            "vision", {"name": "timm", "model": "vit_base_patch16_clip_224.openai", "checkpoint": "pretrained"}
+        )
+        big = build("vision", {"name": "timm", "model": "vit_so400m_patch14_siglip_384", "image_size": 224})
+        folder, _ = saved("vit_tiny_patch16_224")
+        shutil.copy(f"{folder}/config.json", tmp_path)
+        local = build("vision", {"name": "timm", "checkpoint": str(tmp_path)})
+    assert clip.grid == (14, 14) and clip.hidden_size == 768 and len(clip.tower.blocks) == 11
+    assert clip.transform.mean[0] == pytest.approx(0.4815, abs=1e-3)
+    assert big.grid == (16, 16) and big.provides == {"grid"} and big.transform.fit == "crop"
+    assert local.grid == (4, 4)
+    assert {p.device.type for t in (clip, big, local) for p in t.parameters()} == {"meta"}
+    with pytest.raises(ZooError, match=r"has no model.safetensors"):
+        build("vision", {"name": "timm", "checkpoint": str(tmp_path)})
+
+
+def test_unknown_names_name_the_nearest():
+    with pytest.raises(ZooError, match=r"named 'vit_bas_patch16_224'. Did you mean 'vit_base_patch16_224'"):
+        build("vision", {"name": "timm", "model": "vit_bas_patch16_224"})
+    with pytest.raises(ZooError, match=r"named 'openay'. Did you mean 'openai'"):
+        build("vision", {"name": "timm", "model": "vit_base_patch16_clip_224.openay"})
+
+
+@pytest.mark.parametrize("model", ["swin_tiny_patch4_window7_224", "resnet18", "naflexvit_base_patch16_gap"])
+def test_models_without_one_grid_are_refused(model):
+    with torch.device("meta"), pytest.raises(ZooError, match="a plain ViT is needed"):
+        build("vision", {"name": "timm", "model": model})
+
+
+def test_wrong_options_are_refused():
+    for options, message in [
+        ({"stem": "cnv"}, "No stem named 'cnv'"),
+        ({"activation": "gelo"}, "Did you mean 'gelu'"),
+        ({"checkpoint": "pretrained"}, "none is named"),
+        ({"stem": "conv", "patch_size": 14}, "power of two"),
+        ({"model": "vit_tiny_patch16_224", "image_size": 100}, "patch_size 16 does not divide image_size 100"),
+    ]:
+        with pytest.raises(ZooError, match=message):
+            build("vision", {"name": "timm", **options})
+
+
+def test_zero_init_starts_as_the_identity():
+    config = {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "depth": 3, "heads": 2, "zero_init": True}
+    tower = build("vision", {**config, "layer": -1, "bias": False, "stem": "conv", "cls_token": False})
+    with torch.no_grad():
+        stem = tower.tower.patch_embed(pixels()) + tower.tower.pos_embed
+        torch.testing.assert_close(tower(pixels()).tokens, stem)
+    assert not any(name.startswith("tower.blocks") and "bias" in name and "norm" not in name
+                   for name, _ in tower.named_parameters())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", ["deit3", "flexivit", "vit_medium_patch16_rope", "vit_pe_spatial", "eva_giant", "beitv2"]
+)
+def test_other_families_build(family):
+    import timm
+
+    name = next(n for n in timm.list_models(f"*{family}*"))
+    with torch.device("meta"):
+        tower = build("vision", {"name": "timm", "model": name})
+    assert tower.num_tokens > 16

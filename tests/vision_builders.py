@@ -1,0 +1,127 @@
+"""Tiny encoders of the three libraries, with weights in which no part is idle, and folders as each saves them."""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 2}
+
+# Every way to build an encoder from sizes.
+SIZED = {
+    "timm": {"name": "timm", **SIZES},
+    "timm_registers": {"name": "timm", **SIZES, "registers": 3},
+    "timm_conv": {"name": "timm", **SIZES, "stem": "conv", "cls_token": False},
+    "open_clip": {"name": "open_clip", **SIZES},
+    "hf_clip": {"name": "hf", **SIZES, "model_type": "clip"},
+    "hf_siglip": {"name": "hf", **SIZES, "model_type": "siglip"},
+    "hf_siglip2": {"name": "hf", **SIZES, "model_type": "siglip2"},
+    "hf_dinov2": {"name": "hf", **SIZES, "model_type": "dinov2"},
+    "hf_dinov2_registers": {"name": "hf", **SIZES, "model_type": "dinov2_with_registers"},
+    "hf_dinov3": {"name": "hf", **SIZES, "model_type": "dinov3_vit"},
+}
+
+
+def shake(model, seed=0):
+    """Give every parameter a value of its own size: fresh models start with zeros, ones and near-uniform attention."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model.eval()
+
+
+def pixels(m=2, size=32, seed=1):
+    return torch.randn(m, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def hf_model(kind):
+    """Build a tiny model of transformers: an encoder alone, or a whole CLIP or SigLIP that holds one."""
+    import transformers as t
+
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8
+    }  # fmt: skip
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    text |= {"vocab_size": 99, "max_position_embeddings": 8, "projection_size": 32}
+    built = {
+        "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**sizes, intermediate_size=64)),
+        "clip_whole": lambda: t.CLIPModel(
+            t.CLIPConfig(text_config=text, vision_config={**sizes, "intermediate_size": 64}, projection_dim=16)
+        ),
+        "siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**sizes, intermediate_size=64)),
+        "siglip_whole": lambda: t.SiglipModel(
+            t.SiglipConfig(text_config=text, vision_config={**sizes, "intermediate_size": 64})
+        ),
+        "siglip2": lambda: t.Siglip2VisionModel(
+            t.Siglip2VisionConfig(
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                patch_size=8,
+                num_patches=16,
+                intermediate_size=64,
+            )
+        ),
+        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**sizes, mlp_ratio=2)),
+        "dinov2_registers": lambda: t.Dinov2WithRegistersModel(
+            t.Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=3)
+        ),
+        "dinov3": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**sizes, intermediate_size=64, num_register_tokens=3)),
+    }
+    return shake(built[kind]())
+
+
+TIMM = {  # architecture -> what makes it tiny
+    "vit_tiny_patch16_224": {},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_small_patch14_reg4_dinov2": {"init_values": 0.5},
+    "vit_base_patch16_siglip_224": {},
+    "vit_small_patch16_dinov3": {},
+    "eva02_tiny_patch14_224": {},
+    "beit_base_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+}
+
+
+def timm_model(name):
+    import timm
+
+    torch.manual_seed(0)
+    return shake(
+        timm.create_model(
+            name, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, **TIMM[name]
+        )
+    )
+
+
+def save_timm(model, folder):
+    from timm.models import save_for_hf
+
+    save_for_hf(model, folder, safe_serialization=True)
+    for file in folder.glob("*.bin"):
+        file.unlink()
+
+
+OPEN_CLIP = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 4, "head_width": 16, "mlp_ratio": 2.0},
+    "text_cfg": {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def open_clip_model(**vision):
+    import open_clip
+
+    torch.manual_seed(0)
+    architecture = {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], **vision}}
+    return shake(open_clip.CLIP(**architecture)), architecture
+
+
+def save_open_clip(model, architecture, folder, **preprocess):
+    folder.mkdir(exist_ok=True)
+    state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": architecture, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
