@@ -1,7 +1,8 @@
 """LoRA: a low-rank term on linear layers of a frozen language model, through PEFT.
 
 Paper: Hu et al., arXiv:2106.09685. The layers are PEFT's own; they stand in the language model where they replace the
-linears, and the base weights keep the names that checkpoints know.
+linears, and the base weights keep the names that checkpoints know. Experts that transformers holds in one fused tensor
+are no linear layers: `all-linear` leaves them out.
 """
 
 import json
@@ -136,7 +137,9 @@ class LoRA(nn.Module):
     def _peft_config(self) -> Any:
         from peft import LoraConfig
 
+        first = self._layers.get(self.targets[0]) or self.lm.get_submodule(self.targets[0])
         return LoraConfig(
+            fan_in_fan_out=type(getattr(first, "base_layer", first)).__name__ == "Conv1D",  # GPT-2 keeps (in, out)
             r=self.config.rank,
             lora_alpha=self.config.alpha,
             lora_dropout=self.config.dropout,

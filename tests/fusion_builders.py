@@ -1,0 +1,50 @@
+"""Tiny language models and image features for the tests of what joins vision to language."""
+
+import torch
+
+from zoo import registry
+from zoo.registry import ImageFeatures
+
+DENSE = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "stablelm"]
+DENSE += ["granite", "starcoder2", "gpt_neox", "gpt2", "opt", "phi", "cohere"]
+MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
+NO_GROUPS = {"gpt_neox", "gpt2", "opt", "phi", "stablelm", "cohere"}
+VOCAB = 97
+
+
+def llm_node(model_type: str = "llama", **options) -> dict:
+    """A node of a two-layer model of width 32; grouped queries where the family has them, four experts in MoE families."""
+    node = {"name": "hf", "model_type": model_type, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    node |= {"intermediate_size": 48, "max_positions": 128}
+    node |= {} if model_type in NO_GROUPS else {"num_kv_heads": 2}
+    node |= {"num_experts": 4, "top_k": 2} if model_type in MOE else {}
+    return node | options
+
+
+def tiny_llm(model_type: str = "llama", seed: int = 0, attention: str | None = None, **options):
+    """Build it with weights that follow from the seed, in eval mode."""
+    torch.manual_seed(seed)
+    return registry.build("llm", llm_node(model_type, **options), vocab_size=VOCAB, attention=attention).eval()
+
+
+def padded_batch(b: int = 2, t: int = 9, pad: int = 3, seed: int = 0):
+    """Ids (B, T) and a mask whose first row has `pad` positions of padding on the left."""
+    ids = torch.randint(0, VOCAB, (b, t), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    return ids, mask
+
+
+def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: int = 0, **fields) -> ImageFeatures:
+    """Random tokens on a grid, with the [CLS] attention."""
+    g = torch.Generator().manual_seed(seed)
+    n = grid[0] * grid[1]
+    scores = torch.rand(m, n, generator=g)
+    return ImageFeatures(
+        torch.randn(m, n, dim, generator=g), grid, cls_attention=scores / scores.sum(1, True), **fields
+    )
+
+
+def same_state(a: dict, b: dict) -> bool:
+    """Whether two state dicts hold the same names and bit-equal tensors."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

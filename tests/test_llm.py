@@ -1,0 +1,153 @@
+"""The transformers causal LM as a part: sizes, head, embeddings, experts, checkpoints."""
+
+import pytest
+import torch
+
+from tests.fusion_builders import DENSE, MOE, VOCAB, llm_node, padded_batch, tiny_llm
+from zoo import registry
+from zoo.registry import ZooError
+
+
+@pytest.mark.parametrize("model_type", [*DENSE, *MOE])
+@torch.no_grad()
+def test_hidden_and_head_are_the_models_own_forward(model_type):
+    llm = tiny_llm(model_type)
+    ids, mask = padded_batch()
+    wanted = llm.lm(input_ids=ids, attention_mask=mask).logits
+    hidden = llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask).last_hidden_state
+    assert torch.equal(llm.head(hidden), wanted)
+    assert torch.allclose(llm.head(hidden[0, 3:5]), wanted[0, 3:5], atol=1e-6)  # any leading shape
+    assert hidden.shape[-1] == llm.hidden_size == 32
+    assert len(llm.layers) == llm.num_layers == 2
+    assert (llm.vocab_size, llm.max_positions) == (VOCAB, 128)
+    assert llm.provides == (frozenset({"moe"}) if model_type in MOE else frozenset())
+
+
+def test_a_head_that_is_not_known_is_refused(monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    own = LlamaForCausalLM.forward
+
+    def shifted(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        out.logits = out.logits + 1
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    with pytest.raises(ZooError, match="computes its logits in a way that is not known"):
+        tiny_llm()
+
+
+def test_scaled_embeddings_are_not_scaled_twice():
+    llm = tiny_llm("gemma")
+    ids = torch.tensor([[5]])
+    assert torch.allclose(llm.embed(ids), llm.lm.get_input_embeddings().weight[5] * 32**0.5)
+
+
+def test_random_weights_follow_from_torchs_seed_alone():
+    a, b, c = (tiny_llm(seed=s).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "starcoder2", "gpt2", "gpt_neox", "opt", "mixtral"])
+@torch.no_grad()
+def test_zero_init_residual_starts_every_layer_as_the_identity(model_type):
+    llm = tiny_llm(model_type, zero_init_residual=True)
+    states = llm.hidden(input_ids=padded_batch()[0], output_hidden_states=[0, 1]).hidden_states
+    assert torch.equal(states[0], states[1])
+
+
+def test_zero_init_is_refused_where_a_norm_follows():
+    with pytest.raises(ZooError, match="normalises what it adds"):
+        tiny_llm("olmo2", zero_init_residual=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "lama"}, "type 'lama' in transformers. Did you mean 'llama'"),
+        ({"extra": {"rope_paramters": {}}}, "'rope_paramters'. Did you mean 'rope_parameters'"),
+        ({"extra": {"hidden_act": "gelo"}}, "cannot be built: 'gelo'"),
+        ({"extra": {"rms_norm_eps": "small"}}, "rms_norm_eps"),
+        ({"num_heads": 5}, "no multiple of num_heads 5"),
+        ({"num_kv_heads": 3}, "no multiple of num_kv_heads 3"),
+        ({"num_experts": 4}, "num_experts is for MoE families; 'llama'"),
+        ({"model_type": "gpt2"}, "leave num_kv_heads at 0"),
+        ({"router_aux_coef": 0.1}, "for MoE LLMs"),
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"checkpoint": "x/y", "zero_init_residual": True}, "zero_init_residual is for random weights"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ZooError, match=message):
+        registry.build("llm", llm_node() | options, vocab_size=VOCAB)
+
+
+def test_without_a_tokenizer_there_is_no_vocabulary():
+    with pytest.raises(ZooError, match="takes its vocabulary from the tokenizer"):
+        registry.build("llm", llm_node())
+
+
+def test_further_fields_reach_the_transformers_config():
+    llm = tiny_llm(extra={"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "attention_bias": True})
+    assert llm.lm.config.rope_parameters["rope_theta"] == 500.0
+    assert llm.layers[0].self_attn.q_proj.bias is not None
+
+
+def test_a_checkpoint_gives_its_weights_and_grows_with_the_tokenizer(tmp_path):
+    first = tiny_llm("qwen2", tie_embeddings=True)
+    first.lm.save_pretrained(tmp_path)
+    node = {"name": "hf", "checkpoint": str(tmp_path)}
+    same = registry.build("llm", node, vocab_size=50).eval()
+    assert same.vocab_size == VOCAB  # never shrinks
+    ids, mask = padded_batch()
+    wanted = first.lm(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(same.lm(input_ids=ids, attention_mask=mask).logits, wanted)
+    larger = registry.build("llm", node, vocab_size=VOCAB + 3).eval()
+    got = larger.lm(input_ids=ids, attention_mask=mask).logits
+    assert got.shape[-1] == VOCAB + 3 == larger.vocab_size
+    assert torch.equal(got[..., :VOCAB], wanted)
+    with torch.device("meta"):
+        structure = registry.build("llm", node, vocab_size=VOCAB + 3)
+    assert {k: v.shape for k, v in structure.state_dict().items()} == {
+        k: v.shape for k, v in larger.state_dict().items()
+    }
+    half = registry.build("llm", node, vocab_size=50, dtype="bfloat16")
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_only_safetensors_and_causal_lms_are_read(tmp_path):
+    llm = tiny_llm()
+    llm.lm.config.save_pretrained(tmp_path)
+    torch.save(llm.lm.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ZooError, match="cannot be used"):
+        registry.build("llm", {"name": "hf", "checkpoint": str(tmp_path)}, vocab_size=VOCAB)
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(ZooError, match="'clip_vision_model', which is no causal LM"):
+        registry.build("llm", {"name": "hf", "checkpoint": str(tmp_path)}, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("model_type", MOE)
+def test_balance_loss_is_transformers_own_and_ignores_padding(model_type):
+    llm = tiny_llm(model_type, router_aux_coef=0.5).train()
+    ids, mask = padded_batch()
+    llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask)
+    got = llm.aux_losses()["router_balance"]
+    wanted = llm.lm(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+    assert torch.allclose(got, 0.5 * wanted)
+    assert torch.autograd.grad(got, list(llm.layers[0].parameters()), allow_unused=True)[0] is not None
+    four = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool() | torch.eye(9).bool()
+    llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=four, padding_mask=mask)
+    assert torch.allclose(llm.aux_losses()["router_balance"], got, atol=1e-6)
+    llm.eval().hidden(input_ids=ids)
+    assert llm.aux_losses() == {}
+
+
+def test_balance_loss_says_when_checkpointing_takes_its_gradient():
+    llm = tiny_llm("mixtral", router_aux_coef=0.5).train()
+    llm.lm.gradient_checkpointing_enable({"use_reentrant": True})
+    ids = padded_batch()[0]
+    llm.hidden(inputs_embeds=llm.embed(ids).detach().requires_grad_())
+    with pytest.raises(ZooError, match="use_reentrant=False"):
+        llm.aux_losses()

@@ -1,0 +1,142 @@
+"""LoRA through PEFT: its equation, its targets, its names, merging."""
+
+import pytest
+import torch
+
+from tests.fusion_builders import VOCAB, llm_node, padded_batch, same_state, tiny_llm
+from zoo import registry
+from zoo.registry import ZooError
+
+
+def lora_on(llm, seed=0, attach=True, **options):
+    torch.manual_seed(seed)
+    adapter = registry.build("adapter", {"name": "lora", "rank": 3, **options}, llm=llm)
+    if attach:
+        adapter.attach()
+    return adapter
+
+
+def shake(adapter, seed=1):
+    """Give its weights values as if it had been trained."""
+    g = torch.Generator().manual_seed(seed)
+    state = adapter.adapter_state_dict()
+    adapter.load_adapter_state_dict({k: 0.1 * torch.randn(v.shape, generator=g) for k, v in state.items()})
+
+
+@torch.no_grad()
+def test_the_term_is_its_equation():
+    llm = tiny_llm()
+    weight = llm.layers[0].mlp.up_proj.weight.clone()
+    adapter = lora_on(llm, alpha=6.0, targets=["up_proj"])
+    shake(adapter)
+    assert adapter.targets == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
+    a = adapter.adapter_state_dict()["model.layers.0.mlp.up_proj.lora_A.lora.weight"]
+    b = adapter.adapter_state_dict()["model.layers.0.mlp.up_proj.lora_B.lora.weight"]
+    assert (a.shape, b.shape) == ((3, 32), (48, 3))
+    x = torch.randn(5, 32)
+    assert torch.allclose(llm.layers[0].mlp.up_proj(x), x @ (weight + 2.0 * b @ a).T, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe"])
+def test_all_linear_is_all_but_the_vocabulary(model_type):
+    adapter = lora_on(tiny_llm(model_type))
+    llm = adapter.lm
+    assert adapter.targets and "lm_head" not in " ".join(adapter.targets) and "embed_out" not in adapter.targets
+    own = [n for n, _ in llm.named_parameters() if adapter.owns(n)]
+    assert sorted(own) == sorted(adapter.adapter_state_dict())
+    assert len(own) == 2 * len(adapter.targets)
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["q_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        (["*.layers.1.*.[kv]_proj"], ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.v_proj"]),
+        (["model.layers.0.mlp.down_proj"], ["model.layers.0.mlp.down_proj"]),
+        (["0.mlp.down_proj", "0.mlp.up_proj"], ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]),
+    ],
+)
+def test_targets(targets, found):
+    assert lora_on(tiny_llm(), targets=targets).targets == found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ["q_porj"]}, "adapter 'lora' has no target 'q_porj' in LlamaForCausalLM. Did you mean 'q_proj'"),
+        ({"targets": ["embed_tokens"]}, "cannot target 'embed_tokens': 'model.embed_tokens' is no linear layer"),
+        ({"targets": ["lm_head"]}, "is the vocabulary projection"),
+        ({"targets": []}, "targets is empty"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"rnak": 4}, "'rnak'. Did you mean 'rank'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_weights(options, message):
+    with torch.device("meta"), pytest.raises(ZooError, match=message):
+        llm = registry.build("llm", llm_node(), vocab_size=VOCAB)
+        lora_on(llm, attach=False, **options)
+
+
+def test_base_checkpoints_load_and_are_written_as_ever():
+    llm, other = tiny_llm(), tiny_llm(seed=5)
+    base = {k: v.clone() for k, v in llm.lm.state_dict().items()}
+    adapter = lora_on(llm)
+    state = llm.lm.state_dict()
+    assert state.keys() == base.keys() | adapter.adapter_state_dict().keys()
+    assert all(torch.equal(state[k], base[k]) for k in base)
+    missing = llm.lm.load_state_dict(other.lm.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert set(missing.missing_keys) == set(adapter.adapter_state_dict())
+    adapter.detach()
+    assert same_state(llm.lm.state_dict(), other.lm.state_dict())
+    adapter.attach()
+    llm.lm.load_state_dict(state)  # strict: all of it
+    assert same_state(llm.lm.state_dict(), state)
+
+
+def test_what_trains_in_the_base_is_left_alone():
+    llm = tiny_llm()
+    llm.layers[0].requires_grad_(False)
+    before = {n: p.requires_grad for n, p in llm.lm.named_parameters()}
+    adapter = lora_on(llm)
+    now = {n.replace(".base_layer", ""): p.requires_grad for n, p in llm.lm.named_parameters()}
+    assert {n: now[n] for n in before} == before
+    assert all(now[n] for n in now if adapter.owns(n))
+    assert not hasattr(llm.lm, "peft_config")
+
+
+@torch.no_grad()
+def test_merging_leaves_a_plain_model_that_says_the_same():
+    llm = tiny_llm()
+    names = list(llm.lm.state_dict())
+    adapter = lora_on(llm)
+    shake(adapter)
+    ids, mask = padded_batch()
+    wanted = llm.lm(input_ids=ids, attention_mask=mask).logits
+    assert (wanted - tiny_llm().lm(input_ids=ids, attention_mask=mask).logits).abs().max() > 1e-2
+    adapter.merge()
+    assert list(llm.lm.state_dict()) == names
+    assert torch.allclose(llm.lm(input_ids=ids, attention_mask=mask).logits, wanted, atol=1e-5)
+    with pytest.raises(ZooError, match="not attached"):
+        adapter.merge()
+
+
+@torch.no_grad()
+def test_peft_reads_what_we_write(tmp_path):
+    from peft import PeftModel
+
+    llm = tiny_llm()
+    adapter = lora_on(llm, targets=["q_proj", "1.mlp.up_proj"], alpha=5.0)
+    shake(adapter)
+    ids, mask = padded_batch()
+    wanted = llm.lm(input_ids=ids, attention_mask=mask).logits
+    adapter.save_peft(tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_llm().lm, tmp_path).eval()
+    assert torch.equal(theirs(input_ids=ids, attention_mask=mask).logits, wanted)
+
+
+def test_weights_of_other_targets_are_refused():
+    one, two = lora_on(tiny_llm(), targets=["q_proj"]), lora_on(tiny_llm(), targets=["k_proj"])
+    with pytest.raises(ZooError, match="not of this LoRA"):
+        two.load_adapter_state_dict(one.adapter_state_dict())
