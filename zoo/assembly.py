@@ -87,7 +87,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
     if not slots.get("llm"):
         raise MisfitError(("llm", ""), "empty", "The slot llm is empty: a model needs a language model, llm=hf for example.")
     if node := slots.get("vision"):
-        parts.vision = registry.build("vision", node)
+        parts.vision = _build("vision", node)
         tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
         have = frozenset(parts.vision.provides)
         took("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
@@ -96,7 +96,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
     for name, node in (slots.get("pruner") or {}).items():
         if parts.vision is None:
             raise MisfitError(("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty.")
-        pruner = registry.build("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
+        pruner = _build("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
         _require("pruner", name, pruner, have, f"vision {vision_name!r}", slots)
         tokens = pruner.num_tokens(tokens)
         have = (have - getattr(pruner, "destroys", frozenset())) | getattr(pruner, "provides", frozenset())
@@ -105,14 +105,14 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
         took("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
 
     # The LLM's width is needed by the projector, so it is built first and walked second.
-    parts.llm = registry.build("llm", slots["llm"], vocab_size=vocab_size)
+    parts.llm = _build("llm", slots["llm"], vocab_size=vocab_size)
     text_dim = parts.llm.hidden_size
     if node := slots.get("projector"):
         name = node["name"]
         if parts.vision is None:
             raise MisfitError(("projector", name), "no vision", f"projector {name!r} has no image tokens: the slot vision is empty.")
         grid_now = grid if "grid" in have else None
-        parts.projector = registry.build(
+        parts.projector = _build(
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
         )
         _require("projector", name, parts.projector, have, f"vision {vision_name!r}", slots)
@@ -123,7 +123,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
     have |= frozenset(parts.llm.provides)
     took("llm", slots["llm"]["name"], parts.llm, tokens=parts.num_image_tokens, grid=None, width=text_dim)
     for name, node in (slots.get("adapter") or {}).items():
-        adapter = registry.build(
+        adapter = _build(
             "adapter", {**node, "name": name}, llm=parts.llm, vision_dim=width or None, text_dim=text_dim, grid=grid
         )
         _require("adapter", name, adapter, have, f"llm {slots['llm']['name']!r}", slots)
@@ -146,6 +146,17 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
             f"Set projector={registry.names('projector')[0]} for example.",
         )
     return parts
+
+
+def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
+    """Build a part; what it refuses is said with its name."""
+    try:
+        return registry.build(kind, node, **derived)
+    except ZooError as error:
+        name = f"{kind} {node.get('name')!r}"
+        if str(error).startswith((name, "No ", "A ")):
+            raise
+        raise ZooError(f"{name}: {error}") from error
 
 
 def _uses_image(adapter: Any) -> bool:

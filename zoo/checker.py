@@ -15,6 +15,7 @@ import torch
 from zoo import registry
 from zoo.assembly import Parts, assemble
 from zoo.registry import MISSING, ZooError
+from zoo.tokenizer import CHAT_TEMPLATES, load_tokenizer, require_vocab_size
 
 _TEXT = 64  # tokens of text beside the images that a sequence must have room for
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
@@ -72,7 +73,9 @@ class Plan:
     """All that a check looks at, as plain values: the slots, and how they are to be used."""
 
     slots: dict[str, Any]
-    vocab_size: int | None = None
+    vocab_size: int | None = None  # of the tokenizer, where it is there or its size is known
+    tokenizer: str | None = None  # hub name or folder of one that is still to be loaded
+    template: str = ""  # name of a built-in chat template; empty: the tokenizer's own
     placeholders: int | None = None  # that a saved processor writes for each image; None: it is made anew
     stages: dict[str, Any] = field(default_factory=dict)  # name -> Stage
     data: tuple[str, ...] = ()  # names of the data that stages may mix
@@ -106,8 +109,9 @@ def check(plan: Plan | str, *overrides: str) -> Walk:
 
 def _walk(plan: Plan) -> Walk:
     _check_machine(plan)
+    vocab_size = _check_tokenizer(plan)
     with torch.device("meta"):
-        parts = assemble(plan.slots, vocab_size=plan.vocab_size)
+        parts = assemble(plan.slots, vocab_size=vocab_size)
     if plan.placeholders is not None and plan.placeholders != parts.num_image_tokens:
         raise ZooError(
             f"The saved processor writes {plan.placeholders} placeholders for an image, but the parts make "
@@ -143,6 +147,17 @@ def _check_machine(plan: Plan) -> None:
             raise ZooError(f"attention={plan.attention} runs on CUDA only, and the device is {device}.")
         if plan.precision == "fp32":
             raise ZooError(f"attention={plan.attention} computes in bf16 or fp16, and precision=fp32 was asked for.")
+
+
+def _check_tokenizer(plan: Plan) -> int | None:
+    """Refuse a tokenizer that lacks what answers need; returns how many ids it has, if that is known."""
+    if plan.template and plan.template not in CHAT_TEMPLATES:
+        raise registry.unknown("chat template", plan.template, CHAT_TEMPLATES)
+    if plan.tokenizer is not None:
+        return len(load_tokenizer(plan.tokenizer, plan.template))
+    if plan.vocab_size is not None:
+        require_vocab_size(plan.vocab_size, plan.template or "plain")
+    return plan.vocab_size
 
 
 def _check_positions(parts: Parts) -> None:
@@ -232,23 +247,28 @@ def _fixes(plan: Plan, most: int = 3) -> Iterator[str]:
 
 
 def _candidates(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    for key, value in (("device", "auto"), ("precision", "auto"), ("attention", "auto")):
-        if getattr(plan, key) != value:
-            yield f"{key}={value}", replace(plan, **{key: value})
+    for key in ("device", "precision", "attention"):
+        if getattr(plan, key) != "auto":
+            yield f"{key}=auto", replace(plan, **{key: "auto"})
+    for template in CHAT_TEMPLATES:
+        if template != plan.template and (plan.template or plan.tokenizer):
+            yield f"tokenizer.chat_template={template}", replace(plan, template=template)
+    if plan.tokenizer is None and plan.vocab_size is not None and plan.vocab_size < 512:
+        yield "tokenizer.vocab_size=512", replace(plan, vocab_size=512)
     yield from _other_options(plan)
     yield from _other_stages(plan)
     for kind in ("pruner", "adapter"):
         members = plan.slots.get(kind) or {}
+        if len(members) > 1:
+            turned = dict(reversed(members.items()))
+            yield f"{kind}={_shown(turned)}", replace(plan, slots={**plan.slots, kind: turned})
         for name in members:
             rest = {n: node for n, node in members.items() if n != name}
-            yield f"{kind}=[{','.join(rest)}]" if rest else f"{kind}=null", replace(plan, slots={**plan.slots, kind: rest})
+            yield f"{kind}={_shown(rest or None)}", replace(plan, slots={**plan.slots, kind: rest})
             for other in registry.names(kind):
                 if other not in members and (node := _default_node(kind, other)):
                     swapped = {(other if n == name else n): (node if n == name else v) for n, v in members.items()}
-                    yield f"{kind}=[{','.join(swapped)}]", replace(plan, slots={**plan.slots, kind: swapped})
-        if len(members) > 1:
-            turned = dict(reversed(members.items()))
-            yield f"{kind}=[{','.join(turned)}]", replace(plan, slots={**plan.slots, kind: turned})
+                    yield f"{kind}={_shown(swapped)}", replace(plan, slots={**plan.slots, kind: swapped})
     for kind in ("projector", "vision", "llm"):
         current = (plan.slots.get(kind) or {}).get("name")
         for other in registry.names(kind):
@@ -277,19 +297,27 @@ def _other_options(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 for value in values:
                     slots = deepcopy(plan.slots)
                     (slots[kind][name] if many else slots[kind])[option.name] = value
-                    yield f"{path}.{option.name}={value}", replace(plan, slots=slots)
+                    yield f"{path}.{option.name}={_shown(value)}", replace(plan, slots=slots)
 
 
 def _other_stages(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for name, stage in plan.stages.items():
         for field_name, value in (("freeze", []), ("train", ["all"]), ("train", ["projector"]), ("data", {}), ("distiller", None)):
             if getattr(stage, field_name) != value:
-                shown = "null" if value is None else "[" + ",".join(value) + "]" if isinstance(value, list) else "{}"
                 try:
                     changed = replace(stage, **{field_name: value})
                 except ZooError:
                     continue
-                yield f"stages.{name}.{field_name}={shown}", replace(plan, stages={**plan.stages, name: changed})
+                yield f"stages.{name}.{field_name}={_shown(value) if value != {} else '{}'}", replace(plan, stages={**plan.stages, name: changed})
+
+
+def _shown(value: Any) -> str:
+    """A value as an override spells it; of a mapping, its names."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (Mapping, list, tuple)):
+        return f"[{','.join(map(str, value))}]"
+    return str(value)
 
 
 def _default_node(kind: str, name: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from zoo.model import ZooConfig, ZooModel, local_folder
 from zoo.processor import ZooProcessor
 from zoo.registry import ZooError
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
-from zoo.weights import read_weights, remember_base, sha256_of, weight_files
+from zoo.weights import read_weights, remember_base, require_base, sha256_of, weight_files
 
 _WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
 
@@ -100,6 +100,7 @@ def build(
     model = ZooModel(config)
     remember_base(model, slots)
     if folder is not None:
+        require_base(ZooConfig.from_pretrained(folder).base, config.base)
         started = read_weights(model, folder, fresh={*fresh, "adapter"})
         model.fresh_parts = sorted({model.part_of(n) for n in started})
     if model.generation_config is not None:
@@ -154,11 +155,15 @@ def plan_from(cfg: Any, vocab_size: int | None = None) -> Plan:
     from omegaconf import OmegaConf
 
     slots = slots_of(cfg)
-    if vocab_size is None and not slots["llm"].get("checkpoint"):
-        vocab_size = cfg.tokenizer.vocab_size
+    source = None
+    if vocab_size is None:
+        source = cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint") or None
+        vocab_size = None if source else cfg.tokenizer.vocab_size
     return Plan(
         slots=slots,
         vocab_size=vocab_size,
+        tokenizer=source,
+        template=cfg.tokenizer.chat_template,
         stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
         data=tuple(cfg.data),
         attention=cfg.attention,

@@ -499,13 +499,15 @@ class ZooModel(PreTrainedModel):
             dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
             device_map: a device, or None for the CPU.
         """
-        from zoo.weights import read_weights, remember_base
+        from zoo.weights import read_weights, remember_base, require_base
 
         folder = local_folder(pretrained_model_name_or_path, revision)
         config = config or ZooConfig.from_pretrained(folder)
         refuse_code(config.slots, f"{folder}/config.json")
+        saved_base = config.base
         model = cls(config)
         remember_base(model, config.slots or {})
+        require_base(saved_base, model.config.base)
         read_weights(model, folder, fresh=fresh)
         dtype = dtype if dtype is not None else torch_dtype
         if dtype not in (None, "auto"):

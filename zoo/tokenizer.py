@@ -54,9 +54,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plai
 
     if template not in CHAT_TEMPLATES:
         raise unknown("chat template", template, CHAT_TEMPLATES)
+    require_vocab_size(vocab_size, template)
     special = ["<pad>", IMAGE_TOKEN, *_SPECIAL[template]]
-    if vocab_size < 256 + len(special):
-        raise ZooError(f"tokenizer.vocab_size must be at least {256 + len(special)} (all bytes and special tokens), got {vocab_size}.")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -75,6 +74,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plai
     return tokenizer
 
 
+def require_vocab_size(vocab_size: int, template: str) -> None:
+    """Refuse a vocabulary that cannot hold all bytes and the special tokens."""
+    least = 256 + 2 + len(_SPECIAL[template])
+    if vocab_size < least:
+        raise ZooError(f"tokenizer.vocab_size must be at least {least} (all bytes and special tokens), got {vocab_size}.")
+
+
 def load_tokenizer(checkpoint: str, template: str = "", **hub: Any) -> Any:
     """Load the tokenizer of an LLM and give it what a vision-language model needs: an image token, padding, a template.
 
@@ -87,7 +93,11 @@ def load_tokenizer(checkpoint: str, template: str = "", **hub: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ZooError(f"No tokenizer can be loaded from {checkpoint!r}: {first}") from error
     return fit_tokenizer(tokenizer, checkpoint, template)
 
 

@@ -62,6 +62,21 @@ def remember_base(model: nn.Module, slots: Mapping[str, Any]) -> None:
     model.config.base = base or None
 
 
+def require_base(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
+    """Refuse base weights that are not those a folder was saved on.
+
+    Raises:
+        ZooError: the checkpoint of a part has another fingerprint now.
+    """
+    for part, base in (saved or {}).items():
+        now = (found or {}).get(part, {}).get("fingerprint")
+        if base.get("fingerprint") and now and now != base["fingerprint"]:
+            raise ZooError(
+                f"The base weights of {part} in {base['checkpoint']!r} differ from those the model was saved on "
+                f"(fingerprint {now[:12]}, was {base['fingerprint'][:12]})."
+            )
+
+
 def changed_state(model: nn.Module, include_base: bool = False) -> dict[str, Tensor]:
     """Return the tensors that a folder must hold: all but those that still are what the base checkpoints gave."""
     known = {} if include_base else getattr(model, "_base_tensors", {})

@@ -1,0 +1,258 @@
+"""The check: what does not fit is refused with its reason and fixes that fit; what passes really runs."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
+from torch import nn
+
+from zoo import registry
+from zoo.checker import Plan, RefusedError, check, show, size_text
+from zoo.registry import ImageFeatures, ZooError
+from zoo.stage import Stage
+
+TIMM = tiny_slots()["vision"]
+LLM = tiny_slots()["llm"]
+LORA = {"rank": 2}
+
+
+@dataclass
+class NeedyConfig:
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts_with_needs():
+    """Parts that need what not every composition gives; gone again after this file."""
+    before = {kind: dict(table) for kind, table in registry.core._entries.items()}
+
+    @registry.register("pruner", "needs_cls")
+    class NeedsCls(nn.Module):
+        needs, provides, destroys = frozenset({"cls_attention"}), frozenset(), frozenset({"grid"})
+
+        def __init__(self, config: NeedyConfig) -> None:
+            super().__init__()
+
+        def num_tokens(self, n: int) -> int:
+            return n // 2
+
+        def forward(self, image: ImageFeatures) -> ImageFeatures:
+            return ImageFeatures(image.tokens[:, : image.tokens.shape[1] // 2], None)
+
+    @registry.register("adapter", "needs_moe")
+    class NeedsExperts(nn.Module):
+        needs, provides, destroys = frozenset({"moe"}), frozenset(), frozenset()
+
+        def __init__(self, config: NeedyConfig) -> None:
+            super().__init__()
+
+    @registry.register("projector", "needs_grid")
+    class NeedsGrid(nn.Module):
+        needs, provides, destroys = frozenset({"grid"}), frozenset(), frozenset()
+
+        def __init__(self, config: NeedyConfig) -> None:
+            super().__init__()
+
+        def num_tokens(self, n: int) -> int:
+            return n
+
+    @registry.register("distiller", "needs_teacher")
+    class NeedsTeacher(nn.Module):
+        needs = frozenset({"teacher.logits"})
+
+        def __init__(self, config: NeedyConfig) -> None:
+            super().__init__()
+
+    yield
+    for kind, table in before.items():
+        registry.core._entries[kind].clear()
+        registry.core._entries[kind].update(table)
+
+
+def vision(**options):
+    return {"vision": {**TIMM, **options}}
+
+
+def llm(**options):
+    return {"llm": {**LLM, **options}}
+
+
+def stage(**options):
+    return {"stages": {"main": lambda: Stage(**{"steps": 1, **options})}}
+
+
+# (what is wrong, changes to the slots or to the plan, what the refusal must say)
+FAULTS = [
+    ("no encoder under a projector", {"vision": None}, "projector 'mlp' has no image tokens: the slot vision is empty"),
+    ("no encoder under a pruner", {"vision": None, "projector": None, "pruner": {"random": {}}}, "pruner 'random' has no image tokens"),
+    ("image reaches nothing", {"projector": None}, "The image reaches nothing"),
+    ("no llm", {"llm": None}, "slot llm is empty"),
+    ("layer too low", vision(layer=-9), "vision 'timm'.*layer must be 1 to 2, or -2 to -1.*got -9"),
+    ("layer too high", vision(layer=7), "layer must be 1 to 2.*got 7"),
+    ("layer beyond a deeper tower", {"vision": {"name": "hf", "image_size": 32, "depth": 3, "width": 32, "heads": 2, "layer": 5}}, "layer must be.*got 5"),
+    ("image no multiple of patches", vision(image_size=30), "30.*8|8.*30"),
+    ("heads do not divide width", vision(heads=3), "32.*3|3.*32"),
+    ("unknown timm model", {"vision": {"name": "timm", "model": "vit_tiny_patch16_244"}}, "vit_tiny_patch16_224"),
+    ("unknown family of towers", {"vision": {"name": "hf", "model_type": "siglib"}}, "siglip"),
+    ("tower folder that is not there", {"vision": {"name": "hf", "checkpoint": "./no/such"}}, "no/such"),
+    ("positions too short", llm(max_positions=32), "llm 'hf' has 32 positions; one image of 16 tokens and 64 of text need 80"),
+    ("positions one too short", llm(max_positions=79), "79 positions"),
+    ("positions too short for a finer grid", {**vision(patch_size=2), **llm(max_positions=256)}, "one image of 256 tokens"),
+    ("heads do not divide the llm", llm(num_heads=3), "32 is no multiple of num_heads 3"),
+    ("key heads do not divide heads", llm(num_heads=4, num_kv_heads=3), "num_heads 4 is no multiple of num_kv_heads 3"),
+    ("no layers", llm(num_layers=0), "num_layers must be at least 1, got 0"),
+    ("unknown family of llms", llm(model_type="lama"), "lama.*llama"),
+    ("unknown field of a family", llm(extra={"rope_thetta": 1}), "rope_thetta"),
+    ("balance loss of a dense llm", llm(router_aux_coef=0.1), "router_aux_coef is for MoE LLMs"),
+    ("llm folder that is not there", {"llm": {"name": "hf", "checkpoint": "./no/such"}}, "no/such"),
+    ("grid destroyed before it is needed", {"pruner": {"random": {}, "pool": {}}}, "pruner 'pool' needs grid, but pruner 'random' destroys it"),
+    ("grid destroyed before the projector", {"pruner": {"random": {}}, "projector": {"name": "needs_grid"}}, "projector 'needs_grid' needs grid, but pruner 'random' destroys it"),
+    ("encoder without [CLS]", {**vision(cls_token=False), "pruner": {"needs_cls": {}}}, "pruner 'needs_cls' needs cls_attention, but vision 'timm' does not give it"),
+    ("SigLIP has no [CLS]", {"vision": {"name": "hf", "model_type": "siglip", "image_size": 32, "depth": 2, "width": 32, "heads": 2}, "pruner": {"needs_cls": {}}}, "needs cls_attention"),
+    ("experts on a dense llm", {"adapter": {"needs_moe": {}}}, "adapter 'needs_moe' needs moe, but llm 'hf' does not give it"),
+    ("keep ratio of nothing", {"pruner": {"random": {"keep_ratio": 0.0}}}, r"keep_ratio.*\(0, 1\].*0.0"),
+    ("keep ratio above one", {"pruner": {"random": {"keep_ratio": 1.5}}}, "keep_ratio.*1.5"),
+    ("pooling to more than the grid", {"pruner": {"pool": {"target": [9, 9]}}}, r"target \[9, 9\] is larger than the grid \[4, 4\]"),
+    ("no queries", {"projector": {"name": "resampler", "num_queries": 0}}, "num_queries.*0"),
+    ("no depth", {"projector": {"name": "mlp", "depth": 0}}, "depth.*0"),
+    ("adapter on linears that are not there", {"adapter": {"lora": {**LORA, "targets": ["q_prj"]}}}, "q_prj.*q_proj"),
+    ("rank of nothing", {"adapter": {"lora": {"rank": 0}}}, "rank.*0"),
+    ("unknown pruner", {"pruner": {"randum": {}}}, "No pruner named 'randum'. Did you mean 'random'"),
+    ("unknown option", {"pruner": {"random": {"keep_ration": 0.5}}}, "'keep_ration'. Did you mean 'keep_ratio'"),
+    ("wrong type", {"pruner": {"random": {"keep_ratio": "half"}}}, "keep_ratio.*half"),
+    ("code in a config", {"projector": {"name": "mlp", "_target_": "os.system"}}, "'_target_'"),
+    ("interpolation in a config", {"projector": {"name": "mlp", "depth": "${oc.env:HOME}"}}, "interpolation"),
+    ("unknown projector", {"projector": {"name": "mpl"}}, "Did you mean 'mlp'"),
+    ("CUDA where there is none", {"device": "cuda"}, "finds no CUDA device"),
+    ("unknown device", {"device": "tpu"}, "No device named 'tpu'"),
+    ("unknown precision", {"precision": "fp8"}, "No precision named 'fp8'"),
+    ("flash attention without CUDA", {"attention": "flash_attention_2"}, "flash_attention_2 runs on CUDA only"),
+    ("vocabulary below the bytes", {"vocab_size": 100}, "vocab_size must be at least 260"),
+    ("unknown template", {"template": "chatlm"}, "No chat template named 'chatlm'. Did you mean 'chatml'"),
+    ("placeholders of another pruner", {"placeholders": 9}, "writes 9 placeholders for an image, but the parts make 16"),
+    ("a part that does not exist trains", stage(train=["projectr"]), "Stage 'main'.*'projectr'. Did you mean 'projector'"),
+    ("an adapter that is not there trains", stage(train=["adapter"]), "Stage 'main'.*'adapter'"),
+    ("everything frozen", stage(train=["projector"], freeze=["all"]), "Nothing trains"),
+    ("data that is not there", stage(data={"scens": 1.0}), "No data named 'scens'"),
+    ("a distiller that needs a teacher", stage(distiller="needs_teacher"), "needs a teacher: set stages.main.teacher"),
+    ("a teacher without a distiller", stage(teacher="scenes_tiny"), "a teacher is named, but no distiller"),
+    ("unknown distiller", stage(distiller="dence"), "Did you mean 'dense'"),
+    ("nothing to learn", stage(loss_weights={"answer": 0.0}), "nothing is learnt"),
+]  # fmt: skip
+
+
+def plan_with(changes: dict) -> Plan:
+    changes = dict(changes)
+    given = {k: changes.pop(k) for k in ("device", "precision", "attention", "vocab_size", "template", "placeholders") if k in changes}
+    stages = {name: make() for name, make in changes.pop("stages", {}).items()}
+    return Plan(tiny_slots(**changes), **{"vocab_size": 360, **given}, stages=stages, data=("scenes",))
+
+
+@pytest.mark.parametrize(("changes", "reason"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_what_does_not_fit_is_refused_with_its_reason(changes, reason):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(ZooError, match=f"(?s){reason}") as refusal:
+        check(plan_with(changes))
+    assert len(getattr(refusal.value, "fixes", [])) <= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "fixes"),
+    [
+        ({"projector": None}, ["projector=linear", "projector=mlp"]),
+        (llm(max_positions=32), ["llm.max_positions=128"]),
+        (vision(layer=-9), ["vision.layer=-2"]),
+        ({"pruner": {"random": {}, "pool": {}}}, ["pruner=[pool,random]"]),
+        ({"adapter": {"lora": {**LORA, "targets": ["q_prj"]}}}, ["adapter.lora.targets=[all-linear]"]),
+        ({"attention": "flash_attention_2", "precision": "bf16"}, ["attention=auto"]),
+        (stage(train=["projector"], freeze=["all"]), ["stages.main.freeze=[]"]),
+        ({"template": "chatlm"}, ["tokenizer.chat_template=plain"]),
+    ],
+)
+def test_fixes_are_offered_and_fit(changes, fixes):
+    with pytest.raises(RefusedError) as refusal:
+        check(plan_with(changes))
+    assert set(fixes) <= set(refusal.value.fixes)
+    assert all(f"fix {i}: {fix}" in str(refusal.value) for i, fix in enumerate(refusal.value.fixes, 1))
+
+
+def test_tokenizers_that_cannot_end_an_answer_are_refused(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    again.chat_template = None
+    again.save_pretrained(tmp_path / "no_template")
+    (tmp_path / "no_template" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ZooError, match="no chat template") as refusal:
+        check(Plan(tiny_slots(), tokenizer=str(tmp_path / "no_template")))
+    assert "tokenizer.chat_template=plain" in refusal.value.fixes
+    again.eos_token = None
+    again.save_pretrained(tmp_path / "no_end")
+    with pytest.raises(ZooError, match="no end-of-sequence token"):
+        check(Plan(tiny_slots(), tokenizer=str(tmp_path / "no_end")))
+
+
+def test_a_checkpoint_is_walked_without_its_weights(tmp_path):
+    """The folder holds config.json alone: a walk that read weights would fail."""
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 400}
+    LlamaConfig(**sizes).save_pretrained(tmp_path)
+    walk = check(Plan(tiny_slots(llm={"name": "hf", "checkpoint": str(tmp_path)}), vocab_size=360))
+    assert walk.rows[-1].kind == "llm" and walk.rows[-1].width == 32
+
+
+def compositions(count: int, seed: int = 0) -> list[dict]:
+    """Random valid compositions of the parts that ship with the zoo."""
+    towers = [
+        TIMM,
+        {**TIMM, "cls_token": False, "stem": "conv"},
+        {**TIMM, "registers": 2, "layer": 1},
+        {"name": "hf", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2},
+        {"name": "hf", "model_type": "siglip", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2, "layer": -1},
+        {"name": "hf", "model_type": "dinov2", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2},
+        {"name": "open_clip", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2},
+    ]
+    pruners = [{}, {"random": {"keep_ratio": 0.5}}, {"pool": {"stride": 2}}, {"pool": {"stride": 2}, "random": {"keep_ratio": 0.5}}]
+    projectors = [{"name": "linear"}, {"name": "mlp"}, {"name": "mlp", "depth": 1}, {"name": "resampler", "num_queries": 4, "num_heads": 2}]
+    llms = [{**LLM, "model_type": t, "num_kv_heads": k} for t in ("llama", "qwen2", "qwen3", "mistral", "gemma", "starcoder2") for k in (1, 2)]
+    llms += [{**LLM, "model_type": "phi3"}, {**LLM, "model_type": "smollm3"}, {**LLM, "model_type": "mixtral", "num_experts": 2, "top_k": 1}]
+    adapters = [{}, {"lora": LORA}]
+    trains = [["all"], ["projector"], ["vision", "llm"]]
+    every = list(itertools.product(towers, pruners, projectors, llms, adapters, trains))
+    keys = ("vision", "pruner", "projector", "llm", "adapter", "train")
+    return [dict(zip(keys, c, strict=True)) for c in random.Random(seed).sample(every, count)]
+
+
+def test_what_passes_really_runs_a_step(make_model, tokenizer):
+    for composition in compositions(100):
+        train = composition.pop("train")
+        walk = check(Plan(tiny_slots(**composition), vocab_size=len(tokenizer), stages={"main": Stage(train=train, steps=1)}))
+        model, processor = make_model(**composition)
+        assert walk.num_image_tokens == processor.num_image_tokens == model.num_image_tokens
+        assert [r.tokens for r in walk.rows] == [s.tokens for s in model.steps]
+        trainable = model.train().set_trainable(train)
+        assert trainable == walk.stages[0].trainable
+        batch = processor.collate([processor.encode(sample((QUESTIONS[0], ANSWERS[0]), (QUESTIONS[1], ANSWERS[2])))])
+        loss = model(**batch).loss
+        loss.backward()
+        assert loss.isfinite(), composition
+        without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not [n for n in without if "experts" not in n], (composition, without)
+
+
+def test_the_walk_is_shown(capsys):
+    show(check(Plan(tiny_slots(pruner={"random": {}}), vocab_size=360, stages={"main": Stage(steps=1)})), "It fits.")
+    shown = capsys.readouterr().out
+    for words in ("vision timm", "4x4", "pruner random", "destroys grid", "4 image tokens = placeholders", "stage main: trains"):
+        assert words in shown
+
+
+@pytest.mark.parametrize(("count", "text"), [(7, "7"), (1500, "1.5 K"), (23_400_000, "23.4 M"), (7.1e9, "7.1 G")])
+def test_sizes_for_people(count, text):
+    assert size_text(count) == text
