@@ -93,7 +93,7 @@ def test_pixels_are_what_is_said():
     """The colour at an object's centre is its own, and its box is where its colour ends."""
     right = total = 0
     for i in range(300):
-        image, objects = TRAIN.get(i).images[0].astype(float), TRAIN.scene(i)
+        image, objects = TRAIN.get(i).images[0]().astype(float), TRAIN.scene(i)
         assert image.shape == (64, 64, 3)
         for o in objects:
             pixel = image[int(o["y"]), int(o["x"])]
@@ -102,7 +102,7 @@ def test_pixels_are_what_is_said():
             total += 1
     assert right / total > 0.99  # the rest: far jitter of a colour
     i = next(i for i in range(300) if len(TRAIN.scene(i)) == 2 and all(o["shape"] != "cross" for o in TRAIN.scene(i)))
-    image, (first, second) = TRAIN.get(i).images[0].astype(float), TRAIN.scene(i)
+    image, (first, second) = TRAIN.get(i).images[0]().astype(float), TRAIN.scene(i)
     for o in (first, second):
         color = image[int(o["y"]), int(o["x"])]
         near = np.linalg.norm(image - color, axis=-1) < 25
@@ -129,7 +129,7 @@ def test_scenes_hold_what_the_level_says():
         assert min(counts) >= level.objects[0] - 1  # one that finds no place is left out
         assert max(counts) == level.objects[1]
         assert (len(colors), len(shapes), len(sizes)) == (level.num_colors, level.num_shapes, 2)
-        assert dataset.get(0).images[0].dtype == np.uint8
+        assert dataset.get(0).images[0]().dtype == np.uint8
     assert counts[4] > 20 and counts[8] > 20
 
 
@@ -144,7 +144,7 @@ def test_the_default_world_is_no_toy():
             max(abs(a[0] - b[0]), abs(a[1] - b[1])) < a[2] + b[2] for n, a in enumerate(boxes) for b in boxes[:n]
         )
     assert 0.05 < overlapping / 600 < 0.6
-    ground = TRAIN.get(0).images[0]
+    ground = TRAIN.get(0).images[0]()
     assert ground.reshape(-1, 3).std(0).min() > 10
 
 
@@ -152,22 +152,22 @@ def test_is_a_function_of_seed_split_index_and_epoch():
     again = Scenes(TRAIN.config)
     for i in (599, 3, 3, CHUNK, 0):  # whatever was asked for before
         one, two = TRAIN.get(i, 5), again.get(i, 5)
-        assert np.array_equal(one.images[0], two.images[0]) and said(one) == said(two)
+        assert np.array_equal(one.images[0](), two.images[0]()) and said(one) == said(two)
         assert np.array_equal(one.targets["patch_labels"], two.targets["patch_labels"])
     assert said(again.get(0, 1)) != said(again.get(0, 2))
-    assert np.array_equal(again.get(0, 1).images[0], again.get(0, 2).images[0])
+    assert np.array_equal(again.get(0, 1).images[0](), again.get(0, 2).images[0]())
     assert said(EVAL.get(0, 1)) == said(EVAL.get(0, 2))
     other = Scenes(replace(TRAIN.config, seed=1))
-    assert not np.array_equal(other.get(0).images[0], TRAIN.get(0).images[0])
+    assert not np.array_equal(other.get(0).images[0](), TRAIN.get(0).images[0]())
     longer = Scenes(replace(TRAIN.config, scenes=5000))
-    assert np.array_equal(longer.get(17).images[0], TRAIN.get(17).images[0])
+    assert np.array_equal(longer.get(17).images[0](), TRAIN.get(17).images[0]())
 
 
 def test_splits_share_no_picture_and_training_sees_no_held_out_pair():
     pairs = {f"{c} {s}" for c, s in HELD_OUT}
-    train = {TRAIN.get(i).images[0].tobytes() for i in range(600)}
+    train = {TRAIN.get(i).images[0]().tobytes() for i in range(600)}
     assert len(train) == 600
-    assert not train & {EVAL.get(i).images[0].tobytes() for i in range(600)}
+    assert not train & {EVAL.get(i).images[0]().tobytes() for i in range(600)}
     for epoch in (0, 3):
         for objects, dialogs in everything(TRAIN, epoch):
             assert not pairs & {named(o) for o in objects}
@@ -238,6 +238,7 @@ def test_cells_say_what_stands_there():
                 top = over[-1]
                 kinds = [list(COLORS).index(top["color"]), SHAPES.index(top["shape"]), int(top["size"] == "large")]
                 assert cell == [k + 1 for k in kinds] + top["box"]
+    assert TRAIN.eval_split().get(0).id == "eval-0" and EVAL.train_split().get(0).id == "train-0"
     plain = Scenes(ScenesConfig(grid=0))
     assert plain.get(0).targets == {}
     assert Scenes(ScenesConfig(grid=4)).get(0).targets["patch_labels"].shape == (1, 16, 7)
@@ -247,7 +248,7 @@ def test_cells_say_what_stands_there():
 def test_any_size_shows_the_same_world(size):
     dataset = Scenes(ScenesConfig(size=size, split="eval"))
     for i in range(40):
-        assert dataset.get(i).images[0].shape == (size, size, 3)
+        assert dataset.get(i).images[0]().shape == (size, size, 3)
         for o in dataset.scene(i):
             x1, _, x2, _ = o["box"]
             assert x2 - x1 == pytest.approx(2 * o["radius"] * 32 / size, abs=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,7 +92,8 @@ class Scenes:
         numbers = QUESTIONS | dict(config.questions)
         self.wanted = [KINDS.index(kind) for kind, number in numbers.items() for _ in range(number)]
         self._placed: dict[Chunk, Objects] = {}
-        self._drawn: dict[Chunk, tuple[np.ndarray, np.ndarray | None]] = {}  # pictures and labels; all are kept
+        self._drawn: dict[Chunk, np.ndarray] = {}  # pictures; all are kept
+        self._cells: dict[Chunk, np.ndarray] = {}  # dense labels
         self._asked: OrderedDict[tuple[Chunk, int], np.ndarray] = OrderedDict()  # by epoch; the last epoch's are kept
 
     def __len__(self) -> int:
@@ -101,12 +102,17 @@ class Scenes:
     def get(self, index: int, epoch: int = 0) -> Sample:
         """Return picture `index` with the questions of `epoch`; the eval split asks the same in every epoch."""
         chunk, at = self._locate(index)
-        if chunk not in self._drawn:
-            self._drawn[chunk] = self._draw(chunk)
-        images, labels = self._drawn[chunk]
         dialogs = [self._dialog(chunk, at, *row) for row in self._questions(chunk, epoch)[at].tolist()]
-        targets = {} if labels is None else {"patch_labels": labels[at : at + 1]}
-        return Sample(f"{self.config.split}-{index}", [images[at]], dialogs, targets)
+        targets = {"patch_labels": self._labels(chunk)[at : at + 1]} if self.config.grid else {}
+        return Sample(f"{self.config.split}-{index}", [partial(self._image, chunk, at)], dialogs, targets)
+
+    def eval_split(self) -> Scenes:
+        """The eval split of the same world."""
+        return Scenes(replace(self.config, split="eval"))
+
+    def train_split(self) -> Scenes:
+        """The training split of the same world: what answers are common there is what a blind guess knows."""
+        return self if self.training else Scenes(replace(self.config, split="train"))
 
     def scene(self, index: int) -> list[dict[str, Any]]:
         """Return the objects of picture `index`: what every answer is made from. Later ones lie on top."""
@@ -125,10 +131,6 @@ class Scenes:
             }
             for j in range(objects.count[at])
         ]
-
-    def train_split(self) -> Scenes:
-        """The training split of the same world: what answers are common there is what a blind guess knows."""
-        return self if self.training else Scenes(replace(self.config, split="train"))
 
     def _locate(self, index: int) -> tuple[Chunk, int]:
         """Where picture `index` is: its chunk and the place in it. Each fourth of eval is one with a new pair."""
@@ -151,12 +153,19 @@ class Scenes:
             self._placed[chunk] = scene_draw.place(rng, CHUNK, self.level, self.config.size, chunk.held_out)
         return self._placed[chunk]
 
-    def _draw(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray | None]:
-        objects = self._objects(chunk)
-        images = scene_draw.draw(self._rng(DRAW, chunk), objects, self.level, self.config.size)
-        if not self.config.grid:
-            return images, None
-        return images, scene_draw.cell_labels(objects, self.config.grid, BINS, self.config.size, IGNORE_INDEX)
+    def _image(self, chunk: Chunk, at: int) -> np.ndarray:
+        """Draw a picture, (size, size, 3) uint8, and the others of its chunk; once."""
+        if chunk not in self._drawn:
+            rng = self._rng(DRAW, chunk)
+            self._drawn[chunk] = scene_draw.draw(rng, self._objects(chunk), self.level, self.config.size)
+        return self._drawn[chunk][at]
+
+    def _labels(self, chunk: Chunk) -> np.ndarray:
+        """The dense labels of a chunk's pictures: (CHUNK, grid * grid, 7) int16."""
+        if chunk not in self._cells:
+            grid, size = self.config.grid, self.config.size
+            self._cells[chunk] = scene_draw.cell_labels(self._objects(chunk), grid, BINS, size, IGNORE_INDEX)
+        return self._cells[chunk]
 
     def _questions(self, chunk: Chunk, epoch: int) -> np.ndarray:
         """What is asked about the scenes of a chunk: (CHUNK, slots, 8), see `_dialog`."""
