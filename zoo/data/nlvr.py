@@ -114,13 +114,14 @@ class NLVR:
             said = said.lower().rstrip(" .")
         question = self.config.prompt.replace("{sentence}", said)
         asked = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
+        kind = "sentence" if self.training else "sentence_seen" if sentence in self.seen else "sentence_new"
         tower = all(s == 1 and t == 0 and x == 40 for box in self.pictures[identifier] for x, _, s, t, _ in box)
         return Dialog(
             [
                 {"role": "user", "content": asked},
                 {"role": "assistant", "content": [{"type": "text", "text": label}]},
             ],
-            kind="seen sentence" if sentence in self.seen else "new sentence",
+            kind=kind,
             choices=["true", "false"],
             meta={"identifier": identifier, "group": sentence, "picture": "tower" if tower else "scatter"},
         )

@@ -39,7 +39,7 @@ class RecordFields:
     format: str = "auto"  # conversations (LLaVA) | messages | columns (question and answer) | auto: what the record has
     turns_field: str = ""  # list of turns; empty: conversations or messages
     image_field: str = ""  # name of an image, or a list of names; empty: image or images
-    question_field: str = "question"
+    question_field: str = "question"  # text of the question
     answer_field: str = "answer"  # a text or number, or a list of all accepted answers
     choices_field: str = ""  # list of options for multiple choice; empty: none
     id_field: str = ""  # empty: id, qid or question_id, else the place in the file

@@ -50,7 +50,7 @@ class ScenesConfig:
     size: int = 64  # side of a picture in pixels
     difficulty: int = 1  # 0: 2-3 objects apart, plain; 1: 2-5, overlapping, textured; 2: 4-8, more shapes and colours
     grid: int = 8  # cells per side of the dense labels; 0: none
-    seed: int = 0
+    seed: int = 0  # of the pictures and the questions
     # How many of each kind are asked about a picture, in this order; those given replace the numbers here.
     questions: dict[str, int] = field(default_factory=lambda: dict(QUESTIONS))
 

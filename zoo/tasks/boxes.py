@@ -29,7 +29,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass
 class BoxesConfig:
-    max_new_tokens: int = 32
+    max_new_tokens: int = 32  # longest answer
     order: str = "xyxy"  # of the predicted numbers: xyxy | yxyx | xywh
     scale: float = 0.0  # predicted units across the image: 1, 100, 999, 1000; 0: the unit of the truth
 

@@ -22,8 +22,8 @@ COUNTS = [*(f"_correct{n}" for n in range(ORDER)), *(f"_total{n}" for n in range
 
 @dataclass
 class CaptionConfig:
-    max_new_tokens: int = 64
-    lowercase: bool = True
+    max_new_tokens: int = 64  # longest answer
+    lowercase: bool = True  # compare without regard to case
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

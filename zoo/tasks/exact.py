@@ -15,7 +15,7 @@ from zoo.tasks.estimates import column, consistency, means
 
 @dataclass
 class ExactConfig:
-    max_new_tokens: int = 32
+    max_new_tokens: int = 32  # longest answer
     strict: bool = False  # compare the texts as they are, but for spaces around them
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ HUMANS = 10  # answers to a question of VQA
 
 @dataclass
 class VQAConfig:
-    max_new_tokens: int = 16
+    max_new_tokens: int = 16  # longest answer
     tolerance: float = 0.0  # numbers are right within this share of the truth (0.05 in ChartQA); 0: must be equal
 
     def __post_init__(self) -> None:

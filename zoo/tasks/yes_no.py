@@ -20,7 +20,7 @@ YES = frozenset({"yes", "true"})
 
 @dataclass
 class YesNoConfig:
-    max_new_tokens: int = 16
+    max_new_tokens: int = 16  # longest answer
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
