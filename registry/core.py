@@ -1,7 +1,7 @@
 """The table of components. The dataclass of a component is its only schema: Hydra sees the same one.
 
-Two steps keep names cheap: each folder *declares* a line per component (kind, name, module: three strings), and the module
-*registers* its class when it is imported, which happens on first use.
+Two steps keep names cheap: each folder *declares* a line per component (kind, name, module: three strings), and the
+module *registers* its class when it is imported, which happens on first use.
 """
 
 import inspect
@@ -62,8 +62,22 @@ class Entry:
         return options_of(self.config)
 
 
+NOBODY = "_none_"  # the option behind `projector=null`: Hydra has no way to say it on a command line
+SLOT_KINDS = tuple(kind for kind in KINDS if kind != "distiller")  # a distiller belongs to a stage, not to the run
+
 _declared: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}  # kind -> name -> module
 _entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+
+
+def group_of(kind: str) -> str:
+    """Return the config group, and key in the config of a run, of a kind: its name; data sets stand under `data`."""
+    return "data" if kind == "dataset" else kind
+
+
+def kind_of(group: str) -> str | None:
+    """Return the kind whose members a config group holds, or None."""
+    kind = "dataset" if group == "data" else group
+    return kind if kind in SLOT_KINDS else None
 
 
 def declare(kind: str, name: str, module: str) -> None:
@@ -212,7 +226,7 @@ def source_of(kind: str, name: str) -> Path | None:
 
 
 def source_options(kind: str, name: str) -> list[Option]:
-    """Return the options of a component without importing it: from its dataclass if that is here, else from its text."""
+    """Return the options of a component without importing it: of its dataclass if that is here, else from the text."""
     if entry := _entries[kind].get(name):
         return entry.options
     file = source_of(kind, name)

@@ -60,7 +60,8 @@ def wrong_value(owner: str, option: str, options: Sequence[Option], message: str
     """The error for a value that OmegaConf refused with `message`, saying what the option takes."""
     takes = next((f"{o.type} ({_default(o)})" for o in options if o.name == option), "another type")
     given = re.match(r"Value '(.*?)' (?:of type|could not|is not)", message, re.DOTALL)
-    return ZooError(f"Option {option!r} of {owner} takes {takes}, " + (f"got {given[1]!r}." if given else f"and: {message}"))
+    got = f"got {given[1]!r}." if given else f"and: {message}"
+    return ZooError(f"Option {option!r} of {owner} takes {takes}, {got}")
 
 
 def facts(option: Option) -> str:

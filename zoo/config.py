@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import MANY, ZooError, config_of
-from zoo.registry.store import SLOT_KINDS, group_of
+from zoo.registry.core import SLOT_KINDS, group_of
 from zoo.stage import Stage
 
 CONFIG_NAME = "zoo"
@@ -56,8 +56,8 @@ def _defaults() -> list[Any]:
 
 
 def _hydra() -> dict[str, Any]:
-    """Hydra itself writes nothing, except what a sweep ran."""
-    sweep = {"dir": "${run.dir}/sweeps/${now:%Y-%m-%d}/${now:%H-%M-%S}", "subdir": "${hydra.job.num}"}
+    """Hydra itself writes nothing but what a sweep was; the folders are ours (`zoo.sweep`, `zoo.run_folder`)."""
+    sweep = {"dir": "${run.dir}/sweeps", "subdir": "${hydra.job.num}"}
     return {"run": {"dir": "."}, "sweep": sweep, "output_subdir": None, "job": {"chdir": False}}
 
 
@@ -85,7 +85,7 @@ class RunRoot:
     batch_size: int = 32  # dialogs per batch
     limit: int | None = None  # samples of each data set; null: all
     # Machine
-    seed: int = 0
+    seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>

@@ -14,7 +14,7 @@ from zoo import presets
 from zoo.config import RunRoot
 from zoo.prepare import SEVERAL, SLOTS
 from zoo.registry import Option, ZooError, options_of, unknown, unknown_option, wrong_value
-from zoo.registry.store import kind_of
+from zoo.registry.core import kind_of
 from zoo.trial import called
 
 

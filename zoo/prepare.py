@@ -13,7 +13,7 @@ from typing import Any
 from zoo import presets, saved
 from zoo.config import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
 from zoo.registry import MANY, ZooError, plugins, source_options, unknown
-from zoo.registry.store import NOBODY, SLOT_KINDS, flush, group_of, kind_of
+from zoo.registry.core import NOBODY, SLOT_KINDS, group_of, kind_of
 from zoo.trial import try_override
 
 RECIPE_COMMANDS = ("train", "eval", "check")  # these start from the default recipe; anything else from none
@@ -35,6 +35,8 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
             line, key = override.input_line, override.key_or_group
             several = f", or brackets for several at once: {key}=[...]" if key in SEVERAL else ""
             raise ZooError(f"{line!r} is a sweep: add -m to run each{several}.")
+    from zoo.registry.store import flush
+
     load_plugins(command, [values(parsed)], config_dir)
     flush()
     for override in parsed:
@@ -43,7 +45,8 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     for override in parsed:
         if not having(override.key_or_group, choice.chosen, config_dir):
             try_override(override, choice.chosen, config_dir)
-    lines = [line for o in parsed if o.key_or_group not in ("model", "recipe") for line in _rewritten(o, choice, config_dir)]
+    rest = [o for o in parsed if o.key_or_group not in ("model", "recipe")]
+    lines = [line for override in rest for line in _rewritten(override, choice, config_dir)]
     return lines + choice.lines(config_dir)
 
 

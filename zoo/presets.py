@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import MANY, ZooError, names, unknown
-from zoo.registry.store import SLOT_KINDS, group_of, kind_of
+from zoo.registry.core import SLOT_KINDS, group_of, kind_of
 
 GROUPS = ("model", "recipe", "data")  # groups that have YAML files
 KIND_WORDS = {"data": "data set"}

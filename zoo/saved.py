@@ -12,7 +12,7 @@ from typing import Any
 
 from zoo import presets
 from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, unknown
-from zoo.registry.store import SLOT_KINDS, add_option, group_of
+from zoo.registry.core import SLOT_KINDS, group_of
 
 SPELLINGS = "a preset, 'dir:<folder>' for a saved model, 'hub:<org>/<name>' for one on the hub, or 'last'"
 
@@ -143,9 +143,8 @@ def _ask_for_plugins(slots: Mapping[str, Any], remembered: Any, where: str) -> N
     for kind in SLOT_KINDS:
         node = slots.get(group_of(kind)) or {}
         members = node.values() if kind in MANY and isinstance(node, Mapping) else [node]
-        unknowns += [
-            f"{kind} {m['name']!r}" for m in members if isinstance(m, Mapping) and m.get("name") not in names(kind) and m
-        ]
+        given = [m["name"] for m in members if isinstance(m, Mapping) and "name" in m]
+        unknowns += [f"{kind} {name!r}" for name in given if name not in names(kind)]
     absent = [str(p) for p in remembered if not plugins.is_loaded(str(p))]
     if unknowns and absent:
         raise ZooError(
@@ -163,6 +162,8 @@ def _member(kind: str, key: str, node: Any, where: str, config_dir: str | Path |
     if not re.fullmatch(r"\w+", key):
         raise ZooError(f"{where}: {key!r} is no name of a member; letters, digits and underscores only.")
     if kind in MANY and key not in presets.available(group_of(kind), config_dir):
+        from zoo.registry.store import add_option
+
         add_option(kind, key, node["name"])
     return node["name"]
 

@@ -1,14 +1,23 @@
 """`zoo train -m`: every combination as a run of its own, each with the options that fit what it chose.
 
-A shared option such as `pruner.random.keep_ratio=0.5` is left out of the jobs that do not choose `random`; jobs that are
-then equal run once. All jobs are planned, and their names checked, before the first one starts.
+A shared option such as `pruner.random.keep_ratio=0.5` is left out of the jobs that do not choose `random`; jobs that
+are then equal run once. All jobs are planned, and their names checked, before the first one starts.
 """
 
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+
+from zoo import presets
+from zoo.prepare import SEVERAL, SLOTS, having, load_plugins, parse, prepare, settle, values
+from zoo.registry import source_options
+from zoo.registry.core import kind_of
 
 
 class ZooSweeper(BasicSweeper):
@@ -27,3 +36,69 @@ def register_sweeper() -> None:
     Plugins.instance().register(ZooSweeper)
     node = {"_target_": f"{__name__}.ZooSweeper", "max_batch_size": None, "params": None}
     ConfigStore.instance().store("zoo", node, group="hydra/sweeper", provider="zoo")
+
+
+def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """Prepare every job of a sweep for `ZooSweeper`, and return the overrides for Hydra itself.
+
+    Raises:
+        ZooError: a mistake in any of the jobs.
+    """
+    parsed = parse(overrides)
+    for_hydra = [o.input_line for o in parsed if o.is_hydra_override()]
+    product = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)[0]
+    load_plugins(command, [values(parse(job)) for job in product], config_dir)
+
+    fitted: dict[tuple[str, ...], None] = {}
+    left_out: dict[str, int] = {}
+    picks = [settle(command, values(parse(job)), config_dir).chosen for job in product]
+    for job, chosen in zip(product, picks, strict=True):
+        stays = []
+        for line in job:
+            if _fits(line, chosen, config_dir) or not any(_fits(line, other, config_dir) for other in picks):
+                stays.append(line)  # what fits no job is a mistake, and reported as one
+            else:
+                left_out[line] = left_out.get(line, 0) + 1
+        fitted[tuple(stays)] = None
+    for line, times in left_out.items():
+        print(f"sweep: {line} is left out of {times} of {len(product)} runs that have no such option", file=sys.stderr)
+    if len(fitted) < len(product):
+        print(f"sweep: {len(fitted)} of {len(product)} runs are different and run once", file=sys.stderr)
+
+    folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
+    ZooSweeper.jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
+    return [*for_hydra, f"hydra.sweep.dir='{folder}'"]
+
+
+def _job(command: str, job: Sequence[str], folder: Path, config_dir: str | Path | None) -> list[str]:
+    lines = prepare(command, job, config_dir)
+    named = any(line.startswith(("run.folder=", "resume=")) for line in job)
+    return lines if named else [*lines, f"run.folder='{folder}'"]
+
+
+def _folder(root: Path) -> Path:
+    """Return the next unused folder for a sweep."""
+    day = root / "sweeps" / date.today().isoformat()
+    number = 1
+    while (day / str(number)).exists():
+        number += 1
+    return day / str(number)
+
+
+def _fits(line: str, chosen: Mapping[str, Any], config_dir: str | Path | None) -> bool:
+    """Whether the option that an override sets is there in a run that picks `chosen`."""
+    path = line.partition("=")[0].lstrip("+~").split(".")
+    kind = kind_of(path[0])
+    if len(path) < 2 or path[0] not in SLOTS or kind is None:
+        return True
+    if path[0] in SEVERAL:
+        if len(path) == 2:
+            return bool(having(".".join(path), chosen, config_dir))
+        key, option = path[1], path[2]
+        if key not in chosen.get(path[0], []):
+            return False
+    else:
+        key, option = str(chosen.get(path[0])), path[1]
+    if key not in presets.available(path[0], config_dir):
+        return False
+    return option in {o.name for o in source_options(kind, presets.component_of(path[0], key, config_dir))}

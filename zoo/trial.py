@@ -21,7 +21,7 @@ from zoo.registry import (
     unknown_option,
     wrong_value,
 )
-from zoo.registry.store import kind_of
+from zoo.registry.core import kind_of
 from zoo.stage import Stage
 
 SECTIONS = {"model": ModelSource, "run": RunConfig, "tokenizer": TokenizerConfig}
@@ -64,7 +64,8 @@ def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Pat
     """The error for `group.key` where the run chose no `key` there: not chosen, misspelt, or the option of a member."""
     known = presets.available(group, config_dir)
     if key in known:
-        return ZooError(f"{group} {key!r} is not chosen in this run: add it with {group}=[{','.join([*members, key])}].")
+        both = ",".join([*members, key])
+        return ZooError(f"{group} {key!r} is not chosen in this run: add it with {group}=[{both}].")
     kind = kind_of(group)
     options = {o.name: o for m in members for o in source_options(kind, presets.component_of(group, m, config_dir))}
     near = nearest(key, [*options, *members]) or nearest(key, known)
