@@ -3,7 +3,7 @@
 Each sample is one scene and about seventeen dialogs: existence, colour, shape, size, count, spatial relation, bounding
 box, and what stands at a point. Pictures and questions are a function of (seed, split, index), questions also of the
 epoch. Four pairs of colour and shape never occur in training; in the eval split a quarter of the scenes hold one, and
-all that is asked there is about it and counted apart, under the kind with `_new` added.
+all that is asked there is about it and marked `held_out`, so that it is counted apart.
 
 Boxes are four words, x1 y1 x2 y2, each from 0 to 31: the image's side is divided into 32.
 """
@@ -194,7 +194,7 @@ class Scenes:
             reply = scene_questions.answer_text(kind, level.num_shapes, *answer)
         return Dialog(
             _turns(question, reply),
-            kind=name + "_new" if chunk.held_out else name,
+            kind=name,
             task=TASKS.get(name, "exact"),
             meta={"held_out": chunk.held_out},
         )
