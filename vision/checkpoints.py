@@ -31,6 +31,15 @@ def is_local(checkpoint: str) -> bool:
     return False
 
 
+def at(checkpoint: str, revision: str) -> str:
+    """Write a hub name and its revision as one word, `org/name@revision`, as `fetch` takes it."""
+    if not revision:
+        return checkpoint
+    if not checkpoint or is_local(checkpoint):
+        raise ZooError(f"revision {revision!r} is of a hub checkpoint, and checkpoint is {checkpoint!r}.")
+    return f"{checkpoint}@{revision}"
+
+
 def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
     """Return the path of one file of a checkpoint; a hub name (`org/name@revision`) is downloaded on first use.
 

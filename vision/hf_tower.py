@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
-from zoo.vision.checkpoints import fetch, is_local, read_json
+from zoo.vision.checkpoints import at, fetch, is_local, read_json
 from zoo.vision.tower import (
     CLIP_MEAN,
     CLIP_STD,
@@ -72,6 +72,7 @@ RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers
 @dataclass
 class HFVisionConfig:
     checkpoint: str = ""  # hub name or folder, of an encoder or of a model that holds one; empty: random weights
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # 0: what enters the first block, 1: after it, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
@@ -98,13 +99,14 @@ class HFVision(Tower):
     """The vision part of a composite checkpoint (a whole CLIP, say) is taken out of it."""
 
     def __init__(self, config: HFVisionConfig) -> None:
-        spec = _from_json(config) if config.checkpoint else _from_sizes(config)
+        source = at(config.checkpoint, config.revision)
+        spec = _from_json(source) if source else _from_sizes(config)
         family = FAMILIES[_family(spec)]
         depth = block_count(config.layer, spec.num_hidden_layers)
         spec.num_hidden_layers = depth  # later blocks are neither built nor read
-        size, transform = _transform(config, spec, family)
+        size, transform = _transform(source, config.image_size, spec, family)
         check_divides(spec.patch_size, size)
-        tower = _load(config.checkpoint, family, spec) if config.checkpoint and not on_meta() else _class(family)(spec)
+        tower = _load(source, family, spec) if source and not on_meta() else _class(family)(spec)
         super().__init__(HFRunner(tower, family, size, config.norm), transform)
 
 
@@ -175,7 +177,7 @@ class HFRunner(Runner):
         return query, key, query.shape[-1] ** -0.5
 
     def set_attention(self, name: str) -> None:
-        self.tower.set_attn_implementation(name)
+        self.tower.set_attn_implementation("eager" if name.endswith("eager") else name)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         if enable:
@@ -213,9 +215,9 @@ def _from_sizes(config: HFVisionConfig) -> Any:
     return known(**{key: value for key, value in sizes.items() if key in known.__dataclass_fields__})
 
 
-def _from_json(config: HFVisionConfig) -> Any:
+def _from_json(source: str) -> Any:
     """Read the vision part of a checkpoint's `config.json`."""
-    plain = read_json(config.checkpoint)
+    plain = read_json(source)
     whole = str(plain.get("model_type", ""))
     while isinstance(plain.get("vision_config"), dict):
         inner = plain["vision_config"]
@@ -223,18 +225,18 @@ def _from_json(config: HFVisionConfig) -> Any:
     name = str(plain.get("model_type", "")).removesuffix("_vision_model")
     if name not in FAMILIES:
         raise ZooError(
-            f"{config.checkpoint!r} holds a model of type {whole or 'unknown'!r}; its encoder must be one of"
+            f"{source!r} holds a model of type {whole or 'unknown'!r}; its encoder must be one of"
             f" {', '.join(FAMILIES)}."
         )
     return _class(FAMILIES[name]).config_class.from_dict(plain)
 
 
-def _load(checkpoint: str, family: Family, spec: Any) -> Any:
+def _load(source: str, family: Family, spec: Any) -> Any:
     from transformers.utils import logging
 
-    if is_local(checkpoint) and not fetch(checkpoint, "model.safetensors.index.json", optional=True):
-        fetch(checkpoint, "model.safetensors")
-    name, _, revision = (checkpoint, "", "") if is_local(checkpoint) else checkpoint.partition("@")
+    if is_local(source) and not fetch(source, "model.safetensors.index.json", optional=True):
+        fetch(source, "model.safetensors")
+    name, _, revision = (source, "", "") if is_local(source) else source.partition("@")
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of every block that we leave out
     try:
@@ -247,21 +249,21 @@ def _load(checkpoint: str, family: Family, spec: Any) -> Any:
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise ZooError(f"The weights of {checkpoint!r} cannot be read: {error}") from error
+        raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
     finally:
         logging.set_verbosity(level)
     if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
-        raise ZooError(f"{checkpoint!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]}.")
+        raise ZooError(f"{source!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]}.")
     return tower
 
 
-def _transform(config: HFVisionConfig, spec: Any, family: Family) -> tuple[int, ImageTransform]:
+def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple[int, ImageTransform]:
     """Size and statistics: what the checkpoint's processor says, what its family uses where it says nothing."""
     processor: dict[str, Any] = {}
-    if config.checkpoint:
-        processor = read_json(config.checkpoint, "preprocessor_config.json", optional=True)
+    if source:
+        processor = read_json(source, "preprocessor_config.json", optional=True)
         if not processor:
-            processor = read_json(config.checkpoint, "processor_config.json", optional=True).get("image_processor", {})
+            processor = read_json(source, "processor_config.json", optional=True).get("image_processor", {})
     own = processor.get("size")
     crop = processor.get("crop_size") if processor.get("do_center_crop") else None
     if isinstance(own, int):  # processors before 2022 wrote a number
@@ -269,9 +271,9 @@ def _transform(config: HFVisionConfig, spec: Any, family: Family) -> tuple[int, 
     fit = "crop" if crop or "shortest_edge" in (own or {}) else "squash" if "height" in (own or {}) else family.fit
     asked = crop if isinstance(crop, int) else (crop or own or {}).get("height", 0)
     if not hasattr(spec, "image_size"):  # SigLIP 2 knows its number of patches only
-        size = config.image_size or round(spec.num_patches**0.5) * spec.patch_size
+        size = image_size or round(spec.num_patches**0.5) * spec.patch_size
     else:
-        size = config.image_size or (asked if family.any_size else 0) or spec.image_size
+        size = image_size or (asked if family.any_size else 0) or spec.image_size
     return size, ImageTransform(
         size=(size, size),
         mean=tuple(processor.get("image_mean") or family.mean),

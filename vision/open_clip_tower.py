@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
-from zoo.vision.checkpoints import fetch, is_local, read_json
+from zoo.vision.checkpoints import at, fetch, is_local, read_json
 from zoo.vision.timm_runner import TimmRunner
 from zoo.vision.tower import CLIP_MEAN, CLIP_STD, Runner, Tower, block_count, check_divides, check_sizes, on_meta
 
@@ -27,6 +27,7 @@ class OpenClipVisionConfig:
     # a tag of `model` (openai, laion2b_s34b_b79k); a hub name, or a folder, with open_clip_config.json and
     # open_clip_model.safetensors; empty: random weights
     checkpoint: str = ""
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
@@ -141,17 +142,19 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
             "mlp_ratio": config.mlp_ratio,
         }
         return None, {"embed_dim": config.width, "vision_cfg": vision, "quick_gelu": config.quick_gelu}, {}
+    hub = "/" in config.checkpoint or is_local(config.checkpoint)
+    source = at(config.checkpoint, config.revision) if hub else config.checkpoint
     if not config.model:
-        told = read_json(config.checkpoint, CONFIG)
-        weights = None if on_meta() else fetch(config.checkpoint, WEIGHTS)
+        told = read_json(source, CONFIG)
+        weights = None if on_meta() else fetch(source, WEIGHTS)
         return weights, told.get("model_cfg", told), told.get("preprocess_cfg", {})
     architecture = open_clip.get_model_config(config.model)
     if architecture is None:
         raise unknown("open_clip model", config.model, open_clip.list_models())
-    if not config.checkpoint:
+    if not source:
         return None, architecture, {}
-    if "/" in config.checkpoint or is_local(config.checkpoint):
-        return None if on_meta() else fetch(config.checkpoint, WEIGHTS), architecture, {}
+    if hub:
+        return None if on_meta() else fetch(source, WEIGHTS), architecture, {}
     tag = open_clip.get_pretrained_cfg(config.model, config.checkpoint)
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(config.model)
@@ -163,7 +166,9 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
     repository, _, filename = (tag.get("hf_hub") or "").rpartition("/")
     if not repository:
         raise ZooError(f"open_clip has no safetensors weights {config.checkpoint!r} of {config.model!r} on the hub.")
-    weights = fetch(repository, filename.replace("pytorch_model.bin", "model.safetensors") or WEIGHTS)
+    weights = fetch(
+        at(repository, config.revision), filename.replace("pytorch_model.bin", "model.safetensors") or WEIGHTS
+    )
     return weights, architecture, tag
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
-from zoo.vision.checkpoints import fetch, is_local
+from zoo.vision.checkpoints import at, fetch, is_local
 from zoo.vision.stem import ConvStem
 from zoo.vision.timm_runner import TimmRunner
 from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_sizes, on_meta
@@ -22,6 +22,7 @@ class TimmVisionConfig:
     model: str = ""  # a name of timm, e.g. vit_base_patch16_clip_224.openai; empty: the checkpoint's, or sizes
     # pretrained: timm's weights for `model`; a hub name (timm/...) or a folder with config.json and model.safetensors
     checkpoint: str = ""
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
@@ -90,7 +91,7 @@ def _named(config: TimmVisionConfig) -> nn.Module:
     import timm
 
     options: dict[str, Any] = {"img_size": config.image_size or None}
-    source = config.checkpoint
+    source = config.checkpoint if config.checkpoint == "pretrained" else at(config.checkpoint, config.revision)
     if config.model:
         _check_name(config.model)
         name = config.model
@@ -100,24 +101,24 @@ def _named(config: TimmVisionConfig) -> nn.Module:
     else:
         name = f"hf-hub:{source}"
     if source and not on_meta():
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"source": "", "file": str(_weights(config))}}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"source": "", "file": str(_weights(config, source))}}
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
         raise ZooError(f"timm cannot build {name!r} with {options}: {error}") from error
 
 
-def _weights(config: TimmVisionConfig) -> Any:
+def _weights(config: TimmVisionConfig, source: str) -> Any:
     """Find the safetensors file of the checkpoint."""
     import timm
 
-    if config.checkpoint != "pretrained":
-        return fetch(config.checkpoint, "model.safetensors")
+    if source != "pretrained":
+        return fetch(source, "model.safetensors")
     known = timm.get_pretrained_cfg(config.model)
     if known is None or not known.hf_hub_id:
         raise ZooError(f"timm has no safetensors weights for {config.model!r}; name a checkpoint.")
     filename = (known.hf_hub_filename or "model.safetensors").replace("pytorch_model.bin", "model.safetensors")
-    return fetch(known.hf_hub_id, filename)
+    return fetch(at(known.hf_hub_id, config.revision), filename)
 
 
 def _check_name(model: str) -> None:
