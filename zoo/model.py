@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from zoo.assembly import Parts, assemble
+from zoo.auto import register_model
 from zoo.fusion.attention import as_backend_mask, block_mask, resolve_attention
 from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError, refuse_code, unknown
 
@@ -133,6 +134,8 @@ class ZooModel(PreTrainedModel):
         probe = next(self.llm.parameters())
         taken = resolve_attention(name, probe.device, self._compute_dtype())
         self.llm.lm.set_attn_implementation(taken)
+        if hasattr(self.vision, "set_attention"):  # rows of its own length, never packed
+            self.vision.set_attention(resolve_attention(name, probe.device, self._compute_dtype(), self.vision.num_tokens))
         self.config.attention = name
         return taken
 
@@ -536,3 +539,6 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "transformers", "timm", "open_clip_torch", "peft")}
+
+
+register_model(ZooConfig, ZooModel)
