@@ -53,15 +53,15 @@ class Mix:
             raise ZooError(
                 f"A streaming data set has no length: give the mix weights, data: {{{self.names[0]}: 1.0, ...}}."
             )
-        shares = np.array(
-            [weights[n] if weights else (size or 1) for n, size in zip(self.names, self.lengths, strict=True)]
-        )
+        # Without weights the data sets are joined: where each ends in the whole.
+        self.joined = None if weights or None in self.lengths else np.cumsum(self.lengths)
+        shares = np.array([weights.get(n, 1.0) for n in self.names])
         self.bounds = np.cumsum(shares / shares.sum())[:-1]
         self.seed = seed
         self._seen = (
             0,
             np.zeros(len(self.names), dtype=np.int64),
-        )  # position, and how often each data set came before it
+        )  # a position, and how often each data set came before
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def samples_in(self, epochs: float) -> int:
@@ -77,6 +77,8 @@ class Mix:
 
     def places(self, start: int, stop: int) -> list[Where]:
         """Return (data set, epoch, index) of each position in [start, stop); for streams the last two say nothing."""
+        if self.joined is not None:
+            return [self._in_joined(self.joined, p) for p in range(start, stop)]
         at, counts = self._seen
         if at > start:
             at, counts = 0, np.zeros_like(counts)
@@ -94,13 +96,20 @@ class Mix:
                 result.append((member, 0, count))
             else:
                 epoch, offset = divmod(count, length)
-                result.append((member, epoch, int(self._order(member, epoch)[offset])))
+                result.append((member, epoch, int(self._order(member, epoch, length)[offset])))
         return result
 
-    def _order(self, member: int, epoch: int) -> np.ndarray:
+    def _in_joined(self, ends: np.ndarray, position: int) -> Where:
+        """Without weights all data sets are one: an epoch sees each sample once, in one order over all."""
+        epoch, offset = divmod(position, int(ends[-1]))
+        at = int(self._order(-1, epoch, int(ends[-1]))[offset])
+        member = int(np.searchsorted(ends, at, side="right"))
+        return member, epoch, at - (int(ends[member - 1]) if member else 0)
+
+    def _order(self, member: int, epoch: int, length: int) -> np.ndarray:
         if (member, epoch) not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != member}  # one epoch of each is enough
-            self._orders[member, epoch] = keyed(self.seed, 1, member, epoch).permutation(self.lengths[member] or 0)
+            self._orders[member, epoch] = keyed(self.seed, 1, member, epoch).permutation(length)
         return self._orders[member, epoch]
 
 
@@ -264,9 +273,10 @@ class Loader:
             num_workers=self.batches.stage.workers,
             prefetch_factor=self.ahead,
             pin_memory=self.pin_memory,
-            generator=torch.Generator().manual_seed(0),  # else the iterator draws its seed from the model's randomness
         )
-        yield from loader
+        with torch.random.fork_rng(devices=[]):  # the iterator draws a seed from the model's randomness
+            source = iter(loader)
+        yield from source
 
 
 def _by_thread(batches: Batches, turns: range, ahead: int) -> Iterator[dict[str, Any]]:

@@ -126,7 +126,7 @@ class Run:
         return folder, read_config(folder.config, cfg)
 
     def _compose(self) -> tuple[Any, Any]:
-        """Compose the model. One process makes the tokenizer where a new one is needed; the others, and later, read it."""
+        """Compose the model. One process makes the tokenizer where a new one is needed; the others read it."""
         made = self.folder.path / "tokenizer"
         result = None
         if self.main and not (made / "tokenizer_config.json").is_file():
