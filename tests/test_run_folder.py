@@ -1,0 +1,142 @@
+"""The run folder: whole or not there, whatever stops the writer."""
+
+import json
+from datetime import datetime
+
+import pytest
+import torch
+
+from zoo import checkpoint
+from zoo.registry import ZooError
+from zoo.run_folder import RunFolder, read_metrics, runs, write_json, written_beside
+
+NOON = datetime(2026, 11, 22, 12, 0, 0)
+
+
+def test_create_never_shares_a_folder(tmp_path):
+    one, two = (RunFolder.create(tmp_path, "a b/../c", now=NOON) for _ in range(2))
+    assert one.path == tmp_path / "2026-11-22" / "12-00-00-a_b_.._c"
+    assert two.path.name == "12-00-00-a_b_.._c-2"
+    assert one.path.resolve().is_relative_to(tmp_path)
+
+
+def test_an_exact_folder_is_not_overwritten(tmp_path):
+    folder = RunFolder.create(tmp_path, "", exact=str(tmp_path / "x"))
+    folder.config.write_text("seed: 0\n")
+    with pytest.raises(ZooError, match=r"holds a run already.*resume="):
+        RunFolder.create(tmp_path, "", exact=str(tmp_path / "x"))
+
+
+def test_last_is_the_newest_and_moves(tmp_path):
+    with pytest.raises(ZooError, match="There is no last run"):
+        RunFolder.open("last", tmp_path)
+    for name in ("a", "b"):
+        folder = RunFolder.create(tmp_path, name, now=NOON)
+        folder.config.write_text("seed: 0\n")
+        folder.point_last(tmp_path)
+        assert RunFolder.open("last", tmp_path).path.samefile(folder.path)
+    assert len(runs(tmp_path)) == 2, "the link is no third run"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_last_works_without_links(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    folder.config.write_text("seed: 0\n")
+    monkeypatch.setattr("pathlib.Path.symlink_to", lambda *a, **k: (_ for _ in ()).throw(OSError("no links here")))
+    folder.point_last(tmp_path)
+    assert (tmp_path / "last").is_file()
+    assert RunFolder.open("last", tmp_path).path.samefile(folder.path)
+
+
+def test_opening_what_is_no_run_names_those_there_are(tmp_path):
+    RunFolder.create(tmp_path, "a", now=NOON).config.write_text("seed: 0\n")
+    with pytest.raises(ZooError, match=r"is no run.*12-00-00-a"):
+        RunFolder.open(str(tmp_path / "nothing"), tmp_path)
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    for step in (5, 100, 20):
+        with folder.checkpoint(step, keep=2) as path:
+            (path / "state").write_text(str(step))
+            assert step not in [int(p.name[5:]) for p in folder.list_checkpoints()], "not there before it is whole"
+    assert [p.name for p in folder.list_checkpoints()] == ["step-00000020", "step-00000100"]
+    with pytest.raises(RuntimeError), folder.checkpoint(200, keep=2) as path:
+        (path / "state").write_text("half")
+        raise RuntimeError
+    assert [int(p.name[5:]) for p in folder.list_checkpoints()] == [20, 100]
+    (folder.checkpoints / ".step-00000300.writing").mkdir()  # a kill leaves it behind
+    assert [int(p.name[5:]) for p in folder.list_checkpoints()] == [20, 100]
+    with folder.checkpoint(300, keep=2) as path:
+        assert not list(path.iterdir())
+
+
+def test_written_beside_replaces_in_one_move(tmp_path):
+    target = tmp_path / "scores.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(RuntimeError), written_beside(target) as beside:
+        beside.write_text("{")
+        raise RuntimeError
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_rewind_drops_later_steps_and_a_half_line(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    for step in range(1, 6):
+        folder.log({"step": step, "loss": 1 / step})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert [r["step"] for r in read_metrics(folder.metrics)] == [1, 2, 3, 4, 5]
+    folder.rewind(3)
+    folder.log({"step": 4, "loss": 0.25})
+    assert read_metrics(folder.metrics) == [{"step": s, "loss": 1 / s} for s in (1, 2, 3, 4)]
+
+
+def test_the_lock_says_what_it_ran_on(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    folder.write_lock(plugins=["my_pruner"])
+    lock = json.loads(folder.lock.read_text())
+    assert lock["versions"]["torch"] == torch.__version__.partition("+")[0] or lock["versions"]["torch"]
+    assert lock["plugins"] == ["my_pruner"]
+    assert {"python", "cpu", "threads", "commit"} <= set(lock)
+
+
+def test_a_checkpoint_brings_everything_back(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+        return net, torch.optim.AdamW(net.parameters(), fused=True)
+
+    def step(net, optimizer, seed):
+        net(torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def named(net):
+        return dict(net.named_parameters()) | checkpoint.buffers_of(net)
+
+    net, optimizer = made()
+    step(net, optimizer, 1)
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    with folder.checkpoint(1, keep=2) as path:
+        checkpoint.save(path, named(net), [optimizer], {"step": 1, "streams": {"s": [0, 3]}})
+    step(net, optimizer, 2)
+
+    other, its = made()
+    (newest,) = folder.list_checkpoints()
+    checkpoint.load_weights(newest, named(other))
+    checkpoint.load_optimizers(newest, [its])
+    step(other, its, 2)
+    assert checkpoint.read_state(newest) == {"step": 1, "streams": {"s": [0, 3]}}
+    for (name, a), b in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
+        assert a.equal(b), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoint.save(tmp_path, {"a": torch.ones(3)}, [], {})
+    with pytest.raises(ZooError, match="'a', which the model does not have"):
+        checkpoint.load_weights(tmp_path, {"b": torch.ones(3)})
+    with pytest.raises(ZooError, match=r"\(3,\), the model has \(4,\)"):
+        checkpoint.load_weights(tmp_path, {"a": torch.ones(4)})
+    checkpoint.load_weights(tmp_path, {"b": torch.ones(3)}, new=("a",))
