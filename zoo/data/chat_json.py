@@ -53,7 +53,8 @@ class ChatJson:
         if not 0 <= index < len(self):
             raise IndexError(index)
         members = self.groups[index]
-        dialogs, images = [], []
+        dialogs: list[Dialog] = []
+        images: list[Any] = []
         for member in members:
             images, dialog = self._read(member)
             dialogs.append(dialog)

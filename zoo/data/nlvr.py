@@ -141,7 +141,9 @@ class NLVR:
             self._add_picture(record)
         labels: dict[tuple[str, str], str] = {}
         for source in SOURCES:
-            for record in self._records(SOURCES[source]) if source in self.config.sources else []:
+            if source not in self.config.sources:
+                continue
+            for record in self._records(SOURCES[source]):
                 if record["identifier"] not in self.pictures:
                     self._add_picture(record)
                 sentence = record["sentence"] if "sentence" in record else sentences[record["sid"]]

@@ -124,12 +124,11 @@ def cell_labels(images: list[Drawing], grid: int) -> np.ndarray:
     for image, cells in zip(images, labels, strict=True):
         width, height = image.layout.size
         span = np.array([width, height])
-        placed = [
-            (corner, shape) for corner, some in zip(image.layout.corners, image.boxes, strict=True) for shape in some
-        ]
+        in_boxes = zip(image.layout.corners, image.boxes, strict=True)
+        placed = [(left + x, top + y, s, t, c) for (left, top), some in in_boxes for x, y, s, t, c in some]
         for reach in (1, 0):  # shapes may stand one pixel apart: what is inside of one beats what is beside another
-            for corner, (x, y, s, t, c) in placed:
-                start = np.array(corner) + (x, y)
+            for x, y, s, t, c in placed:
+                start = np.array([x, y])
                 first = np.ceil((start - reach) * grid / span - 0.5).astype(int).clip(0)
                 last = np.floor((start + SIZES[s] + reach) * grid / span - 0.5).astype(int)
                 bins = (np.concatenate([start / span, (start + SIZES[s]) / span]) * BINS).clip(0, BINS - 1)

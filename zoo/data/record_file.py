@@ -7,6 +7,7 @@ A list of a million dicts is copied page by page into every loader worker, becau
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ class RecordFile:
         if not isinstance(record, dict):
             raise ZooError(f"{self.where(index)} holds a {type(record).__name__}; a record is an object with fields.")
         return record
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
 
     def where(self, index: int) -> str:
         """Name the place of a record for a message: `file:line`."""
