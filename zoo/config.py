@@ -51,7 +51,6 @@ def _defaults() -> list[Any]:
     """A later entry's `override` beats an earlier one's, and its body is merged later: the recipe has the last word."""
     slots = [{group_of(kind): [] if kind in MANY else None} for kind in SLOT_KINDS]
     hydra = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    hydra.append({"override hydra/sweeper": "zoo"})
     return ["_self_", *slots, {"model": DEFAULT_MODEL}, {"recipe": DEFAULT_RECIPE}, *hydra]
 
 
@@ -97,13 +96,10 @@ class RunRoot:
 
 
 def store_schema() -> None:
-    """Give Hydra the root schema and our sweeper."""
+    """Give Hydra the root schema."""
     from hydra.core.config_store import ConfigStore
 
-    from zoo.sweep import register_sweeper
-
     ConfigStore.instance().store(CONFIG_NAME, RunRoot, provider="zoo")
-    register_sweeper()
 
 
 def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
@@ -127,27 +123,28 @@ def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: st
         prepared = prepare(command, overrides, config_dir)
         from hydra import compose as hydra_compose
 
-        store_schema()
-        with _hydra_of_its_own(config_dir):
+        with hydra_of_its_own(config_dir):
             cfg = hydra_compose(CONFIG_NAME, prepared)
         validate(cfg)
     return cfg
 
 
 @contextmanager
-def _hydra_of_its_own(config_dir: str | Path | None) -> Iterator[None]:
-    """Set up Hydra for one composition, and leave a job that is running as it was."""
+def hydra_of_its_own(config_dir: str | Path | None = None) -> Iterator[Any]:
+    """Set up a Hydra of our own, and leave a job that is running as it was."""
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
+    store_schema()
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_module("zoo.conf", version_base="1.3"):
             inner = GlobalHydra.instance().hydra
             if config_dir and inner:
-                add_config_dir(inner.config_loader.get_search_path(), config_dir)
-                inner.config_loader.repository.initialize_sources(inner.config_loader.get_search_path())
-            yield
+                search_path = inner.config_loader.get_search_path()
+                add_config_dir(search_path, config_dir)
+                inner.config_loader.repository.initialize_sources(search_path)
+            yield inner
     finally:
         GlobalHydra.instance().hydra = outer
 

@@ -1,7 +1,7 @@
 """From the words after `zoo train` to a running command: one run, a sweep, or one of Hydra's own views of the config.
 
-A plain run is composed as `zoo.load` composes and handed to its command. `-m`, `--cfg` and `--info` go through
-`hydra.main` with the same schema and the same prepared overrides.
+A plain run is composed as `zoo.load` composes and handed to its command. A sweep goes through Hydra's launcher, `--cfg`
+and `--info` through `hydra.main`, all with the same schema and the same prepared overrides.
 """
 
 import argparse
@@ -57,14 +57,6 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
             cfg = compose(command, overrides, config_dir)
         result = load()(cfg)
         return result if isinstance(result, int) else 0
-    from zoo.prepare import prepare
-    from zoo.sweep import plan
-
-    with explained(), told_of_plugins():
-        if "--multirun" in flags:
-            overrides = plan(command, overrides, config_dir)
-        else:
-            overrides = prepare(command, overrides, config_dir)
 
     def task(cfg: Any) -> Any:
         from zoo.config import validate
@@ -72,7 +64,19 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
         validate(cfg)
         return load()(cfg)
 
-    _hydra_main(task, [*_as_words(flags), *overrides], config_dir)
+    if "--multirun" in flags:
+        from zoo.sweep import plan, run
+
+        with explained():
+            with told_of_plugins():
+                sweep = plan(command, overrides, config_dir)
+            run(sweep, task, config_dir)
+        return 0
+    from zoo.prepare import prepare
+
+    with explained(), told_of_plugins():
+        prepared = prepare(command, overrides, config_dir)
+    _hydra_main(task, [*_as_words(flags), *prepared], config_dir)
     return 0
 
 

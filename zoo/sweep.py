@@ -5,41 +5,32 @@ are then equal run once. All jobs are planned, and their names checked, before t
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 
 from zoo import presets
+from zoo.config import CONFIG_NAME, hydra_of_its_own
 from zoo.prepare import SEVERAL, SLOTS, having, load_plugins, parse, prepare, settle, values
 from zoo.registry import source_options
 from zoo.registry.core import kind_of
 
 
-class ZooSweeper(BasicSweeper):
-    """Hands the planned jobs to whatever launcher the run has."""
+@dataclass(frozen=True)
+class Sweep:
+    """The jobs of a sweep, as overrides that Hydra can compose, and where they write."""
 
-    jobs: list[list[str]] = []
-
-    @staticmethod
-    def split_arguments(overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
-        """Return the planned jobs in one batch; Hydra's own product of `overrides` is not asked."""
-        return [ZooSweeper.jobs]
+    jobs: list[list[str]]
+    folder: Path
+    for_hydra: list[str]  # overrides such as hydra/launcher=joblib
 
 
-def register_sweeper() -> None:
-    """Make the sweeper known to Hydra, which looks for plugins in places of its own otherwise."""
-    Plugins.instance().register(ZooSweeper)
-    node = {"_target_": f"{__name__}.ZooSweeper", "max_batch_size": None, "params": None}
-    ConfigStore.instance().store("zoo", node, group="hydra/sweeper", provider="zoo")
-
-
-def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
-    """Prepare every job of a sweep for `ZooSweeper`, and return the overrides for Hydra itself.
+def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> Sweep:
+    """Prepare every job of a sweep.
 
     Raises:
         ZooError: a mistake in any of the jobs.
@@ -66,8 +57,25 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
         print(f"sweep: {len(fitted)} of {len(product)} runs are different and run once", file=sys.stderr)
 
     folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
-    ZooSweeper.jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
-    return [*for_hydra, f"hydra.sweep.dir='{folder}'"]
+    for number, job in enumerate(fitted):
+        print(f"sweep: {folder / str(number)}: {' '.join(job)}", file=sys.stderr)
+    jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
+    return Sweep(jobs, folder, for_hydra)
+
+
+def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None = None) -> None:
+    """Run the jobs with Hydra's launcher: one after the other, or as `hydra/launcher=` says."""
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext, RunMode
+
+    with hydra_of_its_own(config_dir) as hydra:
+        overrides = [*sweep.for_hydra, f"hydra.sweep.dir='{sweep.folder}'"]
+        config = hydra.compose_config(CONFIG_NAME, overrides, RunMode.MULTIRUN, with_log_configuration=False)
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+        launcher = Plugins.instance().instantiate_launcher(context, task, config)
+        for result in launcher.launch(sweep.jobs, initial_job_idx=0):
+            _ = result.return_value  # raises what the job raised
 
 
 def _job(command: str, job: Sequence[str], folder: Path, config_dir: str | Path | None) -> list[str]:
