@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -37,11 +37,38 @@ class Entry:
 
     @property
     def paper(self) -> str:
-        """The line of the module's docstring that starts with `Paper:`, or nothing."""
+        """What the module's docstring says after `Paper:`, or nothing."""
+        return self._stated("Paper")
+
+    @property
+    def licence(self) -> str:
+        """What the module's docstring says after `Licence:`; else that of the package that owns the component."""
+        if stated := self._stated("Licence"):
+            return stated
+        try:
+            facts = metadata(self.package)
+        except PackageNotFoundError:
+            return ""
+        return facts.get("License-Expression") or facts.get("License") or ""
+
+    def _stated(self, what: str) -> str:
         for line in (inspect.getdoc(inspect.getmodule(self.cls)) or "").splitlines():
-            if line.strip().startswith("Paper:"):
-                return line.strip().removeprefix("Paper:").strip()
+            if line.strip().startswith(f"{what}:"):
+                return line.strip().removeprefix(f"{what}:").strip()
         return ""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that the class says it needs; one that depends on the config is known once it is built."""
+        return _words(self.cls, "needs")
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return _words(self.cls, "provides")
+
+    @property
+    def destroys(self) -> frozenset[str]:
+        return _words(self.cls, "destroys")
 
     @property
     def file(self) -> str:
@@ -215,6 +242,11 @@ def refuse_code(value: Any, where: str) -> None:
             refuse_code(item, where)
     elif isinstance(value, str) and "${" in value:
         raise ZooError(f"{where} holds the interpolation {value!r}: write the value itself.")
+
+
+def _words(cls: type, attribute: str) -> frozenset[str]:
+    value = getattr(cls, attribute, frozenset())
+    return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()
 
 
 def source_of(kind: str, name: str) -> Path | None:
