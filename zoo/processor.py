@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from zoo.auto import register_processor
 from zoo.collate import EncodedSample, TokenizedDialog, collate, pack, share_prefix
+from zoo.model import ZooConfig
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
 from zoo.vision.images import open_image
 from zoo.vision.transform import to_pixels
@@ -370,3 +372,6 @@ def _flat(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         return [i for item in images for i in _flat(item)]
     return [images]
+
+
+register_processor(ZooConfig, ZooProcessor)

@@ -125,6 +125,11 @@ def read_weights(model: nn.Module, folder: Path, *, fresh: Iterable[str] = ()) -
     """
     from safetensors import safe_open
 
+    allowed = set(fresh)
+
+    def may_start_fresh(part: str) -> bool:
+        return bool({"all", part, part.partition(".")[0]} & allowed)
+
     own = model.state_dict(keep_vars=True)
     shared = _shared_names(own)
     missing, unexpected, misshapen = set(own) - set(getattr(model, "_base_tensors", {})), [], []
@@ -132,17 +137,19 @@ def read_weights(model: nn.Module, folder: Path, *, fresh: Iterable[str] = ()) -
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  a safetensors handle is no mapping
                 if name not in own:
-                    unexpected.append(name)
+                    if not may_start_fresh(name.partition(".")[0]):
+                        unexpected.append(name)
                     continue
                 value = tensors.get_tensor(name)
+                if value.shape != own[name].shape and may_start_fresh(model.part_of(name)):
+                    continue
                 if value.shape != own[name].shape:
                     misshapen.append(f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model")
                     continue
                 with torch.no_grad():
                     own[name].copy_(value)
                 missing -= shared[name]
-    allowed = set(fresh)
-    left = {n for n in missing if "all" not in allowed and not {model.part_of(n), model.part_of(n).partition(".")[0]} & allowed}
+    left = {n for n in missing if not may_start_fresh(model.part_of(n))}
     if left or unexpected or misshapen:
         lines = [f"The weights in {folder} do not fit the model."]
         lines += _by_part("missing", left, model.part_of) + _by_part("unknown", unexpected, lambda n: n.partition(".")[0])
