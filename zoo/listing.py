@@ -62,9 +62,9 @@ def yaml_summary(file: Path) -> str:
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        if text := line.lstrip("# "):
-            if not text.startswith("@"):
-                return text
+        text = line.lstrip("# ")
+        if text and not text.startswith("@"):
+            return text
     return ""
 
 

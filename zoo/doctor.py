@@ -1,0 +1,88 @@
+"""`zoo doctor`: what this machine has, what a run would use, and which plugins work."""
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from zoo.registry import plugins
+
+LIBRARIES = ("torch", "transformers", "timm", "open_clip_torch", "peft", "accelerate", "hydra-core", "omegaconf")
+OPTIONAL = {"flash-attn": "flash", "av": "video", "decord": "video", "datasets": "datasets", "tensorboard": "trackers"}
+OPTIONAL |= {"trackio": "trackers", "wandb": "trackers"}
+
+
+def main(words: Sequence[str] = ()) -> int:
+    """Print the report; the status is 1 where something that should work does not."""
+    if words:
+        print("usage: zoo doctor\n\nVersions, devices, attention backends and plugins.")
+        return 0 if words[0] in ("-h", "--help") else 2
+    plugins.load_installed()
+    print(f"zoo {_version('zoo-vlm') or 'from a checkout'}  python {platform.python_version()}  {platform.platform()}")
+    for title, lines in (("libraries", _libraries()), ("devices", _devices()), ("attention", _attention())):
+        print(f"\n{title}")
+        for key, value in lines:
+            print(f"  {key:<18}{value}")
+    return _plugins()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _libraries() -> Iterator[tuple[str, str]]:
+    for package in LIBRARIES:
+        yield package, _version(package) or "MISSING"
+    for package, extra in OPTIONAL.items():
+        yield package, _version(package) or f"not installed (pip install 'zoo-vlm[{extra}]')"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"
+    if not torch.cuda.is_available():
+        yield "cuda", "none"
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        yield f"cuda:{i}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}"
+    if torch.backends.mps.is_available():
+        yield "mps", "available"
+
+
+def _attention() -> Iterator[tuple[str, str]]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    major = torch.cuda.get_device_capability()[0] if cuda else 0
+    flash = find_spec("flash_attn") is not None and bool(_version("flash-attn"))
+    yield "eager", "available"
+    yield "sdpa", "available" + ("; its CUDA kernels are flash kernels" if cuda else "")
+    yield "flex_attention", "available"
+    for name, there, least in (
+        ("flash_attention_2", flash, 8),
+        ("flash_attention_3", find_spec("flash_attn_interface") is not None, 9),
+    ):
+        reason = "not installed" if not there else "no CUDA device" if not cuda else "" if major >= least else "old GPU"
+        yield name, reason or "available"
+
+
+def _plugins() -> int:
+    found = plugins.status()
+    bad = plugins.failed()
+    print(f"\nplugins: {len(found)} found, {len(found) - len(bad)} ok, {len(bad)} failed")
+    for plugin in found:
+        print(f"  {'ok  ' if plugin.ok else 'FAIL'}  {plugin.name} ({plugin.origin})  {plugin.error or _added(plugin)}")
+    missing = [p for p in LIBRARIES if not _version(p)]
+    if missing:
+        print(f"\nzoo: missing: {', '.join(missing)}", file=sys.stderr)
+    return 1 if bad or missing else 0
+
+
+def _added(plugin: plugins.Plugin) -> str:
+    return f"adds {', '.join(plugin.adds)}" if plugin.adds else "adds nothing"
