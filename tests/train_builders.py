@@ -3,52 +3,56 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from zoo.run_folder import read_metrics
 
 REPO = Path(__file__).resolve().parents[1]
-TINY = [
-    "vision=timm",
-    "vision.width=16",
-    "vision.heads=2",
-    "vision.depth=1",
-    "vision.layer=-1",
-    "vision.image_size=32",
-    "vision.patch_size=8",
-    "projector=mlp",
-    "llm=hf",
-    "llm.hidden_size=16",
-    "llm.num_layers=1",
-    "llm.num_heads=2",
-    "llm.intermediate_size=32",
-    "tokenizer.vocab_size=320",
-    "data=[scenes]",
-    "data.scenes.size=32",
-    "data.scenes.scenes=40",
-    "data.scenes.eval_scenes=4",
-    "device=cpu",
-    "precision=fp32",
-]
+RECIPE = """# @package _global_
+defaults:
+  - override /model: scenes_tiny
+  - override /data: [scenes]
+vision: {width: 16, heads: 2, depth: 1, layer: -1, image_size: 32, patch_size: 8}
+llm: {hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 32}
+tokenizer: {vocab_size: 320}
+data: {scenes: {size: 32, scenes: 40, eval_scenes: 4, grid: 4}}
+device: cpu
+precision: fp32
+stages:
+"""
 
 
-def arguments(folder: Path, *more: str, recipe: str) -> list[str]:
-    """Overrides of a tiny run in `folder`."""
-    return [f"recipe={recipe}", *TINY, f"run.folder={folder}", f"run.dir={folder.parent}", *more]
+def recipe(place: Path, stages: Mapping[str, str], name: str = "tiny") -> list[str]:
+    """Write a recipe with these stages (YAML in braces) into a config folder; returns the words that choose it."""
+    folder = place / "conf" / "recipe"
+    folder.mkdir(parents=True, exist_ok=True)
+    body = "".join(f"  {stage}: {{{fields}}}\n" for stage, fields in stages.items())
+    (folder / f"{name}.yaml").write_text(RECIPE + body, encoding="utf-8")
+    return ["--config-dir", str(place / "conf"), f"recipe={name}", f"run.dir={place}"]
 
 
-def start(args: list[str], *, processes: int = 1, cwd: Path | None = None) -> subprocess.Popen:
-    """Start `zoo train` with real arguments, on one process or under torchrun."""
-    launcher = [sys.executable]
+def config(words: list[str], *more: str) -> Any:
+    """Compose the config of `zoo train <words>`."""
+    from zoo.config import compose
+
+    return compose("train", [*words[2:], *more], words[1])
+
+
+def start(words: list[str], *, processes: int = 1) -> subprocess.Popen:
+    """Start `zoo train` with these words, on one process or under torchrun."""
+    command = [sys.executable, "-m", "zoo.train"]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += ["-m", "zoo.train"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*launcher, "-m", "zoo.train", *args], cwd=cwd or REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *words], cwd=REPO, env=env, **pipe)
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    """Step and loss of every line of a run's metrics."""
-    return [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+def losses(folder: Path) -> dict[int, float]:
+    """Step -> loss of a run's metrics; every step may be logged once only."""
+    rows = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+    return {r["step"]: r["loss"] for r in rows}
