@@ -145,3 +145,21 @@ def test_other_families_build(family):
     with torch.device("meta"):
         tower = build("vision", {"name": "timm", "model": name})
     assert tower.num_tokens > 16
+
+
+def test_a_weights_file_goes_with_a_named_model(tmp_path):
+    """Weights alone say no sizes, so the model is one of timm's own."""
+    import timm
+
+    model = timm.create_model("test_vit")
+    save_timm(model, tmp_path)
+    file = str(tmp_path / "model.safetensors")
+    tower = build("vision", {"name": "timm", "model": "test_vit", "checkpoint": file, "layer": -1}).eval()
+    size = model.patch_embed.img_size[0]
+    with torch.no_grad():
+        (want,) = model.eval().forward_intermediates(
+            pixels(size=size), indices=[len(model.blocks) - 1], output_fmt="NLC", intermediates_only=True
+        )
+        assert torch.equal(tower(pixels(size=size)).tokens, want)
+    with pytest.raises(ZooError, match=r"has no config.json. It holds: nothing, it is no folder"):
+        build("vision", {"name": "timm", "checkpoint": file})

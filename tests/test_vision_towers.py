@@ -216,3 +216,15 @@ def test_every_option_is_documented():
         entry, _ = config_of("vision", {"name": name})
         assert [o.name for o in entry.options if not o.doc] == []
         assert "name" not in {f.name for f in dataclasses.fields(entry.config)}
+
+
+@pytest.mark.parametrize("name", names("vision"))
+def test_a_hub_name_that_is_not_in_the_cache_says_so(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ZooError, match=r"json of 'nobody/nothing@v1' is not in the cache"):
+        build("vision", {"name": name, "checkpoint": "nobody/nothing", "revision": "v1"})
+    with pytest.raises(ZooError, match=r"revision 'v1' is of a hub checkpoint, and checkpoint is"):
+        build("vision", {"name": name, "checkpoint": str(tmp_path), "revision": "v1"})
+    with pytest.raises(ZooError, match=r"No checkpoint at '/no/such/place'"):
+        build("vision", {"name": name, "checkpoint": "/no/such/place"})

@@ -18,7 +18,7 @@ ALLOWED = (
 
 
 def is_local(checkpoint: str) -> bool:
-    """Whether `checkpoint` names a folder of this machine.
+    """Whether `checkpoint` names a folder, or a file, of this machine.
 
     Raises:
         ZooError: it is written as a path, and nothing is there.
@@ -43,18 +43,21 @@ def at(checkpoint: str, revision: str) -> str:
 def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
     """Return the path of one file of a checkpoint; a hub name (`org/name@revision`) is downloaded on first use.
 
+    Where weights are asked for, the checkpoint may be the file itself.
+
     Raises:
         ZooError: there is no such file (None if `optional`), or the hub cannot be reached.
     """
     if not name.endswith(ALLOWED):
         raise ZooError(f"{checkpoint!r}: only JSON and safetensors files are read, not {name!r}.")
     if is_local(checkpoint):
-        path = Path(checkpoint).expanduser() / name
+        place = Path(checkpoint).expanduser()
+        path = place if place.suffix == Path(name).suffix == ".safetensors" else place / name
         if path.is_file():
             return path
         if optional:
             return None
-        raise ZooError(f"Checkpoint folder {checkpoint!r} has no {name}. It holds: {_listing(path.parent)}.")
+        raise ZooError(f"Checkpoint folder {checkpoint!r} has no {name}. It holds: {_listing(place)}.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

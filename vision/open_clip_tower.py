@@ -89,7 +89,7 @@ class OpenClipRunner(Runner):
         self.tower, self.norm = tower, norm
         self.hidden_size = tower.transformer.width
         self.grid = tuple(tower.grid_size)
-        self.attention = getattr(tower.transformer.resblocks[-1], "attn", None)
+        self.attention = tower.transformer.resblocks[-1].attn
         self.has_row = type(self.attention) is nn.MultiheadAttention
         if self.has_row:
             self.attention.register_forward_pre_hook(self._keep)
@@ -117,7 +117,7 @@ class OpenClipRunner(Runner):
 
     def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
         assert self.query is not None and self.key is not None, "the hook of the last block did not fire"
-        heads = (self.attention.num_heads, -1)  # type: ignore[union-attr]
+        heads = (self.attention.num_heads, -1)
         query = self.query.unflatten(-1, heads).transpose(1, 2)  # (M, H, 1, d)
         return query, self.key.unflatten(-1, heads).transpose(1, 2), query.shape[-1] ** -0.5
 

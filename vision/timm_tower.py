@@ -64,7 +64,7 @@ class TimmVision(Tower):
 def _sized(config: TimmVisionConfig) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    tower = VisionTransformer(
+    tower: Any = VisionTransformer(
         img_size=config.image_size or 224,
         patch_size=config.patch_size,
         embed_dim=config.width,
@@ -95,11 +95,9 @@ def _named(config: TimmVisionConfig) -> nn.Module:
     if config.model:
         _check_name(config.model)
         name = config.model
-    elif is_local(source):
-        fetch(source, "config.json")
-        name = f"local-dir:{source}"
     else:
-        name = f"hf-hub:{source}"
+        fetch(source, "config.json")  # timm reads it by itself; here, what is wrong is said in our words
+        name = f"local-dir:{source}" if is_local(source) else f"hf-hub:{source}"
     if source and not on_meta():
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"source": "", "file": str(_weights(config, source))}}
     try:

@@ -27,7 +27,7 @@ def to_pixels(image: Any, transform: ImageTransform, where: str = "") -> Tensor:
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and _fits(image.shape, transform.size)):
         image = np.asarray(fit(open_image(image, where), transform))
-    return normalise(torch.from_numpy(np.require(image, requirements="CW")), transform)  # a copy only if need be
+    return normalise(torch.from_numpy(np.require(image, requirements=["C", "W"])), transform)  # a copy only if need be
 
 
 def normalise(image: Tensor, transform: ImageTransform) -> Tensor:
