@@ -163,6 +163,13 @@ def test_is_a_function_of_seed_split_index_and_epoch():
     assert np.array_equal(longer.get(17).images[0](), TRAIN.get(17).images[0]())
 
 
+def test_data_sets_that_differ_in_their_questions_share_pictures():
+    other = Scenes(replace(TRAIN.config, questions={"relation": 9}))
+    assert np.shares_memory(other.get(5).images[0](), TRAIN.get(5).images[0]())
+    assert said(other.get(5)) != said(TRAIN.get(5))
+    assert not np.shares_memory(Scenes(replace(TRAIN.config, size=32)).get(5).images[0](), TRAIN.get(5).images[0]())
+
+
 def test_splits_share_no_picture_and_training_sees_no_held_out_pair():
     pairs = {f"{c} {s}" for c, s in HELD_OUT}
     train = {TRAIN.get(i).images[0]().tobytes() for i in range(600)}

@@ -176,7 +176,7 @@ def _ground(rng: np.random.Generator, n: int, level: Level, size: int) -> np.nda
 
 def _alphas(objects: Objects, level: Level, size: int) -> dict[tuple[int, int], np.ndarray]:
     """How much of each pixel of its window an object covers, by (scene, place in it)."""
-    alphas = {}
+    alphas: dict[tuple[int, int], np.ndarray] = {}
     for large, radius in enumerate(RADII):
         side = int(np.ceil(2 * (radius + WOBBLE) * size)) + 3  # holds the object and its rim
         pixel = np.arange(side, dtype=np.float32) + 0.5

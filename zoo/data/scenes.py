@@ -14,6 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -156,8 +157,13 @@ class Scenes:
     def _image(self, chunk: Chunk, at: int) -> np.ndarray:
         """Draw a picture, (size, size, 3) uint8, and the others of its chunk; once."""
         if chunk not in self._drawn:
-            rng = self._rng(DRAW, chunk)
-            self._drawn[chunk] = scene_draw.draw(rng, self._objects(chunk), self.level, self.config.size)
+            c = self.config
+            world = (c.seed, c.split, c.difficulty, c.size, chunk)
+            pictures = _PICTURES.get(world)
+            if pictures is None:
+                pictures = scene_draw.draw(self._rng(DRAW, chunk), self._objects(chunk), self.level, c.size)
+                _PICTURES[world] = pictures
+            self._drawn[chunk] = pictures
         return self._drawn[chunk][at]
 
     def _labels(self, chunk: Chunk) -> np.ndarray:
@@ -198,6 +204,10 @@ class Scenes:
             task=TASKS.get(name, "exact"),
             meta={"held_out": chunk.held_out},
         )
+
+
+# What some data set of this process holds: stages that ask other questions about the same pictures share them.
+_PICTURES: WeakValueDictionary[tuple[int, str, int, int, Chunk], np.ndarray] = WeakValueDictionary()
 
 
 @lru_cache(maxsize=16384)
