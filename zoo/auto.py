@@ -10,13 +10,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_AUTO = "transformers.models.auto."
-# Once a module of transformers is loaded, ours is imported, and its last line registers what it defines.
-_OURS = {
-    f"{_AUTO}configuration_auto": "zoo.model",
-    f"{_AUTO}modeling_auto": "zoo.model",
-    f"{_AUTO}processing_auto": "zoo.processor",
-}
+_AUTO = "transformers.models.auto.configuration_auto"
+_OURS = ("zoo.model", "zoo.processor")  # their last lines register what they define
 
 
 def register_model(config: type, model: type) -> None:
@@ -37,20 +32,18 @@ def register_processor(config: type, processor: type) -> None:
 
 
 def register_when_loaded() -> None:
-    """Register now or when the Auto classes are first imported."""
-    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+    """Register now or, if nobody has imported the Auto classes yet, when somebody does."""
+    if _AUTO in sys.modules:
+        _import_ours()
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
-    for theirs in _OURS:
-        if theirs in sys.modules:
-            _import_ours(theirs)
 
 
-def _import_ours(theirs: str) -> None:
-    """Import our module, unless it or one of transformers is being imported: the outermost of those comes here as well."""
-    ours = _OURS[theirs]
-    busy = [n for n, m in list(sys.modules.items()) if (n == ours or n.startswith("transformers.")) and _is_busy(m)]
-    if not busy:
-        import_module(ours)
+def _import_ours() -> None:
+    """Import our modules, unless one of them is being imported right now and will come to its last line by itself."""
+    if not any(_is_busy(sys.modules.get(name)) for name in _OURS):
+        for name in _OURS:
+            import_module(name)
 
 
 def _is_busy(module: ModuleType | None) -> bool:
@@ -58,20 +51,33 @@ def _is_busy(module: ModuleType | None) -> bool:
 
 
 class _Watch(MetaPathFinder):
-    """Finds the Auto modules as the import system would, and adds a step behind their execution."""
+    """Follows the imports of transformers: once the outermost is done and the Auto classes are there, ours follow.
+
+    In between they cannot: the modules of transformers import each other in circles.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in _OURS:
+        if not name.startswith("transformers."):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _Counted(spec.loader, self)
         return spec
 
+    def done(self) -> None:
+        if self.depth == 0 and _AUTO in sys.modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            _import_ours()
 
-class _ThenRegister(Loader):
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+
+class _Counted(Loader):
+    """A loader that tells the watch when it begins and ends."""
+
+    def __init__(self, loader: Any, watch: _Watch) -> None:
+        self.loader, self.watch = loader, watch
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks and inspect
         return getattr(self.loader, name)
@@ -80,7 +86,13 @@ class _ThenRegister(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
         if module.__spec__ is not None:
-            module.__spec__._initializing = False  # executed: what is imported now may use it
-        _import_ours(module.__name__)
+            module.__spec__.loader = self.loader
+        self.watch.depth += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.watch.depth -= 1
+        if module.__spec__ is not None:
+            module.__spec__._initializing = False  # executed: what is imported next may use it
+        self.watch.done()
