@@ -16,6 +16,8 @@ from zoo.registry import ZooError, unknown
 ZOO_EAGER = "zoo_eager"
 LONG = 1024  # keys from which on `zoo_eager` calls the fused kernel: the matrix of scores no longer fits the caches
 
+_CACHED = 1 << 21  # bytes of scores computed at a time on CPU
+
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _NAMES = ("auto", "eager", "sdpa", "flex_attention", ZOO_EAGER, *_FLASH)
 
@@ -205,6 +207,10 @@ def zoo_eager(
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # (B, T, H, e)
     query = (query * scaling).to(dtype).reshape(b, kv, h // kv * t, -1)  # (B, H_kv, H/H_kv * T, d)
+    plain = softcap is not None or dropout or query.device.type != "cpu" or torch.compiler.is_compiling()
+    if attention_mask is not None and not plain:
+        out = _Rows.apply(query, key, value, attention_mask.expand(b, -1, -1, -1))
+        return out.view(b, h, t, -1).transpose(1, 2).contiguous(), None  # (B, T, H, e)
     scores = query @ key.transpose(-1, -2)  # (B, H_kv, H/H_kv * T, S)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -218,3 +224,48 @@ def zoo_eager(
         weights = F.dropout(weights, dropout, training=module.training)
     out = weights.view(b, kv, h // kv * t, s) @ value  # (B, H_kv, H/H_kv * T, e)
     return out.view(b, h, t, -1).transpose(1, 2).contiguous(), None  # (B, T, H, e)
+
+
+class _Rows(torch.autograd.Function):
+    """The same products a few rows of the batch at a time, so that their scores stay in the cache of the core.
+
+    Measured against all rows at once, 20 rows of 230, 4 heads of 32, bf16: 0.92 to 0.94 of the step of a 4-layer model
+    of width 128 on one thread.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Attend: query (B, H_kv, G * T, d) with scaled entries, key (B, H_kv, S, d), mask (B, 1, T, S)."""
+        b, kv, gt, _ = query.shape
+        t, s = mask.shape[-2:]
+        n = max(1, _CACHED // (kv * gt * s * query.element_size()))  # rows at a time
+        keep = any(ctx.needs_input_grad)
+        weights = query.new_empty(b if keep else n, kv, gt, s)
+        out = query.new_empty(b, kv, gt, value.shape[-1])
+        for i in range(0, b, n):
+            rows = slice(i, i + n)
+            scores = query[rows] @ key[rows].transpose(-1, -2)  # (n, H_kv, G * T, S)
+            scores.view(-1, kv, gt // t, t, s).add_(mask[rows, :, None])
+            part = weights[rows] if keep else weights[: len(scores)]
+            torch.softmax(scores, dim=-1, out=part)
+            torch.matmul(part, value[rows], out=out[rows])
+        if keep:
+            ctx.save_for_backward(query, key, value, weights)
+            ctx.n = n
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value; the mask has none."""
+        query, key, value, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
+        for i in range(0, len(query), ctx.n):
+            rows = slice(i, i + ctx.n)
+            w, g = weights[rows], grad[rows]
+            torch.matmul(w.transpose(-1, -2), g, out=dv[rows])
+            ds = torch._softmax_backward_data(g @ value[rows].transpose(-1, -2), w, -1, w.dtype)  # (n, H_kv, G * T, S)
+            torch.matmul(ds, key[rows], out=dq[rows])
+            torch.matmul(ds.transpose(-1, -2), query[rows], out=dk[rows])
+        return dq, dk, dv, None

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
 from zoo.registry import ZooError, nearest, register, unknown
 

@@ -13,7 +13,7 @@ VOCAB = 97
 
 
 def llm_node(model_type: str = "llama", **options) -> dict:
-    """A node of a two-layer model of width 32; grouped queries where the family has them, four experts in MoE families."""
+    """A node of two layers of width 32; grouped queries where the family has them, four experts in MoE families."""
     node = {"name": "hf", "model_type": model_type, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
     node |= {"intermediate_size": 48, "max_positions": 128}
     node |= {} if model_type in NO_GROUPS else {"num_kv_heads": 2}

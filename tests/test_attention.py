@@ -67,7 +67,7 @@ def test_packed_rows_compute_what_each_dialog_computes_alone(model_type, name):
     packed = llm.hidden(inputs_embeds=embeds, attention_mask=seen, position_ids=positions).last_hidden_state
     weights = torch.randn(16, 32)
     new = [[4, 5, 6], [7, 8], [11, 12, 13]]  # positions that are a dialog's own
-    (packed[0] * weights)[sum(new, [])].sum().backward()
+    (packed[0] * weights)[[i for own in new for i in own]].sum().backward()
     grads = [embeds.grad.clone(), *(p.grad.clone() for p in llm.layers.parameters())]
     embeds.grad = None
     llm.zero_grad()
@@ -85,7 +85,7 @@ def test_packed_rows_compute_what_each_dialog_computes_alone(model_type, name):
 @pytest.mark.parametrize("name", ["sdpa", ZOO_EAGER])
 @torch.no_grad()
 def test_positions_that_start_again_do_not_pack_by_themselves(name):
-    """transformers takes them for packing only without mask and cache; an all-ones mask mixes the samples silently."""
+    """They mean packing to transformers only without mask and cache; an all-ones mask mixes the samples silently."""
     llm = tiny_llm(attention=name)
     _, segments, _, _ = packed_rows()
     segments = segments[:, :14]
@@ -121,6 +121,27 @@ def test_zoo_eager_is_the_other_kernels(model_type, long, monkeypatch):
     for other in found.keys() - {"eager"}:
         for a, b in zip(found[other], found["eager"], strict=True):
             assert torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max())), other
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 2, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mask_rows", [1, 5])
+def test_rows_in_any_portions_are_the_equation(rows_at_a_time, groups, mask_rows, monkeypatch):
+    b, kv, t, d = 5, 2, 7, 4
+    monkeypatch.setattr(attention, "_CACHED", rows_at_a_time * kv * groups * t * t * 4)
+    q, k, v = (torch.randn(b, h, t, d).requires_grad_() for h in (kv * groups, kv, kv))
+    visible = torch.rand(mask_rows, 1, t, t).gt(0.5) | torch.eye(t).bool()
+    out, _ = attention.zoo_eager(torch.nn.Identity(), q, k, v, visible, scaling=0.3)
+    weight = torch.randn(b, t, kv * groups, d)
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(groups, 1)) * 0.3
+    probs = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    wanted = torch.einsum("bhts,bhsd->bthd", probs, v.repeat_interleave(groups, 1))
+    assert torch.allclose(out, wanted, atol=1e-5)
+    for a, b in zip(grads, torch.autograd.grad((wanted * weight).sum(), (q, k, v)), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(attention.zoo_eager(torch.nn.Identity(), q, k, v, visible, scaling=0.3)[0], out)
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", ZOO_EAGER])
