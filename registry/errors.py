@@ -10,33 +10,45 @@ class ZooError(ValueError):
     """A mistake in a config or a call: the message says what was wrong, what was given and what is allowed."""
 
 
-def edits(given: str, wanted: str) -> int:
+def edits(given: str, wanted: str, most: int | None = None) -> int:
     """Count the insertions, deletions, substitutions and swaps of neighbours that lead from one word to the other.
 
     This is the optimal string alignment distance: one slip of a finger costs one, which `difflib` does not promise.
+    Beyond `most` the count stops, and `most + 1` is returned.
     """
+    most = max(len(given), len(wanted)) if most is None else most
+    letters, others = set(given), set(wanted)
+    if max(abs(len(given) - len(wanted)), len(letters - others), len(others - letters)) > most:
+        return most + 1  # each letter that the other word lacks costs an edit
     before: list[int] = []
     row = list(range(len(wanted) + 1))
     for i, a in enumerate(given, 1):
         before, row, above = row, [i], before
         for j, b in enumerate(wanted, 1):
-            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
-            if i > 1 and j > 1 and a == wanted[j - 2] and given[i - 2] == b:
+            best = before[j - 1] if a == b else 1 + min(before[j - 1], before[j], row[j - 1])
+            if a != b and i > 1 and j > 1 and a == wanted[j - 2] and given[i - 2] == b:
                 best = min(best, above[j - 2] + 1)
             row.append(best)
-    return row[-1]
+        if min(row) > most and min(before) > most:
+            return most + 1
+    return min(row[-1], most + 1)
 
 
 def nearest(given: str, allowed: Iterable[str], most: int = 1) -> list[str]:
     """Return up to `most` of `allowed` that a person may have meant by `given`, best first; none if all are far off."""
     lowered = given.lower()
-    ranked = []
+    ranked: list[tuple[int, str]] = []
+    closest = len(given) + 1  # where one is asked for, only a name that is closer still is worth the count
     for name in sorted(set(allowed)):
-        distance = edits(lowered, name.lower())
-        within = distance <= max(1, (max(len(given), len(name)) + 1) // 3)
-        part = len(lowered) >= 3 and (lowered in name.lower() or name.lower() in lowered)
-        if within or part:
-            ranked.append((distance if within else distance + 100, name))
+        other = name.lower()
+        limit = max(1, (max(len(given), len(name)) + 1) // 3)
+        least = min(limit, closest - 1) if most == 1 else limit
+        distance = edits(lowered, other, least) if least >= 0 else least + 1
+        if distance <= least:
+            ranked.append((distance, name))
+            closest = distance
+        elif len(lowered) >= 3 and (lowered in other or other in lowered):
+            ranked.append((limit + 100, name))
     return [name for _, name in sorted(ranked)[:most]]
 
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,62 @@ def options_of(config: type) -> list[Option]:
 def options_in(file: Path, kind: str, name: str) -> list[Option]:
     """Return the options of the component that `file` registers under `name`; none where the text does not say."""
     try:
-        text = file.read_text(encoding="utf-8")
-        classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
-    except (OSError, SyntaxError):
-        return []
-    for node in classes.values():
-        if _registers(node, kind, name):
-            config = classes.get(_config_annotation(node))
-            return _fields(config, classes, text.splitlines()) if config else []
+        text = _Text(file)
+        for node in text.classes.values():
+            if _registers(node, kind, name):
+                return text.fields(_config_annotation(node))
+    except (OSError, SyntaxError, LookupError, ImportError):
+        pass
     return []
+
+
+class _Text:
+    """The classes in a source file, and where it imports others from."""
+
+    def __init__(self, file: Path) -> None:
+        text = file.read_text(encoding="utf-8")
+        body = ast.parse(text).body
+        self.lines = text.splitlines()
+        self.classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+        imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module]
+        self.imported = {
+            alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names
+        }
+
+    def fields(self, name: str) -> list[Option]:
+        """Return the fields of a dataclass, those it inherits first.
+
+        Raises:
+            LookupError: it, or one of its bases, is neither here nor imported from a file.
+        """
+        if name not in self.classes:
+            module, original = self.imported[name]
+            spec = find_spec(module)
+            if spec is None or not spec.origin:
+                raise LookupError(name)
+            return _Text(Path(spec.origin)).fields(original)
+        config = self.classes[name]
+        options: dict[str, Option] = {}
+        for base in reversed(config.bases):
+            if not isinstance(base, ast.Name):
+                raise LookupError(ast.unparse(base))
+            options |= {option.name: option for option in self.fields(base.id)}
+        docs = field_comments(self.lines[config.lineno - 1 : config.end_lineno])
+        for item in config.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                field = item.target.id
+                options[field] = Option(field, ast.unparse(item.annotation), _default(item.value), docs.get(field, ""))
+        return list(options.values())
+
+
+def _default(value: ast.expr | None) -> Any:
+    """Return a default as far as the text says it; None where it is made by code."""
+    if value is None or ast.unparse(value) == "MISSING":
+        return MISSING
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        return None
 
 
 def _registers(node: ast.ClassDef, kind: str, name: str) -> bool:
@@ -76,23 +124,6 @@ def _config_annotation(node: ast.ClassDef) -> str:
                 if argument.arg == "config" and isinstance(argument.annotation, ast.Name):
                     return argument.annotation.id
     return ""
-
-
-def _fields(config: ast.ClassDef, classes: dict[str, ast.ClassDef], lines: list[str]) -> list[Option]:
-    options = {}
-    for base in config.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            options |= {o.name: o for o in _fields(classes[base.id], classes, lines)}
-    docs = field_comments(lines[config.lineno - 1 : config.end_lineno])
-    for item in config.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            try:
-                default = ast.literal_eval(item.value) if item.value else MISSING
-            except ValueError:
-                default = MISSING if ast.unparse(item.value) == "MISSING" else None
-            name = item.target.id
-            options[name] = Option(name, ast.unparse(item.annotation), default, docs.get(name, ""))
-    return list(options.values())
 
 
 def _comments_of(cls: type) -> dict[str, str]:

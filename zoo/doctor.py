@@ -5,10 +5,10 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
-from zoo.registry import plugins
+from zoo.registry import ZooError, plugins
 
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 LIBRARIES = ("torch", "transformers", "timm", "open_clip_torch", "peft", "accelerate", "hydra-core", "omegaconf")
 OPTIONAL = {"flash-attn": "flash", "av": "video", "decord": "video", "datasets": "datasets", "tensorboard": "trackers"}
 OPTIONAL |= {"trackio": "trackers", "wandb": "trackers"}
@@ -58,18 +58,16 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _attention() -> Iterator[tuple[str, str]]:
     import torch
 
-    cuda = torch.cuda.is_available()
-    major = torch.cuda.get_device_capability()[0] if cuda else 0
-    flash = find_spec("flash_attn") is not None and bool(_version("flash-attn"))
-    yield "eager", "available"
-    yield "sdpa", "available" + ("; its CUDA kernels are flash kernels" if cuda else "")
-    yield "flex_attention", "available"
-    for name, there, least in (
-        ("flash_attention_2", flash, 8),
-        ("flash_attention_3", find_spec("flash_attn_interface") is not None, 9),
-    ):
-        reason = "not installed" if not there else "no CUDA device" if not cuda else "" if major >= least else "old GPU"
-        yield name, reason or "available"
+    from zoo.fusion.attention import resolve_attention
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"auto, {str(dtype)[6:]}", resolve_attention("auto", device, dtype)
+    for name in ATTENTION:
+        try:
+            yield resolve_attention(name, device, torch.bfloat16), "available"
+        except ZooError as error:
+            yield name, str(error).partition("cannot run: ")[2].partition(". Use")[0] or str(error)
 
 
 def _plugins() -> int:

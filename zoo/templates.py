@@ -1,4 +1,6 @@
-"""What `zoo new` writes: a small component that works for each kind, to change from there; NAME and CLASS are filled in."""
+"""What `zoo new` writes: for each kind a small component that works, to change from there."""
+
+# NAME stands for the component's name and CLASS for its class.
 
 PRUNER = '''"""CLASS: keep the first image tokens of each image, in grid order."""
 

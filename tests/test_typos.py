@@ -1,0 +1,112 @@
+"""One slip of a finger in any name or option, and the right one is suggested first."""
+
+import random
+import string
+
+import pytest
+
+from zoo import ZooError, presets
+from zoo.cli import COMMANDS
+from zoo.config import ModelSource, RunConfig, RunRoot, TokenizerConfig, compose
+from zoo.registry import KINDS, build, names, nearest, options_of, source_options
+from zoo.registry.errors import edits
+from zoo.stage import Stage
+
+LETTERS = string.ascii_lowercase + string.digits + "_"
+
+
+def one_edit(word: str) -> set[str]:
+    """Every string that one insertion, deletion, substitution or transposition makes of `word`."""
+    cuts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
+    found = {a + b[1:] for a, b in cuts if b} | {a + b[1] + b[0] + b[2:] for a, b in cuts if len(b) > 1}
+    found |= {a + c + b[1:] for a, b in cuts if b for c in LETTERS} | {a + c + b for a, b in cuts for c in LETTERS}
+    return found - {word, ""}
+
+
+def pools() -> dict[str, list[str]]:
+    """What a word can be mistaken within: the names of a kind, or the options of a component."""
+    found = {kind: names(kind) for kind in KINDS}
+    found |= {f"{group}=": presets.available(group) for group in ("model", "recipe", "data")}
+    found |= {f"{k}/{n}": [o.name for o in source_options(k, n)] for k in KINDS for n in names(k)}
+    schemas = {"run": RunRoot, "stage": Stage, "run.": RunConfig, "tokenizer.": TokenizerConfig, "model.": ModelSource}
+    found |= {key: [o.name for o in options_of(schema)] for key, schema in schemas.items()}
+    return found | {"commands": list(COMMANDS)}
+
+
+def naive_edits(a: str, b: str) -> int:
+    """Optimal string alignment by its definition, recursively."""
+    if not a or not b:
+        return len(a) + len(b)
+    costs = [naive_edits(a[1:], b) + 1, naive_edits(a, b[1:]) + 1, naive_edits(a[1:], b[1:]) + (a[0] != b[0])]
+    if len(a) > 1 and len(b) > 1 and a[0] == b[1] and a[1] == b[0]:
+        costs.append(naive_edits(a[2:], b[2:]) + 1)
+    return min(costs)
+
+
+def test_edits_is_what_its_definition_says():
+    draw = random.Random(0)
+    for _ in range(300):
+        a, b = ("".join(draw.choices("abc", k=draw.randint(0, 5))) for _ in range(2))
+        assert edits(a, b) == naive_edits(a, b), (a, b)
+        assert edits(a, b, most=1) == min(2, naive_edits(a, b)), (a, b)
+
+
+def test_one_edit_typos_of_every_name_and_option_get_the_right_suggestion():
+    right = total = 0
+    wrong = []
+    for pool, words in pools().items():
+        for word in words:
+            for typo in one_edit(word) - set(words):
+                total += 1
+                if nearest(typo, words) == [word]:
+                    right += 1
+                else:
+                    wrong.append((pool, typo, word))
+    share = right / total
+    print(f"\n{right} of {total} one-edit typos ({share:.2%}) get the right suggestion first; not: {wrong[:8]}")
+    assert total > 50_000
+    assert share >= 0.95
+
+
+def test_every_component_has_options_in_its_text_that_equal_those_of_its_dataclass():
+    """The corpus and the early errors read source text; this is what they rest on."""
+    from zoo.registry import entries
+    from zoo.registry.core import source_of
+    from zoo.registry.source import options_in
+
+    for entry in entries():
+        read = options_in(source_of(entry.kind, entry.name), entry.kind, entry.name)
+        assert [o.name for o in read] == [o.name for o in entry.options], (entry.kind, entry.name)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pruner=rndom", "No pruner named 'rndom'. Did you mean 'random'? Available: "),
+        ("prunr=random", "No option named 'prunr'. Did you mean 'pruner'?"),
+        ("recipe=scenes_tny", "No recipe named 'scenes_tny'. Did you mean 'scenes_tiny'?"),
+        ("model=scenes_tny", "No model named 'scenes_tny'. Did you mean 'scenes_tiny'?"),
+        ("data=[scens]", "No data set named 'scens'. Did you mean 'scenes'?"),
+        ("task=exct", "No task named 'exct'. Did you mean 'exact'?"),
+        ("projector.dept=3", "No option of projector 'mlp' named 'dept'. Did you mean 'depth' (int, default 2)?"),
+        ("run.nam=x", "No option of 'run' named 'nam'. Did you mean 'name' (str, default '')?"),
+        ("stages.x.stps=3", "No option of stage 'x' named 'stps'. Did you mean 'steps' (int | None, default None)?"),
+        ("batch_sze=3", "No option named 'batch_sze'. Did you mean 'batch_size'?"),
+    ],
+)
+def test_overrides(override, message):
+    with pytest.raises(ZooError) as error:
+        compose("train", ["pruner=[random]", override] if not override.startswith("pruner") else [override])
+    assert message in str(error.value)
+    assert "+" not in str(error.value)
+
+
+def test_python_calls():
+    with pytest.raises(ZooError, match=r"No kind of component named 'prunr'. Did you mean 'pruner'"):
+        names("prunr")
+    with pytest.raises(ZooError, match=r"No pruner named 'rndom'. Did you mean 'random'"):
+        build("pruner", {"name": "rndom"})
+    with pytest.raises(ZooError, match=r"'keep_ration'. Did you mean 'keep_ratio'"):
+        build("pruner", {"name": "random", "keep_ration": 0.5})
+    with pytest.raises(ZooError, match=r"Option 'keep_ratio' of pruner 'random' takes float \(default 0.25\), got 'abc'"):
+        build("pruner", {"name": "random", "keep_ratio": "abc"})
