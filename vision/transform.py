@@ -25,6 +25,8 @@ def to_pixels(image: Any, transform: ImageTransform, where: str = "") -> Tensor:
     An array (h, w) or (h, w, 3) of uint8 that has the right size already is only normalised: 15 us at 64 x 64.
     Everything else goes through `open_image` and Pillow's resampling, which timm and open_clip use too.
     """
+    if callable(image):
+        image = image()
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and _fits(image.shape, transform.size)):
         image = np.asarray(fit(open_image(image, where), transform))
     return normalise(torch.from_numpy(np.require(image, requirements=["C", "W"])), transform)  # a copy only if need be
