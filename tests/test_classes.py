@@ -65,6 +65,20 @@ def test_questions_depend_on_seed_epoch_and_index_alone(folder):
     assert questions(load(folder), 3) != questions(load(folder, seed=1), 3)
 
 
+def test_training_pictures_are_mirrored_and_moved(folder):
+    still, moving = load(folder), load(folder, flip=True, shift=1)
+    shown = {moving.get(0, epoch).images[0].tobytes() for epoch in range(200)}
+    assert len(shown) == 2 * 9
+    image = still.get(0).images[0]
+    wide = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    windows = [wide[y : y + 5, x : x + 4] for y in range(3) for x in range(3)]
+    flipped = np.pad(image[:, ::-1], ((1, 1), (1, 1), (0, 0)), mode="edge")
+    windows += [flipped[y : y + 5, x : x + 4] for y in range(3) for x in range(3)]
+    assert shown == {np.ascontiguousarray(w).tobytes() for w in windows}
+    dev = load(folder, split="dev", flip=True, shift=1)
+    assert {dev.get(0, epoch).images[0].tobytes() for epoch in range(20)} == {dev.get(0).images[0].tobytes()}
+
+
 def test_knows_its_other_splits(folder):
     data = load(folder, eval_split="dev", limit=2)
     assert (len(data), len(data.eval_split()), len(data.eval_split().train_split())) == (2, 6, 60)

@@ -24,7 +24,9 @@ class ClassesConfig:
     name_question: str = "What is shown?"  # answered by the name of the class; empty: not asked
     yes_no_question: str = "Is this a {class}?"  # answered by yes or no; empty: not asked
     yes_no: int = 1  # yes/no questions about each image
-    seed: int = 0  # of the classes asked for, with the epoch and the index
+    flip: bool = False  # show half of the training pictures mirrored
+    shift: int = 0  # move training pictures by up to so many pixels, both ways; the edge repeats
+    seed: int = 0  # of the classes asked for and of how pictures are moved, with the epoch and the index
     limit: int = 0  # first images only; 0: all
 
     def __post_init__(self) -> None:
@@ -34,8 +36,9 @@ class ClassesConfig:
             "{class}" not in self.yes_no_question
         ):
             raise ZooError(f"yes_no_question takes '{{class}}' and no other brace, got {self.yes_no_question!r}.")
-        if self.yes_no < 0 or self.limit < 0:
-            raise ZooError(f"yes_no and limit must be 0 or more, got {self.yes_no} and {self.limit}.")
+        for name in ("yes_no", "shift", "limit"):
+            if getattr(self, name) < 0:
+                raise ZooError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         if not self.name_question and not (self.yes_no_question and self.yes_no):
             raise ZooError("There is nothing to ask: name_question and yes_no_question are both off.")
 
@@ -75,7 +78,10 @@ class Classes:
                 asked = (label + int(random.integers(1, len(self.config.classes)))) % len(self.config.classes)
             question = self.config.yes_no_question.replace("{class}", self.config.classes[asked])
             dialogs.append(_dialog(question, "yes" if asked == label else "no", "yes_no", "yes_no"))
-        return Sample(f"{self.config.split}-{index}", [_rgb(self.images[index])], dialogs)
+        image = _rgb(self.images[index])
+        if self.config.split == "train":
+            image = _moved(image, random, self.config.flip, self.config.shift)
+        return Sample(f"{self.config.split}-{index}", [image], dialogs)
 
     def train_split(self) -> "Classes":
         """The training pictures: what is common there is what a blind guess knows."""
@@ -100,6 +106,18 @@ def _dialog(question: str, answer: str, kind: str, task: str = "") -> Dialog:
 def _rgb(image: np.ndarray) -> np.ndarray:
     grey = image[..., None] if image.ndim == 2 else image  # (h, w, 1 or 3)
     return np.repeat(grey, 3, axis=2) if grey.shape[2] == 1 else grey  # (h, w, 3)
+
+
+def _moved(image: np.ndarray, random: np.random.Generator, flip: bool, shift: int) -> np.ndarray:
+    if flip and random.random() < 0.5:
+        image = image[:, ::-1]
+    if shift:
+        height, width = image.shape[:2]
+        down, right = random.integers(-shift, shift + 1, 2)
+        rows = (np.arange(height) - down).clip(0, height - 1)
+        columns = (np.arange(width) - right).clip(0, width - 1)
+        image = image[rows[:, None], columns]
+    return image
 
 
 def read_idx(path: Path) -> np.ndarray:
