@@ -6,6 +6,7 @@ stay what its checkpoints call them, whatever stands in between.
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -18,7 +19,7 @@ def linears(root: nn.Module, head: nn.Module | None = None) -> list[str]:
     return [n for n, m in root.named_modules() if m is not head and _is_linear(m)]
 
 
-def find_linears(lm: nn.Module, targets: Iterable[str], who: str) -> list[str]:
+def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
     """Name the linear layers of a language model that `targets` mean.
 
     Args:

@@ -147,7 +147,8 @@ def _zoo_eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: An
     from transformers.masking_utils import eager_mask
 
     device = torch.device(kwargs.get("device", "cpu"))
-    return eager_mask(*args, dtype=_product_dtype(device, dtype), **kwargs)
+    kwargs["dtype"] = _product_dtype(device, dtype)
+    return eager_mask(*args, **kwargs)
 
 
 def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -19,9 +19,9 @@ class LinearProjectorConfig:
 class LinearProjector(nn.Module):
     """As many tokens out as in."""
 
-    needs = frozenset()
-    provides = frozenset({"image_tokens"})
-    destroys = frozenset()
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({"image_tokens"})
+    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: LinearProjectorConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()

@@ -70,8 +70,8 @@ class HFLanguageModelConfig:
 class HFLanguageModel(nn.Module):
     """Any causal LM that transformers builds without remote code; safetensors only."""
 
-    needs = frozenset()
-    destroys = frozenset()
+    needs: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class HFLanguageModel(nn.Module):
         if attention == ZOO_EAGER:
             register_zoo_eager()
         source = _from_checkpoint if config.checkpoint else _from_sizes
-        self.lm = source(config, vocab_size, dtype, attention)
+        self.lm: Any = source(config, vocab_size, dtype, attention)
         if config.zero_init_residual:
             _zero_residual_outputs(self)
         text = self.lm.config.get_text_config()
@@ -105,7 +105,7 @@ class HFLanguageModel(nn.Module):
         self.num_experts = _first(text, _EXPERTS) or 0
         self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset()
         self.router_aux_coef = config.router_aux_coef
-        self._balance = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
+        self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
         self._routing: tuple[tuple[Tensor, ...], Tensor | None] | None = None
         if config.router_aux_coef and (not self.provides or self._balance is None):
             raise ZooError(f"router_aux_coef is for MoE LLMs with a balance loss; {text.model_type!r} has none.")
@@ -188,7 +188,7 @@ class HFLanguageModel(nn.Module):
 
 def _from_checkpoint(
     config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
-) -> nn.Module:
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -199,17 +199,21 @@ def _from_checkpoint(
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is no causal LM.")
-    kwargs = {k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None}
+    kwargs: dict[str, Any] = {
+        k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
+    }
     text = hf.get_text_config()
     if torch.get_default_device().type == "meta":
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
         return AutoModelForCausalLM.from_config(hf, **kwargs)
+    kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **where}
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            config.checkpoint, config=hf, use_safetensors=True, trust_remote_code=False, **where, **kwargs
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.checkpoint, config=hf, **kwargs)
     except OSError as error:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
+    lm, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
+        raise ZooError(f"llm checkpoint {config.checkpoint!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
     if vocab_size and vocab_size > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(vocab_size)
     return lm.train()
@@ -217,7 +221,7 @@ def _from_checkpoint(
 
 def _from_sizes(
     config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
-) -> nn.Module:
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not vocab_size:
@@ -270,10 +274,10 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
     }
     values |= {name: value for name, value in optional.items() if name in known}
     for ours, value, theirs in (("num_experts", config.num_experts, _EXPERTS), ("top_k", config.top_k, _TOP_K)):
-        name = next((n for n in theirs if n in known), None)
-        if value and name is None:
+        found = [name for name in theirs if name in known]
+        if value and not found:
             raise ZooError(f"{ours} is for MoE families; {config.model_type!r} has no experts.")
-        values |= {name: value} if value else {}
+        values |= dict.fromkeys(found[:1], value) if value else {}
     if config.num_kv_heads not in (0, config.num_heads) and "num_key_value_heads" not in known:
         raise ZooError(f"{config.model_type!r} has no separate key/value heads: leave num_kv_heads at 0.")
     values = {cls.attribute_map.get(k, k): v for k, v in values.items()}

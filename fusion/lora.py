@@ -1,8 +1,10 @@
 """LoRA: a low-rank term on linear layers of a frozen language model, through PEFT.
 
-Paper: Hu et al., arXiv:2106.09685. The layers are PEFT's own; they stand in the language model where they replace the
-linears, and the base weights keep the names that checkpoints know. Experts that transformers holds in one fused tensor
-are no linear layers: `all-linear` leaves them out.
+Paper: Hu et al., arXiv:2106.09685.
+
+The layers are PEFT's own; they stand in the language model where they replace the linears, and the base weights keep
+the names that checkpoints know. Experts that transformers holds in one fused tensor are no linear layers: `all-linear`
+leaves them out.
 """
 
 import json
@@ -40,16 +42,19 @@ class LoRAConfig:
 class LoRA(nn.Module):
     """Starts as the base model: the second factor is zero."""
 
-    needs = frozenset()
-    provides = frozenset()
-    destroys = frozenset()
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
+
+    lm: Any  # the transformers model; not a child: its parameters are the language model's
+    _layers: dict[str, Any]  # target -> PEFT layer; kept while detached
 
     def __init__(self, config: LoRAConfig, *, llm: Any) -> None:
         super().__init__()
         self.config = config
         self.targets = find_linears(llm.lm, config.targets, "adapter 'lora'")
-        self.__dict__["lm"] = llm.lm  # not a child: its parameters are the language model's
-        self.__dict__["_layers"] = {}  # target -> PEFT layer; kept while detached
+        self.__dict__["lm"] = llm.lm
+        self.__dict__["_layers"] = {}
         self._undo: list[Any] = []
 
     def attach(self) -> None:
@@ -141,7 +146,7 @@ class LoRA(nn.Module):
         return LoraConfig(
             fan_in_fan_out=type(getattr(first, "base_layer", first)).__name__ == "Conv1D",  # GPT-2 keeps (in, out)
             r=self.config.rank,
-            lora_alpha=self.config.alpha,
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # PEFT says int, and divides
             lora_dropout=self.config.dropout,
             target_modules=list(self.targets),
             bias="none",

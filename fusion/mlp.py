@@ -27,9 +27,9 @@ class MLPProjectorConfig:
 class MLPProjector(nn.Module):
     """As many tokens out as in."""
 
-    needs = frozenset()
-    provides = frozenset({"image_tokens"})
-    destroys = frozenset()
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({"image_tokens"})
+    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: MLPProjectorConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()

@@ -28,9 +28,9 @@ class PoolPrunerConfig:
 class PoolPruner(nn.Module):
     """Training-free; the result is a smaller grid, so what needs one may follow."""
 
-    needs = frozenset({"grid"})
-    provides = frozenset({"grid"})
-    destroys = frozenset()
+    needs: frozenset[str] = frozenset({"grid"})
+    provides: frozenset[str] = frozenset({"grid"})
+    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: PoolPrunerConfig, *, grid: tuple[int, int] | None) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class PoolPruner(nn.Module):
 
     def num_tokens(self, n: int) -> int:
         """Count the tokens left of a grid with `n`."""
-        if self.grid_in is None:
+        if self.grid_in is None or self.grid is None:
             return n  # refused by the check: the grid this needs is not there
         if n != self.grid_in[0] * self.grid_in[1]:
             raise ZooError(f"pruner 'pool' was made for a grid {list(self.grid_in)}, which does not hold {n} tokens.")

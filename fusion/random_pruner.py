@@ -30,9 +30,9 @@ class RandomPrunerConfig:
 class RandomPruner(nn.Module):
     """Training-free; those kept stay in grid order."""
 
-    needs = frozenset()
-    provides = frozenset()
-    destroys = frozenset({"grid"})
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset({"grid"})
 
     def __init__(self, config: RandomPrunerConfig) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
 """A fixed number of learned queries that read the image tokens by cross-attention: the baseline among projectors.
 
-Paper: Alayrac et al., arXiv:2204.14198 (Flamingo), section 3.1: each layer lets the queries attend to the image tokens
-and to themselves at once, then a feed-forward. We differ in adding fixed sine positions of the grid to the image
-tokens, as Qwen-VL does; where there is no grid they have none. Attention is torch's fused kernel.
+Paper: Alayrac et al., arXiv:2204.14198 (Flamingo), section 3.1.
+
+Each layer lets the queries attend to the image tokens and to themselves at once, then comes a feed-forward. We differ
+in adding fixed sine positions of the grid to the image tokens, as Qwen-VL does; where there is no grid they have none.
+Attention is torch's fused kernel.
 """
 
 from dataclasses import dataclass
@@ -34,9 +36,9 @@ class ResamplerConfig:
 class Resampler(nn.Module):
     """As many tokens out as there are queries."""
 
-    needs = frozenset()
-    provides = frozenset({"image_tokens"})
-    destroys = frozenset()
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({"image_tokens"})
+    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: ResamplerConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()

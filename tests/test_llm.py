@@ -117,6 +117,17 @@ def test_a_checkpoint_gives_its_weights_and_grows_with_the_tokenizer(tmp_path):
     assert next(half.parameters()).dtype == torch.bfloat16
 
 
+def test_a_checkpoint_without_some_of_its_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_llm().lm.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ZooError, match=r"lacks 1 weights, 'model.layers.1.mlp.up_proj.weight'"):
+        registry.build("llm", {"name": "hf", "checkpoint": str(tmp_path)}, vocab_size=VOCAB)
+
+
 def test_only_safetensors_and_causal_lms_are_read(tmp_path):
     llm = tiny_llm()
     llm.lm.config.save_pretrained(tmp_path)
