@@ -132,7 +132,7 @@ class ZooModel(PreTrainedModel):
     def set_attention(self, name: str) -> str:
         """Choose the LLM's attention: `auto` or a name that transformers knows; returns the one taken."""
         probe = next(self.llm.parameters())
-        taken = resolve_attention(name, probe.device, self._compute_dtype())
+        taken = resolve_attention(name, probe.device, self._compute_dtype(), lm=self.llm.lm)
         self.llm.lm.set_attn_implementation(taken)
         if hasattr(self.vision, "set_attention"):  # rows of its own length, never packed
             self.vision.set_attention(resolve_attention(name, probe.device, self._compute_dtype(), self.vision.num_tokens))
