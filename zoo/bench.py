@@ -1,0 +1,97 @@
+"""`zoo bench <name> [option=value ...]`: measure speed on this machine, every number against something.
+
+A bench is a module of `zoo.benches` with a dataclass `Options` and a function `run(options, show) -> Report`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError, unknown
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a bench is, and what it is for."""
+
+    module: str
+    summary: str
+
+
+BENCHES = {
+    "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
+}
+
+OUTPUTS = {
+    "json": "file for the rows and the machine as JSON",
+    "markdown": "file for the rows as a Markdown table",
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a bench and print its rows; 0 also where a bound is missed, which the rows say."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name, given = words[0], list(words[1:])
+    if name not in BENCHES:
+        raise unknown("bench", name, BENCHES)
+    module = import_module(BENCHES[name].module)
+    if any(word in ("-h", "--help") for word in given):
+        print(describe(name, module.Options))
+        return 0
+    files = {key: Path(value) for key, _, value in (w.partition("=") for w in given) if key in OUTPUTS and value}
+    options = parse(name, module.Options, [w for w in given if w.partition("=")[0] not in files])
+    report = module.run(options, lambda line: print(line, flush=True))
+    report.command = " ".join(["zoo bench", *words])
+    report.print()
+    if "json" in files:
+        report.write_json(files["json"])
+    if "markdown" in files:
+        report.write_markdown(files["markdown"])
+    return 0
+
+
+def parse(name: str, schema: type, words: Sequence[str]) -> Any:
+    """Make the options of a bench from `option=value` words.
+
+    Raises:
+        ZooError: no such option, or a value of another type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {f.name for f in dataclasses.fields(schema)}
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if not equals:
+            raise ZooError(f"bench {name!r} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
+        if option not in known:
+            raise unknown(f"option of bench {name!r}", option, known | set(OUTPUTS))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words))))
+    except OmegaConfBaseException as error:
+        raise ZooError(f"bench {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def overview() -> str:
+    """Return the text of `zoo bench --help`."""
+    width = max(map(len, BENCHES)) + 2
+    return "\n".join(
+        ["usage: zoo bench <name> [option=value ...]", ""]
+        + [f"  {name:<{width}}{bench.summary}" for name, bench in BENCHES.items()]
+        + ["", "zoo bench <name> --help lists its options."]
+    )
+
+
+def describe(name: str, schema: type) -> str:
+    """Return the options of a bench with their defaults and comments, read from the source of its dataclass."""
+    from zoo.registry import options_of
+
+    rows = [(f"{o.name}={o.default}", o.doc) for o in options_of(schema)]
+    rows += [(f"{key}=<path>", doc) for key, doc in OUTPUTS.items()]
+    width = max(len(left) for left, _ in rows) + 2
+    return "\n".join([f"usage: zoo bench {name} [option=value ...]", "", *(f"  {a:<{width}}{b}" for a, b in rows)])
