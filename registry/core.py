@@ -201,17 +201,19 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     for key in plain:
         if key not in known:
             raise unknown_option(f"{kind} {entry.name!r}", str(key), entry.options)
+    owner = f"{kind} {entry.name!r}"
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(entry.node), plain))
+        merged = OmegaConf.merge(OmegaConf.structured(entry.node), plain)
+        missing = [f.name for f in fields(entry.node) if OmegaConf.is_missing(merged, f.name)]
+        if missing:
+            raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
+        typed = OmegaConf.to_object(merged)
     except ZooError as error:
-        raise ZooError(f"{kind} {entry.name!r}: {error}") from error
+        raise ZooError(f"{owner}: {error}") from error
     except OmegaConfBaseException as error:
-        key = str(error.full_key or error.key or "").partition(".")[0]
+        key = str(error.full_key or error.key or "").partition(".")[0].partition("[")[0]
         message = (error.msg or str(error)).splitlines()[0]
-        raise wrong_value(f"{kind} {entry.name!r}", key, entry.options, message) from error
-    missing = [f.name for f in fields(entry.node) if getattr(typed, f.name) == MISSING]
-    if missing:
-        raise ZooError(f"{kind} {entry.name!r} needs a value for {', '.join(map(repr, missing))}.")
+        raise wrong_value(owner, key, entry.options, message) from error
     return entry, typed
 
 

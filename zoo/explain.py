@@ -32,6 +32,7 @@ def explained() -> Iterator[None]:
 
 def explain(error: BaseException) -> ZooError:
     """Return the ZooError that says what `error` means."""
+    from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
     where = _where(str(error))
@@ -42,7 +43,10 @@ def explain(error: BaseException) -> ZooError:
             return _missing_file(str(file), where)
         if isinstance(cause, OmegaConfBaseException) and (cause.full_key or cause.key) is not None:
             path = [p for p in re.split(r"[.\[\]]", str(cause.full_key or cause.key)) if p]
-            owner, options = describe(path[:-1], cause.parent_node)
+            node = cause.parent_node
+            while OmegaConf.is_list(node):  # an item of a list: the option is the list
+                node, path = node._get_parent(), path[:-1]
+            owner, options = describe(path[:-1], node)
             if isinstance(cause, ValidationError):
                 return _at(where, wrong_value(owner, path[-1], options, (cause.msg or str(cause)).splitlines()[0]))
             if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):

@@ -1,0 +1,160 @@
+"""Components from outside: installed, named, from a file; and that a broken one breaks nothing else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoo import ZooError
+from zoo.config import compose
+from zoo.registry import core, plugins
+
+ROOT = Path(__file__).resolve().parents[1]
+PRUNER = '''
+from dataclasses import dataclass
+from torch import nn
+from zoo.registry import register
+
+@dataclass
+class Config:
+    keep_ratio: float = 0.5  # share kept
+
+@register("pruner", "NAME")
+class Mine(nn.Module):
+    """Mine."""
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+'''
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """Each test starts without plugins, and leaves none."""
+    monkeypatch.setattr(core, "_entries", {kind: dict(found) for kind, found in core._entries.items()})
+    monkeypatch.setattr(core, "_declared", {kind: dict(found) for kind, found in core._declared.items()})
+    monkeypatch.setattr(plugins, "_plugins", {})
+    monkeypatch.delenv("ZOO_PLUGINS", raising=False)
+
+
+def write(folder: Path, name: str) -> Path:
+    file = folder / f"{name}.py"
+    file.write_text(PRUNER.replace("NAME", name))
+    return file
+
+
+def test_a_file_on_the_command_line(tmp_path):
+    file = write(tmp_path, "mine")
+    cfg = compose("train", [f"plugins=[{file}]", "pruner=mine", "pruner.mine.keep_ratio=0.3"])
+    assert cfg.pruner.mine == {"name": "mine", "keep_ratio": 0.3}
+    assert list(cfg.plugins) == [str(file)]
+    assert plugins.status()[0].adds == ["pruner/mine"]
+    with pytest.raises(ZooError, match=r"No option of pruner 'mine' named 'kep_ratio'. Did you mean 'keep_ratio'"):
+        compose("train", [f"plugins={file}", "pruner=mine", "pruner.mine.kep_ratio=0.3"])
+
+
+def test_two_files_of_one_name(tmp_path):
+    for folder, name in (("a", "first"), ("b", "second")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, name).rename(tmp_path / folder / "part.py")
+    plugins.load([str(tmp_path / "a" / "part.py"), str(tmp_path / "b" / "part.py")])
+    assert [p.adds for p in plugins.status()] == [["pruner/first"], ["pruner/second"]]
+
+
+def test_a_module_and_the_environment(tmp_path, monkeypatch):
+    write(tmp_path, "by_module")
+    write(tmp_path, "by_env")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ZOO_PLUGINS", "by_env, ")
+    cfg = compose("train", ["plugins=by_module", "pruner=[by_module,by_env]"])
+    assert list(cfg.pruner) == ["by_module", "by_env"]
+    for name in ("by_module", "by_env"):
+        sys.modules.pop(name)
+
+
+def test_a_recipe_names_its_plugins(tmp_path):
+    file = write(tmp_path, "of_recipe")
+    (tmp_path / "recipe").mkdir()
+    recipe = "# @package _global_\ndefaults:\n  - override /model: scenes_tiny\n  - override /pruner: [of_recipe]\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(f"{recipe}plugins: [{file}]\n")
+    (tmp_path / "recipe" / "child.yaml").write_text("# @package _global_\ndefaults:\n  - mine\n")
+    for name in ("mine", "child"):
+        cfg = compose("train", [f"recipe={name}"], config_dir=tmp_path)
+        assert list(cfg.pruner) == ["of_recipe"] and list(cfg.plugins) == [str(file)]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("raise RuntimeError('no luck today')", "RuntimeError: no luck today"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("def broken(:", "SyntaxError: "),
+        (PRUNER.replace("NAME", "random"), "ZooError: pruner 'random' is taken: "),
+    ],
+)
+def test_one_that_raises_is_named_and_the_rest_works(tmp_path, text, error):
+    good, bad = write(tmp_path, "good"), tmp_path / "bad.py"
+    bad.write_text(text)
+    cfg = compose("train", [f"plugins=[{bad},{good}]", "pruner=good"])
+    assert list(cfg.pruner) == ["good"]
+    (failed,) = plugins.failed()
+    assert failed.name == str(bad) and failed.error.startswith(error)
+    assert plugins.loaded() == [str(good)]
+
+
+def test_a_missing_file():
+    plugins.load(["./no_such_plugin.py"])
+    assert "FileNotFoundError: no such file: " in plugins.failed()[0].error
+
+
+def run(*words: str, path: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run `zoo` in a process of its own, with `path` before the installed packages."""
+    paths = os.pathsep.join([str(path), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-m", "zoo", *words],
+        cwd=path,
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """Two packages with entry points, one of them broken, as pip would leave them."""
+    write(tmp_path, "zoo_good")
+    (tmp_path / "zoo_bad.py").write_text("raise ImportError(\"no module named 'foo'\")")
+    for package in ("good", "bad"):
+        info = tmp_path / f"zoo_{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: zoo-{package}\nVersion: 1.0\n")
+        (info / "top_level.txt").write_text(f"zoo_{package}\n")
+        (info / "entry_points.txt").write_text(f"[zoo.plugins]\n{package} = zoo_{package}\n")
+    return tmp_path
+
+
+def test_installed_plugins_and_the_doctor(installed):
+    report = run("doctor", path=installed)
+    assert "plugins: 2 found, 1 ok, 1 failed" in report.stdout, report.stderr
+    assert "ok    zoo-good (installed)  adds pruner/zoo_good" in report.stdout
+    assert "FAIL  zoo-bad (installed)  ImportError: no module named 'foo'" in report.stdout
+    assert report.returncode == 1
+
+
+def test_installed_plugins_are_listed_and_explained(installed):
+    listed = run("list", "pruner", path=installed)
+    assert "zoo_good" in listed.stdout and "random" in listed.stdout, listed.stderr
+    shown = run("info", "pruner/zoo_good", path=installed)
+    assert "keep_ratio  float  0.5  share kept" in shown.stdout, shown.stderr
+    assert "zoo-good" in shown.stdout
+
+
+def test_a_missing_component_names_the_plugins_that_failed(installed):
+    done = run("train", "pruner=from_bad", path=installed)
+    assert done.returncode == 2
+    assert "No pruner named 'from_bad'." in done.stderr
+    assert "Plugins that failed to load: 'zoo-bad' (ImportError: no module named 'foo')." in done.stderr

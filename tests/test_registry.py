@@ -1,0 +1,135 @@
+"""The table: names, entries, building, and what is refused."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from zoo import registry
+from zoo.registry import MISSING, ZooError, core
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A copy of the table, so that a test's components are gone after it."""
+    monkeypatch.setattr(core, "_entries", {kind: dict(found) for kind, found in core._entries.items()})
+    monkeypatch.setattr(core, "_declared", {kind: dict(found) for kind, found in core._declared.items()})
+
+
+@dataclass
+class TinyConfig:
+    rate: float = 0.5  # a number
+    # Above the field.
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+    must: str = MISSING
+    flag: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ZooError(f"rate must not be negative, got {self.rate}.")
+
+
+class Tiny:
+    needs = frozenset({"grid"})
+
+    def __init__(self, config: TinyConfig, *, vision_dim: int = 0) -> None:
+        self.config, self.vision_dim = config, vision_dim
+
+
+def test_register_build_and_derived_values(table):
+    registry.register("pruner", "tiny")(Tiny)
+    node = {"name": "tiny", "must": "x", "rate": 1}
+    made = registry.build("pruner", node, vision_dim=7, grid=(2, 2))  # grid is not asked for, so not given
+    assert (made.config.rate, made.config.sizes, made.vision_dim) == (1.0, [1, 2], 7)
+    assert "tiny" in registry.names("pruner", "t*")
+
+
+def test_facts_of_an_entry(table):
+    registry.register("pruner", "tiny")(Tiny)
+    entry = registry.get("pruner", "tiny")
+    assert entry.needs == {"grid"} and entry.provides == frozenset()
+    assert entry.summary == "The table: names, entries, building, and what is refused."
+    assert entry.file == __file__ and entry.line == 31
+    assert [(o.name, o.type, o.default, o.doc) for o in entry.options] == [
+        ("rate", "float", 0.5, "a number"),
+        ("sizes", "list[int]", [1, 2], "Above the field."),
+        ("must", "str", MISSING, ""),
+        ("flag", "bool | None", None, ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"must": "x"}, "A pruner config needs a `name`. Available: "),
+        ({"name": "tiny"}, "pruner 'tiny': a value is needed for 'must'."),
+        ({"name": "tiny", "must": "x", "rate": -1}, "pruner 'tiny': rate must not be negative, got -1.0."),
+        ({"name": "tiny", "must": "x", "rate": "fast"}, "takes float (default 0.5), got 'fast'."),
+        ({"name": "tiny", "must": "x", "sizes": [1, "b"]}, "Option 'sizes' of pruner 'tiny' takes list[int]"),
+        ({"name": "tiny", "must": "x", "rat": 1}, "named 'rat'. Did you mean 'rate' (float, default 0.5)?"),
+        ({"name": "tiny", "must": "${oc.env:HOME}"}, "holds the interpolation"),
+        ({"name": "tiny", "_target_": "os.system"}, "holds '_target_': configs name registered components"),
+        ({"name": "tiyn"}, "No pruner named 'tiyn'. Did you mean 'tiny'?"),
+    ],
+)
+def test_what_is_refused(table, node, message):
+    registry.register("pruner", "tiny")(Tiny)
+    with pytest.raises(ZooError) as error:
+        registry.build("pruner", node)
+    assert message in str(error.value)
+
+
+def test_a_duplicate_names_file_and_line_of_the_first(table):
+    registry.register("pruner", "tiny")(Tiny)
+    other = type("Other", (), {"__init__": Tiny.__init__, "__module__": __name__})
+    with pytest.raises(ZooError, match=rf"pruner 'tiny' is taken: Tiny in {__file__}:31"):
+        registry.register("pruner", "tiny")(other)
+
+
+def test_a_duplicate_of_one_that_is_not_imported_yet(table):
+    with pytest.raises(ZooError, match=r"projector 'linear' is taken: .*linear.py:\d+"):
+        registry.register("projector", "linear")(type("Mine", (), {"__init__": Tiny.__init__}))
+
+
+def test_the_same_class_again_is_a_reload(table):
+    registry.register("pruner", "tiny")(Tiny)
+    again = type("Tiny", (), {"__init__": Tiny.__init__, "__module__": __name__})
+    registry.register("pruner", "tiny")(again)
+    assert registry.get("pruner", "tiny").cls is again
+
+
+@pytest.mark.parametrize("name", ["My-Pruner", "a b", "a/b", "../x", "", "Caps"])
+def test_names_are_plain_words(table, name):
+    with pytest.raises(ZooError, match="lower case letters, digits and underscores"):
+        registry.register("pruner", name)
+
+
+def test_a_class_without_a_dataclass_or_with_a_field_name(table):
+    with pytest.raises(TypeError, match="must annotate `config` with a dataclass"):
+        registry.register("pruner", "odd")(type("Odd", (), {"__init__": lambda self, config: None}))
+
+    @dataclass
+    class Named:
+        name: str = ""
+
+    class Odd:
+        def __init__(self, config) -> None: ...
+
+    Odd.__init__.__annotations__["config"] = Named
+    with pytest.raises(TypeError, match="must not have a field `name`"):
+        registry.register("pruner", "odd")(Odd)
+
+
+def test_a_component_whose_module_cannot_be_imported(table):
+    registry.declare("pruner", "lost", "no.such.module")
+    with pytest.raises(ZooError, match="pruner 'lost' cannot be imported from no.such.module: No module named 'no'"):
+        registry.get("pruner", "lost")
+
+
+def test_every_component_says_what_it_is():
+    for entry in registry.entries():
+        where = f"{entry.kind}/{entry.name}"
+        assert 10 < len(entry.summary) <= 160 and entry.summary.endswith((".", "?")), where
+        assert entry.cls.__doc__, f"{where}: the class has no docstring"
+        assert entry.licence and entry.package, where
+        for option in entry.options:
+            assert option.name.islower() and option.name not in {"needs", "provides"}, where
