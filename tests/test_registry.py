@@ -121,7 +121,7 @@ def test_a_class_without_a_dataclass_or_with_a_field_name(table):
 
 def test_a_component_whose_module_cannot_be_imported(table):
     registry.declare("pruner", "lost", "no.such.module")
-    with pytest.raises(ZooError, match="pruner 'lost' cannot be imported from no.such.module: No module named 'no'"):
+    with pytest.raises(ZooError, match=r"pruner 'lost' cannot be imported from no.such.module: No module named 'no'"):
         registry.get("pruner", "lost")
 
 

@@ -108,5 +108,7 @@ def test_python_calls():
         build("pruner", {"name": "rndom"})
     with pytest.raises(ZooError, match=r"'keep_ration'. Did you mean 'keep_ratio'"):
         build("pruner", {"name": "random", "keep_ration": 0.5})
-    with pytest.raises(ZooError, match=r"Option 'keep_ratio' of pruner 'random' takes float \(default 0.25\), got 'abc'"):
+    with pytest.raises(
+        ZooError, match=r"Option 'keep_ratio' of pruner 'random' takes float \(default 0.25\), got 'abc'"
+    ):
         build("pruner", {"name": "random", "keep_ratio": "abc"})

@@ -16,6 +16,7 @@ from zoo.registry.core import SLOT_KINDS, group_of, kind_of
 GROUPS = ("model", "recipe", "data")  # groups that have YAML files
 KIND_WORDS = {"data": "data set"}
 
+_members: dict[str, dict[str, str]] = {}  # group -> key -> component, for keys that a saved model made up
 _private: dict[str, dict[str, dict[str, Any]]] = {group: {} for group in GROUPS}  # presets made in this process
 
 
@@ -37,7 +38,7 @@ def available(group: str, config_dir: str | Path | None = None) -> list[str]:
     """Return what can be chosen in a group: components, presets, or both."""
     kind = kind_of(group)
     presets = preset_files(group, config_dir) if group in GROUPS else {}
-    return sorted({*(names(kind) if kind else ()), *presets})
+    return sorted({*(names(kind) if kind else ()), *presets, *_members.get(group, ())})
 
 
 def require(group: str, name: Any, config_dir: str | Path | None = None) -> str:
@@ -73,6 +74,14 @@ def read(group: str, name: str, config_dir: str | Path | None = None) -> dict[st
     return {str(key): value for key, value in content.items()}
 
 
+def add_member(kind: str, key: str, component: str) -> None:
+    """Let a member of a slot of several be chosen under a key that is neither a component nor a preset."""
+    from zoo.registry.store import add_option
+
+    add_option(kind, key, component)
+    _members.setdefault(group_of(kind), {})[key] = component
+
+
 def store(group: str, name: str, content: Mapping[str, Any]) -> str:
     """Make a preset of this process's own available to Hydra under a private name, which is returned."""
     from hydra.core.config_store import ConfigStore
@@ -88,7 +97,7 @@ def component_of(group: str, key: str, config_dir: str | Path | None = None) -> 
         name = entry.partition("@")[0] if isinstance(entry, str) else ""
         if name and name != "_self_":
             return component_of(group, name, config_dir)
-    return key
+    return _members.get(group, {}).get(key, key)
 
 
 def plugins_of(recipe: Any, config_dir: str | Path | None = None) -> list[str]:
@@ -115,6 +124,9 @@ def selection(group: str, name: str, config_dir: str | Path | None = None) -> di
                 if match := re.fullmatch(r"override\s+/(\w+)", str(key)):
                     chosen[match[1]] = value
     for base in bases(content):
+        if base not in {**preset_files(group, config_dir), **_private[group]}:
+            error = unknown(group, base, available(group, config_dir))
+            raise ZooError(f"{group} {name!r} starts from {base!r}. {error}")
         for key, value in selection(group, base, config_dir).items():
             chosen.setdefault(key, value)
     return chosen
@@ -165,12 +177,12 @@ def _without_strangers(
         if group not in chosen or not isinstance(options, dict):
             continue
         if kind in MANY:
-            body[group] = _members(options, group, chosen, config_dir)
+            body[group] = _chosen_members(options, group, chosen, config_dir)
         elif group in own and own[group] != chosen[group]:
             del body[group]
     if "data" in chosen and isinstance(body.get("stages"), dict):
         body["stages"] = {
-            key: {**stage, "data": _members(stage["data"], "data", chosen, config_dir)}
+            key: {**stage, "data": _chosen_members(stage["data"], "data", chosen, config_dir)}
             if isinstance(stage, dict) and isinstance(stage.get("data"), dict)
             else stage
             for key, stage in body["stages"].items()
@@ -178,7 +190,7 @@ def _without_strangers(
     return body
 
 
-def _members(
+def _chosen_members(
     options: dict[str, Any], group: str, chosen: Mapping[str, Any], config_dir: str | Path | None
 ) -> dict[str, Any]:
     """Keep the members that the run chose, and names that do not exist: those are errors to report."""

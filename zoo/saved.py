@@ -161,10 +161,8 @@ def _member(kind: str, key: str, node: Any, where: str, config_dir: str | Path |
         raise ZooError(f"{where}: {unknown(kind, node['name'], names(kind))}")
     if not re.fullmatch(r"\w+", key):
         raise ZooError(f"{where}: {key!r} is no name of a member; letters, digits and underscores only.")
-    if kind in MANY and key not in presets.available(group_of(kind), config_dir):
-        from zoo.registry.store import add_option
-
-        add_option(kind, key, node["name"])
+    if kind in MANY and presets.component_of(group_of(kind), key, config_dir) != node["name"]:
+        presets.add_member(kind, key, node["name"])
     return node["name"]
 
 
