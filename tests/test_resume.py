@@ -12,7 +12,7 @@ from zoo.registry import ZooError
 from zoo.run_folder import RunFolder
 from zoo.train import Run
 
-# 40 samples in batches of 8 are 5 steps an epoch; with dropout the randomness of the model shows; `b` keeps the distiller.
+# 40 samples in batches of 8 are 5 steps an epoch. With dropout, randomness of the model shows; `b` keeps the distiller.
 STAGES = {
     "a": "steps: 7, batch_size: 8, checkpoint_every: 3, train: [vision, projector], distiller: dense, workers: 2",
     "b": "steps: 12, batch_size: 8, checkpoint_every: 4, accumulate: 2, optimizer: muon_adamw, distiller: dense",

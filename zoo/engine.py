@@ -5,7 +5,7 @@ change nothing but the speed. Other losses are means over forward passes.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -101,9 +101,10 @@ class Engine:
         step = TrainStep(model, distiller, teacher, stage)
         if getattr(accelerator, "is_fsdp2", False):
             _shard(accelerator, model)
-            self.step: Any = step
-        else:
-            self.step = accelerator.prepare_model(step)
+        self.sharded = hasattr(model, "set_requires_gradient_sync")
+        if self.sharded and isinstance(distiller, nn.Module):
+            _shard_like(distiller, model)
+        self.step: Any = step if self.sharded else accelerator.prepare_model(step)
         self.total = step.total
         modules = {"": model}
         if isinstance(distiller, nn.Module):
@@ -164,8 +165,9 @@ class Engine:
         return named
 
     def _no_sync(self) -> Any:
-        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
-            return _unsynced(self.model)
+        if self.sharded:
+            modules = [self.model, self.distiller] if isinstance(self.distiller, nn.Module) else [self.model]
+            return _unsynced(modules)
         return self.accelerator.no_sync(self.step)
 
     def _agree(self, labels: int, stop: bool) -> tuple[float, bool]:
@@ -220,18 +222,7 @@ def _set_mode(model: Any, stage: Stage) -> None:
         model.gradient_checkpointing_enable()
     elif getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()
-    for part in (model.vision, model.projector, _decoder(model.llm)):
-        if part is None:
-            continue
-        if stage.compile:
-            part.compile()
-        else:
-            part._compiled_call_impl = None
-
-
-def _decoder(llm: Any) -> nn.Module:
-    """The LLM without its vocabulary head: what `hidden` calls."""
-    return llm.lm.get_decoder() if hasattr(llm.lm, "get_decoder") else llm.lm
+    model.compile_parts(stage.compile)
 
 
 def _shard(accelerator: Any, model: Any) -> None:
@@ -240,13 +231,23 @@ def _shard(accelerator: Any, model: Any) -> None:
     fsdp2_prepare_model(accelerator, model)
 
 
+def _shard_like(distiller: nn.Module, model: nn.Module) -> None:
+    """Shard the distiller over the processes that share the model, so that its gradients are averaged too."""
+    from torch.distributed.fsdp import fully_shard
+
+    if any(not hasattr(p, "device_mesh") for p in distiller.parameters()):
+        fully_shard(distiller, mesh=next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+
+
 @contextlib.contextmanager
-def _unsynced(model: Any) -> Any:
-    model.set_requires_gradient_sync(False)
+def _unsynced(modules: list[Any]) -> Iterator[None]:
+    for module in modules:
+        module.set_requires_gradient_sync(False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        for module in modules:
+            module.set_requires_gradient_sync(True)
 
 
 def _parts_of(model: Any) -> Any:

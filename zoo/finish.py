@@ -53,6 +53,7 @@ def save_model(run: "Run") -> None:
             run.processor.save_pretrained(beside)
             (beside / "README.md").write_text(_card(run), encoding="utf-8")
         run.folder.write_lock(
+            processes=run.accelerator.num_processes,
             plugins=list(run.cfg.plugins),
             base=model.config.base,
             model=hashes(run.folder.model.glob("*.safetensors")),

@@ -132,7 +132,8 @@ class Run:
         if self.main and not (made / "tokenizer_config.json").is_file():
             result = self._build(None)
             result[1].tokenizer.save_pretrained(made)
-            self.folder.write_lock(plugins=list(self.cfg.plugins), base=result[0].config.base)
+            processes = self.accelerator.num_processes
+            self.folder.write_lock(processes=processes, plugins=list(self.cfg.plugins), base=result[0].config.base)
         self.accelerator.wait_for_everyone()
         return result or self._build(made)
 

@@ -1,0 +1,101 @@
+"""Two CPU processes that really are two: one run folder, the losses of one process, no hang without images."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.train_builders import REPO, config, losses, recipe, start
+from zoo.loader import Mix
+from zoo.train import Run
+
+# The dense loss is a mean over forward passes, so it has weight 0 where figures are compared.
+STAGES = {
+    "a": "steps: 2, batch_size: 8, train: [vision, projector], lr: 0.01",
+    "b": "steps: 4, batch_size: 8, accumulate: 2, optimizer: muon_adamw, distiller: dense, loss_weights: {dense: 0.0}",
+}
+
+MIXED = '''
+from dataclasses import dataclass
+import numpy as np
+from zoo.registry import Dialog, Sample, register
+
+
+@dataclass
+class MixedConfig:
+    size: int = 8
+
+
+@register("dataset", "mixed")
+class Mixed:
+    """Every other sample is text alone."""
+
+    def __init__(self, config: MixedConfig) -> None:
+        self.config = config
+
+    def __len__(self):
+        return self.config.size
+
+    def get(self, index, epoch=0):
+        images = [np.full((32, 32, 3), index, dtype=np.uint8)] if index % 2 else []
+        asked = [{"type": "image"}] * len(images) + [{"type": "text", "text": "what is it?"}]
+        said = [{"type": "text", "text": "picture" if images else "text"}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        return Sample(str(index), images, [Dialog(turns)])
+'''
+
+
+def finished(process):
+    """Wait for both processes; what they said is shown where it went wrong."""
+    try:
+        out, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        out, _ = process.communicate(timeout=30)
+        raise AssertionError(f"the processes hang:\n{out}") from None
+    assert process.returncode == 0, out
+    return out
+
+
+def test_two_processes_train_as_one(tmp_path):
+    Run(config(recipe(tmp_path, STAGES), f"run.folder={tmp_path / 'one'}")).train()
+    out = finished(start([*recipe(tmp_path, STAGES), "run.name=two", "limit=2"], processes=2))
+    (folder,) = [p.parent for p in tmp_path.glob("*/*two*/config.yaml")]
+    assert json.loads((folder / "zoo.lock").read_text())["processes"] == 2
+    assert (tmp_path / "last").samefile(folder)
+    assert out.count("Trained in") == 1, "one process speaks"
+    assert losses(folder) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+    assert sorted({p["id"] for p in predictions}) == ["eval-0", "eval-1"], "they share the samples and hand them in"
+
+
+def test_a_rank_without_images_does_not_hang(tmp_path):
+    (tmp_path / "mixed.py").write_text(MIXED)
+    order = Mix({"mixed": range(8)}, {}, 0).places(0, 12)
+    kinds = [{index % 2 for _, _, index in order[i : i + 2]} for i in range(0, 12, 2)]
+    assert {0, 1} in kinds, "some step has one rank with and one without images"
+    stages = {"a": "steps: 6, batch_size: 2, lr: 0.01"}
+    words = [*recipe(tmp_path, stages), f"plugins=[{tmp_path / 'mixed.py'}]", "data=[mixed]"]
+    one, two = ([*words, f"run.folder={tmp_path / n}"] for n in ("one", "two"))
+    finished(start(two, processes=2))
+    finished(start(one))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_sharded_parameters_train_as_whole_ones(tmp_path):
+    (tmp_path / "stages.json").write_text(json.dumps(STAGES))
+    alone = Run(config(recipe(tmp_path, STAGES), f"run.folder={tmp_path / 'one'}"))
+    alone.train()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    script = [str(REPO / "tests" / "two_processes_fsdp.py"), str(tmp_path)]
+    finished(subprocess.Popen([*command, *script], cwd=REPO, env=env, **pipe))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    sharded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    for name, p in alone.model.named_parameters():
+        # Muon iterates in bfloat16, where the last bit of a gradient may turn one in 256 of a step of 0.02.
+        assert torch.allclose(sharded[f"model.{name}"], p, atol=1e-3), name

@@ -1,0 +1,57 @@
+"""Run by test_two_processes under torchrun: the engine on parameters that torch's `fully_shard` keeps in halves.
+
+accelerate ignores FSDP2 on CPU and gives DDP instead, so the model is sharded here, as accelerate does on CUDA.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from tests.train_builders import config, recipe
+from zoo import checkpoint
+from zoo.run_folder import written_beside
+from zoo.train import Run
+
+
+def main(place: Path) -> None:
+    stages = json.loads((place / "stages.json").read_text())
+    run = Run(
+        config(
+            recipe(place, stages, f"r{dist.get_rank() if dist.is_initialized() else 0}"), f"run.folder={place / 'run'}"
+        )
+    )
+    assert run.accelerator.num_processes == dist.get_world_size() == 2
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in run.model.llm.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(run.model, mesh=mesh)
+    halves = [p for p in run.model.parameters() if p.to_local().numel() < p.numel()]
+    assert len(halves) > 10, "nothing is sharded"
+    run.train()
+
+    folder = run.folder.list_checkpoints()[-1]
+    named = {f"model.{n}": p for n, p in run.model.named_parameters()}
+    before = {n: checkpoint.whole(p) for n, p in named.items()}
+    with torch.no_grad():
+        for p in named.values():
+            p.zero_()
+    checkpoint.load_weights(folder, named, new=("distiller.",))
+    assert all(checkpoint.whole(p).equal(before[n]) for n, p in named.items())
+    if run.main:
+        with written_beside(place / "weights.pt") as beside:
+            torch.save(before, beside)
+    # Leaving with collectives in flight aborts two times in five.
+    del run, named
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
