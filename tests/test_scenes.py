@@ -245,6 +245,7 @@ def test_cells_say_what_stands_there():
                 kinds = [list(COLORS).index(top["color"]), SHAPES.index(top["shape"]), int(top["size"] == "large")]
                 assert cell == [k + 1 for k in kinds] + top["box"]
     assert TRAIN.eval_split().get(0).id == "eval-0" and EVAL.train_split().get(0).id == "train-0"
+    assert Scenes(ScenesConfig(eval_scenes=0)).eval_split() is None
     plain = Scenes(ScenesConfig(grid=0))
     assert plain.get(0).targets == {}
     assert Scenes(ScenesConfig(grid=4)).get(0).targets["patch_labels"].shape == (1, 16, 7)
@@ -269,7 +270,8 @@ def test_any_size_shows_the_same_world(size):
         ({"questions": {"box": -1}}, "'box' questions must not be negative"),
         ({"questions": dict.fromkeys(QUESTIONS, 0)}, "at least one question"),
         ({"size": 16}, "at least 32 pixels"),
-        ({"scenes": 0}, "must be positive"),
+        ({"scenes": 0}, "scenes must be at least 1"),
+        ({"split": "eval", "eval_scenes": 0}, "eval_scenes 1, got 20000 and 0"),
         ({"sise": 64}, "'sise'. Did you mean 'size'"),
     ],
 )

@@ -47,7 +47,7 @@ PLACE, DRAW, ASK = range(3)
 class ScenesConfig:
     split: str = "train"  # train | eval
     scenes: int = 20000  # pictures of the train split
-    eval_scenes: int = 400  # pictures of the eval split; a quarter hold a pair never seen in training
+    eval_scenes: int = 400  # pictures of the eval split; a quarter hold a pair never seen in training; 0: no such split
     size: int = 64  # side of a picture in pixels
     difficulty: int = 1  # 0: 2-3 objects apart, plain; 1: 2-5, overlapping, textured; 2: 4-8, more shapes and colours
     grid: int = 8  # cells per side of the dense labels; 0: none
@@ -62,8 +62,11 @@ class ScenesConfig:
             raise ZooError(f"difficulty must be from 0 to {len(LEVELS) - 1}, got {self.difficulty}.")
         if self.size < 32:
             raise ZooError(f"size must be at least 32 pixels, got {self.size}.")
-        if min(self.scenes, self.eval_scenes) < 1:
-            raise ZooError(f"scenes and eval_scenes must be positive, got {self.scenes} and {self.eval_scenes}.")
+        least = 1 if self.split == "eval" else 0
+        if self.scenes < 1 or self.eval_scenes < least:
+            raise ZooError(
+                f"scenes must be at least 1 and eval_scenes {least}, got {self.scenes} and {self.eval_scenes}."
+            )
         if self.grid < 0:
             raise ZooError(f"grid must not be negative, got {self.grid}.")
         for kind, number in self.questions.items():
@@ -107,9 +110,9 @@ class Scenes:
         targets = {"patch_labels": self._labels(chunk)[at : at + 1]} if self.config.grid else {}
         return Sample(f"{self.config.split}-{index}", [partial(self._image, chunk, at)], dialogs, targets)
 
-    def eval_split(self) -> Scenes:
-        """The eval split of the same world."""
-        return Scenes(replace(self.config, split="eval"))
+    def eval_split(self) -> Scenes | None:
+        """The eval split of the same world, if it has one."""
+        return Scenes(replace(self.config, split="eval")) if self.config.eval_scenes else None
 
     def train_split(self) -> Scenes:
         """The training split of the same world: what answers are common there is what a blind guess knows."""
