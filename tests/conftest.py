@@ -50,7 +50,14 @@ def tiny_slots(**slots) -> dict:
         "vision": {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1},
         "pruner": {},
         "projector": {"name": "mlp"},
-        "llm": {"name": "hf", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 256},
+        "llm": {
+            "name": "hf",
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "max_positions": 256,
+        },
         "adapter": {},
         **slots,
     }
@@ -92,7 +99,9 @@ def talk(question: str, answer: str, images: int = 1):
     from zoo.registry import Dialog
 
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    return Dialog([{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
+    return Dialog(
+        [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    )
 
 
 def sample(*pairs: tuple[str, str], images: int = 1, seed: int = 0, name: str = "s"):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from torch import nn
 
+from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from zoo import registry
 from zoo.checker import Plan, RefusedError, check, show, size_text
 from zoo.registry import ImageFeatures, ZooError
@@ -146,7 +146,11 @@ FAULTS = [
 
 def plan_with(changes: dict) -> Plan:
     changes = dict(changes)
-    given = {k: changes.pop(k) for k in ("device", "precision", "attention", "vocab_size", "template", "placeholders") if k in changes}
+    given = {
+        k: changes.pop(k)
+        for k in ("device", "precision", "attention", "vocab_size", "template", "placeholders")
+        if k in changes
+    }
     stages = {name: make() for name, make in changes.pop("stages", {}).items()}
     return Plan(tiny_slots(**changes), **{"vocab_size": 360, **given}, stages=stages, data=("scenes",))
 
@@ -201,7 +205,13 @@ def test_a_checkpoint_is_walked_without_its_weights(tmp_path):
     """The folder holds config.json alone: a walk that read weights would fail."""
     from transformers import LlamaConfig
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 400}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 400,
+    }
     LlamaConfig(**sizes).save_pretrained(tmp_path)
     walk = check(Plan(tiny_slots(llm={"name": "hf", "checkpoint": str(tmp_path)}), vocab_size=360))
     assert walk.rows[-1].kind == "llm" and walk.rows[-1].width == 32
@@ -214,14 +224,41 @@ def compositions(count: int, seed: int = 0) -> list[dict]:
         {**TIMM, "cls_token": False, "stem": "conv"},
         {**TIMM, "registers": 2, "layer": 1},
         {"name": "hf", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2},
-        {"name": "hf", "model_type": "siglip", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2, "layer": -1},
+        {
+            "name": "hf",
+            "model_type": "siglip",
+            "image_size": 32,
+            "patch_size": 8,
+            "depth": 2,
+            "width": 32,
+            "heads": 2,
+            "layer": -1,
+        },
         {"name": "hf", "model_type": "dinov2", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2},
         {"name": "open_clip", "image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "heads": 2},
     ]
-    pruners = [{}, {"random": {"keep_ratio": 0.5}}, {"pool": {"stride": 2}}, {"pool": {"stride": 2}, "random": {"keep_ratio": 0.5}}]
-    projectors = [{"name": "linear"}, {"name": "mlp"}, {"name": "mlp", "depth": 1}, {"name": "resampler", "num_queries": 4, "num_heads": 2}]
-    llms = [{**LLM, "model_type": t, "num_kv_heads": k} for t in ("llama", "qwen2", "qwen3", "mistral", "gemma", "starcoder2") for k in (1, 2)]
-    llms += [{**LLM, "model_type": "phi3"}, {**LLM, "model_type": "smollm3"}, {**LLM, "model_type": "mixtral", "num_experts": 2, "top_k": 1}]
+    pruners = [
+        {},
+        {"random": {"keep_ratio": 0.5}},
+        {"pool": {"stride": 2}},
+        {"pool": {"stride": 2}, "random": {"keep_ratio": 0.5}},
+    ]
+    projectors = [
+        {"name": "linear"},
+        {"name": "mlp"},
+        {"name": "mlp", "depth": 1},
+        {"name": "resampler", "num_queries": 4, "num_heads": 2},
+    ]
+    llms = [
+        {**LLM, "model_type": t, "num_kv_heads": k}
+        for t in ("llama", "qwen2", "qwen3", "mistral", "gemma", "starcoder2")
+        for k in (1, 2)
+    ]
+    llms += [
+        {**LLM, "model_type": "phi3"},
+        {**LLM, "model_type": "smollm3"},
+        {**LLM, "model_type": "mixtral", "num_experts": 2, "top_k": 1},
+    ]
     adapters = [{}, {"lora": LORA}]
     trains = [["all"], ["projector"], ["vision", "llm"]]
     every = list(itertools.product(towers, pruners, projectors, llms, adapters, trains))
@@ -232,7 +269,9 @@ def compositions(count: int, seed: int = 0) -> list[dict]:
 def test_what_passes_really_runs_a_step(make_model, tokenizer):
     for composition in compositions(100):
         train = composition.pop("train")
-        walk = check(Plan(tiny_slots(**composition), vocab_size=len(tokenizer), stages={"main": Stage(train=train, steps=1)}))
+        walk = check(
+            Plan(tiny_slots(**composition), vocab_size=len(tokenizer), stages={"main": Stage(train=train, steps=1)})
+        )
         model, processor = make_model(**composition)
         assert walk.num_image_tokens == processor.num_image_tokens == model.num_image_tokens
         assert [r.tokens for r in walk.rows] == [s.tokens for s in model.steps]
@@ -249,7 +288,14 @@ def test_what_passes_really_runs_a_step(make_model, tokenizer):
 def test_the_walk_is_shown(capsys):
     show(check(Plan(tiny_slots(pruner={"random": {}}), vocab_size=360, stages={"main": Stage(steps=1)})), "It fits.")
     shown = capsys.readouterr().out
-    for words in ("vision timm", "4x4", "pruner random", "destroys grid", "4 image tokens = placeholders", "stage main: trains"):
+    for words in (
+        "vision timm",
+        "4x4",
+        "pruner random",
+        "destroys grid",
+        "4 image tokens = placeholders",
+        "stage main: trains",
+    ):
         assert words in shown
 
 

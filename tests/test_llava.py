@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.conftest import ANSWERS, QUESTIONS, sample
 
+from tests.conftest import ANSWERS, QUESTIONS, sample
 from zoo.loading import processor_for
 from zoo.model import ZooConfig, ZooModel
 
@@ -111,7 +111,11 @@ def test_only_what_differs_from_the_base_is_saved(llava, tmp_path):
     assert torch.equal(changed(**batch, all_logits=True).logits, again(**batch, all_logits=True).logits)
 
     ours.save_pretrained(tmp_path / "c", include_base=True)
-    assert {n.partition(".")[0] for n in load_file(tmp_path / "c" / "model.safetensors")} == {"vision", "projector", "llm"}
+    assert {n.partition(".")[0] for n in load_file(tmp_path / "c" / "model.safetensors")} == {
+        "vision",
+        "projector",
+        "llm",
+    }
 
     config = ZooConfig.from_pretrained(tmp_path / "a")
     config.base["llm"]["fingerprint"] = "0" * 64

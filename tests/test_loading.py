@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from tests.conftest import ANSWERS, QUESTIONS, sample
 
 import zoo
+from tests.conftest import ANSWERS, QUESTIONS, sample
 from zoo.registry import ZooError
 from zoo.weights import sha256_of
 

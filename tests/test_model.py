@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.conftest import ANSWERS, QUESTIONS, sample
 
+from tests.conftest import ANSWERS, QUESTIONS, sample
 from zoo.model import ZooConfig, ZooModel
 from zoo.registry import IGNORE_INDEX, ZooError
 
@@ -162,7 +162,10 @@ def test_missing_weights_are_reported_by_part(make_model, tmp_path):
     model, _ = make_model()
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in state.items() if not k.startswith("projector")} | {"junk.x": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if not k.startswith("projector")} | {"junk.x": torch.ones(2)},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(ZooError, match=r"missing in projector: 4 tensors(.|\n)*unknown in junk"):
         ZooModel.from_pretrained(tmp_path)
 

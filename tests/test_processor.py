@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import ANSWERS, QUESTIONS, picture, sample
 
+from tests.conftest import ANSWERS, QUESTIONS, picture, sample
 from zoo.processor import ZooProcessor
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
 from zoo.tokenizer import CHAT_TEMPLATES, train_tokenizer
@@ -59,7 +59,11 @@ def test_the_quick_ways_agree_with_the_plain_one(template):
     quick, plain = processor_with(template), processor_with(template)
     plain._special = None
     plain._skeleton = lambda roles: None
-    for question, answer in [(QUESTIONS[0], "yes"), (QUESTIONS[3], "3 7 12 19"), ("what  is  this?", "a 'red' circle\nand more")]:
+    for question, answer in [
+        (QUESTIONS[0], "yes"),
+        (QUESTIONS[3], "3 7 12 19"),
+        ("what  is  this?", "a 'red' circle\nand more"),
+    ]:
         messages = sample((question, answer)).dialogs[0].messages
         for a, b in zip(quick.tokenize_dialog(messages), plain.tokenize_dialog(messages), strict=True):
             assert np.array_equal(a, b)
@@ -105,7 +109,9 @@ def test_a_dialog_without_answer_is_an_error_that_shows_the_text():
 
 def test_a_template_that_hides_the_answer_is_an_error():
     processor = processor_with("chatml")
-    processor.tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(ZooError, match="does not show the answer 'yes'"):
         processor.encode(sample((QUESTIONS[0], "yes")))
 
@@ -121,7 +127,9 @@ def test_a_token_across_the_border_is_an_error_that_shows_it():
     processor = processor_with("chatml")
     processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ZooError, match="runs across the border.*>>>"):
-        processor.encode(Sample("x", [], [Dialog([{"role": "user", "content": "a circ"}, {"role": "assistant", "content": "le"}])]))
+        processor.encode(
+            Sample("x", [], [Dialog([{"role": "user", "content": "a circ"}, {"role": "assistant", "content": "le"}])])
+        )
 
 
 def test_images_and_image_parts_must_match():

@@ -85,7 +85,9 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
         parts.steps.append(Step(kind, name, **leaves, **words))
 
     if not slots.get("llm"):
-        raise MisfitError(("llm", ""), "empty", "The slot llm is empty: a model needs a language model, llm=hf for example.")
+        raise MisfitError(
+            ("llm", ""), "empty", "The slot llm is empty: a model needs a language model, llm=hf for example."
+        )
     if node := slots.get("vision"):
         parts.vision = _build("vision", node)
         tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
@@ -95,12 +97,18 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
 
     for name, node in (slots.get("pruner") or {}).items():
         if parts.vision is None:
-            raise MisfitError(("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty.")
+            raise MisfitError(
+                ("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty."
+            )
         pruner = _build("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
         _require("pruner", name, pruner, have, f"vision {vision_name!r}", slots)
         tokens = pruner.num_tokens(tokens)
         have = (have - getattr(pruner, "destroys", frozenset())) | getattr(pruner, "provides", frozenset())
-        grid = tuple(pruner.grid) if getattr(pruner, "grid", None) and "grid" in have else (grid if "grid" in have else None)
+        grid = (
+            tuple(pruner.grid)
+            if getattr(pruner, "grid", None) and "grid" in have
+            else (grid if "grid" in have else None)
+        )
         parts.pruner[name] = pruner
         took("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
 
@@ -110,7 +118,9 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
     if node := slots.get("projector"):
         name = node["name"]
         if parts.vision is None:
-            raise MisfitError(("projector", name), "no vision", f"projector {name!r} has no image tokens: the slot vision is empty.")
+            raise MisfitError(
+                ("projector", name), "no vision", f"projector {name!r} has no image tokens: the slot vision is empty."
+            )
         grid_now = grid if "grid" in have else None
         parts.projector = _build(
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
@@ -168,9 +178,13 @@ def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str,
     missing = needs - have - (LATE if kind == "pruner" else frozenset())
     if missing:
         destroyers = [
-            n for n in (slots.get("pruner") or {}) if n != name and missing & frozenset(registry.get("pruner", n).cls.destroys)
+            n
+            for n in (slots.get("pruner") or {})
+            if n != name and missing & frozenset(registry.get("pruner", n).cls.destroys)
         ]
-        raise _misfit(kind, name, missing, have, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers))
+        raise _misfit(
+            kind, name, missing, have, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)
+        )
 
 
 def _misfit(

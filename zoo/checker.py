@@ -210,9 +210,13 @@ def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) ->
         entry, _ = registry.config_of("distiller", node)
         needs = frozenset(getattr(entry.cls, "needs", ()))
         if any(n.startswith("teacher.") for n in needs) and not stage.teacher:
-            raise ZooError(f"{where}distiller {entry.name!r} needs a teacher: set stages.{name}.teacher to a model's name.")
+            raise ZooError(
+                f"{where}distiller {entry.name!r} needs a teacher: set stages.{name}.teacher to a model's name."
+            )
         if "student.image" in needs and not model.num_image_tokens and model.vision is None:
-            raise ZooError(f"{where}distiller {entry.name!r} needs image features, but the model has no vision encoder.")
+            raise ZooError(
+                f"{where}distiller {entry.name!r} needs image features, but the model has no vision encoder."
+            )
     elif stage.teacher:
         raise ZooError(f"{where}a teacher is named, but no distiller: set stages.{name}.distiller.")
     if stage.loss_weights.get("answer", 1.0) == 0 and not stage.distiller:
@@ -283,7 +287,7 @@ def _other_options(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for kind in ("vision", "projector", "llm", "pruner", "adapter"):
         nodes = plan.slots.get(kind) or {}
         many = kind in {"pruner", "adapter"}
-        for name, node in (nodes.items() if many else [(nodes.get("name"), nodes)]):
+        for name, node in nodes.items() if many else [(nodes.get("name"), nodes)]:
             if not name:
                 continue
             entry = registry.get(kind, name)
@@ -302,13 +306,22 @@ def _other_options(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 def _other_stages(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for name, stage in plan.stages.items():
-        for field_name, value in (("freeze", []), ("train", ["all"]), ("train", ["projector"]), ("data", {}), ("distiller", None)):
+        for field_name, value in (
+            ("freeze", []),
+            ("train", ["all"]),
+            ("train", ["projector"]),
+            ("data", {}),
+            ("distiller", None),
+        ):
             if getattr(stage, field_name) != value:
                 try:
                     changed = replace(stage, **{field_name: value})
                 except ZooError:
                     continue
-                yield f"stages.{name}.{field_name}={_shown(value) if value != {} else '{}'}", replace(plan, stages={**plan.stages, name: changed})
+                yield (
+                    f"stages.{name}.{field_name}={_shown(value) if value != {} else '{}'}",
+                    replace(plan, stages={**plan.stages, name: changed}),
+                )
 
 
 def _shown(value: Any) -> str:

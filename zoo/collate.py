@@ -148,6 +148,7 @@ def collate(
     keys = {key for s in samples for key in s.targets}
     if keys:
         batch["targets"] = {
-            key: torch.from_numpy(np.concatenate([s.targets[key] for s in samples if key in s.targets])) for key in sorted(keys)
+            key: torch.from_numpy(np.concatenate([s.targets[key] for s in samples if key in s.targets]))
+            for key in sorted(keys)
         }
     return batch

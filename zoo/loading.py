@@ -12,11 +12,12 @@ import torch
 
 from zoo import config as configs
 from zoo.checker import Plan, RefusedError, check
-from zoo.model import ZooConfig, ZooModel, local_folder
+from zoo.model import ZooModel
+from zoo.model_types import ZooConfig
 from zoo.processor import ZooProcessor
 from zoo.registry import ZooError
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
-from zoo.weights import read_weights, remember_base, require_base, sha256_of, weight_files
+from zoo.weights import local_folder, read_weights, remember_base, require_base, sha256_of, weight_files
 
 _WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
 
@@ -141,7 +142,9 @@ def weights_folder(cfg: Any) -> Path | None:
     if cfg.model.sha256:
         found = sha256_of(weight_files(folder)[0])
         if found != cfg.model.sha256:
-            raise ZooError(f"The weights of {name!r} in {folder} have the hash {found}, but its card states {cfg.model.sha256}.")
+            raise ZooError(
+                f"The weights of {name!r} in {folder} have the hash {found}, but its card states {cfg.model.sha256}."
+            )
     return folder
 
 

@@ -4,9 +4,9 @@
 are, runs an unmodified causal LM, and computes the loss only where labels are.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,82 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
 
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
 from zoo.fusion.attention import as_backend_mask, block_mask, resolve_attention
+from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
 from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError, refuse_code, unknown
+from zoo.weights import (
+    changed_state,
+    library_versions,
+    local_folder,
+    read_weights,
+    remember_base,
+    require_base,
+    write_weights,
+)
 
 _LOGITS_AT_ONCE = 1 << 26  # elements of a logit chunk; above this the loss recomputes chunk by chunk in backward
-
-
-class ZooConfig(PreTrainedConfig):
-    """What a composed model is made of: registry names and options, never code.
-
-    Args:
-        slots: `vision`, `projector`, `llm` (a node or None), `pruner`, `adapter` (nodes keyed by component name).
-        tokenizer: what the tokenizer was made from (a checkpoint, or trained).
-        plugins: modules that must be imported for the names in `slots` to exist.
-        image_token_id: the placeholder, one per image token.
-        text_vocab_size: ids of the tokenizer; the LLM's table may be larger.
-        versions: of the libraries that wrote the model.
-        base: for each part whose unchanged weights stay in its own checkpoint: checkpoint, revision and hash.
-    """
-
-    model_type = "zoo"
-    slots: dict[str, Any] | None = None
-    tokenizer: dict[str, Any] | None = None
-    plugins: list[str] | None = None
-    image_token_id: int = -1
-    text_vocab_size: int | None = None
-    versions: dict[str, str] | None = None
-    base: dict[str, Any] | None = None
-    attention: str = "auto"
-    data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
-    task: dict[str, Any] | None = None
-
-
-@dataclass
-class ZooOutput(ModelOutput):
-    """What a forward pass gives.
-
-    Attributes:
-        loss: sum of `losses`; None without labels.
-        losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
-        logits: (B, T, V); None where the loss alone was asked for.
-        last_hidden_state: (B, T, C), before the vocabulary projection.
-        labels: (B, T) as the loss saw them; shorter than the input's where tokens were dropped inside the LLM.
-        image: the encoder's features before pruning.
-        image_kept: what the pruners left of them.
-        image_tokens: (M, K, C) as they stand in the sequence.
-    """
-
-    loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    labels: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    image: ImageFeatures | None = None
-    image_kept: ImageFeatures | None = None
-    image_tokens: Tensor | None = None
-
-
-@dataclass
-class Sequence2D:
-    """The LLM's sequence of one forward pass, for parts that act inside it; they may replace `labels`.
-
-    A pruner inside the LLM reads where image tokens and padding are, and shortens `labels` along with the hidden states.
-    """
-
-    image_mask: Tensor  # (B, T) bool
-    attention_mask: Tensor | None  # (B, T)
-    position_ids: Tensor | None  # (B, T)
-    labels: Tensor | None  # (B, T)
 
 
 class ZooModel(PreTrainedModel):
@@ -120,6 +62,7 @@ class ZooModel(PreTrainedModel):
         self.projector = parts.projector
         self.llm = parts.llm
         self.adapter = nn.ModuleDict(parts.adapter)
+        self.compiled = False
         self.generation_config = getattr(self.llm.lm, "generation_config", None)
         self.set_attention(config.attention)
 
@@ -135,7 +78,9 @@ class ZooModel(PreTrainedModel):
         taken = resolve_attention(name, probe.device, self._compute_dtype(), lm=self.llm.lm)
         self.llm.lm.set_attn_implementation(taken)
         if hasattr(self.vision, "set_attention"):  # rows of its own length, never packed
-            self.vision.set_attention(resolve_attention(name, probe.device, self._compute_dtype(), self.vision.num_tokens))
+            self.vision.set_attention(
+                resolve_attention(name, probe.device, self._compute_dtype(), self.vision.num_tokens)
+            )
         self.config.attention = name
         return taken
 
@@ -203,6 +148,19 @@ class ZooModel(PreTrainedModel):
         self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
         if hasattr(self.vision, "set_gradient_checkpointing"):
             self.vision.set_gradient_checkpointing(True)
+
+    def compile_parts(self, on: bool = True) -> None:
+        """Run encoder, projector, decoder and loss through `torch.compile`, or no longer.
+
+        Each is a graph of its own: between them stand the placeholder check and the number of labels, which depend on data.
+        """
+        self.compiled = on
+        decoder = self.llm.lm.get_decoder() if hasattr(self.llm.lm, "get_decoder") else self.llm.lm
+        for part in (self.vision, self.projector, decoder):
+            if part is not None and on:
+                part.compile()
+            elif part is not None:
+                part._compiled_call_impl = None
 
     def gradient_checkpointing_disable(self) -> None:
         self.llm.lm.gradient_checkpointing_disable()
@@ -300,7 +258,12 @@ class ZooModel(PreTrainedModel):
         if unused is not None:
             inputs_embeds = inputs_embeds + unused
         self._condition(kept, images_per_row, input_ids)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
+        if (
+            position_ids is None
+            and attention_mask is not None
+            and attention_mask.dim() == 2
+            and past_key_values is None
+        ):
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         llm_mask = attention_mask
         extra: dict[str, Any] = {}
@@ -350,29 +313,36 @@ class ZooModel(PreTrainedModel):
         if not len(wanted):
             return hidden.sum() * 0.0  # nothing to learn in this batch: a loss that still reaches every parameter
         chunk = max(1, _LOGITS_AT_ONCE // self.llm.vocab_size)
-
-        def summed(some: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(self.llm.head(some).float(), target, reduction="sum")
-
+        summed = _compiled_loss() if self.compiled else _summed_loss
         if len(wanted) <= chunk:
-            total = summed(rows, wanted)
+            total = summed(self.llm, rows, wanted)
         else:
             pairs = zip(rows.split(chunk), wanted.split(chunk), strict=True)
-            total = torch.stack([checkpoint(summed, r, w, use_reentrant=False) for r, w in pairs]).sum()
+            total = torch.stack([checkpoint(summed, self.llm, r, w, use_reentrant=False) for r, w in pairs]).sum()
         return total / (len(wanted) if num_labels is None else num_labels)
 
-    def _packed_mask(self, attention_mask: Tensor | None, segment_ids: Tensor | None, block_ids: Tensor | None) -> Tensor:
+    def _packed_mask(
+        self, attention_mask: Tensor | None, segment_ids: Tensor | None, block_ids: Tensor | None
+    ) -> Tensor:
         visible = block_mask(attention_mask, segment_ids, block_ids)  # (B, 1, T, T) bool
         return as_backend_mask(visible, self.llm.lm.config._attn_implementation, self._compute_dtype())
 
     def _sequence(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None, labels: Tensor | None
-    ) -> Sequence2D:
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+    ) -> LLMSequence:
         slots = input_ids == self.image_token_id if input_ids is not None else None
-        return Sequence2D(slots, attention_mask, position_ids, labels)
+        return LLMSequence(slots, attention_mask, position_ids, labels)
 
     def _condition(
-        self, image: ImageFeatures | None, images_per_row: Sequence[int] | None, input_ids: Tensor | None, expand: int = 1
+        self,
+        image: ImageFeatures | None,
+        images_per_row: Sequence[int] | None,
+        input_ids: Tensor | None,
+        expand: int = 1,
     ) -> None:
         """Hand the image features to the adapters that want them, with the number of images of each row."""
         if not len(self.adapter):
@@ -398,7 +368,9 @@ class ZooModel(PreTrainedModel):
 
     def _touch_vision(self) -> Tensor:
         """Zero that depends on the encoder and the projector: ranks without images then still meet in backward."""
-        pixels = torch.zeros(1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype)
+        pixels = torch.zeros(
+            1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
+        )
         image, kept, tokens = self.encode_images(pixels)
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
 
@@ -429,7 +401,9 @@ class ZooModel(PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         elif not bool(attention_mask[:, -1].all()):
-            raise ZooError("generate needs padding on the left: the last token of some row is padding. Set padding_side='left'.")
+            raise ZooError(
+                "generate needs padding on the left: the last token of some row is padding. Set padding_side='left'."
+            )
         kept = image_tokens = None
         if pixel_values is not None or encoded is not None:
             _, kept, image_tokens = encoded or self.encode_images(pixel_values)
@@ -458,26 +432,29 @@ class ZooModel(PreTrainedModel):
         include_base: bool = False,
         max_shard_size: str | int = "5GB",
         push_to_hub: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write config.json and the weights that differ from the base checkpoints, as safetensors.
 
         Args:
             include_base: also write weights that did not change since they came from a part's own checkpoint.
+            state_dict: whole tensors of a model that is sharded over processes.
         """
-        from zoo.weights import changed_state, write_weights
-
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = type(self.config).from_dict(self.config.to_dict())
         if include_base:
             config.base = None
         config.architectures = [type(self).__name__]
-        config.versions = _versions()
+        config.versions = library_versions()
         config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
-        write_weights(changed_state(self, include_base), folder, max_shard_size)
+        changed = changed_state(self, include_base)
+        if state_dict is not None:
+            changed = {name: state_dict[name] for name in changed}
+        write_weights(changed, folder, max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -502,8 +479,6 @@ class ZooModel(PreTrainedModel):
             dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
             device_map: a device, or None for the CPU.
         """
-        from zoo.weights import read_weights, remember_base, require_base
-
         folder = local_folder(pretrained_model_name_or_path, revision)
         config = config or ZooConfig.from_pretrained(folder)
         refuse_code(config.slots, f"{folder}/config.json")
@@ -520,25 +495,14 @@ class ZooModel(PreTrainedModel):
         return model.eval()
 
 
-def local_folder(name: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a model: a local one as it is, a hub repository from the cache or downloaded.
-
-    Only configs, tokenizers, templates, cards and safetensors are fetched.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_absolute() or ".." in str(name).split("/") or str(name).count("/") > 1:
-        raise ZooError(f"There is no folder {str(name)!r}, and it is no hub name (org/name) either.")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
-    return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+def _summed_loss(llm: Any, hidden: Tensor, target: Tensor) -> Tensor:
+    """Sum the cross-entropies of `target` (S,) after `hidden` (S, C)."""
+    return F.cross_entropy(llm.head(hidden).float(), target, reduction="sum")
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "timm", "open_clip_torch", "peft")}
+@cache
+def _compiled_loss() -> Callable[[Any, Tensor, Tensor], Tensor]:
+    return torch.compile(_summed_loss)
 
 
 register_model(ZooConfig, ZooModel)

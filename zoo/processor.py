@@ -17,7 +17,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from zoo.auto import register_processor
 from zoo.collate import EncodedSample, TokenizedDialog, collate, pack, share_prefix
-from zoo.model import ZooConfig
+from zoo.model_types import ZooConfig
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
 from zoo.vision.images import open_image
 from zoo.vision.transform import to_pixels
@@ -86,7 +86,9 @@ class ZooProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pixels = [self._pixels(source) for source in _flat(images)]
-        rows = [self._expand(np.array(self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"])) for t in texts]
+        rows = [
+            self._expand(np.array(self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"])) for t in texts
+        ]
         wanted = sum(t.count(self.image_token) for t in texts)
         if wanted != len(pixels):
             raise ZooError(f"The text holds {wanted} times {self.image_token!r}, but {len(pixels)} images were given.")
@@ -117,7 +119,11 @@ class ZooProcessor(ProcessorMixin):
         talks = conversation if several else [conversation]
         texts = [
             self.tokenizer.apply_chat_template(
-                self.flatten(talk), chat_template=chat_template, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+                self.flatten(talk),
+                chat_template=chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
             )
             for talk in talks
         ]
@@ -158,14 +164,23 @@ class ZooProcessor(ProcessorMixin):
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
         dialogs = [self._learnt(d.messages, sample) for d in sample.dialogs]
-        common = {"pixel_values": [self._pixels(i) for i in sample.images], "targets": sample.targets, "ids": [sample.id]}
+        common = {
+            "pixel_values": [self._pixels(i) for i in sample.images],
+            "targets": sample.targets,
+            "ids": [sample.id],
+        }
         if len(dialogs) == 1:
             return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, **common)
         return EncodedSample(**share_prefix(dialogs, sample.id), **common)
 
     def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample) -> TokenizedDialog:
         """Tokenize a dialog of a sample, or remember it: a step may see hundreds, and most have been seen before."""
-        key = tuple([(m["role"], c if isinstance(c := m["content"], str) else tuple([p.get("text") for p in c])) for m in messages])
+        key = tuple(
+            [
+                (m["role"], c if isinstance(c := m["content"], str) else tuple([p.get("text") for p in c]))
+                for m in messages
+            ]
+        )
         known = self._dialogs.get(key)
         if known is None:
             if len(self._dialogs) >= _CACHE:
@@ -176,7 +191,9 @@ class ZooProcessor(ProcessorMixin):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {known.images}.")
         return known
 
-    def encode_prompt(self, sample: Sample, dialog: Dialog, pixel_values: list[torch.Tensor] | None = None) -> EncodedSample:
+    def encode_prompt(
+        self, sample: Sample, dialog: Dialog, pixel_values: list[torch.Tensor] | None = None
+    ) -> EncodedSample:
         """Encode one dialog up to its last assistant turn, which is left for the model to write."""
         messages = dialog.messages
         if (shown := _count_images(messages)) != len(sample.images):
@@ -188,7 +205,9 @@ class ZooProcessor(ProcessorMixin):
         pixels = [self._pixels(i) for i in sample.images] if pixel_values is None else pixel_values
         return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
 
-    def collate(self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1) -> dict[str, Any]:
+    def collate(
+        self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1
+    ) -> dict[str, Any]:
         """Stack encoded samples into a batch; see `zoo.collate.collate`."""
         return collate(samples, pad_id=self.tokenizer.pad_token_id, padding_side=padding_side, multiple_of=multiple_of)
 
@@ -197,7 +216,9 @@ class ZooProcessor(ProcessorMixin):
         """Join samples into rows of at most `length` tokens; see `zoo.collate.pack`."""
         return pack(samples, length)
 
-    def tokenize_dialog(self, messages: Sequence[Mapping[str, Any]], sample_id: str = "") -> tuple[np.ndarray, np.ndarray]:
+    def tokenize_dialog(
+        self, messages: Sequence[Mapping[str, Any]], sample_id: str = ""
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize a conversation; labels are the assistant turns, each with the token that ends it.
 
         Returns:
@@ -266,7 +287,9 @@ class ZooProcessor(ProcessorMixin):
                 following = text.find(marks[i + 1], after) if i + 1 < len(marks) else len(text)
                 stop = next(ends)[1] if roles[i] == "assistant" else after
                 border = following if i + 1 == len(marks) else stop
-                pieces.append((i, text[at:where] + "\0" + text[after:stop] + "\1" + (text[stop:border] if border > stop else "")))
+                pieces.append(
+                    (i, text[at:where] + "\0" + text[after:stop] + "\1" + (text[stop:border] if border > stop else ""))
+                )
                 at = border
             # The skeleton must start a supervised span where the answer starts; templates that do otherwise are searched.
             starts = [s for s, _ in spans]
@@ -286,14 +309,19 @@ class ZooProcessor(ProcessorMixin):
                 raise ZooError(f"Sample {sample_id!r} has an empty answer.")
             opening = self._render(messages[:i], add_generation_prompt=True)
             if not text.startswith(opening):
-                same = next((k for k, (a, b) in enumerate(zip(text, opening, strict=False)) if a != b), min(len(text), len(opening)))
+                same = next(
+                    (k for k, (a, b) in enumerate(zip(text, opening, strict=False)) if a != b),
+                    min(len(text), len(opening)),
+                )
                 raise ZooError(
                     f"Sample {sample_id!r}: the chat template renders turn {i} differently with and without what follows, "
                     f"so its answer cannot be found. They part at {text[max(0, same - 40) : same + 40]!r}."
                 )
             content = text.find(message["content"].strip(), len(opening))
             if content < 0:
-                raise ZooError(f"Sample {sample_id!r}: the chat template does not show the answer {message['content'][:80]!r}.")
+                raise ZooError(
+                    f"Sample {sample_id!r}: the chat template does not show the answer {message['content'][:80]!r}."
+                )
             end = content + len(message["content"].strip())
             stop = text.find(eos, end)
             following = messages[i + 1]["content"].strip() if i + 1 < len(messages) else ""

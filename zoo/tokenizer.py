@@ -67,7 +67,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plai
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token=_SPECIAL[template][1], padding_side="right",
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token=_SPECIAL[template][1],
+        padding_side="right",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
     tokenizer.chat_template = CHAT_TEMPLATES[template][0]
@@ -78,7 +81,9 @@ def require_vocab_size(vocab_size: int, template: str) -> None:
     """Refuse a vocabulary that cannot hold all bytes and the special tokens."""
     least = 256 + 2 + len(_SPECIAL[template])
     if vocab_size < least:
-        raise ZooError(f"tokenizer.vocab_size must be at least {least} (all bytes and special tokens), got {vocab_size}.")
+        raise ZooError(
+            f"tokenizer.vocab_size must be at least {least} (all bytes and special tokens), got {vocab_size}."
+        )
 
 
 def load_tokenizer(checkpoint: str, template: str = "", **hub: Any) -> Any:

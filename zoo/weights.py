@@ -152,7 +152,9 @@ def read_weights(model: nn.Module, folder: Path, *, fresh: Iterable[str] = ()) -
     left = {n for n in missing if not may_start_fresh(model.part_of(n))}
     if left or unexpected or misshapen:
         lines = [f"The weights in {folder} do not fit the model."]
-        lines += _by_part("missing", left, model.part_of) + _by_part("unknown", unexpected, lambda n: n.partition(".")[0])
+        lines += _by_part("missing", left, model.part_of) + _by_part(
+            "unknown", unexpected, lambda n: n.partition(".")[0]
+        )
         lines += [f"  other shape: {m}" for m in misshapen[:5]]
         raise ZooError("\n".join(lines))
     return sorted(missing)
@@ -173,3 +175,25 @@ def _by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
     for name in sorted(names):
         parts.setdefault(part_of(name), []).append(name)
     return [f"  {what} in {part}: {len(n)} tensors, first {n[0]}" for part, n in parts.items()]
+
+
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a model: a local one as it is, a hub repository from the cache or downloaded.
+
+    Only configs, tokenizers, templates, cards and safetensors are fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or ".." in str(name).split("/") or str(name).count("/") > 1:
+        raise ZooError(f"There is no folder {str(name)!r}, and it is no hub name (org/name) either.")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
+    return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a model's numbers may depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "timm", "open_clip_torch", "peft")}

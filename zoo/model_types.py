@@ -1,0 +1,77 @@
+"""What a composed model is made of (its config), what it gives, and what parts inside the LLM see of a forward pass."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
+
+from zoo.registry import ImageFeatures
+
+
+class ZooConfig(PreTrainedConfig):
+    """What a composed model is made of: registry names and options, never code.
+
+    Args:
+        slots: `vision`, `projector`, `llm` (a node or None), `pruner`, `adapter` (nodes keyed by component name).
+        tokenizer: what the tokenizer was made from (a checkpoint, or trained).
+        plugins: modules that must be imported for the names in `slots` to exist.
+        image_token_id: the placeholder, one per image token.
+        text_vocab_size: ids of the tokenizer; the LLM's table may be larger.
+        versions: of the libraries that wrote the model.
+        base: for each part whose unchanged weights stay in its own checkpoint: checkpoint, revision and hash.
+    """
+
+    model_type = "zoo"
+    slots: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    plugins: list[str] | None = None
+    image_token_id: int = -1
+    text_vocab_size: int | None = None
+    versions: dict[str, str] | None = None
+    base: dict[str, Any] | None = None
+    attention: str = "auto"
+    data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
+    task: dict[str, Any] | None = None
+
+
+@dataclass
+class ZooOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: sum of `losses`; None without labels.
+        losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
+        logits: (B, T, V); None where the loss alone was asked for.
+        last_hidden_state: (B, T, C), before the vocabulary projection.
+        labels: (B, T) as the loss saw them; shorter than the input's where tokens were dropped inside the LLM.
+        image: the encoder's features before pruning.
+        image_kept: what the pruners left of them.
+        image_tokens: (M, K, C) as they stand in the sequence.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    labels: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    image: ImageFeatures | None = None
+    image_kept: ImageFeatures | None = None
+    image_tokens: Tensor | None = None
+
+
+@dataclass
+class LLMSequence:
+    """The LLM's sequence of one forward pass, for parts that act inside it; they may replace `labels`.
+
+    A pruner inside the LLM reads where image tokens and padding are, and shortens `labels` along with the hidden states.
+    """
+
+    image_mask: Tensor  # (B, T) bool
+    attention_mask: Tensor | None  # (B, T)
+    position_ids: Tensor | None  # (B, T)
+    labels: Tensor | None  # (B, T)
