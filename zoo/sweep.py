@@ -51,15 +51,14 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
             else:
                 left_out[line] = left_out.get(line, 0) + 1
         fitted[tuple(stays)] = None
+    folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
+    jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
     for line, times in left_out.items():
         print(f"sweep: {line} is left out of {times} of {len(product)} runs that have no such option", file=sys.stderr)
     if len(fitted) < len(product):
         print(f"sweep: {len(fitted)} of {len(product)} runs are different and run once", file=sys.stderr)
-
-    folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
     for number, job in enumerate(fitted):
         print(f"sweep: {folder / str(number)}: {' '.join(job)}", file=sys.stderr)
-    jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
     return Sweep(jobs, folder, for_hydra)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from zoo.registry import Dialog, Score, ZooError, register
 from zoo.tasks.answers import accepted, plain
 from zoo.tasks.estimates import means
-from zoo.tasks.exact import consistency_of, group_of
+from zoo.tasks.groups import consistency_of, group_of
 
 
 @dataclass

@@ -4,13 +4,13 @@ Dialogs that share `meta["group"]` (the images of one NLVR sentence, say) also g
 in which every answer is right.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zoo.registry import Dialog, Score, ZooError, register
 from zoo.tasks.answers import accepted, plain
-from zoo.tasks.estimates import column, consistency, means
+from zoo.tasks.estimates import means
+from zoo.tasks.groups import consistency_of, group_of
 
 
 @dataclass
@@ -42,17 +42,3 @@ class Exact:
     def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
         """Average, and count the groups that are right throughout."""
         return means(rows) | consistency_of(rows)
-
-
-def group_of(dialog: Dialog) -> dict[str, float]:
-    """Return a number in [0, 1) that is the same for all dialogs with the same `meta["group"]`, if there is one."""
-    group = dialog.meta.get("group")
-    return {} if group is None else {"_group": zlib.crc32(str(group).encode()) / 2**32}
-
-
-def consistency_of(rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
-    """Return the share of groups that are right throughout, if the rows have groups."""
-    grouped = [row for row in rows if "_group" in row]
-    if not grouped:
-        return {}
-    return {"consistency": consistency(column(grouped, "accuracy"), column(grouped, "_group"))}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from zoo.registry import Dialog, Score, ZooError, register
 from zoo.tasks.answers import accepted
 from zoo.tasks.estimates import column, mean, ratio
-from zoo.tasks.exact import consistency_of, group_of
+from zoo.tasks.groups import consistency_of, group_of
 
 NO = frozenset({"no", "not", "false"})
 YES = frozenset({"yes", "true"})
