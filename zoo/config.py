@@ -81,7 +81,7 @@ class RunRoot:
     stages: dict[str, Stage] = field(default_factory=dict)
     resume: str | None = None  # folder of a run, or `last`
     # Evaluation
-    batch_size: int = 32  # dialogs per batch
+    batch_size: int | None = None  # dialogs per batch; null: by the size of the model
     limit: int | None = None  # samples of each data set; null: all
     # Machine
     seed: int = 0  # of weights, data order and dropout

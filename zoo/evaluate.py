@@ -6,6 +6,7 @@ apart.
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -13,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from zoo.precision import autocast, fast_products
 from zoo.predict import Question, answer
-from zoo.processes import gather
+from zoo.processes import gather, start_accelerator
+from zoo.progress import clock
 from zoo.registry import Dialog, Sample, Score, ZooError, build
-from zoo.run_folder import write_json
+from zoo.run_data import RunData
+from zoo.run_folder import new_folder, write_json
+from zoo.score_table import score_table
 
 DEFAULT_TASK = "exact"  # for dialogs that name no task
 TRAIN_SAMPLES = 2000  # samples of the training split in which the majority counts answers
@@ -60,6 +66,43 @@ class EvalResult:
         with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
             for row in self.predictions:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def main(cfg: DictConfig) -> EvalResult:
+    """Score the model that the config names on its data; print the table, write scores and predictions."""
+    from zoo.loading import build as build_model
+
+    accelerator = start_accelerator(cfg.device)
+    data = RunData(cfg.data)
+    datasets = data.evaluation or data.all
+    if not datasets:
+        raise ZooError("There is no data to evaluate on. Choose some with data=[...].")
+    tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
+    model, processor = build_model(cfg, device=accelerator.device)
+    began = time.monotonic()
+    result = evaluate(
+        model,
+        processor,
+        datasets,
+        tasks,
+        batch_size=cfg.batch_size,
+        limit=cfg.limit,
+        accelerator=accelerator,
+        precision="bf16" if cfg.precision == "bf16" else "fp32",
+    )
+    if accelerator.is_main_process:
+        name = "eval-" + Path(cfg.model.name).as_posix().removesuffix("/model").rpartition("/")[2]
+        folder = Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
+        result.save(folder)
+        OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
+        console = Console()
+        console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))
+        seconds = clock(time.monotonic() - began)
+        console.print(
+            f"{len(result.predictions)} answers in {seconds}, all in {folder}", soft_wrap=True, highlight=False
+        )
+    accelerator.wait_for_everyone()
+    return result
 
 
 def evaluate(

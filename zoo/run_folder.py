@@ -66,17 +66,9 @@ class RunFolder:
                 )
             (Path(exact) / "checkpoints").mkdir(parents=True, exist_ok=True)
             return cls(exact)
-        now = now or datetime.now()
-        label = re.sub(r"[^A-Za-z0-9_.=,+-]+", "_", name).strip("._") or "run"
-        day = Path(root) / now.strftime("%Y-%m-%d")
-        for number in range(1, 1000):
-            path = day / (now.strftime("%H-%M-%S-") + label + (f"-{number}" if number > 1 else ""))
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True)
-                folder = cls(path)
-                folder.checkpoints.mkdir()
-                return folder
-        raise ZooError(f"No free name for a run of {name!r} in {day}.")
+        folder = cls(new_folder(root, name, now))
+        folder.checkpoints.mkdir()
+        return folder
 
     @classmethod
     def open(cls, name: str, root: Path | str = "runs") -> "RunFolder":
@@ -132,6 +124,19 @@ class RunFolder:
     def write_lock(self, **more: Any) -> None:
         """Write zoo.lock: what this run ran on."""
         write_json(self.lock, environment() | more)
+
+
+def new_folder(root: Path | str, name: str, now: datetime | None = None) -> Path:
+    """Make root/<date>/<time>-<name>, with a number where that is taken."""
+    now = now or datetime.now()
+    label = re.sub(r"[^A-Za-z0-9_.=,+-]+", "_", name).strip("._") or "run"
+    day = Path(root) / now.strftime("%Y-%m-%d")
+    for number in range(1, 1000):
+        path = day / (now.strftime("%H-%M-%S-") + label + (f"-{number}" if number > 1 else ""))
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise ZooError(f"No free name for {name!r} in {day}.")
 
 
 def last(root: Path | str) -> Path:

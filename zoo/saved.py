@@ -65,13 +65,23 @@ def from_folder(folder: Path, asked: str, config_dir: str | Path | None = None) 
     for place in (folder, folder / "model"):
         if _is_zoo_model(place / "config.json"):
             content = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            name = store_preset(content, asked, config_dir)
+            name = store_preset({**_data_of_run(place.parent), **content}, asked, config_dir)
             return name, {"name": str(place), "source": "dir"}
     if not folder.is_dir():
         near = nearest(folder.name, [p.name for p in folder.parent.glob("*")]) if folder.parent.is_dir() else []
         hint = f" Did you mean 'dir:{folder.parent / near[0]}'?" if near else ""
         raise ZooError(f"model {asked!r}: no such folder.{hint}")
     raise ZooError(f"model {asked!r}: the folder holds no saved model (a config.json with the key 'slots').")
+
+
+def _data_of_run(run: Path) -> dict[str, Any]:
+    """What a model was trained and scored on, where its folder lies in a run: `zoo eval` then asks for the same."""
+    if not (run / "config.yaml").is_file():
+        return {}
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    return {k: content[k] for k in ("data", "task") if isinstance(content, dict) and content.get(k)}
 
 
 def from_hub(repository: str, revision: str = "", config_dir: str | Path | None = None) -> tuple[str, dict[str, str]]:
