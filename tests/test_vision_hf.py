@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import tempfile
 
 import pytest
 import torch
 
-from tests.vision_builders import hf_model, pixels
+from tests.vision_builders import hf_model, pixels, shake
 from zoo.registry import ImageTransform, ZooError, build
 
 KINDS = ("clip", "clip_whole", "siglip", "siglip_whole", "siglip2", "dinov2", "dinov2_registers", "dinov3")
@@ -107,6 +108,19 @@ def test_another_image_size_interpolates_positions(saved, kind):
         assert torch.equal(out.tokens, want[:, -36:])
     with pytest.raises(ZooError, match="patch_size 8 does not divide image_size 50"):
         build("vision", {"name": "hf", "checkpoint": folder, "image_size": 50})
+
+
+def test_a_published_size_need_not_divide():
+    """SigLIP so400m: 384 pixels, 27 patches of 14, and 6 pixels that no patch sees."""
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = shake(t.SiglipVisionModel(t.SiglipVisionConfig(**sizes, image_size=38, patch_size=8)))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tower = build("vision", {"name": "hf", "checkpoint": folder}).eval()
+    assert tower.grid == (4, 4) and tower.transform.size == (38, 38)
+    assert torch.equal(tower(pixels(size=38)).tokens, reference(model, pixels(size=38)).hidden_states[-2])
 
 
 def test_the_transform_is_the_processors(saved, tmp_path):

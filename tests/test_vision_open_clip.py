@@ -101,6 +101,8 @@ def test_wrong_names_are_refused():
     for options, message in [
         ({"model": "ViT-B-33"}, "No open_clip model named 'ViT-B-33'. Did you mean 'ViT-B-32'"),
         ({"model": "ViT-B-32", "checkpoint": "openay"}, "named 'openay'. Did you mean 'openai'"),
+        ({"model": "ViT-B-32", "image_size": 100}, "patch_size 32 does not divide image_size 100"),
+        ({"model": "ViT-B-16-SigLIP", "image_size": 100}, "patch_size 16 does not divide image_size 100"),
         ({"model": "RN50"}, "is a ResNet; a ViT is needed"),
         ({"model": "convnext_base"}, "a plain ViT is needed"),
     ]:

@@ -107,7 +107,9 @@ def test_unknown_names_name_the_nearest():
         build("vision", {"name": "timm", "model": "vit_base_patch16_clip_224.openay"})
 
 
-@pytest.mark.parametrize("model", ["swin_tiny_patch4_window7_224", "resnet18", "naflexvit_base_patch16_gap"])
+@pytest.mark.parametrize(
+    "model", ["swin_tiny_patch4_window7_224", "resnet18", "naflexvit_base_patch16_gap", "cait_xxs24_224"]
+)
 def test_models_without_one_grid_are_refused(model):
     with torch.device("meta"), pytest.raises(ZooError, match="a plain ViT is needed"):
         build("vision", {"name": "timm", "model": model})
@@ -136,7 +138,17 @@ def test_zero_init_starts_as_the_identity():
 
 
 @pytest.mark.parametrize(
-    "family", ["deit3", "flexivit", "vit_medium_patch16_rope", "vit_pe_spatial", "eva_giant", "beitv2"]
+    "family",
+    [
+        "deit3",
+        "flexivit",
+        "vit_medium_patch16_rope",
+        "vit_pe_spatial",
+        "relpos",
+        "eva_giant",
+        "beitv2",
+        "so400m_patch14_siglip_384",
+    ],
 )
 def test_other_families_build(family):
     import timm
@@ -144,7 +156,8 @@ def test_other_families_build(family):
     name = next(n for n in timm.list_models(f"*{family}*"))
     with torch.device("meta"):
         tower = build("vision", {"name": "timm", "model": name})
-    assert tower.num_tokens > 16
+    out = tower(torch.empty(1, 3, *tower.transform.size, device="meta"), need=tower.provides)
+    assert out.tokens.shape == (1, tower.num_tokens, tower.hidden_size)
 
 
 def test_a_weights_file_goes_with_a_named_model(tmp_path):

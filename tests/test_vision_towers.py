@@ -62,6 +62,8 @@ def test_meta_builds_the_same_structure(config):
     assert all(p.device.type == "meta" for p in meta.parameters())
     assert (meta.grid, meta.hidden_size, meta.provides) == (real.grid, real.hidden_size, real.provides)
     assert meta.transform == real.transform
+    out = meta(pixels().to("meta"), need=meta.provides)  # so that costs can be counted without weights
+    assert out.tokens.shape == (2, 16, 32)
 
 
 def test_a_frozen_tower_keeps_no_activation(config):

@@ -105,7 +105,8 @@ class HFVision(Tower):
         depth = block_count(config.layer, spec.num_hidden_layers)
         spec.num_hidden_layers = depth  # later blocks are neither built nor read
         size, transform = _transform(source, config.image_size, spec, family)
-        check_divides(spec.patch_size, size)
+        if config.image_size:  # published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over
+            check_divides(spec.patch_size, config.image_size)
         tower = _load(source, family, spec) if source and not on_meta() else _class(family)(spec)
         super().__init__(HFRunner(tower, family, size, config.norm), transform)
 

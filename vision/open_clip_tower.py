@@ -79,8 +79,6 @@ class OpenClipRunner(Runner):
 
     def __init__(self, tower: Any, layer: int, norm: bool) -> None:
         super().__init__()
-        for pixels, patch in zip(tower.image_size, tower.patch_size, strict=True):
-            check_divides(patch, pixels)
         self.last = block_count(layer, len(tower.transformer.resblocks), lowest=1) - 1
         tower.prune_intermediate_layers([self.last], prune_norm=not norm, prune_head=True)
         tower.attn_pool = None
@@ -182,6 +180,9 @@ def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
     if image_size:
         vision["image_size"] = image_size
     visual = _build_vision_tower(architecture["embed_dim"], vision, architecture.get("quick_gelu", False))
+    inner = getattr(visual, "trunk", visual)
+    if image_size and (patch := getattr(getattr(inner, "patch_embed", inner), "patch_size", None)):
+        check_divides(patch[0], image_size)
     if image_size and hasattr(visual, "trunk"):  # it keeps the size of its name otherwise
         visual.set_input_size(image_size)
     if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.registry import ZooError
-from zoo.vision.tower import Runner, block_count, check_divides
+from zoo.vision.tower import Runner, block_count
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
 
@@ -23,13 +24,11 @@ class TimmRunner(Runner):
     def __init__(self, tower: Any, layer: int, norm: bool, name: str) -> None:
         super().__init__()
         grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
-        if not grid or not all(hasattr(tower, part) for part in PARTS):
+        if not grid or not all(hasattr(tower, part) for part in PARTS) or not _gives_prefix(tower):
             raise ZooError(
                 f"{name!r} is a {type(tower).__name__}, which has no blocks of one width on one fixed patch grid;"
                 " a plain ViT is needed (vit_*, deit_*, eva*, beit* of timm)."
             )
-        for pixels, patch in zip(tower.patch_embed.img_size, tower.patch_embed.patch_size, strict=True):
-            check_divides(patch, pixels)
         last = block_count(layer, len(tower.blocks), lowest=1) - 1
         if norm and isinstance(tower.norm, nn.Identity):  # models that pool first keep their norm behind the pooling
             tower.norm = getattr(tower, "fc_norm", tower.norm)
@@ -48,7 +47,7 @@ class TimmRunner(Runner):
         (out,) = self.tower.forward_intermediates(
             pixel_values,
             indices=[self.last],
-            return_prefix_tokens=True,
+            return_prefix_tokens=self.num_prefix > 0,  # some of timm's classes fail where there are none
             norm=self.norm,
             output_fmt="NLC",
             intermediates_only=True,
@@ -89,3 +88,8 @@ class TimmRunner(Runner):
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         self.tower.set_grad_checkpointing(enable)
+
+
+def _gives_prefix(tower: Any) -> bool:
+    """Whether the prefix goes through the blocks with the patches, which it does not in CaiT."""
+    return "return_prefix_tokens" in signature(tower.forward_intermediates).parameters

@@ -11,7 +11,7 @@ from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.checkpoints import at, fetch, is_local
 from zoo.vision.stem import ConvStem
 from zoo.vision.timm_runner import TimmRunner
-from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_sizes, on_meta
+from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_divides, check_sizes, on_meta
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 FITS = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -57,6 +57,8 @@ class TimmVision(Tower):
     def __init__(self, config: TimmVisionConfig) -> None:
         named = config.model or config.checkpoint
         tower: Any = _named(config) if named else _sized(config)
+        if named and config.image_size and hasattr(tower, "patch_embed"):
+            check_divides(tower.patch_embed.patch_size[0], config.image_size)
         runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder")
         super().__init__(runner, _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF))
 

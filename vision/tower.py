@@ -137,7 +137,8 @@ def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
         key: (M, H, P + N, d), or fewer heads where queries share keys in groups.
         scale: factor of q.k.
     """
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    device = "cpu" if query.is_meta else query.device.type  # autocast knows no meta device
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         key = key.float()
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
