@@ -4,7 +4,7 @@
 are, runs an unmodified causal LM, and computes the loss only where labels are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
