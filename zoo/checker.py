@@ -19,7 +19,7 @@ from zoo.tokenizer import CHAT_TEMPLATES, load_tokenizer, require_vocab_size
 
 _TEXT = 64  # tokens of text beside the images that a sequence must have room for
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
-_SECONDS = 6.0  # and how long it may take
+_SECONDS = 15.0  # and how long it may take
 
 
 @dataclass
@@ -259,13 +259,15 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, Plan]]:
             yield f"tokenizer.chat_template={template}", replace(plan, template=template)
     if plan.tokenizer is None and plan.vocab_size is not None and plan.vocab_size < 512:
         yield "tokenizer.vocab_size=512", replace(plan, vocab_size=512)
-    yield from _other_options(plan)
-    yield from _other_stages(plan)
     for kind in ("pruner", "adapter"):
         members = plan.slots.get(kind) or {}
         if len(members) > 1:
             turned = dict(reversed(members.items()))
             yield f"{kind}={_shown(turned)}", replace(plan, slots={**plan.slots, kind: turned})
+    yield from _other_options(plan)
+    yield from _other_stages(plan)
+    for kind in ("pruner", "adapter"):
+        members = plan.slots.get(kind) or {}
         for name in members:
             rest = {n: node for n, node in members.items() if n != name}
             yield f"{kind}={_shown(rest or None)}", replace(plan, slots={**plan.slots, kind: rest})
