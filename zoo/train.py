@@ -75,7 +75,8 @@ class Run:
         self.model, self.processor = self._compose()
         self._distiller: tuple[Any, Any] = (None, None)  # its node, and itself
         self._teachers: dict[str, Any] = {}
-        self._leave = False
+        self._asked = False  # SIGTERM came to this process
+        self._leave = False  # it came to one of the processes, and all know it
         self._pending: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
 
     def train(self) -> float:
@@ -181,7 +182,7 @@ class Run:
     def _step(self, name: str, number: int, engine: Engine, loader: Loader, source: Any) -> None:
         start, waited = time.perf_counter(), loader.waited
         items = [next(source) for _ in range(engine.stage.accumulate)]
-        losses, self._leave = engine.run(number, self.progress.global_step, [i["batch"] for i in items], self._leave)
+        losses, self._leave = engine.run(number, self.progress.global_step, [i["batch"] for i in items], self._asked)
         for line in (line for i in items for line in i["info"]["broken"]):
             self.display.note(f"skipped {line}")
         self.progress.step, self.progress.streams = number + 1, items[-1]["info"]["streams"]
@@ -305,7 +306,7 @@ class Run:
         engine.resume_training()
 
     def _on_sigterm(self, *_: Any) -> None:
-        self._leave = True
+        self._asked = True  # a signal that comes during a step is agreed upon in the next
 
 
 def read_config(path: Path, given: DictConfig) -> DictConfig:
