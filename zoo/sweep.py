@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from zoo import presets
 from zoo.config import CONFIG_NAME, hydra_of_its_own
-from zoo.prepare import SEVERAL, SLOTS, having, load_plugins, parse, prepare, settle, values
+from zoo.prepare import SEVERAL, having, load_plugins, parse, prepare, settle, values
 from zoo.registry import source_options
 from zoo.registry.core import kind_of
 
@@ -46,8 +46,8 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
     for job, chosen in zip(product, picks, strict=True):
         stays = []
         for line in job:
-            if _fits(line, chosen, config_dir) or not any(_fits(line, other, config_dir) for other in picks):
-                stays.append(line)  # what fits no job is a mistake, and reported as one
+            if _fit(line, chosen, config_dir) == max(_fit(line, other, config_dir) for other in picks):
+                stays.append(line)  # what fits no job well is a mistake, and reported where it fits best
             else:
                 left_out[line] = left_out.get(line, 0) + 1
         fitted[tuple(stays)] = None
@@ -92,20 +92,16 @@ def _folder(root: Path) -> Path:
     return day / str(number)
 
 
-def _fits(line: str, chosen: Mapping[str, Any], config_dir: str | Path | None) -> bool:
-    """Whether the option that an override sets is there in a run that picks `chosen`."""
+def _fit(line: str, chosen: Mapping[str, Any], config_dir: str | Path | None) -> int:
+    """Return 2 where a run that picks `chosen` has the option, 1 where only its component is there, and 0 otherwise."""
     path = line.partition("=")[0].lstrip("+~").split(".")
-    kind = kind_of(path[0])
-    if len(path) < 2 or path[0] not in SLOTS or kind is None:
-        return True
-    if path[0] in SEVERAL:
-        if len(path) == 2:
-            return bool(having(".".join(path), chosen, config_dir))
-        key, option = path[1], path[2]
-        if key not in chosen.get(path[0], []):
-            return False
-    else:
-        key, option = str(chosen.get(path[0])), path[1]
-    if key not in presets.available(path[0], config_dir):
-        return False
-    return option in {o.name for o in source_options(kind, presets.component_of(path[0], key, config_dir))}
+    group, kind = path[0], kind_of(path[0])
+    if len(path) < 2 or kind is None:
+        return 2
+    if group in SEVERAL and len(path) == 2:
+        return 2 if having(".".join(path), chosen, config_dir) else int(bool(chosen.get(group)))
+    key, option = (path[1], path[2]) if group in SEVERAL else (chosen.get(group), path[1])
+    if key not in presets.as_list(chosen.get(group)) or key not in presets.available(group, config_dir):
+        return 0
+    options = source_options(kind, presets.component_of(group, str(key), config_dir))
+    return 2 if option in {o.name for o in options} else 1

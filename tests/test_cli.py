@@ -1,0 +1,267 @@
+"""The command `zoo`: what it prints, its exit status, sweeps, and that it leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from zoo import ZooError, cli, new
+from zoo.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ZOO_DEBUG", "HYDRA_FULL_ERROR", "COMP_LINE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list:
+    """Configs that `zoo train` was run with; nothing is trained."""
+    configs: list = []
+    module = ModuleType("pretend")
+    module.main = lambda cfg: configs.append(cfg)
+    monkeypatch.setitem(sys.modules, "pretend", module)
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("pretend:main", "train", composed=True))
+    return configs
+
+
+def test_help_names_every_command_and_fits_a_terminal(capsys):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+        assert max(map(len, out.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "check"])
+def test_help_of_a_composed_command(command, capsys):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    words = ("pruner=[...]", "random", "scenes_tiny", "--multirun", "--config-dir", "seed=")
+    for word in (f"usage: zoo {command}", *words):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "No command named 'trian'. Did you mean 'train'? Available: train, eval,"),
+        (["train", "--multrun"], "No flag '--multrun'. Did you mean '--multirun'?"),
+        (["train", "--lr", "3"], "Options of a run have no dashes: lr=<value>."),
+        (["train", "--cfg"], "--cfg needs a value."),
+        (["train", "--config-dir", "nowhere"], "--config-dir 'nowhere': no such folder."),
+        (["train", "--experimental-rerun", "x.pickle"], "No flag '--experimental-rerun'."),
+        (["train", "--config-path", "/etc"], "No flag '--config-path'."),
+        (["list", "prunr"], "No kind named 'prunr'. Did you mean 'pruner'?"),
+        (["list", "pruner", "zzz*"], "Nothing matches 'pruner zzz*'."),
+        (["info", "pruner/rndom"], "No pruner named 'rndom'. Did you mean 'random'?"),
+        (["info", "rndom"], "Nothing is called 'rndom'. Did you mean 'pruner/random'?"),
+        (["info", "prunr/random"], "No kind named 'prunr'. Did you mean 'pruner'?"),
+        (["new", "prunr", "x"], "No template named 'prunr'. Did you mean 'pruner'?"),
+        (["new", "pruner", "My-Pruner"], "lower case letters, digits and underscores, got 'My-Pruner'"),
+        (["new", "pruner", "random"], "pruner 'random' is there already"),
+        (["-sc", "install=tcsh"], "shells: bash, fish, zsh"),
+    ],
+)
+def test_mistakes(words, message, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("zoo: ") and said.err.count("\n") == 1 and message in said.err
+    assert said.out == ""
+
+
+def test_debugging_shows_where_an_error_comes_from(monkeypatch):
+    monkeypatch.setenv("ZOO_DEBUG", "1")
+    with pytest.raises(ZooError):
+        main(["trian"])
+
+
+def test_a_run_gets_its_config_and_leaves_nothing_behind(ran, tmp_path):
+    assert main(["train", "pruner=random", "seed=3"]) == 0
+    (cfg,) = ran
+    assert list(cfg.pruner) == ["random"] and cfg.seed == 3 and "hydra" not in cfg
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_own_folder_of_presets(ran, tmp_path):
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [scenes_tiny, {override /projector: linear}]\n"
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(text)
+    for words in (["--config-dir", "conf"], ["--config-dir=conf"], ["-cd", "conf"]):
+        assert main(["train", "model=mine", *words]) == 0
+    assert main(["train", "-m", "model=mine,scenes_tiny", "--config-dir", "conf"]) == 0
+    assert [cfg.projector.name for cfg in ran][:4] == ["linear"] * 4
+    assert [cfg.model.name for cfg in ran] == ["mine"] * 4 + ["scenes_tiny"]
+
+
+def test_the_config_is_shown(ran, capsys):
+    assert main(["train", "--cfg", "job", "-p", "run", "run.name=x"]) == 0
+    assert "name: x" in capsys.readouterr().out
+    assert ran == []
+
+
+def test_a_sweep_drops_options_that_a_job_does_not_have(ran, capsys, tmp_path):
+    assert main(["train", "-m", "pruner=null,random,pool", "pruner.random.keep_ratio=0.5"]) == 0
+    assert [list(cfg.pruner) for cfg in ran] == [[], ["random"], ["pool"]]
+    assert ran[1].pruner.random.keep_ratio == 0.5
+    said = capsys.readouterr().err
+    assert "pruner.random.keep_ratio=0.5 is left out of 2 of 3 runs that have no such option" in said
+    folders = [Path(cfg.run.folder) for cfg in ran]
+    assert [f.name for f in folders] == ["0", "1", "2"] and len({f.parent for f in folders}) == 1
+    assert folders[0].parts[:2] == ("runs", "sweeps")
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+    assert main(["train", "-m", "pruner=random,pool"]) == 0
+    assert Path(ran[-1].run.folder).parent != folders[0].parent  # a sweep never writes into another
+
+
+def test_a_sweep_runs_equal_jobs_once(ran, capsys):
+    assert main(["train", "-m", "pruner=null,random", "pruner.keep_ratio=0.25,0.5"]) == 0
+    assert [cfg.pruner.random.keep_ratio if cfg.pruner else None for cfg in ran] == [None, 0.25, 0.5]
+    assert "3 of 4 runs are different" in capsys.readouterr().err
+
+
+def test_a_sweep_over_single_slots_and_their_options(ran):
+    assert main(["train", "-m", "projector=linear,mlp", "projector.depth=3", "seed=1,2"]) == 0
+    assert [(cfg.projector.name, cfg.projector.get("depth"), cfg.seed) for cfg in ran] == [
+        ("linear", None, 1),
+        ("linear", None, 2),
+        ("mlp", 3, 1),
+        ("mlp", 3, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pruner=null,random", "pruner.random.kep_ratio=1"], "named 'kep_ratio'. Did you mean 'keep_ratio'"),
+        (["pruner=null,rndom"], "No pruner named 'rndom'. Did you mean 'random'?"),
+        (["pruner=random", "pruner.random.keep_ratio=0.5,2"], "keep_ratio must be in (0, 1], got 2"),
+        (["seed=1,x"], "Option 'seed' of the run takes int"),
+    ],
+)
+def test_a_mistake_in_a_sweep(words, message, ran, capsys):
+    assert main(["train", "-m", *words]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_zoo_error_of_a_command_is_one_line(monkeypatch, capsys):
+    module = ModuleType("pretend")
+
+    def fails(cfg):
+        raise ZooError("The disk is full.")
+
+    module.main = fails
+    monkeypatch.setitem(sys.modules, "pretend", module)
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("pretend:main", "train", composed=True))
+    for words in (["train"], ["train", "-m", "seed=1,2"]):
+        assert main(words) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "zoo: The disk is full."
+
+
+def test_list_and_info(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for line in ("vision\n", "pruner\n", "model\n", "recipe\n", "data\n", "  random "):
+        assert line in out
+    assert main(["list", "*tiny*"]) == 0
+    assert "scenes_tiny" in capsys.readouterr().out
+    assert main(["info", "pruner/random", "model/scenes_tiny"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "licence   Apache-2.0",
+        "destroys  grid",
+        "random_pruner.py:",
+        "keep_ratio  float  0.25",
+        "share of image",
+    ):
+        assert part in out
+    assert "override /vision:" in out
+
+
+def test_completion_script_is_for_zoo(capsys):
+    assert main(["-sc", "install=bash"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("hydra_bash_completion zoo")
+
+
+def test_real_bash_completion(tmp_path):
+    """Bash itself, with the script installed and `zoo` on the path."""
+    command = tmp_path / "zoo"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m zoo "$@"\n')
+    command.chmod(0o755)
+    script = """
+eval "$(zoo -sc install=bash)"
+COMP_LINE="zoo train pruner=ran" COMP_POINT=20 COMP_CWORD=2
+COMP_WORDS=(zoo train pruner=ran)
+hydra_bash_completion
+echo "${COMPREPLY[@]}"
+"""
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["pruner=random"], done.stderr
+
+
+@pytest.mark.parametrize("kind", new.TEMPLATES)
+def test_what_zoo_new_writes_works(kind, tmp_path, capsys):
+    assert main(["new", kind, f"my_{kind}"]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote my_{kind}.py and test_my_{kind}.py" in out and f"python -m pytest test_my_{kind}.py" in out
+    lines = (tmp_path / f"my_{kind}.py").read_text().splitlines()
+    assert 15 <= len(lines) <= 60
+    assert main(["new", kind, f"my_{kind}"]) == 2
+    assert f"'my_{kind}.py' exists and is not overwritten" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"test_my_{kind}.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout
+
+
+def test_the_next_command_of_zoo_new_composes(ran, capsys):
+    for kind in ("pruner", "projector", "adapter", "dataset", "vision"):
+        assert main(["new", kind, f"my_{kind}"]) == 0
+        *_, train = capsys.readouterr().out.splitlines()
+        assert main(train.split()[1:]) == 0, train
+        group = "data" if kind == "dataset" else kind
+        node = ran[-1][group]
+        assert f"my_{kind}" in (node if kind in ("pruner", "adapter", "dataset") else node.values())
+
+
+def test_python_3_14_checks_help_that_is_no_string():
+    import argparse
+
+    from zoo.launch import skip_lazy_help
+
+    class Lazy:
+        def __repr__(self) -> str:
+            return "lazy"
+
+    skip_lazy_help()
+    parser = argparse.ArgumentParser()
+    if hasattr(parser, "_check_help"):
+        parser.add_argument("--x", help=Lazy())
+
+
+def test_the_program_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "zoo", "version"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, __import__("zoo").__version__)
