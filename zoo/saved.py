@@ -65,6 +65,7 @@ def from_folder(folder: Path, asked: str, config_dir: str | Path | None = None) 
     for place in (folder, folder / "model"):
         if _is_zoo_model(place / "config.json"):
             content = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            content = {k: v for k, v in content.items() if v is not None}
             name = store_preset({**_data_of_run(place.parent), **content}, asked, config_dir)
             return name, {"name": str(place), "source": "dir"}
     if not folder.is_dir():
@@ -116,8 +117,8 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
     if not isinstance(content.get("slots"), Mapping):
         raise ZooError(f"{where} has no 'slots'.")
     slots = {**content["slots"], **{k: content[k] for k in ("data", "task") if isinstance(content.get(k), dict)}}
-    refuse_code(slots, where)
-    refuse_code(content.get("tokenizer") or {}, where)
+    for part in (slots, content.get("tokenizer") or {}, content.get("plugins") or []):
+        refuse_code(part, where)
     _ask_for_plugins(slots, content.get("plugins") or [], where)
     defaults: list[Any] = []
     body: dict[str, Any] = {}

@@ -1,0 +1,197 @@
+"""Evaluation: the same figures for any batch size and number of processes, beside models that do not look."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import ANSWERS, QUESTIONS, picture, talk
+from zoo.evaluate import evaluate, main, prompt_of
+from zoo.predict import Question, answer
+from zoo.registry import Sample, Score, ZooError
+
+
+class Talks:
+    """Questions of unlike lengths about few images, one or none of them; some kinds are never trained."""
+
+    def __init__(self, count: int = 9, split: str = "eval") -> None:
+        self.count, self.split = count, split
+
+    def __len__(self):
+        return self.count
+
+    def get(self, index, epoch=0):
+        images = [picture(index % 3)] * (index % 4 != 0)
+        dialogs = []
+        for k in range(1 + index % 3):
+            question = " ".join(QUESTIONS[(index + j) % 5] for j in range(1 + (index + k) % 4))
+            dialog = talk(question, "yes" if index % 3 else "no", len(images))
+            dialog.kind, dialog.meta = f"k{k}", {"held_out": k == 2}
+            dialogs.append(dialog)
+        return Sample(f"{self.split}-{index}", images, dialogs)
+
+    def train_split(self):
+        return Talks(30, "train")
+
+
+class Choices(Talks):
+    def get(self, index, epoch=0):
+        one = super().get(index)
+        for dialog in one.dialogs:
+            dialog.task, dialog.choices = "choice", ["yes", "no", "a red circle left of a blue square"]
+        return one
+
+
+@pytest.fixture
+def model(make_model):
+    model, processor = make_model(seed=3)
+    with torch.no_grad():  # an untrained model says the same to all; make it look and read
+        for p in model.parameters():
+            p.mul_(3.0)
+    return model, processor
+
+
+def test_any_batch_size_gives_the_same(model):
+    results = [evaluate(*model, {"talks": Talks(), "choices": Choices()}, batch_size=b) for b in (1, 7, 64)]
+    assert len({r["prediction"] for r in results[0].predictions}) > 5, "the model says different things"
+    for other in results[1:]:
+        assert other.predictions == results[0].predictions
+        assert other.lines == results[0].lines
+
+
+def test_predictions_are_what_the_model_says_alone(model):
+    net, processor = model
+    sample = Talks().get(5)
+    asked = [Question(sample, d, "generate", 12) for d in sample.dialogs]
+    for question, text in answer(net, processor, asked, batch_size=4):
+        batch = processor.collate([processor.encode_prompt(sample, question.dialog)])
+        out = net.generate(batch["input_ids"], pixel_values=batch["pixel_values"], max_new_tokens=12, do_sample=False)[
+            :, batch["input_ids"].shape[1] :
+        ]
+        assert processor.tokenizer.decode(out[0], skip_special_tokens=True).strip() == text
+
+
+def test_an_image_is_encoded_once_and_equal_questions_are_asked_once(model):
+    net, processor = model
+    sample = Sample("s", [picture()], [talk(q, "yes") for q in QUESTIONS + QUESTIONS])
+    seen, rows = [], []
+    inner, generate = net.encode_images, net.generate
+    net.encode_images = lambda pixels: seen.append(len(pixels)) or inner(pixels)
+    net.generate = lambda **kwargs: rows.append(len(kwargs["input_ids"])) or generate(**kwargs)
+    asked = [Question(sample, d, "generate", 4) for d in sample.dialogs]
+    texts = [text for _, text in answer(net, processor, asked, batch_size=64)]
+    assert seen == [1] and rows == [len(QUESTIONS)]
+    assert texts[:5] == texts[5:]
+
+
+def test_the_likeliest_option_is_chosen(model):
+    net, processor = model
+    sample = Talks().get(1)
+    dialog = sample.dialogs[0]
+    dialog.choices = ANSWERS
+    ((_, text),) = answer(net, processor, [Question(sample, dialog, "choice", 0)], batch_size=2)
+    found = {}
+    for option in ANSWERS:
+        row = processor.encode(Sample("s", sample.images, [talk(prompt_of(dialog).removeprefix("<image> "), option)]))
+        out = net(**processor.collate([row]))
+        found[option] = -out.loss.item() * int((row.labels != -100).sum())
+    assert text == max(found, key=found.get)
+
+
+def test_blind_sees_no_image_and_text_stays_as_it_is(model):
+    net, processor = model
+    samples = [Talks().get(i) for i in range(9)]
+
+    def texts(blind, change=lambda s: s):
+        asked = [Question(change(s), d, "generate", 8) for s in samples for d in s.dialogs]
+        return [text for _, text in answer(net, processor, asked, batch_size=8, blind=blind)]
+
+    def black(sample):
+        return Sample(sample.id, [picture(77)] * len(sample.images), sample.dialogs)
+
+    assert texts(True) == texts(True, black), "a blind model does not see what the image is"
+    assert texts(False) != texts(False, black), "and the other does"
+    alone = [i for i, s in enumerate(samples) for _ in s.dialogs if not s.images]
+    where = [j for j, s in enumerate([s for s in samples for _ in s.dialogs]) if not s.images]
+    assert alone and [texts(True)[j] for j in where] == [texts(False)[j] for j in where]
+
+
+def test_the_table_has_every_kind_with_its_baselines(model):
+    result = evaluate(*model, {"talks": Talks()}, batch_size=16)
+    lines = {line.kind: line for line in result.lines}
+    assert set(lines) == {"k0", "k1", "k2"}
+    assert [lines[k].held_out for k in ("k0", "k1", "k2")] == [False, False, True]
+    assert lines["k0"].score.n == 9
+    assert lines["k0"].majority == Score(pytest.approx(6 / 9), 9, pytest.approx(0.1667, abs=1e-3))
+    assert lines["k0"].blind is not None
+    assert result.summary()["talks/k0/accuracy"] == lines["k0"].score.value
+
+
+def test_processes_share_the_samples(model):
+    class Rank:
+        def __init__(self, rank):
+            self.process_index, self.num_processes = rank, 2
+
+    parts: list = [[], []]
+
+    def run(rank, everyone):
+        import zoo.evaluate as module
+
+        calls = iter(range(2))
+        original, module.gather = module.gather, lambda _, rows: everyone(next(calls), rows)
+        try:
+            return evaluate(*model, {"talks": Talks()}, batch_size=4, limit=7, accelerator=Rank(rank))
+        finally:
+            module.gather = original
+
+    run(1, lambda call, rows: parts[call].extend(dict(r) for r in rows) or [rows])
+    both = run(0, lambda call, rows: [rows, parts[call]])
+    alone = evaluate(*model, {"talks": Talks()}, batch_size=4, limit=7)
+    assert both.predictions == alone.predictions and both.lines == alone.lines
+
+
+def test_tasks_choose_the_dialogs(model):
+    from zoo.registry import build
+
+    class Mixed(Talks):
+        def get(self, index, epoch=0):
+            one = super().get(index)
+            one.dialogs[0].task = "yes_no"
+            return one
+
+    own = evaluate(*model, {"talks": Mixed()}, batch_size=16, baselines=False)
+    assert {(line.kind, line.task) for line in own.lines} == {("k0", "yes_no"), ("k1", "exact"), ("k2", "exact")}
+    asked = {"yes_no": build("task", {"name": "yes_no"})}
+    only = evaluate(*model, {"talks": Mixed()}, asked, batch_size=16, baselines=False)
+    assert {(line.kind, line.task) for line in only.lines} == {("k0", "yes_no"), ("k1", "yes_no"), ("k2", "yes_no")}
+    boxes = {"boxes": build("task", {"name": "boxes"})}
+
+    class Named(Talks):
+        def get(self, index, epoch=0):
+            one = super().get(index)
+            for dialog in one.dialogs:
+                dialog.task = "exact"
+            return one
+
+    with pytest.raises(ZooError, match="is for the tasks boxes"):
+        evaluate(*model, {"talks": Named()}, boxes, batch_size=16)
+
+
+def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
+    from tests.train_builders import config, recipe
+    from zoo.config import compose
+    from zoo.train import main as train
+
+    words = recipe(tmp_path, {"a": "steps: 1, batch_size: 4"})
+    run = train(config(words, f"run.folder={tmp_path / 'run'}", "limit=2"))
+    capsys.readouterr()
+    cfg = compose("eval", [f"model=dir:{run.path}", "limit=3", "device=cpu", f"run.folder={tmp_path / 'out'}"])
+    assert list(cfg.data) == ["scenes"] and cfg.data.scenes["size"] == 32, "the data that the model was trained for"
+    result = main(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").open()]
+    assert len(rows) == len(result.predictions) and {r["id"] for r in rows} == {"eval-0", "eval-1", "eval-2"}
+    assert {"id", "kind", "prompt", "prediction", "answers", "scores", "meta"} <= set(rows[0])
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert {"data", "kind", "task", "metric", "held_out", "score", "blind", "majority"} == set(scores[0])
+    assert set(scores[0]["score"]) == {"value", "n", "stderr"}
+    assert "majority" in capsys.readouterr().out
