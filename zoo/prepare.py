@@ -125,7 +125,7 @@ class Choice:
     def lines(self, config_dir: str | Path | None = None) -> list[str]:
         """Return the overrides that make Hydra compose this choice."""
         lines = [f"model={presets.trim('model', self.model, self.own_of_model, self.chosen, config_dir)}"]
-        lines += [f"++model.{key}='{value}'" for key, value in self.source.items()]
+        lines += [f"++model.{key}={_quoted(value)}" for key, value in self.source.items()]
         if self.recipe is None:
             return [*lines, f"recipe={NOBODY}"]
         recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir)
@@ -180,6 +180,11 @@ def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = 
         return []
     components = {m: presets.component_of(group, m, config_dir) for m in members}
     return [m for m, name in components.items() if option in {o.name for o in source_options(kind, name)}]
+
+
+def _quoted(text: str) -> str:
+    """Spell a string so that Hydra reads it as it is."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
 
 
 def _text(value: Any) -> str:
