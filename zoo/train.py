@@ -21,6 +21,7 @@ from zoo import checkpoint
 from zoo.engine import Engine, build_distiller, reseed
 from zoo.finish import finish, score
 from zoo.loader import Batches, Loader, Place
+from zoo.memory import keep_memory
 from zoo.precision import fast_products
 from zoo.processes import broadcast, gather, start_accelerator
 from zoo.progress import Display
@@ -71,6 +72,8 @@ class Run:
         if not self.stages:
             raise ZooError("There is nothing to train: the config has no stages. Choose a recipe, recipe=<name>.")
         fast_products()
+        if self.accelerator.device.type == "cpu":
+            keep_memory()
         self.data = RunData(self.cfg.data)
         self.model, self.processor = self._compose()
         self._distiller: tuple[Any, Any] = (None, None)  # its node, and itself
