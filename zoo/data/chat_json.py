@@ -56,11 +56,12 @@ class ChatJson:
         dialogs: list[Dialog] = []
         images: list[Any] = []
         for member in members:
-            images, dialog = self._read(member)
+            record = self.records[member]
+            images, dialog = read_record(record, self.config, self._where(record, member))
             dialogs.append(dialog)
-        where = self._where(members[0])
-        name = record_id(self.records[members[0]], self.config) or f"{self.records.path.name}:{members[0]}"
-        return Sample(name, [self._image(image, where) for image in images], dialogs)
+        first = self.records[members[0]]
+        name = record_id(first, self.config) or f"{self.records.path.name}:{members[0]}"
+        return Sample(name, [self._image(image, self._where(first, members[0])) for image in images], dialogs)
 
     def train_split(self) -> "ChatJson":
         """The training records of the same file or set: what is common there is what a blind guess knows."""
@@ -83,9 +84,11 @@ class ChatJson:
         for index in range(len(self.records)):
             if self.config.limit and taken == self.config.limit:
                 break
-            if self.config.split_field and self._split_of(index) != self.config.split:
+            record = self.records[index]
+            where = self._where(record, index)
+            if self.config.split_field and self._split_of(record, where) != self.config.split:
                 continue
-            images, dialog = self._read(index)
+            images, dialog = read_record(record, self.config, where)
             taken += 1
             head = shared_head(dialog) if self.config.group_by_image else None
             if head is not None:
@@ -94,17 +97,13 @@ class ChatJson:
                 kept.append((index,))
         return sorted([*kept, *map(tuple, by_image.values())])
 
-    def _split_of(self, index: int) -> str:
-        record = self.records[index]
+    def _split_of(self, record: dict[str, Any], where: str) -> str:
         if self.config.split_field not in record:
-            raise ZooError(f"{self._where(index)} has no field {self.config.split_field!r} to tell its split.")
+            raise ZooError(f"{where} has no field {self.config.split_field!r} to tell its split.")
         return str(record[self.config.split_field])
 
-    def _read(self, index: int) -> tuple[list[Any], Dialog]:
-        return read_record(self.records[index], self.config, self._where(index))
-
-    def _where(self, index: int) -> str:
-        name = record_id(self.records[index], self.config)
+    def _where(self, record: dict[str, Any], index: int) -> str:
+        name = record_id(record, self.config)
         return self.records.where(index) + (f" (record {name!r})" if name else "")
 
     def _image(self, image: Any, where: str) -> bytes | Path | Callable[[], bytes]:

@@ -20,10 +20,10 @@ class RecordFile:
     """The records of a `.json` (one list), `.jsonl` or gzipped file, by index."""
 
     def __init__(self, path: Path) -> None:
-        """Read and check the file.
+        """Read the file; a broken record is found when it is asked for.
 
         Raises:
-            ZooError: it does not exist, is no such file, or a line of it is broken; the message names file and line.
+            ZooError: the file does not exist or is no such file.
         """
         self.path = path
         text = _read(path)
@@ -38,16 +38,19 @@ class RecordFile:
         self._block = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         self._lines = np.array([number for number, _ in pieces], dtype=np.int32)
-        for index in range(len(self)):
-            self[index]  # a broken line is worth knowing before the first step, not in epoch three
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Parse a record.
+
+        Raises:
+            ZooError: it is broken; the message names file and line.
+        """
         try:
             record = json.loads(self._block[self._ends[index] : self._ends[index + 1]])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ZooError(f"{self.where(index)} is no JSON: {error}") from None
         if not isinstance(record, dict):
             raise ZooError(f"{self.where(index)} holds a {type(record).__name__}; a record is an object with fields.")
@@ -91,7 +94,7 @@ def _pieces_of_list(path: Path, text: str) -> list[tuple[int, str]]:
         counted = at
         try:
             _, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ZooError(f"{path}:{getattr(error, 'lineno', line)} is no JSON: {error}") from None
         pieces.append((line, text[at:end]))
         at = skip(end)
