@@ -15,10 +15,11 @@ TEXTS = [f"{q} {a}" for q in QUESTIONS for a in ANSWERS]
 
 # Shapes of templates that people meet: trimmed content, text before the answer, turns that depend on what follows.
 FOREIGN = {
-    "trimmed": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}",
-    "thinking": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n"
-    "</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "trimmed": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}",
+    "thinking": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 }
 
 
@@ -55,10 +56,10 @@ def test_only_answers_and_their_end_are_learnt(template):
 
 @pytest.mark.parametrize("template", [*CHAT_TEMPLATES, *FOREIGN])
 def test_the_quick_ways_agree_with_the_plain_one(template):
-    """The remembered skeleton and the split at special tokens give what rendering and tokenizing the whole text gives."""
+    """Skeletons and the split at special tokens give what rendering and tokenizing the whole text gives."""
     quick, plain = processor_with(template), processor_with(template)
-    plain._special = None
-    plain._skeleton = lambda roles: None
+    plain._chat._special = None
+    plain._chat._find_literals = lambda roles: None
     for question, answer in [
         (QUESTIONS[0], "yes"),
         (QUESTIONS[3], "3 7 12 19"),
@@ -67,6 +68,21 @@ def test_the_quick_ways_agree_with_the_plain_one(template):
         messages = sample((question, answer)).dialogs[0].messages
         for a, b in zip(quick.tokenize_dialog(messages), plain.tokenize_dialog(messages), strict=True):
             assert np.array_equal(a, b)
+
+
+def test_a_later_turn_that_looks_like_the_end_token_changes_nothing():
+    """What follows an answer is never searched for in the text."""
+    processor = processor_with("thinking")
+    messages = [
+        {"role": r, "content": c}
+        for r, c in [("user", "hi"), ("assistant", "yes"), ("user", "im"), ("assistant", "no")]
+    ]
+    processor._chat._find_literals = lambda roles: None
+    end = processor.tokenizer.eos_token
+    assert [t.strip().removeprefix("<think>\n\n</think>\n\n") for t in learnt(processor, messages)] == [
+        f"yes{end}",
+        f"no{end}",
+    ]
 
 
 def test_every_image_becomes_its_placeholders():
@@ -103,7 +119,7 @@ def test_an_empty_answer_is_an_error():
 
 def test_a_dialog_without_answer_is_an_error_that_shows_the_text():
     dialog = Dialog([{"role": "user", "content": "hello"}])
-    with pytest.raises(ZooError, match="nothing to learn.*hello"):
+    with pytest.raises(ZooError, match=r"nothing to learn.*hello"):
         processor_with("chatml").encode(Sample("x", [], [dialog]))
 
 
@@ -119,14 +135,14 @@ def test_a_template_that_hides_the_answer_is_an_error():
 def test_a_template_that_changes_earlier_turns_is_an_error_that_says_where():
     processor = processor_with("chatml")
     processor.tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
-    with pytest.raises(ZooError, match="renders turn 1 differently.*They part at '2 "):
+    with pytest.raises(ZooError, match=r"renders turn 1 differently.*They part at '2 "):
         processor.encode(sample((QUESTIONS[0], "yes")))
 
 
 def test_a_token_across_the_border_is_an_error_that_shows_it():
     processor = processor_with("chatml")
     processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ZooError, match="runs across the border.*>>>"):
+    with pytest.raises(ZooError, match=r"runs across the border.*>>>"):
         processor.encode(
             Sample("x", [], [Dialog([{"role": "user", "content": "a circ"}, {"role": "assistant", "content": "le"}])])
         )

@@ -1,14 +1,11 @@
 """The one processor of a composed model: chat template, image tokens, labels, pixels.
 
-It knows how many image tokens an image becomes, writes exactly that many placeholders, and marks what is learnt. A sample
-whose labels would come out empty or misaligned is an error that shows the text: nothing is masked in silence.
+It knows how many image tokens an image becomes, writes exactly that many placeholders, and marks what is learnt. A
+sample whose labels would come out empty or misaligned is an error that shows the text: nothing is masked in silence.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,13 +13,13 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from zoo.auto import register_processor
+from zoo.chat import Chat
 from zoo.collate import EncodedSample, TokenizedDialog, collate, pack, share_prefix
 from zoo.model_types import ZooConfig
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
-from zoo.vision.images import open_image
 from zoo.vision.transform import to_pixels
 
-_CACHE = 200_000  # texts whose tokens are remembered; questions repeat, and a tokenizer call costs more than a step can spare
+_CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
 
 
 class ZooProcessor(ProcessorMixin):
@@ -30,7 +27,7 @@ class ZooProcessor(ProcessorMixin):
 
     Args:
         tokenizer: with an image token, padding, an end-of-sequence token and a chat template.
-        transform: what the encoder wants of its pixels, as `ImageTransform` or its dict; None for a model without images.
+        transform: what the encoder wants of its pixels, as `ImageTransform` or its dict; None without an encoder.
         num_image_tokens: placeholders per image; 0 where images do not stand in the sequence.
         image_separator: text between an image and what follows it.
     """
@@ -53,8 +50,7 @@ class ZooProcessor(ProcessorMixin):
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
         self._dialogs: dict[Any, TokenizedDialog] = {}
-        self._segments: dict[str, tuple[list[int], list[int]]] = {}
-        self._skeletons: dict[tuple[str, ...], list[tuple[int, str]] | None] = {}
+        self._chat = Chat(tokenizer)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -112,8 +108,8 @@ class ZooProcessor(ProcessorMixin):
     ) -> Any:
         """Render chat messages; with `tokenize=True` also tokenize them and transform their images.
 
-        Messages have plain string content, or typed parts: `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`
-        (the image itself may stand in the part, or all in `images`).
+        Messages have plain string content, or typed parts: `{"type": "text", "text": ...}` and
+        `{"type": "image", "image": ...}` (the image itself may stand in the part, or all in `images`).
         """
         several = bool(conversation) and isinstance(conversation[0], (list, tuple))
         talks = conversation if several else [conversation]
@@ -129,8 +125,8 @@ class ZooProcessor(ProcessorMixin):
         ]
         if not tokenize:
             return texts if several else texts[0]
-        found = [p.get("image", p.get("url")) for t in talks for m in t if not isinstance(m["content"], str) for p in m["content"]
-                 if p["type"] == "image"]  # fmt: skip
+        parts = [p for talk in talks for m in talk if not isinstance(m["content"], str) for p in m["content"]]
+        found = [p.get("image", p.get("url")) for p in parts if p["type"] == "image"]
         given = [f for f in found if f is not None] or images
         batch = self(images=given, text=texts, add_special_tokens=False)
         return batch if return_dict else batch["input_ids"]
@@ -174,13 +170,8 @@ class ZooProcessor(ProcessorMixin):
         return EncodedSample(**share_prefix(dialogs, sample.id), **common)
 
     def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample) -> TokenizedDialog:
-        """Tokenize a dialog of a sample, or remember it: a step may see hundreds, and most have been seen before."""
-        key = tuple(
-            [
-                (m["role"], c if isinstance(c := m["content"], str) else tuple([p.get("text") for p in c]))
-                for m in messages
-            ]
-        )
+        """Tokenize a dialog of a sample, or remember it."""
+        key = tuple([(m["role"], _key(m["content"])) for m in messages])
         known = self._dialogs.get(key)
         if known is None:
             if len(self._dialogs) >= _CACHE:
@@ -200,8 +191,8 @@ class ZooProcessor(ProcessorMixin):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        text = self._render(self.flatten(messages), add_generation_prompt=True)
-        ids = self._expand(np.array(self._tokenize(text)[0], dtype=np.int64))
+        text = self._chat.render(self.flatten(messages), add_generation_prompt=True)
+        ids = self._expand(np.array(self._chat.tokenize(text)[0], dtype=np.int64))
         pixels = [self._pixels(i) for i in sample.images] if pixel_values is None else pixel_values
         return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
 
@@ -224,150 +215,9 @@ class ZooProcessor(ProcessorMixin):
         Returns:
             input_ids and labels, both (T,), image tokens expanded.
         """
-        text, spans = self._spans(self.flatten(messages), sample_id)
-        ids, ends = self._tokenize(text)
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-        starts = np.array([0, *ends[:-1]])
-        tokens, stops = np.array(ids, dtype=np.int64), np.array(ends)
-        for start, end in spans:
-            inside = (stops > start) & (starts < end)
-            first = int(inside.argmax())
-            if not inside.any() or starts[first] < start:
-                where = text[max(0, start - 40) : start] + " >>> " + text[start : start + 40]
-                raise ZooError(
-                    f"Sample {sample_id!r}: a token runs across the border between question and answer, so the answer "
-                    f"cannot be learnt cleanly. The border is at >>>: {where!r}."
-                )
-            labels[inside] = tokens[inside]
+        tokens, labels = self._chat.labelled(self.flatten(messages), sample_id)
         labels[tokens == self.image_token_id] = IGNORE_INDEX
-        if (labels == IGNORE_INDEX).all():
-            raise ZooError(f"Sample {sample_id!r} leaves nothing to learn: no assistant turn in {text[:200]!r}.")
         return self._expand(tokens), self._expand(labels, tokens)
-
-    def _spans(self, messages: list[dict[str, str]], sample_id: str) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text, and the [start, end) of each assistant turn up to and with the token that ends it."""
-        skeleton = self._skeleton(tuple(m["role"] for m in messages))
-        if skeleton is None or any(m["content"] != m["content"].strip() for m in messages):
-            return self._search_spans(messages, sample_id)
-        text, spans, start = "", [], 0
-        for number, piece in skeleton:
-            content = messages[number]["content"]
-            assistant = messages[number]["role"] == "assistant"
-            if assistant and not content:
-                raise ZooError(f"Sample {sample_id!r} has an empty answer.")
-            before, after = piece.split("\0")
-            start = len(text) + len(before)
-            text += before + content
-            if assistant:
-                spans.append((start, len(text) + len(after.partition("\1")[0])))
-            text += after.replace("\1", "")
-        return text, spans
-
-    def _skeleton(self, roles: tuple[str, ...]) -> list[tuple[int, str]] | None:
-        """For each message, the text the template puts around its content: `before \\0 end-of-turn \\1 rest`.
-
-        Only for templates that take content as it is; None for those that do not, which are rendered each time.
-        """
-        if roles not in self._skeletons:
-            marks = [f"\x02{i}\x03" for i in range(len(roles))]
-            messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-            try:
-                text, spans = self._search_spans(messages, "")
-            except ZooError:
-                self._skeletons[roles] = None
-                return None
-            ends = iter(spans)
-            pieces, at = [], 0
-            for i, mark in enumerate(marks):
-                where = text.find(mark, at)
-                if where < 0 or text.count(mark) != 1:
-                    self._skeletons[roles] = None
-                    return None
-                after = where + len(mark)
-                following = text.find(marks[i + 1], after) if i + 1 < len(marks) else len(text)
-                stop = next(ends)[1] if roles[i] == "assistant" else after
-                border = following if i + 1 == len(marks) else stop
-                pieces.append(
-                    (i, text[at:where] + "\0" + text[after:stop] + "\1" + (text[stop:border] if border > stop else ""))
-                )
-                at = border
-            # The skeleton must start a supervised span where the answer starts; templates that do otherwise are searched.
-            starts = [s for s, _ in spans]
-            if any(text[s : s + 1] != "\x02" for s in starts):
-                self._skeletons[roles] = None
-                return None
-            self._skeletons[roles] = pieces
-        return self._skeletons[roles]
-
-    def _search_spans(self, messages: list[dict[str, str]], sample_id: str) -> tuple[str, list[tuple[int, int]]]:
-        text = self._render(messages)
-        eos, spans = self.tokenizer.eos_token, []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if not message["content"].strip():
-                raise ZooError(f"Sample {sample_id!r} has an empty answer.")
-            opening = self._render(messages[:i], add_generation_prompt=True)
-            if not text.startswith(opening):
-                same = next(
-                    (k for k, (a, b) in enumerate(zip(text, opening, strict=False)) if a != b),
-                    min(len(text), len(opening)),
-                )
-                raise ZooError(
-                    f"Sample {sample_id!r}: the chat template renders turn {i} differently with and without what follows, "
-                    f"so its answer cannot be found. They part at {text[max(0, same - 40) : same + 40]!r}."
-                )
-            content = text.find(message["content"].strip(), len(opening))
-            if content < 0:
-                raise ZooError(
-                    f"Sample {sample_id!r}: the chat template does not show the answer {message['content'][:80]!r}."
-                )
-            end = content + len(message["content"].strip())
-            stop = text.find(eos, end)
-            following = messages[i + 1]["content"].strip() if i + 1 < len(messages) else ""
-            limit = text.find(following, end) if following else len(text)
-            spans.append((len(opening), stop + len(eos) if 0 <= stop <= limit else end))
-        return text, spans
-
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        if not messages and not add_generation_prompt:
-            return ""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    @cached_property
-    def _special(self) -> re.Pattern[str] | None:
-        """Splits a text at special tokens; None where a tokenizer looks across them and needs the text whole."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        kind = type(getattr(backend, "pre_tokenizer", None)).__name__
-        if kind != "ByteLevel" or getattr(backend, "normalizer", None) is not None:
-            return None
-        added = self.tokenizer.added_tokens_decoder.values()
-        if any(t.lstrip or t.rstrip or t.single_word for t in added):
-            return None
-        return re.compile("(" + "|".join(re.escape(t.content) for t in added) + ")")
-
-    def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a rendered text, and the character at which each ends."""
-        if self._special is None:
-            return self._tokenize_whole(text)
-        ids, ends, at = [], [], 0
-        for segment in self._special.split(text):
-            if not segment:
-                continue
-            if segment not in self._segments:
-                if len(self._segments) >= _CACHE:
-                    self._segments.clear()
-                encoding = self.tokenizer.backend_tokenizer.encode(segment, add_special_tokens=False)
-                self._segments[segment] = encoding.ids, _rising([end for _, end in encoding.offsets])
-            some, stops = self._segments[segment]
-            ids += some
-            ends += [at + s for s in stops]
-            at += len(segment)
-        return ids, ends
-
-    def _tokenize_whole(self, text: str) -> tuple[list[int], list[int]]:
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(out["input_ids"]), _rising([end for _, end in out["offset_mapping"]])
 
     def _expand(self, values: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
         """Repeat each image token `num_image_tokens` times, in `values` or wherever `ids` holds one."""
@@ -382,12 +232,11 @@ class ZooProcessor(ProcessorMixin):
     def _pixels(self, source: Any) -> torch.Tensor:
         if self.transform is None:
             raise ZooError("An image was given to a model that has no vision encoder.")
-        return to_pixels(open_image(source), self.transform)
+        return to_pixels(source, self.transform)
 
 
-def _rising(ends: list[int]) -> list[int]:
-    """The largest end so far: bytes of one character give their tokens the same, or an empty, stretch of text."""
-    return list(accumulate(ends, max))
+def _key(content: Any) -> Any:
+    return content if isinstance(content, str) else tuple([part.get("text") for part in content])
 
 
 def _count_images(messages: Sequence[Mapping[str, Any]]) -> int:
