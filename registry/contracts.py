@@ -1,12 +1,13 @@
 """What every part promises: the kinds, one protocol for each, and the values that flow between the slots.
 
-Letters in shapes: B sequences, M images in the batch, N image tokens per image, K kept, T positions in the LLM, D vision
-width, C LLM width, V vocabulary; `h, w` is the patch grid. Nothing here imports torch, so that names and configs stay cheap.
+Letters in shapes: B sequences, M images in the batch, N image tokens per image, K kept, T positions in the LLM, D
+vision width, C LLM width, V vocabulary; `h, w` is the patch grid. Nothing here imports torch, so that names and
+configs stay cheap.
 
 Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some; the check walks the slots in the
 order vision -> pruner -> projector -> llm -> adapter and keeps the set of those that hold. In use:
 
-    grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by pruners that drop tokens
+    grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by dropping tokens
     cls_attention   the [CLS] row of one layer's attention       given by encoders that have a [CLS] token
     prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
     image_tokens    images stand in the LLM's sequence           given by projectors
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
     from torch import Tensor, nn
 
 KINDS = ("vision", "pruner", "projector", "llm", "adapter", "distiller", "dataset", "task")
@@ -32,7 +32,7 @@ IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformer
 
 @dataclass
 class ImageFeatures:
-    """What flows from the encoder through the pruners to the projector. A part returns a new one (`dataclasses.replace`)."""
+    """What flows from the encoder through the pruners to the projector; a part returns a new one."""
 
     tokens: Tensor  # (M, N, D) patch tokens in row-major order, no [CLS]
     grid: tuple[int, int] | None  # (h, w) with h * w == N; None once tokens were dropped
@@ -53,7 +53,7 @@ class ImageTransform:
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
     resample: str = "bicubic"  # nearest | bilinear | bicubic | lanczos
-    fit: str = "crop"  # crop: shortest side to size, centre crop; squash: both sides to size; pad: longest side, mean colour
+    fit: str = "crop"  # crop: shortest side to size, then centre; squash: both sides; pad: longest side, mean colour
 
 
 # An image as a data set may give it: a path, encoded bytes, an array (h, w, 3) uint8, a PIL image, or a function that
@@ -161,7 +161,7 @@ class LanguageModel(Protocol):
 
 @runtime_checkable
 class Adapter(Protocol):
-    """`__init__(config, *, llm, vision_dim, text_dim)`, any of them. `llm` is the LanguageModel, base weights loaded."""
+    """`__init__(config, *, llm, vision_dim, text_dim, grid)`, any of them; `llm` has its base weights."""
 
     def attach(self) -> None:
         """Take effect in the LLM given at construction. The base weights stay where checkpoints find them."""
@@ -215,9 +215,10 @@ class Task(Protocol):
     max_new_tokens: int
 
     def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
-        """Metric name -> value of one prediction, each in [0, 1]."""
+        """Metric name -> value of one prediction, each in [0, 1].
+
+        Names that begin with an underscore are no metrics: counts of any size that `summarise` needs again.
+        """
 
     def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
         """The table's numbers from the rows of `score`; the mean of each metric unless the metric is no mean."""
-
-

@@ -18,7 +18,8 @@ def llava(tokenizer, tmp_path_factory):
     reference = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
+                hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                image_size=32, patch_size=8,
             ),
             text_config=LlamaConfig(
                 hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -120,5 +121,5 @@ def test_only_what_differs_from_the_base_is_saved(llava, tmp_path):
     config = ZooConfig.from_pretrained(tmp_path / "a")
     config.base["llm"]["fingerprint"] = "0" * 64
     config.save_pretrained(tmp_path / "a")
-    with pytest.raises(ZooError, match="base weights of llm.*differ"):
+    with pytest.raises(ZooError, match=r"base weights of llm.*differ"):
         ZooModel.from_pretrained(tmp_path / "a")

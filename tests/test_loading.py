@@ -139,7 +139,7 @@ def test_weights_of_another_hash_are_refused(saved):
     good = sha256_of(folder / "model.safetensors")
     source = {"name": str(folder), "source": "dir", "repository": "", "revision": "", "sha256": good}
     assert weights_folder(OmegaConf.create({"model": source})) == folder
-    with pytest.raises(ZooError, match="have the hash .*, but its card states 0000"):
+    with pytest.raises(ZooError, match=r"have the hash .*, but its card states 0000"):
         weights_folder(OmegaConf.create({"model": {**source, "sha256": "0" * 64}}))
 
 

@@ -96,7 +96,7 @@ def test_wrong_placeholder_count_says_how_many_are_needed(make_model):
     batch = processor.collate([processor.encode(sample(PAIR))])
     where = (batch["input_ids"] == model.image_token_id).nonzero()[0]
     batch["input_ids"][tuple(where)] = 5
-    with pytest.raises(ZooError, match="15 image placeholders .* for 1 images of 16 tokens; 16 are needed"):
+    with pytest.raises(ZooError, match=r"15 image placeholders .* for 1 images of 16 tokens; 16 are needed"):
         model(**batch)
 
 
@@ -183,7 +183,7 @@ def test_set_trainable_counts_parts_and_refuses_nonsense(make_model):
     assert set(model.set_trainable(["projector"])) == {"projector"}
     assert all(p.requires_grad == n.startswith("projector") for n, p in model.named_parameters())
     assert set(model.set_trainable(["all"], freeze=["vision"])) == {"projector", "llm"}
-    with pytest.raises(ZooError, match="'projectr'. Did you mean 'projector'"):
+    with pytest.raises(ZooError, match=r"'projectr'. Did you mean 'projector'"):
         model.set_trainable(["projectr"])
     with pytest.raises(ZooError, match="Nothing trains"):
         model.set_trainable(["projector"], freeze=["all"])

@@ -4,8 +4,8 @@ import os
 import signal
 
 import pytest
-from tests.train_builders import config, recipe
 
+from tests.train_builders import config, recipe
 from zoo.engine import Engine
 from zoo.train import TERMINATED, Run
 

@@ -1,7 +1,8 @@
 """Slots -> parts. The one place that knows how parts fit together.
 
-The walk goes vision -> pruners -> projector -> llm -> adapters. It carries the number of image tokens, the grid, the width and the
-set of capabilities that hold, and refuses the first thing that does not fit. `zoo check` does the same walk on the meta device.
+The walk goes vision -> pruners -> projector -> llm -> adapters. It carries the number of image tokens, the grid, the
+width and the set of capabilities that hold, and refuses the first thing that does not fit. `zoo check` does the same
+walk on the meta device.
 """
 
 from collections.abc import Mapping

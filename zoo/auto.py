@@ -1,6 +1,7 @@
 """Make transformers' Auto classes know our models, without importing transformers for those who only want names.
 
-`import zoo` calls `register_when_loaded`: what is loaded already is told at once, the rest at the moment when somebody imports it.
+`import zoo` calls `register_when_loaded`: what is loaded already is told at once, the rest at the moment when
+somebody imports it.
 """
 
 import sys

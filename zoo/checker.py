@@ -1,7 +1,7 @@
 """The check before anything is loaded: walk the composition on the meta device, and refuse what does not fit.
 
-A refusal says which part, why, what is there instead, and up to three changes that do fit: each of them was tried by this
-very check. The same check runs inside `zoo train` and `zoo.load`, before a weight is read.
+A refusal says which part, why, what is there instead, and up to three changes that do fit: each of them was tried by
+this very check. The same check runs inside `zoo train` and `zoo.load`, before a weight is read.
 """
 
 import time
@@ -164,8 +164,8 @@ def _check_positions(parts: Parts) -> None:
     limit, needed = parts.llm.max_positions, parts.num_image_tokens + _TEXT
     if limit is not None and parts.num_image_tokens and limit < needed:
         raise ZooError(
-            f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {parts.num_image_tokens} tokens and {_TEXT} of "
-            f"text need {needed}."
+            f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {parts.num_image_tokens} tokens "
+            f"and {_TEXT} of text need {needed}."
         )
 
 

@@ -1,8 +1,9 @@
 """Encoded samples -> one batch of tensors: padding, packing several samples into a row, shared prefixes.
 
-A row may hold several samples (segments), and a sample several dialogs (blocks) behind one shared prefix that holds the images.
-Key k is visible to query q iff k <= q, both lie in the same segment, and k's block is 0 (the prefix) or q's own. The positions
-of every block go on from the end of the prefix, so a packed dialog computes exactly what it computes alone.
+A row may hold several samples (segments), and a sample several dialogs (blocks) behind one shared prefix that holds
+the images. Key k is visible to query q iff k <= q, both lie in the same segment, and k's block is 0 (the prefix) or
+q's own. The positions of every block go on from the end of the prefix, so a packed dialog computes exactly what it
+computes alone.
 """
 
 from collections.abc import Sequence
@@ -116,8 +117,8 @@ def collate(
         multiple_of: T is rounded up to a multiple of this (for `torch.compile`).
 
     Returns:
-        input_ids, labels, attention_mask, position_ids (B, T); images_per_row (list); pixel_values (M, 3, h, w) if there
-        are images; segment_ids and block_ids (B, T) if a row is packed, -1 at padding; targets if there are any.
+        input_ids, labels, attention_mask, position_ids (B, T); images_per_row (list); pixel_values (M, 3, h, w) if
+        there are images; segment_ids and block_ids (B, T) if a row is packed, -1 at padding; targets if there are any.
     """
     longest = -(-max(len(s) for s in samples) // multiple_of) * multiple_of
     size = (len(samples), longest)

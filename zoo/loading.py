@@ -79,8 +79,8 @@ def build(
     Args:
         cfg: from `zoo.config.compose`.
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
-        pretrained: load the trained weights of a preset that has some; False starts a preset from its parts. A model that
-            was given as a folder or a hub repository always brings its weights.
+        pretrained: load the trained weights of a preset that has some; False starts a preset from its parts. A model
+            that was given as a folder or a hub repository always brings its weights.
         device, dtype, fresh: see `load`.
     """
     folder = weights_folder(cfg) if pretrained or cfg.model.source != "preset" else None
@@ -181,7 +181,7 @@ def plan_of(name: str, *overrides: str) -> Plan:
 
 
 def _tokenizer(cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iterable[str]) -> Any:
-    """The tokenizer of the saved model, of the config, of the LLM's checkpoint, or a new one: the first that there is."""
+    """The first that there is: the saved model's, the config's, that of the LLM's checkpoint, or a new one."""
     template = cfg.tokenizer.chat_template
     if folder is not None and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder), template)

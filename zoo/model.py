@@ -1,7 +1,7 @@
-"""The composed model, in the shape people of this ecosystem know: a transformers config, a transformers model, `generate`.
+"""The composed model, in the shape people of this ecosystem know: a transformers model with `generate`.
 
-`ZooModel` owns no modelling code: it runs the encoder, the pruners and the projector, puts image tokens where the placeholders
-are, runs an unmodified causal LM, and computes the loss only where labels are.
+`ZooModel` owns no modelling code: it runs the encoder, the pruners and the projector, puts image tokens where the
+placeholders are, runs an unmodified causal LM, and computes the loss only where labels are.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,8 +37,8 @@ _LOGITS_AT_ONCE = 1 << 26  # elements of a logit chunk; above this the loss reco
 class ZooModel(PreTrainedModel):
     """A vision-language model composed of registered parts.
 
-    `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts that
-    `config.slots` names, with the weights of their checkpoints.
+    `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts
+    that `config.slots` names, with the weights of their checkpoints.
     """
 
     config_class = ZooConfig
@@ -152,7 +152,8 @@ class ZooModel(PreTrainedModel):
     def compile_parts(self, on: bool = True) -> None:
         """Run encoder, projector, decoder and loss through `torch.compile`, or no longer.
 
-        Each is a graph of its own: between them stand the placeholder check and the number of labels, which depend on data.
+        Each is a graph of its own: between them stand the placeholder check and the number of labels, which depend
+        on data.
         """
         self.compiled = on
         decoder = self.llm.lm.get_decoder() if hasattr(self.llm.lm, "get_decoder") else self.llm.lm
@@ -198,7 +199,8 @@ class ZooModel(PreTrainedModel):
         if not torch.compiler.is_compiling() and (found := int(slots.sum())) != have:
             raise ZooError(
                 f"The batch has {found} image placeholders (id {self.image_token_id}) for "
-                f"{0 if image_tokens is None else image_tokens.shape[0]} images of {self.num_image_tokens} tokens; {have} are needed."
+                f"{0 if image_tokens is None else len(image_tokens)} images of {self.num_image_tokens} tokens; "
+                f"{have} are needed."
             )
         if not have:
             return embeds
@@ -239,7 +241,7 @@ class ZooModel(PreTrainedModel):
             segment_ids, block_ids: (B, T) of packed rows, see `zoo.collate`.
             images_per_row: images of each row; counted from the placeholders where absent.
             encoded: what `encode_images` gave, instead of `pixel_values`.
-            num_labels: what the summed answer loss is divided by, for gradient accumulation; default: labels in the batch.
+            num_labels: what the summed answer loss is divided by (gradient accumulation); default: labels in the batch.
             all_logits: give logits (B, T, V) although there are labels.
             run_llm: False stops after the projector.
             targets: ignored here; dense targets for distillers travel in the same batch.
@@ -357,7 +359,7 @@ class ZooModel(PreTrainedModel):
                 images_per_row = [1] * len(input_ids)
             else:
                 raise ZooError(
-                    f"{len(image.tokens)} images for {len(input_ids)} rows without image placeholders: pass images_per_row."
+                    f"{len(image.tokens)} images for {len(input_ids)} rows without placeholders: pass images_per_row."
                 )
         for adapter in self.adapter.values():
             adapter.condition(image, images_per_row or [], expand)

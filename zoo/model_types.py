@@ -68,7 +68,8 @@ class ZooOutput(ModelOutput):
 class LLMSequence:
     """The LLM's sequence of one forward pass, for parts that act inside it; they may replace `labels`.
 
-    A pruner inside the LLM reads where image tokens and padding are, and shortens `labels` along with the hidden states.
+    A pruner inside the LLM reads where image tokens and padding are, and shortens `labels` along with the hidden
+    states.
     """
 
     image_mask: Tensor  # (B, T) bool

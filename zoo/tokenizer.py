@@ -1,7 +1,7 @@
-"""Tokenizers: the LLM's own, or a byte-level BPE trained on the run's text; and the chat templates that come with the zoo.
+"""Tokenizers: the LLM's own, or a byte-level BPE trained on the run's text; and the zoo's chat templates.
 
-Messages reach a template with plain string content, the image token standing where an image goes, so that the templates of
-text-only LLMs work unchanged.
+Messages reach a template with plain string content, the image token standing where an image goes, so that the
+templates of text-only LLMs work unchanged.
 """
 
 from collections.abc import Iterable
@@ -119,7 +119,8 @@ def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
             tokenizer.add_special_tokens({"additional_special_tokens": missing})
     if not tokenizer.chat_template:
         raise ZooError(
-            f"The tokenizer of {source!r} has no chat template. Set tokenizer.chat_template to one of: {', '.join(CHAT_TEMPLATES)}."
+            f"The tokenizer of {source!r} has no chat template. "
+            f"Set tokenizer.chat_template to one of: {', '.join(CHAT_TEMPLATES)}."
         )
     if getattr(tokenizer, "image_token", None) is None:
         if IMAGE_TOKEN not in tokenizer.get_vocab():

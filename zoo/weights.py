@@ -1,7 +1,7 @@
 """Weights of a composed model in a folder: safetensors only, every tensor that differs from the named base weights.
 
-A part whose weights came from its own checkpoint and did not change is not written again: the folder names the checkpoint,
-its revision and its fingerprint, and loading reads it from there. Everything else is in the folder.
+A part whose weights came from its own checkpoint and did not change is not written again: the folder names the
+checkpoint, its revision and its fingerprint, and loading reads it from there. Everything else is in the folder.
 """
 
 import hashlib
