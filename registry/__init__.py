@@ -11,7 +11,6 @@ from zoo.registry.contracts import (
     Score,
 )
 from zoo.registry.core import (
-    MISSING,
     Entry,
     build,
     config_of,
@@ -24,7 +23,7 @@ from zoo.registry.core import (
     source_options,
 )
 from zoo.registry.errors import ZooError, nearest, unknown, unknown_option, wrong_value
-from zoo.registry.source import Option, options_of
+from zoo.registry.source import MISSING, Option, options_of
 
 __all__ = [
     "IGNORE_INDEX",

@@ -5,6 +5,7 @@ module *registers* its class when it is imported, which happens on first use.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from zoo.registry.contracts import KINDS
 from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
-from zoo.registry.source import MISSING, Option, options_in, options_of, summary_of
+from zoo.registry.source import Option, line_in, options_in, options_of, summary_of
 
 T = TypeVar("T", bound=type)
 
@@ -46,7 +47,7 @@ class Entry:
         if stated := self._stated("Licence"):
             return stated
         try:
-            facts = metadata(self.package)
+            facts: Any = metadata(self.package)
         except PackageNotFoundError:
             return ""
         return facts.get("License-Expression") or facts.get("License") or ""
@@ -126,12 +127,12 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     """
     if kind not in _entries:
         raise unknown("kind of component", kind, KINDS)
-    if not name.replace("_", "a").isalnum() or not name.islower():
+    if not re.fullmatch(r"[a-z0-9_]*[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
 
     def add(cls: T) -> T:
-        config = get_type_hints(cls.__init__).get("config")
-        if not is_dataclass(config):
+        config: Any = get_type_hints(cls.__init__).get("config")  # type: ignore[misc]
+        if not isinstance(config, type) or not is_dataclass(config):
             raise TypeError(f"{cls.__qualname__}.__init__ must annotate `config` with a dataclass, got {config!r}.")
         if "name" in {f.name for f in fields(config)}:
             raise TypeError(f"{config.__qualname__} must not have a field `name`: it holds the registry name.")
@@ -140,8 +141,9 @@ def register(kind: str, name: str) -> Callable[[T], T]:
             raise ZooError(f"{kind} {name!r} is taken: {taken.cls.__qualname__} in {taken.file}:{taken.line}.")
         owner = _declared[kind].get(name)
         if not taken and owner and owner != cls.__module__:
-            spec = find_spec(owner)
-            raise ZooError(f"{kind} {name!r} is taken: {owner} in {spec.origin if spec else owner}:1.")
+            file = source_of(kind, name)
+            at = f"{file}:{line_in(file, kind, name)}" if file else owner
+            raise ZooError(f"{kind} {name!r} is taken: {owner} in {at}.")
         node = make_dataclass(
             config.__name__,
             [("name", str, field(default=name, kw_only=True))],
@@ -191,7 +193,7 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     if not isinstance(node, DictConfig):
         refuse_code(plain, f"the config of a {kind}")
     if "name" not in plain:
@@ -224,7 +226,7 @@ def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     """
     entry, typed = config_of(kind, node)
     config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})  # importable, so it pickles
-    accepted = inspect.signature(entry.cls.__init__).parameters
+    accepted = inspect.signature(entry.cls).parameters
     return entry.cls(config, **{k: v for k, v in derived.items() if k in accepted})
 
 
@@ -247,7 +249,7 @@ def refuse_code(value: Any, where: str) -> None:
 
 
 def _words(cls: type, attribute: str) -> frozenset[str]:
-    value = getattr(cls, attribute, frozenset())
+    value: Any = getattr(cls, attribute, frozenset())
     return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()
 
 

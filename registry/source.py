@@ -60,6 +60,15 @@ def options_in(file: Path, kind: str, name: str) -> list[Option]:
     return []
 
 
+def line_in(file: Path, kind: str, name: str) -> int:
+    """Return the line of the class that `file` registers under `name`, or 1."""
+    try:
+        found = [node.lineno for node in _Text(file).classes.values() if _registers(node, kind, name)]
+    except (OSError, SyntaxError):
+        found = []
+    return found[0] if found else 1
+
+
 class _Text:
     """The classes in a source file, and where it imports others from."""
 

@@ -49,7 +49,7 @@ class RunConfig:
 
 def _defaults() -> list[Any]:
     """A later entry's `override` beats an earlier one's, and its body is merged later: the recipe has the last word."""
-    slots = [{group_of(kind): [] if kind in MANY else None} for kind in SLOT_KINDS]
+    slots: list[Any] = [{group_of(kind): [] if kind in MANY else None} for kind in SLOT_KINDS]
     hydra = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     return ["_self_", *slots, {"model": DEFAULT_MODEL}, {"recipe": DEFAULT_RECIPE}, *hydra]
 
@@ -139,7 +139,7 @@ def hydra_of_its_own(config_dir: str | Path | None = None) -> Iterator[Any]:
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_module("zoo.conf", version_base="1.3"):
-            inner = GlobalHydra.instance().hydra
+            inner: Any = GlobalHydra.instance().hydra
             if config_dir and inner:
                 search_path = inner.config_loader.get_search_path()
                 add_config_dir(search_path, config_dir)

@@ -175,9 +175,10 @@ def shell_script(words: Sequence[str]) -> int:
 
     sys.argv = ["zoo"]
     try:
-        for plugin in Plugins.instance().discover(CompletionPlugin):
+        found: Any = Plugins.instance().discover(CompletionPlugin)
+        for plugin in found:
             if plugin.provides() == shell:
-                getattr(plugin(None), what)()  # type: ignore[call-arg, arg-type]
+                getattr(plugin(config_loader=None), what)()
     finally:
         sys.argv = argv
     return 0

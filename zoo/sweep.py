@@ -57,8 +57,8 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
         print(f"sweep: {line} is left out of {times} of {len(product)} runs that have no such option", file=sys.stderr)
     if len(fitted) < len(product):
         print(f"sweep: {len(fitted)} of {len(product)} runs are different and run once", file=sys.stderr)
-    for number, job in enumerate(fitted):
-        print(f"sweep: {folder / str(number)}: {' '.join(job)}", file=sys.stderr)
+    for number, lines in enumerate(fitted):
+        print(f"sweep: {folder / str(number)}: {' '.join(lines)}", file=sys.stderr)
     return Sweep(jobs, folder, for_hydra)
 
 

@@ -260,7 +260,7 @@ TESTS = {
     image = pruner(ImageFeatures(torch.randn(2, 16, 8), (4, 4)))
     assert image.tokens.shape == (2, pruner.num_tokens(16), 8)
 """,
-    "projector": """    projector = registry.build("projector", {"name": "NAME"}, vision_dim=8, text_dim=12, grid=(4, 4))
+    "projector": """    projector = registry.build("projector", {"name": "NAME"}, vision_dim=8, text_dim=12)
     tokens = projector(ImageFeatures(torch.randn(2, 16, 8), (4, 4)))
     assert tokens.shape == (2, projector.num_tokens(16), 12)
 """,

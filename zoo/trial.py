@@ -99,7 +99,7 @@ def _try_value(owner: str, option: Option, value: Any) -> None:
     from omegaconf import BooleanNode, FloatNode, IntegerNode
     from omegaconf.errors import ValidationError
 
-    nodes = {"int": IntegerNode, "float": FloatNode, "bool": BooleanNode}
+    nodes: dict[str, Any] = {"int": IntegerNode, "float": FloatNode, "bool": BooleanNode}
     plain = option.type.removesuffix(" | None")
     if plain not in nodes or (isinstance(value, str) and "${" in value) or (value is None and plain != option.type):
         return
