@@ -207,6 +207,10 @@ def test_a_saved_model_asks_for_its_plugin_by_name(tmp_path):
         (["vision"], "Cannot read 'vision'. Options are given as vision=<value>."),
         (["model=base/../base"], "No model named 'base/../base'. Did you mean 'base'?"),
         (["model=null"], "name a preset"),
+        (["recipe=mine", "stages.one.data.smal=1"], "No data set of this run named 'smal'. Did you mean 'small'?"),
+        (["recipe=mine", "stages.one.distiller=dens"], "stage 'one': No distiller named 'dens'. Did you mean 'dense'?"),
+        (["recipe=mine", "stages.one.distiller={name: dense, wights: []}"], "Did you mean 'weights' (list[float], "),
+        (["precision=pf32"], "No precision named 'pf32'. Did you mean 'fp32'?"),
         (["data=[chat_json]"], "dataset 'chat_json': a value is needed for 'file'."),
     ],
 )

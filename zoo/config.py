@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import MANY, ZooError, config_of
+from zoo.registry import MANY, ZooError, config_of, unknown
 from zoo.registry.core import SLOT_KINDS, group_of
-from zoo.stage import Stage
+from zoo.stage import PRECISIONS, Stage
 
 CONFIG_NAME = "zoo"
 DEFAULT_RECIPE = "scenes_tiny"
@@ -86,7 +86,7 @@ class RunRoot:
     # Machine
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
-    precision: str = "auto"  # auto | fp32 | bf16 | fp16
+    precision: str = "auto"  # auto | fp32 | bf16
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
     workers: int = 0  # processes that read data for evaluation
     # The run
@@ -185,8 +185,20 @@ def validate(cfg: Any) -> None:
     for kind in ("vision", "llm"):
         if cfg[kind] is None:
             raise ZooError(f"No {kind} is chosen. Write {kind}=<name>, or start from a preset with model=<name>.")
-    for name, stage in cfg.stages.items():
+    if not cfg.precision or cfg.precision not in PRECISIONS:
+        raise unknown("precision", cfg.precision, filter(None, PRECISIONS))
+    for name, node in cfg.stages.items():
         try:
-            OmegaConf.to_object(stage)
+            stage = OmegaConf.to_object(node)
+            _check_stage(stage, list(cfg.data))
         except ZooError as error:
             raise ZooError(f"stage {name!r}: {error}") from error
+
+
+def _check_stage(stage: Any, data: list[str]) -> None:
+    """Check the names in a stage: its data sets are the run's, its distiller exists and has these options."""
+    for key in stage.data:
+        if key not in data:
+            raise unknown("data set of this run", key, data)
+    if stage.distiller_node:
+        config_of("distiller", stage.distiller_node)
