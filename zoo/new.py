@@ -65,7 +65,8 @@ def next_commands(kind: str, name: str) -> list[str]:
     if kind == "task":
         return [test, f"zoo eval {plugin} task={name} model=last"]
     check = f"zoo check {plugin} {group_of(kind)}={name}"
-    return [test, check, check.replace("check", "train", 1)]
+    recipe = " recipe=fashion_mnist" if kind == "dataset" else ""  # the default recipe wants the labels of scenes
+    return [test, check, check.replace("check", "train", 1) + recipe]
 
 
 def _filled(text: str, name: str) -> str:
