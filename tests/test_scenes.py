@@ -12,8 +12,8 @@ from zoo.data.scene_draw import COLORS, HELD_OUT, LEVELS, SHAPES
 from zoo.data.scenes import CHUNK, KINDS, QUESTIONS, Scenes, ScenesConfig
 from zoo.registry import IGNORE_INDEX, ZooError
 
-TRAIN = Scenes(ScenesConfig(scenes=600))
-EVAL = Scenes(ScenesConfig(split="eval", eval_scenes=600, questions={"caption": 1}))
+TRAIN = Scenes(ScenesConfig(scenes=600, questions={"point": 1}))
+EVAL = Scenes(ScenesConfig(split="eval", eval_scenes=600, questions={"caption": 1, "point": 1}))
 
 
 def said(sample):
@@ -66,12 +66,18 @@ def solve(objects, question):
         axis = "x" if side in ("left", "right") else "y"
         assert abs(a[axis] - b[axis]) > 4, "too close to be asked about"
         less = side in ("left", "above")
+        if "or" in words:
+            return side if (a[axis] < b[axis]) else {"left": "right", "above": "below"}[side]
         return "yes" if (a[axis] < b[axis]) == less else "no"
     return None
 
 
 def test_every_answer_is_right():
-    for dataset in (TRAIN, EVAL, Scenes(ScenesConfig(split="eval", eval_scenes=300, difficulty=2))):
+    for dataset in (
+        TRAIN,
+        EVAL,
+        Scenes(ScenesConfig(split="eval", eval_scenes=300, difficulty=2, questions={"point": 1})),
+    ):
         asked = Counter()
         for objects, dialogs in everything(dataset):
             for kind, question, answer in dialogs:
@@ -203,15 +209,20 @@ def test_held_out_pairs_are_asked_about_apart():
 
 
 def test_answers_cannot_be_guessed():
-    answers, negatives = {}, Counter()
+    """Nor are they said by the question: of each form of relation, either answer is right half of the time."""
+    answers, forms, negatives = {}, {}, Counter()
     for objects, dialogs in everything(TRAIN):
         for kind, question, answer in dialogs:
             answers.setdefault(kind, Counter())[answer] += 1
+            if kind == "relation":
+                forms.setdefault(" ".join(question.split()[4:-3]), Counter())[answer] += 1
             if kind == "exist" and answer == "no":
                 color, shape = question.rstrip("?").split()[-2:]
                 negatives[any(o["color"] == color for o in objects) + any(o["shape"] == shape for o in objects)] += 1
     share = {kind: max(c.values()) / c.total() for kind, c in answers.items()}
-    assert share["exist"] < 0.55 and share["relation"] < 0.55 and share["size"] < 0.6
+    assert share["exist"] < 0.55 and share["relation"] < 0.3 and share["size"] < 0.6
+    assert set(forms) == {"left of", "right of", "above", "below", "left or right of", "above or below"}
+    assert all(len(c) == 2 and max(c.values()) / c.total() < 0.57 for c in forms.values()), forms
     assert share["color"] < 0.3 and share["shape"] < 0.4 and share["count"] < 0.45
     assert negatives[2] > negatives[0], "most pairs that are absent must have both halves in the scene"
     assert {"0", "1", "2", "3"} <= set(answers["count"])
@@ -220,7 +231,7 @@ def test_answers_cannot_be_guessed():
 def test_a_sample_has_as_many_dialogs_as_asked_for():
     for i in range(100):
         dialogs = TRAIN.get(i).dialogs
-        assert len(dialogs) == sum(QUESTIONS.values())
+        assert len(dialogs) == sum(QUESTIONS.values()) + 1
         kinds = Counter(d.kind for d in dialogs)
         assert all(kinds[k] == n for k, n in QUESTIONS.items() if k not in ("color", "shape", "size", "exist", "point"))
         assert {d.kind: d.task for d in dialogs}["box"] == "boxes"

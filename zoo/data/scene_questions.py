@@ -12,6 +12,7 @@ KINDS = ("exist", "color", "shape", "size", "count", "relation", "box", "point",
 EXIST, COLOR, SHAPE, SIZE, COUNT, RELATION, BOX, POINT, CAPTION = range(len(KINDS))
 TASKS = {"box": "boxes", "caption": "caption"}  # the rest: exact
 SIDES = ("left of", "right of", "above", "below")
+CHOICES = ("left or right of", "above or below")
 
 COUNT_ODDS = (0.25, 0.3, 0.3, 0.15)  # of asking for a colour or shape that stands 0, 1, 2, 3 times in the scene
 NEAR_MISS = (0.3, 1.8, 3.8)  # weight of an absent pair of which neither, one, or both halves stand in the scene
@@ -126,7 +127,11 @@ class _Scenes:
         return _three(asked), _four(tally[self.rows, asked]), np.ones((self.n, m), bool)
 
     def relation(self, m: int):
-        """Whether one object lies on a side of another; the true side is asked for half of the time."""
+        """Where one object lies from another: half of the time as a choice of two sides, else as yes or no.
+
+        The choice is much easier to learn, and what it needs is all that the other needs: yes and no alone left small
+        models at chance for long.
+        """
         first, count = self.pick(m), self.objects.count[:, None]
         step = 1 + (self.rng.random((self.n, m)) * np.maximum(count - 1, 1)).astype(np.int64)
         second = (first + step) % np.maximum(count, 1)
@@ -138,9 +143,10 @@ class _Scenes:
         vertical = np.where(clear_x & clear_y, self.rng.random((self.n, m)) < 0.5, clear_y)
         true_side = np.where(vertical, 2 + (dy > 0), dx > 0)
         yes = self.rng.random((self.n, m)) < 0.5
-        side = np.where(yes, true_side, true_side ^ 1)
+        choice = self.rng.random((self.n, m)) < 0.5
+        side = np.where(choice, len(SIDES) + vertical, np.where(yes, true_side, true_side ^ 1))
         about = np.stack([self.pair[self.rows, first], self.pair[self.rows, second], side], -1)
-        return about, _four(yes), (count > 1) & (clear_x | clear_y)
+        return about, _four(np.where(choice, 2 + true_side, yes)), (count > 1) & (clear_x | clear_y)
 
     def box(self, m: int):
         chosen = self.pick(m)
@@ -193,7 +199,7 @@ def question_text(kind: int, num_colors: int, num_shapes: int, a: int, b: int, c
     if kind == COUNT:
         return f"how many {list(COLORS)[a]} objects?" if a < num_colors else f"how many {plural(a - num_colors)}?"
     if kind == RELATION:
-        return f"is the {pair_text(a, num_shapes)} {SIDES[c]} the {pair_text(b, num_shapes)}?"
+        return f"is the {pair_text(a, num_shapes)} {(SIDES + CHOICES)[c]} the {pair_text(b, num_shapes)}?"
     if kind == BOX:
         return f"where is the {pair_text(a, num_shapes)}?"
     if kind == POINT:
@@ -205,7 +211,7 @@ def question_text(kind: int, num_colors: int, num_shapes: int, a: int, b: int, c
 def answer_text(kind: int, num_shapes: int, a: int, b: int, c: int, d: int) -> str:
     """Write an answer in English; captions are written by `describe`."""
     if kind in (EXIST, RELATION):
-        return "yes" if a else "no"
+        return ("no", "yes", "left", "right", "above", "below")[a]
     if kind == COLOR:
         return list(COLORS)[a]
     if kind == SHAPE:

@@ -33,9 +33,9 @@ QUESTIONS = {
     "shape": 1,
     "size": 1,
     "count": 2,
-    "relation": 4,
+    "relation": 5,
     "box": 2,
-    "point": 1,
+    "point": 0,
     "caption": 0,
 }
 
