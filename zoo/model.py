@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
-from zoo.fusion.attention import as_backend_mask, block_mask, resolve_attention
+from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
 from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
 from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError, refuse_code, unknown
 from zoo.weights import (
@@ -269,6 +269,8 @@ class ZooModel(PreTrainedModel):
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         llm_mask = attention_mask
         extra: dict[str, Any] = {}
+        if self.compiled and segment_ids is None and self._mask_ahead(attention_mask, past_key_values):
+            segment_ids = attention_mask - 1  # one sample, and -1 at padding
         if block_ids is not None or segment_ids is not None:
             llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
             extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
@@ -322,6 +324,14 @@ class ZooModel(PreTrainedModel):
             pairs = zip(rows.split(chunk), wanted.split(chunk), strict=True)
             total = torch.stack([checkpoint(summed, self.llm, r, w, use_reentrant=False) for r, w in pairs]).sum()
         return total / (len(wanted) if num_labels is None else num_labels)
+
+    def _mask_ahead(self, attention_mask: Tensor | None, past_key_values: Any) -> bool:
+        """Whether the mask is better made here: compiled layers else work it out anew for every head, 2 % of a step."""
+        config = self.llm.lm.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        windows = getattr(config, "sliding_window", None) or kinds - {"full_attention"}
+        plain = attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None and not windows
+        return plain and config._attn_implementation in ("sdpa", "eager", ZOO_EAGER)
 
     def _packed_mask(
         self, attention_mask: Tensor | None, segment_ids: Tensor | None, block_ids: Tensor | None
