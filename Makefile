@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FOLDERS := registry vision fusion distill conf model_cards  # part of the package `zoo`, beside its own folder
 # A worker per core, but at least two: half of a test's time goes into imports.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 
@@ -26,7 +27,9 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types/zoo
+	ln -s $(CURDIR)/zoo/* $(addprefix $(CURDIR)/,$(FOLDERS)) build/types/zoo/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p zoo
 
 format: install
 	$(BIN)/ruff check --fix .

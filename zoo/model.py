@@ -383,7 +383,7 @@ class ZooModel(PreTrainedModel):
         pixels = torch.zeros(
             1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
         )
-        image, kept, tokens = self.encode_images(pixels)
+        _, kept, tokens = self.encode_images(pixels)
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
 
     # ---- generate ----------------------------------------------------------------------------------------------
@@ -441,18 +441,22 @@ class ZooModel(PreTrainedModel):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        include_base: bool = False,
-        max_shard_size: str | int = "5GB",
-        push_to_hub: bool = False,
+        is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: str | int = "5GB",
+        include_base: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write config.json and the weights that differ from the base checkpoints, as safetensors.
 
         Args:
-            include_base: also write weights that did not change since they came from a part's own checkpoint.
+            is_main_process: False writes nothing; one process of several writes.
             state_dict: whole tensors of a model that is sharded over processes.
+            include_base: also write weights that did not change since they came from a part's own checkpoint.
         """
+        if not is_main_process:
+            return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = type(self.config).from_dict(self.config.to_dict())
