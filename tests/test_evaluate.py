@@ -74,14 +74,34 @@ def test_predictions_are_what_the_model_says_alone(model):
 def test_an_image_is_encoded_once_and_equal_questions_are_asked_once(model):
     net, processor = model
     sample = Sample("s", [picture()], [talk(q, "yes") for q in QUESTIONS + QUESTIONS])
-    seen, rows = [], []
-    inner, generate = net.encode_images, net.generate
+    seen, read, rows = [], [], []
+    inner, hidden, generate = net.encode_images, net.llm.hidden, net.llm.lm.generate
     net.encode_images = lambda pixels: seen.append(len(pixels)) or inner(pixels)
-    net.generate = lambda **kwargs: rows.append(len(kwargs["input_ids"])) or generate(**kwargs)
+    net.llm.hidden = lambda **kwargs: read.append(len(kwargs["inputs_embeds"])) or hidden(**kwargs)
+    net.llm.lm.generate = lambda **kwargs: rows.append(len(kwargs["input_ids"])) or generate(**kwargs)
     asked = [Question(sample, d, "generate", 4) for d in sample.dialogs]
     texts = [text for _, text in answer(net, processor, asked, batch_size=64)]
-    assert seen == [1] and rows == [len(QUESTIONS)]
-    assert texts[:5] == texts[5:]
+    assert seen == [1], "the encoder sees the image once"
+    assert read == [1], "the LLM reads it once"
+    assert sum(rows) == len(QUESTIONS) and texts[:5] == texts[5:]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "starcoder2", "qwen3", "gemma2"])
+def test_reading_an_image_once_changes_nothing(make_model, model_type, monkeypatch):
+    llm = {"name": "hf", "model_type": model_type, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+    net, processor = make_model(seed=3, attention="eager", llm={**llm, "intermediate_size": 64, "max_positions": 256})
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(3.0 if p.dim() > 1 else 1.0)
+    samples = [Talks().get(i) for i in range(9)]
+
+    def texts():
+        asked = [Question(s, d, "generate", 8) for s in samples for d in s.dialogs]
+        return [text for _, text in answer(net, processor, asked, batch_size=4)]
+
+    once = texts()
+    monkeypatch.setattr("zoo.prefix_cache.PrefixCache.serves", staticmethod(lambda model: False))
+    assert once == texts() and len(set(once)) > 3
 
 
 def test_the_likeliest_option_is_chosen(model):

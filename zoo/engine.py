@@ -220,7 +220,7 @@ def _set_mode(model: Any, stage: Stage) -> None:
             part.eval()
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    elif getattr(model, "is_gradient_checkpointing", False):
+    elif any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         model.gradient_checkpointing_disable()
     model.compile_parts(stage.compile)
 

@@ -6,7 +6,7 @@ about one image (all images are one where a blind model is asked) are answered o
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zoo.collate import EncodedSample
 from zoo.engine import to_device
+from zoo.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
 
 WINDOW = 8  # batches whose dialogs are sorted by length together
@@ -96,39 +97,63 @@ class _Pictures:
         return {"encoded": (_pick(image, index), _pick(kept, index), None if tokens is None else tokens[index])}
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A question as the model sees it; equal ones are asked once."""
+
+    max_new_tokens: int
+    ids: bytes
+    images: tuple[int, ...]
+    shared: int  # bytes up to the last image token
+
+    @property
+    def prefix(self) -> tuple[bytes, tuple[int, ...]]:
+        return self.ids[: self.shared], self.images
+
+
 @torch.no_grad()
 def _generate(
     model: Any, processor: Any, questions: dict[int, Question], pictures: _Pictures, batch_size: int
 ) -> dict[int, str]:
     """Answer in free text, greedily."""
-    groups: dict[tuple, list[int]] = {}
-    prompts: dict[tuple, EncodedSample] = {}
+    groups: dict[_Prompt, list[int]] = {}
+    rows: dict[_Prompt, EncodedSample] = {}
     for i, q in questions.items():
-        prompt = processor.encode_prompt(q.sample, q.dialog, pixel_values=[])
-        key = (q.max_new_tokens, prompt.input_ids.tobytes(), *pictures.of[id(q.sample)])
-        groups.setdefault(key, []).append(i)
-        prompts[key] = prompt
+        row = processor.encode_prompt(q.sample, q.dialog, pixel_values=[])
+        shown = np.flatnonzero(row.input_ids == processor.image_token_id)
+        shared = row.input_ids.itemsize * (int(shown[-1]) + 1) if len(shown) else 0
+        prompt = _Prompt(q.max_new_tokens, row.input_ids.tobytes(), tuple(pictures.of[id(q.sample)]), shared)
+        groups.setdefault(prompt, []).append(i)
+        rows[prompt] = row
+    prefixes = PrefixCache(model, pictures, batch_size)
+    several = len({p.prefix for p in groups}) < len(groups)
+    cached = several and PrefixCache.serves(model) and prefixes.read([p.prefix for p in groups if p.shared])
     texts: dict[int, str] = {}
-    keys = sorted(groups, key=lambda k: (k[0], len(prompts[k])))
-    for most in dict.fromkeys(k[0] for k in keys):
-        some = [k for k in keys if k[0] == most]
-        for at in range(0, len(some), batch_size):
-            chunk = some[at : at + batch_size]
-            batch = processor.collate([prompts[k] for k in chunk], padding_side="left")
-            batch["images_per_row"] = [len(k) - 2 for k in chunk]
-            ids = to_device(batch["input_ids"], model.device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=to_device(batch["attention_mask"], model.device),
-                images_per_row=batch["images_per_row"],
-                max_new_tokens=most,
-                do_sample=False,
-                num_beams=1,
-                **pictures.batch([i for k in chunk for i in k[2:]]),
-            )
-            answers = processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            texts |= {i: text.strip() for k, text in zip(chunk, answers, strict=True) for i in groups[k]}
+    for chunk in _batches(list(groups), batch_size, cached):
+        batch = to_device(processor.collate([rows[p] for p in chunk], padding_side="left"), model.device)
+        fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}
+        both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
+        if cached and chunk[0].shared:
+            out = model.llm.lm.generate(**both, past_key_values=prefixes.rows([p.prefix for p in chunk]))
+        else:
+            images = [i for p in chunk for i in p.images]
+            out = model.generate(**both, images_per_row=[len(p.images) for p in chunk], **pictures.batch(images))
+        answers = processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts |= {i: text.strip() for p, text in zip(chunk, answers, strict=True) for i in groups[p]}
     return texts
+
+
+def _batches(prompts: list[_Prompt], batch_size: int, cached: bool) -> Iterator[list[_Prompt]]:
+    """Prompts that can share a batch: those of like length, with cached prefixes those of equal length."""
+
+    def alike(prompt: _Prompt) -> tuple[int, ...]:
+        equal = (len(prompt.ids), prompt.shared) if cached and prompt.shared else (0, 0)
+        return prompt.max_new_tokens, *equal
+
+    prompts = sorted(prompts, key=lambda p: (alike(p), len(p.ids)))
+    for _, same in groupby(prompts, key=alike):
+        some = list(same)
+        yield from (some[at : at + batch_size] for at in range(0, len(some), batch_size))
 
 
 @torch.no_grad()
