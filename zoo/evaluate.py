@@ -45,7 +45,8 @@ class Line:
 
     @property
     def name(self) -> str:
-        return f"{self.data}/{self.kind}/{self.metric}"
+        kind = f"{self.kind}_held_out" if self.held_out else self.kind
+        return f"{self.data}/{kind}/{self.metric}"
 
 
 @dataclass

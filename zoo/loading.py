@@ -15,7 +15,7 @@ from zoo.checker import Plan, RefusedError, check
 from zoo.model import ZooModel
 from zoo.model_types import ZooConfig
 from zoo.processor import ZooProcessor
-from zoo.registry import ZooError
+from zoo.registry import ZooError, plugins
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
 from zoo.weights import local_folder, read_weights, remember_base, require_base, sha256_of, weight_files
 
@@ -91,7 +91,7 @@ def build(
     config = ZooConfig(
         slots=slots,
         tokenizer=_plain(cfg.tokenizer),
-        plugins=list(cfg.plugins),
+        plugins=sorted({*cfg.plugins, *plugins.loaded()}),
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
         text_vocab_size=len(tokenizer),
         attention=cfg.attention,
