@@ -186,7 +186,8 @@ def test_a_broken_sample_stops_the_run_or_is_skipped(workers):
     stage = Stage(steps=3, batch_size=4, workers=workers)
     with pytest.raises(Exception, match=r"cannot read cat.png"):
         list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, Place())))
-    items = list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, Place(), skip_broken=True)))
+    stage = Stage(steps=3, batch_size=4, workers=workers, skip_broken=True)
+    items = list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, Place())))
     assert sum(i["info"]["samples"] for i in items) == 11
     assert [line for i in items for line in i["info"]["broken"]] == ["a0-3: cannot read cat.png"]
 

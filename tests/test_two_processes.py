@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import zoo
 from tests.train_builders import REPO, config, losses, recipe, start
 from zoo.loader import Mix
 from zoo.train import Run
@@ -99,3 +100,5 @@ def test_sharded_parameters_train_as_whole_ones(tmp_path):
     for name, p in alone.model.named_parameters():
         # Muon iterates in bfloat16, where the last bit of a gradient may turn one in 256 of a step of 0.02.
         assert torch.allclose(sharded[f"model.{name}"], p, atol=1e-3), name
+    saved, _ = zoo.load(f"dir:{tmp_path / 'run'}", device="cpu")
+    assert all(p.equal(sharded[f"model.{name}"]) for name, p in saved.named_parameters())

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.train_builders import config, recipe
 from zoo import checkpoint
+from zoo.finish import save_model
 from zoo.run_folder import written_beside
 from zoo.train import Run
 
@@ -34,6 +35,7 @@ def main(place: Path) -> None:
     halves = [p for p in run.model.parameters() if p.to_local().numel() < p.numel()]
     assert len(halves) > 10, "nothing is sharded"
     run.train()
+    save_model(run)
 
     folder = run.folder.list_checkpoints()[-1]
     named = {f"model.{n}": p for n, p in run.model.named_parameters()}

@@ -87,10 +87,13 @@ def whole(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor):
         return tensor
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.cpu()
+    full = tensor.full_tensor().cpu()
+    return full.clone() if full.untyped_storage().nbytes() > full.nbytes else full  # uneven shards are padded
 
 
-def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
+def shared_as(tensor: Tensor, like: Any) -> Tensor:
     """`tensor` sharded as `like` is."""
     if not hasattr(like, "full_tensor"):
         return tensor

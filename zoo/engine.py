@@ -28,7 +28,7 @@ class TrainStep(nn.Module):
         self.hidden = {"teacher": teacher}  # a dict hides it: the teacher is neither trained nor saved nor sharded
         self.run_llm = stage.loss_weights.get("answer", 1.0) > 0
         self.loss_weights = dict(stage.loss_weights)
-        needs = getattr(distiller, "needs", frozenset())
+        needs: frozenset[str] = getattr(distiller, "needs", frozenset())
         self.student_options = _options(needs, "student")
         self.teacher_options = _options(needs, "teacher")
 

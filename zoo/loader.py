@@ -9,7 +9,7 @@ worker, each decoding its own share only; their place is saved.
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,7 +54,8 @@ class Mix:
                 f"A streaming data set has no length: give the mix weights, data: {{{self.names[0]}: 1.0, ...}}."
             )
         # Without weights the data sets are joined: where each ends in the whole.
-        self.joined = None if weights or None in self.lengths else np.cumsum(self.lengths)
+        known = [n for n in self.lengths if n is not None]
+        self.joined: np.ndarray | None = None if weights or len(known) < len(self.lengths) else np.cumsum(known)
         shares = np.array([weights.get(n, 1.0) for n in self.names])
         self.bounds = np.cumsum(shares / shares.sum())[:-1]
         self.seed = seed
@@ -135,10 +136,9 @@ class Batches(Dataset):
         place: Place,
         *,
         multiple_of: int = 1,
-        skip_broken: bool = False,
     ) -> None:
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
-        self.multiple_of, self.skip_broken = multiple_of, skip_broken
+        self.multiple_of = multiple_of
         parts = place.world * stage.accumulate
         if stage.batch_size % parts:
             raise ZooError(
@@ -166,7 +166,7 @@ class Batches(Dataset):
             try:
                 rows += [self.processor.encode(s) for s in self._pieces(sample)]
             except (ZooError, OSError) as error:
-                if not self.skip_broken:
+                if not self.stage.skip_broken:
                     raise
                 broken.append(f"{sample.id}: {error}")
         if not rows:
@@ -265,7 +265,7 @@ class Loader:
         finally:
             source.close()
 
-    def _by_workers(self, turns: range) -> Iterator[dict[str, Any]]:
+    def _by_workers(self, turns: range) -> Generator[dict[str, Any], None, None]:
         loader = DataLoader(
             self.batches,
             sampler=turns,  # type: ignore[arg-type]
@@ -279,7 +279,7 @@ class Loader:
         yield from source
 
 
-def _by_thread(batches: Batches, turns: range, ahead: int) -> Iterator[dict[str, Any]]:
+def _by_thread(batches: Batches, turns: range, ahead: int) -> Generator[dict[str, Any], None, None]:
     """Make batches in a thread. Most of the work of a step releases Python's lock, and the thread uses the gaps."""
     ready: queue.Queue = queue.Queue(maxsize=ahead)
     leave = threading.Event()

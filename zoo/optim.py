@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _like(update: Tensor, param: Tensor) -> Tensor:
+def _like(update: Tensor, param: Any) -> Tensor:
     """`update` shared out as `param` is."""
     if not hasattr(param, "full_tensor"):
         return update
@@ -148,7 +149,8 @@ def _matrices(modules: dict[str, nn.Module]) -> set[str]:
     """
     found = set()
     for prefix, module in modules.items():
-        heads = {id(m.get_output_embeddings()) for m in module.modules() if hasattr(m, "get_output_embeddings")}
+        tables: list[Any] = [m for m in module.modules() if hasattr(m, "get_output_embeddings")]
+        heads = {id(m.get_output_embeddings()) for m in tables}
         for name, layer in module.named_modules():
             low_rank = isinstance(layer, nn.Linear) and min(layer.weight.shape) < 32
             if isinstance(layer, nn.Linear) and id(layer) not in heads and not low_rank and prefix != "distiller":

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def fast_products() -> bool:
     MKL takes a slow path on some CPUs; oneDNN's is 1.5 to 2.2 times as fast. The name of the setting says bf16, but
     without AMX the sums stay exact; with AMX they may not, hence the probe.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)

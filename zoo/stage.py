@@ -32,6 +32,7 @@ class Stage:
     pack_length: int | None = None  # several samples share a row of up to so many tokens; null: a row for each
     length_buckets: bool = False  # batch samples of like length, so that little is padding
     workers: int = 0  # processes that read data; 0: one thread, best for small images
+    skip_broken: bool = False  # leave out samples that cannot be read, and name them; else the run stops
     # Optimiser
     optimizer: str = "adamw"  # adamw, or muon_adamw: Muon on the matrices, AdamW on the rest
     lr: float = 1e-3  # peak learning rate of AdamW

@@ -68,7 +68,7 @@ class Run:
         self.progress = Progress()
         self.newest: Path | None = None  # checkpoint to start from
         self.folder, self.cfg = self._open(cfg)
-        self.stages: dict[str, Stage] = {str(n): OmegaConf.to_object(s) for n, s in self.cfg.stages.items()}
+        self.stages: dict[str, Any] = {str(n): OmegaConf.to_object(s) for n, s in self.cfg.stages.items()}  # of Stage
         if not self.stages:
             raise ZooError("There is nothing to train: the config has no stages. Choose a recipe, recipe=<name>.")
         fast_products()
@@ -317,9 +317,9 @@ def read_config(path: Path, given: DictConfig) -> DictConfig:
     from zoo.config import RunRoot
     from zoo.registry import config_of, plugins
 
-    saved = OmegaConf.load(path)
+    saved: Any = OmegaConf.load(path)
     plugins.load(list(saved.get("plugins") or []))
-    cfg = OmegaConf.merge(OmegaConf.structured(RunRoot), saved)
+    cfg: Any = OmegaConf.merge(OmegaConf.structured(RunRoot), saved)
     OmegaConf.update(cfg, "resume", given.resume)
     for node in cfg.data.values():
         config_of("dataset", node)
