@@ -1,6 +1,6 @@
 """LLaVA twice: transformers' `LlavaForConditionalGeneration`, and the same sizes and weights composed of our parts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,7 +149,3 @@ def ours_of(plain: dict[str, Tensor]) -> dict[str, Any]:
     ids = plain["input_ids"]
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     return {**plain, "position_ids": positions, "images_per_row": [1] * len(ids)}
-
-
-def with_vocab(sizes: Sizes, vocab: int) -> Sizes:
-    return replace(sizes, vocab=vocab)

@@ -84,17 +84,16 @@ class Plain:
         return (after[0] - before[0]) / steps, (after[1] - before[1]) / steps
 
 
-def interleave(variants: Mapping[str, Plain], clock: Clock, rounds: int, steps: int, warmup: int = 1) -> dict[str, Times]:
+def interleave(variants: Mapping[str, Plain], clock: Clock, rounds: int, steps: int) -> dict[str, Times]:
     """Time the variants in turns.
 
     Args:
         variants: name -> what to time.
         rounds: turns of each.
         steps: of one turn.
-        warmup: steps of each that are not timed; the first may compile.
     """
     for variant in variants.values():
-        variant.time(clock, warmup)
+        variant.time(clock, 1)  # not counted: the first step may compile
     result = {name: Times() for name in variants}
     for _ in range(rounds):
         gc.collect()

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from zoo.benches import llava
 from zoo.benches.llava import Sizes
-from zoo.benches.measure import Plain, Value
+from zoo.benches.measure import Clock, Plain, Value
 from zoo.benches.report import Row
-from zoo.benches.steps import our_step
+from zoo.benches.steps import our_step, plain_loop
 from zoo.collate import EncodedSample, collate, pack
 from zoo.registry import IGNORE_INDEX
 
@@ -19,68 +19,80 @@ if TYPE_CHECKING:
     from zoo.benches.train import Place
 
 MEAN, LONGEST = 82, 192  # tokens; half of a random batch of 16 is then padding
-STEPS = 8  # in a pass over the samples
+WINDOW = 32  # steps whose samples are sorted by length together, as in `zoo.loader`
+EVERY = 4  # of the batches of a window, in the order of their lengths, one in so many is timed
 TOLERANCE = 1e-5
+NAMES = {"padded": "random padding", "buckets": "length buckets", "packed": "packed rows"}
 
 
 def mixed_rows(place: "Place", sizes: Sizes) -> list[Row]:
-    """Useful tokens per second of our step on the same samples, batched in three ways."""
-    size = place.options.batch
-    samples = _samples(size * STEPS, sizes.vocab)
-    useful = sum(map(len, samples))
+    """Useful tokens per second of our step on the same samples, batched in three ways.
+
+    The LLM alone. Random padding runs through our step too, which skips the logits of padding; transformers' own Llama
+    does not, and is given beside it.
+    """
+    size, device = place.options.batch, place.accelerator.device
+    samples = _samples(size * WINDOW, sizes.vocab)
+    rows = pack(samples, LONGEST)
+    order = np.random.default_rng(1).permutation(len(rows))
     ways = {
         "padded": _batches(samples, size),
         "buckets": _batches(sorted(samples, key=len), size),
-        "packed": _packed(samples, LONGEST, useful),
+        "packed": _batches([rows[i] for i in order], -(-len(rows) // WINDOW)),
     }
-    passes = {}
+    ways = {name: batches[::EVERY] for name, batches in ways.items()}
+    useful = {name: int(sum(b["attention_mask"].sum() for b in batches)) for name, batches in ways.items()}
+    useful["stock"] = useful["padded"]
+    texts = [{k: b[k] for k in ("input_ids", "attention_mask", "position_ids", "labels")} for b in ways["padded"]]
+    theirs = plain_loop(llava.stock(sizes, place.attention), texts, place.precision, device)
+    variants: dict[str, Plain] = {"stock": Pass(theirs, len(texts))}
     for name, batches in ways.items():
         model = llava.composed(sizes, images=False)
-        step = our_step(place.accelerator, model, batches, precision=place.precision).step
-        passes[name] = Plain(lambda step=step, n=len(batches): [step() for _ in range(n)])  # type: ignore[misc]
-    times = place.time(passes, steps=1)
-    take = place.clock.take
-    padding = {n: 1 - useful / sum(b["input_ids"].numel() for b in batches) for n, batches in ways.items()}
-    rows = [
-        Row(
-            f"mixed lengths: {name}",
-            Value.of([useful / t for t in take(times[name])]),
-            " tokens/s",
-            note=f"useful tokens; {padding[name]:.0%} of positions are padding",
-        )
-        for name in ways
-    ]
+        variants[name] = Pass(our_step(place.accelerator, model, batches, precision=place.precision), len(batches))
+    times = place.time(variants, steps=1)
+    speed = {name: [useful[name] / t for t in place.clock.take(times[name])] for name in variants}
+    result = [Row("mixed lengths: transformers' Llama, random padding", Value.of(speed["stock"]), " tokens/s")]
+    for name, batches in ways.items():
+        padding = 1 - useful[name] / sum(b["input_ids"].numel() for b in batches)
+        note = f"useful tokens; {padding:.0%} of positions are padding"
+        result.append(Row(f"mixed lengths: our step, {NAMES[name]}", Value.of(speed[name]), " tokens/s", note=note))
     for name in ("buckets", "packed"):
-        value = Value.of([a / b for a, b in zip(take(times["padded"]), take(times[name]), strict=True)])
-        rows.append(Row(f"mixed lengths: {name} against random padding", value, bound=1.9))
-    gap = _largest_gap(llava.composed(sizes, images=False).to(place.accelerator.device), samples[: 2 * size])
+        for base, bound, words in (("padded", 1.9, "random padding"), ("stock", None, "transformers' Llama")):
+            value = Value.of([a / b for a, b in zip(speed[name], speed[base], strict=True)])
+            result.append(Row(f"mixed lengths: {NAMES[name]} against {words}", value, bound=bound))
+    gap = _largest_gap(llava.composed(sizes, images=False).to(device), samples[: 2 * size])
     what = "mixed lengths: loss of a sample, packed against alone"
-    rows.append(Row(what, Value(gap, gap, gap), "", bound=TOLERANCE, at_most=True, note="largest difference, fp32"))
-    return rows
+    result.append(Row(what, Value(gap, gap, gap), "", bound=TOLERANCE, at_most=True, note="largest difference, fp32"))
+    return result
+
+
+class Pass(Plain):
+    """A pass over all batches as one step; one batch goes before that is not counted."""
+
+    def __init__(self, inner: Plain, batches: int) -> None:
+        self.inner, self.batches = inner, batches
+
+    def time(self, clock: Clock, steps: int) -> tuple[float, float]:
+        """Run passes; returns CPU and wall seconds of one."""
+        cpu, wall = self.inner.time(clock, steps * self.batches)
+        return cpu * self.batches, wall * self.batches
 
 
 def _samples(number: int, vocab: int) -> list[EncodedSample]:
-    """Samples with lengths drawn from a log-normal distribution, cut to [8, LONGEST]; all but the first token counts."""
+    """Samples of log-normal lengths, cut to [8, LONGEST]; the last two thirds of each are the answer."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(MEAN) - 0.15, 0.7, number)), 8, LONGEST).astype(int)
     result = []
     for length in lengths:
         ids = rng.integers(llava.IMAGE_TOKEN + 1, vocab, length)
         labels = ids.copy()
-        labels[0] = IGNORE_INDEX
+        labels[: max(1, length // 3)] = IGNORE_INDEX
         result.append(EncodedSample(ids, labels, []))
     return result
 
 
 def _batches(samples: list[EncodedSample], size: int) -> list[dict[str, Any]]:
     return [collate(samples[i : i + size], pad_id=0) for i in range(0, len(samples), size)]
-
-
-def _packed(samples: list[EncodedSample], length: int, useful: int) -> list[dict[str, Any]]:
-    """Rows of several samples, in about as many batches as there were, so that each step learns from as many tokens."""
-    rows = pack(samples, length)
-    size = -(-len(rows) // STEPS)
-    return _batches(rows, size)
 
 
 def _largest_gap(model: Any, samples: list[EncodedSample]) -> float:
@@ -102,7 +114,8 @@ def _losses(model: Any, rows: list[EncodedSample]) -> list[float]:
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(rows, pad_id=0).items()}
     out = model(**inputs, all_logits=True)
     labels = inputs["labels"][:, 1:]
-    each = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    each = F.cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
     segments = inputs.get("segment_ids", torch.zeros_like(inputs["input_ids"]))[:, 1:].flatten()
     counts = labels.flatten() != IGNORE_INDEX
     return [each[counts & (segments == s)].mean().item() for s in range(int(segments.max()) + 1)]

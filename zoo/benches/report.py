@@ -41,7 +41,8 @@ class Row:
         if self.bound is None:
             return ""
         word = "reached" if self.reached else "MISSED"
-        return f"bound {'<= ' if self.at_most else ''}{short(self.bound)}{self.unit}: {word} {short(self.value.median)}{self.unit}"
+        bound = f"{'<= ' if self.at_most else ''}{short(self.bound)}{self.unit}"
+        return f"bound {bound}: {word} {short(self.value.median)}{self.unit}"
 
 
 @dataclass
@@ -83,7 +84,13 @@ class Report:
 
     def write_json(self, path: Path) -> None:
         rows = [asdict(row) | {"reached": row.reached} for row in self.rows]
-        whole = {"bench": self.title, "command": self.command, "setting": self.setting, "machine": self.machine, "rows": rows}
+        whole = {
+            "bench": self.title,
+            "command": self.command,
+            "setting": self.setting,
+            "machine": self.machine,
+            "rows": rows,
+        }
         path.write_text(json.dumps(whole, indent=1) + "\n")
 
     def write_markdown(self, path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from zoo.benches.measure import Clock, Plain
 from zoo.engine import Engine, to_device
 from zoo.precision import autocast, fast_products
 from zoo.stage import Stage
-
 
 # What glibc comes to by itself in a process that frees large blocks: it raises both thresholds up to here.
 GLIBC_LARGEST, GLIBC_KEPT = 32 * 2**20, 64 * 2**20
@@ -41,15 +40,15 @@ class AsShipped(Plain):
             return super().time(clock, steps)
 
 
-def plain_loop(model: Any, batch: dict[str, Tensor], precision: str, device: torch.device) -> Plain:
+def plain_loop(model: Any, batches: list[dict[str, Tensor]], precision: str, device: torch.device) -> Plain:
     """A loop as people write it: default AdamW, gradients clipped at 1."""
     model.to(device).train()
-    batch = to_device(batch, device)
+    turns = cycle([to_device(batch, device) for batch in batches])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> None:
         with autocast(precision, device):
-            loss = model(**batch).loss
+            loss = model(**next(turns)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -64,7 +63,9 @@ def our_step(
     """The step of `zoo train`, on batches that are there already; one after the other."""
     fast_products()
     memory.set_thresholds(memory.LARGEST, memory.KEPT)
-    stage = Stage(steps=1_000_000, batch_size=len(batches[0]["input_ids"]), lr=1e-4, schedule="constant", compile=compile)
+    stage = Stage(
+        steps=1_000_000, batch_size=len(batches[0]["input_ids"]), lr=1e-4, schedule="constant", compile=compile
+    )
     engine = Engine(accelerator, model.to(accelerator.device), stage, stage.steps or 1, precision=precision)
     count = 0
 
@@ -73,9 +74,7 @@ def our_step(
         engine.run(count, count, [batches[count % len(batches)]], False)
         count += 1
 
-    result = Plain(step)
-    result.engine = engine  # type: ignore[attr-defined]
-    return result
+    return Plain(step)
 
 
 class Trained(Plain):
@@ -136,10 +135,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-
-
-def first_call(variant: Plain) -> float:
-    """Run one step and return its wall seconds: what compiling costs."""
-    began = time.perf_counter()
-    variant.step()
-    return time.perf_counter() - began

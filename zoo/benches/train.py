@@ -93,7 +93,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             f"sizes {options.sizes}: {sizes.describe()}",
             f"batch {options.batch} rows of {options.length} positions, {options.labels} labels each; "
             f"{precision}, {place.attention} attention",
-            f"ratios of {place.clock.name} time within a round, {options.rounds} rounds of {options.steps} steps in turns",
+            f"ratios of {place.clock.name} time within a round; {options.rounds} rounds, {options.steps} steps a turn",
         ]
         work = {"step": _step, "vocab": _vocab, "mixed": _mixed, "forward": _forward, "wait": _wait}
         for section in options.sections:
@@ -109,7 +109,7 @@ def _variants(place: Place, sizes: Sizes) -> dict[str, Plain]:
     o, device = place.options, place.accelerator.device
     plain = llava.batch(sizes, o.batch, o.length, o.labels)
     return {
-        "b": plain_loop(llava.stock(sizes, place.attention), plain, place.precision, device),
+        "b": plain_loop(llava.stock(sizes, place.attention), [plain], place.precision, device),
         "c": Trained(llava.stock(sizes, place.attention), plain, place.precision, device),
         "ours": our_step(place.accelerator, llava.composed(sizes), [llava.ours_of(plain)], precision=place.precision),
     }
@@ -118,7 +118,7 @@ def _variants(place: Place, sizes: Sizes) -> dict[str, Plain]:
 def _step(place: Place, sizes: Sizes) -> list[Row]:
     o, device = place.options, place.accelerator.device
     plain = llava.batch(sizes, o.batch, o.length, o.labels)
-    variants = {"a": plain_loop(llava.stock(sizes), plain, "fp32", device), **_variants(place, sizes)}
+    variants = {"a": plain_loop(llava.stock(sizes), [plain], "fp32", device), **_variants(place, sizes)}
     flops = count_flops(variants["ours"].step)
     if o.compile:
         model = llava.composed(sizes)
@@ -169,7 +169,7 @@ def _vocab(place: Place, sizes: Sizes) -> list[Row]:
 
 
 def _forward(place: Place, sizes: Sizes) -> list[Row]:
-    """Both models with the same weights and all logits, without gradient; the last layer, so that both run all blocks."""
+    """Both models with the same weights and all logits, no gradient; the last layer, so that both run all blocks."""
     o, device = place.options, place.accelerator.device
     sizes = replace(sizes, layer=-1)
     theirs, ours = llava.twins(sizes)
@@ -198,7 +198,15 @@ def _forward(place: Place, sizes: Sizes) -> list[Row]:
         )
         value = ratio(place.clock, times["ours"], times["theirs"])
         note = f"{precision}, {attention}; largest difference of logits {short(gap)}"
-        rows.append(Row(f"forward with all logits over transformers' own, {precision}", value, bound=1.03, at_most=True, note=note))
+        rows.append(
+            Row(
+                f"forward with all logits over transformers' own, {precision}",
+                value,
+                bound=1.03,
+                at_most=True,
+                note=note,
+            )
+        )
     return rows
 
 

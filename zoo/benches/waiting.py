@@ -8,7 +8,8 @@ from zoo.benches.llava import Sizes
 from zoo.benches.measure import Value
 from zoo.benches.report import Row
 from zoo.engine import Engine
-from zoo.loader import Batches, Loader, Place as Share
+from zoo.loader import Batches, Loader
+from zoo.loader import Place as Share
 from zoo.loading import processor_for
 from zoo.run_data import RunData
 from zoo.stage import Stage
