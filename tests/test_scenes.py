@@ -303,3 +303,15 @@ def test_what_is_asked_stays_in_words_that_repeat():
     assert len(texts) <= 2 * pairs + 20 + 4 * pairs * (pairs - 1) + 1024 + 200
     words = sorted({w for t in texts for w in t.rstrip("?").split() if not w.isdigit()})
     assert len(words) < 60 and all(a != b for a, b in pairwise(words))
+
+
+def test_the_default_recipe_is_scored_on_one_data_set_and_reads_all_of_its_words():
+    from zoo.config import compose
+    from zoo.run_data import RunData
+
+    config = compose("train", ["data.scenes.scenes=300", "data.scenes_relations.scenes=300"])
+    data = RunData(config.data)
+    assert set(data.evaluation) == {"scenes"}
+    assert all(set(stage.data) <= set(data.training) for stage in config.stages.values())
+    words = {word for text in data.texts() for word in text.rstrip("?").split()}
+    assert words >= {"left", "right", "above", "below", "or", "small", "large", "what", "31", *list(COLORS)[:6]}

@@ -15,6 +15,7 @@ SIDES = ("left of", "right of", "above", "below")
 CHOICES = ("left or right of", "above or below")
 
 COUNT_ODDS = (0.25, 0.3, 0.3, 0.15)  # of asking for a colour or shape that stands 0, 1, 2, 3 times in the scene
+CHOICE_ODDS = 2 / 3  # of asking for a relation as `left or right`, not as `is it left`
 NEAR_MISS = (0.3, 1.8, 3.8)  # weight of an absent pair of which neither, one, or both halves stand in the scene
 LEAST_OFFSET = 4 / 64  # of the image's side: relations that differ by less are not asked
 
@@ -127,10 +128,10 @@ class _Scenes:
         return _three(asked), _four(tally[self.rows, asked]), np.ones((self.n, m), bool)
 
     def relation(self, m: int):
-        """Where one object lies from another: half of the time as a choice of two sides, else as yes or no.
+        """Where one object lies from another: mostly as a choice of two sides, else as yes or no.
 
-        The choice is much easier to learn, and what it needs is all that the other needs: yes and no alone left small
-        models at chance for long.
+        The choice is much easier to learn, and what it needs is most of what the other needs: yes and no alone left
+        small models at chance for long.
         """
         first, count = self.pick(m), self.objects.count[:, None]
         step = 1 + (self.rng.random((self.n, m)) * np.maximum(count - 1, 1)).astype(np.int64)
@@ -143,7 +144,7 @@ class _Scenes:
         vertical = np.where(clear_x & clear_y, self.rng.random((self.n, m)) < 0.5, clear_y)
         true_side = np.where(vertical, 2 + (dy > 0), dx > 0)
         yes = self.rng.random((self.n, m)) < 0.5
-        choice = self.rng.random((self.n, m)) < 0.5
+        choice = self.rng.random((self.n, m)) < CHOICE_ODDS
         side = np.where(choice, len(SIDES) + vertical, np.where(yes, true_side, true_side ^ 1))
         about = np.stack([self.pair[self.rows, first], self.pair[self.rows, second], side], -1)
         return about, _four(np.where(choice, 2 + true_side, yes)), (count > 1) & (clear_x | clear_y)
