@@ -78,7 +78,7 @@ def stock(sizes: Sizes, attention: str | None = None) -> Any:
             bos_token_id=None,
             eos_token_id=None,
         ),
-        image_token_id=IMAGE_TOKEN,
+        image_token_id=IMAGE_TOKEN,  # type: ignore[call-arg]
         vision_feature_layer=sizes.layer,
         image_seq_length=sizes.image_tokens,
     )

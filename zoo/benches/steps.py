@@ -22,7 +22,7 @@ GLIBC_LARGEST, GLIBC_KEPT = 32 * 2**20, 64 * 2**20
 @contextlib.contextmanager
 def as_shipped() -> Iterator[None]:
     """Undo what `zoo train` sets for the whole process, for those who do not: float32 products, kept memory."""
-    products = torch.backends.mkldnn.matmul
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, products.fp32_precision = products.fp32_precision, "none"
     memory.set_thresholds(GLIBC_LARGEST, GLIBC_KEPT)
     try:
