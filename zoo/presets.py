@@ -94,7 +94,7 @@ def store(group: str, name: str, content: Mapping[str, Any]) -> str:
 def component_of(group: str, key: str, config_dir: str | Path | None = None) -> str:
     """Return the component behind a choice: itself, or the one that a data preset builds on."""
     for entry in read(group, key, config_dir).get("defaults") or [] if group in GROUPS else []:
-        name = entry.partition("@")[0] if isinstance(entry, str) else ""
+        name = entry.partition("@")[0].rpartition("/")[2] if isinstance(entry, str) else ""
         if name and name != "_self_":
             return component_of(group, name, config_dir)
     return _members.get(group, {}).get(key, key)
