@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
-from zoo import model as zoo_model
+from zoo import answer_loss
 
 SAMPLES = [sample((QUESTIONS[0], ANSWERS[0]), seed=1), sample((QUESTIONS[4], ANSWERS[6]), seed=2)]
 
@@ -35,7 +35,7 @@ def test_the_mask_made_ahead_changes_nothing(make_model, monkeypatch, attention,
     assert not batch["attention_mask"].all()
     with torch.no_grad():
         expected = model(**batch)
-        monkeypatch.setattr(zoo_model, "_compiled_loss", lambda: zoo_model._summed_loss)
+        monkeypatch.setattr(answer_loss, "compiled_sum", lambda: answer_loss.summed_loss)
         made = []
         ours = model._packed_mask
         monkeypatch.setattr(model, "_packed_mask", lambda *args: made.append(1) or ours(*args))

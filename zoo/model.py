@@ -4,23 +4,21 @@
 placeholders are, runs an unmodified causal LM, and computes the loss only where labels are.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from zoo.answer_loss import answer_loss
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
 from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
-from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError, refuse_code, unknown
+from zoo.registry import ImageFeatures, ZooError, refuse_code, unknown
 from zoo.weights import (
     changed_state,
     library_versions,
@@ -30,8 +28,6 @@ from zoo.weights import (
     require_base,
     write_weights,
 )
-
-_LOGITS_AT_ONCE = 1 << 26  # elements of a logit chunk; above this the loss recomputes chunk by chunk in backward
 
 
 class ZooModel(PreTrainedModel):
@@ -44,12 +40,20 @@ class ZooModel(PreTrainedModel):
     config_class = ZooConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     _supports_flex_attn = True
+
+    # Parts are what their protocols in `zoo.registry.contracts` say, not only modules.
+    vision: Any
+    pruner: Any
+    projector: Any
+    llm: Any
+    adapter: Any
+    generation_config: Any
 
     def __init__(self, config: ZooConfig, parts: Parts | None = None) -> None:
         super().__init__(config)
@@ -96,7 +100,8 @@ class ZooModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.llm.lm.get_output_embeddings()
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return True
 
     def part_of(self, name: str) -> str:
@@ -202,7 +207,7 @@ class ZooModel(PreTrainedModel):
                 f"{0 if image_tokens is None else len(image_tokens)} images of {self.num_image_tokens} tokens; "
                 f"{have} are needed."
             )
-        if not have:
+        if image_tokens is None or not have:
             return embeds
         flat = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds.dtype)  # (M * K, C)
         index = (slots.flatten().cumsum(0) - 1).clamp_(min=0).view_as(slots)  # (B, T)
@@ -302,28 +307,13 @@ class ZooModel(PreTrainedModel):
         if labels is None or all_logits:
             result.logits = self.llm.head(hidden)  # (B, T, V)
         if labels is not None:
-            losses = {"answer": self._answer_loss(hidden, sequence.labels, num_labels)}
+            loss = answer_loss(self.llm, hidden, sequence.labels, num_labels, compiled=self.compiled)
+            losses = {"answer": loss}
             for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
                 losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
             result.losses = losses
             result.loss = torch.stack(list(losses.values())).sum()
         return result
-
-    def _answer_loss(self, hidden: Tensor, labels: Tensor, num_labels: Tensor | float | None) -> Tensor:
-        """Cross-entropy of the next token, with the vocabulary projection only where there is a label."""
-        shifted = labels[:, 1:]
-        where = shifted != IGNORE_INDEX  # (B, T - 1)
-        rows, wanted = hidden[:, :-1][where], shifted[where]  # (S, C), (S,)
-        if not len(wanted):
-            return hidden.sum() * 0.0  # nothing to learn in this batch: a loss that still reaches every parameter
-        chunk = max(1, _LOGITS_AT_ONCE // self.llm.vocab_size)
-        summed = _compiled_loss() if self.compiled else _summed_loss
-        if len(wanted) <= chunk:
-            total = summed(self.llm, rows, wanted)
-        else:
-            pairs = zip(rows.split(chunk), wanted.split(chunk), strict=True)
-            total = torch.stack([checkpoint(summed, self.llm, r, w, use_reentrant=False) for r, w in pairs]).sum()
-        return total / (len(wanted) if num_labels is None else num_labels)
 
     def _mask_ahead(self, attention_mask: Tensor | None, past_key_values: Any) -> bool:
         """Whether the mask is better made here: compiled layers else work it out anew for every head, 2 % of a step."""
@@ -410,6 +400,8 @@ class ZooModel(PreTrainedModel):
         Returns:
             What transformers returns: prompt and new ids (B * num_return_sequences, T + new), or a dict if asked for.
         """
+        if input_ids is None:
+            raise ZooError("generate needs input_ids: a prompt, if only the token that begins one.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         elif not bool(attention_mask[:, -1].all()):
@@ -509,16 +501,6 @@ class ZooModel(PreTrainedModel):
         if device_map is not None and device_map != "auto":
             model.to(next(iter(device_map.values())) if isinstance(device_map, dict) else device_map)
         return model.eval()
-
-
-def _summed_loss(llm: Any, hidden: Tensor, target: Tensor) -> Tensor:
-    """Sum the cross-entropies of `target` (S,) after `hidden` (S, C)."""
-    return F.cross_entropy(llm.head(hidden).float(), target, reduction="sum")
-
-
-@cache
-def _compiled_loss() -> Callable[[Any, Tensor, Tensor], Tensor]:
-    return torch.compile(_summed_loss)
 
 
 register_model(ZooConfig, ZooModel)
