@@ -309,7 +309,7 @@ def test_the_default_recipe_is_scored_on_one_data_set_and_reads_all_of_its_words
     from zoo.config import compose
     from zoo.run_data import RunData
 
-    config = compose("train", ["data.scenes.scenes=300", "data.scenes_relations.scenes=300"])
+    config = compose("train", ["data.scenes.scenes=300"])
     data = RunData(config.data)
     assert set(data.evaluation) == {"scenes"}
     assert all(set(stage.data) <= set(data.training) for stage in config.stages.values())

@@ -15,7 +15,7 @@ SIDES = ("left of", "right of", "above", "below")
 CHOICES = ("left or right of", "above or below")
 
 COUNT_ODDS = (0.25, 0.3, 0.3, 0.15)  # of asking for a colour or shape that stands 0, 1, 2, 3 times in the scene
-CHOICE_ODDS = 2 / 3  # of asking for a relation as `left or right`, not as `is it left`
+CHOICE_ODDS = 1 / 2  # of asking for a relation as `left or right`, not as `is it left`
 NEAR_MISS = (0.3, 1.8, 3.8)  # weight of an absent pair of which neither, one, or both halves stand in the scene
 LEAST_OFFSET = 4 / 64  # of the image's side: relations that differ by less are not asked
 
@@ -128,7 +128,7 @@ class _Scenes:
         return _three(asked), _four(tally[self.rows, asked]), np.ones((self.n, m), bool)
 
     def relation(self, m: int):
-        """Where one object lies from another: mostly as a choice of two sides, else as yes or no.
+        """Where one object lies from another: half of the time as a choice of two sides, else as yes or no.
 
         The choice is much easier to learn, and what it needs is most of what the other needs: yes and no alone left
         small models at chance for long.
