@@ -29,7 +29,6 @@ BOUNDS = {
     "against (c)": 1.15,
     "against (b), vocabulary 96": 1.5,
     "against (c), vocabulary 96": 1.5,
-    "mixed lengths: length buckets against random padding": 1.9,
     "mixed lengths: packed rows against random padding": 1.9,
     "mixed lengths: loss of a sample, packed against alone": 1e-5,
     "forward with all logits over transformers' own, fp32": 1.03,

@@ -66,6 +66,7 @@ class TimmVision(Tower):
 def _sized(config: TimmVisionConfig) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
+    stem: dict[str, Any] = {"embed_layer": ConvStem} if config.stem == "conv" else {}
     tower: Any = VisionTransformer(
         img_size=config.image_size or 224,
         patch_size=config.patch_size,
@@ -80,7 +81,7 @@ def _sized(config: TimmVisionConfig) -> nn.Module:
         act_layer=config.activation.replace("quick_gelu", "quickgelu"),
         num_classes=0,
         global_pool="",
-        **({"embed_layer": ConvStem} if config.stem == "conv" else {}),
+        **stem,
     )
     if config.zero_init:
         for block in tower.blocks:

@@ -82,7 +82,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
     tokens, grid, width = 0, None, 0
 
     def took(kind: str, name: str, part: Any, **leaves: Any) -> None:
-        words = {w: frozenset(getattr(part, w, frozenset())) for w in ("needs", "provides", "destroys")}
+        words: dict[str, Any] = {w: frozenset(getattr(part, w, frozenset())) for w in ("needs", "provides", "destroys")}
         parts.steps.append(Step(kind, name, **leaves, **words))
 
     if not slots.get("llm"):
@@ -181,7 +181,7 @@ def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str,
         destroyers = [
             n
             for n in (slots.get("pruner") or {})
-            if n != name and missing & frozenset(registry.get("pruner", n).cls.destroys)
+            if n != name and missing & frozenset(getattr(registry.get("pruner", n).cls, "destroys", ()))
         ]
         raise _misfit(
             kind, name, missing, have, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)

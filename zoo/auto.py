@@ -15,7 +15,7 @@ _AUTO = "transformers.models.auto.configuration_auto"
 _OURS = ("zoo.model", "zoo.processor")  # their last lines register what they define
 
 
-def register_model(config: type, model: type) -> None:
+def register_model(config: Any, model: type) -> None:
     """Tell AutoConfig, AutoModel and AutoModelForImageTextToText about the composed model."""
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
@@ -25,7 +25,7 @@ def register_model(config: type, model: type) -> None:
     AutoModelForImageTextToText.register(config, model, exist_ok=True)
 
 
-def register_processor(config: type, processor: type) -> None:
+def register_processor(config: Any, processor: type) -> None:
     """Tell AutoProcessor about the processor of the composed model."""
     from transformers.models.auto.processing_auto import AutoProcessor
 
@@ -95,5 +95,5 @@ class _Counted(Loader):
         finally:
             self.watch.depth -= 1
         if module.__spec__ is not None:
-            module.__spec__._initializing = False  # executed: what is imported next may use it
+            setattr(module.__spec__, "_initializing", False)  # noqa: B010  executed: what is imported next may use it
         self.watch.done()

@@ -165,7 +165,12 @@ class Chat:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         by_bytes = type(getattr(backend, "pre_tokenizer", None)).__name__ == "ByteLevel"
         added = list(self.tokenizer.added_tokens_decoder.values())
-        if not by_bytes or backend.normalizer is not None or any(t.lstrip or t.rstrip or t.single_word for t in added):
+        if (
+            backend is None
+            or not by_bytes
+            or backend.normalizer
+            or any(t.lstrip or t.rstrip or t.single_word for t in added)
+        ):
             return None
         return re.compile("(" + "|".join(re.escape(t.content) for t in added) + ")")
 

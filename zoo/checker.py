@@ -253,7 +253,8 @@ def _fixes(plan: Plan, most: int = 3) -> Iterator[str]:
 def _candidates(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for key in ("device", "precision", "attention"):
         if getattr(plan, key) != "auto":
-            yield f"{key}=auto", replace(plan, **{key: "auto"})
+            auto: dict[str, Any] = {key: "auto"}
+            yield f"{key}=auto", replace(plan, **auto)
     for template in CHAT_TEMPLATES:
         if template != plan.template and (plan.template or plan.tokenizer):
             yield f"tokenizer.chat_template={template}", replace(plan, template=template)

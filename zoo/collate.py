@@ -41,6 +41,7 @@ class TokenizedDialog:
     labels: np.ndarray  # (T,) int64
     prefix: int  # length of what it shares with other dialogs about the same images: up to the last placeholder
     images: int  # that it shows
+    head: bytes = b""  # the prefix, to compare
 
     def __post_init__(self) -> None:
         # Alone, nothing predicts the token behind a prefix of nothing; in a row, the dialog before must not.

@@ -88,6 +88,7 @@ def build(
     tokenizer = _tokenizer(cfg, slots, folder, texts)
     plan = plan_from(cfg, vocab_size=len(tokenizer))
     check(plan)
+    special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ZooConfig(
         slots=slots,
         tokenizer=_plain(cfg.tokenizer),
@@ -95,8 +96,7 @@ def build(
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
         text_vocab_size=len(tokenizer),
         attention=cfg.attention,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **special,
     )
     model = ZooModel(config)
     remember_base(model, slots)
@@ -108,7 +108,7 @@ def build(
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     target = device or (cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device=target, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    torch.nn.Module.to(model, device=target, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     model.set_attention(cfg.attention)
     return model.eval(), processor_for(model, tokenizer, cfg.tokenizer.chat_template)
 

@@ -54,6 +54,7 @@ class ZooModel(PreTrainedModel):
     llm: Any
     adapter: Any
     generation_config: Any
+    fresh_parts: list[str]  # that started without trained weights
 
     def __init__(self, config: ZooConfig, parts: Parts | None = None) -> None:
         super().__init__(config)
@@ -67,6 +68,7 @@ class ZooModel(PreTrainedModel):
         self.llm = parts.llm
         self.adapter = nn.ModuleDict(parts.adapter)
         self.compiled = False
+        self.fresh_parts = []
         self.generation_config = getattr(self.llm.lm, "generation_config", None)
         self.set_attention(config.attention)
 
@@ -148,7 +150,9 @@ class ZooModel(PreTrainedModel):
             raise ZooError(f"Nothing trains: train={list(train)} and freeze={list(freeze)} leave no parameter.")
         return count
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Recompute activations of the LLM (and the encoder where it can) in backward."""
         self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
         if hasattr(self.vision, "set_gradient_checkpointing"):
@@ -191,6 +195,13 @@ class ZooModel(PreTrainedModel):
         for pruner in self.pruner.values():
             kept = pruner(kept)
         return image, kept, self.projector(kept) if self.projector is not None else None
+
+    def _encoded(
+        self, pixel_values: Tensor | None, encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None
+    ) -> tuple[ImageFeatures | None, ImageFeatures | None, Tensor | None]:
+        if encoded is not None:
+            return encoded
+        return (None, None, None) if pixel_values is None else self.encode_images(pixel_values)
 
     def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
         """Embed `input_ids` (B, T) and put the image tokens (M, K, C) where the placeholders are.
@@ -251,16 +262,14 @@ class ZooModel(PreTrainedModel):
             run_llm: False stops after the projector.
             targets: ignored here; dense targets for distillers travel in the same batch.
         """
-        image = kept = image_tokens = None
-        unused = None
-        if pixel_values is not None or encoded is not None:
-            image, kept, image_tokens = encoded or self.encode_images(pixel_values)
-        elif self.training and self._vision_trains():
-            unused = self._touch_vision()
+        image, kept, image_tokens = self._encoded(pixel_values, encoded)
+        unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
         if not run_llm:
             return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
 
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ZooError("The model needs input_ids or inputs_embeds.")
             inputs_embeds = self.merge(input_ids, image_tokens)
         if unused is not None:
             inputs_embeds = inputs_embeds + unused
@@ -274,8 +283,9 @@ class ZooModel(PreTrainedModel):
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         llm_mask = attention_mask
         extra: dict[str, Any] = {}
-        if self.compiled and segment_ids is None and self._mask_ahead(attention_mask, past_key_values):
-            segment_ids = attention_mask - 1  # one sample, and -1 at padding
+        if self.compiled and segment_ids is None and attention_mask is not None:
+            if self._mask_ahead(attention_mask, past_key_values):
+                segment_ids = attention_mask - 1  # one sample, and -1 at padding
         if block_ids is not None or segment_ids is not None:
             llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
             extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
@@ -315,17 +325,26 @@ class ZooModel(PreTrainedModel):
             result.loss = torch.stack(list(losses.values())).sum()
         return result
 
-    def _mask_ahead(self, attention_mask: Tensor | None, past_key_values: Any) -> bool:
+    def _mask_ahead(self, attention_mask: Tensor, past_key_values: Any) -> bool:
         """Whether the mask is better made here: compiled layers else work it out anew for every head, 2 % of a step."""
         config = self.llm.lm.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         windows = getattr(config, "sliding_window", None) or kinds - {"full_attention"}
-        plain = attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None and not windows
+        plain = attention_mask.dim() == 2 and past_key_values is None and not windows
         return plain and config._attn_implementation in ("sdpa", "eager", ZOO_EAGER)
 
     def _packed_mask(
         self, attention_mask: Tensor | None, segment_ids: Tensor | None, block_ids: Tensor | None
     ) -> Tensor:
+        if segment_ids is None:
+            assert block_ids is not None, "called for packed rows"
+            segment_ids = block_ids.clamp(max=0)  # one sample, and -1 at padding
+        window = getattr(self.llm.lm.config.get_text_config(), "sliding_window", None)
+        if window and segment_ids.shape[1] > window:
+            raise ZooError(
+                f"A packed row of {segment_ids.shape[1]} tokens is longer than the LLM's sliding window of {window}: "
+                f"set pack=none and pack_length=null in the stage."
+            )
         visible = block_mask(attention_mask, segment_ids, block_ids)  # (B, 1, T, T) bool
         return as_backend_mask(visible, self.llm.lm.config._attn_implementation, self._compute_dtype())
 
@@ -408,9 +427,7 @@ class ZooModel(PreTrainedModel):
             raise ZooError(
                 "generate needs padding on the left: the last token of some row is padding. Set padding_side='left'."
             )
-        kept = image_tokens = None
-        if pixel_values is not None or encoded is not None:
-            _, kept, image_tokens = encoded or self.encode_images(pixel_values)
+        _, kept, image_tokens = self._encoded(pixel_values, encoded)
         embeds = self.merge(input_ids, image_tokens)
         config = generation_config or self.generation_config
         beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
@@ -430,7 +447,7 @@ class ZooModel(PreTrainedModel):
 
     # ---- save and load -----------------------------------------------------------------------------------------
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # no options for formats that are not ours
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
@@ -467,7 +484,7 @@ class ZooModel(PreTrainedModel):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
         *model_args: Any,

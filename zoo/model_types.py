@@ -72,7 +72,7 @@ class LLMSequence:
     states.
     """
 
-    image_mask: Tensor  # (B, T) bool
+    image_mask: Tensor | None  # (B, T) bool; None where embeddings were given
     attention_mask: Tensor | None  # (B, T)
     position_ids: Tensor | None  # (B, T)
     labels: Tensor | None  # (B, T)

@@ -206,14 +206,16 @@ def _last_turn(labels: np.ndarray) -> np.ndarray:
 def _pick(image: ImageFeatures, index: Tensor) -> ImageFeatures:
     """The rows `index` of every tensor."""
     rows = {f.name: getattr(image, f.name) for f in fields(image)}
-    return replace(image, **{k: v[index] for k, v in rows.items() if isinstance(v, Tensor)})
+    picked: dict[str, Any] = {k: v[index] for k, v in rows.items() if isinstance(v, Tensor)}
+    return replace(image, **picked)
 
 
 def _join(parts: list[tuple[ImageFeatures, ImageFeatures, Tensor | None]]) -> Any:
     def joined(features: list[ImageFeatures]) -> ImageFeatures:
         rows = {f.name: getattr(features[0], f.name) for f in fields(features[0])}
         names = [k for k, v in rows.items() if isinstance(v, Tensor)]
-        return replace(features[0], **{k: torch.cat([getattr(f, k) for f in features]) for k in names})
+        whole: dict[str, Any] = {k: torch.cat([getattr(f, k) for f in features]) for k in names}
+        return replace(features[0], **whole)
 
     images, kept, tokens = zip(*parts, strict=True)
     return joined(list(images)), joined(list(kept)), None if tokens[0] is None else torch.cat(list(tokens))

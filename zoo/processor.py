@@ -42,7 +42,8 @@ class ZooProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         if isinstance(transform, Mapping):
-            transform = ImageTransform(**{k: tuple(v) if isinstance(v, list) else v for k, v in transform.items()})
+            stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in transform.items()}
+            transform = ImageTransform(**stated)
         self.transform = transform
         self.num_image_tokens = num_image_tokens
         self.image_separator = image_separator
@@ -95,7 +96,7 @@ class ZooProcessor(ProcessorMixin):
             keep["pixel_values"] = torch.stack(pixels)
         return BatchFeature(keep)
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # fewer options, and images beside the messages
         self,
         conversation: Any,
         chat_template: str | None = None,
@@ -160,14 +161,15 @@ class ZooProcessor(ProcessorMixin):
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
         dialogs = [self._learnt(d.messages, sample) for d in sample.dialogs]
-        common = {
+        common: dict[str, Any] = {
             "pixel_values": [self._pixels(i) for i in sample.images],
             "targets": sample.targets,
             "ids": [sample.id],
         }
         if len(dialogs) == 1:
             return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, **common)
-        return EncodedSample(**share_prefix(dialogs, sample.id), **common)
+        row: dict[str, Any] = dict(share_prefix(dialogs, sample.id))
+        return EncodedSample(**row, **common)
 
     def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample) -> TokenizedDialog:
         """Tokenize a dialog of a sample, or remember it."""

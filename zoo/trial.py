@@ -66,7 +66,7 @@ def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Pat
     if key in known:
         both = ",".join([*members, key])
         return ZooError(f"{group} {key!r} is not chosen in this run: add it with {group}=[{both}].")
-    kind = kind_of(group)
+    kind = kind_of(group) or group
     options = {o.name: o for m in members for o in source_options(kind, presets.component_of(group, m, config_dir))}
     near = nearest(key, [*options, *members]) or nearest(key, known)
     if near and near[0] in options:

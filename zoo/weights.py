@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.registry import ZooError
 
@@ -38,7 +38,7 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def remember_base(model: nn.Module, slots: Mapping[str, Any]) -> None:
+def remember_base(model: Any, slots: Mapping[str, Any]) -> None:
     """Note which weights have just come from a part's own checkpoint, and where that is.
 
     An in-place change raises a tensor's version, and a replaced tensor is another object, so nothing has to be told.
@@ -77,7 +77,7 @@ def require_base(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | Non
             )
 
 
-def changed_state(model: nn.Module, include_base: bool = False) -> dict[str, Tensor]:
+def changed_state(model: Any, include_base: bool = False) -> dict[str, Tensor]:
     """Return the tensors that a folder must hold: all but those that still are what the base checkpoints gave."""
     known = {} if include_base else getattr(model, "_base_tensors", {})
     state = model.state_dict(keep_vars=True)
@@ -111,7 +111,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise ZooError(f"{folder} holds no {WEIGHTS}.{hint}")
 
 
-def read_weights(model: nn.Module, folder: Path, *, fresh: Iterable[str] = ()) -> list[str]:
+def read_weights(model: Any, folder: Path, *, fresh: Iterable[str] = ()) -> list[str]:
     """Load the tensors of a folder into a model in place.
 
     Args:
