@@ -44,9 +44,10 @@ def main(words: Sequence[str]) -> int:
         print(describe(name, module.Options))
         return 0
     files = {key: Path(value) for key, _, value in (w.partition("=") for w in given) if key in OUTPUTS and value}
-    options = parse(name, module.Options, [w for w in given if w.partition("=")[0] not in files])
+    chosen = [w for w in given if w.partition("=")[0] not in files]
+    options = parse(name, module.Options, chosen)
     report = module.run(options, lambda line: print(line, flush=True))
-    report.command = " ".join(["zoo bench", *words])
+    report.command = " ".join(["zoo bench", name, *chosen])
     report.print()
     if "json" in files:
         report.write_json(files["json"])
