@@ -283,9 +283,9 @@ class ZooModel(PreTrainedModel):
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         llm_mask = attention_mask
         extra: dict[str, Any] = {}
-        if self.compiled and segment_ids is None and attention_mask is not None:
-            if self._mask_ahead(attention_mask, past_key_values):
-                segment_ids = attention_mask - 1  # one sample, and -1 at padding
+        whole = attention_mask if self.compiled and segment_ids is None else None
+        if whole is not None and self._mask_ahead(whole, past_key_values):
+            segment_ids = whole - 1  # one sample, and -1 at padding
         if block_ids is not None or segment_ids is not None:
             llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
             extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
