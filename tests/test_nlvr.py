@@ -10,6 +10,7 @@ from PIL import Image
 from tests.data_places import shared
 from zoo import registry
 from zoo.data.nlvr_draw import ORDERS, drawings
+from zoo.data.nlvr_probes import probes
 from zoo.registry import ZooError
 
 BLUE, BLACK, YELLOW = "#0099ff", "Black", "Yellow"
@@ -90,6 +91,62 @@ def test_evaluation_tells_seen_sentences_from_new_ones_and_names_groups(folder):
     assert first.messages[0]["content"][-1]["text"] == "one is black?"
     assert first.meta == {"identifier": "9-0", "group": "One is black.", "picture": "scatter"}
     assert second.meta["picture"] == "tower" and second.choices == ["true", "false"]
+
+
+def probes_of(boxes, number=4000):
+    made = probes(np.random.default_rng(0), boxes, number)
+    answers = {}
+    for question, answer in made:
+        assert answers.setdefault(question, answer) == answer, f"{question!r} is answered in two ways"
+    return made, answers
+
+
+def test_probes_tell_what_stands_in_scattered_boxes():
+    # black square at a corner; big yellow circle, small yellow triangle at the wall; nothing
+    boxes = [[(0, 0, 0, 0, 1)], [(40, 30, 2, 1, 0), (90, 50, 0, 2, 0)], []]
+    made, answers = probes_of(boxes)
+    wanted = {
+        "how many items are in box 2": "2", "how many black squares are in box 1": "1",
+        "how many items are in box 3": "0",
+        "how many yellow items are there": "2", "how many boxes have a item": "2", "there is a blue item": "false",
+        "there is a big yellow circle": "true", "each box has a item": "false",
+        "there are exactly 2 yellow items": "true",
+        "there is a box with exactly 2 yellow items": "true", "there is a box with at least 2 black items": "false",
+        "there is a triangle touching the wall": "true", "there is a circle touching the wall": "false",
+        "there are at least 2 items touching the wall": "true", "there are at most 1 items touching the wall": "false",
+    }  # fmt: skip
+    assert {question: answers.get(question) for question in wanted} == wanted
+    truths = [answer == "true" for _, answer in made if answer in {"true", "false"}]
+    assert len(truths) > 1500 and abs(np.mean(truths) - 0.5) < 0.1  # some statements have no other side here
+
+
+def test_probes_tell_how_towers_are_built():
+    # from the top: blue on black; yellow; nothing
+    boxes = [[(40, 80, 1, 0, 1), (40, 59, 1, 0, 2)], [(40, 80, 1, 0, 0)], []]
+    _, answers = probes_of(boxes)
+    wanted = {
+        "how many blocks are in tower 1": "2", "how many black blocks are in tower 1": "1",
+        "what is the top of tower 1": "blue", "what is the base of tower 1": "black",
+        "what is the top of tower 3": "nothing",
+        "what is the second block from the base of tower 1": "blue",
+        "what is the second block from the base of tower 2": "nothing",
+        "there are exactly 1 towers with 2 blocks": "true", "there are at least 2 towers with 1 blocks": "false",
+        "there are exactly 1 towers with a blue block at the top": "true",
+        "there are exactly 1 towers with a blue block at the base": "false",
+        "there is a tower with exactly 1 yellow blocks": "true", "there is a blue block on a black block": "true",
+        "there is a black block on a blue block": "false",
+    }  # fmt: skip
+    assert {question: answers.get(question) for question in wanted} == wanted
+
+
+def test_probes_stand_beside_sentences_or_alone_and_only_in_training(folder):
+    both, alone = load(folder, probes=3), load(folder, probes=3, sources=[])
+    assert [d.kind for d in both.get(0).dialogs] == ["sentence"] * 2 + ["probe"] * 3
+    assert [d.kind for d in alone.get(0).dialogs] == ["probe"] * 3 and len(alone) == 4
+    assert [d.kind for d in both.eval_split().get(0).dialogs] == ["sentence_seen"]
+    assert alone.eval_split() is None
+    with pytest.raises(ZooError, match="nothing to ask"):
+        load(folder, sources=[])
 
 
 def test_boxes_change_places_in_training_only(folder):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from zoo.data.nlvr_draw import LAYOUTS, ORDERS, Drawing, Shape, Sprites, cell_labels, drawings, read_box
+from zoo.data.nlvr_probes import probes
 from zoo.data.record_file import RecordFile
 from zoo.registry import Dialog, Sample, ZooError, register, unknown
 
@@ -34,10 +35,12 @@ SPLITS = ("train", "dev")
 class NLVRConfig:
     root: str = ""  # folder with dev.jsonl.gz, train_*.jsonl.gz and sprites.json; empty: nlvr below $ZOO_DATA or data
     split: str = "train"  # train | dev
-    sources: list[str] = field(default_factory=lambda: list(SOURCES))  # of train: official, same_presentation, pairs
+    # Of train: official, same_presentation, pairs; none: every picture, with probes alone.
+    sources: list[str] = field(default_factory=lambda: list(SOURCES))
     layout: str = "boxes"  # boxes: three images 100 x 100 | canvas: one 400 x 100 | square: one 224 x 224
     shuffle_boxes: bool = True  # training shows the boxes in an order drawn anew in each epoch; dev in the official one
     group_by_image: bool = True  # train: one sample for all sentences about an image
+    probes: int = 0  # questions about the structure itself, made up for each training picture and epoch
     most_sentences: int = 16  # of a training sample; more are drawn from in each epoch
     prompt: str = "True or false: {sentence}"  # what the user says
     plain_text: bool = False  # sentences in lower case and without the full stop
@@ -55,8 +58,10 @@ class NLVRConfig:
                 raise unknown("training source of nlvr", source, SOURCES)
         if "{sentence}" not in self.prompt:
             raise ZooError(f"prompt must hold '{{sentence}}', got {self.prompt!r}.")
-        if min(self.grid, self.limit) < 0 or self.most_sentences < 1:
-            raise ZooError("grid and limit must be 0 or more, most_sentences 1 or more.")
+        if min(self.grid, self.limit, self.probes) < 0 or self.most_sentences < 1:
+            raise ZooError("grid, limit and probes must be 0 or more, most_sentences 1 or more.")
+        if not self.sources and not self.probes:
+            raise ZooError("There is nothing to ask: sources is empty and probes is 0.")
 
 
 @register("dataset", "nlvr")
@@ -76,9 +81,11 @@ class NLVR:
         # (identifier of the picture, sentence, label) of each example
         self.examples = self._train(train_sentences) if self.training else self._dev()
         groups: dict[Any, list[int]] = {}
+        if self.training and not config.sources:
+            groups = {identifier: [] for identifier in self._limited(list(self.pictures))}
         for number, (identifier, _, _) in enumerate(self.examples):
             groups.setdefault(identifier if self.training and config.group_by_image else number, []).append(number)
-        self.groups = list(groups.values())
+        self.groups = list(groups.items())
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -88,43 +95,52 @@ class NLVR:
         if not 0 <= index < len(self):
             raise IndexError(index)
         random = np.random.default_rng([self.config.seed, epoch, index])
-        members = self.groups[index]
+        identifier, members = self.groups[index]
         if len(members) > self.config.most_sentences:
             members = [members[i] for i in sorted(random.permutation(len(members))[: self.config.most_sentences])]
-        identifier = self.examples[members[0]][0]
+        if not self.training or not self.config.group_by_image:
+            identifier = self.examples[members[0]][0]
         boxes = self.pictures[identifier]
         if self.training and self.config.shuffle_boxes:
             boxes = [boxes[i] for i in ORDERS[random.integers(len(ORDERS))]]
         images = drawings(self.sprites, boxes, self.config.layout)
         targets = {"patch_labels": cell_labels(images, self.config.grid)} if self.config.grid else {}
         dialogs = [self._dialog(*self.examples[member], num_images=len(images)) for member in members]
+        if self.training and self.config.probes:
+            made = probes(random, boxes, self.config.probes)
+            dialogs += [Dialog(self._turns(*probe, num_images=len(images)), kind="probe") for probe in made]
         return Sample(f"{self.config.split}-{identifier}", list[Drawing | Any](images), dialogs, targets)
 
     def train_split(self) -> "NLVR":
         """The training examples: what is common there is what a blind guess knows."""
         return self if self.training else NLVR(replace(self.config, split="train", limit=0))
 
-    def eval_split(self) -> "NLVR":
-        """The development examples."""
+    def eval_split(self) -> "NLVR | None":
+        """The development examples; None for data of probes alone."""
+        if not self.config.sources:
+            return None
         return NLVR(replace(self.config, split="dev", limit=0)) if self.training else self
 
     def _dialog(self, identifier: str, sentence: str, label: str, num_images: int) -> Dialog:
+        kind = "sentence" if self.training else "sentence_seen" if sentence in self.seen else "sentence_new"
+        tower = all(s == 1 and t == 0 and x == 40 for box in self.pictures[identifier] for x, _, s, t, _ in box)
+        return Dialog(
+            self._turns(sentence, label, num_images),
+            kind=kind,
+            choices=["true", "false"],
+            meta={"identifier": identifier, "group": sentence, "picture": "tower" if tower else "scatter"},
+        )
+
+    def _turns(self, sentence: str, answer: str, num_images: int) -> list[dict[str, Any]]:
         said = sentence.strip()
         if self.config.plain_text:
             said = said.lower().rstrip(" .")
         question = self.config.prompt.replace("{sentence}", said)
         asked = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
-        kind = "sentence" if self.training else "sentence_seen" if sentence in self.seen else "sentence_new"
-        tower = all(s == 1 and t == 0 and x == 40 for box in self.pictures[identifier] for x, _, s, t, _ in box)
-        return Dialog(
-            [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": [{"type": "text", "text": label}]},
-            ],
-            kind=kind,
-            choices=["true", "false"],
-            meta={"identifier": identifier, "group": sentence, "picture": "tower" if tower else "scatter"},
-        )
+        return [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
 
     def _records(self, name: str) -> RecordFile:
         return RecordFile(self.root / name)
