@@ -27,8 +27,6 @@ class NeedyConfig:
 @pytest.fixture(scope="module", autouse=True)
 def parts_with_needs():
     """Parts that need what not every composition gives; gone again after this file."""
-    before = {kind: dict(table) for kind, table in registry.core._entries.items()}
-
     @registry.register("pruner", "needs_cls")
     class NeedsCls(nn.Module):
         needs, provides, destroys = frozenset({"cls_attention"}), frozenset(), frozenset({"grid"})
@@ -67,9 +65,13 @@ def parts_with_needs():
             super().__init__()
 
     yield
-    for kind, table in before.items():
-        registry.core._entries[kind].clear()
-        registry.core._entries[kind].update(table)
+    for kind, name in [
+        ("pruner", "needs_cls"),
+        ("adapter", "needs_moe"),
+        ("projector", "needs_grid"),
+        ("distiller", "needs_teacher"),
+    ]:
+        del registry.core._entries[kind][name]
 
 
 def vision(**options):

@@ -136,8 +136,8 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     """Find out what a run picks: its own overrides first, then the recipe's, then the model's."""
     recipe = given.get("recipe", default_recipe(command))
     from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
-    asked = given.get("model", from_recipe.get("model", DEFAULT_MODEL))
-    model, source = saved.resolve(asked, given, config_dir)
+    asked = given.get("model", from_recipe.get("model", _model_without_a_word(recipe, from_recipe)))
+    model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir)
     from_model = presets.selection("model", model, config_dir)
     if recipe and "recipe" not in given and "data" in from_model:
         recipe, from_recipe = None, {}  # a saved model brings its own data: the default recipe's do not apply
@@ -150,6 +150,11 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
                 presets.require(key, name, config_dir)
     source = {key: value for key, value in source.items() if f"model.{key}" not in given}
     return Choice(recipe, model, own, from_model, chosen, source)
+
+
+def _model_without_a_word(recipe: Any, from_recipe: Mapping[str, Any]) -> str | None:
+    """The default model, where a recipe leaves parts open; none where parts alone are given, which start as they are."""
+    return DEFAULT_MODEL if recipe and not {"vision", "llm"} <= set(from_recipe) else None
 
 
 def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> list[str]:
