@@ -41,7 +41,7 @@ def flush() -> None:
     for kind in SLOT_KINDS:
         options = {f"{name}.yaml": ComponentNode(kind, name) for name in names(kind)}
         repo.setdefault(group_of(kind), {}).update(options)
-    for group in ("recipe", *(kind for kind in SLOT_KINDS if kind not in MANY)):
+    for group in ("model", "recipe", *(kind for kind in SLOT_KINDS if kind not in MANY)):
         ConfigStore.instance().store(NOBODY, {}, group=group, package="_global_", provider="zoo")
 
 

@@ -27,6 +27,7 @@ class NeedyConfig:
 @pytest.fixture(scope="module", autouse=True)
 def parts_with_needs():
     """Parts that need what not every composition gives; gone again after this file."""
+
     @registry.register("pruner", "needs_cls")
     class NeedsCls(nn.Module):
         needs, provides, destroys = frozenset({"cls_attention"}), frozenset(), frozenset({"grid"})

@@ -206,7 +206,7 @@ def test_a_saved_model_asks_for_its_plugin_by_name(tmp_path):
         (["data.sizes=3", "data=[scenes]"], "No option of the chosen data sets named 'sizes'. Did you mean 'size'"),
         (["vision"], "Cannot read 'vision'. Options are given as vision=<value>."),
         (["model=base/../base"], "No model named 'base/../base'. Did you mean 'base'?"),
-        (["model=null"], "name a preset"),
+        (["model=null"], "start from a preset"),
         (["recipe=mine", "stages.one.data.smal=1"], "No data set of this run named 'smal'. Did you mean 'small'?"),
         (["recipe=mine", "stages.one.distiller=dens"], "stage 'one': No distiller named 'dens'. Did you mean 'dense'?"),
         (["recipe=mine", "stages.one.distiller={name: dense, wights: []}"], "Did you mean 'weights' (list[float], "),
@@ -269,3 +269,17 @@ def test_every_preset_of_ours_composes():
         compose("train", [f"recipe={name}"])
     for name in preset_files("data"):
         compose("load", [f"data=[{name}]"])
+
+
+def test_parts_without_a_model_start_as_they_are(tmp_path):
+    """Neither a composition from parts nor a recipe that names its own parts takes options of the default model."""
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /vision: timm\n  - override /llm: hf\nstages: {a: {steps: 1}}\n"
+    )
+    for cfg in (
+        compose("load", ["vision=timm", "llm=hf"]),
+        compose("train", ["recipe=mine"], config_dir=tmp_path),
+    ):
+        assert (cfg.vision.stem, cfg.llm.model_type, cfg.model.name) == ("patch", "llama", "")
+    assert compose("train", []).vision.stem == "conv"

@@ -136,7 +136,7 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     """Find out what a run picks: its own overrides first, then the recipe's, then the model's."""
     recipe = given.get("recipe", default_recipe(command))
     from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
-    asked = given.get("model", from_recipe.get("model", _model_without_a_word(recipe, from_recipe)))
+    asked = given.get("model", from_recipe.get("model", _model_without_a_word({*from_recipe, *given})))
     model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir)
     from_model = presets.selection("model", model, config_dir)
     if recipe and "recipe" not in given and "data" in from_model:
@@ -152,9 +152,9 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     return Choice(recipe, model, own, from_model, chosen, source)
 
 
-def _model_without_a_word(recipe: Any, from_recipe: Mapping[str, Any]) -> str | None:
-    """The default model, where a recipe leaves parts open; none where parts alone are given, which start as they are."""
-    return DEFAULT_MODEL if recipe and not {"vision", "llm"} <= set(from_recipe) else None
+def _model_without_a_word(picked: set[str]) -> str | None:
+    """The default model; none where the parts themselves are named, which then start as they are."""
+    return None if {"vision", "llm"} <= picked else DEFAULT_MODEL
 
 
 def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> list[str]:
