@@ -61,6 +61,7 @@ def finished(process):
     return out
 
 
+# The reference trains in this process, where other tests may have left another float32 kernel: hence relative bounds.
 def test_two_processes_train_as_one(tmp_path):
     Run(config(recipe(tmp_path, STAGES), f"run.folder={tmp_path / 'one'}")).train()
     out = finished(start([*recipe(tmp_path, STAGES), "run.name=two", "limit=2"], processes=2))
@@ -68,7 +69,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert json.loads((folder / "zoo.lock").read_text())["processes"] == 2
     assert (tmp_path / "last").samefile(folder)
     assert out.count("Trained in") == 1, "one process speaks"
-    assert losses(folder) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
     assert sorted({p["id"] for p in predictions}) == ["eval-0", "eval-1"], "they share the samples and hand them in"
 
@@ -83,7 +84,7 @@ def test_a_rank_without_images_does_not_hang(tmp_path):
     one, two = ([*words, f"run.folder={tmp_path / n}"] for n in ("one", "two"))
     finished(start(two, processes=2))
     finished(start(one))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_sharded_parameters_train_as_whole_ones(tmp_path):
@@ -95,7 +96,7 @@ def test_sharded_parameters_train_as_whole_ones(tmp_path):
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     script = [str(REPO / "tests" / "two_processes_fsdp.py"), str(tmp_path)]
     finished(subprocess.Popen([*command, *script], cwd=REPO, env=env, **pipe))
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     sharded = torch.load(tmp_path / "weights.pt", weights_only=True)
     for name, p in alone.model.named_parameters():
         # Muon iterates in bfloat16, where the last bit of a gradient may turn one in 256 of a step of 0.02.
