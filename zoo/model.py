@@ -317,7 +317,8 @@ class ZooModel(PreTrainedModel):
         if labels is None or all_logits:
             result.logits = self.llm.head(hidden)  # (B, T, V)
         if labels is not None:
-            loss = answer_loss(self.llm, hidden, sequence.labels, num_labels, compiled=self.compiled)
+            seen = labels if sequence.labels is None else sequence.labels
+            loss = answer_loss(self.llm, hidden, seen, num_labels, compiled=self.compiled)
             losses = {"answer": loss}
             for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
                 losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
