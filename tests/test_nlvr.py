@@ -10,7 +10,7 @@ from PIL import Image
 from tests.data_places import shared
 from zoo import registry
 from zoo.data.nlvr_draw import ORDERS, drawings
-from zoo.data.nlvr_probes import probes
+from zoo.data.nlvr_probes import KINDS, probes
 from zoo.registry import ZooError
 
 BLUE, BLACK, YELLOW = "#0099ff", "Black", "Yellow"
@@ -93,8 +93,8 @@ def test_evaluation_tells_seen_sentences_from_new_ones_and_names_groups(folder):
     assert second.meta["picture"] == "tower" and second.choices == ["true", "false"]
 
 
-def probes_of(boxes, number=4000):
-    made = probes(np.random.default_rng(0), boxes, number)
+def probes_of(boxes, number=30000):
+    made = probes(np.random.default_rng(0), boxes, number, list(KINDS))
     answers = {}
     for question, answer in made:
         assert answers.setdefault(question, answer) == answer, f"{question!r} is answered in two ways"
@@ -108,6 +108,9 @@ def test_probes_tell_what_stands_in_scattered_boxes():
     wanted = {
         "how many items are in box 2": "2", "how many black squares are in box 1": "1",
         "how many items are in box 3": "0",
+        "what is at 0 0 in box 1": "small black square", "what is at 9 5 in box 2": "small yellow triangle",
+        "what is at 5 4 in box 2": "big yellow circle", "name the items in box 3": "nothing",
+        "name the items in box 2": "big yellow circle, small yellow triangle",
         "how many yellow items are there": "2", "how many boxes have a item": "2", "there is a blue item": "false",
         "there is a big yellow circle": "true", "each box has a item": "false",
         "there are exactly 2 yellow items": "true",
@@ -130,6 +133,7 @@ def test_probes_tell_how_towers_are_built():
         "what is the top of tower 3": "nothing",
         "what is the second block from the base of tower 1": "blue",
         "what is the second block from the base of tower 2": "nothing",
+        "name the blocks of tower 1": "blue black", "name the blocks of tower 3": "nothing",
         "there are exactly 1 towers with 2 blocks": "true", "there are at least 2 towers with 1 blocks": "false",
         "there are exactly 1 towers with a blue block at the top": "true",
         "there are exactly 1 towers with a blue block at the base": "false",
@@ -193,6 +197,8 @@ def test_dense_labels_agree_with_the_pixels_below_each_centre():
         ({"layout": "bokses"}, "No layout of nlvr named 'bokses'. Did you mean 'boxes'"),
         ({"sources": ["pair"]}, "No training source of nlvr named 'pair'. Did you mean 'pairs'"),
         ({"prompt": "True?"}, "prompt must hold"),
+        ({"probe_kinds": ["lists"]}, "No kind of probe named 'lists'. Did you mean 'list'"),
+        ({"probes": 1, "probe_kinds": []}, "probe_kinds is empty"),
         ({"most_sentences": 0}, "most_sentences 1 or more"),
         ({"root": "nowhere"}, "There is no folder 'nowhere'"),
     ],

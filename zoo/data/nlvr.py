@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from zoo.data.nlvr_draw import LAYOUTS, ORDERS, Drawing, Shape, Sprites, cell_labels, drawings, read_box
+from zoo.data.nlvr_probes import KINDS as PROBE_KINDS
 from zoo.data.nlvr_probes import probes
 from zoo.data.record_file import RecordFile
 from zoo.registry import Dialog, Sample, ZooError, register, unknown
@@ -41,6 +42,7 @@ class NLVRConfig:
     shuffle_boxes: bool = True  # training shows the boxes in an order drawn anew in each epoch; dev in the official one
     group_by_image: bool = True  # train: one sample for all sentences about an image
     probes: int = 0  # questions about the structure itself, made up for each training picture and epoch
+    probe_kinds: list[str] = field(default_factory=lambda: list(PROBE_KINDS))  # point | list | count | statement
     most_sentences: int = 16  # of a training sample; more are drawn from in each epoch
     prompt: str = "True or false: {sentence}"  # what the user says
     plain_text: bool = False  # sentences in lower case and without the full stop
@@ -56,6 +58,11 @@ class NLVRConfig:
         for source in self.sources:
             if source not in SOURCES:
                 raise unknown("training source of nlvr", source, SOURCES)
+        for kind in self.probe_kinds:
+            if kind not in PROBE_KINDS:
+                raise unknown("kind of probe", kind, PROBE_KINDS)
+        if self.probes and not self.probe_kinds:
+            raise ZooError("probes are wanted, but probe_kinds is empty.")
         if "{sentence}" not in self.prompt:
             raise ZooError(f"prompt must hold '{{sentence}}', got {self.prompt!r}.")
         if min(self.grid, self.limit, self.probes) < 0 or self.most_sentences < 1:
@@ -107,7 +114,7 @@ class NLVR:
         targets = {"patch_labels": cell_labels(images, self.config.grid)} if self.config.grid else {}
         dialogs = [self._dialog(*self.examples[member], num_images=len(images)) for member in members]
         if self.training and self.config.probes:
-            made = probes(random, boxes, self.config.probes)
+            made = probes(random, boxes, self.config.probes, self.config.probe_kinds)
             dialogs += [Dialog(self._turns(*probe, num_images=len(images)), kind="probe") for probe in made]
         return Sample(f"{self.config.split}-{identifier}", list[Drawing | Any](images), dialogs, targets)
 

@@ -5,7 +5,7 @@ chance through three passes over the corpus. Counting what stands in a box, or n
 minutes, and the words are those of the sentences. Half of the true-or-false probes are true.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from zoo.data.nlvr_draw import SIDE, SIZES, Shape
 
 COLOR_WORDS = ("yellow", "black", "blue")
+SIZE_WORDS = ("small", "medium", "big")
 SHAPE_WORDS = ("square", "circle", "triangle")
 TRIES = 8  # draws of a statement until its truth is the one wanted
 
@@ -21,17 +22,45 @@ Boxes = list[list[Shape]]
 Random = np.random.Generator
 
 
-def probes(random: Random, boxes: Boxes, number: int) -> list[Probe]:
-    """Draw questions about the boxes as they are shown, in reading order."""
+def probes(random: Random, boxes: Boxes, number: int, kinds: Sequence[str]) -> list[Probe]:
+    """Draw questions of some kinds, all equally often, about the boxes as they are shown, in reading order."""
     tower = all(s == 1 and t == 0 and x == 40 for box in boxes for x, _, s, t, _ in box)
+    return [KINDS[kinds[random.integers(len(kinds))]](random, boxes, tower) for _ in range(number)]
+
+
+def _point(random: Random, boxes: Boxes, tower: bool) -> Probe:
+    """Ask what stands at a place, in tenths of the box's side; one place in ten is drawn anywhere."""
+    number = int(random.integers(3))
+    x, y = (int(v) for v in random.integers(10, size=2))
+    if boxes[number] and random.random() < 0.9:
+        item = boxes[number][random.integers(len(boxes[number]))]
+        x, y = ((item[at] + SIZES[item[2]] // 2) // 10 for at in (0, 1))
+    there = [
+        i
+        for i in boxes[number]
+        if all(i[at] <= 10 * v + 9 and 10 * v < i[at] + SIZES[i[2]] for at, v in ((0, x), (1, y)))
+    ]
+    # More than one shape may reach into the place: the one that covers most of it counts.
+    covered = max(there, key=lambda i: _reach(i[0], SIZES[i[2]], x) * _reach(i[1], SIZES[i[2]], y), default=None)
+    return f"what is at {x} {y} in box {number + 1}", "nothing" if covered is None else _name(covered)
+
+
+def _reach(start: int, size: int, tenth: int) -> int:
+    return min(start + size, 10 * tenth + 10) - max(start, 10 * tenth)
+
+
+def _list(random: Random, boxes: Boxes, tower: bool) -> Probe:
+    """Ask for all that is in a box, from top to bottom."""
+    number = int(random.integers(3))
+    items = sorted(boxes[number], key=lambda item: (item[1], item[0]))
+    if tower:
+        return f"name the blocks of tower {number + 1}", " ".join(COLOR_WORDS[i[4]] for i in items) or "nothing"
+    return f"name the items in box {number + 1}", ", ".join(map(_name, items)) or "nothing"
+
+
+def _question(random: Random, boxes: Boxes, tower: bool) -> Probe:
     questions = TOWER_QUESTIONS if tower else SCATTER_QUESTIONS
-    made = []
-    for _ in range(number):
-        if random.random() < 0.5:
-            made.append(questions[random.integers(len(questions))](random, boxes))
-        else:
-            made.append(_statement(random, boxes, tower))
-    return made
+    return questions[random.integers(len(questions))](random, boxes)
 
 
 # ---- questions with a number or a word as the answer
@@ -163,6 +192,13 @@ SCATTER_STATEMENTS = (_has, _has_number, _box_has, _each_has, _touches)
 TOWER_STATEMENTS = (_towers_of, _towers_with, _tower_colors, _on_top)
 
 
+KINDS = {"point": _point, "list": _list, "count": _question, "statement": _statement}
+
+
+def _name(item: Shape) -> str:
+    return f"{SIZE_WORDS[item[2]]} {COLOR_WORDS[item[4]]} {SHAPE_WORDS[item[3]]}"
+
+
 def _at_wall(item: Shape) -> bool:
     x, y, size = item[0], item[1], SIZES[item[2]]
     return x == 0 or y == 0 or x + size == SIDE or y + size == SIDE
@@ -174,7 +210,7 @@ def _pick(random: Random) -> tuple[str, Callable[[Shape], bool]]:
     shape = int(random.integers(-1, 3))
     size = int(random.integers(3)) if random.random() < 0.15 else -1
     words = [
-        *([("small", "medium", "big")[size]] if size >= 0 else []),
+        *([SIZE_WORDS[size]] if size >= 0 else []),
         *([COLOR_WORDS[color]] if color >= 0 else []),
         SHAPE_WORDS[shape] if shape >= 0 else "item",
     ]
