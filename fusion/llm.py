@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
-from zoo.registry import ZooError, nearest, register, unknown
+from zoo.registry import LinearHead, ZooError, nearest, register, unknown
 
 # What our size fields are called by the families that do not say it as Llama does.
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
@@ -158,17 +158,37 @@ class HFLanguageModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Project (..., C) to logits (..., V) as the model's own forward does, scaling and capping included."""
-        lm, config = self.lm, self.lm.config.get_text_config()
-        logits = lm.get_output_embeddings()(hidden)  # (..., V)
-        if (scale := getattr(lm, "logit_scale", None)) is not None:  # Cohere
+        scale, divisor, cap = self._logit_factors()
+        logits = self.lm.get_output_embeddings()(hidden)  # (..., V)
+        if scale != 1.0:
             logits = logits * scale
-        elif (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scale
-        elif (scale := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
-            logits = logits * scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and later
+        if divisor != 1.0:
+            logits = logits / divisor
+        if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def linear_head(self) -> LinearHead | None:
+        """`head` in numbers; None where a hook or an adapter stands at the projection, or its weight is sharded."""
+        linear = self.lm.get_output_embeddings()
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        if hasattr(linear.weight, "full_tensor"):
+            return None
+        scale, divisor, cap = self._logit_factors()
+        return LinearHead(linear.weight, linear.bias, scale / divisor, cap)
+
+    def _logit_factors(self) -> tuple[float, float, float | None]:
+        """What logits are multiplied by, divided by, and where tanh caps them."""
+        lm, config = self.lm, self.lm.config.get_text_config()
+        scale, divisor = 1.0, 1.0
+        if (given := getattr(lm, "logit_scale", None)) is not None:  # Cohere
+            scale = given
+        elif (given := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            divisor = given
+        elif (given := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+            scale = given
+        return scale, divisor, getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss of the last forward pass in training, weighted; empty unless `router_aux_coef` asks.

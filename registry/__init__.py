@@ -7,6 +7,7 @@ from zoo.registry.contracts import (
     Dialog,
     ImageFeatures,
     ImageTransform,
+    LinearHead,
     Sample,
     Score,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Entry",
     "ImageFeatures",
     "ImageTransform",
+    "LinearHead",
     "Option",
     "Sample",
     "Score",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,6 +138,15 @@ class Projector(Protocol):
         """Give (M, K, C) with K == num_tokens(N)."""
 
 
+class LinearHead(NamedTuple):
+    """A vocabulary projection in numbers: `cap * tanh(scale * (x @ weight.T + bias) / cap)`, for losses in one pass."""
+
+    weight: Tensor  # (V, C)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    cap: float | None = None  # None: no tanh
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """`__init__(config, *, vocab_size)`: a causal LM of transformers, unmodified, and a view of its parts."""
@@ -157,6 +166,9 @@ class LanguageModel(Protocol):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Project (..., C) to logits (..., V) exactly as the model itself does, scaling and capping included."""
+
+    def linear_head(self) -> LinearHead | None:
+        """`head` in numbers; None where it does more than they say, for example with a hook on it."""
 
 
 @runtime_checkable

@@ -23,6 +23,24 @@ def test_hidden_and_head_are_the_models_own_forward(model_type):
     assert llm.provides == (frozenset({"moe"}) if model_type in MOE else frozenset())
 
 
+@pytest.mark.parametrize("model_type", [*DENSE, *MOE])
+@torch.no_grad()
+def test_a_head_in_numbers_is_the_head(model_type):
+    llm, hidden = tiny_llm(model_type), torch.randn(3, 32)
+    weight, bias, scale, cap = llm.linear_head()
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    torch.testing.assert_close(logits, llm.head(hidden))
+
+
+def test_a_head_with_a_hook_is_not_in_numbers():
+    llm = tiny_llm()
+    handle = llm.lm.get_output_embeddings().register_forward_hook(lambda module, args, out: out + 1)
+    assert llm.linear_head() is None
+    handle.remove()
+    assert llm.linear_head() is not None
+
+
 def test_a_head_that_is_not_known_is_refused(monkeypatch):
     from transformers import LlamaForCausalLM
 
