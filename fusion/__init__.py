@@ -3,6 +3,7 @@
 from zoo.registry import declare
 
 declare("adapter", "lora", "zoo.fusion.lora")
+declare("adapter", "upcycle", "zoo.fusion.upcycle")
 declare("llm", "hf", "zoo.fusion.llm")
 declare("projector", "linear", "zoo.fusion.linear")
 declare("projector", "mlp", "zoo.fusion.mlp")

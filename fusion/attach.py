@@ -13,10 +13,16 @@ from torch.utils.hooks import RemovableHandle
 
 from zoo.registry import ZooError, nearest
 
+_ASIDE = "_zoo_stands_aside"  # marks a module that another one computes for
+
 
 def linears(root: nn.Module, head: nn.Module | None = None) -> list[str]:
-    """Name the linear layers below `root` in the order of its modules, GPT-2's `Conv1D` too; `head` is left out."""
-    return [n for n, m in root.named_modules() if m is not head and _is_linear(m)]
+    """Name the linear layers below `root` in the order of its modules, GPT-2's `Conv1D` too.
+
+    `head` is left out, and so is what stands inside of a module that another computes for (`compute_by`).
+    """
+    aside = tuple(f"{n}." for n, m in root.named_modules() if _ASIDE in m.__dict__)
+    return [n for n, m in root.named_modules() if m is not head and _is_linear(m) and not n.startswith(aside)]
 
 
 def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
@@ -79,6 +85,23 @@ def replace(root: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
         parent.add_module(leaf, old)
 
     parent.add_module(leaf, new)
+    return undo
+
+
+def compute_by(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let `forward` give what `module` gives; the result undoes it.
+
+    The module tree, its names and its weights stay. A bound method is copied along with the model; a closure is not.
+    """
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    module.__dict__[_ASIDE] = True
+
+    def undo() -> None:
+        del module.__dict__["forward"], module.__dict__[_ASIDE]
+        if before is not None:
+            module.__dict__["forward"] = before
+
     return undo
 
 

@@ -103,7 +103,7 @@ class HFLanguageModel(nn.Module):
         self.num_layers: int = text.num_hidden_layers
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
         self.num_experts = _first(text, _EXPERTS) or 0
-        self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset()
+        self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
         self.router_aux_coef = config.router_aux_coef
         self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
         self._routing: tuple[tuple[Tensor, ...], Tensor | None] | None = None

@@ -12,6 +12,7 @@ order vision -> pruner -> projector -> llm -> adapter and keeps the set of those
     prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
     image_tokens    images stand in the LLM's sequence           given by projectors
     moe             the LLM's feed-forward layers are experts    given by some LLMs
+    dense           they are not                                 given by the others
 """
 
 from __future__ import annotations
@@ -173,7 +174,12 @@ class LanguageModel(Protocol):
 
 @runtime_checkable
 class Adapter(Protocol):
-    """`__init__(config, *, llm, vision_dim, text_dim, grid)`, any of them; `llm` has its base weights."""
+    """`__init__(config, *, llm, vision_dim, text_dim, grid)`, any of them; `llm` has its base weights.
+
+    An adapter may also have `begin(sequence)`, called before each pass with the LLM's sequence (zoo.model_types);
+    `start()`, called where it starts untrained on weights that were loaded after it was built; and `idles(name)`:
+    whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it.
+    """
 
     def attach(self) -> None:
         """Take effect in the LLM given at construction. The base weights stay where checkpoints find them."""

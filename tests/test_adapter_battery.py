@@ -22,7 +22,7 @@ def build(name, llm, seed=0):
 
 
 def fits(name, llm):
-    return "moe" not in registry.get("adapter", name).cls.needs or "moe" in llm.provides
+    return registry.get("adapter", name).cls.needs & {"moe", "dense"} <= llm.provides
 
 
 def llm_for(name, **options):

@@ -20,7 +20,7 @@ def test_hidden_and_head_are_the_models_own_forward(model_type):
     assert hidden.shape[-1] == llm.hidden_size == 32
     assert len(llm.layers) == llm.num_layers == 2
     assert (llm.vocab_size, llm.max_positions) == (VOCAB, 128)
-    assert llm.provides == (frozenset({"moe"}) if model_type in MOE else frozenset())
+    assert llm.provides == (frozenset({"moe"}) if model_type in MOE else frozenset({"dense"}))
 
 
 @pytest.mark.parametrize("model_type", [*DENSE, *MOE])

@@ -117,6 +117,11 @@ class ZooModel(PreTrainedModel):
             return f"{head}.{rest.partition('.')[0]}"
         return head
 
+    def _idles(self, name: str) -> bool:
+        """Whether an adapter computes for the module of this parameter: it then has no effect, and no gradient."""
+        inner = name.removeprefix("llm.lm.")
+        return inner != name and any(a.idles(inner) for a in self.adapter.values() if hasattr(a, "idles"))
+
     def set_trainable(self, train: Sequence[str], freeze: Sequence[str] = ()) -> dict[str, int]:
         """Let exactly the parameters train that match `train` and not `freeze`.
 
@@ -143,6 +148,7 @@ class ZooModel(PreTrainedModel):
         count: dict[str, int] = {}
         for name, parameter in named.items():
             on = any(matches(p, name) for p in train) and not any(matches(p, name) for p in freeze)
+            on = on and not self._idles(name)
             parameter.requires_grad_(on)
             if on:
                 count[parts[name]] = count.get(parts[name], 0) + parameter.numel()
@@ -290,9 +296,9 @@ class ZooModel(PreTrainedModel):
             llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
             extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
         sequence = self._sequence(input_ids, attention_mask, position_ids, labels)
-        for pruner in self.pruner.values():
-            if hasattr(pruner, "begin"):
-                pruner.begin(sequence)
+        for part in [*self.pruner.values(), *self.adapter.values()]:
+            if hasattr(part, "begin"):
+                part.begin(sequence)
         out = self.llm.hidden(
             inputs_embeds=inputs_embeds,
             attention_mask=llm_mask,

@@ -157,6 +157,10 @@ def read_weights(model: Any, folder: Path, *, fresh: Iterable[str] = ()) -> list
         )
         lines += [f"  other shape: {m}" for m in misshapen[:5]]
         raise ZooError("\n".join(lines))
+    started = {model.part_of(n) for n in missing}
+    for name, adapter in getattr(model, "adapter", {}).items():
+        if f"adapter.{name}" in started and hasattr(adapter, "start"):
+            adapter.start()  # what it copies from the language model is there only now
     return sorted(missing)
 
 
