@@ -122,11 +122,31 @@ class Vision(Protocol):
 
 @runtime_checkable
 class Pruner(Protocol):
-    """`__init__(config, *, vision_dim, grid, llm)`, any of the three. Before the LLM: `__call__`. Inside: `attach`."""
+    """`__init__(config, *, vision_dim, grid, num_tokens)`, any of them. Inside the LLM: `InsidePruner` as well."""
 
     def num_tokens(self, n: int) -> int: ...
 
     def __call__(self, image: ImageFeatures) -> ImageFeatures: ...
+
+
+@runtime_checkable
+class InsidePruner(Protocol):
+    """What a pruner that drops tokens inside the LLM has beside `Pruner`; see `zoo.fusion.dropping`."""
+
+    def attach(self, llm: Any) -> None:
+        """Take effect in the LLM, which has its base weights."""
+
+    def detach(self) -> None:
+        """Leave the LLM as it was before `attach`."""
+
+    def begin(self, sequence: Any) -> None:
+        """Take the `LLMSequence` of the next forward pass: where images, padding and labels are."""
+
+    def kept(self) -> list[Tensor]:
+        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
+
+    def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
+        """Count the image tokens that each layer sees of `n` that enter the LLM."""
 
 
 @runtime_checkable

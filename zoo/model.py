@@ -295,7 +295,7 @@ class ZooModel(PreTrainedModel):
         if block_ids is not None or segment_ids is not None:
             llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
             extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
-        sequence = self._sequence(input_ids, attention_mask, position_ids, labels)
+        sequence = self._sequence(input_ids, attention_mask, position_ids, labels, segment_ids, block_ids)
         for part in [*self.pruner.values(), *self.adapter.values()]:
             if hasattr(part, "begin"):
                 part.begin(sequence)
@@ -361,9 +361,12 @@ class ZooModel(PreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         labels: Tensor | None,
+        segment_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
     ) -> LLMSequence:
         slots = input_ids == self.image_token_id if input_ids is not None else None
-        return LLMSequence(slots, attention_mask, position_ids, labels)
+        rows = attention_mask, position_ids, labels, segment_ids, block_ids
+        return LLMSequence(slots, *rows, tokens_per_image=self.num_image_tokens)
 
     def _condition(
         self,

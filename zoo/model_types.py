@@ -76,3 +76,14 @@ class LLMSequence:
     attention_mask: Tensor | None  # (B, T)
     position_ids: Tensor | None  # (B, T)
     labels: Tensor | None  # (B, T)
+    segment_ids: Tensor | None = None  # (B, T) which sample of a packed row, -1 at padding; see `zoo.collate`
+    block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
+    tokens_per_image: int = 0
+
+    @property
+    def image_ids(self) -> Tensor | None:
+        """Which image of the batch each position shows, counted over rows as `pixel_values` are: (B, T), -1 text."""
+        if self.image_mask is None or not self.tokens_per_image:
+            return None
+        count = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1
+        return (count // self.tokens_per_image).masked_fill(~self.image_mask, -1)

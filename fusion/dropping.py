@@ -1,0 +1,385 @@
+"""Drop image tokens inside an unmodified decoder of transformers, by hooks alone: shorter sequences, shorter caches.
+
+A pruner says after which layers tokens go, how many stay and how they are scored; the rest is here. Before the first
+shorter layer the hidden states are gathered; every layer from there on gets rotary tables and a mask that fit, and its
+own cache stays shorter, through `generate` of transformers with all it can do. Tokens keep the positions they had, so
+that dropping computes what hiding them would. Text and padding are never candidates, nor is a token that predicts: the
+last one, and in training those before a label. Labels follow the survivors.
+
+Scores see queries and keys of the layer as its kernel sees them. The layer alone runs through an attention function
+named `zoo_scored`, which hands them over and calls the function that the model was set to: flash stays flash.
+
+Nothing is dropped before layer 0, whose cache transformers counts positions by. Refused, because they would go wrong
+silently: caches of fixed size, several dialogs behind one image, layers that are not attention, flash kernels with a
+sliding window in effect, the balance loss of an MoE LLM.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.fusion.attention import ZOO_EAGER, as_backend_mask
+from zoo.fusion.survivors import Survivors
+from zoo.registry import ZooError
+
+SCORED = "zoo_scored"
+_KINDS = {"full_attention", "sliding_attention"}
+_ALIBI = {"bloom", "mpt", "falcon"}
+
+
+@dataclass
+class Attended:
+    """What a pruner scores: a layer's queries and keys."""
+
+    query: Tensor  # (B, H, L, d), after rotation
+    key: Tensor  # (B, H_kv, L, d)
+    scaling: float  # of the scores
+    softcap: float | None
+    tokens: Survivors  # the positions
+    window: int | None  # of the layer, None where it does not bind
+
+    @property
+    def visible(self) -> Callable[[Tensor, int], Tensor] | None:
+        """Who sees whom beside causality, for `attention_walk`; None where causality is all."""
+        if self.tokens.whole and not self.tokens.packed and self.window is None:
+            return None
+        return lambda rows, keys: self.tokens.visible(rows, keys, self.window)
+
+
+@dataclass
+class Run:
+    """One prompt on its way through the layers, and afterwards what its cache holds."""
+
+    total: int  # columns that entered the LLM
+    layers: list[Survivors]  # of each layer
+    budget: Tensor  # (B, samples) image tokens that entered
+    copies: int = 1  # rows in a row that are copies of one prompt
+    cut: int = -1  # first layer that is shorter or sees less; -1: none so far
+    scores: Tensor | None = None  # (B, L), of the layer before
+    masks: dict[Any, Any] = field(default_factory=dict)
+    rotary: list[tuple[Any, Survivors, Any]] = field(default_factory=list)
+
+
+class Dropper:
+    """Hooks on a decoder.
+
+    Args:
+        llm: the language model part.
+        who: the pruner, for messages.
+        after: layers, 0 the first, at whose output tokens go.
+        budget: (layer, image tokens that entered (B, samples)) -> how many stay, (B, samples).
+        score: what the layer attended -> (B, L), the more the better.
+        hide: hide tokens from attention instead of dropping them: the slow reference.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        who: str,
+        after: list[int],
+        budget: Callable[[int, Tensor], Tensor],
+        score: Callable[[Attended], Tensor],
+        hide: bool = False,
+    ) -> None:
+        self.llm, self.who, self.after, self.hide = llm, who, frozenset(after), hide
+        self.budget, self.score = budget, score
+        self.config = llm.lm.config.get_text_config()
+        self.pending: Any = None  # the sequence that the next prompt is
+        self.run: Run | None = None
+        self.scoring: int | None = None  # layer whose attention is scored now
+        self._undo: list[Callable[[], None]] = []
+        _check_family(who, self.config)
+        if outside := sorted(x for x in self.after if not 0 <= x < llm.num_layers - 1):
+            raise ZooError(
+                f"{who} drops tokens at the output of layer {outside[0]}; the LLM has the layers 0 to "
+                f"{llm.num_layers - 1}, and a layer must follow."
+            )
+
+    # ---- attach ------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Register the hooks; one pruner inside an LLM at a time."""
+        if self._undo:
+            return
+        lm = self.llm.lm
+        if other := lm.__dict__.get("zoo_dropping"):
+            raise ZooError(f"{self.who} and {other} both drop tokens inside the LLM: use one of them.")
+        lm.__dict__["zoo_dropping"] = self.who
+        self._undo.append(lambda: lm.__dict__.pop("zoo_dropping", None))
+        _register()
+        for number, layer in enumerate(self.llm.layers):
+            names = list(inspect.signature(layer.forward).parameters)
+            handle = layer.register_forward_pre_hook(self._before(number, names), with_kwargs=True)
+            self._undo.append(handle.remove)
+            if number in self.after:
+                self._watch(number, layer)
+
+    def detach(self) -> None:
+        """Leave the LLM as it was."""
+        while self._undo:
+            self._undo.pop()()
+        self.pending = self.run = None
+
+    def begin(self, sequence: Any) -> None:
+        """Take what the model knows of the next prompt (`zoo.model_types.LLMSequence`)."""
+        blocks = getattr(sequence, "block_ids", None)
+        if blocks is not None and int(blocks.max()) > 1:
+            raise ZooError(
+                f"{self.who} chooses image tokens by the question, and here several dialogs share one image in one "
+                "row. Set pack=none in the stage."
+            )
+        mask = sequence.attention_mask
+        if mask is not None and mask.dim() != 2:
+            raise ZooError(f"{self.who} needs attention_mask (B, T), got {list(mask.shape)}.")
+        training = self.llm.training and torch.is_grad_enabled()
+        if training and getattr(self.llm, "router_aux_coef", 0):
+            raise ZooError(f"{self.who} shortens layers, which router_aux_coef does not know: set it to 0.")
+        self.pending = sequence
+
+    def kept(self) -> list[Tensor]:
+        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
+        if self.run is None:
+            return []
+        b = len(self.run.layers[0].seen)
+        seen = [x.column.new_zeros(b, self.run.total).scatter(1, x.column, x.seen.long()) for x in self.run.layers]
+        return [x.bool() for x in seen]
+
+    def _watch(self, number: int, layer: nn.Module) -> None:
+        attention = next((m for m in layer.modules() if hasattr(m, "config") and "Attention" in type(m).__name__), None)
+        if attention is None:
+            raise ZooError(f"{self.who} finds no attention in the layers of {type(self.llm.lm).__name__}.")
+        module: Any = attention
+        own = module.config
+
+        def watch(query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
+            if self.scoring == number and (run := self.run) is not None and run.scores is None:
+                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+                tokens = run.layers[number]
+                given = Attended(query.detach(), key.detach(), scaling, softcap, tokens, self._window(number, run))
+                with torch.no_grad():
+                    run.scores = self.score(given)
+
+        def undo() -> None:
+            module.config = own
+
+        module.config = _ScoredConfig(own, watch)
+        self._undo.append(undo)
+
+    # ---- layers ------------------------------------------------------------------------------------------------
+
+    def _before(self, number: int, names: list[str]) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            hidden = given[names[0]]
+            cache = given.get("past_key_values", given.get("layer_past"))
+            if number == 0:
+                self._start(hidden, cache)
+            run = self.run
+            if run is None:
+                return None
+            if cache is not None:
+                cache.zoo_dropping = run
+            self.scoring = None
+            past = self.past
+            if not past:
+                hidden = self._enter(run, number, hidden)
+                self.scoring = number if number in self.after and bool(run.budget.any()) else None
+            if run.cut < 0 or number < run.cut:
+                return None
+            changed = self._decode(run, number, hidden, cache) if past else self._prefill(run, number, hidden, given)
+            given |= changed | {names[0]: hidden}
+            return tuple(given[n] for n in names[: len(args)]), {
+                k: v for k, v in given.items() if k not in names[: len(args)]
+            }
+
+        return hook
+
+    def _start(self, hidden: Tensor, cache: Any) -> None:
+        """Find out which prompt this is: a new one, one whose cache goes on, or none of ours."""
+        sequence, self.pending = self.pending, None
+        self.past = 0 if cache is None else int(cache.get_seq_length())
+        self.new: Tensor | None = None
+        if self.past:
+            self.run = getattr(cache, "zoo_dropping", None)
+            if sequence is not None and sequence.attention_mask is not None:
+                self.new = sequence.attention_mask[:, -hidden.shape[1] :].bool()
+            return
+        self.run = None
+        if sequence is None or sequence.image_mask is None:
+            return
+        image = sequence.image_mask
+        if image.shape[1] != hidden.shape[1] or len(hidden) % len(image):
+            raise ZooError(
+                f"{self.who} was told of {list(image.shape)} positions, and the LLM got {list(hidden.shape[:2])}."
+            )
+        labels = sequence.labels
+        tokens = Survivors.of(image, sequence.attention_mask, getattr(sequence, "segment_ids", None), labels)
+        count = tokens.count()
+        if copies := len(hidden) // len(image):
+            tokens = tokens.repeat(copies) if copies > 1 else tokens
+            count = count.repeat_interleave(copies, 0) if copies > 1 else count
+        if cache is not None:
+            self._check_cache(cache)
+        self.run = Run(image.shape[1], [], count, copies)
+        self.run.layers.append(tokens)
+        self.sequence = sequence if labels is not None else None
+
+    def _enter(self, run: Run, number: int, hidden: Tensor) -> Tensor:
+        """Note what this layer sees; where the one before was scored, choose, and gather the hidden states."""
+        if number == 0:
+            return hidden
+        tokens = run.layers[-1]
+        if number - 1 in self.after and bool(run.budget.any()):
+            if run.scores is None:
+                raise ZooError(f"{self.who} cannot read the attention of {type(self.llm.lm).__name__}.")
+            keep = tokens.choose(run.scores, self.budget(number - 1, run.budget), run.copies)
+            run.scores = None
+            if bool((keep != tokens.seen).any()):
+                run.cut = number if run.cut < 0 else run.cut
+                if self.hide:
+                    tokens = tokens.hide(keep)
+                else:
+                    tokens, index = tokens.gather(keep)
+                    hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, K, C)
+                run.masks.clear()
+                if self.sequence is not None:
+                    self.sequence.labels = tokens.labels
+        run.layers.append(tokens)
+        return hidden
+
+    def _prefill(self, run: Run, number: int, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        tokens, window = run.layers[number], self._window(number, run)
+        if window not in run.masks:
+            run.masks[window] = self._mask(tokens, window, hidden)
+        changed: dict[str, Any] = {"attention_mask": run.masks[window]} if "attention_mask" in given else {}
+        changed |= {"mask": run.masks[window]} if "mask" in given else {}
+        if self.hide:
+            return changed
+        for name, value in given.items():
+            if name in ("position_embeddings", "position_ids") and value is not None:
+                changed[name] = self._moved(run, tokens, value)
+            elif name not in changed and name != "hidden_states" and _has_length(value, run.total):
+                raise ZooError(f"{self.who} does not know {name!r}, which layers of {type(self.llm.lm).__name__} take.")
+        return changed
+
+    def _moved(self, run: Run, tokens: Survivors, value: Any) -> Any:
+        """Take the rows of rotary tables or position ids that belong to the survivors; layers share them."""
+        for whole, of, moved in run.rotary:
+            if whole is value and of is tokens:
+                return moved
+        run.rotary = [entry for entry in run.rotary if entry[1] is tokens]
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        moved = tuple(_rows(x, tokens.column) for x in parts)
+        result = moved if isinstance(value, (tuple, list)) else moved[0]
+        run.rotary.append((value, tokens, result))
+        return result
+
+    def _mask(self, tokens: Survivors, window: int | None, hidden: Tensor) -> Tensor | None:
+        name = self.config._attn_implementation
+        plain = tokens.whole and not tokens.packed and window is None
+        if plain and (name in ("sdpa", ZOO_EAGER) or name.startswith("flash")):
+            return None  # the kernel's own causal way
+        if name.startswith("flash") and not tokens.packed and window is None:
+            return tokens.seen.long()
+        return as_backend_mask(tokens.prefill_mask(window), name, _dtype(hidden))
+
+    def _decode(self, run: Run, number: int, hidden: Tensor, cache: Any) -> dict[str, Any]:
+        """Give new tokens the mask of this layer's cache."""
+        tokens, name = run.layers[number], self.config._attn_implementation
+        held = cache.layers[number]
+        cached, past = held.keys.shape[-2], int(held.get_seq_length()) - tokens.column.shape[1]
+        new, b = self.new, hidden.shape[0]
+        if new is None:
+            new = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        if len(tokens.seen) != b:
+            tokens = tokens.repeat(b // len(tokens.seen))
+        total = run.total + past + new.shape[1]
+        window = self._window(number, run, total)
+        if hidden.shape[1] == 1 and tokens.whole and window is None and self.new is None:
+            return {"attention_mask": None}  # one token sees all there is
+        if name.startswith("flash") and window is None:
+            seen = torch.cat([tokens.seen, new.new_ones(b, past), new], 1)
+            return {"attention_mask": seen.long()}
+        mask = tokens.decode_mask(new, past, run.total, cached, window)
+        return {"attention_mask": as_backend_mask(mask, name, _dtype(hidden))}
+
+    def _window(self, number: int, run: Run, total: int | None = None) -> int | None:
+        """Return the sliding window of a layer, or None where the sequence fits into it."""
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if kinds and kinds[number] != "sliding_attention":
+            window = None
+        if not window or (total or run.total) <= window:
+            return None
+        if self.config._attn_implementation.startswith("flash"):
+            raise ZooError(
+                f"{self.who} shortens layers whose sliding window of {window} the sequence of {total or run.total} "
+                "exceeds; flash kernels would count the window wrongly. Set attention=sdpa."
+            )
+        return int(window)
+
+    def _check_cache(self, cache: Any) -> None:
+        from transformers.cache_utils import DynamicLayer
+
+        layers = getattr(cache, "layers", [])
+        if odd := [x for x in layers if not isinstance(x, DynamicLayer)]:
+            raise ZooError(f"{self.who} needs a cache that grows; {type(odd[0]).__name__} has one length for all.")
+
+
+class _ScoredConfig:
+    """The config of one attention layer, but for the name of the attention function."""
+
+    def __init__(self, real: Any, watch: Callable[..., None]) -> None:
+        self.__dict__.update(real=real, watch=watch, _attn_implementation=SCORED)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "real":
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+
+def _scored(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """Hand queries and keys over, and attend as the model was set to."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = module.config
+    config.watch(query, key, kwargs.get("scaling"), kwargs.get("softcap"))
+    homes = [sys.modules.get(c.__module__) for c in type(module).__mro__]
+    own = next((m.eager_attention_forward for m in homes if hasattr(m, "eager_attention_forward")), None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config.real._attn_implementation, own)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    # No mask function of this name: masks are made for the model's own config, which never says it.
+    AttentionInterface.register(SCORED, _scored)
+
+
+def _check_family(who: str, config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
+    if kinds or config.model_type in _ALIBI or getattr(config, "num_kv_shared_layers", 0):
+        what = f"layers of kind {sorted(kinds)[0]!r}" if kinds else "positions or caches that cannot be shortened"
+        raise ZooError(f"{who} cannot drop tokens inside {config.model_type!r}, which has {what}.")
+
+
+def _rows(table: Tensor, column: Tensor) -> Tensor:
+    """Take the rows `column` (B, K) of (B or 1, T, ...)."""
+    index = column.view(*column.shape, *[1] * (table.dim() - 2)).expand(-1, -1, *table.shape[2:])
+    return table.expand(len(column), *table.shape[1:]).gather(1, index)
+
+
+def _has_length(value: Any, length: int) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(x, Tensor) and length in x.shape[1:] for x in parts)
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
