@@ -6,6 +6,7 @@ a grid that the stride does not divide gets windows of unlike size and no paddin
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,7 +55,7 @@ class PoolPruner(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Average tokens (M, h * w, D) to (M, K, D) on the pooled grid, the [CLS] attention likewise."""
+        """Average tokens (M, h * w, D) to (M, K, D) on the pooled grid, scores and keys likewise."""
         if image.grid is None:
             raise ZooError("pruner 'pool' needs a grid, and the image tokens have none.")
         grid = self._pooled(image.grid)
@@ -65,11 +66,29 @@ class PoolPruner(nn.Module):
             x = x.transpose(1, 2).unflatten(2, image.grid)  # (M, D, h, w)
             return F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)  # (M, K, D)
 
-        scores = image.cls_attention
+        def pool_scores(x: Tensor | None) -> Tensor | None:  # (M, N)
+            return None if x is None else pool(x.unsqueeze(-1)).squeeze(-1)  # (M, K)
+
+        def pool_keys(x: Tensor | None) -> Tensor | None:  # (M, N, H, d)
+            return None if x is None else pool(x.flatten(2)).unflatten(2, x.shape[2:])
+
         return replace(
             image,
             tokens=pool(image.tokens),
             grid=grid,
             keep=None,  # a mean has no place of its own; the tokens fill the new grid in order
-            cls_attention=None if scores is None else pool(scores.unsqueeze(-1)).squeeze(-1),  # (M, K)
+            groups=self._windows(image, grid),
+            cls_attention=pool_scores(image.cls_attention),
+            key_attention=pool_scores(image.key_attention),
+            pooling_attention=pool_scores(image.pooling_attention),
+            keys=pool_keys(image.keys),
         )
+
+    def _windows(self, image: ImageFeatures, grid: tuple[int, int]) -> Tensor:
+        """The window that each token goes into; where windows share a token, one of them."""
+        assert image.grid is not None, "asked above"
+        rows, columns = (
+            torch.arange(n, device=image.tokens.device) * k // n for n, k in zip(image.grid, grid, strict=True)
+        )
+        window = (rows.unsqueeze(1) * grid[1] + columns).flatten().expand(image.tokens.shape[0], -1)  # (M, N)
+        return window if image.groups is None else window.gather(1, image.groups)

@@ -5,11 +5,12 @@ every run, and smaller ratios keep a subset of what larger ones keep. To learn h
 several seeds. With `resample` each image in training draws anew from torch's generator, as a regulariser.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from zoo.fusion.selection import check_ratio, count_kept
 from zoo.registry import ImageFeatures, ZooError, register
 
 
@@ -20,8 +21,7 @@ class RandomPrunerConfig:
     resample: bool = False  # while training, draw anew for each image
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise ZooError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}.")
+        check_ratio(self.keep_ratio)
         if self.seed < 0:
             raise ZooError(f"seed must not be negative, got {self.seed}.")
 
@@ -42,21 +42,14 @@ class RandomPruner(nn.Module):
 
     def num_tokens(self, n: int) -> int:
         """Count the tokens kept of `n`."""
-        return max(1, int(n * self.config.keep_ratio + 0.5))
+        return count_kept(n, self.config.keep_ratio)
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
         """Keep num_tokens(N) of the tokens (M, N, D); there is no grid any more, unless all are kept."""
-        m, n, d = image.tokens.shape
         if self.config.keep_ratio == 1:
             return image
-        keep = self._choose(m, n).to(image.tokens.device)  # (M, K)
-        return replace(
-            image,
-            tokens=image.tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, d)),  # (M, K, D)
-            grid=None,
-            keep=keep if image.keep is None else image.keep.gather(1, keep),
-            cls_attention=None if image.cls_attention is None else image.cls_attention.gather(1, keep),
-        )
+        m, n = image.tokens.shape[:2]
+        return image.take(self._choose(m, n).to(image.tokens.device))  # (M, K, D)
 
     def _choose(self, m: int, n: int) -> Tensor:
         k = self.num_tokens(n)

@@ -9,6 +9,9 @@ order vision -> pruner -> projector -> llm -> adapter and keeps the set of those
 
     grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by dropping tokens
     cls_attention   the [CLS] row of one layer's attention       given by encoders that have a [CLS] token
+    key_attention   how much each patch is looked at             given by encoders whose scores are q.k and no more
+    pooling_head    the row of a learnt pooling head             given by SigLIP with `pooling_head=true`
+    keys            keys of the layer's attention                given by encoders whose scores are q.k and no more
     prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
     image_tokens    images stand in the LLM's sequence           given by projectors
     moe             the LLM's feed-forward layers are experts    given by some LLMs
@@ -18,7 +21,7 @@ order vision -> pruner -> projector -> llm -> adapter and keeps the set of those
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -39,11 +42,39 @@ class ImageFeatures:
     grid: tuple[int, int] | None  # (h, w) with h * w == N; None once tokens were dropped
     cls_attention: Tensor | None = None  # (M, N) float32, mean over heads; None unless a part needs it
     prefix: Tensor | None = None  # (M, P, D) [CLS] and register tokens; None unless a part needs them
-    keep: Tensor | None = None  # (M, N) index of each token in the encoder's own grid; None means all, in order
+    keep: Tensor | None = None  # (M, N) index of each token in the encoder's own grid; None: all in order, or merged
     # How rows belong together where an image is several crops or a video several frames: the number of rows of each
     # image, and what they are. None: every row is one image.
     rows: tuple[int, ...] | None = None
     row_kind: str = "image"  # image | crop | frame
+    key_attention: Tensor | None = None  # (M, N) float32, mean over heads and queries; None unless a part needs it
+    pooling_attention: Tensor | None = None  # (M, N) float32, of the pooling head; None unless a part needs it
+    keys: Tensor | None = None  # (M, N, H, d) of the attention that made the tokens; None unless a part needs them
+    # (M, N0) for each token of the encoder's own grid, which of the tokens it went into, -1 where it was dropped. Set
+    # by a pruner that merges, in place of `keep`.
+    groups: Tensor | None = None
+
+    def take(self, keep: Tensor) -> ImageFeatures:
+        """Keep some of the tokens, and what is known of each of them; the grid is gone.
+
+        Args:
+            keep: (M, K) indices of tokens, ascending in each row.
+        """
+        of_tokens = ("cls_attention", "key_attention", "pooling_attention", "keys")
+        known: dict[str, Any] = {n: _at(getattr(self, n), keep) for n in of_tokens if getattr(self, n) is not None}
+        if self.groups is None:
+            known["keep"] = keep if self.keep is None else self.keep.gather(1, keep)  # (M, K)
+        else:
+            places = keep.new_zeros(keep.shape[0], self.tokens.shape[1] + 1) - 1  # (M, N + 1), the last for -1
+            places.scatter_(1, keep, (keep.new_ones(keep.shape).cumsum(1) - 1))
+            known["groups"] = places.gather(1, self.groups % places.shape[1])  # (M, N0)
+        return replace(self, tokens=_at(self.tokens, keep), grid=None, **known)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Rows (M, K, ...) of (M, N, ...) at (M, K)."""
+    wide = index.view(*index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])  # (M, K, ...)
+    return values.gather(1, wide)
 
 
 @dataclass(frozen=True)
@@ -117,7 +148,7 @@ class Vision(Protocol):
     transform: ImageTransform
 
     def __call__(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
-        """Encode (M, 3, S, S) pixels; what `need` names (cls_attention, prefix_tokens) is computed as well."""
+        """Encode (M, 3, S, S) pixels; what `need` names (cls_attention, keys, ...) is computed as well."""
 
 
 @runtime_checkable

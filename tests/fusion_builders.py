@@ -1,5 +1,7 @@
 """Tiny language models and image features for the tests of what joins vision to language."""
 
+from dataclasses import fields, replace
+
 import torch
 
 from zoo import registry
@@ -35,14 +37,22 @@ def padded_batch(b: int = 2, t: int = 9, pad: int = 3, seed: int = 0):
     return ids, mask
 
 
-def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: int = 0, **fields) -> ImageFeatures:
-    """Random tokens on a grid, with the [CLS] attention."""
+def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: int = 0, **given) -> ImageFeatures:
+    """Random tokens on a grid, with all that an encoder may say of each of them."""
     g = torch.Generator().manual_seed(seed)
     n = grid[0] * grid[1]
-    scores = torch.rand(m, n, generator=g)
-    return ImageFeatures(
-        torch.randn(m, n, dim, generator=g), grid, cls_attention=scores / scores.sum(1, True), **fields
-    )
+    known = {}
+    for name in ("cls_attention", "key_attention", "pooling_attention"):
+        scores = torch.rand(m, n, generator=g)
+        known[name] = scores / scores.sum(1, True)
+    tokens = torch.randn(m, n, dim, generator=g)
+    return ImageFeatures(tokens, grid, **known, **{"keys": torch.randn(m, n, 2, 6, generator=g), **given})
+
+
+def image_row(image: ImageFeatures, i: int) -> ImageFeatures:
+    """One row of the features, all that is known of it included."""
+    tensors = {f.name: getattr(image, f.name) for f in fields(image)}
+    return replace(image, **{k: v[i : i + 1] for k, v in tensors.items() if isinstance(v, torch.Tensor)})
 
 
 def same_state(a: dict, b: dict) -> bool:

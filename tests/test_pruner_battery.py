@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from tests.fusion_builders import features, tiny_llm
+from tests.fusion_builders import features, image_row, tiny_llm
 from zoo import registry
 from zoo.registry.contracts import Pruner
 
@@ -46,8 +46,9 @@ def test_keeps_the_contract_and_counts_its_tokens(name):
     elif out.grid is not None:
         assert out.grid[0] * out.grid[1] == k
         assert tuple(getattr(pruner, "grid", None) or GRID) == tuple(out.grid)
-    if out.cls_attention is not None:
-        assert out.cls_attention.shape == (3, k)
+    for name in ("cls_attention", "key_attention", "pooling_attention", "keys"):  # in step with the tokens, or gone
+        known = getattr(out, name)
+        assert known is None or known.shape[:2] == (3, k), name
 
 
 def test_kept_indices_point_at_the_tokens_kept(name):
@@ -58,8 +59,23 @@ def test_kept_indices_point_at_the_tokens_kept(name):
     assert out.keep.shape == out.tokens.shape[:2]
     assert all(len(row.unique()) == len(row) for row in out.keep)
     index = out.keep.unsqueeze(-1).expand(-1, -1, DIM)
-    if "merge" not in name:
-        assert torch.equal(out.tokens, image.tokens.gather(1, index))
+    assert torch.equal(out.tokens, image.tokens.gather(1, index))
+
+
+def test_groups_say_where_each_token_went(name):
+    pruner, image = build(name), image_for()
+    out = pruner(image)
+    if out.groups is None:
+        return
+    k = out.tokens.shape[1]
+    assert out.keep is None and out.groups.shape == (3, 24) and out.groups.min() >= -1
+    assert all(set(range(k)) == set(row.tolist()) - {-1} for row in out.groups)
+    # A token that no patch went into would be no part of the picture, and one patch moves its own token alone.
+    moved = image.tokens.clone()
+    moved[:, 5] += 0.01
+    same = (pruner(replace(image, tokens=moved)).tokens - out.tokens).abs().amax(-1) < 1e-7  # (M, K)
+    for i in range(3):
+        assert int(out.groups[i, 5]) in {-1, *(~same[i]).nonzero().flatten().tolist()}
 
 
 def test_structure_on_meta(name):
@@ -73,12 +89,10 @@ def test_a_batch_is_each_image_alone_and_twice_the_same(name):
     out = pruner(image)
     assert torch.equal(out.tokens, pruner(image).tokens)
     for i in range(3):
-        row = slice(i, i + 1)
-        one = replace(image, tokens=image.tokens[row], cls_attention=image.cls_attention[row], prefix=image.prefix[row])
-        alone = pruner(one)
-        assert torch.allclose(alone.tokens, out.tokens[row], atol=1e-6)
+        alone = pruner(image_row(image, i))
+        assert torch.allclose(alone.tokens, out.tokens[i : i + 1], atol=1e-6)
         if out.keep is not None:
-            assert torch.equal(alone.keep, out.keep[row])
+            assert torch.equal(alone.keep, out.keep[i : i + 1])
 
 
 def test_keep_ratio_one_is_no_pruner(name):

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 
-from tests.vision_builders import hf_model, pixels, shake
+from tests.vision_builders import hf_model, own_pooling, pixels, shake
 from zoo.registry import ImageTransform, ZooError, build
 
 KINDS = ("clip", "clip_whole", "siglip", "siglip_whole", "siglip2", "dinov2", "dinov2_registers", "dinov3")
@@ -72,6 +72,29 @@ def test_the_cls_row_is_that_of_the_block_that_made_the_features(saved, kind, la
     attention = reference(model, pixels(), eager=True).attentions[layer if layer < 0 else layer - 1]
     p = attention.shape[-1] - 16
     torch.testing.assert_close(row, attention[:, :, 0, p:].mean(1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", [-2, 1])
+def test_column_means_are_those_of_the_whole_matrix(saved, kind, layer):
+    folder, model = saved(kind)
+    tower = build("vision", {"name": "hf", "checkpoint": folder, "layer": layer}).eval()
+    means = tower(pixels(), need=frozenset({"key_attention"})).key_attention
+    attention = reference(model, pixels(), eager=True).attentions[layer if layer < 0 else layer - 1]
+    p = attention.shape[-1] - 16
+    torch.testing.assert_close(means, attention.mean((1, 2))[:, p:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "siglip_whole"])
+@pytest.mark.parametrize(("layer", "norm"), [(-1, False), (-2, False), (-2, True), (1, False)])
+def test_the_pooling_row_is_that_of_the_library_whatever_the_layer(saved, kind, layer, norm):
+    folder, model = saved(kind)
+    config = {"name": "hf", "checkpoint": folder, "layer": layer, "norm": norm}
+    tower = build("vision", {**config, "pooling_head": True}).eval()
+    out = tower(pixels(), need=tower.provides)
+    want = own_pooling(getattr(model, "vision_model", model), "hf")(reference(model, pixels()).last_hidden_state)
+    torch.testing.assert_close(out.pooling_attention, want, atol=1e-6, rtol=0)
+    assert torch.equal(out.tokens, build("vision", config).eval()(pixels()).tokens)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "dinov2", "dinov3"])

@@ -41,6 +41,7 @@ def test_features_and_row_are_open_clips(saved, layer):
     patches, prefix, matrix = reference(model, layer)
     assert torch.equal(out.tokens, patches) and torch.equal(out.prefix, prefix)
     torch.testing.assert_close(out.cls_attention, matrix[:, :, 0, 1:].mean(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.key_attention, matrix.mean((1, 2))[:, 1:], atol=1e-6, rtol=0)
     assert tower.transform == ImageTransform((32, 32), (0.1, 0.2, 0.3), tower.transform.std, "bilinear", "squash")
     assert type(tower.tower.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
@@ -90,7 +91,11 @@ def test_meta_builds_named_models_without_weights(saved, tmp_path):
     # The activation is a fact of the weights: OpenAI's need another one than the name's default.
     names = [type(t.tower.transformer.resblocks[0].mlp.gelu).__name__ for t in (clip, plain)]
     assert names == ["QuickGELU", "GELU"]
-    assert siglip.grid == (16, 16) and siglip.provides == {"grid"} and siglip.transform.fit == "squash"
+    assert (
+        siglip.grid == (16, 16)
+        and siglip.provides == {"grid", "key_attention", "keys"}
+        and siglip.transform.fit == "squash"
+    )
     assert local.grid == (4, 4)
     assert {p.device.type for t in (clip, plain, siglip, local) for p in t.parameters()} == {"meta"}
     with pytest.raises(ZooError, match=r"has no open_clip_model.safetensors"):

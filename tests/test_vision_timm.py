@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.vision_builders import TIMM, pixels, save_timm, timm_model
+from tests.vision_builders import TIMM, own_pooling, pixels, save_timm, timm_model
 from zoo.registry import ZooError, build
 
 # Their scores are q.k and no more; BEiT adds a bias for each pair of positions, SigLIP has no [CLS].
@@ -59,6 +59,20 @@ def test_features_and_row_are_timms(saved, name, layer):
     if name in WITH_ROW:
         p = prefix.shape[1]
         torch.testing.assert_close(out.cls_attention, matrix[:, :, 0, p:].mean(1), atol=1e-6, rtol=0)
+    assert ("key_attention" in tower.provides) == (name != "beit_base_patch16_224")
+    if out.key_attention is not None:
+        p = matrix.shape[-1] - 16
+        torch.testing.assert_close(out.key_attention, matrix.mean((1, 2))[:, p:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("layer", "norm"), [(-1, True), (-2, False), (1, True)])
+def test_the_pooling_row_is_timms_whatever_the_layer(saved, layer, norm):
+    folder, model = saved("vit_base_patch16_siglip_224")
+    config = {"name": "timm", "checkpoint": folder, "layer": layer, "norm": norm, "pooling_head": True}
+    tower = build("vision", config).eval()
+    with torch.no_grad():
+        want = own_pooling(model, "timm")(model.forward_features(pixels()))
+    torch.testing.assert_close(tower(pixels(), need=tower.provides).pooling_attention, want, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "vit_small_patch16_dinov3"])
@@ -93,7 +107,7 @@ def test_meta_builds_named_models_without_weights(saved, tmp_path):
         local = build("vision", {"name": "timm", "checkpoint": str(tmp_path)})
     assert clip.grid == (14, 14) and clip.hidden_size == 768 and len(clip.tower.blocks) == 11
     assert clip.transform.mean[0] == pytest.approx(0.4815, abs=1e-3)
-    assert big.grid == (16, 16) and big.provides == {"grid"} and big.transform.fit == "crop"
+    assert big.grid == (16, 16) and big.provides == {"grid", "key_attention", "keys"} and big.transform.fit == "crop"
     assert local.grid == (4, 4)
     assert {p.device.type for t in (clip, big, local) for p in t.parameters()} == {"meta"}
     with pytest.raises(ZooError, match=r"has no model.safetensors"):

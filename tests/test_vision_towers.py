@@ -41,6 +41,15 @@ def test_keeps_the_contract(config):
         assert out.cls_attention.shape == (2, 16) and out.cls_attention.dtype == torch.float32
         # What the prefix takes is missing: the row sums to one over all keys, not over the patches.
         assert (out.cls_attention.sum(1) < 1).all() and (out.cls_attention > 0).all()
+    for word, scores in [("key_attention", out.key_attention), ("pooling_head", out.pooling_attention)]:
+        assert (word in tower.provides) == (scores is not None)
+        if scores is not None:
+            assert scores.shape == (2, 16) and scores.dtype == torch.float32 and (scores > 0).all()
+            # Of all that is looked at, the prefix takes its share; without one the patches have it all.
+            assert out.prefix is not None or torch.allclose(scores.sum(1), torch.ones(2))
+            assert (scores.sum(1) < 1 + 1e-5).all()
+    if out.keys is not None:
+        assert out.keys.shape == (2, 16, 2, 16)
 
 
 def test_a_batch_gives_what_each_image_gives_alone(config):
@@ -49,8 +58,11 @@ def test_a_batch_gives_what_each_image_gives_alone(config):
     for i in range(3):
         alone = tower(x[i : i + 1], need=tower.provides)
         torch.testing.assert_close(alone.tokens[0], together.tokens[i], atol=1e-5, rtol=1e-5)
-        if together.cls_attention is not None:
-            torch.testing.assert_close(alone.cls_attention[0], together.cls_attention[i], atol=1e-6, rtol=1e-5)
+        for name in ("cls_attention", "key_attention", "pooling_attention"):
+            if getattr(together, name) is not None:
+                torch.testing.assert_close(
+                    getattr(alone, name)[0], getattr(together, name)[i], atol=1e-6, rtol=1e-5, msg=name
+                )
 
 
 def test_meta_builds_the_same_structure(config):
@@ -188,10 +200,10 @@ def test_a_deep_copy_listens_to_itself(config):
         fresh = make(config)
         fresh.load_state_dict(twin.state_dict())
         assert torch.equal(fresh(pixels(), need=fresh.provides).cls_attention, own.cls_attention)
-    assert tower.runner.query is None and tower.runner.key is None  # nothing is held after a pass
+    assert tower.runner.query is None and tower.runner.key is None and tower.runner.last is None  # after a pass
 
 
-@pytest.mark.parametrize("name", ["timm", "timm_conv", "open_clip", "hf_clip", "hf_siglip2", "hf_dinov3"])
+@pytest.mark.parametrize("name", ["timm", "timm_conv", "open_clip", "hf_clip", "hf_siglip_head", "hf_dinov3"])
 def test_compiles_to_one_graph(name):
     tower = make(SIZED[name]).requires_grad_(name != "timm")
     need = tower.provides
@@ -201,6 +213,32 @@ def test_compiles_to_one_graph(name):
     torch.testing.assert_close(got.tokens, want.tokens, atol=1e-5, rtol=1e-5)
     if want.cls_attention is not None:
         torch.testing.assert_close(got.cls_attention, want.cls_attention, atol=1e-6, rtol=1e-5)
+
+
+def test_column_means_hold_a_block_of_scores_at_a_time(monkeypatch):
+    from zoo.vision import attention_rows
+
+    query, key = torch.randn(2, 4, 21, 8), torch.randn(2, 2, 21, 8)  # two queries share a key
+    full = (query.double() * 0.3) @ key.double().repeat_interleave(2, dim=1).transpose(-1, -2)
+    want = full.softmax(-1).mean((1, 2))
+    torch.testing.assert_close(attention_rows.column_mean(query, key, 0.3).double(), want, atol=1e-7, rtol=1e-5)
+    seen = []
+    scores = attention_rows._scores
+    monkeypatch.setattr(attention_rows, "BLOCK", 1000)
+    monkeypatch.setattr(attention_rows, "_scores", lambda *a: seen.append(scores(*a)) or seen[-1])
+    torch.testing.assert_close(attention_rows.column_mean(query, key, 0.3).double(), want, atol=1e-7, rtol=1e-5)
+    assert max(s.numel() for s in seen) <= 1000 and len(seen) == 5
+
+
+def test_the_pooling_head_is_never_trained():
+    tower = make(SIZED["hf_siglip_head"])
+    assert [n for n, _ in tower.named_parameters() if "pooling" in n] == []
+    assert len(tower.pooling.blocks) == 1 and "pooling.head.probe" in tower.state_dict()
+    with pytest.raises(ZooError, match="'clip' has no pooling head with a learnt probe"):
+        make(SIZED["hf_clip"], pooling_head=True)
+    for name in ("timm", "open_clip"):
+        with pytest.raises(ZooError, match="has no pooling head with a learnt probe"):
+            make(SIZED[name], pooling_head=True)
 
 
 @pytest.mark.parametrize(

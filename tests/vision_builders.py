@@ -15,6 +15,7 @@ SIZED = {
     "open_clip": {"name": "open_clip", **SIZES},
     "hf_clip": {"name": "hf", **SIZES, "model_type": "clip"},
     "hf_siglip": {"name": "hf", **SIZES, "model_type": "siglip"},
+    "hf_siglip_head": {"name": "hf", **SIZES, "model_type": "siglip", "pooling_head": True},
     "hf_siglip2": {"name": "hf", **SIZES, "model_type": "siglip2"},
     "hf_dinov2": {"name": "hf", **SIZES, "model_type": "dinov2"},
     "hf_dinov2_registers": {"name": "hf", **SIZES, "model_type": "dinov2_with_registers"},
@@ -25,14 +26,30 @@ SIZED = {
 def shake(model, seed=0):
     """Give every parameter a value of its own size: fresh models start with zeros, ones and near-uniform attention."""
     generator = torch.Generator().manual_seed(seed)
+    fixed = [b for b in model.buffers() if b.is_floating_point()] if getattr(model, "pooling", None) else []
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in [*model.parameters(), *fixed]:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
     return model.eval()
 
 
 def pixels(m=2, size=32, seed=1):
     return torch.randn(m, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def own_pooling(model, kind):
+    """The row of SigLIP's pooling head by the library's own modules, (M, N), given the normed tokens."""
+    if kind == "timm":
+        pool = model.attn_pool
+
+        def row(x):
+            q = pool.q_norm(pool.q(pool.latent).view(1, pool.num_heads, 1, pool.head_dim))
+            k = pool.kv(x).view(len(x), -1, 2, pool.num_heads, pool.head_dim).permute(2, 0, 3, 1, 4)[0]
+            return ((q * pool.scale) @ pool.k_norm(k).transpose(-1, -2)).softmax(-1).mean(1)[:, 0]
+
+        return row
+    head = model.head
+    return lambda x: head.attention(head.probe.repeat(len(x), 1, 1), x, x, need_weights=True)[1][:, 0]
 
 
 def hf_model(kind):

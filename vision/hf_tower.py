@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.vision.attention_rows import pooling_head
 from zoo.vision.checkpoints import at, fetch, is_local, read_json
 from zoo.vision.tower import (
+    ATTENTION,
     CLIP_MEAN,
     CLIP_STD,
     HALF,
@@ -76,6 +78,7 @@ class HFVisionConfig:
     layer: int = -2  # 0: what enters the first block, 1: after it, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
+    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
     # Sizes, used where `checkpoint` is empty.
     model_type: str = "clip"  # clip | siglip | siglip2 | dinov2 | dinov2_with_registers | dinov3_vit
     patch_size: int = 16  # pixels a side
@@ -98,26 +101,40 @@ class HFVisionConfig:
 class HFVision(Tower):
     """The vision part of a composite checkpoint (a whole CLIP, say) is taken out of it."""
 
+    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+
     def __init__(self, config: HFVisionConfig) -> None:
         source = at(config.checkpoint, config.revision)
         spec = _from_json(source) if source else _from_sizes(config)
         family = FAMILIES[_family(spec)]
         depth = block_count(config.layer, spec.num_hidden_layers)
-        spec.num_hidden_layers = depth  # later blocks are neither built nor read
+        if not config.pooling_head:
+            spec.num_hidden_layers = depth  # later blocks are neither built nor read
         size, transform = _transform(source, config.image_size, spec, family)
         if config.image_size:  # published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over
             check_divides(spec.patch_size, config.image_size)
         tower = _load(source, family, spec) if source and not on_meta() else _class(family)(spec)
-        super().__init__(HFRunner(tower, family, size, config.norm), transform)
+        runner = HFRunner(tower, family, size, config.norm, depth, config.pooling_head)
+        super().__init__(runner, transform)
 
 
 class HFRunner(Runner):
     """Runs the tower's own forward, which ends behind the last block: its final norm and pooling head are gone."""
 
-    def __init__(self, tower: Any, family: Family, size: int, norm: bool) -> None:
+    def __init__(self, tower: Any, family: Family, size: int, norm: bool, depth: int, pooling: bool) -> None:
         super().__init__()
         spec = tower.config
         self.tower, self.family = tower, family
+        holder, _, blocks_name = family.blocks.rpartition(".")
+        holder = reduce(getattr, holder.split("."), tower)
+        blocks = getattr(holder, blocks_name)
+        if pooling:
+            own = None if norm else getattr(tower, family.norm)
+            kind = f"An encoder of type {_family(spec)!r}"
+            self.pooling = pooling_head(getattr(tower, "head", None), list(blocks[depth:]), own, kind)
+            blocks = blocks[:depth]
+            setattr(holder, blocks_name, blocks)
+            spec.num_hidden_layers = depth
         if not norm:
             setattr(tower, family.norm, nn.Identity())
         self.norm = getattr(tower, family.norm) if norm and spec.model_type.startswith("clip") else None
@@ -130,13 +147,20 @@ class HFRunner(Runner):
         self.grid = (size // spec.patch_size, size // spec.patch_size)
         self.interpolate = not family.any_size and size != getattr(spec, "image_size", size)
         self.position: Any = None
-        blocks = reduce(getattr, family.blocks.split("."), tower)
-        self.has_row = family.has_cls and len(blocks) > 0
-        if self.has_row:
+        self.has_cls, self.has_scores = family.has_cls, len(blocks) > 0
+        if self.has_scores:
             self.attention = getattr(blocks[-1], family.attention)
             self.attention.register_forward_pre_hook(self._keep_position, with_kwargs=True)
             self.attention.q_proj.register_forward_hook(self.keep_query)
             self.attention.k_proj.register_forward_hook(self.keep_key)
+        if self.pooling is not None:
+            self.final_norm().register_forward_pre_hook(self._keep_before_norm)
+
+    def final_norm(self) -> nn.Module:
+        return getattr(self.tower, self.family.norm)
+
+    def _keep_before_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.keep_last(module, (), args[0])
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         if self.tower.config.model_type.startswith("siglip2"):
@@ -161,20 +185,23 @@ class HFRunner(Runner):
         return getattr(tower, self.family.norm)(tower.encoder(inputs_embeds=x).last_hidden_state)
 
     def _keep_position(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.wants_row:
+        if self.wants & ATTENTION:
             self.position = kwargs.get("position_embeddings")
 
-    def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
+    def query_key(self) -> tuple[Tensor, Tensor, float]:
         assert self.query is not None and self.key is not None, "the hooks of the last block did not fire"
         heads = (self.tower.config.num_attention_heads, -1)
-        query = self.query[:, :1].unflatten(-1, heads).transpose(1, 2)  # (M, H, 1, d)
-        key = self.key.unflatten(-1, heads).transpose(1, 2)  # (M, H, P + N, d)
+        query, key = self.query.unflatten(-1, heads).transpose(1, 2), self.key.unflatten(-1, heads).transpose(1, 2)
         if self.position is not None:  # DINOv3 rotates patches, not the prefix
             from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
 
             (cos, sin), self.position, p = self.position, None, self.num_prefix
-            patches = key[:, :, p:]
-            key = torch.cat([key[:, :, :p], patches * cos + rotate_half(patches) * sin], dim=2)
+
+            def rotated(x: Tensor) -> Tensor:  # (M, H, P + N, d)
+                patches = x[:, :, p:]
+                return torch.cat([x[:, :, :p], patches * cos + rotate_half(patches) * sin], dim=2)
+
+            query, key = rotated(query), rotated(key)
         return query, key, query.shape[-1] ** -0.5
 
     def set_attention(self, name: str) -> None:
@@ -210,7 +237,7 @@ def _from_sizes(config: HFVisionConfig) -> Any:
         "mlp_ratio": int(config.mlp_ratio),
         "num_register_tokens": config.registers,
         "num_patches": (size // config.patch_size) ** 2,
-        "vision_use_head": False,
+        "vision_use_head": config.pooling_head,
     }
     known = _class(family).config_class
     return known(**{key: value for key, value in sizes.items() if key in known.__dataclass_fields__})

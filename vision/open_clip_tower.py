@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.checkpoints import at, fetch, is_local, read_json
 from zoo.vision.timm_runner import TimmRunner
-from zoo.vision.tower import CLIP_MEAN, CLIP_STD, Runner, Tower, block_count, check_divides, check_sizes, on_meta
+from zoo.vision.tower import (
+    ATTENTION,
+    CLIP_MEAN,
+    CLIP_STD,
+    Runner,
+    Tower,
+    block_count,
+    check_divides,
+    check_sizes,
+    on_meta,
+)
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}
@@ -31,6 +41,7 @@ class OpenClipVisionConfig:
     layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
+    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
     # Sizes, used where `model` and `checkpoint` are empty.
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
@@ -48,6 +59,8 @@ class OpenClipVisionConfig:
 class OpenClipVision(Tower):
     """Towers that wrap a timm ViT (SigLIP, EVA-CLIP) are run by timm's own way; ResNets are refused."""
 
+    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+
     def __init__(self, config: OpenClipVisionConfig) -> None:
         name = config.model or config.checkpoint or "the encoder"
         source, architecture, preprocess = _resolve(config)
@@ -57,9 +70,11 @@ class OpenClipVision(Tower):
         trunk = getattr(visual, "trunk", None)
         runner: Runner
         if trunk is not None:
-            runner = TimmRunner(trunk, config.layer, config.norm, name)
+            runner = TimmRunner(trunk, config.layer, config.norm, name, config.pooling_head)
             size = trunk.patch_embed.img_size
         else:
+            if config.pooling_head:
+                raise ZooError(f"{name!r} has no pooling head with a learnt probe: pooling_head must be false.")
             runner = OpenClipRunner(visual, config.layer, config.norm)
             size = visual.image_size
         transform = ImageTransform(
@@ -75,12 +90,12 @@ class OpenClipVision(Tower):
 class OpenClipRunner(Runner):
     """Cuts open_clip's own `VisionTransformer`, which always has one [CLS] token."""
 
-    num_prefix = 1
+    num_prefix, has_cls = 1, True
 
     def __init__(self, tower: Any, layer: int, norm: bool) -> None:
         super().__init__()
-        self.last = block_count(layer, len(tower.transformer.resblocks), lowest=1) - 1
-        tower.prune_intermediate_layers([self.last], prune_norm=not norm, prune_head=True)
+        self.index = block_count(layer, len(tower.transformer.resblocks), lowest=1) - 1
+        tower.prune_intermediate_layers([self.index], prune_norm=not norm, prune_head=True)
         tower.attn_pool = None
         if norm and tower.ln_post.normalized_shape != (tower.transformer.width,):
             raise ZooError("The final norm of this encoder comes after its pooling: norm must be false.")
@@ -88,14 +103,14 @@ class OpenClipRunner(Runner):
         self.hidden_size = tower.transformer.width
         self.grid = tuple(tower.grid_size)
         self.attention = tower.transformer.resblocks[-1].attn
-        self.has_row = type(self.attention) is nn.MultiheadAttention
-        if self.has_row:
+        self.has_scores = type(self.attention) is nn.MultiheadAttention
+        if self.has_scores:
             self.attention.register_forward_pre_hook(self._keep)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         out = self.tower.forward_intermediates(
             pixel_values,
-            indices=[self.last],
+            indices=[self.index],
             normalize_intermediates=self.norm,
             intermediates_only=True,
             output_fmt="NLC",
@@ -105,19 +120,23 @@ class OpenClipRunner(Runner):
 
     def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
         """Project once more what enters the attention: torch's own module shows neither q nor k."""
-        if not self.wants_row:
+        if not self.wants & ATTENTION:
             return
+        looks = slice(None) if "key_attention" in self.wants else slice(1)
         x, width = args[0], module.embed_dim  # (M, 1 + N, D)
         weight, bias = module.in_proj_weight, module.in_proj_bias
         with torch.no_grad():
-            self.query = F.linear(x[:, :1], weight[:width], bias[:width])  # (M, 1, D)
+            self.query = F.linear(x[:, looks], weight[:width], bias[:width])  # (M, 1 or 1 + N, D)
             self.key = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])  # (M, 1 + N, D)
 
-    def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
+    def query_key(self) -> tuple[Tensor, Tensor, float]:
         assert self.query is not None and self.key is not None, "the hook of the last block did not fire"
         heads = (self.attention.num_heads, -1)
-        query = self.query.unflatten(-1, heads).transpose(1, 2)  # (M, H, 1, d)
+        query = self.query.unflatten(-1, heads).transpose(1, 2)  # (M, H, 1 or 1 + N, d)
         return query, self.key.unflatten(-1, heads).transpose(1, 2), query.shape[-1] ** -0.5
+
+    def final_norm(self) -> nn.Module:
+        return self.tower.ln_post
 
     def set_attention(self, name: str) -> None:
         """Nothing to choose: torch's `MultiheadAttention` runs its fused kernel."""

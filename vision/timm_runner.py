@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.registry import ZooError
-from zoo.vision.tower import Runner, block_count
+from zoo.vision.attention_rows import pooling_head
+from zoo.vision.tower import ATTENTION, Runner, block_count
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
 
@@ -21,7 +22,7 @@ class TimmRunner(Runner):
         ZooError: the model has no blocks of one width on one patch grid, or no such layer, or no final norm.
     """
 
-    def __init__(self, tower: Any, layer: int, norm: bool, name: str) -> None:
+    def __init__(self, tower: Any, layer: int, norm: bool, name: str, pooling: bool = False) -> None:
         super().__init__()
         grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
         if not grid or not all(hasattr(tower, part) for part in PARTS) or not _gives_prefix(tower):
@@ -34,19 +35,25 @@ class TimmRunner(Runner):
             tower.norm = getattr(tower, "fc_norm", tower.norm)
             if isinstance(tower.norm, nn.Identity):
                 raise ZooError(f"{name!r} has no final norm: norm must be false.")
+        if pooling:
+            later, head = list(tower.blocks[last + 1 :]), getattr(tower, "attn_pool", None)
+            self.pooling = pooling_head(head, later, None if norm else tower.norm, repr(name))
         tower.prune_intermediate_layers([last], prune_norm=not norm, prune_head=True)
-        self.tower, self.last, self.norm = tower, last, norm
+        self.tower, self.index, self.norm = tower, last, norm
         self.hidden_size = tower.embed_dim
         self.num_prefix = tower.num_prefix_tokens
         self.grid = (grid[0], grid[1])
         self.rope: Tensor | None = None
         self.attention: Any = getattr(tower.blocks[-1], "attn", None)
-        self.has_row = getattr(tower, "cls_token", None) is not None and self._listen()
+        self.has_cls = getattr(tower, "cls_token", None) is not None and self.num_prefix > 0
+        self.has_scores = self._listen()
+        if self.pooling is not None:
+            tower.blocks[-1].register_forward_hook(self.keep_last)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         (out,) = self.tower.forward_intermediates(
             pixel_values,
-            indices=[self.last],
+            indices=[self.index],
             return_prefix_tokens=self.num_prefix > 0,  # some of timm's classes fail where there are none
             norm=self.norm,
             output_fmt="NLC",
@@ -59,7 +66,7 @@ class TimmRunner(Runner):
         from timm.layers import Attention, AttentionRope
         from timm.models.eva import EvaAttention
 
-        if type(self.attention) not in (Attention, AttentionRope, EvaAttention) or not self.num_prefix:
+        if type(self.attention) not in (Attention, AttentionRope, EvaAttention):
             return False
         self.attention.register_forward_pre_hook(self._keep_rope, with_kwargs=True)
         self.attention.q_norm.register_forward_hook(self.keep_query)
@@ -67,19 +74,25 @@ class TimmRunner(Runner):
         return True
 
     def _keep_rope(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.wants_row:
+        if self.wants & ATTENTION:
             self.rope = kwargs.get("rope")
 
-    def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
+    def query_key(self) -> tuple[Tensor, Tensor, float]:
         from timm.layers import apply_rot_embed_cat
 
         assert self.query is not None and self.key is not None, "the hooks of the last block did not fire"
-        query, key = self.query[:, :, :1], self.key  # (M, H, 1, d), (M, H, P + N, d)
-        if self.rope is not None:  # patches are rotated, the prefix is not
-            p, half = self.num_prefix, getattr(self.attention, "rotate_half", False)
-            rotated = apply_rot_embed_cat(key[:, :, p:], self.rope, half=half)
-            key, self.rope = torch.cat([key[:, :, :p], rotated], dim=2), None
+        query, key = self.query, self.key  # (M, H, P + N, d)
+        if (rope := self.rope) is not None:  # patches are rotated, the prefix is not
+            p, half, self.rope = self.num_prefix, getattr(self.attention, "rotate_half", False), None
+
+            def rotated(x: Tensor) -> Tensor:
+                return torch.cat([x[:, :, :p], apply_rot_embed_cat(x[:, :, p:], rope, half=half)], dim=2)
+
+            query, key = rotated(query), rotated(key)
         return query, key, self.attention.scale
+
+    def final_norm(self) -> nn.Module:
+        return self.tower.norm
 
     def set_attention(self, name: str) -> None:
         for module in self.tower.modules():  # what is fused is torch's SDPA, whose kernels are flash kernels too

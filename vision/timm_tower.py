@@ -26,6 +26,7 @@ class TimmVisionConfig:
     layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
+    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
     # Sizes, used where `model` and `checkpoint` are empty.
     stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
     patch_size: int = 16  # pixels a side
@@ -54,12 +55,14 @@ class TimmVisionConfig:
 class TimmVision(Tower):
     """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
 
+    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+
     def __init__(self, config: TimmVisionConfig) -> None:
         named = config.model or config.checkpoint
         tower: Any = _named(config) if named else _sized(config)
         if named and config.image_size and hasattr(tower, "patch_embed"):
             check_divides(tower.patch_embed.patch_size[0], config.image_size)
-        runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder")
+        runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", config.pooling_head)
         super().__init__(runner, _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF))
 
 

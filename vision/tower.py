@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo.registry import ImageFeatures, ImageTransform, ZooError
+from zoo.vision.attention_rows import PoolingHead, column_mean, row
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # what needs q and k of the last block
 HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP, and of what is trained from scratch here
 
 
@@ -28,23 +30,31 @@ class Runner:
     hidden_size: int
     num_prefix: int  # [CLS] and register tokens in front of the patches
     grid: tuple[int, int]
-    has_row: bool  # whether the last block has a [CLS] token and scores that are q.k and no more
+    has_cls: bool  # whether a [CLS] token stands first
+    has_scores: bool  # whether the last block's scores are q.k and no more
 
     def __init__(self) -> None:
-        self.wants_row = False
+        self.wants: frozenset[str] = frozenset()
         self.query: Tensor | None = None
         self.key: Tensor | None = None
+        self.last: Tensor | None = None  # (M, P + N, D) as it leaves the last block, before any norm
+        self.pooling: PoolingHead | None = None
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Run the blocks: (M, 3, S, S) -> (M, P + N, D), prefix tokens first."""
         raise NotImplementedError
 
-    def cls_query_key(self) -> tuple[Tensor, Tensor, float]:
+    def query_key(self) -> tuple[Tensor, Tensor, float]:
         """Give what the last block's attention just saw, and the factor of q.k.
 
         Returns:
-            The query of [CLS] (M, H, 1, d), the keys (M, H, P + N, d), the scale.
+            The queries (M, H, P + N, d), or those of [CLS] alone if nothing more is wanted; the keys (M, H, P + N, d);
+            the scale.
         """
+        raise NotImplementedError
+
+    def final_norm(self) -> nn.Module:
+        """The final norm, or what stands in its place."""
         raise NotImplementedError
 
     def set_attention(self, name: str) -> None:
@@ -53,14 +63,22 @@ class Runner:
     def set_gradient_checkpointing(self, enable: bool) -> None:
         raise NotImplementedError
 
-    # Hooks, as bound methods so that a deep copy of the tower listens to itself. They act only while a row is wanted.
+    def forget(self) -> None:
+        """Let go of what the hooks kept."""
+        self.wants, self.query, self.key, self.last = frozenset(), None, None, None
+
+    # Hooks, as bound methods so that a deep copy of the tower listens to itself. They act only on request.
     def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if self.wants_row:
+        if self.wants & ATTENTION:
             self.query = out.detach()
 
     def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if self.wants_row:
+        if self.wants & ATTENTION:
             self.key = out.detach()
+
+    def keep_last(self, module: nn.Module, args: Any, out: Any) -> None:
+        if "pooling_head" in self.wants:
+            self.last = (out[0] if isinstance(out, tuple) else out).detach()
 
 
 class Tower(nn.Module):
@@ -72,11 +90,19 @@ class Tower(nn.Module):
     def __init__(self, runner: Runner, transform: ImageTransform) -> None:
         super().__init__()
         self.tower: nn.Module = runner.tower
+        self.pooling = runner.pooling
         self.runner = runner
         self.transform = transform
         self.hidden_size = runner.hidden_size
         self.grid = runner.grid
-        words = {"grid": True, "prefix_tokens": runner.num_prefix > 0, "cls_attention": runner.has_row}
+        words = {
+            "grid": True,
+            "prefix_tokens": runner.num_prefix > 0,
+            "cls_attention": runner.has_cls and runner.has_scores,
+            "key_attention": runner.has_scores,
+            "keys": runner.has_scores,
+            "pooling_head": runner.pooling is not None,
+        }
         self.provides = frozenset(word for word, given in words.items() if given)
 
     @property
@@ -105,11 +131,13 @@ class Tower(nn.Module):
 
         Args:
             pixel_values: (M, 3, S, S), prepared as `transform` says.
-            need: cls_attention and prefix_tokens are computed on request; `grid` is always there.
+            need: words of `provides` but `grid`, which is always there; each is computed on request.
 
         Returns:
             Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: the row of the block that made the
-            tokens, mean over heads, normalised over all P + N keys, the prefix columns dropped; prefix (M, P, D).
+            tokens, mean over heads, normalised over all P + N keys, the prefix columns dropped; key_attention (M, N):
+            the same for the mean over all rows; keys (M, N, H, d) of that block; pooling_attention (M, N); prefix
+            (M, P, D).
         """
         if missing := need - self.provides:
             raise ZooError(f"This encoder does not give {sorted(missing)}; it provides {sorted(self.provides)}.")
@@ -117,33 +145,28 @@ class Tower(nn.Module):
             given, wanted = tuple(pixel_values.shape[-2:]), self.transform.size
             raise ZooError(f"The encoder takes images of {wanted[0]} x {wanted[1]}, got {given[0]} x {given[1]}.")
         runner, p = self.runner, self.runner.num_prefix
-        runner.wants_row = "cls_attention" in need
+        runner.wants = need
         with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or self._trains())):
             tokens = runner.encode(pixel_values)  # (M, P + N, D)
-        row = _cls_row(*runner.cls_query_key())[:, p:] if runner.wants_row else None  # (M, N)
-        runner.wants_row, runner.query, runner.key = False, None, None
-        prefix = tokens[:, :p] if "prefix_tokens" in need else None  # (M, P, D)
-        return ImageFeatures(tokens[:, p:], self.grid, cls_attention=row, prefix=prefix)
+        asked: dict[str, Tensor] = {}
+        if need & ATTENTION:
+            query, key, scale = runner.query_key()
+            if "cls_attention" in need:
+                asked["cls_attention"] = row(query[:, :, :1], key, scale)[:, p:]  # (M, N)
+            if "key_attention" in need:
+                asked["key_attention"] = column_mean(query, key, scale)[:, p:]  # (M, N)
+            if "keys" in need:
+                asked["keys"] = key[:, :, p:].transpose(1, 2)  # (M, N, H, d)
+        if "pooling_head" in need:
+            assert self.pooling is not None and runner.last is not None, "the hook of the last block did not fire"
+            asked["pooling_attention"] = self.pooling(runner.last, runner.final_norm())[:, p:]  # (M, N)
+        if "prefix_tokens" in need:
+            asked["prefix"] = tokens[:, :p]  # (M, P, D)
+        runner.forget()
+        return ImageFeatures(tokens[:, p:], self.grid, **asked)
 
     def _trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.tower.parameters())
-
-
-def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """One row of the attention matrix, mean over heads: (M, P + N) float32. The kernel that ran stays fused.
-
-    Args:
-        query: (M, H, 1, d) of the [CLS] token.
-        key: (M, H, P + N, d), or fewer heads where queries share keys in groups.
-        scale: factor of q.k.
-    """
-    device = "cpu" if query.is_meta else query.device.type  # autocast knows no meta device
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        key = key.float()
-        if key.shape[1] != query.shape[1]:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = (query.float() * scale) @ key.transpose(-1, -2)  # (M, H, 1, P + N)
-        return scores.softmax(-1).mean(1)[:, 0]  # (M, P + N)
 
 
 def block_count(layer: int, depth: int, lowest: int = 0) -> int:

@@ -15,7 +15,7 @@ from zoo.registry import ZooError
 # What a part may need that only holds once the LLM stands: checked after the walk has passed it.
 LATE = frozenset({"image_tokens", "moe"})
 # What an encoder computes only when somebody needs it.
-ON_REQUEST = frozenset({"cls_attention", "prefix_tokens", "pooling_head"})
+ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens"})
 
 
 class MisfitError(ZooError):
@@ -171,7 +171,7 @@ def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
 
 
 def _uses_image(adapter: Any) -> bool:
-    return bool(frozenset(getattr(adapter, "needs", ())) & {"image", "grid", "cls_attention", "prefix_tokens"})
+    return bool(frozenset(getattr(adapter, "needs", ())) & {"image", "grid", *ON_REQUEST})
 
 
 def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:

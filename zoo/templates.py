@@ -4,8 +4,9 @@
 
 PRUNER = '''"""CLASS: keep the first image tokens of each image, in grid order."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from zoo.registry import ImageFeatures, ZooError, register
@@ -34,8 +35,9 @@ class CLASS(nn.Module):
         return max(1, round(n * self.keep_ratio))
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        k = self.num_tokens(image.tokens.shape[1])
-        return replace(image, tokens=image.tokens[:, :k], grid=None)  # (M, K, D)
+        m, n = image.tokens.shape[:2]
+        keep = torch.arange(self.num_tokens(n), device=image.tokens.device).expand(m, -1)  # (M, K)
+        return image.take(keep)  # (M, K, D)
 '''
 
 PROJECTOR = '''"""CLASS: a norm and a linear layer from the encoder's width to the LLM's."""

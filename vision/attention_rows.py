@@ -1,0 +1,131 @@
+"""What pruners ask of an encoder's attention, from q and k alone: the kernel that ran stays fused, no N x N stays.
+
+One row costs O(N). The mean over all rows needs all products but never holds more than a block of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.registry import ZooError
+
+BLOCK = 1 << 22  # scores that are held at once, all images and heads together
+
+
+def row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """One row of the attention matrix, mean over heads: (M, L) float32.
+
+    Args:
+        query: (M, H, 1, d) of the token that looks.
+        key: (M, H, L, d), or fewer heads where queries share keys in groups.
+        scale: factor of q.k.
+    """
+    with torch.no_grad(), _float32(query):
+        return _scores(query, key, scale).softmax(-1).mean(1)[:, 0]  # (M, L)
+
+
+def column_mean(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Mean attention that each token is given, over heads and over all that look: (M, L) float32; it sums to one.
+
+    Args:
+        query: (M, H, L, d).
+        key: (M, H, L, d), or fewer heads.
+        scale: factor of q.k.
+    """
+    m, heads, length = query.shape[:3]
+    step = min(length, max(1, BLOCK // (m * heads * length)))
+    with torch.no_grad(), _float32(query):
+        total: Tensor | None = None
+        for some in query.split(step, dim=2):
+            seen = _scores(some, key, scale).softmax(-1).sum((1, 2))  # (M, L)
+            total = seen if total is None else total + seen
+        assert total is not None, "there is at least one token"
+        return total / (heads * length)
+
+
+def _float32(like: Tensor) -> Any:
+    device = "cpu" if like.is_meta else like.device.type  # autocast knows no meta device
+    return torch.autocast(device, enabled=False)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    key = key.float()
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (query.float() * scale) @ key.transpose(-1, -2)  # (M, H, Q, L)
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's pooling by attention, down to its scores: a learnt probe looks at all patches behind the last block.
+
+    It runs what the tower does not: the blocks behind the tokens' layer, and the final norm where tokens go without.
+    All of it is held as buffers. Nothing here is trained, and training on several devices waits for no gradient.
+
+    Args:
+        head: `SiglipMultiheadAttentionPoolingHead` of transformers, or timm's `AttentionPoolLatent`.
+        blocks: those that the tower leaves out.
+        norm: the final norm, unless the tower keeps it.
+    """
+
+    def __init__(self, head: Any, blocks: list[nn.Module], norm: nn.Module | None) -> None:
+        super().__init__()
+        for unused in ("layernorm", "mlp", "proj", "norm"):  # what comes after the scores
+            if hasattr(head, unused):
+                setattr(head, unused, nn.Identity())
+        self.head, self.blocks, self.norm = head, nn.ModuleList(blocks), norm
+        if hasattr(head, "attention"):
+            head.attention.out_proj = nn.Identity()
+        for module in self.modules():
+            for name, parameter in list(module._parameters.items()):
+                del module._parameters[name]
+                if parameter is not None:
+                    module.register_buffer(name, parameter.detach())
+
+    def forward(self, tokens: Tensor, norm: nn.Module) -> Tensor:
+        """Score the patches: (M, N) float32, one row that sums to one.
+
+        Args:
+            tokens: (M, N, D) as they leave the tower's last block.
+            norm: the tower's final norm, used where this has none.
+        """
+        with torch.no_grad():
+            for block in self.blocks:
+                out = block(tokens, attention_mask=None) if hasattr(self.head, "attention") else block(tokens)
+                tokens = out[0] if isinstance(out, tuple) else out
+            query, key, scale = self._query_key((self.norm or norm)(tokens))
+        return row(query, key, scale)
+
+    def _query_key(self, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
+        head: Any = self.head
+        m = tokens.shape[0]
+        if hasattr(head, "attention"):  # transformers: torch's own module, whose weights are stacked
+            inner = head.attention
+            width, heads = inner.embed_dim, (inner.num_heads, -1)
+            weight, bias = inner.in_proj_weight, inner.in_proj_bias
+            query = F.linear(head.probe, weight[:width], bias[:width]).unflatten(-1, heads).transpose(1, 2)
+            key = F.linear(tokens, weight[width : 2 * width], bias[width : 2 * width])  # (M, N, D)
+            key = key.unflatten(-1, heads).transpose(1, 2)  # (M, H, N, d)
+            return query.expand(m, -1, -1, -1), key, query.shape[-1] ** -0.5
+        if head.pos_embed is not None:
+            tokens = tokens + head.pos_embed.to(tokens.dtype)
+        heads = (head.num_heads, head.head_dim)
+        query = head.q_norm(head.q(head.latent).unflatten(-1, heads).transpose(1, 2))  # (1, H, 1, d)
+        key = head.kv(tokens).unflatten(-1, (2, *heads))[:, :, 0].transpose(1, 2)  # (M, H, N, d)
+        return query.expand(m, -1, -1, -1), head.k_norm(key), head.scale
+
+
+def pooling_head(head: Any, blocks: list[nn.Module], norm: nn.Module | None, name: str) -> PoolingHead:
+    """Make it of what a library calls its pooling head.
+
+    Raises:
+        ZooError: there is none with a probe of its own.
+    """
+    if getattr(head, "probe", None) is None and getattr(head, "latent_len", 0) != 1:
+        raise ZooError(
+            f"{name} has no pooling head with a learnt probe, as SigLIP has one: pooling_head must be false."
+        )
+    return PoolingHead(head, blocks, norm)
