@@ -128,6 +128,11 @@ def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
     return undo
 
 
+def stands_aside(module: nn.Module) -> bool:
+    """Whether another module computes for this one (`compute_by`)."""
+    return _ASIDE in module.__dict__
+
+
 def _rename(state: dict[str, Tensor], old: str, new: str) -> None:
     for key in [k for k in state if k.startswith(old)]:
         state[new + key.removeprefix(old)] = state.pop(key)

@@ -185,6 +185,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
+def has_kernel(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether torch's grouped product takes rows and matrices of these sizes; else CUDA waits for the host here.
+
+    CUDA, 16 bit, and rows that begin at multiples of 16 bytes.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or any(size % 8 for size in sizes):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 # ---- autograd ----------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +260,7 @@ class _AddGroupedLinear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply rows (S, I) by (E, I, O) to (S, O), zero behind the last end; on CPU added to `out` where it is given."""
+    """Multiply rows (S, I) by (E, I, O) to (S, O), zero behind the last end; `out` (CPU) is added to in place."""
     if torch.compiler.is_compiling():
         return torch.ops.zoo.grouped_product(x, weight, ends)
     if _has_kernel(x, weight):
@@ -287,13 +297,8 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
-def _has_kernel(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes these: CUDA, 16 bit, rows that begin at multiples of 16 bytes."""
-    if operands[0].device.type != "cuda" or torch.cuda.get_device_capability(operands[0].device) < (8, 0):
-        return False
-    return all(
-        t.dtype in (torch.bfloat16, torch.float16) and all(s % 8 == 0 for s in t.shape[-2:] if s > 1) for t in operands
-    )
+def _has_kernel(x: Tensor, y: Tensor) -> bool:
+    return has_kernel(x.device, x.dtype, *x.shape[1:], *y.shape[1:])
 
 
 @torch.library.custom_op("zoo::grouped_product", mutates_args=())

@@ -107,6 +107,7 @@ class HFLanguageModel(nn.Module):
         self.router_aux_coef = config.router_aux_coef
         self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
         self._routing: tuple[tuple[Tensor, ...], Tensor | None] | None = None
+        self.padding_mask: Tensor | None = None  # (B, T) of the pass that runs, beside a mask of four dimensions
         if config.router_aux_coef and (not self.provides or self._balance is None):
             raise ZooError(f"router_aux_coef is for MoE LLMs with a balance loss; {text.model_type!r} has none.")
         _check_head(self)
@@ -149,8 +150,9 @@ class HFLanguageModel(nn.Module):
         balance = self.router_aux_coef > 0 and self.training and torch.is_grad_enabled()
         if balance:
             inputs["output_router_logits"] = True
+        self.padding_mask = padding_mask
         out = self.lm.base_model(**inputs)
-        self._routing = None
+        self._routing = self.padding_mask = None
         if balance:
             mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
             self._routing = (out.router_logits, mask if mask is not None and mask.ndim == 2 else None)

@@ -45,6 +45,8 @@ class LoRA(nn.Module):
     needs: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    # What the check offers where another adapter has the linears of the feed-forward layers.
+    choices = {"targets": (["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj"])}
 
     lm: Any  # the transformers model; not a child: its parameters are the language model's
     _layers: dict[str, Any]  # target -> PEFT layer; kept while detached
@@ -53,6 +55,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.config = config
         self.targets = find_linears(llm.lm, config.targets, "adapter 'lora'")
+        self.exclusive = list(self.targets)  # no other adapter may have these
         self.__dict__["lm"] = llm.lm
         self.__dict__["_layers"] = {}
         self._undo: list[Any] = []

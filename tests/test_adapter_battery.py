@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parametrize("name", NAMES)
 def build(name, llm, seed=0):
     torch.manual_seed(seed)
     node = {"name": name}
-    return registry.build("adapter", node, llm=llm, vision_dim=DIM, text_dim=llm.hidden_size, grid=GRID)
+    return registry.build("adapter", node, llm=llm, vision_dim=DIM, text_dim=llm.hidden_size, grid=GRID).eval()
 
 
 def fits(name, llm):
@@ -115,6 +115,7 @@ def test_gradient_reaches_all_of_its_parameters_and_no_frozen_ones(name, dtype):
     adapter = build(name, llm)
     adapter.attach()
     llm.train()
+    adapter.train()
     own = shake(adapter, llm)
     assert own
     ids, mask = padded_batch(2, 40)
@@ -170,7 +171,8 @@ def test_gradient_checkpointing_changes_nothing(name):
             llm.lm.gradient_checkpointing_enable({"use_reentrant": False})
         embeds = llm.embed(padded_batch()[0]).detach().requires_grad_()
         torch.manual_seed(0)
-        logits(llm, adapter, embeds, grad=True).logsumexp(-1).sum().backward()
+        loss = logits(llm, adapter, embeds, grad=True).logsumexp(-1).sum()
+        (loss + sum(adapter.aux_losses().values())).backward()
         grads.append([embeds.grad, *(p.grad for p in own.values())])
     assert all(torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max())) for a, b in zip(*grads, strict=True))
 

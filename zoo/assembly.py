@@ -138,6 +138,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
             "adapter", {**node, "name": name}, llm=parts.llm, vision_dim=width or None, text_dim=text_dim, grid=grid
         )
         _require("adapter", name, adapter, have, f"llm {slots['llm']['name']!r}", slots)
+        _refuse_shared(name, adapter, parts.adapter)
         have = (have - getattr(adapter, "destroys", frozenset())) | getattr(adapter, "provides", frozenset())
         parts.adapter[name] = adapter
         adapter.attach()
@@ -168,6 +169,20 @@ def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
         if str(error).startswith((name, "No ", "A ")):
             raise
         raise ZooError(f"{name}: {error}") from error
+
+
+def _refuse_shared(name: str, adapter: Any, others: Mapping[str, Any]) -> None:
+    """Refuse an adapter that wants modules of the LLM for itself (`exclusive`) which another one has."""
+    own = getattr(adapter, "exclusive", ())
+    for other, part in others.items():
+        theirs = getattr(part, "exclusive", ())
+        if both := [a for a in own for b in theirs if a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")]:
+            raise MisfitError(
+                ("adapter", name),
+                "same modules",
+                f"adapter {name!r} and adapter {other!r} both take {len(set(both))} modules of the LLM, "
+                f"{both[0]!r} for one. Give each its own, or leave one out.",
+            )
 
 
 def _uses_image(adapter: Any) -> bool:

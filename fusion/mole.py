@@ -1,0 +1,345 @@
+"""MoLE: each feed-forward layer of a frozen language model gets several low-rank experts and a router that picks one.
+
+Paper: Chen, Jie, Ma (LLaVA-MoLE), arXiv:2401.16160. Per token with input x of the layer, for each of its linears q:
+
+    p = softmax(W_r x + b_r),  k = argmax p,  L_q(h) = W_q h + alpha / rank * c * B_q[k] A_q[k] dropout(h)
+
+with one k for all linears of the layer. c is the gate: 1 (`none`, the released code), p_k (`prob`), 1 + p_k -
+stopgrad(p_k) (`ste`); `dense` runs all experts, weighted by p (the release's inference script). With `none` the answer
+loss gives the router no gradient: it learns from the balance loss alone, to share tokens evenly.
+
+Where we differ. The balance loss is that of arXiv:2101.03961 for each layer over all tokens, scaled to 1 where experts
+share evenly; `official_balance` is the release's. New weights are float32 where the base is bfloat16, and the router
+always. Padding is not routed: no expert runs there, and it does not count. Attention has no experts; the paper's plain
+LoRA there is `adapter/lora` beside this one (targets q, k, v, o). Where a layer is itself a sparse mixture, the
+low-rank experts stand around the whole of it.
+
+It cannot be merged: which term a token gets depends on the token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.fusion import adapter_file, dispatch
+from zoo.fusion.attach import linears, stands_aside
+from zoo.registry import ImageFeatures, ZooError, register, unknown
+
+GATES = ("none", "prob", "ste", "dense")
+FEW = 16  # up to so many tokens (a decoding step) all experts in two products are faster than a sort
+
+
+@dataclass
+class MoLEConfig:
+    num_experts: int = 3  # of each feed-forward layer
+    rank: int = 16  # of each expert; the paper has 32, the released checkpoint 16
+    alpha: float = 32.0  # a term is scaled by alpha / rank
+    dropout: float = 0.05  # of a term's input, in [0, 1)
+    gate: str = "none"  # none | prob | ste | dense: what a chosen expert's term is multiplied by
+    balance: float = 0.01  # weight of the load-balancing loss; with gate=none and 0 the router stays as it starts
+    official_balance: bool = False  # the released form: per sample, layers pooled, 1 / num_experts where even
+    layers: list[int] = field(default_factory=list)  # decoder layers, counted from 0; empty: all
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "rank"):
+            if getattr(self, name) < 1:
+                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ZooError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if self.balance < 0:
+            raise ZooError(f"balance must not be negative, got {self.balance}.")
+        if self.gate not in GATES:
+            raise unknown("gate", self.gate, GATES)
+
+
+class LowRankExperts(nn.Module):
+    """The experts of one linear layer, stacked."""
+
+    def __init__(self, num_experts: int, rank: int, width_in: int, width_out: int, **where: Any) -> None:
+        super().__init__()
+        bound = width_in**-0.5  # kaiming_uniform with a = sqrt(5), for each expert
+        self.lora_A = nn.Parameter(torch.empty(num_experts, rank, width_in, **where).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(torch.zeros(num_experts, width_out, rank, **where))
+
+
+@dataclass
+class _Routed:
+    """The routing of a layer's tokens, while they are in the layer."""
+
+    weights: Tensor | None  # (S, E), where all experts run in two products
+    groups: dispatch.Groups | None
+    scale: Any  # of a term; (S, 1) sorted where the gate depends on the token
+    sorted: bool  # the layer's own linears see the tokens sorted
+    shape: torch.Size  # (B, T, C) of the tokens
+
+
+class MoLELayer(nn.Module):
+    """Router and experts of one feed-forward layer, and the hooks that put them there."""
+
+    now: _Routed | None
+    linears: dict[str, nn.Module]  # of the language model
+
+    def __init__(self, config: MoLEConfig, mlp: nn.Module, width: int) -> None:
+        super().__init__()
+        self.config = config
+        first = next(mlp.parameters())
+        where: dict[str, Any] = {
+            "device": first.device,
+            "dtype": max(first.dtype, torch.float32, key=lambda t: t.itemsize),
+        }
+        self.__dict__["linears"] = {} if _whole(mlp) else {n: mlp.get_submodule(n) for n in linears(mlp)}
+        sizes = {n.replace(".", "-"): _sizes(linear) for n, linear in self.linears.items()} or {"whole": (width, width)}
+        self.experts = nn.ModuleDict(
+            {n: LowRankExperts(config.num_experts, config.rank, *size, **where) for n, size in sizes.items()}
+        )
+        learns = config.gate != "none" or (config.balance > 0 and config.num_experts > 1)
+        self.router = dispatch.Router(width, config.num_experts, bias=True, trainable=learns, device=first.device)
+        if where["dtype"] == torch.float64:
+            self.router.double()
+        self.now = None
+
+    def places(self, mlp: nn.Module) -> list[nn.Module]:
+        """Give the modules of the language model that get a term."""
+        return list(self.linears.values()) or [mlp]
+
+    def attach(self, mlp: nn.Module, owner: "MoLE") -> list[Any]:
+        """Hook into the layer; returns the handles."""
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            now = self.now = self._route(args[0], owner)
+            if not now.sorted:
+                return args
+            x = args[0].flatten(0, -2)  # (S, C)
+            assert now.groups is not None
+            return now.groups.gather(x.to(dispatch.compute_dtype(x))), *args[1:]
+
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            now, self.now = self.now, None
+            assert now is not None, "left without having been entered"
+            if "whole" in self.experts:
+                return self._add(now, out, args[0], self.experts["whole"])
+            return now.groups.scatter(out).view(now.shape) if now.sorted and now.groups else out
+
+        def term(experts: Any) -> Callable[..., Tensor]:
+            def hook(linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+                return out if self.now is None else self._add(self.now, out, args[0], experts)
+
+            return hook
+
+        handles: list[Any] = [mlp.register_forward_pre_hook(enter), mlp.register_forward_hook(leave)]
+        for name, linear in self.linears.items():
+            handles.append(linear.register_forward_hook(term(self.experts[name.replace(".", "-")])))
+        return handles
+
+    def _route(self, tokens: Tensor, owner: "MoLE") -> _Routed:
+        """Choose experts for tokens (B, T, C)."""
+        x = tokens.flatten(0, -2)  # (S, C)
+        e, scale, gate = self.config.num_experts, self.config.alpha / self.config.rank, self.config.gate
+        probs = self.router(x).softmax(-1)  # (S, E)
+        top, chosen = probs.max(-1)  # (S,); the lowest index where equal
+        owner.record(probs, chosen)
+        keep = owner.keep if owner.keep is not None and len(owner.keep) == len(x) else None
+        if gate == "dense" or self._few(x):
+            weights = probs if gate == "dense" else F.one_hot(chosen, e).to(probs.dtype)
+            if gate in ("prob", "ste"):
+                weights = weights * _gate(top, gate)
+            weights = weights if keep is None else weights * keep.unsqueeze(-1)
+            return _Routed(weights, None, scale, False, tokens.shape)
+        groups = dispatch.group(chosen, e, keep)
+        factor = scale if gate == "none" else groups.gather(_gate(top, gate)) * scale
+        # Other hooks on these linears (a second adapter's) must see the tokens as the model orders them.
+        alone = bool(self.linears) and all(len(m._forward_hooks) == 1 for m in self.linears.values())
+        return _Routed(None, groups, factor, alone, tokens.shape)
+
+    def _few(self, x: Tensor) -> bool:
+        if len(x) <= FEW or torch.compiler.is_compiling():
+            return True
+        sizes = [size for m in self.experts.values() for p in m.parameters() for size in p.shape[1:]]
+        return x.device.type == "cuda" and not dispatch.has_kernel(x.device, dispatch.compute_dtype(x), *sizes)
+
+    def _add(self, now: _Routed, out: Tensor, x: Tensor, experts: Any) -> Tensor:
+        """Add each token's term to the output of a linear."""
+        down, up = experts.lora_A, experts.lora_B
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
+        if now.groups is None:
+            assert now.weights is not None
+            term = dispatch.masked_low_rank(x.flatten(0, -2), down, up, now.weights, now.scale)
+            return out + term.view_as(out)
+        if now.sorted:
+            return dispatch.add_grouped_low_rank(out, x, down, up, now.groups, now.scale)
+        rows = now.groups.gather(x.flatten(0, -2))
+        inner = dispatch.grouped_linear(rows, down, now.groups) * now.scale  # (S, R)
+        return out + now.groups.scatter(dispatch.grouped_linear(inner, up, now.groups)).view_as(out)
+
+
+@register("adapter", "mole")
+class MoLE(nn.Module):
+    """Starts as the base model: the second factors are zero."""
+
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
+    choices = {"gate": GATES}
+
+    llm: Any
+    keep: Tensor | None  # (S,) tokens of this pass that are no padding
+
+    def __init__(self, config: MoLEConfig, *, llm: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.__dict__["llm"] = llm
+        chosen = sorted(set(config.layers)) or list(range(llm.num_layers))
+        if odd := [i for i in chosen if not 0 <= i < llm.num_layers]:
+            raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")
+        self.__dict__["mlps"] = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
+        self.layers = nn.ModuleDict({str(i): MoLELayer(config, m, llm.hidden_size) for i, m in self.mlps.items()})
+        names = {id(m): n for n, m in llm.lm.named_modules()}
+        layers: Any = self.layers.values()
+        places = [m for mlp, layer in zip(self.mlps.values(), layers, strict=True) for m in layer.places(mlp)]
+        self.exclusive = [names[id(m)] for m in places]
+        self.keep = None
+        self.rows = 1
+        self._open: list[tuple[Tensor, Tensor]] | None = None  # while a forward pass is in the decoder
+        self._seen: tuple[list[tuple[Tensor, Tensor]], Tensor | None] = ([], None)
+        self._handles: list[Any] = []
+
+    mlps: dict[int, nn.Module]
+
+    def attach(self) -> None:
+        """Hook into the feed-forward layers; no module is replaced and no key renamed."""
+        if self._handles:
+            return
+        decoder = self.llm.lm.base_model
+        self._handles = [
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end),
+        ]
+        for i, mlp in self.mlps.items():
+            layer: Any = self.layers[str(i)]
+            self._handles += layer.attach(mlp, self)
+
+    def detach(self) -> None:
+        """Take the hooks away; the language model is what it was, to the bit."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def merge(self) -> None:
+        """Refuse."""
+        raise ZooError(
+            "adapter 'mole' cannot be merged: which expert's term a token gets depends on the token, so no one weight "
+            "says the same. Keep the adapter, or train adapter=lora, which merges."
+        )
+
+    def owns(self, name: str) -> bool:
+        """Nothing in the language model: the experts are this module's own parameters."""
+        return False
+
+    def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
+        """Nothing here depends on the image."""
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Load-balancing loss of the last forward pass in training, weighted; empty in evaluation or with weight 0."""
+        records, keep = self._seen
+        if not records:
+            return {}
+        learns = any(p.requires_grad for n, p in self.named_parameters() if ".router." in n)
+        if learns and not records[-1][0].requires_grad:
+            raise ZooError("adapter 'mole' cannot balance under reentrant checkpointing: set use_reentrant=False.")
+        if self.config.official_balance:
+            return {"mole_balance": self.config.balance * pooled_balance(records, keep, self.rows)}
+        each = [dispatch.load_balance(probs, chosen, keep) for probs, chosen in records]
+        return {"mole_balance": self.config.balance * torch.stack(each).mean()}
+
+    def usage(self) -> dict[int, list[float]]:
+        """Say for each layer which share of the tokens of the last forward pass in training each expert took."""
+        records, keep = self._seen
+        e = self.config.num_experts
+        shares = (dispatch.expert_share(chosen, e, keep).tolist() for _, chosen in records)
+        return dict(zip(self.mlps, shares, strict=False))
+
+    def save(self, folder: str | Path) -> None:
+        """Write this adapter's weights alone, with its options."""
+        adapter_file.write(folder, "mole", self.config, self.state_dict())
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote; options that shape the weights or their use must be those of this adapter."""
+        same = ("num_experts", "rank", "alpha", "gate", "layers")
+        self.load_state_dict(adapter_file.read(folder, "mole", self.config, same, self.state_dict()))
+
+    def record(self, probs: Tensor, chosen: Tensor) -> None:
+        """Note a layer's routing; not where checkpointing runs the layer again, after the decoder was left."""
+        if self._open is not None:
+            self._open.append((probs, chosen))
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        given = kwargs.get("input_ids") if given is None else given
+        self.rows, length = (args[0] if given is None else given).shape[:2]
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = getattr(self.llm, "padding_mask", None)
+        self.keep = None if mask is None else mask[:, -length:].flatten().bool()  # (S,)
+        wanted = self.training and self.config.balance > 0 and self.config.num_experts > 1 and torch.is_grad_enabled()
+        self._open = [] if wanted else None
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        keep = self.keep
+        self._seen, self._open = (self._open or [], keep), None
+        hidden = getattr(out, "last_hidden_state", None)
+        if hidden is not None and hidden.requires_grad and not torch.compiler.is_compiling():
+            # Checkpointed layers run again in backward, maybe after another pass: they must find this one's padding.
+            hidden.register_hook(lambda grad: setattr(self, "keep", keep))
+
+
+def pooled_balance(records: Sequence[tuple[Tensor, Tensor]], keep: Tensor | None, rows: int) -> Tensor:
+    """Balance loss as released: for each sample, means over layers and tokens before the product, and no factor E.
+
+    Args:
+        records: (probs (S, E), chosen (S,)) of each layer.
+        keep: (S,) tokens that count.
+        rows: samples, so that S is rows * T.
+    """
+    probs = torch.stack([p for p, _ in records]).unflatten(1, (rows, -1))  # (layers, B, T, E)
+    hits = F.one_hot(torch.stack([c for _, c in records]), probs.shape[-1]).to(probs.dtype).view_as(probs)
+    real = torch.ones_like(probs[0, ..., 0]) if keep is None else keep.view(rows, -1).to(probs.dtype)  # (B, T)
+    count = (len(records) * real.sum(1)).clamp(min=1).unsqueeze(-1)  # (B, 1)
+    mean, share = (torch.einsum("lbte,bt->be", t, real) / count for t in (probs, hits))  # (B, E)
+    return (mean * share).sum(1).mean()
+
+
+def feed_forward(layer: nn.Module, who: str) -> nn.Module:
+    """Return the feed-forward module of a decoder layer.
+
+    Raises:
+        ZooError: the layer has none of its own.
+    """
+    for name in ("mlp", "feed_forward", "block_sparse_moe"):
+        if isinstance(found := getattr(layer, name, None), nn.Module):
+            return found
+    raise ZooError(
+        f"{who} needs decoder layers with a feed-forward module of their own; {type(layer).__name__} has "
+        f"{', '.join(n for n, _ in layer.named_children())}."
+    )
+
+
+def _whole(mlp: nn.Module) -> bool:
+    """Whether the terms stand around the layer: it is a sparse mixture, its own or another adapter's."""
+    return stands_aside(mlp) or any(p.ndim == 3 for p in mlp.parameters())
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    """Widths in and out; GPT-2's Conv1D keeps its matrix turned."""
+    out, into = linear.weight.shape if isinstance(linear, nn.Linear) else reversed(linear.weight.shape)
+    return into, out
+
+
+def _gate(top: Tensor, gate: str) -> Tensor:
+    """Give the factor on the chosen expert's term: (S, 1)."""
+    return (top if gate == "prob" else 1 + (top - top.detach())).unsqueeze(-1)
