@@ -64,16 +64,17 @@ class Upcycle(nn.Module):
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
 
+    _dense: dict[str, nn.Module]  # the language model's own layers; no children of this one
+
     def __init__(self, config: UpcycleConfig, *, llm: Any) -> None:
         super().__init__()
         self.config = config
         self.starts_as_base = config.normalize
         chosen = _layers(config, llm.num_layers)
         dense = {i: _feed_forward(llm, i) for i in chosen}
-        self.layers = nn.ModuleDict(
+        self.layers: Any = nn.ModuleDict(
             {str(i): SparseFeedForward(ffn, llm.hidden_size, config) for i, (_, ffn) in dense.items()}
         )
-        # The language model's own, and no children of this one.
         self.__dict__["_dense"] = {str(i): ffn for i, (_, ffn) in dense.items()}
         names = {id(m): n for n, m in llm.lm.named_modules()}
         self._aside = tuple(f"{names[id(ffn)]}." for _, ffn in dense.values())

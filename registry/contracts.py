@@ -108,6 +108,9 @@ class Dialog:
     answers: list[str] = field(default_factory=list)  # all accepted answers; empty: the last assistant turn
     choices: list[str] = field(default_factory=list)  # for multiple choice
     meta: dict[str, Any] = field(default_factory=dict)  # plain values, written beside predictions
+    # chosen | rejected: one of a pair of answers to the same prompt, the rejected dialog behind its chosen one. Their
+    # last turns are compared; a rejected one is never learnt, and nothing is asked of it in evaluation.
+    preference: str = ""
 
 
 @dataclass

@@ -23,12 +23,15 @@ def nodes(tmp_path, class_files, nlvr_files):
     """A small node of each data set."""
     record = {"question": "What?", "answer": "that", "kind": "k"}
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(record | {"id": f"n{i}"}) for i in range(5)))
+    pair = {"prompt": "What?", "chosen": "that", "rejected": "this"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair | {"id": f"p{i}"}) for i in range(5)))
     images, labels = (str(tmp_path / "{split}-") + end for end in ("images.gz", "labels"))
     return {
         "chat_json": {"file": str(tmp_path / "rows.jsonl")},
         "classes": {"images": images, "labels": labels, "classes": CLASSES},
         "hf": {"path": str(tmp_path / "rows.jsonl")},
         "nlvr": {"root": str(nlvr_files), "grid": 4},
+        "preference": {"path": str(tmp_path / "pairs.jsonl")},
         "scenes": {"scenes": 300, "eval_scenes": 140, "size": 32},
     }
 

@@ -7,7 +7,7 @@ computes alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class EncodedSample:
     segments: np.ndarray | None = None  # (T,) int64
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # dense targets, one row per image
     ids: list[str] = field(default_factory=list)  # of the samples in it
+    pairs: np.ndarray | None = None  # (T,) int64, see `TokenizedDialog`; numbered within the row
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -42,6 +43,9 @@ class TokenizedDialog:
     prefix: int  # length of what it shares with other dialogs about the same images: up to the last placeholder
     images: int  # that it shows
     head: bytes = b""  # the prefix, to compare
+    # (T,) int64 where it is one of a pair of answers: 2 * pair at the tokens of a chosen one, 2 * pair + 1 at those of
+    # a rejected one, -1 elsewhere.
+    pairs: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         # Alone, nothing predicts the token behind a prefix of nothing; in a row, the dialog before must not.
@@ -49,11 +53,31 @@ class TokenizedDialog:
         object.__setattr__(self, "head", self.input_ids[: self.prefix].tobytes())
 
 
+def as_preference(dialog: TokenizedDialog, number: int) -> TokenizedDialog:
+    """Make a dialog one of a pair of answers: `number` 2p for the chosen one of pair p, 2p + 1 for the rejected one.
+
+    Its last turn alone is compared. That of a chosen one may also be learnt, that of a rejected one never.
+    """
+    labels = last_turn(dialog.labels)
+    pairs = np.where(labels == IGNORE_INDEX, -1, number)
+    return replace(dialog, labels=np.full_like(labels, IGNORE_INDEX) if number % 2 else labels, pairs=pairs)
+
+
+def last_turn(labels: np.ndarray) -> np.ndarray:
+    """Keep the labels of the last assistant turn only."""
+    where = np.flatnonzero(labels != IGNORE_INDEX)
+    gaps = np.flatnonzero(np.diff(where) > 1)
+    start = where[gaps[-1] + 1] if len(gaps) else where[0]
+    result = np.full_like(labels, IGNORE_INDEX)
+    result[start:] = labels[start:]
+    return result
+
+
 def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str, np.ndarray]:
     """Join dialogs that begin with the same tokens into one row: the prefix once, then a block per dialog.
 
     Returns:
-        `input_ids`, `labels`, `positions` and `blocks` of the row.
+        `input_ids`, `labels`, `positions` and `blocks` of the row, and `pairs` where there are any.
     """
     prefix = dialogs[0].prefix
     if any(d.head != dialogs[0].head for d in dialogs):
@@ -61,12 +85,33 @@ def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str
     lengths = np.array([prefix] + [len(d.input_ids) - prefix for d in dialogs])
     blocks = np.repeat(np.arange(len(lengths)), lengths)
     starts = lengths.cumsum() - lengths  # of each block in the row
-    return {
+    pairs = {}
+    if any(d.pairs is not None for d in dialogs):
+        nowhere = np.full(prefix, -1, dtype=np.int64)
+        pairs["pairs"] = np.concatenate([nowhere, *(_pairs_of(d)[prefix:] for d in dialogs)])
+    return pairs | {
         "input_ids": np.concatenate([dialogs[0].input_ids[:prefix]] + [d.input_ids[prefix:] for d in dialogs]),
         "labels": np.concatenate([dialogs[0].labels[:prefix]] + [d.labels[prefix:] for d in dialogs]),
         "positions": np.arange(len(blocks)) - (starts - prefix * (starts > 0))[blocks],
         "blocks": blocks,
     }
+
+
+def _pairs_of(row: TokenizedDialog | EncodedSample) -> np.ndarray:
+    return np.full(len(row.input_ids), -1, dtype=np.int64) if row.pairs is None else row.pairs
+
+
+def _joined_pairs(rows: Sequence[EncodedSample]) -> list[np.ndarray]:
+    """The pairs of rows, numbered on: the n-th chosen answer belongs to the n-th rejected one, in whichever row."""
+    result, before = [], np.zeros(2, dtype=np.int64)
+    for row in rows:
+        own = _pairs_of(row)
+        here = own >= 0
+        result.append(np.where(here, own + 2 * before[own % 2], -1))
+        before += [len(np.unique(own[here & (own % 2 == side)])) for side in (0, 1)]
+    if before[0] != before[1]:
+        raise ZooError(f"A batch has {before[0]} chosen and {before[1]} rejected answers; they must come in pairs.")
+    return result
 
 
 def pack(samples: Sequence[EncodedSample], length: int) -> list[EncodedSample]:
@@ -94,7 +139,9 @@ def _join(samples: list[EncodedSample]) -> EncodedSample:
     segments = [np.full(len(s), i, dtype=np.int64) for i, s in enumerate(samples)]
     blocks = [np.zeros(len(s), dtype=np.int64) if s.blocks is None else s.blocks for s in samples]
     keys = {key for s in samples for key in s.targets}
+    paired = any(s.pairs is not None for s in samples)
     return EncodedSample(
+        pairs=np.concatenate(_joined_pairs(samples)) if paired else None,
         input_ids=np.concatenate([s.input_ids for s in samples]),
         labels=np.concatenate(labels),
         pixel_values=[p for s in samples for p in s.pixel_values],
@@ -119,7 +166,9 @@ def collate(
 
     Returns:
         input_ids, labels, attention_mask, position_ids (B, T); images_per_row (list); pixel_values (M, 3, h, w) if
-        there are images; segment_ids and block_ids (B, T) if a row is packed, -1 at padding; targets if there are any.
+        there are images; segment_ids and block_ids (B, T) if a row is packed, -1 at padding; targets if there are any;
+        pair_ids (B, T) if there are pairs of answers: 2p at the tokens of the chosen one of pair p, 2p + 1 at those of
+        the rejected one, -1 elsewhere.
     """
     longest = -(-max(len(s) for s in samples) // multiple_of) * multiple_of
     size = (len(samples), longest)
@@ -145,6 +194,11 @@ def collate(
     }
     if is_packed:
         batch |= {"segment_ids": torch.from_numpy(segments), "block_ids": torch.from_numpy(blocks)}
+    if any(s.pairs is not None for s in samples):
+        pairs = np.full(size, -1, dtype=np.int64)
+        for row, (s, own) in enumerate(zip(samples, _joined_pairs(samples), strict=True)):
+            pairs[row, slice(longest - len(s), longest) if padding_side == "left" else slice(0, len(s))] = own
+        batch["pair_ids"] = torch.from_numpy(pairs)
     if pixels := [p for s in samples for p in s.pixel_values]:
         batch["pixel_values"] = torch.stack(pixels)  # (M, 3, h, w)
     keys = {key for s in samples for key in s.targets}

@@ -188,6 +188,8 @@ def _questions(
             if sample is None:
                 continue
             for number, dialog in enumerate(sample.dialogs):
+                if dialog.preference == "rejected":
+                    continue
                 modes = {(tasks[t].mode, tasks[t].max_new_tokens): None for t in tasks.of(dialog)}
                 for mode, most in modes:
                     yield Question(sample, dialog, mode, most, (at, index, number)), data
@@ -282,7 +284,8 @@ def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Ta
             continue
         train = dataset.train_split()
         count = min(TRAIN_SAMPLES, len(train))
-        seen = [d for i in range(count) for d in train.get(i * len(train) // count).dialogs]
+        dialogs = (d for i in range(count) for d in train.get(i * len(train) // count).dialogs)
+        seen = [d for d in dialogs if d.preference != "rejected"]
         for (name, kind, task, held_out), some in _by_key(rows).items():
             if name == data:
                 asked = [r["dialog"] for r in some]

@@ -249,6 +249,7 @@ class ZooModel(PreTrainedModel):
         run_llm: bool = True,
         output_hidden_states: bool | None = None,
         targets: Any = None,
+        pair_ids: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ZooOutput:
@@ -266,7 +267,7 @@ class ZooModel(PreTrainedModel):
             num_labels: what the summed answer loss is divided by (gradient accumulation); default: labels in the batch.
             all_logits: give logits (B, T, V) although there are labels.
             run_llm: False stops after the projector.
-            targets: ignored here; dense targets for distillers travel in the same batch.
+            targets, pair_ids: ignored here; what distillers want travels in the same batch.
         """
         image, kept, image_tokens = self._encoded(pixel_values, encoded)
         unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.collate import EncodedSample
+from zoo.collate import EncodedSample, last_turn
 from zoo.engine import to_device
 from zoo.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
@@ -168,7 +168,7 @@ def _choose(
         for option in q.dialog.choices:
             said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
             ids, labels = processor.tokenize_dialog(said, q.sample.id)
-            last = _last_turn(labels)
+            last = last_turn(labels)
             options.append((i, option, EncodedSample(ids, last, [])))
     options.sort(key=lambda o: len(o[2]))
     found: dict[int, tuple[float, str]] = {}
@@ -191,16 +191,6 @@ def _likelihood(model: Any, out: Any) -> Tensor:
     logits = model.llm.head(out.last_hidden_state[:, :-1][where]).float()  # (S, V)
     each = -F.cross_entropy(logits, wanted[where], reduction="none")  # (S,)
     return torch.zeros(len(wanted), device=each.device).index_add_(0, where.nonzero()[:, 0], each)
-
-
-def _last_turn(labels: np.ndarray) -> np.ndarray:
-    """Keep the labels of the last assistant turn only."""
-    where = np.flatnonzero(labels != IGNORE_INDEX)
-    gaps = np.flatnonzero(np.diff(where) > 1)
-    start = where[gaps[-1] + 1] if len(gaps) else where[0]
-    result = np.full_like(labels, IGNORE_INDEX)
-    result[start:] = labels[start:]
-    return result
 
 
 def _pick(image: ImageFeatures, index: Tensor) -> ImageFeatures:

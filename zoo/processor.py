@@ -14,9 +14,9 @@ from transformers import BatchFeature, ProcessorMixin
 
 from zoo.auto import register_processor
 from zoo.chat import Chat
-from zoo.collate import EncodedSample, TokenizedDialog, collate, pack, share_prefix
+from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
 from zoo.model_types import ZooConfig
-from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
+from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError, unknown
 from zoo.vision.transform import to_pixels
 
 _CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
@@ -156,18 +156,20 @@ class ZooProcessor(ProcessorMixin):
     def encode(self, sample: Sample) -> EncodedSample:
         """Encode a sample for training. Several dialogs share the images: one prefix, then a block for each dialog.
 
+        So do the two answers of a preference.
+
         Raises:
             ZooError: images and image parts do not match, an answer is empty, or the chat template and the tokenizer
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
-        dialogs = [self._learnt(d.messages, sample) for d in sample.dialogs]
+        dialogs = _paired(sample, [self._learnt(d.messages, sample) for d in sample.dialogs])
         common: dict[str, Any] = {
             "pixel_values": [self._pixels(i) for i in sample.images],
             "targets": sample.targets,
             "ids": [sample.id],
         }
         if len(dialogs) == 1:
-            return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, **common)
+            return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, pairs=dialogs[0].pairs, **common)
         row: dict[str, Any] = dict(share_prefix(dialogs, sample.id))
         return EncodedSample(**row, **common)
 
@@ -235,6 +237,23 @@ class ZooProcessor(ProcessorMixin):
         if self.transform is None:
             raise ZooError("An image was given to a model that has no vision encoder.")
         return to_pixels(source, self.transform)
+
+
+def _paired(sample: Sample, dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
+    """Number the pairs of answers of a sample; one half of a pair may stand alone, its other half in another row."""
+    sides = [d.preference for d in sample.dialogs]
+    if not any(sides):
+        return dialogs
+    wrong = next((s for s in sides if s not in ("", "chosen", "rejected")), None)
+    if wrong is not None:
+        raise unknown("preference of a dialog", wrong, ("chosen", "rejected"))
+    if len(sides) > 1 and [s for s in sides if s] != ["chosen", "rejected"] * (len([s for s in sides if s]) // 2):
+        raise ZooError(f"Sample {sample.id!r}: each chosen dialog must have its rejected one behind it, got {sides}.")
+    result, number = [], int(sides == ["rejected"])
+    for side, dialog in zip(sides, dialogs, strict=True):
+        result.append(as_preference(dialog, number) if side else dialog)
+        number += bool(side)
+    return result
 
 
 def _key(content: Any) -> Any:

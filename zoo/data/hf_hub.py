@@ -6,14 +6,12 @@ decoded where they are used.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from zoo.data.hub_rows import open_rows, row_image, undecoded
 from zoo.data.image_store import ImageStore, open_store
-from zoo.data.records import RecordFields, inline_image, read_record, record_id
+from zoo.data.records import RecordFields, read_record, record_id
 from zoo.registry import MISSING, Sample, ZooError, register
-
-FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
 @dataclass
@@ -48,7 +46,7 @@ class HubData:
     def __init__(self, config: HubDataConfig) -> None:
         self.config = config
         self.store: ImageStore | None = open_store(config.images) if config.images else None
-        self.rows = _undecoded(_open(config))
+        self.rows = undecoded(open_rows(config))
         if config.limit:
             self.rows = self.rows.take(config.limit)
 
@@ -70,19 +68,7 @@ class HubData:
         name = record_id(row, self.config) or str(number)
         where = f"{self.config.path} ({self.config.split}), row {number}"
         images, dialog = read_record(row, self.config, where)
-        return Sample(name, [self._image(image, where) for image in images], [dialog])
-
-    def _image(self, image: Any, where: str) -> Any:
-        if isinstance(image, dict) and ("bytes" in image or "path" in image):
-            return image["bytes"] if image.get("bytes") else StoredImage(image)
-        if not isinstance(image, str):
-            raise ZooError(f"{where}: the image is a {type(image).__name__}; an image column or a name is needed.")
-        data = inline_image(image, where)
-        if data is not None:
-            return data
-        if self.store is None:
-            raise ZooError(f"{where}: the image is the name {image!r}; say with images=... where the files are.")
-        return self.store.find(image, where)
+        return Sample(name, [row_image(image, self.store, where) for image in images], [dialog])
 
 
 class MappedHubData(HubData):
@@ -110,68 +96,3 @@ class StreamedHubData(HubData):
         rows.set_epoch(epoch)
         for number, row in enumerate(rows, start):
             yield self.sample(row, number)
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image that the library knows how to open: a local file or one inside a remote archive."""
-
-    value: dict[str, Any]
-
-    def __call__(self) -> Any:
-        return _library().Image().decode_example(self.value)
-
-
-def _library() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ZooError("Data set 'hf' needs the package `datasets`: pip install 'zoo-vlm[datasets]'.") from None
-    return datasets
-
-
-def _open(config: HubDataConfig) -> Any:
-    """Open what `path` names, as a Dataset or an IterableDataset of the split.
-
-    Raises:
-        ZooError: it does not exist, or has no such split or subset.
-    """
-    datasets = _library()
-    path = Path(config.path)
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            found = datasets.load_from_disk(str(path))
-            if isinstance(found, dict):
-                if config.split not in found:
-                    raise ValueError(f"split {config.split!r} is not among {sorted(found)}")
-                found = found[config.split]
-            return found.to_iterable_dataset() if config.streaming else found
-        if path.suffix in FILES:
-            files = {config.split: config.path}
-            return datasets.load_dataset(
-                FILES[path.suffix], data_files=files, split=config.split, streaming=config.streaming
-            )
-        return datasets.load_dataset(
-            config.path,
-            config.subset or None,
-            split=config.split,
-            revision=config.revision or None,
-            streaming=config.streaming,
-        )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ZooError(f"Data set {config.path!r} cannot be opened: {reason}") from error
-
-
-def _undecoded(rows: Any) -> Any:
-    """Leave images as they are stored: decoding belongs to the place that uses them, and may never be needed."""
-    datasets = _library()
-    if rows.features is None:  # a stream whose columns are not known before its first row
-        rows = rows._resolve_features()
-    plain = datasets.Image(decode=False)
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, plain)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(name, type(feature)(plain))
-    return rows

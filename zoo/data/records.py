@@ -74,11 +74,11 @@ def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> 
     Raises:
         ZooError: something is missing or does not fit; the message begins with `where`.
     """
-    images = _images(record, fields, where)
+    images = images_of(record, fields, where)
     turns_field = _turns_field(record, fields, where)
     answers: list[str] = []
     if turns_field:
-        messages, images = _turns(record[turns_field], images, f"{where}, {turns_field}")
+        messages, images = read_turns(record[turns_field], images, f"{where}, {turns_field}")
     else:
         messages, answers = _question(record, fields, where)
     if fields.system and messages[0]["role"] != "system":
@@ -172,7 +172,7 @@ def _turns_field(record: Mapping[str, Any], fields: RecordFields, where: str) ->
     raise ZooError(f"{where} has none of {', '.join(map(repr, allowed))}; its fields are {', '.join(sorted(record))}.")
 
 
-def _images(record: Mapping[str, Any], fields: RecordFields, where: str) -> list[Any]:
+def images_of(record: Mapping[str, Any], fields: RecordFields, where: str) -> list[Any]:
     if fields.image_field:
         value = _column(record, fields.image_field, where)
     else:
@@ -182,7 +182,7 @@ def _images(record: Mapping[str, Any], fields: RecordFields, where: str) -> list
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
+def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """Read LLaVA or chat turns, mixed as they come; parts with an image of their own put it among the images."""
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise ZooError(f"{where}: a list of turns is needed, got {type(turns).__name__} {str(turns)[:40]!r}.")

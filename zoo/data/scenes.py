@@ -20,6 +20,7 @@ import numpy as np
 
 from zoo.data import scene_draw, scene_questions
 from zoo.data.scene_draw import COLORS, LEVELS, SHAPES, SIZES, Level, Objects
+from zoo.data.scene_pairs import KINDS_WITH_WRONG, in_pairs
 from zoo.data.scene_questions import CAPTION, KINDS, TASKS
 from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError, register, unknown
 
@@ -40,7 +41,7 @@ QUESTIONS = {
 }
 
 # Streams of random numbers: what is drawn by one never moves when another changes.
-PLACE, DRAW, ASK = range(3)
+PLACE, DRAW, ASK, MISTAKE = range(4)
 
 
 @dataclass
@@ -54,6 +55,7 @@ class ScenesConfig:
     seed: int = 0  # of the pictures and the questions
     # How many of each kind are asked about a picture, in this order; those given replace the numbers here.
     questions: dict[str, int] = field(default_factory=lambda: dict(QUESTIONS))
+    pairs: bool = False  # each question twice, with the right answer and with a wrong one: pairs for preference losses
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -76,6 +78,10 @@ class ScenesConfig:
                 raise ZooError(f"The number of {kind!r} questions must not be negative, got {number}.")
         if not any((QUESTIONS | dict(self.questions)).values()):
             raise ZooError("questions must ask for at least one question per picture.")
+        asked = [kind for kind, number in (QUESTIONS | dict(self.questions)).items() if number]
+        if self.pairs and (odd := [kind for kind in asked if kind not in KINDS_WITH_WRONG]):
+            known = ", ".join(KINDS_WITH_WRONG)
+            raise ZooError(f"pairs has wrong answers to {known} only: set questions.{odd[0]} to 0.")
 
 
 class Chunk(NamedTuple):
@@ -107,6 +113,9 @@ class Scenes:
         """Return picture `index` with the questions of `epoch`; the eval split asks the same in every epoch."""
         chunk, at = self._locate(index)
         dialogs = [self._dialog(chunk, at, *row) for row in self._questions(chunk, epoch)[at].tolist()]
+        if self.config.pairs:
+            rng = np.random.default_rng([*self._key(MISTAKE, chunk, epoch if self.training else 0), at])
+            dialogs = in_pairs(rng, dialogs, self.scene(index), self.level)
         targets = {"patch_labels": self._labels(chunk)[at : at + 1]} if self.config.grid else {}
         return Sample(f"{self.config.split}-{index}", [partial(self._image, chunk, at)], dialogs, targets)
 
@@ -146,10 +155,12 @@ class Scenes:
         number = index // 4 if held_out else index // 4 * 3 + index % 4
         return Chunk(held_out, number // CHUNK), number % CHUNK
 
-    def _rng(self, stream: int, chunk: Chunk, epoch: int = 0) -> np.random.Generator:
+    def _key(self, stream: int, chunk: Chunk, epoch: int = 0) -> list[int]:
         split = SPLITS.index(self.config.split)
-        key = [self.config.seed, split, self.config.difficulty, stream, int(chunk.held_out), chunk.number, epoch]
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        return [self.config.seed, split, self.config.difficulty, stream, int(chunk.held_out), chunk.number, epoch]
+
+    def _rng(self, stream: int, chunk: Chunk, epoch: int = 0) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(self._key(stream, chunk, epoch))))
 
     def _objects(self, chunk: Chunk) -> Objects:
         if chunk not in self._placed:
