@@ -77,6 +77,7 @@ class PoolPruner(nn.Module):
             tokens=pool(image.tokens),
             grid=grid,
             keep=None,  # a mean has no place of its own; the tokens fill the new grid in order
+            num_patches=image.num_patches or image.tokens.shape[1],
             groups=self._windows(image, grid),
             cls_attention=pool_scores(image.cls_attention),
             key_attention=pool_scores(image.key_attention),
@@ -91,4 +92,4 @@ class PoolPruner(nn.Module):
             torch.arange(n, device=image.tokens.device) * k // n for n, k in zip(image.grid, grid, strict=True)
         )
         window = (rows.unsqueeze(1) * grid[1] + columns).flatten().expand(image.tokens.shape[0], -1)  # (M, N)
-        return window if image.groups is None else window.gather(1, image.groups)
+        return image.regrouped(window)  # (M, N0)

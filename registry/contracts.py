@@ -53,6 +53,7 @@ class ImageFeatures:
     # (M, N0) for each token of the encoder's own grid, which of the tokens it went into, -1 where it was dropped. Set
     # by a pruner that merges, in place of `keep`.
     groups: Tensor | None = None
+    num_patches: int | None = None  # N0; None: as many as there are tokens
 
     def take(self, keep: Tensor) -> ImageFeatures:
         """Keep some of the tokens, and what is known of each of them; the grid is gone.
@@ -62,13 +63,32 @@ class ImageFeatures:
         """
         of_tokens = ("cls_attention", "key_attention", "pooling_attention", "keys")
         known: dict[str, Any] = {n: _at(getattr(self, n), keep) for n in of_tokens if getattr(self, n) is not None}
+        n = self.tokens.shape[1]
         if self.groups is None:
             known["keep"] = keep if self.keep is None else self.keep.gather(1, keep)  # (M, K)
         else:
-            places = keep.new_zeros(keep.shape[0], self.tokens.shape[1] + 1) - 1  # (M, N + 1), the last for -1
-            places.scatter_(1, keep, (keep.new_ones(keep.shape).cumsum(1) - 1))
-            known["groups"] = places.gather(1, self.groups % places.shape[1])  # (M, N0)
-        return replace(self, tokens=_at(self.tokens, keep), grid=None, **known)
+            places = keep.new_full((keep.shape[0], n), -1)
+            known["groups"] = self.regrouped(places.scatter(1, keep, keep.new_ones(keep.shape).cumsum(1) - 1))
+        return replace(self, tokens=_at(self.tokens, keep), grid=None, num_patches=self.num_patches or n, **known)
+
+    def regrouped(self, groups: Tensor) -> Tensor:
+        """Follow the encoder's tokens through a merge: (M, N0), what a pruner that merges returns as `groups`.
+
+        Args:
+            groups: (M, N) for each of the tokens that are left here, which one it goes into, -1 where it is dropped.
+        """
+        nowhere = groups.new_full((groups.shape[0], 1), -1)
+        if self.groups is not None:
+            return _at(_cat(groups, nowhere), self.groups % (groups.shape[1] + 1))  # -1 is the last column
+        if self.keep is None:
+            return groups
+        return nowhere.repeat(1, self.num_patches or groups.shape[1]).scatter(1, self.keep, groups)
+
+
+def _cat(*parts: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat(parts, dim=1)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
