@@ -5,6 +5,7 @@ from zoo.registry import declare
 declare("adapter", "lora", "zoo.fusion.lora")
 declare("adapter", "mole", "zoo.fusion.mole")
 declare("adapter", "upcycle", "zoo.fusion.upcycle")
+declare("adapter", "vlora", "zoo.fusion.vlora")
 declare("llm", "hf", "zoo.fusion.llm")
 declare("projector", "linear", "zoo.fusion.linear")
 declare("projector", "mlp", "zoo.fusion.mlp")

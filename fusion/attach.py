@@ -6,6 +6,7 @@ stay what its checkpoints call them, whatever stands in between.
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,14 +66,15 @@ def add_to_output(lm: nn.Module, name: str, delta: Callable[[Tensor], Tensor | N
     """Add `delta(x)` to the output of the linear layer called `name`; None adds nothing.
 
     The module tree and the state-dict keys of `lm` stay as they were, so base checkpoints still load. Activation
-    checkpointing runs the hook again in backward: `delta` must be a pure function of `x` and of what it holds.
+    checkpointing runs the hook again in backward: `delta` must be a pure function of `x` and of what it holds. Where it
+    is a method, or a `partial` of one, a deep copy of the model holds the copy of its owner.
     """
+    return lm.get_submodule(name).register_forward_hook(partial(_add, delta))
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        extra = delta(args[0])
-        return out if extra is None else out + extra
 
-    return lm.get_submodule(name).register_forward_hook(hook)
+def _add(delta: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    extra = delta(args[0])
+    return out if extra is None else out + extra
 
 
 def replace(root: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:

@@ -4,7 +4,8 @@ Letters in shapes: B sequences, M images in the batch, N image tokens per image,
 vision width, C LLM width, V vocabulary; `h, w` is the patch grid. Nothing here imports torch, so that names and
 configs stay cheap.
 
-Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some; the check walks the slots in the
+Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some (an adapter may also say in
+`excludes` which must not hold, and `per_row = True` if samples must not share a row); the check walks the slots in the
 order vision -> pruner -> projector -> llm -> adapter and keeps the set of those that hold. In use:
 
     grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by dropping tokens
@@ -248,11 +249,12 @@ class LanguageModel(Protocol):
 
 @runtime_checkable
 class Adapter(Protocol):
-    """`__init__(config, *, llm, vision_dim, text_dim, grid)`, any of them; `llm` has its base weights.
+    """`__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid)`, any of them; `llm` has its base weights.
 
     An adapter may also have `begin(sequence)`, called before each pass with the LLM's sequence (zoo.model_types);
     `start()`, called where it starts untrained on weights that were loaded after it was built; and `idles(name)`:
     whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it.
+    `grid` is None once a pruner destroyed it; `encoder_grid` is what `ImageFeatures.keep` and `groups` point into.
     """
 
     def attach(self) -> None:

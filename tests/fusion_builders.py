@@ -12,6 +12,8 @@ DENSE += ["granite", "starcoder2", "gpt_neox", "gpt2", "opt", "phi", "cohere"]
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
 NO_GROUPS = {"gpt_neox", "gpt2", "opt", "phi", "stablelm", "cohere"}
 VOCAB = 97
+# Options for tests of components whose defaults are of a size for large models.
+SMALL: dict[str, dict] = {"vlora": {"rank": 4, "skip": 1, "width": 16, "depth": 2, "num_heads": 2}}
 
 
 def llm_node(model_type: str = "llama", **options) -> dict:

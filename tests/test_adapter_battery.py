@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from tests.fusion_builders import VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
+from tests.fusion_builders import SMALL, VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
 from zoo import registry
 from zoo.registry.contracts import Adapter
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parametrize("name", NAMES)
 
 def build(name, llm, seed=0):
     torch.manual_seed(seed)
-    node = {"name": name}
+    node = {"name": name, **SMALL.get(name, {})}
     return registry.build("adapter", node, llm=llm, vision_dim=DIM, text_dim=llm.hidden_size, grid=GRID).eval()
 
 

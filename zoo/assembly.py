@@ -134,11 +134,12 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
     have |= frozenset(parts.llm.provides)
     took("llm", slots["llm"]["name"], parts.llm, tokens=parts.num_image_tokens, grid=None, width=text_dim)
     for name, node in (slots.get("adapter") or {}).items():
-        adapter = _build(
-            "adapter", {**node, "name": name}, llm=parts.llm, vision_dim=width or None, text_dim=text_dim, grid=grid
-        )
+        derived = {"vision_dim": width or None, "text_dim": text_dim, "grid": grid}
+        derived["encoder_grid"] = tuple(parts.vision.grid) if parts.vision is not None else None
+        adapter = _build("adapter", {**node, "name": name}, llm=parts.llm, **derived)
         _require("adapter", name, adapter, have, f"llm {slots['llm']['name']!r}", slots)
         _refuse_shared(name, adapter, parts.adapter)
+        _exclude("adapter", name, adapter, have, parts.steps)
         have = (have - getattr(adapter, "destroys", frozenset())) | getattr(adapter, "provides", frozenset())
         parts.adapter[name] = adapter
         adapter.attach()
@@ -146,7 +147,9 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
     for name, pruner in parts.pruner.items():  # what a pruner needs inside the LLM holds only now
         missing = (frozenset(getattr(pruner, "needs", ())) & LATE) - have
         if missing:
-            raise _misfit("pruner", name, missing, have, f"llm {slots['llm']['name']!r}")
+            taker = next((n for n, a in parts.adapter.items() if missing & getattr(a, "excludes", frozenset())), "")
+            source = f"adapter {taker!r}, which takes the image by another way," if taker else ""
+            raise _misfit("pruner", name, missing, have, source or f"llm {slots['llm']['name']!r}")
         if hasattr(pruner, "attach"):
             pruner.attach(parts.llm)
 
@@ -201,6 +204,15 @@ def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str,
         raise _misfit(
             kind, name, missing, have, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)
         )
+
+
+def _exclude(kind: str, name: str, part: Any, have: frozenset[str], steps: list[Step]) -> None:
+    """Refuse a part beside what it does not stand."""
+    if unwanted := frozenset(getattr(part, "excludes", frozenset())) & have:
+        word = ", ".join(sorted(unwanted))
+        giver = next((s for s in steps if unwanted & s.provides), None)
+        source = f"{giver.kind} {giver.name!r} gives" if giver else "there are"
+        raise MisfitError((kind, name), f"excluded: {word}", f"{kind} {name!r} excludes {word}, but {source} them.")
 
 
 def _misfit(

@@ -201,6 +201,12 @@ def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) ->
     for key in stage.data:
         if key not in plan.data:
             raise ZooError(where + str(registry.unknown("data", key, plan.data)))
+    alone = next((n for n, a in model.adapter.items() if getattr(a, "per_row", False)), None)
+    if alone and stage.pack_length is not None:
+        raise ZooError(
+            f"{where}pack_length={stage.pack_length} puts several samples into a row, and adapter {alone!r} changes "
+            f"the LLM for a whole row: set pack_length=null."
+        )
     try:
         trainable = model.set_trainable(stage.train, stage.freeze)
     except ZooError as error:
@@ -255,6 +261,8 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, Plan]]:
         if getattr(plan, key) != "auto":
             auto: dict[str, Any] = {key: "auto"}
             yield f"{key}=auto", replace(plan, **auto)
+    if plan.slots.get("projector") and any(_excludes_tokens(n) for n in plan.slots.get("adapter") or {}):
+        yield "projector=null", replace(plan, slots={**plan.slots, "projector": None})
     for template in CHAT_TEMPLATES:
         if template != plan.template and (plan.template or plan.tokenizer):
             yield f"tokenizer.chat_template={template}", replace(plan, template=template)
@@ -283,6 +291,10 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 yield f"{kind}={other}", replace(plan, slots={**plan.slots, kind: node})
         if current and kind != "llm":
             yield f"{kind}=null", replace(plan, slots={**plan.slots, kind: None})
+
+
+def _excludes_tokens(adapter: str) -> bool:
+    return "image_tokens" in getattr(registry.get("adapter", adapter).cls, "excludes", ())
 
 
 def _other_options(plan: Plan) -> Iterator[tuple[str, Plan]]:
@@ -315,6 +327,7 @@ def _other_stages(plan: Plan) -> Iterator[tuple[str, Plan]]:
             ("train", ["projector"]),
             ("data", {}),
             ("distiller", None),
+            ("pack_length", None),
         ):
             if getattr(stage, field_name) != value:
                 try:

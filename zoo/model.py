@@ -280,7 +280,8 @@ class ZooModel(PreTrainedModel):
             inputs_embeds = self.merge(input_ids, image_tokens)
         if unused is not None:
             inputs_embeds = inputs_embeds + unused
-        self._condition(kept, images_per_row, input_ids)
+        if kept is not None or not _goes_on(past_key_values):
+            self._condition(kept, images_per_row, input_ids)
         if (
             position_ids is None
             and attention_mask is not None
@@ -385,12 +386,10 @@ class ZooModel(PreTrainedModel):
             elif self.num_image_tokens:
                 found = (input_ids == self.image_token_id).sum(1) // self.num_image_tokens
                 images_per_row = found.tolist()
-            elif len(image.tokens) == len(input_ids):
+            elif (count := len(image.rows or image.tokens)) == len(input_ids):
                 images_per_row = [1] * len(input_ids)
             else:
-                raise ZooError(
-                    f"{len(image.tokens)} images for {len(input_ids)} rows without placeholders: pass images_per_row."
-                )
+                raise ZooError(f"{count} images for {len(input_ids)} rows without placeholders: pass images_per_row.")
         for adapter in self.adapter.values():
             adapter.condition(image, images_per_row or [], expand)
 
@@ -529,6 +528,11 @@ class ZooModel(PreTrainedModel):
         if device_map is not None and device_map != "auto":
             model.to(next(iter(device_map.values())) if isinstance(device_map, dict) else device_map)
         return model.eval()
+
+
+def _goes_on(past_key_values: Any) -> bool:
+    """Whether a cache holds the beginning of the sequence, and adapters go on with the image that it began with."""
+    return past_key_values is not None and past_key_values.get_seq_length() > 0
 
 
 register_model(ZooConfig, ZooModel)

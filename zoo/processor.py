@@ -29,7 +29,7 @@ class ZooProcessor(ProcessorMixin):
         tokenizer: with an image token, padding, an end-of-sequence token and a chat template.
         transform: what the encoder wants of its pixels, as `ImageTransform` or its dict; None without an encoder.
         num_image_tokens: placeholders per image; 0 where images do not stand in the sequence.
-        image_separator: text between an image and what follows it.
+        image_separator: text between an image and what follows it, where images stand in the sequence.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class ZooProcessor(ProcessorMixin):
             text: one text or several.
 
         Returns:
-            input_ids, attention_mask (B, T) and pixel_values (M, 3, h, w) if there are images.
+            input_ids, attention_mask (B, T) and pixel_values (M, 3, h, w) if there are images; images_per_row where
+            images leave no placeholders.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pixels = [self._pixels(source) for source in _flat(images)]
@@ -94,6 +95,8 @@ class ZooProcessor(ProcessorMixin):
         keep = {k: batch[k] for k in ("input_ids", "attention_mask")}
         if pixels:
             keep["pixel_values"] = torch.stack(pixels)
+            if not self.num_image_tokens:
+                keep["images_per_row"] = [t.count(self.image_token) for t in texts]
         return BatchFeature(keep)
 
     def apply_chat_template(  # type: ignore[override]  # fewer options, and images beside the messages
@@ -142,7 +145,7 @@ class ZooProcessor(ProcessorMixin):
         text = ""
         for part in content:
             if part["type"] == "image":
-                text += self.image_token + self.image_separator
+                text += self.image_token + (self.image_separator if self.num_image_tokens else "")
             elif part["type"] == "text":
                 if self.image_token in part["text"]:
                     raise ZooError(f"A text part holds the image token {self.image_token!r}: {part['text'][:80]!r}.")

@@ -1,0 +1,57 @@
+"""The perceptual weights generator of VLoRA: learned queries read an image and become low-rank factors of weights.
+
+Paper: Ma et al., arXiv:2405.20339. A query decoder as in DETR, or a Perceiver whose memory is never updated: each block
+lets the queries attend to each other, then to the image, then comes a feed-forward, all with norms ahead of them. The
+memory itself is not normalised. One query for each matrix that changes.
+
+Initialisation is what the authors' code comes to, not what it intends: linear layers are a truncated normal of std
+0.02, biases 0; the packed projections of attention keep Xavier's; queries are a normal of std 1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightGenerator(nn.Module):
+    """Memory (G, S, W) to factors (G, K, out) with K queries."""
+
+    def __init__(self, num_queries: int, width: int, depth: int, num_heads: int, mlp_ratio: float, out: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, width))
+        self.blocks = nn.ModuleList(GeneratorBlock(width, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, out)
+        self.apply(init_linear)
+
+    def forward(self, memory: Tensor) -> Tensor:
+        """Read memory (G, S, W); returns (G, K, out)."""
+        queries = self.queries.to(memory.dtype).expand(len(memory), -1, -1)  # (G, K, W)
+        for block in self.blocks:
+            queries = block(queries, memory)
+        return self.head(self.norm(queries))  # (G, K, out)
+
+
+class GeneratorBlock(nn.Module):
+    """Queries to queries, queries to memory, feed-forward."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.own = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.cross = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        inner = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """Update queries (G, K, W) from memory (G, S, W)."""
+        x = self.norm1(queries)
+        queries = queries + self.own(x, x, x, need_weights=False)[0]
+        queries = queries + self.cross(self.norm2(queries), memory, memory, need_weights=False)[0]
+        return queries + self.mlp(self.norm3(queries))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialise a linear layer as the authors do; packed projections of attention are bare parameters, and are not."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,681 @@
+"""VLoRA: the equation against loops, rows of a batch on their own, checkpointing, merging, copies, refusals."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.fusion_builders import SMALL, VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
+from zoo import registry
+from zoo.registry import ImageFeatures, ZooError
+
+DIM, GRID = 24, (4, 4)
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "smollm3"]
+
+
+def vlora_on(llm, seed=0, attach=True, moved=True, **options):
+    torch.manual_seed(seed)
+    node = {"name": "vlora", **SMALL["vlora"], **options}
+    adapter = registry.build("adapter", node, llm=llm, vision_dim=DIM, grid=GRID).to(llm.lm.dtype)
+    if moved:  # as training would; B starts at zero
+        g = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=g).to(p))
+    if attach:
+        adapter.attach()
+    return adapter
+
+
+def double(model_type="llama", **options):
+    llm = tiny_llm(model_type, **options)
+    llm.lm.double()
+    return llm
+
+
+def images(m=2, seed=0, dtype=torch.float32):
+    image = features(m=m, grid=GRID, dim=DIM, seed=seed)
+    return replace(image, tokens=image.tokens.to(dtype), cls_attention=None)
+
+
+def pick(image, *which):
+    return replace(image, tokens=image.tokens[list(which)])
+
+
+def logits(llm, ids=None, mask=None):
+    ids = padded_batch()[0] if ids is None else ids
+    mask = torch.ones_like(ids) if mask is None else mask
+    return llm.lm(input_ids=ids, attention_mask=mask).logits
+
+
+# ---- the equation ------------------------------------------------------------------------------------------------
+
+
+def naive_attention(attention, q, memory):
+    """Loops over heads of torch's packed attention."""
+    wq, wk, wv = attention.in_proj_weight.chunk(3)
+    bq, bk, bv = attention.in_proj_bias.chunk(3)
+    q, k, v = q @ wq.T + bq, memory @ wk.T + bk, memory @ wv.T + bv
+    d = q.shape[-1] // attention.num_heads
+    heads = []
+    for h in range(attention.num_heads):
+        part = slice(h * d, (h + 1) * d)
+        heads.append((q[:, part] @ k[:, part].T / d**0.5).softmax(-1) @ v[:, part])
+    return torch.cat(heads, -1) @ attention.out_proj.weight.T + attention.out_proj.bias
+
+
+def norm(layer, x):
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return x * layer.weight + layer.bias
+
+
+def naive_factor(generator, memory, sites, rank):
+    """A of each site (in, R) from one memory (S, W)."""
+    q = generator.queries
+    for block in generator.blocks:
+        q = q + naive_attention(block.own, norm(block.norm1, q), norm(block.norm1, q))
+        q = q + naive_attention(block.cross, norm(block.norm2, q), memory)
+        first, last = block.mlp[0], block.mlp[2]
+        inner = norm(block.norm3, q) @ first.weight.T + first.bias
+        inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+        q = q + inner @ last.weight.T + last.bias
+    flat = norm(generator.norm, q) @ generator.head.weight.T + generator.head.bias
+    a = torch.empty(sites, flat.shape[1] // rank, rank, dtype=flat.dtype)
+    rows = []
+    for site in range(sites):
+        rows.append(torch.stack([flat[site, i * rank : (i + 1) * rank] for i in range(a.shape[1])]))
+    return rows  # output i * r + j is A[i, j]
+
+
+def naive_logits(adapter, image, ids):
+    """A plain LLM for each image: dense changes of q, k, v, o, and m as a path of its own; loops over images."""
+    rows = []
+    for row in range(len(ids)):
+        memory = image.tokens[row] @ adapter.memory.proj.weight.T + adapter.memory.proj.bias + adapter.memory.positions
+        types, rank, sites = adapter.config.types, adapter.config.rank, adapter.sites
+        a = {t: naive_factor(adapter.generators[t], memory, len(sites), rank) for t in types}
+        weights, hooks = {}, []
+        for number, site in enumerate(sites):
+            for name, letters in site.linears:
+                change = [adapter.scale * adapter.b[t][number] @ a[t][number].T for t in letters if t != "m"]
+                if letters == "m":
+                    factors = a["m"][number], adapter.scale * adapter.b["m"][number]
+                    add = lambda m, x, out, f=factors: out + x[0] @ (f[0] @ f[1].T)  # noqa: E731
+                    hooks.append(adapter.lm.get_submodule(name).register_forward_hook(add))
+                else:
+                    weights[f"{name}.weight"] = adapter.lm.get_submodule(name).weight.detach() + torch.cat(change)
+        inputs = {"input_ids": ids[row : row + 1]}
+        rows.append(torch.func.functional_call(adapter.lm, weights, (), inputs).logits)
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {"alpha": 6.0}),
+        ("phi3", {}),
+        ("qwen3", {"extra": {"head_dim": 12}}),  # o is wider than the model
+    ],
+)
+def test_values_and_gradients_are_those_of_dense_changes(model_type, options):
+    extra = {"extra": options.pop("extra")} if "extra" in options else {}
+    llm = double(model_type, **extra)
+    adapter = vlora_on(llm, **options)
+    ids, image = padded_batch()[0], images(dtype=torch.float64)
+    weight = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+    results = []
+    for naive in (False, True):
+        image.tokens = image.tokens.detach().requires_grad_()
+        adapter.detach() if naive else adapter.condition(image, [1, 1])
+        out = naive_logits(adapter, image, ids) if naive else logits(llm)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), [image.tokens, *adapter.parameters()])])
+    assert all(torch.allclose(a, b, atol=1e-10 * max(1, b.abs().max())) for a, b in zip(*results, strict=True))
+    assert all(g.abs().max() > 1e-6 for g in results[0][1:])
+
+
+@torch.no_grad()
+def test_m_has_no_place_in_the_feed_forward_weights():
+    llm = double()
+    adapter = vlora_on(llm, types="m", skip=2)
+    adapter.condition(images(1, dtype=torch.float64), [1])
+    wanted, (a, b) = logits(llm, padded_batch()[0][:1]), adapter._given[0]["m"]
+    adapter.detach()
+    down = llm.layers[1].mlp.down_proj
+    down.weight += torch.nn.functional.pad(b @ a[0].T, (0, down.in_features - 32))
+    assert not torch.allclose(logits(llm, padded_batch()[0][:1]), wanted, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_change_of_k_comes_ahead_of_rotary_positions(monkeypatch):
+    """A change behind them would not turn with the position; this one does, as the dense change does."""
+    from transformers.models.llama import modeling_llama
+
+    llm = double()
+    adapter = vlora_on(llm, types="k", skip=2)
+    adapter.condition(images(dtype=torch.float64), [1, 1])
+    seen = []
+    rotate = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest: seen.append(k) or rotate(q, k, *rest)
+    )
+    logits(llm)
+    changed = seen[1]
+    adapter.condition(None, [0, 0])
+    logits(llm)
+    assert (changed - seen[3]).abs().max() > 1e-3 and torch.equal(seen[0], seen[2])
+
+
+@torch.no_grad()
+def test_the_change_has_the_rank_it_says():
+    adapter = vlora_on(double(), rank=3)
+    adapter.condition(images(dtype=torch.float64), [1, 1])
+    for site, factors in zip(adapter.sites, adapter._given, strict=True):
+        for t, (a, b) in factors.items():
+            assert a.shape == (2, site.widths[t][0], 3) and b.shape == (site.widths[t][1], 3)
+            assert [int(torch.linalg.matrix_rank(b @ one.T)) for one in a] == [3, 3]
+
+
+@torch.no_grad()
+def test_alpha_scales_b():
+    ids, image = padded_batch()[0], images(dtype=torch.float64)
+    outs = []
+    for alpha, factor in ((8.0, 1.0), (4.0, 2.0), (None, 2.0)):
+        llm = double()
+        adapter = vlora_on(llm, alpha=alpha)
+        for b in adapter.b.values():
+            b.mul_(factor)
+        adapter.condition(image, [1, 1])
+        outs.append(logits(llm, ids))
+    assert torch.allclose(outs[0], outs[1], atol=1e-12) and torch.equal(outs[1], outs[2])
+
+
+@torch.no_grad()
+def test_places_enter_through_positions_alone():
+    llm = double()
+    adapter = vlora_on(llm)
+    image, order = images(dtype=torch.float64), torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    adapter.condition(image, [1, 1])
+    wanted = logits(llm)
+    moved = replace(image, tokens=image.tokens[:, order])
+    adapter.condition(moved, [1, 1])
+    assert not torch.allclose(logits(llm), wanted, atol=1e-4)
+    adapter.memory.positions.copy_(adapter.memory.positions[order])
+    adapter.condition(moved, [1, 1])
+    assert torch.allclose(logits(llm), wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_factors_run_by_type_then_by_layer(separate):
+    llm = double("llama", num_layers=3)
+    adapter = vlora_on(llm, separate=separate, types="qkv", moved=False)
+    whole = torch.cat([g.queries for g in adapter.generators.values()])
+    assert whole.shape == (9, 16)
+    with torch.no_grad():  # one query alone differs: that of k in the last layer
+        adapter.condition(images(1, dtype=torch.float64), [1])
+        before = [{t: a.clone() for t, (a, _) in f.items()} for f in adapter._given]
+        part, at = (adapter.generators["k"], 2) if separate else (adapter.generators["all"], 5)
+        part.blocks = torch.nn.ModuleList()
+        adapter.condition(images(1, dtype=torch.float64), [1])
+        before = [{t: a.clone() for t, (a, _) in f.items()} for f in adapter._given]
+        part.queries[at].mul_(-1)
+        adapter.condition(images(1, dtype=torch.float64), [1])
+    changed = [(i, t) for i, f in enumerate(adapter._given) for t, (a, _) in f.items() if not a.equal(before[i][t])]
+    assert changed == [(2, "k")]
+
+
+# ---- start, sites, sizes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_fresh_one_changes_no_bit(model_type, dtype):
+    llm = tiny_llm(model_type)
+    llm.lm.to(dtype)
+    with torch.no_grad():
+        wanted = logits(llm)
+        adapter = vlora_on(llm, moved=False)
+        adapter.condition(images(), [1, 1])
+        assert torch.equal(logits(llm), wanted)
+
+
+def test_at_first_only_b_has_a_gradient_and_then_everything():
+    llm = tiny_llm()
+    llm.requires_grad_(False)
+    adapter = vlora_on(llm, moved=False)
+    base = {k: v.clone() for k, v in llm.lm.state_dict().items()}
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    found = []
+    for _ in range(2):
+        adapter.condition(images(), [1, 1])
+        optimizer.zero_grad()
+        logits(llm).logsumexp(-1).sum().backward()
+        found.append({n for n, p in adapter.named_parameters() if p.grad.abs().max() > 0})
+        optimizer.step()
+    assert found[0] == {f"b.{t}" for t in "qkvom"}
+    # The keys' bias shifts every score of a query alike
+    still = {n for n, p in adapter.named_parameters()} - found[1]
+    assert all(n.endswith("in_proj_bias") for n in still)
+    assert same_state(llm.lm.state_dict(), base)
+
+
+@pytest.mark.parametrize(("layers", "skip", "sites"), [(8, 4, [3, 7]), (7, 3, [2, 5]), (3, 1, [0, 1, 2]), (2, 2, [1])])
+def test_the_last_layer_of_each_group_changes(layers, skip, sites):
+    llm = tiny_llm(num_layers=layers)
+    adapter = vlora_on(llm, skip=skip)
+    assert [s.layer for s in adapter.sites] == [f"model.layers.{i}" for i in sites]
+    assert (
+        {len(b) for b in adapter.b.values()}
+        == {g.queries.shape[0] for g in adapter.generators.values()}
+        == {len(sites)}
+    )
+    hooked = {n.split(".")[2] for n, m in llm.lm.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    assert hooked == {str(i) for i in sites}
+
+
+@pytest.mark.parametrize(("width", "total"), [(512, 851_891_712), (1024, 2_027_531_264)])
+def test_the_released_sizes_are_the_default(width, total):
+    """On Vicuna-7B with CLIP ViT-L/14-336: 8 layers change, all five types, rank 64."""
+    sizes = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32, "intermediate_size": 64}
+    with torch.device("meta"):
+        llm = registry.build("llm", llm_node("llama", **sizes), vocab_size=VOCAB)
+        node = {"name": "vlora", "width": width}
+        adapter = registry.build("adapter", node, llm=llm, vision_dim=1024, grid=(24, 24))
+        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+        assert count(adapter) == total
+        assert (len(adapter.sites), adapter.scale, adapter.config.types) == (8, 1.0, "qkvom")
+        if width == 512:
+            assert count(adapter.b) == 5 * 8 * 4096 * 64
+            assert sum(count(g.blocks) for g in adapter.generators.values()) == 168_161_280
+            assert sum(count(g.head) for g in adapter.generators.values()) == 672_399_360
+
+
+def test_weights_start_as_the_released_code_leaves_them():
+    adapter = vlora_on(tiny_llm(), moved=False, width=64, depth=1, rank=16)
+    generator = adapter.generators["o"]
+    for linear in (adapter.memory.proj, generator.head, generator.blocks[0].mlp[0], generator.blocks[0].own.out_proj):
+        assert 0.018 < linear.weight.std() < 0.022 and not linear.bias.any()
+    packed = generator.blocks[0].cross.in_proj_weight
+    assert packed.abs().max() <= (6 / (4 * 64)) ** 0.5 < 1.02 * packed.abs().max()  # Xavier's, of the packed shape
+    assert all(0.8 < t.std() < 1.2 for t in (generator.queries, adapter.memory.positions))
+    assert not any(b.any() for b in adapter.b.values())
+
+
+# ---- rows of a batch ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_images_of_a_batch_do_not_meet():
+    llm = double()
+    adapter = vlora_on(llm)
+    ids, mask = padded_batch()
+    ids[1], mask[0] = ids[0], 1
+    image = images(dtype=torch.float64)
+    adapter.condition(image, [1, 1])
+    both = logits(llm, ids)
+    for i in (0, 1):
+        adapter.condition(pick(image, i), [1])
+        assert torch.allclose(logits(llm, ids[:1]), both[i : i + 1], atol=1e-10)
+    adapter.condition(pick(image, 1, 0), [1, 1])
+    assert torch.allclose(logits(llm, ids), both.flip(0), atol=1e-10)
+    other = replace(image, tokens=torch.stack([image.tokens[0], images(seed=7, dtype=torch.float64).tokens[1]]))
+    adapter.condition(other, [1, 1])
+    changed = logits(llm, ids)
+    assert torch.equal(changed[0], both[0]) and not torch.allclose(changed[1], both[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_rows_of_text_among_images_are_the_plain_llm_to_the_bit(model_type):
+    llm = tiny_llm(model_type)
+    ids, mask = padded_batch(3)
+    with torch.no_grad():
+        wanted = logits(llm, ids, mask)
+    adapter = vlora_on(llm)
+    adapter.condition(images(), [1, 0, 1])
+    out = logits(llm, ids, mask)
+    assert torch.equal(out[1], wanted[1])
+    assert not torch.allclose(out[0], wanted[0], atol=1e-4) and not torch.allclose(out[2], wanted[2], atol=1e-4)
+    out[1].logsumexp(-1).sum().backward()
+    assert not any(p.grad.any() for p in adapter.parameters())
+
+
+@torch.no_grad()
+def test_without_any_image_it_is_the_plain_llm():
+    llm = tiny_llm()
+    wanted = logits(llm)
+    adapter = vlora_on(llm)
+    none = ImageFeatures(torch.zeros(0, 16, DIM), GRID)
+    for image, rows in ((None, [0, 0]), (None, []), (none, [0, 0]), (none, [])):
+        adapter.condition(images(), [1, 1])
+        adapter.condition(image, rows)
+        assert adapter._given is None
+        assert torch.equal(logits(llm), wanted)
+
+
+def test_where_other_processes_wait_text_alone_still_reaches_every_parameter(monkeypatch):
+    llm = tiny_llm()
+    with torch.no_grad():
+        wanted = logits(llm)
+    adapter = vlora_on(llm, max_images=3)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    adapter.condition(None, [0, 0])
+    out = logits(llm)
+    assert torch.equal(out, wanted)
+    out.logsumexp(-1).sum().backward()
+    assert [n for n, p in adapter.named_parameters() if p.grad is None or p.grad.any()] == []
+    with torch.no_grad():
+        adapter.condition(None, [0, 0])
+    assert adapter._given is None
+
+
+@torch.no_grad()
+def test_several_images_are_read_together_in_their_order():
+    llm = double()
+    one, several = vlora_on(llm, attach=False), vlora_on(llm, attach=False, max_images=3)
+    for p, q in zip(one.parameters(), [p for n, p in several.named_parameters() if "numbers" not in n], strict=True):
+        q.copy_(p)
+    image = images(6, dtype=torch.float64)
+    ids, _ = padded_batch(4)
+    one.attach()
+    one.condition(pick(image, 2), [1])
+    wanted = logits(llm, ids[2:3])
+    one.detach()
+    several.attach()
+    several.condition(image, [2, 0, 1, 3])
+    out = logits(llm, ids)
+    assert torch.allclose(out[2:3], wanted, atol=1e-10)  # one image is one image, whatever the limit
+    several.condition(pick(image, 0, 1), [2])
+    assert torch.allclose(logits(llm, ids[:1]), out[:1], atol=1e-10)
+    several.condition(pick(image, 1, 0), [2])
+    assert not torch.allclose(logits(llm, ids[:1]), out[:1], atol=1e-4)
+    crops = replace(image, rows=(2, 1, 3), row_kind="crop")  # three images, cut into six
+    several.condition(crops, [1, 0, 1, 1])
+    assert torch.equal(logits(llm, ids), out)
+
+
+@torch.no_grad()
+def test_what_a_pruner_left_or_merged_is_read_at_the_positions_it_had():
+    llm = double()
+    adapter, image = vlora_on(llm), images(dtype=torch.float64)
+    everything = torch.arange(16).expand(2, -1)
+    adapter.condition(image, [1, 1])
+    wanted = logits(llm)
+    adapter.condition(replace(image, grid=None, keep=everything), [1, 1])
+    assert torch.allclose(logits(llm), wanted, atol=1e-12)
+    keep = torch.tensor([[1, 5, 9], [0, 2, 15]])
+    few = replace(image, grid=None, keep=keep, tokens=image.tokens.gather(1, keep[..., None].expand(-1, -1, DIM)))
+    adapter.condition(few, [1, 1])
+    memory = adapter.memory.proj(few.tokens) + adapter.memory.positions[keep]
+    assert torch.equal(adapter._given[1]["o"][0], adapter._generate(memory)["o"][:, 1])
+    groups = torch.arange(16).view(4, 4).div(8, rounding_mode="floor").flatten().repeat(2, 1)  # two halves
+    groups[1, :3] = -1
+    halves = replace(image, grid=None, tokens=image.tokens[:, :2], groups=groups)
+    adapter.condition(halves, [1, 1])
+    table = adapter.memory.positions
+    places = [[table[:8].mean(0), table[8:].mean(0)], [table[3:8].mean(0), table[8:].mean(0)]]
+    memory = adapter.memory.proj(halves.tokens) + torch.stack([torch.stack(p) for p in places])
+    assert torch.allclose(adapter._given[1]["o"][0], adapter._generate(memory)["o"][:, 1], atol=1e-12)
+
+
+# ---- generation --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma"])
+def test_cached_steps_are_those_of_a_whole_pass(model_type):
+    llm = tiny_llm(model_type)
+    adapter = vlora_on(llm)
+    adapter.condition(images(), [1, 1])
+    ids = padded_batch(2, 12)[0]
+    whole = logits(llm, ids)
+    first = llm.lm(input_ids=ids[:, :7], use_cache=True)
+    steps, cache = [first.logits], first.past_key_values
+    for t in range(7, 12):
+        out = llm.lm(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        steps.append(out.logits)
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_beams_and_several_sequences_share_the_image_of_their_row():
+    llm = tiny_llm()
+    adapter = vlora_on(llm)
+    ids, mask = padded_batch()
+    before = ids.clone(), mask.clone()
+    fixed = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": 3}
+    adapter.condition(images(), [1, 1], expand=3)
+    both = llm.lm.generate(ids, attention_mask=mask, **fixed)
+    for i in (0, 1):
+        adapter.condition(pick(images(), i), [1], expand=3)
+        alone = llm.lm.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **fixed)
+        assert torch.equal(alone[0], both[i])
+    adapter.condition(images(), [1, 1], expand=2)
+    torch.manual_seed(0)
+    several = llm.lm.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=2, max_new_tokens=3)
+    assert several.shape == (4, 12)
+    adapter.condition(images(), [1, 1], expand=2)
+    copies = logits(llm, ids.repeat_interleave(2, 0))
+    adapter.condition(images(), [1, 1])
+    assert torch.allclose(copies, logits(llm, ids).repeat_interleave(2, 0), atol=1e-5)
+    assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
+
+
+def test_rows_that_are_not_those_of_the_images_are_refused():
+    llm = tiny_llm()
+    adapter = vlora_on(llm)
+    adapter.condition(images(1), [1])
+    with pytest.raises(ZooError, match="The LLM runs 2 rows, but adapter 'vlora' took the images of 1"):
+        logits(llm)
+
+
+# ---- checkpointing, precision, compilation -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_both_forms_of_checkpointing_change_nothing_even_with_two_batches_before_backward(reentrant, frozen):
+    """In backward a layer runs again with the factors of its own pass, though other images came since."""
+    grads = []
+    for checkpointing in (False, True):
+        llm = double()
+        llm.requires_grad_(not frozen)
+        adapter = vlora_on(llm, skip=1, max_images=2)
+        llm.train()
+        if checkpointing:
+            llm.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        total = 0
+        for image, rows in (
+            (images(dtype=torch.float64), [1, 1]),
+            (None, [0, 0]),
+            (images(3, 5, torch.float64), [1, 2]),
+        ):
+            adapter.condition(image, rows)
+            if frozen and image is None and reentrant:
+                continue  # a plain frozen LLM has no gradient there, which torch warns of
+            out = llm.lm(input_ids=padded_batch()[0], use_cache=False).logits
+            total = total + out.logsumexp(-1).sum() if out.requires_grad else total
+        total.backward()
+        grads.append({n: p.grad for n, p in [*adapter.named_parameters(), *llm.lm.named_parameters()]})
+    assert all(frozen or g is not None for g in grads[0].values())
+    for name, grad in grads[0].items():
+        assert (grad is None) == (grads[1][name] is None)
+        assert grad is None or torch.allclose(grads[1][name], grad, atol=1e-9 * max(1, grad.abs().max())), name
+
+
+def test_under_bf16_autocast_the_weights_stay_float32_and_learn():
+    llm = tiny_llm()
+    llm.requires_grad_(False)
+    adapter = vlora_on(llm)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        adapter.condition(images(), [1, 1])
+        logits(llm).float().logsumexp(-1).sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in adapter.parameters())
+    llm.lm.bfloat16()  # an LLM in bf16 below float32 weights of the adapter
+    adapter.zero_grad()
+    adapter.condition(images(), [1, 1])
+    out = logits(llm)
+    assert out.dtype == torch.bfloat16
+    out.float().logsumexp(-1).sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in adapter.parameters())
+
+
+def test_compiled_layers_are_one_graph_with_the_same_numbers():
+    llm = tiny_llm()
+    adapter = vlora_on(llm)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            for layer in llm.layers:
+                layer.compile(backend="eager", fullgraph=True)
+        outs = []
+        for image, rows in ((images(), [1, 1]), (images(seed=3), [1, 1]), (None, [0, 0])):
+            adapter.condition(image, rows)
+            out = logits(llm)
+            grads = torch.autograd.grad(out.logsumexp(-1).sum(), adapter.b["k"]) if image else ()
+            outs += [out, *grads]
+        results.append(outs)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+# ---- merging, copies, others -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_merged_for_an_image_it_says_the_same_and_unmerged_the_weights_are_back(model_type):
+    llm = double(model_type)
+    plain = logits(llm)
+    base = {n: (id(p), p.clone()) for n, p in llm.lm.named_parameters()}
+    adapter = vlora_on(llm)
+    ids = padded_batch()[0]
+    adapter.condition(images(dtype=torch.float64), [1, 1])
+    wanted = logits(llm)[1:]
+    adapter.merge(row=1)
+    assert torch.allclose(logits(llm, ids[1:]), wanted, atol=1e-10)
+    assert logits(llm, ids.repeat(2, 1)).shape[0] == 4  # any number of rows, all with this image
+    adapter.condition(None, [0, 0])
+    assert torch.allclose(logits(llm)[1:], wanted, atol=1e-10)
+    with pytest.raises(ZooError, match="merged for one image: call unmerge"):
+        adapter.condition(images(dtype=torch.float64), [1, 1])
+    with pytest.raises(ZooError, match="merged already"):
+        adapter.merge()
+    adapter.unmerge()
+    assert torch.equal(logits(llm), plain)
+    assert all(id(p) == base[n][0] and torch.equal(p, base[n][1]) for n, p in llm.lm.named_parameters())
+    with pytest.raises(ZooError, match="no image to merge"):
+        adapter.merge()
+    adapter.condition(images(dtype=torch.float64), [1, 1])
+    adapter.merge()
+    adapter.detach()
+    assert torch.equal(logits(llm), plain)
+
+
+def test_without_m_a_merged_llm_is_plain():
+    llm = double()
+    adapter = vlora_on(llm, types="qvo")
+    adapter.condition(images(dtype=torch.float64), [1, 1])
+    wanted = logits(llm)[:1]
+    adapter.merge()
+    assert adapter._given is None
+    assert torch.allclose(logits(llm)[:1], wanted, atol=1e-10)
+
+
+def test_a_part_of_a_fused_layer_alone():
+    llm = double("phi3")
+    adapter = vlora_on(llm, types="qv")
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    adapter.condition(images(dtype=torch.float64), [1, 1])
+    adapter._active = list(adapter._given)
+    q, k, v = adapter._delta(0, "qkv", x).split([32, 16, 16], dim=-1)
+    a, b = adapter._given[0]["v"]
+    assert torch.allclose(v, x @ a @ b.T) and q.any() and not k.any()
+
+
+def test_a_copy_of_the_model_is_on_its_own():
+    """A teacher, or a moving average: deep copies are made behind steps, when factors hang on a graph."""
+    holder = torch.nn.Module()
+    holder.llm = tiny_llm()
+    holder.adapter = vlora_on(holder.llm)
+    holder.adapter.condition(images(), [1, 1])
+    wanted = logits(holder.llm)
+    other = deepcopy(holder)
+    with torch.no_grad():
+        assert torch.equal(logits(other.llm), logits(tiny_llm()))
+        other.adapter.condition(images(), [1, 1])
+        assert torch.equal(logits(other.llm), wanted)
+        for b in other.adapter.b.values():
+            b.zero_()
+        other.adapter.condition(images(), [1, 1])
+        assert torch.equal(logits(other.llm), logits(tiny_llm()))
+        assert torch.equal(logits(holder.llm), wanted)
+        other.adapter.detach()
+        assert torch.equal(logits(holder.llm), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["lora", "vlora"])
+def test_lora_beside_it(first):
+    llm = double()
+    torch.manual_seed(0)
+    both = {
+        "lora": registry.build("adapter", {"name": "lora", "rank": 2}, llm=llm),
+        "vlora": vlora_on(llm, attach=False),
+    }
+    plain = logits(llm)
+    outs = []
+    for order in ([first], ["lora", "vlora"], ["vlora", "lora"]):
+        for name in order:
+            both[name].attach()
+        for p in (p for n, p in llm.lm.named_parameters() if "lora_B" in n):
+            p.fill_(0.05)
+        both["vlora"].condition(images(dtype=torch.float64), [1, 1])
+        outs.append(logits(llm))
+        if len(order) == 2:
+            both["vlora"].merge()
+            assert torch.allclose(logits(llm)[:1], outs[-1][:1], atol=1e-10)
+        for name in reversed(order):
+            both[name].detach()
+        assert torch.equal(logits(llm), plain)
+    assert torch.allclose(outs[1], outs[2], atol=1e-12) and not torch.allclose(outs[0], outs[1], atol=1e-4)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"types": "qx"}, "some of the letters qkvom, each once, got 'qx'"),
+        ({"types": "qq"}, "each once, got 'qq'"),
+        ({"types": ""}, "some of the letters"),
+        ({"num_heads": 3}, "width 16 is no multiple of num_heads 3"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio must be more than 0"),
+        ({"skip": 4}, "skip=4 is more than the 2 layers of the LLM"),
+        ({"rnak": 4}, "'rnak'. Did you mean 'rank'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ZooError, match=message):
+        vlora_on(tiny_llm(), **options)
+
+
+def test_llms_and_images_that_do_not_fit_are_refused():
+    with pytest.raises(ZooError, match="finds no q_proj for 'q' in the layers of GPT2LMHeadModel"):
+        vlora_on(tiny_llm("gpt2"))
+    with pytest.raises(ZooError, match=r"one generator needs inputs of one width, got q 32.* o 48"):
+        vlora_on(tiny_llm("qwen3", extra={"head_dim": 12}), separate=False)
+    with pytest.raises(ZooError, match="the slot vision is empty"):
+        node = {"name": "vlora", **SMALL["vlora"]}
+        registry.build("adapter", node, llm=tiny_llm(), vision_dim=None, grid=None)
+    adapter = vlora_on(tiny_llm())
+    with pytest.raises(ZooError, match=r"shows 2 images.*at most 1: set adapter.vlora.max_images=2"):
+        adapter.condition(images(), [2, 0])
+    with pytest.raises(ZooError, match=r"given 2 images, and the rows of the batch show \[1, 0\]"):
+        adapter.condition(images(), [1, 0])
+    with pytest.raises(ZooError, match="positions for 16 image tokens of an image, and 24 were given"):
+        adapter.condition(features(m=2, grid=(4, 6), dim=DIM), [1, 1])
