@@ -13,6 +13,8 @@ from torch import Tensor
 
 from zoo.registry import IGNORE_INDEX
 
+VOTES = ("alive", "text", "last", "all")
+
 
 @dataclass
 class Survivors:
@@ -58,6 +60,23 @@ class Survivors:
         """Count the image tokens of each sample: (B, samples)."""
         zeros = self.segment.new_zeros(len(self.segment), int(self.segment.max()) + 1)
         return zeros.scatter_add(1, self.segment, self.image.long())
+
+    def start(self, votes: str) -> Tensor:
+        """Share one vote evenly among the voters of each sample: (B, L) float32.
+
+        Args:
+            votes: `alive`: every prompt token that is seen; `text`: those that are no image; `last`: the last one;
+                `all`: hidden ones too.
+        """
+        voter = self.voter if votes == "all" else self.voter & self.seen
+        voter = voter & ~self.image if votes == "text" else voter
+        samples = int(self.segment.max()) + 1
+        if votes == "last":
+            column = self.column.masked_fill(~voter, -1)
+            last = column.new_full((len(column), samples), -1).scatter_reduce(1, self.segment, column, "amax")
+            voter = voter & (column == last.gather(1, self.segment))
+        count = torch.zeros(len(voter), samples, device=voter.device).scatter_add(1, self.segment, voter.float())
+        return voter / count.gather(1, self.segment).clamp(min=1)
 
     def choose(self, scores: Tensor, budget: Tensor, copies: int = 1) -> Tensor:
         """Say which positions stay: all but the image tokens that score least.

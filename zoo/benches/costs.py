@@ -1,0 +1,70 @@
+"""What a decoder's prefill costs, in closed form, for a number of tokens in each layer.
+
+Two conventions, a multiplication with its addition being 2 in both. `matmul_flops` counts products of matrices, as
+torch's FLOP counter does: no causal discount, no norms, no softmax. `roofline_flops` is that of LLM-Viewer, which the
+tables of AIM (Zhong et al., arXiv:2412.03248) were made with: softmax, norms, residuals and activations as well, one
+row of the vocabulary projection, no causal discount either, without the vision encoder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """Of a decoder with gated feed-forward layers."""
+
+    width: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    num_layers: int
+    vocab: int
+
+    @classmethod
+    def of(cls, config: Any) -> "DecoderSizes":
+        """Read the sizes from a transformers config."""
+        heads = config.num_attention_heads
+        return cls(
+            config.hidden_size,
+            config.intermediate_size,
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            config.num_hidden_layers,
+            config.vocab_size,
+        )
+
+    @property
+    def per_token(self) -> int:
+        """Products of one token with the weights of one layer."""
+        attention = 2 * self.width * self.head_dim * (self.heads + self.kv_heads)
+        return 2 * (attention + 3 * self.width * self.intermediate)
+
+    @property
+    def cache_per_token(self) -> int:
+        """Numbers that one token leaves in the cache of one layer."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+QWEN2_7B = DecoderSizes(3584, 18944, 28, 4, 128, 28, 152064)
+VICUNA_7B = DecoderSizes(4096, 11008, 32, 32, 128, 32, 32000)
+
+
+def matmul_flops(sizes: DecoderSizes, tokens: Sequence[int], head_rows: int = 0) -> int:
+    """Count the products of a prefill with `tokens` in each layer, and of `head_rows` rows of the vocabulary."""
+    layers = sum(n * sizes.per_token + 4 * n * n * sizes.heads * sizes.head_dim for n in tokens)
+    return layers + 2 * head_rows * sizes.width * sizes.vocab
+
+
+def roofline_flops(sizes: DecoderSizes, tokens: Sequence[int]) -> int:
+    """Count what LLM-Viewer counts of a prefill with `tokens` in each layer."""
+    rest = sum(5 * sizes.heads * n * n + (14 + 2 + 2) * sizes.width * n for n in tokens)
+    return matmul_flops(sizes, tokens, head_rows=1) + rest
+
+
+def cache_bytes(sizes: DecoderSizes, tokens: Sequence[int], bytes_each: int) -> int:
+    """Count the bytes of keys and values with `tokens` in each layer."""
+    return sum(tokens) * sizes.cache_per_token * bytes_each
