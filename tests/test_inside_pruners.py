@@ -1,0 +1,114 @@
+"""Pruners inside the LLM as parts of a composed model: batches, packing, evaluation, training, saving."""
+
+import pytest
+import torch
+
+from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
+from tests.test_evaluate import Choices, Talks
+from zoo.evaluate import evaluate
+from zoo.model import ZooModel
+from zoo.registry import IGNORE_INDEX, ZooError
+
+LLM = {**tiny_slots()["llm"], "num_layers": 4}
+PRUNERS = {
+    "aim": {"name": "aim", "merge_ratio": 0.5, "start": 0, "stop": 3},
+    "fastv": {"name": "fastv", "keep_ratio": 0.4, "layer": 1},
+}
+pytestmark = pytest.mark.parametrize("name", list(PRUNERS))
+
+
+@pytest.fixture
+def built(make_model, name):
+    """A model that looks and reads, with the pruner."""
+    model, processor = make_model(seed=3, pruner={name: PRUNERS[name]}, llm=LLM)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)
+    return model, processor
+
+
+def rows(processor):
+    return [
+        processor.encode(s)
+        for s in (
+            sample((QUESTIONS[0], ANSWERS[0]), name="one", seed=1),
+            sample((QUESTIONS[1], ANSWERS[6]), images=2, name="two", seed=5),
+            sample((QUESTIONS[2], ANSWERS[4]), images=0, name="text"),
+        )
+    ]
+
+
+def test_losses_of_a_batch_and_of_a_packed_row_are_those_of_each_alone(built, name):
+    model, processor = built
+    samples = rows(processor)
+    sums, count = torch.zeros(()), 0
+    for one in samples:
+        batch = processor.collate([one])
+        n = int((batch["labels"] != IGNORE_INDEX).sum())
+        out = model(**batch)
+        assert int((out.labels != IGNORE_INDEX).sum()) == n
+        assert (out.last_hidden_state.shape[1] < len(one)) == bool(one.pixel_values)
+        sums, count = sums + out.loss * n, count + n
+    batches = [processor.collate(samples, padding_side=side) for side in ("right", "left")]
+    for batch in [*batches, processor.collate(processor.pack(samples, 200))]:
+        torch.testing.assert_close(model(**batch).loss, sums / count, atol=1e-5, rtol=1e-5)
+
+
+def test_several_dialogs_in_a_row_are_refused_with_what_to_do(built, name):
+    model, processor = built
+    batch = processor.collate([processor.encode(sample(*zip(QUESTIONS[:2], ANSWERS[:2], strict=True)))])
+    with pytest.raises(ZooError, match=f"pruner '{name}' chooses image tokens by the question.*pack=none"):
+        model(**batch)
+
+
+def test_evaluation_is_the_same_for_any_batch_size(built, name):
+    model, processor = built
+    results = [evaluate(model, processor, {"t": Talks(5), "c": Choices(4)}, batch_size=b) for b in (1, 7)]
+    assert results[0].predictions == results[1].predictions
+    assert len({r["prediction"] for r in results[0].predictions}) > 2
+
+
+def test_training_with_checkpointing_reaches_encoder_and_llm(built, name):
+    model, processor = built
+    batch = processor.collate(rows(processor))
+    grads = []
+    for on in (False, True):
+        model.train().zero_grad()
+        if on:
+            model.gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+        assert all(p.grad is not None for p in [*model.vision.parameters(), *model.llm.lm.model.layers.parameters()])
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+def test_a_saved_model_prunes_again_and_detached_it_does_not(built, name, tmp_path):
+    model, processor = built
+    batch = processor.collate(rows(processor), padding_side="left")
+    del batch["labels"]
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+        model.save_pretrained(tmp_path)
+        again = ZooModel.from_pretrained(tmp_path)
+        again.set_attention("sdpa")
+        assert torch.equal(again(**batch).last_hidden_state, hidden)
+        pruner = model.pruner[name]
+        assert all(k.shape == batch["input_ids"].shape for k in pruner.kept())
+        per_layer = pruner.tokens_per_layer(model.num_image_tokens, 4)
+        assert [int((k & (batch["input_ids"] == model.image_token_id))[0].sum()) for k in pruner.kept()] == per_layer
+        pruner.detach()
+        assert model(**batch).last_hidden_state.shape[1] == batch["input_ids"].shape[1]
+
+
+def test_two_pruners_inside_one_llm_are_refused(make_model, name):
+    with pytest.raises(ZooError, match="both drop tokens inside the LLM"):
+        make_model(pruner=PRUNERS, llm=LLM)
+
+
+def test_the_sequence_says_which_image_a_position_shows(built, name):
+    model, processor = built
+    batch = processor.collate(rows(processor))
+    ids = model._sequence(batch["input_ids"], batch["attention_mask"], None, None).image_ids
+    n = model.num_image_tokens
+    assert [int((ids == i).sum()) for i in range(4)] == [n, n, n, 0]
+    assert [sorted(set(r.tolist())) for r in ids] == [[-1, 0], [-1, 1, 2], [-1]]
