@@ -10,10 +10,10 @@ image tokens go, so layer `stop` and those behind it see text alone. Text and pa
 Where we differ from the public code: tokens are dropped, not hidden, so tokens already gone have no vote (`votes=all`
 brings that back, and hides instead of dropping); no attention matrix is made and none is read from the kernel; counts
 are those of each sample of a batch; the schedule is scaled to the depth of the LLM; a last prompt token stays even
-where it is an image token. Merging acts on the encoder's features before the projector (the public code: on projected and pooled ones for video)
-and measures likeness on them, or on the keys of the attention that made them (`metric=keys`; the public code for
-LLaVA-1.5: on those of the last block). The walk is one pass
-over the scores in blocks of rows (`attention_walk`).
+where it is an image token. Merging acts on the encoder's features before the projector (the public code: on projected
+and pooled ones for video) and measures likeness on them, or on the keys of the attention that made them
+(`metric=keys`; the public code for LLaVA-1.5: on those of the last block). The walk is one pass over the scores in
+blocks of rows (`attention_walk`).
 """
 
 from dataclasses import dataclass, replace

@@ -222,7 +222,7 @@ def test_likeness_on_keys():
     pruner = build(metric="keys")
     assert pruner.needs == {"image_tokens", "keys"} and build(metric="keys", merge_ratio=1.0).needs == {"image_tokens"}
     with pytest.raises(ZooError, match="metric=keys needs the keys"):
-        pruner(image)
+        pruner(replace(image, keys=None))
     same = pruner(replace(image, keys=image.tokens.unflatten(2, (4, 6))))
     assert torch.allclose(same.tokens, merge(image.tokens, [12, 6], metric=image.tokens)[0])
     other = torch.randn(2, 24, 4, 6, generator=torch.Generator().manual_seed(5))
