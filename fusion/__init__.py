@@ -3,6 +3,7 @@
 from zoo.registry import declare
 
 declare("adapter", "lora", "zoo.fusion.lora")
+declare("adapter", "moextend", "zoo.fusion.moextend")
 declare("adapter", "mole", "zoo.fusion.mole")
 declare("adapter", "upcycle", "zoo.fusion.upcycle")
 declare("adapter", "vlora", "zoo.fusion.vlora")

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Router(nn.Module):
+class KeepsFloat32(nn.Module):
+    """Its own tensors never get fewer bits than float32: `model.to(bfloat16)` leaves them as they are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFloat32":
+        def kept(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype not in (torch.bfloat16, torch.float16) else t.to(new.device)
+
+        return super()._apply(kept, recurse)
+
+
+class Router(KeepsFloat32):
     """Logits over experts, in float32 always: near ties would flip with the shape of a batch in bfloat16."""
 
     def __init__(
@@ -35,15 +46,6 @@ class Router(nn.Module):
         """Give float32 logits (..., E) of x (..., C)."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        """Move, but never to fewer bits than float32: `model.to(bfloat16)` leaves the router as it is."""
-
-        def kept(t: Tensor) -> Tensor:
-            new = fn(t)
-            return new if new.dtype not in (torch.bfloat16, torch.float16) else t.to(new.device)
-
-        return super()._apply(kept, recurse)
 
 
 @dataclass(frozen=True)

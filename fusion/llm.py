@@ -72,6 +72,7 @@ class HFLanguageModel(nn.Module):
 
     needs: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    choices = {"model_type": ("mixtral",)}  # what the check offers where a part needs experts
 
     def __init__(
         self,

@@ -17,8 +17,9 @@ low-rank experts stand around the whole of it.
 It cannot be merged: which term a token gets depends on the token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 
 from zoo.fusion import adapter_file, dispatch
 from zoo.fusion.attach import linears, stands_aside
+from zoo.fusion.passes import Passes
 from zoo.registry import ImageFeatures, ZooError, register, unknown
 
 GATES = ("none", "prob", "ste", "dense")
@@ -83,9 +85,11 @@ class MoLELayer(nn.Module):
 
     now: _Routed | None
     linears: dict[str, nn.Module]  # of the language model
+    passes: Passes
 
-    def __init__(self, config: MoLEConfig, mlp: nn.Module, width: int) -> None:
+    def __init__(self, config: MoLEConfig, mlp: nn.Module, width: int, passes: Passes) -> None:
         super().__init__()
+        self.passes = passes
         self.config = config
         first = next(mlp.parameters())
         where: dict[str, Any] = {
@@ -107,43 +111,39 @@ class MoLELayer(nn.Module):
         """Give the modules of the language model that get a term."""
         return list(self.linears.values()) or [mlp]
 
-    def attach(self, mlp: nn.Module, owner: "MoLE") -> list[Any]:
+    def attach(self, mlp: nn.Module) -> list[Any]:
         """Hook into the layer; returns the handles."""
-
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            now = self.now = self._route(args[0], owner)
-            if not now.sorted:
-                return args
-            x = args[0].flatten(0, -2)  # (S, C)
-            assert now.groups is not None
-            return now.groups.gather(x.to(dispatch.compute_dtype(x))), *args[1:]
-
-        def leave(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            now, self.now = self.now, None
-            assert now is not None, "left without having been entered"
-            if "whole" in self.experts:
-                return self._add(now, out, args[0], self.experts["whole"])
-            return now.groups.scatter(out).view(now.shape) if now.sorted and now.groups else out
-
-        def term(experts: Any) -> Callable[..., Tensor]:
-            def hook(linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                return out if self.now is None else self._add(self.now, out, args[0], experts)
-
-            return hook
-
-        handles: list[Any] = [mlp.register_forward_pre_hook(enter), mlp.register_forward_hook(leave)]
+        handles: list[Any] = [mlp.register_forward_pre_hook(self._enter), mlp.register_forward_hook(self._leave)]
         for name, linear in self.linears.items():
-            handles.append(linear.register_forward_hook(term(self.experts[name.replace(".", "-")])))
+            handles.append(linear.register_forward_hook(partial(self._term, name.replace(".", "-"))))
         return handles
 
-    def _route(self, tokens: Tensor, owner: "MoLE") -> _Routed:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        now = self.now = self._route(args[0])
+        if not now.sorted:
+            return args
+        x = args[0].flatten(0, -2)  # (S, C)
+        assert now.groups is not None
+        return now.groups.gather(x.to(dispatch.compute_dtype(x))), *args[1:]
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        now, self.now = self.now, None
+        assert now is not None, "left without having been entered"
+        if "whole" in self.experts:
+            return self._add(now, out, args[0], self.experts["whole"])
+        return now.groups.scatter(out).view(now.shape) if now.sorted and now.groups else out
+
+    def _term(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out if self.now is None else self._add(self.now, out, args[0], self.experts[name])
+
+    def _route(self, tokens: Tensor) -> _Routed:
         """Choose experts for tokens (B, T, C)."""
         x = tokens.flatten(0, -2)  # (S, C)
         e, scale, gate = self.config.num_experts, self.config.alpha / self.config.rank, self.config.gate
         probs = self.router(x).softmax(-1)  # (S, E)
         top, chosen = probs.max(-1)  # (S,); the lowest index where equal
-        owner.record(probs, chosen)
-        keep = owner.keep if owner.keep is not None and len(owner.keep) == len(x) else None
+        self.passes.note(probs, chosen)
+        keep = self.passes.keep_of(x)
         if gate == "dense" or self._few(x):
             weights = probs if gate == "dense" else F.one_hot(chosen, e).to(probs.dtype)
             if gate in ("prob", "ste"):
@@ -188,7 +188,7 @@ class MoLE(nn.Module):
     choices = {"gate": GATES}
 
     llm: Any
-    keep: Tensor | None  # (S,) tokens of this pass that are no padding
+    mlps: dict[int, nn.Module]
 
     def __init__(self, config: MoLEConfig, *, llm: Any) -> None:
         super().__init__()
@@ -198,31 +198,23 @@ class MoLE(nn.Module):
         if odd := [i for i in chosen if not 0 <= i < llm.num_layers]:
             raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")
         self.__dict__["mlps"] = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
-        self.layers = nn.ModuleDict({str(i): MoLELayer(config, m, llm.hidden_size) for i, m in self.mlps.items()})
+        self.passes = Passes(llm, self._balances)
+        layer = partial(MoLELayer, config, width=llm.hidden_size, passes=self.passes)
+        self.layers = nn.ModuleDict({str(i): layer(mlp) for i, mlp in self.mlps.items()})
         names = {id(m): n for n, m in llm.lm.named_modules()}
         layers: Any = self.layers.values()
         places = [m for mlp, layer in zip(self.mlps.values(), layers, strict=True) for m in layer.places(mlp)]
         self.exclusive = [names[id(m)] for m in places]
-        self.keep = None
-        self.rows = 1
-        self._open: list[tuple[Tensor, Tensor]] | None = None  # while a forward pass is in the decoder
-        self._seen: tuple[list[tuple[Tensor, Tensor]], Tensor | None] = ([], None)
         self._handles: list[Any] = []
-
-    mlps: dict[int, nn.Module]
 
     def attach(self) -> None:
         """Hook into the feed-forward layers; no module is replaced and no key renamed."""
         if self._handles:
             return
-        decoder = self.llm.lm.base_model
-        self._handles = [
-            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            decoder.register_forward_hook(self._end),
-        ]
+        self._handles = self.passes.attach()
         for i, mlp in self.mlps.items():
             layer: Any = self.layers[str(i)]
-            self._handles += layer.attach(mlp, self)
+            self._handles += layer.attach(mlp)
 
     def detach(self) -> None:
         """Take the hooks away; the language model is what it was, to the bit."""
@@ -246,20 +238,19 @@ class MoLE(nn.Module):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss of the last forward pass in training, weighted; empty in evaluation or with weight 0."""
-        records, keep = self._seen
+        records, keep = self.passes.records, self.passes.keep
         if not records:
             return {}
-        learns = any(p.requires_grad for n, p in self.named_parameters() if ".router." in n)
-        if learns and not records[-1][0].requires_grad:
-            raise ZooError("adapter 'mole' cannot balance under reentrant checkpointing: set use_reentrant=False.")
+        if any(p.requires_grad for n, p in self.named_parameters() if ".router." in n):
+            self.passes.require_gradient("adapter 'mole'")
         if self.config.official_balance:
-            return {"mole_balance": self.config.balance * pooled_balance(records, keep, self.rows)}
+            return {"mole_balance": self.config.balance * pooled_balance(records, keep, self.passes.rows)}
         each = [dispatch.load_balance(probs, chosen, keep) for probs, chosen in records]
         return {"mole_balance": self.config.balance * torch.stack(each).mean()}
 
     def usage(self) -> dict[int, list[float]]:
         """Say for each layer which share of the tokens of the last forward pass in training each expert took."""
-        records, keep = self._seen
+        records, keep = self.passes.records, self.passes.keep
         e = self.config.num_experts
         shares = (dispatch.expert_share(chosen, e, keep).tolist() for _, chosen in records)
         return dict(zip(self.mlps, shares, strict=False))
@@ -273,29 +264,9 @@ class MoLE(nn.Module):
         same = ("num_experts", "rank", "alpha", "gate", "layers")
         self.load_state_dict(adapter_file.read(folder, "mole", self.config, same, self.state_dict()))
 
-    def record(self, probs: Tensor, chosen: Tensor) -> None:
-        """Note a layer's routing; not where checkpointing runs the layer again, after the decoder was left."""
-        if self._open is not None:
-            self._open.append((probs, chosen))
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = kwargs.get("inputs_embeds")
-        given = kwargs.get("input_ids") if given is None else given
-        self.rows, length = (args[0] if given is None else given).shape[:2]
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            mask = getattr(self.llm, "padding_mask", None)
-        self.keep = None if mask is None else mask[:, -length:].flatten().bool()  # (S,)
-        wanted = self.training and self.config.balance > 0 and self.config.num_experts > 1 and torch.is_grad_enabled()
-        self._open = [] if wanted else None
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        keep = self.keep
-        self._seen, self._open = (self._open or [], keep), None
-        hidden = getattr(out, "last_hidden_state", None)
-        if hidden is not None and hidden.requires_grad and not torch.compiler.is_compiling():
-            # Checkpointed layers run again in backward, maybe after another pass: they must find this one's padding.
-            hidden.register_hook(lambda grad: setattr(self, "keep", keep))
+    def _balances(self) -> bool:
+        on = self.training and self.config.balance > 0 and self.config.num_experts > 1
+        return on and torch.is_grad_enabled()
 
 
 def pooled_balance(records: Sequence[tuple[Tensor, Tensor]], keep: Tensor | None, rows: int) -> Tensor:

@@ -309,6 +309,18 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         mole_on(tiny_llm()).load(tmp_path / "nowhere")
 
 
+@torch.no_grad()
+def test_a_copy_of_the_model_has_experts_of_its_own():
+    pair = torch.nn.ModuleList([tiny_llm()])
+    pair.append(mole_on(pair[0]))
+    ids = padded_batch(2, 12)[0]
+    wanted = pair[0].lm(ids).logits
+    other = copy.deepcopy(pair)
+    for p in pair[1].parameters():
+        p.zero_()
+    assert torch.equal(other[0].lm(ids).logits, wanted)
+
+
 def test_it_cannot_be_merged_and_says_why():
     with pytest.raises(ZooError, match="depends on the token"):
         mole_on(tiny_llm()).merge()

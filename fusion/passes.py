@@ -1,0 +1,68 @@
+"""What a routed adapter knows of the pass that runs in the decoder: which tokens are padding, who went where."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ZooError
+
+Records = list[tuple[Tensor, Tensor]]  # of each layer: what it routed by (S, E), and chosen experts (S,) or (S, k)
+
+
+class Passes:
+    """Watches the decoder of a language model.
+
+    Args:
+        llm: the language model.
+        wanted: whether the coming pass is to note its routing.
+    """
+
+    def __init__(self, llm: Any, wanted: Callable[[], bool]) -> None:
+        self.llm, self.wanted = llm, wanted
+        self.rows, self.length = 1, 0  # B and T of the pass
+        self.keep: Tensor | None = None  # (S,) tokens that are no padding; None: all
+        self.pictured: Tensor | None = None  # (B,) sequences that take part in a guarded adapter; None: all
+        self.base_only = False  # no sequence takes part
+        self.records: Records = []  # of the last pass
+        self._open: Records | None = None  # while a pass is in the decoder
+
+    def attach(self) -> list[Any]:
+        """Hook into the decoder; returns the handles."""
+        decoder = self.llm.lm.base_model
+        begin = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        return [begin, decoder.register_forward_hook(self._end)]
+
+    def keep_of(self, x: Tensor) -> Tensor | None:
+        """Which of the tokens (S, C) are no padding, where that is known of them."""
+        return self.keep if self.keep is not None and len(self.keep) == len(x) else None
+
+    def note(self, scores: Tensor, chosen: Tensor) -> None:
+        """Note a layer's routing; not where checkpointing runs the layer again, after the decoder was left."""
+        if self._open is not None:
+            self._open.append((scores, chosen))
+
+    def require_gradient(self, who: str) -> None:
+        """Refuse routing that was noted inside of reentrant checkpointing: no loss on it could ever train a router."""
+        if not self.records[-1][0].requires_grad:
+            raise ZooError(f"{who} cannot balance under reentrant checkpointing: set use_reentrant=False.")
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        given = kwargs.get("input_ids") if given is None else given
+        self.rows, self.length = (args[0] if given is None else given).shape[:2]
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = getattr(self.llm, "padding_mask", None)
+        self.keep = None if mask is None else mask[:, -self.length :].flatten().bool()  # (S,)
+        self._open = [] if self.wanted() else None
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self.records, self._open = self._open or [], None
+        hidden = getattr(out, "last_hidden_state", None)
+        if hidden is not None and hidden.requires_grad and not torch.compiler.is_compiling():
+            # Checkpointed layers run again in backward, maybe after another pass: they must find what this one had.
+            names = ("keep", "rows", "length", "pictured", "base_only")
+            now = {name: getattr(self, name) for name in names}
+            hidden.register_hook(lambda grad: self.__dict__.update(now))
