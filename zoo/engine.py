@@ -17,6 +17,8 @@ from zoo.precision import autocast, resolve_precision
 from zoo.registry import IGNORE_INDEX, ZooError, build
 from zoo.stage import Stage
 
+OF_THE_LLM = ("student.logits", "student.hidden", "teacher.logits", "teacher.hidden")  # what needs the text
+
 
 class TrainStep(nn.Module):
     """The model, the distiller and what joins them, as one module, so that DDP sees every parameter that trains."""
@@ -26,9 +28,9 @@ class TrainStep(nn.Module):
         self.model = model
         self.distiller = distiller
         self.hidden = {"teacher": teacher}  # a dict hides it: the teacher is neither trained nor saved nor sharded
-        self.run_llm = stage.loss_weights.get("answer", 1.0) > 0
         self.loss_weights = dict(stage.loss_weights)
         needs: frozenset[str] = getattr(distiller, "needs", frozenset())
+        self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or any(n in OF_THE_LLM for n in needs)
         self.student_options = _options(needs, "student")
         self.teacher_options = _options(needs, "teacher")
 
@@ -105,7 +107,7 @@ class Engine:
         if self.sharded and isinstance(distiller, nn.Module):
             _shard_like(distiller, model)
         self.step: Any = step if self.sharded else accelerator.prepare_model(step)
-        self.total = step.total
+        self.total, self.run_llm = step.total, step.run_llm
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller

@@ -125,7 +125,10 @@ class Place:
 
 
 class Batches(Dataset):
-    """Forward pass j of this process -> its batch. A function of j alone, but for streams, which are read in order."""
+    """Forward pass j of this process -> its batch. A function of j alone, but for streams, which are read in order.
+
+    Without `text` the batch holds images and dense targets only, for stages in which the LLM does not run.
+    """
 
     def __init__(
         self,
@@ -136,9 +139,10 @@ class Batches(Dataset):
         place: Place,
         *,
         multiple_of: int = 1,
+        text: bool = True,
     ) -> None:
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
-        self.multiple_of = multiple_of
+        self.multiple_of, self.text = multiple_of, text
         parts = place.world * stage.accumulate
         if stage.batch_size % parts:
             raise ZooError(
@@ -161,24 +165,25 @@ class Batches(Dataset):
         step, turn = divmod(j, self.stage.accumulate)
         first = (turn * self.place.world + self.place.rank) * self.size
         samples = self._samples(step, slice(first, first + self.size))
+        encode = self.processor.encode if self.text else self.processor.encode_images
         rows, broken = [], []
         for sample in samples:
             try:
-                rows += [self.processor.encode(s) for s in self._pieces(sample)]
+                rows += [encode(s) for s in self._pieces(sample)]
             except (ZooError, OSError) as error:
                 if not self.stage.skip_broken:
                     raise
                 broken.append(f"{sample.id}: {error}")
         if not rows:
             raise ZooError(f"Every sample of a batch is broken, the first is {broken[0]}")
-        if self.stage.pack_length is not None:
+        if self.stage.pack_length is not None and self.text:
             rows = self.processor.pack(rows, self.stage.pack_length)
         batch = self.processor.collate(rows, multiple_of=self.multiple_of)
         info = {"samples": len(samples) - len(broken), "broken": broken, "streams": self._stream_places()}
         return {"batch": batch, "info": info}
 
     def _pieces(self, sample: Sample) -> list[Sample]:
-        if self.stage.pack == "dialogs" or len(sample.dialogs) == 1:
+        if self.stage.pack == "dialogs" or len(sample.dialogs) == 1 or not self.text:
             return [sample]
         return [replace(sample, dialogs=[d]) for d in sample.dialogs]
 

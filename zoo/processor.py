@@ -176,6 +176,11 @@ class ZooProcessor(ProcessorMixin):
         row: dict[str, Any] = dict(share_prefix(dialogs, sample.id))
         return EncodedSample(**row, **common)
 
+    def encode_images(self, sample: Sample) -> EncodedSample:
+        """Encode the images and dense targets of a sample, and none of its text."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return EncodedSample(nothing, nothing, [self._pixels(i) for i in sample.images], targets=sample.targets)
+
     def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample) -> TokenizedDialog:
         """Tokenize a dialog of a sample, or remember it."""
         key = tuple([(m["role"], _key(m["content"])) for m in messages])

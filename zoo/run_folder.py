@@ -86,6 +86,7 @@ class RunFolder:
     def point_last(self, root: Path | str) -> None:
         """Let `last` mean this run: a link, or a file with the path where links are not allowed."""
         here, beside = Path(root) / "last", Path(root) / f".last.{os.getpid()}"
+        here.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.symlink_to(os.path.relpath(self.path, root), target_is_directory=True)
         except OSError:

@@ -26,7 +26,7 @@ from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError, register, unkno
 
 SPLITS = ("train", "eval")
 BINS = 32  # words for a coordinate
-CHUNK = 128  # scenes in a chunk
+CHUNK = 16  # scenes in a chunk: drawn together, few enough that nobody waits for the first batches
 
 QUESTIONS = {
     "exist": 4,
