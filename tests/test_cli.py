@@ -152,6 +152,32 @@ def test_a_mistake_in_a_sweep(words, message, ran, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_failing_job_stops_no_other_of_a_sweep(monkeypatch, capsys):
+    module, seeds = ModuleType("pretend"), []
+
+    def fails_with_2(cfg):
+        seeds.append(cfg.seed)
+        if cfg.seed == 2:
+            raise ZooError("The disk is full.")
+
+    module.main = fails_with_2
+    monkeypatch.setitem(sys.modules, "pretend", module)
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("pretend:main", "train", composed=True))
+    assert main(["train", "-m", "seed=1,2,3"]) == 2
+    assert seeds == [1, 2, 3]
+    *_, which, last = capsys.readouterr().err.splitlines()
+    assert which.endswith("/1 failed: The disk is full.") and last == "zoo: 1 of 3 runs of the sweep failed: 1."
+
+
+@pytest.mark.parametrize("words", [["resume=last", "seed=1"], ["recipe=nlvr", "resume=runs/x", "device=cpu"]])
+def test_a_resumed_run_takes_no_options_that_it_would_ignore(words, ran, capsys):
+    assert main(["train", *words]) == 2
+    said = capsys.readouterr().err
+    assert "goes on with the options that the run was started with" in said and "Beside it: device, log" in said
+    assert ran == []
+    assert main(["train", "resume=last", "device=cpu"]) == 0 and main(["train", "resume=null", "seed=1"]) == 0
+
+
 def test_a_zoo_error_of_a_command_is_one_line(monkeypatch, capsys):
     module = ModuleType("pretend")
 
@@ -161,9 +187,8 @@ def test_a_zoo_error_of_a_command_is_one_line(monkeypatch, capsys):
     module.main = fails
     monkeypatch.setitem(sys.modules, "pretend", module)
     monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("pretend:main", "train", composed=True))
-    for words in (["train"], ["train", "-m", "seed=1,2"]):
-        assert main(words) == 2
-        assert capsys.readouterr().err.splitlines()[-1] == "zoo: The disk is full."
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["zoo: The disk is full."]
 
 
 def test_list_and_info(capsys):

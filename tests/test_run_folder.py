@@ -39,6 +39,13 @@ def test_last_is_the_newest_and_moves(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_last_of_a_root_that_is_not_there_yet(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", tmp_path / "elsewhere", now=NOON)
+    folder.config.write_text("seed: 0\n")
+    folder.point_last(tmp_path / "runs")
+    assert RunFolder.open("last", tmp_path / "runs").path.samefile(folder.path)
+
+
 def test_last_works_without_links(tmp_path, monkeypatch):
     folder = RunFolder.create(tmp_path, "a", now=NOON)
     folder.config.write_text("seed: 0\n")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.loader import keyed
 from zoo.optim import build_optimizers, rate_at, set_rate
 from zoo.precision import autocast, resolve_precision
-from zoo.registry import IGNORE_INDEX, ZooError, build
+from zoo.registry import IGNORE_INDEX, ZooError, build, unknown
 from zoo.stage import Stage
 
 OF_THE_LLM = ("student.logits", "student.hidden", "teacher.logits", "teacher.hidden")  # what needs the text
@@ -108,6 +108,7 @@ class Engine:
             _shard_like(distiller, model)
         self.step: Any = step if self.sharded else accelerator.prepare_model(step)
         self.total, self.run_llm = step.total, step.run_llm
+        self.unseen = set(stage.loss_weights)  # weights of losses that no step has shown yet
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
@@ -137,6 +138,7 @@ class Engine:
             with contextlib.nullcontext() if last else self._no_sync():
                 with autocast(self.precision, self.device):
                     losses = self.step(to_device(batch, self.device), num_labels)
+                self._expect(losses, batch)
                 losses = {k: v if k == "answer" else v / len(batches) for k, v in losses.items()}
                 self.accelerator.backward(self.total(losses))
             for name, value in losses.items():
@@ -147,6 +149,13 @@ class Engine:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return sums, stop
+
+    def _expect(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Refuse a weight for a loss that is not there; a batch of text alone may lack some, and proves nothing."""
+        if self.unseen and "pixel_values" in batch:
+            for name in self.unseen.difference(losses, ("answer",)):
+                raise unknown("loss in this stage (loss_weights)", name, losses)
+            self.unseen.clear()
 
     def resume_training(self) -> None:
         """Set up the model's attention and modes; after an evaluation once more."""

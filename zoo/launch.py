@@ -30,6 +30,8 @@ FLAGS = {  # flags of ours, and of Hydra; those that take a value are True
     "--resolve": False,
     "--hydra-help": False,
 }
+WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
+NONE = ("", "null")
 LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
 
 
@@ -53,6 +55,7 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
     if not flags:
         from zoo.config import compose
 
+        resumes_alone(overrides)
         with told_of_plugins():
             cfg = compose(command, overrides, config_dir)
         result = load()(cfg)
@@ -78,6 +81,24 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
         prepared = prepare(command, overrides, config_dir)
     _hydra_main(task, [*_as_words(flags), *prepared], config_dir)
     return 0
+
+
+def resumes_alone(overrides: Sequence[str]) -> None:
+    """Refuse options beside `resume`: a run goes on with those it was started with.
+
+    Raises:
+        ZooError: there are some that would be ignored.
+    """
+    names = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
+    resumed = next(
+        (word for word, name in names.items() if name == "resume" and word.partition("=")[2] not in NONE), None
+    )
+    extra = [word for word, name in names.items() if name not in WITH_RESUME]
+    if resumed and extra:
+        raise ZooError(
+            f"{resumed} goes on with the options that the run was started with; it cannot take {', '.join(extra)}. "
+            f"Beside it: {', '.join(sorted(WITH_RESUME - {'resume'}))}."
+        )
 
 
 def split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:

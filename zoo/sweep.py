@@ -1,10 +1,11 @@
 """`zoo train -m`: every combination as a run of its own, each with the options that fit what it chose.
 
 A shared option such as `pruner.random.keep_ratio=0.5` is left out of the jobs that do not choose `random`; jobs that
-are then equal run once. All jobs are planned, and their names checked, before the first one starts.
+are then equal run once. All jobs are planned, and their values checked, before the first one starts.
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -14,9 +15,9 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from zoo import presets
-from zoo.config import CONFIG_NAME, hydra_of_its_own
+from zoo.config import CONFIG_NAME, compose, hydra_of_its_own
 from zoo.prepare import SEVERAL, having, load_plugins, parse, prepare, settle, values
-from zoo.registry import source_options
+from zoo.registry import ZooError, source_options
 from zoo.registry.core import kind_of
 
 
@@ -52,6 +53,8 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
                 left_out[line] = left_out.get(line, 0) + 1
         fitted[tuple(stays)] = None
     folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
+    for lines in fitted:
+        compose(command, list(lines), config_dir)  # a wrong value is found now, not when its turn comes
     jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
     for line, times in left_out.items():
         print(f"sweep: {line} is left out of {times} of {len(product)} runs that have no such option", file=sys.stderr)
@@ -63,7 +66,11 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
 
 
 def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None = None) -> None:
-    """Run the jobs with Hydra's launcher: one after the other, or as `hydra/launcher=` says."""
+    """Run the jobs with Hydra's launcher: one after the other, or as `hydra/launcher=` says; all, whichever fail.
+
+    Raises:
+        ZooError: jobs failed; each is named with its reason.
+    """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
@@ -73,8 +80,22 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
         config = hydra.compose_config(CONFIG_NAME, overrides, RunMode.MULTIRUN, with_log_configuration=False)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
         launcher = Plugins.instance().instantiate_launcher(context, task, config)
-        for result in launcher.launch(sweep.jobs, initial_job_idx=0):
-            _ = result.return_value  # raises what the job raised
+        results = launcher.launch(sweep.jobs, initial_job_idx=0)
+    failed = {number: error for number, result in enumerate(results) if (error := _error_of(result)) is not None}
+    if failed:
+        for number, error in failed.items():
+            if not isinstance(error, ZooError):
+                traceback.print_exception(error)
+            print(f"sweep: {sweep.folder / str(number)} failed: {error or type(error).__name__}", file=sys.stderr)
+        raise ZooError(f"{len(failed)} of {len(sweep.jobs)} runs of the sweep failed: {', '.join(map(str, failed))}.")
+
+
+def _error_of(result: Any) -> Exception | None:
+    try:
+        _ = result.return_value  # raises what the job raised
+    except Exception as error:
+        return error
+    return None
 
 
 def _job(command: str, job: Sequence[str], folder: Path, config_dir: str | Path | None) -> list[str]:

@@ -160,8 +160,8 @@ class Run:
         engine = self._engine(index, stage, steps)
         done = self.progress.step
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
-        options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm}
-        batches = Batches(mix, self.processor, stage, steps, place, **options)
+        multiple = 32 if stage.compile else 1
+        batches = Batches(mix, self.processor, stage, steps, place, multiple_of=multiple, text=engine.run_llm)
         loader = Loader(batches, pin_memory=self.accelerator.device.type == "cuda")
         parts = ", ".join(f"{part} {count:,}" for part, count in engine.trainable.items())
         self.display.note(

@@ -25,7 +25,7 @@ Random = np.random.Generator
 def probes(random: Random, boxes: Boxes, number: int, kinds: Sequence[str]) -> list[Probe]:
     """Draw questions of some kinds, all equally often, about the boxes as they are shown, in reading order."""
     tower = all(s == 1 and t == 0 and x == 40 for box in boxes for x, _, s, t, _ in box)
-    return [KINDS[kinds[random.integers(len(kinds))]](random, boxes, tower) for _ in range(number)]
+    return [KINDS[kinds[int(random.integers(len(kinds)))]](random, boxes, tower) for _ in range(number)]
 
 
 def _point(random: Random, boxes: Boxes, tower: bool) -> Probe:
