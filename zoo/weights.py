@@ -6,6 +6,7 @@ checkpoint, its revision and its fingerprint, and loading reads it from there. E
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,9 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(dict(state), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    if (config := folder / "config.json").is_file():
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(config, path)  # safetensors leaves them readable by their owner alone
 
 
 def weight_files(folder: Path) -> list[Path]:
