@@ -53,9 +53,9 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
                 left_out[line] = left_out.get(line, 0) + 1
         fitted[tuple(stays)] = None
     folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
+    jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
     for lines in fitted:
         compose(command, list(lines), config_dir)  # a wrong value is found now, not when its turn comes
-    jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
     for line, times in left_out.items():
         print(f"sweep: {line} is left out of {times} of {len(product)} runs that have no such option", file=sys.stderr)
     if len(fitted) < len(product):
