@@ -16,12 +16,13 @@ and pooled ones for video) and measures likeness on them, or on the keys of the 
 blocks of rows (`attention_walk`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.fusion.attention_walk import attention_walk
+from zoo.fusion.attention_walk import attention_walk, walk_flops
 from zoo.fusion.dropping import Attended, Dropper
 from zoo.fusion.merging import merge, removals
 from zoo.fusion.survivors import VOTES
@@ -158,6 +159,14 @@ class AIM(nn.Module):
     def kept(self) -> list[Tensor]:
         """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
         return self.dropper.kept() if self.dropper is not None else []
+
+    def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
+        """Count the products of scoring, of one prompt with `tokens` in each layer."""
+        if not self.config.prune:
+            return 0
+        start, stop = self.schedule(len(tokens))
+        after = range(start, min(stop, len(tokens) - 1))
+        return sum(walk_flops(tokens[i], heads, head_dim, self.config.steps) for i in after)
 
     def importance(self, given: Attended) -> Tensor:
         """Score the positions of a layer: (B, L), from what flows to them along attention."""

@@ -7,6 +7,7 @@ Where we differ from the public code: the row of attention is computed beside th
 attention; a batch may hold unlike samples; in training the prompt is what stands before the first label.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,10 @@ class FastV(nn.Module):
     def kept(self) -> list[Tensor]:
         """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
         return self.dropper.kept() if self.dropper is not None else []
+
+    def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
+        """Count the products of scoring, of one prompt with `tokens` in each layer: one row of attention."""
+        return 0 if self.config.keep_ratio == 1 else 2 * tokens[self.config.layer - 1] * heads * (head_dim + 1)
 
     def budget(self, layer: int, total: Tensor) -> Tensor:
         """Say how many of `total` image tokens stay: the rounded share, at least one."""

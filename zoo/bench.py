@@ -23,11 +23,13 @@ class Bench:
 
 BENCHES = {
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
+    "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
 }
 
 OUTPUTS = {
     "json": "file for the rows and the machine as JSON",
     "markdown": "file for the rows as a Markdown table",
+    "png": "file for a picture, of benches that draw one",
 }
 
 
@@ -45,7 +47,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     files = {key: Path(value) for key, _, value in (w.partition("=") for w in given) if key in OUTPUTS and value}
     chosen = [w for w in given if w.partition("=")[0] not in files]
-    options = parse(name, module.Options, chosen)
+    options = parse(name, module.Options, module.words(chosen) if hasattr(module, "words") else chosen)
     report = module.run(options, lambda line: print(line, flush=True))
     report.command = " ".join(["zoo bench", name, *chosen])
     report.print()
@@ -53,6 +55,10 @@ def main(words: Sequence[str]) -> int:
         report.write_json(files["json"])
     if "markdown" in files:
         report.write_markdown(files["markdown"])
+    if "png" in files:
+        if not hasattr(report, "write_png"):
+            raise ZooError(f"bench {name!r} draws no picture: leave png= out.")
+        report.write_png(files["png"])
     return 0
 
 
@@ -70,7 +76,7 @@ def parse(name: str, schema: type, words: Sequence[str]) -> Any:
         option, equals, _ = word.partition("=")
         if not equals:
             raise ZooError(f"bench {name!r} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
-        if option not in known:
+        if option.partition(".")[0] not in known:
             raise unknown(f"option of bench {name!r}", option, known | set(OUTPUTS))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words))))

@@ -1,0 +1,121 @@
+"""`zoo bench prune`: counts that agree with what runs, and words that follow from the numbers."""
+
+import json
+
+import pytest
+import torch
+
+from zoo.bench import describe, main, parse
+from zoo.benches import prune
+from zoo.benches.measure import Value
+from zoo.benches.peak import peak_bytes
+from zoo.benches.prune import Options, words
+from zoo.benches.prune_card import Summary, where_it_pays
+from zoo.registry import ZooError
+
+TINY = [
+    "model=tiny",
+    "pruner=null,random,fastervlm,aim,fastv",
+    "rounds=2",
+    "text_tokens=6",
+    "new_tokens=2",
+    "threads=1",
+]
+TINY += ["device=cpu", "scored_tokens=40", "keep_ratio=0.25", "pruner.fastv.layer=3"]
+
+
+def test_the_command_writes_a_card_for_each_pruner(tmp_path, capsys):
+    files = {kind: tmp_path / f"card.{kind}" for kind in ("json", "markdown", "png")}
+    assert main(["prune", *TINY, *(f"{k}={p}" for k, p in files.items())]) == 0
+    printed, found = capsys.readouterr().out, json.loads(files["json"].read_text())
+    cards, rows = found["cards"], {row["what"]: row for row in found["rows"]}
+    assert list(cards) == ["null", "random", "fastervlm", "aim", "fastv"]
+    assert cards["null"]["layers"] == [64] * 6 and cards["random"]["layers"] == [16] * 6
+    assert cards["aim"]["stages"] == {"encoder": 64, "pruner": 16, "projector": 16}
+    assert cards["aim"]["layers"] == [16, 16, 16, 16, 8, 0]
+    assert cards["fastv"]["layers"] == [64] * 3 + [16] * 3
+    for name, card in cards.items():
+        exact = rows[f"{name}: closed form of the prefill's FLOPs against torch's counter"]
+        assert exact["reached"] and exact["bound"] == 1.0
+        assert rows[f"{name}: bytes of the cache beside those counted"]["value"]["median"] == 0
+        assert card["peak_bytes"] > 0 and card["prefill_ms"]["median"] > 0 and card["decode_ms"]["median"] > 0
+        assert card["task"] == "not measured: random weights"
+    assert cards["aim"]["scoring_flops"] > 0 and cards["random"]["scoring_flops"] == 0
+    assert cards["random"]["ideal"] == pytest.approx(cards["null"]["flops"] / cards["random"]["flops"])
+    bounds = {what.partition(": ")[0]: row["bound"] for what, row in rows.items() if "ratio of FLOPs" in what}
+    assert bounds == {"random": 0.85, "fastervlm": 0.85, "aim": 0.75, "fastv": 0.75}
+    assert rows["fastervlm: scoring and choosing, share of the encoder's time"]["bound"] == 3.0
+    assert {"4", "16", "64"} <= set(cards["aim"]["by_size"])
+    assert len(found["words"]) == 4 and all(line in printed for line in found["words"])
+    assert "| aim | 64 | 16 |" in files["markdown"].read_text()
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_saved_model_is_asked_its_task():
+    report = prune.run(
+        Options(model="scenes_tiny", pruner="aim", only="task", limit=2, threads=1, device="cpu", text_tokens=4)
+    )
+    assert list(report.cards) == ["null", "aim"]
+    assert all("+-" in card.task for card in report.cards.values())
+
+
+def test_models_share_their_weights_and_differ_in_the_pruner():
+    bench = prune._Bench(parse("prune", Options, words(TINY)), lambda line: None)
+    own = [p.data_ptr() for p in bench.base.model.parameters()]
+    assert all([p.data_ptr() for p in v.model.parameters()] == own for v in bench.variants.values())
+    assert torch.equal(bench.base.features.tokens, bench.variants["fastervlm"].features.tokens)
+    ids, embeds = bench.base.prompt(bench.base.features)
+    plain = bench.base.model(input_ids=ids, encoded=(None, None, bench.base.model.projector(bench.base.features)))
+    assert torch.allclose(bench.base.read(ids, embeds)[0], plain.logits[:, -1], atol=1e-5)
+
+
+def test_words_follow_from_the_numbers():
+    def card(**by_size):
+        values = {int(n[1:]): Value(m, m - 0.05, m + 0.05) for n, m in by_size.items()}
+        return Summary({}, [], 0, 0, 0, by_size=values)
+
+    found = where_it_pays(
+        {
+            "null": card(),
+            "a": card(n16=0.8, n64=1.0, n144=1.4),
+            "b": card(n16=1.2, n64=2.0),
+            "c": card(n16=1.3, n64=0.7),
+        }
+    )
+    assert found == [
+        "a pays from 144 image tokens on (1.4x at 144). It is slower than no pruner at 16. "
+        "It makes no difference at 64.",
+        "b pays at every number of image tokens measured, 16 to 64 (2x at 64).",
+        "c does not pay up to 64 image tokens (0.7x at 64). It is slower than no pruner at 64.",
+    ]
+
+
+def test_peak_is_what_was_held_at_once():
+    def work():
+        a = torch.empty(1 << 20)
+        b = torch.empty(1 << 20)
+        del a
+        c = torch.empty(1 << 18)
+        return b, c
+
+    assert peak_bytes(work, torch.device("cpu")) == pytest.approx(2 * 4 * (1 << 20), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["pruner=null,fastvlm"], "'fastvlm'. Did you mean 'fastervlm'"),
+        (["only=prefil"], "'prefil'. Did you mean 'prefill'"),
+        (["rounds=0"], "rounds must be at least 1"),
+        (["pruner.pol.stride=1"], "'pol'. Did you mean 'pool'"),
+        (["keep_ration=1"], "'keep_ration'. Did you mean 'keep_ratio'"),
+        (["dtype=fp32"], "dtype"),
+    ],
+)
+def test_what_cannot_be_is_refused(given, message):
+    with pytest.raises(ZooError, match=message):
+        parse("prune", Options, words(given))
+
+
+def test_its_options_are_described():
+    assert "pruner.aim.start=4" in describe("prune", Options)
