@@ -22,6 +22,8 @@ class Bench:
 
 
 BENCHES = {
+    "claims": Bench("zoo.benches.claims", "what papers claim, as small experiments over several seeds"),
+    "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
     "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
 }

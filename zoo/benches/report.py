@@ -55,6 +55,7 @@ class Report:
         rows: the numbers.
         machine: what it ran on.
         command: that was typed.
+        columns: what the middle of a value is, and its ends.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    columns: tuple[str, str] = ("median", "quartiles")
 
     def add(self, *rows: Row) -> None:
         self.rows += rows
@@ -72,7 +74,7 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-        for name, side in (("what", "left"), ("median", "right"), ("quartiles", "right"), ("", "left")):
+        for name, side in (("what", "left"), *((c, "right") for c in self.columns), ("", "left")):
             table.add_column(name, justify=side)  # type: ignore[arg-type]
         for row in self.rows:
             tone = {True: "[green]", False: "[red]", None: "[dim]"}[row.reached]
@@ -100,7 +102,7 @@ class Report:
         """Return the rows as a Markdown table, with command and machine above it."""
         lines = [f"## {self.title}", "", f"    {self.command}", "", *(f"- {line}" for line in self.setting)]
         lines += [f"- {key}: {value}" for key, value in self.machine.items()]
-        lines += ["", "| what | median | quartiles | bound | note |", "|---|---|---|---|---|"]
+        lines += ["", f"| what | {' | '.join(self.columns)} | bound | note |", "|---|---|---|---|---|"]
         for row in self.rows:
             what, median, quartiles, note = _cells(row)
             lines.append(f"| {what} | {median} | {quartiles} | {row.verdict} | {note} |")

@@ -1,0 +1,72 @@
+"""`zoo bench claims`: experiments run, report what they found over seeds, judge it; their data is what they say."""
+
+import json
+
+import pytest
+import torch
+
+from zoo.bench import main, parse
+from zoo.benches import claim_pool, claim_vlora
+from zoo.benches.claims import CLAIMS, Options
+from zoo.registry import ZooError
+
+
+@pytest.mark.parametrize("claim", ["pool", "vlora"])
+def test_a_claim_runs_and_is_judged(claim, tmp_path):
+    files = [f"json={tmp_path / 'rows.json'}", f"markdown={tmp_path / 'rows.md'}"]
+    assert main(["claims", f"claim={claim}", "seeds=2", "share=0.005", *files]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len([r for r in rows if r["bound"] is not None]) == 3
+    assert all(r["what"].startswith(f"{claim}: ") and r["value"]["low"] <= r["value"]["high"] for r in rows)
+    assert "| what | mean | range of seeds | bound | note |" in (tmp_path / "rows.md").read_text()
+    if claim == "vlora":
+        exact = next(r for r in rows if "to the bit in every run" in r["what"])
+        assert exact["reached"]
+
+
+def test_rectangles_are_where_the_boxes_say():
+    scenes = claim_pool.Scenes(0)
+    batch = scenes.draw(50, torch.Generator().manual_seed(1))
+    x = (batch["x"] @ scenes.rotation.T).unflatten(1, (8, 8)) - scenes.code
+    near = (x @ scenes.prototypes.T / 4).argmax(-1)  # class of the prototype that a cell is most like
+    loud = x.norm(dim=-1) > 2.75
+    for i in range(50):
+        x1, y1, x2, y2 = batch["box"][i].tolist()
+        inside = torch.zeros(8, 8, dtype=torch.bool)
+        inside[y1 : y2 + 1, x1 : x2 + 1] = True
+        assert loud[i][inside].float().mean() > 0.7
+        assert (near[i][inside] == batch["class"][i]).float().mean() > 0.9
+        others = set(near[i][loud[i] & ~inside].tolist())
+        if batch["there"][i] and batch["asked"][i] != batch["class"][i]:
+            assert int(batch["asked"][i]) in others
+
+
+def test_captions_say_what_the_patch_holds():
+    pictures = claim_vlora.Pictures(0)
+    image, words = pictures.draw(200, torch.Generator().manual_seed(1))
+    x = image.tokens - pictures.places
+    patch = x.norm(dim=-1).argmax(1)
+    rows, columns = patch // 4, patch % 4
+    assert torch.equal(words[:, 3] - 12, 2 * (rows >= 2).long() + (columns >= 2).long())
+    left = x[torch.arange(200), patch] - pictures.shapes[words[:, 2] - 6]
+    assert ((left @ pictures.colours.T).argmax(1) == words[:, 1]).float().mean() > 0.95
+    assert set(words[:, 0].tolist()) == {claim_vlora.BOS} and set(words[:, 4].tolist()) == {claim_vlora.EOS}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("claim=vlroa", "No claim named 'vlroa'. Did you mean 'vlora'"),
+        ("seeds=0", "at least 1, got 0"),
+        ("share=2", r"share must be in \(0, 1\], got 2"),
+    ],
+)
+def test_what_cannot_be_is_refused(word, message):
+    with pytest.raises(ZooError, match=message):
+        parse("claims", Options, [word])
+
+
+def test_every_claim_has_its_file():
+    from importlib.util import find_spec
+
+    assert all(find_spec(module) for module in CLAIMS.values())

@@ -1,0 +1,78 @@
+"""`zoo bench claims`: what the papers claim, as small experiments that anyone can run on two cores, over several seeds.
+
+Every claim has a file of its own beside this one with
+
+    SETTING: list[str]                                            what is done, for people
+    measure(seed, share, show) -> dict[str, float]                one run; `share` of the steps, below 1 for tests
+    judge(found) -> list[Row]                                     name -> numbers, one for each seed: rows with bounds
+
+Nothing is tuned after the fact: a claim that does not hold shows as one that does not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from zoo.benches.measure import Value
+from zoo.benches.report import Report, Row, machine
+from zoo.precision import fast_products
+from zoo.registry import ZooError, unknown
+
+# Claim -> module.
+CLAIMS = {
+    "pool": "zoo.benches.claim_pool",
+    "vlora": "zoo.benches.claim_vlora",
+}
+
+
+@dataclass
+class Options:
+    claim: str = ""  # claims, with commas between; empty: all
+    seeds: int = 3  # runs of each, with seeds from 0
+    share: float = 1.0  # of the steps; less is for tests and shows nothing
+    threads: int = 1  # of torch on the CPU
+
+    def __post_init__(self) -> None:
+        for claim in self.claims:
+            if claim not in CLAIMS:
+                raise unknown("claim", claim, CLAIMS)
+        if self.seeds < 1 or self.threads < 1:
+            raise ZooError(f"seeds and threads must be at least 1, got {self.seeds} and {self.threads}.")
+        if not 0 < self.share <= 1:
+            raise ZooError(f"share must be in (0, 1], got {self.share}.")
+
+    @property
+    def claims(self) -> list[str]:
+        return [c for c in self.claim.split(",") if c] or list(CLAIMS)
+
+
+def run(options: Options, show: Callable[[str], None] = print) -> Report:
+    """Run the claims that `options.claim` names."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        fast_products()
+        device = torch.device("cpu")
+        report = Report(
+            "zoo bench claims", machine=machine(device, options.threads), columns=("mean", "range of seeds")
+        )
+        for claim in options.claims:
+            module = import_module(CLAIMS[claim])
+            runs = []
+            for seed in range(options.seeds):
+                show(f"{claim}: seed {seed}")
+                runs.append(module.measure(seed, options.share, show))
+            found = {name: [run[name] for run in runs] for name in runs[0]}
+            report.setting += [f"{claim}: {line}" for line in module.SETTING]
+            report.add(*[Row(f"{claim}: {name}", over(numbers), "") for name, numbers in found.items()])
+            report.add(*module.judge(found))
+        return report
+    finally:
+        torch.set_num_threads(before)
+
+
+def over(numbers: list[float]) -> Value:
+    """Mean over seeds, with the lowest and the highest."""
+    return Value(sum(numbers) / len(numbers), min(numbers), max(numbers))
