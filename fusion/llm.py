@@ -70,6 +70,8 @@ class HFLanguageModelConfig:
 class HFLanguageModel(nn.Module):
     """Any causal LM that transformers builds without remote code; safetensors only."""
 
+    streams = True  # it may be built on the meta device and filled afterwards
+
     needs: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
     choices = {"model_type": ("mixtral",)}  # what the check offers where a part needs experts

@@ -3,22 +3,34 @@
 Paper: Liu et al., arXiv:2310.03744 (LLaVA-1.5), section 3.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, unknown
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
 
 
 @dataclass
 class MLPProjectorConfig:
     depth: int = 2  # linear layers
     hidden_size: int = 0  # width between them; 0: the LLM's
+    activation: str = "gelu"  # between them: gelu | gelu_tanh | relu | silu
+    bias: bool = True  # of the linear layers
 
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ZooError(f"depth must be at least 1, got {self.depth}.")
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
         if self.hidden_size < 0:
             raise ZooError(f"hidden_size must not be negative, got {self.hidden_size}.")
 
@@ -35,9 +47,9 @@ class MLPProjector(nn.Module):
         super().__init__()
         inner = [config.hidden_size or text_dim] * (config.depth - 1)
         widths = [vision_dim, *inner, text_dim]
-        layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+        layers: list[nn.Module] = [nn.Linear(widths[0], widths[1], bias=config.bias)]
         for a, b in pairwise(widths[1:]):
-            layers += [nn.GELU(), nn.Linear(a, b)]
+            layers += [ACTIVATIONS[config.activation](), nn.Linear(a, b, bias=config.bias)]
         self.net = nn.Sequential(*layers)
 
     def num_tokens(self, n: int) -> int:

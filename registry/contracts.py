@@ -6,7 +6,7 @@ configs stay cheap.
 
 Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some (an adapter may also say in
 `excludes` which must not hold, and `per_row = True` if samples must not share a row); the check walks the slots in the
-order vision -> pruner -> projector -> llm -> adapter and keeps the set of those that hold. In use:
+order vision -> pruner -> projector -> layout -> llm -> adapter and keeps the set of those that hold. In use:
 
     grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by dropping tokens
     cls_attention   the [CLS] row of one layer's attention       given by encoders that have a [CLS] token
@@ -29,10 +29,20 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-KINDS = ("vision", "pruner", "projector", "llm", "adapter", "distiller", "dataset", "task")
+KINDS = ("vision", "pruner", "projector", "layout", "llm", "adapter", "distiller", "dataset", "task")
 MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold several members, keyed by name
 
 IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an image, or a video, became the rows that the encoder sees."""
+
+    rows: int = 1
+    kind: str = "image"  # image | crop | frame
+    size: tuple[int, int] = (0, 0)  # (height, width) in pixels before it was cut
+    grid: tuple[int, int] = (1, 1)  # rows and columns of crops, an overview aside
 
 
 @dataclass
@@ -48,6 +58,7 @@ class ImageFeatures:
     # image, and what they are. None: every row is one image.
     rows: tuple[int, ...] | None = None
     row_kind: str = "image"  # image | crop | frame
+    cuts: tuple[Cut, ...] | None = None  # the same in full, one for each image
     key_attention: Tensor | None = None  # (M, N) float32, mean over heads and queries; None unless a part needs it
     pooling_attention: Tensor | None = None  # (M, N) float32, of the pooling head; None unless a part needs it
     keys: Tensor | None = None  # (M, N, H, d) of the attention that made the tokens; None unless a part needs them
@@ -221,6 +232,26 @@ class LinearHead(NamedTuple):
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     cap: float | None = None  # None: no tanh
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """How the rows of one image (crops, frames) become one run of image tokens; without one, each row is an image.
+
+    `__init__(config, *, text_dim, grid, num_tokens, image_size)`, any of them: the grid and the number of tokens of one
+    row behind the projector, the encoder's image size. `text_dim` is None where only the counts are wanted.
+    """
+
+    def num_tokens(self, n: int) -> int:
+        """The most that an image may take, of `n` tokens a row."""
+
+    def count(self, cut: Cut) -> int:
+        """Tokens of an image that was cut so."""
+
+    def __call__(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor:
+        """Lay out the rows (M, K, C) of several images as (S, C), image behind image, S the sum of their counts."""
+
+    # def text(self, cut, token) -> str: what stands in the prompt for an image, where that is more than `token`s
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -67,6 +67,18 @@ FAMILIES = {
         "DINOv3ViTModel", "model.layer", "norm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash",
         any_size=True,
     ),
+    "idefics3_vision": Family(
+        "Idefics3VisionTransformer", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "lanczos", "squash",
+        False,
+    ),
+    "smolvlm_vision": Family(
+        "SmolVLMVisionTransformer", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "lanczos", "squash",
+        False,
+    ),
+    "internvl_vision": Family(
+        "InternVLVisionModel", "encoder.layer", "layernorm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bicubic",
+        "squash",
+    ),
 }  # fmt: skip
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
@@ -79,20 +91,33 @@ class HFVisionConfig:
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
     pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
-    # Sizes, used where `checkpoint` is empty.
-    model_type: str = "clip"  # clip | siglip | siglip2 | dinov2 | dinov2_with_registers | dinov3_vit
+    # Sizes, used where `checkpoint` is empty. The families: clip, siglip, siglip2, dinov2, dinov2_with_registers,
+    # dinov3_vit, idefics3_vision, smolvlm_vision, internvl_vision.
+    model_type: str = "clip"  # family
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
     depth: int = 12  # blocks
     heads: int = 3  # attention heads
     mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
     registers: int = 4  # register tokens, in the families that have them
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of the family's transformers config
+    # Pixels; empty: the checkpoint's own, or the family's.
+    mean: list[float] = field(default_factory=list)  # of RGB in [0, 1]
+    std: list[float] = field(default_factory=list)
+    resample: str = ""  # nearest | bilinear | bicubic | lanczos
+    fit: str = ""  # crop | squash | pad
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
             raise unknown("model_type", self.model_type, FAMILIES)
+        if self.checkpoint and self.extra:
+            raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, 3):
+                raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
         if not self.checkpoint:
-            check_sizes(self)
+            if not self.extra:  # published sizes need not divide
+                check_sizes(self)
             if self.model_type.startswith("dinov2") and self.mlp_ratio != int(self.mlp_ratio):
                 raise ZooError(f"mlp_ratio of {self.model_type} is a whole number, got {self.mlp_ratio}.")
 
@@ -102,6 +127,7 @@ class HFVision(Tower):
     """The vision part of a composite checkpoint (a whole CLIP, say) is taken out of it."""
 
     choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+    streams = True  # it may be built on the meta device and filled afterwards
 
     def __init__(self, config: HFVisionConfig) -> None:
         source = at(config.checkpoint, config.revision)
@@ -111,8 +137,11 @@ class HFVision(Tower):
         if not config.pooling_head:
             spec.num_hidden_layers = depth  # later blocks are neither built nor read
         size, transform = _transform(source, config.image_size, spec, family)
-        if config.image_size:  # published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over
-            check_divides(spec.patch_size, config.image_size)
+        stated = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit") if getattr(config, key)}
+        transform = replace(transform, **{k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()})
+        # Published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over.
+        if config.image_size and not config.extra:
+            check_divides(side(spec.patch_size), config.image_size)
         tower = _load(source, family, spec) if source and not on_meta() else _class(family)(spec)
         runner = HFRunner(tower, family, size, config.norm, depth, config.pooling_head)
         super().__init__(runner, transform)
@@ -144,10 +173,11 @@ class HFRunner(Runner):
             tower.embeddings.mask_token = None
         self.hidden_size = spec.hidden_size
         self.num_prefix = int(family.has_cls) * (1 + getattr(spec, "num_register_tokens", 0))
-        self.grid = (size // spec.patch_size, size // spec.patch_size)
-        self.interpolate = not family.any_size and size != getattr(spec, "image_size", size)
+        patch = side(spec.patch_size)
+        self.grid = (size // patch, size // patch)
+        self.interpolate = not family.any_size and size != side(getattr(spec, "image_size", size))
         self.position: Any = None
-        self.has_cls, self.has_scores = family.has_cls, len(blocks) > 0
+        self.has_cls, self.has_scores = family.has_cls, len(blocks) > 0 and not getattr(spec, "use_qk_norm", False)
         if self.has_scores:
             self.attention = getattr(blocks[-1], family.attention)
             self.attention.register_forward_pre_hook(self._keep_position, with_kwargs=True)
@@ -214,6 +244,11 @@ class HFRunner(Runner):
             self.tower.gradient_checkpointing_disable()
 
 
+def side(value: Any) -> int:
+    """A side in pixels; some families state both."""
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
 def _class(family: Family) -> Any:
     import transformers
 
@@ -240,7 +275,11 @@ def _from_sizes(config: HFVisionConfig) -> Any:
         "vision_use_head": config.pooling_head,
     }
     known = _class(family).config_class
-    return known(**{key: value for key, value in sizes.items() if key in known.__dataclass_fields__})
+    for name in config.extra:
+        if name not in known.__dataclass_fields__:
+            raise unknown(f"field of {known.__name__}", str(name), known.__dataclass_fields__)
+    sizes = {key: value for key, value in sizes.items() if key in known.__dataclass_fields__}
+    return known(**{**sizes, **config.extra})
 
 
 def _from_json(source: str) -> Any:
@@ -301,7 +340,7 @@ def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple
     if not hasattr(spec, "image_size"):  # SigLIP 2 knows its number of patches only
         size = image_size or round(spec.num_patches**0.5) * spec.patch_size
     else:
-        size = image_size or (asked if family.any_size else 0) or spec.image_size
+        size = image_size or (asked if family.any_size else 0) or side(spec.image_size)
     return size, ImageTransform(
         size=(size, size),
         mean=tuple(processor.get("image_mean") or family.mean),

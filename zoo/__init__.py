@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zoo.loading import compose, load
     from zoo.model import ZooConfig, ZooModel
     from zoo.processor import ZooProcessor
+    from zoo.published.export import export
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _LAZY = {
     "ZooProcessor": "zoo.processor",
     "check": "zoo.checker",
     "compose": "zoo.loading",
+    "export": "zoo.published.export",
     "load": "zoo.loading",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "ZooProcessor",
     "check",
     "compose",
+    "export",
     "load",
     "names",
     "register",

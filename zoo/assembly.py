@@ -1,13 +1,14 @@
 """Slots -> parts. The one place that knows how parts fit together.
 
-The walk goes vision -> pruners -> projector -> llm -> adapters. It carries the number of image tokens, the grid, the
-width and the set of capabilities that hold, and refuses the first thing that does not fit. `zoo check` does the same
-walk on the meta device.
+The walk goes vision -> pruners -> projector -> layout -> llm -> adapters. It carries the number of image tokens, the
+grid, the width and the set of capabilities that hold, and refuses the first thing that does not fit. `zoo check` does
+the same walk on the meta device.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from zoo import registry
 from zoo.registry import ZooError
@@ -47,14 +48,15 @@ class Parts:
     vision: Any = None
     pruner: dict[str, Any] = field(default_factory=dict)
     projector: Any = None
+    layout: Any = None
     llm: Any = None
     adapter: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders per image in the LLM's sequence; 0 where images do not stand in it."""
-        return next((s.tokens for s in self.steps if s.kind == "projector"), 0)
+        """Placeholders per image in the LLM's sequence, with a layout the most; 0 where images do not stand in it."""
+        return next((s.tokens for s in reversed(self.steps) if s.kind in ("projector", "layout")), 0)
 
     @property
     def requested(self) -> frozenset[str]:
@@ -67,12 +69,23 @@ class Parts:
         return next((s.name for s in self.steps if s.kind == kind), "")
 
 
-def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
+class Filler(Protocol):
+    """Reads weights into the base parts, once they stand and before an adapter sees them."""
+
+    empty: frozenset[str]  # kinds of parts that are built without weights, where they can be
+
+    def __call__(self, parts: Parts) -> None: ...
+
+
+def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler | None = None) -> Parts:
     """Build the parts that `slots` names, in the order of the walk; structure only under `torch.device("meta")`.
 
     Args:
-        slots: `vision`, `projector`, `llm` a node or None; `pruner`, `adapter` a dict of nodes keyed by component name.
+        slots: `vision`, `projector`, `layout`, `llm` a node or None; `pruner`, `adapter` a dict of nodes keyed by
+            component name.
         vocab_size: of the tokenizer; an LLM built from sizes takes it, one from a checkpoint grows to it.
+        fill: gives the parts their weights before an adapter sees them; encoder and LLM are then built on the meta
+            device where they can be, so that no memory is taken twice.
 
     Raises:
         MisfitError: two parts do not fit together; the message says which, why, and what is there instead.
@@ -90,7 +103,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
             ("llm", ""), "empty", "The slot llm is empty: a model needs a language model, llm=hf for example."
         )
     if node := slots.get("vision"):
-        parts.vision = _build("vision", node)
+        with _place("vision", node, fill):
+            parts.vision = _build("vision", node)
         tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
         have = frozenset(parts.vision.provides)
         took("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
@@ -114,7 +128,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
         took("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
 
     # The LLM's width is needed by the projector, so it is built first and walked second.
-    parts.llm = _build("llm", slots["llm"], vocab_size=vocab_size)
+    with _place("llm", slots["llm"], fill):
+        parts.llm = _build("llm", slots["llm"], vocab_size=vocab_size)
     text_dim = parts.llm.hidden_size
     if node := slots.get("projector"):
         name = node["name"]
@@ -127,9 +142,13 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
         )
         _require("projector", name, parts.projector, have, f"vision {vision_name!r}", slots)
-        tokens = parts.projector.num_tokens(tokens)
+        before, tokens = tokens, parts.projector.num_tokens(tokens)
         have |= {"image_tokens"}
         took("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
+        grid_now = grid_now if tokens == before else getattr(parts.projector, "grid", None)
+        _add_layout(parts, slots, took, grid=grid_now, num_tokens=tokens, text_dim=text_dim)
+    if fill is not None:
+        fill(parts)
 
     have |= frozenset(parts.llm.provides)
     took("llm", slots["llm"]["name"], parts.llm, tokens=parts.num_image_tokens, grid=None, width=text_dim)
@@ -161,6 +180,23 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None) -> Parts:
             f"Set projector={registry.names('projector')[0]} for example.",
         )
     return parts
+
+
+def _place(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
+    """Where a part is built: on the meta device if its weights are read into it afterwards."""
+    import torch
+
+    if fill is None or kind not in fill.empty or not getattr(registry.get(kind, node["name"]).cls, "streams", False):
+        return nullcontext()
+    return torch.device("meta")
+
+
+def _add_layout(parts: Parts, slots: Mapping[str, Any], took: Any, **derived: Any) -> None:
+    """Build what lays out the rows of an image behind the projector, where the slots name something."""
+    if node := slots.get("layout"):
+        parts.layout = _build("layout", node, image_size=parts.vision.transform.size, **derived)
+        tokens = parts.layout.num_tokens(derived["num_tokens"])
+        took("layout", node["name"], parts.layout, tokens=tokens, grid=None, width=derived["text_dim"])
 
 
 def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:

@@ -29,6 +29,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.typed = takes_parts(tokenizer)
         self._segments: dict[str, tuple[list[int], list[int]]] = {}
         self._literals: dict[tuple[str, ...], list[str] | None] = {}
 
@@ -37,8 +38,21 @@ class Chat:
         if not messages and not add_generation_prompt:
             return ""
         return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            self.shown(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+    def shown(self, messages: Messages) -> list[dict[str, Any]]:
+        """Messages as the template takes them."""
+        if not self.typed:
+            return [dict(m) for m in messages]
+        return [{"role": m["role"], "content": self._parts(m["content"])} for m in messages]
+
+    def _parts(self, content: str) -> list[dict[str, str]]:
+        """Content as typed parts: an image where an image token stands, text in between."""
+        parts: list[dict[str, str]] = []
+        for i, text in enumerate(content.split(self.tokenizer.image_token)):
+            parts += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
+        return parts
 
     def labelled(self, messages: Messages, sample_id: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Tokenize a conversation; labels are the answers, each with the token that ends it.
@@ -93,6 +107,8 @@ class Chat:
 
         None if it does not take contents as they are, or if its answers do not start where generation would.
         """
+        if self.typed:
+            return None  # what such a template writes may depend on the kinds of parts
         if roles not in self._literals:
             self._literals[roles] = self._find_literals(roles)
         return self._literals[roles]
@@ -173,6 +189,19 @@ class Chat:
         ):
             return None
         return re.compile("(" + "|".join(re.escape(t.content) for t in added) + ")")
+
+
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether a chat template wants typed parts, as those of vision-language models do, and shows images by itself."""
+    image = getattr(tokenizer, "image_token", None)
+    if not image or not tokenizer.chat_template or not isinstance(tokenizer.chat_template, str):
+        return False
+    content = [{"type": "image"}, {"type": "text", "text": "\x02"}]
+    try:
+        shown = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except Exception:  # a template may fail in any way on what it does not know
+        return False
+    return shown.count(image) == 1 and shown.count("\x02") == 1
 
 
 def _rising(offsets: Sequence[tuple[int, int]]) -> list[int]:

@@ -170,7 +170,7 @@ def _check_positions(parts: Parts) -> None:
 
 
 def _row(step: Any, parts: Parts, model: Any) -> Row:
-    key = step.kind if step.kind in {"vision", "projector", "llm"} else f"{step.kind}.{step.name}"
+    key = step.kind if step.kind in {"vision", "projector", "layout", "llm"} else f"{step.kind}.{step.name}"
     own = [p for n, p in model.named_parameters() if model.part_of(n) == key]
     return Row(
         step.kind,
@@ -299,7 +299,7 @@ def _excludes_tokens(adapter: str) -> bool:
 
 def _other_options(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Each option that differs from its default set back, and each option's other named values."""
-    for kind in ("vision", "projector", "llm", "pruner", "adapter"):
+    for kind in ("vision", "projector", "layout", "llm", "pruner", "adapter"):
         nodes = plan.slots.get(kind) or {}
         many = kind in {"pruner", "adapter"}
         for name, node in nodes.items() if many else [(nodes.get("name"), nodes)]:

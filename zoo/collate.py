@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from zoo.registry import IGNORE_INDEX, ZooError
+from zoo.vision.pictures import stack
 
 
 @dataclass
@@ -22,7 +23,7 @@ class EncodedSample:
 
     input_ids: np.ndarray  # (T,) int64
     labels: np.ndarray  # (T,) int64, IGNORE_INDEX where nothing is learnt; not shifted
-    pixel_values: list[torch.Tensor]  # one (3, h, w) for each image
+    pixel_values: list[Any]  # for each image (3, h, w), or a `Picture` of several rows
     positions: np.ndarray | None = None  # (T,) int64; None: 0 .. T-1
     blocks: np.ndarray | None = None  # (T,) int64, 0 the shared prefix
     segments: np.ndarray | None = None  # (T,) int64
@@ -166,7 +167,8 @@ def collate(
 
     Returns:
         input_ids, labels, attention_mask, position_ids (B, T); images_per_row (list); pixel_values (M, 3, h, w) if
-        there are images; segment_ids and block_ids (B, T) if a row is packed, -1 at padding; targets if there are any;
+        there are images, with `cuts` where an image has rows of its own; segment_ids and block_ids (B, T) if a row is
+        packed, -1 at padding; targets if there are any;
         pair_ids (B, T) if there are pairs of answers: 2p at the tokens of the chosen one of pair p, 2p + 1 at those of
         the rejected one, -1 elsewhere.
     """
@@ -200,7 +202,7 @@ def collate(
             pairs[row, slice(longest - len(s), longest) if padding_side == "left" else slice(0, len(s))] = own
         batch["pair_ids"] = torch.from_numpy(pairs)
     if pixels := [p for s in samples for p in s.pixel_values]:
-        batch["pixel_values"] = torch.stack(pixels)  # (M, 3, h, w)
+        batch |= stack(pixels)  # pixel_values (M, 3, h, w)
     keys = {key for s in samples for key in s.targets}
     if keys:
         batch["targets"] = {

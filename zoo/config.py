@@ -28,6 +28,7 @@ class ModelSource:
     repository: str = ""  # on the hub, of the preset's trained weights or of the model itself
     revision: str = ""  # commit or tag of `repository`
     sha256: str = ""  # of the weights, where the card states it
+    family: str = ""  # published layout of the repository (llava, llava_next, ...); empty: the zoo's own
 
 
 @dataclass
@@ -70,6 +71,7 @@ class RunRoot:
     vision: Any = None
     pruner: dict[str, Any] = field(default_factory=dict)
     projector: Any = None
+    layout: Any = None
     llm: Any = None
     adapter: dict[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -97,7 +97,7 @@ def _card(run: "Run", result: EvalResult | None = None) -> str:
     """A short card: what the model is made of, how to load it, what it scored."""
     slots = run.model.config.slots or {}
     rows = []
-    for slot in ("vision", "pruner", "projector", "llm", "adapter"):
+    for slot in ("vision", "pruner", "projector", "layout", "llm", "adapter"):
         node = slots.get(slot) or {}
         rows.append(f"| {slot} | {node.get('name') or ', '.join(node) or '-'} |")
     lines = ["---", "library_name: zoo", "pipeline_tag: image-text-to-text", "---", f"# {run.folder.path.name}", ""]

@@ -3,18 +3,23 @@
 The order is always the same: compose the config, check it on the meta device, then read weights.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from zoo import config as configs
+from zoo import presets
 from zoo.checker import Plan, RefusedError, check
 from zoo.model import ZooModel
 from zoo.model_types import ZooConfig
 from zoo.processor import ZooProcessor
+from zoo.published import is_published
+from zoo.published.base import base_for, placed, read_content, require_same
+from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in
 from zoo.registry import ZooError, plugins
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
 from zoo.weights import local_folder, read_weights, remember_base, require_base, sha256_of, weight_files
@@ -27,6 +32,7 @@ def load(
     *overrides: str,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
     attention: str | None = None,
     fresh: Iterable[str] = (),
 ) -> tuple[ZooModel, ZooProcessor]:
@@ -37,6 +43,8 @@ def load(
         overrides: options as on the command line: `pruner=random`, `pruner.random.keep_ratio=0.5`.
         device: where it goes; None: CUDA where there is one.
         dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
+        device_map: a device, `auto`, or a dict from prefixes of names (`vision`, `llm`, `llm.lm.model.layers.0`) to
+            devices; instead of `device`.
         attention: a name that transformers knows, or `auto`.
         fresh: parts that may start without trained weights; adapters that an override adds always may.
 
@@ -46,10 +54,18 @@ def load(
     Example:
         >>> model, processor = zoo.load("scenes_tiny")
     """
+    fetch_published(name)
     cfg = configs.compose("load", [f"model={_quoted(name)}", *overrides])
     if attention is not None:
         cfg.attention = attention
-    return build(cfg, device=device, dtype=dtype, fresh=fresh)
+    return build(cfg, device=device, dtype=dtype, device_map=device_map, fresh=fresh)
+
+
+def fetch_published(name: str) -> None:
+    """Bring the files of a published preset to the cache, so that its own config decides, not what the preset says."""
+    stated = presets.read("model", name).get("model", {}) if name in presets.available("model") else {}
+    if stated.get("family"):
+        local_folder(stated["repository"], stated.get("revision") or None)
 
 
 def compose(*overrides: str, texts: Iterable[str] = ()) -> tuple[ZooModel, ZooProcessor]:
@@ -72,6 +88,7 @@ def build(
     pretrained: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
     fresh: Iterable[str] = (),
 ) -> tuple[ZooModel, ZooProcessor]:
     """Build the model and processor of a composed config.
@@ -81,10 +98,13 @@ def build(
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
         pretrained: load the trained weights of a preset that has some; False starts a preset from its parts. A model
             that was given as a folder or a hub repository always brings its weights.
-        device, dtype, fresh: see `load`.
+        device, dtype, device_map, fresh: see `load`.
     """
     folder = weights_folder(cfg) if pretrained or cfg.model.source != "preset" else None
     slots = slots_of(cfg)
+    published = folder is not None and is_published(read_content(folder))
+    if folder is not None and published:
+        require_same(slots, folder, fresh)
     tokenizer = _tokenizer(cfg, slots, folder, texts)
     plan = plan_from(cfg, vocab_size=len(tokenizer))
     check(plan)
@@ -98,30 +118,69 @@ def build(
         attention=cfg.attention,
         **special,
     )
-    model = ZooModel(config)
-    remember_base(model, slots)
+    target = device or (cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    target = device_map if device_map is not None else target
     if folder is not None:
-        require_base(ZooConfig.from_pretrained(folder).base, config.base)
-        started = read_weights(model, folder, fresh={*fresh, "adapter"})
+        before = None if published else ZooConfig.from_pretrained(folder)
+        saved = before.base if before else None
+        config.video_token_id = before.video_token_id if before else video_token_id_in(folder)
+        source = {"checkpoint": cfg.model.repository or cfg.model.name, "revision": cfg.model.revision}
+        config.base = (
+            {"model": source} if published else {"model": saved["model"]} if "model" in (saved or {}) else None
+        )
+    base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target)
+    model = ZooModel(config, base=base)
+    remember_base(model, slots)
+    if folder is not None and not published:
+        require_base(saved, config.base)
+        started = read_weights(model, folder, fresh={*fresh, "adapter"}, done=base.read_here if base else None)
         model.fresh_parts = sorted({model.part_of(n) for n in started})
+    elif base is not None and base.filled is not None:
+        model.fresh_parts = sorted({n.partition(".")[0] for n in base.filled.missing})
     if model.generation_config is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    target = device or (cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    torch.nn.Module.to(model, device=target, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if folder is not None and (folder / "generation_config.json").is_file() and published:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.llm.lm.generation_config = model.generation_config
+    model = placed(model, target, dtype)
     model.set_attention(cfg.attention)
-    return model.eval(), processor_for(model, tokenizer, cfg.tokenizer.chat_template)
+    pictures = pictures_in(folder) if folder is not None and published else saved_pictures(folder)
+    return model.eval(), processor_for(model, tokenizer, cfg.tokenizer.chat_template, pictures)
 
 
-def processor_for(model: ZooModel, tokenizer: Any, template: str = "") -> ZooProcessor:
-    """Make the processor that writes exactly the placeholders that the model's parts make image tokens for."""
+def processor_for(
+    model: ZooModel, tokenizer: Any, template: str = "", pictures: Mapping[str, Any] | None = None
+) -> ZooProcessor:
+    """Make the processor that writes exactly the placeholders that the model's parts make image tokens for.
+
+    Args:
+        model: whose parts say how many.
+        tokenizer: with a chat template.
+        template: name of a built-in chat template, where the tokenizer's is none of them.
+        pictures: values of a published image processor.
+    """
     known = next((name for name, (text, _) in CHAT_TEMPLATES.items() if text == tokenizer.chat_template), template)
     return ZooProcessor(
         tokenizer,
         transform=model.vision.transform if model.vision is not None else None,
         num_image_tokens=model.num_image_tokens,
         image_separator=image_separator(known),
+        pictures=pictures,
+        layout=layout_for(model),
     )
+
+
+def layout_for(model: ZooModel) -> dict[str, Any] | None:
+    """What the processor needs to count the tokens of an image that was cut: the layout's node and what it knows."""
+    if model.layout is None:
+        return None
+    return {**(model.config.slots or {})["layout"], "given": dict(model.layout.given)}
+
+
+def saved_pictures(folder: Path | None) -> Mapping[str, Any] | None:
+    """The published image processor that a saved model goes on using."""
+    return read_content(folder, "processor_config.json").get("pictures") if folder is not None else None
 
 
 def weights_folder(cfg: Any) -> Path | None:
@@ -150,7 +209,7 @@ def weights_folder(cfg: Any) -> Path | None:
 
 def slots_of(cfg: Any) -> dict[str, Any]:
     """Return the five model slots of a composed config as plain values."""
-    return {kind: _plain(cfg.get(kind)) for kind in ("vision", "pruner", "projector", "llm", "adapter")}
+    return {kind: _plain(cfg.get(kind)) for kind in ("vision", "pruner", "projector", "layout", "llm", "adapter")}
 
 
 def plan_from(cfg: Any, vocab_size: int | None = None) -> Plan:
@@ -183,6 +242,8 @@ def plan_of(name: str, *overrides: str) -> Plan:
 def _tokenizer(cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iterable[str]) -> Any:
     """The first that there is: the saved model's, the config's, that of the LLM's checkpoint, or a new one."""
     template = cfg.tokenizer.chat_template
+    if folder is not None and is_published(read_content(folder)):
+        return tokenizer_in(folder, template)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder), template)
     if source := cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint"):

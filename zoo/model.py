@@ -18,7 +18,7 @@ from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
 from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
-from zoo.registry import ImageFeatures, ZooError, refuse_code, unknown
+from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code, unknown
 from zoo.weights import (
     changed_state,
     library_versions,
@@ -51,20 +51,36 @@ class ZooModel(PreTrainedModel):
     vision: Any
     pruner: Any
     projector: Any
+    layout: Any
     llm: Any
     adapter: Any
     generation_config: Any
     fresh_parts: list[str]  # that started without trained weights
 
-    def __init__(self, config: ZooConfig, parts: Parts | None = None) -> None:
+    def __init__(self, config: ZooConfig, parts: Parts | None = None, base: Any = None) -> None:
+        """Build the parts of `config.slots`, or take them.
+
+        Args:
+            config: what it is made of.
+            parts: built already.
+            base: weights that are read into the parts while they are built (see `zoo.published.base`); found by what
+                the config says of them where absent.
+        """
         super().__init__(config)
-        parts = parts or assemble(config.slots or {}, vocab_size=config.text_vocab_size)
+        if parts is None:
+            if base is None and (record := (config.base or {}).get("model")):
+                from zoo.published.base import base_from
+
+                base = base_from(record)
+            parts = assemble(config.slots or {}, vocab_size=config.text_vocab_size, fill=base)
+        self.__dict__["_base"] = base  # until `remember_base` has noted it
         self.steps = parts.steps
         self.num_image_tokens = parts.num_image_tokens
         self.requested = parts.requested
         self.vision = parts.vision
         self.pruner = nn.ModuleDict(parts.pruner)
         self.projector = parts.projector
+        self.layout = parts.layout
         self.llm = parts.llm
         self.adapter = nn.ModuleDict(parts.adapter)
         self.compiled = False
@@ -185,43 +201,68 @@ class ZooModel(PreTrainedModel):
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
-    def encode_images(self, pixel_values: Tensor) -> tuple[ImageFeatures, ImageFeatures, Tensor | None]:
-        """Run encoder, pruners and projector.
+    def encode_images(
+        self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None
+    ) -> tuple[ImageFeatures, ImageFeatures, Tensor | None]:
+        """Run encoder, pruners, projector and layout.
 
         Args:
             pixel_values: (M, 3, S, S).
+            cuts: of each image, where images have rows of their own; absent: every row is an image.
 
         Returns:
-            The encoder's features, what the pruners left of them, and the image tokens (M, K, C) or None.
+            The encoder's features, what the pruners left of them, and the image tokens (M, K, C), laid out (S, C), or
+            None.
         """
         if self.vision is None:
             raise ZooError("The batch has images, but the model has no vision encoder.")
+        if cuts is None and self.layout is not None:
+            cuts = [Cut(size=self.vision.transform.size)] * len(pixel_values)
+        if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
+            raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
         image = self.vision(pixel_values, need=self.requested)
+        if cuts is not None and self.layout is not None:
+            image.rows, image.cuts = tuple(c.rows for c in cuts), tuple(cuts)
+            image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")
         kept = image
         for pruner in self.pruner.values():
             kept = pruner(kept)
-        return image, kept, self.projector(kept) if self.projector is not None else None
+        tokens = self.projector(kept) if self.projector is not None else None
+        if tokens is not None and self.layout is not None:
+            tokens = self.layout(tokens, cuts)  # (S, C)
+        return image, kept, tokens
 
     def _encoded(
-        self, pixel_values: Tensor | None, encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None
+        self,
+        pixel_values: Tensor | None,
+        cuts: Sequence[Cut] | None,
+        encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None,
     ) -> tuple[ImageFeatures | None, ImageFeatures | None, Tensor | None]:
         if encoded is not None:
             return encoded
-        return (None, None, None) if pixel_values is None else self.encode_images(pixel_values)
+        return (None, None, None) if pixel_values is None else self.encode_images(pixel_values, cuts)
+
+    def _placeholders(self, input_ids: Tensor) -> Tensor:
+        """Where tokens of images and videos stand: (B, T) bool."""
+        slots = input_ids == self.image_token_id
+        if self.config.video_token_id is not None:
+            slots = slots | (input_ids == self.config.video_token_id)
+        return slots
 
     def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
-        """Embed `input_ids` (B, T) and put the image tokens (M, K, C) where the placeholders are.
+        """Embed `input_ids` (B, T) and put the image tokens (M, K, C) or (S, C) where the placeholders are.
 
         Raises:
             ZooError: the placeholders and the image tokens are not equally many.
         """
-        slots = input_ids == self.image_token_id  # (B, T)
+        slots = self._placeholders(input_ids)  # (B, T)
         embeds = self.llm.embed(input_ids.masked_fill(slots, 0))  # (B, T, C)
-        have = 0 if image_tokens is None else image_tokens.shape[0] * image_tokens.shape[1]
+        have = 0 if image_tokens is None else image_tokens.shape[:-1].numel()
         if not torch.compiler.is_compiling() and (found := int(slots.sum())) != have:
+            each = "" if self.layout is not None else f" of {self.num_image_tokens} tokens"
+            images = 0 if image_tokens is None else "laid out" if each == "" else len(image_tokens)
             raise ZooError(
-                f"The batch has {found} image placeholders (id {self.image_token_id}) for "
-                f"{0 if image_tokens is None else len(image_tokens)} images of {self.num_image_tokens} tokens; "
+                f"The batch has {found} image placeholders (id {self.image_token_id}) for {images} images{each}; "
                 f"{have} are needed."
             )
         if image_tokens is None or not have:
@@ -240,6 +281,7 @@ class ZooModel(PreTrainedModel):
         segment_ids: Tensor | None = None,
         block_ids: Tensor | None = None,
         images_per_row: Sequence[int] | None = None,
+        cuts: Sequence[Cut] | None = None,
         encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
@@ -263,13 +305,14 @@ class ZooModel(PreTrainedModel):
             labels: (B, T), not shifted, IGNORE_INDEX where nothing is learnt. The loss is the mean over labels.
             segment_ids, block_ids: (B, T) of packed rows, see `zoo.collate`.
             images_per_row: images of each row; counted from the placeholders where absent.
+            cuts: of each image, where images have rows of their own (crops, frames).
             encoded: what `encode_images` gave, instead of `pixel_values`.
             num_labels: what the summed answer loss is divided by (gradient accumulation); default: labels in the batch.
             all_logits: give logits (B, T, V) although there are labels.
             run_llm: False stops after the projector.
             targets, pair_ids: ignored here; what distillers want travels in the same batch.
         """
-        image, kept, image_tokens = self._encoded(pixel_values, encoded)
+        image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
         unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
         if not run_llm:
             return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
@@ -366,7 +409,7 @@ class ZooModel(PreTrainedModel):
         segment_ids: Tensor | None = None,
         block_ids: Tensor | None = None,
     ) -> LLMSequence:
-        slots = input_ids == self.image_token_id if input_ids is not None else None
+        slots = self._placeholders(input_ids) if input_ids is not None else None
         rows = attention_mask, position_ids, labels, segment_ids, block_ids
         return LLMSequence(slots, *rows, tokens_per_image=self.num_image_tokens)
 
@@ -383,6 +426,8 @@ class ZooModel(PreTrainedModel):
         if images_per_row is None and input_ids is not None:
             if image is None:
                 images_per_row = [0] * len(input_ids)
+            elif self.layout is not None and image.cuts is not None:
+                images_per_row = self._images_of(input_ids, image.cuts)
             elif self.num_image_tokens:
                 found = (input_ids == self.image_token_id).sum(1) // self.num_image_tokens
                 images_per_row = found.tolist()
@@ -393,8 +438,18 @@ class ZooModel(PreTrainedModel):
         for adapter in self.adapter.values():
             adapter.condition(image, images_per_row or [], expand)
 
+    def _images_of(self, input_ids: Tensor, cuts: Sequence[Cut]) -> list[int]:
+        """Count the images of each row by their placeholders, whose number differs from image to image."""
+        rest, rows = list(cuts), []
+        for found in self._placeholders(input_ids).sum(1).tolist():
+            before = len(rest)
+            while found > 0 and rest:
+                found -= self.layout.count(rest.pop(0))
+            rows.append(before - len(rest))
+        return rows
+
     def _vision_trains(self) -> bool:
-        parts = (self.vision, self.projector)
+        parts = (self.vision, self.projector, self.layout)
         return any(p.requires_grad for part in parts if part is not None for p in part.parameters())
 
     def _touch_vision(self) -> Tensor:
@@ -414,6 +469,7 @@ class ZooModel(PreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         images_per_row: Sequence[int] | None = None,
+        cuts: Sequence[Cut] | None = None,
         encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
         generation_config: Any = None,
         **kwargs: Any,
@@ -424,6 +480,7 @@ class ZooModel(PreTrainedModel):
             input_ids: (B, T), padded on the left where lengths differ.
             pixel_values: (M, 3, S, S).
             images_per_row: needed only where images have no placeholders and rows do not hold one image each.
+            cuts: of each image, where images have rows of their own (crops, frames).
             encoded: what `encode_images` gave, instead of `pixel_values`.
 
         Returns:
@@ -437,7 +494,7 @@ class ZooModel(PreTrainedModel):
             raise ZooError(
                 "generate needs padding on the left: the last token of some row is padding. Set padding_side='left'."
             )
-        _, kept, image_tokens = self._encoded(pixel_values, encoded)
+        _, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
         embeds = self.merge(input_ids, image_tokens)
         config = generation_config or self.generation_config
         beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
@@ -512,22 +569,22 @@ class ZooModel(PreTrainedModel):
             config: of the same parts, or of other ones: those without weights in the folder must be in `fresh`.
             fresh: parts that may start without weights.
             dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
-            device_map: a device, or None for the CPU.
+            device_map: a device, None for the CPU, `auto`, or a dict from prefixes of names (`vision`, `llm`, ...) to
+                devices.
         """
+        from zoo.published.base import base_for, placed
+
         folder = local_folder(pretrained_model_name_or_path, revision)
         config = config or ZooConfig.from_pretrained(folder)
         refuse_code(config.slots, f"{folder}/config.json")
         saved_base = config.base
-        model = cls(config)
+        dtype = dtype if dtype is not None else torch_dtype
+        base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map)
+        model = cls(config, base=base)
         remember_base(model, config.slots or {})
         require_base(saved_base, model.config.base)
-        read_weights(model, folder, fresh=fresh)
-        dtype = dtype if dtype is not None else torch_dtype
-        if dtype not in (None, "auto"):
-            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        if device_map is not None and device_map != "auto":
-            model.to(next(iter(device_map.values())) if isinstance(device_map, dict) else device_map)
-        return model.eval()
+        read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
+        return placed(model, device_map, dtype).eval()
 
 
 def _goes_on(past_key_values: Any) -> bool:

@@ -18,6 +18,7 @@ class ZooConfig(PreTrainedConfig):
         tokenizer: what the tokenizer was made from (a checkpoint, or trained).
         plugins: modules that must be imported for the names in `slots` to exist.
         image_token_id: the placeholder, one per image token.
+        video_token_id: the placeholder of videos, where it is another one.
         text_vocab_size: ids of the tokenizer; the LLM's table may be larger.
         versions: of the libraries that wrote the model.
         base: for each part whose unchanged weights stay in its own checkpoint: checkpoint, revision and hash.
@@ -28,6 +29,7 @@ class ZooConfig(PreTrainedConfig):
     tokenizer: dict[str, Any] | None = None
     plugins: list[str] | None = None
     image_token_id: int = -1
+    video_token_id: int | None = None
     text_vocab_size: int | None = None
     versions: dict[str, str] | None = None
     base: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ from zoo.collate import EncodedSample, last_turn
 from zoo.engine import to_device
 from zoo.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
+from zoo.vision.pictures import blank, stack
 
 WINDOW = 8  # batches whose dialogs are sorted by length together
 
@@ -62,7 +63,7 @@ class _Pictures:
         self.model, self.blind = model, blind
         self.of: dict[int, list[int]] = {}  # id of a sample -> where its images are
         self.shared = True
-        pixels: list[Tensor] = []
+        pixels: list[Any] = []
         for question in window:
             sample = question.sample
             if id(sample) in self.of:
@@ -70,7 +71,7 @@ class _Pictures:
             if blind and sample.images:
                 if not pixels:
                     shown = processor.encode_prompt(sample, question.dialog).pixel_values[0]
-                    pixels.append(torch.zeros_like(shown))
+                    pixels.append(blank(shown))
                 self.of[id(sample)] = [0] * len(sample.images)
             else:
                 self.of[id(sample)] = list(range(len(pixels), len(pixels) + len(sample.images)))
@@ -79,19 +80,22 @@ class _Pictures:
         self.parts = [self._encode(pixels[at : at + batch_size]) for at in range(0, len(pixels), batch_size)]
         self.encoded = _join(self.parts) if self.parts and self.shared else None
 
-    def _encode(self, pixels: list[Tensor]) -> Any:
-        if not self.shared:
+    def _encode(self, pixels: list[Any]) -> Any:
+        self.shared = self.shared and getattr(self.model, "layout", None) is None
+        if not self.shared:  # crops and frames: a row is no image, so they go in as pixels
             return None
-        encoded = self.model.encode_images(torch.stack(pixels).to(self.model.device))
-        self.shared = encoded[0].rows is None  # crops and frames: a row is no image, so they go in as pixels
-        return encoded
+        return self.model.encode_images(torch.stack(pixels).to(self.model.device))
+
+    def show(self, sample: Sample) -> list[Any]:
+        """The images of a sample as the processor gave them, where the prompt depends on them."""
+        return [] if self.shared else [self.pixels[i] for i in self.of[id(sample)]]
 
     def batch(self, which: Sequence[int]) -> dict[str, Any]:
         """Return what shows the model the images `which`, in this order."""
         if not which:
             return {}
         if not self.shared or self.encoded is None:
-            return {"pixel_values": torch.stack([self.pixels[i] for i in which]).to(self.model.device)}
+            return to_device(stack([self.pixels[i] for i in which]), self.model.device)
         index = torch.tensor(which, device=self.model.device)
         image, kept, tokens = self.encoded
         return {"encoded": (_pick(image, index), _pick(kept, index), None if tokens is None else tokens[index])}
@@ -119,7 +123,8 @@ def _generate(
     groups: dict[_Prompt, list[int]] = {}
     rows: dict[_Prompt, EncodedSample] = {}
     for i, q in questions.items():
-        row = processor.encode_prompt(q.sample, q.dialog, pixel_values=[])
+        row = processor.encode_prompt(q.sample, q.dialog, pixel_values=pictures.show(q.sample))
+        row.pixel_values = []  # the batch takes them from `pictures`
         shown = np.flatnonzero(row.input_ids == processor.image_token_id)
         shared = row.input_ids.itemsize * (int(shown[-1]) + 1) if len(shown) else 0
         prompt = _Prompt(q.max_new_tokens, row.input_ids.tobytes(), tuple(pictures.of[id(q.sample)]), shared)
@@ -167,7 +172,7 @@ def _choose(
         turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         for option in q.dialog.choices:
             said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
-            ids, labels = processor.tokenize_dialog(said, q.sample.id)
+            ids, labels = processor.tokenize_dialog(said, q.sample.id, pictures.show(q.sample))
             last = last_turn(labels)
             options.append((i, option, EncodedSample(ids, last, [])))
     options.sort(key=lambda o: len(o[2]))

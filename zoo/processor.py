@@ -9,14 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from zoo.auto import register_processor
 from zoo.chat import Chat
 from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
 from zoo.model_types import ZooConfig
-from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError, unknown
+from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, unknown
+from zoo.vision.pictures import Picture, Pictures, stack
 from zoo.vision.transform import to_pixels
 
 _CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
@@ -30,6 +30,9 @@ class ZooProcessor(ProcessorMixin):
         transform: what the encoder wants of its pixels, as `ImageTransform` or its dict; None without an encoder.
         num_image_tokens: placeholders per image; 0 where images do not stand in the sequence.
         image_separator: text between an image and what follows it, where images stand in the sequence.
+        pictures: the image processor of a published model, as plain values; None: images go by `transform`.
+        layout: node of the model's layout, and under `given` what it was derived from; None: each image has
+            `num_image_tokens`.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class ZooProcessor(ProcessorMixin):
         num_image_tokens: int = 0,
         image_separator: str = "\n",
         chat_template: str | None = None,
+        pictures: Mapping[str, Any] | None = None,
+        layout: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(transform, Mapping):
@@ -47,11 +52,17 @@ class ZooProcessor(ProcessorMixin):
         self.transform = transform
         self.num_image_tokens = num_image_tokens
         self.image_separator = image_separator
+        self.pictures = Pictures(pictures) if pictures else None
+        self.layout_node = dict(layout) if layout else None
+        self.layout = build_layout(layout) if layout else None
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
         self._dialogs: dict[Any, TokenizedDialog] = {}
+        self._images: dict[Cut, np.ndarray] = {}
         self._chat = Chat(tokenizer)
+        if self._chat.typed:  # the template itself says what stands between an image and the text
+            self.image_separator = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -59,6 +70,8 @@ class ZooProcessor(ProcessorMixin):
             "transform": asdict(self.transform) if self.transform else None,
             "num_image_tokens": self.num_image_tokens,
             "image_separator": self.image_separator,
+            **({"pictures": self.pictures.config} if self.pictures else {}),
+            **({"layout": self.layout_node} if self.layout_node else {}),
         }
 
     # ---- for people: text and images as they come --------------------------------------------------------------
@@ -75,7 +88,8 @@ class ZooProcessor(ProcessorMixin):
         """Tokenize text that holds the image token where an image goes, and transform the images.
 
         Args:
-            images: one image, or a list in the order of their tokens over the whole batch (lists of lists are joined).
+            images: one image, a list in the order of their tokens over the whole batch, or a list of the images of
+                each text.
             text: one text or several.
 
         Returns:
@@ -83,20 +97,21 @@ class ZooProcessor(ProcessorMixin):
             images leave no placeholders.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        pixels = [self._pixels(source) for source in _flat(images)]
-        rows = [
-            self._expand(np.array(self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"])) for t in texts
-        ]
+        pixels = self._all_pixels(images)
         wanted = sum(t.count(self.image_token) for t in texts)
         if wanted != len(pixels):
             raise ZooError(f"The text holds {wanted} times {self.image_token!r}, but {len(pixels)} images were given.")
-        encoded = [EncodedSample(ids, np.full(len(ids), IGNORE_INDEX), []) for ids in rows]
+        rest, encoded = list(pixels), []
+        for t in texts:
+            shown = [rest.pop(0) for _ in range(t.count(self.image_token))]
+            ids = np.array(self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"])
+            ids = self._expand(ids, pictures=shown)
+            encoded.append(EncodedSample(ids, np.full(len(ids), IGNORE_INDEX), []))
         batch = collate(encoded, pad_id=self.tokenizer.pad_token_id, padding_side=self.tokenizer.padding_side)
         keep = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        if pixels:
-            keep["pixel_values"] = torch.stack(pixels)
-            if not self.num_image_tokens:
-                keep["images_per_row"] = [t.count(self.image_token) for t in texts]
+        keep |= stack(pixels)
+        if pixels and not self.num_image_tokens:
+            keep["images_per_row"] = [t.count(self.image_token) for t in texts]
         return BatchFeature(keep)
 
     def apply_chat_template(  # type: ignore[override]  # fewer options, and images beside the messages
@@ -119,7 +134,7 @@ class ZooProcessor(ProcessorMixin):
         talks = conversation if several else [conversation]
         texts = [
             self.tokenizer.apply_chat_template(
-                self.flatten(talk),
+                self.shown(talk) if chat_template is None else self.flatten(talk),
                 chat_template=chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -138,6 +153,10 @@ class ZooProcessor(ProcessorMixin):
     def flatten(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         """Messages with string content, the image token in place of each image part."""
         return [{"role": m["role"], "content": self._content(m["content"])} for m in messages]
+
+    def shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as the chat template takes them: plain content, or typed parts."""
+        return self._chat.shown(self.flatten(messages))
 
     def _content(self, content: Any) -> str:
         if isinstance(content, str):
@@ -165,9 +184,10 @@ class ZooProcessor(ProcessorMixin):
             ZooError: images and image parts do not match, an answer is empty, or the chat template and the tokenizer
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
-        dialogs = _paired(sample, [self._learnt(d.messages, sample) for d in sample.dialogs])
+        pixels = self._all_pixels([sample.images])
+        dialogs = _paired(sample, [self._learnt(d.messages, sample, pixels) for d in sample.dialogs])
         common: dict[str, Any] = {
-            "pixel_values": [self._pixels(i) for i in sample.images],
+            "pixel_values": pixels,
             "targets": sample.targets,
             "ids": [sample.id],
         }
@@ -179,33 +199,38 @@ class ZooProcessor(ProcessorMixin):
     def encode_images(self, sample: Sample) -> EncodedSample:
         """Encode the images and dense targets of a sample, and none of its text."""
         nothing = np.zeros(0, dtype=np.int64)
-        return EncodedSample(nothing, nothing, [self._pixels(i) for i in sample.images], targets=sample.targets)
+        return EncodedSample(nothing, nothing, self._all_pixels([sample.images]), targets=sample.targets)
 
-    def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample) -> TokenizedDialog:
+    def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample, pixels: Sequence[Any]) -> TokenizedDialog:
         """Tokenize a dialog of a sample, or remember it."""
-        key = tuple([(m["role"], _key(m["content"])) for m in messages])
+        key: Any = tuple([(m["role"], _key(m["content"])) for m in messages])
+        if self.layout is not None:  # the same words with images of other shapes are other tokens
+            key = key, tuple([_cut(p) for p in pixels])
         known = self._dialogs.get(key)
         if known is None:
             if len(self._dialogs) >= _CACHE:
                 self._dialogs.clear()
-            ids, labels = self.tokenize_dialog(messages, sample.id)
+            ids, labels = self.tokenize_dialog(messages, sample.id, pixels)
             known = self._dialogs[key] = TokenizedDialog(ids, labels, self._shared(ids), _count_images(messages))
         if known.images != len(sample.images):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {known.images}.")
         return known
 
-    def encode_prompt(
-        self, sample: Sample, dialog: Dialog, pixel_values: list[torch.Tensor] | None = None
-    ) -> EncodedSample:
-        """Encode one dialog up to its last assistant turn, which is left for the model to write."""
+    def encode_prompt(self, sample: Sample, dialog: Dialog, pixel_values: list[Any] | None = None) -> EncodedSample:
+        """Encode one dialog up to its last assistant turn, which is left for the model to write.
+
+        Args:
+            pixel_values: the images as they came out before, or nothing where only the text is wanted and all images
+                are equally long.
+        """
         messages = dialog.messages
         if (shown := _count_images(messages)) != len(sample.images):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         text = self._chat.render(self.flatten(messages), add_generation_prompt=True)
-        ids = self._expand(np.array(self._chat.tokenize(text)[0], dtype=np.int64))
-        pixels = [self._pixels(i) for i in sample.images] if pixel_values is None else pixel_values
+        pixels = self._all_pixels([sample.images]) if pixel_values is None else pixel_values
+        ids = self._expand(np.array(self._chat.tokenize(text)[0], dtype=np.int64), pictures=pixels)
         return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
 
     def collate(
@@ -220,31 +245,71 @@ class ZooProcessor(ProcessorMixin):
         return pack(samples, length)
 
     def tokenize_dialog(
-        self, messages: Sequence[Mapping[str, Any]], sample_id: str = ""
+        self, messages: Sequence[Mapping[str, Any]], sample_id: str = "", pictures: Sequence[Any] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize a conversation; labels are the assistant turns, each with the token that ends it.
+
+        Args:
+            messages: typed or plain.
+            sample_id: for messages.
+            pictures: the images, where a layout makes them unlike long.
 
         Returns:
             input_ids and labels, both (T,), image tokens expanded.
         """
         tokens, labels = self._chat.labelled(self.flatten(messages), sample_id)
         labels[tokens == self.image_token_id] = IGNORE_INDEX
-        return self._expand(tokens), self._expand(labels, tokens)
+        return self._expand(tokens, pictures=pictures), self._expand(labels, tokens, pictures)
 
-    def _expand(self, values: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
-        """Repeat each image token `num_image_tokens` times, in `values` or wherever `ids` holds one."""
+    def _expand(self, values: np.ndarray, ids: np.ndarray | None = None, pictures: Sequence[Any] = ()) -> np.ndarray:
+        """Put the tokens of each image in the place of its image token, in `values` or wherever `ids` holds one."""
+        learnt = ids is not None  # labels: nothing of an image is learnt
         ids = values if ids is None else ids
-        return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
+        if self.layout is None:
+            return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
+        places = np.flatnonzero(ids == self.image_token_id)
+        if len(places) != len(pictures):
+            raise ZooError(f"The text shows {len(places)} images, and {len(pictures)} were given.")
+        pieces, at = [], 0
+        for place, picture in zip(places.tolist(), pictures, strict=True):
+            shown = self._image_ids(_cut(picture))
+            pieces += [values[at:place], np.full_like(shown, IGNORE_INDEX) if learnt else shown]
+            at = place + 1
+        return np.concatenate([*pieces, values[at:]]).astype(np.int64)
+
+    def _image_ids(self, cut: Cut) -> np.ndarray:
+        """Ids of an image that was cut so: placeholders, and what the layout writes around them."""
+        if cut not in self._images:
+            if not hasattr(self.layout, "text"):
+                self._images[cut] = np.full(self.layout.count(cut), self.image_token_id, dtype=np.int64)
+            else:
+                text = self.layout.text(cut, self.image_token)
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                self._images[cut] = np.array(ids, dtype=np.int64)
+        return self._images[cut]
 
     def _shared(self, ids: np.ndarray) -> int:
         """Length of the prefix that dialogs share: up to the last image placeholder; nothing for text alone."""
         where = np.flatnonzero(ids == self.image_token_id)
         return int(where[-1]) + 1 if len(where) else 0
 
-    def _pixels(self, source: Any) -> torch.Tensor:
+    def _all_pixels(self, images: Any) -> list[Any]:
+        """All images of a batch; a list of lists says which belong to one sample."""
+        nested = isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images)
+        groups = [_flat(group) for group in images] if nested else [[image] for image in _flat(images)]
+        return [self._pixels(image, len(group) > 1) for group in groups for image in group]
+
+    def _pixels(self, source: Any, several: bool = False) -> Any:
         if self.transform is None:
             raise ZooError("An image was given to a model that has no vision encoder.")
-        return to_pixels(source, self.transform)
+        if self.pictures is None:
+            return to_pixels(source, self.transform)
+        picture = self.pictures(source, several=several)
+        if self.layout is not None:
+            return picture
+        if picture.cut.rows != 1:
+            raise ZooError(f"The image processor cuts an image into {picture.cut.rows}, and the model has no layout.")
+        return picture.pixels[0]
 
 
 def _paired(sample: Sample, dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
@@ -266,6 +331,20 @@ def _paired(sample: Sample, dialogs: list[TokenizedDialog]) -> list[TokenizedDia
 
 def _key(content: Any) -> Any:
     return content if isinstance(content, str) else tuple([part.get("text") for part in content])
+
+
+def _cut(picture: Any) -> Cut:
+    """How an image was cut; one that was not is as large as its pixels."""
+    if isinstance(picture, Picture):
+        return picture.cut
+    return Cut(size=(int(picture.shape[-2]), int(picture.shape[-1])))
+
+
+def build_layout(given: Mapping[str, Any]) -> Any:
+    """Build a layout that only counts."""
+    node = {key: value for key, value in given.items() if key != "given"}
+    derived = {k: tuple(v) if isinstance(v, list) else v for k, v in given.get("given", {}).items()}
+    return build("layout", node, text_dim=None, **derived)
 
 
 def _count_images(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -7,10 +7,12 @@ becomes a preset with typed options, so that `pruner=...` and every other overri
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from zoo import presets
+from zoo.published import FAMILIES, is_published
 from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, unknown
 from zoo.registry.core import SLOT_KINDS, group_of
 
@@ -34,7 +36,7 @@ def resolve(asked: Any, given: Mapping[str, Any], config_dir: str | Path | None 
     if colon and kind == "hub":
         return from_hub(place, str(given.get("model.revision", "") or ""), config_dir)
     if asked in presets.available("model", config_dir) or asked in presets._private["model"]:
-        return asked, {"name": asked}
+        return _from_cache(asked, config_dir) or (asked, {"name": asked})
     raise ambiguous(asked, presets.available("model", config_dir))
 
 
@@ -68,11 +70,17 @@ def from_folder(folder: Path, asked: str, config_dir: str | Path | None = None) 
             content = {k: v for k, v in content.items() if v is not None}
             name = store_preset({**_data_of_run(place.parent), **content}, asked, config_dir)
             return name, {"name": str(place), "source": "dir"}
+    if is_published(_content(folder / "config.json")):
+        name = store_preset(published_content(folder), asked, config_dir)
+        return name, {"name": str(folder), "source": "dir"}
     if not folder.is_dir():
         near = nearest(folder.name, [p.name for p in folder.parent.glob("*")]) if folder.parent.is_dir() else []
         hint = f" Did you mean 'dir:{folder.parent / near[0]}'?" if near else ""
         raise ZooError(f"model {asked!r}: no such folder.{hint}")
-    raise ZooError(f"model {asked!r}: the folder holds no saved model (a config.json with the key 'slots').")
+    raise ZooError(
+        f"model {asked!r}: the folder holds no saved model (a config.json with the key 'slots') and none of a "
+        f"published family ({', '.join(FAMILIES)})."
+    )
 
 
 def _data_of_run(run: Path) -> dict[str, Any]:
@@ -97,18 +105,52 @@ def from_hub(repository: str, revision: str = "", config_dir: str | Path | None 
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ZooError(f"model 'hub:{repository}': cannot read its config.json ({first}).") from error
     content = json.loads(Path(file).read_text(encoding="utf-8"))
+    if is_published(content):
+        for extra in ("preprocessor_config.json", "processor_config.json"):  # they state how pixels are made
+            with suppress(Exception):
+                hf_hub_download(repository, extra, revision=revision or None)
+        content = published_content(Path(file).parent)
     if not isinstance(content, dict) or "slots" not in content:
-        raise ZooError(f"model 'hub:{repository}' is no model of this zoo: its config.json has no 'slots'.")
+        raise ZooError(
+            f"model 'hub:{repository}' is no model of this zoo: its config.json has no 'slots', and its type is none "
+            f"of {', '.join(FAMILIES)}."
+        )
     name = store_preset(content, f"hub:{repository}", config_dir)
     return name, {"name": repository, "source": "hub", "repository": repository}
 
 
+def published_content(folder: Path) -> dict[str, Any]:
+    """What a folder in a published layout says, as the config of a saved model would."""
+    from zoo.published.base import slots_in
+
+    return {"slots": {"pruner": {}, "adapter": {}, "layout": None, **slots_in(folder)}}
+
+
+def _from_cache(asked: str, config_dir: str | Path | None) -> tuple[str, dict[str, str]] | None:
+    """Let the checkpoint's own config decide where a preset names a published repository that is in the cache."""
+    stated = presets.read("model", asked, config_dir).get("model") or {}
+    if not isinstance(stated, Mapping) or not stated.get("family"):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, revision = str(stated["repository"]), str(stated.get("revision") or "")
+    found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+    if not isinstance(found, str) or not is_published(_content(Path(found))):
+        return None
+    name = store_preset(published_content(Path(found).parent), asked, config_dir)
+    return name, {"name": asked, "repository": repository, "revision": revision, "family": str(stated["family"])}
+
+
 def _is_zoo_model(file: Path) -> bool:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    content = _content(file)
     return isinstance(content, dict) and isinstance(content.get("slots"), dict)
+
+
+def _content(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path | None = None) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.registry import ZooError
+from zoo.stream import listing, read
 
 WEIGHTS = "model.safetensors"
 _ENDS = 1 << 20  # bytes read from each end of a file for its fingerprint
@@ -46,6 +47,12 @@ def remember_base(model: Any, slots: Mapping[str, Any]) -> None:
     """
     model._base_tensors = {}
     base: dict[str, Any] = {}
+    source = model.__dict__.pop("_base", None)
+    if source is not None and source.record:  # a published checkpoint gave all parts their weights
+        base["model"] = source.record
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) in source.filled.tensors:
+                model._base_tensors[name] = (id(tensor), tensor._version)
     for part in ("vision", "llm"):
         node = slots.get(part) or {}
         checkpoint = node.get("checkpoint")
@@ -115,11 +122,16 @@ def weight_files(folder: Path) -> list[Path]:
     raise ZooError(f"{folder} holds no {WEIGHTS}.{hint}")
 
 
-def read_weights(model: Any, folder: Path, *, fresh: Iterable[str] = ()) -> list[str]:
+def read_weights(
+    model: Any, folder: Path, *, fresh: Iterable[str] = (), done: Mapping[int, Tensor] | None = None
+) -> list[str]:
     """Load the tensors of a folder into a model in place.
 
     Args:
+        model: its parts stand.
+        folder: with safetensors files.
         fresh: parts that may start without weights (`projector`, `adapter.lora`), or `all`.
+        done: tensors that were read already, by their id.
 
     Returns:
         Names of the tensors that were not in the folder and did not come from a base checkpoint.
@@ -127,38 +139,27 @@ def read_weights(model: Any, folder: Path, *, fresh: Iterable[str] = ()) -> list
     Raises:
         ZooError: a tensor is missing, unknown or of another shape; reported by part.
     """
-    from safetensors import safe_open
-
-    allowed = set(fresh)
-
-    def may_start_fresh(part: str) -> bool:
-        return bool({"all", part, part.partition(".")[0]} & allowed)
-
+    allowed, done = set(fresh), done or {}
     own = model.state_dict(keep_vars=True)
     shared = _shared_names(own)
     missing, unexpected, misshapen = set(own) - set(getattr(model, "_base_tensors", {})), [], []
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  a safetensors handle is no mapping
-                if name not in own:
-                    if not may_start_fresh(name.partition(".")[0]):
-                        unexpected.append(name)
-                    continue
-                value = tensors.get_tensor(name)
-                if value.shape != own[name].shape and may_start_fresh(model.part_of(name)):
-                    continue
-                if value.shape != own[name].shape:
-                    misshapen.append(f"{name}: {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model")
-                    continue
-                with torch.no_grad():
-                    own[name].copy_(value)
-                missing -= shared[name]
-    left = {n for n in missing if not may_start_fresh(model.part_of(n))}
+    for name, stored in listing(weight_files(folder)).items():
+        if name not in own:
+            if not may_start_fresh(name.partition(".")[0], allowed):
+                unexpected.append(name)
+            continue
+        if stored.shape != tuple(own[name].shape):
+            if not may_start_fresh(model.part_of(name), allowed):
+                misshapen.append(f"{name}: {stored.shape} in the file, {tuple(own[name].shape)} in the model")
+            continue
+        if id(own[name]) not in done:
+            read(stored, own[name])
+            torch.autograd.graph.increment_version(own[name])
+        missing -= shared[name]
+    left = {n for n in missing if not may_start_fresh(model.part_of(n), allowed)}
     if left or unexpected or misshapen:
         lines = [f"The weights in {folder} do not fit the model."]
-        lines += _by_part("missing", left, model.part_of) + _by_part(
-            "unknown", unexpected, lambda n: n.partition(".")[0]
-        )
+        lines += by_part("missing", left, model.part_of) + by_part("unknown", unexpected, lambda n: n.partition(".")[0])
         lines += [f"  other shape: {m}" for m in misshapen[:5]]
         raise ZooError("\n".join(lines))
     started = {model.part_of(n) for n in missing}
@@ -166,6 +167,11 @@ def read_weights(model: Any, folder: Path, *, fresh: Iterable[str] = ()) -> list
         if f"adapter.{name}" in started and hasattr(adapter, "start"):
             adapter.start()  # what it copies from the language model is there only now
     return sorted(missing)
+
+
+def may_start_fresh(part: str, allowed: Iterable[str]) -> bool:
+    """Whether a part (`projector`, `adapter.lora`) is one of those that may start without weights."""
+    return bool({"all", part, part.partition(".")[0]} & set(allowed))
 
 
 def _shared_names(state: Mapping[str, Tensor]) -> dict[str, set[str]]:
@@ -178,7 +184,7 @@ def _shared_names(state: Mapping[str, Tensor]) -> dict[str, set[str]]:
     return {name: groups[key] for name, key in keys.items()}
 
 
-def _by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
+def by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
     parts: dict[str, list[str]] = {}
     for name in sorted(names):
         parts.setdefault(part_of(name), []).append(name)

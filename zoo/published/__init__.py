@@ -1,0 +1,46 @@
+"""Published layouts of vision-language models: which family a config belongs to. One line per family.
+
+A family translates the config of a published model and the names of its weights to our slots and back, and says how its
+images are prepared. Everything else (loading, checking, pruning, saving) is the same for all.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from zoo.registry import ZooError, unknown
+
+# `model_type` in config.json -> module of the family
+FAMILIES = {
+    "idefics3": "zoo.published.idefics3",
+    "internvl": "zoo.published.internvl",
+    "llava": "zoo.published.llava",
+    "llava_next": "zoo.published.llava_next",
+    "llava_onevision": "zoo.published.llava_onevision",
+    "smolvlm": "zoo.published.smolvlm",
+}
+
+
+def is_published(content: Any) -> bool:
+    """Whether a config.json is that of a published model of a family known here."""
+    return isinstance(content, Mapping) and content.get("model_type") in FAMILIES
+
+
+def family_named(model_type: str) -> Any:
+    """Return the family that `model_type` names.
+
+    Raises:
+        ZooError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise unknown("published family", model_type, FAMILIES)
+    return import_module(FAMILIES[model_type]).FAMILY
+
+
+def family_of(content: Mapping[str, Any], where: str) -> Any:
+    """Return the family of a config.json."""
+    if not is_published(content):
+        raise ZooError(
+            f"{where} holds a model of type {content.get('model_type')!r}; known families: {', '.join(FAMILIES)}."
+        )
+    return family_named(content["model_type"])

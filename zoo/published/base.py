@@ -1,0 +1,304 @@
+"""The weights of a published checkpoint under our names, and what its files say of images and text.
+
+A base is found in a folder, read into the parts of a model before adapters see them, and noted in the config of what is
+saved later: weights that did not change are not written again.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.published import family_named, family_of, is_published
+from zoo.published.family import SPARE, parse, plain
+from zoo.registry import ZooError
+from zoo.stream import Filled, Stored, fill, listing
+from zoo.weights import by_part, fingerprint, local_folder, may_start_fresh, weight_files
+
+PARTS = ("vision", "projector", "layout", "llm")
+# Options that do not change a number where shapes are equal, or that people rightly change.
+_FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
+         ("vision", "resample"), ("llm", "revision"), ("vision", "revision"),
+         ("vision", "pooling_head")}  # fmt: skip
+
+
+@dataclass
+class Base:
+    """A checkpoint whose weights are read into the parts of a model.
+
+    Attributes:
+        tensors: by our names.
+        record: what a saved model notes: family, checkpoint, revision, fingerprint; None for a zoo model's own folder.
+        strangers: names in the files that no part has.
+    """
+
+    folder: Path
+    tensors: dict[str, Stored]
+    record: dict[str, Any] | None = None
+    strangers: list[str] = field(default_factory=list)
+    fresh: frozenset[str] = frozenset()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    places: Mapping[str, Any] = field(default_factory=dict)  # prefix of a name -> device, beside `device`
+    dtype: torch.dtype | None = None
+    filled: Filled | None = None
+
+    @property
+    def empty(self) -> frozenset[str]:
+        """Parts that are built without weights: those that may not start fresh."""
+        return frozenset(PARTS) - self.fresh
+
+    def place(self, name: str) -> torch.device:
+        """The device of a weight: that of the longest prefix of its name."""
+        found = [p for p in self.places if p == "" or name == p or name.startswith(f"{p}.")]
+        return torch.device(self.places[max(found, key=len)]) if found else self.device
+
+    @property
+    def read_here(self) -> dict[int, Any] | None:
+        """What was read from a zoo model's own folder, which need not be read again."""
+        return self.filled.tensors if self.record is None and self.filled is not None else None
+
+    def __call__(self, parts: Any) -> None:
+        """Read the weights into the parts.
+
+        Raises:
+            ZooError: a weight is missing, unknown or of another shape; reported by part.
+        """
+        modules = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
+        done = fill(modules, self.tensors, place=self.place, dtype=self.dtype)
+
+        def part_of(name: str) -> str:
+            return name.partition(".")[0]
+
+        def needed(names: Iterable[str]) -> list[str]:
+            return [n for n in names if not may_start_fresh(part_of(n), self.fresh)]
+
+        unknown = [n for n in self.tensors if n not in done.used and not SPARE.search(n)]
+        unknown = needed(n for n in unknown if part_of(n) in PARTS)
+        if self.record is None:  # a zoo model's own folder: what adapters hold or replaced is read, and judged, later
+            _zeros(modules, self.place)
+            self.filled = done
+            return
+        missing, other = needed(done.missing), needed(done.other_shape)
+        if missing or unknown or other or self.strangers:
+            lines = [f"The weights in {self.folder} do not fit the model."]
+            lines += by_part("missing", missing, part_of) + by_part("unknown", unknown, part_of)
+            lines += by_part("unknown", self.strangers, lambda n: n.partition(".")[0])
+            lines += [f"  other shape: {o}" for o in other[:5]]
+            raise ZooError("\n".join(lines))
+        still = [n for m in modules.values() for n, t in [*m.named_parameters(), *m.named_buffers()] if t.is_meta]
+        assert not still, f"left on the meta device: {still[:3]}"
+        self.filled = done
+
+
+def _zeros(modules: Mapping[str, Any], place: Any) -> None:
+    """Give a place in memory to what no file filled."""
+    for part, module in modules.items():
+        for owner in module.modules():
+            for table in (owner._parameters, owner._buffers):
+                for key, tensor in table.items():
+                    if tensor is not None and tensor.is_meta:
+                        empty = torch.zeros_like(tensor, device=place(part))
+                        table[key] = torch.nn.Parameter(empty) if isinstance(tensor, torch.nn.Parameter) else empty
+
+
+def base_of(folder: Path, checkpoint: str = "", revision: str = "") -> Base:
+    """Find the weights of a published model in its folder."""
+    content = read_content(folder)
+    known = family_of(content, f"{folder}/config.json")
+    tensors: dict[str, Stored] = {}
+    strangers = []
+    for name, stored in listing(weight_files(folder)).items():
+        ours = known.ours(name)
+        if ours is not None:
+            tensors[ours] = stored
+        elif not SPARE.search(name):
+            strangers.append(name)
+    record = {
+        "family": content["model_type"],
+        "checkpoint": checkpoint or str(folder),
+        "revision": revision or None,
+        "fingerprint": fingerprint(folder),
+    }
+    return Base(folder, tensors, record, strangers)
+
+
+def base_from(record: Mapping[str, Any]) -> Base:
+    """Find again the base weights that a saved model was made from.
+
+    Raises:
+        ZooError: they are not there, or not those that the model was saved on.
+    """
+    family_named(str(record.get("family")))
+    checkpoint = str(record.get("checkpoint"))
+    base = base_of(local_folder(checkpoint, record.get("revision")), checkpoint, str(record.get("revision") or ""))
+    now = (base.record or {})["fingerprint"]
+    if record.get("fingerprint") and now != record["fingerprint"]:
+        raise ZooError(
+            f"The base weights in {checkpoint!r} differ from those the model was saved on (fingerprint {now[:12]}, was "
+            f"{record['fingerprint'][:12]})."
+        )
+    return base
+
+
+def base_for(
+    config: Any, folder: Path | None, *, fresh: Iterable[str] = (), dtype: Any = None, device_map: Any = None
+) -> Base | None:
+    """Find where the base weights of a model come from; None where its parts bring their own.
+
+    Args:
+        config: of the model, as it was saved or composed.
+        folder: published, or of a saved zoo model; None for a model that starts from its parts.
+        fresh: parts that may start without weights.
+        dtype: of the parameters; None or `auto` keeps that of the files.
+        device_map: a device, or a dict from prefixes of names to devices.
+    """
+    record = (config.base or {}).get("model")
+    if folder is not None and is_published(read_content(folder)):
+        base = base_of(folder, *((record or {}).get(k) or "" for k in ("checkpoint", "revision")))
+    elif record:
+        base = base_from(record)
+    elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):
+        base = Base(folder, listing(weight_files(folder)))
+    else:
+        return None
+    base.fresh = frozenset(PARTS) if "all" in set(fresh) else frozenset(fresh)
+    base.dtype = dtype_of(dtype)
+    if isinstance(device_map, Mapping):
+        base.places = device_map
+    elif device_map is not None:
+        base.device = device_of(device_map)
+    return base
+
+
+def dtype_of(dtype: Any) -> torch.dtype | None:
+    """A torch dtype from itself, its name, or `auto` (what the files hold)."""
+    if dtype in (None, "auto"):
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ZooError(f"dtype must be a torch dtype or its name, such as bfloat16, got {dtype!r}.")
+    return found
+
+
+def device_of(device_map: Any) -> torch.device:
+    """The one device of a `device_map` that is no dict; `auto` is the accelerator where there is one."""
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ZooError(f"device_map must be auto, a device or a dict, got {device_map!r}.") from error
+
+
+def placed(model: Any, device_map: Any, dtype: Any) -> Any:
+    """Bring what the base did not fill to its device and data type; accelerate's hooks join several devices."""
+    wanted = dtype_of(dtype)
+    if wanted is not None:
+        for tensor in model.parameters():
+            if tensor.is_floating_point() and tensor.dtype != wanted:
+                tensor.data = tensor.data.to(wanted)
+    if isinstance(device_map, Mapping) and len({str(d) for d in device_map.values()}) > 1:
+        from accelerate import dispatch_model
+
+        return dispatch_model(model, device_map=dict(device_map))
+    if device_map is not None:
+        target = next(iter(device_map.values())) if isinstance(device_map, Mapping) else device_of(device_map)
+        torch.nn.Module.to(model, device=target)
+    return model
+
+
+def read_content(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a JSON file of a folder; empty where there is none."""
+    file = folder / name
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ZooError(f"{file} is no JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def pixels_of(folder: Path) -> dict[str, Any]:
+    """The values of the image processor that a published folder states, as transformers completes them."""
+    stated = read_content(folder, "preprocessor_config.json")
+    if not stated:
+        stated = read_content(folder, "processor_config.json").get("image_processor", {})
+    if not stated:
+        return {}
+    from zoo.vision.pictures import processor_of
+
+    if not stated.get("image_processor_type"):
+        stated["image_processor_type"] = "CLIPImageProcessor"
+    return json.loads(json.dumps(processor_of(stated).to_dict(), default=list))
+
+
+def slots_in(folder: Path) -> dict[str, Any]:
+    """Translate a published folder's config to slots."""
+    content = read_content(folder)
+    known = family_of(content, f"{folder}/config.json")
+    return known.slots(parse(content, f"{folder}/config.json"), pixels_of(folder))
+
+
+def require_same(slots: Mapping[str, Any], folder: Path, fresh: Iterable[str] = ()) -> None:
+    """Refuse options that give other numbers than the checkpoint was trained for, although every weight would fit.
+
+    Raises:
+        ZooError: with each option, what it is and what the checkpoint states.
+    """
+    content = read_content(folder)
+    hf = parse(content, f"{folder}/config.json")
+    stated = family_of(content, str(folder)).slots(hf, pixels_of(folder))
+    wrong = []
+    allowed = set(fresh)
+    for part in ("vision", "projector", "layout", "llm"):
+        ours, theirs = slots.get(part) or {}, stated.get(part) or {}
+        if may_start_fresh(part, allowed) or (part == "vision" and "projector" in allowed):
+            continue
+        if ours.get("name") != theirs.get("name"):
+            wrong.append(f"{part}={ours.get('name')}, the checkpoint has {theirs.get('name')}")
+        if not ours or ours.get("name") != theirs.get("name"):
+            continue
+        flat_ours, flat_theirs = _flat(ours, part), _flat(theirs, part)
+        config = getattr(hf, {"vision": "vision_config", "llm": "text_config"}.get(part, ""), None)
+        for key in flat_ours.keys() - flat_theirs.keys():  # the checkpoint has the default of its family
+            flat_theirs[key] = plain(getattr(config, key.removeprefix("extra."), None))
+        for key in sorted(flat_theirs):
+            if (part, key.partition(".")[0]) not in _FREE and not _same(flat_ours.get(key), flat_theirs[key]):
+                wrong.append(f"{part}.{key} is {flat_ours.get(key)!r}, the checkpoint states {flat_theirs[key]!r}")
+    if wrong:
+        raise ZooError(
+            f"The parts are not those of the checkpoint in {folder}, and would give other numbers without a word:\n"
+            + "\n".join(f"  {line}" for line in wrong[:12])
+            + "\nName the part in `fresh` where that is meant."
+        )
+
+
+def _flat(node: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Options of a slot with their defaults, nested ones as `extra.hidden_act`."""
+    from dataclasses import asdict
+
+    from zoo.registry import config_of
+
+    _, typed = config_of(part, node)
+    flat: dict[str, Any] = {}
+    for key, value in asdict(typed).items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{k}": v for k, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) or isinstance(b, float):
+        try:
+            return abs(float(a) - float(b)) <= 1e-6 * max(1.0, abs(float(b)))
+        except (TypeError, ValueError):
+            return False
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -1,0 +1,218 @@
+"""What every family of published models does in the same way: configs of transformers to slots, names of weights."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.registry import ZooError
+
+RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+    "silu": "silu", "swish": "silu",
+}  # fmt: skip
+
+# Files name the same weights in several ways: as hub repositories do, as transformers 5 has them in memory, and both
+# with or without a level `vision_model`. Here: the hub's names, without that level.
+CANONICAL = (
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.(vision_tower|image_tower|video_tower|multi_modal_projector|image_newline)"), r"\1"),
+    (re.compile(r"^(vision_tower|image_tower|video_tower)\.vision_model\."), r"\1."),
+)
+
+_NESTED = re.compile(r"^(vision_tower|image_tower|video_tower)\.")
+
+# What a file may hold and a model does not: blocks and norms behind the layer that is used, and buffers of old files.
+SPARE = re.compile(
+    r"^vision\.tower\.(encoder\.layers?\.\d+|post_layernorm|layernorm|head)\.|rotary_emb\.inv_freq$|position_ids$"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published layout.
+
+    Attributes:
+        model_type: in config.json.
+        model: class of transformers that loads it.
+        processor: class of its processor.
+        slots: (config of transformers, values of the image processor) -> our slots.
+        keys: pairs of prefixes, theirs (canonical) and ours.
+        config: (composed model) -> config of transformers, for the export.
+        processor_options: (composed model, our processor) -> what else the processor's class takes.
+        canonical: pairs of pattern and replacement, in this order.
+        call: options of the image processor's call.
+        whole_if_several: one of several images of a sample is not cut.
+        nested: hub repositories have a level `vision_model` inside the tower.
+    """
+
+    model_type: str
+    model: str
+    processor: str
+    slots: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    keys: Sequence[tuple[str, str]]
+    config: Callable[[Any], Any]
+    processor_options: Callable[[Any, Any], dict[str, Any]]
+    canonical: Sequence[tuple[re.Pattern[str], str]] = CANONICAL
+    call: Mapping[str, Any] = field(default_factory=dict)
+    nested: bool = True
+    whole_if_several: bool = False
+
+    def ours(self, name: str) -> str | None:
+        """Return our name of a published weight; None where the family knows no such thing."""
+        for pattern, new in self.canonical:
+            name = pattern.sub(new, name)
+        for theirs, ours in self.keys:
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        return None
+
+    def theirs(self, name: str) -> str:
+        """Return the published name of one of our weights, as hub repositories spell it."""
+        for theirs, ours in self.keys:
+            if name.startswith(ours):
+                name = theirs + name[len(ours) :]
+                return _NESTED.sub(r"\1.vision_model.", name) if self.nested else name
+        raise ZooError(f"{self.model} has no place for the weight {name!r}.")
+
+
+def parse(content: Mapping[str, Any], where: str) -> Any:
+    """Read a config.json with transformers' own class, so that its defaults are the family's."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+    except Exception as error:  # transformers raises its own classes here, one per kind of check
+        raise ZooError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
+    """Say a text config of transformers as options of our `hf` language model; the rest goes to `extra`."""
+    from zoo.fusion.llm import HFLanguageModelConfig, transformers_config
+
+    node = {
+        "model_type": text.model_type,
+        "hidden_size": text.hidden_size,
+        "num_layers": text.num_hidden_layers,
+        "num_heads": text.num_attention_heads,
+        "num_kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        "max_positions": text.max_position_embeddings,
+        "tie_embeddings": tie,
+    }
+    for name in ("intermediate_size", "n_inner", "ffn_dim"):
+        if isinstance(value := getattr(text, name, None), int):
+            node["intermediate_size"] = value
+            break
+    if node["num_kv_heads"] == node["num_heads"]:
+        node["num_kv_heads"] = 0
+    loose = {"head_dim": 0} if node["hidden_size"] % node["num_heads"] else {}
+    probe = transformers_config(HFLanguageModelConfig(**node, extra=dict(loose)), text.vocab_size)
+    extra = different(text, probe, but={"tie_word_embeddings"})
+    return {"name": "hf", **node, "extra": {**extra, "vocab_size": text.vocab_size}}
+
+
+def vision_slot(
+    vision: Any, pixels: Mapping[str, Any], *, layer: int, norm: bool = False, model_type: str = ""
+) -> dict[str, Any]:
+    """Say a vision config of transformers, and the statistics of its image processor, as options of `hf`."""
+    from zoo.vision.hf_tower import FAMILIES, HFVisionConfig, _from_sizes
+
+    name = model_type or vision.model_type.removesuffix("_vision_model")
+    if name not in FAMILIES:
+        raise ZooError(f"Its encoder is of type {vision.model_type!r}; known are {', '.join(FAMILIES)}.")
+    size, patch = (_side(getattr(vision, key)) for key in ("image_size", "patch_size"))
+    node: dict[str, Any] = {
+        "model_type": name,
+        "layer": layer,
+        "norm": norm,
+        "image_size": size,
+        "patch_size": patch,
+        "width": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "heads": vision.num_attention_heads,
+        "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+    }
+    probe = _from_sizes(HFVisionConfig(**node, extra={"image_size": getattr(vision, "image_size", size)}))
+    extra = different(vision, probe, but={"vision_use_head"})
+    extra["image_size"] = plain(vision.image_size)
+    return {"name": "hf", **node, "extra": extra, **statistics(pixels)}
+
+
+def statistics(pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image processor says of mean, standard deviation and resampling."""
+    found: dict[str, Any] = {}
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        value = pixels.get(theirs)
+        if value is not None and pixels.get("do_normalize", True):
+            found[ours] = [float(v) for v in ([value] * 3 if isinstance(value, (int, float)) else value)]
+    if pixels.get("resample") in RESAMPLES:
+        found["resample"] = RESAMPLES[pixels["resample"]]
+    found["fit"] = "crop" if pixels.get("do_center_crop") else "squash"
+    return found
+
+
+def mlp_slot(activation: str, bias: bool = True, layers: int | Sequence[int] = -1) -> dict[str, Any]:
+    """LLaVA's projector."""
+    if activation not in ACTIVATIONS:
+        raise ZooError(f"Its projector's activation is {activation!r}; known are {', '.join(ACTIVATIONS)}.")
+    return {"name": "mlp", "depth": 2, "activation": ACTIVATIONS[activation], "bias": bool(bias)}
+
+
+def one_layer(layer: int | Sequence[int]) -> int:
+    """The one encoder layer that image tokens are taken from.
+
+    Raises:
+        ZooError: there are several, which no encoder here joins.
+    """
+    if isinstance(layer, int):
+        return layer
+    if len(layer) != 1:
+        raise ZooError(f"It joins the encoder's layers {list(layer)}; one layer is supported.")
+    return layer[0]
+
+
+def refuse_odd_cls(select: str, vision: Any) -> None:
+    """Refuse a choice of tokens that our encoders, which drop [CLS] and nothing else, do not make."""
+    has_cls = vision.model_type in ("clip_vision_model", "dinov2", "internvl_vision")
+    if select == "full" and has_cls:
+        raise ZooError("It keeps the [CLS] token among the image tokens (vision_feature_select_strategy='full').")
+    if select == "default" and not has_cls:
+        raise ZooError(
+            f"It drops the first image token (vision_feature_select_strategy='default'), but its encoder "
+            f"{vision.model_type!r} has no [CLS] token: that would be a patch. Such an encoder needs 'full'."
+        )
+
+
+def different(config: Any, other: Any, but: set[str]) -> dict[str, Any]:
+    """Fields of a config of transformers, as plain values, that differ from those of another of the same class."""
+    mine, theirs = config.to_dict(), other.to_dict()
+    known = set(type(config).__dataclass_fields__)
+    skip = but | {"transformers_version", "model_type", "architectures", "dtype", "torch_dtype", "_name_or_path"}
+    return {k: plain(v) for k, v in mine.items() if k in known - skip and plain(v) != plain(theirs.get(k))}
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _side(value: Any) -> int:
+    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    if sides[0] != sides[-1]:
+        raise ZooError(f"Its encoder takes images of {sides[0]} x {sides[-1]} pixels; only squares are supported.")
+    return int(sides[0])
+
+
+def whole_vision_config(model: Any) -> Any:
+    """The encoder's config as published: with all blocks, those that are not run too."""
+    from copy import deepcopy
+
+    config = deepcopy(model.vision.runner.tower.config)
+    node = (model.config.slots or {})["vision"]
+    if not node.get("checkpoint"):
+        config.num_hidden_layers = node["depth"]
+    return config

@@ -1,0 +1,86 @@
+"""InternVL in the layout of transformers: tiles, pixel shuffle, a norm and two linear layers.
+
+Paper: Chen et al., arXiv:2404.16821 (InternVL 1.5); Zhu et al., arXiv:2504.10479 (InternVL3). Published as
+`OpenGVLab/InternVL3-1B-hf` and others that use `InternVLForConditionalGeneration`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.published.family import ACTIVATIONS, Family, llm_slot, one_layer, vision_slot, whole_vision_config
+from zoo.registry import ZooError
+
+KEYS = (
+    ("language_model.model.", "llm.lm.model."),
+    ("language_model.lm_head.", "llm.lm.lm_head."),
+    ("vision_tower.", "vision.tower."),
+    ("multi_modal_projector.layer_norm.", "projector.norm."),
+    ("multi_modal_projector.linear_1.", "projector.net.0."),
+    ("multi_modal_projector.linear_2.", "projector.net.2."),
+)
+
+
+def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate an `InternVLConfig`."""
+    if hf.vision_feature_select_strategy != "default":
+        raise ZooError("It keeps the [CLS] token among the image tokens (vision_feature_select_strategy='full').")
+    if hf.projector_hidden_act not in ACTIVATIONS:
+        raise ZooError(
+            f"Its projector's activation is {hf.projector_hidden_act!r}; known are {', '.join(ACTIVATIONS)}."
+        )
+    layer = one_layer(hf.vision_feature_layer)
+    norm = layer == -1 and not hf.vision_config.use_mean_pooling
+    return {
+        "vision": vision_slot(hf.vision_config, pixels, layer=layer, norm=norm),
+        "projector": {
+            "name": "pixel_shuffle",
+            "factor": round(1 / hf.downsample_ratio),
+            "norm": True,
+            "depth": 2,
+            "activation": ACTIVATIONS[hf.projector_hidden_act],
+            "bias": True,
+        },
+        "layout": {
+            "name": "tiles",
+            "begin": "<img>",
+            "end": "</img>",
+            "most": int(pixels.get("max_patches") or 12) + 1,
+        },
+        "llm": llm_slot(hf.text_config, bool(hf.tie_word_embeddings)),
+    }
+
+
+def config(model: Any) -> Any:
+    """Say a composed model as an `InternVLConfig`."""
+    from transformers import InternVLConfig
+
+    names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    slots = model.config.slots
+    return InternVLConfig(
+        vision_config=whole_vision_config(model).to_dict(),
+        text_config=model.llm.lm.config.to_dict(),
+        image_token_id=model.image_token_id,
+        image_seq_length=model.layout.tokens,
+        downsample_ratio=1 / model.projector.factor,
+        projector_hidden_act=names[slots["projector"].get("activation", "gelu")],
+        vision_feature_layer=slots["vision"]["layer"],
+        tie_word_embeddings=bool(model.llm.lm.config.tie_word_embeddings),
+    )
+
+
+def processor_options(model: Any, processor: Any) -> dict[str, Any]:
+    """What `InternVLProcessor` counts image tokens with."""
+    return {"image_seq_length": model.layout.tokens}
+
+
+FAMILY = Family(
+    "internvl",
+    "InternVLForConditionalGeneration",
+    "InternVLProcessor",
+    slots,
+    KEYS,
+    config,
+    processor_options,
+    call={"crop_to_patches": True},
+    nested=False,
+)

@@ -1,0 +1,61 @@
+"""Tokenizer and processor of a published model, from its folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.published import family_of
+from zoo.published.base import pixels_of, read_content
+from zoo.registry import ZooError
+from zoo.tokenizer import fit_tokenizer
+
+
+def tokenizer_in(folder: Path, template: str = "") -> Any:
+    """Load the tokenizer, with the chat template of the processor and the image token of the config."""
+    from transformers import AutoTokenizer
+
+    from zoo.published.family import parse
+
+    hf = parse(read_content(folder), f"{folder}/config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ZooError(f"No tokenizer can be loaded from {str(folder)!r}: {first}") from error
+    stated = chat_template_in(folder)
+    if stated:
+        tokenizer.chat_template = stated
+    token = tokenizer.convert_ids_to_tokens(hf.image_token_id)
+    if token is None:
+        raise ZooError(f"{folder}/config.json names the image token {hf.image_token_id}, which its tokenizer lacks.")
+    tokenizer.image_token = token
+    return fit_tokenizer(tokenizer, str(folder), template)
+
+
+def chat_template_in(folder: Path) -> str | None:
+    """The chat template of a processor, wherever its version of transformers kept it."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        found = read_content(folder, name).get("chat_template")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def pictures_in(folder: Path) -> Mapping[str, Any] | None:
+    """Values of the image processor, with the options of its call that the family wants."""
+    stated = pixels_of(folder)
+    if not stated:
+        return None
+    known = family_of(read_content(folder), f"{folder}/config.json")
+    more: dict[str, Any] = {"call": dict(known.call)} if known.call else {}
+    return {**stated, **more, **({"whole_if_several": True} if known.whole_if_several else {})}
+
+
+def video_token_id_in(folder: Path) -> int | None:
+    """The placeholder of videos, where the family has one."""
+    from zoo.published.family import parse
+
+    return getattr(parse(read_content(folder), f"{folder}/config.json"), "video_token_id", None)

@@ -1,0 +1,194 @@
+"""Safetensors into place: each tensor is read from its file straight into the parameter that it becomes.
+
+A memory map would count its pages beside the parameters, and a loaded shard stands beside them whole. Here one tensor
+at a time is read, into its own memory where the data type and the device are the same, else through one buffer.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ZooError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_LONGEST_HEADER = 100_000_000  # bytes, as in the library of the format
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    bytes: int
+
+
+def listing(files: Iterable[Path]) -> dict[str, Stored]:
+    """Read the headers of safetensors files: name -> where the tensor is.
+
+    Raises:
+        ZooError: a file is no safetensors file, is cut off, or a tensor lies outside of it.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        for stored in _header(file):
+            found[stored.name] = stored
+    return found
+
+
+def _header(file: Path) -> list[Stored]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= min(_LONGEST_HEADER, size - 8):
+                raise ZooError(f"{str(file)!r} is no whole safetensors file: its header would take {length} bytes.")
+            content = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise ZooError(f"The weights file {str(file)!r} is missing.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ZooError):
+            raise
+        raise ZooError(f"{str(file)!r} is no safetensors file: {error}") from error
+    tensors = []
+    for name, entry in content.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ZooError(f"{str(file)!r}: the entry of {name!r} cannot be read: {entry!r:.80}.") from error
+        stored = Stored(file, name, dtype, shape, 8 + length + first, last - first)
+        if first < 0 or stored.start + stored.bytes > size or stored.bytes != math.prod(shape) * dtype.itemsize:
+            raise ZooError(f"{str(file)!r} is cut off or wrong: {name!r} lies at bytes {first} to {last} of {size}.")
+        tensors.append(stored)
+    return tensors
+
+
+def read(stored: Stored, target: Tensor) -> None:
+    """Read a tensor into `target`, which has its shape; another data type or device goes through one buffer."""
+    straight = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
+    place = target.detach() if straight else torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+    if stored.bytes:
+        view = memoryview(place.view(-1).view(torch.uint8).numpy())
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(stored.start)
+            while len(view):
+                count = stream.readinto(view)  # at most 2 GB at once
+                if not count:
+                    raise ZooError(f"{str(stored.file)!r} ends in the middle of {stored.name!r}.")
+                view = view[count:]
+    if not straight:
+        with torch.no_grad():
+            target.copy_(place)
+
+
+@dataclass
+class Filled:
+    """What filling modules from files gave."""
+
+    missing: list[str] = field(default_factory=list)
+    other_shape: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    tensors: dict[int, Tensor] = field(default_factory=dict)  # id -> tensor that was read
+
+
+def fill(
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Stored],
+    *,
+    place: Callable[[str], torch.device],
+    dtype: torch.dtype | None,
+) -> Filled:
+    """Give parameters and buffers of modules, on the meta device or not, the values that `tensors` holds.
+
+    Args:
+        modules: name of a part -> module; the part's name stands before those of its parameters.
+        tensors: by full name.
+        place: full name -> device.
+        dtype: of floating point parameters; None keeps that of the file.
+    """
+    done = Filled()
+    made: dict[int, Tensor] = {}
+    for part, module in modules.items():
+        _compute_buffers(module, place(part))
+        aliases: dict[int, list[str]] = {}
+        slots = [s for owner in _owners(module, part) for s in owner]
+        for table, key, name in slots:
+            aliases.setdefault(id(table[key]), []).append(name)
+        for table, key, _ in slots:
+            old = table[key]
+            if id(old) not in made:
+                names = aliases[id(old)]
+                made[id(old)] = _filled(old, names, tensors, place(names[0]), dtype, done)
+                made[id(made[id(old)])] = made[id(old)]
+            table[key] = made[id(old)]
+    return done
+
+
+def _owners(module: nn.Module, part: str) -> Iterable[list[tuple[Any, str, str]]]:
+    """Yield, for each submodule, its parameters and saved buffers: table, key, full name."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        prefix = ".".join(p for p in (part, path) if p)
+        yield [(owner._parameters, k, f"{prefix}.{k}") for k, v in owner._parameters.items() if v is not None] + [
+            (owner._buffers, k, f"{prefix}.{k}")
+            for k, v in owner._buffers.items()
+            if v is not None and k not in owner._non_persistent_buffers_set
+        ]
+
+
+def _filled(
+    old: Tensor,
+    names: list[str],
+    tensors: Mapping[str, Stored],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    done: Filled,
+) -> Tensor:
+    stored = next((tensors[n] for n in names if n in tensors), None)
+    done.used.update(n for n in names if n in tensors)
+    if stored is None or tuple(stored.shape) != tuple(old.shape):
+        if stored is None:
+            done.missing.append(names[0])
+        else:
+            done.other_shape.append(f"{names[0]}: {stored.shape} in the file, {tuple(old.shape)} in the model")
+        return old
+    wanted = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+    value = torch.empty(stored.shape, dtype=wanted, device=device)
+    read(stored, value)
+    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    done.tensors[id(new)] = new
+    return new
+
+
+def _compute_buffers(module: nn.Module, device: torch.device) -> None:
+    """Compute what is in no file (rotary frequencies, position ids) where the structure was built on the meta device.
+
+    transformers does it in `_init_weights`, which leaves parameters on the meta device alone.
+    """
+    from transformers import PreTrainedModel
+
+    for model in module.modules():
+        if not isinstance(model, PreTrainedModel):
+            continue
+        for owner in model.modules():
+            unsaved = {k: owner._buffers.get(k) for k in owner._non_persistent_buffers_set}
+            empty = [k for k, b in unsaved.items() if b is not None and b.is_meta]
+            for key in empty:
+                owner._buffers[key] = torch.empty_like(owner._buffers[key], device=device)
+            if empty:
+                model._init_weights(owner)
