@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.registry import Cut, ZooError, register
+from zoo.registry import Cut, ImageFeatures, ZooError, register, unknown
+
+FRAMES = ("keep", "bilinear", "average", "max")
 
 
 @dataclass
@@ -25,15 +27,17 @@ class AnyResConfig:
     pinpoints: list[list[int]] = field(default_factory=list)  # [height, width] in pixels that an image may be fitted to
     max_crops: int = 0  # the joined grid holds at most about this many crops' tokens; 0: no bound
     newline: bool = True  # a learnt token ends each line
-    frames: str = "keep"  # tokens of each frame of a video: keep | bilinear, to half of its grid
+    # Tokens of each frame of a video: keep | bilinear, to half of its grid behind the projector, and one newline at the
+    # end | average, max: pooled two by two ahead of the projector.
+    frames: str = "keep"
 
     def __post_init__(self) -> None:
         if any(len(p) != 2 or min(p) < 1 for p in self.pinpoints):
             raise ZooError(f"pinpoints must be pairs of height and width in pixels, got {self.pinpoints}.")
         if self.max_crops < 0:
             raise ZooError(f"max_crops must not be negative, got {self.max_crops}.")
-        if self.frames not in ("keep", "bilinear"):
-            raise ZooError(f"frames must be keep or bilinear, got {self.frames!r}.")
+        if self.frames not in FRAMES:
+            raise unknown("frames", self.frames, FRAMES)
 
 
 @register("layout", "anyres")
@@ -74,20 +78,36 @@ class AnyRes(nn.Module):
         """Count the tokens of an image, or a video, that was cut so."""
         end = int(self.config.newline)
         if cut.kind == "frame":
-            return cut.rows * math.prod(self._frame_grid() or (self.tokens,)) + end
+            ending = end if self.config.frames == "bilinear" else 0
+            return cut.rows * math.prod(self._frame_grid() or (self.tokens,)) + ending
         if cut.rows == 1 or self.grid is None:
             return cut.rows * self.tokens + end
         _, lines, columns = self._shape(cut)
         return self.tokens + lines * (columns + end)
 
-    def forward(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor:
-        """Lay out rows (M, K, C) as (S, C)."""
-        return torch.cat(list(self._images(tokens, cuts)))
+    def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
+        """Lay out rows (M, K, C), or those of each image (R, K, C), as (S, C)."""
+        images = tokens.split([c.rows for c in cuts]) if isinstance(tokens, Tensor) else tokens
+        return torch.cat(list(self._images(images, cuts)))
 
-    def _images(self, tokens: Tensor, cuts: Sequence[Cut]) -> Iterator[Tensor]:
-        for cut, rows in zip(cuts, tokens.split([c.rows for c in cuts]), strict=True):  # (R, K, C)
+    def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
+        """Run the projector; frames are pooled ahead of it where the config says so."""
+        if self.config.frames not in ("average", "max") or image.grid is None or all(c.kind != "frame" for c in cuts):
+            return projector(image)
+        pool = F.avg_pool2d if self.config.frames == "average" else F.max_pool2d
+        rows = []
+        for cut, tokens in zip(cuts, image.tokens.split([c.rows for c in cuts]), strict=True):  # (R, N, D)
+            grid = image.grid
             if cut.kind == "frame":
-                yield from (self._frames(rows), *self._end(rows))
+                pooled = pool(tokens.transpose(1, 2).unflatten(2, grid), 2)  # (R, D, h / 2, w / 2)
+                grid, tokens = (pooled.shape[2], pooled.shape[3]), pooled.flatten(2).transpose(1, 2)
+            rows.append(projector(ImageFeatures(tokens, grid)))
+        return rows
+
+    def _images(self, images: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Tensor]:
+        for cut, rows in zip(cuts, images, strict=True):  # (R, K, C)
+            if cut.kind == "frame":
+                yield from (self._frames(rows), *(self._end(rows) if self.config.frames == "bilinear" else ()))
             elif cut.rows == 1 or self.grid is None:
                 yield from (rows.flatten(0, 1), *self._end(rows))
             else:
@@ -124,6 +144,8 @@ class AnyRes(nn.Module):
     def _frame_grid(self) -> tuple[int, int] | None:
         if self.grid is None or self.config.frames == "keep":
             return self.grid
+        if self.config.frames != "bilinear":
+            return self.grid[0] // 2, self.grid[1] // 2
         return math.ceil(self.grid[0] / 2), math.ceil(self.grid[1] / 2)
 
     def _crops(self, size: tuple[int, int]) -> tuple[int, int]:

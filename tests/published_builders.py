@@ -13,6 +13,7 @@ WORDS = ["is there a red circle?", "what color is the square?", "describe the pi
 LLAVA_CHAT = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>\n' }}{% endfor %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -164,6 +165,30 @@ def llava_next(folder: Path, text="mistral"):
     processor = t.LlavaNextProcessor(
         image_processor=images, tokenizer=tok, patch_size=8, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=LLAVA_CHAT,
+    )  # fmt: skip
+    return finish(shake(model), processor, folder)
+
+
+def llava_next_video(folder: Path):
+    """LLaVA-NeXT-Video: frames are pooled ahead of the projector."""
+    import transformers as t
+
+    tok = tokenizer(extra=("<video>",))
+    torch.manual_seed(0)
+    model = t.LlavaNextVideoForConditionalGeneration(
+        t.LlavaNextVideoConfig(
+            vision_config=t.CLIPVisionConfig(**VISION), text_config=text_config("llama", tok),
+            image_token_index=tok.image_token_id, video_token_index=tok.convert_tokens_to_ids("<video>"),
+            image_grid_pinpoints=PINPOINTS,
+        )
+    )  # fmt: skip
+    images = t.LlavaNextImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
+    )
+    videos = t.LlavaNextVideoVideoProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = t.LlavaNextVideoProcessor(
+        image_processor=images, video_processor=videos, tokenizer=tok, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=LLAVA_CHAT,
     )  # fmt: skip
     return finish(shake(model), processor, folder)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zoo.registry import Cut, ZooError
 from zoo.vision.images import open_image
+from zoo.vision.video import read_video
 
 _OURS = ("call", "whole_if_several", "processor_class")  # beside the values of a processor
 
@@ -58,6 +59,18 @@ class Pictures:
         grid = tuple(int(out[key][0][0]) for key in ("rows", "cols")) if "rows" in out else (1, 1)
         kind = "image" if len(pixels) == 1 else "crop"
         return Picture(pixels, Cut(len(pixels), kind, (image.height, image.width), (grid[0], grid[1])))
+
+
+class Videos(Pictures):
+    """A video processor of transformers: the frames that were asked for, each prepared as an image."""
+
+    def __call__(self, source: Any, where: str = "", several: bool = False) -> Picture:
+        """Read and normalise the frames of a `Video`."""
+        clip = read_video(source)
+        out = self.processor(videos=[clip.frames], do_sample_frames=False, return_tensors="pt")
+        pixels = out["pixel_values_videos"][0]  # (F, 3, h, w)
+        height, width = clip.frames.shape[1:3]
+        return Picture(pixels, Cut(len(pixels), "frame", (height, width), (1, 1)))
 
 
 def processor_of(config: Mapping[str, Any]) -> Any:

@@ -24,6 +24,8 @@ class Bench:
 BENCHES = {
     "claims": Bench("zoo.benches.claims", "what papers claim, as small experiments over several seeds"),
     "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),
+    "generate": Bench("zoo.benches.generate", "prefill and decode speed against transformers on the same checkpoint"),
+    "load": Bench("zoo.benches.load", "memory and seconds of loading a checkpoint against transformers"),
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
     "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
 }

@@ -25,9 +25,11 @@ class Chat:
 
     Args:
         tokenizer: of transformers, with a chat template and an end-of-sequence token.
+        video_token: that stands where a video goes; None: there are no videos.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, video_token: str | None = None) -> None:
+        self.video_token = video_token
         self.tokenizer = tokenizer
         self.typed = takes_parts(tokenizer)
         self._segments: dict[str, tuple[list[int], list[int]]] = {}
@@ -48,11 +50,11 @@ class Chat:
         return [{"role": m["role"], "content": self._parts(m["content"])} for m in messages]
 
     def _parts(self, content: str) -> list[dict[str, str]]:
-        """Content as typed parts: an image where an image token stands, text in between."""
-        parts: list[dict[str, str]] = []
-        for i, text in enumerate(content.split(self.tokenizer.image_token)):
-            parts += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
-        return parts
+        """Content as typed parts: an image or a video where its token stands, text in between."""
+        kinds = {getattr(self.tokenizer, "image_token", None): "image", self.video_token: "video"}
+        marks = "|".join(re.escape(token) for token in kinds if token)
+        pieces = re.split(f"({marks})", content) if marks else [content]
+        return [{"type": kinds[p]} if p in kinds else {"type": "text", "text": p} for p in pieces if p]
 
     def labelled(self, messages: Messages, sample_id: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Tokenize a conversation; labels are the answers, each with the token that ends it.

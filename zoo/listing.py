@@ -18,12 +18,20 @@ def list_main(words: Sequence[str]) -> int:
     """Print names and summaries: `zoo list [kind] [pattern]`."""
     if any(w in ("-h", "--help") for w in words):
         print(f"usage: zoo list [kind] [pattern]\n\nkinds: {', '.join(NOUNS)}\n\n  zoo list pruner '*pool*'")
+        print("  zoo list model '*llava*' --where 'params<8B'")
         return 0
+    words, where = _where(words)
     if len(words) > 2:
         raise ZooError(f"zoo list takes a kind and a pattern, got {' '.join(words)!r}.")
     plugins.load_installed()
     nouns, pattern = _asked(words)
+    if where and nouns != ("model",):
+        raise ZooError("--where is for models: zoo list model '*llava*' --where 'params<8B'.")
     tables = {noun: rows for noun in nouns if (rows := _rows(noun, pattern))}
+    if where:
+        tables = {"model": _matching(tables.get("model", []), where)}
+        if not tables["model"]:
+            raise ZooError(f"No model matches {pattern!r} with {where!r}.")
     if not tables and words:
         raise ZooError(f"Nothing matches {' '.join(words)!r}. `zoo list` shows everything.")
     width = max((len(name) for rows in tables.values() for name, _ in rows), default=0) + 2
@@ -32,6 +40,29 @@ def list_main(words: Sequence[str]) -> int:
         for name, summary in rows:
             print(f"  {name:<{width}}{summary}".rstrip())
     return 0
+
+
+def _where(words: Sequence[str]) -> tuple[list[str], str]:
+    """Take `--where X` or `--where=X` out of the words."""
+    rest, where = list(words), ""
+    for i, word in enumerate(words):
+        if word == "--where":
+            if i + 1 == len(words):
+                raise ZooError("--where needs a comparison, such as 'params<8B'.")
+            return [*words[:i], *words[i + 2 :]], words[i + 1]
+        if word.startswith("--where="):
+            return [*words[:i], *words[i + 1 :]], word.partition("=")[2]
+    return rest, where
+
+
+def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
+    """The models for which a comparison holds, with their sizes; each is walked on the meta device."""
+    from zoo.checker import size_text
+    from zoo.model_facts import facts_of, matcher
+
+    holds = matcher(where)
+    found = [(name, summary, facts_of(name)) for name, summary in rows]
+    return [(n, f"{size_text(f.value('params')):>8}  {s}") for n, s, f in found if holds(f)]
 
 
 def _asked(words: Sequence[str]) -> tuple[Sequence[str], str]:
@@ -113,6 +144,11 @@ def _names(noun: str) -> list[str]:
 
 def _preset(noun: str, name: str) -> str:
     file = presets.preset_files(noun)[name]
+    if noun == "model":
+        from zoo.model_facts import facts_of, shown
+
+        head = f"{noun}/{name}  {yaml_summary(file)}\nfile    {file}"
+        return f"{head}\n\n{shown(facts_of(name))}\n\n{file.read_text(encoding='utf-8').rstrip()}"
     return f"{noun}/{name}  {yaml_summary(file)}\nfile    {file}\n\n{file.read_text(encoding='utf-8').rstrip()}"
 
 

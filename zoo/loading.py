@@ -3,7 +3,7 @@
 The order is always the same: compose the config, check it on the meta device, then read weights.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from zoo.model_types import ZooConfig
 from zoo.processor import ZooProcessor
 from zoo.published import is_published
 from zoo.published.base import base_for, placed, read_content, require_same
-from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in
+from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, videos_in
 from zoo.registry import ZooError, plugins
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
 from zoo.weights import local_folder, read_weights, remember_base, require_base, sha256_of, weight_files
@@ -130,6 +130,8 @@ def build(
         )
     base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target)
     model = ZooModel(config, base=base)
+    if len(tokenizer) > model.llm.vocab_size:
+        raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
     remember_base(model, slots)
     if folder is not None and not published:
         require_base(saved, config.base)
@@ -145,20 +147,22 @@ def build(
         model.llm.lm.generation_config = model.generation_config
     model = placed(model, target, dtype)
     model.set_attention(cfg.attention)
-    pictures = pictures_in(folder) if folder is not None and published else saved_pictures(folder)
-    return model.eval(), processor_for(model, tokenizer, cfg.tokenizer.chat_template, pictures)
+    stated = published_options(folder) if folder is not None and published else saved_options(folder)
+    if config.video_token_id is not None:
+        stated["video_token"] = tokenizer.convert_ids_to_tokens(config.video_token_id)
+    processor = processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated)
+    model.__dict__["processor"] = processor  # for `model.chat`
+    return model.eval(), processor
 
 
-def processor_for(
-    model: ZooModel, tokenizer: Any, template: str = "", pictures: Mapping[str, Any] | None = None
-) -> ZooProcessor:
+def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated: Any) -> ZooProcessor:
     """Make the processor that writes exactly the placeholders that the model's parts make image tokens for.
 
     Args:
         model: whose parts say how many.
         tokenizer: with a chat template.
         template: name of a built-in chat template, where the tokenizer's is none of them.
-        pictures: values of a published image processor.
+        stated: `pictures`, `videos`, `video_token` of a published model.
     """
     known = next((name for name, (text, _) in CHAT_TEMPLATES.items() if text == tokenizer.chat_template), template)
     return ZooProcessor(
@@ -166,8 +170,8 @@ def processor_for(
         transform=model.vision.transform if model.vision is not None else None,
         num_image_tokens=model.num_image_tokens,
         image_separator=image_separator(known),
-        pictures=pictures,
         layout=layout_for(model),
+        **stated,
     )
 
 
@@ -178,9 +182,15 @@ def layout_for(model: ZooModel) -> dict[str, Any] | None:
     return {**(model.config.slots or {})["layout"], "given": dict(model.layout.given)}
 
 
-def saved_pictures(folder: Path | None) -> Mapping[str, Any] | None:
-    """The published image processor that a saved model goes on using."""
-    return read_content(folder, "processor_config.json").get("pictures") if folder is not None else None
+def published_options(folder: Path) -> dict[str, Any]:
+    """How a published folder prepares images and videos."""
+    return {"pictures": pictures_in(folder), "videos": videos_in(folder)}
+
+
+def saved_options(folder: Path | None) -> dict[str, Any]:
+    """The published image and video processors that a saved model goes on using."""
+    content = read_content(folder, "processor_config.json") if folder is not None else {}
+    return {key: content.get(key) for key in ("pictures", "videos")}
 
 
 def weights_folder(cfg: Any) -> Path | None:
@@ -245,7 +255,7 @@ def _tokenizer(cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iter
     if folder is not None and is_published(read_content(folder)):
         return tokenizer_in(folder, template)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(folder), template)
+        return load_tokenizer(str(folder), template, read_content(folder).get("image_token_id"))
     if source := cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint"):
         return load_tokenizer(source, template)
     return train_tokenizer(_or_words(texts), cfg.tokenizer.vocab_size, template or "plain")

@@ -227,10 +227,11 @@ class ZooModel(PreTrainedModel):
         kept = image
         for pruner in self.pruner.values():
             kept = pruner(kept)
-        tokens = self.projector(kept) if self.projector is not None else None
-        if tokens is not None and self.layout is not None:
-            tokens = self.layout(tokens, cuts)  # (S, C)
-        return image, kept, tokens
+        if self.projector is None or self.layout is None:
+            return image, kept, self.projector(kept) if self.projector is not None else None
+        ahead = getattr(self.layout, "project", None)  # what a layout does to some rows ahead of the projector
+        tokens = self.projector(kept) if ahead is None else ahead(kept, self.projector, cuts)
+        return image, kept, self.layout(tokens, cuts)  # (S, C)
 
     def _encoded(
         self,
@@ -411,7 +412,7 @@ class ZooModel(PreTrainedModel):
     ) -> LLMSequence:
         slots = self._placeholders(input_ids) if input_ids is not None else None
         rows = attention_mask, position_ids, labels, segment_ids, block_ids
-        return LLMSequence(slots, *rows, tokens_per_image=self.num_image_tokens)
+        return LLMSequence(slots, *rows, tokens_per_image=0 if self.layout is not None else self.num_image_tokens)
 
     def _condition(
         self,
@@ -511,6 +512,21 @@ class ZooModel(PreTrainedModel):
             generation_config=generation_config,
             **kwargs,
         )
+
+    def chat(self, text: str, image: Any = None, images: Iterable[Any] = (), video: Any = None, **options: Any) -> str:
+        """Ask something about images or a video, and return the answer; `zoo.talk.Talk` holds several turns.
+
+        Args:
+            text: the question.
+            image: a path, PIL image, array or bytes.
+            images: several of them.
+            video: a path, or a `zoo.vision.video.Video`.
+            options: `max_new_tokens`, `stream`, and those of `generate`.
+        """
+        from zoo.talk import Talk
+
+        shown = [*([image] if image is not None else []), *images]
+        return Talk(self).say(text, shown, [video] if video is not None else [], **options)
 
     # ---- save and load -----------------------------------------------------------------------------------------
 

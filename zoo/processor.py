@@ -4,6 +4,7 @@ It knows how many image tokens an image becomes, writes exactly that many placeh
 sample whose labels would come out empty or misaligned is an error that shows the text: nothing is masked in silence.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,8 +17,9 @@ from zoo.chat import Chat
 from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
 from zoo.model_types import ZooConfig
 from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, unknown
-from zoo.vision.pictures import Picture, Pictures, stack
+from zoo.vision.pictures import Picture, Pictures, Videos, stack
 from zoo.vision.transform import to_pixels
+from zoo.vision.video import Video
 
 _CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
 
@@ -31,6 +33,9 @@ class ZooProcessor(ProcessorMixin):
         num_image_tokens: placeholders per image; 0 where images do not stand in the sequence.
         image_separator: text between an image and what follows it, where images stand in the sequence.
         pictures: the image processor of a published model, as plain values; None: images go by `transform`.
+        videos: the same for videos; None: videos are refused.
+        image_token: that stands where an image goes; None: the tokenizer says.
+        video_token: that stands where a video goes; None: the image token.
         layout: node of the model's layout, and under `given` what it was derived from; None: each image has
             `num_image_tokens`.
     """
@@ -43,6 +48,9 @@ class ZooProcessor(ProcessorMixin):
         image_separator: str = "\n",
         chat_template: str | None = None,
         pictures: Mapping[str, Any] | None = None,
+        videos: Mapping[str, Any] | None = None,
+        image_token: str | None = None,
+        video_token: str | None = None,
         layout: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -53,14 +61,19 @@ class ZooProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_separator = image_separator
         self.pictures = Pictures(pictures) if pictures else None
+        self.videos = Videos(videos) if videos else None
         self.layout_node = dict(layout) if layout else None
         self.layout = build_layout(layout) if layout else None
+        if image_token is not None:
+            tokenizer.image_token = image_token
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+        self.video_token = video_token
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if video_token else self.image_token_id
         self._dialogs: dict[Any, TokenizedDialog] = {}
         self._images: dict[Cut, np.ndarray] = {}
-        self._chat = Chat(tokenizer)
+        self._chat = Chat(tokenizer, video_token)
         if self._chat.typed:  # the template itself says what stands between an image and the text
             self.image_separator = ""
 
@@ -71,6 +84,9 @@ class ZooProcessor(ProcessorMixin):
             "num_image_tokens": self.num_image_tokens,
             "image_separator": self.image_separator,
             **({"pictures": self.pictures.config} if self.pictures else {}),
+            **({"videos": self.videos.config} if self.videos else {}),
+            **({"video_token": self.video_token} if self.video_token else {}),
+            **({"image_token": self.image_token} if self.pictures else {}),
             **({"layout": self.layout_node} if self.layout_node else {}),
         }
 
@@ -80,6 +96,7 @@ class ZooProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: Any = None,
         return_tensors: str | None = "pt",
         padding: bool = True,
         add_special_tokens: bool = True,
@@ -91,19 +108,28 @@ class ZooProcessor(ProcessorMixin):
             images: one image, a list in the order of their tokens over the whole batch, or a list of the images of
                 each text.
             text: one text or several.
+            videos: paths or `zoo.vision.video.Video`s, in the order of their tokens.
 
         Returns:
             input_ids, attention_mask (B, T) and pixel_values (M, 3, h, w) if there are images; images_per_row where
             images leave no placeholders.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        pixels = self._all_pixels(images)
+        given = {self.image_token: self._all_pixels(images)}
         wanted = sum(t.count(self.image_token) for t in texts)
-        if wanted != len(pixels):
-            raise ZooError(f"The text holds {wanted} times {self.image_token!r}, but {len(pixels)} images were given.")
-        rest, encoded = list(pixels), []
+        if wanted != (count := len(given[self.image_token])):
+            raise ZooError(f"The text holds {wanted} times {self.image_token!r}, but {count} images were given.")
+        if videos is not None:
+            token = self.video_token or self.image_token
+            films = [self._pixels(v if isinstance(v, Video) else Video(str(v))) for v in _flat(videos)]
+            if (wanted := sum(t.count(token) for t in texts)) != len(films):
+                raise ZooError(f"The text holds {wanted} times {token!r}, but {len(films)} videos were given.")
+            given[token] = films
+        marks = re.compile("|".join(map(re.escape, given)))
+        pixels, encoded = [], []
         for t in texts:
-            shown = [rest.pop(0) for _ in range(t.count(self.image_token))]
+            shown = [given[mark].pop(0) for mark in marks.findall(t)]
+            pixels += shown
             ids = np.array(self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"])
             ids = self._expand(ids, pictures=shown)
             encoded.append(EncodedSample(ids, np.full(len(ids), IGNORE_INDEX), []))
@@ -146,8 +172,9 @@ class ZooProcessor(ProcessorMixin):
             return texts if several else texts[0]
         parts = [p for talk in talks for m in talk if not isinstance(m["content"], str) for p in m["content"]]
         found = [p.get("image", p.get("url")) for p in parts if p["type"] == "image"]
+        films = [p.get("video", p.get("path")) for p in parts if p["type"] == "video"]
         given = [f for f in found if f is not None] or images
-        batch = self(images=given, text=texts, add_special_tokens=False)
+        batch = self(images=given, text=texts, videos=films or None, add_special_tokens=False)
         return batch if return_dict else batch["input_ids"]
 
     def flatten(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -163,14 +190,15 @@ class ZooProcessor(ProcessorMixin):
             return content
         text = ""
         for part in content:
-            if part["type"] == "image":
-                text += self.image_token + (self.image_separator if self.num_image_tokens else "")
+            if part["type"] in ("image", "video"):
+                token = self.image_token if part["type"] == "image" else self.video_token or self.image_token
+                text += token + (self.image_separator if self.num_image_tokens else "")
             elif part["type"] == "text":
                 if self.image_token in part["text"]:
                     raise ZooError(f"A text part holds the image token {self.image_token!r}: {part['text'][:80]!r}.")
                 text += part["text"]
             else:
-                raise ZooError(f"A message part has type {part['type']!r}; allowed: image, text.")
+                raise ZooError(f"A message part has type {part['type']!r}; allowed: image, video, text.")
         return text
 
     # ---- for training and evaluation: samples ------------------------------------------------------------------
@@ -258,7 +286,7 @@ class ZooProcessor(ProcessorMixin):
             input_ids and labels, both (T,), image tokens expanded.
         """
         tokens, labels = self._chat.labelled(self.flatten(messages), sample_id)
-        labels[tokens == self.image_token_id] = IGNORE_INDEX
+        labels[(tokens == self.image_token_id) | (tokens == self.video_token_id)] = IGNORE_INDEX
         return self._expand(tokens, pictures=pictures), self._expand(labels, tokens, pictures)
 
     def _expand(self, values: np.ndarray, ids: np.ndarray | None = None, pictures: Sequence[Any] = ()) -> np.ndarray:
@@ -267,7 +295,7 @@ class ZooProcessor(ProcessorMixin):
         ids = values if ids is None else ids
         if self.layout is None:
             return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
-        places = np.flatnonzero(ids == self.image_token_id)
+        places = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
         if len(places) != len(pictures):
             raise ZooError(f"The text shows {len(places)} images, and {len(pictures)} were given.")
         pieces, at = [], 0
@@ -281,7 +309,8 @@ class ZooProcessor(ProcessorMixin):
         """Ids of an image that was cut so: placeholders, and what the layout writes around them."""
         if cut not in self._images:
             if not hasattr(self.layout, "text"):
-                self._images[cut] = np.full(self.layout.count(cut), self.image_token_id, dtype=np.int64)
+                token = self.video_token_id if cut.kind == "frame" else self.image_token_id
+                self._images[cut] = np.full(self.layout.count(cut), token, dtype=np.int64)
             else:
                 text = self.layout.text(cut, self.image_token)
                 ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -290,8 +319,12 @@ class ZooProcessor(ProcessorMixin):
 
     def _shared(self, ids: np.ndarray) -> int:
         """Length of the prefix that dialogs share: up to the last image placeholder; nothing for text alone."""
-        where = np.flatnonzero(ids == self.image_token_id)
+        where = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
         return int(where[-1]) + 1 if len(where) else 0
+
+    def prepare(self, sources: Sequence[Any]) -> list[Any]:
+        """Prepare images and videos, as `encode_prompt` takes them."""
+        return self._all_pixels([list(sources)])
 
     def _all_pixels(self, images: Any) -> list[Any]:
         """All images of a batch; a list of lists says which belong to one sample."""
@@ -302,6 +335,10 @@ class ZooProcessor(ProcessorMixin):
     def _pixels(self, source: Any, several: bool = False) -> Any:
         if self.transform is None:
             raise ZooError("An image was given to a model that has no vision encoder.")
+        if isinstance(source, Video):
+            if self.videos is None or self.layout is None:
+                raise ZooError(f"Video {source.path!r} was given to a model that takes images only.")
+            return self.videos(source)
         if self.pictures is None:
             return to_pixels(source, self.transform)
         picture = self.pictures(source, several=several)
@@ -348,7 +385,9 @@ def build_layout(given: Mapping[str, Any]) -> Any:
 
 
 def _count_images(messages: Sequence[Mapping[str, Any]]) -> int:
-    return sum(p["type"] == "image" for m in messages if not isinstance(m["content"], str) for p in m["content"])
+    return sum(
+        p["type"] in ("image", "video") for m in messages if not isinstance(m["content"], str) for p in m["content"]
+    )
 
 
 def _flat(images: Any) -> list[Any]:

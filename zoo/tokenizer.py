@@ -86,12 +86,14 @@ def require_vocab_size(vocab_size: int, template: str) -> None:
         )
 
 
-def load_tokenizer(checkpoint: str, template: str = "", **hub: Any) -> Any:
+def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | None = None, **hub: Any) -> Any:
     """Load the tokenizer of an LLM and give it what a vision-language model needs: an image token, padding, a template.
 
     Args:
         checkpoint: hub name or folder.
         template: name of one of `CHAT_TEMPLATES` to use in place of the tokenizer's own; required if it has none.
+        image_token_id: of the token that stands for images, where it is known; None: as the tokenizer says.
+        hub: options of `from_pretrained`.
 
     Raises:
         ZooError: there is no end-of-sequence token, or no chat template.
@@ -103,6 +105,8 @@ def load_tokenizer(checkpoint: str, template: str = "", **hub: Any) -> Any:
     except (OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ZooError(f"No tokenizer can be loaded from {checkpoint!r}: {first}") from error
+    if image_token_id is not None and 0 <= image_token_id < len(tokenizer):
+        tokenizer.image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     return fit_tokenizer(tokenizer, checkpoint, template)
 
 

@@ -16,6 +16,7 @@ FAMILIES = {
     "internvl": "zoo.published.internvl",
     "llava": "zoo.published.llava",
     "llava_next": "zoo.published.llava_next",
+    "llava_next_video": "zoo.published.llava_next_video",
     "llava_onevision": "zoo.published.llava_onevision",
     "smolvlm": "zoo.published.smolvlm",
 }

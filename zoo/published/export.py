@@ -149,12 +149,15 @@ def their_processor(model: Any, processor: Any, known: Any) -> Any:
 
     from zoo.vision.pictures import processor_of
 
+    more = known.processor_options(model, processor)
+    if processor.videos is not None and "video_processor" not in more:
+        more["video_processor"] = processor_of(processor.videos.config)
     values = dict(processor.pictures.config) if processor.pictures else _as_clip(processor.transform)
     return getattr(transformers, known.processor)(
         image_processor=processor_of(values),
         tokenizer=processor.tokenizer,
         chat_template=processor.tokenizer.chat_template,
-        **known.processor_options(model, processor),
+        **more,
     )
 
 

@@ -59,3 +59,9 @@ def video_token_id_in(folder: Path) -> int | None:
     from zoo.published.family import parse
 
     return getattr(parse(read_content(folder), f"{folder}/config.json"), "video_token_id", None)
+
+
+def videos_in(folder: Path) -> dict[str, Any] | None:
+    """Values of the video processor that a published folder states."""
+    stated = read_content(folder, "video_preprocessor_config.json")
+    return stated or read_content(folder, "processor_config.json").get("video_processor") or None

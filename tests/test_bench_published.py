@@ -1,0 +1,32 @@
+"""The benches of loading and generating run, and say what was measured; loading keeps its bound on memory."""
+
+import pytest
+import torch
+
+from zoo.bench import main
+from zoo.benches import load
+from zoo.benches.generate import Options
+from zoo.benches.published import SIZES, write
+from zoo.registry import ZooError
+
+
+def test_generation_is_compared_and_the_answers_are_equal(capsys):
+    assert main(["generate", "sizes=tiny", "rounds=1", "new=3", "text=12", "device=cpu"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tiny: prefill" in out and "tiny: decode" in out and "bound <= 1.03x" in out
+    assert "answers differ" not in out
+
+
+def test_mistakes_are_said():
+    with pytest.raises(ZooError, match="Did you mean '100m'"):
+        Options(sizes="tiny,100n")
+    with pytest.raises(ZooError, match="rounds must be at least 1"):
+        load.Options(rounds=0)
+
+
+@pytest.mark.slow
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    """One process that loads 440 MB; what it held before is not counted."""
+    weights = write(SIZES["100m"], tmp_path, torch.float32)
+    found = load._in_process("ours", tmp_path, load.Options(sizes="100m"))
+    assert found["peak"] <= 1.15 * weights

@@ -1,0 +1,102 @@
+"""Models of the zoo in lmms-eval and VLMEvalKit."""
+
+import importlib
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import zoo
+from tests import published_builders as build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ecosystem") / "llava"
+    build.llava(folder)
+    return folder
+
+
+@pytest.fixture
+def lmms_eval(monkeypatch):
+    """The package itself, or what the adapter uses of it where it is not installed."""
+    if find_spec("lmms_eval") is None:
+        api, model, models, registry = (ModuleType(f"lmms_eval{n}") for n in ("", ".api.model", ".models", ".reg"))
+        model.lmms = type("lmms", (), {"__init__": lambda self: setattr(self, "task_dict", {})})
+        registry.ModelManifest = lambda **given: SimpleNamespace(aliases=(), **given)
+        stubs = {"lmms_eval": api, "lmms_eval.api": ModuleType("lmms_eval.api"), "lmms_eval.api.model": model}
+        stubs |= {"lmms_eval.models": models, "lmms_eval.models.registry_v2": registry}
+        for name, module in stubs.items():
+            monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "zoo.lmms_eval_model", raising=False)
+    return importlib.import_module("zoo.lmms_eval_model")
+
+
+def asked(questions, photo):
+    """Requests as lmms-eval makes them, and its table of documents."""
+    docs = [{"image": photo, "question": q} for q in questions]
+    options = {"max_new_tokens": 5, "until": ["\n\n"]}
+    requests = [
+        SimpleNamespace(args=(d["question"], options, lambda doc: [doc["image"]], i, "task", "test"))
+        for i, d in enumerate(docs)
+    ]
+    return requests, {"task": {"test": docs}}
+
+
+def test_lmms_eval_gets_the_models_answers(lmms_eval, folder):
+    adapter = lmms_eval.ZooLmms(model=f"dir:{folder}", batch_size=2, overrides="pruner=[pool]")
+    photo = build.photo(40, 60)
+    questions = ["is it red?", "describe the picture.", "yes no"]
+    requests, adapter.task_dict = asked(questions, photo)
+    assert adapter.processor.num_image_tokens == 4
+    expected = [adapter.model.chat(q, image=photo, max_new_tokens=5).split("\n\n")[0] for q in questions]
+    assert adapter.generate_until(requests) == expected
+
+
+def test_lmms_eval_likelihoods_are_those_of_the_labels(lmms_eval, folder):
+    adapter = lmms_eval.ZooLmms(model=f"dir:{folder}")
+    photo = build.photo(40, 60)
+    adapter.task_dict = {"task": {"test": [{"image": photo}]}}
+    args = ("is it red?", "yes", lambda doc: [doc["image"]], 0, "task", "test")
+    ((loss, greedy),) = adapter.loglikelihood([SimpleNamespace(args=args)])
+    from zoo.registry import Sample
+
+    dialog = lmms_eval._dialog("is it red?", [photo], "yes")
+    batch = adapter.processor.collate([adapter.processor.encode(Sample("a", [photo], [dialog]))])
+    assert loss == pytest.approx(adapter.model(**batch).loss.item(), rel=1e-5) and greedy in (True, False)
+
+
+def test_the_manifest_is_light_and_names_the_class(lmms_eval):
+    code = "import sys, zoo.lmms_eval_plugin; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    from zoo.lmms_eval_plugin import manifest
+
+    assert manifest().model_id == "zoo"
+    module, _, name = manifest().simple_class_path.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_lmms_eval_finds_and_runs_it(folder):
+    if find_spec("lmms_eval") is None:
+        pytest.skip("lmms-eval is not installed: pip install lmms-eval")
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    registry = ModelRegistryV2()
+    assert not registry.load_entrypoint_manifests()
+    adapter = registry.get_model_class("zoo", force_simple=True)(model=f"dir:{folder}")
+    requests, adapter.task_dict = asked(["is it red?", "yes no"], build.photo(40, 60))
+    assert len(adapter.generate_until(requests)) == 2
+
+
+def test_vlmevalkit_gets_the_models_answers(folder, tmp_path):
+    from zoo.vlmevalkit import ZooVLM
+
+    photo = build.photo(40, 60)
+    photo.save(tmp_path / "photo.png")
+    model = ZooVLM(model_path=f"dir:{folder}", max_new_tokens=5)
+    message = [{"type": "image", "value": str(tmp_path / "photo.png")}, {"type": "text", "value": "is it red?"}]
+    assert model.generate_inner(message) == model.model.chat("is it red?", image=photo, max_new_tokens=5)
+    with pytest.raises(zoo.ZooError, match="part of type 'audio'"):
+        model.generate_inner([{"type": "audio", "value": "x"}])

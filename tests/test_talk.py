@@ -1,0 +1,98 @@
+"""Talking to a model, in Python and on the command line; finding one by its size."""
+
+import pytest
+import torch
+
+import zoo
+from tests import published_builders as build
+from zoo.cli import main
+from zoo.registry import ZooError
+from zoo.talk import Talk
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talk") / "llava"
+    build.llava(folder)
+    build.photo(40, 60).save(folder / "photo.png")
+    return folder, *zoo.load(f"dir:{folder}")
+
+
+def test_chat_is_generate_on_the_chat_template(llava):
+    folder, model, processor = llava
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is it red?"}]}],
+        add_generation_prompt=True,
+    )
+    batch = processor(images=[str(folder / "photo.png")], text=text)
+    out = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    expected = processor.tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    pieces = []
+    answer = model.chat("is it red?", image=folder / "photo.png", max_new_tokens=8, stream=pieces.append)
+    assert answer == expected == "".join(pieces).strip()
+
+
+def test_turns_are_remembered_and_images_prepared_once(llava, monkeypatch):
+    folder, model, processor = llava
+    talk = Talk(model)
+    talk.say("is it red?", [folder / "photo.png"], max_new_tokens=4)
+    prepared = []
+    monkeypatch.setattr(processor, "prepare", lambda s: prepared.append(list(s)) or [])
+    talk.say("and now?", max_new_tokens=4)
+    assert prepared == [[]] and len(talk.shown) == 1
+    assert [m["role"] for m in talk.messages] == ["user", "assistant", "user", "assistant"]
+
+
+def test_without_a_processor_it_says_so(llava):
+    _, model, _ = llava
+    other = type(model)(model.config, parts=None, base=None)
+    with pytest.raises(ZooError, match="came without its processor"):
+        other.chat("hello")
+
+
+def test_the_command_answers_and_goes_on(llava, capsys, monkeypatch):
+    folder, model, processor = llava
+    monkeypatch.setattr("zoo.loading.load", lambda *a, **k: (model, processor))
+    photo = str(folder / "photo.png")
+    assert main(["chat", f"dir:{folder}", "--image", photo, "-q", "is it red?", "--max-new-tokens", "4"]) == 0
+    one = capsys.readouterr().out
+    assert one.strip() == model.chat("is it red?", image=photo, max_new_tokens=4)
+    lines = iter([f"/image {photo}", "is it red?", "and blue?", "/image nowhere.png", "/new", "yes no", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", f"dir:{folder}", "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(one) and "There is no file 'nowhere.png'" in said
+    assert main(["chat", f"dir:{folder}", "--image", "absent.png"]) == 2
+
+
+def test_models_are_found_by_size_and_described(capsys):
+    assert main(["list", "model", "*smolvlm*", "--where", "params<1B"]) == 0
+    out = capsys.readouterr().out
+    assert "smolvlm_256m" in out and "smolvlm_2b" not in out
+    assert main(["list", "model", "scenes*", "--where=params>1B"]) == 2
+    assert main(["list", "model", "--where", "parms<8B"]) == 2
+    assert "Did you mean 'params'" in capsys.readouterr().err
+    assert main(["info", "smolvlm_256m"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "256",
+        "image tokens",
+        "memory",
+        "apache-2.0",
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        "pixel_shuffle",
+    ):
+        assert words in out
+
+
+def test_every_named_model_fits_and_is_as_large_as_it_says():
+    """The sizes that presets state, against the published numbers of parameters."""
+    from zoo.checker import check
+
+    sizes = {"llava15_7b": 7.06e9, "llava15_13b": 13.35e9, "llava16_mistral_7b": 7.57e9, "smolvlm_256m": 0.256e9}
+    sizes |= {"llava_onevision_05b": 0.89e9, "internvl3_1b": 0.94e9, "smolvlm_2b": 2.2e9}
+    for name, wanted in sizes.items():
+        walk = check(name)
+        assert sum(r.parameters for r in walk.rows) == pytest.approx(wanted, rel=0.04), name
+    assert check("llava15_7b").num_image_tokens == 576
+    assert torch.get_default_dtype() == torch.float32

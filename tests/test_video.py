@@ -1,0 +1,130 @@
+"""Reading videos: which frames, when, from which file; what is broken is said with its path."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from tests.data_places import shared
+from zoo.registry import ZooError
+from zoo.vision.video import READERS, Video, read_video
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Forty frames at ten a second, a keyframe every ten; frame i has the grey level 6 i."""
+    path = tmp_path_factory.mktemp("video") / "grey.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10, options={"g": "10", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(40):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 6 * i, np.uint8), format="rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def installed():
+    from importlib.util import find_spec
+
+    return [name for name, package in READERS.items() if find_spec(package)]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("options", "indices"),
+    [
+        ({"frames": 4}, [0, 10, 20, 30]),
+        ({"frames": 100}, list(range(40))),
+        ({"sampling": "fps", "fps": 2.0, "frames": 50}, [0, 5, 10, 15, 20, 25, 30, 35]),
+        ({"sampling": "fps", "fps": 5.0, "frames": 4}, [0, 10, 20, 30]),
+        ({"sampling": "explicit", "indices": (39, 3, -1, 3)}, [39, 3, 39, 3]),
+    ],
+)
+def test_the_frames_that_were_asked_for_come(clip, reader, options, indices):
+    if reader not in installed():
+        pytest.skip(f"{reader} is not installed")
+    got = read_video(Video(str(clip), reader=reader, **options))
+    assert got.indices == indices and got.total == 40 and got.fps == pytest.approx(10)
+    assert got.frames.shape == (len(indices), 48, 64, 3)
+    np.testing.assert_allclose(got.frames.mean((1, 2, 3)), [6 * i for i in indices], atol=4)
+    assert got.times == pytest.approx([i / 10 for i in indices], abs=1e-3)
+    assert got.duration == pytest.approx(4)
+
+
+def test_few_frames_cost_few_frames(clip):
+    """Never more than from the last keyframe on: the least a decoder can do."""
+    for indices in ([0], [39], [5, 35], [9, 10, 11], [19, 0]):
+        got = read_video(Video(str(clip), sampling="explicit", indices=tuple(indices), reader="pyav"))
+        spans = {i // 10: max(j % 10 for j in indices if j // 10 == i // 10) for i in indices}
+        least = sum(last + 1 for last in spans.values())
+        assert got.decoded <= least + 3, (indices, got.decoded, least)  # B-frames come a little later
+
+
+def test_real_clips(capsys):
+    folder = shared("video")
+    for line in (folder / "clips.jsonl").read_text().splitlines():
+        facts = json.loads(line)
+        path = str(folder / facts["file"])
+        start = time.perf_counter()
+        whole = read_video(Video(path, frames=10_000, reader="pyav"))
+        all_seconds, start = time.perf_counter() - start, time.perf_counter()
+        eight = read_video(Video(path, reader="pyav"))
+        seconds = time.perf_counter() - start
+        assert whole.total == facts["frames"] and whole.fps == pytest.approx(facts["fps"], rel=0.02)
+        assert whole.frames.shape[1:] == (facts["height"], facts["width"], 3)
+        assert np.array_equal(eight.frames, whole.frames[eight.indices])
+        assert 10 < whole.frames.mean() < 245 and whole.frames.std() > 10  # pictures, neither black nor white
+        assert eight.decoded <= whole.decoded
+        for reader in installed():
+            assert np.array_equal(read_video(Video(path, reader=reader)).frames, eight.frames)
+        with capsys.disabled():
+            ratio = f"{eight.decoded} of {whole.decoded} frames decoded, {seconds / all_seconds:.2f} of the time"
+            print(f"\n{facts['file']}: 8 frames cost {ratio}", end="")
+
+
+def audio(path):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            out.mux(packet)
+
+
+def test_what_cannot_be_read_is_said_with_its_path(clip, tmp_path):
+    data = clip.read_bytes()
+    files = {
+        "missing.mp4": None,
+        "empty.mp4": b"",
+        "text.mp4": b"no video at all " * 100,
+        "truncated.mp4": data[: len(data) // 3],
+        "header.mp4": data[:40],
+    }
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    audio(tmp_path / "audio.m4a")
+    with av.open(str(tmp_path / "zero.mkv"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        out.start_encoding()
+    for name in [*files, "audio.m4a", "zero.mkv"]:
+        for reader in ["auto", *installed()]:
+            with pytest.raises(ZooError) as caught:
+                read_video(Video(str(tmp_path / name), reader=reader))
+            assert name in str(caught.value)
+    with pytest.raises(ZooError, match="only audio"):
+        read_video(Video(str(tmp_path / "audio.m4a"), reader="pyav"))
+
+
+def test_mistakes_are_said(clip):
+    with pytest.raises(ZooError, match="has 40 frames; there is no frame 40"):
+        read_video(Video(str(clip), sampling="explicit", indices=(40,)))
+    with pytest.raises(ZooError, match="Did you mean 'uniform'"):
+        Video("x.mp4", sampling="unifrom")
+    with pytest.raises(ZooError, match="frames must be at least 1"):
+        Video("x.mp4", frames=0)

@@ -1,0 +1,115 @@
+"""`zoo bench generate`: prefill and decode speed against transformers on the same folder, in one run, in turns."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoo.benches.measure import Clock, Plain, Value, interleave
+from zoo.benches.published import SIZES, write
+from zoo.benches.report import Report, Row, machine
+from zoo.registry import ZooError, unknown
+
+
+@dataclass
+class Options:
+    sizes: str = "tiny,100m"  # of LLaVAs with random weights, with commas between: tiny, 100m, 1b, 7b
+    batch: int = 1  # prompts, each with one image
+    text: int = 48  # tokens of text of each
+    new: int = 32  # tokens that are generated
+    dtype: str = "float32"  # of the parameters
+    attention: str = "auto"  # auto | eager | sdpa | flash_attention_<n>
+    rounds: int = 9  # turns of each
+    threads: int = 1  # of torch on the CPU
+    device: str = "auto"  # auto | cpu | cuda
+
+    def __post_init__(self) -> None:
+        for name in self.sizes.split(","):
+            if name not in SIZES:
+                raise unknown("sizes", name, SIZES)
+        for name in ("batch", "new", "rounds"):
+            if getattr(self, name) < 1:
+                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def run(options: Options, show: Callable[[str], None] = print) -> Report:
+    """Measure each size."""
+    device = torch.device(
+        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    clock = Clock(device, options.threads)
+    report = Report("zoo bench generate", machine=machine(device, options.threads))
+    report.setting = [
+        f"{options.batch} prompts of one image and {options.text} tokens of text, {options.new} new tokens, "
+        f"{options.dtype}; {clock.name} time, {options.rounds} rounds"
+    ]
+    try:
+        for name in options.sizes.split(","):
+            show(f"measuring: {name}")
+            report.setting.append(f"{name}: {SIZES[name].describe()}")
+            report.add(*_rows(name, options, device, clock))
+    finally:
+        torch.set_num_threads(before)
+    return report
+
+
+def _rows(name: str, options: Options, device: torch.device, clock: Clock) -> list[Row]:
+    import transformers
+
+    import zoo
+
+    sizes, dtype = SIZES[name], getattr(torch, options.dtype)
+    with tempfile.TemporaryDirectory() as temporary:
+        write(sizes, Path(temporary), dtype)
+        ours, processor = zoo.load(f"dir:{temporary}", device=device, dtype=dtype, attention=options.attention)
+        theirs: Any = transformers.LlavaForConditionalGeneration.from_pretrained(temporary, dtype=dtype)
+    taken = ours.set_attention(options.attention)
+    theirs = theirs.to(device).eval()
+    theirs.set_attn_implementation(taken if not taken.startswith("zoo") else "eager")
+    generator = np.random.default_rng(0)
+    ids = torch.from_numpy(generator.integers(8, 256, (options.batch, options.text + sizes.image_tokens)))
+    ids[:, 4 : 4 + sizes.image_tokens] = processor.image_token_id
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(options.batch, 3, sizes.image_size, sizes.image_size, dtype=dtype),
+    }
+    batch = {key: value.to(device) for key, value in batch.items()}
+
+    def answer(model: Any, new: int) -> Callable[[], Any]:
+        fixed = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
+        return lambda: model.generate(**batch, **fixed)
+
+    same = torch.equal(answer(ours, options.new)(), answer(theirs, options.new)())
+    variants = {
+        f"{who} {new}": Plain(answer(model, new))
+        for new in (1, 1 + options.new)
+        for who, model in (("ours", ours), ("theirs", theirs))
+    }
+    times = {key: clock.take(value) for key, value in interleave(variants, clock, options.rounds, 1).items()}
+    positions, rows = ids.numel(), []
+    for what, tokens, take in (
+        ("prefill", positions, lambda who: times[f"{who} 1"]),
+        (
+            "decode",
+            options.batch * options.new,
+            lambda who: _less(times[f"{who} {1 + options.new}"], times[f"{who} 1"]),
+        ),
+    ):
+        mine, others = take("ours"), take("theirs")
+        rows.append(Row(f"{name}: {what}, ours", Value.of([tokens / t for t in mine]), unit=" tokens/s"))
+        rows.append(Row(f"{name}: {what}, transformers", Value.of([tokens / t for t in others]), unit=" tokens/s"))
+        ratio = Value.of([a / b for a, b in zip(mine, others, strict=True)])
+        note = "" if same else "the answers differ"
+        rows.append(Row(f"{name}: {what} time over transformers'", ratio, bound=1.03, at_most=True, note=note))
+    return rows
+
+
+def _less(whole: list[float], part: list[float]) -> list[float]:
+    return [max(a - b, 1e-9) for a, b in zip(whole, part, strict=True)]

@@ -1,0 +1,113 @@
+"""`zoo bench load`: memory and seconds of loading a published folder, ours against transformers'.
+
+Each loading runs in a process of its own, in turns. Memory is the highest resident memory while it loads, less what the
+process held before, over the bytes of the weights; a file that is mapped counts, as it does for the machine.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from zoo.benches.measure import Value
+from zoo.benches.published import SIZES, write
+from zoo.benches.report import Report, Row, machine
+from zoo.registry import ZooError, unknown
+
+
+@dataclass
+class Options:
+    sizes: str = "100m"  # tiny | 100m | 1b | 7b: of a LLaVA with random weights
+    folder: str = ""  # of a published checkpoint that is here, instead
+    dtype: str = "float32"  # of the files and of the parameters
+    rounds: int = 5  # turns of each
+    threads: int = 1  # of torch on the CPU
+    device: str = "cpu"  # cpu | cuda
+
+    def __post_init__(self) -> None:
+        if self.sizes not in SIZES:
+            raise unknown("sizes", self.sizes, SIZES)
+        if self.rounds < 1:
+            raise ZooError(f"rounds must be at least 1, got {self.rounds}.")
+
+
+def run(options: Options, show: Callable[[str], None] = print) -> Report:
+    """Measure both, in turns; the first turn warms the file cache and is not counted."""
+    report = Report("zoo bench load", machine=machine(torch.device(options.device), options.threads))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder).expanduser() if options.folder else Path(temporary)
+        if not options.folder:
+            show(f"writing a model of sizes {options.sizes}")
+            write(SIZES[options.sizes], folder, getattr(torch, options.dtype))
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        report.setting = [
+            f"{options.folder or SIZES[options.sizes].describe()}: {weights / 1e6:.0f} MB of weights, {options.dtype}",
+            f"{options.rounds} rounds, a process for each loading; model, tokenizer and image processor",
+        ]
+        seen: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
+        for turn in range(options.rounds + 1):
+            for who, rows in seen.items():
+                found = _in_process(who, folder, options)
+                show(f"{who}: {found['seconds']:.2f} s, {found['peak'] / weights:.2f}x the weights")
+                rows += [found] if turn else []
+    for who, bound in (("ours", 1.15), ("transformers", None)):
+        peaks = Value.of([r["peak"] / weights for r in seen[who]])
+        report.add(Row(f"peak memory over weights, {who}", peaks, bound=bound, at_most=True))
+        report.add(Row(f"seconds, {who}", Value.of([r["seconds"] for r in seen[who]]), unit=" s"))
+    pairs = list(zip(seen["ours"], seen["transformers"], strict=True))
+    for key, what in (("seconds", "seconds"), ("peak", "peak memory")):
+        ratio = Value.of([a[key] / b[key] for a, b in pairs])
+        report.add(Row(f"{what}, ours over transformers'", ratio, bound=1.1, at_most=True))
+    return report
+
+
+def _in_process(who: str, folder: Path, options: Options) -> dict[str, float]:
+    words = [who, str(folder), options.dtype, options.device, str(options.threads)]
+    code = f"from zoo.benches.load import measure; measure(*{words!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ZooError(f"Loading by {who} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(who: str, folder: str, dtype: str, device: str, threads: str) -> None:
+    """Load once and print seconds and memory; everything is imported before."""
+    import transformers
+
+    import zoo
+    import zoo.loading
+    import zoo.processor
+
+    torch.set_num_threads(int(threads))
+    model_class = transformers.LlavaForConditionalGeneration
+    processor_class = transformers.LlavaProcessor
+    before = _forget_peak()
+    start = time.perf_counter()
+    if who == "ours":
+        kept = zoo.load(f"dir:{folder}", device=device, dtype=dtype)
+    else:
+        kept = (
+            model_class.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device),
+            processor_class.from_pretrained(folder),
+        )
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak": _memory("VmHWM") - before, "parts": len(kept)}))
+
+
+def _forget_peak() -> int:
+    """Start to count the highest resident memory anew; returns what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(what: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise ZooError(f"This system does not state {what} in /proc/self/status: memory cannot be measured here.")

@@ -1,0 +1,85 @@
+"""A LLaVA of any size with random weights, in the published layout: what loading and generating are measured on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.benches.llava import Sizes
+
+SIZES = {
+    "tiny": Sizes(),
+    "100m": Sizes(
+        image_size=112, patch_size=14, vision_width=512, vision_depth=8, vision_heads=8,
+        text_width=768, text_depth=8, text_heads=12, intermediate=2048, vocab=16384,
+    ),
+    "1b": Sizes(
+        image_size=336, patch_size=14, vision_width=1024, vision_depth=12, vision_heads=16,
+        text_width=2048, text_depth=16, text_heads=16, intermediate=5504, vocab=32064,
+    ),
+    "7b": Sizes(
+        image_size=336, patch_size=14, vision_width=1024, vision_depth=24, vision_heads=16,
+        text_width=4096, text_depth=32, text_heads=32, intermediate=11008, vocab=32064,
+    ),
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def write(sizes: Sizes, folder: Path, dtype: torch.dtype) -> int:
+    """Write the model and its processor as hub repositories hold them; returns the bytes of its weights."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    from zoo.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["a picture of a red circle"], 320, "chatml")
+    tokenizer.chat_template = TEMPLATE
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=sizes.vision_width,
+            intermediate_size=4 * sizes.vision_width,
+            num_hidden_layers=sizes.vision_depth,
+            num_attention_heads=sizes.vision_heads,
+            image_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=sizes.text_width,
+            intermediate_size=sizes.intermediate,
+            num_hidden_layers=sizes.text_depth,
+            num_attention_heads=sizes.text_heads,
+            num_key_value_heads=sizes.text_heads,
+            vocab_size=sizes.vocab,
+            max_position_embeddings=4096,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=sizes.layer,
+        image_seq_length=sizes.image_tokens,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model: Any = Llava(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id = None  # every answer is as long as it was asked to be
+    model.save_pretrained(folder)
+    side = sizes.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=sizes.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
