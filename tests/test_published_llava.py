@@ -215,6 +215,18 @@ def test_a_part_that_is_meant_to_differ_starts_fresh(llava):
     assert torch.equal(model.llm.lm.lm_head.weight, llava[3].llm.lm.lm_head.weight)
 
 
+def test_another_part_is_saved_beside_the_checkpoint(llava, tmp_path):
+    from safetensors.torch import load_file
+
+    model, processor = zoo.load(f"dir:{llava[0]}", "projector=linear", fresh=["projector"])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert {n.partition(".")[0] for n in load_file(tmp_path / "model.safetensors")} == {"projector"}
+    again, same = zoo.load(f"dir:{tmp_path}")
+    batch = same(images=[build.photo(40, 40)], text=same.apply_chat_template(said(1)))
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
 def changed_weights(folder, to, change):
     from safetensors.torch import load_file, save_file
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLINGS = ("uniform", "fps", "explicit")
 READERS = {"decord": "decord", "pyav": "av"}  # name -> package; in this order where none is asked for
+EXACT_IN_DECORD = frozenset({"h264", "hevc", "vp8", "vp9"})  # codecs
 MAX_BYTES = 8 << 30  # of decoded frames, at once
 
 
@@ -33,7 +34,7 @@ class Video:
     sampling: str = "uniform"  # uniform: evenly from the first | fps: so many a second | explicit: those of `indices`
     fps: float = 1.0  # frames a second, for `fps`
     indices: tuple[int, ...] = ()  # counted from 0, for `explicit`; negative from the end
-    reader: str = "auto"  # auto | decord | pyav
+    reader: str = "auto"  # auto: decord where it is exact, else pyav | decord | pyav
 
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLINGS:
@@ -103,12 +104,25 @@ def read_video(video: Video | str | Path) -> Clip:
         raise ZooError("Reading videos needs PyAV or decord: pip install 'zoo-vlm[video]'.")
     read: dict[str, Callable[[Path, Video], Clip]] = {"decord": _with_decord, "pyav": _with_pyav}
     wanted = there if video.reader == "auto" else [video.reader]
-    for name in wanted[:-1]:  # decord knows no AV1, and says of some files that have frames that they have none
+    if len(wanted) > 1 and not _exact_in_decord(path):
+        wanted = ["pyav"]
+    for name in wanted[:-1]:
         try:
             return read[name](path, video)
         except _UnreadableError:
             continue
     return read[wanted[-1]](path, video)
+
+
+def _exact_in_decord(path: Path) -> bool:
+    """Whether decord gives the frames that it is asked for: of MPEG-4 with B-frames it gives others, AV1 it cannot."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return any(s.codec_context.name in EXACT_IN_DECORD for s in container.streams.video)
+    except av.error.FFmpegError:
+        return False
 
 
 class _UnreadableError(ZooError):

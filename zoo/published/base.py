@@ -33,6 +33,12 @@ class Base:
         tensors: by our names.
         record: what a saved model notes: family, checkpoint, revision, fingerprint; None for a zoo model's own folder.
         strangers: names in the files that no part has.
+        fresh: parts that may start without weights.
+        device, places: where weights go; `places` has prefixes of names and wins.
+        dtype: of the parameters; None keeps that of the files.
+        lenient: a saved zoo model is loaded, whose own folder holds the rest: what adapters and other parts brought is
+            read, and judged, later.
+        filled: what was read, once it was.
     """
 
     folder: Path
@@ -41,8 +47,9 @@ class Base:
     strangers: list[str] = field(default_factory=list)
     fresh: frozenset[str] = frozenset()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    places: Mapping[str, Any] = field(default_factory=dict)  # prefix of a name -> device, beside `device`
+    places: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    lenient: bool = False
     filled: Filled | None = None
 
     @property
@@ -77,7 +84,7 @@ class Base:
 
         unknown = [n for n in self.tensors if n not in done.used and not SPARE.search(n)]
         unknown = needed(n for n in unknown if part_of(n) in PARTS)
-        if self.record is None:  # a zoo model's own folder: what adapters hold or replaced is read, and judged, later
+        if self.lenient:
             _zeros(modules, self.place)
             self.filled = done
             return
@@ -160,8 +167,9 @@ def base_for(
         base = base_of(folder, *((record or {}).get(k) or "" for k in ("checkpoint", "revision")))
     elif record:
         base = base_from(record)
+        base.lenient = folder is not None
     elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):
-        base = Base(folder, listing(weight_files(folder)))
+        base = Base(folder, listing(weight_files(folder)), lenient=True)
     else:
         return None
     base.fresh = frozenset(PARTS) if "all" in set(fresh) else frozenset(fresh)
