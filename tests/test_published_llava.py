@@ -190,6 +190,51 @@ def test_training_lowers_the_loss_and_learns_answers_only(llava):
     assert losses[-1] < losses[0]
 
 
+@pytest.fixture
+def cache(llava, tmp_path, monkeypatch):
+    """A hub cache that holds the tiny model under the published name; nothing else can be reached."""
+    repository = tmp_path / "hub" / "models--llava-hf--llava-1.5-7b-hf"
+    shutil.copytree(llava[0], repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "hub:llava-hf/llava-1.5-7b-hf"])
+def test_a_published_name_loads_from_the_cache(llava, cache, name):
+    """Preset -> repository -> cache; the checkpoint's own config decides, not the sizes that the preset states."""
+    model, processor = zoo.load(name, "adapter=[lora]")
+    batch = inputs(llava[2], "one image")[2]
+    assert torch.equal(model(**batch).logits, llava[3](**batch).logits)
+    assert model.config.base["model"]["checkpoint"] == "llava-hf/llava-1.5-7b-hf"
+    model.save_pretrained(cache / "saved")
+    processor.save_pretrained(cache / "saved")
+    again, _ = zoo.load(f"dir:{cache / 'saved'}")
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_a_published_name_that_is_not_in_the_cache_says_so(cache):
+    with pytest.raises(ZooError, match=r"llava-hf/llava-1\.5-13b-hf"):
+        zoo.load("llava15_13b")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_data_types_are_those_of_the_file_or_those_asked_for(llava, tmp_path, dtype):
+    from tests.published_builders import llava as build_llava
+
+    folder = tmp_path / "half"
+    build_llava(folder, dtype=getattr(torch, dtype))
+    model, _ = zoo.load(f"dir:{folder}")
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    model, _ = zoo.load(f"dir:{folder}", dtype="float32", device_map={"": "cpu", "llm": "cpu"})
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with pytest.raises(ZooError, match="dtype must be a torch dtype"):
+        zoo.load(f"dir:{folder}", dtype="half16")
+    with pytest.raises(ZooError, match="device_map must be"):
+        zoo.load(f"dir:{folder}", device_map="gpuu")
+
+
 # ---- what goes wrong ---------------------------------------------------------------------------------------------
 
 

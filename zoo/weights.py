@@ -203,7 +203,13 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
-    return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+    try:
+        return Path(snapshot_download(str(name), revision=revision or None, allow_patterns=wanted))
+    except Exception as error:  # offline, not found, no access: the library has a type for each
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ZooError(
+            f"The hub repository {str(name)!r} is not in the cache and cannot be fetched: {first}"
+        ) from error
 
 
 def library_versions() -> dict[str, str]:
