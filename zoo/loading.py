@@ -147,9 +147,7 @@ def build(
         model.llm.lm.generation_config = model.generation_config
     model = placed(model, target, dtype)
     model.set_attention(cfg.attention)
-    stated = published_options(folder) if folder is not None and published else saved_options(folder)
-    if config.video_token_id is not None:
-        stated["video_token"] = tokenizer.convert_ids_to_tokens(config.video_token_id)
+    stated = published_options(folder, tokenizer) if folder is not None and published else saved_options(folder)
     processor = processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated)
     model.__dict__["processor"] = processor  # for `model.chat`
     return model.eval(), processor
@@ -182,15 +180,17 @@ def layout_for(model: ZooModel) -> dict[str, Any] | None:
     return {**(model.config.slots or {})["layout"], "given": dict(model.layout.given)}
 
 
-def published_options(folder: Path) -> dict[str, Any]:
+def published_options(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """How a published folder prepares images and videos."""
-    return {"pictures": pictures_in(folder), "videos": videos_in(folder)}
+    number = video_token_id_in(folder)
+    token = getattr(tokenizer, "video_token", None) if number is None else tokenizer.convert_ids_to_tokens(number)
+    return {"pictures": pictures_in(folder), "videos": videos_in(folder), "video_token": token}
 
 
 def saved_options(folder: Path | None) -> dict[str, Any]:
     """The published image and video processors that a saved model goes on using."""
     content = read_content(folder, "processor_config.json") if folder is not None else {}
-    return {key: content.get(key) for key in ("pictures", "videos")}
+    return {key: content.get(key) for key in ("pictures", "videos", "video_token")}
 
 
 def weights_folder(cfg: Any) -> Path | None:

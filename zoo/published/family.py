@@ -45,6 +45,7 @@ class Family:
         canonical: pairs of pattern and replacement, in this order.
         call: options of the image processor's call.
         whole_if_several: one of several images of a sample is not cut.
+        videos: videos are taken too.
         nested: hub repositories have a level `vision_model` inside the tower.
     """
 
@@ -59,6 +60,7 @@ class Family:
     call: Mapping[str, Any] = field(default_factory=dict)
     nested: bool = True
     whole_if_several: bool = False
+    videos: bool = False
 
     def ours(self, name: str) -> str | None:
         """Return our name of a published weight; None where the family knows no such thing."""

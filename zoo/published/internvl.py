@@ -81,6 +81,7 @@ FAMILY = Family(
     KEYS,
     config,
     processor_options,
+    videos=True,
     call={"crop_to_patches": True},
     nested=False,
 )

@@ -42,4 +42,5 @@ FAMILY = replace(
     processor="LlavaNextVideoProcessor",
     slots=slots,
     config=config,
+    videos=True,
 )

@@ -58,5 +58,6 @@ FAMILY = Family(
     KEYS,
     config,
     processor_options,
+    videos=True,
     whole_if_several=True,
 )

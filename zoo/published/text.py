@@ -62,6 +62,8 @@ def video_token_id_in(folder: Path) -> int | None:
 
 
 def videos_in(folder: Path) -> dict[str, Any] | None:
-    """Values of the video processor that a published folder states."""
+    """Values of the video processor that a published folder states, where the family's videos are taken."""
+    if not family_of(read_content(folder), f"{folder}/config.json").videos:
+        return None
     stated = read_content(folder, "video_preprocessor_config.json")
     return stated or read_content(folder, "processor_config.json").get("video_processor") or None
