@@ -7,8 +7,9 @@ loop over slices is as fast. Rows that no expert takes stand last and come out a
 zero gradient, not none, so data parallelism sees every parameter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,6 +101,18 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """
     dtype = compute_dtype(x)
     return _GroupedLinear.apply(x.to(dtype), weight.to(dtype), groups.ends)
+
+
+def grouped_linear_over(x: Tensor, stacks: Sequence[Tensor], groups: Groups) -> Tensor:
+    """Multiply each expert's rows by its own matrix, where the experts stand in several stacks (CPU).
+
+    Nothing is joined, and of the rows only those of stacks that train are kept for backward.
+
+    Args:
+        x: (S, I), sorted.
+        stacks: (E_i, O, I), whose experts count on: together the E of `groups`.
+    """
+    return _GroupedLinearOver.apply(x, groups.ends, *stacks)
 
 
 def add_grouped_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, groups: Groups, scale: Any = 1.0) -> Tensor:
@@ -240,6 +253,41 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grad.contiguous()
         back = _product(grad, weight, ends) if ctx.needs_input_grad[0] else None
         return back, _outer(grad, x, ends) if ctx.needs_input_grad[1] else None, None
+
+
+class _GroupedLinearOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ends: Tensor, *stacks: Tensor) -> Tensor:
+        cuts = [0, *ends.tolist()]
+        y = x.new_empty(len(x), stacks[0].shape[1])
+        for at, weight in enumerate(w for stack in stacks for w in stack):
+            torch.mm(x[cuts[at] : cuts[at + 1]], weight.t(), out=y[cuts[at] : cuts[at + 1]])
+        y[cuts[-1] :].zero_()
+        firsts = [0]
+        for stack in stacks:
+            firsts.append(firsts[-1] + len(stack))
+        spans = [(cuts[a], cuts[b]) for a, b in pairwise(firsts)]  # rows of each stack
+        rows = [x[a:b].clone() if w.requires_grad else None for (a, b), w in zip(spans, stacks, strict=True)]
+        ctx.save_for_backward(*rows, *stacks)
+        ctx.cuts, ctx.spans, ctx.firsts = cuts, spans, firsts
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        rows, stacks = saved[: len(ctx.spans)], saved[len(ctx.spans) :]
+        grad, cuts = grad.contiguous(), ctx.cuts
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = grad.new_empty(len(grad), stacks[0].shape[2])
+            for at, weight in enumerate(w for stack in stacks for w in stack):
+                torch.mm(grad[cuts[at] : cuts[at + 1]], weight, out=back[cuts[at] : cuts[at + 1]])
+            back[cuts[-1] :].zero_()
+        weights = []
+        for i, (a, b) in enumerate(ctx.spans):
+            ends = torch.tensor(cuts[ctx.firsts[i] + 1 : ctx.firsts[i + 1] + 1]) - a
+            weights.append(_outer(grad[a:b], rows[i], ends) if ctx.needs_input_grad[2 + i] else None)
+        return back, None, *weights
 
 
 class _AddGroupedLinear(torch.autograd.Function):

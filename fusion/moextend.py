@@ -93,6 +93,7 @@ class ExtendedLayer(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_new, *first.shape[1:], **where))  # (n, 2 * I, C)
         self.down_proj = nn.Parameter(torch.empty(config.num_new, *block.experts.down_proj.shape[1:], **where))
         self.closed = False
+        self.together = True  # on a CPU the old experts and the new ones run in one loop
         self.start()
 
     @torch.no_grad()
@@ -140,6 +141,8 @@ class ExtendedLayer(nn.Module):
         old = self.experts
         if self.closed or self.passes.base_only:
             return type(old).forward(old, hidden_states, top_k_index, top_k_weights)
+        if self.together and _on_host(hidden_states):
+            return self._run_together(hidden_states, top_k_index, top_k_weights)
         taken = top_k_index >= self.old  # (S, k)
         before, old._is_expert_parallel = old._is_expert_parallel, True  # index m then means: somebody else's
         try:
@@ -150,7 +153,7 @@ class ExtendedLayer(nn.Module):
         for j in range(self.config.num_new):
             mine = top_k_index == self.old + j  # (S, k)
             groups = dispatch.group(mine.any(-1).long() - 1, 1)  # expert 0 is this one
-            order = groups.order[: int(groups.ends[-1])] if _on_host(hidden_states) else groups.order
+            order = groups.order
             rows = dispatch.grouped_ffn(
                 hidden_states.index_select(0, order),
                 self.gate_up_proj[j : j + 1],
@@ -161,6 +164,16 @@ class ExtendedLayer(nn.Module):
             rows = rows * (top_k_weights * mine).sum(-1).index_select(0, order).unsqueeze(-1)
             out = out.index_add(0, order, rows.to(out.dtype))
         return out
+
+    def _run_together(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """All experts in one sort, where counts may be read: nobody's rows are masked out of the old ones' products."""
+        old = self.experts
+        groups = dispatch.group(chosen, self.old + self.config.num_new)
+        dtype = old.gate_up_proj.dtype
+        both = [(getattr(old, name), getattr(self, name).to(dtype)) for name in ("gate_up_proj", "down_proj")]
+        rows = dispatch.grouped_linear_over(groups.gather(x.to(dtype)), both[0], groups)  # (S * k, 2 * I)
+        rows = dispatch.grouped_linear_over(old._apply_gate(rows), both[1], groups)  # (S * k, C)
+        return groups.scatter(rows, weights).to(x.dtype)
 
     def _pictured(self, x: Tensor) -> Tensor | None:
         """Which tokens (S, 1) are of sequences with images; None: all take part."""
@@ -354,7 +367,8 @@ def expert_blocks(llm: Any) -> dict[int, Any]:
     for i, layer in enumerate(llm.layers):
         block = getattr(layer, "mlp", None)
         experts, gate = getattr(block, "experts", None), getattr(block, "gate", None)
-        if hasattr(experts, "gate_up_proj") and hasattr(experts, "act_fn") and hasattr(gate, "top_k"):
+        odd = getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False)
+        if hasattr(experts, "gate_up_proj") and hasattr(experts, "_apply_gate") and hasattr(gate, "top_k") and not odd:
             found[i] = block
     return found
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ class MoLELayer(nn.Module):
     """Router and experts of one feed-forward layer, and the hooks that put them there."""
 
     now: _Routed | None
-    linears: dict[str, nn.Module]  # of the language model
+    mlp: nn.Module  # of the language model
+    linears: dict[str, nn.Module]
     passes: Passes
 
     def __init__(self, config: MoLEConfig, mlp: nn.Module, width: int, passes: Passes) -> None:
@@ -96,6 +97,7 @@ class MoLELayer(nn.Module):
             "device": first.device,
             "dtype": max(first.dtype, torch.float32, key=lambda t: t.itemsize),
         }
+        self.__dict__["mlp"] = mlp
         self.__dict__["linears"] = {} if _whole(mlp) else {n: mlp.get_submodule(n) for n in linears(mlp)}
         sizes = {n.replace(".", "-"): _sizes(linear) for n, linear in self.linears.items()} or {"whole": (width, width)}
         self.experts = nn.ModuleDict(
@@ -107,12 +109,13 @@ class MoLELayer(nn.Module):
             self.router.double()
         self.now = None
 
-    def places(self, mlp: nn.Module) -> list[nn.Module]:
+    def places(self) -> list[nn.Module]:
         """Give the modules of the language model that get a term."""
-        return list(self.linears.values()) or [mlp]
+        return list(self.linears.values()) or [self.mlp]
 
-    def attach(self, mlp: nn.Module) -> list[Any]:
+    def attach(self) -> list[Any]:
         """Hook into the layer; returns the handles."""
+        mlp = self.mlp
         handles: list[Any] = [mlp.register_forward_pre_hook(self._enter), mlp.register_forward_hook(self._leave)]
         for name, linear in self.linears.items():
             handles.append(linear.register_forward_hook(partial(self._term, name.replace(".", "-"))))
@@ -152,8 +155,8 @@ class MoLELayer(nn.Module):
             return _Routed(weights, None, scale, False, tokens.shape)
         groups = dispatch.group(chosen, e, keep)
         factor = scale if gate == "none" else groups.gather(_gate(top, gate)) * scale
-        # Other hooks on these linears (a second adapter's) must see the tokens as the model orders them.
-        alone = bool(self.linears) and all(len(m._forward_hooks) == 1 for m in self.linears.values())
+        # Other hooks on the layer and its linears (a second adapter's) must see the tokens as the model orders them.
+        alone = bool(self.linears) and all(len(m._forward_hooks) == 1 for m in (*self.linears.values(), self.mlp))
         return _Routed(None, groups, factor, alone, tokens.shape)
 
     def _few(self, x: Tensor) -> bool:
@@ -188,7 +191,6 @@ class MoLE(nn.Module):
     choices = {"gate": GATES}
 
     llm: Any
-    mlps: dict[int, nn.Module]
 
     def __init__(self, config: MoLEConfig, *, llm: Any) -> None:
         super().__init__()
@@ -197,14 +199,13 @@ class MoLE(nn.Module):
         chosen = sorted(set(config.layers)) or list(range(llm.num_layers))
         if odd := [i for i in chosen if not 0 <= i < llm.num_layers]:
             raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")
-        self.__dict__["mlps"] = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
+        mlps = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
         self.passes = Passes(llm, self._balances)
         layer = partial(MoLELayer, config, width=llm.hidden_size, passes=self.passes)
-        self.layers = nn.ModuleDict({str(i): layer(mlp) for i, mlp in self.mlps.items()})
+        self.layers = nn.ModuleDict({str(i): layer(mlp) for i, mlp in mlps.items()})
         names = {id(m): n for n, m in llm.lm.named_modules()}
         layers: Any = self.layers.values()
-        places = [m for mlp, layer in zip(self.mlps.values(), layers, strict=True) for m in layer.places(mlp)]
-        self.exclusive = [names[id(m)] for m in places]
+        self.exclusive = [names[id(m)] for layer in layers for m in layer.places()]
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -212,9 +213,8 @@ class MoLE(nn.Module):
         if self._handles:
             return
         self._handles = self.passes.attach()
-        for i, mlp in self.mlps.items():
-            layer: Any = self.layers[str(i)]
-            self._handles += layer.attach(mlp)
+        for layer in self.layers.values():
+            self._handles += cast(MoLELayer, layer).attach()
 
     def detach(self) -> None:
         """Take the hooks away; the language model is what it was, to the bit."""
@@ -253,7 +253,7 @@ class MoLE(nn.Module):
         records, keep = self.passes.records, self.passes.keep
         e = self.config.num_experts
         shares = (dispatch.expert_share(chosen, e, keep).tolist() for _, chosen in records)
-        return dict(zip(self.mlps, shares, strict=False))
+        return dict(zip(map(int, self.layers), shares, strict=False))
 
     def save(self, folder: str | Path) -> None:
         """Write this adapter's weights alone, with its options."""

@@ -365,6 +365,25 @@ def test_around_another_adapters_mixture():
     assert parts.adapter["mole"].layers["0"].experts["whole"].lora_B.grad.any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("first", [True, False])
+def test_another_hook_on_the_layer_sees_the_tokens_in_order(first):
+    wanted = mole_on(tiny_llm()).llm.layers[0].mlp
+    llm, x, seen = tiny_llm(), torch.randn(2, 12, 32), {}
+    mlp = llm.layers[0].mlp
+
+    def hook(module, args, out):
+        seen.update(x=args[0])
+        return out + args[0]
+
+    if first:
+        mlp.register_forward_hook(hook)
+    mole_on(llm)
+    if not first:
+        mlp.register_forward_hook(hook)
+    assert torch.allclose(mlp(x), wanted(x) + x, atol=1e-5) and seen["x"] is x
+
+
 def test_gpt2_keeps_its_matrices_turned():
     llm = tiny_llm("gpt2")
     mole_on(llm)
