@@ -32,6 +32,13 @@ def test_pool_falls_with_the_number_of_tokens(tmp_path):
     assert shares == sorted(shares[:4], reverse=True) + sorted(shares[4:], reverse=True) and max(shares) < 1
 
 
+def test_routed_adapters_are_bounded_in_time_and_activations(tmp_path):
+    rows = measured(tmp_path, "mole,moextend")
+    bounds = [(row["what"].split(",")[0], row["bound"]) for row in rows.values() if row["bound"]]
+    assert bounds == [("mole", 1.10), ("mole", 1.2), ("mole", 1.10), ("mole", 1.2), ("moextend", 1.15)]
+    assert all(row["value"]["median"] > 0 for row in rows.values())
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

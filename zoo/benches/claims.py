@@ -23,6 +23,8 @@ from zoo.registry import ZooError, unknown
 # Claim -> module.
 CLAIMS = {
     "pool": "zoo.benches.claim_pool",
+    "mole": "zoo.benches.claim_mole",
+    "moextend": "zoo.benches.claim_moextend",
     "vlora": "zoo.benches.claim_vlora",
 }
 

@@ -22,6 +22,8 @@ from zoo.registry import ZooError, build, unknown
 # Method -> module with its rows.
 METHODS = {
     "pool": "zoo.benches.fusion_pool",
+    "mole": "zoo.benches.fusion_mole",
+    "moextend": "zoo.benches.fusion_moextend",
     "vlora": "zoo.benches.fusion_vlora",
 }
 

@@ -1,0 +1,44 @@
+"""MoExtend's rows: a training step with one expert added to four, against the same mixture without it."""
+
+from typing import Any
+
+from zoo.benches.fusion import Place
+from zoo.benches.fusion_mole import training_step
+from zoo.benches.measure import Value, ratio
+from zoo.benches.report import Row
+
+SIZES: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_layers": 1, "num_heads": 16}
+MIXTURE: dict[str, Any] = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
+ROWS, LENGTH = 2, 1024
+MOST = 1.15
+
+
+def rows(place: Place) -> list[Row]:
+    """Time a step where every layer is extended; what trains otherwise is a gradient to the input."""
+    tiny = place.options.sizes == "tiny"
+    sizes, shape = (MIXTURE, (2, 16)) if tiny else ({**SIZES, **MIXTURE}, (ROWS, LENGTH))
+    node = {"name": "moextend", "layers": list(range(sizes.get("num_layers", 4)))}
+    steps = {
+        "base": training_step(place, sizes, shape, None),
+        "new": training_step(place, sizes, shape, node),
+        "beside": training_step(place, sizes, shape, node, _beside),
+        "whole": training_step(place, sizes, shape, None, most=lambda llm: llm.layers.parameters()),
+    }
+    times = place.time(steps)
+    kept = {name: step(count=True) for name, step in steps.items()}
+    what = f"moextend, 1 expert added to 4, {shape[0] * shape[1]} tokens"
+    return [
+        Row(f"{what}: step against the unextended", ratio(place.clock, times["new"], times["base"]), bound=MOST,
+            at_most=True),
+        Row(f"{what}: step where counts cannot be read, against the unextended",
+            ratio(place.clock, times["beside"], times["base"]), note="the way on an accelerator"),
+        Row(f"{what}: step against training every weight", ratio(place.clock, times["new"], times["whole"])),
+        Row(f"{what}: activations against the unextended", Value.of([kept["new"] / kept["base"]])),
+        Row(f"{what}: activations against training every weight", Value.of([kept["new"] / kept["whole"]])),
+    ]  # fmt: skip
+
+
+def _beside(adapter: Any) -> None:
+    """Leave the old experts to the family's own kernel, the new one beside it."""
+    for layer in adapter.layers.values():
+        layer.together = False
