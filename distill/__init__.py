@@ -3,3 +3,5 @@
 from zoo.registry import declare
 
 declare("distiller", "dense", "zoo.distill.dense")
+declare("distiller", "kl", "zoo.distill.kl")
+declare("distiller", "llava_kd", "zoo.distill.llava_kd")

@@ -183,13 +183,13 @@ def _compare(
     """
     if isinstance(target, Live):
         student = _log_softmax(logits, temperature)
-        teacher = target.log_probs(piece, logits.shape[1], temperature)
-        values, gradient = _value_and_gradient(student, teacher, beta)
+        teacher = target.log_probs(piece, logits.shape[1], temperature).to(logits)
+        values, gradient = value_and_gradient(student, teacher, beta)
         return values, gradient if temperature == 1.0 else gradient.div_(temperature)
     ids = target.ids[piece]
-    teacher = _with_rest(target.log_probs[piece], target.log_rest[piece]).to(logits.dtype)
+    teacher = with_rest(target.log_probs[piece], target.log_rest[piece]).to(logits.dtype)
     student, probs, rest = _outcomes(logits, ids)
-    values, few = _value_and_gradient(student, teacher, beta)  # (S,), (S, K + 1)
+    values, few = value_and_gradient(student, teacher, beta)  # (S,), (S, K + 1)
     gradient = probs.mul_(few[:, -1:] / rest.unsqueeze(-1))  # every other token by its share of the rest
     return values, gradient.scatter_(1, ids, few[:, :-1])
 
@@ -206,18 +206,18 @@ def _outcomes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([known.clamp(min=_LEAST), rest.unsqueeze(-1)], -1).log(), logits, rest
 
 
-def _with_rest(log_probs: Tensor, log_rest: Tensor) -> Tensor:
+def with_rest(log_probs: Tensor, log_rest: Tensor) -> Tensor:
     return torch.cat([log_probs, log_rest.unsqueeze(-1)], -1).float()  # (S, K + 1)
 
 
-def _value_and_gradient(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def value_and_gradient(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Divergences (S,) of log-probabilities (S, V), and their gradient with regard to the student's logits (S, V).
 
     Both arguments are overwritten: a chunk of logits is the largest thing there is, and another costs as much again.
     """
     if beta == 0.0:
         probs = teacher.exp()
-        values = teacher.sub_(student).mul_(probs).sum(-1)
+        values = torch.linalg.vecdot(probs, teacher.sub_(student))
         return values, student.exp_().sub_(probs)
     if beta == 1.0:
         probs = student.exp()
@@ -256,7 +256,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """In place."""
     if temperature != 1.0:
         logits.div_(temperature)
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+    return torch.log_softmax(logits, -1, out=logits)  # each row is read whole before it is written
 
 
 def _computed(logits: Tensor) -> Tensor:

@@ -249,6 +249,7 @@ class Dropper:
                 run.masks.clear()
                 if self.sequence is not None:
                     self.sequence.labels = tokens.labels
+                    self.sequence.columns = tokens.column.masked_fill(~tokens.seen, -1)
         run.layers.append(tokens)
         return hidden
 

@@ -309,8 +309,17 @@ class Adapter(Protocol):
 class Distiller(Protocol):
     """A loss beside the answer loss; with a teacher, or with dense targets that the data set knows.
 
-    `needs` words: `student.image`, `student.hidden`, `teacher.logits`, `batch.<key>`, ...; derived keywords of
-    `__init__`: vision_dim, text_dim, vocab_size, grid.
+    `needs` words: `student.image`, `student.hidden`, `batch.<key>`, and of a teacher `teacher.response`,
+    `teacher.visual`, `teacher.relation` (image tokens have to align for the last two), `teacher.hidden`,
+    `teacher.logits`; derived keywords of `__init__`: vision_dim, text_dim, vocab_size, grid.
+
+    A distiller may also have: `weights`, loss -> factor on it now, set by `begin_step(step, steps)`, which is called
+    before each optimiser step; `per_label` and `per_image`, names of losses that are sums already divided by
+    `batch["num_labels"]` and `batch["num_images"]`, so that they are means over the whole step; `equal_widths`, whether
+    the hidden states of student and teacher have to be of one width.
+
+    `student` and `teacher` are `zoo.model_types.Seen`: the output of the forward pass and `llm`. `teacher` is None
+    where what it said was stored: it is then in the batch's targets (see `zoo.distill.positions`).
     """
 
     def __call__(self, student: Any, teacher: Any | None, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...

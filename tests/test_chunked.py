@@ -68,8 +68,22 @@ def test_values_and_gradients_are_those_of_the_formulas(beta, fused, chunk):
     got = divergence(model, hidden, target, beta=beta, temperature=1.7, weights=weights, chunk=chunk)
     wanted = (naive(model.head(hidden), logits, beta, 1.7) * weights).sum()
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    assert got > 0
     for mine, theirs in zip(gradients(3 * got, model, hidden), gradients(3 * wanted, model, hidden), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_agrees_with_trl(beta):
+    trl = pytest.importorskip("trl", reason="trl is not installed: its own JSD is not compared")
+    gkd = getattr(trl, "GKDTrainer", None) or pytest.importorskip("trl.experimental.gkd").GKDTrainer
+    model, hidden = student(), rows()
+    logits, target = teacher()
+    got = divergence(model, hidden, target, beta=beta, temperature=1.5, chunk=4)
+    wanted = gkd.generalized_jsd_loss(model.head(hidden), logits, beta=beta, temperature=1.5, reduction="sum")
+    torch.testing.assert_close(got, wanted)
+    for mine, theirs in zip(gradients(got, model, hidden), gradients(wanted, model, hidden), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.25}, {"cap": 2.0}, {"scale": 3.0, "cap": 1.5}, {"bias": False}])

@@ -15,7 +15,7 @@ import torch
 from zoo import registry
 from zoo.assembly import Parts, assemble
 from zoo.registry import MISSING, ZooError
-from zoo.tokenizer import CHAT_TEMPLATES, load_tokenizer, require_vocab_size
+from zoo.tokenizer import CHAT_TEMPLATES, OF_MODEL, load_tokenizer, require_vocab_size
 
 _TEXT = 64  # tokens of text beside the images that a sequence must have room for
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
@@ -82,6 +82,8 @@ class Plan:
     attention: str = "auto"
     precision: str = "auto"
     device: str = "auto"
+    made: Any = None  # the tokenizer itself, where it is there
+    origin: str = ""  # folder or repository that the weights come from, if from one
 
 
 def check(plan: Plan | str, *overrides: str) -> Walk:
@@ -211,23 +213,15 @@ def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) ->
         trainable = model.set_trainable(stage.train, stage.freeze)
     except ZooError as error:
         raise ZooError(where + str(error)) from error
+    teacher = 0
     if stage.distiller:
-        node = {"name": stage.distiller} if isinstance(stage.distiller, str) else dict(stage.distiller)
-        entry, _ = registry.config_of("distiller", node)
-        needs = frozenset(getattr(entry.cls, "needs", ()))
-        if any(n.startswith("teacher.") for n in needs) and not stage.teacher:
-            raise ZooError(
-                f"{where}distiller {entry.name!r} needs a teacher: set stages.{name}.teacher to a model's name."
-            )
-        if "student.image" in needs and not model.num_image_tokens and model.vision is None:
-            raise ZooError(
-                f"{where}distiller {entry.name!r} needs image features, but the model has no vision encoder."
-            )
+        teacher = _check_distiller(name, stage, model, plan)
     elif stage.teacher:
         raise ZooError(f"{where}a teacher is named, but no distiller: set stages.{name}.distiller.")
     if stage.loss_weights.get("answer", 1.0) == 0 and not stage.distiller:
         raise ZooError(f"{where}loss_weights.answer is 0 and there is no distiller, so nothing is learnt.")
     learnt = sum(trainable.values())
+    weights += teacher
     text = model.llm.lm.config.get_text_config()
     layers, width = model.llm.num_layers, model.llm.hidden_size
     rows = max(1, stage.batch_size // stage.accumulate)
@@ -235,6 +229,36 @@ def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) ->
     inner = getattr(text, "intermediate_size", None) or 4 * width
     per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
     return Stagecheck(name, trainable, weights + 12 * learnt + tokens * per_token)
+
+
+def _check_distiller(name: str, stage: Any, model: Any, plan: Plan) -> int:
+    """Check what a stage's distiller needs, and its teacher; returns the bytes of the teacher's weights."""
+    from zoo.engine import build_distiller
+
+    where = f"Stage {name!r}: "
+    try:
+        with torch.device("meta"):
+            distiller = build_distiller(model, stage.distiller_node)
+    except ZooError as error:
+        raise ZooError(where + str(error)) from error
+    needs, who = frozenset(getattr(distiller, "needs", ())), stage.distiller_node["name"]
+    if any(n.startswith("teacher.") for n in needs) and not stage.teacher:
+        raise ZooError(f"{where}distiller {who!r} needs a teacher: set stages.{name}.teacher to a model's name.")
+    if "student.image" in needs and not model.num_image_tokens and model.vision is None:
+        raise ZooError(f"{where}distiller {who!r} needs image features, but the model has no vision encoder.")
+    if not stage.teacher:
+        return 0
+    if not any(n.startswith("teacher.") for n in needs):
+        raise ZooError(f"{where}distiller {who!r} asks nothing of a teacher: leave stages.{name}.teacher empty.")
+    from zoo.teacher_check import check_store, check_teacher
+
+    try:
+        if folder := stage.teacher_node["store"]:
+            check_store(name, stage, folder, needs)
+            return 0
+        return check_teacher(name, stage, distiller, model, plan)
+    except ZooError as error:
+        raise ZooError(f"{where}{error}.") from error
 
 
 # ---- fixes -------------------------------------------------------------------------------------------------------
@@ -257,6 +281,8 @@ def _fixes(plan: Plan, most: int = 3) -> Iterator[str]:
 
 
 def _candidates(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for name, stage in plan.stages.items():
+        yield from _other_teaching(plan, name, stage)
     for key in ("device", "precision", "attention"):
         if getattr(plan, key) != "auto":
             auto: dict[str, Any] = {key: "auto"}
@@ -338,6 +364,27 @@ def _other_stages(plan: Plan) -> Iterator[tuple[str, Plan]]:
                     f"stages.{name}.{field_name}={_shown(value) if value != {} else '{}'}",
                     replace(plan, stages={**plan.stages, name: changed}),
                 )
+
+
+def _other_teaching(plan: Plan, name: str, stage: Any) -> Iterator[tuple[str, Plan]]:
+    """The teacher's tokenizer, and the distiller without its losses on image tokens or on hidden states."""
+    node = stage.teacher_node
+    if node is None or not node["model"]:
+        return
+    source = f"{OF_MODEL}{node['model']}"
+    yield f"tokenizer.checkpoint={source}", replace(plan, tokenizer=source, vocab_size=None, made=None)
+    own = stage.distiller_node
+    if own is None:
+        return
+    try:
+        known = {option.name for option in registry.get("distiller", own["name"]).options}
+    except ZooError:
+        return
+    for off in ({"visual_weight": 0.0, "relation_weight": 0.0}, {"relation_weight": 0.0}, {"hidden_layers": {}}):
+        if off.keys() <= known:
+            changed = replace(stage, distiller={**own, **off})
+            text = ",".join(f"{k}:{v}" for k, v in {**own, **off}.items() if not isinstance(v, (dict, list)))
+            yield f"stages.{name}.distiller={{{text}}}", replace(plan, stages={**plan.stages, name: changed})
 
 
 def _shown(value: Any) -> str:

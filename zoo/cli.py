@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("zoo.train:main", "train a model; without options, a small one on drawn scenes", composed=True),
     "eval": Command("zoo.evaluate:main", "score a model: model=last, model=dir:runs/x, or a preset", composed=True),
     "chat": Command("zoo.chat_command:main", "talk to a model: zoo chat MODEL --image photo.jpg"),
+    "teach": Command("zoo.teach:main", "store what the teacher of a stage says, to train from", composed=True),
     "check": Command("zoo.checker:main", "say whether the parts fit, before a weight is loaded", composed=True),
     "report": Command("zoo.report:main", "compare runs in one table and a picture"),
     "bench": Command("zoo.bench:main", "measure speed: zoo bench train"),

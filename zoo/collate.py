@@ -16,6 +16,8 @@ import torch
 from zoo.registry import IGNORE_INDEX, ZooError
 from zoo.vision.pictures import stack
 
+TWIN = "teacher"  # key of a batch that holds the same rows as another model's processor writes them
+
 
 @dataclass
 class EncodedSample:
@@ -30,6 +32,7 @@ class EncodedSample:
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # dense targets, one row per image
     ids: list[str] = field(default_factory=list)  # of the samples in it
     pairs: np.ndarray | None = None  # (T,) int64, see `TokenizedDialog`; numbered within the row
+    twin: "EncodedSample | None" = None  # the same, as a teacher's processor writes it
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -151,6 +154,7 @@ def _join(samples: list[EncodedSample]) -> EncodedSample:
         segments=np.concatenate(segments),
         targets={key: np.concatenate([s.targets[key] for s in samples if key in s.targets]) for key in keys},
         ids=[i for s in samples for i in s.ids],
+        twin=_join([s.twin for s in samples if s.twin is not None]) if samples[0].twin is not None else None,
     )
 
 
@@ -171,6 +175,7 @@ def collate(
         packed, -1 at padding; targets if there are any;
         pair_ids (B, T) if there are pairs of answers: 2p at the tokens of the chosen one of pair p, 2p + 1 at those of
         the rejected one, -1 elsewhere.
+        `teacher`, the batch of the rows' twins, without pixel_values where those are the same.
     """
     longest = -(-max(len(s) for s in samples) // multiple_of) * multiple_of
     size = (len(samples), longest)
@@ -209,4 +214,12 @@ def collate(
             key: torch.from_numpy(np.concatenate([s.targets[key] for s in samples if key in s.targets]))
             for key in sorted(keys)
         }
+    if twins := [s.twin for s in samples if s.twin is not None]:
+        theirs = collate(twins, pad_id=pad_id, padding_side=padding_side)
+        pairs = zip(
+            (p for s in samples for p in s.pixel_values), (p for t in twins for p in t.pixel_values), strict=True
+        )
+        if all(a is b for a, b in pairs):
+            theirs.pop("pixel_values", None)
+        batch[TWIN] = theirs
     return batch

@@ -14,7 +14,7 @@ from zoo.registry.core import kind_of
 from zoo.stage import Stage
 
 SECTIONS = {"model": ModelSource, "run": RunConfig, "tokenizer": TokenizerConfig}
-COMPOSED = ("train", "eval", "check")
+COMPOSED = ("train", "eval", "teach", "check")
 
 
 def complete(line: str, commands: Sequence[str]) -> list[str]:

@@ -33,9 +33,27 @@ class ModelSource:
 
 @dataclass
 class TokenizerConfig:
-    checkpoint: str | None = None  # hub name or folder; null: the LLM's own, or one trained on the run's text
+    checkpoint: str | None = None  # hub name, folder, model:NAME; null: the LLM's own, or one trained on the run's text
     vocab_size: int = 4096  # of a tokenizer that is trained
     chat_template: str = ""  # name of a built-in template; empty: the tokenizer's own
+
+
+@dataclass
+class TeachConfig:
+    """What `zoo teach` keeps, and where."""
+
+    stage: str = ""  # whose teacher is asked; empty: the only one that has a teacher
+    folder: str = ""  # of the store; empty: <run.dir>/teach/<recipe>-<stage>
+    k: int = 64  # likeliest tokens kept of each position
+    dtype: str = "float16"  # of their log-probabilities: float16 | float32
+    shard: int = 2000  # samples in a file
+    limit: int | None = None  # samples of the stage; null: all that it sees
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.shard < 1:
+            raise ZooError(f"teach.k and teach.shard must be at least 1, got {self.k} and {self.shard}.")
+        if self.dtype not in ("float16", "float32"):
+            raise unknown("dtype of a store", self.dtype, ("float16", "float32"))
 
 
 @dataclass
@@ -82,6 +100,7 @@ class RunRoot:
     # Training
     stages: dict[str, Stage] = field(default_factory=dict)
     resume: str | None = None  # folder of a run, or `last`
+    teach: TeachConfig = field(default_factory=TeachConfig)
     # Evaluation
     batch_size: int | None = None  # dialogs per batch; null: by the size of the model
     limit: int | None = None  # samples of each data set; null: all

@@ -1,71 +1,84 @@
 """One optimiser step of a stage: forward passes, weighted losses, gradients over all processes, optimisers.
 
 The answer loss is a mean over every label of the step, wherever it was computed, so accumulation and more processes
-change nothing but the speed. Other losses are means over forward passes.
+change nothing but the speed; so are the losses that a distiller names in `per_label`, and those in `per_image` are
+means over every image. Other losses are means over forward passes.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.collate import TWIN
 from zoo.loader import keyed
+from zoo.model_types import Seen
 from zoo.optim import build_optimizers, rate_at, set_rate
 from zoo.precision import autocast, resolve_precision
 from zoo.registry import IGNORE_INDEX, ZooError, build, unknown
 from zoo.stage import Stage
+from zoo.teacher import options_of
 
-OF_THE_LLM = ("student.logits", "student.hidden", "teacher.logits", "teacher.hidden")  # what needs the text
+
+@dataclass
+class Counts:
+    """What the sums of a step are divided by: its labels and images, shared out over the processes."""
+
+    labels: float
+    images: float
 
 
 class TrainStep(nn.Module):
     """The model, the distiller and what joins them, as one module, so that DDP sees every parameter that trains."""
 
-    def __init__(self, model: nn.Module, distiller: Any, teacher: Any, stage: Stage) -> None:
+    def __init__(self, model: Any, distiller: Any, teacher: Any, stage: Stage) -> None:
         super().__init__()
         self.model = model
         self.distiller = distiller
         self.hidden = {"teacher": teacher}  # a dict hides it: the teacher is neither trained nor saved nor sharded
         self.loss_weights = dict(stage.loss_weights)
         needs: frozenset[str] = getattr(distiller, "needs", frozenset())
-        self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or any(n in OF_THE_LLM for n in needs)
-        self.student_options = _options(needs, "student")
-        self.teacher_options = _options(needs, "teacher")
+        inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
+        self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
+        self.student_options = {} if distiller is None else options_of(needs, "student")
+        if hasattr(teacher, "look_with"):
+            teacher.look_with(model)
 
-    def forward(self, batch: Mapping[str, Any], num_labels: float) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Any], counts: Counts) -> dict[str, Tensor]:
         """Return the unweighted losses of one forward pass by name.
 
         Args:
             batch: what `ZooProcessor.collate` gives, on this device.
-            num_labels: what the sum of the answer loss is divided by.
+            counts: what the sums of losses over labels and over images are divided by.
         """
-        out = self.model(**batch, num_labels=num_labels, run_llm=self.run_llm, **self.student_options)
+        own = {key: value for key, value in batch.items() if key != TWIN}
+        out = self.model(**own, num_labels=counts.labels, run_llm=self.run_llm, **self.student_options)
         losses = dict(out.losses or {})
         if self.distiller is not None:
-            seen = None
-            if (teacher := self.hidden["teacher"]) is not None:
-                with torch.no_grad():
-                    seen = teacher(**batch, **self.teacher_options)
-            losses |= self.distiller(out, seen, batch)
+            teacher = self.hidden["teacher"]
+            seen = None if teacher is None else teacher.see(batch, out)
+            told = {"num_labels": counts.labels, "num_images": counts.images}
+            if teacher is not None and teacher.vocab_size:
+                told["vocab_size"] = teacher.vocab_size
+            losses |= self.distiller(Seen(out, self.model.llm), seen, {**own, **told})
         return losses
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """What losses count that do not count 1: as the stage says, times what the distiller says at this step."""
+        own = weights_of(self.distiller)
+        return {n: self.loss_weights.get(n, 1.0) * own.get(n, 1.0) for n in [*self.loss_weights, *own]}
+
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Sum the losses, weighted as the stage says."""
-        weighted = [self.loss_weights.get(name, 1.0) * value for name, value in losses.items()]
+        """Sum the losses, weighted."""
+        weights = self.weights
+        weighted = [weights.get(name, 1.0) * value for name, value in losses.items()]
         if not weighted:
             raise ZooError("The stage has no loss: the answer loss has weight 0 and no distiller gives another.")
         return torch.stack([w.float() for w in weighted]).sum()
-
-
-def _options(needs: frozenset[str], who: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if f"{who}.logits" in needs:
-        options["all_logits"] = True
-    if f"{who}.hidden" in needs:
-        options["output_hidden_states"] = True
-    return options
 
 
 class Engine:
@@ -107,8 +120,10 @@ class Engine:
         if self.sharded and isinstance(distiller, nn.Module):
             _shard_like(distiller, model)
         self.step: Any = step if self.sharded else accelerator.prepare_model(step)
-        self.total, self.run_llm = step.total, step.run_llm
+        self.whole, self.run_llm = step, step.run_llm
         self.unseen = set(stage.loss_weights)  # weights of losses that no step has shown yet
+        self.summed = frozenset({"answer"}) | getattr(distiller, "per_label", frozenset())
+        self.summed |= getattr(distiller, "per_image", frozenset())
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
@@ -130,17 +145,19 @@ class Engine:
             Losses by name, and whether any process was asked to leave.
         """
         reseed(self.seed, global_step, self.accelerator.process_index)
-        num_labels, stop = self._agree(sum(count_labels(b) for b in batches), stop)
+        if hasattr(self.distiller, "begin_step"):
+            self.distiller.begin_step(number, self.steps)
+        counts, stop = self._agree(sum(map(count_labels, batches)), sum(map(count_images, batches)), stop)
         set_rate(self.optimizers, rate_at(number, self.steps, self.stage))
         sums: dict[str, Tensor] = {}
         for turn, batch in enumerate(batches):
             last = turn + 1 == len(batches)
             with contextlib.nullcontext() if last else self._no_sync():
                 with autocast(self.precision, self.device):
-                    losses = self.step(to_device(batch, self.device), num_labels)
+                    losses = self.step(to_device(batch, self.device), counts)
                 self._expect(losses, batch)
-                losses = {k: v if k == "answer" else v / len(batches) for k, v in losses.items()}
-                self.accelerator.backward(self.total(losses))
+                losses = {k: v if k in self.summed else v / len(batches) for k, v in losses.items()}
+                self.accelerator.backward(self.whole.total(losses))
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         if self.stage.clip:
@@ -153,8 +170,9 @@ class Engine:
     def _expect(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
         """Refuse a weight for a loss that is not there; a batch of text alone may lack some, and proves nothing."""
         if self.unseen and "pixel_values" in batch:
-            for name in self.unseen.difference(losses, ("answer",)):
-                raise unknown("loss in this stage (loss_weights)", name, losses)
+            there = {*losses, *weights_of(self.distiller)}  # a term with weight 0 is not computed
+            for name in self.unseen.difference(there, ("answer",)):
+                raise unknown("loss in this stage (loss_weights)", name, there)
             self.unseen.clear()
 
     def resume_training(self) -> None:
@@ -162,6 +180,11 @@ class Engine:
         with autocast(self.precision, self.device):
             self.attention = self.model.set_attention(self.model.config.attention)
         _set_mode(self.model, self.stage)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What losses count at this step, where that is not 1."""
+        return self.whole.weights
 
     @property
     def rate(self) -> float:
@@ -181,14 +204,20 @@ class Engine:
             return _unsynced(modules)
         return self.accelerator.no_sync(self.step)
 
-    def _agree(self, labels: int, stop: bool) -> tuple[float, bool]:
-        """Share out the step's labels: each process divides by the mean, as gradients are averaged over processes."""
+    def _agree(self, labels: int, images: int, stop: bool) -> tuple[Counts, bool]:
+        """Share out what the step counts: each process divides by the mean, as gradients are averaged over them."""
         world = self.accelerator.num_processes
         if world > 1:
-            both = torch.tensor([labels, int(stop)], dtype=torch.float64, device=self.device)
-            torch.distributed.all_reduce(both)
-            labels, stop = int(both[0]), bool(both[1] > 0)
-        return max(1, labels) / world, stop
+            all_of = torch.tensor([labels, images, int(stop)], dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(all_of)
+            labels, images, stop = int(all_of[0]), int(all_of[1]), bool(all_of[2] > 0)
+        return Counts(max(1, labels) / world, max(1, images) / world), stop
+
+
+def weights_of(distiller: Any) -> Mapping[str, float]:
+    """What a distiller's losses count now, by name, where it says so."""
+    weights = getattr(distiller, "weights", None)
+    return weights if isinstance(weights, Mapping) else {}
 
 
 def reseed(seed: int, global_step: int, rank: int) -> None:
@@ -199,6 +228,11 @@ def reseed(seed: int, global_step: int, rank: int) -> None:
 def count_labels(batch: Mapping[str, Any]) -> int:
     """Count the labels that a batch's answer loss is over: the first position predicts nothing before it."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def count_images(batch: Mapping[str, Any]) -> int:
+    """Count the images of a batch."""
+    return len(batch.get("pixel_values", ()))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

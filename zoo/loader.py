@@ -140,9 +140,11 @@ class Batches(Dataset):
         *,
         multiple_of: int = 1,
         text: bool = True,
+        teacher: Any = None,
     ) -> None:
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
         self.multiple_of, self.text = multiple_of, text
+        self.teacher = teacher  # adds to each row what a teacher needs (`zoo.teacher.Twins` or a store of its answers)
         parts = place.world * stage.accumulate
         if stage.batch_size % parts:
             raise ZooError(
@@ -169,7 +171,9 @@ class Batches(Dataset):
         rows, broken = [], []
         for sample in samples:
             try:
-                rows += [encode(s) for s in self._pieces(sample)]
+                pieces = self._pieces(sample)
+                encoded = [encode(s) for s in pieces]
+                rows += encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
             except (ZooError, OSError) as error:
                 if not self.stage.skip_broken:
                     raise

@@ -55,7 +55,7 @@ def load(
         >>> model, processor = zoo.load("scenes_tiny")
     """
     fetch_published(name)
-    cfg = configs.compose("load", [f"model={_quoted(name)}", *overrides])
+    cfg = configs.compose("load", [f"model={quoted(name)}", *overrides])
     if attention is not None:
         cfg.attention = attention
     return build(cfg, device=device, dtype=dtype, device_map=device_map, fresh=fresh)
@@ -106,7 +106,7 @@ def build(
     if folder is not None and published:
         require_same(slots, folder, fresh)
     tokenizer = _tokenizer(cfg, slots, folder, texts)
-    plan = plan_from(cfg, vocab_size=len(tokenizer))
+    plan = plan_from(cfg, tokenizer)
     check(plan)
     special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ZooConfig(
@@ -217,19 +217,40 @@ def weights_folder(cfg: Any) -> Path | None:
     return folder
 
 
+def tokenizer_of(name: str, template: str = "") -> Any:
+    """Load the tokenizer that a model has, with its chat template or the one named.
+
+    Raises:
+        ZooError: the model makes its tokenizer when it is trained, and has no trained weights.
+    """
+    cfg = configs.compose("load", [f"model={quoted(name)}"])
+    folder = weights_folder(cfg)
+    if folder is not None and is_published(read_content(folder)):
+        return tokenizer_in(folder, template)
+    if folder is not None and (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(folder), template)
+    source = cfg.tokenizer.checkpoint or (cfg.llm or {}).get("checkpoint")
+    if not source:
+        raise ZooError(f"Model {name!r} has no trained weights here, so it has no tokenizer yet.")
+    return load_tokenizer(source, template or cfg.tokenizer.chat_template)
+
+
 def slots_of(cfg: Any) -> dict[str, Any]:
     """Return the five model slots of a composed config as plain values."""
     return {kind: _plain(cfg.get(kind)) for kind in ("vision", "pruner", "projector", "layout", "llm", "adapter")}
 
 
-def plan_from(cfg: Any, vocab_size: int | None = None) -> Plan:
-    """Return what the check looks at in a composed config."""
+def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
+    """Return what the check looks at in a composed config; with the tokenizer, where it is there already."""
     from omegaconf import OmegaConf
 
     slots = slots_of(cfg)
-    source = None
+    source, vocab_size = None, None if tokenizer is None else len(tokenizer)
     if vocab_size is None:
-        source = cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint") or None
+        folder = Path(cfg.model.name)
+        saved = cfg.model.source == "dir" and (folder / "tokenizer_config.json").is_file()
+        saved = saved and not is_published(read_content(folder))
+        source = cfg.model.name if saved else cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint") or None
         vocab_size = None if source else cfg.tokenizer.vocab_size
     return Plan(
         slots=slots,
@@ -241,12 +262,14 @@ def plan_from(cfg: Any, vocab_size: int | None = None) -> Plan:
         attention=cfg.attention,
         precision=cfg.precision,
         device=cfg.device,
+        made=tokenizer,
+        origin="" if cfg.model.source == "preset" else cfg.model.name,
     )
 
 
 def plan_of(name: str, *overrides: str) -> Plan:
     """Return the plan of a model by name, for `zoo.check(name, ...)`."""
-    return plan_from(configs.compose("load", [f"model={_quoted(name)}", *overrides]))
+    return plan_from(configs.compose("load", [f"model={quoted(name)}", *overrides]))
 
 
 def _tokenizer(cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iterable[str]) -> Any:
@@ -276,7 +299,7 @@ def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """A model name as Hydra's grammar takes it, whatever a path holds."""
     return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
 

@@ -290,6 +290,7 @@ class ZooModel(PreTrainedModel):
         num_labels: Tensor | float | None = None,
         all_logits: bool = False,
         run_llm: bool = True,
+        run_head: bool = True,
         output_hidden_states: bool | None = None,
         targets: Any = None,
         pair_ids: Tensor | None = None,
@@ -312,6 +313,7 @@ class ZooModel(PreTrainedModel):
             all_logits: give logits (B, T, V) although there are labels.
             run_llm: False stops after the projector.
             targets, pair_ids: ignored here; what distillers want travels in the same batch.
+            run_head: False leaves out logits and losses: a teacher's are computed where they are needed.
         """
         image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
         unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
@@ -365,7 +367,10 @@ class ZooModel(PreTrainedModel):
             image=image,
             image_kept=kept,
             image_tokens=image_tokens,
+            sequence=sequence,
         )
+        if not run_head:
+            return result
         if labels is None or all_logits:
             result.logits = self.llm.head(hidden)  # (B, T, V)
         if labels is not None:

@@ -51,6 +51,7 @@ class ZooOutput(ModelOutput):
         image: the encoder's features before pruning.
         image_kept: what the pruners left of them.
         image_tokens: (M, K, C) as they stand in the sequence.
+        sequence: the `LLMSequence`, as the parts inside the LLM left it.
     """
 
     loss: Tensor | None = None
@@ -64,6 +65,7 @@ class ZooOutput(ModelOutput):
     image: ImageFeatures | None = None
     image_kept: ImageFeatures | None = None
     image_tokens: Tensor | None = None
+    sequence: Any = None
 
 
 @dataclass
@@ -81,6 +83,7 @@ class LLMSequence:
     segment_ids: Tensor | None = None  # (B, T) which sample of a packed row, -1 at padding; see `zoo.collate`
     block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
     tokens_per_image: int = 0
+    columns: Tensor | None = None  # (B, K) position of each hidden state that is left, -1 padding; None: all, in order
 
     @property
     def image_ids(self) -> Tensor | None:
@@ -89,3 +92,27 @@ class LLMSequence:
             return None
         count = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1
         return (count // self.tokens_per_image).masked_fill(~self.image_mask, -1)
+
+    def image_index(self) -> Tensor | None:
+        """Say which image token, counted over the batch, stands at each position that is left: (B, K), else -1."""
+        if self.image_mask is None:
+            return None
+        index = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1  # (B, T)
+        index = index.masked_fill(~self.image_mask, -1)
+        if self.columns is None:
+            return index
+        return index.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, -1)  # (B, K)
+
+
+class Seen:
+    """What a distiller sees of a model: the output of its forward pass, and the LLM whose head makes logits of it."""
+
+    def __init__(self, out: ZooOutput, llm: Any) -> None:
+        self.out, self.llm = out, llm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.out, name)
+
+    @property
+    def image_index(self) -> Tensor | None:
+        return self.out.sequence.image_index() if self.out.sequence is not None else None

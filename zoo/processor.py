@@ -203,16 +203,20 @@ class ZooProcessor(ProcessorMixin):
 
     # ---- for training and evaluation: samples ------------------------------------------------------------------
 
-    def encode(self, sample: Sample) -> EncodedSample:
+    def encode(self, sample: Sample, pixel_values: list[Any] | None = None) -> EncodedSample:
         """Encode a sample for training. Several dialogs share the images: one prefix, then a block for each dialog.
 
         So do the two answers of a preference.
+
+        Args:
+            sample: what to encode.
+            pixel_values: of its images, where they are there already.
 
         Raises:
             ZooError: images and image parts do not match, an answer is empty, or the chat template and the tokenizer
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
-        pixels = self._all_pixels([sample.images])
+        pixels = self._all_pixels([sample.images]) if pixel_values is None else pixel_values
         dialogs = _paired(sample, [self._learnt(d.messages, sample, pixels) for d in sample.dialogs])
         common: dict[str, Any] = {
             "pixel_values": pixels,

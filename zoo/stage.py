@@ -15,6 +15,16 @@ OPTIMIZERS = ("muon_adamw", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("", "auto", "fp32", "bf16")
 PACKS = ("dialogs", "none")
+# What a teacher may be told, and the defaults.
+TEACHER: dict[str, Any] = {
+    "model": "",  # as in `model=`
+    "options": [],  # further options of it, as on the command line: ["pruner=null"]
+    "dtype": "",  # of its weights: float32, bfloat16, float16; empty: bfloat16 in bf16 stages, else as saved
+    "device": "",  # empty: that of the run
+    "attention": "auto",
+    "bits": 0,  # 8 or 4: of the weights of its decoder; 0: as they are
+    "store": "",  # folder that `zoo teach` wrote, in place of a model
+}
 
 
 @dataclass
@@ -49,7 +59,7 @@ class Stage:
     # Losses
     loss_weights: dict[str, float] = field(default_factory=dict)  # loss -> weight, else 1; answer: 0 skips the LLM
     distiller: Any = None  # null, the name of a distiller, or {name: ..., options}
-    teacher: str = ""  # model name of a teacher, as in `model=`; empty: none
+    teacher: Any = ""  # model name, as in `model=`; {store: folder} that `zoo teach` wrote; {model:, ...}; empty: none
     # Speed and memory
     precision: str = ""  # auto | fp32 | bf16; empty: as the run says
     compile: bool = False  # torch.compile; pays after a few hundred steps
@@ -71,6 +81,7 @@ class Stage:
             isinstance(self.distiller, str) or (hasattr(self.distiller, "keys") and "name" in self.distiller)
         ):
             raise ZooError(f"A distiller is a name or a mapping with a `name`, got {self.distiller!r}.")
+        _check_teacher(self.teacher)
         self._check_counts()
         self._check_numbers()
 
@@ -114,6 +125,26 @@ class Stage:
         if self.distiller is None:
             return None
         return {"name": self.distiller} if isinstance(self.distiller, str) else dict(self.distiller)
+
+    @property
+    def teacher_node(self) -> dict[str, Any] | None:
+        """The teacher as a mapping with all of `TEACHER`, or None."""
+        if not self.teacher:
+            return None
+        given = {"model": self.teacher} if isinstance(self.teacher, str) else dict(self.teacher)
+        return TEACHER | given
+
+
+def _check_teacher(given: Any) -> None:
+    if not given or isinstance(given, str):
+        return
+    if not hasattr(given, "keys"):
+        raise ZooError(f"A teacher is a model's name or a mapping with `model` or `store`, got {given!r}.")
+    for key in given:
+        if key not in TEACHER:
+            raise unknown("option of a teacher", str(key), TEACHER)
+    if bool(given.get("model")) == bool(given.get("store")):
+        raise ZooError("A teacher is either a model (model: NAME) or what zoo teach wrote (store: FOLDER): give one.")
 
 
 def _one_of(field_name: str, given: str, allowed: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from zoo.registry import ZooError, unknown
 
 IMAGE_TOKEN = "<image>"
+OF_MODEL = "model:"  # in front of a model's name: the tokenizer that this model has
 
 # name -> (template, what stands between an image and the text after it)
 CHAT_TEMPLATES = {
@@ -90,7 +91,7 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
     """Load the tokenizer of an LLM and give it what a vision-language model needs: an image token, padding, a template.
 
     Args:
-        checkpoint: hub name or folder.
+        checkpoint: hub name or folder; `model:NAME` for the tokenizer of a model of the zoo.
         template: name of one of `CHAT_TEMPLATES` to use in place of the tokenizer's own; required if it has none.
         image_token_id: of the token that stands for images, where it is known; None: as the tokenizer says.
         hub: options of `from_pretrained`.
@@ -100,6 +101,10 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
     """
     from transformers import AutoTokenizer
 
+    if checkpoint.startswith(OF_MODEL):
+        from zoo.loading import tokenizer_of
+
+        return tokenizer_of(checkpoint.removeprefix(OF_MODEL), template)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ Also `accelerate launch -m zoo.train ...` and `torchrun --nproc_per_node 2 -m zo
 and leaves with code 143; a run that was killed goes on with `zoo train resume=last`, to the same losses.
 """
 
+import json
 import signal
 import sys
 import threading
@@ -22,13 +23,15 @@ from zoo.engine import Engine, build_distiller, reseed
 from zoo.finish import finish, score
 from zoo.loader import Batches, Loader, Place
 from zoo.memory import keep_memory
-from zoo.precision import fast_products
+from zoo.precision import fast_products, resolve_precision
 from zoo.processes import broadcast, gather, start_accelerator
 from zoo.progress import Display
 from zoo.registry import ZooError
 from zoo.run_data import RunData
 from zoo.run_folder import RunFolder
 from zoo.stage import Stage
+from zoo.teacher import Teacher, Twins, load_teacher, shared_tokens, tokens_hash
+from zoo.teacher_store import Stored
 
 TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
 KEEP = 2  # checkpoints that stay
@@ -157,11 +160,14 @@ class Run:
     def _run_stage(self, index: int, name: str, stage: Stage) -> None:
         mix = self.data.mix(stage, self.cfg.seed * 1000 + index)
         steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
-        engine = self._engine(index, stage, steps)
+        reseed(self.cfg.seed, index, -2)  # what is new in a distiller; `_engine` begins from here too
+        self._distiller_of(stage)
+        teacher, twins = self._teacher_of(stage)
+        engine = self._engine(index, stage, steps, teacher)
         done = self.progress.step
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
-        multiple = 32 if stage.compile else 1
-        batches = Batches(mix, self.processor, stage, steps, place, multiple_of=multiple, text=engine.run_llm)
+        options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
+        batches = Batches(mix, self.processor, stage, steps, place, **options)
         loader = Loader(batches, pin_memory=self.accelerator.device.type == "cuda")
         parts = ", ".join(f"{part} {count:,}" for part, count in engine.trainable.items())
         self.display.note(
@@ -197,6 +203,7 @@ class Run:
             "stage": name,
             "stage_step": number + 1,
             "lr": engine.rate,
+            "weights": engine.weights,
             "images": images,
             "samples": sum(i["info"]["samples"] for i in items),
             "start": start,
@@ -216,7 +223,7 @@ class Run:
         for at, (record, _) in enumerate(rows):
             losses = _mean([ranks[at][1] for ranks in everyone])
             images, samples = (sum(ranks[at][0][key] for ranks in everyone) for key in ("images", "samples"))
-            weights = engine.stage.loss_weights
+            weights = record["weights"]
             line = {
                 "step": record["step"],
                 "stage": record["stage"],
@@ -237,7 +244,7 @@ class Run:
             rate, unit = (line["images_per_s"], "images") if images else (line["samples_per_s"], "samples")
             self.display.update(record["stage_step"], losses, rate, unit, line["wait"])
 
-    def _engine(self, index: int, stage: Stage, steps: int) -> Engine:
+    def _engine(self, index: int, stage: Stage, steps: int, teacher: Any) -> Engine:
         """Set up the stage; in the middle of one, with the state of the newest checkpoint."""
         reseed(self.cfg.seed, index, -2)
         engine = Engine(
@@ -248,7 +255,7 @@ class Run:
             seed=self.cfg.seed,
             precision=self.cfg.precision,
             distiller=self._distiller_of(stage),
-            teacher=self._teacher_of(stage),
+            teacher=teacher,
         )
         self.progress.trained = sorted({*self.progress.trained, *engine.named_parameters()})
         if self.newest is not None:
@@ -271,15 +278,35 @@ class Run:
             self._distiller = (node, None if node is None else build_distiller(self.model, node))
         return self._distiller[1]
 
-    def _teacher_of(self, stage: Stage) -> Any:
-        if not stage.teacher:
-            return None
-        if stage.teacher not in self._teachers:
-            from zoo.loading import load
+    def _teacher_of(self, stage: Stage) -> tuple[Any, Any]:
+        """The stage's teacher, and what adds its rows to the student's; a model that two stages name is loaded once."""
+        node = stage.teacher_node
+        if node is None:
+            return None, None
+        needs = getattr(self._distiller_of(stage), "needs", frozenset())
+        if node["store"]:
+            return self._stored(stage, node["store"], needs)
+        key = json.dumps(node, default=str, sort_keys=True)
+        if key not in self._teachers:
+            self._teachers.clear()  # two large models are not kept for the sake of the second one's turn
+            precision = resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device)
+            self._teachers[key] = load_teacher(node, device=self.accelerator.device, precision=precision)
+        model, processor = self._teachers[key]
+        shared = shared_tokens(self.processor.tokenizer, processor.tokenizer)
+        return Teacher(model, needs, shared), Twins(processor, self.processor)
 
-            teacher, _ = load(stage.teacher, device=self.accelerator.device)
-            self._teachers[stage.teacher] = teacher.requires_grad_(False).eval()
-        return self._teachers[stage.teacher]
+    def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[Stored, Stored]:
+        """What `zoo teach` wrote, once it is known to be of this data and these tokens."""
+        stored = Stored(folder, needs)
+        if stored.about["tokens"] != tokens_hash(self.processor.tokenizer):
+            teacher = stored.about["teacher"]["model"]
+            raise ZooError(
+                f"The stored teacher {teacher!r} has another tokenizer or chat template than the student. "
+                f"Set tokenizer.checkpoint=model:{teacher}."
+            )
+        mix = self.data.mix(stage, 0)
+        stored.verify(dict(zip(mix.names, mix.datasets, strict=True)))
+        return stored, stored
 
     # ---- checkpoints and the end -------------------------------------------------------------------------------
 

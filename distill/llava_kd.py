@@ -1,0 +1,130 @@
+"""LLaVA-KD: a small model learns from a large one on answers, on image tokens, and how image tokens relate.
+
+Paper: Cai et al., LLaVA-KD, arXiv:2410.16236. Its three terms are three losses here:
+
+    response   forward KL of the next token wherever an answer's token is predicted
+    visual     the same at the positions of image tokens, whose predictions are otherwise thrown away; not shifted
+    relation   1 - cosine of R_student and R_teacher, R = Y Y^T of the raw logits Y of an image's tokens
+
+Means over positions, as in the public training code; the paper writes sums. `relation_weight` is the paper's 0.5, the
+code adds the term with 1. The code flattens the relations of a whole batch into one vector, here each image has its
+own cosine; for one image a batch, as its scripts have, both agree. Several images and text alone may be mixed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.distill.chunked import Live, divergence
+from zoo.distill.positions import match_images, match_responses, shared_vocab
+from zoo.distill.relation import NORMALISE, by_image, gram_of, relation_loss, relations
+from zoo.distill.terms import Terms, beta_of, token_weights
+from zoo.registry import ZooError, register, unknown
+
+
+@dataclass
+class LLaVAKDConfig:
+    response_weight: float = 1.0  # alpha
+    visual_weight: float = 1.0  # beta of the paper
+    relation_weight: float = 0.5  # gamma; 1 in the public code
+    response_warmup: float = 0.0  # share of the stage over which the weight rises from 0; so the two below
+    visual_warmup: float = 0.0
+    relation_warmup: float = 0.0
+    divergence: str = "forward"  # forward (the paper's), reverse or jsd; of response and visual
+    beta: float = 0.5  # of jsd, in (0, 1)
+    temperature: float = 1.0  # of response and visual; the paper has none
+    per: str = "token"  # of response; token: the mean over tokens, answer: over answers
+    relation_normalise: str = "none"  # none (the published form) | unit | centred_unit: of each token's logits first
+
+    def __post_init__(self) -> None:
+        self.terms()
+        beta_of(self.divergence, self.beta)
+        if not self.temperature > 0:
+            raise ZooError(f"temperature must be more than 0, got {self.temperature}.")
+        if self.per not in ("token", "answer"):
+            raise ZooError(f"per must be token or answer, got {self.per!r}.")
+        if self.relation_normalise not in NORMALISE:
+            raise unknown("relation_normalise", self.relation_normalise, NORMALISE)
+        if not (self.response_weight or self.visual_weight or self.relation_weight):
+            raise ZooError("All three weights of llava_kd are 0: nothing is left to learn from the teacher.")
+
+    def terms(self) -> Terms:
+        names = ("response", "visual", "relation")
+        return Terms({n: (getattr(self, f"{n}_weight"), getattr(self, f"{n}_warmup")) for n in names})
+
+
+@register("distiller", "llava_kd")
+class LLaVAKD:
+    """Losses `response`, `visual` and `relation`, unweighted; `weights` says what each counts now."""
+
+    def __init__(self, config: LLaVAKDConfig) -> None:
+        self.config, self.terms = config, config.terms()
+        self.beta = beta_of(config.divergence, config.beta)
+        on = {"response": config.response_weight, "visual": config.visual_weight, "relation": config.relation_weight}
+        self.needs = frozenset(f"teacher.{name}" for name, weight in on.items() if weight)
+        self.per_label = frozenset({"response"}) if config.per == "token" else frozenset()
+        self.per_image = frozenset({"visual", "relation"})
+        self._gram: tuple[Any, Tensor | None] = (None, None)  # the teacher's head, and its G
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Set the weights of the terms for optimiser step `step` of `steps`."""
+        self.terms.begin_step(step, steps)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each loss, now."""
+        return self.terms.weights
+
+    def __call__(self, student: Any, teacher: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Compare student and teacher.
+
+        Args:
+            student: its `last_hidden_state` (B, T, C), `labels` (B, T), and where its image tokens are.
+            teacher: the same of the teacher, or None where the batch holds what it said.
+            batch: `num_labels` and `num_images`, what sums over tokens and over images are divided by; absent: those
+                of this batch.
+
+        Returns:
+            The losses whose weight is not 0; without an image, `response` alone.
+        """
+        losses: dict[str, Tensor] = {}
+        vocab = shared_vocab(student, teacher, batch)
+        common = {"beta": self.beta, "temperature": self.config.temperature, "vocab_size": vocab}
+        if self.weights["response"]:
+            matched = match_responses(student, teacher, batch)
+            weights = token_weights(matched, batch, self.config.per)
+            losses["response"] = divergence(student.llm, matched.rows, matched.target, weights=weights, **common)
+        if not (self.weights["visual"] or self.weights["relation"]):
+            return losses
+        matched = match_images(student, teacher, batch)
+        if not len(matched.rows):
+            return losses
+        assert matched.group is not None, "image tokens know their image"
+        shown = len(student.image_tokens)
+        images = float(batch.get("num_images") or shown)
+        if self.weights["visual"]:
+            counts = torch.bincount(matched.group, minlength=shown)  # an image's tokens weigh 1 together
+            weights = 1.0 / (counts[matched.group].float() * images)
+            losses["visual"] = divergence(student.llm, matched.rows, matched.target, weights=weights, **common)
+        if self.weights["relation"]:
+            losses["relation"] = self._relation(student, teacher, matched, vocab, shown) / images
+        return losses
+
+    def _relation(self, student: Any, teacher: Any, matched: Any, vocab: int, shown: int) -> Tensor:
+        """Sum of 1 - cosine over images."""
+        if not isinstance(matched.target, Live):
+            raise ZooError("A stored teacher has no relations of image tokens: set relation_weight=0, or load it.")
+        how = self.config.relation_normalise
+        head = teacher.llm.linear_head()
+        if self._gram[0] is not (head and head.weight):
+            with torch.no_grad():
+                self._gram = (head and head.weight, gram_of(teacher.llm, vocab, how))
+        with torch.no_grad():
+            rows = matched.target.rows
+            theirs = by_image(rows, matched.group.to(rows.device), shown)  # (M, N, C)
+            wanted = relations(teacher.llm, theirs, vocab, how, self._gram[1])
+        ours = by_image(matched.rows, matched.group, shown)
+        return relation_loss(relations(student.llm, ours, vocab, how), wanted.to(ours.device)).sum()

@@ -1,0 +1,277 @@
+"""A teacher in the training loop: never changed, matched by what positions are, whatever the batch looks like."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import ANSWERS, QUESTIONS, sample
+from tests.teacher_builders import KD, save_teacher, taught
+from tests.train_builders import losses
+from zoo import registry
+from zoo.collate import TWIN
+from zoo.engine import Counts, TrainStep, count_images, count_labels
+from zoo.model_types import Seen
+from zoo.registry import ZooError
+from zoo.run_folder import read_metrics
+from zoo.stage import Stage
+from zoo.teacher import Teacher, Twins, shared_tokens
+from zoo.train import Run
+
+STAGE = {"steps": 1, "distiller": "llava_kd", "teacher": "t"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tokenizer):
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "model", tokenizer)
+
+
+def samples():
+    """Several dialogs about one image, one about two, and text alone."""
+    pairs = list(zip(QUESTIONS, ANSWERS, strict=False))
+    return [sample(*pairs[:3]), sample(pairs[3], images=2, seed=4), sample(pairs[4], images=0)]
+
+
+def rows(processor, own, which=None):
+    twins = Twins(processor, own)
+    chosen = samples() if which is None else [samples()[i] for i in which]
+    return [row for s in chosen for row in twins.add(s, [s], [own.encode(s)])]
+
+
+def step_of(make_model, pruned=True, **options):
+    """A training step of a student and a teacher of other sizes, and their processors."""
+    pruner = {"pruner": {"random": {"keep_ratio": 0.5}}} if pruned else {}
+    student, own = make_model(seed=1, **pruner)
+    model, theirs = make_model(seed=2, llm={**LLM, "hidden_size": 48, "num_layers": 3})
+    distiller = registry.build("distiller", {"name": "llava_kd", **options})
+    stage = Stage(**STAGE)
+    return TrainStep(student, distiller, Teacher(model, distiller.needs), stage), own, theirs
+
+
+LLM = {"name": "hf", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 512}
+
+
+def run_step(step, batch):
+    return step(batch, Counts(count_labels(batch), count_images(batch)))
+
+
+def test_a_run_learns_and_the_teacher_does_not(tmp_path, teacher):
+    cfg = taught(tmp_path, teacher, {"dft": f"steps: 12, {KD}"}, f"run.folder={tmp_path / 'run'}")
+    run = Run(cfg)
+    before = {}
+
+    def remember(stage, inner=run._teacher_of):
+        found = inner(stage)
+        before.update({n: p.clone() for n, p in found[0].model.named_parameters()})
+        return found
+
+    run._teacher_of = remember
+    run.train()
+    (taught_by, _), *_ = run._teachers.values()
+    assert all(p.equal(before[n]) and p.grad is None for n, p in taught_by.named_parameters())
+    assert not taught_by.training and not any(p.requires_grad for p in taught_by.parameters())
+    found = [r["losses"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert found[0].keys() == {"answer", "response", "visual", "relation"}
+    assert found[-1]["response"] < found[0]["response"] and found[-1]["visual"] < found[0]["visual"]
+    line = next(r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r)
+    parts = line["losses"]
+    assert line["loss"] == pytest.approx(sum(parts.values()) - 0.5 * parts["relation"])
+
+
+STAGES = {"pt": f"steps: 3, checkpoint_every: 2, {KD}".replace("[all]", "[projector]"), "ft": f"steps: 4, {KD}"}
+
+
+def test_killed_in_any_stage_a_run_goes_on_bit_for_bit(tmp_path, teacher):
+    warm = {"pt": STAGES["pt"], "ft": f"checkpoint_every: 2, {STAGES['ft']}".replace("llava_kd", WARM)}
+    Run(taught(tmp_path, teacher, warm, f"run.folder={tmp_path / 'whole'}")).train()
+    whole = losses(tmp_path / "whole")
+
+    class Cut(Exception):
+        pass
+
+    for at in (2, 5):
+        folder = tmp_path / f"cut{at}"
+        run = Run(taught(tmp_path, teacher, warm, f"run.folder={folder}"))
+
+        def cut(engine, run=run, inner=run._save, at=at):
+            inner(engine)
+            if run.progress.global_step == at:
+                raise Cut
+
+        run._save = cut
+        with pytest.raises(Cut):
+            run.train()
+        Run(taught(tmp_path, teacher, warm, f"resume={folder}")).train()
+        assert losses(folder) == whole
+
+
+WARM = "{name: llava_kd, visual_warmup: 0.5}"
+
+
+@pytest.mark.parametrize(
+    "change", ["accumulate: 2", "accumulate: 4, gradient_checkpointing: true", "pack_length: 120, accumulate: 2"]
+)
+def test_what_changes_speed_only_changes_no_loss(tmp_path, teacher, change):
+    plain = Run(taught(tmp_path, teacher, {"a": f"steps: 3, {KD}"}, f"run.folder={tmp_path / 'a'}"))
+    plain.train()
+    Run(taught(tmp_path, teacher, {"a": f"steps: 3, {change}, {KD}"}, f"run.folder={tmp_path / 'b'}")).train()
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-4)
+
+
+def test_bf16_stays_near_float32(tmp_path, teacher):
+    for precision in ("fp32", "bf16"):
+        stages = {"a": f"steps: 1, precision: {precision}, {KD}"}
+        Run(taught(tmp_path, teacher, stages, f"run.folder={tmp_path / precision}")).train()
+    assert losses(tmp_path / "bf16")[1] == pytest.approx(losses(tmp_path / "fp32")[1], rel=0.05)
+
+
+def test_rows_of_every_kind_give_the_losses_of_samples_alone(make_model):
+    step, own, theirs = step_of(make_model)
+    whole = own.collate(rows(theirs, own))
+    together = run_step(step, whole)
+    packed = run_step(step, own.collate(own.pack(rows(theirs, own), 200)))
+    sums: dict[str, torch.Tensor] = {}
+    for i in range(3):
+        batch = own.collate(rows(theirs, own, [i]))
+        for name, value in step(batch, Counts(count_labels(whole), count_images(whole))).items():
+            sums[name] = sums.get(name, 0) + value
+    for name in ("response", "visual", "relation"):
+        torch.testing.assert_close(packed[name], together[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sums[name], together[name], rtol=1e-4, atol=1e-6)
+
+
+def test_text_alone_has_finite_gradients(make_model):
+    step, own, theirs = step_of(make_model)
+    found = run_step(step, own.collate(rows(theirs, own, [2])))
+    assert found.keys() == {"answer", "response"}
+    step.total(found).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in step.model.parameters())
+
+
+def test_a_pruned_student_is_compared_on_the_cells_it_kept(make_model):
+    """The same model as its own teacher, before pruning: at the survivors, in the place the teacher has them."""
+    step, own, theirs = step_of(make_model, pruned=True, response_weight=0.0, relation_weight=0.0)
+    batch = own.collate(rows(theirs, own, [0, 1]))
+    out = step.model(**{k: v for k, v in batch.items() if k != TWIN})
+    seen = step.hidden["teacher"].see(batch, out)
+    keep = out.image_kept.keep
+    assert keep.shape == (3, 8) and seen.image_tokens.shape[1] == 16
+    from zoo.distill.positions import match_images
+
+    matched = match_images(Seen(out, step.model.llm), seen, batch)
+    ours, hidden = (x.image_index.flatten() for x in (Seen(out, None), seen)), seen.last_hidden_state.flatten(0, 1)
+    where = next(ours)
+    expected = []
+    for index in where[where >= 0].tolist():
+        image, place = divmod(index, 8)
+        wanted = image * 16 + int(keep[image, place])
+        expected.append(hidden[seen.image_index.flatten() == wanted][0])
+    torch.testing.assert_close(matched.target.rows, torch.stack(expected), rtol=0, atol=0)
+
+
+def test_the_teacher_keeps_no_activations_and_makes_no_logits(make_model):
+    step, own, theirs = step_of(make_model)
+    batch = own.collate(rows(theirs, own))
+    out = step.model(**{k: v for k, v in batch.items() if k != TWIN})
+    seen = step.hidden["teacher"].see(batch, out)
+    assert seen.logits is None and seen.losses is None
+    assert not seen.last_hidden_state.requires_grad and seen.last_hidden_state.grad_fn is None
+    step.train()
+    assert not step.hidden["teacher"].model.training
+
+
+def test_the_teacher_has_its_own_number_format(make_model):
+    _, own = make_model(seed=1)
+    model, theirs = make_model(seed=2)
+    batch = own.collate(rows(theirs, own))
+    exact = Teacher(model).see(batch, None).last_hidden_state
+    low = Teacher(model.to(torch.bfloat16)).see(batch, None).last_hidden_state
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_pixels_that_both_read_alike_are_held_once(make_model):
+    _, own = make_model(seed=1)
+    _, theirs = make_model(seed=2)
+    batch = own.collate(rows(theirs, own))
+    assert "pixel_values" not in batch[TWIN] and "pixel_values" in batch
+    _, larger = make_model(vision={**VISION, "image_size": 64, "patch_size": 16})
+    assert own.collate(rows(larger, own))[TWIN]["pixel_values"].shape[-1] == 64
+
+
+VISION = {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1}
+
+
+def test_an_encoder_that_both_have_runs_once(make_model):
+    student, own = make_model(seed=1, pruner={"random": {"keep_ratio": 0.5}})
+    model, theirs = make_model(seed=2)
+    model.vision.load_state_dict(student.vision.state_dict())
+    batch = own.collate(rows(theirs, own, [0, 1, 2]))
+    teacher, ran = Teacher(model), []
+    model.vision.register_forward_hook(lambda *_: ran.append(1))
+    out = student(**{k: v for k, v in batch.items() if k != TWIN})
+    apart = teacher.see(batch, out).last_hidden_state
+    teacher.look_with(student)
+    assert not teacher.same_vision, "the student's encoder still trains"
+    student.vision.requires_grad_(False)
+    teacher.look_with(student)
+    assert teacher.same_vision and len(ran) == 1
+    torch.testing.assert_close(teacher.see(batch, out).last_hidden_state, apart, rtol=0, atol=0)
+    assert len(ran) == 1
+    next(student.vision.parameters()).data += 1
+    teacher.look_with(student)
+    assert not teacher.same_vision
+
+
+def test_other_tokens_are_refused(tokenizer):
+    from zoo.tokenizer import train_tokenizer
+
+    other = train_tokenizer(["quite different words for this one"] * 9, 300, "plain")
+    with pytest.raises(ZooError, match="different tokenizers: token"):
+        shared_tokens(tokenizer, other)
+    longer = train_tokenizer([f"{q} {a}" for q in QUESTIONS for a in ANSWERS] * 3, 360, "plain")
+    longer.add_tokens(["<extra>"])
+    assert shared_tokens(tokenizer, longer) == len(tokenizer)
+    longer.chat_template = "{{ messages }}"
+    with pytest.raises(ZooError, match="different chat templates"):
+        shared_tokens(tokenizer, longer)
+
+
+def test_losses_of_two_processes_are_those_of_one(tmp_path, teacher):
+    from tests.test_two_processes import finished
+    from tests.train_builders import recipe, start
+
+    stages = {"a": f"steps: 3, accumulate: 2, {KD}".replace("{teacher}", teacher)}
+    words = [*recipe(tmp_path, stages), f"tokenizer.checkpoint='model:{teacher}'", "limit=1"]
+    finished(start([*words, f"run.folder={tmp_path / 'two'}"], processes=2))
+    Run(taught(tmp_path, teacher, stages, f"run.folder={tmp_path / 'one'}")).train()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert json.loads((tmp_path / "two" / "zoo.lock").read_text())["processes"] == 2
+
+
+def test_a_student_that_drops_inside_the_llm_is_compared_on_what_is_left(make_model):
+    """Its own model before dropping teaches it: at the first layer, where nothing is dropped yet, both are the same."""
+    fastv = {"pruner": {"fastv": {"layer": 1, "keep_ratio": 0.5}}}
+    student, own = make_model(seed=1, llm={**LLM, "num_layers": 3}, **fastv)
+    model, theirs = make_model(seed=2, llm={**LLM, "num_layers": 3})
+    batch = own.collate(rows(theirs, own, [1, 2]))
+    out = student(**{k: v for k, v in batch.items() if k != TWIN})
+    seen = Teacher(model).see(batch, out)
+    from zoo.distill.positions import match_images, match_responses
+
+    index = Seen(out, student.llm).image_index
+    assert index.shape == out.last_hidden_state.shape[:2]
+    left = index[index >= 0]
+    assert 0 < len(left) < 32 and len(set(left.tolist())) == len(left)
+    matched = match_images(Seen(out, student.llm), seen, batch)
+    where = [(seen.image_index.flatten() == i).nonzero().item() for i in left.tolist()]
+    torch.testing.assert_close(matched.target.rows, seen.last_hidden_state.flatten(0, 1)[where], rtol=0, atol=0)
+    assert len(match_responses(Seen(out, student.llm), seen, batch).rows) == count_labels(batch)
+
+
+def test_distilled_pretraining_changes_the_projector_alone(tmp_path, teacher):
+    run = Run(taught(tmp_path, teacher, {"pt": f"steps: 2, {KD}".replace("[all]", "[projector]")}))
+    before = {n: p.clone() for n, p in run.model.named_parameters()}
+    run.train()
+    changed = {run.model.part_of(n) for n, p in run.model.named_parameters() if not p.equal(before[n])}
+    assert changed == {"projector"}

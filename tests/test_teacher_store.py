@@ -1,0 +1,145 @@
+"""What a teacher said, kept: the same gradients as live up to what was left out, found by what a sample says."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ANSWERS, QUESTIONS, sample
+from tests.teacher_builders import KD, save_teacher, taught
+from tests.train_builders import losses
+from zoo.registry import ZooError
+from zoo.run_folder import read_metrics
+from zoo.teach import main, stage_of
+from zoo.teacher_store import Stored, Writer, data_hash, read_about, sample_key, shards_of
+from zoo.train import Run
+
+NO_RELATION = "{name: llava_kd, relation_weight: 0}"
+STAGE = f"steps: 3, {KD}".replace("distiller: llava_kd", f"distiller: {NO_RELATION}")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tokenizer):
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "model", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, teacher):
+    """Everything a stage of three steps sees, almost all of the vocabulary, in two shards."""
+    place = tmp_path_factory.mktemp("store")
+    options = ["teach.k=1000", "teach.dtype=float32", "teach.shard=16", f"teach.folder={place / 'kept'}"]
+    return main(taught(place, teacher, {"dft": STAGE}, *options))
+
+
+def from_store(store):
+    return STAGE.replace("teacher: '{teacher}'", f"teacher: {{store: '{store}'}}")
+
+
+def curves(folder):
+    return [r["losses"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+
+
+@pytest.mark.parametrize("change", ["", "pack: none, ", "accumulate: 2, pack_length: 120, workers: 1, "])
+def test_a_stored_teacher_trains_as_a_live_one(tmp_path, teacher, store, change):
+    for name, stage in (("live", STAGE), ("stored", from_store(store))):
+        Run(taught(tmp_path, teacher, {"dft": change + stage}, f"run.folder={tmp_path / name}")).train()
+    for live, stored in zip(curves(tmp_path / "live"), curves(tmp_path / "stored"), strict=True):
+        assert live.keys() == stored.keys() == {"answer", "response", "visual"}
+        for name in live:
+            assert stored[name] == pytest.approx(live[name], rel=1e-4), name
+
+
+def test_a_pruned_student_learns_from_the_stored_cells_it_kept(tmp_path, teacher, store):
+    pruner = ["pruner=[random]", "pruner.random.keep_ratio=0.25"]
+    for name, stage in (("live", STAGE), ("stored", from_store(store))):
+        Run(taught(tmp_path, teacher, {"dft": stage}, *pruner, f"run.folder={tmp_path / name}")).train()
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
+
+
+def test_stopped_it_goes_on(tmp_path, teacher, store, capsys):
+    options = ["teach.k=1000", "teach.dtype=float32", "teach.shard=16", f"teach.folder={tmp_path / 'kept'}"]
+    cfg = taught(tmp_path, teacher, {"dft": STAGE}, *options, "teach.limit=16")
+    again = main(cfg)
+    assert len(shards_of(again)) == 1
+    cfg.teach.limit = None
+    main(cfg)
+    assert "16 samples are stored already" in capsys.readouterr().out
+    for mine, theirs in zip(shards_of(again), shards_of(store), strict=True):
+        assert mine.read_bytes() == theirs.read_bytes()
+    before = [f.stat().st_mtime_ns for f in shards_of(again)]
+    main(cfg)
+    assert [f.stat().st_mtime_ns for f in shards_of(again)] == before
+    cfg.teach.k = 5
+    with pytest.raises(ZooError, match=r"begun with another k: .*, now 5"):
+        main(cfg)
+
+
+def test_it_says_what_keeping_few_tokens_costs(tmp_path, teacher, capsys):
+    folder = main(taught(tmp_path, teacher, {"dft": STAGE}, "teach.k=4", f"teach.folder={tmp_path / 'kept'}"))
+    said = capsys.readouterr().out
+    assert "positions, the 4 likeliest tokens of each" in said and "gradient of the loss is off by" in said
+    assert float(said.split("off by ")[1].split("%")[0]) > 0.01
+    stored = Stored(folder, frozenset({"teacher.response"}))
+    assert stored.about["positions"] == ["response", "visual"] and stored.positions == ["response"]
+    kept = stored._read(0, 0, "response")
+    mass = np.exp(kept["log_probs"].astype(np.float64)).sum(-1) + np.exp(kept["log_rest"].astype(np.float64))
+    assert kept["log_probs"].dtype == np.float16 and np.allclose(mass, 1, atol=5e-3)
+    assert (np.diff(kept["log_probs"], axis=-1) <= 0).all()
+
+
+def test_other_data_and_other_needs_are_refused(tmp_path, teacher, store):
+    other = taught(tmp_path, teacher, {"dft": from_store(store)}, "data.scenes.seed=1", f"run.folder={tmp_path / 'a'}")
+    with pytest.raises(ZooError, match="data 'scenes' is not what the teacher"):
+        Run(other).train()
+    whole = {"dft": from_store(store).replace(NO_RELATION, "llava_kd")}
+    with pytest.raises(ZooError, match=r"not relation. Set stages.dft.distiller={name: llava_kd, relation_weight: 0}"):
+        Run(taught(tmp_path, teacher, whole, f"run.folder={tmp_path / 'b'}"))
+    with pytest.raises(ZooError, match="Sample 's' is not in the store"):
+        Stored(store).add(sample((QUESTIONS[0], ANSWERS[0])), [], [])
+
+
+def test_a_sample_is_known_by_what_it_says():
+    one, same, other = (sample((QUESTIONS[0], a)) for a in ("yes", "yes", "no"))
+    assert sample_key(one) == sample_key(same) != sample_key(other)
+
+    class Data:
+        def __init__(self, seed):
+            self.seed = seed
+
+        def __len__(self):
+            return 3
+
+        def get(self, index, epoch=0):
+            return sample((QUESTIONS[index], "yes"), seed=self.seed + index)
+
+    assert data_hash(Data(0)) == data_hash(Data(0)) != data_hash(Data(1)), "pictures count"
+
+
+def test_half_a_shard_is_no_shard(tmp_path):
+    said = {"response": {"ids": torch.zeros(1, 2, dtype=torch.int32), "log_probs": torch.zeros(1, 2),
+                         "log_rest": torch.zeros(1)}}  # fmt: skip
+    about = {"vocab_size": 4, "positions": ["response"], "cells": 0, "data": {}}
+    writer = Writer(tmp_path, about)
+    writer.write([(b"0" * 16, said), (b"1" * 16, said)])
+    (tmp_path / "shard-00001.part").write_bytes(b"cut off")
+    again = Writer(tmp_path, about)
+    assert again.known() == {b"0" * 16, b"1" * 16} and again.shards == 1
+    copy = pickle.loads(pickle.dumps(Stored(tmp_path, frozenset({"teacher.response"}))))
+    assert copy._read(0, 1, "response")["ids"].shape == (1, 2)
+    (tmp_path / "store.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ZooError, match="format 99"):
+        read_about(tmp_path)
+    with pytest.raises(ZooError, match=r"no store\.json"):
+        read_about(tmp_path / "nowhere")
+
+
+def test_the_stage_is_the_one_with_a_teacher(tmp_path, teacher):
+    stages = {"pt": "steps: 1", "dft": STAGE}
+    assert stage_of(taught(tmp_path, teacher, stages))[0] == "dft"
+    for option, message in (("pt", "'pt' has no teacher"), ("dtf", "Did you mean 'dft'")):
+        with pytest.raises(ZooError, match=message):
+            stage_of(taught(tmp_path, teacher, stages, f"teach.stage={option}"))
+    with pytest.raises(ZooError, match="those here are: a, b"):
+        stage_of(taught(tmp_path, teacher, {"a": STAGE, "b": STAGE}))

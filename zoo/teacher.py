@@ -1,0 +1,173 @@
+"""The teacher of a stage: a frozen model by name, seen through the same samples as the student.
+
+Its processor writes every sample anew, with the teacher's number of image tokens and its own pixels, so that student
+and teacher may have different encoders, pruners and adapters; `zoo.distill.positions` finds what belongs together.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoo.collate import TWIN, EncodedSample
+from zoo.model_types import Seen, ZooOutput
+from zoo.quantized import quantize
+from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
+
+
+class Teacher:
+    """A model that is never trained and keeps no activations.
+
+    Args:
+        model: the composed model.
+        needs: words of the distiller.
+        vocab_size: tokens that it shares with the student, the first of both tables; None: not known.
+    """
+
+    def __init__(self, model: Any, needs: frozenset[str] = frozenset(), vocab_size: int | None = None) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.vocab_size = vocab_size
+        self.options = options_of(needs, "teacher")
+        if "teacher.logits" not in needs:
+            self.options["run_head"] = False
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.same_vision = False
+
+    def look_with(self, student: Any) -> None:
+        """Take the student's image features where both have one encoder, and the student's is frozen: it runs once."""
+        mine, theirs = self.model.vision, student.vision
+        if mine is None or theirs is None or not self.model.requested <= student.requested:
+            return
+        frozen = not any(p.requires_grad for p in theirs.parameters())
+        ours, others = mine.state_dict(), theirs.state_dict()
+        alike = type(mine) is type(theirs) and mine.transform == theirs.transform and ours.keys() == others.keys()
+        self.same_vision = frozen and alike and all(_equal(t, others[name]) for name, t in ours.items())
+
+    @torch.no_grad()
+    def see(self, batch: Mapping[str, Any], student: ZooOutput) -> Seen:
+        """Run the teacher on a batch of the student's.
+
+        Args:
+            batch: with the teacher's own rows below `zoo.collate.TWIN`; without them, both read the same.
+            student: what the student gave, for image features that both share.
+        """
+        own = {k: v for k, v in (batch.get(TWIN) or batch).items() if k != "targets"}
+        if "pixel_values" not in own and "pixel_values" in batch:
+            own["pixel_values"] = batch["pixel_values"]
+        own = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in own.items()}
+        with self._numbers(own):
+            if self.same_vision and student.image is not None:
+                own["encoded"] = self._finish(student.image)
+                own.pop("pixel_values", None)
+            return Seen(self.model(**own, **self.options), self.model.llm)
+
+    def _finish(self, image: ImageFeatures) -> tuple[ImageFeatures, ImageFeatures, torch.Tensor | None]:
+        """What `ZooModel.encode_images` gives, from the encoder's features on."""
+        tensors = {f.name: getattr(image, f.name) for f in fields(image)}
+        moved = {n: t.to(self.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+        wide = torch.float32 if self.dtype == torch.float32 else self.dtype
+        moved = {n: t.to(wide) if t.dtype in (torch.bfloat16, torch.float16, wide) else t for n, t in moved.items()}
+        image = kept = replace(image, **moved)
+        for pruner in self.model.pruner.values():
+            kept = pruner(kept)
+        return image, kept, self.model.projector(kept) if self.model.projector is not None else None
+
+    def _numbers(self, own: dict[str, Any]) -> AbstractContextManager:
+        """Its own number format where its weights have one; else the student's."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        if "pixel_values" in own:
+            own["pixel_values"] = own["pixel_values"].to(self.dtype)
+        return torch.autocast(self.device.type, enabled=False)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    whole = not hasattr(b, "full_tensor")  # a student that is sharded over processes keeps to itself
+    return whole and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+class Twins:
+    """Adds to each row of the student the same row as the teacher's processor writes it."""
+
+    def __init__(self, processor: Any, student: Any) -> None:
+        self.processor = processor
+        known = ("transform", "layout_node", "videos")  # what a picture is made into pixels by
+        self.same_pixels = all(getattr(processor, n, None) == getattr(student, n, None) for n in known)
+
+    def add(self, sample: Sample, pieces: Sequence[Sample], rows: list[EncodedSample]) -> list[EncodedSample]:
+        """Give the rows their twins.
+
+        Raises:
+            ZooError: the two chat templates do not lead to the same labels.
+        """
+        for piece, row in zip(pieces, rows, strict=True):
+            twin = self.processor.encode(piece, row.pixel_values if self.same_pixels else None)
+            twin.targets = {}
+            ours, theirs = (r.labels[1:][r.labels[1:] != IGNORE_INDEX] for r in (row, twin))
+            if not np.array_equal(ours, theirs):
+                raise ZooError(
+                    f"Sample {sample.id!r} has other labels for the teacher: its template or tokenizer differs."
+                )
+            row.twin = twin
+        return rows
+
+
+def options_of(needs: frozenset[str], who: str) -> dict[str, Any]:
+    """Options of a forward pass that a distiller's words ask for."""
+    options: dict[str, Any] = {}
+    if f"{who}.logits" in needs:
+        options["all_logits"] = True
+    if f"{who}.hidden" in needs:
+        options["output_hidden_states"] = True
+    return options
+
+
+def load_teacher(node: Mapping[str, Any], *, device: torch.device, precision: str) -> tuple[Any, Any]:
+    """Load the model and the processor that a stage's teacher names.
+
+    Args:
+        node: `Stage.teacher_node`.
+        device: of the run, where the teacher names none.
+        precision: of the stage: a bf16 stage holds the teacher's weights in bf16, unless it names a dtype.
+    """
+    from zoo.loading import load
+
+    dtype = node["dtype"] or ("bfloat16" if precision == "bf16" else None)
+    where = torch.device(node["device"]) if node["device"] else device
+    if not node["bits"]:
+        return load(node["model"], *node["options"], device=where, dtype=dtype, attention=node["attention"])
+    model, processor = load(node["model"], *node["options"], device="cpu", dtype=dtype, attention=node["attention"])
+    quantize(model.llm.layers, int(node["bits"]))  # where there is room for the whole; what is left of it then moves
+    model.to(where).set_attention(node["attention"])
+    return model, processor
+
+
+def shared_tokens(student: Any, teacher: Any) -> int:
+    """How many tokens two tokenizers share: all of the smaller one.
+
+    Raises:
+        ZooError: they give one id to different tokens, or lay out a conversation differently.
+    """
+    ours, theirs = (t.get_vocab() for t in (student, teacher))
+    size = min(len(ours), len(theirs))
+    mine, other = ({i: token for token, i in v.items() if i < size} for v in (ours, theirs))
+    odd = next((i for i in range(size) if mine.get(i) != other.get(i)), None)
+    if odd is not None:
+        raise ZooError(
+            f"student and teacher have different tokenizers: token {odd} is {mine.get(odd)!r} for the student and "
+            f"{other.get(odd)!r} for the teacher"
+        )
+    if student.chat_template != teacher.chat_template:
+        raise ZooError("student and teacher have different chat templates, so their sequences do not match")
+    return size
+
+
+def tokens_hash(tokenizer: Any) -> str:
+    """Hash the tokens of a tokenizer in the order of their ids, and its chat template."""
+    words = [w for w, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    return hashlib.sha256("\n".join([*words, tokenizer.chat_template or ""]).encode()).hexdigest()
