@@ -86,6 +86,11 @@ class Teacher:
         return torch.autocast(self.device.type, enabled=False)
 
 
+def _pixels_by(processor: Any) -> tuple[Any, ...]:
+    """What a processor makes pixels by."""
+    return processor.transform, processor.layout_node, processor.videos and processor.videos.config
+
+
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     whole = not hasattr(b, "full_tensor")  # a student that is sharded over processes keeps to itself
     return whole and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
@@ -96,8 +101,7 @@ class Twins:
 
     def __init__(self, processor: Any, student: Any) -> None:
         self.processor = processor
-        known = ("transform", "layout_node", "videos")  # what a picture is made into pixels by
-        self.same_pixels = all(getattr(processor, n, None) == getattr(student, n, None) for n in known)
+        self.same_pixels = _pixels_by(processor) == _pixels_by(student)
 
     def add(self, sample: Sample, pieces: Sequence[Sample], rows: list[EncodedSample]) -> list[EncodedSample]:
         """Give the rows their twins.

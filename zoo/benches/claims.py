@@ -26,6 +26,7 @@ CLAIMS = {
     "mole": "zoo.benches.claim_mole",
     "moextend": "zoo.benches.claim_moextend",
     "vlora": "zoo.benches.claim_vlora",
+    "llava_kd": "zoo.benches.claim_llava_kd",
 }
 
 
