@@ -40,7 +40,7 @@ class Dense(nn.Module):
     def __init__(self, config: DenseConfig, *, vision_dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.classes, self.target, self.grid = list(config.classes), config.target, tuple(grid)
-        self.weights = list(config.weights) or [1.0] * len(self.classes)
+        self.label_weights = list(config.weights) or [1.0] * len(self.classes)
         self.needs = frozenset({"student.image", f"batch.{config.target}"})
         self.head = nn.Linear(vision_dim, sum(self.classes))
 
@@ -58,7 +58,9 @@ class Dense(nn.Module):
         labels = self._labels(batch, student.image.tokens.shape[1])
         logits = self.head(student.image.tokens).float()  # (M, N, sum of classes)
         total = logits.new_zeros(())
-        for scores, label, weight in zip(logits.split(self.classes, -1), labels.unbind(-1), self.weights, strict=True):
+        for scores, label, weight in zip(
+            logits.split(self.classes, -1), labels.unbind(-1), self.label_weights, strict=True
+        ):
             cells = (label != IGNORE_INDEX).sum().clamp(min=1)  # without one, cross_entropy's own mean is nan
             summed = F.cross_entropy(scores.flatten(0, 1), label.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
             total = total + weight * summed / cells
