@@ -85,14 +85,18 @@ class ImageMemory(nn.Module):
     def nothing(self, rows: int) -> tuple[list[Tensor], Tensor]:
         """A memory of no image in which every parameter has a part, and rows that all show nothing."""
         tokens = self.proj.weight.new_zeros(1, len(self.positions), self.proj.in_features)
-        memory = self.proj(tokens) + self.positions  # (1, N, W)
-        if self.numbers is not None:
-            memory = memory + 0 * self.numbers.sum()
+        memory = self.proj(tokens) + self._table()  # (1, N, W)
         return [memory], torch.ones(rows, dtype=torch.long, device=memory.device)
+
+    def _table(self) -> Tensor:
+        """The positions; in training the numbers have a part in them, of nothing, so that several processes agree."""
+        if self.numbers is None or not torch.is_grad_enabled():
+            return self.positions
+        return self.positions + 0 * self.numbers.sum()
 
     def _embed(self, image: ImageFeatures) -> Tensor:
         x = self.proj(image.tokens.to(self.proj.weight.dtype))  # (M, N, W)
-        positions = self.positions.to(x.dtype)
+        positions = self._table().to(x.dtype)
         if image.keep is not None:
             return x + positions[image.keep]
         if image.groups is not None:  # merged tokens stand at the mean of their places

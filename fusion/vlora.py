@@ -19,15 +19,18 @@ encoder learns too where a recipe says so. Arguments in their training code defa
 here are those of the released one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
+from zoo.fusion import adapter_file
 from zoo.fusion.attach import add_to_output
 from zoo.fusion.carried import carry
 from zoo.fusion.image_memory import ImageMemory, rows_of
@@ -114,6 +117,8 @@ class VLoRA(nn.Module):
             }
         )
         self._undo: list[Callable[[], None]] = []
+        self._blocks: list[tuple[Any, int]] = []  # feed-forward blocks with the hook that comes last there
+        self._inputs: dict[int, Tensor] = {}  # of the blocks that run now
         self._merged: list[Callable[[], None]] = []
         self._given: list[Factors] | None = None  # for each site; None: the plain LLM
         self._active: list[Factors | None] = [None] * len(self.sites)  # what the layer that runs now uses
@@ -140,16 +145,28 @@ class VLoRA(nn.Module):
             handles = [
                 layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True),
                 inner.register_forward_pre_hook(partial(self._arrive, number), with_kwargs=True),
-                *(add_to_output(self.lm, name, partial(self._delta, number, types)) for name, types in site.linears),
+                *self._hook(number, site),
             ]
             self._undo += [handle.remove for handle in handles]
+
+    def _hook(self, number: int, site: Site) -> Iterator[RemovableHandle]:
+        for name, types in site.linears:
+            if types != "m":
+                yield add_to_output(self.lm, name, partial(self._delta, number, types))
+                continue
+            block = self.lm.get_submodule(name)
+            yield block.register_forward_pre_hook(partial(self._before_block, number), prepend=True)
+            last = block.register_forward_hook(partial(self._behind_block, number))
+            self._blocks.append((block, last.id))
+            yield last
 
     def detach(self) -> None:
         """Take the hooks out; the language model is what it was, to the bit."""
         self.unmerge()
         for undo in self._undo:
             undo()
-        self._undo, self._given, self._active = [], None, [None] * len(self.sites)
+        self._undo, self._blocks = [], []
+        self._given, self._active = None, [None] * len(self.sites)
 
     def owns(self, name: str) -> bool:
         """Nothing of it stands in the language model."""
@@ -159,9 +176,18 @@ class VLoRA(nn.Module):
         """None."""
         return {}
 
+    def save(self, folder: str | Path) -> None:
+        """Write this adapter's weights alone, with its options."""
+        adapter_file.write(folder, "vlora", self.config, self.state_dict())
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote; the options must be those of this adapter."""
+        same = [f.name for f in fields(self.config)]
+        self.load_state_dict(adapter_file.read(folder, "vlora", self.config, same, self.state_dict()))
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the factors of the last image: they belong to a graph, and a copy begins without."""
-        return self.__dict__ | {"_given": None, "_active": [None] * len(self.sites)}
+        return self.__dict__ | {"_given": None, "_inputs": {}, "_active": [None] * len(self.sites)}
 
     # ---- image -> factors ----------------------------------------------------------------------------------------
 
@@ -177,8 +203,11 @@ class VLoRA(nn.Module):
             ZooError: a row has more images than `max_images`, or the features are of another grid.
         """
         self._given = self._given if self._merged else None
+        self._inputs.clear()  # recomputation in backward may stop half way
         if not self._undo:
             return
+        for block, last in self._blocks:  # others may have hooked in since
+            block._forward_hooks.move_to_end(last)
         rows = [] if image is None else rows_of(image, images_per_row, self.config.max_images, "vlora")
         if image is None or not rows:
             if not self._merged and self._must_run():
@@ -246,6 +275,14 @@ class VLoRA(nn.Module):
         self._active[number] = kwargs[_KEY]
         return args, {name: value for name, value in kwargs.items() if name != _KEY}
 
+    def _before_block(self, number: int, block: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the input of a block as the layer gives it: mixtures of experts reorder it in hooks of their own."""
+        self._inputs[number] = args[0]
+
+    def _behind_block(self, number: int, block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        extra = self._delta(number, "m", self._inputs.pop(number))
+        return out if extra is None else out + extra
+
     def _delta(self, number: int, types: str, x: Tensor) -> Tensor | None:
         """What is added to an output; several types: of one linear layer that makes them side by side."""
         factors = self._active[number]
@@ -278,8 +315,12 @@ class VLoRA(nn.Module):
             row: of the last `condition`.
 
         Raises:
-            ZooError: nothing was conditioned, or the weights are no plain matrices (quantised).
+            ZooError: nothing was conditioned or can be merged, or the weights are no plain matrices (quantised).
         """
+        if self.config.types == "m":
+            raise ZooError(
+                "adapter 'vlora' with types=m has nothing to merge: no weight of the block can hold its path."
+            )
         if not self._undo or self._given is None:
             raise ZooError("adapter 'vlora' has no image to merge: attach it, and call condition with one, first.")
         if self._merged:

@@ -8,6 +8,7 @@ import torch
 
 from tests.fusion_builders import SMALL, VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
 from zoo import registry
+from zoo.fusion.weight_generator import GeneratorBlock
 from zoo.registry import ImageFeatures, ZooError
 
 DIM, GRID = 24, (4, 4)
@@ -134,6 +135,20 @@ def test_values_and_gradients_are_those_of_dense_changes(model_type, options):
         results.append([out, *torch.autograd.grad((out * weight).sum(), [image.tokens, *adapter.parameters()])])
     assert all(torch.allclose(a, b, atol=1e-10 * max(1, b.abs().max())) for a, b in zip(*results, strict=True))
     assert all(g.abs().max() > 1e-6 for g in results[0][1:])
+
+
+def test_reading_an_image_is_torchs_own_attention():
+    torch.manual_seed(0)
+    block = GeneratorBlock(16, 4, 2.0).double()
+    torch.nn.init.normal_(block.cross.in_proj_bias)
+    g = torch.Generator().manual_seed(0)
+    results = []
+    for way in (block.read, lambda q, m: block.cross(q, m, m, need_weights=False)[0]):
+        queries, memory = (torch.randn(3, n, 16, generator=g.manual_seed(n), dtype=torch.float64) for n in (5, 9))
+        wanted = [queries.requires_grad_(), memory.requires_grad_(), *block.cross.parameters()]
+        out = way(queries, memory)
+        results.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), wanted)])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results, strict=True))
 
 
 @torch.no_grad()
@@ -574,6 +589,20 @@ def test_merged_for_an_image_it_says_the_same_and_unmerged_the_weights_are_back(
     assert torch.equal(logits(llm), plain)
 
 
+@torch.no_grad()
+def test_its_own_file_holds_it_whole(tmp_path):
+    first, second = vlora_on(tiny_llm(), max_images=2), vlora_on(tiny_llm(), seed=5, max_images=2)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    outs = []
+    for adapter in (first, second):
+        adapter.condition(images(3), [1, 2])
+        outs.append(adapter.lm(input_ids=padded_batch()[0]).logits)
+    assert torch.equal(*outs)
+    with pytest.raises(ZooError, match="has rank=4, this one has rank=3"):
+        vlora_on(tiny_llm(), rank=3, max_images=2).load(tmp_path)
+
+
 def test_without_m_a_merged_llm_is_plain():
     llm = double()
     adapter = vlora_on(llm, types="qvo")
@@ -582,6 +611,13 @@ def test_without_m_a_merged_llm_is_plain():
     adapter.merge()
     assert adapter._given is None
     assert torch.allclose(logits(llm)[:1], wanted, atol=1e-10)
+
+
+def test_the_path_around_a_block_is_not_merged():
+    adapter = vlora_on(tiny_llm(), types="m")
+    adapter.condition(images(), [1, 1])
+    with pytest.raises(ZooError, match="types=m has nothing to merge"):
+        adapter.merge()
 
 
 def test_a_part_of_a_fused_layer_alone():
