@@ -32,6 +32,7 @@ COMMANDS = {
     "report": Command("zoo.report:main", "compare runs in one table and a picture"),
     "bench": Command("zoo.bench:main", "measure speed: zoo bench train"),
     "shift": Command("zoo.shift:main", "say which layers of a mixture of experts new data shifts most, for moextend"),
+    "inspect": Command("zoo.xray:main", "show what pruners keep of a picture: zoo inspect MODEL --image cat.jpg"),
     "list": Command("zoo.listing:list_main", "list components, models, recipes and data: zoo list [kind] [pattern]"),
     "info": Command("zoo.listing:info_main", "say all about one of them: zoo info pruner/random"),
     "new": Command("zoo.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
