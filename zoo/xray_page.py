@@ -72,13 +72,13 @@ const draw = panel => {
   }
   pen.strokeStyle = "rgba(255, 255, 255, .8)";
   pen.beginPath();
-  const token = (r, c) => r < 0 || c < 0 ? -2 : state.patches[r * w + c];
+  const merged = state.sizes.size < state.kept;  // else borders between kept patches say nothing
+  const area = (r, c) => { const t = state.patches[r * w + c]; return t < 0 ? -1 : merged ? t : 0; };
   for (let r = 0; r < h; r++) for (let c = 0; c < w; c++) {
-    if (token(r, c) < 0 && token(r - 1, c) < 0 && token(r, c - 1) < 0) continue;
-    if (r && token(r, c) !== token(r - 1, c)) { pen.moveTo(x(c), y(r)); pen.lineTo(x(c + 1), y(r)); }
-    if (c && token(r, c) !== token(r, c - 1)) { pen.moveTo(x(c), y(r)); pen.lineTo(x(c), y(r + 1)); }
+    if (r && area(r, c) !== area(r - 1, c)) { pen.moveTo(x(c), y(r)); pen.lineTo(x(c + 1), y(r)); }
+    if (c && area(r, c) !== area(r, c - 1)) { pen.moveTo(x(c), y(r)); pen.lineTo(x(c), y(r + 1)); }
   }
-  if (state.kept < state.patches.length || state.sizes.size < state.kept) pen.stroke();
+  pen.stroke();
 };
 
 const tip = document.getElementById("tip");

@@ -34,7 +34,8 @@ def write_picture(xray: Xray, path: Path) -> None:
             axis.imshow(paint(xray.image, view, layer))
             axis.set_title(_title(view, layer), fontsize=9)
             if row == 0:
-                answer = "\n".join(textwrap.wrap(view.answer or "(nothing)", 44)[:3])
+                said = "".join(c for c in view.answer if c.isprintable())  # what a font has no sign for
+                answer = "\n".join(textwrap.wrap(said.strip() or "(nothing)", 44)[:3])
                 axis.text(0.5, -0.02, answer, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     figure.suptitle(f"{xray.model}: {xray.question}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +59,10 @@ def paint(image: Any, view: View, layer: int) -> np.ndarray:
         for token in ids[sizes > 1]:
             here = at == token
             painted[here] = 0.55 * picture[here] + 0.45 * np.array(colour(int(token)))
+    area = at if view.merged else gone  # where nothing is merged, borders between kept patches say nothing
     borders = np.zeros(at.shape, dtype=bool)
-    borders[1:] |= at[1:] != at[:-1]
-    borders[:, 1:] |= at[:, 1:] != at[:, :-1]
+    borders[1:] |= area[1:] != area[:-1]
+    borders[:, 1:] |= area[:, 1:] != area[:, :-1]
     if view.merged or (tokens < 0).any():
         painted[borders & ~gone] = 0.25 * painted[borders & ~gone] + 0.75
     return painted
