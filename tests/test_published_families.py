@@ -111,8 +111,8 @@ def test_training_batches_hold_the_same_ids_and_learn_answers_only(family):
         assert set(learnt.replace("<end_of_utterance>", "").replace("yes", " yes ").split()) == {"yes"}
     text = theirs.apply_chat_template([*said(1), answer])
     expected = theirs(images=[photos[:1]], text=[text], return_tensors="pt")["input_ids"][0]
-    length = int(batch["attention_mask"][0].sum())
-    assert batch["input_ids"][0, :length].tolist() == expected.tolist()[-length:]
+    length = int((batch["labels"][0] >= 0).nonzero()[0])  # up to the answer
+    assert batch["input_ids"][0, :length].tolist() == expected.tolist()[:length]
     out = ours(**batch)
     assert out.loss.isfinite()
 

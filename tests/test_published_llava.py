@@ -177,7 +177,7 @@ def test_training_lowers_the_loss_and_learns_answers_only(llava):
         [processor.encode(sample((ASK, "yes"))), processor.encode(sample(("yes", "no"), images=0))]
     )
     text = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] >= 0])
-    assert text.strip() == "yes"
+    assert text.strip() == "yes</s>"  # the published template ends answers with a space: a model would unlearn to stop
     model.set_trainable(["projector"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []

@@ -137,8 +137,9 @@ class HFVision(Tower):
         if not config.pooling_head:
             spec.num_hidden_layers = depth  # later blocks are neither built nor read
         size, transform = _transform(source, config.image_size, spec, family)
-        stated = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit") if getattr(config, key)}
-        transform = replace(transform, **{k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()})
+        values = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit")}
+        stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v}
+        transform = replace(transform, **stated)
         # Published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over.
         if config.image_size and not config.extra:
             check_divides(side(spec.patch_size), config.image_size)

@@ -66,7 +66,7 @@ class Chat:
             ZooError: there is no answer, one is empty, or the template or the tokenizer leaves no clear border before
                 it; the message shows the text and where it broke.
         """
-        text, spans = self._answers(messages, sample_id)
+        text, spans = self._stopping(*self._answers(messages, sample_id))
         ids, ends = self.tokenize(text)
         tokens, stops = np.array(ids, dtype=np.int64), np.array(ends)
         starts = np.array([0, *ends[:-1]])
@@ -147,6 +147,18 @@ class Chat:
                 raise ZooError(f"Sample {sample_id!r}: the chat template does not show the answer {answer[:80]!r}.")
             spans.append((len(opening), self._turn_end(text, start + len(answer))))
         return text, spans
+
+    def _stopping(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """End the last answer with the end-of-sequence token where the template ends with it and writes none.
+
+        LLaVA's published templates are such: without it a model that trains on them would unlearn to stop.
+        """
+        if not spans:
+            return text, spans
+        (start, end), eos = spans[-1], self.tokenizer.eos_token
+        if eos in text[start:] or text[end:].strip():
+            return text, spans
+        return text[:end] + eos, [*spans[:-1], (start, end + len(eos))]
 
     def _turn_end(self, text: str, end: int) -> int:
         """Where the turn ends whose content ends at `end`: behind the end-of-sequence token, if that follows."""

@@ -12,7 +12,6 @@ import torch
 from transformers import GenerationConfig
 
 from zoo import config as configs
-from zoo import presets
 from zoo.checker import Plan, RefusedError, check
 from zoo.model import ZooModel
 from zoo.model_types import ZooConfig
@@ -21,6 +20,7 @@ from zoo.published import is_published
 from zoo.published.base import base_for, placed, read_content, require_same
 from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, videos_in
 from zoo.registry import ZooError, plugins
+from zoo.saved import fetch_config
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
 from zoo.weights import local_folder, read_weights, remember_base, require_base, sha256_of, weight_files
 
@@ -54,18 +54,11 @@ def load(
     Example:
         >>> model, processor = zoo.load("scenes_tiny")
     """
-    fetch_published(name)
+    fetch_config(name)
     cfg = configs.compose("load", [f"model={quoted(name)}", *overrides])
     if attention is not None:
         cfg.attention = attention
     return build(cfg, device=device, dtype=dtype, device_map=device_map, fresh=fresh)
-
-
-def fetch_published(name: str) -> None:
-    """Bring the files of a published preset to the cache, so that its own config decides, not what the preset says."""
-    stated = presets.read("model", name).get("model", {}) if name in presets.available("model") else {}
-    if stated.get("family"):
-        local_folder(stated["repository"], stated.get("revision") or None)
 
 
 def compose(*overrides: str, texts: Iterable[str] = ()) -> tuple[ZooModel, ZooProcessor]:
@@ -125,9 +118,8 @@ def build(
         saved = before.base if before else None
         config.video_token_id = before.video_token_id if before else video_token_id_in(folder)
         source = {"checkpoint": cfg.model.repository or cfg.model.name, "revision": cfg.model.revision}
-        config.base = (
-            {"model": source} if published else {"model": saved["model"]} if "model" in (saved or {}) else None
-        )
+        record = source if published else (saved or {}).get("model")
+        config.base = {"model": record} if record else None
     base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target)
     model = ZooModel(config, base=base)
     if len(tokenizer) > model.llm.vocab_size:

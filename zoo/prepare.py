@@ -137,6 +137,8 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     recipe = given.get("recipe", default_recipe(command))
     from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
     asked = given.get("model", from_recipe.get("model", _model_without_a_word({*from_recipe, *given})))
+    if command in ("train", "eval") and isinstance(asked, str):
+        saved.fetch_config(asked, config_dir)
     model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir)
     from_model = presets.selection("model", model, config_dir)
     if recipe and "recipe" not in given and "data" in from_model:

@@ -63,7 +63,7 @@ class ZooProcessor(ProcessorMixin):
         self.pictures = Pictures(pictures) if pictures else None
         self.videos = Videos(videos) if videos else None
         self.layout_node = dict(layout) if layout else None
-        self.layout = build_layout(layout) if layout else None
+        self.layout: Any = build_layout(layout) if layout else None
         if image_token is not None:
             tokenizer.image_token = image_token
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))

@@ -126,6 +126,23 @@ def published_content(folder: Path) -> dict[str, Any]:
     return {"slots": {"pruner": {}, "adapter": {}, "layout": None, **slots_in(folder)}}
 
 
+def fetch_config(asked: str, config_dir: str | Path | None = None) -> None:
+    """Bring the config of a published preset to the hub's cache, so that it decides and not what the preset says.
+
+    What cannot be fetched is reported when weights are.
+    """
+    stated = presets.read("model", asked, config_dir).get("model") if asked in presets.available("model") else None
+    if not isinstance(stated, Mapping) or not stated.get("family"):
+        return
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    repository, revision = str(stated["repository"]), str(stated.get("revision") or "") or None
+    if not isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
+        for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+            with suppress(Exception):
+                hf_hub_download(repository, name, revision=revision)
+
+
 def _from_cache(asked: str, config_dir: str | Path | None) -> tuple[str, dict[str, str]] | None:
     """Let the checkpoint's own config decide where a preset names a published repository that is in the cache."""
     stated = presets.read("model", asked, config_dir).get("model") or {}

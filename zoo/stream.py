@@ -63,6 +63,8 @@ def _header(file: Path) -> list[Stored]:
         if isinstance(error, ZooError):
             raise
         raise ZooError(f"{str(file)!r} is no safetensors file: {error}") from error
+    if not isinstance(content, dict):
+        raise ZooError(f"{str(file)!r} is no safetensors file: its header is no object.")
     tensors = []
     for name, entry in content.items():
         if name == "__metadata__":
@@ -73,7 +75,12 @@ def _header(file: Path) -> list[Stored]:
         except (KeyError, TypeError, ValueError) as error:
             raise ZooError(f"{str(file)!r}: the entry of {name!r} cannot be read: {entry!r:.80}.") from error
         stored = Stored(file, name, dtype, shape, 8 + length + first, last - first)
-        if first < 0 or stored.start + stored.bytes > size or stored.bytes != math.prod(shape) * dtype.itemsize:
+        if (
+            first < 0
+            or any(n < 0 for n in shape)
+            or stored.start + stored.bytes > size
+            or stored.bytes != math.prod(shape) * dtype.itemsize
+        ):
             raise ZooError(f"{str(file)!r} is cut off or wrong: {name!r} lies at bytes {first} to {last} of {size}.")
         tensors.append(stored)
     return tensors
@@ -84,7 +91,8 @@ def read(stored: Stored, target: Tensor) -> None:
     straight = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
     place = target.detach() if straight else torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     if stored.bytes:
-        view = memoryview(place.view(-1).view(torch.uint8).numpy())
+        flat: Any = place.view(-1).view(torch.uint8).numpy()
+        view = memoryview(flat)
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
             while len(view):
@@ -187,8 +195,8 @@ def _compute_buffers(module: nn.Module, device: torch.device) -> None:
             continue
         for owner in model.modules():
             unsaved = {k: owner._buffers.get(k) for k in owner._non_persistent_buffers_set}
-            empty = [k for k, b in unsaved.items() if b is not None and b.is_meta]
-            for key in empty:
-                owner._buffers[key] = torch.empty_like(owner._buffers[key], device=device)
+            empty = {k: b for k, b in unsaved.items() if b is not None and b.is_meta}
+            for key, buffer in empty.items():
+                owner._buffers[key] = torch.empty_like(buffer, device=device)
             if empty:
                 model._init_weights(owner)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,6 +90,7 @@ def measure(who: str, folder: str, dtype: str, device: str, threads: str) -> Non
     processor_class = transformers.LlavaProcessor
     before = _forget_peak()
     start = time.perf_counter()
+    kept: tuple[Any, Any]
     if who == "ours":
         kept = zoo.load(f"dir:{folder}", device=device, dtype=dtype)
     else:
