@@ -1,6 +1,7 @@
 """Reading videos: which frames, when, from which file; what is broken is said with its path."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -91,6 +92,19 @@ def test_real_clips(capsys):
         with capsys.disabled():
             ratio = f"{eight.decoded} of {whole.decoded} frames decoded, {seconds / all_seconds:.2f} of the time"
             print(f"\n{facts['file']}: 8 frames cost {ratio}", end="")
+
+
+def test_a_record_may_show_a_video(tmp_path):
+    from zoo.registry import build
+
+    shutil.copy(shared("video") / "car_a.mp4", tmp_path / "car.mp4")
+    turns = [{"from": "human", "value": "<image>\nWhat drives?"}, {"from": "gpt", "value": "a car"}]
+    (tmp_path / "talk.json").write_text(json.dumps([{"id": "1", "image": "car.mp4", "conversations": turns}]))
+    data = build("dataset", {"name": "chat_json", "file": str(tmp_path / "talk.json"), "frames": 4})
+    sample = data.get(0)
+    assert sample.images == [Video(str(tmp_path / "car.mp4"), frames=4)]
+    assert [p["type"] for p in sample.dialogs[0].messages[0]["content"]] == ["video", "text"]
+    assert len(read_video(sample.images[0]).frames) == 4
 
 
 def audio(path):

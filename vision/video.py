@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLINGS = ("uniform", "fps", "explicit")
 READERS = {"decord": "decord", "pyav": "av"}  # name -> package; in this order where none is asked for
+VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})  # endings of files
 EXACT_IN_DECORD = frozenset({"h264", "hevc", "vp8", "vp9"})  # codecs
 MAX_BYTES = 8 << 30  # of decoded frames, at once
 

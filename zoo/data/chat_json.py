@@ -13,6 +13,7 @@ from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
 from zoo.registry import MISSING, Dialog, Sample, ZooError, register
+from zoo.vision.video import VIDEOS, Video
 
 
 @dataclass
@@ -22,6 +23,7 @@ class ChatJsonConfig(RecordFields):
     split: str = "train"  # part of the file name, or the value wanted in split_field
     eval_split: str = ""  # split to evaluate on where a run has data for training only; empty: none
     split_field: str = ""  # column that says which split a record belongs to; empty: all records
+    frames: int = 8  # of a video (a file in the place of an image that ends in .mp4, .webm and the like), evenly
     group_by_image: bool = False  # one sample for all records about the same images, each a dialog of its own
     limit: int = 0  # first records only; 0: all
 
@@ -61,7 +63,10 @@ class ChatJson:
             dialogs.append(dialog)
         first = self.records[members[0]]
         name = record_id(first, self.config) or f"{self.records.path.name}:{members[0]}"
-        return Sample(name, [self._image(image, self._where(first, members[0])) for image in images], dialogs)
+        sources = [self._image(image, self._where(first, members[0])) for image in images]
+        for dialog in dialogs:
+            _name_videos(dialog, sources)
+        return Sample(name, sources, dialogs)
 
     def train_split(self) -> "ChatJson":
         """The training records of the same file or set: what is common there is what a blind guess knows."""
@@ -106,8 +111,21 @@ class ChatJson:
         name = record_id(record, self.config)
         return self.records.where(index) + (f" (record {name!r})" if name else "")
 
-    def _image(self, image: Any, where: str) -> bytes | Path | Callable[[], bytes]:
+    def _image(self, image: Any, where: str) -> bytes | Path | Callable[[], bytes] | Video:
         if not isinstance(image, str):
             raise ZooError(f"{where}: an image is named by a text, got {type(image).__name__} {str(image)[:40]!r}.")
         data = inline_image(image, where)
-        return self.store.find(image, where) if data is None else data
+        found = self.store.find(image, where) if data is None else data
+        if data is None and Path(image).suffix.lower() in VIDEOS:
+            if not isinstance(found, Path):
+                raise ZooError(f"{where}: the video {image!r} lies in an archive; videos are read from files.")
+            return Video(str(found), frames=self.config.frames)
+        return found
+
+
+def _name_videos(dialog: Dialog, sources: list[Any]) -> None:
+    """Say `video` in the parts that show one."""
+    parts = [p for m in dialog.messages if not isinstance(m["content"], str) for p in m["content"]]
+    for part, source in zip([p for p in parts if p["type"] in ("image", "video")], sources, strict=False):
+        if isinstance(source, Video):
+            part["type"] = "video"
