@@ -60,8 +60,8 @@ def test_a_run_learns_and_the_teacher_does_not(tmp_path, teacher):
     run = Run(cfg)
     before = {}
 
-    def remember(stage, inner=run._teacher_of):
-        found = inner(stage)
+    def remember(stage, distiller, inner=run._teacher_of):
+        found = inner(stage, distiller)
         before.update({n: p.clone() for n, p in found[0].model.named_parameters()})
         return found
 

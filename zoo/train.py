@@ -160,10 +160,10 @@ class Run:
     def _run_stage(self, index: int, name: str, stage: Stage) -> None:
         mix = self.data.mix(stage, self.cfg.seed * 1000 + index)
         steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
-        reseed(self.cfg.seed, index, -2)  # what is new in a distiller; `_engine` begins from here too
-        self._distiller_of(stage)
-        teacher, twins = self._teacher_of(stage)
-        engine = self._engine(index, stage, steps, teacher)
+        reseed(self.cfg.seed, index, -2)  # what is new in a distiller is a function of the seed and the stage
+        distiller = self._distiller_of(stage)
+        teacher, twins = self._teacher_of(stage, distiller)
+        engine = self._engine(index, stage, steps, distiller, teacher)
         done = self.progress.step
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
@@ -244,7 +244,7 @@ class Run:
             rate, unit = (line["images_per_s"], "images") if images else (line["samples_per_s"], "samples")
             self.display.update(record["stage_step"], losses, rate, unit, line["wait"])
 
-    def _engine(self, index: int, stage: Stage, steps: int, teacher: Any) -> Engine:
+    def _engine(self, index: int, stage: Stage, steps: int, distiller: Any, teacher: Any) -> Engine:
         """Set up the stage; in the middle of one, with the state of the newest checkpoint."""
         reseed(self.cfg.seed, index, -2)
         engine = Engine(
@@ -254,7 +254,7 @@ class Run:
             steps,
             seed=self.cfg.seed,
             precision=self.cfg.precision,
-            distiller=self._distiller_of(stage),
+            distiller=distiller,
             teacher=teacher,
         )
         self.progress.trained = sorted({*self.progress.trained, *engine.named_parameters()})
@@ -278,12 +278,12 @@ class Run:
             self._distiller = (node, None if node is None else build_distiller(self.model, node))
         return self._distiller[1]
 
-    def _teacher_of(self, stage: Stage) -> tuple[Any, Any]:
+    def _teacher_of(self, stage: Stage, distiller: Any) -> tuple[Any, Any]:
         """The stage's teacher, and what adds its rows to the student's; a model that two stages name is loaded once."""
         node = stage.teacher_node
         if node is None:
             return None, None
-        needs = getattr(self._distiller_of(stage), "needs", frozenset())
+        needs = getattr(distiller, "needs", frozenset())
         if node["store"]:
             return self._stored(stage, node["store"], needs)
         key = json.dumps(node, default=str, sort_keys=True)
