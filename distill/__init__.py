@@ -5,3 +5,4 @@ from zoo.registry import declare
 declare("distiller", "dense", "zoo.distill.dense")
 declare("distiller", "kl", "zoo.distill.kl")
 declare("distiller", "llava_kd", "zoo.distill.llava_kd")
+declare("distiller", "llava_mod", "zoo.distill.llava_mod")

@@ -210,6 +210,7 @@ def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) ->
             f"the LLM for a whole row: set pack_length=null."
         )
     try:
+        model.detach_only(stage.detach)
         trainable = model.set_trainable(stage.train, stage.freeze)
     except ZooError as error:
         raise ZooError(where + str(error)) from error

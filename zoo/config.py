@@ -208,12 +208,21 @@ def validate(cfg: Any) -> None:
             raise ZooError(f"No {kind} is chosen. Write {kind}=<name>, or start from a preset with model=<name>.")
     if not cfg.precision or cfg.precision not in PRECISIONS:
         raise unknown("precision", cfg.precision, filter(None, PRECISIONS))
+    before: list[str] | None = None  # what the stage before detaches
     for name, node in cfg.stages.items():
         try:
-            stage = OmegaConf.to_object(node)
+            stage: Any = OmegaConf.to_object(node)
             _check_stage(stage, list(cfg.data))
+            for adapter in stage.detach:
+                if adapter not in cfg.adapter:
+                    raise unknown("adapter of this run", adapter, map(str, cfg.adapter))
+                if before is not None and adapter not in before:
+                    raise ZooError(f"detach names {adapter!r}, which the stage before has: an adapter that acts stays.")
         except ZooError as error:
             raise ZooError(f"stage {name!r}: {error}") from error
+        before = stage.detach
+    if before:
+        raise ZooError(f"The last stage detaches {before[0]!r}, and the model that is saved would have it.")
 
 
 def _check_stage(stage: Any, data: list[str]) -> None:

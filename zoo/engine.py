@@ -44,6 +44,8 @@ class TrainStep(nn.Module):
         inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
         self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
         self.student_options = {} if distiller is None else options_of(needs, "student")
+        if stage.loss_weights.get("answer", 1.0) == 0 and "all_logits" not in self.student_options:
+            self.student_options["run_head"] = False  # nothing asks for the answer loss, not even at weight 0
         if hasattr(teacher, "look_with"):
             teacher.look_with(model)
 
@@ -108,6 +110,7 @@ class Engine:
         accelerator.free_memory()  # lets go of what the stage before wrapped
         self.accelerator, self.model, self.stage, self.steps, self.seed = accelerator, model, stage, steps, seed
         self.distiller, self.device = distiller, accelerator.device
+        model.detach_only(list(stage.detach))
         self.trainable = model.set_trainable(list(stage.train), list(stage.freeze))  # numbers by part
         self.precision = resolve_precision(stage.precision or precision, self.device)
         self.resume_training()

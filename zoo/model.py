@@ -172,6 +172,25 @@ class ZooModel(PreTrainedModel):
             raise ZooError(f"Nothing trains: train={list(train)} and freeze={list(freeze)} leave no parameter.")
         return count
 
+    def detach_only(self, names: Sequence[str]) -> None:
+        """Detach the adapters that `names` says, and attach all others.
+
+        Raises:
+            ZooError: the model has no such adapter.
+        """
+        for name in names:
+            if name not in self.adapter:
+                raise unknown("adapter of this model to detach", name, self.adapter.keys())
+        before: frozenset[str] = getattr(self, "_detached", frozenset())
+        self._detached = frozenset(names)
+        if before == self._detached:
+            return
+        for adapter in reversed(list(self.adapter.values())):  # the last one in is the first one out
+            adapter.detach()
+        for name, adapter in self.adapter.items():
+            if name not in self._detached:
+                adapter.attach()
+
     def gradient_checkpointing_enable(  # type: ignore[override]
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -312,8 +331,9 @@ class ZooModel(PreTrainedModel):
             num_labels: what the summed answer loss is divided by (gradient accumulation); default: labels in the batch.
             all_logits: give logits (B, T, V) although there are labels.
             run_llm: False stops after the projector.
-            targets, pair_ids: ignored here; what distillers want travels in the same batch.
-            run_head: False leaves out logits and losses: a teacher's are computed where they are needed.
+            run_head: False leaves out logits and the answer loss; those of the parts are there.
+            targets: ignored here; dense targets for distillers travel in the same batch.
+            pair_ids: (B, T) which of a pair's answers a token belongs to; for distillers, see `zoo.collate`.
         """
         image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
         unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
@@ -344,6 +364,7 @@ class ZooModel(PreTrainedModel):
             llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
             extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
         sequence = self._sequence(input_ids, attention_mask, position_ids, labels, segment_ids, block_ids)
+        sequence.pair_ids = pair_ids
         for part in [*self.pruner.values(), *self.adapter.values()]:
             if hasattr(part, "begin"):
                 part.begin(sequence)
@@ -369,18 +390,18 @@ class ZooModel(PreTrainedModel):
             image_tokens=image_tokens,
             sequence=sequence,
         )
-        if not run_head:
-            return result
-        if labels is None or all_logits:
+        if run_head and (labels is None or all_logits):
             result.logits = self.llm.head(hidden)  # (B, T, V)
         if labels is not None:
-            seen = labels if sequence.labels is None else sequence.labels
-            loss = answer_loss(self.llm, hidden, seen, num_labels, compiled=self.compiled)
-            losses = {"answer": loss}
+            losses: dict[str, Tensor] = {}
+            if run_head:
+                seen = labels if sequence.labels is None else sequence.labels
+                losses["answer"] = answer_loss(self.llm, hidden, seen, num_labels, compiled=self.compiled)
             for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
                 losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
-            result.losses = losses
-            result.loss = torch.stack(list(losses.values())).sum()
+            if losses:
+                result.losses = losses
+                result.loss = torch.stack(list(losses.values())).sum()
         return result
 
     def _mask_ahead(self, attention_mask: Tensor, past_key_values: Any) -> bool:

@@ -84,6 +84,7 @@ class LLMSequence:
     block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
     tokens_per_image: int = 0
     columns: Tensor | None = None  # (B, K) position of each hidden state that is left, -1 padding; None: all, in order
+    pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.collate`
 
     @property
     def image_ids(self) -> Tensor | None:
@@ -98,10 +99,17 @@ class LLMSequence:
         if self.image_mask is None:
             return None
         index = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1  # (B, T)
-        index = index.masked_fill(~self.image_mask, -1)
+        return self._left_of(index.masked_fill(~self.image_mask, -1))
+
+    def pairs(self) -> Tensor | None:
+        """Say which of a pair's answers each position that is left belongs to: (B, K), -1 none."""
+        return None if self.pair_ids is None else self._left_of(self.pair_ids)
+
+    def _left_of(self, index: Tensor) -> Tensor:
+        """What (B, T) says of the positions that are left: (B, K), -1 at padding."""
         if self.columns is None:
             return index
-        return index.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, -1)  # (B, K)
+        return index.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, -1)
 
 
 class Seen:

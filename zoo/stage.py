@@ -32,6 +32,8 @@ class Stage:
     # What trains
     train: list[str] = field(default_factory=lambda: ["all"])  # parts (vision, adapter.lora, ..., all) or globs
     freeze: list[str] = field(default_factory=list)  # parts or globs taken out of `train` again
+    # Adapters that have no effect yet; one that copies base weights, as upcycle does, copies what they are by then
+    detach: list[str] = field(default_factory=list)
     # Data and length
     data: dict[str, float] = field(default_factory=dict)  # data name -> weight in the mix; empty: every sample as often
     steps: int | None = None  # optimiser steps; give this or `epochs`

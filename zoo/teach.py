@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zoo.collate import collate
 from zoo.distill.chunked import AT_ONCE, Stored, value_and_gradient, with_rest
+from zoo.distill.logprobs import answer_logprobs
 from zoo.engine import build_distiller, to_device
 from zoo.loader import Mix
 from zoo.model_types import Seen
@@ -30,7 +31,7 @@ from zoo.registry import IGNORE_INDEX, Sample, ZooError, unknown
 from zoo.run_data import RunData
 from zoo.stage import Stage
 from zoo.teacher import Teacher, load_teacher, tokens_hash
-from zoo.teacher_store import RESPONSE, VISUAL, Writer, data_hash, sample_key
+from zoo.teacher_store import PAIRS, RESPONSE, VISUAL, Writer, data_hash, sample_key
 
 NOISE = 1.0  # nats between the teacher's logits and those of the student on whom the truncation's error is measured
 
@@ -74,7 +75,7 @@ def main(cfg: DictConfig) -> Path:
         "teacher": stage.teacher_node,
         "k": k,
         "dtype": cfg.teach.dtype,
-        "positions": [p for p in (RESPONSE, VISUAL) if f"teacher.{p}" in needs],
+        "positions": [p for p in (RESPONSE, VISUAL, PAIRS) if f"teacher.{p}" in needs],
         "vocab_size": len(processor.tokenizer),
         "tokens": tokens_hash(processor.tokenizer),
         "cells": model.num_image_tokens,
@@ -130,7 +131,7 @@ def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
 
     blank = SimpleNamespace(vision=None, llm=SimpleNamespace(hidden_size=1, vocab_size=1))
     needs: frozenset[str] = getattr(build_distiller(blank, stage.distiller_node or {}), "needs", frozenset())
-    return needs & {f"teacher.{RESPONSE}", f"teacher.{VISUAL}"}
+    return needs & {f"teacher.{positions}" for positions in (RESPONSE, VISUAL, PAIRS)}
 
 
 def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample]:
@@ -170,16 +171,31 @@ def said_of(
     hidden, vocab = seen.last_hidden_state, about["vocab_size"]
     result: list[dict[str, dict[str, Tensor]]] = [{} for _ in rows]
     for positions in about["positions"]:
+        if positions == PAIRS:
+            for said, kept in zip(result, _of_answers(seen, made, rows), strict=True):
+                said[positions] = kept
+            continue
         if positions == RESPONSE:
             where = seen.labels[:, 1:] != IGNORE_INDEX
             states, counts = hidden[:, :-1][where], where.sum(1).tolist()
         else:
-            where = seen.image_index >= 0
+            index = seen.image_index
+            assert index is not None, "visual positions are those of a model with image tokens"
+            where = index >= 0
             states, counts = hidden[where], where.sum(1).tolist()
         kept = likeliest(seen, states, vocab, k, about["dtype"], cost)
         for said, *parts in zip(result, *(kept[w].split(counts) for w in kept), strict=True):
             said[positions] = dict(zip(kept, parts, strict=True))
     return [(key, said) for (key, _), said in zip(batch, result, strict=True)]
+
+
+def _of_answers(seen: Seen, batch: dict[str, Any], rows: list[Any]) -> Iterator[dict[str, Tensor]]:
+    """The log-probability of each answer of a row's pairs, in the form of one token kept at one position."""
+    sums = answer_logprobs(seen, to_device(batch, seen.last_hidden_state.device))[0].float().cpu()
+    counts = [0 if row.pairs is None else len(set(row.pairs.tolist()) - {-1}) for row in rows]
+    for some in sums.split(counts):
+        nothing = torch.zeros(len(some))
+        yield {"ids": nothing.int().unsqueeze(-1), "log_probs": some.unsqueeze(-1), "log_rest": nothing}
 
 
 def likeliest(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: Truncation) -> dict[str, Tensor]:

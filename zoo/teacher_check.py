@@ -33,7 +33,8 @@ def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) 
     """
     node = stage.teacher_node
     theirs, tokenizer = _teacher(node["model"], tuple(node["options"]))
-    if theirs.origin and theirs.origin == plan.origin and theirs.slots == plan.slots:
+    itself = theirs.origin and theirs.origin == plan.origin and theirs.slots == plan.slots
+    if itself and not getattr(distiller, "own_reference", False):
         raise ZooError(
             f"the teacher {node['model']!r} is the student itself: the same parts with the same weights have nothing "
             "to learn from each other. Give the student a pruner or other parts, or name another teacher"

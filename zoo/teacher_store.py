@@ -3,10 +3,11 @@
 A folder holds `store.json` (teacher, data, settings) and `shard-00000.safetensors`, ...; each shard has for its samples
 
     keys                 (n, 16) uint8, a hash of the sample's id and text
-    P.offsets            (n + 1,) int64, where the positions of each sample begin; P is `response` or `visual`
+    P.offsets            (n + 1,) int64, where the positions of each sample begin; P is `response`, `visual`, `pairs`
     P.ids, P.log_probs   (S, K) the likeliest tokens, most likely first
     P.log_rest           (S,) logarithm of the mass of all others
 
+Of `pairs`, the reference of a preference loss, a position is a whole answer; the one number kept, its log-probability.
 A sample is found by its hash, so the order of the data, packing, workers and epochs are free; text that has changed is
 not found, and that pictures have not changed is seen from the hash of the whole data set.
 """
@@ -27,7 +28,7 @@ from zoo.run_folder import write_json
 INDEX = "store.json"
 FORMAT = 1
 PROBES = 16  # pictures of each data set that its hash looks at
-RESPONSE, VISUAL = "response", "visual"
+RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
 WHAT = ("ids", "log_probs", "log_rest")
 
 
@@ -133,7 +134,7 @@ class Stored:
         self.folder = Path(folder)
         self.about = read_about(self.folder)
         self.vocab_size = int(self.about["vocab_size"])
-        self.positions = [p for p in (RESPONSE, VISUAL) if f"teacher.{p}" in needs]
+        self.positions = [p for p in (RESPONSE, VISUAL, PAIRS) if f"teacher.{p}" in needs]
         if absent := [p for p in self.positions if p not in self.about["positions"]]:
             raise ZooError(
                 f"The store {str(self.folder)!r} holds {', '.join(self.about['positions'])} positions; "
@@ -168,11 +169,14 @@ class Stored:
                 f"The store {str(self.folder)!r} has {len(said[RESPONSE]['ids'])} labels for sample {sample.id!r}, "
                 f"the student {sum(counts)}: tokenizer or template differ."
             )
-        start = 0
+        start, first = 0, 0
         for row, count in zip(rows, counts, strict=True):
             row.targets = dict(row.targets)
+            answers = 0 if row.pairs is None else len(np.unique(row.pairs[row.pairs >= 0]))
+            parts = {RESPONSE: slice(start, start + count), PAIRS: slice(first, first + answers)}
+            first += answers
             for positions, values in said.items():
-                part = slice(start, start + count) if positions == RESPONSE else slice(None)
+                part = parts.get(positions, slice(None))
                 row.targets |= {f"teacher.{positions}.{what}": values[what][part] for what in WHAT}
             if VISUAL in said:
                 row.targets["teacher.visual.cells"] = np.array([self.about["cells"]])

@@ -258,12 +258,31 @@ class Run:
             teacher=teacher,
         )
         self.progress.trained = sorted({*self.progress.trained, *engine.named_parameters()})
-        if self.newest is not None:
-            checkpoint.load_weights(self.newest, self._named(engine), new=self._new_parts(index))
+        if self.newest is None:
+            self._start_adapters(index)
+        else:
+            for again in (False, True):
+                checkpoint.load_weights(self.newest, self._named(engine), new=self._new_parts(index))
+                if again or not self._start_adapters(index, resumed=True):
+                    break
             if self.progress.step:
                 checkpoint.load_optimizers(self.newest, engine.optimizers)
             self.newest = None
         return engine
+
+    def _start_adapters(self, index: int, *, resumed: bool = False) -> bool:
+        """Start the adapters that begin in this stage, or, where a run is resumed, began before; says if there are any.
+
+        What they copy was trained by the stages before.
+        """
+        found = False
+        for name, adapter in self.model.adapter.items():
+            began = sum(name in stage.detach for stage in self.stages.values())
+            if began and (began <= index if resumed else began == index) and hasattr(adapter, "start"):
+                reseed(self.cfg.seed, began, -4)
+                adapter.start()
+                found = True
+        return found
 
     def _new_parts(self, index: int) -> tuple[str, ...]:
         """What the newest checkpoint holds that this stage does not go on with: the distiller of the stage before."""
@@ -283,7 +302,7 @@ class Run:
         node = stage.teacher_node
         if node is None:
             return None, None
-        needs = getattr(distiller, "needs", frozenset())
+        needs: frozenset[str] = getattr(distiller, "needs", frozenset())
         if node["store"]:
             return self._stored(stage, node["store"], needs)
         key = json.dumps(node, default=str, sort_keys=True)
