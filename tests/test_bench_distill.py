@@ -20,6 +20,9 @@ BOUNDS = {
     "kl step over student step + teacher forward": None,
     "step from a stored teacher over the plain step, answers": 1.15,
     "step from a stored teacher over the plain step, answers and image tokens": None,
+    "preference step over four forwards and two backwards, answers sharing their image": 1.1,
+    "preference step over four forwards and two backwards, answers in rows of their own": 1.1,
+    "upcycled step, 4 experts, 2 run: time over the dense step's, over the ratio of FLOPs": 1.2,
 }
 
 

@@ -27,6 +27,7 @@ CLAIMS = {
     "moextend": "zoo.benches.claim_moextend",
     "vlora": "zoo.benches.claim_vlora",
     "llava_kd": "zoo.benches.claim_llava_kd",
+    "llava_mod": "zoo.benches.claim_llava_mod",
 }
 
 

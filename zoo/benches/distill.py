@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from zoo import memory
 from zoo.benches import divergence as kl
 from zoo.benches import llava
+from zoo.benches.distill_mod import preference_rows, upcycle_row
 from zoo.benches.llava import SIZES, Sizes
 from zoo.benches.measure import Clock, Plain, Times, Value, interleave, ratio
 from zoo.benches.report import Report, Row, machine, short
@@ -28,7 +29,7 @@ from zoo.registry import LinearHead, ZooError, unknown
 from zoo.stage import Stage
 from zoo.teacher import Teacher
 
-SECTIONS = ("kl", "relation", "step", "stored")
+SECTIONS = ("kl", "relation", "step", "stored", "preference", "upcycle")
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Options:
     rounds: int = 7  # turns of each variant
     steps: int = 2  # in a turn
     device: str = "auto"  # auto | cpu | cuda
-    only: str = ""  # sections, with commas between: kl, relation, step, stored; empty: all
+    only: str = ""  # sections, with commas between: kl, relation, step, stored, preference, upcycle; empty: all
 
     def __post_init__(self) -> None:
         if self.student not in SIZES:
@@ -97,12 +98,22 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             f"ratios of {place.clock.name} time within a round; {options.rounds} rounds, {options.steps} steps a turn",
         ]
         work = {"kl": _kl, "relation": _relation, "step": _step, "stored": _stored}
+        work |= {"preference": _preference, "upcycle": _upcycle}
         for section in options.sections:
             show(f"measuring: {section}")
             report.add(*work[section](place))
         return report
     finally:
         torch.set_num_threads(before)
+
+
+def _preference(place: Place) -> list[Row]:
+    sizes = SIZES[place.options.student]
+    return preference_rows(place, sizes, _larger(sizes, place.options.teacher_depth))
+
+
+def _upcycle(place: Place) -> list[Row]:
+    return [upcycle_row(place, SIZES[place.options.student])]
 
 
 def _kl(place: Place) -> list[Row]:
@@ -161,12 +172,15 @@ def _models(place: Place) -> tuple[Sizes, Any, Any, dict[str, Any]]:
     """Student, teacher, and a batch that both read."""
     o, device = place.options, place.accelerator.device
     sizes = SIZES[o.student]
-    n = o.teacher_depth
-    larger = replace(
+    student, teacher = (llava.composed(s).to(device) for s in (sizes, _larger(sizes, o.teacher_depth)))
+    return sizes, student, teacher, llava.ours_of(llava.batch(sizes, o.batch, o.length, o.labels))
+
+
+def _larger(sizes: Sizes, n: int) -> Sizes:
+    """`n` times as wide and deep."""
+    return replace(
         sizes, text_width=n * sizes.text_width, text_depth=n * sizes.text_depth, intermediate=n * sizes.intermediate
     )
-    student, teacher = llava.composed(sizes).to(device), llava.composed(larger).to(device)
-    return sizes, student, teacher, llava.ours_of(llava.batch(sizes, o.batch, o.length, o.labels))
 
 
 def _trains(place: Place, student: Any, batch: dict[str, Any], teacher: Any = None, **options: Any) -> Plain:
