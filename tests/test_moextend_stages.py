@@ -6,9 +6,12 @@ import torch
 import zoo
 from tests.test_loading import TEXTS, TINY
 from zoo import shift
+from zoo.config import compose
 from zoo.registry import ZooError
+from zoo.train import Run
 
 MOE = ["llm.model_type=mixtral", "llm.num_experts=4", "llm.top_k=2"]
+LAYER = ["adapter.moextend.layers=[0]", "adapter.moextend.sources=[0]"]
 DATA = ["data=[scenes]", "data.scenes.scenes=32"]
 
 
@@ -66,3 +69,22 @@ def test_what_cannot_be_chosen_is_refused(two, words, message):
     models = [f"base={two[0]}", f"probe={two[1]}", "samples=1", *DATA] if words else ["base=x"]
     with pytest.raises(ZooError, match=message):
         shift.main([*models, *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("moextend_scenes_probe", ["stages.probe.steps=1", "stages.probe.batch_size=2"]),
+        ("moextend_scenes", ["stages.tune.steps=1", "stages.tune.batch_size=2", *LAYER]),
+    ],
+)
+def test_the_recipes_go_on_from_a_run(two, name, options, tmp_path):
+    data = [f"data.{d}.scenes=4" for d in ("scenes", "scenes_relations")]
+    cfg = compose("train", [f"recipe={name}", f"model={two[0]}", f"run.dir={tmp_path}", "device=cpu", *data, *options])
+    run = Run(cfg)
+    before = {n: p.clone() for n, p in run.model.named_parameters()}
+    run.train()
+    changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
+    own = ("adapter.moextend.", "projector.") if name == "moextend_scenes" else ("llm.lm.model.layers.",)
+    assert changed and all(n.startswith(own) for n in changed)
+    assert name == "moextend_scenes" or all(n.endswith("mlp.gate.weight") for n in changed)
