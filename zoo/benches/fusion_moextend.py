@@ -18,7 +18,7 @@ def rows(place: Place) -> list[Row]:
     tiny = place.options.sizes == "tiny"
     sizes, shape = (MIXTURE, (2, 16)) if tiny else ({**SIZES, **MIXTURE}, (ROWS, LENGTH))
     node = {"name": "moextend", "layers": list(range(sizes.get("num_layers", 4)))}
-    steps = {
+    steps: dict[str, Any] = {
         "base": training_step(place, sizes, shape, None),
         "new": training_step(place, sizes, shape, node),
         "beside": training_step(place, sizes, shape, node, _beside),

@@ -30,7 +30,7 @@ def rows(place: Place) -> list[Row]:
     rank = 4 if tiny else RANK
     lora = {"name": "lora", "rank": rank, "alpha": 2.0 * rank, "targets": LINEARS}
     mole = {"name": "mole", "rank": rank, "alpha": 2.0 * rank, "dropout": 0.0}
-    steps = {"lora": training_step(place, sizes, shape, lora)}
+    steps: dict[str, Any] = {"lora": training_step(place, sizes, shape, lora)}
     for count in EXPERTS:
         steps[f"mole {count}"] = training_step(place, sizes, shape, {**mole, "num_experts": count})
         steps[f"loop {count}"] = training_step(place, sizes, shape, {**mole, "num_experts": count}, as_released)
