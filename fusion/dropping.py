@@ -10,14 +10,15 @@ Scores see queries and keys of the layer as its kernel sees them. The layer alon
 named `zoo_scored`, which hands them over and calls the function that the model was set to: flash stays flash.
 
 Nothing is dropped before layer 0, whose cache transformers counts positions by. Refused, because they would go wrong
-silently: caches of fixed size, several dialogs behind one image, layers that are not attention, flash kernels with a
-sliding window in effect, the balance loss of an MoE LLM.
+silently or not at all: caches of fixed size, several dialogs behind one image, layers that are not attention, flash
+kernels with a sliding window in effect, the balance loss of an MoE LLM, a compiled decoder.
 """
 
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,10 @@ class Dropper:
         self.budget, self.score = budget, score
         self.config = llm.lm.config.get_text_config()
         self.pending: Any = None  # the sequence that the next prompt is
+        self.sequence: Any = None  # of the prompt on its way, where it has labels
         self.run: Run | None = None
+        self.past = 0  # tokens in the cache before this pass
+        self.new: Tensor | None = None  # (B, q) real tokens among those that a cache goes on with; None: all
         self.scoring: int | None = None  # layer whose attention is scored now
         self._undo: list[Callable[[], None]] = []
         _check_family(who, self.config)
@@ -114,7 +118,7 @@ class Dropper:
         _register()
         for number, layer in enumerate(self.llm.layers):
             names = list(inspect.signature(layer.forward).parameters)
-            handle = layer.register_forward_pre_hook(self._before(number, names), with_kwargs=True)
+            handle = layer.register_forward_pre_hook(partial(self._before, number, names), with_kwargs=True)
             self._undo.append(handle.remove)
             if number in self.after:
                 self._watch(number, layer)
@@ -136,6 +140,9 @@ class Dropper:
         mask = sequence.attention_mask
         if mask is not None and mask.dim() != 2:
             raise ZooError(f"{self.who} needs attention_mask (B, T), got {list(mask.shape)}.")
+        decoder = self.llm.lm.base_model
+        if self._undo and getattr(decoder, "_compiled_call_impl", None) is not None:
+            raise ZooError(f"{self.who} chooses how long layers are as it goes, which does not compile: compile=false.")
         training = self.llm.training and torch.is_grad_enabled()
         if training and getattr(self.llm, "router_aux_coef", 0):
             raise ZooError(f"{self.who} shortens layers, which router_aux_coef does not know: set it to 0.")
@@ -156,54 +163,54 @@ class Dropper:
         module: Any = attention
         own = module.config
 
-        def watch(query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
-            if self.scoring == number and (run := self.run) is not None and run.scores is None:
-                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-                tokens = run.layers[number]
-                given = Attended(query.detach(), key.detach(), scaling, softcap, tokens, self._window(number, run))
-                with torch.no_grad():
-                    run.scores = self.score(given)
-
         def undo() -> None:
             module.config = own
 
-        module.config = _ScoredConfig(own, watch)
+        module.config = _ScoredConfig(own, partial(self._score, number))
         self._undo.append(undo)
+
+    def _score(self, number: int, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
+        """Score what layer `number` attends to, once for each prompt: recomputation in backward comes here as well."""
+        run = self.run
+        if self.scoring != number or run is None or run.scores is not None:
+            return
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        tokens, window = run.layers[number], self._window(number, run)
+        with torch.no_grad():
+            run.scores = self.score(Attended(query.detach(), key.detach(), scaling, softcap, tokens, window))
 
     # ---- layers ------------------------------------------------------------------------------------------------
 
-    def _before(self, number: int, names: list[str]) -> Callable[..., Any]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            hidden = given[names[0]]
-            cache = given.get("past_key_values", given.get("layer_past"))
-            if number == 0:
-                self._start(hidden, cache)
-            run = self.run
-            if run is None:
-                return None
-            if cache is not None:
-                cache.zoo_dropping = run
-            self.scoring = None
-            past = self.past
-            if not past:
-                hidden = self._enter(run, number, hidden)
-                self.scoring = number if number in self.after and bool(run.budget.any()) else None
-            if run.cut < 0 or number < run.cut:
-                return None
-            changed = self._decode(run, number, hidden, cache) if past else self._prefill(run, number, hidden, given)
-            given |= changed | {names[0]: hidden}
-            return tuple(given[n] for n in names[: len(args)]), {
-                k: v for k, v in given.items() if k not in names[: len(args)]
-            }
-
-        return hook
+    def _before(
+        self, number: int, names: list[str], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Change what a layer is given, where it is one that sees fewer tokens (a forward pre-hook)."""
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden = given[names[0]]
+        cache = given.get("past_key_values", given.get("layer_past"))
+        if number == 0:
+            self._start(hidden, cache)
+        run = self.run
+        if run is None:
+            return None
+        if cache is not None:
+            cache.zoo_dropping = run
+        self.scoring = None
+        if not self.past:
+            hidden = self._enter(run, number, hidden)
+            self.scoring = number if number in self.after and bool(run.budget.any()) else None
+        if run.cut < 0 or number < run.cut:
+            return None
+        changed = self._decode(run, number, hidden, cache) if self.past else self._prefill(run, number, hidden, given)
+        given |= changed | {names[0]: hidden}
+        first = names[: len(args)]
+        return tuple(given[n] for n in first), {k: v for k, v in given.items() if k not in first}
 
     def _start(self, hidden: Tensor, cache: Any) -> None:
         """Find out which prompt this is: a new one, one whose cache goes on, or none of ours."""
         sequence, self.pending = self.pending, None
         self.past = 0 if cache is None else int(cache.get_seq_length())
-        self.new: Tensor | None = None
+        self.new = None
         if self.past:
             self.run = getattr(cache, "zoo_dropping", None)
             if sequence is not None and sequence.attention_mask is not None:

@@ -1,5 +1,6 @@
 """Dropping image tokens inside unmodified decoders, whatever pruner chooses them."""
 
+import copy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -189,6 +190,17 @@ def test_what_has_no_image_or_no_announcement_is_left_alone():
 
 
 @torch.no_grad()
+def test_a_copy_drops_by_itself():
+    llm = llm_of()
+    dropper(llm)
+    other = copy.deepcopy(llm)
+    ids = row()[None]
+    hook = next(iter(other.layers[0]._forward_pre_hooks.values())).func.__self__
+    assert hook.llm is other and forward(other, hook, ids).last_hidden_state.shape[1] == 15
+    assert forward(llm, None, ids).last_hidden_state.shape[1] == 24
+
+
+@torch.no_grad()
 def test_text_padding_and_what_predicts_stay_and_sets_are_nested():
     llm = llm_of()
     drop = dropper(llm, {0: 0.5, 1: 0.25, 2: 0.0})
@@ -370,6 +382,9 @@ def test_what_would_go_wrong_is_refused():
         llm.hidden(inputs_embeds=embeds_of(llm, row()[None, :-1]))
     with pytest.raises(ZooError, match="'bloom'"):
         dropper(tiny_llm("bloom", num_kv_heads=0))
+    llm.lm.base_model.compile()
+    with pytest.raises(ZooError, match="compile=false"):
+        drop.begin(sequence(row()[None]))
     moe = llm_of("mixtral", router_aux_coef=0.01).train()
     with pytest.raises(ZooError, match="router_aux_coef"):
         dropper(moe).begin(sequence(row()[None]))

@@ -40,7 +40,7 @@ class Options:
     batch: int = 1  # prompts at once
     new_tokens: int = 16  # of a decode turn
     rounds: int = 7  # turns of each variant
-    threads: int = 2  # of torch on the CPU
+    threads: int = 1  # of torch on the CPU; with one, time is that of the process, whatever else runs
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "float32"  # float32 | bfloat16 | float16
     limit: int = 100  # samples of the task, for a model with trained weights; 0: no task
@@ -239,7 +239,8 @@ class _Bench:
                 continue
             plain = Variant(name, self.base.model, v.pixels, v.text, v.features)
             times = self._time(
-                {"encoder": plain.encode, "scored": v.encode, "choose": lambda v=v: v.choose(v.features)}
+                {"encoder": plain.encode, "scored": v.encode, "choose": lambda v=v: v.choose(v.features)},
+                each=3,
             )
             take = self.clock.take
             pairs = zip(take(times["scored"]), take(times["choose"]), take(times["encoder"]), strict=True)

@@ -60,26 +60,35 @@ class PruneReport(Report):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(13, 4), layout="constrained")
+        figure = Figure(figsize=(16, 4), layout="constrained")
         FigureCanvasAgg(figure)
-        layers, times, sizes = figure.subplots(1, 3)
-        for name, card in self.cards.items():
-            layers.step(range(len(card.layers)), card.layers, where="mid", label=name)
+        layers, prefill, decode, sizes = figure.subplots(1, 4)
+        colour = {name: f"C{i}" for i, name in enumerate(self.cards)}
+        for i, (name, card) in enumerate(self.cards.items()):
+            style = ("-", "--", "-.", ":")[i % 4]  # pruners that keep as many lie on one another
+            layers.step(range(len(card.layers)), card.layers, style, where="mid", label=name, color=colour[name])
             if card.by_size:
                 at = sorted(card.by_size)
-                (line,) = sizes.plot(at, [card.by_size[n].median for n in at], marker="o", label=name)
+                sizes.plot(at, [card.by_size[n].median for n in at], f"o{style}", label=name, color=colour[name])
                 low, high = ([getattr(card.by_size[n], side) for n in at] for side in ("low", "high"))
-                sizes.fill_between(at, low, high, alpha=0.2, color=line.get_color())
+                sizes.fill_between(at, low, high, alpha=0.15, color=colour[name], linewidth=0)
         layers.set(xlabel="layer of the LLM", ylabel="image tokens it sees")
         layers.legend()
-        shown = {name: card.prefill_ms for name, card in self.cards.items() if card.prefill_ms}
-        medians = [v.median for v in shown.values()]
-        spread = [[v.median - v.low for v in shown.values()], [v.high - v.median for v in shown.values()]]
-        times.bar(list(shown), medians, yerr=spread, capsize=3)
-        times.set(ylabel="prefill, encoder output to logits, ms")
+        for axes, field_name, what in (
+            (prefill, "prefill_ms", "prefill, encoder output to logits, ms"),
+            (decode, "decode_ms", "one token of decoding, ms"),
+        ):
+            shown = {name: getattr(card, field_name) for name, card in self.cards.items() if getattr(card, field_name)}
+            medians = [v.median for v in shown.values()]
+            spread = [[v.median - v.low for v in shown.values()], [v.high - v.median for v in shown.values()]]
+            axes.bar(list(shown), medians, yerr=spread, capsize=3, color=[colour[name] for name in shown])
+            axes.set(ylabel=what)
+            axes.tick_params(axis="x", rotation=30)
         sizes.axhline(1, color="grey", linewidth=1)
         sizes.set(xlabel="image tokens of the encoder", ylabel="prefill speed-up against no pruner", xscale="log")
-        if sizes.get_legend_handles_labels()[0]:
+        if ticks := sorted({n for card in self.cards.values() for n in card.by_size}):
+            sizes.set_xticks(ticks, [str(n) for n in ticks])
+            sizes.minorticks_off()
             sizes.legend()
         figure.savefig(path, dpi=120)
 
