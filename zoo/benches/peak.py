@@ -1,6 +1,5 @@
 """Peak memory of a piece of work, beside what was there before."""
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -19,7 +18,6 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else every profile is announced on the terminal
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
