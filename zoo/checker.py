@@ -381,7 +381,12 @@ def _other_teaching(plan: Plan, name: str, stage: Any) -> Iterator[tuple[str, Pl
         known = {option.name for option in registry.get("distiller", own["name"]).options}
     except ZooError:
         return
-    for off in ({"visual_weight": 0.0, "relation_weight": 0.0}, {"relation_weight": 0.0}, {"hidden_layers": {}}):
+    less: tuple[dict[str, Any], ...] = (
+        {"visual_weight": 0.0, "relation_weight": 0.0},
+        {"relation_weight": 0.0},
+        {"hidden_layers": {}},
+    )
+    for off in less:
         if off.keys() <= known:
             changed = replace(stage, distiller={**own, **off})
             text = ",".join(f"{k}:{v}" for k, v in {**own, **off}.items() if not isinstance(v, (dict, list)))

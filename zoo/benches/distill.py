@@ -8,6 +8,7 @@ the student's.
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,7 +126,7 @@ def _kl(place: Place) -> list[Row]:
     value = float((mine[0] - exact[0]).abs() / exact[0].abs())
     gradient = max(float((a - b).norm() / b.norm()) for a, b in zip(mine[1:], exact[1:], strict=True))
     del exact, mine
-    times = place.time({way: Plain(lambda way=way: kl.step(way, x)) for way in kl.WAYS})
+    times = place.time({way: Plain(partial(kl.step, way, x)) for way in kl.WAYS})
     naive = f"{peaks['naive']:.0f} MB with both logits in full, {peaks['chunked']:.0f} MB in chunks"
     share = Value.of([peaks["chunked"] / peaks["naive"]])
     return [
