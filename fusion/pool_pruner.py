@@ -78,6 +78,7 @@ class PoolPruner(nn.Module):
             grid=grid,
             keep=None,  # a mean has no place of its own; the tokens fill the new grid in order
             num_patches=image.num_patches or image.tokens.shape[1],
+            patch_grid=image.patch_grid or image.grid,
             groups=self._windows(image, grid),
             cls_attention=pool_scores(image.cls_attention),
             key_attention=pool_scores(image.key_attention),

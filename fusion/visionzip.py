@@ -108,6 +108,7 @@ class VisionZip(nn.Module):
             keep=None,
             groups=image.regrouped(groups),  # (M, N0)
             num_patches=image.num_patches or n,
+            patch_grid=image.patch_grid or image.grid,
             cls_attention=None,
             key_attention=None,
             pooling_attention=None,

@@ -66,6 +66,7 @@ class ImageFeatures:
     # by a pruner that merges, in place of `keep`.
     groups: Tensor | None = None
     num_patches: int | None = None  # N0; None: as many as there are tokens
+    patch_grid: tuple[int, int] | None = None  # (h, w) of the encoder's own grid; None: `grid`
 
     def take(self, keep: Tensor) -> ImageFeatures:
         """Keep some of the tokens, and what is known of each of them; the grid is gone.
@@ -81,7 +82,8 @@ class ImageFeatures:
         else:
             places = keep.new_full((keep.shape[0], n), -1)
             known["groups"] = self.regrouped(places.scatter(1, keep, keep.new_ones(keep.shape).cumsum(1) - 1))
-        return replace(self, tokens=_at(self.tokens, keep), grid=None, num_patches=self.num_patches or n, **known)
+        known |= {"num_patches": self.num_patches or n, "patch_grid": self.patch_grid or self.grid}
+        return replace(self, tokens=_at(self.tokens, keep), grid=None, **known)
 
     def regrouped(self, groups: Tensor) -> Tensor:
         """Follow the encoder's tokens through a merge: (M, N0), what a pruner that merges returns as `groups`.

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from zoo.bench import main, parse
-from zoo.benches import claim_llava_mod, claim_pool, claim_vlora
+from zoo.benches import claim_pool, claim_pruning, claim_vlora
 from zoo.benches.claims import CLAIMS, Options
 from zoo.registry import ZooError
 
 
-@pytest.mark.parametrize(("claim", "bounds"), [("pool", 3), ("vlora", 3), ("mole", 2), ("moextend", 4)])
+@pytest.mark.parametrize(("claim", "bounds"), [("pool", 3), ("pruning", 5), ("vlora", 3), ("mole", 2), ("moextend", 4)])
 def test_a_claim_runs_and_is_judged(claim, bounds, tmp_path):
     files = [f"json={tmp_path / 'rows.json'}", f"markdown={tmp_path / 'rows.md'}"]
-    assert main(["claims", f"claim={claim}", "seeds=2", "share=0.005", *files]) == 0
+    assert main(["claims", f"claim={claim}", "seeds=2", "share=0.005", f"plots={tmp_path}", *files]) == 0
+    assert (tmp_path / f"{claim}.png").is_file() == (claim == "pruning")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert len([r for r in rows if r["bound"] is not None]) == bounds
     assert all(r["what"].startswith(f"{claim}: ") and r["value"]["low"] <= r["value"]["high"] for r in rows)
@@ -22,6 +23,18 @@ def test_a_claim_runs_and_is_judged(claim, bounds, tmp_path):
     if claim == "vlora":
         exact = next(r for r in rows if "to the bit in every run" in r["what"])
         assert exact["reached"]
+
+
+def test_objects_are_where_the_pruning_pictures_say():
+    pictures = claim_pruning.Pictures(0)
+    batch = pictures.draw(20, torch.Generator().manual_seed(1))
+    assert (batch["shown"].sum(1) == 8).all() and (batch["shapes"][:, 0] != batch["shapes"][:, 1]).all()
+    patches = batch["pixels"].unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(20, 64, 48)
+    looks = pictures.shapes[:, None] + pictures.colours  # (shape, colour, 48)
+    near = torch.cdist(patches, looks.flatten(0, 1)).argmin(-1)  # (n, 64) the pair that a patch is most like
+    for i in range(20):
+        pairs = {int(s) * 6 + int(c) for s, c in zip(batch["shapes"][i], batch["colours"][i], strict=True)}
+        assert set(near[i][batch["shown"][i]].tolist()) == pairs
 
 
 def test_rectangles_are_where_the_boxes_say():
@@ -70,14 +83,3 @@ def test_every_claim_has_its_file():
     from importlib.util import find_spec
 
     assert all(find_spec(module) for module in CLAIMS.values())
-
-
-def test_llava_mod_is_judged_by_what_it_says():
-    worse = {f"{name}: {what}": [0.5] for name in (*claim_llava_mod.ARMS, *claim_llava_mod.PAIRS) for what in
-             ("accuracy", "false positives", "false negatives", "valid")}  # fmt: skip
-    rows = claim_llava_mod.judge(worse | {"kto_pair: valid": [0.2]})
-    assert [r.reached for r in rows if r.bound] == [False, False]
-    better = worse | {"sparse, mimic: accuracy": [0.7], "kto_pair, anchor: false positives": [0.1]}
-    found = {r.what: r.value.median for r in claim_llava_mod.judge(better)}
-    assert found["llava_mod: sparse, accuracy of mimic above answers alone"] == pytest.approx(0.2)
-    assert found["llava_mod: kto_pair, anchor, fewer false positives than before"] == pytest.approx(0.4)

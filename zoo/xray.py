@@ -174,6 +174,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     sample = Sample("picture", [image], [Dialog(ask)])
     batch = processor.collate([processor.encode_prompt(sample, sample.dialogs[0])], padding_side="left")
     inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs |= {"cuts": batch["cuts"]} if "cuts" in batch else {}
     recorded = _Recorder(model)
     with recorded:
         out = model(**inputs)
@@ -181,20 +182,21 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     before, kept = out.image, out.image_kept
     patches = _patches(kept, before.tokens.shape[1])
     places = (inputs["input_ids"][0] == model.image_token_id).nonzero().flatten()  # (K,) in the sequence
-    mixed = len(places) != kept.tokens.shape[1]
+    k = kept.tokens.shape[1]  # of the first row, the overview where there are crops: its tokens stand in front
+    mixed = model.projector.num_tokens(k) != k
     seen = _seen(model, places)
     view = View(
         name=name,
         grid=tuple(model.vision.grid),
-        layers=[patches.tolist() if mixed else _hide(patches, row).tolist() for row in seen],
+        layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in seen],
         tokens=[int(row.sum()) for row in seen],
         answer=processor.tokenizer.decode(written, skip_special_tokens=True).strip(),
         scores=_scores(model, before),
         mixed=mixed,
     )
     if not mixed:
-        view.layer_scores = {i: _at(patches, scores) for i, scores in recorded.on(places).items()}
-    return view, _picture(image, processor.transform)
+        view.layer_scores = {i: _at(patches, scores) for i, scores in recorded.on(places[:k]).items()}
+    return view, _picture(image, processor, inputs["pixel_values"][0])
 
 
 def _patches(kept: ImageFeatures, n: int) -> Tensor:
@@ -272,11 +274,17 @@ class _Recorder:
         return found
 
 
-def _picture(image: Any, transform: Any) -> Any:
+def _picture(image: Any, processor: Any, pixels: Tensor) -> Any:
     """The part of the picture that the encoder sees, in its proportions, large enough to look at."""
     from zoo.vision.images import open_image
     from zoo.vision.transform import fit
 
+    transform = processor.transform
     times = max(1, -(-_SHOWN // max(transform.size)))
-    size = (transform.size[0] * times, transform.size[1] * times)
-    return fit(open_image(image), replace(transform, size=size))
+    large = replace(transform, size=(transform.size[0] * times, transform.size[1] * times))
+    if processor.pictures is None:
+        return fit(open_image(image), large)
+    shape = (3, 1, 1)  # a published processor fits it in its own way: back from what the encoder got
+    seen = pixels.cpu().float() * torch.tensor(transform.std).view(shape) + torch.tensor(transform.mean).view(shape)
+    seen = (seen.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (h, w, 3)
+    return fit(open_image(seen.numpy()), replace(large, fit="squash"))

@@ -5,6 +5,7 @@ Every claim has a file of its own beside this one with
     SETTING: list[str]                                            what is done, for people
     measure(seed, share, show) -> dict[str, float]                one run; `share` of the steps, below 1 for tests
     judge(found) -> list[Row]                                     name -> numbers, one for each seed: rows with bounds
+    draw(found, path)                                             a picture of them, where one says more
 
 Nothing is tuned after the fact: a claim that does not hold shows as one that does not.
 """
@@ -12,6 +13,7 @@ Nothing is tuned after the fact: a claim that does not hold shows as one that do
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -25,9 +27,9 @@ CLAIMS = {
     "pool": "zoo.benches.claim_pool",
     "mole": "zoo.benches.claim_mole",
     "moextend": "zoo.benches.claim_moextend",
+    "pruning": "zoo.benches.claim_pruning",
     "vlora": "zoo.benches.claim_vlora",
     "llava_kd": "zoo.benches.claim_llava_kd",
-    "llava_mod": "zoo.benches.claim_llava_mod",
 }
 
 
@@ -37,6 +39,7 @@ class Options:
     seeds: int = 3  # runs of each, with seeds from 0
     share: float = 1.0  # of the steps; less is for tests and shows nothing
     threads: int = 1  # of torch on the CPU
+    plots: str = ""  # folder for pictures of the claims that draw some; empty: none
 
     def __post_init__(self) -> None:
         for claim in self.claims:
@@ -72,6 +75,8 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             report.setting += [f"{claim}: {line}" for line in module.SETTING]
             report.add(*[Row(f"{claim}: {name}", over(numbers), "") for name, numbers in found.items()])
             report.add(*module.judge(found))
+            if options.plots and hasattr(module, "draw"):
+                module.draw(found, Path(options.plots) / f"{claim}.png")
         return report
     finally:
         torch.set_num_threads(before)
