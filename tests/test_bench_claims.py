@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zoo.bench import main, parse
-from zoo.benches import claim_pool, claim_pruning, claim_vlora
+from zoo.benches import claim_llava_mod, claim_pool, claim_pruning, claim_vlora
 from zoo.benches.claims import CLAIMS, Options
 from zoo.registry import ZooError
 
@@ -83,3 +83,14 @@ def test_every_claim_has_its_file():
     from importlib.util import find_spec
 
     assert all(find_spec(module) for module in CLAIMS.values())
+
+
+def test_llava_mod_is_judged_by_what_it_says():
+    worse = {f"{name}: {what}": [0.5] for name in (*claim_llava_mod.ARMS, *claim_llava_mod.PAIRS) for what in
+             ("accuracy", "false positives", "false negatives", "valid")}  # fmt: skip
+    rows = claim_llava_mod.judge(worse | {"kto_pair: valid": [0.2]})
+    assert [r.reached for r in rows if r.bound] == [False, False]
+    better = worse | {"sparse, mimic: accuracy": [0.7], "kto_pair, anchor: false positives": [0.1]}
+    found = {r.what: r.value.median for r in claim_llava_mod.judge(better)}
+    assert found["llava_mod: sparse, accuracy of mimic above answers alone"] == pytest.approx(0.2)
+    assert found["llava_mod: kto_pair, anchor, fewer false positives than before"] == pytest.approx(0.4)

@@ -30,6 +30,7 @@ CLAIMS = {
     "pruning": "zoo.benches.claim_pruning",
     "vlora": "zoo.benches.claim_vlora",
     "llava_kd": "zoo.benches.claim_llava_kd",
+    "llava_mod": "zoo.benches.claim_llava_mod",
 }
 
 
