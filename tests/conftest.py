@@ -27,6 +27,23 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _table_as_it_was():
+    """Leave no plugin of a test behind: other tests look at all that is registered."""
+    from zoo.registry import core, plugins
+
+    declared, entries = ({k: dict(v) for k, v in table.items()} for table in (core._declared, core._entries))
+    loaded = dict(plugins._plugins)
+    yield
+    for kind, found in core._entries.items():
+        for name in set(found) - set(entries[kind]) - set(declared[kind]):  # those declared were only imported
+            del found[name]
+        core._declared[kind].clear()
+        core._declared[kind].update(declared[kind])
+    plugins._plugins.clear()
+    plugins._plugins.update(loaded)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets; the test is skipped where there is none."""

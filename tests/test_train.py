@@ -177,3 +177,14 @@ def test_sigterm_saves_and_leaves(made, tmp_path):
 def test_mistakes_are_named(made, stages, more, message):
     with pytest.raises(ZooError, match=message):
         made(stages, *more).train()
+
+
+def test_what_others_left_in_accelerate_does_not_change_the_number_format():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from zoo.processes import start_accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    assert start_accelerator("cpu").mixed_precision == "no"

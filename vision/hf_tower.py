@@ -103,7 +103,7 @@ class HFVisionConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the family's transformers config
     # Pixels; empty: the checkpoint's own, or the family's.
     mean: list[float] = field(default_factory=list)  # of RGB in [0, 1]
-    std: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)  # of RGB in [0, 1]
     resample: str = ""  # nearest | bilinear | bicubic | lanczos
     fit: str = ""  # crop | squash | pad
 

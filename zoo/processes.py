@@ -20,11 +20,17 @@ def start_accelerator(device: str = "auto", log: list[str] | None = None, folder
         ZooError: a launcher started several processes and they did not find each other.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # A rank whose batch has no image, or whose experts stay idle, leaves parameters without gradient.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=cpu, log_with=log or None, project_dir=folder, kwargs_handlers=[ddp])
+    # The number format is ours to choose, stage by stage: neither what another user of accelerate in this process (a
+    # transformers Trainer in bf16, say) left behind nor the launcher's environment shall wrap our forward passes.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision="no", log_with=log or None, project_dir=folder, kwargs_handlers=[ddp]
+    )
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise ZooError(
