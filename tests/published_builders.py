@@ -23,9 +23,9 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "n
 VISION |= {"image_size": 32, "patch_size": 8}
 
 
-def tokenizer(image_token="<image>", extra=()):
-    """A byte-level BPE with the special tokens of a published tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tokenizer(image_token="<image>", extra=(), bos=False):
+    """A byte-level BPE with the special tokens of a published tokenizer; `bos`: it begins texts, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
@@ -39,6 +39,8 @@ def tokenizer(image_token="<image>", extra=()):
         show_progress=False,
     )
     bpe.train_from_iterator(WORDS * 3, trainer)
+    if bos:
+        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
         extra_special_tokens={"image_token": image_token},
@@ -76,7 +78,7 @@ def llava(folder: Path, dtype=None, text="llama", **config):
     """LLaVA-1.5: CLIP, two linear layers, a Llama."""
     import transformers as t
 
-    tok = tokenizer()
+    tok = tokenizer(bos=True)
     torch.manual_seed(0)
     vision = t.CLIPVisionConfig(**VISION)
     model = t.LlavaForConditionalGeneration(
@@ -151,7 +153,7 @@ def llava_next(folder: Path, text="mistral"):
     """LLaVA-NeXT: crops of 32 pixels by pinpoints."""
     import transformers as t
 
-    tok = tokenizer()
+    tok = tokenizer(bos=True)
     torch.manual_seed(0)
     model = t.LlavaNextForConditionalGeneration(
         t.LlavaNextConfig(

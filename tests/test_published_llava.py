@@ -91,6 +91,24 @@ def test_the_chat_template_is_the_published_one(llava):
             assert mine.apply_chat_template(talk, add_generation_prompt=prompt) == expected
 
 
+def test_prompts_begin_as_the_familys(llava):
+    """The tokenizer puts <s> in front where the template does not: in talks, evaluation and training alike."""
+    from zoo.registry import Dialog, Sample
+
+    _, _, theirs, _, mine = llava
+    image = build.photo(40, 60)
+    text = theirs.apply_chat_template(said(1), add_generation_prompt=True)
+    expected = theirs(images=[image], text=[text], return_tensors="pt")["input_ids"][0].tolist()
+    assert expected[0] == theirs.tokenizer.bos_token_id
+    row = mine.encode_prompt(Sample("a", [image], []), Dialog(said(1)))
+    assert row.input_ids.tolist() == expected
+    asked = mine.apply_chat_template(said(1), images=[image], tokenize=True, add_generation_prompt=True)
+    assert asked[0].tolist() == expected
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+    learnt = mine.encode(Sample("a", [image], [Dialog([*said(1), answer])]))
+    assert learnt.input_ids[: len(expected)].tolist() == expected
+
+
 def test_export_is_loaded_by_transformers_alone(llava, tmp_path):
     _, reference, processor, ours, mine = llava
     zoo.export(ours, mine, tmp_path / "out")

@@ -172,7 +172,25 @@ class Chat:
     # ---- tokens ------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the token ids of a rendered text, and the character at which each ends."""
+        """Return the token ids of a rendered text, and the character at which each ends.
+
+        In front stands what the tokenizer itself puts there (<s>) where the template leaves that to it, as those of
+        vision-language models do.
+        """
+        ids, ends = self._tokenize(text)
+        begin = [] if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token) else self._begin
+        return [*begin, *ids], [*[0] * len(begin), *ends]
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        """Ids that the tokenizer puts before a text; none for a template that writes all there is."""
+        if not self.typed:
+            return []
+        whole, alone = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+        return list(whole[:at])
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
         if self._special is None:
             out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return list(out["input_ids"]), _rising(out["offset_mapping"])

@@ -174,7 +174,11 @@ class ZooProcessor(ProcessorMixin):
         found = [p.get("image", p.get("url")) for p in parts if p["type"] == "image"]
         films = [p.get("video", p.get("path")) for p in parts if p["type"] == "video"]
         given = [f for f in found if f is not None] or images
-        batch = self(images=given, text=texts, videos=films or None, add_special_tokens=False)
+        bos = self.tokenizer.bos_token
+        begun = not self._chat.typed or bool(
+            bos and texts[0].startswith(bos)
+        )  # else the tokenizer begins, as in `Chat`
+        batch = self(images=given, text=texts, videos=films or None, add_special_tokens=not begun)
         return batch if return_dict else batch["input_ids"]
 
     def flatten(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
