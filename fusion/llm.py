@@ -195,6 +195,14 @@ class HFLanguageModel(nn.Module):
             scale = given
         return scale, divisor, getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
 
+    def verify(self) -> None:
+        """Compare `head` with the model's own forward, once weights were read into a structure built without them.
+
+        Raises:
+            ZooError: this family computes its logits in a way that `head` does not know.
+        """
+        _check_head(self)
+
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss of the last forward pass in training, weighted; empty unless `router_aux_coef` asks.
 

@@ -143,6 +143,19 @@ def test_saved_is_loaded(family, tmp_path):
     torch.testing.assert_close(again(**one).logits, ours(**two).logits, atol=1e-6, rtol=0)
 
 
+def test_an_encoder_that_is_named_as_the_whole_model_is_known(family, tmp_path):
+    import json
+    import shutil
+
+    name, folder, _, _, ours, _ = family
+    shutil.copytree(folder, tmp_path / "named")
+    content = json.loads((folder / "config.json").read_text())
+    content["vision_config"]["model_type"] = name  # as SmolVLM's repositories do
+    if name in ("idefics3", "smolvlm"):
+        (tmp_path / "named" / "config.json").write_text(json.dumps(content))
+    assert zoo.load(f"dir:{tmp_path / 'named'}")[0].config.slots == ours.config.slots
+
+
 def test_a_pruner_takes_tokens_of_every_crop(family):
     name, folder, _, processor, _, _ = family
     for words in (["pruner=[pool]"], ["pruner=[random]"]):

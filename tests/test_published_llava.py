@@ -208,6 +208,26 @@ def test_training_lowers_the_loss_and_learns_answers_only(llava):
     assert losses[-1] < losses[0]
 
 
+def test_the_files_of_older_repositories_are_read(llava, tmp_path):
+    """Image processor and chat template in files of their own, sizes as numbers, a slow-path class name."""
+    folder = tmp_path / "old"
+    shutil.copytree(llava[0], folder)
+    content = json.loads((folder / "processor_config.json").read_text())
+    pixels = {**content["image_processor"], "crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    pixels |= {"processor_class": "LlavaProcessor", "image_processor_type": "CLIPImageProcessorFast"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    model, processor = zoo.load(f"dir:{folder}")
+    assert model.config.slots == llava[3].config.slots
+    image = build.photo(90, 40)
+    text = processor.apply_chat_template(said(1))
+    one, two = processor(images=[image], text=text), llava[4](images=[image], text=text)
+    assert torch.equal(one["pixel_values"], two["pixel_values"]) and torch.equal(one["input_ids"], two["input_ids"])
+
+
 @pytest.fixture
 def cache(llava, tmp_path, monkeypatch):
     """A hub cache that holds the tiny model under the published name; nothing else can be reached."""

@@ -97,6 +97,8 @@ class Base:
             raise ZooError("\n".join(lines))
         still = [n for m in modules.values() for n, t in [*m.named_parameters(), *m.named_buffers()] if t.is_meta]
         assert not still, f"left on the meta device: {still[:3]}"
+        if hasattr(parts.llm, "verify"):
+            parts.llm.verify()
         self.filled = done
 
 

@@ -95,7 +95,7 @@ def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
     from zoo.fusion.llm import HFLanguageModelConfig, transformers_config
 
     node = {
-        "model_type": text.model_type,
+        "model_type": type(text).model_type,
         "hidden_size": text.hidden_size,
         "num_layers": text.num_hidden_layers,
         "num_heads": text.num_attention_heads,
@@ -121,9 +121,9 @@ def vision_slot(
     """Say a vision config of transformers, and the statistics of its image processor, as options of `hf`."""
     from zoo.vision.hf_tower import FAMILIES, HFVisionConfig, _from_sizes
 
-    name = model_type or vision.model_type.removesuffix("_vision_model")
+    name = model_type or type(vision).model_type.removesuffix("_vision_model")  # files may say the whole model's type
     if name not in FAMILIES:
-        raise ZooError(f"Its encoder is of type {vision.model_type!r}; known are {', '.join(FAMILIES)}.")
+        raise ZooError(f"Its encoder is of type {type(vision).model_type!r}; known are {', '.join(FAMILIES)}.")
     size, patch = (_side(getattr(vision, key)) for key in ("image_size", "patch_size"))
     node: dict[str, Any] = {
         "model_type": name,
@@ -177,13 +177,14 @@ def one_layer(layer: int | Sequence[int]) -> int:
 
 def refuse_odd_cls(select: str, vision: Any) -> None:
     """Refuse a choice of tokens that our encoders, which drop [CLS] and nothing else, do not make."""
-    has_cls = vision.model_type in ("clip_vision_model", "dinov2", "internvl_vision")
+    kind = type(vision).model_type
+    has_cls = kind in ("clip_vision_model", "dinov2", "internvl_vision")
     if select == "full" and has_cls:
         raise ZooError("It keeps the [CLS] token among the image tokens (vision_feature_select_strategy='full').")
     if select == "default" and not has_cls:
         raise ZooError(
             f"It drops the first image token (vision_feature_select_strategy='default'), but its encoder "
-            f"{vision.model_type!r} has no [CLS] token: that would be a patch. Such an encoder needs 'full'."
+            f"{kind!r} has no [CLS] token: that would be a patch. Such an encoder needs 'full'."
         )
 
 
