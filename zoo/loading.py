@@ -220,7 +220,7 @@ def tokenizer_of(name: str, template: str = "") -> Any:
     if folder is not None and is_published(read_content(folder)):
         return tokenizer_in(folder, template)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(folder), template)
+        return load_tokenizer(str(folder), template, read_content(folder).get("image_token_id"))
     source = cfg.tokenizer.checkpoint or (cfg.llm or {}).get("checkpoint")
     if not source:
         raise ZooError(f"Model {name!r} has no trained weights here, so it has no tokenizer yet.")
