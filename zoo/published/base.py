@@ -97,7 +97,7 @@ class Base:
             raise ZooError("\n".join(lines))
         still = [n for m in modules.values() for n, t in [*m.named_parameters(), *m.named_buffers()] if t.is_meta]
         assert not still, f"left on the meta device: {still[:3]}"
-        if hasattr(parts.llm, "verify"):
+        if hasattr(parts.llm, "verify") and len({p.device for p in parts.llm.parameters()}) == 1:
             parts.llm.verify()
         self.filled = done
 
