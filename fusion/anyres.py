@@ -3,7 +3,8 @@
 An image becomes an overview and the crops of the pinpoint resolution that suits it. Behind the projector the crops'
 tokens are put together to one grid, the rows and columns that show padding only are cut off, each line ends with a
 learnt newline token, and the overview's tokens stand in front. Above `max_crops` times the tokens of one crop the grid
-is scaled down (bilinear). An image of one row, or tokens that fill no grid any more, are ended by one newline.
+is scaled down (bilinear). An image of one row, or tokens that fill no grid any more, are ended by one newline; what a
+pruner kept of each crop then stands in the raster order of the joined grid, padding included (`zoo.fusion.stitch`).
 
 Paper: Liu et al., LLaVA-NeXT (2024, blog); Li et al., arXiv:2408.03326 (LLaVA-OneVision), section 3.2 and figure 3.
 """
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.fusion.stitch import stitched_order
 from zoo.registry import Cut, ImageFeatures, ZooError, register, unknown
 
 FRAMES = ("keep", "bilinear", "average", "max")
@@ -91,9 +93,9 @@ class AnyRes(nn.Module):
         return torch.cat(list(self._images(images, cuts)))
 
     def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
-        """Run the projector; frames are pooled ahead of it where the config says so."""
+        """Run the projector; frames are pooled ahead of it if the config says so, kept tokens of crops put in order."""
         if self.config.frames not in ("average", "max") or image.grid is None or all(c.kind != "frame" for c in cuts):
-            return projector(image)
+            return self._ordered(projector(image), image, cuts)
         pool = F.avg_pool2d if self.config.frames == "average" else F.max_pool2d
         rows = []
         for cut, tokens in zip(cuts, image.tokens.split([c.rows for c in cuts]), strict=True):  # (R, N, D)
@@ -103,6 +105,20 @@ class AnyRes(nn.Module):
                 grid, tokens = (pooled.shape[2], pooled.shape[3]), pooled.flatten(2).transpose(1, 2)
             rows.append(projector(ImageFeatures(tokens, grid)))
         return rows
+
+    def _ordered(self, tokens: Tensor, image: ImageFeatures, cuts: Sequence[Cut]) -> Tensor:
+        """Put what was kept of crops (M, K, C) in the order of the joined grid, over all rows of an image."""
+        grid = image.patch_grid
+        if image.keep is None or grid is None or image.keep.shape != tokens.shape[:2]:
+            return tokens
+        rows = [c.rows for c in cuts]
+        ordered = []
+        for cut, some, keep in zip(cuts, tokens.split(rows), image.keep.split(rows), strict=True):
+            if cut.kind == "crop" and cut.rows > 1:
+                order = stitched_order(keep, grid, self._crops(cut.size))  # (R * K,)
+                some = some.flatten(0, 1)[order].view_as(some)
+            ordered.append(some)
+        return torch.cat(ordered)
 
     def _images(self, images: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Tensor]:
         for cut, rows in zip(cuts, images, strict=True):  # (R, K, C)

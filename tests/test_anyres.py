@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fusion_builders import features
+from tests.test_stitch import walked
 from zoo.registry import Cut, ZooError, build
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
@@ -87,3 +89,23 @@ def test_mistakes_are_said():
         layout(pinpoints=[[1, 2, 3]])
     with pytest.raises(ZooError, match="crops do not fill"):
         layout()(torch.randn(2, 4, 6), [Cut(2, "crop", (32, 32))])
+
+
+@pytest.mark.parametrize("newline", [False, True])
+def test_kept_tokens_stand_in_the_order_of_the_joined_grid(newline):
+    made = layout(text_dim=24, grid=None, newline=newline)
+    made.tokens = 3
+    cuts = [cut((20, 40), made), Cut(1, "image", (16, 16)), cut((60, 62), made)]
+    image = features(m=sum(c.rows for c in cuts), grid=(2, 4))
+    kept = build("pruner", {"name": "fastervlm", "num_keep": 3})(image)
+    tokens = made.project(kept, lambda i: i.tokens, cuts)
+    out, at, row = made(tokens, cuts), 0, 0
+    for one in cuts:
+        keep = kept.keep[row : row + one.rows]
+        rows, columns = made._crops(one.size) if one.kind == "crop" else (0, 0)
+        order = walked(keep, (2, 4), (rows, columns), (0, rows * 2, 0, columns * 4), False)
+        want = kept.tokens[row : row + one.rows].flatten(0, 1)[order]
+        length = made.count(one) - int(newline)
+        assert length == 3 * one.rows and torch.equal(out[at : at + length], want)
+        at, row = at + made.count(one), row + one.rows
+    assert at == len(out)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import published_builders
 from tests.browser import Browser
 from tests.conftest import picture
 from tests.data_places import shared
@@ -184,3 +185,14 @@ def test_words_of_the_command():
 def test_a_model_without_image_tokens_is_refused():
     with pytest.raises(ZooError, match="in this model no image stands in the sequence"):
         inspect("", [w.replace("projector=mlp", "projector=null") for w in TINY] + ["adapter=[vlora]"], picture(3))
+
+
+def test_a_published_model_shows_the_overview_of_its_crops(tmp_path):
+    reference, _ = published_builders.llava_next(tmp_path)
+    side = reference.config.vision_config.image_size // reference.config.vision_config.patch_size
+    xray = inspect(f"dir:{tmp_path}", [], published_builders.photo(40, 90), ["fastervlm", "fastv"], "red?")
+    plain, ranked, inside = xray.views
+    assert plain.grid == (side, side) and plain.layers[0] == list(range(side**2)) and plain.tokens[0] > side**2
+    assert sum(t >= 0 for t in ranked.layers[0]) == round(side**2 / 4) < ranked.tokens[0]
+    assert len(inside.moments) == (1 if len(inside.tokens) <= 2 else 2) and not inside.mixed
+    assert xray.image.size[0] == xray.image.size[1] >= 560
