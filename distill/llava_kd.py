@@ -92,7 +92,7 @@ class LLaVAKD:
         """
         losses: dict[str, Tensor] = {}
         vocab = shared_vocab(student, teacher, batch)
-        common = {"beta": self.beta, "temperature": self.config.temperature, "vocab_size": vocab}
+        common: dict[str, Any] = {"beta": self.beta, "temperature": self.config.temperature, "vocab_size": vocab}
         if self.weights["response"]:
             matched = match_responses(student, teacher, batch)
             weights = token_weights(matched, batch, self.config.per)

@@ -62,7 +62,8 @@ def relations(llm: Any, rows: Tensor, vocab: int, normalise: str = "none", gram:
         else:
             real = (wide != 0).any(-1, keepdim=True)
             wide = wide if head.bias is None else torch.cat([wide, real.to(wide.dtype)], -1)
-            gram = gram_of(llm, vocab, normalise) if gram is None else gram
+            gram = gram if gram is not None else gram_of(llm, vocab, normalise)
+            assert gram is not None, "a plain head has a Gram matrix"
             result = wide @ gram @ wide.transpose(-1, -2) * head.scale**2  # (M, N, N)
         if normalise == "none":
             return result

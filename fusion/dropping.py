@@ -358,8 +358,8 @@ def _scored(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     config = module.config
     config.watch(query, key, kwargs.get("scaling"), kwargs.get("softcap"))
     homes = [sys.modules.get(c.__module__) for c in type(module).__mro__]
-    own = next((m.eager_attention_forward for m in homes if hasattr(m, "eager_attention_forward")), None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config.real._attn_implementation, own)
+    own = next((f for m in homes if (f := getattr(m, "eager_attention_forward", None)) is not None), None)
+    attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(config.real._attn_implementation, own)  # type: ignore[arg-type]
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -372,7 +372,7 @@ def _register() -> None:
 
 def _check_family(who: str, config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
-    if kinds or config.model_type in _ALIBI or getattr(config, "num_kv_shared_layers", 0):
+    if kinds or config.model_type in _ALIBI or getattr(config, "num_kv_shared_layers", False):
         what = f"layers of kind {sorted(kinds)[0]!r}" if kinds else "positions or caches that cannot be shortened"
         raise ZooError(f"{who} cannot drop tokens inside {config.model_type!r}, which has {what}.")
 

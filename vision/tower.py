@@ -148,7 +148,7 @@ class Tower(nn.Module):
         runner.wants = need
         with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or self._trains())):
             tokens = runner.encode(pixel_values)  # (M, P + N, D)
-        asked: dict[str, Tensor] = {}
+        asked: dict[str, Any] = {}
         if need & ATTENTION:
             query, key, scale = runner.query_key()
             if "cls_attention" in need:

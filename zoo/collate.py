@@ -216,10 +216,10 @@ def collate(
         }
     if twins := [s.twin for s in samples if s.twin is not None]:
         theirs = collate(twins, pad_id=pad_id, padding_side=padding_side)
-        pairs = zip(
+        both = zip(
             (p for s in samples for p in s.pixel_values), (p for t in twins for p in t.pixel_values), strict=True
         )
-        if all(a is b for a, b in pairs):
+        if all(a is b for a, b in both):
             theirs.pop("pixel_values", None)
         batch[TWIN] = theirs
     return batch

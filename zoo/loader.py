@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from zoo.collate import EncodedSample
 from zoo.registry import Sample, ZooError, unknown
 from zoo.stage import Stage
 
@@ -168,7 +169,8 @@ class Batches(Dataset):
         first = (turn * self.place.world + self.place.rank) * self.size
         samples = self._samples(step, slice(first, first + self.size))
         encode = self.processor.encode if self.text else self.processor.encode_images
-        rows, broken = [], []
+        rows: list[EncodedSample] = []
+        broken: list[str] = []
         for sample in samples:
             try:
                 pieces = self._pieces(sample)

@@ -69,7 +69,7 @@ class Teacher:
     def _finish(self, image: ImageFeatures) -> tuple[ImageFeatures, ImageFeatures, torch.Tensor | None]:
         """What `ZooModel.encode_images` gives, from the encoder's features on."""
         tensors = {f.name: getattr(image, f.name) for f in fields(image)}
-        moved = {n: t.to(self.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+        moved: dict[str, Any] = {n: t.to(self.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
         wide = torch.float32 if self.dtype == torch.float32 else self.dtype
         moved = {n: t.to(wide) if t.dtype in (torch.bfloat16, torch.float16, wide) else t for n, t in moved.items()}
         image = kept = replace(image, **moved)

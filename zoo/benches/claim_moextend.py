@@ -197,7 +197,7 @@ def _chosen(base: _Model, world: World, g: torch.Generator, steps: int) -> tuple
         with torch.no_grad(), counted(model.llm) as count:
             model.logits(words, patches)
         counts.append(count)
-    return select(*counts)
+    return select(counts[0], counts[1])
 
 
 def _sources(layers: list[int], sources: list[int]) -> list[int]:

@@ -154,8 +154,8 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
         found[name] = sum(s for s, _ in scores) / len(scores)
         found[f"{name}, MFLOPs"] = scores[0][1]
         show(f"  {name}: {found[name]:.3f}, {scores[0][1]:.1f} MFLOPs")
-    for name, scores in (("cls", "cls"), ("column mean", "column_mean")):
-        pruner = build("pruner", {"name": "fastervlm", "num_keep": 8, "score": scores}, num_tokens=TOKENS)
+    for name, score in (("cls", "cls"), ("column mean", "column_mean")):
+        pruner = build("pruner", {"name": "fastervlm", "num_keep": 8, "score": score}, num_tokens=TOKENS)
         with torch.no_grad():
             keep = pruner(vision(test["pixels"], need=pruner.needs)).keep
         found[f"patches of objects among the first 8 by {name}"] = float(test["shown"].gather(1, keep).float().mean())
@@ -239,8 +239,8 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
             axis.plot(x, mean, marker="o", markersize=3, label=pruner.removesuffix(" to"))
             axis.fill_between(x, low, high, alpha=0.15)
     inside = [n for n in found if n.startswith("aim") and "none from" in n and "MFLOPs" not in n]
-    for axis, x in ((left, [KEPT[0] if "merged" in n else TOKENS for n in inside]), (right, None)):
-        x = x or [found[f"{n}, MFLOPs"][0] for n in inside]
+    costs = [found[f"{n}, MFLOPs"][0] for n in inside]
+    for axis, x in ((left, [float(KEPT[0] if "merged" in n else TOKENS) for n in inside]), (right, costs)):
         axis.scatter(x, [ends(n)[0] for n in inside], marker="x", color="black", label="aim, none in the last layers")
     left.set(
         xlabel="image tokens kept of 64 (aim: that enter the LLM)",

@@ -9,6 +9,7 @@ import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,7 +240,7 @@ class _Bench:
                 continue
             plain = Variant(name, self.base.model, v.pixels, v.text, v.features)
             times = self._time(
-                {"encoder": plain.encode, "scored": v.encode, "choose": lambda v=v: v.choose(v.features)},
+                {"encoder": plain.encode, "scored": v.encode, "choose": partial(v.choose, v.features)},
                 each=3,
             )
             take = self.clock.take
@@ -319,7 +320,7 @@ class _Bench:
                     v.stages(small * small)
                 except ZooError:
                     continue  # made for one grid
-                steps[name] = lambda v=v, features=features: v.after(features)
+                steps[name] = partial(v.after, features)
             times = self._time(steps, each=max(1, min(4, 256 // (small * small))))
             for name in steps:
                 if name != NONE:

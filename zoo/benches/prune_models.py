@@ -191,5 +191,5 @@ def first_tokens(features: ImageFeatures, side: int) -> ImageFeatures:
     index = (torch.arange(side)[:, None] * w + torch.arange(side)).flatten().to(features.tokens.device)
     assert h * w == n, "no pruner has been here"
     cut = {f.name: getattr(features, f.name) for f in fields(features) if f.name != "prefix"}
-    known = {k: v[:, index] for k, v in cut.items() if isinstance(v, Tensor) and v.shape[1] == n}
+    known: dict[str, Any] = {k: v[:, index] for k, v in cut.items() if isinstance(v, Tensor) and v.shape[1] == n}
     return replace(features, grid=(side, side), **known)
