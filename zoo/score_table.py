@@ -24,7 +24,8 @@ def score_table(lines: Sequence["Line"], title: str = "") -> Table:
         some = [line for line in lines if line.held_out == held_out]
         if held_out and some and len(some) < len(lines):
             table.add_section()
-            table.add_row("[dim]combinations never seen in training[/dim]")
+            table.add_row("[dim]never seen[/dim]")
+            table.caption, table.caption_justify = "never seen: combinations that training does not show", "left"
         last = ""
         for line in some:
             row = [line.data if line.data != last else "", line.kind, line.metric]
