@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.fusion.attention_walk import attention_walk, walk_flops
-from zoo.fusion.dropping import Attended, Dropper
+from zoo.fusion.dropping import Attended, Dropper, DropsInside
 from zoo.fusion.merging import merge, removals
 from zoo.fusion.survivors import VOTES
 from zoo.registry import ImageFeatures, ZooError, register, unknown
@@ -66,14 +66,12 @@ class AIMConfig:
 
 
 @register("pruner", "aim")
-class AIM(nn.Module):
+class AIM(DropsInside, nn.Module):
     """Training-free; adds no parameters."""
 
     needs: frozenset[str] = frozenset({"image_tokens"})
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset({"grid"})
-
-    dropper: Dropper | None = None
 
     def __init__(self, config: AIMConfig) -> None:
         super().__init__()
@@ -143,22 +141,7 @@ class AIM(nn.Module):
             return _left(total, layer, start, stop)
 
         hide = self.config.votes == "all"
-        self.__dict__["dropper"] = Dropper(llm, "pruner 'aim'", after, budget, self.importance, hide)
-        self.__dict__["dropper"].attach()
-
-    def detach(self) -> None:
-        """Leave the LLM as it was."""
-        if self.dropper is not None:
-            self.dropper.detach()
-
-    def begin(self, sequence: Any) -> None:
-        """Take where image tokens, padding and labels of the next forward pass are."""
-        if self.dropper is not None:
-            self.dropper.begin(sequence)
-
-    def kept(self) -> list[Tensor]:
-        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
-        return self.dropper.kept() if self.dropper is not None else []
+        self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, hide))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the products of scoring, of one prompt with `tokens` in each layer."""

@@ -351,6 +351,31 @@ class _ScoredConfig:
         return getattr(self.real, name)
 
 
+class DropsInside:
+    """What pruners that drop by a `Dropper` share: they make it in `attach`, and hand on to it."""
+
+    dropper: Dropper | None = None
+
+    def drop_by(self, dropper: Dropper) -> None:
+        """Attach `dropper`; it is no child: what it holds is the language model's."""
+        self.__dict__["dropper"] = dropper
+        dropper.attach()
+
+    def detach(self) -> None:
+        """Leave the LLM as it was."""
+        if self.dropper is not None:
+            self.dropper.detach()
+
+    def begin(self, sequence: Any) -> None:
+        """Take where image tokens, padding and labels of the next forward pass are."""
+        if self.dropper is not None:
+            self.dropper.begin(sequence)
+
+    def kept(self) -> list[Tensor]:
+        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
+        return self.dropper.kept() if self.dropper is not None else []
+
+
 def _scored(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """Hand queries and keys over, and attend as the model was set to."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

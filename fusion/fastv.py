@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attention_walk import attention_walk
-from zoo.fusion.dropping import Attended, Dropper
+from zoo.fusion.dropping import Attended, Dropper, DropsInside
 from zoo.registry import ImageFeatures, ZooError, register
 
 
@@ -32,14 +32,12 @@ class FastVConfig:
 
 
 @register("pruner", "fastv")
-class FastV(nn.Module):
+class FastV(DropsInside, nn.Module):
     """Training-free; adds no parameters, and changes nothing before the LLM."""
 
     needs: frozenset[str] = frozenset({"image_tokens"})
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
-
-    dropper: Dropper | None = None
 
     def __init__(self, config: FastVConfig) -> None:
         super().__init__()
@@ -61,22 +59,7 @@ class FastV(nn.Module):
     def attach(self, llm: Any) -> None:
         """Take effect in the LLM."""
         after = [] if self.config.keep_ratio == 1 else [self.config.layer - 1]
-        self.__dict__["dropper"] = Dropper(llm, "pruner 'fastv'", after, self.budget, self.score)
-        self.__dict__["dropper"].attach()
-
-    def detach(self) -> None:
-        """Leave the LLM as it was."""
-        if self.dropper is not None:
-            self.dropper.detach()
-
-    def begin(self, sequence: Any) -> None:
-        """Take where image tokens, padding and labels of the next forward pass are."""
-        if self.dropper is not None:
-            self.dropper.begin(sequence)
-
-    def kept(self) -> list[Tensor]:
-        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
-        return self.dropper.kept() if self.dropper is not None else []
+        self.drop_by(Dropper(llm, "pruner 'fastv'", after, self.budget, self.score))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the products of scoring, of one prompt with `tokens` in each layer: one row of attention."""
