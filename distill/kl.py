@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.distill.chunked import divergence
 from zoo.distill.positions import match_responses, shared_vocab
-from zoo.distill.terms import Terms, beta_of, token_weights
+from zoo.distill.terms import Terms, Weighed, beta_of, token_weights
 from zoo.registry import IGNORE_INDEX, ZooError, register
 
 
@@ -49,7 +49,7 @@ class KLConfig:
 
 
 @register("distiller", "kl")
-class KL:
+class KL(Weighed):
     """The loss is called `kl`; that on hidden states, 1 - cosine averaged over layers and positions, `hidden`."""
 
     def __init__(self, config: KLConfig) -> None:
@@ -60,15 +60,6 @@ class KL:
         self.needs = frozenset({"teacher.response", *hidden})
         self.equal_widths = bool(self.layers)  # what the check reads
         self.per_label = frozenset({"kl", "hidden"}) if config.per == "token" else frozenset()
-
-    def begin_step(self, step: int, steps: int) -> None:
-        """Set the weights of the terms for optimiser step `step` of `steps`."""
-        self.terms.begin_step(step, steps)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Of each loss, now."""
-        return self.terms.weights
 
     def __call__(self, student: Any, teacher: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compare the predictions of labels.

@@ -21,7 +21,7 @@ from torch import Tensor
 from zoo.distill.chunked import Live, divergence
 from zoo.distill.positions import match_images, match_responses, shared_vocab
 from zoo.distill.relation import NORMALISE, by_image, gram_of, relation_loss, relations
-from zoo.distill.terms import Terms, beta_of, token_weights
+from zoo.distill.terms import Terms, Weighed, beta_of, token_weights
 from zoo.registry import ZooError, register, unknown
 
 
@@ -57,7 +57,7 @@ class LLaVAKDConfig:
 
 
 @register("distiller", "llava_kd")
-class LLaVAKD:
+class LLaVAKD(Weighed):
     """Losses `response`, `visual` and `relation`, unweighted; `weights` says what each counts now."""
 
     def __init__(self, config: LLaVAKDConfig) -> None:
@@ -68,15 +68,6 @@ class LLaVAKD:
         self.per_label = frozenset({"response"}) if config.per == "token" else frozenset()
         self.per_image = frozenset({"visual", "relation"})
         self._gram: tuple[Any, Tensor | None] = (None, None)  # the teacher's head, and its G
-
-    def begin_step(self, step: int, steps: int) -> None:
-        """Set the weights of the terms for optimiser step `step` of `steps`."""
-        self.terms.begin_step(step, steps)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Of each loss, now."""
-        return self.terms.weights
 
     def __call__(self, student: Any, teacher: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compare student and teacher.

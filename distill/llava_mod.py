@@ -24,7 +24,7 @@ from zoo.distill.chunked import Live, divergence
 from zoo.distill.logprobs import answer_logprobs, stored_logprobs
 from zoo.distill.positions import Matched, match_responses, shared_vocab
 from zoo.distill.preference import LOSSES, preference_loss
-from zoo.distill.terms import Terms, beta_of, token_weights
+from zoo.distill.terms import Terms, Weighed, beta_of, token_weights
 from zoo.registry import IGNORE_INDEX, ZooError, register, unknown
 
 OBJECTIVES = ("mimic", "preference")
@@ -68,7 +68,7 @@ class LLaVAModConfig:
 
 
 @register("distiller", "llava_mod")
-class LLaVAMod:
+class LLaVAMod(Weighed):
     """Losses `mimic`, or `preference` and `anchor`; with preference also, logged and not learnt, what pairs are like.
 
     `margin` is the mean of beta (u - d), `accuracy` the share of pairs with u > d, `chosen` the mean of beta u.
@@ -83,15 +83,11 @@ class LLaVAMod:
         by_label = config.per == "token" and config.positions == "response"
         self.per_label = frozenset({"mimic"} if by_label else ()) if mimic else frozenset({"anchor"})
 
-    def begin_step(self, step: int, steps: int) -> None:
-        """Set the weight of the objective for optimiser step `step` of `steps`."""
-        self.terms.begin_step(step, steps)
-
     @property
     def weights(self) -> dict[str, float]:
         """Of each loss, now; 0 for what is only logged."""
         logged = () if self.config.objective == "mimic" else ("margin", "accuracy", "chosen")
-        return self.terms.weights | dict.fromkeys(logged, 0.0)
+        return super().weights | dict.fromkeys(logged, 0.0)
 
     def __call__(self, student: Any, teacher: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Compare student and teacher, or reward the student for separating answers.

@@ -35,6 +35,21 @@ class Terms:
             self.weights[name] = weight * (min(1.0, (step + 1) / rising) if rising else 1.0)
 
 
+class Weighed:
+    """What distillers of weighed terms share: the loop sets the step, and reads the weights."""
+
+    terms: Terms
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Set the weights of the terms for optimiser step `step` of `steps`."""
+        self.terms.begin_step(step, steps)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each loss, now."""
+        return self.terms.weights
+
+
 def beta_of(name: str, beta: float) -> float:
     """Return what `zoo.distill.chunked` calls beta: 0 forward, 1 reverse, the option itself for jsd."""
     if name not in DIVERGENCES:
