@@ -3,8 +3,11 @@
 An image becomes an overview and the crops of the pinpoint resolution that suits it. Behind the projector the crops'
 tokens are put together to one grid, the rows and columns that show padding only are cut off, each line ends with a
 learnt newline token, and the overview's tokens stand in front. Above `max_crops` times the tokens of one crop the grid
-is scaled down (bilinear). An image of one row, or tokens that fill no grid any more, are ended by one newline; what a
-pruner kept of each crop then stands in the raster order of the joined grid, padding included (`zoo.fusion.stitch`).
+is scaled down (bilinear). An image of one row, or tokens that fill no grid any more, are ended by one newline.
+
+What a pruner kept of each crop stands in the raster order of the joined grid, padding included (`zoo.fusion.stitch`):
+how much of it lies on padding is known only when it was chosen, and the prompt is written before. With `kept_lines`
+each line of that grid ends with the newline too, as in FasterVLM's code for `spatial_unpad`; else one ends them all.
 
 Paper: Liu et al., LLaVA-NeXT (2024, blog); Li et al., arXiv:2408.03326 (LLaVA-OneVision), section 3.2 and figure 3.
 """
@@ -29,6 +32,7 @@ class AnyResConfig:
     pinpoints: list[list[int]] = field(default_factory=list)  # [height, width] in pixels that an image may be fitted to
     max_crops: int = 0  # the joined grid holds at most about this many crops' tokens; 0: no bound
     newline: bool = True  # a learnt token ends each line
+    kept_lines: bool = False  # also of what a pruner kept of crops; else one ends them all
     # Tokens of each frame of a video: keep | bilinear, to half of its grid behind the projector, and one newline at the
     # end | average, max: pooled two by two ahead of the projector.
     frames: str = "keep"
@@ -58,13 +62,16 @@ class AnyRes(nn.Module):
         grid: tuple[int, int] | None,
         num_tokens: int,
         image_size: tuple[int, int],
+        encoder_grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.grid, self.tokens, self.image_size = config, grid, num_tokens, image_size
+        self.encoder_grid = encoder_grid
         self.given: dict[str, Any] = {
             "grid": list(grid) if grid else None,
             "num_tokens": num_tokens,
             "image_size": list(image_size),
+            "encoder_grid": list(encoder_grid) if encoder_grid else None,
         }
         self.newline = None
         if config.newline and text_dim is not None:
@@ -83,7 +90,7 @@ class AnyRes(nn.Module):
             ending = end if self.config.frames == "bilinear" else 0
             return cut.rows * math.prod(self._frame_grid() or (self.tokens,)) + ending
         if cut.rows == 1 or self.grid is None:
-            return cut.rows * self.tokens + end
+            return cut.rows * self.tokens + (self._kept_lines(cut) or end)
         _, lines, columns = self._shape(cut)
         return self.tokens + lines * (columns + end)
 
@@ -106,26 +113,36 @@ class AnyRes(nn.Module):
             rows.append(projector(ImageFeatures(tokens, grid)))
         return rows
 
-    def _ordered(self, tokens: Tensor, image: ImageFeatures, cuts: Sequence[Cut]) -> Tensor:
+    def _ordered(self, tokens: Tensor, image: ImageFeatures, cuts: Sequence[Cut]) -> Tensor | list[Tensor]:
         """Put what was kept of crops (M, K, C) in the order of the joined grid, over all rows of an image."""
         grid = image.patch_grid
         if image.keep is None or grid is None or image.keep.shape != tokens.shape[:2]:
+            if any(map(self._kept_lines, cuts)):
+                raise ZooError("layout.kept_lines ends lines of patches, and this pruner leaves tokens that are none.")
             return tokens
         rows = [c.rows for c in cuts]
         ordered = []
         for cut, some, keep in zip(cuts, tokens.split(rows), image.keep.split(rows), strict=True):
             if cut.kind == "crop" and cut.rows > 1:
-                order = stitched_order(keep, grid, self._crops(cut.size))  # (R * K,)
-                some = some.flatten(0, 1)[order].view_as(some)
+                lines = bool(self._kept_lines(cut))
+                order = stitched_order(keep, grid, self._crops(cut.size), newline=lines)  # (R * K [+ lines],)
+                some = torch.cat([some.flatten(0, 1), *self._end(some)])[order][None]  # a newline is -1, the last one
             ordered.append(some)
-        return torch.cat(ordered)
+        return ordered
+
+    def _kept_lines(self, cut: Cut) -> int:
+        """Count the newlines of what a pruner kept of an image's crops, where each line ends with one; else 0."""
+        crops = cut.kind == "crop" and cut.rows > 1 and self.grid is None
+        if not (crops and self.config.kept_lines and self.config.newline and self.encoder_grid):
+            return 0
+        return self._crops(cut.size)[0] * self.encoder_grid[0]
 
     def _images(self, images: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Tensor]:
         for cut, rows in zip(cuts, images, strict=True):  # (R, K, C)
             if cut.kind == "frame":
                 yield from (self._frames(rows), *(self._end(rows) if self.config.frames == "bilinear" else ()))
             elif cut.rows == 1 or self.grid is None:
-                yield from (rows.flatten(0, 1), *self._end(rows))
+                yield from (rows.flatten(0, 1), *([] if self._kept_lines(cut) else self._end(rows)))
             else:
                 yield from (rows[0], self._join(rows[1:], cut))
 

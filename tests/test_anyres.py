@@ -13,9 +13,10 @@ from zoo.registry import Cut, ZooError, build
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
 
-def layout(text_dim=6, grid=(2, 2), **options):
+def layout(text_dim=6, grid=(2, 2), num_tokens=4, **options):
     node = {"name": "anyres", "pinpoints": PINPOINTS, **options}
-    return build("layout", node, text_dim=text_dim, grid=grid, num_tokens=4, image_size=(16, 16))
+    given = {"image_size": (16, 16), "encoder_grid": (2, 4)}
+    return build("layout", node, text_dim=text_dim, grid=grid, num_tokens=num_tokens, **given)
 
 
 def cut(size, made):
@@ -92,9 +93,9 @@ def test_mistakes_are_said():
 
 
 @pytest.mark.parametrize("newline", [False, True])
-def test_kept_tokens_stand_in_the_order_of_the_joined_grid(newline):
-    made = layout(text_dim=24, grid=None, newline=newline)
-    made.tokens = 3
+@pytest.mark.parametrize("kept_lines", [False, True])
+def test_kept_tokens_stand_in_the_order_of_the_joined_grid(newline, kept_lines):
+    made = layout(text_dim=24, grid=None, num_tokens=3, newline=newline, kept_lines=kept_lines)
     cuts = [cut((20, 40), made), Cut(1, "image", (16, 16)), cut((60, 62), made)]
     image = features(m=sum(c.rows for c in cuts), grid=(2, 4))
     kept = build("pruner", {"name": "fastervlm", "num_keep": 3})(image)
@@ -103,9 +104,20 @@ def test_kept_tokens_stand_in_the_order_of_the_joined_grid(newline):
     for one in cuts:
         keep = kept.keep[row : row + one.rows]
         rows, columns = made._crops(one.size) if one.kind == "crop" else (0, 0)
-        order = walked(keep, (2, 4), (rows, columns), (0, rows * 2, 0, columns * 4), False)
-        want = kept.tokens[row : row + one.rows].flatten(0, 1)[order]
-        length = made.count(one) - int(newline)
-        assert length == 3 * one.rows and torch.equal(out[at : at + length], want)
-        at, row = at + made.count(one), row + one.rows
-    assert at == len(out)
+        lines = newline and kept_lines and one.kind == "crop"
+        order = walked(keep, (2, 4), (rows, columns), (0, rows * 2, 0, columns * 4), lines)
+        own = kept.tokens[row : row + one.rows].flatten(0, 1)
+        want = torch.cat([own, made.newline[None]])[order] if lines else own[order]
+        want = torch.cat([want, made.newline[None]]) if newline and not lines else want
+        assert made.count(one) == len(want) == 3 * one.rows + (2 * rows if lines else int(newline))
+        assert torch.equal(out[at : at + len(want)], want)
+        at, row = at + len(want), row + one.rows
+    assert at == len(out) and made.num_tokens(3) >= max(map(made.count, cuts))
+
+
+def test_lines_of_merged_tokens_are_refused():
+    made = layout(text_dim=24, grid=None, num_tokens=6, kept_lines=True)
+    cuts = [cut((20, 40), made)]
+    merged = build("pruner", {"name": "aim"})(features(m=3, grid=(4, 6)))
+    with pytest.raises(ZooError, match="kept_lines ends lines of patches"):
+        made.project(merged, lambda i: i.tokens, cuts)

@@ -194,7 +194,8 @@ def _place(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
 def _add_layout(parts: Parts, slots: Mapping[str, Any], took: Any, **derived: Any) -> None:
     """Build what lays out the rows of an image behind the projector, where the slots name something."""
     if node := slots.get("layout"):
-        parts.layout = _build("layout", node, image_size=parts.vision.transform.size, **derived)
+        derived |= {"image_size": parts.vision.transform.size, "encoder_grid": tuple(parts.vision.grid)}
+        parts.layout = _build("layout", node, **derived)
         tokens = parts.layout.num_tokens(derived["num_tokens"])
         took("layout", node["name"], parts.layout, tokens=tokens, grid=None, width=derived["text_dim"])
 
