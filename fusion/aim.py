@@ -22,8 +22,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zoo.fusion.attended import Attended
 from zoo.fusion.attention_walk import attention_walk, walk_flops
-from zoo.fusion.dropping import Attended, Dropper, DropsInside
+from zoo.fusion.dropping import Dropper, DropsInside
 from zoo.fusion.merging import merge, removals
 from zoo.fusion.survivors import VOTES
 from zoo.registry import ImageFeatures, ZooError, register, unknown

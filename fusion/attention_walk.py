@@ -6,12 +6,20 @@ several steps a PageRank walk. Memory is one block of rows.
 A causal walk of any number of steps takes one pass over the scores. Row i gives to columns j <= i only, so going from
 the last block of rows to the first, every step's number of a row is complete when its block is reached, and one block
 of P serves all steps. (Pass by pass, P would be computed anew for each.)
+
+On CUDA such passes are what a GPU is good at, and going block by block is not: there a walk of several steps runs in
+Triton kernels (`walk_kernel`), where Triton is installed and can compile. One step stays here: its votes are few rows.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from zoo.fusion.survivors import Sight
 
 BLOCK = 128  # rows of P at a time
 
@@ -50,6 +58,10 @@ def attention_walk(
     Returns:
         (B, H, L): what each key holds at the end, in each head.
     """
+    if steps > 1 and (visible is None or isinstance(visible, Sight)) and (walk := _kernel(query.device)):
+        given = {"scaling": scaling, "steps": steps, "temperature": temperature, "damping": damping, "causal": causal}
+        found: Tensor = walk(query, key, start, **given, sight=visible, softcap=softcap)
+        return found
     b, h, length, _ = query.shape
     u = torch.zeros(b, h, steps + 1, length, device=query.device)
     u[:, :, 0] = start[:, None]
@@ -96,6 +108,23 @@ def attention_walk(
             if first:
                 u[:, :, 1:, :first] += u[:, :, :-1, first:end] @ p[..., :first]  # (B, H, steps, first)
     return u[:, :, steps]
+
+
+@cache
+def _kernel(device: torch.device) -> Any:
+    """Find what walks on a device in kernels of its own; None where that is to be done here."""
+    if device.type != "cuda":
+        return None
+    try:
+        from zoo.fusion.walk_kernel import walk
+
+        some = torch.ones(1, 1, 16, 16, device=device)
+        walk(some, some, some[0, :, 0], scaling=1.0, steps=1)  # Triton wants a compiler, which may not be here
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        warnings.warn(f"AIM scores without its CUDA kernel, more slowly: {type(error).__name__}: {why}", stacklevel=3)
+        return None
+    return walk
 
 
 def walk_flops(length: int, heads: int, head_dim: int, steps: int, block: int = BLOCK) -> int:

@@ -6,8 +6,8 @@ own cache stays shorter, through `generate` of transformers with all it can do. 
 that dropping computes what hiding them would. Text and padding are never candidates, nor is a token that predicts: the
 last one, and in training those before a label. Labels follow the survivors.
 
-Scores see queries and keys of the layer as its kernel sees them. The layer alone runs through an attention function
-named `zoo_scored`, which hands them over and calls the function that the model was set to: flash stays flash.
+Scores see queries and keys of the layer as its kernel sees them, which stays the one that the model was set to
+(`zoo.fusion.attended`).
 
 Nothing is dropped before layer 0, whose cache transformers counts positions by. Refused, because they would go wrong
 silently or not at all: caches of fixed size, several dialogs behind one image, layers that are not attention, flash
@@ -15,7 +15,6 @@ kernels with a sliding window in effect, the balance loss of an MoE LLM, a compi
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,32 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.fusion.attended import Attended, watch
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask
 from zoo.fusion.survivors import Survivors
 from zoo.registry import ZooError
 
-SCORED = "zoo_scored"
 _KINDS = {"full_attention", "sliding_attention"}
 _ALIBI = {"bloom", "mpt", "falcon"}
-
-
-@dataclass
-class Attended:
-    """What a pruner scores: a layer's queries and keys."""
-
-    query: Tensor  # (B, H, L, d), after rotation
-    key: Tensor  # (B, H_kv, L, d)
-    scaling: float  # of the scores
-    softcap: float | None
-    tokens: Survivors  # the positions
-    window: int | None  # of the layer, None where it does not bind
-
-    @property
-    def visible(self) -> Callable[[Tensor, int], Tensor] | None:
-        """Who sees whom beside causality, for `attention_walk`; None where causality is all."""
-        if self.tokens.whole and not self.tokens.packed and self.window is None:
-            return None
-        return lambda rows, keys: self.tokens.visible(rows, keys, self.window)
 
 
 @dataclass
@@ -115,13 +95,12 @@ class Dropper:
             raise ZooError(f"{self.who} and {other} both drop tokens inside the LLM: use one of them.")
         lm.__dict__["zoo_dropping"] = self.who
         self._undo.append(lambda: lm.__dict__.pop("zoo_dropping", None))
-        _register()
         for number, layer in enumerate(self.llm.layers):
             names = list(inspect.signature(layer.forward).parameters)
             handle = layer.register_forward_pre_hook(partial(self._before, number, names), with_kwargs=True)
             self._undo.append(handle.remove)
             if number in self.after:
-                self._watch(number, layer)
+                self._undo.append(watch(layer, partial(self._score, number), f"{self.who} in {type(lm).__name__}"))
 
     def detach(self) -> None:
         """Leave the LLM as it was."""
@@ -155,19 +134,6 @@ class Dropper:
         b = len(self.run.layers[0].seen)
         seen = [x.column.new_zeros(b, self.run.total).scatter(1, x.column, x.seen.long()) for x in self.run.layers]
         return [x.bool() for x in seen]
-
-    def _watch(self, number: int, layer: nn.Module) -> None:
-        attention = next((m for m in layer.modules() if hasattr(m, "config") and "Attention" in type(m).__name__), None)
-        if attention is None:
-            raise ZooError(f"{self.who} finds no attention in the layers of {type(self.llm.lm).__name__}.")
-        module: Any = attention
-        own = module.config
-
-        def undo() -> None:
-            module.config = own
-
-        module.config = _ScoredConfig(own, partial(self._score, number))
-        self._undo.append(undo)
 
     def _score(self, number: int, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
         """Score what layer `number` attends to, once for each prompt: recomputation in backward comes here as well."""
@@ -339,18 +305,6 @@ class Dropper:
             raise ZooError(f"{self.who} needs a cache that grows; {type(odd[0]).__name__} has one length for all.")
 
 
-class _ScoredConfig:
-    """The config of one attention layer, but for the name of the attention function."""
-
-    def __init__(self, real: Any, watch: Callable[..., None]) -> None:
-        self.__dict__.update(real=real, watch=watch, _attn_implementation=SCORED)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "real":
-            raise AttributeError(name)
-        return getattr(self.real, name)
-
-
 class DropsInside:
     """What pruners that drop by a `Dropper` share: they make it in `attach`, and hand on to it."""
 
@@ -374,25 +328,6 @@ class DropsInside:
     def kept(self) -> list[Tensor]:
         """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
         return self.dropper.kept() if self.dropper is not None else []
-
-
-def _scored(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """Hand queries and keys over, and attend as the model was set to."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    config = module.config
-    config.watch(query, key, kwargs.get("scaling"), kwargs.get("softcap"))
-    homes = [sys.modules.get(c.__module__) for c in type(module).__mro__]
-    own = next((f for m in homes if (f := getattr(m, "eager_attention_forward", None)) is not None), None)
-    attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(config.real._attn_implementation, own)  # type: ignore[arg-type]
-    return attend(module, query, key, value, attention_mask, **kwargs)
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    # No mask function of this name: masks are made for the model's own config, which never says it.
-    AttentionInterface.register(SCORED, _scored)
 
 
 def _check_family(who: str, config: Any) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.fusion.attended import Attended
 from zoo.fusion.attention_walk import attention_walk
-from zoo.fusion.dropping import Attended, Dropper, DropsInside
+from zoo.fusion.dropping import Dropper, DropsInside
 from zoo.registry import ImageFeatures, ZooError, register
 
 

@@ -170,3 +170,14 @@ class Survivors:
             mask &= query - column[:, None] < window
         mask[:, :, -q:].diagonal(dim1=1, dim2=2).logical_or_(~mask.any(-1))
         return mask[:, None]
+
+
+@dataclass
+class Sight:
+    """Who sees whom in a layer, as `attention_walk` asks it: called for rows and a number of keys."""
+
+    tokens: Survivors
+    window: int | None  # of the layer; None: it does not bind
+
+    def __call__(self, rows: Tensor | slice, keys: int) -> Tensor:
+        return self.tokens.visible(rows, keys, self.window)
