@@ -5,17 +5,23 @@ import json
 import pytest
 import torch
 
+from tests.data_places import shared
 from zoo.bench import main, parse
-from zoo.benches import claim_llava_mod, claim_pool, claim_pruning, claim_vlora
+from zoo.benches import claim_fashion, claim_film, claim_llava_mod, claim_pool, claim_pruning, claim_vlora
 from zoo.benches.claims import CLAIMS, Options
 from zoo.registry import ZooError
 
+BOUNDS = {"pool": 3, "pruning": 5, "pruning_fashion": 4, "pruning_film": 4, "vlora": 3, "mole": 2, "moextend": 4}
 
-@pytest.mark.parametrize(("claim", "bounds"), [("pool", 3), ("pruning", 5), ("vlora", 3), ("mole", 2), ("moextend", 4)])
-def test_a_claim_runs_and_is_judged(claim, bounds, tmp_path):
+
+@pytest.mark.parametrize(("claim", "bounds"), BOUNDS.items())
+def test_a_claim_runs_and_is_judged(claim, bounds, tmp_path, monkeypatch):
+    if claim == "pruning_fashion":
+        monkeypatch.setenv("ZOO_DATA", str(shared("fashion_mnist").parent))
     files = [f"json={tmp_path / 'rows.json'}", f"markdown={tmp_path / 'rows.md'}"]
-    assert main(["claims", f"claim={claim}", "seeds=2", "share=0.005", f"plots={tmp_path}", *files]) == 0
-    assert (tmp_path / f"{claim}.png").is_file() == (claim == "pruning")
+    seeds = 1 if claim in ("pruning_fashion", "pruning_film") else 2
+    assert main(["claims", f"claim={claim}", f"seeds={seeds}", "share=0.005", f"plots={tmp_path}", *files]) == 0
+    assert (tmp_path / f"{claim}.png").is_file() == claim.startswith("pruning")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert len([r for r in rows if r["bound"] is not None]) == bounds
     assert all(r["what"].startswith(f"{claim}: ") and r["value"]["low"] <= r["value"]["high"] for r in rows)
@@ -35,6 +41,34 @@ def test_objects_are_where_the_pruning_pictures_say():
     for i in range(20):
         pairs = {int(s) * 6 + int(c) for s, c in zip(batch["shapes"][i], batch["colours"][i], strict=True)}
         assert set(near[i][batch["shown"][i]].tolist()) == pairs
+
+
+def test_films_show_two_scenes_of_two_objects_and_noise_of_each_frame():
+    films = claim_film.Films(0)
+    batch = films.draw(20, torch.Generator().manual_seed(1))
+    frames = batch["pixels"]
+    assert frames.shape == (20, 4, 3, 32, 32) and all(len(set(s.tolist())) == 4 for s in batch["shapes"])
+    patches = frames.unfold(3, 4, 4).unfold(4, 4, 4).permute(0, 1, 3, 4, 2, 5, 6).reshape(20, 4, 64, 48)
+    look = films.pictures.shapes[batch["shapes"]] + films.pictures.colours[batch["colours"]]  # (n, 4, 48)
+    near = torch.cdist(patches.flatten(1, 2), look).unflatten(1, (4, 64)) < 6  # noise 0.5 in 48 numbers is 3.4
+    assert (near.sum(2) == 9 * torch.tensor([[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2)).float().mean() > 0.97
+    change = (frames[:, 1:] - frames[:, :-1]).flatten(2).std(2)  # (n, 3)
+    assert (change[:, [0, 2]] < 0.6).all() and (change[:, 1] > 0.8).all()
+
+
+def test_questions_about_clothes_are_half_yes():
+    classes = torch.arange(10).repeat(200)
+    asked, said = claim_fashion.questions(classes, torch.Generator().manual_seed(0))
+    assert (asked[:, 0] == 10).all() and torch.equal(said[:, 0], classes)
+    yes = said[:, 1] == claim_fashion.YES
+    assert torch.equal(yes, asked[:, 1] == classes) and 0.45 < yes.float().mean() < 0.55
+
+
+def test_a_claim_without_its_data_is_not_run_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ZOO_DATA", str(tmp_path))
+    assert main(["claims", "claim=pruning_fashion", f"markdown={tmp_path / 'rows.md'}"]) == 0
+    why = f"pruning_fashion: not run: there is no Fashion-MNIST in {tmp_path / 'fashion_mnist'}; set ZOO_DATA"
+    assert why in capsys.readouterr().out and why in (tmp_path / "rows.md").read_text()
 
 
 def test_rectangles_are_where_the_boxes_say():

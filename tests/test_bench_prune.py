@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from tests.fusion_builders import MOE, tiny_llm
 from zoo.bench import describe, main, parse
 from zoo.benches import prune
+from zoo.benches.costs import DecoderSizes, matmul_flops
+from zoo.benches.flops import count_flops
 from zoo.benches.measure import Value
 from zoo.benches.peak import peak_bytes
 from zoo.benches.prune import Options, words
@@ -51,12 +54,28 @@ def test_the_command_writes_a_card_for_each_pruner(tmp_path, capsys):
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_saved_model_is_asked_its_task():
-    report = prune.run(
-        Options(model="scenes_tiny", pruner="aim", only="task", limit=2, threads=1, device="cpu", text_tokens=4)
-    )
+def test_a_saved_model_is_asked_its_task_and_counted_by_its_own_weights():
+    options = Options(model="scenes_tiny", pruner="aim", only="prefill,task", limit=2, rounds=1, text_tokens=4)
+    report = prune.run(options)
     assert list(report.cards) == ["null", "aim"]
-    assert all("+-" in card.task for card in report.cards.values())
+    for card in report.cards.values():
+        figures = [f.split(" ") for f in card.task.split(", ")]
+        names = [" ".join(f[:-3]) for f in figures]
+        assert all(f[-2] == "+-" for f in figures) and len(set(names)) == len(names) > 5
+    # Its feed-forward layers have two matrices, where a gated one has three.
+    exact = [row for row in report.rows if "torch's counter" in row.what]
+    assert len(exact) == 2 and all(row.reached for row in exact)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "starcoder2", "phi3", "gpt2", "mixtral", "qwen2_moe"])
+def test_closed_form_holds_for_any_feed_forward_layer(model_type):
+    llm = tiny_llm(model_type)
+    sizes = DecoderSizes.of(llm.lm.config, llm.layers[0])
+    ids = torch.randint(8, 90, (1, 40))
+    counted = count_flops(lambda: llm.lm(input_ids=ids, use_cache=False, logits_to_keep=1))
+    if model_type in MOE:  # a product for all experts at once, which torch's counter does not know
+        counted += 2 * 40 * 2 * 2 * 3 * sizes.width * llm.layers[0].mlp.experts.intermediate_dim
+    assert counted == pytest.approx(matmul_flops(sizes, [40, 40], head_rows=1), rel=0.01)
 
 
 def test_models_share_their_weights_and_differ_in_the_pruner():
@@ -80,6 +99,7 @@ def test_words_follow_from_the_numbers():
             "a": card(n16=0.8, n64=1.0, n144=1.4),
             "b": card(n16=1.2, n64=2.0),
             "c": card(n16=1.3, n64=0.7),
+            "d": card(n64=1.4),
         }
     )
     assert found == [
@@ -87,10 +107,11 @@ def test_words_follow_from_the_numbers():
         "It makes no difference at 64.",
         "b pays at every number of image tokens measured, 16 to 64 (2x at 64).",
         "c does not pay up to 64 image tokens (0.7x at 64). It is slower than no pruner at 64.",
+        "d pays at the one number of image tokens measured (1.4x at 64).",
     ]
 
 
-def test_peak_is_what_was_held_at_once():
+def test_peak_is_what_was_held_at_once_and_asking_prints_nothing(capfd):
     def work():
         a = torch.empty(1 << 20)
         b = torch.empty(1 << 20)
@@ -99,6 +120,7 @@ def test_peak_is_what_was_held_at_once():
         return b, c
 
     assert peak_bytes(work, torch.device("cpu")) == pytest.approx(2 * 4 * (1 << 20), rel=0.01)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ CLAIMS = {
     "mole": "zoo.benches.claim_mole",
     "moextend": "zoo.benches.claim_moextend",
     "pruning": "zoo.benches.claim_pruning",
+    "pruning_fashion": "zoo.benches.claim_fashion",
+    "pruning_film": "zoo.benches.claim_film",
     "vlora": "zoo.benches.claim_vlora",
     "llava_kd": "zoo.benches.claim_llava_kd",
     "llava_mod": "zoo.benches.claim_llava_mod",
@@ -68,6 +70,10 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         )
         for claim in options.claims:
             module = import_module(CLAIMS[claim])
+            if why := getattr(module, "missing", str)():  # data that is not here
+                report.setting.append(f"{claim}: not run: {why}")
+                show(report.setting[-1])
+                continue
             runs = []
             for seed in range(options.seeds):
                 show(f"{claim}: seed {seed}")

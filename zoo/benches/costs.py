@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """Of a decoder with gated feed-forward layers."""
+    """Of a decoder; of one with gated feed-forward layers where `products` is not given."""
 
     width: int
     intermediate: int
@@ -22,24 +22,37 @@ class DecoderSizes:
     head_dim: int
     num_layers: int
     vocab: int
+    products: int = 0  # multiplications of one token with the weights of one layer; 0: by the sizes
 
     @classmethod
-    def of(cls, config: Any) -> "DecoderSizes":
-        """Read the sizes from a transformers config."""
+    def of(cls, config: Any, layer: Any = None) -> "DecoderSizes":
+        """Read the sizes from a transformers config.
+
+        Args:
+            config: of the decoder.
+            layer: one of its layers, whose weights say how many products they take; of experts those that a token uses.
+        """
         heads = config.num_attention_heads
+        products = 0
+        for weight in [] if layer is None else layer.parameters():
+            used = 1 if weight.dim() == 2 else config.num_experts_per_tok / len(weight) if weight.dim() == 3 else 0
+            products += int(weight.numel() * used)
         return cls(
             config.hidden_size,
-            config.intermediate_size,
+            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             heads,
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,
             config.num_hidden_layers,
             config.vocab_size,
+            products,
         )
 
     @property
     def per_token(self) -> int:
-        """Products of one token with the weights of one layer."""
+        """Operations of one token with the weights of one layer."""
+        if self.products:
+            return 2 * self.products
         attention = 2 * self.width * self.head_dim * (self.heads + self.kv_heads)
         return 2 * (attention + 3 * self.width * self.intermediate)
 

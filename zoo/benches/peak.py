@@ -1,8 +1,11 @@
 """Peak memory of a piece of work, beside what was there before."""
 
+import os
 from collections.abc import Callable
 
 import torch
+
+_QUIET = "99"  # above all that the profiler's library says; it writes a line for each start and stop
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -20,6 +23,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)  # read when the first profile of the process starts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]

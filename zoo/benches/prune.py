@@ -355,6 +355,12 @@ def _task(model: Any, processor: Any, config: Any, options: Options) -> Callable
         tasks = {str(name): build("task", node) for name, node in config.task.items()}
         result = evaluate(model, processor, datasets, tasks, limit=options.limit, baselines=False)
         lines = [line for line in result.lines if not line.held_out]
-        return ", ".join(f"{x.kind or x.data} {100 * x.score.value:.1f} +- {100 * x.score.stderr:.1f}" for x in lines)
+        return ", ".join(f"{_figure(x, lines)} {100 * x.score.value:.1f} +- {100 * x.score.stderr:.1f}" for x in lines)
 
     return score
+
+
+def _figure(line: Any, lines: Sequence[Any]) -> str:
+    """Name a figure of an evaluation, by its metric too where its kind has several."""
+    kind = line.kind or line.data
+    return f"{kind} {line.metric}" if sum((x.kind or x.data) == kind for x in lines) > 1 else kind

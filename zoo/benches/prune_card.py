@@ -102,7 +102,7 @@ class PruneReport(Report):
             cells += [f"{sum(card.layers) / len(card.layers):.0f}", f"{(card.flops + card.scoring_flops) / 1e9:.2f}"]
             cells += ["" if card.counted_flops is None else f"{card.counted_flops / 1e9:.2f}"]
             cells += [_spread(card.prefill_ms), _spread(card.decode_ms)]
-            cells += ["" if card.peak_bytes is None else f"{card.peak_bytes / 1e6:.0f}"]
+            cells += ["" if card.peak_bytes is None else short(card.peak_bytes / 1e6)]
             cells += [f"{card.cache_bytes / 1e6:.2f}", card.task]
             lines.append("| " + " | ".join(cells) + " |")
         return lines
@@ -126,7 +126,9 @@ def where_it_pays(cards: Mapping[str, Summary]) -> list[str]:
         faster = [n for n in at if card.by_size[n].low > 1]
         first = next((n for n in at if all(m in faster for m in at if m >= n)), None)
         largest = f"{short(card.by_size[at[-1]].median)}x at {at[-1]}"
-        if first == at[0]:
+        if len(at) == 1 and faster:
+            text = f"{name} pays at the one number of image tokens measured ({largest})."
+        elif first == at[0]:
             text = f"{name} pays at every number of image tokens measured, {at[0]} to {at[-1]} ({largest})."
         elif first is not None:
             text = f"{name} pays from {first} image tokens on ({largest})."

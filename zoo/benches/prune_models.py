@@ -149,7 +149,7 @@ class Variant:
 
     @property
     def sizes(self) -> DecoderSizes:
-        return DecoderSizes.of(self.model.llm.lm.config.get_text_config())
+        return DecoderSizes.of(self.model.llm.lm.config.get_text_config(), self.model.llm.layers[0])
 
 
 def random_models(sizes: PruneSizes, nodes: Mapping[str, Mapping[str, Any] | None]) -> dict[str, ZooModel]:

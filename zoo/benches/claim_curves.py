@@ -1,0 +1,68 @@
+"""What claims about pruners show: rows with a bound, and accuracy over tokens kept and what the LLM computes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoo.benches.measure import Value
+from zoo.benches.report import Row
+
+PRUNERS = ("fastervlm", "random", "visionzip", "divprune", "fastv", "aim merged to")
+
+
+def bounded(claim: str, *asked: tuple[str, float, str, float]) -> list[Row]:
+    """Rows of (what, number over all seeds, `>=` or `<=`, what is asked for)."""
+    return [Row(f"{claim}: {what}", Value(x, x, x), "", bound, side == "<=") for what, x, side, bound in asked]
+
+
+def draw_curves(found: dict[str, list[float]], path: Path, tokens: int, kept: Sequence[int], title: str) -> None:
+    """Draw all pruners; lines are means of the seeds, bands their lowest and highest.
+
+    Args:
+        found: name of an arm, and of its MFLOPs -> a number for each seed.
+        path: of the PNG.
+        tokens: of a picture, whole.
+        kept: of them, in the arms.
+        title: what was looked at.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def ends(name: str) -> tuple[float, float, float]:
+        numbers = found[name]
+        return sum(numbers) / len(numbers), min(numbers), max(numbers)
+
+    whole = f"all {tokens}"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for pruner in PRUNERS:
+        names = [whole, *(f"{pruner} {k}" for k in kept)]
+        mean, low, high = zip(*map(ends, names), strict=True)
+        costs = [found[f"{n}, MFLOPs"][0] for n in names]
+        for axis, x in ((left, [float(n) for n in (tokens, *kept)]), (right, costs)):
+            axis.plot(x, mean, marker="o", markersize=3, label=pruner.removesuffix(" to"))
+            axis.fill_between(x, low, high, alpha=0.15)
+    for name in (n for n in found if n.startswith("pool") and "MFLOPs" not in n):
+        for axis, at in ((left, float(name.split()[1])), (right, found[f"{name}, MFLOPs"][0])):
+            axis.plot([at], [ends(name)[0]], marker="s", color="grey", linestyle="", label="pool")
+    inside = [n for n in found if n.startswith("aim") and "none from" in n and "MFLOPs" not in n]
+    costs = [found[f"{n}, MFLOPs"][0] for n in inside]
+    right.scatter(costs, [ends(n)[0] for n in inside], marker="x", color="black", label="aim, none in the last layers")
+    entered = [float(n.split()[3].strip(",")) if "merged" in n else float(tokens) for n in inside]
+    left.scatter(entered, [ends(n)[0] for n in inside], marker="x", color="black")
+    left.set(xlabel=f"image tokens kept of {tokens} (aim: that enter the LLM)", ylabel="accuracy", xscale="log")
+    left.set_xticks([tokens, *kept], [str(k) for k in (tokens, *kept)])
+    right.set(xlabel="MFLOPs of the LLM", xscale="log")
+    most, least = found[f"{whole}, MFLOPs"][0], min(costs)
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if least / 3 <= t <= most * 1.2]
+    right.set_xticks(ticks, [str(x) for x in ticks])
+    left.minorticks_off()
+    right.minorticks_off()
+    right.legend(fontsize=8, frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3, linewidth=0.5)
+    figure.suptitle(f"{title}, {len(found[whole])} seeds", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
