@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -334,17 +335,26 @@ def test_chunks_change_nothing():
         torch.testing.assert_close(token_logprobs(llm, rows, wanted, 3), grads[0][0])
 
 
-def test_agrees_with_trl():
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    if not hasattr(trl.DPOTrainer, "dpo_loss"):
-        pytest.skip("this TRL keeps its losses elsewhere")
-    one = SimpleNamespace(beta=0.1, label_smoothing=0.0, reference_free=False, loss_type="sigmoid")
-    one.accelerator = SimpleNamespace(device=torch.device("cpu"))
-    mine, other, theirs, others = (torch.randn(5) for _ in range(4))
-    for ours, name in (("dpo", "sigmoid"), ("hinge", "hinge"), ("ipo", "ipo")):
-        one.loss_type, one.f_divergence_type, one.f_divergence_params = name, "reverse_kl", {}
-        wanted, *_ = trl.DPOTrainer.dpo_loss(one, mine, other, theirs, others)
-        torch.testing.assert_close(preference_loss(ours, mine - theirs, other - others), wanted)
+@pytest.mark.parametrize(("kind", "theirs"), [("dpo", "sigmoid"), ("hinge", "hinge"), ("ipo", "ipo")])
+def test_agrees_with_trl(kind, theirs):
+    """Its trainer's loss of sequences whose answers are one token: TRL averages IPO over tokens."""
+    trl = pytest.importorskip("trl", reason="trl is not installed: its own preference losses are not compared")
+    policy, reference = (torch.randn(10, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    policy.requires_grad_()
+    same = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, device=torch.device("cpu"))
+    settings = {"loss_types": [theirs], "loss_weights": [1.0], "beta": 0.3, "f_divergence_type": "reverse_kl"}
+    off = {"ld_alpha": None, "aux_loss_enabled": False, "use_weighting": False, "precompute_ref_logps": True}
+    trainer = MagicMock(**settings, **off, accelerator=same)
+    nothing = torch.zeros(10, 1)
+    said = SimpleNamespace(log_probs=policy.unsqueeze(-1), entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    batch = {"input_ids": nothing.long().expand(10, 2), "completion_mask": torch.tensor([[0, 1]]).expand(10, 2)}
+    batch["attention_mask"] = torch.ones(10, 2)
+    batch |= {"ref_chosen_logps": reference[:5], "ref_rejected_logps": reference[5:]}
+    wanted = trl.DPOTrainer._compute_loss(trainer, lambda **inputs: said, batch, False)
+    u, d = (policy - reference).chunk(2)
+    got = preference_loss(kind, u, d, 0.3).mean()
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, policy)[0] for x in (got, wanted)))
 
 
 # ---- options -----------------------------------------------------------------------------------------------------

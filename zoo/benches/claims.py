@@ -33,13 +33,15 @@ CLAIMS = {
     "vlora": "zoo.benches.claim_vlora",
     "llava_kd": "zoo.benches.claim_llava_kd",
     "llava_mod": "zoo.benches.claim_llava_mod",
+    "distill_pruned": "zoo.benches.claim_distill_pruned",
 }
 
 
 @dataclass
 class Options:
     claim: str = ""  # claims, with commas between; empty: all
-    seeds: int = 3  # runs of each, with seeds from 0
+    seeds: int = 3  # runs of each
+    first: int = 0  # seed of the first run; the next follow
     share: float = 1.0  # of the steps; less is for tests and shows nothing
     threads: int = 1  # of torch on the CPU
     plots: str = ""  # folder for pictures of the claims that draw some; empty: none
@@ -75,7 +77,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
                 show(report.setting[-1])
                 continue
             runs = []
-            for seed in range(options.seeds):
+            for seed in range(options.first, options.first + options.seeds):
                 show(f"{claim}: seed {seed}")
                 runs.append(module.measure(seed, options.share, show))
             found = {name: [run[name] for run in runs] for name in runs[0]}
