@@ -1,5 +1,6 @@
 """`zoo bench claims`: experiments run, report what they found over seeds, judge it; their data is what they say."""
 
+import copy
 import json
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 
 from tests.data_places import shared
 from zoo.bench import main, parse
-from zoo.benches import claim_fashion, claim_film, claim_llava_mod, claim_pool, claim_pruning, claim_vlora
+from zoo.benches import (
+    claim_distill_pruned,
+    claim_fashion,
+    claim_film,
+    claim_llava_kd,
+    claim_llava_mod,
+    claim_pool,
+    claim_pruning,
+    claim_vlora,
+)
+from zoo.benches.claim_student import Arm, World
 from zoo.benches.claims import CLAIMS, Options
 from zoo.registry import ZooError
 
@@ -128,3 +139,31 @@ def test_llava_mod_is_judged_by_what_it_says():
     found = {r.what: r.value.median for r in claim_llava_mod.judge(better)}
     assert found["llava_mod: sparse, accuracy of mimic above answers alone"] == pytest.approx(0.2)
     assert found["llava_mod: kto_pair, anchor, fewer false positives than before"] == pytest.approx(0.4)
+
+
+def test_other_claims_of_distillation_are_judged_seed_by_seed():
+    arms = {name: [0.5, 0.5] for name in (*claim_llava_kd.ARMS, claim_llava_kd.EQUAL_COMPUTE)}
+    rows = claim_llava_kd.judge(arms | {"PT-SFT-DFT": [0.9, 0.4]})
+    assert {r.what: r.reached for r in rows}["llava_kd: the same at equal compute, least of the seeds"] is False
+    ways = {f"{way}, {ratio}": [0.5] for way in claim_distill_pruned.WAYS for ratio in claim_distill_pruned.RATIOS}
+    rows = claim_distill_pruned.judge(ways | {f"{claim_distill_pruned.TAUGHT}, 0.25": [0.4]})
+    assert [r.reached for r in rows] == [True, False, True, True] * 2
+
+
+def test_students_side_by_side_learn_what_each_learns_alone():
+    """Two of one teacher, which looks once a step for both, one of them pruned; and one without a teacher."""
+    weights, looks = [], []
+    for together in (True, False):
+        world = World(seed=1, share=0.01)
+        see = world.teacher.teacher.see
+        world.teacher.teacher.see = lambda *args, see=see, how=together: looks.append(how) or see(*args)
+        student, _ = world.student("llava_kd_tiny")
+        pruned, processor = world.student("llava_kd_tiny", "pruner=[random]", "pruner.random.keep_ratio=0.5")
+        kd = {"name": "llava_kd"}
+        arms = [Arm(student, kd), Arm(copy.deepcopy(student)), Arm(pruned, kd, processor)]
+        for group in [arms] if together else [[arm] for arm in arms]:
+            world.train(group, world.basics, 2, train=["all"], lr=1e-3)
+        weights.append([p for arm in arms for p in arm.model.parameters()])
+        assert arms[0].seconds > arms[1].seconds > 0
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert looks == [True] * 2 + [False] * 4

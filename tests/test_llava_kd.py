@@ -6,29 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.distill_builders import LLM, VOCAB
 from zoo import registry
 from zoo.distill.positions import match_images
 from zoo.distill.relation import by_image, gram_of, relation_loss, relations
-from zoo.registry import IGNORE_INDEX, ImageFeatures, LinearHead, ZooError
+from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError
 
-V, N = 13, 4  # vocabulary, image tokens of an image
-
-
-class LLM:
-    """A vocabulary projection, as a distiller sees it."""
-
-    def __init__(self, width, vocab=V, bias=False, scale=1.0, cap=None, seed=0, trains=True, plain=True):
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64).requires_grad_(trains)
-        self.bias = torch.randn(vocab, generator=generator, dtype=torch.float64) if bias else None
-        self.scale, self.cap, self.vocab_size, self.plain = scale, cap, vocab, plain
-
-    def head(self, hidden):
-        logits = F.linear(hidden, self.weight, self.bias) * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-    def linear_head(self):
-        return LinearHead(self.weight, self.bias, self.scale, self.cap) if self.plain else None
+N = 4  # image tokens of an image
 
 
 def seen(rows, width, seed=0, tokens=N, keep=None, llm=None, trains=True):
@@ -45,7 +29,7 @@ def seen(rows, width, seed=0, tokens=N, keep=None, llm=None, trains=True):
             if kind == "i":
                 index[b, t], count = count, count + 1
             if kind == "a":
-                labels[b, t], answer = answer % V, answer + 1
+                labels[b, t], answer = answer % VOCAB, answer + 1
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(rows), length, width, generator=generator, dtype=torch.float64).requires_grad_(trains)
     images = count // tokens if tokens else 0
@@ -230,7 +214,7 @@ def test_a_teacher_with_more_rows_in_its_table_changes_nothing():
     student, teacher = pair()
     wanted = build()(student, teacher, {})
     more = torch.cat([teacher.llm.weight, 5 * torch.randn(7, 5, dtype=torch.float64)])
-    teacher.llm.weight, teacher.llm.vocab_size = more, V + 7
+    teacher.llm.weight, teacher.llm.vocab_size = more, VOCAB + 7
     for name, loss in build()(student, teacher, {}).items():
         torch.testing.assert_close(loss, wanted[name])
 
@@ -239,12 +223,12 @@ def test_a_teacher_with_more_rows_in_its_table_changes_nothing():
 @pytest.mark.parametrize("normalise", ["none", "unit", "centred_unit"])
 def test_relations_are_those_of_the_logits(options, normalise):
     llm, rows = LLM(6, **options), torch.randn(2, N, 6, dtype=torch.float64, requires_grad=True)
-    logits = llm.head(rows)[..., : V - 2]
+    logits = llm.head(rows)[..., : VOCAB - 2]
     if normalise == "centred_unit":
         logits = logits - logits.mean(-1, keepdim=True)
     if normalise != "none":
         logits = logits / logits.norm(dim=-1, keepdim=True)
-    wanted, got = logits @ logits.transpose(-1, -2), relations(llm, rows, V - 2, normalise)
+    wanted, got = logits @ logits.transpose(-1, -2), relations(llm, rows, VOCAB - 2, normalise)
     torch.testing.assert_close(got, wanted)
     probe = torch.randn_like(wanted)
     both = (torch.autograd.grad((x * probe).sum(), (rows, llm.weight)) for x in (got, wanted))
@@ -272,8 +256,8 @@ def test_relations_hold_no_array_over_the_vocabulary(monkeypatch):
     for cap in (None, 3.0):
         llm, rows = LLM(6, cap=cap), torch.randn(1, N, 6, dtype=torch.float64, requires_grad=True)
         with Shapes():
-            relations(llm, rows, V).sum().backward()
-    assert {s for s in shapes if V in s} <= {(V, 6)}
+            relations(llm, rows, VOCAB).sum().backward()
+    assert {s for s in shapes if VOCAB in s} <= {(VOCAB, 6)}
 
 
 def test_what_the_relation_loss_is_blind_to():
@@ -281,17 +265,17 @@ def test_what_the_relation_loss_is_blind_to():
     llm, rows = LLM(8), torch.randn(3, N, 8, dtype=torch.float64)
     other = LLM(8, seed=1)
     for how in ("none", "unit", "centred_unit"):
-        base = relations(other, torch.randn(3, N, 8, dtype=torch.float64), V, how)
-        mine = relations(llm, rows, V, how)
+        base = relations(other, torch.randn(3, N, 8, dtype=torch.float64), VOCAB, how)
+        mine = relations(llm, rows, VOCAB, how)
         loss = relation_loss(mine, base)
         assert (loss >= 0).all() and (loss <= 1).all()
-        torch.testing.assert_close(relation_loss(relations(llm, 3 * rows, V, how), base), loss)
+        torch.testing.assert_close(relation_loss(relations(llm, 3 * rows, VOCAB, how), base), loss)
         per_token = rows * torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64).view(1, N, 1)
-        changed = relation_loss(relations(llm, per_token, V, how), base)
+        changed = relation_loss(relations(llm, per_token, VOCAB, how), base)
         assert torch.allclose(changed, loss) == (how != "none")
         shifted = LLM(8)
-        shifted.bias = torch.full((V,), 1.0, dtype=torch.float64)  # a constant on every token's logits
-        moved = relation_loss(relations(shifted, rows, V, how), base)
+        shifted.bias = torch.full((VOCAB,), 1.0, dtype=torch.float64)  # a constant on every token's logits
+        moved = relation_loss(relations(shifted, rows, VOCAB, how), base)
         assert torch.allclose(moved, loss) == (how == "centred_unit")
 
 
@@ -303,14 +287,14 @@ def test_padding_of_images_with_fewer_tokens_has_no_relations():
     torch.testing.assert_close(padded[1], rows[[0, 2, 3]])
     llm, other = LLM(6, bias=True), LLM(6, bias=True, seed=3)
     for how in ("none", "unit", "centred_unit"):
-        whole = relation_loss(relations(llm, padded, V, how), relations(other, padded, V, how))[0]
-        alone = relation_loss(*(relations(x, padded[:1, :2], V, how) for x in (llm, other)))[0]
+        whole = relation_loss(relations(llm, padded, VOCAB, how), relations(other, padded, VOCAB, how))[0]
+        alone = relation_loss(*(relations(x, padded[:1, :2], VOCAB, how) for x in (llm, other)))[0]
         torch.testing.assert_close(whole, alone)
 
 
 def test_a_head_that_is_more_than_a_product_is_refused():
     with pytest.raises(ZooError, match="relation_weight=0"):
-        gram_of(LLM(6, plain=False), V)
+        gram_of(LLM(6, plain=False), VOCAB)
 
 
 def test_weights_warm_up_each_for_itself():

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 from tests.conftest import ANSWERS, QUESTIONS, sample
 from tests.teacher_builders import KD, save_teacher, taught
 from tests.train_builders import losses
+from zoo.loader import Mix
 from zoo.registry import ZooError
 from zoo.run_folder import read_metrics
-from zoo.teach import main, stage_of
+from zoo.stage import Stage
+from zoo.teach import main, samples, stage_of
 from zoo.teacher_store import Stored, Writer, data_hash, read_about, sample_key, shards_of
 from zoo.train import Run
 
@@ -41,11 +45,18 @@ def curves(folder):
     return [r["losses"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
 
 
-@pytest.mark.parametrize("change", ["", "pack: none, ", "accumulate: 2, pack_length: 120, workers: 1, "])
-def test_a_stored_teacher_trains_as_a_live_one(tmp_path, teacher, store, change):
-    for name, stage in (("live", STAGE), ("stored", from_store(store))):
-        Run(taught(tmp_path, teacher, {"dft": change + stage}, f"run.folder={tmp_path / name}")).train()
-    for live, stored in zip(curves(tmp_path / "live"), curves(tmp_path / "stored"), strict=True):
+@pytest.fixture(scope="module")
+def live_curves(tmp_path_factory, teacher):
+    """The losses of a run with the teacher itself."""
+    place = tmp_path_factory.mktemp("live")
+    Run(taught(place, teacher, {"dft": STAGE}, f"run.folder={place / 'run'}")).train()
+    return curves(place / "run")
+
+
+@pytest.mark.parametrize("change", ["pack: none, ", "accumulate: 2, pack_length: 120, workers: 1, "])
+def test_a_stored_teacher_trains_as_a_live_one(tmp_path, teacher, store, live_curves, change):
+    Run(taught(tmp_path, teacher, {"dft": change + from_store(store)}, f"run.folder={tmp_path / 'run'}")).train()
+    for live, stored in zip(live_curves, curves(tmp_path / "run"), strict=True):
         assert live.keys() == stored.keys() == {"answer", "response", "visual"}
         for name in live:
             assert stored[name] == pytest.approx(live[name], rel=1e-4), name
@@ -74,6 +85,37 @@ def test_stopped_it_goes_on(tmp_path, teacher, store, capsys):
     cfg.teach.k = 5
     with pytest.raises(ZooError, match=r"begun with another k: .*, now 5"):
         main(cfg)
+
+
+def test_processes_share_the_samples_and_write_what_one_does(tmp_path, teacher, store, monkeypatch):
+    """One after the other, each as if the other's shards were not there yet."""
+    options = ["teach.k=1000", "teach.dtype=float32", "teach.shard=16", f"teach.folder={tmp_path / 'kept'}"]
+    monkeypatch.setattr(Writer, "known", lambda writer: set())
+    monkeypatch.setattr("zoo.teach.gather", lambda accelerator, value: [value])
+    for rank in (0, 1):
+        one = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"), print=print)
+        one.main_process_first, one.wait_for_everyone = nullcontext, lambda: None
+        monkeypatch.setattr("zoo.teach.start_accelerator", lambda device, one=one: one)
+        main(taught(tmp_path, teacher, {"dft": STAGE}, *options))
+    both, alone = (Stored(folder, frozenset({"teacher.response"})) for folder in (tmp_path / "kept", store))
+    assert both.where.keys() == alone.where.keys() and len(both.files) == 2
+    for key, place in alone.where.items():
+        mine, wanted = both._read(*both.where[key], "response"), alone._read(*place, "response")
+        assert np.array_equal(mine["ids"], wanted["ids"]) and np.allclose(
+            mine["log_probs"], wanted["log_probs"], atol=1e-5
+        )
+
+
+def test_a_stream_is_asked_as_far_as_the_stage_reads_it():
+    class Stream:
+        def stream(self, epoch, start):
+            return (sample((QUESTIONS[0], "yes"), seed=i) for i in range(start, 7))
+
+    mix, stage = Mix({"a": Stream()}, {}, 0), Stage(steps=3, batch_size=2)
+    assert len(list(samples(mix, stage, None))) == 6 and len(list(samples(mix, stage, 4))) == 4
+    assert data_hash(Stream()) == ""
+    with pytest.raises(ZooError, match="a stream without a length: give the stage steps"):
+        samples(mix, Stage(epochs=1), None)
 
 
 def test_it_says_what_keeping_few_tokens_costs(tmp_path, teacher, capsys):
@@ -125,7 +167,7 @@ def test_half_a_shard_is_no_shard(tmp_path):
     writer.write([(b"0" * 16, said), (b"1" * 16, said)])
     (tmp_path / "shard-00001.part").write_bytes(b"cut off")
     again = Writer(tmp_path, about)
-    assert again.known() == {b"0" * 16, b"1" * 16} and again.shards == 1
+    assert again.known() == {b"0" * 16, b"1" * 16} and again.number == 1
     copy = pickle.loads(pickle.dumps(Stored(tmp_path, frozenset({"teacher.response"}))))
     assert copy._read(0, 1, "response")["ids"].shape == (1, 2)
     (tmp_path / "store.json").write_text(json.dumps({"format": 99}))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import zoo
+from tests.teacher_builders import KD, save_teacher
 from tests.train_builders import REPO, config, losses, recipe, start
 from zoo.loader import Mix
 from zoo.train import Run
@@ -17,6 +18,7 @@ from zoo.train import Run
 STAGES = {
     "a": "steps: 2, batch_size: 8, train: [vision, projector], lr: 0.01",
     "b": "steps: 4, batch_size: 8, accumulate: 2, optimizer: muon_adamw, distiller: dense, loss_weights: {dense: 0.0}",
+    "c": f"steps: 2, accumulate: 2, {KD}",
 }
 
 MIXED = '''
@@ -49,6 +51,14 @@ class Mixed:
 '''
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, tokenizer):
+    """The stages, the last with a teacher, and the words that give the student its tokenizer."""
+    teacher = save_teacher(tmp_path_factory.mktemp("teacher") / "model", tokenizer)
+    stages = {name: fields.replace("{teacher}", teacher) for name, fields in STAGES.items()}
+    return stages, f"tokenizer.checkpoint='model:{teacher}'"
+
+
 def finished(process):
     """Wait for both processes; what they said is shown where it went wrong."""
     try:
@@ -62,9 +72,10 @@ def finished(process):
 
 
 # The reference trains in this process, where other tests may have left another float32 kernel: hence relative bounds.
-def test_two_processes_train_as_one(tmp_path):
-    Run(config(recipe(tmp_path, STAGES), f"run.folder={tmp_path / 'one'}")).train()
-    out = finished(start([*recipe(tmp_path, STAGES), "run.name=two", "limit=2"], processes=2))
+def test_two_processes_train_as_one(tmp_path, taught):
+    stages, tokens = taught
+    Run(config(recipe(tmp_path, stages), tokens, f"run.folder={tmp_path / 'one'}")).train()
+    out = finished(start([*recipe(tmp_path, stages), tokens, "run.name=two", "limit=2"], processes=2))
     (folder,) = [p.parent for p in tmp_path.glob("*/*two*/config.yaml")]
     assert json.loads((folder / "zoo.lock").read_text())["processes"] == 2
     assert (tmp_path / "last").samefile(folder)
@@ -97,9 +108,10 @@ def test_an_adapter_that_reads_images_does_not_hang_on_a_rank_without(tmp_path):
     assert len(losses(tmp_path / "two")) == 4
 
 
-def test_sharded_parameters_train_as_whole_ones(tmp_path):
-    (tmp_path / "stages.json").write_text(json.dumps(STAGES))
-    alone = Run(config(recipe(tmp_path, STAGES), f"run.folder={tmp_path / 'one'}"))
+def test_sharded_parameters_train_as_whole_ones(tmp_path, taught):
+    stages, tokens = taught
+    (tmp_path / "stages.json").write_text(json.dumps(taught))
+    alone = Run(config(recipe(tmp_path, stages), tokens, f"run.folder={tmp_path / 'one'}"))
     alone.train()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}

@@ -21,12 +21,9 @@ from zoo.train import Run
 
 
 def main(place: Path) -> None:
-    stages = json.loads((place / "stages.json").read_text())
-    run = Run(
-        config(
-            recipe(place, stages, f"r{dist.get_rank() if dist.is_initialized() else 0}"), f"run.folder={place / 'run'}"
-        )
-    )
+    stages, tokens = json.loads((place / "stages.json").read_text())
+    name = f"r{dist.get_rank() if dist.is_initialized() else 0}"
+    run = Run(config(recipe(place, stages, name), tokens, f"run.folder={place / 'run'}"))
     assert run.accelerator.num_processes == dist.get_world_size() == 2
     mesh = init_device_mesh("cpu", (2,))
     for layer in run.model.llm.layers:

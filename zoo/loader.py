@@ -167,7 +167,7 @@ class Batches(Dataset):
     def __getitem__(self, j: int) -> dict[str, Any]:
         step, turn = divmod(j, self.stage.accumulate)
         first = (turn * self.place.world + self.place.rank) * self.size
-        samples = self._samples(step, slice(first, first + self.size))
+        samples = self.samples(step, slice(first, first + self.size))
         encode = self.processor.encode if self.text else self.processor.encode_images
         rows: list[EncodedSample] = []
         broken: list[str] = []
@@ -193,7 +193,8 @@ class Batches(Dataset):
             return [sample]
         return [replace(sample, dialogs=[d]) for d in sample.dialogs]
 
-    def _samples(self, step: int, mine: slice) -> list[Sample]:
+    def samples(self, step: int, mine: slice = slice(None)) -> list[Sample]:
+        """Return the samples of an optimiser step, over all processes or those in `mine`."""
         if None not in self.mix.lengths:
             return [self.mix.datasets[member].get(index, epoch) for member, epoch, index in self._places(step)[mine]]
         if self._step[0] != step:

@@ -3,13 +3,15 @@
     zoo teach recipe=llava_kd_tiny teach.stage=dft teach.k=32
     zoo train recipe=llava_kd_tiny 'stages.dft.teacher={store: runs/teach/llava_kd_tiny-dft}'
 
-Stopped, it goes on where it was. At the end it says how much of the teacher's mass was kept, and how far the gradient
-of the loss with the kept tokens is from that with all of them.
+Stopped, it goes on where it was; under torchrun the processes share the samples and write shards of their own. At the
+end it says how much of the teacher's mass was kept, and how far the gradient of the loss with the kept tokens is from
+that with all of them.
 """
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from zoo.collate import collate
 from zoo.distill.chunked import AT_ONCE, Stored, value_and_gradient, with_rest
 from zoo.distill.logprobs import answer_logprobs
 from zoo.engine import build_distiller, to_device
-from zoo.loader import Mix
+from zoo.loader import Batches, Mix, Place
 from zoo.model_types import Seen
 from zoo.precision import autocast, fast_products, resolve_precision
-from zoo.processes import start_accelerator
+from zoo.processes import gather, start_accelerator
 from zoo.progress import clock
 from zoo.registry import IGNORE_INDEX, Sample, ZooError, unknown
 from zoo.run_data import RunData
@@ -45,6 +47,13 @@ class Truncation:
     least: float = 1.0
     error: list[float] = field(default_factory=list)  # |gradient kept - gradient whole| / |gradient whole|, by batch
 
+    def add(self, other: "Truncation") -> None:
+        """Count what another process saw."""
+        self.positions += other.positions
+        self.mass += other.mass
+        self.least = min(self.least, other.least)
+        self.error += other.error
+
     def text(self, k: int) -> str:
         """Say it."""
         if not self.positions:
@@ -61,8 +70,7 @@ def main(cfg: DictConfig) -> Path:
     """Store what the teacher of a stage says; returns the folder."""
     name, stage = stage_of(cfg)
     accelerator = start_accelerator(cfg.device)
-    if accelerator.num_processes > 1:
-        raise ZooError("zoo teach runs on one process; several may write folders of their own, of other data.")
+    rank, world = accelerator.process_index, accelerator.num_processes
     fast_products()
     precision = resolve_precision(stage.precision or cfg.precision, accelerator.device)
     data = RunData(cfg.data)
@@ -82,12 +90,16 @@ def main(cfg: DictConfig) -> Path:
         "data": {n: data_hash(d) for n, d in zip(mix.names, mix.datasets, strict=True)},
     }
     folder = Path(cfg.teach.folder or Path(cfg.run.dir) / "teach" / f"{cfg.run.recipe or cfg.model.name}-{name}")
-    writer = Writer(folder, about)
+    with accelerator.main_process_first():
+        writer = Writer(folder, about, rank, world)
     known, began, cost = writer.known(), time.monotonic(), Truncation()
-    print(f"{len(known):,} samples are stored already." if known else f"Writing to {folder}", flush=True)
+    accelerator.wait_for_everyone()  # all know the same samples before anybody writes
+    say = accelerator.print
+    say(f"{len(known):,} samples are stored already." if known else f"Writing to {folder}", flush=True)
     kept: list[Any] = []
     count = 0
-    for batch in batches(samples(mix, stage, cfg.teach.limit), stage.batch_size, known):
+    groups = batches(samples(mix, stage, cfg.teach.limit), stage.batch_size, known)
+    for batch in islice(groups, rank, None, world):
         with autocast(precision, accelerator.device):
             kept += said_of(teacher, processor, batch, k, about, cost)
         count += len(batch)
@@ -95,13 +107,16 @@ def main(cfg: DictConfig) -> Path:
             writer.write(kept)
             kept = []
             rate = count / (time.monotonic() - began)
-            print(f"{count:,} samples, {rate:.1f} a second", flush=True)
+            say(f"{count:,} samples, {rate:.1f} a second" + (" and process" if world > 1 else ""), flush=True)
     if kept:
         writer.write(kept)
+    for more, seen in gather(accelerator, (count, cost))[1:]:  # once all have written
+        count += more
+        cost.add(seen)
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    print(f"{count:,} samples in {clock(time.monotonic() - began)}; {size / 1e6:.1f} MB in {folder}")
-    print(cost.text(k))
-    print(f"Train from it: 'stages.{name}.teacher={{store: {folder}}}'")
+    say(f"{count:,} samples in {clock(time.monotonic() - began)}; {size / 1e6:.1f} MB in {folder}")
+    say(cost.text(k))
+    say(f"Train from it: 'stages.{name}.teacher={{store: {folder}}}'")
     return folder
 
 
@@ -135,13 +150,15 @@ def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
 
 
 def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample]:
-    """Every sample that the stage sees, in its order, up to `limit`."""
-    if None in mix.lengths:
-        raise ZooError("zoo teach needs data sets of known length.")
-    total = (stage.steps or 0) * stage.batch_size or mix.samples_in(stage.epochs or 1)
-    for start in range(0, min(total, limit or total), 1024):
-        for member, epoch, index in mix.places(start, min(start + 1024, total, limit or total)):
-            yield mix.datasets[member].get(index, epoch)
+    """Every sample that the stage sees, in its order, up to `limit`; of streams as many as its steps read.
+
+    Raises:
+        ZooError: a stream, and the stage has epochs in place of steps.
+    """
+    steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
+    reader = Batches(mix, None, stage, steps, Place())
+    seen = (sample for step in range(steps) for sample in reader.samples(step))
+    return islice(seen, limit)
 
 
 def batches(source: Iterator[Sample], size: int, known: set[bytes]) -> Iterator[list[tuple[bytes, Sample]]]:

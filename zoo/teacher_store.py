@@ -62,9 +62,11 @@ class Writer:
     Args:
         folder: of the store.
         about: settings; those of a store that is there already must be the same.
+        rank: of this process; it numbers its shards so that no other has the same.
+        world: processes that write.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
         self.folder = folder
         about = json.loads(json.dumps({"format": FORMAT, **about}, default=str))
         if (folder / INDEX).is_file():
@@ -78,7 +80,9 @@ class Writer:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / INDEX, about)
-        self.shards = len(shards_of(folder))
+        there = shards_of(folder)
+        self.number = (int(there[-1].stem.rpartition("-")[2]) + 1 if there else 0) + rank  # of the next shard
+        self.world = world
 
     def known(self) -> set[bytes]:
         """Keys of the samples in the shards that are there."""
@@ -95,11 +99,11 @@ class Writer:
             counts = torch.tensor([0, *(len(p["ids"]) for p in parts)])
             tensors[f"{positions}.offsets"] = counts.cumsum(0)
             tensors |= {f"{positions}.{what}": torch.cat([p[what] for p in parts]).contiguous() for what in WHAT}
-        file = self.folder / f"shard-{self.shards:05d}.safetensors"
+        file = self.folder / f"shard-{self.number:05d}.safetensors"
         beside = file.with_suffix(".part")
         save_file(tensors, beside)
         beside.replace(file)  # a shard is whole or not there
-        self.shards += 1
+        self.number += self.world
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from zoo.benches.claim_student import DENSE, MUON, OFF, Arm, World
+from zoo.benches.claim_student import INIT, LOOK, MUON, OFF, Arm, World
 from zoo.benches.measure import Value
 from zoo.benches.report import Row
 
-LOOK, INIT, COPY, GO_ON, PREFER = 400, 250, 150, 150, 60  # steps
+COPY, GO_ON, PREFER = 150, 150, 60  # steps
 SPARSE = ["projector", "adapter.upcycle", "llm.*.mlp.*"]
 MIMIC = {"name": "llava_mod"}
 PREFERENCE = {"name": "llava_mod", "objective": "preference"}
@@ -46,8 +46,7 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
     world = World(seed, share)
     student, _ = world.student("llava_mod_tiny")
     dense = {"detach": ["upcycle"], "train": ["all"], "freeze": ["adapter"]}
-    world.train([Arm(student, DENSE)], world.basics, LOOK, **dense | {"train": ["vision"]}, loss_weights=OFF, **MUON)
-    world.train([Arm(student, DENSE)], world.basics, INIT, **dense, loss_weights={"dense": 0.1}, **MUON)
+    world.begin(student, **dense)
     world.train([Arm(student, MIMIC)], world.mixed, COPY, **dense, loss_weights=OFF, **MUON)
     found = {}
 
