@@ -32,7 +32,9 @@ class LLM:
 def seen(labels, pair_ids=None, llm=None, seed=1, length=LENGTH):
     """Random hidden states (ROWS, length, WIDTH), float64, without images; the projection goes through autograd."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(ROWS, length, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
+    hidden = 0.3 * torch.randn(ROWS, length, WIDTH, generator=generator, dtype=torch.float64)
     sequence = LLMSequence(None, None, None, labels, pair_ids=pair_ids)
-    out = SimpleNamespace(last_hidden_state=hidden, labels=labels, sequence=sequence, losses={}, image_tokens=None)
+    out = SimpleNamespace(
+        last_hidden_state=hidden.requires_grad_(), labels=labels, sequence=sequence, losses={}, image_tokens=None
+    )
     return Seen(out, llm or LLM(WIDTH, plain=False))

@@ -131,7 +131,7 @@ def test_every_claim_has_its_file():
 
 
 def test_llava_mod_is_judged_by_what_it_says():
-    worse = {f"{name}: {what}": [0.5] for name in (*claim_llava_mod.ARMS, *claim_llava_mod.PAIRS) for what in
+    worse = {f"{name}: {what}": [0.5] for name in ("teacher", *claim_llava_mod.ARMS, *claim_llava_mod.PAIRS) for what in
              ("accuracy", "false positives", "false negatives", "valid")}  # fmt: skip
     rows = claim_llava_mod.judge(worse | {"kto_pair: valid": [0.2]})
     assert [r.reached for r in rows if r.bound] == [False, False]

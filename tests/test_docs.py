@@ -38,11 +38,12 @@ def test_every_named_model_has_a_card(name):
         assert words in card
 
 
-def test_the_default_model_answers_offline_right_after_installation():
+@pytest.mark.parametrize("name", ["scenes_tiny", "llava_kd_tiny", "llava_mod_tiny"])
+def test_models_that_ship_answer_offline_right_after_installation(name):
     from zoo import registry
 
-    model, processor = zoo.load("scenes_tiny")
-    assert sum(f.stat().st_size for f in (ROOT / "model_cards" / "scenes_tiny").iterdir()) < 8 * 2**20
+    model, processor = zoo.load(name)
+    assert sum(f.stat().st_size for f in (ROOT / "model_cards" / name).iterdir()) < 8 * 2**20
     scenes = registry.build("dataset", {"name": "scenes", "split": "eval"})
     from zoo.evaluate import evaluate
 

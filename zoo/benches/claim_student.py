@@ -25,11 +25,15 @@ from zoo.teacher import Teacher, Twins
 
 TEACHER = "scenes_tiny"
 TEST = 100  # pictures
-LOOK, INIT = 400, 250  # steps in which a student learns to see, and to answer about single objects
-MUON: dict[str, Any] = {"optimizer": "muon_adamw", "lr": 1.5e-3, "momentum": 0.9, "schedule": "constant"}
-FALLS: dict[str, Any] = MUON | {"schedule": "linear", "flat_ratio": 0.4, "final_ratio": 0.02}
+RATE: dict[str, Any] = {
+    "optimizer": "muon_adamw",
+    "lr": 5e-4,
+    "matrix_lr": 0.005,
+    "momentum": 0.9,
+    "schedule": "constant",
+}
+FALLS: dict[str, Any] = RATE | {"schedule": "linear", "flat_ratio": 0.2, "final_ratio": 0.02}
 OFF = {"answer": 0.0}
-DENSE = {"name": "dense", "weights": [1, 1, 1, 0.5, 0.5, 0.5, 0.5]}
 
 
 @dataclass
@@ -69,7 +73,6 @@ class World:
         model, self.teachers_processor = load(TEACHER, device="cpu")
         self.teacher = Shared(model)
         self.basics = self.scenes(questions={"relation": 0, "point": 1})
-        self.mixed = self.scenes()
         self.relations = self.scenes(questions={"exist": 2, "color": 1, "size": 0, "count": 3, "relation": 7, "box": 1})
         self.pairs = self.scenes(questions=dict.fromkeys(QUESTIONS, 0) | {"exist": 4}, pairs=True, grid=0)
         self.test = self.scenes(split="eval", eval_scenes=TEST, seed=0, questions={"box": 0})
@@ -85,13 +88,6 @@ class World:
 
     def scenes(self, **options: Any) -> Any:
         return part("dataset", {"name": "scenes", "seed": self.seed, "scenes": 8000, **options})
-
-    def begin(self, student: Any, **fields: Any) -> None:
-        """Teach a student from random weights to see and to answer, as the default recipe does."""
-        see = fields | {"train": ["vision"], "loss_weights": OFF}
-        speak = {"train": ["all"], "loss_weights": {"dense": 0.1}} | fields
-        for steps, how in ((LOOK, see), (INIT, speak)):
-            self.train([Arm(student, DENSE)], self.basics, steps, **how, **MUON)
 
     def train(self, arms: Sequence[Arm], data: Any, steps: int, **fields: Any) -> None:
         """Run a stage on one data set for every arm; their seconds count on."""
