@@ -20,7 +20,7 @@ import numpy as np
 
 from zoo.data.nlvr_draw import LAYOUTS, ORDERS, Drawing, Shape, Sprites, cell_labels, drawings, read_box
 from zoo.data.nlvr_probes import KINDS as PROBE_KINDS
-from zoo.data.nlvr_probes import probes
+from zoo.data.nlvr_probes import Probes, is_tower
 from zoo.data.record_file import RecordFile
 from zoo.registry import Dialog, Sample, ZooError, register, unknown
 
@@ -93,6 +93,7 @@ class NLVR:
         for number, (identifier, _, _) in enumerate(self.examples):
             groups.setdefault(identifier if self.training and config.group_by_image else number, []).append(number)
         self.groups = list(groups.items())
+        self.probes = Probes(self.pictures.values())
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -114,7 +115,7 @@ class NLVR:
         targets = {"patch_labels": cell_labels(images, self.config.grid)} if self.config.grid else {}
         dialogs = [self._dialog(*self.examples[member], num_images=len(images)) for member in members]
         if self.training and self.config.probes:
-            made = probes(random, boxes, self.config.probes, self.config.probe_kinds)
+            made = self.probes.draw(random, boxes, self.config.probes, self.config.probe_kinds)
             dialogs += [Dialog(self._turns(*probe, num_images=len(images)), kind="probe") for probe in made]
         return Sample(f"{self.config.split}-{identifier}", list[Drawing | Any](images), dialogs, targets)
 
@@ -130,7 +131,7 @@ class NLVR:
 
     def _dialog(self, identifier: str, sentence: str, label: str, num_images: int) -> Dialog:
         kind = "sentence" if self.training else "sentence_seen" if sentence in self.seen else "sentence_new"
-        tower = all(s == 1 and t == 0 and x == 40 for box in self.pictures[identifier] for x, _, s, t, _ in box)
+        tower = is_tower(self.pictures[identifier])
         return Dialog(
             self._turns(sentence, label, num_images),
             kind=kind,

@@ -1,12 +1,18 @@
 """Questions about the structure of an NLVR picture, made up by the program: what a small model has to see first.
 
 One true-or-false label for a sentence is a weak teacher: a small model that cannot read its image tokens yet stays at
-chance through three passes over the corpus. Counting what stands in a box, or naming the top of a tower, is learnt in
-minutes, and the words are those of the sentences. Half of the true-or-false probes are true.
+chance through three passes over the corpus. Naming what stands at a place, or the top of a tower, is learnt in minutes,
+and the words are those of the sentences.
+
+What asks for a number or for true or false is balanced by its words: one pair of question and answer is kept the more
+often, the rarer this answer is among reference pictures. Else "there are at most 9 items" is true wherever it is asked,
+and guessing from the words pays more than looking.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -15,17 +21,66 @@ from zoo.data.nlvr_draw import SIDE, SIZES, Shape
 COLOR_WORDS = ("yellow", "black", "blue")
 SIZE_WORDS = ("small", "medium", "big")
 SHAPE_WORDS = ("square", "circle", "triangle")
-TRIES = 8  # draws of a statement until its truth is the one wanted
+TRIES = 48  # draws of a question until a pair of question and answer is kept
+REFERENCE = 300  # pictures of scattered shapes, and of towers, that answers are balanced over
 
 Probe = tuple[str, str]  # question, answer
 Boxes = list[list[Shape]]
 Random = np.random.Generator
 
 
-def probes(random: Random, boxes: Boxes, number: int, kinds: Sequence[str]) -> list[Probe]:
-    """Draw questions of some kinds, all equally often, about the boxes as they are shown, in reading order."""
-    tower = all(s == 1 and t == 0 and x == 40 for box in boxes for x, _, s, t, _ in box)
-    return [KINDS[kinds[int(random.integers(len(kinds)))]](random, boxes, tower) for _ in range(number)]
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answer: Callable[[Boxes], str]
+
+
+Form = Callable[[Random], Question]
+
+
+def is_tower(boxes: Boxes) -> bool:
+    """Whether boxes hold towers of blocks, not scattered shapes."""
+    return all(s == 1 and t == 0 and x == 40 for box in boxes for x, _, s, t, _ in box)
+
+
+class Probes:
+    """Questions about pictures; answers are balanced over the first of `reference`, without which they are not."""
+
+    def __init__(self, reference: Iterable[Boxes] = ()) -> None:
+        pictures = list(reference)
+        self.reference = {t: list(islice((p for p in pictures if is_tower(p) == t), REFERENCE)) for t in (False, True)}
+        self.shares: dict[str, Counter[str]] = {}
+
+    def draw(self, random: Random, boxes: Boxes, number: int, kinds: Sequence[str]) -> list[Probe]:
+        """Draw questions of some kinds, all equally often, about the boxes as they are shown, in reading order."""
+        tower = is_tower(boxes)
+        return [self._one(random, boxes, tower, kinds[int(random.integers(len(kinds)))]) for _ in range(number)]
+
+    def _one(self, random: Random, boxes: Boxes, tower: bool, kind: str) -> Probe:
+        if kind in PLACES:
+            return PLACES[kind](random, boxes, tower)
+        forms = (TOWER_FORMS if tower else SCATTER_FORMS)[kind]
+        for _ in range(TRIES):
+            question = forms[random.integers(len(forms))](random)
+            answer = question.answer(boxes)
+            if random.random() < self._chance(question, answer, tower):
+                break
+        return question.text, answer
+
+    def _chance(self, question: Question, answer: str, tower: bool) -> float:
+        """How often a pair is kept: so that the three commonest answers of a question are equally common."""
+        if not self.reference[tower]:
+            return 1.0
+        if question.text not in self.shares:
+            self.shares[question.text] = Counter(map(question.answer, self.reference[tower]))
+        counts = self.shares[question.text]
+        if len(counts) == 1:
+            return 0.0
+        least = sorted(counts.values(), reverse=True)[min(2, len(counts) - 1)]
+        return least / max(counts[answer], least)
+
+
+# ---- what stands where
 
 
 def _point(random: Random, boxes: Boxes, tower: bool) -> Probe:
@@ -58,141 +113,164 @@ def _list(random: Random, boxes: Boxes, tower: bool) -> Probe:
     return f"name the items in box {number + 1}", ", ".join(map(_name, items)) or "nothing"
 
 
-def _question(random: Random, boxes: Boxes, tower: bool) -> Probe:
-    questions = TOWER_QUESTIONS if tower else SCATTER_QUESTIONS
-    return questions[random.integers(len(questions))](random, boxes)
-
-
 # ---- questions with a number or a word as the answer
 
 
-def _count_in_box(random: Random, boxes: Boxes) -> Probe:
+def _count_in_box(random: Random) -> Question:
     words, of = _pick(random)
     box = int(random.integers(3))
-    return f"how many {words}s are in box {box + 1}", str(sum(map(of, boxes[box])))
+    return Question(f"how many {words}s are in box {box + 1}", lambda boxes: str(sum(map(of, boxes[box]))))
 
 
-def _count_boxes(random: Random, boxes: Boxes) -> Probe:
+def _count_boxes(random: Random) -> Question:
     words, of = _pick(random)
-    return f"how many boxes have a {words}", str(sum(any(map(of, box)) for box in boxes))
+    return Question(f"how many boxes have a {words}", lambda boxes: str(_boxes_with(of, boxes)))
 
 
-def _count_all(random: Random, boxes: Boxes) -> Probe:
+def _count_all(random: Random) -> Question:
     words, of = _pick(random)
-    return f"how many {words}s are there", str(sum(of(item) for box in boxes for item in box))
+    return Question(f"how many {words}s are there", lambda boxes: str(_all(of, boxes)))
 
 
-def _height(random: Random, boxes: Boxes) -> Probe:
+def _height(random: Random) -> Question:
     box = int(random.integers(3))
-    return f"how many blocks are in tower {box + 1}", str(len(boxes[box]))
+    return Question(f"how many blocks are in tower {box + 1}", lambda boxes: str(len(boxes[box])))
 
 
-def _blocks(random: Random, boxes: Boxes) -> Probe:
+def _blocks(random: Random) -> Question:
     box, color = int(random.integers(3)), int(random.integers(3))
-    count = sum(item[4] == color for item in boxes[box])
-    return f"how many {COLOR_WORDS[color]} blocks are in tower {box + 1}", str(count)
+    return Question(
+        f"how many {COLOR_WORDS[color]} blocks are in tower {box + 1}",
+        lambda boxes: str(sum(item[4] == color for item in boxes[box])),
+    )
 
 
-def _level(random: Random, boxes: Boxes) -> Probe:
+def _level(random: Random) -> Question:
     box = int(random.integers(3))
     name, place = (("top", 0), ("base", -1), ("second block from the base", -2))[random.integers(3)]
-    blocks = sorted(boxes[box], key=lambda item: item[1])  # top first
-    there = len(blocks) >= (2 if place == -2 else 1)
-    return f"what is the {name} of tower {box + 1}", COLOR_WORDS[blocks[place][4]] if there else "nothing"
 
+    def answer(boxes: Boxes) -> str:
+        colors = _colors(boxes[box])
+        return COLOR_WORDS[colors[place]] if len(colors) >= (2 if place == -2 else 1) else "nothing"
 
-SCATTER_QUESTIONS = (_count_in_box, _count_in_box, _count_boxes, _count_all)
-TOWER_QUESTIONS = (_height, _blocks, _level, _level)
+    return Question(f"what is the {name} of tower {box + 1}", answer)
 
 
 # ---- statements, true or false
 
 
-def _statement(random: Random, boxes: Boxes, tower: bool) -> Probe:
-    wanted = bool(random.random() < 0.5)
-    for _ in range(TRIES):
-        forms = TOWER_STATEMENTS if tower else SCATTER_STATEMENTS
-        text, truth = forms[random.integers(len(forms))](random, boxes)
-        if truth == wanted:
-            break
-    return text, "true" if truth else "false"
+def _stated(text: str, truth: Callable[[Boxes], bool]) -> Question:
+    return Question(text, lambda boxes: "true" if truth(boxes) else "false")
 
 
-def _amount(random: Random, count: int, most: int) -> tuple[str, bool]:
-    """Words for a number near `count`, and whether they are true of it."""
-    number = max(1, min(most, count + int(random.integers(-1, 2))))
-    word = ("exactly", "at least", "at most")[random.integers(3)]
-    return f"{word} {number}", {"exactly": count == number, "at least": count >= number, "at most": count <= number}[
-        word
-    ]
+def _amount(random: Random, most: int) -> tuple[str, Callable[[int], bool]]:
+    """Words for a number up to `most`, and whether they are true of a count."""
+    number = int(random.integers(1, most + 1))
+    word, truth = COMPARISONS[random.integers(len(COMPARISONS))]
+    return f"{word} {number}", lambda count: truth(count, number)
 
 
-def _has(random: Random, boxes: Boxes) -> tuple[str, bool]:
+def _has(random: Random) -> Question:
     words, of = _pick(random)
-    return f"there is a {words}", any(of(item) for box in boxes for item in box)
+    return _stated(f"there is a {words}", lambda boxes: _all(of, boxes) > 0)
 
 
-def _has_number(random: Random, boxes: Boxes) -> tuple[str, bool]:
+def _has_number(random: Random) -> Question:
     words, of = _pick(random)
-    amount, truth = _amount(random, sum(of(item) for box in boxes for item in box), 9)
-    return f"there are {amount} {words}s", truth
+    amount, truth = _amount(random, 7)
+    return _stated(f"there are {amount} {words}s", lambda boxes: truth(_all(of, boxes)))
 
 
-def _box_has(random: Random, boxes: Boxes) -> tuple[str, bool]:
+def _box_has(random: Random) -> Question:
     words, of = _pick(random)
-    number = int(random.integers(1, 4))
-    counts = [sum(map(of, box)) for box in boxes]
+    number = int(random.integers(1, 5))
+    word, truth = COMPARISONS[random.integers(2)]
+    return _stated(
+        f"there is a box with {word} {number} {words}s",
+        lambda boxes: any(truth(sum(map(of, box)), number) for box in boxes),
+    )
+
+
+def _each_has(random: Random) -> Question:
+    words, of = _pick(random)
+    return _stated(f"each box has a {words}", lambda boxes: _boxes_with(of, boxes) == len(boxes))
+
+
+def _touches(random: Random) -> Question:
+    words, of = _pick(random)
+
+    def number(boxes: Boxes) -> int:
+        return _all(lambda item: of(item) and _at_wall(item), boxes)
+
     if random.random() < 0.5:
-        return f"there is a box with exactly {number} {words}s", number in counts
-    return f"there is a box with at least {number} {words}s", max(counts) >= number
+        return _stated(f"there is a {words} touching the wall", lambda boxes: number(boxes) > 0)
+    amount, truth = _amount(random, 4)
+    return _stated(f"there are {amount} {words}s touching the wall", lambda boxes: truth(number(boxes)))
 
 
-def _each_has(random: Random, boxes: Boxes) -> tuple[str, bool]:
-    words, of = _pick(random)
-    return f"each box has a {words}", all(any(map(of, box)) for box in boxes)
-
-
-def _touches(random: Random, boxes: Boxes) -> tuple[str, bool]:
-    words, of = _pick(random)
-    number = sum(of(item) and _at_wall(item) for box in boxes for item in box)
-    if random.random() < 0.5:
-        return f"there is a {words} touching the wall", number > 0
-    amount, truth = _amount(random, number, 6)
-    return f"there are {amount} {words}s touching the wall", truth
-
-
-def _towers_of(random: Random, boxes: Boxes) -> tuple[str, bool]:
+def _towers_of(random: Random) -> Question:
     height = int(random.integers(1, 5))
-    amount, truth = _amount(random, sum(len(box) == height for box in boxes), 3)
-    return f"there are {amount} towers with {height} blocks", truth
+    amount, truth = _amount(random, 3)
+    return _stated(
+        f"there are {amount} towers with {height} blocks",
+        lambda boxes: truth(sum(len(box) == height for box in boxes)),
+    )
 
 
-def _towers_with(random: Random, boxes: Boxes) -> tuple[str, bool]:
-    color, place = int(random.integers(3)), int(random.integers(2))
-    ends = [sorted(box, key=lambda item: item[1])[-place] for box in boxes if box]  # 0: top, -1: base
-    count = sum(item[4] == color for item in ends)
-    amount, truth = _amount(random, count, 3)
-    return f"there are {amount} towers with a {COLOR_WORDS[color]} block at the {('top', 'base')[place]}", truth
+def _towers_with(random: Random) -> Question:
+    color = int(random.integers(3))
+    name, place = (("top", 0), ("base", -1))[random.integers(2)]
+    amount, truth = _amount(random, 3)
+    return _stated(
+        f"there are {amount} towers with a {COLOR_WORDS[color]} block at the {name}",
+        lambda boxes: truth(sum(_colors(box)[place] == color for box in boxes if box)),
+    )
 
 
-def _tower_colors(random: Random, boxes: Boxes) -> tuple[str, bool]:
+def _tower_colors(random: Random) -> Question:
     color, number = int(random.integers(3)), int(random.integers(1, 4))
-    counts = [sum(item[4] == color for item in box) for box in boxes]
-    return f"there is a tower with exactly {number} {COLOR_WORDS[color]} blocks", number in counts
+    return _stated(
+        f"there is a tower with exactly {number} {COLOR_WORDS[color]} blocks",
+        lambda boxes: any(_colors(box).count(color) == number for box in boxes),
+    )
 
 
-def _on_top(random: Random, boxes: Boxes) -> tuple[str, bool]:
-    upper, lower = (int(c) for c in random.integers(3, size=2))
-    towers = [[item[4] for item in sorted(box, key=lambda item: item[1])] for box in boxes]
-    truth = any((upper, lower) in pairwise(tower) for tower in towers)
-    return f"there is a {COLOR_WORDS[upper]} block on a {COLOR_WORDS[lower]} block", truth
+def _on_top(random: Random) -> Question:
+    pair = tuple(int(c) for c in random.integers(3, size=2))
+    return _stated(
+        f"there is a {COLOR_WORDS[pair[0]]} block on a {COLOR_WORDS[pair[1]]} block",
+        lambda boxes: any(pair in pairwise(_colors(box)) for box in boxes),
+    )
 
 
-SCATTER_STATEMENTS = (_has, _has_number, _box_has, _each_has, _touches)
-TOWER_STATEMENTS = (_towers_of, _towers_with, _tower_colors, _on_top)
+COMPARISONS: tuple[tuple[str, Callable[[int, int], bool]], ...] = (
+    ("exactly", lambda count, number: count == number),
+    ("at least", lambda count, number: count >= number),
+    ("at most", lambda count, number: count <= number),
+)
+SCATTER_FORMS: dict[str, tuple[Form, ...]] = {
+    "count": (_count_in_box, _count_in_box, _count_boxes, _count_all),
+    "statement": (_has, _has_number, _box_has, _each_has, _touches),
+}
+TOWER_FORMS: dict[str, tuple[Form, ...]] = {
+    "count": (_height, _blocks, _level, _level),
+    "statement": (_towers_of, _towers_with, _tower_colors, _on_top),
+}
+PLACES: dict[str, Callable[[Random, Boxes, bool], Probe]] = {"point": _point, "list": _list}
+KINDS = (*PLACES, *SCATTER_FORMS)
 
 
-KINDS = {"point": _point, "list": _list, "count": _question, "statement": _statement}
+def _all(of: Callable[[Shape], bool], boxes: Boxes) -> int:
+    return sum(of(item) for box in boxes for item in box)
+
+
+def _boxes_with(of: Callable[[Shape], bool], boxes: Boxes) -> int:
+    return sum(any(map(of, box)) for box in boxes)
+
+
+def _colors(tower: list[Shape]) -> list[int]:
+    """Colours of the blocks, top first."""
+    return [item[4] for item in sorted(tower, key=lambda item: item[1])]
 
 
 def _name(item: Shape) -> str:
