@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from zoo.benches.measure import Value
+from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, Row, machine
 from zoo.precision import fast_products
-from zoo.registry import ZooError, unknown
+from zoo.registry import ZooError
 
 # Claim -> module.
 CLAIMS = {
@@ -47,24 +48,15 @@ class Options:
     plots: str = ""  # folder for pictures of the claims that draw some; empty: none
 
     def __post_init__(self) -> None:
-        for claim in self.claims:
-            if claim not in CLAIMS:
-                raise unknown("claim", claim, CLAIMS)
-        if self.seeds < 1 or self.threads < 1:
-            raise ZooError(f"seeds and threads must be at least 1, got {self.seeds} and {self.threads}.")
+        self.claims = chosen("claim", self.claim, CLAIMS)
+        at_least_one(self, "seeds", "threads")
         if not 0 < self.share <= 1:
             raise ZooError(f"share must be in (0, 1], got {self.share}.")
-
-    @property
-    def claims(self) -> list[str]:
-        return [c for c in self.claim.split(",") if c] or list(CLAIMS)
 
 
 def run(options: Options, show: Callable[[str], None] = print) -> Report:
     """Run the claims that `options.claim` names."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         fast_products()
         device = torch.device("cpu")
         report = Report(
@@ -87,8 +79,6 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             if options.plots and hasattr(module, "draw"):
                 module.draw(found, Path(options.plots) / f"{claim}.png")
         return report
-    finally:
-        torch.set_num_threads(before)
 
 
 def over(numbers: list[float]) -> Value:

@@ -5,7 +5,6 @@ logits; a LLaVA-KD step against the student's step and the teacher's forward pas
 the student's.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,13 +19,14 @@ from zoo.benches import divergence as kl
 from zoo.benches import llava
 from zoo.benches.distill_mod import preference_rows, upcycle_row
 from zoo.benches.llava import SIZES, Sizes
-from zoo.benches.measure import Clock, Plain, Times, Value, interleave, ratio
+from zoo.benches.measure import Clock, Plain, Times, Value, ratio
+from zoo.benches.place import StepPlace, at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, Row, machine, short
 from zoo.distill.relation import gram_of, relation_loss, relations
 from zoo.engine import Engine, build_distiller, to_device
 from zoo.precision import autocast, fast_products, resolve_precision
 from zoo.processes import start_accelerator
-from zoo.registry import LinearHead, ZooError, unknown
+from zoo.registry import LinearHead, unknown
 from zoo.stage import Stage
 from zoo.teacher import Teacher
 
@@ -54,43 +54,20 @@ class Options:
     def __post_init__(self) -> None:
         if self.student not in SIZES:
             raise unknown("sizes", self.student, SIZES)
-        for name in ("positions", "vocab", "width", "batch", "threads", "rounds", "steps", "teacher_depth"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for section in self.sections:
-            if section not in SECTIONS:
-                raise unknown("section", section, SECTIONS)
-
-    @property
-    def sections(self) -> list[str]:
-        return [s for s in self.only.split(",") if s] or list(SECTIONS)
-
-
-@dataclass
-class Place:
-    """What all sections share."""
-
-    options: Options
-    accelerator: Any
-    clock: Clock
-    precision: str
-
-    def time(self, variants: dict[str, Plain]) -> dict[str, Times]:
-        gc.collect()
-        return interleave(variants, self.clock, self.options.rounds, self.options.steps)
+        at_least_one(self, "positions", "vocab", "width", "batch", "threads", "rounds", "steps", "teacher_depth")
+        self.sections = chosen("section", self.only, SECTIONS)
 
 
 def run(options: Options, show: Callable[[str], None] = print) -> Report:
     """Measure what `options.only` asks for; `show` is told what is going on."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         accelerator = start_accelerator(options.device)
         device = accelerator.device
         fast_products()
         if device.type == "cpu":
             memory.keep_memory()
-        place = Place(options, accelerator, Clock(device, options.threads), resolve_precision("auto", device))
+        clock, precision = Clock(device, options.threads), resolve_precision("auto", device)
+        place = StepPlace(options, clock, show, accelerator, precision)
         report = Report("zoo bench distill", machine=machine(device, options.threads))
         report.setting = [
             f"divergence: {options.positions} positions, vocabulary {options.vocab}, width {options.width}, float32",
@@ -104,20 +81,18 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             show(f"measuring: {section}")
             report.add(*work[section](place))
         return report
-    finally:
-        torch.set_num_threads(before)
 
 
-def _preference(place: Place) -> list[Row]:
+def _preference(place: StepPlace) -> list[Row]:
     sizes = SIZES[place.options.student]
     return preference_rows(place, sizes, _larger(sizes, place.options.teacher_depth))
 
 
-def _upcycle(place: Place) -> list[Row]:
+def _upcycle(place: StepPlace) -> list[Row]:
     return [upcycle_row(place, SIZES[place.options.student])]
 
 
-def _kl(place: Place) -> list[Row]:
+def _kl(place: StepPlace) -> list[Row]:
     o = place.options
     sizes = (o.positions, o.vocab, o.width)
     peaks = {way: kl.peak(way, *sizes) for way in kl.WAYS}
@@ -138,7 +113,7 @@ def _kl(place: Place) -> list[Row]:
     ]  # fmt: skip
 
 
-def _relation(place: Place) -> list[Row]:
+def _relation(place: StepPlace) -> list[Row]:
     """The student's relations and their gradients, through the Gram matrix and through logits."""
     o, device = place.options, place.accelerator.device
     x = kl.inputs(o.image_tokens, o.vocab, o.width, device)
@@ -169,7 +144,7 @@ def _relation(place: Place) -> list[Row]:
                 note=note)]  # fmt: skip
 
 
-def _models(place: Place) -> tuple[Sizes, Any, Any, dict[str, Any]]:
+def _models(place: StepPlace) -> tuple[Sizes, Any, Any, dict[str, Any]]:
     """Student, teacher, and a batch that both read."""
     o, device = place.options, place.accelerator.device
     sizes = SIZES[o.student]
@@ -184,7 +159,7 @@ def _larger(sizes: Sizes, n: int) -> Sizes:
     )
 
 
-def _trains(place: Place, student: Any, batch: dict[str, Any], teacher: Any = None, **options: Any) -> Plain:
+def _trains(place: StepPlace, student: Any, batch: dict[str, Any], teacher: Any = None, **options: Any) -> Plain:
     """The step of `zoo train`, with a distiller where there are options of one."""
     stage = Stage(steps=1_000_000, batch_size=place.options.batch, lr=1e-4, schedule="constant",
                   distiller=options or None, teacher="the teacher" if options else "")  # fmt: skip
@@ -201,7 +176,7 @@ def _trains(place: Place, student: Any, batch: dict[str, Any], teacher: Any = No
     return Plain(step)
 
 
-def _step(place: Place) -> list[Row]:
+def _step(place: StepPlace) -> list[Row]:
     device = place.accelerator.device
     sizes, student, model, batch = _models(place)
     twin = llava.composed(sizes).to(device)
@@ -231,7 +206,7 @@ def _step(place: Place) -> list[Row]:
     ]  # fmt: skip
 
 
-def _stored(place: Place) -> list[Row]:
+def _stored(place: StepPlace) -> list[Row]:
     """A step from a stored teacher, answers alone and with image tokens, over the plain step."""
     o, device = place.options, place.accelerator.device
     sizes, student, _, batch = _models(place)

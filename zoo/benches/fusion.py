@@ -4,20 +4,19 @@ Every method has a file of its own beside this one with a function `rows(place) 
 runs in turns on the same machine, with random weights, and only ratios count.
 """
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from zoo.benches.measure import Clock, Plain, Times, interleave
+from zoo.benches.measure import Clock
+from zoo.benches.place import Place, at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, machine
 from zoo.precision import fast_products
 from zoo.processes import start_accelerator
-from zoo.registry import ZooError, build, unknown
+from zoo.registry import build, unknown
 
 # Method -> module with its rows.
 METHODS = {
@@ -51,25 +50,13 @@ class Options:
             raise unknown("sizes", self.sizes, LLMS)
         if self.dtype not in ("float32", "bfloat16"):
             raise unknown("dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("rows", "threads", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for method in self.methods:
-            if method not in METHODS:
-                raise unknown("method", method, METHODS)
-
-    @property
-    def methods(self) -> list[str]:
-        return [m for m in self.only.split(",") if m] or list(METHODS)
+        at_least_one(self, "rows", "threads", "rounds", "steps")
+        self.methods = chosen("method", self.only, METHODS)
 
 
 @dataclass
-class Place:
+class FusionPlace(Place):
     """What the methods share."""
-
-    options: Options
-    clock: Clock
-    show: Callable[[str], None]
 
     @property
     def device(self) -> torch.device:
@@ -94,19 +81,13 @@ class Place:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(*size, generator=generator).to(self.device, self.dtype)
 
-    def time(self, variants: dict[str, Callable[[], object]], steps: int | None = None) -> dict[str, Times]:
-        """Time functions in turns."""
-        gc.collect()
-        plain = {name: Plain(step) for name, step in variants.items()}
-        return interleave(plain, self.clock, self.options.rounds, steps or self.options.steps)
-
 
 def run(options: Options, show: Callable[[str], None] = print) -> Report:
     """Measure the methods that `options.only` names; `show` is told what is going on."""
-    with _threads(options.threads):
+    with torch_threads(options.threads):
         device = start_accelerator(options.device).device
         fast_products()
-        place = Place(options, Clock(device, options.threads), show)
+        place = FusionPlace(options, Clock(device, options.threads), show)
         report = Report("zoo bench fusion", machine=machine(device, options.threads))
         report.setting = [
             f"language model {options.sizes}: Llama, {_said(LLMS[options.sizes])}, tied embeddings; {options.dtype}",
@@ -120,13 +101,3 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
 
 def _said(sizes: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sizes.items())
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

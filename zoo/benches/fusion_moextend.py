@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from zoo.benches.fusion import Place
+from zoo.benches.fusion import FusionPlace
 from zoo.benches.fusion_mole import training_step
 from zoo.benches.measure import Value, ratio
 from zoo.benches.report import Row
@@ -13,7 +13,7 @@ ROWS, LENGTH = 2, 1024
 MOST = 1.15
 
 
-def rows(place: Place) -> list[Row]:
+def rows(place: FusionPlace) -> list[Row]:
     """Time a step where every layer is extended; what trains otherwise is a gradient to the input."""
     tiny = place.options.sizes == "tiny"
     sizes, shape = (MIXTURE, (2, 16)) if tiny else ({**SIZES, **MIXTURE}, (ROWS, LENGTH))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.benches.fusion import Place
+from zoo.benches.fusion import FusionPlace
 from zoo.benches.measure import Value, ratio
 from zoo.benches.report import Row
 from zoo.registry import build
@@ -23,7 +23,7 @@ LINEARS = ["gate_proj", "up_proj", "down_proj"]
 MOST_CPU, MOST_CUDA, MOST_MEMORY = 1.10, 1.15, 1.2
 
 
-def rows(place: Place) -> list[Row]:
+def rows(place: FusionPlace) -> list[Row]:
     """Time one optimiser step of each; the language model is frozen, and the input wants a gradient."""
     tiny = place.options.sizes == "tiny"
     sizes, shape = ({}, (2, 16)) if tiny else (SIZES, (ROWS, LENGTH))
@@ -50,7 +50,7 @@ def rows(place: Place) -> list[Row]:
 
 
 def training_step(
-    place: Place,
+    place: FusionPlace,
     sizes: dict[str, Any],
     shape: tuple[int, int],
     node: dict[str, Any] | None,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from zoo.benches.flops import count_flops
-from zoo.benches.fusion import Place
+from zoo.benches.fusion import FusionPlace
 from zoo.benches.measure import ratio
 from zoo.benches.report import Row
 from zoo.registry import ImageFeatures, build
@@ -13,7 +13,7 @@ from zoo.registry import ImageFeatures, build
 GRID, DIM, TEXT, STRIDES = (24, 24), 1024, 32, (2, 3, 4, 6)
 
 
-def rows(place: Place) -> list[Row]:
+def rows(place: FusionPlace) -> list[Row]:
     """Measure the projector alone, and with the prefill behind it: each must cost less than with more tokens."""
     tiny = place.options.sizes == "tiny"
     dim, llm, b = (16 if tiny else DIM), place.llm(), place.options.rows

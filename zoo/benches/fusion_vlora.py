@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zoo.benches.flops import count_flops
-from zoo.benches.fusion import Place
+from zoo.benches.fusion import FusionPlace
 from zoo.benches.measure import Value, ratio
 from zoo.benches.report import Row
 from zoo.fusion.weight_generator import GeneratorBlock
@@ -22,7 +22,7 @@ GRID, DIM, TEXT = (24, 24), 1024, 32  # CLIP ViT-L/14 at 336 px; tokens of text
 TINY = {"rank": 4, "width": 16, "depth": 1, "num_heads": 2}
 
 
-def rows(place: Place) -> list[Row]:
+def rows(place: FusionPlace) -> list[Row]:
     """Measure prefill and decoding."""
     tiny = place.options.sizes == "tiny"
     grid, dim, b = ((4, 4), 16, place.options.rows) if tiny else (GRID, DIM, place.options.rows)
@@ -84,7 +84,7 @@ def _as_published() -> Iterator[None]:
         GeneratorBlock.read = ours  # type: ignore[method-assign]
 
 
-def _decoding(place: Place, adapter: Any, plain: Any, changed: Any, ids: torch.Tensor) -> Row:
+def _decoding(place: FusionPlace, adapter: Any, plain: Any, changed: Any, ids: torch.Tensor) -> Row:
     """A step behind the same text; caches are cut back after each."""
 
     def step(llm: Any, cache: Any) -> Any:

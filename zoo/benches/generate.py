@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from zoo.benches.measure import Clock, Plain, Value, interleave
+from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.published import SIZES, write
 from zoo.benches.report import Report, Row, machine
-from zoo.registry import ZooError, unknown
 
 
 @dataclass
@@ -28,12 +28,8 @@ class Options:
     device: str = "auto"  # auto | cpu | cuda
 
     def __post_init__(self) -> None:
-        for name in self.sizes.split(","):
-            if name not in SIZES:
-                raise unknown("sizes", name, SIZES)
-        for name in ("batch", "new", "rounds"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        chosen("sizes", self.sizes, SIZES)
+        at_least_one(self, "batch", "new", "rounds")
 
 
 def run(options: Options, show: Callable[[str], None] = print) -> Report:
@@ -41,21 +37,17 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
     device = torch.device(
         options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     clock = Clock(device, options.threads)
     report = Report("zoo bench generate", machine=machine(device, options.threads))
     report.setting = [
         f"{options.batch} prompts of one image and {options.text} tokens of text, {options.new} new tokens, "
         f"{options.dtype}; {clock.name} time, {options.rounds} rounds"
     ]
-    try:
+    with torch_threads(options.threads):
         for name in options.sizes.split(","):
             show(f"measuring: {name}")
             report.setting.append(f"{name}: {SIZES[name].describe()}")
             report.add(*_rows(name, options, device, clock))
-    finally:
-        torch.set_num_threads(before)
     return report
 
 

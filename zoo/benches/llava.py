@@ -53,11 +53,11 @@ SIZES = {
 }  # fmt: skip
 
 
-def stock(sizes: Sizes, attention: str | None = None) -> Any:
-    """Return transformers' model with random weights; `attention=None` leaves its default."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+def config(sizes: Sizes, positions: int, image_token: int, eos: int | None = None, pad: int | None = None) -> Any:
+    """Return transformers' config of these sizes, for `positions` positions."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=sizes.vision_width,
             intermediate_size=4 * sizes.vision_width,
@@ -73,16 +73,22 @@ def stock(sizes: Sizes, attention: str | None = None) -> Any:
             num_attention_heads=sizes.text_heads,
             num_key_value_heads=sizes.text_heads,
             vocab_size=sizes.vocab,
-            max_position_embeddings=1024,
-            pad_token_id=None,
+            max_position_embeddings=positions,
+            pad_token_id=pad,
             bos_token_id=None,
-            eos_token_id=None,
+            eos_token_id=eos,
         ),
-        image_token_id=IMAGE_TOKEN,  # type: ignore[call-arg]
+        image_token_id=image_token,  # type: ignore[call-arg]
         vision_feature_layer=sizes.layer,
         image_seq_length=sizes.image_tokens,
     )
-    model = LlavaForConditionalGeneration(config)
+
+
+def stock(sizes: Sizes, attention: str | None = None) -> Any:
+    """Return transformers' model with random weights; `attention=None` leaves its default."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration(config(sizes, positions=1024, image_token=IMAGE_TOKEN))
     if attention is not None:
         model.set_attn_implementation(attention)
     return model

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from zoo.benches.measure import Value
+from zoo.benches.place import at_least_one
 from zoo.benches.published import SIZES, write
 from zoo.benches.report import Report, Row, machine
 from zoo.registry import ZooError, unknown
@@ -34,8 +35,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.sizes not in SIZES:
             raise unknown("sizes", self.sizes, SIZES)
-        if self.rounds < 1:
-            raise ZooError(f"rounds must be at least 1, got {self.rounds}.")
+        at_least_one(self, "rounds", "threads")
 
 
 def run(options: Options, show: Callable[[str], None] = print) -> Report:

@@ -16,7 +16,7 @@ from zoo.collate import EncodedSample, collate, pack
 from zoo.registry import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from zoo.benches.train import Place
+    from zoo.benches.train import TrainPlace
 
 MEAN, LONGEST = 82, 192  # tokens; half of a random batch of 16 is then padding
 WINDOW = 32  # steps whose samples are sorted by length together, as in `zoo.loader`
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 NAMES = {"padded": "random padding", "buckets": "length buckets", "packed": "packed rows"}
 
 
-def mixed_rows(place: "Place", sizes: Sizes) -> list[Row]:
+def mixed_rows(place: "TrainPlace", sizes: Sizes) -> list[Row]:
     """Useful tokens per second of our step on the same samples, batched in three ways.
 
     The LLM alone. Random padding runs through our step too, which skips the logits of padding; transformers' own Llama

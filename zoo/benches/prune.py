@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.benches.costs import cache_bytes
 from zoo.benches.measure import Clock, Plain, Times, Value, interleave, ratio
 from zoo.benches.peak import peak_bytes
+from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.prune_card import PruneReport, Summary, where_it_pays
 from zoo.benches.prune_models import SIZES, Variant, accepts, first_tokens, named_model, random_models
 from zoo.benches.report import Row, machine
@@ -50,21 +51,13 @@ class Options:
     set: dict[str, Any] = field(default_factory=dict)  # pruner -> its options; written pruner.NAME.OPTION=value
 
     def __post_init__(self) -> None:
-        for name in ("text_tokens", "batch", "new_tokens", "rounds", "threads", "scored_tokens"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        at_least_one(self, "text_tokens", "batch", "new_tokens", "rounds", "threads", "scored_tokens")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        for section in self.sections:
-            if section not in SECTIONS:
-                raise unknown("section", section, SECTIONS)
+        self.sections = chosen("section", self.only, SECTIONS)
         for name in [*self.pruners, *self.set]:
             if name != NONE and name not in names("pruner"):
                 raise unknown("pruner", name, [NONE, *names("pruner")])
-
-    @property
-    def sections(self) -> list[str]:
-        return [s for s in self.only.split(",") if s] or list(SECTIONS)
 
     @property
     def pruners(self) -> list[str]:
@@ -87,15 +80,13 @@ def words(given: Sequence[str]) -> list[str]:
 
 def run(options: Options, show: Callable[[str], None] = print) -> PruneReport:
     """Measure what `options.only` asks for; `show` is told what is going on."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     gc.collect()
     gc.freeze()  # what is here already is not looked through again before every round
     try:
-        return _Bench(options, show).run()
+        with torch_threads(options.threads):
+            return _Bench(options, show).run()
     finally:
         gc.unfreeze()
-        torch.set_num_threads(before)
 
 
 class _Bench:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from zoo.benches.llava import Sizes
+from zoo.benches.llava import Sizes, config
 
 SIZES = {
     "tiny": Sizes(),
@@ -32,42 +32,18 @@ TEMPLATE = (
 
 def write(sizes: Sizes, folder: Path, dtype: torch.dtype) -> int:
     """Write the model and its processor as hub repositories hold them; returns the bytes of its weights."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+    from transformers import CLIPImageProcessor, LlavaProcessor
     from transformers import LlavaForConditionalGeneration as Llava
 
     from zoo.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["a picture of a red circle"], 320, "chatml")
     tokenizer.chat_template = TEMPLATE
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=sizes.vision_width,
-            intermediate_size=4 * sizes.vision_width,
-            num_hidden_layers=sizes.vision_depth,
-            num_attention_heads=sizes.vision_heads,
-            image_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=sizes.text_width,
-            intermediate_size=sizes.intermediate,
-            num_hidden_layers=sizes.text_depth,
-            num_attention_heads=sizes.text_heads,
-            num_key_value_heads=sizes.text_heads,
-            vocab_size=sizes.vocab,
-            max_position_embeddings=4096,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_index=tokenizer.image_token_id,
-        vision_feature_layer=sizes.layer,
-        image_seq_length=sizes.image_tokens,
-    )
+    image, end, pad = tokenizer.image_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model: Any = Llava(config)
+        model: Any = Llava(config(sizes, positions=4096, image_token=image, eos=end, pad=pad))
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None  # every answer is as long as it was asked to be

@@ -4,7 +4,6 @@ Everything is measured in one run, in turns. The models have the same sizes and 
 the parts `vision=hf`, `projector=mlp`, `llm=hf` and runs through the engine of `zoo train`.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,15 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.benches import llava
 from zoo.benches.llava import SIZES, Sizes
-from zoo.benches.measure import Clock, Plain, Times, Value, interleave, matmul, ratio
+from zoo.benches.measure import Clock, Plain, Times, Value, matmul, ratio
 from zoo.benches.mixed import mixed_rows
+from zoo.benches.place import StepPlace, at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, Row, machine, short
 from zoo.benches.steps import Trained, our_step, plain_loop
 from zoo.benches.waiting import waiting_row
 from zoo.fusion.attention import resolve_attention
 from zoo.precision import autocast, resolve_precision
 from zoo.processes import start_accelerator
-from zoo.registry import ZooError, unknown
+from zoo.registry import unknown
 
 SECTIONS = ("step", "vocab", "mixed", "forward", "wait")
 
@@ -46,47 +46,24 @@ class Options:
     def __post_init__(self) -> None:
         if self.sizes not in SIZES:
             raise unknown("sizes", self.sizes, SIZES)
-        for name in ("batch", "labels", "threads", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for section in self.sections:
-            if section not in SECTIONS:
-                raise unknown("section", section, SECTIONS)
-
-    @property
-    def sections(self) -> list[str]:
-        return [s for s in self.only.split(",") if s] or list(SECTIONS)
+        at_least_one(self, "batch", "labels", "threads", "rounds", "steps")
+        self.sections = chosen("section", self.only, SECTIONS)
 
 
 @dataclass
-class Place:
-    """What all sections share."""
-
-    options: Options
-    accelerator: Any
-    clock: Clock
-    precision: str
+class TrainPlace(StepPlace):
     attention: str
-    show: Callable[[str], None]
-
-    def time(self, variants: dict[str, Plain], steps: int | None = None, rounds: int | None = None) -> dict[str, Times]:
-        gc.collect()
-        return interleave(variants, self.clock, rounds or self.options.rounds, steps or self.options.steps)
 
 
 def run(options: Options, show: Callable[[str], None] = print) -> Report:
     """Measure what `options.only` asks for; `show` is told what is going on."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         accelerator = start_accelerator(options.device)
         device = accelerator.device
         precision = resolve_precision("auto", device)
         products = torch.bfloat16 if precision == "bf16" else torch.float32
-        place = Place(
-            options, accelerator, Clock(device, options.threads), precision,
-            resolve_attention("auto", device, products), show,
-        )  # fmt: skip
+        clock, attention = Clock(device, options.threads), resolve_attention("auto", device, products)
+        place = TrainPlace(options, clock, show, accelerator, precision, attention)
         sizes = SIZES[options.sizes]
         report = Report("zoo bench train", machine=machine(device, options.threads))
         report.setting = [
@@ -100,11 +77,9 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             show(f"measuring: {section}")
             report.add(*work[section](place, sizes))
         return report
-    finally:
-        torch.set_num_threads(before)
 
 
-def _variants(place: Place, sizes: Sizes) -> dict[str, Plain]:
+def _variants(place: TrainPlace, sizes: Sizes) -> dict[str, Plain]:
     """(b), (c) and ours on the same batch."""
     o, device = place.options, place.accelerator.device
     plain = llava.batch(sizes, o.batch, o.length, o.labels)
@@ -115,7 +90,7 @@ def _variants(place: Place, sizes: Sizes) -> dict[str, Plain]:
     }
 
 
-def _step(place: Place, sizes: Sizes) -> list[Row]:
+def _step(place: TrainPlace, sizes: Sizes) -> list[Row]:
     o, device = place.options, place.accelerator.device
     plain = llava.batch(sizes, o.batch, o.length, o.labels)
     variants = {"a": plain_loop(llava.stock(sizes), [plain], "fp32", device), **_variants(place, sizes)}
@@ -158,7 +133,7 @@ def _step(place: Place, sizes: Sizes) -> list[Row]:
     return rows
 
 
-def _vocab(place: Place, sizes: Sizes) -> list[Row]:
+def _vocab(place: TrainPlace, sizes: Sizes) -> list[Row]:
     sizes = replace(sizes, vocab=place.options.large_vocab)
     times = place.time(_variants(place, sizes), steps=1)
     note = f"vocabulary {sizes.vocab}"
@@ -168,7 +143,7 @@ def _vocab(place: Place, sizes: Sizes) -> list[Row]:
     ]
 
 
-def _forward(place: Place, sizes: Sizes) -> list[Row]:
+def _forward(place: TrainPlace, sizes: Sizes) -> list[Row]:
     """Both models with the same weights and all logits, no gradient; the last layer, so that both run all blocks."""
     o, device = place.options, place.accelerator.device
     sizes = replace(sizes, layer=-1)
@@ -210,11 +185,11 @@ def _forward(place: Place, sizes: Sizes) -> list[Row]:
     return rows
 
 
-def _mixed(place: Place, sizes: Sizes) -> list[Row]:
+def _mixed(place: TrainPlace, sizes: Sizes) -> list[Row]:
     return mixed_rows(place, sizes)
 
 
-def _wait(place: Place, sizes: Sizes) -> list[Row]:
+def _wait(place: TrainPlace, sizes: Sizes) -> list[Row]:
     return [waiting_row(place, sizes)]
 
 

@@ -16,10 +16,10 @@ from zoo.stage import Stage
 from zoo.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
-    from zoo.benches.train import Place
+    from zoo.benches.train import TrainPlace
 
 
-def waiting_row(place: "Place", sizes: Sizes) -> Row:
+def waiting_row(place: "TrainPlace", sizes: Sizes) -> Row:
     """Share of the time that steps wait, over as many steps as the rounds have."""
     o = place.options
     data = RunData({"scenes": {"name": "scenes", "size": max(32, sizes.image_size), "scenes": 512}})
