@@ -232,7 +232,7 @@ def test_broken_files_name_file_and_line(folder, name, text, message):
 
 def test_an_absent_file_names_those_that_are_there(folder):
     load(folder, [llava("Q")], "dev.jsonl")
-    with pytest.raises(ZooError, match=r"There is no file .*train.jsonl. That folder has: dev.jsonl"):
+    with pytest.raises(ZooError, match=r"There is no file '.*train.jsonl'. That folder has: dev.jsonl.*ZOO_DATA"):
         open_file(folder)
 
 

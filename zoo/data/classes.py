@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from zoo.data.absent import absent
 from zoo.registry import MISSING, Dialog, Sample, ZooError, register
 
 
@@ -130,7 +131,7 @@ def read_idx(path: Path) -> np.ndarray:
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except FileNotFoundError:
-        raise ZooError(f"There is no file {path}.") from None
+        raise absent(path) from None
     except (OSError, EOFError, zlib.error) as error:
         raise ZooError(f"{path} cannot be read: {error}") from None
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":

@@ -9,6 +9,7 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from zoo.data.absent import absent
 from zoo.registry import ZooError, nearest
 
 
@@ -111,7 +112,7 @@ def open_store(place: str) -> ImageStore:
         return Archives([path])
     found = sorted(Path(p) for p in glob(place)) if set(place) & set("*?[") else []  # noqa: PTH207  may be absolute
     if not found:
-        raise ZooError(f"There is no folder or tar archive {place!r} with images.")
+        raise absent(place, "It holds the images.", what="folder or tar archive")
     return Archives(found)
 
 

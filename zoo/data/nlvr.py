@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.absent import absent
 from zoo.data.nlvr_draw import LAYOUTS, ORDERS, Drawing, Shape, Sprites, cell_labels, drawings, read_box
 from zoo.data.nlvr_probes import KINDS as PROBE_KINDS
 from zoo.data.nlvr_probes import Probes, is_tower
@@ -79,7 +80,7 @@ class NLVR:
         self.config = config
         self.root = Path(config.root or Path(os.environ.get("ZOO_DATA", "data")) / "nlvr")
         if not self.root.is_dir():
-            raise ZooError(f"There is no folder {str(self.root)!r} with the files of NLVR; name it with root=...")
+            raise absent(self.root, "It holds the files of NLVR; name it with root=...", what="folder")
         self.sprites = Sprites(self.root / "sprites.json")
         self.training = config.split == "train"
         train_sentences = {r["sid"]: r["sentence"] for r in self._records("train_sentences.jsonl.gz")}

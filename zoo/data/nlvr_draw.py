@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.absent import absent
 from zoo.registry import IGNORE_INDEX, ZooError
 
 SIDE = 100  # of a box, in pixels
@@ -67,7 +68,7 @@ class Sprites:
             table = json.loads(path.read_text())
             cover = [[np.array(table[f"{t}-{s}"], np.int32) for t in TYPES] for s in SIZES]
         except FileNotFoundError:
-            raise ZooError(f"There is no file {path}; it holds the coverage of each shape.") from None
+            raise absent(path, "It holds the coverage of each shape.") from None
         except (KeyError, ValueError) as error:
             raise ZooError(f"{path} is no table of coverage: {error}.") from None
         self.paint: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.absent import absent
 from zoo.registry import ZooError
 
 
@@ -70,8 +71,7 @@ def _read(path: Path) -> str:
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.json*")) if path.parent.is_dir() else []
-        there = f" That folder has: {', '.join(near)}." if near else ""
-        raise ZooError(f"There is no file {path}.{there}") from None
+        raise absent(path, f"That folder has: {', '.join(near)}." if near else "") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ZooError(f"{path} cannot be read: {error}") from None
 
