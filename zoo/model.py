@@ -5,7 +5,6 @@ placeholders are, runs an unmodified causal LM, and computes the loss only where
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from zoo.answer_loss import answer_loss
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
+from zoo.model_parts import PartsMixin
 from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
-from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code, unknown
+from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
 from zoo.weights import (
     changed_state,
     library_versions,
@@ -30,7 +30,7 @@ from zoo.weights import (
 )
 
 
-class ZooModel(PreTrainedModel):
+class ZooModel(PartsMixin, PreTrainedModel):
     """A vision-language model composed of registered parts.
 
     `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts
@@ -121,102 +121,6 @@ class ZooModel(PreTrainedModel):
     @classmethod
     def can_generate(cls) -> bool:
         return True
-
-    def part_of(self, name: str) -> str:
-        """Name the part that the parameter `name` belongs to: vision, projector, llm, pruner.X or adapter.X."""
-        head, _, rest = name.partition(".")
-        if head == "llm":
-            inner = rest.removeprefix("lm.")
-            owner = next((n for n, a in self.adapter.items() if a.owns(inner)), None)
-            return f"adapter.{owner}" if owner else "llm"
-        if head in {"pruner", "adapter"}:
-            return f"{head}.{rest.partition('.')[0]}"
-        return head
-
-    def _idles(self, name: str) -> bool:
-        """Whether an adapter computes for the module of this parameter: it then has no effect, and no gradient."""
-        inner = name.removeprefix("llm.lm.")
-        return inner != name and any(a.idles(inner) for a in self.adapter.values() if hasattr(a, "idles"))
-
-    def set_trainable(self, train: Sequence[str], freeze: Sequence[str] = ()) -> dict[str, int]:
-        """Let exactly the parameters train that match `train` and not `freeze`.
-
-        Args:
-            train: parts (`vision`, `projector`, `llm`, `adapter`, `adapter.lora`, `all`) or globs over parameter names.
-            freeze: the same; wins over `train`.
-
-        Returns:
-            Number of trainable parameters by part.
-
-        Raises:
-            ZooError: a pattern matches nothing, or nothing is left to train.
-        """
-        named = dict(self.named_parameters())
-        parts = {name: self.part_of(name) for name in named}
-
-        def matches(pattern: str, name: str) -> bool:
-            part = parts[name]
-            return pattern == "all" or pattern in {part, part.partition(".")[0]} or fnmatchcase(name, pattern)
-
-        for pattern in [*train, *freeze]:
-            if not any(matches(pattern, name) for name in named):
-                raise unknown("part or parameter to train", pattern, {"all", *parts.values()})
-        count: dict[str, int] = {}
-        for name, parameter in named.items():
-            on = any(matches(p, name) for p in train) and not any(matches(p, name) for p in freeze)
-            on = on and not self._idles(name)
-            parameter.requires_grad_(on)
-            if on:
-                count[parts[name]] = count.get(parts[name], 0) + parameter.numel()
-        if not count:
-            raise ZooError(f"Nothing trains: train={list(train)} and freeze={list(freeze)} leave no parameter.")
-        return count
-
-    def detach_only(self, names: Sequence[str]) -> None:
-        """Detach the adapters that `names` says, and attach all others.
-
-        Raises:
-            ZooError: the model has no such adapter.
-        """
-        for name in names:
-            if name not in self.adapter:
-                raise unknown("adapter of this model to detach", name, self.adapter.keys())
-        before: frozenset[str] = getattr(self, "_detached", frozenset())
-        self._detached = frozenset(names)
-        if before == self._detached:
-            return
-        for adapter in reversed(list(self.adapter.values())):  # the last one in is the first one out
-            adapter.detach()
-        for name, adapter in self.adapter.items():
-            if name not in self._detached:
-                adapter.attach()
-
-    def gradient_checkpointing_enable(  # type: ignore[override]
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Recompute activations of the LLM (and the encoder where it can) in backward."""
-        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
-        if hasattr(self.vision, "set_gradient_checkpointing"):
-            self.vision.set_gradient_checkpointing(True)
-
-    def compile_parts(self, on: bool = True) -> None:
-        """Run encoder, projector, decoder and loss through `torch.compile`, or no longer.
-
-        Each is a graph of its own: between them stand the placeholder check and the number of labels, which depend
-        on data.
-        """
-        self.compiled = on
-        decoder = self.llm.lm.get_decoder() if hasattr(self.llm.lm, "get_decoder") else self.llm.lm
-        for part in (self.vision, self.projector, decoder):
-            if part is not None and on:
-                part.compile()
-            elif part is not None:
-                part._compiled_call_impl = None
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.llm.lm.gradient_checkpointing_disable()
-        if hasattr(self.vision, "set_gradient_checkpointing"):
-            self.vision.set_gradient_checkpointing(False)
 
     # ---- forward -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,115 @@
+"""What a composed model does with its parts from outside: which train, which adapters are in, what is compiled."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from zoo.registry import ZooError, unknown
+
+
+class PartsMixin(nn.Module):
+    """Names the parts that parameters belong to, and sets them up for training."""
+
+    vision: Any
+    projector: Any
+    llm: Any
+    adapter: Any
+    compiled: bool
+
+    def part_of(self, name: str) -> str:
+        """Name the part that the parameter `name` belongs to: vision, projector, llm, pruner.X or adapter.X."""
+        head, _, rest = name.partition(".")
+        if head == "llm":
+            inner = rest.removeprefix("lm.")
+            owner = next((n for n, a in self.adapter.items() if a.owns(inner)), None)
+            return f"adapter.{owner}" if owner else "llm"
+        if head in {"pruner", "adapter"}:
+            return f"{head}.{rest.partition('.')[0]}"
+        return head
+
+    def _idles(self, name: str) -> bool:
+        """Whether an adapter computes for the module of this parameter: it then has no effect, and no gradient."""
+        inner = name.removeprefix("llm.lm.")
+        return inner != name and any(a.idles(inner) for a in self.adapter.values() if hasattr(a, "idles"))
+
+    def set_trainable(self, train: Sequence[str], freeze: Sequence[str] = ()) -> dict[str, int]:
+        """Let exactly the parameters train that match `train` and not `freeze`.
+
+        Args:
+            train: parts (`vision`, `projector`, `llm`, `adapter`, `adapter.lora`, `all`) or globs over parameter names.
+            freeze: the same; wins over `train`.
+
+        Returns:
+            Number of trainable parameters by part.
+
+        Raises:
+            ZooError: a pattern matches nothing, or nothing is left to train.
+        """
+        named = dict(self.named_parameters())
+        parts = {name: self.part_of(name) for name in named}
+
+        def matches(pattern: str, name: str) -> bool:
+            part = parts[name]
+            return pattern == "all" or pattern in {part, part.partition(".")[0]} or fnmatchcase(name, pattern)
+
+        for pattern in [*train, *freeze]:
+            if not any(matches(pattern, name) for name in named):
+                raise unknown("part or parameter to train", pattern, {"all", *parts.values()})
+        count: dict[str, int] = {}
+        for name, parameter in named.items():
+            on = any(matches(p, name) for p in train) and not any(matches(p, name) for p in freeze)
+            on = on and not self._idles(name)
+            parameter.requires_grad_(on)
+            if on:
+                count[parts[name]] = count.get(parts[name], 0) + parameter.numel()
+        if not count:
+            raise ZooError(f"Nothing trains: train={list(train)} and freeze={list(freeze)} leave no parameter.")
+        return count
+
+    def detach_only(self, names: Sequence[str]) -> None:
+        """Detach the adapters that `names` says, and attach all others.
+
+        Raises:
+            ZooError: the model has no such adapter.
+        """
+        for name in names:
+            if name not in self.adapter:
+                raise unknown("adapter of this model to detach", name, self.adapter.keys())
+        before: frozenset[str] = getattr(self, "_detached", frozenset())
+        self._detached = frozenset(names)
+        if before == self._detached:
+            return
+        for adapter in reversed(list(self.adapter.values())):  # the last one in is the first one out
+            adapter.detach()
+        for name, adapter in self.adapter.items():
+            if name not in self._detached:
+                adapter.attach()
+
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute activations of the LLM (and the encoder where it can) in backward."""
+        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(True)
+
+    def compile_parts(self, on: bool = True) -> None:
+        """Run encoder, projector, decoder and loss through `torch.compile`, or no longer.
+
+        Each is a graph of its own: between them stand the placeholder check and the number of labels, which depend
+        on data.
+        """
+        self.compiled = on
+        decoder = self.llm.lm.get_decoder() if hasattr(self.llm.lm, "get_decoder") else self.llm.lm
+        for part in (self.vision, self.projector, decoder):
+            if part is not None and on:
+                part.compile()
+            elif part is not None:
+                part._compiled_call_impl = None
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.llm.lm.gradient_checkpointing_disable()
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(False)
