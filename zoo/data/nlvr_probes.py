@@ -236,10 +236,10 @@ def _tower_colors(random: Random) -> Question:
 
 
 def _on_top(random: Random) -> Question:
-    pair = tuple(int(c) for c in random.integers(3, size=2))
+    upper, lower = (int(c) for c in random.integers(3, size=2))
     return _stated(
-        f"there is a {COLOR_WORDS[pair[0]]} block on a {COLOR_WORDS[pair[1]]} block",
-        lambda boxes: any(pair in pairwise(_colors(box)) for box in boxes),
+        f"there is a {COLOR_WORDS[upper]} block on a {COLOR_WORDS[lower]} block",
+        lambda boxes: any((upper, lower) in pairwise(_colors(box)) for box in boxes),
     )
 
 
