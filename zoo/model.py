@@ -122,6 +122,19 @@ class ZooModel(PartsMixin, PreTrainedModel):
     def can_generate(cls) -> bool:
         return True
 
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute activations of the LLM (and the encoder where it can) in backward."""
+        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.llm.lm.gradient_checkpointing_disable()
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(False)
+
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def encode_images(

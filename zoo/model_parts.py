@@ -87,14 +87,6 @@ class PartsMixin(nn.Module):
             if name not in self._detached:
                 adapter.attach()
 
-    def gradient_checkpointing_enable(  # type: ignore[override]
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Recompute activations of the LLM (and the encoder where it can) in backward."""
-        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
-        if hasattr(self.vision, "set_gradient_checkpointing"):
-            self.vision.set_gradient_checkpointing(True)
-
     def compile_parts(self, on: bool = True) -> None:
         """Run encoder, projector, decoder and loss through `torch.compile`, or no longer.
 
@@ -108,8 +100,3 @@ class PartsMixin(nn.Module):
                 part.compile()
             elif part is not None:
                 part._compiled_call_impl = None
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.llm.lm.gradient_checkpointing_disable()
-        if hasattr(self.vision, "set_gradient_checkpointing"):
-            self.vision.set_gradient_checkpointing(False)
