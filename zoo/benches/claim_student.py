@@ -53,7 +53,8 @@ class Shared:
     vocab_size = None  # all have the teacher's tokenizer
 
     def __init__(self, model: Any) -> None:
-        self.teacher, self.seen, self.seconds = Teacher(model), None, 0.0
+        self.teacher, self.seconds = Teacher(model), 0.0
+        self.seen: Seen | None = None
 
     def see(self, batch: Mapping[str, Any], student: Any) -> Seen:
         """Give what it saw of this step's batch; `seen = None` begins a new step."""
@@ -108,8 +109,9 @@ class World:
             if id(processor) not in sources:
                 mix = Mix({"scenes": data}, {}, self.seed)
                 twins = Twins(self.teachers_processor, processor) if arm.processor else None
-                options = {"text": engine.run_llm, "teacher": twins}
-                sources[id(processor)] = Batches(mix, processor, stage, steps, Place(), **options)
+                sources[id(processor)] = Batches(
+                    mix, processor, stage, steps, Place(), text=engine.run_llm, teacher=twins
+                )
             lanes.append((arm, engine, asks, id(processor)))
         for number in range(steps):
             self.teacher.seen, self.teacher.seconds = None, 0.0
