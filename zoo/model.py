@@ -16,6 +16,7 @@ from zoo.answer_loss import answer_loss
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
+from zoo.model_images import ImagesMixin
 from zoo.model_parts import PartsMixin
 from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
 from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
@@ -30,7 +31,7 @@ from zoo.weights import (
 )
 
 
-class ZooModel(PartsMixin, PreTrainedModel):
+class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
     """A vision-language model composed of registered parts.
 
     `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts
@@ -90,10 +91,6 @@ class ZooModel(PartsMixin, PreTrainedModel):
 
     # ---- what it is --------------------------------------------------------------------------------------------
 
-    @property
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
-
     def set_attention(self, name: str) -> str:
         """Choose the LLM's attention: `auto` or a name that transformers knows; returns the one taken."""
         probe = next(self.llm.parameters())
@@ -136,77 +133,6 @@ class ZooModel(PartsMixin, PreTrainedModel):
             self.vision.set_gradient_checkpointing(False)
 
     # ---- forward -----------------------------------------------------------------------------------------------
-
-    def encode_images(
-        self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None
-    ) -> tuple[ImageFeatures, ImageFeatures, Tensor | None]:
-        """Run encoder, pruners, projector and layout.
-
-        Args:
-            pixel_values: (M, 3, S, S).
-            cuts: of each image, where images have rows of their own; absent: every row is an image.
-
-        Returns:
-            The encoder's features, what the pruners left of them, and the image tokens (M, K, C), laid out (S, C), or
-            None.
-        """
-        if self.vision is None:
-            raise ZooError("The batch has images, but the model has no vision encoder.")
-        if cuts is None and self.layout is not None:
-            cuts = [Cut(size=self.vision.transform.size)] * len(pixel_values)
-        if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
-            raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
-        image = self.vision(pixel_values, need=self.requested)
-        if cuts is not None and self.layout is not None:
-            image.rows, image.cuts = tuple(c.rows for c in cuts), tuple(cuts)
-            image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")
-        kept = image
-        for pruner in self.pruner.values():
-            kept = pruner(kept)
-        if self.projector is None or self.layout is None:
-            return image, kept, self.projector(kept) if self.projector is not None else None
-        ahead = getattr(self.layout, "project", None)  # what a layout does to some rows ahead of the projector
-        tokens = self.projector(kept) if ahead is None else ahead(kept, self.projector, cuts)
-        return image, kept, self.layout(tokens, cuts)  # (S, C)
-
-    def _encoded(
-        self,
-        pixel_values: Tensor | None,
-        cuts: Sequence[Cut] | None,
-        encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None,
-    ) -> tuple[ImageFeatures | None, ImageFeatures | None, Tensor | None]:
-        if encoded is not None:
-            return encoded
-        return (None, None, None) if pixel_values is None else self.encode_images(pixel_values, cuts)
-
-    def _placeholders(self, input_ids: Tensor) -> Tensor:
-        """Where tokens of images and videos stand: (B, T) bool."""
-        slots = input_ids == self.image_token_id
-        if self.config.video_token_id is not None:
-            slots = slots | (input_ids == self.config.video_token_id)
-        return slots
-
-    def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
-        """Embed `input_ids` (B, T) and put the image tokens (M, K, C) or (S, C) where the placeholders are.
-
-        Raises:
-            ZooError: the placeholders and the image tokens are not equally many.
-        """
-        slots = self._placeholders(input_ids)  # (B, T)
-        embeds = self.llm.embed(input_ids.masked_fill(slots, 0))  # (B, T, C)
-        have = 0 if image_tokens is None else image_tokens.shape[:-1].numel()
-        if not torch.compiler.is_compiling() and (found := int(slots.sum())) != have:
-            each = "" if self.layout is not None else f" of {self.num_image_tokens} tokens"
-            images = 0 if image_tokens is None else "laid out" if each == "" else len(image_tokens)
-            raise ZooError(
-                f"The batch has {found} image placeholders (id {self.image_token_id}) for {images} images{each}; "
-                f"{have} are needed."
-            )
-        if image_tokens is None or not have:
-            return embeds
-        flat = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds.dtype)  # (M * K, C)
-        index = (slots.flatten().cumsum(0) - 1).clamp_(min=0).view_as(slots)  # (B, T)
-        return torch.where(slots.unsqueeze(-1), flat[index], embeds)
 
     def forward(
         self,
@@ -356,53 +282,6 @@ class ZooModel(PartsMixin, PreTrainedModel):
         slots = self._placeholders(input_ids) if input_ids is not None else None
         rows = attention_mask, position_ids, labels, segment_ids, block_ids
         return LLMSequence(slots, *rows, tokens_per_image=0 if self.layout is not None else self.num_image_tokens)
-
-    def _condition(
-        self,
-        image: ImageFeatures | None,
-        images_per_row: Sequence[int] | None,
-        input_ids: Tensor | None,
-        expand: int = 1,
-    ) -> None:
-        """Hand the image features to the adapters that want them, with the number of images of each row."""
-        if not len(self.adapter):
-            return
-        if images_per_row is None and input_ids is not None:
-            if image is None:
-                images_per_row = [0] * len(input_ids)
-            elif self.layout is not None and image.cuts is not None:
-                images_per_row = self._images_of(input_ids, image.cuts)
-            elif self.num_image_tokens:
-                found = (input_ids == self.image_token_id).sum(1) // self.num_image_tokens
-                images_per_row = found.tolist()
-            elif (count := len(image.rows or image.tokens)) == len(input_ids):
-                images_per_row = [1] * len(input_ids)
-            else:
-                raise ZooError(f"{count} images for {len(input_ids)} rows without placeholders: pass images_per_row.")
-        for adapter in self.adapter.values():
-            adapter.condition(image, images_per_row or [], expand)
-
-    def _images_of(self, input_ids: Tensor, cuts: Sequence[Cut]) -> list[int]:
-        """Count the images of each row by their placeholders, whose number differs from image to image."""
-        rest, rows = list(cuts), []
-        for found in self._placeholders(input_ids).sum(1).tolist():
-            before = len(rest)
-            while found > 0 and rest:
-                found -= self.layout.count(rest.pop(0))
-            rows.append(before - len(rest))
-        return rows
-
-    def _vision_trains(self) -> bool:
-        parts = (self.vision, self.projector, self.layout)
-        return any(p.requires_grad for part in parts if part is not None for p in part.parameters())
-
-    def _touch_vision(self) -> Tensor:
-        """Zero that depends on the encoder and the projector: ranks without images then still meet in backward."""
-        pixels = torch.zeros(
-            1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
-        )
-        _, kept, tokens = self.encode_images(pixels)
-        return (tokens if tokens is not None else kept.tokens).sum() * 0.0
 
     # ---- generate ----------------------------------------------------------------------------------------------
 
