@@ -151,6 +151,8 @@ class Dropper:
         self, number: int, names: list[str], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Change what a layer is given, where it is one that sees fewer tokens (a forward pre-hook)."""
+        if number and self.past and (self.run is None or self.run.cut < 0 or number < self.run.cut):
+            return None  # tokens that are decoded see all of this layer's cache
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = given[names[0]]
         cache = given.get("past_key_values", given.get("layer_past"))
@@ -168,6 +170,8 @@ class Dropper:
         if run.cut < 0 or number < run.cut:
             return None
         changed = self._decode(run, number, hidden, cache) if self.past else self._prefill(run, number, hidden, given)
+        if self.past and all(given.get(name) is value for name, value in changed.items()):
+            return None
         given |= changed | {names[0]: hidden}
         first = names[: len(args)]
         return tuple(given[n] for n in first), {k: v for k, v in given.items() if k not in first}

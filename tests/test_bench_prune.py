@@ -89,9 +89,9 @@ def test_models_share_their_weights_and_differ_in_the_pruner():
 
 
 def test_words_follow_from_the_numbers():
-    def card(**by_size):
+    def card(decode=1.0, **by_size):
         values = {int(n[1:]): Value(m, m - 0.05, m + 0.05) for n, m in by_size.items()}
-        return Summary({}, [], 0, 0, 0, by_size=values)
+        return Summary({}, [], 0, 0, 0, by_size=values, decode_ratio=Value(decode, decode - 0.05, decode + 0.05))
 
     found = where_it_pays(
         {
@@ -99,7 +99,7 @@ def test_words_follow_from_the_numbers():
             "a": card(n16=0.8, n64=1.0, n144=1.4),
             "b": card(n16=1.2, n64=2.0),
             "c": card(n16=1.3, n64=0.7),
-            "d": card(n64=1.4),
+            "d": card(n64=1.4, decode=1.3),
         }
     )
     assert found == [
@@ -107,7 +107,8 @@ def test_words_follow_from_the_numbers():
         "It makes no difference at 64.",
         "b pays at every number of image tokens measured, 16 to 64 (2x at 64).",
         "c does not pay up to 64 image tokens (0.7x at 64). It is slower than no pruner at 64.",
-        "d pays at the one number of image tokens measured (1.4x at 64).",
+        "d pays at the one number of image tokens measured (1.4x at 64). "
+        "A decoded token takes 1.3x as long as without.",
     ]
 
 

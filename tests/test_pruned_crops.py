@@ -69,6 +69,19 @@ def test_images_of_unlike_crops_in_a_batch_are_each_alone(cropped, name):
             assert int((inputs["input_ids"] == model.image_token_id).sum()) == counted
 
 
+@torch.no_grad()
+def test_a_newline_behind_each_line_of_kept_tokens_is_counted_beforehand(cropped):
+    counts = []
+    for words in ([], ["layout.kept_lines=true"]):
+        model, processor = load(cropped, "fastervlm", *words)
+        texts, images = batch_of(processor)
+        inputs = processor(images=images, text=texts)
+        assert model(**inputs).logits.isfinite().all()
+        counts.append((inputs["input_ids"] == model.image_token_id).sum(1))
+    rows = [model.layout._crops(size)[0] * model.vision.grid[0] for size in SIZES]  # lines of each joined grid
+    assert (counts[1] - counts[0]).tolist() == [n - 1 for n in rows]
+
+
 @pytest.mark.parametrize("name", ["aim", "divprune", "fastv", "random"])
 @torch.no_grad()
 def test_frames_of_a_film_are_pruned_each_alone_and_kept_all_to_the_bit(filmed, film, name):  # noqa: F811

@@ -212,7 +212,7 @@ class _Bench:
             self.cards[name].decode_ms = value = self._milliseconds(times[name], o.new_tokens)
             rows.append(Row(f"{name}: one token of decoding", value, " ms"))
         for name, _ in self._each():
-            value = ratio(self.clock, times[name], times[NONE])
+            self.cards[name].decode_ratio = value = ratio(self.clock, times[name], times[NONE])
             rows.append(Row(f"{name}: time of a token over no pruner", value, bound=1.0, at_most=True))
         return rows
 

@@ -21,6 +21,7 @@ class Summary:
     counted_flops: int | None = None  # of the prefill, scoring included, by torch's counter
     prefill_ms: Value | None = None  # encoder output to logits
     decode_ms: Value | None = None  # of one token
+    decode_ratio: Value | None = None  # its time over that without a pruner
     peak_bytes: int | None = None  # of the prefill, beside the weights
     speed_up: Value | None = None  # of the prefill against no pruner
     ideal: float | None = None  # the same by FLOPs
@@ -73,7 +74,8 @@ class PruneReport(Report):
                 low, high = ([getattr(card.by_size[n], side) for n in at] for side in ("low", "high"))
                 sizes.fill_between(at, low, high, alpha=0.15, color=colour[name], linewidth=0)
         layers.set(xlabel="layer of the LLM", ylabel="image tokens it sees")
-        layers.legend()
+        layers.xaxis.get_major_locator().set_params(integer=True)
+        layers.legend(framealpha=0.5)  # colours are the same in all four
         for axes, field_name, what in (
             (prefill, "prefill_ms", "prefill, encoder output to logits, ms"),
             (decode, "decode_ms", "one token of decoding, ms"),
@@ -89,7 +91,6 @@ class PruneReport(Report):
         if ticks := sorted({n for card in self.cards.values() for n in card.by_size}):
             sizes.set_xticks(ticks, [str(n) for n in ticks])
             sizes.minorticks_off()
-            sizes.legend()
         figure.savefig(path, dpi=120)
 
     def _table(self) -> list[str]:
@@ -115,7 +116,8 @@ def _spread(value: Value | None) -> str:
 def where_it_pays(cards: Mapping[str, Summary]) -> list[str]:
     """Say of each pruner from how many image tokens on the prefill is faster than without.
 
-    Faster and slower mean that the quartiles lie on one side; what lies between is said to make no difference.
+    Faster and slower mean that the quartiles lie on one side; what lies between is said to make no difference. Where a
+    decoded token takes longer than without, that is said too.
     """
     found = []
     for name, card in cards.items():
@@ -138,5 +140,7 @@ def where_it_pays(cards: Mapping[str, Summary]) -> list[str]:
             text += f" It is slower than no pruner at {', '.join(map(str, slower))}."
         if even := [n for n in at if n not in slower and n not in faster]:
             text += f" It makes no difference at {', '.join(map(str, even))}."
+        if card.decode_ratio is not None and card.decode_ratio.low > 1:
+            text += f" A decoded token takes {short(card.decode_ratio.median)}x as long as without."
         found.append(text)
     return found
