@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
-from zoo.registry import LinearHead, ZooError, nearest, register, unknown
+from zoo.registry import LinearHead, ZooError, nearest, register, require_revision, unknown
 
 # What our size fields are called by the families that do not say it as Llama does.
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
@@ -225,7 +225,7 @@ def _from_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    where = {"revision": config.revision} if config.revision else {}
+    where = {"revision": require_revision(config.revision)} if config.revision else {}
     try:
         hf = AutoConfig.from_pretrained(config.checkpoint, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:

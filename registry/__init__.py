@@ -22,6 +22,7 @@ from zoo.registry.core import (
     names,
     refuse_code,
     register,
+    require_revision,
     source_options,
 )
 from zoo.registry.errors import ZooError, nearest, unknown, unknown_option, wrong_value
@@ -51,6 +52,7 @@ __all__ = [
     "nearest",
     "options_of",
     "refuse_code",
+    "require_revision",
     "register",
     "source_options",
     "unknown",

@@ -43,6 +43,8 @@ class Cut:
     kind: str = "image"  # image | crop | frame
     size: tuple[int, int] = (0, 0)  # (height, width) in pixels before it was cut
     grid: tuple[int, int] = (1, 1)  # rows and columns of crops, an overview aside
+    times: tuple[float, ...] = ()  # of frames, in seconds
+    duration: float = 0.0  # of the video, in seconds
 
 
 @dataclass
@@ -176,7 +178,11 @@ class Part(Protocol):
 
 @runtime_checkable
 class Vision(Protocol):
-    """`__init__(config)`: structure only under `torch.device("meta")`, with the checkpoint's weights otherwise."""
+    """`__init__(config)`: structure only under `torch.device("meta")`, with the checkpoint's weights otherwise.
+
+    An encoder with `by_kind = True` is also told, in `kinds`, what each row is (`Cut.kind`): it may run another tower
+    for frames of videos.
+    """
 
     hidden_size: int  # D, of the tokens it gives
     grid: tuple[int, int]
@@ -240,6 +246,9 @@ class LinearHead(NamedTuple):
 class Layout(Protocol):
     """How the rows of one image (crops, frames) become one run of image tokens; without one, each row is an image.
 
+    A layout may have `project(image, projector, cuts)`, called in place of the projector, for what it does to some rows
+    ahead of it; and `needs` words of the encoder.
+
     `__init__(config, *, text_dim, grid, num_tokens, image_size)`, any of them: the grid and the number of tokens of one
     row behind the projector, the encoder's image size. `text_dim` is None where only the counts are wanted.
     """
@@ -254,6 +263,8 @@ class Layout(Protocol):
         """Lay out the rows (M, K, C) of several images as (S, C), image behind image, S the sum of their counts."""
 
     # def text(self, cut, token) -> str: what stands in the prompt for an image, where that is more than `token`s
+    # def spell(self, cut, token) -> str: with `spells = True`, what stands in the text for a video: words, and one
+    # `token` for each frame, which is then an image of one row
 
 
 @runtime_checkable

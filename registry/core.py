@@ -248,6 +248,20 @@ def refuse_code(value: Any, where: str) -> None:
         raise ZooError(f"{where} holds the interpolation {value!r}: write the value itself.")
 
 
+def require_revision(revision: str | None) -> str | None:
+    """Return the branch, tag or commit of a hub repository; nothing for the newest.
+
+    Raises:
+        ZooError: it is none: it would be part of a path in the hub's cache, and could lead out of it.
+    """
+    if not revision:
+        return None
+    plain = isinstance(revision, str) and re.fullmatch(r"\w[\w.+-]*(/[\w.+-]+)*", revision)
+    if not plain or ".." in revision:
+        raise ZooError(f"revision must be a branch, a tag or a commit, got {revision!r}.")
+    return revision
+
+
 def _words(cls: type, attribute: str) -> frozenset[str]:
     value: Any = getattr(cls, attribute, frozenset())
     return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()

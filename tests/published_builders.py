@@ -195,6 +195,28 @@ def llava_next_video(folder: Path):
     return finish(shake(model), processor, folder)
 
 
+def video_llava(folder: Path):
+    """Video-LLaVA: one encoder for images and another one for frames."""
+    import transformers as t
+
+    tok = tokenizer(extra=("<video>",), bos=True)
+    torch.manual_seed(0)
+    model = t.VideoLlavaForConditionalGeneration(
+        t.VideoLlavaConfig(
+            vision_config=t.CLIPVisionConfig(**VISION), text_config=text_config("llama", tok),
+            image_token_index=tok.image_token_id, video_token_index=tok.convert_tokens_to_ids("<video>"),
+            image_seq_length=16, video_seq_length=8 * 17,
+        )
+    )  # fmt: skip
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = t.VideoLlavaProcessor(
+        image_processor=t.VideoLlavaImageProcessor(**sizes), video_processor=t.VideoLlavaVideoProcessor(**sizes),
+        tokenizer=tok, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=LLAVA_CHAT,
+    )  # fmt: skip
+    return finish(shake(model), processor, folder)
+
+
 def llava_onevision(folder: Path):
     """LLaVA-OneVision: SigLIP, at most two crops' tokens, so that large images are scaled down."""
     import transformers as t
@@ -240,8 +262,9 @@ def _smol(folder: Path, names):
         vision_config=vision, text_config=text_config("llama", tok), image_token_id=tok.image_token_id, scale_factor=2
     )
     model = getattr(t, f"{names}ForConditionalGeneration")(config)
-    images = getattr(t, f"{names}ImageProcessor")(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
-    more = {"video_processor": t.SmolVLMVideoProcessor()} if names == "SmolVLM" else {}
+    sides = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
+    images = getattr(t, f"{names}ImageProcessor")(**sides)
+    more = {"video_processor": t.SmolVLMVideoProcessor(**sides)} if names == "SmolVLM" else {}
     processor = getattr(t, f"{names}Processor")(
         image_processor=images, tokenizer=tok, image_seq_len=4, chat_template=SMOL_CHAT, **more
     )
@@ -254,10 +277,10 @@ def idefics3(folder: Path):
 
 
 def smolvlm(folder: Path):
-    """SmolVLM 2. Its processor wants a package that spells numbers, for videos only."""
+    """SmolVLM 2. Its processor wants a package that spells numbers, for videos only: here of five frames."""
     from transformers.models.smolvlm import processing_smolvlm
 
-    processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    processing_smolvlm.num2words = processing_smolvlm.num2words or {5: "five"}.get
     return _smol(folder, "SmolVLM")
 
 

@@ -78,16 +78,55 @@ def test_the_manifest_is_light_and_names_the_class(lmms_eval):
     assert hasattr(importlib.import_module(module), name)
 
 
-def test_lmms_eval_finds_and_runs_it(folder):
+TASK = """
+task: few
+dataset_path: {data}
+dataset_kwargs: {{load_from_disk: true}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function few.shown
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 5, until: ["\n\n"]}}
+process_results: !function few.scored
+metric_list:
+  - {{metric: right, aggregation: mean, higher_is_better: true}}
+"""
+FEW = """
+def shown(doc):
+    return [doc["image"].convert("RGB")]
+
+def scored(doc, results):
+    return {"right": float(results[0] == doc["answer"])}
+"""
+
+
+def test_lmms_eval_runs_a_local_task(folder, tmp_path):
+    """Found by its entry point, over a data set on disk, scored by lmms-eval: three questions, two of them answered."""
     if find_spec("lmms_eval") is None:
         pytest.skip("lmms-eval is not installed: pip install lmms-eval")
+    from datasets import Dataset, DatasetDict
+    from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models.registry_v2 import ModelRegistryV2
+    from lmms_eval.tasks import TaskManager
 
-    registry = ModelRegistryV2()
-    assert not registry.load_entrypoint_manifests()
-    adapter = registry.get_model_class("zoo", force_simple=True)(model=f"dir:{folder}")
-    requests, adapter.task_dict = asked(["is it red?", "yes no"], build.photo(40, 60))
-    assert len(adapter.generate_until(requests)) == 2
+    assert not ModelRegistryV2().load_entrypoint_manifests()
+    photos = [build.photo(40, 60, seed=i) for i in range(3)]
+    questions = ["is it red?", "yes no", "describe the picture."]
+    model = zoo.load(f"dir:{folder}")[0]
+    said = [model.chat(q, image=p, max_new_tokens=5).split("\n\n")[0] for q, p in zip(questions, photos, strict=True)]
+    rows = {"image": photos, "question": questions, "answer": [*said[:2], "something else"]}
+    DatasetDict({"test": Dataset.from_dict(rows)}).save_to_disk(tmp_path / "data")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "few.yaml").write_text(TASK.format(data=tmp_path / "data"))
+    (tmp_path / "tasks" / "few.py").write_text(FEW)
+    found = simple_evaluate(
+        "zoo", model_args=f"model=dir:{folder}", tasks=["few"], batch_size=2, device="cpu",
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+    )  # fmt: skip
+    assert found["results"]["few"]["right,none"] == pytest.approx(2 / 3)
+    answers = [row["filtered_resps"][0] for row in sorted(found["samples"]["few"], key=lambda row: row["doc_id"])]
+    assert answers == said
 
 
 def test_vlmevalkit_gets_the_models_answers(folder, tmp_path):

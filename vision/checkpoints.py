@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, require_revision
 
 ALLOWED = (
     "config.json",
@@ -37,7 +37,7 @@ def at(checkpoint: str, revision: str) -> str:
         return checkpoint
     if not checkpoint or is_local(checkpoint):
         raise ZooError(f"revision {revision!r} is of a hub checkpoint, and checkpoint is {checkpoint!r}.")
-    return f"{checkpoint}@{revision}"
+    return f"{checkpoint}@{require_revision(revision)}"
 
 
 def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -91,6 +92,7 @@ class HFVisionConfig:
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
     pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
+    frame_tower: bool = False  # a second encoder, of the same sizes and with weights of its own, sees frames of videos
     # Sizes, used where `checkpoint` is empty. The families: clip, siglip, siglip2, dinov2, dinov2_with_registers,
     # dinov3_vit, idefics3_vision, smolvlm_vision, internvl_vision.
     model_type: str = "clip"  # family
@@ -112,6 +114,8 @@ class HFVisionConfig:
             raise unknown("model_type", self.model_type, FAMILIES)
         if self.checkpoint and self.extra:
             raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
+        if self.frame_tower and self.pooling_head:
+            raise ZooError("pooling_head is of one encoder; with frame_tower there are two.")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
@@ -143,9 +147,11 @@ class HFVision(Tower):
         # Published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over.
         if config.image_size and not config.extra:
             check_divides(side(spec.patch_size), config.image_size)
-        tower = _load(source, family, spec) if source and not on_meta() else _class(family)(spec)
-        runner = HFRunner(tower, family, size, config.norm, depth, config.pooling_head)
-        super().__init__(runner, transform)
+        runners = []
+        for _ in range(1 + config.frame_tower):
+            tower = _load(source, family, spec) if source and not on_meta() else _class(family)(deepcopy(spec))
+            runners.append(HFRunner(tower, family, size, config.norm, depth, config.pooling_head))
+        super().__init__(runners[0], transform, *runners[1:])
 
 
 class HFRunner(Runner):

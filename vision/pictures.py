@@ -68,9 +68,10 @@ class Videos(Pictures):
         """Read and normalise the frames of a `Video`."""
         clip = read_video(source)
         out = self.processor(videos=[clip.frames], do_sample_frames=False, return_tensors="pt")
-        pixels = out["pixel_values_videos"][0]  # (F, 3, h, w)
+        pixels = out["pixel_values_videos" if "pixel_values_videos" in out else "pixel_values"][0]  # (F, 3, h, w)
         height, width = clip.frames.shape[1:3]
-        return Picture(pixels, Cut(len(pixels), "frame", (height, width), (1, 1)))
+        times = tuple(i / clip.fps for i in clip.indices)  # as transformers counts them: frames are evenly spaced
+        return Picture(pixels, Cut(len(pixels), "frame", (height, width), times=times, duration=clip.duration))
 
 
 def processor_of(config: Mapping[str, Any]) -> Any:

@@ -6,6 +6,8 @@ what leaves block k, -1 what leaves the last one, always before the encoder's fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -82,16 +84,25 @@ class Runner:
 
 
 class Tower(nn.Module):
-    """A wrapped encoder, cut behind the last block that is used. The components of this folder build one each."""
+    """A wrapped encoder, cut behind the last block that is used. The components of this folder build one each.
+
+    Args:
+        runner: of the encoder.
+        transform: how it wants its pixels.
+        frames: a second one of the same sizes, for frames of videos; None: the first one sees them too.
+    """
 
     needs: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
 
-    def __init__(self, runner: Runner, transform: ImageTransform) -> None:
+    def __init__(self, runner: Runner, transform: ImageTransform, frames: Runner | None = None) -> None:
         super().__init__()
         self.tower: nn.Module = runner.tower
+        if frames is not None:
+            self.frame_tower: nn.Module = frames.tower
         self.pooling = runner.pooling
-        self.runner = runner
+        self.runner, self.frame_runner = runner, frames
+        self.by_kind = frames is not None
         self.transform = transform
         self.hidden_size = runner.hidden_size
         self.grid = runner.grid
@@ -111,20 +122,28 @@ class Tower(nn.Module):
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel: eager, sdpa, or another one that the library knows."""
-        self.runner.set_attention(name)
+        for runner in self._runners():
+            runner.set_attention(name)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        self.runner.set_gradient_checkpointing(enable)
+        for runner in self._runners():
+            runner.set_gradient_checkpointing(enable)
 
     def train(self, mode: bool = True) -> Tower:
         """Switch to training; a frozen tower stays in evaluation (DINOv3 shakes its positions while it trains)."""
         super().train(mode)
-        if not self._trains():
-            self.tower.eval()
+        for runner in self._runners():
+            if not _trains(runner):
+                runner.tower.eval()
         return self
 
-    def forward(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
+    def _runners(self) -> list[Runner]:
+        return [runner for runner in (self.runner, self.frame_runner) if runner is not None]
+
+    def forward(
+        self, pixel_values: Tensor, *, need: frozenset[str] = frozenset(), kinds: Sequence[str] | None = None
+    ) -> ImageFeatures:
         """Encode images.
 
         A frozen tower builds no graph and keeps no activation, unless the pixels themselves ask for a gradient.
@@ -132,6 +151,7 @@ class Tower(nn.Module):
         Args:
             pixel_values: (M, 3, S, S), prepared as `transform` says.
             need: words of `provides` but `grid`, which is always there; each is computed on request.
+            kinds: what each row is (image, crop, frame); None: no frame is among them.
 
         Returns:
             Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: the row of the block that made the
@@ -144,9 +164,29 @@ class Tower(nn.Module):
         if tuple(pixel_values.shape[-2:]) != self.transform.size:
             given, wanted = tuple(pixel_values.shape[-2:]), self.transform.size
             raise ZooError(f"The encoder takes images of {wanted[0]} x {wanted[1]}, got {given[0]} x {given[1]}.")
-        runner, p = self.runner, self.runner.num_prefix
+        if self.frame_runner is None:
+            return self._encode(self.runner, pixel_values, need)
+        kinds = kinds if kinds is not None else ["image"] * len(pixel_values)
+        films = [i for i, kind in enumerate(kinds) if kind == "frame"]
+        images = [i for i, kind in enumerate(kinds) if kind != "frame"]
+        if not films or not images:
+            seen = self._encode(self.frame_runner if films else self.runner, pixel_values, need)
+            other = self.runner if films else self.frame_runner
+            if self.training and _trains(other):  # processes with other kinds of rows still meet in backward
+                seen.tokens = seen.tokens + 0.0 * self._encode(other, pixel_values[:1] * 0.0, need).tokens.sum()
+            return seen
+        halves = [
+            self._encode(runner, pixel_values[rows], need)
+            for runner, rows in ((self.runner, images), (self.frame_runner, films))
+        ]
+        order = torch.tensor(images + films, device=pixel_values.device).argsort()
+        return _in_order(halves, order)
+
+    def _encode(self, runner: Runner, pixel_values: Tensor, need: frozenset[str]) -> ImageFeatures:
+        """Encode rows with one tower."""
+        p = runner.num_prefix
         runner.wants = need
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or self._trains())):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or _trains(runner))):
             tokens = runner.encode(pixel_values)  # (M, P + N, D)
         asked: dict[str, Any] = {}
         if need & ATTENTION:
@@ -158,15 +198,25 @@ class Tower(nn.Module):
             if "keys" in need:
                 asked["keys"] = key[:, :, p:].transpose(1, 2)  # (M, N, H, d)
         if "pooling_head" in need:
-            assert self.pooling is not None and runner.last is not None, "the hook of the last block did not fire"
-            asked["pooling_attention"] = self.pooling(runner.last, runner.final_norm())[:, p:]  # (M, N)
+            assert runner.pooling is not None and runner.last is not None, "the hook of the last block did not fire"
+            asked["pooling_attention"] = runner.pooling(runner.last, runner.final_norm())[:, p:]  # (M, N)
         if "prefix_tokens" in need:
             asked["prefix"] = tokens[:, :p]  # (M, P, D)
         runner.forget()
         return ImageFeatures(tokens[:, p:], self.grid, **asked)
 
-    def _trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.tower.parameters())
+
+def _trains(runner: Runner) -> bool:
+    return any(parameter.requires_grad for parameter in runner.tower.parameters())
+
+
+def _in_order(halves: Sequence[ImageFeatures], order: Tensor) -> ImageFeatures:
+    """Join features of some rows and of the others, and put the rows in order."""
+    joined: dict[str, Any] = {}
+    for field in fields(ImageFeatures):
+        values = [getattr(half, field.name) for half in halves]
+        joined[field.name] = torch.cat(values)[order] if isinstance(values[0], Tensor) else values[0]
+    return ImageFeatures(**joined)
 
 
 def block_count(layer: int, depth: int, lowest: int = 0) -> int:

@@ -147,6 +147,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         took("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
         grid_now = grid_now if tokens == before else getattr(parts.projector, "grid", None)
         _add_layout(parts, slots, took, grid=grid_now, num_tokens=tokens, text_dim=text_dim)
+        if parts.layout is not None:
+            _require("layout", slots["layout"]["name"], parts.layout, have, f"vision {vision_name!r}", slots)
     if fill is not None:
         fill(parts)
 

@@ -51,10 +51,23 @@ class Chat:
 
     def _parts(self, content: str) -> list[dict[str, str]]:
         """Content as typed parts: an image or a video where its token stands, text in between."""
-        kinds = {getattr(self.tokenizer, "image_token", None): "image", self.video_token: "video"}
+        kinds = {getattr(self.tokenizer, "image_token", None): "image"}
+        if self._shows_videos:
+            kinds[self.video_token] = "video"
         marks = "|".join(re.escape(token) for token in kinds if token)
         pieces = re.split(f"({marks})", content) if marks else [content]
         return [{"type": kinds[p]} if p in kinds else {"type": "text", "text": p} for p in pieces if p]
+
+    @cached_property
+    def _shows_videos(self) -> bool:
+        """Whether the template writes a token for a video; else it stands in the text, as SmolVLM's template wants."""
+        if not self.video_token:
+            return False
+        talk = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
+        try:
+            return self.video_token in self.tokenizer.apply_chat_template(talk, tokenize=False)
+        except Exception:  # a template may fail in any way on what it does not know
+            return False
 
     def labelled(self, messages: Messages, sample_id: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Tokenize a conversation; labels are the answers, each with the token that ends it.

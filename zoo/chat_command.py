@@ -20,7 +20,7 @@ def main(words: Sequence[str]) -> int:
     from zoo.loading import load
     from zoo.talk import Talk
 
-    model, processor = load(args.model, *args.options, device=args.device, dtype=args.dtype)
+    model, processor = load(args.model, *args.options, device=args.device, dtype=args.dtype, bits=args.bits)
     talk = Talk(model, processor, system=args.system)
     images, videos = list(args.image), [_video(path, args) for path in args.video]
     if args.question:
@@ -87,5 +87,6 @@ def _parsed(words: Sequence[str]) -> Any:
     parser.add_argument("--system", default="", help="text that stands before the conversation")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer")
     parser.add_argument("--dtype", default=None, help="of the parameters, e.g. bfloat16; that of the files")
+    parser.add_argument("--bits", type=int, default=0, help="8 or 4 for the language model, on CUDA; 0: as it is")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0, mps; CUDA where there is one")
     return parser.parse_args(list(words))

@@ -18,7 +18,7 @@ from zoo.model_types import ZooConfig
 from zoo.processor import ZooProcessor
 from zoo.published import is_published
 from zoo.published.base import base_for, placed, read_content, require_same
-from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, videos_in
+from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
 from zoo.saved import fetch_config
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
@@ -33,6 +33,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    bits: int = 0,
     attention: str | None = None,
     fresh: Iterable[str] = (),
 ) -> tuple[ZooModel, ZooProcessor]:
@@ -45,6 +46,7 @@ def load(
         dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
         device_map: a device, `auto`, or a dict from prefixes of names (`vision`, `llm`, `llm.lm.model.layers.0`) to
             devices; instead of `device`.
+        bits: 8 or 4: the layers of a published language model, on CUDA, by bitsandbytes; 0: as they are.
         attention: a name that transformers knows, or `auto`.
         fresh: parts that may start without trained weights; adapters that an override adds always may.
 
@@ -58,7 +60,7 @@ def load(
     cfg = configs.compose("load", [f"model={quoted(name)}", *overrides])
     if attention is not None:
         cfg.attention = attention
-    return build(cfg, device=device, dtype=dtype, device_map=device_map, fresh=fresh)
+    return build(cfg, device=device, dtype=dtype, device_map=device_map, bits=bits, fresh=fresh)
 
 
 def compose(*overrides: str, texts: Iterable[str] = ()) -> tuple[ZooModel, ZooProcessor]:
@@ -82,6 +84,7 @@ def build(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    bits: int = 0,
     fresh: Iterable[str] = (),
 ) -> tuple[ZooModel, ZooProcessor]:
     """Build the model and processor of a composed config.
@@ -91,7 +94,7 @@ def build(
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
         pretrained: load the trained weights of a preset that has some; False starts a preset from its parts. A model
             that was given as a folder or a hub repository always brings its weights.
-        device, dtype, device_map, fresh: see `load`.
+        device, dtype, device_map, bits, fresh: see `load`.
     """
     folder = weights_folder(cfg) if pretrained or cfg.model.source != "preset" else None
     slots = slots_of(cfg)
@@ -120,7 +123,7 @@ def build(
         source = {"checkpoint": cfg.model.repository or cfg.model.name, "revision": cfg.model.revision}
         record = source if published else (saved or {}).get("model")
         config.base = {"model": record} if record else None
-    base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target)
+    base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target, bits=bits)
     model = ZooModel(config, base=base)
     if len(tokenizer) > model.llm.vocab_size:
         raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
@@ -137,7 +140,7 @@ def build(
     if folder is not None and (folder / "generation_config.json").is_file() and published:
         model.generation_config = GenerationConfig.from_pretrained(folder)
         model.llm.lm.generation_config = model.generation_config
-    model = placed(model, target, dtype)
+    model = placed(model, target, None if bits else dtype, base)
     model.set_attention(cfg.attention)
     stated = published_options(folder, tokenizer) if folder is not None and published else saved_options(folder)
     processor = processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated)
@@ -174,9 +177,11 @@ def layout_for(model: ZooModel) -> dict[str, Any] | None:
 
 def published_options(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """How a published folder prepares images and videos."""
-    number = video_token_id_in(folder)
-    token = getattr(tokenizer, "video_token", None) if number is None else tokenizer.convert_ids_to_tokens(number)
-    return {"pictures": pictures_in(folder), "videos": videos_in(folder), "video_token": token}
+    return {
+        "pictures": pictures_in(folder),
+        "videos": videos_in(folder),
+        "video_token": video_token_in(folder, tokenizer),
+    }
 
 
 def saved_options(folder: Path | None) -> dict[str, Any]:

@@ -328,9 +328,9 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
             if hasattr(pruner, "begin"):
                 pruner.begin(sequence)
         return self.llm.lm.generate(
-            input_ids=input_ids,
+            input_ids=input_ids.to(embeds.device),
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask.to(embeds.device),
             generation_config=generation_config,
             **kwargs,
         )
@@ -422,7 +422,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         remember_base(model, config.slots or {})
         require_base(saved_base, model.config.base)
         read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
-        return placed(model, device_map, dtype).eval()
+        return placed(model, device_map, dtype, base).eval()
 
 
 def _goes_on(past_key_values: Any) -> bool:

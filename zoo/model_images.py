@@ -27,6 +27,11 @@ class ImagesMixin(nn.Module):
     def image_token_id(self) -> int:
         return int(self.config.image_token_id)
 
+    @property
+    def _by_kind(self) -> bool:
+        """Whether the encoder asks what each row of pixels is."""
+        return bool(getattr(self.vision, "by_kind", False))
+
     def encode_images(
         self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None
     ) -> tuple[ImageFeatures, ImageFeatures, Tensor | None]:
@@ -46,7 +51,8 @@ class ImagesMixin(nn.Module):
             cuts = [Cut(size=self.vision.transform.size)] * len(pixel_values)
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
-        image = self.vision(pixel_values, need=self.requested)
+        told = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
+        image = self.vision(pixel_values, need=self.requested, **told)
         if cuts is not None and self.layout is not None:
             image.rows, image.cuts = tuple(c.rows for c in cuts), tuple(cuts)
             image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")
@@ -94,7 +100,8 @@ class ImagesMixin(nn.Module):
             )
         if image_tokens is None or not have:
             return embeds
-        flat = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds.dtype)  # (M * K, C)
+        flat = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds)  # (M * K, C)
+        slots = slots.to(embeds.device)
         index = (slots.flatten().cumsum(0) - 1).clamp_(min=0).view_as(slots)  # (B, T)
         return torch.where(slots.unsqueeze(-1), flat[index], embeds)
 

@@ -5,7 +5,7 @@ sample whose labels would come out empty or misaligned is an error that shows th
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -70,7 +70,10 @@ class ZooProcessor(ProcessorMixin):
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
         self.video_token = video_token
-        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if video_token else self.image_token_id
+        # Whether a video is words and images by the time that text is tokenized.
+        self.spells = bool(video_token) and getattr(self.layout, "spells", False)
+        known = video_token is not None and video_token in tokenizer.get_vocab()
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
         self._dialogs: dict[Any, TokenizedDialog] = {}
         self._images: dict[Cut, np.ndarray] = {}
         self._chat = Chat(tokenizer, video_token)
@@ -130,6 +133,7 @@ class ZooProcessor(ProcessorMixin):
         for t in texts:
             shown = [given[mark].pop(0) for mark in marks.findall(t)]
             pixels += shown
+            t = self._spelled(t, _films(shown))
             ids = np.array(self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"])
             ids = self._expand(ids, pictures=shown)
             encoded.append(EncodedSample(ids, np.full(len(ids), IGNORE_INDEX), []))
@@ -198,8 +202,9 @@ class ZooProcessor(ProcessorMixin):
                 token = self.image_token if part["type"] == "image" else self.video_token or self.image_token
                 text += token + (self.image_separator if self.num_image_tokens else "")
             elif part["type"] == "text":
-                if self.image_token in part["text"]:
-                    raise ZooError(f"A text part holds the image token {self.image_token!r}: {part['text'][:80]!r}.")
+                held = [t for t in (self.image_token, self.video_token) if t and t in part["text"]]
+                if held:
+                    raise ZooError(f"A text part holds the image token {held[0]!r}: {part['text'][:80]!r}.")
                 text += part["text"]
             else:
                 raise ZooError(f"A message part has type {part['type']!r}; allowed: image, video, text.")
@@ -264,8 +269,8 @@ class ZooProcessor(ProcessorMixin):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        text = self._chat.render(self.flatten(messages), add_generation_prompt=True)
         pixels = self._all_pixels([sample.images]) if pixel_values is None else pixel_values
+        text = self._chat.render(self._told(messages, pixels), add_generation_prompt=True)
         ids = self._expand(np.array(self._chat.tokenize(text)[0], dtype=np.int64), pictures=pixels)
         return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
 
@@ -293,9 +298,21 @@ class ZooProcessor(ProcessorMixin):
         Returns:
             input_ids and labels, both (T,), image tokens expanded.
         """
-        tokens, labels = self._chat.labelled(self.flatten(messages), sample_id)
+        tokens, labels = self._chat.labelled(self._told(messages, pictures), sample_id)
         labels[(tokens == self.image_token_id) | (tokens == self.video_token_id)] = IGNORE_INDEX
         return self._expand(tokens, pictures=pictures), self._expand(labels, tokens, pictures)
+
+    def _told(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, str]]:
+        """Messages with string content, videos in words where the layout spells them."""
+        films = _films(pictures)
+        return [{**m, "content": self._spelled(m["content"], films)} for m in self.flatten(messages)]
+
+    def _spelled(self, text: str, films: Iterator[Cut]) -> str:
+        """Put words, and an image token for each frame, in the place of each video."""
+        if not self.spells:
+            return text
+        first, *rest = text.split(self.video_token)
+        return first + "".join(self.layout.spell(next(films), self.image_token) + part for part in rest)
 
     def _expand(self, values: np.ndarray, ids: np.ndarray | None = None, pictures: Sequence[Any] = ()) -> np.ndarray:
         """Put the tokens of each image in the place of its image token, in `values` or wherever `ids` holds one."""
@@ -304,14 +321,21 @@ class ZooProcessor(ProcessorMixin):
         if self.layout is None:
             return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
         places = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
-        if len(places) != len(pictures):
-            raise ZooError(f"The text shows {len(places)} images, and {len(pictures)} were given.")
+        cuts = [c for p in pictures for c in self._marked(_cut(p))]
+        if len(places) != len(cuts):
+            raise ZooError(f"The text shows {len(places)} images, and {len(cuts)} were given.")
         pieces, at = [], 0
-        for place, picture in zip(places.tolist(), pictures, strict=True):
-            shown = self._image_ids(_cut(picture))
+        for place, cut in zip(places.tolist(), cuts, strict=True):
+            shown = self._image_ids(cut)
             pieces += [values[at:place], np.full_like(shown, IGNORE_INDEX) if learnt else shown]
             at = place + 1
         return np.concatenate([*pieces, values[at:]]).astype(np.int64)
+
+    def _marked(self, cut: Cut) -> list[Cut]:
+        """What each image token in the text stands for: the image or video, or each frame of a video in words."""
+        if cut.kind == "frame" and self.spells:
+            return [Cut(size=cut.size)] * cut.rows
+        return [cut]
 
     def _image_ids(self, cut: Cut) -> np.ndarray:
         """Ids of an image that was cut so: placeholders, and what the layout writes around them."""
@@ -383,6 +407,10 @@ def _cut(picture: Any) -> Cut:
     if isinstance(picture, Picture):
         return picture.cut
     return Cut(size=(int(picture.shape[-2]), int(picture.shape[-1])))
+
+
+def _films(pictures: Sequence[Any]) -> Iterator[Cut]:
+    return (cut for cut in map(_cut, pictures) if cut.kind == "frame")
 
 
 def build_layout(given: Mapping[str, Any]) -> Any:

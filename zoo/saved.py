@@ -13,7 +13,7 @@ from typing import Any
 
 from zoo import presets
 from zoo.published import FAMILIES, is_published
-from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, unknown
+from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, require_revision, unknown
 from zoo.registry.core import SLOT_KINDS, group_of
 
 SPELLINGS = "a preset, 'dir:<folder>' for a saved model, 'hub:<org>/<name>' for one on the hub, or 'last'"
@@ -97,6 +97,7 @@ def from_hub(repository: str, revision: str = "", config_dir: str | Path | None 
     """Make a preset of the model in a repository of the hub; reads its config.json only."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or ".." in repository:
         raise ZooError(f"model 'hub:{repository}': a repository is written <org>/<name>.")
+    require_revision(revision)
     from huggingface_hub import hf_hub_download
 
     try:

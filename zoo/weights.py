@@ -6,6 +6,7 @@ checkpoint, its revision and its fingerprint, and loading reads it from there. E
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, require_revision
 from zoo.stream import listing, read
 
 WEIGHTS = "model.safetensors"
 _ENDS = 1 << 20  # bytes read from each end of a file for its fingerprint
+# What bitsandbytes keeps beside a weight in few bits. It is made from the base checkpoint, and never saved.
+_OF_BITS = re.compile(r"\.(SCB|weight_format|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)$")
 
 
 def fingerprint(folder: Path) -> str:
@@ -89,6 +92,9 @@ def changed_state(model: Any, include_base: bool = False) -> dict[str, Tensor]:
     """Return the tensors that a folder must hold: all but those that still are what the base checkpoints gave."""
     known = {} if include_base else getattr(model, "_base_tensors", {})
     state = model.state_dict(keep_vars=True)
+    if include_base and any(_OF_BITS.search(n) for n in state):
+        raise ZooError("The model is held in few bits, and saved by the name of its checkpoint: load without bits.")
+    state = {n: t for n, t in state.items() if not _OF_BITS.search(n)}
     return {n: t.detach() for n, t in state.items() if known.get(n) != (id(t), t._version)}
 
 
@@ -110,10 +116,13 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
-        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ZooError(f"{index} is no index of weights: {' '.join(str(error).split()) or type(error)}") from error
         for name in listed:
-            if Path(name).name != name:
-                raise ZooError(f"{index} names the file {name!r}, which lies outside of its folder.")
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ZooError(f"{index} names {name!r}, which is no safetensors file of its folder.")
         return [folder / name for name in listed]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -140,7 +149,7 @@ def read_weights(
         ZooError: a tensor is missing, unknown or of another shape; reported by part.
     """
     allowed, done = set(fresh), done or {}
-    own = model.state_dict(keep_vars=True)
+    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not _OF_BITS.search(n)}
     shared = _shared_names(own)
     missing, unexpected, misshapen = set(own) - set(getattr(model, "_base_tensors", {})), [], []
     for name, stored in listing(weight_files(folder)).items():
@@ -202,9 +211,10 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
         raise ZooError(f"There is no folder {str(name)!r}, and it is no hub name (org/name) either.")
     from huggingface_hub import snapshot_download
 
+    revision = require_revision(revision)
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(str(name), revision=revision or None, allow_patterns=wanted))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except Exception as error:  # offline, not found, no access: the library has a type for each
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ZooError(

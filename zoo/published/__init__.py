@@ -19,6 +19,7 @@ FAMILIES = {
     "llava_next_video": "zoo.published.llava_next_video",
     "llava_onevision": "zoo.published.llava_onevision",
     "smolvlm": "zoo.published.smolvlm",
+    "video_llava": "zoo.published.video_llava",
 }
 
 

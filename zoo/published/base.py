@@ -14,6 +14,7 @@ import torch
 
 from zoo.published import family_named, family_of, is_published
 from zoo.published.family import SPARE, parse, plain
+from zoo.published.places import place_of, places_of, require_names, settle, spread
 from zoo.registry import ZooError
 from zoo.stream import Filled, Stored, fill, listing
 from zoo.weights import by_part, fingerprint, local_folder, may_start_fresh, weight_files
@@ -36,6 +37,7 @@ class Base:
         fresh: parts that may start without weights.
         device, places: where weights go; `places` has prefixes of names and wins.
         dtype: of the parameters; None keeps that of the files.
+        bits: 8 or 4 of the language model's layers (see `zoo.published.bits`); 0: all of them.
         lenient: a saved zoo model is loaded, whose own folder holds the rest: what adapters and other parts brought is
             read, and judged, later.
         filled: what was read, once it was.
@@ -47,8 +49,9 @@ class Base:
     strangers: list[str] = field(default_factory=list)
     fresh: frozenset[str] = frozenset()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    places: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, torch.device] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    bits: int = 0
     lenient: bool = False
     filled: Filled | None = None
 
@@ -58,9 +61,10 @@ class Base:
         return frozenset(PARTS) - self.fresh
 
     def place(self, name: str) -> torch.device:
-        """The device of a weight: that of the longest prefix of its name."""
-        found = [p for p in self.places if p == "" or name == p or name.startswith(f"{p}.")]
-        return torch.device(self.places[max(found, key=len)]) if found else self.device
+        """The device of a weight."""
+        if self.bits and name.partition(".")[0] == "llm":
+            return torch.device("cpu")  # made small on its way to the device
+        return place_of(name, self.places, self.device)
 
     @property
     def read_here(self) -> dict[int, Any] | None:
@@ -84,9 +88,10 @@ class Base:
 
         unknown = [n for n in self.tensors if n not in done.used and not SPARE.search(n)]
         unknown = needed(n for n in unknown if part_of(n) in PARTS)
+        self.filled = done
         if self.lenient:
             _zeros(modules, self.place)
-            self.filled = done
+            self._shrink(parts)
             return
         missing, other = needed(done.missing), needed(done.other_shape)
         if missing or unknown or other or self.strangers:
@@ -99,7 +104,14 @@ class Base:
         assert not still, f"left on the meta device: {still[:3]}"
         if hasattr(parts.llm, "verify") and len({p.device for p in parts.llm.parameters()}) == 1:
             parts.llm.verify()
-        self.filled = done
+        self._shrink(parts)
+
+    def _shrink(self, parts: Any) -> None:
+        """Hold the language model in few bits, if asked for: what it holds still is what the checkpoint gave."""
+        if self.bits and self.filled is not None:
+            from zoo.published.bits import in_bits
+
+            self.filled.tensors.update({id(p): p for p in in_bits(parts.llm, self.bits, self.device)})
 
 
 def _zeros(modules: Mapping[str, Any], place: Any) -> None:
@@ -153,7 +165,13 @@ def base_from(record: Mapping[str, Any]) -> Base:
 
 
 def base_for(
-    config: Any, folder: Path | None, *, fresh: Iterable[str] = (), dtype: Any = None, device_map: Any = None
+    config: Any,
+    folder: Path | None,
+    *,
+    fresh: Iterable[str] = (),
+    dtype: Any = None,
+    device_map: Any = None,
+    bits: int = 0,
 ) -> Base | None:
     """Find where the base weights of a model come from; None where its parts bring their own.
 
@@ -163,8 +181,13 @@ def base_for(
         fresh: parts that may start without weights.
         dtype: of the parameters; None or `auto` keeps that of the files.
         device_map: a device, or a dict from prefixes of names to devices.
+        bits: 8 or 4 of the language model's layers; 0: all.
+
+    Raises:
+        ZooError: there is nothing that can be held in few bits, or not on this device.
     """
     record = (config.base or {}).get("model")
+    base: Base | None
     if folder is not None and is_published(read_content(folder)):
         base = base_of(folder, *((record or {}).get(k) or "" for k in ("checkpoint", "revision")))
     elif record:
@@ -173,13 +196,21 @@ def base_for(
     elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):
         base = Base(folder, listing(weight_files(folder)), lenient=True)
     else:
+        base = None
+    if bits and (base is None or base.record is None):
+        raise ZooError(f"bits={bits} is for published checkpoints, and for models that were saved on one.")
+    if base is None:
         return None
     base.fresh = frozenset(PARTS) if "all" in set(fresh) else frozenset(fresh)
     base.dtype = dtype_of(dtype)
-    if isinstance(device_map, Mapping):
-        base.places = device_map
-    elif device_map is not None:
-        base.device = device_of(device_map)
+    base.device, base.places = devices_of(device_map, {n: t.bytes for n, t in base.tensors.items()})
+    if bits:
+        from zoo.published.bits import require_bits
+
+        if base.places:
+            raise ZooError(f"bits={bits} takes one device, not a device_map of parts: device_map='cuda'.")
+        require_bits(bits, base.device)
+        base.bits = bits
     return base
 
 
@@ -193,30 +224,44 @@ def dtype_of(dtype: Any) -> torch.dtype | None:
     return found
 
 
-def device_of(device_map: Any) -> torch.device:
-    """The one device of a `device_map` that is no dict; `auto` is the accelerator where there is one."""
+def devices_of(device_map: Any, sizes: Mapping[str, int] | None = None) -> tuple[torch.device, dict[str, torch.device]]:
+    """The device of a model, or of what a map does not name, and the map; `auto` is the accelerators that are there.
+
+    Args:
+        device_map: a device, `auto`, or a dict from prefixes of names to devices; None: the CPU.
+        sizes: bytes of each weight, which `auto` shares out where there are several accelerators.
+    """
+    if isinstance(device_map, Mapping):
+        places = places_of(device_map)
+        rest = [d for d in places.values() if d.type != "cpu"] or list(places.values())
+        return places.get("", rest[0]), places
     if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        count = torch.cuda.device_count()
+        if count > 1 and sizes:
+            places = spread(sizes, [torch.device("cuda", i) for i in range(count)])
+            return torch.device("cuda", 0), places
+        return torch.device("cuda" if count else "cpu"), {}
     try:
-        return torch.device(device_map)
+        return torch.device("cpu" if device_map is None else device_map), {}
     except (RuntimeError, TypeError) as error:
         raise ZooError(f"device_map must be auto, a device or a dict, got {device_map!r}.") from error
 
 
-def placed(model: Any, device_map: Any, dtype: Any) -> Any:
-    """Bring what the base did not fill to its device and data type; accelerate's hooks join several devices."""
+def placed(model: Any, device_map: Any, dtype: Any, base: Base | None = None) -> Any:
+    """Bring what the base did not fill to its device and data type; what enters a module follows to several devices."""
     wanted = dtype_of(dtype)
     if wanted is not None:
         for tensor in model.parameters():
             if tensor.is_floating_point() and tensor.dtype != wanted:
                 tensor.data = tensor.data.to(wanted)
-    if isinstance(device_map, Mapping) and len({str(d) for d in device_map.values()}) > 1:
-        from accelerate import dispatch_model
-
-        return dispatch_model(model, device_map=dict(device_map))
-    if device_map is not None:
-        target = next(iter(device_map.values())) if isinstance(device_map, Mapping) else device_of(device_map)
-        torch.nn.Module.to(model, device=target)
+    if device_map is None:
+        return model
+    device, places = (base.device, base.places) if base is not None else devices_of(device_map)
+    require_names(device_map if isinstance(device_map, Mapping) else {}, model)
+    if len({device, *places.values()}) > 1:
+        settle(model, places, device)
+    else:
+        torch.nn.Module.to(model, device=device)
     return model
 
 

@@ -49,6 +49,8 @@ def export(
     if not name:
         raise ZooError(f"The model came from no published checkpoint: name the layout, one of {', '.join(FAMILIES)}.")
     known = family_named(name)
+    if any(getattr(model.llm.lm, f"is_loaded_in_{bits}bit", False) for bits in (8, 4)):
+        raise ZooError("The language model is held in few bits, which no published layout has: load it without bits.")
     _merge_adapters(model)
     if len(model.pruner):
         raise ZooError(
@@ -66,13 +68,14 @@ def export(
     config.dtype = next(model.llm.parameters()).dtype
     state = _state(model, known)
     state |= _rest(known, config, state, spare, config.dtype)
+    prepares = their_processor(model, processor, known)  # which may be refused: nothing is written before
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     write_weights(state, folder, max_shard_size)
-    their_processor(model, processor, known).save_pretrained(folder)
+    prepares.save_pretrained(folder)
     return folder
 
 
@@ -153,12 +156,15 @@ def their_processor(model: Any, processor: Any, known: Any) -> Any:
     if processor.videos is not None and "video_processor" not in more:
         more["video_processor"] = processor_of(processor.videos.config)
     values = dict(processor.pictures.config) if processor.pictures else _as_clip(processor.transform)
-    return getattr(transformers, known.processor)(
-        image_processor=processor_of(values),
-        tokenizer=processor.tokenizer,
-        chat_template=processor.tokenizer.chat_template,
-        **more,
-    )
+    try:
+        return getattr(transformers, known.processor)(
+            image_processor=processor_of(values),
+            tokenizer=processor.tokenizer,
+            chat_template=processor.tokenizer.chat_template,
+            **more,
+        )
+    except ImportError as error:
+        raise ZooError(f"The layout cannot be written: {' '.join(str(error).split())}") from error
 
 
 def _as_clip(transform: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _NESTED = re.compile(r"^(vision_tower|image_tower|video_tower)\.")
 
 # What a file may hold and a model does not: blocks and norms behind the layer that is used, and buffers of old files.
 SPARE = re.compile(
-    r"^vision\.tower\.(encoder\.layers?\.\d+|post_layernorm|layernorm|head)\.|rotary_emb\.inv_freq$|position_ids$"
+    r"^vision\.(frame_)?tower\.(encoder\.layers?\.\d+|post_layernorm|layernorm|head)\.|rotary_emb\.inv_freq$|position_ids$"
 )
 
 
@@ -46,6 +46,7 @@ class Family:
         call: options of the image processor's call.
         whole_if_several: one of several images of a sample is not cut.
         videos: videos are taken too.
+        video_token: that stands in texts for a video, where neither the config nor the tokenizer names one.
         nested: hub repositories have a level `vision_model` inside the tower.
     """
 
@@ -61,6 +62,7 @@ class Family:
     nested: bool = True
     whole_if_several: bool = False
     videos: bool = False
+    video_token: str | None = None
 
     def ours(self, name: str) -> str | None:
         """Return our name of a published weight; None where the family knows no such thing."""

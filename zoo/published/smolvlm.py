@@ -1,4 +1,7 @@
-"""SmolVLM 2: the layout of Idefics3 under names of its own."""
+"""SmolVLM 2: the layout of Idefics3 under names of its own, and videos, told in words and frames.
+
+Its processor in transformers wants the package num2words, to spell the number of frames; ours spells it itself.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -12,10 +15,11 @@ def config(model: Any) -> Any:
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
-    """What `SmolVLMProcessor` takes beside the image processor; it has one for videos."""
+    """What `SmolVLMProcessor` takes beside the image processor; one for videos it must have."""
     from transformers import SmolVLMVideoProcessor
 
-    return {**idefics3.processor_options(model, processor), "video_processor": SmolVLMVideoProcessor()}
+    more = {} if processor.videos is not None else {"video_processor": SmolVLMVideoProcessor()}
+    return {**idefics3.processor_options(model, processor), **more}
 
 
 FAMILY = replace(
@@ -25,4 +29,6 @@ FAMILY = replace(
     processor="SmolVLMProcessor",
     config=config,
     processor_options=processor_options,
+    videos=True,
+    video_token="<video>",
 )

@@ -61,9 +61,24 @@ def video_token_id_in(folder: Path) -> int | None:
     return getattr(parse(read_content(folder), f"{folder}/config.json"), "video_token_id", None)
 
 
+def video_token_in(folder: Path, tokenizer: Any) -> str | None:
+    """What stands in a text for a video; None where the family takes none, or where it is the image's token."""
+    number = video_token_id_in(folder)
+    if number is not None:
+        return tokenizer.convert_ids_to_tokens(number)
+    known = family_of(read_content(folder), f"{folder}/config.json")
+    return getattr(tokenizer, "video_token", None) or known.video_token
+
+
 def videos_in(folder: Path) -> dict[str, Any] | None:
     """Values of the video processor that a published folder states, where the family's videos are taken."""
-    if not family_of(read_content(folder), f"{folder}/config.json").videos:
+    known = family_of(read_content(folder), f"{folder}/config.json")
+    if not known.videos:
         return None
     stated = read_content(folder, "video_preprocessor_config.json")
-    return stated or read_content(folder, "processor_config.json").get("video_processor") or None
+    stated = stated or read_content(folder, "processor_config.json").get("video_processor") or {}
+    if not stated:  # older repositories: images and videos alike
+        stated = read_content(folder, "preprocessor_config.json")
+        stated.pop("image_processor_type", None)
+    named = {"video_processor_type": known.model.replace("ForConditionalGeneration", "VideoProcessor")}
+    return {**named, **stated} if stated else None

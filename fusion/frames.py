@@ -1,0 +1,61 @@
+"""Frames of a video behind each other, each whole; an image is one row and stands alone.
+
+Video-LLaVA keeps the [CLS] token of frames, and not that of images: `cls` puts it in front of each frame's patches, run
+through the same projector. A pruner of patches leaves it alone.
+
+Paper: Lin et al., arXiv:2311.10122 (Video-LLaVA). That [CLS] stays is from the model of transformers, whose feature
+selection is asked for images only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import Cut, ImageFeatures, ZooError, register
+
+
+@dataclass
+class FramesConfig:
+    cls: bool = False  # the [CLS] token stands in front of the patches of each frame
+
+
+@register("layout", "frames")
+class Frames(nn.Module):
+    """Nothing is learnt here. With `cls` the projector must take tokens one by one, as `mlp` and `linear` do."""
+
+    provides: frozenset[str] = frozenset({"image_tokens"})
+    destroys: frozenset[str] = frozenset()
+
+    def __init__(self, config: FramesConfig, *, num_tokens: int) -> None:
+        super().__init__()
+        self.cls, self.tokens = config.cls, num_tokens
+        self.needs = frozenset({"prefix_tokens"} if config.cls else ())
+        self.given: dict[str, Any] = {"num_tokens": num_tokens}
+
+    def num_tokens(self, n: int) -> int:
+        """Of an image; a video takes as many as its frames."""
+        return self.tokens
+
+    def count(self, cut: Cut) -> int:
+        """Count the tokens of an image, or a video, that was cut so."""
+        return cut.rows * (self.tokens + (self.cls and cut.kind == "frame"))
+
+    def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
+        """Run the projector; the rows of each image or video (R, K, C), those of frames with [CLS] (R, 1 + K, C)."""
+        tokens = projector(image)  # (M, K, C)
+        sizes = [c.rows for c in cuts]
+        if not self.cls or all(c.kind != "frame" for c in cuts):
+            return tokens.split(sizes)
+        assert image.prefix is not None, "asked for in `needs`"
+        first = projector(ImageFeatures(image.prefix[:, :1], None))  # (M, 1, C)
+        if first.shape[1] != 1:
+            raise ZooError("layout 'frames' with cls needs a projector that takes tokens one by one: mlp or linear.")
+        rows = zip(cuts, first.split(sizes), tokens.split(sizes), strict=True)
+        return [torch.cat([cls, some], 1) if cut.kind == "frame" else some for cut, cls, some in rows]
+
+    def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
+        """Lay out rows (M, K, C), or those of each image (R, K, C), as (S, C)."""
+        return torch.cat([rows.flatten(0, 1) for rows in ([tokens] if isinstance(tokens, Tensor) else tokens)])

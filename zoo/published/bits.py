@@ -1,0 +1,78 @@
+"""The layers of a language model in 8 or 4 bits, by bitsandbytes on CUDA: for models that are asked, or adapted.
+
+Weights are read whole to host memory, and each layer is made small on its way to the device: LLM.int8() (Dettmers et
+al., arXiv:2208.07339) or NF4 with its scales quantised too (QLoRA, arXiv:2305.14314). Embeddings, norms, biases and the
+vocabulary projection stay as they are. `zoo.quantized` is another thing: a frozen teacher's weights, on any device.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.registry import ZooError
+
+BITS = (8, 4)
+
+
+def require_bits(bits: int, device: torch.device) -> None:
+    """Refuse what bitsandbytes cannot do.
+
+    Raises:
+        ZooError: no such number of bits, a device other than CUDA, or the package is not there.
+    """
+    if bits not in BITS:
+        raise ZooError(f"The language model can be held in 8 or 4 bits, got bits={bits}.")
+    if device.type != "cuda":
+        raise ZooError(
+            f"bits={bits} needs CUDA: bitsandbytes, which holds the weights and multiplies with them, is used there "
+            f"only, and the model goes to {device.type!r}. Leave bits out; dtype='bfloat16' halves the memory."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ZooError(f"bits={bits} needs bitsandbytes: pip install bitsandbytes.")
+
+
+def in_bits(llm: Any, bits: int, device: torch.device) -> list[nn.Parameter]:
+    """Replace the linear layers of the decoder, and bring the language model to the device.
+
+    Adapters that copy whole weights (the words `dense` and `moe`) are no longer served.
+
+    Args:
+        llm: the part, with its weights on the host, ahead of adapters.
+        bits: 8 or 4.
+        device: CUDA.
+
+    Returns:
+        The parameters that hold weights in few bits.
+    """
+    made = []
+    for layer in llm.layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    small = _linear(child, bits)
+                    setattr(parent, name, small)
+                    made.append(small)
+        nn.Module.to(layer, device)  # here they become small
+    nn.Module.to(llm, device)
+    setattr(llm.lm, f"is_loaded_in_{bits}bit", True)  # what PEFT asks
+    llm.provides = frozenset(llm.provides) - {"dense", "moe"}
+    return [small.weight for small in made]
+
+
+def _linear(linear: nn.Linear, bits: int) -> Any:
+    """The same layer as bitsandbytes has it; its weight becomes small when it is moved to CUDA."""
+    import bitsandbytes as bnb
+
+    sizes = linear.in_features, linear.out_features
+    weight, dtype = linear.weight.detach(), linear.weight.dtype
+    if bits == 8:
+        small = bnb.nn.Linear8bitLt(*sizes, bias=linear.bias is not None, has_fp16_weights=False)
+        small.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
+    else:
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        small = bnb.nn.Linear4bit(*sizes, bias=linear.bias is not None, compute_dtype=dtype, **options)
+        small.weight = bnb.nn.Params4bit(weight, requires_grad=False, **options)
+    small.bias = linear.bias
+    return small.requires_grad_(False)

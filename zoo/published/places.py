@@ -1,0 +1,110 @@
+"""A model on several devices: each weight where its name says, and what enters a module goes to where its weights are.
+
+Parts on the CPU are computed there; nothing is moved back and forth, so a map of devices costs one copy of the hidden
+states at each border.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ImageFeatures, ZooError, unknown
+
+_UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # what is not cut in two by `spread`
+
+
+def places_of(device_map: Mapping[str, Any]) -> dict[str, torch.device]:
+    """Read a map from prefixes of names to devices, as people write it: `0`, `cuda:1`, `cpu`.
+
+    Raises:
+        ZooError: a value is no device that holds weights.
+    """
+    found = {}
+    for prefix, place in device_map.items():
+        if str(place) in ("disk", "meta"):
+            raise ZooError(f"device_map[{prefix!r}] is {place!r}: weights are held by devices, such as 0 and 'cpu'.")
+        try:
+            found[str(prefix)] = torch.device(place)
+        except (RuntimeError, TypeError) as error:
+            raise ZooError(f"device_map[{prefix!r}] must be a device, got {place!r}.") from error
+    if not found:
+        raise ZooError("device_map is empty; '' stands for the whole model.")
+    return found
+
+
+def place_of(name: str, places: Mapping[str, torch.device], default: torch.device) -> torch.device:
+    """The device of a weight: that of the longest prefix of its name."""
+    known = [p for p in places if p == "" or name == p or name.startswith(f"{p}.")]
+    return places[max(known, key=len)] if known else default
+
+
+def spread(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """Share weights out to devices, about as many bytes to each, in the order in which they are used.
+
+    Args:
+        sizes: name of a weight -> bytes.
+        devices: at least one.
+    """
+    units: dict[str, int] = {}
+    for name, size in sizes.items():
+        unit = _UNIT.match(name)
+        units[unit[0] if unit else name] = units.get(unit[0] if unit else name, 0) + size
+    total, before, found = max(sum(units.values()), 1), 0, {}
+    for unit in sorted(units, key=_order):
+        found[unit] = devices[min(before * len(devices) // total, len(devices) - 1)]
+        before += units[unit]
+    return found
+
+
+def _order(unit: str) -> tuple[int, int]:
+    number = re.search(r"\.(\d+)$", unit)
+    first = ("vision", "projector", "layout", "llm")  # `llm` alone: what stands before and behind the layers
+    rank = first.index(unit) if unit in first else len(first)
+    return rank, int(number[1]) if number else 10**9
+
+
+def require_names(places: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a prefix that no weight of the model has."""
+    names = [n for n, _ in [*model.named_parameters(), *model.named_buffers()]]
+    for prefix in places:
+        if prefix and not any(n == prefix or n.startswith(f"{prefix}.") for n in names):
+            modules = {n for n, _ in model.named_modules() if n and n.count(".") <= prefix.count(".")}
+            raise unknown("part of the model in device_map", prefix, modules)
+
+
+def settle(model: nn.Module, places: Mapping[str, torch.device], default: torch.device) -> None:
+    """Bring every weight to its place, and let what enters a module follow."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data = tensor.data.to(place_of(name, places, default))
+    follow(model)
+
+
+def follow(model: nn.Module) -> None:
+    """Let the tensors that enter a module whose weights are on one device move there."""
+    for module in model.modules():
+        devices = {t.device for t in [*module.parameters(), *module.buffers()]}
+        if len(devices) == 1:
+            module.register_forward_pre_hook(partial(_arrive, device=devices.pop()), with_kwargs=True)
+
+
+def _arrive(module: nn.Module, args: Any, kwargs: Any, device: torch.device) -> tuple[Any, Any]:
+    return _moved(args, device), _moved(kwargs, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, also inside of tuples, lists, dicts and image features, on a device; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_moved(v, device) for v in value)
+    if type(value) is dict:
+        return {k: _moved(v, device) for k, v in value.items()}
+    if isinstance(value, ImageFeatures):
+        known = {f.name: getattr(value, f.name) for f in fields(value)}
+        return replace(value, **{name: v.to(device) for name, v in known.items() if isinstance(v, Tensor)})
+    return value

@@ -1,0 +1,48 @@
+"""Video-LLaVA: an encoder for images and another one for frames, whose [CLS] tokens stay; one projector, a Llama.
+
+Paper: Lin et al., arXiv:2311.10122. Published as `LanguageBind/Video-LLaVA-7B-hf`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from zoo.published import llava
+
+KEYS = (*(k for k in llava.KEYS if k[0] != "vision_tower."), ("image_tower.", "vision.tower."),
+        ("video_tower.", "vision.frame_tower."))  # fmt: skip
+
+
+def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a `VideoLlavaConfig`."""
+    found = llava.slots(hf, pixels)
+    has_cls = hf.vision_feature_select_strategy == "default"  # else the encoder has none, see `refuse_odd_cls`
+    return {
+        **found,
+        "vision": {**found["vision"], "frame_tower": True},
+        "layout": {"name": "frames", "cls": has_cls},
+    }
+
+
+def config(model: Any) -> Any:
+    """Say a composed model as a `VideoLlavaConfig`."""
+    from transformers import VideoLlavaConfig
+
+    return VideoLlavaConfig(
+        **llava.parts(model),
+        video_token_index=model.config.video_token_id,
+        image_seq_length=model.num_image_tokens,
+    )
+
+
+FAMILY = replace(
+    llava.FAMILY,
+    model_type="video_llava",
+    model="VideoLlavaForConditionalGeneration",
+    processor="VideoLlavaProcessor",
+    slots=slots,
+    keys=KEYS,
+    config=config,
+    call={"return_legacy_image_output": False, "input_data_format": "channels_last"},  # it guesses, wrong for one row
+    videos=True,
+)
