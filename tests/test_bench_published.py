@@ -17,6 +17,13 @@ def test_generation_is_compared_and_the_answers_are_equal(capsys):
     assert "answers differ" not in out
 
 
+def test_a_few_frames_of_a_clip_cost_a_few(capsys):
+    pytest.importorskip("av")
+    assert main(["video", "rounds=1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "decoded, few frames over the least" in out and "MISSED" not in out
+
+
 def test_mistakes_are_said():
     with pytest.raises(ZooError, match="Did you mean '100m'"):
         Options(sizes="tiny,100n")

@@ -28,6 +28,7 @@ BENCHES = {
     "load": Bench("zoo.benches.load", "memory and seconds of loading a checkpoint against transformers"),
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
     "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
+    "video": Bench("zoo.benches.video", "what a few frames of a clip cost, against decoding all of it"),
     "distill": Bench("zoo.benches.distill", "learning from a teacher against the plain way: memory, and time of steps"),
 }
 
