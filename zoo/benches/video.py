@@ -45,9 +45,10 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
                     few = clip
             show(f"{few.decoded} of {clip.decoded} frames decoded")
         least = _least(file, few.indices)
+    height, width = clip.frames.shape[1:3]
     report.setting = [
-        f"{options.file or 'made'}: {clip.total} frames, {clip.frames.shape[2]} x {clip.frames.shape[1]}, {clip.fps:g} a "
-        f"second; CPU time, {options.rounds} rounds, PyAV",
+        f"{options.file or 'made'}: {clip.total} frames of {width} x {height}, {clip.fps:g} a second; "
+        f"CPU time, {options.rounds} rounds, PyAV"
     ]
     assert few.decoded is not None and clip.decoded is not None, "PyAV says how many frames it decoded"
     shares = {"few frames over all": few.decoded / clip.decoded, "few frames over the least": few.decoded / least}
