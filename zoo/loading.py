@@ -35,6 +35,7 @@ def load(
     device_map: Any = None,
     bits: int = 0,
     attention: str | None = None,
+    attn_implementation: str | None = None,
     fresh: Iterable[str] = (),
 ) -> tuple[ZooModel, ZooProcessor]:
     """Load a model by name, with its processor; it is in eval mode.
@@ -48,6 +49,7 @@ def load(
             devices; instead of `device`.
         bits: 8 or 4: the layers of a published language model, on CUDA, by bitsandbytes; 0: as they are.
         attention: a name that transformers knows, or `auto`.
+        attn_implementation: the same, by the name that it has in transformers.
         fresh: parts that may start without trained weights; adapters that an override adds always may.
 
     Raises:
@@ -58,8 +60,8 @@ def load(
     """
     fetch_config(name)
     cfg = configs.compose("load", [f"model={quoted(name)}", *overrides])
-    if attention is not None:
-        cfg.attention = attention
+    if (chosen := attention or attn_implementation) is not None:
+        cfg.attention = chosen
     return build(cfg, device=device, dtype=dtype, device_map=device_map, bits=bits, fresh=fresh)
 
 

@@ -399,6 +399,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         dtype: Any = None,
         torch_dtype: Any = None,
         device_map: Any = None,
+        attn_implementation: str | None = None,
         **kwargs: Any,
     ) -> "ZooModel":
         """Load a folder or a hub repository that `save_pretrained` wrote; the model is in eval mode.
@@ -409,6 +410,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
             dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
             device_map: a device, None for the CPU, `auto`, or a dict from prefixes of names (`vision`, `llm`, ...) to
                 devices.
+            attn_implementation: `auto` or a name that transformers knows; None: as it was saved.
         """
         from zoo.published.base import base_for, placed
 
@@ -422,7 +424,10 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         remember_base(model, config.slots or {})
         require_base(saved_base, model.config.base)
         read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
-        return placed(model, device_map, dtype, base).eval()
+        model = placed(model, device_map, dtype, base).eval()
+        if attn_implementation is not None:
+            model.set_attention(attn_implementation)
+        return model
 
 
 def _goes_on(past_key_values: Any) -> bool:
