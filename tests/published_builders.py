@@ -254,7 +254,7 @@ def _smol(folder: Path, names):
     import transformers as t
 
     places = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
-    extra = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>", "<video>", *places)
+    extra = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>", *places)
     tok = tokenizer(extra=extra)
     torch.manual_seed(0)
     vision = getattr(t, f"{names}VisionConfig")(**VISION)

@@ -283,6 +283,7 @@ WRONG = [
     (["vision.extra.hidden_act=gelu"], r"vision.extra.hidden_act is 'gelu', the checkpoint states 'quick_gelu'"),
     (["vision.layer=-1"], r"vision.layer is -1, the checkpoint states -2"),
     (["vision.mean=[0.5,0.5,0.5]"], r"vision.mean is \[0.5, 0.5, 0.5\], the checkpoint states \[0.48"),
+    (["vision.std=[0.5,0.5,0.5]"], r"vision.std is \[0.5, 0.5, 0.5\], the checkpoint states \[0.26"),
     (["projector.activation=relu"], r"projector.activation is 'relu', the checkpoint states 'gelu'"),
     (["projector=linear"], r"projector=linear, the checkpoint has mlp"),
     (["llm.extra.rms_norm_eps=0.1"], r"llm.extra.rms_norm_eps is 0.1"),

@@ -51,12 +51,12 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         f"CPU time, {options.rounds} rounds, PyAV"
     ]
     assert few.decoded is not None and clip.decoded is not None, "PyAV says how many frames it decoded"
-    shares = {"few frames over all": few.decoded / clip.decoded, "few frames over the least": few.decoded / least}
+    shares = {"over all": few.decoded / clip.decoded, "over the least": few.decoded / least}
     for what, share in shares.items():
         bound = 1.5 if "least" in what else None  # frames that are shown before others are stored behind them
-        report.add(Row(f"decoded, {what}", Value.of([share]), bound=bound, at_most=True, note=f"{few.decoded} frames"))
+        report.add(Row(f"decoded {what}", Value.of([share]), bound=bound, at_most=True, note=f"{few.decoded} frames"))
     ratio = [a / b for a, b in zip(times["few"], times["all"], strict=True)]
-    report.add(Row("time, few frames over all", Value.of(ratio), note=f"{options.frames} frames are wanted"))
+    report.add(Row("time over all", Value.of(ratio), note=f"{options.frames} frames are wanted"))
     return report
 
 

@@ -52,8 +52,9 @@ def spread(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> dict[st
     """
     units: dict[str, int] = {}
     for name, size in sizes.items():
-        unit = _UNIT.match(name)
-        units[unit[0] if unit else name] = units.get(unit[0] if unit else name, 0) + size
+        known = _UNIT.match(name)
+        key = known[0] if known else name
+        units[key] = units.get(key, 0) + size
     total, before, found = max(sum(units.values()), 1), 0, {}
     for unit in sorted(units, key=_order):
         found[unit] = devices[min(before * len(devices) // total, len(devices) - 1)]
