@@ -54,10 +54,14 @@ def test_cls_stands_before_the_patches_of_frames_alone():
 
 
 def test_cls_of_frames_needs_an_encoder_that_has_one():
-    import zoo
+    from zoo.assembly import assemble
 
-    with pytest.raises(ZooError, match="layout 'frames' needs prefix_tokens"):
-        zoo.check("scenes_tiny", "vision=hf", "vision.model_type=siglip", "layout=frames", "layout.cls=true")
+    llm = {"name": "hf", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+    slots = {"projector": {"name": "mlp"}, "layout": {"name": "frames", "cls": True}, "llm": llm}
+    with torch.device("meta"):
+        assemble({**slots, "vision": TOWER}, vocab_size=300)
+        with pytest.raises(ZooError, match="layout 'frames' needs prefix_tokens, but vision 'hf' does not give it"):
+            assemble({**slots, "vision": {**TOWER, "model_type": "siglip"}}, vocab_size=300)
 
 
 @pytest.mark.parametrize(
