@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.memory import advise_large_pages
 from zoo.registry import ZooError
 
 _DTYPES = {
@@ -177,6 +178,8 @@ def _filled(
         return old
     wanted = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
     value = torch.empty(stored.shape, dtype=wanted, device=device)
+    if device.type == "cpu":
+        advise_large_pages(value.data_ptr(), value.numel() * value.element_size())
     read(stored, value)
     new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
     done.tensors[id(new)] = new

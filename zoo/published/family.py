@@ -1,8 +1,10 @@
 """What every family of published models does in the same way: configs of transformers to slots, names of weights."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from zoo.registry import ZooError
@@ -84,12 +86,19 @@ class Family:
 
 def parse(content: Mapping[str, Any], where: str) -> Any:
     """Read a config.json with transformers' own class, so that its defaults are the family's."""
-    from transformers import CONFIG_MAPPING
-
     try:
-        return CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+        return _parsed(json.dumps(content))
     except Exception as error:  # transformers raises its own classes here, one per kind of check
         raise ZooError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> Any:
+    """The config is asked for several times while a model loads, and only read."""
+    from transformers import CONFIG_MAPPING
+
+    content = json.loads(text)
+    return CONFIG_MAPPING[content["model_type"]].from_dict(content)
 
 
 def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
