@@ -166,32 +166,6 @@ def test_pruned_images_are_read_too(make_model, names):
     assert torch.isfinite(model(**batch).loss)
 
 
-@pytest.mark.parametrize("order", [["vlora", "mole"], ["mole", "vlora"]])
-def test_beside_experts_both_learn_and_generate(make_model, tmp_path, order):
-    both = {**VLORA["adapter"], "mole": {"name": "mole", "rank": 2}}
-    model, processor = make_model(projector=None, adapter={name: both[name] for name in order})
-    moved(model)
-    batch = rows_of(processor, *(sample((QUESTIONS[i], ANSWERS[i]), images=i % 2, seed=i) for i in range(4)))
-    model.train().set_trainable(["adapter"])
-    model(**batch).loss.backward()
-    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not [n for n in without if "mole" not in n]  # an expert may stay idle
-    assert any(p.grad is not None and p.grad.any() for p in model.adapter["mole"].parameters())
-    model.eval()
-    inputs = processor(images=[picture(0)], text=[f"<image>{QUESTIONS[0]}", QUESTIONS[1]])
-    fixed = {"max_new_tokens": 5, "do_sample": False}
-    cached = model.generate(**inputs, **fixed)
-    assert torch.equal(cached, model.generate(**inputs, **fixed, use_cache=False))
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        wanted = model(**batch, all_logits=True).logits
-        assert torch.equal(ZooModel.from_pretrained(tmp_path)(**batch, all_logits=True).logits, wanted)
-        rows = [rows_of(processor, sample((QUESTIONS[i], ANSWERS[i]), images=i % 2, seed=i)) for i in range(4)]
-        for i, row in enumerate(rows):
-            alone = model(**row, all_logits=True).logits
-            assert torch.allclose(alone, wanted[i : i + 1, : alone.shape[1]], atol=1e-5)
-
-
 # ---- what it does not go with ------------------------------------------------------------------------------------
 
 

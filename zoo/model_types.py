@@ -1,5 +1,6 @@
 """What a composed model is made of (its config), what it gives, and what parts inside the LLM see of a forward pass."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ class ZooConfig(PreTrainedConfig):
     attention: str = "auto"
     data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
     task: dict[str, Any] | None = None
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As transformers writes it, which sorts all keys; but pruners and adapters act in their order."""
+        content = json.loads(super().to_json_string(use_diff))
+        return json.dumps(content | ({"slots": self.slots} if self.slots else {}), indent=2) + "\n"
 
 
 @dataclass
