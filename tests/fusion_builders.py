@@ -31,6 +31,19 @@ def tiny_llm(model_type: str = "llama", seed: int = 0, attention: str | None = N
     return registry.build("llm", llm_node(model_type, **options), vocab_size=VOCAB, attention=attention).eval()
 
 
+def adapter_on(llm, node: dict, seed: int = 0, *, attach: bool = True, shaken: float = 0.2, **derived):
+    """Build an adapter for `llm`, in eval mode, its parameters moved by noise of the size `shaken`, as by training."""
+    torch.manual_seed(seed)
+    adapter = registry.build("adapter", node, llm=llm, **derived).eval()
+    if attach:
+        adapter.attach()
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in adapter.parameters() if shaken else ():
+            p.add_(shaken * torch.randn(p.shape, generator=g).to(p))
+    return adapter
+
+
 def padded_batch(b: int = 2, t: int = 9, pad: int = 3, seed: int = 0):
     """Ids (B, T) and a mask whose first row has `pad` positions of padding on the left."""
     ids = torch.randint(0, VOCAB, (b, t), generator=torch.Generator().manual_seed(seed))

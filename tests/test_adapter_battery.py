@@ -7,6 +7,7 @@ import torch
 
 from tests.fusion_builders import SMALL, VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
 from zoo import registry
+from zoo.registry import ZooError
 from zoo.registry.contracts import Adapter
 
 DIM, GRID = 24, (4, 4)
@@ -158,32 +159,51 @@ def test_a_batch_is_each_row_alone(name):
         assert torch.allclose(llm.head(hidden), both[1:], atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(name):
-    grads = []
-    for checkpointing in (False, True):
-        llm = llm_for(name)
-        adapter = build(name, llm)
-        adapter.attach()
-        own = shake(adapter, llm)
-        llm.train()
-        adapter.train()
-        if checkpointing:
-            llm.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        embeds = llm.embed(padded_batch()[0]).detach().requires_grad_()
-        torch.manual_seed(0)
-        loss = logits(llm, adapter, embeds, grad=True).logsumexp(-1).sum()
-        (loss + sum(adapter.aux_losses().values())).backward()
-        grads.append([embeds.grad, *(p.grad for p in own.values())])
-    assert all(torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max())) for a, b in zip(*grads, strict=True))
+def learnt(name, prepare):
+    """Gradients of the input and of all its parameters, after `prepare` changed the language model."""
+    llm = llm_for(name)
+    adapter = build(name, llm)
+    adapter.attach()
+    own = shake(adapter, llm)
+    llm.train()
+    adapter.train()
+    prepare(llm)
+    embeds = llm.embed(padded_batch()[0]).detach().requires_grad_()
+    torch.manual_seed(0)
+    loss = logits(llm, adapter, embeds, grad=True).logsumexp(-1).sum()
+    (loss + sum(adapter.aux_losses().values())).backward()
+    return [embeds.grad, *(p.grad for p in own.values())]
+
+
+def close(some, others):
+    return all(torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max())) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing_or_one_form_is_refused(name, reentrant):
+    try:
+        there = learnt(name, lambda llm: llm.lm.gradient_checkpointing_enable({"use_reentrant": reentrant}))
+    except ZooError as refusal:
+        assert reentrant and "use_reentrant=False" in str(refusal)
+        return
+    assert close(there, learnt(name, lambda llm: None))
+
+
+def test_compiled_decoder_layers_learn_the_same(name):
+    torch._dynamo.reset()
+    there = learnt(name, lambda llm: [layer.compile(backend="aot_eager") for layer in llm.layers])
+    torch._dynamo.reset()
+    assert close(there, learnt(name, lambda llm: None))
 
 
 @torch.no_grad()
-def test_generates_the_same_with_a_cache_as_without(name):
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generates_the_same_with_a_cache_as_without(name, options):
     llm = llm_for(name)
     adapter = build(name, llm)
     adapter.attach()
     shake(adapter, llm)
     ids, mask = padded_batch()
-    adapter.condition(features(m=2, grid=GRID, dim=DIM), [1, 1])
-    kwargs = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    kwargs = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **options}
+    adapter.condition(features(m=2, grid=GRID, dim=DIM), [1, 1], expand=options.get("num_beams", 1))
     assert torch.equal(llm.lm.generate(ids, **kwargs), llm.lm.generate(ids, use_cache=False, **kwargs))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.fusion_builders import VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
-from zoo import registry
+from tests.fusion_builders import VOCAB, adapter_on, features, llm_node, padded_batch, same_state, tiny_llm
 from zoo.assembly import assemble
 from zoo.checker import Plan, RefusedError, check
 from zoo.fusion import expert_shift
@@ -17,17 +16,9 @@ FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 KERNELS = ["eager", "grouped_mm", "batched_mm"]
 
 
-def extended(llm, seed=0, attach=True, shaken=True, **options):
-    torch.manual_seed(seed)
-    adapter = registry.build("adapter", {"name": "moextend", "layers": [0], "sources": [1]} | options, llm=llm).eval()
-    if attach:
-        adapter.attach()
-    if shaken:
-        g = torch.Generator().manual_seed(seed + 1)
-        with torch.no_grad():
-            for p in adapter.parameters():
-                p.add_(0.2 * torch.randn(p.shape, generator=g).to(p))
-    return adapter
+def extended(llm, seed=0, attach=True, shaken=0.2, **options):
+    node = {"name": "moextend", "layers": [0], "sources": [1], **options}
+    return adapter_on(llm, node, seed, attach=attach, shaken=shaken)
 
 
 def logits(llm, ids, mask=None):
@@ -54,7 +45,7 @@ def twin(gate, experts, layer, x):
     return torch.stack(result)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_new": 2, "calibration_width": 0}, {"shaken": False}])
+@pytest.mark.parametrize("options", [{}, {"num_new": 2, "calibration_width": 0}, {"shaken": 0}])
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_values_and_gradients_are_those_of_the_equations(model_type, options, together):
@@ -105,14 +96,14 @@ def test_at_the_start_only_tokens_of_the_copied_expert_change():
     block = llm.layers[0].mlp
     x = torch.randn(1, 60, 32)
     before, first = block(x), block.gate(x)[2][:, 0]
-    extended(llm, shaken=False)
+    extended(llm, shaken=0)
     changed = (block(x) - before).abs().amax(-1)[0] > 1e-6
     assert torch.equal(changed, first == 1) and changed.any() and not changed.all()
 
 
 def test_the_calibration_starts_without_effect_and_can_learn():
     llm = tiny_llm("mixtral")
-    adapter = extended(llm, shaken=False)
+    adapter = extended(llm, shaken=0)
     rows = adapter.layers["0"].rows
     ids = padded_batch()[0]
     out = logits(llm, ids)

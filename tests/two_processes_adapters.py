@@ -1,4 +1,4 @@
-"""Run by test_idle_experts under torchrun: routed adapters on two processes, experts that stay idle on one or both.
+"""Run by test_idle_experts under torchrun: adapters on two processes, where experts or generators stay idle.
 
 Each process takes its rows, gradients are averaged, and compared with those of one process on all rows: with DDP, and
 with parameters that torch's `fully_shard` keeps in halves.
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.fusion_builders import VOCAB, tiny_llm
+from tests.fusion_builders import SMALL, VOCAB, features, tiny_llm
 from zoo import registry
 
 
@@ -25,18 +25,18 @@ class Both(nn.Module):
         super().__init__()
         self.llm = tiny_llm(model_type).requires_grad_(False)
         torch.manual_seed(1)
-        self.adapter = registry.build("adapter", node, llm=self.llm)
+        self.adapter = registry.build("adapter", node, llm=self.llm, vision_dim=24, grid=(4, 4))
         self.adapter.attach()
         with torch.no_grad():
             for p in self.adapter.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-            for layer in self.adapter.layers.values():
+            for layer in getattr(self.adapter, "layers", {}).values():
                 if hasattr(layer, "router"):
                     layer.router.bias[0] = -100.0  # expert 0 is idle everywhere
         self.train()
 
     def forward(self, ids: torch.Tensor, images: list[int]) -> torch.Tensor:
-        self.adapter.condition(None, images)
+        self.adapter.condition(features(m=1) if sum(images) else None, images)
         hidden = self.llm.hidden(inputs_embeds=self.llm.embed(ids)).last_hidden_state
         return hidden.sin().sum() + 0.0 * sum(self.adapter.aux_losses().values())
 
@@ -56,11 +56,12 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
-    images = [1, 0]  # under the guard the second process has nothing for the new experts
+    images = [1, 0]  # the second process has nothing for a guarded expert, and nothing to make weights of
     cases = [
         ("llama", {"name": "mole", "rank": 4, "dropout": 0.0}),
         ("llama", {"name": "mole", "rank": 4, "dropout": 0.0, "gate": "prob", "balance": 0.0}),
         ("mixtral", {"name": "moextend", "layers": [0], "guard": True}),
+        ("llama", {"name": "vlora", **SMALL["vlora"]}),
     ]
     for model_type, node in cases:
         alone = Both(model_type, node)
