@@ -29,6 +29,8 @@ from zoo.fusion.merging import merge, removals
 from zoo.fusion.survivors import VOTES
 from zoo.registry import ImageFeatures, ZooError, register, unknown
 
+_MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys"})  # not known of merged tokens
+
 
 @dataclass
 class AIMConfig:
@@ -72,7 +74,7 @@ class AIM(DropsInside, nn.Module):
 
     needs: frozenset[str] = frozenset({"image_tokens"})
     provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset({"grid"})
+    destroys: frozenset[str] = _MERGED_AWAY
 
     def __init__(self, config: AIMConfig) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class AIM(DropsInside, nn.Module):
         self.needs = frozenset({"image_tokens"} if config.prune else ()) | (
             {"keys"} if config.metric == "keys" and config.merge_ratio < 1 else frozenset()
         )
-        self.destroys = frozenset({"grid"}) if config.merge_ratio < 1 else frozenset()
+        self.destroys = _MERGED_AWAY if config.merge_ratio < 1 else frozenset()
 
     # ---- before the LLM ----------------------------------------------------------------------------------------
 

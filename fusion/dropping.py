@@ -223,6 +223,8 @@ class Dropper:
                 else:
                     tokens, index = tokens.gather(keep)
                     hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, K, C)
+                    for told in self.llm.told_shorter:
+                        told(tokens.seen)
                 run.masks.clear()
                 if self.sequence is not None:
                     self.sequence.labels = tokens.labels

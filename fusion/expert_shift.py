@@ -31,7 +31,7 @@ def counted(llm: Any) -> Iterator[dict[int, Tensor]]:
         raise ZooError("There are no experts to count: the LLM has no layers that are mixtures.")
     passes = Passes(llm, lambda: False)
     counts = {i: torch.zeros(block.gate.weight.shape[0], dtype=torch.long) for i, block in blocks.items()}
-    handles = passes.attach()
+    undo = passes.attach()
 
     def watch(i: int) -> Any:
         def hook(gate: Any, args: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -42,12 +42,12 @@ def counted(llm: Any) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    handles += [block.gate.register_forward_hook(watch(i)) for i, block in blocks.items()]
+    undo += [block.gate.register_forward_hook(watch(i)).remove for i, block in blocks.items()]
     try:
         yield counts
     finally:
-        for handle in handles:
-            handle.remove()
+        for step in undo:
+            step()
 
 
 def select(before: dict[int, Tensor], after: dict[int, Tensor], share: float = 0.5) -> tuple[list[int], list[int]]:

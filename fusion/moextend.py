@@ -180,11 +180,11 @@ class ExtendedLayer(nn.Module):
         if self.passes.pictured is None:
             return None
         flags = self.passes.pictured.to(x.device)
-        if len(flags) * self.passes.length != len(x):
+        if len(flags) != self.passes.rows or len(x) % len(flags):
             raise ZooError(
                 f"The guard of adapter 'moextend' knows {len(flags)} sequences, and the pass has {self.passes.rows}."
             )
-        return flags.repeat_interleave(self.passes.length).unsqueeze(-1)
+        return flags.repeat_interleave(len(x) // len(flags)).unsqueeze(-1)
 
 
 def _on_host(x: Tensor) -> bool:
@@ -251,7 +251,7 @@ class MoExtend(nn.Module):
         """Stand in for the routers and experts of the chosen layers; no module is replaced and no key renamed."""
         if self._undo:
             return
-        self._undo = [h.remove for h in self.passes.attach()]
+        self._undo = self.passes.attach()
         self._undo += [b.gate.register_forward_hook(self._note).remove for b in self.blocks.values()]
         for layer in self.layers.values():
             self._undo += layer.attach()
@@ -274,12 +274,12 @@ class MoExtend(nn.Module):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss over all layers with experts, weighted; empty in evaluation or with weight 0."""
-        records, keep = self.passes.records, self.passes.keep
+        records, keep_of = self.passes.records, self.passes.keep_of
         if not records:
             return {}
         if any(layer.rows.weight.requires_grad for layer in self.layers.values()):
             self.passes.require_gradient("adapter 'moextend'")
-        losses = [dispatch.load_balance(logits.float().softmax(-1), chosen, keep) for logits, chosen in records]
+        losses = [dispatch.load_balance(raw.float().softmax(-1), chosen, keep_of(raw)) for raw, chosen in records]
         if self.config.official_aux:
             widest = max(logits.shape[-1] for logits, _ in records)
             losses = [v * widest / logits.shape[-1] for v, (logits, _) in zip(losses, records, strict=True)]
@@ -287,8 +287,8 @@ class MoExtend(nn.Module):
 
     def usage(self) -> dict[int, list[float]]:
         """Say for each layer with experts how many choices per token each got in the last training pass."""
-        records, keep = self.passes.records, self.passes.keep
-        shares = (dispatch.expert_share(chosen, logits.shape[-1], keep).tolist() for logits, chosen in records)
+        records, keep_of = self.passes.records, self.passes.keep_of
+        shares = (dispatch.expert_share(chosen, raw.shape[-1], keep_of(raw)).tolist() for raw, chosen in records)
         return dict(zip(self.blocks, shares, strict=False))
 
     def save(self, folder: str | Path) -> None:

@@ -17,7 +17,7 @@ low-rank experts stand around the whole of it.
 It cannot be merged: which term a token gets depends on the token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -206,21 +206,21 @@ class MoLE(nn.Module):
         names = {id(m): n for n, m in llm.lm.named_modules()}
         layers: Any = self.layers.values()
         self.exclusive = [names[id(m)] for layer in layers for m in layer.places()]
-        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
         """Hook into the feed-forward layers; no module is replaced and no key renamed."""
-        if self._handles:
+        if self._undo:
             return
-        self._handles = self.passes.attach()
+        self._undo = self.passes.attach()
         for layer in self.layers.values():
-            self._handles += cast(MoLELayer, layer).attach()
+            self._undo += [handle.remove for handle in cast(MoLELayer, layer).attach()]
 
     def detach(self) -> None:
         """Take the hooks away; the language model is what it was, to the bit."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
     def merge(self) -> None:
         """Refuse."""
@@ -238,21 +238,21 @@ class MoLE(nn.Module):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss of the last forward pass in training, weighted; empty in evaluation or with weight 0."""
-        records, keep = self.passes.records, self.passes.keep
+        records, keep_of = self.passes.records, self.passes.keep_of
         if not records:
             return {}
         if any(p.requires_grad for n, p in self.named_parameters() if ".router." in n):
             self.passes.require_gradient("adapter 'mole'")
         if self.config.official_balance:
-            return {"mole_balance": self.config.balance * pooled_balance(records, keep, self.passes.rows)}
-        each = [dispatch.load_balance(probs, chosen, keep) for probs, chosen in records]
+            return {"mole_balance": self.config.balance * pooled_balance(records, keep_of, self.passes.rows)}
+        each = [dispatch.load_balance(probs, chosen, keep_of(probs)) for probs, chosen in records]
         return {"mole_balance": self.config.balance * torch.stack(each).mean()}
 
     def usage(self) -> dict[int, list[float]]:
         """Say for each layer which share of the tokens of the last forward pass in training each expert took."""
-        records, keep = self.passes.records, self.passes.keep
+        records, keep_of = self.passes.records, self.passes.keep_of
         e = self.config.num_experts
-        shares = (dispatch.expert_share(chosen, e, keep).tolist() for _, chosen in records)
+        shares = (dispatch.expert_share(chosen, e, keep_of(chosen)).tolist() for _, chosen in records)
         return dict(zip(map(int, self.layers), shares, strict=False))
 
     def save(self, folder: str | Path) -> None:
@@ -269,20 +269,28 @@ class MoLE(nn.Module):
         return on and torch.is_grad_enabled()
 
 
-def pooled_balance(records: Sequence[tuple[Tensor, Tensor]], keep: Tensor | None, rows: int) -> Tensor:
+def pooled_balance(
+    records: Sequence[tuple[Tensor, Tensor]], keep_of: Callable[[Tensor], Tensor | None], rows: int
+) -> Tensor:
     """Balance loss as released: for each sample, means over layers and tokens before the product, and no factor E.
 
     Args:
         records: (probs (S, E), chosen (S,)) of each layer.
-        keep: (S,) tokens that count.
+        keep_of: gives (S,) which tokens of a layer count; None: all.
         rows: samples, so that S is rows * T.
     """
-    probs = torch.stack([p for p, _ in records]).unflatten(1, (rows, -1))  # (layers, B, T, E)
-    hits = F.one_hot(torch.stack([c for _, c in records]), probs.shape[-1]).to(probs.dtype).view_as(probs)
-    real = torch.ones_like(probs[0, ..., 0]) if keep is None else keep.view(rows, -1).to(probs.dtype)  # (B, T)
-    count = (len(records) * real.sum(1)).clamp(min=1).unsqueeze(-1)  # (B, 1)
-    mean, share = (torch.einsum("lbte,bt->be", t, real) / count for t in (probs, hits))  # (B, E)
-    return (mean * share).sum(1).mean()
+    mean = share = count = records[0][0].new_zeros(())
+    for probs, chosen in records:
+        keep = keep_of(probs)
+        real = torch.ones_like(probs[:, 0]) if keep is None else keep.to(probs.dtype)  # (S,)
+        hits = F.one_hot(chosen, probs.shape[-1]).to(probs.dtype)  # (S, E)
+        count = count + real.view(rows, -1).sum(1, keepdim=True)  # (B, 1)
+        mean, share = (  # (B, E)
+            sums + (t * real.unsqueeze(-1)).unflatten(0, (rows, -1)).sum(1)
+            for sums, t in ((mean, probs), (share, hits))
+        )
+    count = count.clamp(min=1)
+    return (mean / count * (share / count)).sum(1).mean()
 
 
 def feed_forward(layer: nn.Module, who: str) -> nn.Module:

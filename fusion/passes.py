@@ -21,22 +21,26 @@ class Passes:
 
     def __init__(self, llm: Any, wanted: Callable[[], bool]) -> None:
         self.llm, self.wanted = llm, wanted
-        self.rows, self.length = 1, 0  # B and T of the pass
-        self.keep: Tensor | None = None  # (S,) tokens that are no padding; None: all
+        self.rows = 1  # B of the pass
+        self.keeps: dict[int, Tensor] = {}  # S -> (S,) which of so many tokens are no padding; layers may be shorter
         self.pictured: Tensor | None = None  # (B,) sequences that take part in a guarded adapter; None: all
         self.base_only = False  # no sequence takes part
         self.records: Records = []  # of the last pass
         self._open: Records | None = None  # while a pass is in the decoder
 
-    def attach(self) -> list[Any]:
-        """Hook into the decoder; returns the handles."""
+    def attach(self) -> list[Callable[[], None]]:
+        """Hook into the decoder; returns what undoes it."""
         decoder = self.llm.lm.base_model
         begin = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
-        return [begin, decoder.register_forward_hook(self._end)]
+        self.llm.told_shorter.append(self._shorter)
+        return [begin.remove, decoder.register_forward_hook(self._end).remove, self._forget]
+
+    def _forget(self) -> None:  # a method: copies of the model have their own
+        self.llm.told_shorter.remove(self._shorter)
 
     def keep_of(self, x: Tensor) -> Tensor | None:
-        """Which of the tokens (S, C) are no padding, where that is known of them."""
-        return self.keep if self.keep is not None and len(self.keep) == len(x) else None
+        """Which of the tokens (S, C) of a layer are no padding, where that is known of them."""
+        return self.keeps.get(len(x))
 
     def note(self, scores: Tensor, chosen: Tensor) -> None:
         """Note a layer's routing; not where checkpointing runs the layer again, after the decoder was left."""
@@ -51,18 +55,23 @@ class Passes:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = kwargs.get("inputs_embeds")
         given = kwargs.get("input_ids") if given is None else given
-        self.rows, self.length = (args[0] if given is None else given).shape[:2]
+        self.rows, length = (args[0] if given is None else given).shape[:2]
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = getattr(self.llm, "padding_mask", None)
-        self.keep = None if mask is None else mask[:, -self.length :].flatten().bool()  # (S,)
+        keep = None if mask is None else mask[:, -length:].flatten().bool()  # (S,)
+        self.keeps = {} if keep is None else {len(keep): keep}
         self._open = [] if self.wanted() else None
+
+    def _shorter(self, seen: Tensor) -> None:
+        """Take which tokens (B, L) are no padding from here on: a pruner dropped others."""
+        self.keeps[seen.numel()] = seen.flatten()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         self.records, self._open = self._open or [], None
         hidden = getattr(out, "last_hidden_state", None)
         if hidden is not None and hidden.requires_grad and not torch.compiler.is_compiling():
             # Checkpointed layers run again in backward, maybe after another pass: they must find what this one had.
-            names = ("keep", "rows", "length", "pictured", "base_only")
+            names = ("keeps", "rows", "pictured", "base_only")
             now = {name: getattr(self, name) for name in names}
             hidden.register_hook(lambda grad: self.__dict__.update(now))

@@ -112,3 +112,24 @@ def test_the_sequence_says_which_image_a_position_shows(built, name):
     n = model.num_image_tokens
     assert [int((ids == i).sum()) for i in range(4)] == [n, n, n, 0]
     assert [sorted(set(r.tolist())) for r in ids] == [[-1, 0], [-1, 1, 2], [-1]]
+
+
+@pytest.mark.parametrize("adapter", ["mole", "moextend"])
+def test_experts_count_the_tokens_that_are_left_and_no_padding(make_model, name, adapter):
+    experts = {**LLM, "model_type": "mixtral", "num_experts": 4, "top_k": 2}
+    node = {"mole": {"rank": 2, "dropout": 0.0, "official_balance": True}, "moextend": {"guard": True}}[adapter]
+    slots = {"pruner": {name: PRUNERS[name]}, "adapter": {adapter: {"name": adapter, **node}}}
+    model, processor = make_model(**slots, llm=experts if adapter == "moextend" else LLM)
+    model.train().set_trainable(["adapter"])
+    batch = processor.collate(rows(processor))
+    grads = []
+    for on in (False, True):
+        model.zero_grad()
+        if on:
+            model.gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+        passes = model.adapter[adapter].passes
+        counted = [int(passes.keep_of(scores).sum()) for scores, _ in passes.records]
+        assert counted == [int(seen.sum()) for seen in model.pruner[name].kept()] and counted[-1] < counted[0]
+        grads.append([p.grad.clone() for p in model.adapter.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max())) for a, b in zip(*grads, strict=True))

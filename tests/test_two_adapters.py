@@ -46,7 +46,7 @@ def test_both_learn_generate_and_load_again(make_model, tmp_path, names):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     changed = {model.part_of(n) for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == set(trains)

@@ -217,14 +217,14 @@ def test_a_copy_of_the_model_is_on_its_own():
     with torch.no_grad():
         assert torch.equal(logits(other.llm), logits(tiny_llm()))
         other.adapter.condition(images(), [1, 1])
-        assert torch.equal(logits(other.llm), wanted)
+        assert torch.allclose(logits(other.llm), wanted, atol=1e-6)  # torch attends by another kernel without gradients
         for b in other.adapter.b.values():
             b.zero_()
         other.adapter.condition(images(), [1, 1])
         assert torch.equal(logits(other.llm), logits(tiny_llm()))
-        assert torch.equal(logits(holder.llm), wanted)
+        assert torch.allclose(logits(holder.llm), wanted, atol=1e-6)
         other.adapter.detach()
-        assert torch.equal(logits(holder.llm), wanted)
+        assert torch.allclose(logits(holder.llm), wanted, atol=1e-6)
 
 
 @torch.no_grad()

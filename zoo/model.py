@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from zoo.answer_loss import answer_loss
 from zoo.assembly import Parts, assemble
@@ -424,6 +424,8 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         remember_base(model, config.slots or {})
         require_base(saved_base, model.config.base)
         read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
+        if (folder / "generation_config.json").is_file():  # what ends an answer
+            model.generation_config = model.llm.lm.generation_config = GenerationConfig.from_pretrained(folder)
         model = placed(model, device_map, dtype, base).eval()
         if attn_implementation is not None:
             model.set_attention(attn_implementation)

@@ -147,6 +147,11 @@ def _check_images(
             f"image tokens of student and teacher do not align: the student's pruner {merging[0][0]!r} makes new "
             f"tokens, which the teacher does not have. {fix}, or give the teacher that pruner too"
         )
+    if ours[2] and steps[len(before) :]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: projector {_projector(our_slots)!r} mixes what the "
+            f"student's pruners {_names(steps)} leave. {fix}, or give the teacher those pruners too"
+        )
 
 
 Layout = tuple[tuple[Any, str], list[tuple[str, bool, str]], str]

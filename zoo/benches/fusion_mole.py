@@ -121,12 +121,12 @@ def bytes_kept(run: Callable[[], object], parameters: Any) -> float:
 def as_released(adapter: Any) -> None:
     """Compute the terms as the authors' code does, expert by expert and projection by projection."""
     adapter.detach()
-    adapter._handles = adapter.passes.attach()
+    adapter._undo = adapter.passes.attach()
     for layer in adapter.layers.values():
         loop = _Loop(layer)
-        adapter._handles.append(layer.mlp.register_forward_pre_hook(loop.route))
+        adapter._undo.append(layer.mlp.register_forward_pre_hook(loop.route).remove)
         for name, linear in layer.linears.items():
-            adapter._handles.append(linear.register_forward_hook(partial(loop.add, layer.experts[name])))
+            adapter._undo.append(linear.register_forward_hook(partial(loop.add, layer.experts[name])).remove)
 
 
 class _Loop:
