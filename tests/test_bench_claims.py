@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from zoo.benches import (
     claim_llava_kd,
     claim_llava_mod,
     claim_pool,
+    claim_pool_cells,
     claim_pruning,
     claim_vlora,
 )
@@ -23,14 +25,16 @@ from zoo.benches.claims import CLAIMS, Options
 from zoo.registry import ZooError
 
 BOUNDS = {"pool": 3, "pruning": 5, "pruning_fashion": 4, "pruning_film": 4, "vlora": 3, "mole": 2, "moextend": 4}
+BOUNDS |= {"pool_cells": 0, "mole_domains": 0, "moextend_clothes": 1, "vlora_clothes": 1}
+REAL = {claim: needed for claim in BOUNDS if (needed := getattr(import_module(CLAIMS[claim]), "DATA", ()))}
 
 
 @pytest.mark.parametrize(("claim", "bounds"), BOUNDS.items())
 def test_a_claim_runs_and_is_judged(claim, bounds, tmp_path, monkeypatch):
-    if claim == "pruning_fashion":
-        monkeypatch.setenv("ZOO_DATA", str(shared("fashion_mnist").parent))
+    for name in REAL.get(claim, ()):
+        monkeypatch.setenv("ZOO_DATA", str(shared(name).parent))
     files = [f"json={tmp_path / 'rows.json'}", f"markdown={tmp_path / 'rows.md'}"]
-    seeds = 1 if claim in ("pruning_fashion", "pruning_film") else 2
+    seeds = 1 if claim in {*REAL, "pruning_film"} else 2
     assert main(["claims", f"claim={claim}", f"seeds={seeds}", "share=0.005", f"plots={tmp_path}", *files]) == 0
     assert (tmp_path / f"{claim}.png").is_file() == claim.startswith("pruning")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -40,6 +44,17 @@ def test_a_claim_runs_and_is_judged(claim, bounds, tmp_path, monkeypatch):
     if claim == "vlora":
         exact = next(r for r in rows if "to the bit in every run" in r["what"])
         assert exact["reached"]
+
+
+def test_cells_are_boxed_where_they_are(monkeypatch):
+    monkeypatch.setenv("ZOO_DATA", str(shared("bccd").parent))
+    batch = claim_pool_cells.Cells().draw(200, torch.Generator().manual_seed(0))
+    dark = -batch["x"][:, 1]  # (n, 64, 64) of what is stained, white cells let the least green through
+    for i in range(200):
+        x1, y1, x2, y2 = (2 * batch["box"][i]).tolist()
+        inside = torch.zeros(64, 64, dtype=torch.bool)
+        inside[y1 : y2 + 2, x1 : x2 + 2] = True
+        assert dark[i][inside].mean() > dark[i][~inside].mean()
 
 
 def test_objects_are_where_the_pruning_pictures_say():
@@ -75,10 +90,11 @@ def test_questions_about_clothes_are_half_yes():
     assert torch.equal(yes, asked[:, 1] == classes) and 0.45 < yes.float().mean() < 0.55
 
 
-def test_a_claim_without_its_data_is_not_run_and_says_so(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("claim", REAL)
+def test_a_claim_without_its_data_is_not_run_and_says_so(claim, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ZOO_DATA", str(tmp_path))
-    assert main(["claims", "claim=pruning_fashion", f"markdown={tmp_path / 'rows.md'}"]) == 0
-    why = f"pruning_fashion: not run: there is no Fashion-MNIST in {tmp_path / 'fashion_mnist'}; set ZOO_DATA"
+    assert main(["claims", f"claim={claim}", f"markdown={tmp_path / 'rows.md'}"]) == 0
+    why = f"{claim}: not run: there is no {' and no '.join(REAL[claim])} in {tmp_path}; set ZOO_DATA"
     assert why in capsys.readouterr().out and why in (tmp_path / "rows.md").read_text()
 
 

@@ -6,11 +6,9 @@ afterwards. Clothing fills half of its picture, so random tokens hit it too: les
 four patches among sixty.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,13 +16,14 @@ from torch import Tensor
 from zoo.benches.claim_curves import bounded, draw_curves
 from zoo.benches.claim_reader import Reader, ask_all, each_ratio, encoder, sizes
 from zoo.benches.claim_steps import train
+from zoo.benches.real_data import fashion_mnist
 from zoo.benches.report import Row
-from zoo.data.classes import read_idx
 
 SIDE, PATCH, TOKENS, CLASSES = 14, 2, 196, 10
 YES, NO = CLASSES, CLASSES + 1
 KEPT = (98, 49, 20, 10)  # of 196 tokens
 SEEING, READING, BATCH, TEST, RANDOM = 350, 350, 32, 750, 3
+DATA = ("fashion_mnist",)
 SETTING = [
     "Fashion-MNIST, 28 x 28 in 196 patches; ViT of 3 blocks, width 48, 350 steps of 64; Llama of 4 layers, width 64, "
     "350 steps of 32",
@@ -33,29 +32,9 @@ SETTING = [
 ]
 
 
-def missing() -> str:
-    """Say why this cannot run; empty: it can."""
-    folder = _folder()
-    if (folder / "train-images-idx3-ubyte.gz").is_file():
-        return ""
-    return f"there is no Fashion-MNIST in {folder}; set ZOO_DATA to the folder that holds fashion_mnist"
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("ZOO_DATA") or "data") / "fashion_mnist"
-
-
-def read(split: str, limit: int = 0) -> tuple[Tensor, Tensor]:
-    """Read pictures (n, 28, 28) bytes and their classes (n,)."""
-    images, labels = (read_idx(_folder() / f"{split}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    return torch.from_numpy(np.array(images[: limit or None])), torch.from_numpy(
-        np.array(labels[: limit or None])
-    ).long()
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Turn bytes (n, 28, 28) into pixels (n, 3, 28, 28) of mean 0 and deviation 1."""
-    return ((images.float() / 255 - 0.286) / 0.353).unsqueeze(1).expand(-1, 3, -1, -1)
+def pixels(photos: Tensor) -> Tensor:
+    """Give photos (n, 28, 28) three channels: (n, 3, 28, 28)."""
+    return photos.unsqueeze(1).expand(-1, 3, -1, -1)
 
 
 def questions(classes: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -68,7 +47,7 @@ def questions(classes: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
     """Train once, and answer the same questions behind every pruner."""
-    images, classes = read("train")
+    images, classes = fashion_mnist("train")
     g = torch.Generator().manual_seed(seed + 1)
     seeing, reading, batch, many = sizes(share, SEEING, READING, BATCH, TEST)
 
@@ -90,7 +69,7 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
 
     train(model.parameters(), reading, answer, warmup=min(50, reading // 4))
     model.eval()
-    images, classes = read("dev", many)
+    images, classes = (some[:many] for some in fashion_mnist("dev"))
     asked, said = questions(classes, torch.Generator().manual_seed(10_000 + seed))
     arms = each_ratio(TOKENS, KEPT, RANDOM)
     for start, stop in ((2, 4), (1, 3)):

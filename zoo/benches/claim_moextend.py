@@ -7,7 +7,7 @@ text runs as before by construction; the loss it does not prevent is shown besid
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from zoo.registry import build
 SYMBOLS, DOMAINS, CLASSES, QUESTIONS = 32, 4, 8, 8
 SEPARATOR = SYMBOLS + DOMAINS
 ASK, NAME = SEPARATOR + 1, SEPARATOR + 1 + QUESTIONS
-VOCAB = NAME + CLASSES
 WIDTH, DIM, PATCHES = 64, 24, 4
 TEXT_STEPS, ALIGN_STEPS, PROBE_STEPS, STEPS, BATCH, TEST = 1000, 300, 200, 400, 32, 256
 RATE = 2e-3
@@ -37,11 +36,13 @@ SETTING = [
 class World:
     """Permutations, prototypes of classes, and the table of answers."""
 
+    num_classes, dim = CLASSES, DIM
+
     def __init__(self, seed: int) -> None:
         g = torch.Generator().manual_seed(seed)
         self.tables = torch.stack([torch.randperm(SYMBOLS, generator=g) for _ in range(DOMAINS)])
         self.classes = torch.randn(CLASSES, DIM, generator=g)
-        self.answers = torch.randint(SYMBOLS, (CLASSES, QUESTIONS), generator=g)
+        self.answers = torch.randint(SYMBOLS, (self.num_classes, QUESTIONS), generator=g)
 
     def text(self, n: int, g: torch.Generator) -> Tensor:
         """Draw (n, 17): a domain token, then eight symbols each followed by its image."""
@@ -54,6 +55,10 @@ class World:
         label = torch.randint(CLASSES, (n,), generator=g)
         return self.classes[label][:, None] + 0.5 * torch.randn(n, PATCHES, DIM, generator=g), label
 
+    def unseen(self, n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images that nothing learns from."""
+        return self.images(n, g)
+
     def questions(self, label: Tensor, g: torch.Generator) -> Tensor:
         """Draw (n, 13): the separator, then six questions each followed by its answer."""
         q = torch.randint(QUESTIONS, (len(label), 6), generator=g)
@@ -62,11 +67,18 @@ class World:
 
 
 def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Text, captions, the probe; then every way of learning the task on a copy."""
-    world, g = World(seed), torch.Generator().manual_seed(seed + 1)
+    """Drawn images."""
+    return experiment(World(seed), seed, share, show)
+
+
+def experiment(
+    world: World, seed: int, share: float, show: Callable[[str], None], only: Collection[str] = ()
+) -> dict[str, float]:
+    """Text, captions, the probe; then every way of learning the task on a copy, or those that `only` names."""
+    g = torch.Generator().manual_seed(seed + 1)
     steps = {n: max(2, round(c * share)) for n, c in
              (("text", TEXT_STEPS), ("align", ALIGN_STEPS), ("probe", PROBE_STEPS), ("task", STEPS))}  # fmt: skip
-    base = _Model(seed)
+    base = _Model(seed, world)
     base.llm.router_aux_coef = 0.01
     train(base.llm.parameters(), steps["text"], lambda: base.loss(world.text(BATCH, g)), rate=3e-3, warmup=20)
     base.requires_grad_(False)
@@ -82,7 +94,7 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
     show(f"  layers {layers} from experts {sources}")
     probe = torch.Generator().manual_seed(10_000 + seed)
     test = world.text(TEST if share == 1 else 8, probe)
-    shown = world.images(len(test), probe)
+    shown = world.unseen(len(test), probe)
     asked = world.questions(shown[1], probe)
     with torch.no_grad():
         before = base.eval().logits(test)
@@ -96,6 +108,8 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
         f"{FULL}, rate / 20": (None, 0.05),
     }
     for name, (wanted, factor) in arms.items():
+        if only and name not in only:
+            continue
         torch.manual_seed(seed)
         model = copy.deepcopy(base)
         model.requires_grad_(wanted is None)
@@ -143,14 +157,14 @@ def judge(found: dict[str, list[float]]) -> list[Row]:
 class _Model(nn.Module):
     """The language model, a projector of patches, and the adapter where there is one."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, world: World) -> None:
         super().__init__()
         self.adapter: Any = None
         torch.manual_seed(seed)
         sizes = {"hidden_size": WIDTH, "num_layers": 4, "num_heads": 4, "intermediate_size": 64, "max_positions": 64}
         node = {"name": "hf", "model_type": "mixtral", "num_experts": 8, "top_k": 2, **sizes}
-        self.llm = build("llm", node, vocab_size=VOCAB)
-        self.projector = nn.Sequential(nn.Linear(DIM, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.llm = build("llm", node, vocab_size=NAME + world.num_classes)
+        self.projector = nn.Sequential(nn.Linear(world.dim, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
 
     def logits(self, words: Tensor, patches: Tensor | None = None, guarded: bool = False) -> Tensor:
         """Logits behind each of `words` (B, T)."""

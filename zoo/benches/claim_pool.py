@@ -37,6 +37,8 @@ SETTING = [
 class Scenes:
     """Features, boxes and classes from a generator."""
 
+    dim, bins = DIM, SIDE  # of features; of a coordinate of a box
+
     def __init__(self, seed: int) -> None:
         g = torch.Generator().manual_seed(seed)
         self.prototypes = 4 * F.normalize(torch.randn(CLASSES, DIM, generator=g), dim=-1)
@@ -46,6 +48,14 @@ class Scenes:
         code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (8, D / 2)
         rows, columns = code[:, None].expand(-1, SIDE, -1), code[None].expand(SIDE, -1, -1)
         self.code = 0.5 * torch.cat([rows, columns], dim=-1)  # (8, 8, D)
+
+    def encoder(self) -> nn.Module:
+        """What learns along, ahead of the projector: nothing."""
+        return nn.Identity()
+
+    def unseen(self, n: int) -> dict[str, Tensor]:
+        """Scenes that no arm learns from."""
+        return self.draw(n, torch.Generator().manual_seed(10_000))
 
     def draw(self, n: int, g: torch.Generator) -> dict[str, Tensor]:
         """Draw features (n, 64, D), class and box of the upper rectangle, and a class with whether it is there."""
@@ -76,34 +86,40 @@ class Scenes:
 class Reader(nn.Module):
     """Projector, transformer, heads."""
 
-    def __init__(self, arm: str) -> None:
+    def __init__(self, arm: str, scenes: Any) -> None:
         super().__init__()
-        self.projector = build("projector", ARMS[arm], vision_dim=DIM, text_dim=WIDTH, grid=(SIDE, SIDE))
+        self.encoder, self.bins = scenes.encoder(), scenes.bins
+        self.projector = build("projector", ARMS[arm], vision_dim=scenes.dim, text_dim=WIDTH, grid=(SIDE, SIDE))
         plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         sizes = {"hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "max_positions": 32}
         self.llm = build("llm", {"name": "hf", "model_type": "gpt2", **sizes, "extra": plain}, vocab_size=2 * CLASSES)
-        self.box, self.presence = nn.Linear(WIDTH, 4 * SIDE), nn.Linear(WIDTH, 2)
+        self.box, self.presence = nn.Linear(WIDTH, 4 * self.bins), nn.Linear(WIDTH, 2)
         self.shuffled = "shuffled" in arm
 
     def forward(self, batch: dict[str, Tensor], g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Give logits of the four coordinates (n, 4, 8) and of presence (n, 2)."""
-        tokens = self.projector(ImageFeatures(batch["x"], (SIDE, SIDE)))  # (n, 16, W)
+        """Give logits of the four coordinates (n, 4, bins) and of presence (n, 2)."""
+        tokens = self.projector(ImageFeatures(self.encoder(batch["x"]), (SIDE, SIDE)))  # (n, 16, W)
         if self.shuffled:
             order = torch.rand(tokens.shape[:2], generator=g).argsort(1)
             tokens = tokens.gather(1, order[..., None].expand_as(tokens))
         asked = self.llm.embed(torch.stack([CLASSES + batch["asked"], batch["class"]], dim=1))  # (n, 2, W)
         hidden = self.llm.hidden(inputs_embeds=torch.cat([tokens, asked], dim=1)).last_hidden_state
-        return self.box(hidden[:, -1]).unflatten(-1, (4, SIDE)), self.presence(hidden[:, -2])
+        return self.box(hidden[:, -1]).unflatten(-1, (4, self.bins)), self.presence(hidden[:, -2])
 
 
 def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
+    """Drawn scenes."""
+    return experiment(Scenes(seed), STEPS, seed, share, show)
+
+
+def experiment(scenes: Any, whole: int, seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
     """Train every arm from the same seed and test it at a quarter, a half and the whole of the steps."""
-    scenes, found = Scenes(seed), {}
-    steps = max(4, round(STEPS * share))
-    test = scenes.draw(TEST if share == 1 else 100, torch.Generator().manual_seed(10_000))
+    found: dict[str, float] = {}
+    steps = max(4, round(whole * share))
+    test = scenes.unseen(TEST if share == 1 else 100)
     for arm in ARMS:
         torch.manual_seed(seed)
-        model, g = Reader(arm), torch.Generator().manual_seed(seed + 1)
+        model, g = Reader(arm, scenes), torch.Generator().manual_seed(seed + 1)
         scores: dict[int, tuple[float, float, float]] = {}
 
         def loss(model: Reader = model, g: torch.Generator = g) -> Tensor:
@@ -118,8 +134,8 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
 
         train(model.parameters(), steps, loss, warmup=min(50, steps // 4), last=0.05, at=at)
         for part, done in ((4, steps // 4), (2, steps // 2), (1, steps)):
-            found[f"{arm}, acc at {STEPS // part}"] = scores[done][0]
-        found[f"{arm}, mean IoU at {STEPS}"], found[f"{arm}, presence at {STEPS}"] = scores[steps][1:]
+            found[f"{arm}, acc at {whole // part}"] = scores[done][0]
+        found[f"{arm}, mean IoU at {whole}"], found[f"{arm}, presence at {whole}"] = scores[steps][1:]
         show("  " + arm + ": " + ", ".join(f"{scores[k][0]:.2f}" for k in sorted(scores)))
     return found
 

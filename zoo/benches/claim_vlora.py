@@ -40,6 +40,8 @@ SETTING = [
 class Pictures:
     """Patches and captions from a generator."""
 
+    dim, grid, vocab_size, steps = DIM, (SIDE, SIDE), VOCAB, STEPS
+
     def __init__(self, seed: int) -> None:
         g = torch.Generator().manual_seed(seed)
         self.places = torch.randn(SIDE * SIDE, DIM, generator=g)
@@ -55,23 +57,33 @@ class Pictures:
         quadrant = 2 * (patch // SIDE // 2) + patch % SIDE // 2
         ends = [torch.full_like(colour, word) for word in (BOS, EOS)]
         words = [ends[0], colour, COLOURS + shape, COLOURS + SHAPES + quadrant, ends[1]]
-        return ImageFeatures(x, (SIDE, SIDE)), torch.stack(words, dim=1)
+        return ImageFeatures(x, self.grid), torch.stack(words, dim=1)
+
+    def unseen(self, n: int) -> tuple[ImageFeatures, Tensor]:
+        """Images that no arm learns from."""
+        return self.draw(n, torch.Generator().manual_seed(10_000))
 
 
 def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
+    """Drawn images, every arm."""
+    return experiment(Pictures(seed), ARMS, seed, share, show)
+
+
+def experiment(
+    pictures: Any, arms: dict[str, dict[str, Any]], seed: int, share: float, show: Callable[[str], None]
+) -> dict[str, float]:
     """Teach the language model, freeze it, and train every arm on a copy."""
-    pictures = Pictures(seed)
     text = _text_model(pictures, seed, share)
-    test = pictures.draw(TEST if share == 1 else 50, torch.Generator().manual_seed(10_000))
-    probe = torch.randint(VOCAB, (8, 12), generator=torch.Generator().manual_seed(0))
+    test = pictures.unseen(TEST if share == 1 else 50)
+    probe = torch.randint(pictures.vocab_size, (8, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = text.lm(input_ids=probe).logits
-    found = {"text alone, nll": float(_loss(_Arm(text, None), *test, blind=True))}
-    steps = max(4, round(STEPS * share))
+    found = {"text alone, nll": float(_loss(_Arm(text, None, pictures), *test, blind=True))}
+    steps = max(4, round(pictures.steps * share))
     same = True
-    for name, node in ARMS.items():
+    for name, node in arms.items():
         torch.manual_seed(seed)
-        arm, g = _Arm(copy.deepcopy(text), node), torch.Generator().manual_seed(seed + 1)
+        arm, g = _Arm(copy.deepcopy(text), node, pictures), torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             fresh = _logits(arm, *test)
             same &= node["name"] != "vlora" or torch.equal(fresh, _logits(arm, *test, blind=True))
@@ -86,9 +98,9 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
 
         train(arm.part.parameters(), steps, loss, decay=0.0, at=at)
         for part, done in ((4, steps // 4), (2, steps // 2), (1, steps)):
-            found[f"{name}, all at {STEPS // part}"] = scores[done]
+            found[f"{name}, all at {pictures.steps // part}"] = scores[done]
         with torch.no_grad():
-            found[f"{name}, nll at {STEPS}"] = float(_loss(arm, *test))
+            found[f"{name}, nll at {pictures.steps}"] = float(_loss(arm, *test))
             if node["name"] == "vlora":
                 arm.part.condition(None, [0] * len(probe))
             same &= torch.equal(arm.llm.lm(input_ids=probe).logits, before)
@@ -100,14 +112,15 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
 class _Arm:
     """The frozen model with an adapter, a projector, or nothing."""
 
-    def __init__(self, llm: Any, node: dict[str, Any] | None) -> None:
+    def __init__(self, llm: Any, node: dict[str, Any] | None, pictures: Any) -> None:
         self.llm = llm
         self.part: Any = None
+        given = {"vision_dim": pictures.dim, "text_dim": WIDTH, "grid": pictures.grid}
         if node is not None and node["name"] == "vlora":
-            self.part = build("adapter", node, llm=llm, vision_dim=DIM, text_dim=WIDTH, grid=(SIDE, SIDE))
+            self.part = build("adapter", node, llm=llm, **given)
             self.part.attach()
         elif node is not None:
-            self.part = build("projector", node, vision_dim=DIM, text_dim=WIDTH)
+            self.part = build("projector", node, **given)
         self.tokens = node is not None and node["name"] != "vlora"
 
 
@@ -129,27 +142,28 @@ def _loss(arm: _Arm, image: ImageFeatures, words: Tensor, blind: bool = False) -
 
 @torch.no_grad()
 def _caption(arm: _Arm, image: ImageFeatures, words: Tensor) -> float:
-    """Share of greedy captions that are right in all three words."""
+    """Share of greedy captions that are right in all words."""
     said = words[:, :1]
-    for _ in range(3):
+    for _ in range(words.shape[1] - 2):
         said = torch.cat([said, _logits(arm, image, said)[:, -1:].argmax(-1)], dim=1)
-    return float((said == words[:, :4]).all(1).float().mean())
+    return float((said == words[:, :-1]).all(1).float().mean())
 
 
-def _text_model(pictures: Pictures, seed: int, share: float) -> Any:
+def _text_model(pictures: Any, seed: int, share: float) -> Any:
     """Teach captions without images, half of the batches behind random vectors: a prefix is then nothing new."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": WIDTH, "num_layers": 4, "num_heads": 4, "intermediate_size": 2 * WIDTH, "max_positions": 64}
-    llm = build("llm", {"name": "hf", **sizes}, vocab_size=VOCAB)
+    llm = build("llm", {"name": "hf", **sizes}, vocab_size=pictures.vocab_size)
     g = torch.Generator().manual_seed(seed + 2)
 
     def loss() -> Tensor:
         _, words = pictures.draw(64, g)
         embeds = llm.embed(words[:, :-1])
         if torch.rand(1, generator=g) < 0.5:
-            prefix = torch.randn(len(words), SIDE * SIDE, WIDTH, generator=g) * embeds.detach().std()
+            count = pictures.grid[0] * pictures.grid[1]
+            prefix = torch.randn(len(words), count, WIDTH, generator=g) * embeds.detach().std()
             embeds = torch.cat([prefix, embeds], dim=1)
-        logits = llm.head(llm.hidden(inputs_embeds=embeds).last_hidden_state[:, -4:])
+        logits = llm.head(llm.hidden(inputs_embeds=embeds).last_hidden_state[:, 1 - words.shape[1] :])
         return F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten())
 
     train(llm.parameters(), max(4, round(TEXT_STEPS * share)), loss)

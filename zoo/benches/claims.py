@@ -6,6 +6,7 @@ Every claim has a file of its own beside this one with
     measure(seed, share, show) -> dict[str, float]                one run; `share` of the steps, below 1 for tests
     judge(found) -> list[Row]                                     name -> numbers, one for each seed: rows with bounds
     draw(found, path)                                             a picture of them, where one says more
+    DATA: tuple[str, ...]                                         folders of real data below $ZOO_DATA that it needs
 
 Nothing is tuned after the fact: a claim that does not hold shows as one that does not.
 """
@@ -19,6 +20,7 @@ import torch
 
 from zoo.benches.measure import Value
 from zoo.benches.place import at_least_one, chosen, torch_threads
+from zoo.benches.real_data import lacking
 from zoo.benches.report import Report, Row, machine
 from zoo.precision import fast_products
 from zoo.registry import ZooError
@@ -32,6 +34,10 @@ CLAIMS = {
     "pruning_fashion": "zoo.benches.claim_fashion",
     "pruning_film": "zoo.benches.claim_film",
     "vlora": "zoo.benches.claim_vlora",
+    "pool_cells": "zoo.benches.claim_pool_cells",
+    "mole_domains": "zoo.benches.claim_mole_domains",
+    "moextend_clothes": "zoo.benches.claim_moextend_clothes",
+    "vlora_clothes": "zoo.benches.claim_vlora_clothes",
     "llava_kd": "zoo.benches.claim_llava_kd",
     "llava_mod": "zoo.benches.claim_llava_mod",
     "distill_pruned": "zoo.benches.claim_distill_pruned",
@@ -64,7 +70,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         )
         for claim in options.claims:
             module = import_module(CLAIMS[claim])
-            if why := getattr(module, "missing", str)():  # data that is not here
+            if why := lacking(getattr(module, "DATA", ())):
                 report.setting.append(f"{claim}: not run: {why}")
                 show(report.setting[-1])
                 continue
