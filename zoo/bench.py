@@ -23,6 +23,7 @@ class Bench:
 
 BENCHES = {
     "claims": Bench("zoo.benches.claims", "what papers claim, as small experiments over several seeds"),
+    "compatibility": Bench("zoo.benches.compatibility", "which parts go together, from real runs of tiny models"),
     "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),
     "generate": Bench("zoo.benches.generate", "prefill and decode speed against transformers on the same checkpoint"),
     "load": Bench("zoo.benches.load", "memory and seconds of loading a checkpoint against transformers"),

@@ -86,12 +86,13 @@ class Plan:
     origin: str = ""  # folder or repository that the weights come from, if from one
 
 
-def check(plan: Plan | str, *overrides: str) -> Walk:
+def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
     """Walk a composition without reading a weight.
 
     Args:
         plan: what to check, or the name of a model as `zoo.load` takes it.
         overrides: with a name, further options such as `pruner=random`.
+        fixes: how many to look for where something does not fit; the search takes longer than the check.
 
     Raises:
         RefusedError: something does not fit; the message has the reason and fixes that were tried.
@@ -104,7 +105,7 @@ def check(plan: Plan | str, *overrides: str) -> Walk:
     try:
         walk = _walk(plan)
     except ZooError as error:
-        raise RefusedError(str(error), list(_fixes(plan))) from error
+        raise RefusedError(str(error), list(_fixes(plan, fixes))) from error
     walk.seconds = time.perf_counter() - start
     return walk
 
@@ -265,11 +266,11 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Plan) -> int:
 # ---- fixes -------------------------------------------------------------------------------------------------------
 
 
-def _fixes(plan: Plan, most: int = 3) -> Iterator[str]:
+def _fixes(plan: Plan, most: int) -> Iterator[str]:
     """Yield overrides that make the plan fit, smallest change first; each was walked."""
     found, start = 0, time.perf_counter()
     for tries, (override, candidate) in enumerate(candidates(plan)):
-        if tries >= _MOST_TRIES or time.perf_counter() - start > _SECONDS:
+        if found == most or tries >= _MOST_TRIES or time.perf_counter() - start > _SECONDS:
             return
         try:
             _walk(candidate)
@@ -277,8 +278,6 @@ def _fixes(plan: Plan, most: int = 3) -> Iterator[str]:
             continue
         yield override
         found += 1
-        if found == most:
-            return
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
