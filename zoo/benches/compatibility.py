@@ -15,6 +15,7 @@ import torch
 
 from zoo.benches.compatibility_trial import KINDS, Part, Trial, Verdict, members
 from zoo.benches.measure import Value
+from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
 from zoo.registry import MANY, ZooError
 
@@ -98,8 +99,6 @@ class Page(Report):
 
 def run(options: Options, show: Callable[[str], None] = print) -> Page:
     """Run all pairs, and a sample of triples."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     chance = random.Random(options.seed)
     asked = list(pairs())
     if options.pairs:
@@ -107,19 +106,16 @@ def run(options: Options, show: Callable[[str], None] = print) -> Page:
     more = list(triples())
     asked += chance.sample(more, min(options.triples, len(more)))
     page = Page("zoo bench compatibility", machine=machine(torch.device("cpu"), options.threads))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            trial = Trial(Path(folder))
-            fixes: dict[str, str] = {}  # the search takes longer than a run: once for each reason
-            for parts in asked:
-                verdict = trial.run(parts)
-                if verdict.word == "no" and verdict.reason not in fixes:
-                    fixes[verdict.reason] = verdict.fix = trial.fix(verdict, parts)
-                if verdict.word == "broken":
-                    show(f"{' + '.join(n for _, n in parts)}: {verdict.reason}")
-                page.found[parts] = verdict
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(options.threads), tempfile.TemporaryDirectory() as folder:
+        trial = Trial(Path(folder))
+        fixes: dict[str, str] = {}  # the search takes longer than a run: once for each reason
+        for parts in asked:
+            verdict = trial.run(parts)
+            if verdict.word == "no" and verdict.reason not in fixes:
+                fixes[verdict.reason] = verdict.fix = trial.fix(verdict, parts)
+            if verdict.word == "broken":
+                show(f"{' + '.join(n for _, n in parts)}: {verdict.reason}")
+            page.found[parts] = verdict
     words = [v.word for v in page.found.values()]
     for word, what in (("yes", "run"), ("no", "are refused with a reason"), ("broken", "pass the check and fail")):
         value = Value(*[float(words.count(word))] * 3)
