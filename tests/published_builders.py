@@ -321,3 +321,19 @@ def internvl(folder: Path):
         image_seq_length=4, chat_template=CHATML,
     )  # fmt: skip
     return finish(shake(model), processor, folder)
+
+
+# ---- what is asked of them ---------------------------------------------------------------------------------------
+
+ASK = "is there a red circle?"
+CASES = {  # samples: number of images, question
+    "one image": [(1, ASK)],
+    "several images": [(3, "describe the picture.")],
+    "text only": [(0, "yes no blue")],
+    "unlike samples": [(1, ASK), (0, "yes"), (2, "what color is the square? describe the picture.")],
+}
+
+
+def said(images, question=ASK):
+    """A question about several images, as chat messages."""
+    return [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": question}]}]

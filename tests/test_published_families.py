@@ -5,22 +5,21 @@ import torch
 
 import zoo
 from tests import published_builders as build
+from tests.published_builders import ASK, CASES, said
 from zoo.registry import ZooError
 
-ASK = "is there a red circle?"
-FAMILIES = ("idefics3", "internvl", "llava_next", "llava_next_video", "llava_onevision", "smolvlm", "video_llava")
+FAMILIES = (
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "smolvlm",
+    "video_llava",
+)
 # Images of unlike shapes, so that they are cut into unlike numbers of crops.
 SIZES = [(40, 90), (70, 60), (30, 30), (1, 200)]
-CASES = {
-    "one image": [(1, ASK)],
-    "several images": [(3, "describe the picture.")],
-    "text only": [(0, "yes no blue")],
-    "unlike samples": [(1, ASK), (0, "yes"), (2, "what color is the square? describe the picture.")],
-}
-
-
-def said(images, question=ASK):
-    return [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": question}]}]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -219,7 +218,7 @@ def test_video_frames_are_the_familys(family, film):
     from zoo.vision.video import Video
 
     name, _, reference, processor, ours, mine = family
-    if name in ("idefics3", "llava_next"):
+    if name in ("idefics3", "llava", "llava_next"):
         pytest.skip(f"{name} has no videos")
     video, frames = film
     talks = [[{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": ASK}]}]]
@@ -261,7 +260,7 @@ def test_a_question_about_a_video_is_asked_as_the_family_asks_it(family, film):
     from zoo.registry import Dialog, Sample
 
     name, _, _, processor, _, mine = family
-    if name in ("idefics3", "llava_next"):
+    if name in ("idefics3", "llava", "llava_next"):
         pytest.skip(f"{name} has no videos")
     talk = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": ASK}]}]
     asked = mine(videos=[film[0]], text=processor.apply_chat_template(talk, add_generation_prompt=True))
@@ -271,3 +270,21 @@ def test_a_question_about_a_video_is_asked_as_the_family_asks_it(family, film):
     learnt = mine.encode(Sample("a", [film[0]], [Dialog([*talk, answer])]))
     begin = int((learnt.labels >= 0).nonzero()[0][0])
     assert learnt.input_ids[:begin].tolist() == row.input_ids.tolist()[:begin] and begin > 20
+
+
+def test_an_older_repository_prepares_videos_as_images(family, film, tmp_path):
+    """One file that states both, as before transformers told them apart."""
+    import json
+    import shutil
+
+    name, folder, _, _, _, mine = family
+    if name != "video_llava":
+        pytest.skip("tested with Video-LLaVA")
+    shutil.copytree(folder, tmp_path / "old")
+    content = json.loads((folder / "processor_config.json").read_text())
+    (tmp_path / "old" / "preprocessor_config.json").write_text(json.dumps(content["image_processor"]))
+    (tmp_path / "old" / "processor_config.json").unlink()
+    _, old = zoo.load(f"dir:{tmp_path / 'old'}")
+    text, photo = "<image> <video> a", build.photo(40, 90)
+    one, two = (p(images=[photo], videos=[film[0]], text=text) for p in (old, mine))
+    assert torch.equal(one["pixel_values"], two["pixel_values"]) and torch.equal(one["input_ids"], two["input_ids"])

@@ -8,13 +8,8 @@ import torch
 
 import zoo
 from tests import published_builders as build
+from tests.published_builders import ASK, CASES, said
 from zoo.registry import ZooError
-
-ASK = "is there a red circle?"
-
-
-def said(images, question=ASK):
-    return [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": question}]}]
 
 
 @pytest.fixture(scope="module")
@@ -26,61 +21,12 @@ def llava(tmp_path_factory):
     return folder, reference, processor, ours, mine
 
 
-CASES = {
-    "one image": [(1, ASK)],
-    "several images": [(3, "describe the picture.")],
-    "text only": [(0, "yes no blue")],
-    "unlike samples": [(1, ASK), (0, "yes"), (2, "what color is the square? describe the picture.")],
-}
-
-
 def inputs(processor, case, side="left"):
     """What transformers' own processor makes of the case."""
     texts = [processor.apply_chat_template(said(n, q), add_generation_prompt=True) for n, q in CASES[case]]
     images = [build.photo(30 + 9 * i, 50, seed=i) for i in range(sum(n for n, _ in CASES[case]))]
     processor.tokenizer.padding_side = side
     return texts, images, processor(images=images or None, text=texts, padding=True, return_tensors="pt")
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("case", CASES)
-def test_logits_are_equal(llava, case, side, attention):
-    _, reference, processor, ours, _ = llava
-    reference.set_attn_implementation(attention)
-    ours.set_attention(attention)
-    batch = inputs(processor, case, side)[2]
-    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        expected = reference(**batch, position_ids=positions).logits
-        got = ours(**batch).logits
-    reference.set_attn_implementation("sdpa")
-    ours.set_attention("sdpa")
-    real = batch["attention_mask"].bool()
-    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=0)
-    assert expected.std() > 0.1  # the reference says something
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_greedy_generation_is_equal(llava, case):
-    _, reference, processor, ours, mine = llava
-    texts, images, batch = inputs(processor, case)
-    options = {"max_new_tokens": 32, "do_sample": False}
-    expected = reference.generate(**batch, **options)
-    mine.tokenizer.padding_side = "left"
-    assert torch.equal(ours.generate(**mine(images=images, text=texts), **options), expected)
-
-
-def test_pixels_and_ids_are_those_of_the_family_for_every_shape(llava, tmp_path):
-    _, _, theirs, _, mine = llava
-    for name, image in build.shapes(tmp_path).items():
-        text = theirs.apply_chat_template(said(1), add_generation_prompt=True)
-        seen = build.high_bytes(image) if name == "16-bit" else image
-        expected = theirs(images=[seen], text=[text], return_tensors="pt")
-        got = mine(images=[image], text=text)
-        assert torch.equal(got["pixel_values"], expected["pixel_values"]), name
-        assert torch.equal(got["input_ids"], expected["input_ids"]), name
-        assert torch.equal(got["attention_mask"], expected["attention_mask"]), name
 
 
 def test_the_chat_template_is_the_published_one(llava):
