@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,43 @@ def test_modules_on_the_meta_device_are_filled_and_ties_kept(file):
     assert done.used == {"a.weight", "a.bias"}
     half = fill({"": module}, listing([path]), place=lambda n: cpu, dtype=torch.float16)
     assert module["a"].weight.dtype == torch.float16 and not half.other_shape
+
+
+def test_large_tensors_are_pages_of_their_file_and_changes_stay_here(tmp_path):
+    path, cpu = tmp_path / "model.safetensors", torch.device("cpu")
+    values = {"a.weight": torch.randn(600, 512), "a.bias": torch.randn(600)}
+    save_file(values, path)
+    before = path.read_bytes()
+    with torch.device("meta"):
+        layer = torch.nn.Linear(512, 600)
+    fill({"a": layer}, listing([path]), place=lambda n: cpu, dtype=None)
+    assert torch.equal(layer.weight, values["a.weight"]) and layer.weight.untyped_storage().nbytes() == 600 * 512 * 4
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or sum(str(path) in line for line in maps.read_text().splitlines()) == 1
+    with torch.no_grad():
+        layer.weight += 1.0
+    assert torch.equal(layer.weight, values["a.weight"] + 1.0) and path.read_bytes() == before
+    path.unlink()
+    assert layer(torch.ones(1, 512)).isfinite().all()
+
+
+def test_a_model_is_saved_over_the_files_that_it_came_from(tmp_path):
+    from zoo.weights import weight_files, write_weights
+
+    path, cpu = tmp_path / "model.safetensors", torch.device("cpu")
+    values = {"a.weight": torch.randn(600, 512), "b.weight": torch.randn(600, 512)}
+    write_weights(values, tmp_path, max_shard_size="2MB")
+    assert len(weight_files(tmp_path)) == 2
+    with torch.device("meta"):
+        layers = torch.nn.ModuleDict({n: torch.nn.Linear(512, 600, bias=False) for n in "ab"})
+    fill({"": layers}, listing(weight_files(tmp_path)), place=lambda n: cpu, dtype=None)
+    for _ in range(2):  # the second time from pages that no name leads to any more
+        write_weights(layers.state_dict(), tmp_path)
+        assert weight_files(tmp_path) == [path] and sorted(f.name for f in tmp_path.iterdir()) == [path.name]
+        for name, stored in listing([path]).items():
+            target = torch.empty(stored.shape)
+            read(stored, target)
+            assert torch.equal(target, values[name]), name
 
 
 def rewritten(path, to, **changes):

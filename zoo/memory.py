@@ -10,7 +10,6 @@ import sys
 from functools import cache
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as malloc.h calls them
-LARGE_PAGE, ADVISE_LARGE = 2**21, 14  # bytes of one on x86-64 and most of arm64; as mman.h calls the advice
 KEPT = 2**31 - 1  # bytes; free memory at the end of the heap above this goes back
 LARGEST = 2**30  # bytes; larger blocks are mapped apart and go back as they are freed
 
@@ -32,11 +31,3 @@ def set_thresholds(largest: int, kept: int) -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(MMAP_THRESHOLD, largest)) and bool(mallopt(TRIM_THRESHOLD, kept))
-
-
-def advise_large_pages(address: int, size: int) -> None:
-    """Ask for large pages where a block of memory will be filled: 512 times fewer faults. Elsewhere nothing happens."""
-    start = -(-address // LARGE_PAGE) * LARGE_PAGE
-    length = (address + size) // LARGE_PAGE * LARGE_PAGE - start
-    if length > 0 and sys.platform.startswith("linux"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ADVISE_LARGE)

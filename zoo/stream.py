@@ -1,11 +1,14 @@
-"""Safetensors into place: each tensor is read from its file straight into the parameter that it becomes.
+"""Safetensors into place: each tensor goes from its file straight to the parameter that it becomes.
 
-A memory map would count its pages beside the parameters, and a loaded shard stands beside them whole. Here one tensor
-at a time is read, into its own memory where the data type and the device are the same, else through one buffer.
+On the CPU and in the data type of the file the parameter is the file's pages, which are read as they are used; what is
+written to them stays in this process. Else one tensor at a time is read through one buffer. A shard never stands beside
+the parameters whole.
 """
 
 import json
 import math
+import mmap
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.memory import advise_large_pages
 from zoo.registry import ZooError
 
 _DTYPES = {
@@ -23,6 +25,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # bytes, as in the library of the format
+_MAPPED = 1 << 20  # bytes; smaller tensors are read
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,18 @@ def read(stored: Stored, target: Tensor) -> None:
             target.copy_(place)
 
 
+def mapped(stored: Stored) -> Tensor | None:
+    """The tensor as private pages of its file; None where it is small, or lies in the file as memory may not."""
+    if stored.bytes < _MAPPED or stored.start % stored.dtype.itemsize or sys.platform == "win32":
+        return None
+    first = stored.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    end = stored.start + stored.bytes
+    with stored.file.open("rb") as stream:
+        pages = mmap.mmap(stream.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
+    flat = torch.frombuffer(pages, dtype=stored.dtype, count=math.prod(stored.shape), offset=stored.start - first)
+    return flat.view(stored.shape)
+
+
 @dataclass
 class Filled:
     """What filling modules from files gave."""
@@ -177,10 +192,10 @@ def _filled(
             done.other_shape.append(f"{names[0]}: {stored.shape} in the file, {tuple(old.shape)} in the model")
         return old
     wanted = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-    value = torch.empty(stored.shape, dtype=wanted, device=device)
-    if device.type == "cpu":
-        advise_large_pages(value.data_ptr(), value.numel() * value.element_size())
-    read(stored, value)
+    value = mapped(stored) if device.type == "cpu" and wanted == stored.dtype else None
+    if value is None:
+        value = torch.empty(stored.shape, dtype=wanted, device=device)
+        read(stored, value)
     new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
     done.tensors[id(new)] = new
     return new

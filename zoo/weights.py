@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -99,10 +100,18 @@ def changed_state(model: Any, include_base: bool = False) -> dict[str, Tensor]:
 
 
 def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB") -> None:
-    """Write tensors as safetensors, in shards where they are large; shared tensors are written once."""
+    """Write tensors as safetensors, in shards where they are large; shared tensors are written once.
+
+    Files are replaced whole, never written over: the parameters of a model that was loaded from them are their pages.
+    """
     from huggingface_hub import save_torch_state_dict
 
-    save_torch_state_dict(dict(state), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    with TemporaryDirectory(dir=folder) as beside:
+        save_torch_state_dict(dict(state), beside, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        written = {path.name: path.replace(folder / path.name) for path in sorted(Path(beside).iterdir())}
+    for old in [*folder.glob("model*.safetensors"), folder / f"{WEIGHTS}.index.json"]:
+        if old.name not in written:
+            old.unlink(missing_ok=True)
     if (config := folder / "config.json").is_file():
         for path in folder.glob("*.safetensors"):
             shutil.copymode(config, path)  # safetensors leaves them readable by their owner alone
