@@ -128,7 +128,10 @@ def _kernel(device: torch.device) -> Any:
 
 
 def walk_flops(length: int, heads: int, head_dim: int, steps: int, block: int = BLOCK) -> int:
-    """Count the multiplications and additions of a causal walk of several steps, as torch's FLOP counter does."""
+    """Count the multiplications and additions of a causal walk of several steps, as torch's FLOP counter does.
+
+    By blocks; the kernels on CUDA, which that counter does not see, take `steps` more passes over the scores.
+    """
     total = 0
     for first in range(0, length, block):
         rows = min(block, length - first)

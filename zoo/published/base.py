@@ -23,7 +23,7 @@ PARTS = ("vision", "projector", "layout", "llm")
 # Options that do not change a number where shapes are equal, or that people rightly change.
 _FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
          ("vision", "resample"), ("llm", "revision"), ("vision", "revision"),
-         ("vision", "pooling_head")}  # fmt: skip
+         ("vision", "pooling_head"), ("layout", "kept_lines")}  # fmt: skip
 
 
 @dataclass
