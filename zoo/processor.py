@@ -57,7 +57,7 @@ class ZooProcessor(ProcessorMixin):
         if isinstance(transform, Mapping):
             stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in transform.items()}
             transform = ImageTransform(**stated)
-        self.transform = transform
+        self.transform: Any = transform  # ImageTransform or None
         self.num_image_tokens = num_image_tokens
         self.image_separator = image_separator
         self.pictures = Pictures(pictures) if pictures else None
