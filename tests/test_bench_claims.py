@@ -51,10 +51,10 @@ def test_cells_are_boxed_where_they_are(monkeypatch):
     batch = claim_pool_cells.Cells().draw(200, torch.Generator().manual_seed(0))
     violet = batch["x"][:, 2] - batch["x"][:, 1]  # (n, 64, 64) blue above green: what the stain makes of white cells
     for i in range(200):
-        x1, y1, x2, y2 = (2 * batch["box"][i]).tolist()
+        x1, y1, x2, y2 = (8 * batch["box"][i]).tolist()
         inside = torch.zeros(64, 64, dtype=torch.bool)
-        inside[y1 : y2 + 2, x1 : x2 + 2] = True
-        assert violet[i][inside].mean() > violet[i][~inside].mean() + 0.1
+        inside[y1 : y2 + 8, x1 : x2 + 8] = True
+        assert violet[i][inside].mean() > violet[i][~inside].mean() + 0.05
 
 
 def test_objects_are_where_the_pruning_pictures_say():

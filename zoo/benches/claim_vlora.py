@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.benches.claim_steps import train
 from zoo.benches.measure import Value
@@ -23,6 +23,7 @@ COLOURS, SHAPES, QUADRANTS = 6, 6, 4
 VOCAB = COLOURS + SHAPES + QUADRANTS + 2
 BOS, EOS = VOCAB - 2, VOCAB - 1
 SIDE, DIM, WIDTH = 4, 20, 48
+CLIP = 1024  # width of the features that the generator was made for
 TEXT_STEPS, STEPS, BATCH, TEST = 400, 600, 48, 1000
 SMALL = {"name": "vlora", "skip": 2, "width": 32, "depth": 2, "num_heads": 4}
 ARMS: dict[str, dict[str, Any]] = {
@@ -33,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SETTING = [
     "a frozen Llama of 4 layers, width 48; generators of width 32, 2 blocks, in 2 layers; 600 steps of 48 at 2e-3",
+    "the image projection starts at 0.02 sqrt(1024 / 20): as loud beside the positions as 0.02 is at CLIP's width",
     "all: colour, shape and quadrant right in greedy captions of 1000 new images; nll: per token",
 ]
 
@@ -118,6 +120,8 @@ class _Arm:
         given = {"vision_dim": pictures.dim, "text_dim": WIDTH, "grid": pictures.grid}
         if node is not None and node["name"] == "vlora":
             self.part = build("adapter", node, llm=llm, **given)
+            # The released 0.02 was made for CLIP's width; at this one the picture would drown in its positions.
+            nn.init.normal_(self.part.memory.proj.weight, std=0.02 * (CLIP / pictures.dim) ** 0.5)
             self.part.attach()
         elif node is not None:
             self.part = build("projector", node, **given)
