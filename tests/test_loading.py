@@ -130,17 +130,28 @@ def test_a_hostile_config_does_nothing(saved, tmp_path):
             ZooModel.from_pretrained(folder)
 
 
-def test_weights_of_another_hash_are_refused(saved):
+def test_weights_of_another_hash_are_refused(saved, tmp_path):
     from omegaconf import OmegaConf
 
     from zoo.loading import weights_folder
 
-    _, _, folder = saved
+    model, _, folder = saved
+    source = {"source": "dir", "repository": "", "revision": ""}
+
+    def found(folder, *stated):
+        return weights_folder(OmegaConf.create({"model": {**source, "name": str(folder), "sha256": " ".join(stated)}}))
+
     good = sha256_of(folder / "model.safetensors")
-    source = {"name": str(folder), "source": "dir", "repository": "", "revision": "", "sha256": good}
-    assert weights_folder(OmegaConf.create({"model": source})) == folder
-    with pytest.raises(ZooError, match=r"have the hash .*, but its card states 0000"):
-        weights_folder(OmegaConf.create({"model": {**source, "sha256": "0" * 64}}))
+    assert found(folder, good) == folder
+    for wrong in (["0" * 64], [good, good]):
+        with pytest.raises(ZooError, match=rf"are model.safetensors {good}; their card states {wrong[0]}"):
+            found(folder, *wrong)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    several = [sha256_of(file) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert len(several) > 1 and found(tmp_path, *several) == tmp_path
+    for wrong in (several[:1], several[::-1], [*several[:-1], "0" * 64]):
+        with pytest.raises(ZooError, match="their card states"):
+            found(tmp_path, *wrong)
 
 
 def test_the_auto_classes_know_us_after_import_zoo(saved):

@@ -76,6 +76,11 @@ def test_logits_are_equal(family, case, attention):
     assert expected.std() > 0.1
 
 
+@pytest.mark.parametrize("family", ["llava"], indirect=True)  # all but video_llava take it; compiling them takes minutes
+def test_logits_are_equal_with_flex_attention(family):
+    test_logits_are_equal(family, "one image", "flex_attention")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation_is_equal(family, case):
     _, _, reference, processor, ours, mine = family

@@ -27,7 +27,7 @@ class ModelSource:
     source: str = "preset"  # preset | dir | hub
     repository: str = ""  # on the hub, of the preset's trained weights or of the model itself
     revision: str = ""  # commit or tag of `repository`
-    sha256: str = ""  # of the weights, where the card states it
+    sha256: str = ""  # of the weights, where the card states it; of several files, by name, with blanks between
     family: str = ""  # published layout of the repository (llava, llava_next, ...); empty: the zoo's own
 
 

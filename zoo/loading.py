@@ -207,12 +207,11 @@ def weights_folder(cfg: Any) -> Path | None:
         folder = Path(str(files("zoo.model_cards"))) / name
         if not (folder / "config.json").is_file():
             return None
-    if cfg.model.sha256:
-        found = sha256_of(weight_files(folder)[0])
-        if found != cfg.model.sha256:
-            raise ZooError(
-                f"The weights of {name!r} in {folder} have the hash {found}, but its card states {cfg.model.sha256}."
-            )
+    if stated := cfg.model.sha256.split():
+        found = {file.name: sha256_of(file) for file in weight_files(folder)}
+        if list(found.values()) != stated:
+            shown = ", ".join(f"{file} {digest}" for file, digest in found.items())
+            raise ZooError(f"The weights of {name!r} in {folder} are {shown}; their card states {', '.join(stated)}.")
     return folder
 
 
