@@ -76,7 +76,7 @@ def test_logits_are_equal(family, case, attention):
     assert expected.std() > 0.1
 
 
-@pytest.mark.parametrize("family", ["llava"], indirect=True)  # all but video_llava take it; compiling them takes minutes
+@pytest.mark.parametrize("family", ["llava"], indirect=True)  # all but video_llava take it; compiling takes minutes
 def test_logits_are_equal_with_flex_attention(family):
     test_logits_are_equal(family, "one image", "flex_attention")
 

@@ -76,7 +76,7 @@ def experiment(
 ) -> dict[str, float]:
     """Teach the language model, freeze it, and train every arm on a copy."""
     text = _text_model(pictures, seed, share)
-    test = pictures.unseen(TEST if share == 1 else 50)
+    test: tuple[ImageFeatures, Tensor] = pictures.unseen(TEST if share == 1 else 50)
     probe = torch.randint(pictures.vocab_size, (8, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = text.lm(input_ids=probe).logits

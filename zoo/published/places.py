@@ -107,5 +107,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         return {k: _moved(v, device) for k, v in value.items()}
     if isinstance(value, ImageFeatures):
         known = {f.name: getattr(value, f.name) for f in fields(value)}
-        return replace(value, **{name: v.to(device) for name, v in known.items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {name: v.to(device) for name, v in known.items() if isinstance(v, Tensor)}
+        return replace(value, **moved)
     return value
