@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.distill.chunked import divergence
 from zoo.distill.positions import match_responses, shared_vocab
-from zoo.distill.terms import Terms, Weighed, beta_of, token_weights
+from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_weights
 from zoo.registry import IGNORE_INDEX, ZooError, register
 
 
@@ -35,11 +35,7 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         self.terms()
-        beta_of(self.divergence, self.beta)
-        if not self.temperature > 0:
-            raise ZooError(f"temperature must be more than 0, got {self.temperature}.")
-        if self.per not in ("token", "answer"):
-            raise ZooError(f"per must be token or answer, got {self.per!r}.")
+        check_divergence(self.divergence, self.beta, self.temperature, self.per)
 
     def terms(self) -> Terms:
         return Terms(

@@ -21,7 +21,7 @@ from torch import Tensor
 from zoo.distill.chunked import Live, divergence
 from zoo.distill.positions import match_images, match_responses, shared_vocab
 from zoo.distill.relation import NORMALISE, by_image, gram_of, relation_loss, relations
-from zoo.distill.terms import Terms, Weighed, beta_of, token_weights
+from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_weights
 from zoo.registry import ZooError, register, unknown
 
 
@@ -41,11 +41,7 @@ class LLaVAKDConfig:
 
     def __post_init__(self) -> None:
         self.terms()
-        beta_of(self.divergence, self.beta)
-        if not self.temperature > 0:
-            raise ZooError(f"temperature must be more than 0, got {self.temperature}.")
-        if self.per not in ("token", "answer"):
-            raise ZooError(f"per must be token or answer, got {self.per!r}.")
+        check_divergence(self.divergence, self.beta, self.temperature, self.per)
         if self.relation_normalise not in NORMALISE:
             raise unknown("relation_normalise", self.relation_normalise, NORMALISE)
         if not (self.response_weight or self.visual_weight or self.relation_weight):

@@ -24,7 +24,7 @@ from zoo.distill.chunked import Live, divergence
 from zoo.distill.logprobs import answer_logprobs, stored_logprobs
 from zoo.distill.positions import Matched, match_responses, shared_vocab
 from zoo.distill.preference import LOSSES, preference_loss
-from zoo.distill.terms import Terms, Weighed, beta_of, token_weights
+from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_weights
 from zoo.registry import IGNORE_INDEX, ZooError, register, unknown
 
 OBJECTIVES = ("mimic", "preference")
@@ -50,15 +50,12 @@ class LLaVAModConfig:
 
     def __post_init__(self) -> None:
         self.terms()
-        beta_of(self.divergence, self.jsd_beta)
+        check_divergence(self.divergence, self.jsd_beta, self.temperature, self.per)
         for name, allowed in (("objective", OBJECTIVES), ("loss", LOSSES), ("positions", POSITIONS)):
             if getattr(self, name) not in allowed:
                 raise unknown(f"{name} of llava_mod", getattr(self, name), allowed)
-        for name in ("temperature", "beta"):
-            if not getattr(self, name) > 0:
-                raise ZooError(f"{name} must be more than 0, got {getattr(self, name)}.")
-        if self.per not in ("token", "answer"):
-            raise ZooError(f"per must be token or answer, got {self.per!r}.")
+        if not self.beta > 0:
+            raise ZooError(f"beta must be more than 0, got {self.beta}.")
         if self.positions == "all" and self.per == "answer":
             raise ZooError("positions=all knows no answers: per must be token.")
 

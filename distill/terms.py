@@ -59,6 +59,19 @@ def beta_of(name: str, beta: float) -> float:
     return {"forward": 0.0, "reverse": 1.0}.get(name, beta)
 
 
+def check_divergence(divergence: str, beta: float, temperature: float, per: str) -> None:
+    """Refuse options that no divergence from a teacher has.
+
+    Raises:
+        ZooError: one of them is none.
+    """
+    beta_of(divergence, beta)
+    if not temperature > 0:
+        raise ZooError(f"temperature must be more than 0, got {temperature}.")
+    if per not in ("token", "answer"):
+        raise unknown("per", per, ("token", "answer"))
+
+
 def token_weights(matched: Matched, batch: Mapping[str, Any], per: str = "token") -> Tensor:
     """Weight each position (S,) so that a sum over them is a mean.
 
