@@ -48,13 +48,6 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
     _supports_attention_backend = True
     _supports_flex_attn = True
 
-    # Parts are what their protocols in `zoo.registry.contracts` say, not only modules.
-    vision: Any
-    pruner: Any
-    projector: Any
-    layout: Any
-    llm: Any
-    adapter: Any
     generation_config: Any
     fresh_parts: list[str]  # that started without trained weights
 

@@ -14,6 +14,7 @@ class ImagesMixin(nn.Module):
 
     config: Any  # ZooConfig
     device: torch.device
+    # Parts are what their protocols in `zoo.registry.contracts` say, not only modules.
     vision: Any
     pruner: Any
     projector: Any

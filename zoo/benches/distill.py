@@ -22,6 +22,7 @@ from zoo.benches.llava import SIZES, Sizes
 from zoo.benches.measure import Clock, Plain, Times, Value, ratio
 from zoo.benches.place import StepPlace, at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, Row, machine, short
+from zoo.benches.steps import turns_of
 from zoo.distill.relation import gram_of, relation_loss, relations
 from zoo.engine import Engine, build_distiller, to_device
 from zoo.precision import autocast, fast_products, resolve_precision
@@ -166,14 +167,7 @@ def _trains(place: StepPlace, student: Any, batch: dict[str, Any], teacher: Any 
     distiller = build_distiller(student, stage.distiller_node) if stage.distiller_node else None
     engine = Engine(place.accelerator, student, stage, 1_000_000, precision=place.precision, distiller=distiller,
                     teacher=teacher)  # fmt: skip
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        engine.run(count, count, [batch], False)
-        count += 1
-
-    return Plain(step)
+    return turns_of(engine, [batch])
 
 
 def _step(place: StepPlace) -> list[Row]:

@@ -8,7 +8,7 @@ from zoo.benches import llava
 from zoo.benches.llava import Sizes
 from zoo.benches.measure import Plain, Value, ratio
 from zoo.benches.report import Row, short
-from zoo.benches.steps import our_step
+from zoo.benches.steps import our_step, turns_of
 from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, share_prefix
 from zoo.engine import Engine, to_device
 from zoo.registry import IGNORE_INDEX, build
@@ -117,14 +117,7 @@ def _preference_step(place: Any, model: Any, teacher: Teacher, batch: dict[str, 
         place.accelerator, model, stage, stage.steps or 1, precision=place.precision, distiller=distiller,
         teacher=teacher,
     )  # fmt: skip
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        engine.run(count, count, [batch], False)
-        count += 1
-
-    return Plain(step)
+    return turns_of(engine, [batch])
 
 
 def _step_flops(place: Any, model: Any, batch: dict[str, Any]) -> float:

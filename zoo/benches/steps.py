@@ -66,7 +66,13 @@ def our_step(
     stage = Stage(
         steps=1_000_000, batch_size=len(batches[0]["input_ids"]), lr=1e-4, schedule="constant", compile=compile
     )
-    engine = Engine(accelerator, model.to(accelerator.device), stage, stage.steps or 1, precision=precision)
+    return turns_of(
+        Engine(accelerator, model.to(accelerator.device), stage, stage.steps or 1, precision=precision), batches
+    )
+
+
+def turns_of(engine: Engine, batches: list[dict[str, Any]]) -> Plain:
+    """Steps of an engine on batches that are there already; one after the other."""
     count = 0
 
     def step() -> None:
