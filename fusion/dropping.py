@@ -224,7 +224,7 @@ class Dropper:
                     tokens, index = tokens.gather(keep)
                     hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, K, C)
                     for told in self.llm.told_shorter:
-                        told(tokens.seen)
+                        told(number, tokens.seen)
                 run.masks.clear()
                 if self.sequence is not None:
                     self.sequence.labels = tokens.labels

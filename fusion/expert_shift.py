@@ -36,7 +36,7 @@ def counted(llm: Any) -> Iterator[dict[int, Tensor]]:
     def watch(i: int) -> Any:
         def hook(gate: Any, args: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
             chosen = out[2]
-            keep = passes.keep_of(chosen)
+            keep = passes.keep_of(i)
             chosen = chosen if keep is None else chosen[keep]
             counts[i] += torch.bincount(chosen.flatten().cpu(), minlength=len(counts[i]))[: len(counts[i])]
 

@@ -111,8 +111,8 @@ class HFLanguageModel(nn.Module):
         self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
         self._routing: tuple[tuple[Tensor, ...], Tensor | None] | None = None
         self.padding_mask: Tensor | None = None  # (B, T) of the pass that runs, beside a mask of four dimensions
-        # Told (B, L) which tokens are no padding, where a pruner made the layers from there on shorter.
-        self.told_shorter: list[Callable[[Tensor], None]] = []
+        # Told a layer and (B, L), which tokens are no padding from it on, where a pruner made it shorter.
+        self.told_shorter: list[Callable[[int, Tensor], None]] = []
         if config.router_aux_coef and (not self.provides or self._balance is None):
             raise ZooError(f"router_aux_coef is for MoE LLMs with a balance loss; {text.model_type!r} has none.")
         _check_head(self)

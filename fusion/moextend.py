@@ -18,6 +18,7 @@ nothing had been added, to the bit; that is ours. So is `closed`: the whole adap
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ class MoExtend(nn.Module):
         if self._undo:
             return
         self._undo = self.passes.attach()
-        self._undo += [b.gate.register_forward_hook(self._note).remove for b in self.blocks.values()]
+        self._undo += [b.gate.register_forward_hook(partial(self._note, i)).remove for i, b in self.blocks.items()]
         for layer in self.layers.values():
             self._undo += layer.attach()
 
@@ -274,21 +275,21 @@ class MoExtend(nn.Module):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss over all layers with experts, weighted; empty in evaluation or with weight 0."""
-        records, keep_of = self.passes.records, self.passes.keep_of
+        records = self.passes.records
         if not records:
             return {}
         if any(layer.rows.weight.requires_grad for layer in self.layers.values()):
             self.passes.require_gradient("adapter 'moextend'")
-        losses = [dispatch.load_balance(raw.float().softmax(-1), chosen, keep_of(raw)) for raw, chosen in records]
+        losses = [dispatch.load_balance(raw.float().softmax(-1), chosen, keep) for raw, chosen, keep in records]
         if self.config.official_aux:
-            widest = max(logits.shape[-1] for logits, _ in records)
-            losses = [v * widest / logits.shape[-1] for v, (logits, _) in zip(losses, records, strict=True)]
+            widths = [logits.shape[-1] for logits, _, _ in records]
+            losses = [v * max(widths) / width for v, width in zip(losses, widths, strict=True)]
         return {"moextend_balance": self.config.aux * torch.stack(losses).mean()}
 
     def usage(self) -> dict[int, list[float]]:
         """Say for each layer with experts how many choices per token each got in the last training pass."""
-        records, keep_of = self.passes.records, self.passes.keep_of
-        shares = (dispatch.expert_share(chosen, raw.shape[-1], keep_of(raw)).tolist() for raw, chosen in records)
+        records = self.passes.records
+        shares = (dispatch.expert_share(chosen, raw.shape[-1], keep).tolist() for raw, chosen, keep in records)
         return dict(zip(self.blocks, shares, strict=False))
 
     def save(self, folder: str | Path) -> None:
@@ -348,8 +349,8 @@ class MoExtend(nn.Module):
                     setattr(owner, name, total)
         self.layers = nn.ModuleDict()
 
-    def _note(self, gate: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.passes.note(out[0], out[2])  # no product here: a checkpointed layer must compute the same again
+    def _note(self, layer: int, gate: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.passes.note(layer, out[0], out[2])  # no product here: a checkpointed layer must compute the same again
 
     def _balances(self) -> bool:
         return self.training and self.config.aux > 0 and torch.is_grad_enabled() and bool(self.layers)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from zoo.fusion import adapter_file, dispatch
 from zoo.fusion.attach import linears, stands_aside
-from zoo.fusion.passes import Passes
+from zoo.fusion.passes import Passes, Records
 from zoo.registry import ImageFeatures, ZooError, register, unknown
 
 GATES = ("none", "prob", "ste", "dense")
@@ -88,9 +88,9 @@ class MoLELayer(nn.Module):
     linears: dict[str, nn.Module]
     passes: Passes
 
-    def __init__(self, config: MoLEConfig, mlp: nn.Module, width: int, passes: Passes) -> None:
+    def __init__(self, config: MoLEConfig, number: int, mlp: nn.Module, width: int, passes: Passes) -> None:
         super().__init__()
-        self.passes = passes
+        self.number, self.passes = number, passes
         self.config = config
         first = next(mlp.parameters())
         where: dict[str, Any] = {
@@ -145,8 +145,8 @@ class MoLELayer(nn.Module):
         e, scale, gate = self.config.num_experts, self.config.alpha / self.config.rank, self.config.gate
         probs = self.router(x).softmax(-1)  # (S, E)
         top, chosen = probs.max(-1)  # (S,); the lowest index where equal
-        self.passes.note(probs, chosen)
-        keep = self.passes.keep_of(x)
+        self.passes.note(self.number, probs, chosen)
+        keep = self.passes.keep_of(self.number)
         if gate == "dense" or self._few(x):
             weights = probs if gate == "dense" else F.one_hot(chosen, e).to(probs.dtype)
             if gate in ("prob", "ste"):
@@ -202,7 +202,7 @@ class MoLE(nn.Module):
         mlps = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
         self.passes = Passes(llm, self._balances)
         layer = partial(MoLELayer, config, width=llm.hidden_size, passes=self.passes)
-        self.layers = nn.ModuleDict({str(i): layer(mlp) for i, mlp in mlps.items()})
+        self.layers = nn.ModuleDict({str(i): layer(i, mlp) for i, mlp in mlps.items()})
         names = {id(m): n for n, m in llm.lm.named_modules()}
         layers: Any = self.layers.values()
         self.exclusive = [names[id(m)] for layer in layers for m in layer.places()]
@@ -238,21 +238,20 @@ class MoLE(nn.Module):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss of the last forward pass in training, weighted; empty in evaluation or with weight 0."""
-        records, keep_of = self.passes.records, self.passes.keep_of
+        records = self.passes.records
         if not records:
             return {}
         if any(p.requires_grad for n, p in self.named_parameters() if ".router." in n):
             self.passes.require_gradient("adapter 'mole'")
         if self.config.official_balance:
-            return {"mole_balance": self.config.balance * pooled_balance(records, keep_of, self.passes.rows)}
-        each = [dispatch.load_balance(probs, chosen, keep_of(probs)) for probs, chosen in records]
+            return {"mole_balance": self.config.balance * pooled_balance(records, self.passes.rows)}
+        each = [dispatch.load_balance(*record) for record in records]
         return {"mole_balance": self.config.balance * torch.stack(each).mean()}
 
     def usage(self) -> dict[int, list[float]]:
         """Say for each layer which share of the tokens of the last forward pass in training each expert took."""
-        records, keep_of = self.passes.records, self.passes.keep_of
         e = self.config.num_experts
-        shares = (dispatch.expert_share(chosen, e, keep_of(chosen)).tolist() for _, chosen in records)
+        shares = (dispatch.expert_share(chosen, e, keep).tolist() for _, chosen, keep in self.passes.records)
         return dict(zip(map(int, self.layers), shares, strict=False))
 
     def save(self, folder: str | Path) -> None:
@@ -269,19 +268,15 @@ class MoLE(nn.Module):
         return on and torch.is_grad_enabled()
 
 
-def pooled_balance(
-    records: Sequence[tuple[Tensor, Tensor]], keep_of: Callable[[Tensor], Tensor | None], rows: int
-) -> Tensor:
+def pooled_balance(records: Records, rows: int) -> Tensor:
     """Balance loss as released: for each sample, means over layers and tokens before the product, and no factor E.
 
     Args:
-        records: (probs (S, E), chosen (S,)) of each layer.
-        keep_of: gives (S,) which tokens of a layer count; None: all.
+        records: (probs (S, E), chosen (S,), which tokens (S,) count or None) of each layer.
         rows: samples, so that S is rows * T.
     """
     mean = share = count = records[0][0].new_zeros(())
-    for probs, chosen in records:
-        keep = keep_of(probs)
+    for probs, chosen, keep in records:
         real = torch.ones_like(probs[:, 0]) if keep is None else keep.to(probs.dtype)  # (S,)
         hits = F.one_hot(chosen, probs.shape[-1]).to(probs.dtype)  # (S, E)
         count = count + real.view(rows, -1).sum(1, keepdim=True)  # (B, 1)

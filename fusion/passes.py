@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from zoo.registry import ZooError
 
-Records = list[tuple[Tensor, Tensor]]  # of each layer: what it routed by (S, E), and chosen experts (S,) or (S, k)
+# Of each layer: what it routed by (S, E), chosen experts (S,) or (S, k), which tokens (S,) are no padding (None: all).
+Records = list[tuple[Tensor, Tensor, Tensor | None]]
 
 
 class Passes:
@@ -22,7 +23,7 @@ class Passes:
     def __init__(self, llm: Any, wanted: Callable[[], bool]) -> None:
         self.llm, self.wanted = llm, wanted
         self.rows = 1  # B of the pass
-        self.keeps: dict[int, Tensor] = {}  # S -> (S,) which of so many tokens are no padding; layers may be shorter
+        self.keeps: list[tuple[int, Tensor]] = []  # from which layer on, and (S,) which tokens are no padding there
         self.pictured: Tensor | None = None  # (B,) sequences that take part in a guarded adapter; None: all
         self.base_only = False  # no sequence takes part
         self.records: Records = []  # of the last pass
@@ -38,14 +39,17 @@ class Passes:
     def _forget(self) -> None:  # a method: copies of the model have their own
         self.llm.told_shorter.remove(self._shorter)
 
-    def keep_of(self, x: Tensor) -> Tensor | None:
-        """Which of the tokens (S, C) of a layer are no padding, where that is known of them."""
-        return self.keeps.get(len(x))
+    def keep_of(self, layer: int) -> Tensor | None:
+        """Which of the tokens (S,) of a layer are no padding; None: all, as far as is known."""
+        for first, keep in reversed(self.keeps):
+            if first <= layer:
+                return keep
+        return None
 
-    def note(self, scores: Tensor, chosen: Tensor) -> None:
+    def note(self, layer: int, scores: Tensor, chosen: Tensor) -> None:
         """Note a layer's routing; not where checkpointing runs the layer again, after the decoder was left."""
         if self._open is not None:
-            self._open.append((scores, chosen))
+            self._open.append((scores, chosen, self.keep_of(layer)))
 
     def require_gradient(self, who: str) -> None:
         """Refuse routing that was noted inside of reentrant checkpointing: no loss on it could ever train a router."""
@@ -60,12 +64,12 @@ class Passes:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = getattr(self.llm, "padding_mask", None)
         keep = None if mask is None else mask[:, -length:].flatten().bool()  # (S,)
-        self.keeps = {} if keep is None else {len(keep): keep}
+        self.keeps = [] if keep is None else [(0, keep)]
         self._open = [] if self.wanted() else None
 
-    def _shorter(self, seen: Tensor) -> None:
-        """Take which tokens (B, L) are no padding from here on: a pruner dropped others."""
-        self.keeps[seen.numel()] = seen.flatten()
+    def _shorter(self, layer: int, seen: Tensor) -> None:
+        """Take which tokens (B, L) are no padding from `layer` on: a pruner dropped others."""
+        self.keeps.append((layer, seen.flatten()))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         self.records, self._open = self._open or [], None

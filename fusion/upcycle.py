@@ -20,6 +20,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.attach import compute_by
 from zoo.fusion.dispatch import Groups, Router, expert_share, group, grouped_linear, load_balance
+from zoo.fusion.passes import Passes
 from zoo.registry import ImageFeatures, ZooError, register
 
 _NAMES = ("mlp", "feed_forward", "ffn")  # what families call the feed-forward part of a decoder layer
@@ -72,9 +74,9 @@ class Upcycle(nn.Module):
         self.starts_as_base = config.normalize
         chosen = _layers(config, llm.num_layers)
         dense = {i: _feed_forward(llm, i) for i in chosen}
-        self.layers: Any = nn.ModuleDict(
-            {str(i): SparseFeedForward(ffn, llm.hidden_size, config) for i, (_, ffn) in dense.items()}
-        )
+        self.passes = Passes(llm, lambda: False)
+        layer = partial(SparseFeedForward, width=llm.hidden_size, config=config, passes=self.passes)
+        self.layers: Any = nn.ModuleDict({str(i): layer(i, ffn) for i, (_, ffn) in dense.items()})
         self.__dict__["_dense"] = {str(i): ffn for i, (_, ffn) in dense.items()}
         names = {id(m): n for n, m in llm.lm.named_modules()}
         self._aside = tuple(f"{names[id(ffn)]}." for _, ffn in dense.values())
@@ -83,7 +85,8 @@ class Upcycle(nn.Module):
     def attach(self) -> None:
         """Let the experts compute what the dense layers did."""
         if not self._undo:
-            self._undo = [compute_by(self._dense[i], layer.__call__) for i, layer in self.layers.items()]
+            self._undo = self.passes.attach()
+            self._undo += [compute_by(self._dense[i], layer.__call__) for i, layer in self.layers.items()]
 
     def detach(self) -> None:
         """Let the dense layers compute again."""
@@ -107,13 +110,7 @@ class Upcycle(nn.Module):
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
         """Nothing here depends on the image; what the last pass left behind is dropped."""
         for layer in self.layers.values():
-            layer.balance, layer.keep = None, None
-
-    def begin(self, sequence: Any) -> None:
-        """Take the sequence of a forward pass: padding does not count in the balance."""
-        keep = None if sequence.attention_mask is None else sequence.attention_mask.flatten().bool()
-        for layer in self.layers.values():
-            layer.keep = keep
+            layer.balance = None
 
     def aux_losses(self) -> dict[str, Tensor]:
         """The balance of the last pass in training, summed over layers and weighted.
@@ -132,20 +129,20 @@ class Upcycle(nn.Module):
             )
         return {"upcycle_balance": total}
 
-    def load(self) -> dict[str, Tensor]:
-        """Share of the last pass's choices that each expert got, by layer: (E,), top_k in sum."""
-        return {i: layer.share for i, layer in self.layers.items() if layer.share is not None}
+    def usage(self) -> dict[int, list[float]]:
+        """Say for each sparse layer how many choices per token each expert got in the last pass."""
+        return {int(i): layer.share.tolist() for i, layer in self.layers.items() if layer.share is not None}
 
 
 class SparseFeedForward(nn.Module):
     """A router and the stacked copies of one dense feed-forward layer."""
 
     balance: Tensor | None = None  # of the last pass in training
-    keep: Tensor | None = None  # (S,) tokens of the coming pass that are no padding; None: all
     share: Tensor | None = None  # (E,) of the last pass
 
-    def __init__(self, dense: nn.Module, width: int, config: UpcycleConfig) -> None:
+    def __init__(self, number: int, dense: nn.Module, width: int, config: UpcycleConfig, passes: Passes) -> None:
         super().__init__()
+        self.number, self.passes = number, passes
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.normalize, self.capacity = config.normalize, config.capacity
         self.router = Router(width, config.num_experts, device=next(dense.parameters()).device)
@@ -184,7 +181,7 @@ class SparseFeedForward(nn.Module):
 
     def _count(self, probs: Tensor, chosen: Tensor) -> None:
         """Note the balance, of first choices as in GShard, and how the choices fall."""
-        keep = self.keep if self.keep is not None and len(self.keep) == len(probs) else None
+        keep = self.passes.keep_of(self.number)
         self.balance = load_balance(probs, chosen[:, 0], keep) if self.training else None
         self.share = expert_share(chosen, self.num_experts, keep)
 

@@ -114,22 +114,35 @@ def test_the_sequence_says_which_image_a_position_shows(built, name):
     assert [sorted(set(r.tolist())) for r in ids] == [[-1, 0], [-1, 1, 2], [-1]]
 
 
-@pytest.mark.parametrize("adapter", ["mole", "moextend"])
-def test_experts_count_the_tokens_that_are_left_and_no_padding(make_model, name, adapter):
+@pytest.mark.parametrize("words", [1, 30], ids=["pictures_are_longest", "text_is_longest"])
+@pytest.mark.parametrize("adapter", ["mole", "moextend", "upcycle"])
+def test_experts_count_the_tokens_that_are_left_and_no_padding(make_model, name, adapter, words):
     experts = {**LLM, "model_type": "mixtral", "num_experts": 4, "top_k": 2}
-    node = {"mole": {"rank": 2, "dropout": 0.0, "official_balance": True}, "moextend": {"guard": True}}[adapter]
-    slots = {"pruner": {name: PRUNERS[name]}, "adapter": {adapter: {"name": adapter, **node}}}
+    options = {
+        "mole": {"rank": 2, "dropout": 0.0, "official_balance": True},
+        "moextend": {"guard": True},
+        "upcycle": {"every": 1},
+    }
+    slots = {"pruner": {name: PRUNERS[name]}, "adapter": {adapter: {"name": adapter, **options[adapter]}}}
     model, processor = make_model(**slots, llm=experts if adapter == "moextend" else LLM)
     model.train().set_trainable(["adapter"])
-    batch = processor.collate(rows(processor))
+    text = processor.encode(sample((QUESTIONS[2] * words, ANSWERS[4]), images=0, name="text"))
+    samples, part = [*rows(processor)[:2], text], model.adapter[adapter]
+
+    def run(members):
+        model.zero_grad()
+        model(**processor.collate(members)).loss.backward()
+        usage, kept = part.usage(), model.pruner[name].kept()
+        return {i: torch.tensor(shares) * kept[i].sum() for i, shares in usage.items()}, kept
+
+    alone = [run([one])[0] for one in samples]
     grads = []
     for on in (False, True):
-        model.zero_grad()
         if on:
             model.gradient_checkpointing_enable()
-        model(**batch).loss.backward()
-        passes = model.adapter[adapter].passes
-        counted = [int(passes.keep_of(scores).sum()) for scores, _ in passes.records]
-        assert counted == [int(seen.sum()) for seen in model.pruner[name].kept()] and counted[-1] < counted[0]
+        choices, kept = run(samples)
+        assert kept[-1].sum() < kept[0].sum() and (words == 1) == (len(text) < kept[-1].shape[1])
+        for layer, counts in choices.items():  # experts are chosen as often as by each row alone
+            torch.testing.assert_close(counts, sum(one[layer] for one in alone), atol=1e-3, rtol=0)
         grads.append([p.grad.clone() for p in model.adapter.parameters()])
     assert all(torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max())) for a, b in zip(*grads, strict=True))

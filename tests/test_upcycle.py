@@ -7,6 +7,7 @@ import torch
 
 from tests.fusion_builders import DENSE, VOCAB, llm_node, padded_batch, tiny_llm
 from zoo import registry
+from zoo.fusion.passes import Passes
 from zoo.fusion.upcycle import SparseFeedForward, UpcycleConfig
 from zoo.registry import ZooError
 
@@ -34,7 +35,7 @@ class Gated(torch.nn.Module):
 
 def sparse(seed=0, shaken=True, **options):
     torch.manual_seed(seed)
-    layer = SparseFeedForward(Gated(), WIDTH, UpcycleConfig(**options)).double()
+    layer = SparseFeedForward(0, Gated(), WIDTH, UpcycleConfig(**options), Passes(None, lambda: False)).double()
     if shaken:
         with torch.no_grad():
             for p in layer.experts.parameters():
@@ -140,7 +141,7 @@ def test_padding_does_not_count_in_the_balance():
     keep[1, 6:] = False
     layer(torch.cat([x[0], x[1, :6]]))
     wanted = layer.balance
-    layer.keep = keep.flatten()
+    layer.passes.keeps = [(0, keep.flatten())]
     layer(x)
     torch.testing.assert_close(layer.balance, wanted)
 

@@ -138,7 +138,7 @@ class _Loop:
     def route(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         probs = self.layer.router(args[0]).softmax(-1).flatten(0, 1)
         self.chosen = probs.argmax(-1)
-        self.layer.passes.note(probs, self.chosen)
+        self.layer.passes.note(self.layer.number, probs, self.chosen)
 
     def add(self, experts: Any, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x, extra = args[0].flatten(0, 1), torch.zeros_like(out).flatten(0, 1)
