@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.dropping_builders import IMAGE, embeds_of, forward, generate, llm_of, padded, row, sequence
 from tests.fusion_builders import features, tiny_llm
 from tests.test_attention_walk import matrix, walked
-from tests.test_dropping import IMAGE, embeds_of, forward, generate, llm_of, padded, row, sequence
 from zoo import registry
 from zoo.benches.costs import QWEN2_7B, VICUNA_7B, DecoderSizes, cache_bytes, matmul_flops, roofline_flops
 from zoo.fusion.attention_walk import walk_flops
@@ -187,7 +187,7 @@ def test_default_drops_nothing_where_the_llm_is_too_shallow():
 
 
 def test_pruned_training_chooses_as_the_prompt_alone_does():
-    from tests.test_dropping import labelled, loss_of
+    from tests.dropping_builders import labelled, loss_of
 
     llm = llm_of().train()
     pruner = inside(llm, stop=3)

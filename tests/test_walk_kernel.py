@@ -61,8 +61,8 @@ def compare():
 
 def prune():
     """AIM in a model keeps the same tokens by the kernel as by blocks."""
+    from tests.dropping_builders import forward, llm_of, padded, row
     from tests.test_aim import inside
-    from tests.test_dropping import forward, llm_of, padded, row
     from zoo.fusion.walk_kernel import walk
 
     llm = llm_of()

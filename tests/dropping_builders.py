@@ -1,0 +1,102 @@
+"""Small decoders with a dropper inside, prompts with images, and passes through them."""
+
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+
+from tests.fusion_builders import VOCAB, tiny_llm
+from zoo.fusion.dropping import Dropper
+from zoo.registry import IGNORE_INDEX
+
+IMAGE = 5  # id that stands for an image token here
+KEEP = {0: 0.75, 1: 0.5}  # share of the image tokens that stays, by the layer after which the others go
+
+
+def llm_of(model_type="llama", attention="sdpa", layers=4, **options):
+    """A decoder whose attention is sharp enough for a wrong mask to show."""
+    llm = tiny_llm(model_type, attention=attention, num_layers=layers, **options)
+    with torch.no_grad():
+        for p in llm.parameters():
+            p.mul_(6) if p.dim() > 1 else None
+    return llm
+
+
+def dropper(llm, keep=None, hide=False, attach=True):
+    """Drop by the size of the keys: a score that no other token of the batch has a part in."""
+    keep = KEEP if keep is None else keep
+    made = Dropper(
+        llm,
+        "pruner 'test'",
+        sorted(keep),
+        lambda layer, total: (total * keep[layer]).long(),
+        lambda given: given.key.float().norm(dim=-1).mean(1),
+        hide,
+    )
+    if attach:
+        made.attach()
+    return made
+
+
+def row(text="tiiit", images=6, seed=0):
+    """Ids of a prompt: t stands for three words, i for an image."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.cat(
+        [torch.full((images,), IMAGE) if c == "i" else torch.randint(IMAGE + 1, VOCAB, (3,), generator=g) for c in text]
+    )
+
+
+def padded(rows, side="left"):
+    """Stack rows; padding is id 0."""
+    longest = max(map(len, rows))
+    ids = torch.stack([F.pad(r, (longest - len(r), 0) if side == "left" else (0, longest - len(r))) for r in rows])
+    return ids, (ids != 0).long()
+
+
+def sequence(ids, mask=None, labels=None, **given):
+    return SimpleNamespace(
+        image_mask=ids == IMAGE, attention_mask=mask, position_ids=None, labels=labels, block_ids=None, **given
+    )
+
+
+def embeds_of(llm, ids):
+    """Embeddings in which every image token is another vector, a function of its place in the row's image tokens."""
+    embeds = llm.embed(ids)
+    place = (ids == IMAGE).long().cumsum(1).float()[..., None] * torch.arange(1, embeds.shape[-1] + 1)
+    return torch.where((ids == IMAGE)[..., None], place.sin() * 0.2, embeds)
+
+
+def forward(llm, drop, ids, mask=None, **kwargs):
+    if drop is not None:
+        drop.begin(sequence(ids, mask))
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    return llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions, **kwargs)
+
+
+def generate(llm, drop, ids, mask=None, **kwargs):
+    if drop is not None:
+        drop.begin(sequence(ids, mask))
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_scores": True, **kwargs}
+    options |= {"return_dict_in_generate": True}
+    with torch.no_grad():
+        return llm.lm.generate(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, **options)
+
+
+def labelled(ids):
+    """Labels on the last three words."""
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[-3:] = ids[-3:]
+    return labels
+
+
+def loss_of(llm, drop, ids, mask, labels):
+    seq = sequence(ids, mask, labels)
+    drop.begin(seq)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = llm.hidden(
+        inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions
+    ).last_hidden_state
+    logits = llm.head(hidden)[:, :-1]
+    total = F.cross_entropy(logits.flatten(0, 1), seq.labels[:, 1:].flatten(), reduction="sum", ignore_index=-100)
+    return total, seq.labels
