@@ -42,10 +42,10 @@ def rows_of(image: ImageFeatures, images_per_row: Sequence[int], limit: int, who
 class ImageMemory(nn.Module):
     """Linear projection, learned positions, numbers of images; positions and numbers start as a normal of std 1."""
 
-    def __init__(self, vision_dim: int, grid: tuple[int, int], width: int, max_images: int) -> None:
+    def __init__(self, vision_dim: int, grid: tuple[int, int], width: int, max_images: int, std: float = 0.02) -> None:
         super().__init__()
         self.proj = nn.Linear(vision_dim, width)
-        init_linear(self.proj)
+        init_linear(self.proj, std)
         self.positions = nn.Parameter(torch.randn(grid[0] * grid[1], width))
         self.numbers = nn.Parameter(torch.randn(max_images - 1, width)) if max_images > 1 else None
 

@@ -56,6 +56,9 @@ class VLoRAConfig:
     mlp_ratio: float = 4.0  # width of a generator's feed-forward over its width
     separate: bool = True  # a generator for each type; false: one for all, where their inputs are equally wide
     max_images: int = 1  # images (or crops, frames) that one sequence may show; they are read together
+    # Of the projection of image features at the start. Theirs is for features 1024 wide; narrow ones drown in the
+    # positions, of std 1, that are added to them: 0.02 sqrt(1024 / width) makes them as loud.
+    image_std: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("rank", "skip", "width", "depth", "num_heads", "max_images"):
@@ -65,8 +68,9 @@ class VLoRAConfig:
             raise ZooError(f"types is some of the letters {_TYPES}, each once, got {self.types!r}.")
         if self.width % self.num_heads:
             raise ZooError(f"width {self.width} is no multiple of num_heads {self.num_heads}.")
-        if self.mlp_ratio <= 0:
-            raise ZooError(f"mlp_ratio must be more than 0, got {self.mlp_ratio}.")
+        for name in ("mlp_ratio", "image_std"):
+            if getattr(self, name) <= 0:
+                raise ZooError(f"{name} must be more than 0, got {getattr(self, name)}.")
 
 
 @register("adapter", "vlora")
@@ -108,7 +112,7 @@ class VLoRA(nn.Module):
         self.config = config
         self.__dict__["lm"] = llm.lm
         self.__dict__["sites"] = find_sites(llm, config.types, config.skip, "adapter 'vlora'")
-        self.memory = ImageMemory(vision_dim, places, config.width, config.max_images)
+        self.memory = ImageMemory(vision_dim, places, config.width, config.max_images, config.image_std)
         self.generators = self._make_generators()
         self.b = nn.ParameterDict(
             {
@@ -182,7 +186,7 @@ class VLoRA(nn.Module):
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote; the options must be those of this adapter."""
-        same = [f.name for f in fields(self.config)]
+        same = [f.name for f in fields(self.config) if f.name != "image_std"]
         self.load_state_dict(adapter_file.read(folder, "vlora", self.config, same, self.state_dict()))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -71,8 +71,8 @@ class GeneratorBlock(nn.Module):
         return attention.out_proj(values.flatten(2))  # (G, K, W)
 
 
-def init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module, std: float = 0.02) -> None:
     """Initialise a linear layer as the authors do; packed projections of attention are bare parameters, and are not."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
