@@ -179,11 +179,18 @@ def _tally(values: np.ndarray, exists: np.ndarray, num: int) -> np.ndarray:
 
 
 def _three(first: np.ndarray) -> np.ndarray:
-    return np.pad(first[..., None], [(0, 0)] * first.ndim + [(0, 2)])
+    return _widened(first, 3)
 
 
 def _four(first: np.ndarray) -> np.ndarray:
-    return np.pad(first[..., None].astype(np.int64), [(0, 0)] * first.ndim + [(0, 3)])
+    return _widened(first, 4)
+
+
+def _widened(first: np.ndarray, width: int) -> np.ndarray:
+    """Put zeros behind each number: (..., width) int64. Several times as fast as `np.pad` on arrays of this size."""
+    wide = np.zeros((*first.shape, width), np.int64)
+    wide[..., 0] = first
+    return wide
 
 
 @lru_cache(maxsize=65536)

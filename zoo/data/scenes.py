@@ -11,6 +11,7 @@ Boxes are four words, x1 y1 x2 y2, each from 0 to 31: the image's side is divide
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -164,28 +165,40 @@ class Scenes:
 
     def _objects(self, chunk: Chunk) -> Objects:
         if chunk not in self._placed:
-            rng = self._rng(PLACE, chunk)
-            self._placed[chunk] = scene_draw.place(rng, CHUNK, self.level, self.config.size, chunk.held_out)
+            size = self.config.size
+            self._placed[chunk] = self._once(
+                (size, chunk, "objects"),
+                lambda: scene_draw.place(self._rng(PLACE, chunk), CHUNK, self.level, size, chunk.held_out),
+            )
         return self._placed[chunk]
 
     def _image(self, chunk: Chunk, at: int) -> np.ndarray:
         """Draw a picture, (size, size, 3) uint8, and the others of its chunk; once."""
         if chunk not in self._drawn:
-            c = self.config
-            world = (c.seed, c.split, c.difficulty, c.size, chunk)
-            pictures = _PICTURES.get(world)
-            if pictures is None:
-                pictures = scene_draw.draw(self._rng(DRAW, chunk), self._objects(chunk), self.level, c.size)
-                _PICTURES[world] = pictures
-            self._drawn[chunk] = pictures
+            size = self.config.size
+            self._drawn[chunk] = self._once(
+                (size, chunk, "pictures"),
+                lambda: scene_draw.draw(self._rng(DRAW, chunk), self._objects(chunk), self.level, size),
+            )
         return self._drawn[chunk][at]
 
     def _labels(self, chunk: Chunk) -> np.ndarray:
         """The dense labels of a chunk's pictures: (CHUNK, grid * grid, 7) int16."""
         if chunk not in self._cells:
             grid, size = self.config.grid, self.config.size
-            self._cells[chunk] = scene_draw.cell_labels(self._objects(chunk), grid, BINS, size, IGNORE_INDEX)
+            self._cells[chunk] = self._once(
+                (size, chunk, "cells", grid),
+                lambda: scene_draw.cell_labels(self._objects(chunk), grid, BINS, size, IGNORE_INDEX),
+            )
         return self._cells[chunk]
+
+    def _once(self, what: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or what another data set of the same world has made already."""
+        key = (self.config.seed, self.config.split, self.config.difficulty, *what)
+        made = _WORLDS.get(key)
+        if made is None:
+            _WORLDS[key] = made = make()
+        return made
 
     def _questions(self, chunk: Chunk, epoch: int) -> np.ndarray:
         """What is asked about the scenes of a chunk: (CHUNK, slots, 8), see `_dialog`."""
@@ -221,7 +234,7 @@ class Scenes:
 
 
 # What some data set of this process holds: stages that ask other questions about the same pictures share them.
-_PICTURES: WeakValueDictionary[tuple[int, str, int, int, Chunk], np.ndarray] = WeakValueDictionary()
+_WORLDS: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 
 
 @lru_cache(maxsize=16384)
