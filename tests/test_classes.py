@@ -65,6 +65,22 @@ def test_questions_depend_on_seed_epoch_and_index_alone(folder):
     assert questions(load(folder), 3) != questions(load(folder, seed=1), 3)
 
 
+def test_pairs_are_the_same_questions_with_a_right_and_a_wrong_answer(folder):
+    single, paired = load(folder, yes_no=2, flip=True, shift=1), load(folder, yes_no=2, flip=True, shift=1, pairs=True)
+    wrong_names = set()
+    for index in range(len(single)):
+        one, two = single.get(index, 3), paired.get(index, 3)
+        assert (one.images[0] == two.images[0]).all()
+        chosen, rejected = two.dialogs[::2], two.dialogs[1::2]
+        assert {d.preference for d in chosen} == {"chosen"} and {d.preference for d in rejected} == {"rejected"}
+        assert list(map(said, chosen)) == list(map(said, one.dialogs))
+        for (asked, right), (again, wrong) in zip(map(said, chosen), map(said, rejected), strict=True):
+            assert asked == again and right != wrong
+            assert wrong in (NAMES if asked == "What is shown?" else ["yes", "no"])
+        wrong_names.add((said(chosen[0])[1], said(rejected[0])[1]))
+    assert len(wrong_names) == 6  # every class in the place of every other
+
+
 def test_training_pictures_are_mirrored_and_moved(folder):
     still, moving = load(folder), load(folder, flip=True, shift=1)
     shown = {moving.get(0, epoch).images[0].tobytes() for epoch in range(200)}

@@ -1,7 +1,8 @@
 """Labelled pictures as questions: "What is shown?" and "Is this a <class>?".
 
 Reads the IDX files of the MNIST family (LeCun's format, plain or gzipped). Half of the yes/no questions name the true
-class, and the others draw one of the rest evenly: a guesser is right half of the time.
+class, and the others draw one of the rest evenly: a guesser is right half of the time. With `pairs` each question comes
+with a wrong answer too: the other of yes and no, or the name of another class.
 """
 
 import gzip
@@ -12,7 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from zoo.data.absent import absent
+from zoo.data.pairs import in_pairs
 from zoo.registry import MISSING, Dialog, Sample, ZooError, register
+
+OPPOSITE = {"yes": "no", "no": "yes"}
 
 
 @dataclass
@@ -25,6 +29,7 @@ class ClassesConfig:
     name_question: str = "What is shown?"  # answered by the name of the class; empty: not asked
     yes_no_question: str = "Is this a {class}?"  # answered by yes or no; empty: not asked
     yes_no: int = 1  # yes/no questions about each image
+    pairs: bool = False  # each question twice, with the right answer and with a wrong one: pairs for preference losses
     flip: bool = False  # show half of the training pictures mirrored
     shift: int = 0  # move training pictures by up to so many pixels, both ways; the edge repeats
     seed: int = 0  # of the classes asked for and of how pictures are moved, with the epoch and the index
@@ -82,7 +87,15 @@ class Classes:
         image = _rgb(self.images[index])
         if self.config.split == "train":
             image = _moved(image, random, self.config.flip, self.config.shift)
+        if self.config.pairs:
+            dialogs = in_pairs(dialogs, lambda _, right: self._wrong(random, right))
         return Sample(f"{self.config.split}-{index}", [image], dialogs)
+
+    def _wrong(self, random: np.random.Generator, right: str) -> str:
+        if right in OPPOSITE:
+            return OPPOSITE[right]
+        others = [name for name in self.config.classes if name != right]
+        return others[int(random.integers(len(others)))]
 
     def train_split(self) -> "Classes":
         """The training pictures: what is common there is what a blind guess knows."""

@@ -8,11 +8,11 @@ as in POPE's adversarial questions (arXiv:2305.10355).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from zoo.data.pairs import in_pairs
 from zoo.data.scene_draw import COLORS, SHAPES, SIZES, Level
 from zoo.registry import Dialog
 
@@ -20,7 +20,7 @@ OPPOSITE = {"yes": "no", "no": "yes", "left": "right", "right": "left", "above":
 KINDS_WITH_WRONG = ("exist", "color", "shape", "size", "count", "relation", "caption")
 
 
-def in_pairs(
+def scene_pairs(
     rng: np.random.Generator, dialogs: list[Dialog], objects: list[dict[str, Any]], level: Level
 ) -> list[Dialog]:
     """Put behind each dialog the same question with a wrong answer: chosen, rejected, chosen, ...
@@ -30,14 +30,7 @@ def in_pairs(
         level: of difficulty, for the colours and shapes there are.
     """
     words = {"color": list(COLORS)[: level.num_colors], "shape": list(SHAPES)[: level.num_shapes], "size": list(SIZES)}
-    result: list[Dialog] = []
-    for dialog in dialogs:
-        right = dialog.messages[-1]["content"][0]["text"]
-        wrong = _wrong(rng, dialog.kind, right, objects, words)
-        said = {"role": "assistant", "content": [{"type": "text", "text": wrong}]}
-        result.append(replace(dialog, preference="chosen"))
-        result.append(replace(dialog, messages=[*dialog.messages[:-1], said], preference="rejected"))
-    return result
+    return in_pairs(dialogs, lambda dialog, right: _wrong(rng, dialog.kind, right, objects, words))
 
 
 def _wrong(

@@ -21,7 +21,7 @@ import numpy as np
 
 from zoo.data import scene_draw, scene_questions
 from zoo.data.scene_draw import COLORS, LEVELS, SHAPES, SIZES, Level, Objects
-from zoo.data.scene_pairs import KINDS_WITH_WRONG, in_pairs
+from zoo.data.scene_pairs import KINDS_WITH_WRONG, scene_pairs
 from zoo.data.scene_questions import CAPTION, KINDS, TASKS
 from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError, register, unknown
 
@@ -116,7 +116,7 @@ class Scenes:
         dialogs = [self._dialog(chunk, at, *row) for row in self._questions(chunk, epoch)[at].tolist()]
         if self.config.pairs:
             rng = np.random.default_rng([*self._key(MISTAKE, chunk, epoch if self.training else 0), at])
-            dialogs = in_pairs(rng, dialogs, self.scene(index), self.level)
+            dialogs = scene_pairs(rng, dialogs, self.scene(index), self.level)
         targets = {"patch_labels": self._labels(chunk)[at : at + 1]} if self.config.grid else {}
         return Sample(f"{self.config.split}-{index}", [partial(self._image, chunk, at)], dialogs, targets)
 
