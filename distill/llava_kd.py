@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.distill.chunked import Live, divergence
-from zoo.distill.positions import match_images, match_responses, shared_vocab
+from zoo.distill.positions import match_images, match_responses, num_shown, shared_vocab
 from zoo.distill.relation import NORMALISE, by_image, gram_of, relation_loss, relations
 from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_weights
 from zoo.registry import ZooError, register, unknown
@@ -90,7 +90,7 @@ class LLaVAKD(Weighed):
         if not len(matched.rows):
             return losses
         assert matched.group is not None, "image tokens know their image"
-        shown = len(student.image_tokens)
+        shown = num_shown(student)
         images = float(batch.get("num_images") or shown)
         if self.weights["visual"]:
             counts = torch.bincount(matched.group, minlength=shown)  # an image's tokens weigh 1 together

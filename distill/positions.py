@@ -2,7 +2,8 @@
 
 An answer's tokens are the same in both sequences, in the same order, however many image tokens stand before them. An
 image token is known by its image and by the cell of the encoder's grid it shows: so a student that keeps a quarter of
-the tokens is compared with a teacher that keeps all of them, on those that are left.
+the tokens is compared with a teacher that keeps all of them, on those that are left. Where an image is several tiles or
+frames, each of which stands whole, these are the images.
 """
 
 from collections.abc import Mapping
@@ -62,10 +63,17 @@ def match_images(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matche
             raise ZooError(f"The stored teacher has {cells} image tokens for each image; the student has more.")
         target: Live | Stored = Stored(whole.ids[index], whole.log_probs[index], whole.log_rest[index])
     else:
+        if _cuts(student) != _cuts(teacher):
+            raise ZooError("student and teacher cut images into other tiles: give both one image processor.")
         theirs, known = _image_tokens(teacher)
         found = _find(ours.to(known.device), known)
         target = Live(teacher.last_hidden_state.flatten(0, 1)[theirs[found]], teacher.llm.head)
     return Matched(rows, target, group=ours[:, 0])
+
+
+def num_shown(seen: Any) -> int:
+    """How many images stand in a batch, each tile of one by itself."""
+    return len(seen.image_tokens if seen.image_kept is None else seen.image_kept.tokens)
 
 
 def shared_vocab(student: Any, teacher: Any, batch: Mapping[str, Any]) -> int:
@@ -103,15 +111,21 @@ def _responses(seen: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _image_tokens(seen: Any) -> tuple[Tensor, Tensor]:
     """Flat positions of image tokens (P,), and the image and the encoder's cell that each shows (P, 2)."""
     index = seen.image_index
-    if index is None or seen.image_tokens is None or not seen.image_tokens.shape[1]:
+    if index is None or seen.image_tokens is None or not seen.image_tokens.numel():
         device = seen.last_hidden_state.device
         return torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, 2, dtype=torch.long, device=device)
     flat = index.flatten()
     where = (flat >= 0).nonzero().squeeze(-1)  # (P,)
-    count = seen.image_tokens.shape[1]
+    count = seen.image_tokens.shape[:-1].numel() // num_shown(seen)  # laid out (M * K, C) as well
     image, place = flat[where] // count, flat[where] % count
     cells = _cells(seen.image_kept, count)
     return where, torch.stack([image, place if cells is None else cells[image, place]], -1)
+
+
+def _cuts(seen: Any) -> list[tuple[int, tuple[int, int]]]:
+    """Into how many tiles, and which rows and columns of them, each image was cut; empty: none is."""
+    cuts = seen.image_kept.cuts if seen.image_kept is not None else None
+    return [(cut.rows, cut.grid) for cut in cuts or ()]
 
 
 def _cells(kept: ImageFeatures | None, count: int) -> Tensor | None:

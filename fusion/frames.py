@@ -32,6 +32,7 @@ class Frames(nn.Module):
     def __init__(self, config: FramesConfig, *, num_tokens: int) -> None:
         super().__init__()
         self.cls, self.tokens = config.cls, num_tokens
+        self.row_tokens = None if config.cls else num_tokens
         self.needs = frozenset({"prefix_tokens"} if config.cls else ())
         self.given: dict[str, Any] = {"num_tokens": num_tokens}
 

@@ -52,6 +52,7 @@ class Tiles(nn.Module):
     def __init__(self, config: TilesConfig, *, num_tokens: int) -> None:
         super().__init__()
         self.config, self.tokens = config, num_tokens
+        self.row_tokens = num_tokens
         self.given: dict[str, Any] = {"num_tokens": num_tokens}
         self.spells = config.style == "grid"
 

@@ -262,6 +262,8 @@ class Layout(Protocol):
     def __call__(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor:
         """Lay out the rows (M, K, C) of several images as (S, C), image behind image, S the sum of their counts."""
 
+    # row_tokens: int, tokens of a row, of a layout that only puts rows behind each other, so that token s is one of row
+    # s // row_tokens; losses on image tokens need it
     # def text(self, cut, token) -> str: what stands in the prompt for an image, where that is more than `token`s
     # def spell(self, cut, token) -> str: with `spells = True`, what stands in the text for a video: words, and one
     # `token` for each frame, which is then an image of one row

@@ -10,7 +10,7 @@ from zoo import registry
 from zoo.collate import TWIN
 from zoo.engine import Counts, TrainStep, count_images, count_labels
 from zoo.model_types import Seen
-from zoo.registry import ZooError
+from zoo.registry import Cut, ZooError
 from zoo.run_folder import read_metrics
 from zoo.stage import Stage
 from zoo.teacher import Teacher, Twins, shared_tokens
@@ -259,6 +259,26 @@ def test_a_student_that_drops_inside_the_llm_is_compared_on_what_is_left(make_mo
     where = [(seen.image_index.flatten() == i).nonzero().item() for i in left.tolist()]
     torch.testing.assert_close(matched.target.rows, seen.last_hidden_state.flatten(0, 1)[where], rtol=0, atol=0)
     assert len(match_responses(Seen(out, student.llm), seen, batch).rows) == count_labels(batch)
+
+
+def test_tiles_are_compared_as_images_of_their_own(make_model):
+    """Two tiles of an image that stand behind each other are, to every loss, two images that do."""
+    found = []
+    for cut in (False, True):
+        layout = {"layout": {"name": "tiles"}} if cut else {}
+        student, own = make_model(seed=1, pruner={"random": {"keep_ratio": 0.5}}, **layout)
+        model, theirs = make_model(seed=2, llm={**LLM, "hidden_size": 48}, **layout)
+        distiller = registry.build("distiller", {"name": "llava_kd"})
+        step = TrainStep(student, distiller, Teacher(model, distiller.needs), Stage(**STAGE))
+        batch = own.collate(rows(theirs, own, [0, 1]))
+        if cut:
+            batch["cuts"] = batch[TWIN]["cuts"] = [Cut(), Cut(2, "crop", grid=(1, 2))]
+        found.append(run_step(step, batch))
+    assert found[0].keys() == found[1].keys() == {"answer", "response", "visual", "relation"}
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    batch[TWIN]["cuts"] = [Cut(), Cut(2, "crop", grid=(2, 1))]
+    with pytest.raises(ZooError, match="cut images into other tiles"):
+        run_step(step, batch)
 
 
 def test_distilled_pretraining_changes_the_projector_alone(tmp_path, teacher):

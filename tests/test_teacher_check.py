@@ -15,6 +15,8 @@ from zoo.stage import Stage
 from zoo.tokenizer import OF_MODEL
 
 VISION, LLM = tiny_slots()["vision"], tiny_slots()["llm"]
+TILES = {"name": "tiles", "style": "joined"}
+JOINED = {"name": "anyres", "pinpoints": [[64, 32]]}
 
 
 @dataclass
@@ -60,6 +62,8 @@ def teachers(tmp_path_factory, tokenizer):
         "pruned": {"pruner": {"random": {"name": "random", "keep_ratio": 0.5}}},
         "resampled": {"projector": {"name": "resampler", "num_queries": 8, "num_heads": 2}},
         "coarse": {"vision": {**VISION, "patch_size": 16}},
+        "tiled": {"layout": TILES},
+        "joined": {"layout": JOINED},
     }
     return {name: save_teacher(place / name, tokenizer, **more) for name, more in slots.items()}
 
@@ -91,6 +95,8 @@ FITS = {
     "the same pruning": Case("pruned", {"pruner": {"random": {"keep_ratio": 0.5}}}),
     "the same resampler": Case("resampled", {"projector": {"name": "resampler", "num_queries": 8, "num_heads": 2}}),
     "another encoder with the same grid": Case("plain", {"vision": {**VISION, "image_size": 64, "patch_size": 16}}),
+    "the same tiles, fewer tokens": Case("tiled", {"layout": TILES, "pruner": {"random": {}}}),
+    "crops that are joined, text only": Case("joined", {"layout": JOINED}, TEXT),
     "another grid, text only": Case("coarse", distiller=TEXT),
     "no image tokens, text only": Case("plain", {"projector": None, "adapter": {"sees": {}}}, TEXT),
     "kl needs no image tokens": Case("plain", {"projector": None, "adapter": {"sees": {}}}, "kl"),
@@ -116,6 +122,10 @@ REFUSED = {
         "pruned", {"pruner": {"random": {"keep_ratio": 0.25}}}, reason=r"\[random\] are not those", fix=NO_VISUAL
     ),
     "a student that merges": Case("plain", {"pruner": {"pool": {}}}, reason="'pool' makes new tokens", fix=NO_VISUAL),
+    "tiles on one side": Case("tiled", reason="student's layout is none, the teacher's TilesConfig", fix=NO_VISUAL),
+    "crops that are joined": Case(
+        "joined", {"layout": JOINED}, reason="student's layout 'anyres' makes something else", fix=NO_VISUAL
+    ),
     "other projectors": Case("resampled", reason="'mlp' and projector 'resampler'", fix=NO_VISUAL),
     "hidden states of other widths": Case(
         "plain",

@@ -117,12 +117,21 @@ def _check_images(
                 f"the losses {what} need image tokens in the sequence, and the {who} has none. It can take losses on "
                 f"the response only. {fix}"
             )
-    for who, slots in (("student", our_slots), ("teacher", their_slots)):
-        if node := slots.get("layout"):
+    for who, made in (("student", model.layout), ("teacher", parts.layout)):
+        if made is not None and not getattr(made, "row_tokens", None):
+            name = (our_slots if who == "student" else their_slots)["layout"]["name"]
             raise ZooError(
-                f"the losses {what} compare one grid of cells for each image, and the {who}'s layout "
-                f"{node['name']!r} makes something else of it. {fix}"
+                f"the losses {what} compare one grid of cells for each image or tile, and the {who}'s layout "
+                f"{name!r} makes something else of it. {fix}"
             )
+    said = [
+        _options("layout", slots["layout"]) if slots.get("layout") else "none" for slots in (our_slots, their_slots)
+    ]
+    if said[0] != said[1]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: the student's layout is {said[0]}, the teacher's "
+            f"{said[1]}. {fix}, or give both one layout"
+        )
     ours = _layout(model.vision, model.pruner, model.projector, our_slots)
     theirs = _layout(parts.vision, parts.pruner, parts.projector, their_slots)
     if ours[0] != theirs[0]:
