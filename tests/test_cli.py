@@ -84,6 +84,15 @@ def test_debugging_shows_where_an_error_comes_from(monkeypatch):
         main(["trian"])
 
 
+@pytest.mark.parametrize(("given", "then"), [(None, "1"), ("3", "3")])
+def test_numpy_leaves_the_cores_to_the_step(given, then, monkeypatch, capsys):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", given or "")  # so that it is put back
+    if given is None:
+        monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    assert main(["version"]) == 0
+    assert os.environ["OPENBLAS_NUM_THREADS"] == then
+
+
 def test_a_run_gets_its_config_and_leaves_nothing_behind(ran, tmp_path):
     assert main(["train", "pruner=random", "seed=3"]) == 0
     (cfg,) = ran
