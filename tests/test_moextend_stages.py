@@ -79,7 +79,7 @@ def test_what_cannot_be_chosen_is_refused(two, words, message):
     ],
 )
 def test_the_recipes_go_on_from_a_run(two, name, options, tmp_path):
-    data = [f"data.{d}.scenes=4" for d in ("scenes", "scenes_relations")]
+    data = [f"data.{d}.scenes=4" for d in ("scenes", "scenes_basics")]
     cfg = compose("train", [f"recipe={name}", f"model={two[0]}", f"run.dir={tmp_path}", "device=cpu", *data, *options])
     run = Run(cfg)
     before = {n: p.clone() for n, p in run.model.named_parameters()}
