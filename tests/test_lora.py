@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.fusion_builders import VOCAB, llm_node, padded_batch, same_state, tiny_llm
-from zoo import registry
+from zoo import checkpoint, registry
 from zoo.registry import ZooError
 
 
@@ -140,3 +140,16 @@ def test_weights_of_other_targets_are_refused():
     one, two = lora_on(tiny_llm(), targets=["q_proj"]), lora_on(tiny_llm(), targets=["k_proj"])
     with pytest.raises(ZooError, match="not of this LoRA"):
         two.load_adapter_state_dict(one.adapter_state_dict())
+
+
+def test_a_checkpoint_holds_each_weight_once_by_the_name_it_has_without(make_model, tmp_path):
+    model, _ = make_model(adapter={"lora": {"name": "lora", "rank": 3}})
+    model.detach_only(["lora"])
+    base = checkpoint.tensors_of(model)
+    model.detach_only([])
+    found = checkpoint.tensors_of(model)
+    assert {n for n in found if ".lora_" not in n} == {n for n in base if ".lora_" not in n}
+    assert all(found[n] is t for n, t in base.items())
+    assert {id(t) for t in found.values()} >= {id(p) for p in model.parameters()}
+    checkpoint.save(tmp_path, found, [], {})
+    checkpoint.load_weights(tmp_path, found)

@@ -76,10 +76,15 @@ def load_optimizers(folder: Path, optimizers: list[Any]) -> None:
         optimizer.load_state_dict(saved)
 
 
-def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers by name: running statistics and the like, which train without being parameters."""
-    parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    return {n: t for n, t in module.state_dict(keep_vars=True).items() if n not in parameters and isinstance(t, Tensor)}
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, each once, by the names they are saved under.
+
+    Those of a wrapped layer (LoRA's) are the names it has without, so that they are the same while an adapter is
+    detached. Buffers are running statistics and the like, which train without being parameters.
+    """
+    named = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    first = {id(t): n for n, t in reversed(named.items())}  # of tied ones
+    return {n: t for n, t in named.items() if first[id(t)] == n}
 
 
 def whole(tensor: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.checkpoint import tensors_of
 from zoo.collate import TWIN
 from zoo.loader import keyed
 from zoo.model_types import Seen
@@ -196,7 +197,7 @@ class Engine:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What trains in this stage, with the names that checkpoints use."""
-        named = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        named: dict[str, Any] = {f"model.{n}": p for n, p in tensors_of(self.model).items() if p.requires_grad}
         if isinstance(self.distiller, nn.Module):
             named |= {f"distiller.{n}": p for n, p in self.distiller.named_parameters()}
         return named

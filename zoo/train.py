@@ -330,13 +330,12 @@ class Run:
     # ---- checkpoints and the end -------------------------------------------------------------------------------
 
     def _named(self, engine: Engine) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: weights that were ever trained, and buffers."""
-        named: dict[str, torch.Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        """What a checkpoint holds: weights that were ever trained, and the model's buffers."""
+        named = {f"model.{n}": t for n, t in checkpoint.tensors_of(self.model).items()}
         if isinstance(engine.distiller, nn.Module):
             named |= {f"distiller.{n}": p for n, p in engine.distiller.named_parameters()}
         ever = set(self.progress.trained)
-        named = {n: p for n, p in named.items() if n in ever}
-        return named | {f"model.{n}": t for n, t in checkpoint.buffers_of(self.model).items()}
+        return {n: t for n, t in named.items() if n in ever or not isinstance(t, nn.Parameter)}
 
     def _save(self, engine: Engine) -> None:
         named, state = self._named(engine), asdict(self.progress)
