@@ -20,12 +20,13 @@ from zoo.benches import (
     claim_pruning,
     claim_vlora,
 )
-from zoo.benches.claim_student import Arm, World
+from zoo.benches.claim_student import Arm, Scenes
 from zoo.benches.claims import CLAIMS, Options
 from zoo.registry import ZooError
 
 BOUNDS = {"pool": 3, "pruning": 5, "pruning_fashion": 4, "pruning_film": 4, "vlora": 3, "mole": 2, "moextend": 4}
 BOUNDS |= {"pool_cells": 0, "mole_domains": 0, "moextend_clothes": 1, "vlora_clothes": 1}
+BOUNDS |= {"llava_kd_clothes": 5, "llava_mod_clothes": 6}
 REAL = {claim: needed for claim in BOUNDS if (needed := getattr(import_module(CLAIMS[claim]), "DATA", ()))}
 
 
@@ -160,7 +161,9 @@ def test_llava_mod_is_judged_by_what_it_says():
 def test_other_claims_of_distillation_are_judged_seed_by_seed():
     arms = {name: [0.5, 0.5] for name in (*claim_llava_kd.ARMS, claim_llava_kd.EQUAL_COMPUTE)}
     rows = claim_llava_kd.judge(arms | {"PT-SFT-DFT": [0.9, 0.4]})
-    assert {r.what: r.reached for r in rows}["llava_kd: the same at equal compute, least of the seeds"] is False
+    assert {r.what: r.reached for r in rows}[
+        "llava_kd: distilled fine-tuning over the control at equal compute, least of the seeds"
+    ] is False
     ways = {f"{way}, {ratio}": [0.5] for way in claim_distill_pruned.WAYS for ratio in claim_distill_pruned.RATIOS}
     rows = claim_distill_pruned.judge(ways | {f"{claim_distill_pruned.TAUGHT}, 0.25": [0.4]})
     assert [r.reached for r in rows] == [True, False, True, True] * 2
@@ -170,7 +173,7 @@ def test_students_side_by_side_learn_what_each_learns_alone():
     """Two of one teacher, which looks once a step for both, one of them pruned; and one without a teacher."""
     weights, looks = [], []
     for together in (True, False):
-        world = World(seed=1, share=0.01)
+        world = Scenes(seed=1, share=0.01)
         see = world.teacher.teacher.see
         world.teacher.teacher.see = lambda *args, see=see, how=together: looks.append(how) or see(*args)
         student, _ = world.student("llava_kd_tiny")

@@ -55,7 +55,7 @@ def test_models_that_ship_answer_offline_right_after_installation(name):
     assert scores["scenes/box/iou"] > 0.6
 
 
-CLOTHES = ["fashion_tiny", "llava_kd_fashion"]
+CLOTHES = ["fashion_tiny", "llava_kd_fashion", "llava_mod_fashion"]
 
 
 @pytest.mark.parametrize("name", CLOTHES)

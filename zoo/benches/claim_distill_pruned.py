@@ -8,7 +8,7 @@ alone, which shows what is due to the teacher. All go on for as many steps, what
 import copy
 from collections.abc import Callable
 
-from zoo.benches.claim_student import FALLS, Arm, World
+from zoo.benches.claim_student import FALLS, Arm, Scenes
 from zoo.benches.measure import Value
 from zoo.benches.report import Row
 
@@ -24,7 +24,7 @@ SETTING = [
 
 def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
     """Train all arms from the same weights."""
-    world = World(seed, share)
+    world = Scenes(seed, share)
     kd = {"name": "llava_kd"}
     whole, _ = world.student(STUDENT, pretrained=True)
     arms = {"whole": Arm(copy.deepcopy(whole), kd)}

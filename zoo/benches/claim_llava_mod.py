@@ -8,12 +8,12 @@ absent objects is POPE's adversarial kind: most share a colour or a shape with s
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from zoo.benches.claim_student import FALLS, OFF, TEACHER, Arm, World
+from zoo.benches.claim_student import FALLS, OFF, TEACHER, Arm, Scenes, World
 from zoo.benches.measure import Value
 from zoo.benches.report import Row
 
@@ -43,10 +43,29 @@ SETTING = [
 
 def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
     """Train all arms from one student."""
-    world = World(seed, share)
+    world = Scenes(seed, share)
     short = ["pruner=[divprune]", "pruner.divprune.keep_ratio=0.0625"]
     student, processor = world.student("llava_kd_tiny", "adapter=[upcycle]", *short, pretrained=True)
     student.detach_only(["upcycle"])
+    return compare(world, student, processor, (world.relations, GO_ON, FALLS), (world.pairs, PREFER), show)
+
+
+def compare(
+    world: World,
+    student: Any,
+    processor: Any,
+    go_on: tuple[Any, int, Mapping[str, Any]],
+    prefer: tuple[Any, int],
+    show: Callable[[str], None],
+) -> dict[str, float]:
+    """Score the teacher, the student, it after going on in four ways, and the last of these after pairs, in four ways.
+
+    Args:
+        student: with `upcycle`, detached.
+        processor: its own; None: the teacher's.
+        go_on: data, steps, and how they are optimised.
+        prefer: pairs of answers, and steps.
+    """
     found: dict[str, float] = {}
 
     def score(name: str, model: Any, processor: Any = processor) -> None:
@@ -63,27 +82,28 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
         if kind == "sparse":
             arms[name].fields = {"train": SPARSE}
             arms[name].model.detach_only([])
-            torch.manual_seed(seed)
+            torch.manual_seed(world.seed)
             arms[name].model.adapter["upcycle"].start()
-    world.train(list(arms.values()), world.relations, GO_ON, **FALLS)
+    data, steps, rates = go_on
+    world.train(list(arms.values()), data, steps, **rates)
     for name, arm in arms.items():
         score(name, arm.model)
     pairs = {}
     for name, distiller in PAIRS.items():
         weights = {} if distiller is None else OFF
         pairs[name] = Arm(copy.deepcopy(arms["sparse, mimic"].model), distiller, processor, {"loss_weights": weights})
-    world.train(list(pairs.values()), world.pairs, PREFER, train=SPARSE, lr=1e-3)
+    world.train(list(pairs.values()), *prefer, train=SPARSE, lr=1e-3)
     for name, arm in pairs.items():
         score(name, arm.model)
     return found
 
 
-def judge(found: dict[str, list[float]]) -> list[Row]:
+def judge(found: dict[str, list[float]], claim: str = "llava_mod") -> list[Row]:
     """Mimic above answers at equal steps, for both kinds; fewer false positives, answers still valid."""
     mean = {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
 
     def row(what: str, value: float, bound: float | None = None) -> Row:
-        return Row(f"llava_mod: {what}", Value(value, value, value), "", bound=bound)
+        return Row(f"{claim}: {what}", Value(value, value, value), "", bound=bound)
 
     rows = [
         row(f"{kind}, accuracy of mimic above answers alone",

@@ -1,7 +1,7 @@
 """Small students in the claims of distillation: how they are built, trained beside each other, and scored.
 
 The students of a stage train in turns on the same batches: pictures are drawn once, and the teacher looks once for all
-that learn from it. Scores are those of `zoo eval` on drawn scenes, boxes left out.
+that learn from it. Scores are those of `zoo eval`: on drawn scenes, boxes left out, or on photos of clothes.
 """
 
 import time
@@ -24,7 +24,6 @@ from zoo.tasks.yes_no import yes_or_no
 from zoo.teacher import Teacher, Twins
 
 TEACHER = "scenes_tiny"
-TEST = 100  # pictures
 RATE: dict[str, Any] = {
     "optimizer": "muon_adamw",
     "lr": 5e-4,
@@ -68,15 +67,17 @@ class Shared:
 class World:
     """Teacher, pictures, and the training of students."""
 
+    teacher_name: str
+    batch_size: int
+    presence: str  # kind of the questions whether something is there
+    test: Any  # data set to score on
+    num_test: int  # pictures of it
+
     def __init__(self, seed: int, share: float) -> None:
         self.seed, self.share = seed, share
         self.accelerator = start_accelerator("cpu")
-        model, self.teachers_processor = load(TEACHER, device="cpu")
+        model, self.teachers_processor = load(self.teacher_name, device="cpu")
         self.teacher = Shared(model)
-        self.basics = self.scenes(questions={"relation": 0, "point": 1})
-        self.relations = self.scenes(questions={"exist": 2, "color": 1, "size": 0, "count": 3, "relation": 7, "box": 1})
-        self.pairs = self.scenes(questions=dict.fromkeys(QUESTIONS, 0) | {"exist": 4}, pairs=True, grid=0)
-        self.test = self.scenes(split="eval", eval_scenes=TEST, seed=0, questions={"box": 0})
 
     def student(self, name: str, *words: str, pretrained: bool = False) -> tuple[Any, Any]:
         """Compose a model by name, with random weights or with its own; returns it and its processor."""
@@ -87,15 +88,17 @@ class World:
             return load(name, *words, device="cpu")
         return build(compose("load", [f"model={name}", *words]), pretrained=False, device="cpu")
 
-    def scenes(self, **options: Any) -> Any:
-        return part("dataset", {"name": "scenes", "seed": self.seed, "scenes": 8000, **options})
+    def train(self, arms: Sequence[Arm], data: Any, steps: int, order: int = 0, **fields: Any) -> None:
+        """Run a stage on one data set for every arm; their seconds count on.
 
-    def train(self, arms: Sequence[Arm], data: Any, steps: int, **fields: Any) -> None:
-        """Run a stage on one data set for every arm; their seconds count on."""
+        Args:
+            order: of the pictures: stages of one number see the same ones first.
+            fields: of `Stage`.
+        """
         steps = max(2, round(steps * self.share))
         lanes, sources = [], {}
         for arm in arms:
-            size = 20 if self.share == 1 else 4
+            size = self.batch_size if self.share == 1 else 4
             chosen = {"steps": steps, "batch_size": size, **fields, **arm.fields, "distiller": arm.distiller}
             stage = Stage(**chosen)
             node = stage.distiller_node
@@ -107,7 +110,7 @@ class World:
             )  # fmt: skip
             processor = arm.processor or self.teachers_processor
             if id(processor) not in sources:
-                mix = Mix({"scenes": data}, {}, self.seed)
+                mix = Mix({"pictures": data}, {}, self.seed + 1000 * order)
                 twins = Twins(self.teachers_processor, processor) if arm.processor else None
                 sources[id(processor)] = Batches(
                     mix, processor, stage, steps, Place(), text=engine.run_llm, teacher=twins
@@ -128,21 +131,52 @@ class World:
 
     def score(self, model: Any, processor: Any = None) -> dict[str, float]:
         """Accuracy over all questions, and what is said about presence."""
-        limit = None if self.share == 1 else 4
+        limit = self.num_test if self.share == 1 else 4
         rows = evaluate(
-            model, processor or self.teachers_processor, {"scenes": self.test}, limit=limit, baselines=False
+            model, processor or self.teachers_processor, {"pictures": self.test}, limit=limit, baselines=False
         ).predictions
-        exist = [(yes_or_no(r["prediction"]), r["answers"][0] == "yes") for r in rows if r["kind"] == "exist"]
+        asked = [(yes_or_no(r["prediction"]), r["answers"][0] == "yes") for r in rows if r["kind"] == self.presence]
         kinds = sorted({r["kind"] for r in rows})
         scores = {k: mean([_right(r) for r in rows if r["kind"] == k]) for k in kinds}
         return {
             "accuracy": mean([_right(r) for r in rows]),
             **scores,
-            "false positives": mean([said is True for said, there in exist if not there]),
-            "false negatives": mean([said is not True for said, there in exist if there]),
-            "yes": mean([said is True for said, _ in exist]),
-            "valid": mean([said is not None for said, _ in exist]),
+            "false positives": mean([said is True for said, there in asked if not there]),
+            "false negatives": mean([said is not True for said, there in asked if there]),
+            "yes": mean([said is True for said, _ in asked]),
+            "valid": mean([said is not None for said, _ in asked]),
         }
+
+
+class Scenes(World):
+    """Drawn scenes, and what teaches on them."""
+
+    teacher_name, batch_size, presence, num_test = TEACHER, 20, "exist", 100
+
+    def __init__(self, seed: int, share: float) -> None:
+        super().__init__(seed, share)
+        self.basics = self.scenes(questions={"relation": 0, "point": 1})
+        self.relations = self.scenes(questions={"exist": 2, "color": 1, "size": 0, "count": 3, "relation": 7, "box": 1})
+        self.pairs = self.scenes(questions=dict.fromkeys(QUESTIONS, 0) | {"exist": 4}, pairs=True, grid=0)
+        self.test = self.scenes(split="eval", eval_scenes=self.num_test, seed=0, questions={"box": 0})
+
+    def scenes(self, **options: Any) -> Any:
+        return part("dataset", {"name": "scenes", "seed": self.seed, "scenes": 8000, **options})
+
+
+class Clothes(World):
+    """Fashion-MNIST as questions, in the words of the recipes, and what teaches on it."""
+
+    teacher_name, batch_size, presence, num_test = "fashion_tiny", 64, "yes_no", 1000
+
+    def __init__(self, seed: int, share: float) -> None:
+        from zoo.config import compose
+
+        super().__init__(seed, share)
+        nodes = compose("train", ["recipe=llava_mod_fashion"]).data
+        self.photos = part("dataset", {**nodes.fashion_mnist, "seed": seed})
+        self.pairs = part("dataset", {**nodes.fashion_pairs, "seed": seed})
+        self.test = part("dataset", nodes.fashion_mnist).eval_split()
 
 
 def mean(values: Sequence[Any]) -> float:

@@ -40,6 +40,8 @@ CLAIMS = {
     "vlora_clothes": "zoo.benches.claim_vlora_clothes",
     "llava_kd": "zoo.benches.claim_llava_kd",
     "llava_mod": "zoo.benches.claim_llava_mod",
+    "llava_kd_clothes": "zoo.benches.claim_llava_kd_clothes",
+    "llava_mod_clothes": "zoo.benches.claim_llava_mod_clothes",
     "distill_pruned": "zoo.benches.claim_distill_pruned",
 }
 
