@@ -4,7 +4,8 @@ Paper: Alayrac et al., arXiv:2204.14198 (Flamingo), section 3.1.
 
 Each layer lets the queries attend to the image tokens and to themselves at once, then comes a feed-forward. We differ
 in adding fixed sine positions of the grid to the image tokens, as Qwen-VL does; where there is no grid they have none.
-Attention is torch's fused kernel.
+Attention is torch's fused kernel, and its weights start as those of torch's own module (Xavier). Queries start as
+loud as normalised tokens: quieter ones all read the same at first.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class ResamplerConfig:
     hidden_size: int = 0  # width inside; 0: the encoder's
     num_heads: int = 0  # 0: one per 64 of the width
     mlp_ratio: float = 4.0  # width of the feed-forward over the width inside
+    input_norm: bool = True  # normalise image tokens, as published; off where their length tells what they show
 
     def __post_init__(self) -> None:
         for name in ("num_queries", "depth"):
@@ -47,9 +49,9 @@ class Resampler(nn.Module):
         if width % heads:
             raise ZooError(f"projector 'resampler': width {width} is no multiple of num_heads {heads}.")
         self.num_queries = config.num_queries
-        self.queries = nn.Parameter(torch.randn(config.num_queries, width) * width**-0.5)
+        self.queries = nn.Parameter(torch.randn(config.num_queries, width))
         self.proj_in = nn.Linear(vision_dim, width)
-        self.norm_in = nn.LayerNorm(width)
+        self.norm_in = nn.LayerNorm(width) if config.input_norm else nn.Identity()
         self.layers = nn.ModuleList(_Layer(width, heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(width)
         self.proj_out = nn.Linear(width, text_dim)
@@ -75,6 +77,8 @@ class _Layer(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        for weight in (self.q.weight, *self.kv.weight.chunk(2), self.out.weight):
+            nn.init.xavier_uniform_(weight)
         inner = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 

@@ -66,6 +66,15 @@ def test_resampler_layer_is_its_equation():
     assert torch.allclose(got, wanted, atol=1e-10)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_resampler_may_hear_how_loud_tokens_are(norm):
+    projector = build("resampler", input_norm=norm)
+    torch.nn.init.zeros_(projector.proj_in.bias)
+    image = replace(features(), grid=None)
+    louder = replace(image, tokens=3 * image.tokens)
+    assert torch.allclose(projector(image), projector(louder), atol=1e-3) == norm
+
+
 def test_resampler_sees_places_where_there_is_a_grid():
     projector = build("resampler")
     image = features()
