@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ANSWERS, QUESTIONS, sample
+from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from tests.teacher_builders import KD, save_teacher, taught
 from tests.train_builders import losses
+from zoo import checker
+from zoo.checker import Plan, RefusedError, check
+from zoo.engine import Counts, TrainStep, count_images, count_labels
 from zoo.loader import Mix
-from zoo.registry import ZooError
+from zoo.registry import ZooError, build
 from zoo.run_folder import read_metrics
 from zoo.stage import Stage
-from zoo.teach import main, samples, stage_of
+from zoo.teach import Truncation, main, said_of, samples, stage_of
+from zoo.teacher import Teacher, Twins
 from zoo.teacher_store import Stored, Writer, data_hash, read_about, sample_key, shards_of
+from zoo.tokenizer import OF_MODEL
 from zoo.train import Run
+from zoo.vision.pictures import Pictures
 
 NO_RELATION = "{name: llava_kd, relation_weight: 0}"
 STAGE = f"steps: 3, {KD}".replace("distiller: llava_kd", f"distiller: {NO_RELATION}")
@@ -67,6 +73,62 @@ def test_a_pruned_student_learns_from_the_stored_cells_it_kept(tmp_path, teacher
     for name, stage in (("live", STAGE), ("stored", from_store(store))):
         Run(taught(tmp_path, teacher, {"dft": stage}, *pruner, f"run.folder={tmp_path / name}")).train()
     assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
+
+
+TILES = {"name": "tiles"}
+CUT = {"image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 64},
+       "max_image_size": {"longest_edge": 32}}  # fmt: skip
+
+
+def test_stored_tiles_are_those_that_the_student_sees(tmp_path, make_model):
+    """A square image is four tiles and an overview, one twice as wide as high two; the student drops half of each."""
+    student, own = make_model(seed=1, layout=TILES, pruner={"random": {"keep_ratio": 0.5}})
+    model, theirs = make_model(seed=2, layout=TILES)
+    own.pictures = theirs.pictures = Pictures(CUT)
+    several = [sample((q, a), seed=i, name=str(i)) for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=False))]
+    several[1].images[0] = several[1].images[0][:16]
+    distiller = build("distiller", {"name": "llava_kd", "relation_weight": 0.0})
+    teacher = Teacher(model, distiller.needs)
+    about = {"vocab_size": len(theirs.tokenizer), "positions": ["response", "visual"], "dtype": "float32",
+             "cells": model.layout.row_tokens, "data": {}}  # fmt: skip
+    keyed = [(sample_key(s), s) for s in several]
+    Writer(tmp_path, about).write(said_of(teacher, theirs, keyed, len(theirs.tokenizer) - 1, about, Truncation()))
+    found = []
+    for who, writes in ((teacher, Twins(theirs, own)), (stored := Stored(tmp_path, distiller.needs),) * 2):
+        batch = own.collate([row for s in several[:3] for row in writes.add(s, [s], [own.encode(s)])])
+        assert [cut.rows for cut in batch["cuts"]] == [5, 3, 5]
+        step = TrainStep(student, distiller, who, Stage(steps=1, distiller="llava_kd", teacher="t"))
+        found.append(step(batch, Counts(count_labels(batch), count_images(batch))))
+    for name in ("answer", "response", "visual"):
+        assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=1e-4), name
+    own.pictures = None
+    with pytest.raises(ZooError, match=r"has 80 image tokens for sample .*, and the student cuts .* into 1 of 16"):
+        stored.add(several[0], several[:1], [own.encode(several[0])])
+
+
+HALF = {"pruner": {"random": {"name": "random", "keep_ratio": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("slots", "stored", "reason"),
+    [
+        ({"layout": TILES}, {}, "layout is TilesConfig.* the teacher's none"),
+        ({"pruner": {"pool": {}}}, {}, "'pool' makes new tokens"),
+        (HALF, HALF, r"has pruners \[random\], and a store knows image tokens by their place"),  # live it may
+    ],
+    ids=["tiles", "pool", "both drop"],
+)
+def test_image_tokens_that_the_store_cannot_give_are_refused(
+    tmp_path, monkeypatch, store, teacher, slots, stored, reason
+):
+    monkeypatch.setattr(checker, "_MOST_TRIES", 3)  # the fixes of teaching come first
+    about = read_about(store)
+    (tmp_path / "store.json").write_text(json.dumps(about | {"slots": about["slots"] | stored}))
+    stage = Stage(steps=3, distiller={"name": "llava_kd", "relation_weight": 0.0}, teacher={"store": str(tmp_path)})
+    plan = Plan(tiny_slots(**slots), stages={"dft": stage}, data=("scenes",), tokenizer=f"{OF_MODEL}{teacher}")
+    with pytest.raises(RefusedError, match=f"(?s)Stage 'dft': .*{reason}") as refusal:
+        check(plan)
+    assert any("visual_weight:0" in fix for fix in refusal.value.fixes)
 
 
 def test_stopped_it_goes_on(tmp_path, teacher, store, capsys):

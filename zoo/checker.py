@@ -256,7 +256,7 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Plan) -> int:
 
     try:
         if folder := stage.teacher_node["store"]:
-            check_store(name, stage, folder, needs)
+            check_store(name, stage, folder, needs, model, plan.slots)
             return 0
         return check_teacher(name, stage, distiller, model, plan)
     except ZooError as error:

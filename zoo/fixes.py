@@ -103,10 +103,11 @@ def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
 def _other_teaching(plan: "Plan", name: str, stage: Any) -> Iterator[tuple[str, "Plan"]]:
     """The teacher's tokenizer, and the distiller without its losses on image tokens or on hidden states."""
     node = stage.teacher_node
-    if node is None or not node["model"]:
+    if node is None:
         return
-    source = f"{OF_MODEL}{node['model']}"
-    yield f"tokenizer.checkpoint={source}", replace(plan, tokenizer=source, vocab_size=None, made=None)
+    if node["model"]:
+        source = f"{OF_MODEL}{node['model']}"
+        yield f"tokenizer.checkpoint={source}", replace(plan, tokenizer=source, vocab_size=None, made=None)
     own = stage.distiller_node
     if own is None:
         return

@@ -86,6 +86,7 @@ def main(cfg: DictConfig) -> Path:
         "positions": [p for p in (RESPONSE, VISUAL, PAIRS) if f"teacher.{p}" in needs],
         "vocab_size": len(processor.tokenizer),
         "tokens": tokens_hash(processor.tokenizer),
+        "slots": dict(model.config.slots),
         "cells": getattr(model.layout, "row_tokens", None) or model.num_image_tokens,
         "data": {n: data_hash(d) for n, d in zip(mix.names, mix.datasets, strict=True)},
     }

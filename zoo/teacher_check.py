@@ -70,8 +70,19 @@ def _tokenizer(source: str, template: str) -> Any:
     return load_tokenizer(source, template)
 
 
-def check_store(name: str, stage: Any, folder: str, needs: frozenset[str]) -> None:
-    """Refuse a stored teacher that does not hold what the distiller needs."""
+def check_store(
+    name: str, stage: Any, folder: str, needs: frozenset[str], model: Any, slots: Mapping[str, Any]
+) -> None:
+    """Refuse a stored teacher that does not hold what the distiller needs, or holds other image tokens.
+
+    Args:
+        name: of the stage.
+        stage: its settings.
+        folder: of the store.
+        needs: words of the distiller.
+        model: the student on the meta device.
+        slots: of the student.
+    """
     about = read_about(Path(folder))
     missing = sorted(n for n in needs if n.startswith("teacher.") and n.partition(".")[2] not in about["positions"])
     if missing:
@@ -81,6 +92,15 @@ def check_store(name: str, stage: Any, folder: str, needs: frozenset[str]) -> No
             f"the stored teacher in {folder!r} has {' and '.join(about['positions'])} positions, not {what}. "
             f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}, or load the teacher"
         )
+    if needs & ON_IMAGES:
+        with torch.device("meta"):
+            parts = assemble(about["slots"], vocab_size=about["vocab_size"])
+        _check_images(name, stage, needs, model, slots, parts, about["slots"])
+        if steps := _layout(parts.vision, parts.pruner, parts.projector, about["slots"])[1]:
+            raise ZooError(
+                f"the teacher stored in {folder!r} has pruners {_names(steps)}, and a store knows image tokens by "
+                f"their place in the whole grid. {_without_images(name, stage, needs)}, or load the teacher"
+            )
 
 
 def _check_tokens(name: str, plan: Any, theirs: Any) -> int:
@@ -109,8 +129,7 @@ def _check_images(
     their_slots: Mapping[str, Any],
 ) -> None:
     what = " and ".join(sorted(n.partition(".")[2] for n in needs & ON_IMAGES))
-    off = ", ".join(f"{n.partition('.')[2]}_weight: 0" for n in sorted(needs & ON_IMAGES))
-    fix = f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}"
+    fix = _without_images(name, stage, needs)
     for who, count in (("student", model.num_image_tokens), ("teacher", parts.num_image_tokens)):
         if not count:
             raise ZooError(
@@ -161,6 +180,11 @@ def _check_images(
             f"image tokens of student and teacher do not align: projector {_projector(our_slots)!r} mixes what the "
             f"student's pruners {_names(steps)} leave. {fix}, or give the teacher those pruners too"
         )
+
+
+def _without_images(name: str, stage: Any, needs: frozenset[str]) -> str:
+    off = ", ".join(f"{n.partition('.')[2]}_weight: 0" for n in sorted(needs & ON_IMAGES))
+    return f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}"
 
 
 Layout = tuple[tuple[Any, str], list[tuple[str, bool, str]], str]

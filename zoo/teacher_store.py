@@ -24,9 +24,10 @@ import torch
 from zoo.collate import EncodedSample
 from zoo.registry import IGNORE_INDEX, Sample, ZooError
 from zoo.run_folder import write_json
+from zoo.vision.pictures import Picture
 
 INDEX = "store.json"
-FORMAT = 1
+FORMAT = 2
 PROBES = 16  # pictures of each data set that its hash looks at
 RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
 WHAT = ("ids", "log_probs", "log_rest")
@@ -158,7 +159,7 @@ class Stored:
         """Put what the teacher said into the targets of a sample's rows.
 
         Raises:
-            ZooError: the sample is not in the store, or has other positions there.
+            ZooError: the sample is not in the store, or has other positions there: labels, or tiles of its images.
         """
         found = self.where.get(sample_key(sample))
         if found is None:
@@ -183,6 +184,13 @@ class Stored:
                 part = parts.get(positions, slice(None))
                 row.targets |= {f"teacher.{positions}.{what}": values[what][part] for what in WHAT}
             if VISUAL in said:
+                tiles = sum(p.cut.rows if isinstance(p, Picture) else 1 for p in row.pixel_values)
+                if len(said[VISUAL]["ids"]) != tiles * self.about["cells"]:
+                    raise ZooError(
+                        f"The store {str(self.folder)!r} has {len(said[VISUAL]['ids'])} image tokens for sample "
+                        f"{sample.id!r}, and the student cuts its images into {tiles} of {self.about['cells']} each: "
+                        "give both one image processor, or set visual_weight: 0."
+                    )
                 row.targets["teacher.visual.cells"] = np.array([self.about["cells"]])
             start += count
         return rows
