@@ -26,7 +26,7 @@ from zoo.registry import ZooError
 
 BOUNDS = {"pool": 3, "pruning": 5, "pruning_fashion": 4, "pruning_film": 4, "vlora": 3, "mole": 2, "moextend": 4}
 BOUNDS |= {"pool_cells": 0, "mole_domains": 0, "moextend_clothes": 1, "vlora_clothes": 1}
-BOUNDS |= {"llava_kd_clothes": 5, "llava_mod_clothes": 6}
+BOUNDS |= {"llava_kd_clothes": 8, "llava_mod_clothes": 6, "distill_pruned_clothes": 8}
 REAL = {claim: needed for claim in BOUNDS if (needed := getattr(import_module(CLAIMS[claim]), "DATA", ()))}
 
 

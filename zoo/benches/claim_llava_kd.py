@@ -99,14 +99,14 @@ OF_STAGES = (
 )
 
 
+OF_TERMS = (
+    ("answers alone over a second supervised pass", "PT-SFT-DFT, response", "PT-SFT-SFT"),
+    ("image tokens beside answers", "PT-SFT-DFT, response and visual", "PT-SFT-DFT, response"),
+    ("relations beside both", "PT-SFT-DFT", "PT-SFT-DFT, response and visual"),
+)
+
+
 def judge(found: dict[str, list[float]]) -> list[Row]:
     """What distillation gains in every seed, over equal steps and over equal compute, and what each part adds."""
-    return least(
-        "llava_kd",
-        found,
-        *OF_STAGES,
-        ("distilled fine-tuning over the control at equal compute", "PT-SFT-DFT", EQUAL_COMPUTE),
-        ("answers alone over a second supervised pass", "PT-SFT-DFT, response", "PT-SFT-SFT"),
-        ("image tokens beside answers", "PT-SFT-DFT, response and visual", "PT-SFT-DFT, response"),
-        ("relations beside both", "PT-SFT-DFT", "PT-SFT-DFT, response and visual"),
-    )
+    equal = ("distilled fine-tuning over the control at equal compute", "PT-SFT-DFT", EQUAL_COMPUTE)
+    return least("llava_kd", found, *OF_STAGES, equal, *OF_TERMS)

@@ -1,4 +1,4 @@
-"""The claim of `claim_llava_kd` on photographs and from random weights: stages of LLaVA-KD on Fashion-MNIST.
+"""The claim of `claim_llava_kd` on photographs and from random weights: stages and terms of LLaVA-KD on Fashion-MNIST.
 
 Everything trains in every stage, on the same 24,000 photos, mirrored and moved. Equal compute is the control with as
 many more steps in its last stage as make the seconds of all three distilled stages, measured in the run.
@@ -6,7 +6,7 @@ many more steps in its last stage as make the seconds of all three distilled sta
 
 from collections.abc import Callable
 
-from zoo.benches.claim_llava_kd import EQUAL_COMPUTE, OF_STAGES, STAGES, least, three_stages
+from zoo.benches.claim_llava_kd import ARMS, EQUAL_COMPUTE, OF_STAGES, OF_TERMS, least, three_stages
 from zoo.benches.claim_student import FALLS, RATE, Arm, Clothes
 from zoo.benches.report import Row
 
@@ -27,7 +27,7 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
         (world.photos, steps, {"train": ["all"], "order": order, **rate, **FAST})
         for order, (steps, rate) in enumerate(((PT, RATE), (SFT, RATE), (FT, FALLS | {"flat_ratio": 0.4})))
     ]
-    second, third = three_stages(world, world.student("llava_kd_fashion")[0], stages, STAGES)
+    second, third = three_stages(world, world.student("llava_kd_fashion")[0], stages, ARMS)
     before, control = second["PT"].seconds, third["PT-SFT-SFT"].seconds
     factor = (third["DPT-SFT-DFT"].seconds - before) / (control - before)
     third[EQUAL_COMPUTE] = Arm(second["PT"].model, seconds=before)
@@ -42,6 +42,6 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
 
 
 def judge(found: dict[str, list[float]]) -> list[Row]:
-    """What distillation gains in every seed, over equal steps and over equal compute."""
+    """What distillation gains in every seed, over equal steps and over equal compute, and what each part adds."""
     equal = ("all three stages over the control at equal compute", "DPT-SFT-DFT", EQUAL_COMPUTE)
-    return least("llava_kd_clothes", found, *OF_STAGES, equal)
+    return least("llava_kd_clothes", found, *OF_STAGES, equal, *OF_TERMS)

@@ -43,6 +43,7 @@ CLAIMS = {
     "llava_kd_clothes": "zoo.benches.claim_llava_kd_clothes",
     "llava_mod_clothes": "zoo.benches.claim_llava_mod_clothes",
     "distill_pruned": "zoo.benches.claim_distill_pruned",
+    "distill_pruned_clothes": "zoo.benches.claim_distill_pruned_clothes",
 }
 
 
