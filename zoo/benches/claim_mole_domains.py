@@ -1,8 +1,9 @@
 """The comparison of `claim_mole` on real domains: clothes, radiology, and sentences about shapes, in one frozen model.
 
-A small model learns to say yes or no about photos of clothes (Fashion-MNIST) and is frozen. Then one update, or routed
-ones, have to name the clothes, answer clinicians' questions (VQA-RAD), and judge sentences about shapes (NLVR), a third
-of each batch each. NLVR stays at chance for every small model of the zoo; it is there as a domain of other words.
+A small model is trained on yes-or-no questions about photos of clothes (Fashion-MNIST) and frozen. Then one update, or
+routed ones, have to name the clothes, answer clinicians' questions (VQA-RAD), and judge sentences about shapes (NLVR),
+a third of each batch each. NLVR stays at chance for every small model of the zoo; it is there as a domain of other
+words.
 """
 
 import copy
