@@ -27,6 +27,7 @@ from zoo.fusion.attended import Attended, watch
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask
 from zoo.fusion.survivors import Survivors
 from zoo.registry import ZooError
+from zoo.registry.versions import cache_in
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ALIBI = {"bloom", "mpt", "falcon"}
@@ -155,7 +156,7 @@ class Dropper:
             return None  # tokens that are decoded see all of this layer's cache
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = given[names[0]]
-        cache = given.get("past_key_values", given.get("layer_past"))
+        cache = cache_in(given)
         if number == 0:
             self._start(hidden, cache)
         run = self.run

@@ -14,6 +14,7 @@ from zoo.benches.costs import QWEN2_7B, VICUNA_7B, DecoderSizes, cache_bytes, ma
 from zoo.fusion.attention_walk import walk_flops
 from zoo.fusion.merging import merge
 from zoo.registry import ZooError
+from zoo.registry.versions import cache_of
 
 
 def build(name="aim", llm=None, **options):
@@ -328,7 +329,7 @@ def test_closed_form_is_torchs_counter_and_caches_are_as_counted():
     scoring = sum(walk_flops(n, sizes.heads, sizes.head_dim, 5) for n in tokens[3:5])
     rotary = counter.get_total_flops() - matmul_flops(sizes, tokens, head_rows=1) - scoring
     assert 0 <= rotary <= 2 * ids.shape[1] * sizes.head_dim  # the table of angles is a product too
-    cache = out.past_key_values
+    cache = cache_of(out)
     assert [cache.get_seq_length(i) for i in range(6)] == tokens
     held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     assert held == cache_bytes(sizes, tokens, 4)

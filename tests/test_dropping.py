@@ -9,6 +9,7 @@ import torch
 from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, generate, llm_of, padded, row, sequence
 from tests.fusion_builders import same_state, tiny_llm
 from zoo.registry import ZooError
+from zoo.registry.versions import cache_argument, cache_of
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gemma", "stablelm", "granite", "mixtral"]
 FAMILIES += ["qwen2_moe"]
@@ -24,9 +25,9 @@ def test_dropping_is_hiding_and_caches_are_shorter(model_type):
     assert torch.equal(a.sequences, b.sequences)
     assert all(torch.allclose(x, y, atol=3e-6, rtol=3e-6) for x, y in zip(a.scores, b.scores, strict=True))
     # 6 + 6 and 9 + 10 tokens; four and seven images tokens stay, then three and five
-    lengths = [a.past_key_values.get_seq_length(i) for i in range(4)]
+    lengths = [cache_of(a).get_seq_length(i) for i in range(4)]
     assert lengths == [19 + 4, 9 + 7 + 4, 9 + 5 + 4, 9 + 5 + 4]
-    assert [b.past_key_values.get_seq_length(i) for i in range(4)] == [23] * 4
+    assert [cache_of(b).get_seq_length(i) for i in range(4)] == [23] * 4
     assert [k.sum(1).tolist() for k in drop.kept()] == [[12, 19], [10, 16], [9, 14], [9, 14]]
     assert all(torch.equal(x, y) for x, y in zip(drop.kept(), hide.kept(), strict=True))
     plain = generate(llm_of(model_type), None, ids, mask)
@@ -166,7 +167,7 @@ def test_a_cache_goes_on_with_several_tokens_at_once():
     whole = torch.cat([mask, torch.ones_like(more)], 1)
     states = []
     for chunks in ([6], [1, 2, 3]):
-        cache = forward(llm, drop, ids, mask, use_cache=True).past_key_values
+        cache = cache_of(forward(llm, drop, ids, mask, use_cache=True))
         at = 0
         for size in chunks:
             here = slice(ids.shape[1] + at, ids.shape[1] + at + size)
@@ -174,7 +175,7 @@ def test_a_cache_goes_on_with_several_tokens_at_once():
                 inputs_embeds=llm.embed(more[:, at : at + size]),
                 attention_mask=whole[:, : here.stop],
                 position_ids=(whole.cumsum(1) - 1)[:, here],
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=True,
             )
             at += size

@@ -9,6 +9,7 @@ from zoo import registry
 from zoo.checker import Plan, RefusedError, check
 from zoo.fusion.selection import count_kept, top
 from zoo.registry import ImageFeatures, ZooError
+from zoo.registry.versions import cache_of
 from zoo.vision.attention_rows import row
 
 CLIP = {"name": "hf", "model_type": "clip", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 3}
@@ -201,7 +202,7 @@ def test_every_layer_caches_the_kept_tokens_and_no_others(make_model):
     assert processor.num_image_tokens == model.num_image_tokens == 6
     assert inputs["input_ids"].shape[1] == text + 6
     out = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = cache_of(out)
     assert {cache.get_seq_length(i) for i in range(2)} == {text + 6 + 3}  # the last token written is not read
 
 

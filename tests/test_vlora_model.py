@@ -102,7 +102,7 @@ def test_a_sequence_goes_on_with_the_image_it_began_with(made):
     whole = model(**inputs).logits
     ids = inputs["input_ids"]
     first = model(input_ids=ids[:, :-2], pixel_values=inputs["pixel_values"], use_cache=True)
-    second = model(input_ids=ids[:, -2:], past_key_values=first.past_key_values, use_cache=True)
+    second = model(input_ids=ids[:, -2:], cache=first.cache, use_cache=True)
     assert torch.allclose(second.logits, whole[:, -2:], atol=1e-5)
     fresh = model(input_ids=ids)
     model.adapter["vlora"].detach()

@@ -9,6 +9,7 @@ from tests.fusion_builders import padded_batch, tiny_llm
 from tests.vlora_builders import FAMILIES, double, images, logits, pick, vlora_on
 from zoo import registry
 from zoo.registry import ZooError
+from zoo.registry.versions import cache_argument, cache_of
 
 # ---- generation --------------------------------------------------------------------------------------------------
 
@@ -22,9 +23,9 @@ def test_cached_steps_are_those_of_a_whole_pass(model_type):
     ids = padded_batch(2, 12)[0]
     whole = logits(llm, ids)
     first = llm.lm(input_ids=ids[:, :7], use_cache=True)
-    steps, cache = [first.logits], first.past_key_values
+    steps, cache = [first.logits], cache_of(first)
     for t in range(7, 12):
-        out = llm.lm(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        out = llm.lm(input_ids=ids[:, t : t + 1], **cache_argument(cache), use_cache=True)
         steps.append(out.logits)
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
 

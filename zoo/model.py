@@ -20,6 +20,7 @@ from zoo.model_images import ImagesMixin
 from zoo.model_parts import PartsMixin
 from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
 from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
+from zoo.registry.versions import cache_argument, cache_of
 from zoo.weights import (
     changed_state,
     library_versions,
@@ -140,7 +141,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         cuts: Sequence[Cut] | None = None,
         encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         num_labels: Tensor | float | None = None,
         all_logits: bool = False,
@@ -150,6 +151,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         targets: Any = None,
         pair_ids: Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> ZooOutput:
         """Run the model.
@@ -164,6 +166,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
             images_per_row: images of each row; counted from the placeholders where absent.
             cuts: of each image, where images have rows of their own (crops, frames).
             encoded: what `encode_images` gave, instead of `pixel_values`.
+            cache: keys and values of what came before; `past_key_values` is the same, by its older name.
             num_labels: what the summed answer loss is divided by (gradient accumulation); default: labels in the batch.
             all_logits: give logits (B, T, V) although there are labels.
             run_llm: False stops after the projector.
@@ -171,6 +174,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
             targets: ignored here; dense targets for distillers travel in the same batch.
             pair_ids: (B, T) which of a pair's answers a token belongs to; for distillers, see `zoo.collate`.
         """
+        cache = past_key_values if cache is None else cache
         image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
         unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
         if not run_llm:
@@ -182,19 +186,14 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
             inputs_embeds = self.merge(input_ids, image_tokens)
         if unused is not None:
             inputs_embeds = inputs_embeds + unused
-        if kept is not None or not _goes_on(past_key_values):
+        if kept is not None or not _goes_on(cache):
             self._condition(kept, images_per_row, input_ids)
-        if (
-            position_ids is None
-            and attention_mask is not None
-            and attention_mask.dim() == 2
-            and past_key_values is None
-        ):
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and cache is None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         llm_mask = attention_mask
         extra: dict[str, Any] = {}
         whole = attention_mask if self.compiled and segment_ids is None else None
-        if whole is not None and self._mask_ahead(whole, past_key_values):
+        if whole is not None and self._mask_ahead(whole, cache):
             segment_ids = whole - 1  # one sample, and -1 at padding
         if block_ids is not None or segment_ids is not None:
             llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
@@ -208,7 +207,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=llm_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_argument(cache),
             use_cache=bool(use_cache) if labels is None else False,
             output_hidden_states=output_hidden_states,
             **extra,
@@ -217,7 +216,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         hidden = out.last_hidden_state  # (B, T, C)
         result = ZooOutput(
             last_hidden_state=hidden,
-            past_key_values=getattr(out, "past_key_values", None),
+            cache=cache_of(out),
             hidden_states=getattr(out, "hidden_states", None),
             attentions=getattr(out, "attentions", None),
             labels=sequence.labels,
@@ -240,12 +239,12 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
                 result.loss = torch.stack(list(losses.values())).sum()
         return result
 
-    def _mask_ahead(self, attention_mask: Tensor, past_key_values: Any) -> bool:
+    def _mask_ahead(self, attention_mask: Tensor, cache: Any) -> bool:
         """Whether the mask is better made here: compiled layers else work it out anew for every head, 2 % of a step."""
         config = self.llm.lm.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         windows = getattr(config, "sliding_window", None) or kinds - {"full_attention"}
-        plain = attention_mask.dim() == 2 and past_key_values is None and not windows
+        plain = attention_mask.dim() == 2 and cache is None and not windows
         return plain and config._attn_implementation in ("sdpa", "eager", ZOO_EAGER)
 
     def _packed_mask(
@@ -425,9 +424,9 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         return model
 
 
-def _goes_on(past_key_values: Any) -> bool:
+def _goes_on(cache: Any) -> bool:
     """Whether a cache holds the beginning of the sequence, and adapters go on with the image that it began with."""
-    return past_key_values is not None and past_key_values.get_seq_length() > 0
+    return cache is not None and cache.get_seq_length() > 0
 
 
 register_model(ZooConfig, ZooModel)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from zoo.registry import ImageFeatures
+from zoo.registry.versions import with_old_cache_name
 
 
 class ZooConfig(PreTrainedConfig):
@@ -44,6 +45,7 @@ class ZooConfig(PreTrainedConfig):
         return json.dumps(content | ({"slots": self.slots} if self.slots else {}), indent=2) + "\n"
 
 
+@with_old_cache_name
 @dataclass
 class ZooOutput(ModelOutput):
     """What a forward pass gives.
@@ -53,6 +55,7 @@ class ZooOutput(ModelOutput):
         losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
         logits: (B, T, V); None where the loss alone was asked for.
         last_hidden_state: (B, T, C), before the vocabulary projection.
+        cache: keys and values of the layers; `past_key_values` is the same, by its older name.
         labels: (B, T) as the loss saw them; shorter than the input's where tokens were dropped inside the LLM.
         image: the encoder's features before pruning.
         image_kept: what the pruners left of them.
@@ -65,7 +68,7 @@ class ZooOutput(ModelOutput):
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
     labels: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: Any = None
     attentions: Any = None
     image: ImageFeatures | None = None

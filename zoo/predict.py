@@ -18,6 +18,7 @@ from zoo.collate import EncodedSample, last_turn
 from zoo.engine import to_device
 from zoo.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
+from zoo.registry.versions import cache_argument
 from zoo.vision.pictures import blank, stack
 
 WINDOW = 8  # batches whose dialogs are sorted by length together
@@ -139,7 +140,7 @@ def _generate(
         fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}
         both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
         if cached and chunk[0].shared:
-            out = model.llm.lm.generate(**both, past_key_values=prefixes.rows([p.prefix for p in chunk]))
+            out = model.llm.lm.generate(**both, **cache_argument(prefixes.rows([p.prefix for p in chunk])))
         else:
             images = [i for p in chunk for i in p.images]
             out = model.generate(**both, images_per_row=[len(p.images) for p in chunk], **pictures.batch(images))

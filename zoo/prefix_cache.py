@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.registry.versions import cache_of
+
 Prefix = tuple[bytes, tuple[int, ...]]  # token ids, and which images
 
 
@@ -69,7 +71,7 @@ class PrefixCache:
         if shown and image_tokens is None:
             return False
         embeds = self.model.merge(ids.to(self.model.device), image_tokens)
-        cache = self.model.llm.hidden(inputs_embeds=embeds, use_cache=True).past_key_values
+        cache = cache_of(self.model.llm.hidden(inputs_embeds=embeds, use_cache=True))
         if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
             return False
         self.place |= {prefix: (len(self.parts), row) for row, prefix in enumerate(prefixes)}

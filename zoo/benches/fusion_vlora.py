@@ -17,6 +17,7 @@ from zoo.benches.measure import Value, ratio
 from zoo.benches.report import Row
 from zoo.fusion.weight_generator import GeneratorBlock
 from zoo.registry import ImageFeatures, build
+from zoo.registry.versions import cache_argument, cache_of
 
 GRID, DIM, TEXT = (24, 24), 1024, 32  # CLIP ViT-L/14 at 336 px; tokens of text
 TINY = {"rank": 4, "width": 16, "depth": 1, "num_heads": 2}
@@ -39,18 +40,18 @@ def rows(place: FusionPlace) -> list[Row]:
     def as_tokens() -> Any:
         embeds = torch.cat([projector(image), plain.embed(ids)], dim=1)
         out = plain.hidden(inputs_embeds=embeds, use_cache=True)
-        return plain.head(out.last_hidden_state[:, -1:]), out.past_key_values
+        return plain.head(out.last_hidden_state[:, -1:]), cache_of(out)
 
     @torch.no_grad()
     def as_weights() -> Any:
         adapter.condition(image, [1] * b)
         out = changed.hidden(input_ids=ids, use_cache=True)
-        return changed.head(out.last_hidden_state[:, -1:]), out.past_key_values
+        return changed.head(out.last_hidden_state[:, -1:]), cache_of(out)
 
     @torch.no_grad()
     def text() -> Any:
         out = plain.hidden(input_ids=ids, use_cache=True)
-        return plain.head(out.last_hidden_state[:, -1:]), out.past_key_values
+        return plain.head(out.last_hidden_state[:, -1:]), cache_of(out)
 
     times = place.time({"tokens": as_tokens, "weights": as_weights, "text": text})
     flops = {name: count_flops(step) for name, step in (("tokens", as_tokens), ("weights", as_weights), ("text", text))}
@@ -90,7 +91,7 @@ def _decoding(place: FusionPlace, adapter: Any, plain: Any, changed: Any, ids: t
     def step(llm: Any, cache: Any) -> Any:
         @torch.no_grad()
         def run() -> None:
-            llm.head(llm.hidden(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state)
+            llm.head(llm.hidden(input_ids=ids, use_cache=True, **cache_argument(cache)).last_hidden_state)
             cache.crop(-1)
 
         return run

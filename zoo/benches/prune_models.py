@@ -10,6 +10,7 @@ from torch import Tensor
 from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.model import ZooConfig, ZooModel
 from zoo.registry import ImageFeatures, get
+from zoo.registry.versions import cache_argument, cache_of
 
 IMAGE_TOKEN = 3  # id of the placeholder in models with random weights
 
@@ -103,7 +104,7 @@ class Variant:
         if self.inside:
             self.pruner.begin(self.model._sequence(ids, None, None, None))
         out = self.model.llm.hidden(inputs_embeds=embeds, use_cache=True)
-        return self.model.llm.head(out.last_hidden_state[:, -1]), out.past_key_values
+        return self.model.llm.head(out.last_hidden_state[:, -1]), cache_of(out)
 
     def after(self, features: ImageFeatures | None = None) -> Tensor:
         """Go from what the encoder gave to logits."""
@@ -117,7 +118,10 @@ class Variant:
         for i in range(steps):
             position = torch.full_like(token, start + i)
             out = self.model.llm.hidden(
-                inputs_embeds=self.model.llm.embed(token), position_ids=position, past_key_values=cache, use_cache=True
+                inputs_embeds=self.model.llm.embed(token),
+                position_ids=position,
+                use_cache=True,
+                **cache_argument(cache),
             )
             token = self.model.llm.head(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
         cache.crop(-steps)
