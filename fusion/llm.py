@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
+from zoo.fusion.experts import use_zoo_grouped
 from zoo.registry import LinearHead, ZooError, nearest, register, require_revision, unknown
 
 # What our size fields are called by the families that do not say it as Llama does.
@@ -99,6 +100,7 @@ class HFLanguageModel(nn.Module):
             register_zoo_eager()
         source = _from_checkpoint if config.checkpoint else _from_sizes
         self.lm: Any = source(config, vocab_size, dtype, attention)
+        use_zoo_grouped(self.lm)
         if config.zero_init_residual:
             _zero_residual_outputs(self)
         text = self.lm.config.get_text_config()

@@ -5,6 +5,10 @@ installed, and a test holds the two together.
 
     transformers 5.24   `past_key_values` is called `cache`: in the arguments of models and decoder layers, and in
                         outputs. The old name works there until 5.40, with a warning.
+
+Two more differences need no version to be asked for, since what is done about them is right on every version:
+torch's FLOP counter has no formula for attention fused on a CPU (`zoo/benches/flops.py`, torch 2.14), and its grouped
+products refuse float32 on the meta device (`fusion/experts.py`, torch 2.14).
 """
 
 from collections.abc import Mapping

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.dropping_builders import IMAGE, embeds_of, forward, generate, llm_of, padded, row, sequence
 from tests.fusion_builders import features, tiny_llm
 from tests.test_attention_walk import matrix, walked
 from zoo import registry
 from zoo.benches.costs import QWEN2_7B, VICUNA_7B, DecoderSizes, cache_bytes, matmul_flops, roofline_flops
+from zoo.benches.flops import flop_counter
 from zoo.fusion.attention_walk import walk_flops
 from zoo.fusion.merging import merge
 from zoo.registry import ZooError
@@ -321,7 +321,7 @@ def test_closed_form_is_torchs_counter_and_caches_are_as_counted():
     ids = row("tit", 40)[None]
     embeds = embeds_of(llm, ids)
     pruner.begin(sequence(ids))
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         out = llm.lm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
     sizes, n = DecoderSizes.of(llm.lm.config), pruner.tokens_per_layer(40, 6)
     assert n == [40, 40, 40, 40, 20, 0]

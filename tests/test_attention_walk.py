@@ -111,9 +111,9 @@ def test_bf16_inputs_are_walked_in_float32_also_under_autocast():
 
 
 def test_counted_flops_are_those_of_torchs_counter():
-    from torch.utils.flop_counter import FlopCounterMode
+    from zoo.benches.flops import flop_counter
 
     query, key, start = inputs(b=1, length=300)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         attention_walk(query, key, start, scaling=0.35, steps=5)
     assert counter.get_total_flops() == walk_flops(300, 4, 8, 5)

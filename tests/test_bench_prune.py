@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.fusion_builders import MOE, tiny_llm
+from tests.fusion_builders import tiny_llm
 from zoo.bench import describe, main, parse
 from zoo.benches import prune
 from zoo.benches.costs import DecoderSizes, matmul_flops
@@ -13,7 +13,7 @@ from zoo.benches.flops import count_flops
 from zoo.benches.measure import Value
 from zoo.benches.peak import peak_bytes
 from zoo.benches.prune import Options, words
-from zoo.benches.prune_card import Summary, where_it_pays
+from zoo.benches.prune_card import Summary, where_counts_differ, where_it_pays
 from zoo.registry import ZooError
 
 TINY = [
@@ -73,8 +73,6 @@ def test_closed_form_holds_for_any_feed_forward_layer(model_type):
     sizes = DecoderSizes.of(llm.lm.config, llm.layers[0])
     ids = torch.randint(8, 90, (1, 40))
     counted = count_flops(lambda: llm.lm(input_ids=ids, use_cache=False, logits_to_keep=1))
-    if model_type in MOE:  # a product for all experts at once, which torch's counter does not know
-        counted += 2 * 40 * 2 * 2 * 3 * sizes.width * llm.layers[0].mlp.experts.intermediate_dim
     assert counted == pytest.approx(matmul_flops(sizes, [40, 40], head_rows=1), rel=0.01)
 
 
@@ -110,6 +108,15 @@ def test_words_follow_from_the_numbers():
         "d pays at the one number of image tokens measured (1.4x at 64). "
         "A decoded token takes 1.3x as long as without.",
     ]
+
+
+def test_costs_that_the_counter_does_not_confirm_are_warned_of():
+    def card(counted):
+        return Summary({}, [], flops=1000, scoring_flops=100, cache_bytes=0, counted_flops=counted)
+
+    found = where_counts_differ({"null": card(1100), "a": card(1105), "b": card(800), "c": card(0), "d": card(None)})
+    assert [line.split(": ")[1] for line in found] == ["b", "c"]
+    assert "27.3 % apart" in found[0] and "100 % apart" in found[1]
 
 
 def test_peak_is_what_was_held_at_once_and_asking_prints_nothing(capfd):

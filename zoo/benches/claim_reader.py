@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.benches.claim_steps import train
+from zoo.benches.flops import flop_counter
 from zoo.model_types import LLMSequence
 from zoo.registry import ImageFeatures, build
 
@@ -110,7 +110,7 @@ def answered(
         pruner.attach(model.llm)
     questions = list(zip(asked.T, wanted.T, strict=True))
     try:
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             at: list[int] = []
             handles = [model.llm.layers[0].register_forward_pre_hook(lambda *_: at.append(counter.get_total_flops()))]
             handles += [model.llm.layers[-1].register_forward_hook(lambda *_: at.append(counter.get_total_flops()))]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from zoo.benches import llava
+from zoo.benches.flops import count_flops
 from zoo.benches.llava import Sizes
 from zoo.benches.measure import Plain, Value, ratio
 from zoo.benches.report import Row, short
@@ -121,8 +122,6 @@ def _preference_step(place: Any, model: Any, teacher: Teacher, batch: dict[str, 
 
 
 def _step_flops(place: Any, model: Any, batch: dict[str, Any]) -> float:
-    from zoo.benches.train import count_flops
-
     own = to_device(batch, place.accelerator.device)
     model.to(place.accelerator.device).train()
     flops = count_flops(lambda: model(**own).loss.backward())

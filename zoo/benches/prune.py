@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.benches.costs import cache_bytes
+from zoo.benches.flops import count_flops
 from zoo.benches.measure import Clock, Plain, Times, Value, interleave, ratio
 from zoo.benches.peak import peak_bytes
 from zoo.benches.place import at_least_one, chosen, torch_threads
-from zoo.benches.prune_card import PruneReport, Summary, where_it_pays
+from zoo.benches.prune_card import LARGEST_GAP, PruneReport, Summary, where_counts_differ, where_it_pays
 from zoo.benches.prune_models import SIZES, Variant, accepts, first_tokens, named_model, random_models
 from zoo.benches.report import Row, machine
 from zoo.fusion.attention_walk import attention_walk
@@ -116,7 +116,7 @@ class _Bench:
             if section in o.sections:
                 self.show(f"measuring: {section}")
                 report.add(*getattr(self, f"_{section}")())
-        report.words = where_it_pays(self.cards)
+        report.words = [*where_counts_differ(self.cards), *where_it_pays(self.cards)]
         return report
 
     # ---- models ------------------------------------------------------------------------------------------------
@@ -176,15 +176,12 @@ class _Bench:
         for name, v in self.variants.items():
             card = self.cards[name]
             ids, embeds = v.prompt(v.features)
-            with FlopCounterMode(display=False) as counter:
-                v.read(ids, embeds)
-            card.counted_flops = counter.get_total_flops()
+            card.counted_flops = count_flops(lambda v=v, given=(ids, embeds): v.read(*given))
             card.prefill_ms = self._milliseconds(times[name])
             rows.append(Row(f"{name}: prefill, encoder output to logits", card.prefill_ms, " ms"))
-            gap = 100 * abs((card.flops + card.scoring_flops) / card.counted_flops - 1)
             what = f"{name}: closed form of the prefill's FLOPs against torch's counter"
             note = f"{(card.flops + card.scoring_flops) / 1e9:.2f} and {card.counted_flops / 1e9:.2f} GFLOP"
-            rows.append(Row(what, Value.of([gap]), " %", bound=1.0, at_most=True, note=note))
+            rows.append(Row(what, Value.of([card.gap]), " %", bound=LARGEST_GAP, at_most=True, note=note))
         for name, v in self._each():
             card = self.cards[name]
             card.speed_up = ratio(self.clock, times[NONE], times[name])

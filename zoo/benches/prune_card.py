@@ -8,6 +8,8 @@ from pathlib import Path
 from zoo.benches.measure import Value
 from zoo.benches.report import Report, short
 
+LARGEST_GAP = 1.0  # percent by which the closed form of FLOPs and torch's counter may differ
+
 
 @dataclass
 class Summary:
@@ -27,6 +29,12 @@ class Summary:
     ideal: float | None = None  # the same by FLOPs
     by_size: dict[int, Value] = field(default_factory=dict)  # image tokens -> speed-up of the prefill
     task: str = ""
+
+    @property
+    def gap(self) -> float:
+        """Between the closed form and the counter, in percent of the closed form; 0 where nothing was counted."""
+        closed = self.flops + self.scoring_flops
+        return 0.0 if self.counted_flops is None else 100 * abs(self.counted_flops / closed - 1)
 
 
 @dataclass
@@ -111,6 +119,20 @@ class PruneReport(Report):
 
 def _spread(value: Value | None) -> str:
     return "" if value is None else f"{short(value.median)} ({short(value.low)} to {short(value.high)})"
+
+
+def where_counts_differ(cards: Mapping[str, Summary]) -> list[str]:
+    """Warn of pruners whose FLOPs in closed form are not those that torch counted.
+
+    The counter takes an operation that it has no formula for (the kernel of a package, say) as free, and says nothing.
+    """
+    return [
+        f"WARNING: {name}: FLOPs in closed form ({card.flops + card.scoring_flops:.4g}) and counted "
+        f"({card.counted_flops:.4g}) are {short(card.gap)} % apart: the counter has no formula for an operation that "
+        "ran, or the LLM computes what the closed form leaves out."
+        for name, card in cards.items()
+        if card.gap > LARGEST_GAP
+    ]
 
 
 def where_it_pays(cards: Mapping[str, Summary]) -> list[str]:

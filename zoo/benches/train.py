@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.benches import llava
+from zoo.benches.flops import count_flops
 from zoo.benches.llava import SIZES, Sizes
 from zoo.benches.measure import Clock, Plain, Times, Value, matmul, ratio
 from zoo.benches.mixed import mixed_rows
@@ -191,13 +191,6 @@ def _mixed(place: TrainPlace, sizes: Sizes) -> list[Row]:
 
 def _wait(place: TrainPlace, sizes: Sizes) -> list[Row]:
     return [waiting_row(place, sizes)]
-
-
-def count_flops(step: Callable[[], object]) -> float:
-    """Count the FLOPs of a step's products, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return float(counter.get_total_flops())
 
 
 def _milliseconds(times: Times) -> str:
