@@ -135,6 +135,12 @@ def stands_aside(module: nn.Module) -> bool:
     return _ASIDE in module.__dict__
 
 
+def hooks_on(module: nn.Module) -> int:
+    """Count the hooks on a module: what looks at its input, output or gradients."""
+    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return sum(map(len, tables))
+
+
 def _rename(state: dict[str, Tensor], old: str, new: str) -> None:
     for key in [k for k in state if k.startswith(old)]:
         state[new + key.removeprefix(old)] = state.pop(key)

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 
 class KeepsFloat32(nn.Module):
-    """Its own tensors never get fewer bits than float32: `model.to(bfloat16)` leaves them as they are."""
+    """Its tensors never get fewer bits than float32, whoever casts them: it computes in that format."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFloat32":
         def kept(t: Tensor) -> Tensor:
             new = fn(t)
-            return new if new.dtype not in (torch.bfloat16, torch.float16) else t.to(new.device)
+            return new if new.dtype not in (torch.bfloat16, torch.float16) else t.to(new.device, torch.float32)
 
         return super()._apply(kept, recurse)
 
@@ -125,12 +125,21 @@ def add_grouped_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, group
         groups: of the rows.
         scale: a number, or (S, 1) for each row.
     """
-    inner = grouped_linear(x, down, groups) * scale  # (S, R)
-    inner = inner.to(out.dtype)
+    inner = _scaled(grouped_linear(x, down, groups), scale).to(out.dtype)  # (S, R)
     up = up.to(out.dtype)
     if torch.compiler.is_compiling() or out.device.type != "cpu":
         return out + _GroupedLinear.apply(inner, up, groups.ends)
     return _AddGroupedLinear.apply(out, inner, up, groups.ends)
+
+
+def grouped_low_rank(x: Tensor, down: Tensor, up: Tensor, groups: Groups, scale: Any = 1.0) -> Tensor:
+    """Give each row the low-rank term of its expert, (S, O): what `add_grouped_low_rank` adds."""
+    return grouped_linear(_scaled(grouped_linear(x, down, groups), scale), up, groups)
+
+
+def _scaled(inner: Tensor, scale: Any) -> Tensor:
+    """Scale rows (S, R) in the format that a gate (S, 1) has, float32, and go on in their own."""
+    return (inner * scale).to(inner.dtype)
 
 
 def masked_low_rank(x: Tensor, down: Tensor, up: Tensor, weights: Tensor, scale: float = 1.0) -> Tensor:

@@ -3,8 +3,9 @@
 Paper: Hu et al., arXiv:2106.09685.
 
 The layers are PEFT's own; they stand in the language model where they replace the linears, and the base weights keep
-the names that checkpoints know. Experts that transformers holds in one fused tensor are no linear layers: `all-linear`
-leaves them out.
+the names that checkpoints know. New weights start in float32 whatever the base has, as `get_peft_model` makes them, and
+follow the model where it is cast. Experts that transformers holds in one fused tensor are no linear layers:
+`all-linear` leaves them out.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attach import find_linears, keep_keys, replace
@@ -164,3 +166,6 @@ class LoRA(nn.Module):
         del self.lm.peft_config  # else transformers takes the model for one that saves its adapter only
         for parameter, flag in trains:  # PEFT freezes the base; what trains is the recipe's business
             parameter.requires_grad_(flag)
+        for name, parameter in self.lm.named_parameters():  # injected in the base's format: see `get_peft_model`
+            if self.owns(name):
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

@@ -6,14 +6,20 @@ row for each, and a calibration of the routing probabilities:
     p = softmax([W x ; v x]),  S = the k largest of p,  q = p + C_out GELU(C_in p)
     w_j = q_j / sum_{i in S} q_i for j in S,  y = sum_{j in S} w_j FFN_j(x)
 
-A new expert starts as a copy of an old one, its row as that one's row, and C_out as zero. Which layers, and which
-expert to copy: those whose routing the new modality shifts most (`zoo.fusion.expert_shift`).
+The calibration is that of the authors' code. Notes on the paper give another one, s_j (1 + s_c) on the output of expert
+j with s_c a function of x; the paper's own text was not at hand. A new expert starts as a copy of an old one, its row
+as that one's row, and C_out as zero. Which layers, and which expert to copy: those whose routing the new modality
+shifts most (`zoo.fusion.expert_shift`).
 
 Where we differ. Old router rows are the pretrained ones: the release keeps those of its probe (start this adapter on
 the probe's model to have that). A family that does not renormalise its weights (Qwen-MoE with norm_topk_prob off) keeps
 q_j; there every new expert takes probability from the old ones. The balance loss scales each layer by its own number of
-experts; `official_aux` is the release's. New weights are float32. With `guard`, sequences without images run as if
-nothing had been added, to the bit; that is ours. So is `closed`: the whole adapter off, while it stays attached.
+experts; `official_aux` is the release's. With `guard`, sequences without images run as if nothing had been added, to
+the bit; that is ours. So is `closed`: the whole adapter off, while it stays attached.
+
+New weights are float32, and stay so where the model is loaded in, or cast to, a shorter format. Products of experts run
+in the base's format: casting the adapter by itself (`model.adapter["moextend"].to(torch.bfloat16)`) halves the memory
+of new experts and changes no number. Router rows and calibration compute in float32 always.
 """
 
 from collections.abc import Sequence
@@ -203,6 +209,7 @@ class MoExtend(nn.Module):
     needs: frozenset[str] = frozenset({"moe"})
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    keeps_float32 = True
     starts_as_base = False
 
     llm: Any

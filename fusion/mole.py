@@ -9,10 +9,12 @@ stopgrad(p_k) (`ste`); `dense` runs all experts, weighted by p (the release's in
 loss gives the router no gradient: it learns from the balance loss alone, to share tokens evenly.
 
 Where we differ. The balance loss is that of arXiv:2101.03961 for each layer over all tokens, scaled to 1 where experts
-share evenly; `official_balance` is the release's. New weights are float32 where the base is bfloat16, and the router
-always. Padding is not routed: no expert runs there, and it does not count. Attention has no experts; the paper's plain
-LoRA there is `adapter/lora` beside this one (targets q, k, v, o). Where a layer is itself a sparse mixture, the
-low-rank experts stand around the whole of it.
+share evenly; `official_balance` is the release's. New weights are float32 (the release casts all to bfloat16) and stay
+so where the model is loaded in, or cast to, a shorter format; products run in the base's. Cast by itself
+(`model.adapter["mole"].to(torch.bfloat16)`) the adapter has short experts, which compute the same; its router computes
+in float32 always. Padding is not routed: no expert runs there, and it does not count. Attention has no experts; the
+paper's plain LoRA there is `adapter/lora` beside this one (targets q, k, v, o). Where a layer is itself a sparse
+mixture, the low-rank experts stand around the whole of it.
 
 It cannot be merged: which term a token gets depends on the token.
 """
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.fusion import adapter_file, dispatch
-from zoo.fusion.attach import linears, stands_aside
+from zoo.fusion.attach import hooks_on, linears, stands_aside
 from zoo.fusion.passes import Passes, Records
 from zoo.registry import ImageFeatures, ZooError, register, unknown
 
@@ -155,9 +157,12 @@ class MoLELayer(nn.Module):
             return _Routed(weights, None, scale, False, tokens.shape)
         groups = dispatch.group(chosen, e, keep)
         factor = scale if gate == "none" else groups.gather(_gate(top, gate)) * scale
-        # Other hooks on the layer and its linears (a second adapter's) must see the tokens as the model orders them.
-        alone = bool(self.linears) and all(len(m._forward_hooks) == 1 for m in (*self.linears.values(), self.mlp))
-        return _Routed(None, groups, factor, alone, tokens.shape)
+        return _Routed(None, groups, factor, self._alone(), tokens.shape)
+
+    def _alone(self) -> bool:
+        """Whether the layer's own modules may see the tokens sorted: no hook but ours looks at them."""
+        own = {id(linear): 1 for linear in self.linears.values()} | {id(self.mlp): 2}
+        return bool(self.linears) and all(hooks_on(m) == own.get(id(m), 0) for m in self.mlp.modules())
 
     def _few(self, x: Tensor) -> bool:
         if len(x) <= FEW or torch.compiler.is_compiling():
@@ -170,15 +175,16 @@ class MoLELayer(nn.Module):
         down, up = experts.lora_A, experts.lora_B
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
+        if now.sorted and now.groups is not None:
+            return dispatch.add_grouped_low_rank(out, x, down, up, now.groups, now.scale)
+        x = x.flatten(0, -2)  # (S, I)
         if now.groups is None:
             assert now.weights is not None
-            term = dispatch.masked_low_rank(x.flatten(0, -2), down, up, now.weights, now.scale)
-            return out + term.view_as(out)
-        if now.sorted:
-            return dispatch.add_grouped_low_rank(out, x, down, up, now.groups, now.scale)
-        rows = now.groups.gather(x.flatten(0, -2))
-        inner = dispatch.grouped_linear(rows, down, now.groups) * now.scale  # (S, R)
-        return out + now.groups.scatter(dispatch.grouped_linear(inner, up, now.groups)).view_as(out)
+            term = dispatch.masked_low_rank(x, down, up, now.weights, now.scale)
+        else:
+            term = dispatch.grouped_low_rank(now.groups.gather(x), down, up, now.groups, now.scale)
+            term = now.groups.scatter(term)
+        return out + term.view_as(out).to(out.dtype)
 
 
 @register("adapter", "mole")
@@ -188,6 +194,7 @@ class MoLE(nn.Module):
     needs: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    keeps_float32 = True
     choices = {"gate": GATES}
 
     llm: Any

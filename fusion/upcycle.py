@@ -13,7 +13,8 @@ the end of a sequence, where the answer is); the second expert is the second lik
 sample with Gumbel noise even in evaluation; padding does not count in the balance; the balance enters the loss once.
 
 The experts are this adapter's own parameters, stacked, and the dense layer stays in the language model, where
-checkpoints find it: it stands aside while the adapter is attached.
+checkpoints find it: it stands aside while the adapter is attached. Experts have the number format of the dense layer
+and follow the model where it is cast; routers are float32 always.
 """
 
 import copy

@@ -17,6 +17,9 @@ refused unless `max_images` allows them, and are then read together, each but th
 what a pruner left of an image is read at the positions it had; widths follow the LLM (grouped keys, fused q/k/v); the
 encoder learns too where a recipe says so. Arguments in their training code default to a smaller model; the defaults
 here are those of the released one.
+
+New weights start in float32, whatever the LLM has, and follow the model where it is cast; factors are given to the LLM
+in its own format.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

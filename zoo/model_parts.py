@@ -1,11 +1,13 @@
-"""What a composed model does with its parts from outside: which train, which adapters are in, what is compiled."""
+"""What a composed model does with its parts from outside: which train, which stay float32, what is compiled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from zoo.precision import SHORT, ids_of, kept_wide
 from zoo.registry import ZooError, unknown
 
 
@@ -28,6 +30,32 @@ class PartsMixin(nn.Module):
         if head in {"pruner", "adapter"}:
             return f"{head}.{rest.partition('.')[0]}"
         return head
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast the model, as `to`, `half`, `dtype=` of loading and every wrapper does.
+
+        What is said to stay float32 does: new weights of adapters (`keeps_float32`), and what transformers keeps so. A
+        part that is cast by itself (`model.adapter["mole"].to(torch.bfloat16)`) is cast.
+        """
+        parts = [part for part in (self.vision, self.llm) if part is not None]
+        wide = {dtype: kept_wide(parts, dtype) | self._kept_by_adapters() for dtype in SHORT}
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if new.dtype not in SHORT or new.dtype == tensor.dtype or id(tensor) not in wide[new.dtype]:
+                return new
+            return tensor.to(new.device, torch.float32)
+
+        return super()._apply(moved, recurse)
+
+    def _kept_by_adapters(self) -> set[int]:
+        """The ids of weights that adapters keep in float32, and of their gradients."""
+        kept: set[int] = set()
+        for adapter in self.adapter.values():
+            if getattr(adapter, "keeps_float32", False):
+                kept |= ids_of(adapter.parameters())
+                kept |= ids_of(p for n, p in self.llm.lm.named_parameters() if adapter.owns(n))
+        return kept
 
     def _idles(self, name: str) -> bool:
         """Whether an adapter computes for the module of this parameter: it then has no effect, and no gradient."""

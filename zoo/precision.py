@@ -1,13 +1,17 @@
-"""Which number format products run in, and the fast route for float32 products on CPU."""
+"""Which number format products run in, which weights stay float32, and the fast route for float32 products on CPU."""
 
+import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from zoo.registry import unknown
 
+SHORT = (torch.float16, torch.bfloat16)
 LARGEST_ERROR = 2e-6  # of a float32 product, relative; measured 3-4e-7, where operands cut to bfloat16 would give 1e-3
 
 
@@ -51,3 +55,33 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=True)
+
+
+def kept_wide(modules: Iterable[nn.Module], dtype: torch.dtype) -> set[int]:
+    """Find what transformers keeps in float32 where a model is loaded in `dtype`: ids of tensors and their gradients.
+
+    Its classes name them: `_keep_in_fp32_modules_strict` for both short formats, `_keep_in_fp32_modules` for float16.
+    """
+    found: set[int] = set()
+    for model in (m for module in modules for m in module.modules()):
+        patterns: list[str] = []
+        for name, formats in (("_keep_in_fp32_modules_strict", SHORT), ("_keep_in_fp32_modules", (torch.float16,))):
+            patterns += getattr(model, name, None) or () if dtype in formats else ()
+        if patterns:  # searched anywhere in a name, as transformers does
+            named = re.compile("|".join(p.replace("*", ".*") for p in patterns))
+            tensors = [*model.named_parameters(), *model.named_buffers()]
+            found |= ids_of(t for name, t in tensors if named.search(name))
+    return found
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters of a model another number format, those excepted that stay float32; buffers stay as they are.
+
+    What is computed from positions (rotary frequencies) and running means are buffers: they need all their bits.
+    """
+    model._apply(lambda t: t.to(dtype) if isinstance(t, nn.Parameter) and t.is_floating_point() else t)
+
+
+def ids_of(tensors: Iterable[Tensor]) -> set[int]:
+    """The ids of tensors, and of their gradients where they have some."""
+    return {id(t) for tensor in tensors for t in (tensor, tensor.grad) if t is not None}

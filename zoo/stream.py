@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def fill(
     *,
     place: Callable[[str], torch.device],
     dtype: torch.dtype | None,
+    wide: Collection[int] = (),
 ) -> Filled:
     """Give parameters and buffers of modules, on the meta device or not, the values that `tensors` holds.
 
@@ -145,6 +146,7 @@ def fill(
         tensors: by full name.
         place: full name -> device.
         dtype: of floating point parameters; None keeps that of the file.
+        wide: ids of parameters and buffers that become float32 all the same.
     """
     done = Filled()
     made: dict[int, Tensor] = {}
@@ -158,7 +160,8 @@ def fill(
             old = table[key]
             if id(old) not in made:
                 names = aliases[id(old)]
-                made[id(old)] = _filled(old, names, tensors, place(names[0]), dtype, done)
+                wanted = torch.float32 if id(old) in wide else dtype
+                made[id(old)] = _filled(old, names, tensors, place(names[0]), wanted, done)
                 made[id(made[id(old)])] = made[id(old)]
             table[key] = made[id(old)]
     return done

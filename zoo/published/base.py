@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from zoo.precision import cast_parameters, kept_wide
 from zoo.published import family_named, family_of, is_published
 from zoo.published.family import SPARE, parse, plain
 from zoo.published.places import place_of, places_of, require_names, settle, spread
@@ -78,7 +79,8 @@ class Base:
             ZooError: a weight is missing, unknown or of another shape; reported by part.
         """
         modules = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
-        done = fill(modules, self.tensors, place=self.place, dtype=self.dtype)
+        wide = kept_wide(modules.values(), self.dtype) if self.dtype is not None else set()
+        done = fill(modules, self.tensors, place=self.place, dtype=self.dtype, wide=wide)
 
         def part_of(name: str) -> str:
             return name.partition(".")[0]
@@ -251,9 +253,7 @@ def placed(model: Any, device_map: Any, dtype: Any, base: Base | None = None) ->
     """Bring what the base did not fill to its device and data type; what enters a module follows to several devices."""
     wanted = dtype_of(dtype)
     if wanted is not None:
-        for tensor in model.parameters():
-            if tensor.is_floating_point() and tensor.dtype != wanted:
-                tensor.data = tensor.data.to(wanted)
+        cast_parameters(model, wanted)
     if device_map is None:
         return model
     device, places = (base.device, base.places) if base is not None else devices_of(device_map)
