@@ -9,6 +9,7 @@ embeddings; its factor is applied here.
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,12 @@ _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
+# What a composed model gives every LLM by itself, or asks of it.
+_GIVEN = frozenset(
+    {"self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
+    | {"output_hidden_states", "output_attentions", "return_dict", "labels"}
+)
+_FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # rows packed without a mask
 # Modules (and fused expert parameters) whose output is added to the residual stream.
 _RESIDUAL = frozenset(
     {"o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "output_linear"}
@@ -164,6 +171,23 @@ class HFLanguageModel(nn.Module):
             mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
             self._routing = (out.router_logits, mask if mask is not None and mask.ndim == 2 else None)
         return out
+
+    def keywords(self) -> frozenset[str]:
+        """Name what a forward pass may be given for this LLM alone: `output_router_logits`, GPT-2's `token_type_ids`.
+
+        What every composed model gives its LLM (embeddings, mask, positions, cache) is not among them.
+        """
+        decoder = type(self.lm.base_model)
+        parameters = inspect.signature(decoder.forward).parameters.values()
+        named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        named |= (
+            {"output_router_logits"}
+            if "router_logits" in (getattr(decoder, "_can_record_outputs", ()) or ())
+            else set()
+        )
+        if "flash" in str(self.lm.config._attn_implementation):
+            named |= set(_FLASH_KEYWORDS)
+        return frozenset(named - _GIVEN)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Project (..., C) to logits (..., V) as the model's own forward does, scaling and capping included."""

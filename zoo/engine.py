@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.checkpoint import tensors_of
 from zoo.collate import TWIN
 from zoo.loader import keyed
-from zoo.model_types import Seen
+from zoo.model_types import LOSS_ALONE, Seen
 from zoo.optim import build_optimizers, rate_at, set_rate
 from zoo.precision import autocast, resolve_precision
 from zoo.registry import IGNORE_INDEX, ZooError, build, unknown
@@ -44,8 +44,8 @@ class TrainStep(nn.Module):
         needs: frozenset[str] = getattr(distiller, "needs", frozenset())
         inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
         self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
-        self.student_options = {} if distiller is None else options_of(needs, "student")
-        if stage.loss_weights.get("answer", 1.0) == 0 and "all_logits" not in self.student_options:
+        self.student_options = LOSS_ALONE | ({} if distiller is None else options_of(needs, "student"))
+        if stage.loss_weights.get("answer", 1.0) == 0 and not self.student_options["all_logits"]:
             self.student_options["run_head"] = False  # nothing asks for the answer loss, not even at weight 0
         if hasattr(teacher, "look_with"):
             teacher.look_with(model)
@@ -58,7 +58,7 @@ class TrainStep(nn.Module):
             counts: what the sums of losses over labels and over images are divided by.
         """
         own = {key: value for key, value in batch.items() if key != TWIN}
-        out = self.model(**own, num_labels=counts.labels, run_llm=self.run_llm, **self.student_options)
+        out = self.model(**own, num_items_in_batch=counts.labels, run_llm=self.run_llm, **self.student_options)
         losses = dict(out.losses or {})
         if self.distiller is not None:
             teacher = self.hidden["teacher"]

@@ -9,6 +9,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from zoo.loading import load
+from zoo.model_types import LOSS_ALONE
 from zoo.predict import Question, answer
 from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError
 
@@ -78,7 +79,7 @@ class ZooLmms(lmms):
     def _likelihood(self, batch: Mapping[str, Any]) -> tuple[float, bool]:
         device = self.model.device
         given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        out = self.model(**given)
+        out = self.model(**given, **LOSS_ALONE)
         wanted = out.labels[:, 1:]
         where = wanted != IGNORE_INDEX
         logits = self.model.llm.head(out.last_hidden_state[:, :-1][where]).float()

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from zoo.answer_loss import answer_loss
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
-from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
-from zoo.model_images import ImagesMixin
+from zoo.fusion.attention import resolve_attention
+from zoo.model_forward import ForwardMixin
+from zoo.model_llm import LanguageModelMixin
 from zoo.model_parts import PartsMixin
-from zoo.model_types import LLMSequence, ZooConfig, ZooOutput
+from zoo.model_types import LLMSequence, ZooConfig
 from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
-from zoo.registry.versions import cache_argument, cache_of
 from zoo.weights import (
     changed_state,
     library_versions,
@@ -32,7 +31,7 @@ from zoo.weights import (
 )
 
 
-class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
+class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
     """A vision-language model composed of registered parts.
 
     `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts
@@ -80,6 +79,7 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         self.adapter = nn.ModuleDict(parts.adapter)
         self.compiled = False
         self.fresh_parts = []
+        self.loss_type = "ForCausalLM"  # labels are shifted here: transformers' Trainer counts those behind the first
         self.generation_config = getattr(self.llm.lm, "generation_config", None)
         self.set_attention(config.attention)
 
@@ -103,164 +103,9 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
             return torch.get_autocast_dtype(device)
         return next(self.llm.parameters()).dtype
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.llm.lm.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.llm.lm.get_output_embeddings()
-
     @classmethod
     def can_generate(cls) -> bool:
         return True
-
-    def gradient_checkpointing_enable(  # type: ignore[override]
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Recompute activations of the LLM (and the encoder where it can) in backward."""
-        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
-        if hasattr(self.vision, "set_gradient_checkpointing"):
-            self.vision.set_gradient_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.llm.lm.gradient_checkpointing_disable()
-        if hasattr(self.vision, "set_gradient_checkpointing"):
-            self.vision.set_gradient_checkpointing(False)
-
-    # ---- forward -----------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        block_ids: Tensor | None = None,
-        images_per_row: Sequence[int] | None = None,
-        cuts: Sequence[Cut] | None = None,
-        encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
-        inputs_embeds: Tensor | None = None,
-        cache: Any = None,
-        use_cache: bool | None = None,
-        num_labels: Tensor | float | None = None,
-        all_logits: bool = False,
-        run_llm: bool = True,
-        run_head: bool = True,
-        output_hidden_states: bool | None = None,
-        targets: Any = None,
-        pair_ids: Tensor | None = None,
-        return_dict: bool | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> ZooOutput:
-        """Run the model.
-
-        Args:
-            input_ids: (B, T) with `num_image_tokens` placeholders per image.
-            pixel_values: (M, 3, S, S), images in the order of their placeholders.
-            attention_mask: (B, T), 1 where a token is; padding may stand on either side.
-            position_ids: (B, T); counted from `attention_mask` where absent.
-            labels: (B, T), not shifted, IGNORE_INDEX where nothing is learnt. The loss is the mean over labels.
-            segment_ids, block_ids: (B, T) of packed rows, see `zoo.collate`.
-            images_per_row: images of each row; counted from the placeholders where absent.
-            cuts: of each image, where images have rows of their own (crops, frames).
-            encoded: what `encode_images` gave, instead of `pixel_values`.
-            cache: keys and values of what came before; `past_key_values` is the same, by its older name.
-            num_labels: what the summed answer loss is divided by (gradient accumulation); default: labels in the batch.
-            all_logits: give logits (B, T, V) although there are labels.
-            run_llm: False stops after the projector.
-            run_head: False leaves out logits and the answer loss; those of the parts are there.
-            targets: ignored here; dense targets for distillers travel in the same batch.
-            pair_ids: (B, T) which of a pair's answers a token belongs to; for distillers, see `zoo.collate`.
-        """
-        cache = past_key_values if cache is None else cache
-        image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
-        unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
-        if not run_llm:
-            return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
-
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ZooError("The model needs input_ids or inputs_embeds.")
-            inputs_embeds = self.merge(input_ids, image_tokens)
-        if unused is not None:
-            inputs_embeds = inputs_embeds + unused
-        if kept is not None or not _goes_on(cache):
-            self._condition(kept, images_per_row, input_ids)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and cache is None:
-            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        llm_mask = attention_mask
-        extra: dict[str, Any] = {}
-        whole = attention_mask if self.compiled and segment_ids is None else None
-        if whole is not None and self._mask_ahead(whole, cache):
-            segment_ids = whole - 1  # one sample, and -1 at padding
-        if block_ids is not None or segment_ids is not None:
-            llm_mask = self._packed_mask(attention_mask, segment_ids, block_ids)
-            extra["padding_mask"] = attention_mask  # what an MoE LLM's balance loss must not count
-        sequence = self._sequence(input_ids, attention_mask, position_ids, labels, segment_ids, block_ids)
-        sequence.pair_ids = pair_ids
-        for part in [*self.pruner.values(), *self.adapter.values()]:
-            if hasattr(part, "begin"):
-                part.begin(sequence)
-        out = self.llm.hidden(
-            inputs_embeds=inputs_embeds,
-            attention_mask=llm_mask,
-            position_ids=position_ids,
-            **cache_argument(cache),
-            use_cache=bool(use_cache) if labels is None else False,
-            output_hidden_states=output_hidden_states,
-            **extra,
-            **kwargs,
-        )
-        hidden = out.last_hidden_state  # (B, T, C)
-        result = ZooOutput(
-            last_hidden_state=hidden,
-            cache=cache_of(out),
-            hidden_states=getattr(out, "hidden_states", None),
-            attentions=getattr(out, "attentions", None),
-            labels=sequence.labels,
-            image=image,
-            image_kept=kept,
-            image_tokens=image_tokens,
-            sequence=sequence,
-        )
-        if run_head and (labels is None or all_logits):
-            result.logits = self.llm.head(hidden)  # (B, T, V)
-        if labels is not None:
-            losses: dict[str, Tensor] = {}
-            if run_head:
-                seen = labels if sequence.labels is None else sequence.labels
-                losses["answer"] = answer_loss(self.llm, hidden, seen, num_labels, compiled=self.compiled)
-            for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
-                losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
-            if losses:
-                result.losses = losses
-                result.loss = torch.stack(list(losses.values())).sum()
-        return result
-
-    def _mask_ahead(self, attention_mask: Tensor, cache: Any) -> bool:
-        """Whether the mask is better made here: compiled layers else work it out anew for every head, 2 % of a step."""
-        config = self.llm.lm.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
-        windows = getattr(config, "sliding_window", None) or kinds - {"full_attention"}
-        plain = attention_mask.dim() == 2 and cache is None and not windows
-        return plain and config._attn_implementation in ("sdpa", "eager", ZOO_EAGER)
-
-    def _packed_mask(
-        self, attention_mask: Tensor | None, segment_ids: Tensor | None, block_ids: Tensor | None
-    ) -> Tensor:
-        if segment_ids is None:
-            assert block_ids is not None, "called for packed rows"
-            segment_ids = block_ids.clamp(max=0)  # one sample, and -1 at padding
-        window = getattr(self.llm.lm.config.get_text_config(), "sliding_window", None)
-        if window and segment_ids.shape[1] > window:
-            raise ZooError(
-                f"A packed row of {segment_ids.shape[1]} tokens is longer than the LLM's sliding window of {window}: "
-                f"set pack=none and pack_length=null in the stage."
-            )
-        visible = block_mask(attention_mask, segment_ids, block_ids)  # (B, 1, T, T) bool
-        return as_backend_mask(visible, self.llm.lm.config._attn_implementation, self._compute_dtype())
 
     def _sequence(
         self,
@@ -422,11 +267,6 @@ class ZooModel(PartsMixin, ImagesMixin, PreTrainedModel):
         if attn_implementation is not None:
             model.set_attention(attn_implementation)
         return model
-
-
-def _goes_on(cache: Any) -> bool:
-    """Whether a cache holds the beginning of the sequence, and adapters go on with the image that it began with."""
-    return cache is not None and cache.get_seq_length() > 0
 
 
 register_model(ZooConfig, ZooModel)

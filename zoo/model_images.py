@@ -90,7 +90,20 @@ class ImagesMixin(nn.Module):
             ZooError: the placeholders and the image tokens are not equally many.
         """
         slots = self._placeholders(input_ids)  # (B, T)
-        embeds = self.llm.embed(input_ids.masked_fill(slots, 0))  # (B, T, C)
+        return self._placed(self.llm.embed(input_ids.masked_fill(slots, 0)), slots, image_tokens)
+
+    def _placeholders_among(self, embeds: Tensor) -> Tensor:
+        """Where tokens of images and videos stand among embeddings (B, T, C): (B, T) bool."""
+        ids = [i for i in (self.image_token_id, self.config.video_token_id) if i is not None]
+        shown = self.llm.embed(torch.tensor(ids, device=embeds.device)).to(embeds)  # (1 or 2, C)
+        return (embeds.unsqueeze(-2) == shown).all(-1).any(-1)
+
+    def _placed(self, embeds: Tensor, slots: Tensor, image_tokens: Tensor | None) -> Tensor:
+        """Put the image tokens (M, K, C) or (S, C) among the embeddings (B, T, C), where `slots` (B, T) says.
+
+        Raises:
+            ZooError: the placeholders and the image tokens are not equally many.
+        """
         have = 0 if image_tokens is None else image_tokens.shape[:-1].numel()
         if not torch.compiler.is_compiling() and (found := int(slots.sum())) != have:
             each = "" if self.layout is not None else f" of {self.num_image_tokens} tokens"
@@ -114,27 +127,36 @@ class ImagesMixin(nn.Module):
         expand: int = 1,
     ) -> None:
         """Hand the image features to the adapters that want them, with the number of images of each row."""
+        self._condition_at(image, images_per_row, None if input_ids is None else self._placeholders(input_ids), expand)
+
+    def _condition_at(
+        self,
+        image: ImageFeatures | None,
+        images_per_row: Sequence[int] | None,
+        slots: Tensor | None,
+        expand: int = 1,
+    ) -> None:
+        """The same, where images stand being known: (B, T) bool, or None."""
         if not len(self.adapter):
             return
-        if images_per_row is None and input_ids is not None:
+        if images_per_row is None and slots is not None:
             if image is None:
-                images_per_row = [0] * len(input_ids)
+                images_per_row = [0] * len(slots)
             elif self.layout is not None and image.cuts is not None:
-                images_per_row = self._images_of(input_ids, image.cuts)
+                images_per_row = self._images_of(slots, image.cuts)
             elif self.num_image_tokens:
-                found = (input_ids == self.image_token_id).sum(1) // self.num_image_tokens
-                images_per_row = found.tolist()
-            elif (count := len(image.rows or image.tokens)) == len(input_ids):
-                images_per_row = [1] * len(input_ids)
+                images_per_row = (slots.sum(1) // self.num_image_tokens).tolist()
+            elif (count := len(image.rows or image.tokens)) == len(slots):
+                images_per_row = [1] * len(slots)
             else:
-                raise ZooError(f"{count} images for {len(input_ids)} rows without placeholders: pass images_per_row.")
+                raise ZooError(f"{count} images for {len(slots)} rows without placeholders: pass images_per_row.")
         for adapter in self.adapter.values():
             adapter.condition(image, images_per_row or [], expand)
 
-    def _images_of(self, input_ids: Tensor, cuts: Sequence[Cut]) -> list[int]:
+    def _images_of(self, slots: Tensor, cuts: Sequence[Cut]) -> list[int]:
         """Count the images of each row by their placeholders, whose number differs from image to image."""
         rest, rows = list(cuts), []
-        for found in self._placeholders(input_ids).sum(1).tolist():
+        for found in slots.sum(1).tolist():
             before = len(rest)
             while found > 0 and rest:
                 found -= self.layout.count(rest.pop(0))

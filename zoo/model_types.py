@@ -27,6 +27,10 @@ class ZooConfig(PreTrainedConfig):
     """
 
     model_type = "zoo"
+    keys_to_ignore_at_inference = [  # what transformers' Trainer does not gather beside the logits
+        "cache", "past_key_values", "losses", "last_hidden_state", "labels", "image", "image_kept", "image_tokens",
+        "sequence",
+    ]  # fmt: skip
     slots: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     plugins: list[str] | None = None
@@ -45,17 +49,21 @@ class ZooConfig(PreTrainedConfig):
         return json.dumps(content | ({"slots": self.slots} if self.slots else {}), indent=2) + "\n"
 
 
+LOSS_ALONE = {"all_logits": False, "use_cache": False}  # options of a pass that nobody asks for more than a loss
+
+
 @with_old_cache_name
 @dataclass
 class ZooOutput(ModelOutput):
-    """What a forward pass gives.
+    """What a forward pass gives: first what transformers' own classes give, in their order, then what is ours.
 
     Attributes:
         loss: sum of `losses`; None without labels.
-        losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
-        logits: (B, T, V); None where the loss alone was asked for.
-        last_hidden_state: (B, T, C), before the vocabulary projection.
+        logits: (B, T, V), or those of the positions that `logits_to_keep` names; None where nobody asked.
         cache: keys and values of the layers; `past_key_values` is the same, by its older name.
+        hidden_states, attentions, router_logits: of each layer, where they were asked for.
+        losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
+        last_hidden_state: (B, T, C), before the vocabulary projection.
         labels: (B, T) as the loss saw them; shorter than the input's where tokens were dropped inside the LLM.
         image: the encoder's features before pruning.
         image_kept: what the pruners left of them.
@@ -64,17 +72,25 @@ class ZooOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
     logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    labels: Tensor | None = None
     cache: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    router_logits: Any = None
+    losses: dict[str, Tensor] | None = None
+    last_hidden_state: Tensor | None = None
+    labels: Tensor | None = None
     image: ImageFeatures | None = None
     image_kept: ImageFeatures | None = None
     image_tokens: Tensor | None = None
     sequence: Any = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What `return_dict=False` gives, and what an index counts: the fields of transformers' classes."""
+        return tuple(self[name] for name in self if name not in _OURS)
+
+
+_OURS = frozenset({"losses", "last_hidden_state", "labels", "image", "image_kept", "image_tokens", "sequence"})
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zoo.collate import EncodedSample, last_turn
 from zoo.engine import to_device
+from zoo.model_types import LOSS_ALONE
 from zoo.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
 from zoo.registry.versions import cache_argument
@@ -183,7 +184,7 @@ def _choose(
         batch = to_device(processor.collate([o[2] for o in chunk]), model.device)
         images = [pictures.of[id(questions[i].sample)] for i, _, _ in chunk]
         batch["images_per_row"] = [len(some) for some in images]
-        out = model(**batch, **pictures.batch([i for some in images for i in some]))
+        out = model(**batch, **pictures.batch([i for some in images for i in some]), **LOSS_ALONE)
         for (i, option, _), value in zip(chunk, _likelihood(model, out).tolist(), strict=True):
             if i not in found or value > found[i][0]:
                 found[i] = (value, option)

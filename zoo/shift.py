@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from zoo.engine import to_device
+from zoo.model_types import LOSS_ALONE
 from zoo.registry import ZooError
 
 USAGE = """usage: zoo shift base=<model> probe=<model> [option=value ...]
@@ -73,5 +74,5 @@ def _counts(name: str, data: dict[str, Any], samples: int) -> dict[int, torch.Te
         for dataset in data.values():
             for index in range(0, len(dataset), max(1, len(dataset) // each)):
                 batch = processor.collate([processor.encode(dataset.get(index))])
-                model(**to_device(batch, model.device))
+                model(**to_device(batch, model.device), **LOSS_ALONE)
     return counts

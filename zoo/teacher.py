@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from zoo.collate import TWIN, EncodedSample
-from zoo.model_types import Seen, ZooOutput
+from zoo.model_types import LOSS_ALONE, Seen, ZooOutput
 from zoo.quantized import quantize
 from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
 
@@ -31,7 +31,7 @@ class Teacher:
     def __init__(self, model: Any, needs: frozenset[str] = frozenset(), vocab_size: int | None = None) -> None:
         self.model = model.requires_grad_(False).eval()
         self.vocab_size = vocab_size
-        self.options = options_of(needs, "teacher")
+        self.options = LOSS_ALONE | options_of(needs, "teacher")
         if "teacher.logits" not in needs:
             self.options["run_head"] = False
         self.device = next(model.parameters()).device

@@ -12,6 +12,7 @@ from zoo.benches.report import Row, short
 from zoo.benches.steps import our_step, turns_of
 from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, share_prefix
 from zoo.engine import Engine, to_device
+from zoo.model_types import LOSS_ALONE
 from zoo.registry import IGNORE_INDEX, build
 from zoo.stage import Stage
 from zoo.teacher import Teacher
@@ -35,7 +36,7 @@ def preference_rows(place: Any, sizes: Sizes, teacher_sizes: Sizes) -> list[Row]
     def forwards_and_backwards() -> None:
         supervised.step()
         with torch.no_grad():
-            teacher.model(**here)
+            teacher.model(**here, **LOSS_ALONE)
 
     variants = {"plain": Plain(forwards_and_backwards)}
     for name, batch in (("shared", shared), ("apart", apart)):
@@ -124,6 +125,6 @@ def _preference_step(place: Any, model: Any, teacher: Teacher, batch: dict[str, 
 def _step_flops(place: Any, model: Any, batch: dict[str, Any]) -> float:
     own = to_device(batch, place.accelerator.device)
     model.to(place.accelerator.device).train()
-    flops = count_flops(lambda: model(**own).loss.backward())
+    flops = count_flops(lambda: model(**own, **LOSS_ALONE).loss.backward())
     model.zero_grad()
     return flops

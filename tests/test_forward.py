@@ -1,0 +1,269 @@
+"""Whatever call pattern a person writes around `forward` gives what transformers' own LLaVA class gives."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import zoo
+from tests import published_builders as build
+from tests.published_builders import CASES, said
+from zoo.registry import ZooError
+from zoo.registry.versions import cache_argument, cache_of
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """The model and processor of transformers, and our model from the same folder."""
+    folder = tmp_path_factory.mktemp("forward") / "llava"
+    reference, processor = build.llava(folder)
+    return reference, processor, zoo.load(f"dir:{folder}")[0]
+
+
+def inputs(processor, case="unlike samples", side="left"):
+    texts = [processor.apply_chat_template(said(n, q), add_generation_prompt=True) for n, q in CASES[case]]
+    images = [build.photo(30 + 9 * i, 50, seed=i) for i in range(sum(n for n, _ in CASES[case]))]
+    batch = processor(images=images or None, text=texts, padding=True, padding_side=side, return_tensors="pt")
+    return dict(batch)
+
+
+def labelled(batch):
+    """Labels of the last third of each row."""
+    labels = batch["input_ids"].clone()
+    labels[:, : labels.shape[1] * 2 // 3] = -100
+    return {**batch, "labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def close(ours, theirs, mask=None):
+    mask = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(ours[mask], theirs[mask], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_logits_cache_and_tuple(llava, case, side):
+    reference, processor, model = llava
+    batch = labelled(inputs(processor, case, side))
+    for given in (batch, {k: v for k, v in batch.items() if k != "labels"}):
+        theirs, ours = reference(**given), model(**given)
+        mask = batch["attention_mask"]
+        close(ours.logits, theirs.logits, mask)
+        if "labels" in given:
+            torch.testing.assert_close(ours.loss, theirs.loss)
+            assert ours[0] is ours.loss and ours["loss"] is ours.loss
+        assert ours.cache.get_seq_length() == theirs.cache.get_seq_length() == mask.shape[1]
+        as_tuple = model(**given, return_dict=False)
+        wanted = reference(**given, return_dict=False)[: 3 if "labels" in given else 2]  # behind them its image tower
+        assert [type(x) for x in as_tuple] == [type(x) for x in wanted]
+        close(as_tuple[-2], wanted[-2], mask)
+
+
+OPTIONS = {
+    "use_cache=False": {"use_cache": False},
+    "use_cache=True": {"use_cache": True},
+    "hidden": {"output_hidden_states": True},
+    "attentions": {"output_attentions": True},
+    "last": {"logits_to_keep": 1},
+    "last five": {"logits_to_keep": 5},
+    "positions": {"logits_to_keep": torch.tensor([-3, -1])},
+    "positions of rows": {"logits_to_keep": torch.tensor([[-3], [-2], [-1]])},
+    "mask of positions": {"logits_to_keep": torch.arange(63).expand(3, 63) > 60},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_options_give_what_transformers_gives(llava, name, attention):
+    reference, processor, model = (copy.deepcopy(x) for x in llava)
+    reference.set_attn_implementation(attention)
+    model.set_attention(attention)
+    batch = inputs(processor)
+    theirs, ours = reference(**batch, **OPTIONS[name]), model(**batch, **OPTIONS[name])
+    assert ours.logits.shape == theirs.logits.shape
+    assert (ours.cache is None) == (theirs.cache is None)
+    for ours_of, theirs_of in ((ours.hidden_states, theirs.hidden_states), (ours.attentions, theirs.attentions)):
+        assert (ours_of is None) == (theirs_of is None)
+        assert len(ours_of or ()) == len(theirs_of or ())
+        for a, b in zip(ours_of or (), theirs_of or (), strict=True):
+            assert a.shape == b.shape
+            mask = batch["attention_mask"] if a.dim() == 3 else batch["attention_mask"][:, None].expand(a.shape[:3])
+            close(a, b, mask)
+    if name != "mask of positions" and "positions" not in name:
+        close(ours.logits[:, -1], theirs.logits[:, -1])
+    elif theirs.logits.dim() == 2:
+        close(ours.logits, theirs.logits)
+    else:
+        close(ours.logits[:, -1], theirs.logits[:, -1])
+
+
+def test_arguments_by_position(llava):
+    reference, processor, model = llava
+    batch = inputs(processor, "one image")
+    order = batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
+    positions = torch.arange(batch["input_ids"].shape[1])[None]
+    close(model(*order).logits, reference(*order).logits)
+    close(model(*order, positions).logits, reference(*order, positions).logits)
+    cache, other = DynamicCache(), DynamicCache()
+    close(model(*order, positions, cache).logits, reference(*order, positions, other).logits)
+    assert cache.get_seq_length() == other.get_seq_length() > 0
+
+
+def test_embeddings_instead_of_ids(llava):
+    """With the images, which go where the placeholder's embedding stands, and with what was merged before."""
+    reference, processor, model = llava
+    batch = labelled(inputs(processor))
+    ids = batch.pop("input_ids")
+    theirs = reference(inputs_embeds=reference.get_input_embeddings()(ids), **batch)
+    ours = model(inputs_embeds=model.get_input_embeddings()(ids), **batch)
+    close(ours.logits, theirs.logits, batch["attention_mask"])
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    merged = model.merge(ids, model.encode_images(batch.pop("pixel_values"))[2])
+    close(model(inputs_embeds=merged, **batch).logits, theirs.logits, batch["attention_mask"])
+
+
+LOOPS = {
+    "mask alone": lambda step, mask: {"attention_mask": mask},
+    "positions too": lambda step, mask: {
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -step:],
+    },
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("told", LOOPS)
+@pytest.mark.parametrize("case", ["one image", "unlike samples"])
+def test_a_loop_of_ones_own_with_a_cache(llava, case, told, side):
+    """Greedy by hand: the cache of one pass goes into the next, by either name, and the mask grows."""
+    reference, processor, model = llava
+    batch = inputs(processor, case, side)
+
+    def loop(net):
+        mask, given = batch["attention_mask"], dict(batch)
+        given |= LOOPS[told](mask.shape[1], mask)
+        steps = []
+        for _ in range(6):
+            out = net(**given)
+            steps.append(out.logits[:, -1])
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            token = wanted[len(steps) - 1] if net is model else out.logits[:, -1:].argmax(-1)
+            wanted.append(token) if net is reference else None
+            given = {"input_ids": token, **cache_argument(cache_of(out)), **LOOPS[told](1, mask)}
+        return torch.stack(steps, 1)
+
+    wanted: list[torch.Tensor] = []
+    theirs = loop(reference)
+    close(loop(model), theirs, None if side == "left" else batch["attention_mask"][:, -1:].expand(-1, 6))
+
+
+def test_a_loop_without_a_mask_and_one_that_writes_the_placeholder(llava):
+    reference, processor, model = llava
+    batch = inputs(processor, "one image")
+    ours, theirs = model(**batch), reference(**batch)
+    token = torch.tensor([[model.image_token_id]])
+    for _ in range(2):
+        ours = model(input_ids=token, past_key_values=ours.cache)
+        theirs = reference(input_ids=token, **cache_argument(cache_of(theirs)))
+        close(ours.logits, theirs.logits)
+
+
+def test_a_prompt_in_pieces(llava):
+    """A prefix with the image, then the rest of the prompt on its cache."""
+    reference, processor, model = llava
+    batch = inputs(processor, "one image")
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
+    at = int((ids[0] == model.image_token_id).nonzero()[-1]) + 3
+    whole = reference(**batch).logits[:, at:]
+    first = model(input_ids=ids[:, :at], pixel_values=pixels)
+    close(model(input_ids=ids[:, at:], cache=first.cache).logits, whole)
+    first = model(input_ids=ids[:, :at], pixel_values=pixels)
+    rest = model(input_ids=ids[:, at:], cache=first.cache, attention_mask=batch["attention_mask"], logits_to_keep=2)
+    close(rest.logits, whole[:, -2:])
+
+
+HALF = {
+    "to bfloat16": (torch.bfloat16, lambda net: net.to(torch.bfloat16)),
+    "to float16": (torch.float16, lambda net: net.to(dtype=torch.float16)),
+    "bfloat16()": (torch.bfloat16, lambda net: net.bfloat16()),
+    "half()": (torch.float16, lambda net: net.half()),
+}
+
+
+@pytest.mark.parametrize("how", HALF)
+def test_half_precision(llava, how):
+    """Pixels may come in float32, as a processor gives them."""
+    reference, processor, model = (copy.deepcopy(x) for x in llava)
+    batch = inputs(processor, "one image")
+    dtype, change = HALF[how]
+    for net in (reference, model):
+        assert change(net) is net and net.dtype == dtype and net.device.type == "cpu"
+    ours, theirs = model(**batch).logits, reference(**batch).logits
+    assert ours.dtype == theirs.dtype == dtype
+    torch.testing.assert_close(ours, theirs, atol=0.02 if dtype is torch.bfloat16 else 2e-3, rtol=0.02)
+
+
+def test_gradients_are_transformers_own_with_and_without_checkpointing(llava):
+    reference, processor, model = (copy.deepcopy(x) for x in llava)
+    batch = labelled(inputs(processor))
+
+    def gradients(net):
+        net.train().zero_grad()
+        net(**batch).loss.backward()
+        return net.get_input_embeddings().weight.grad.clone(), net.get_output_embeddings().weight.grad.clone()
+
+    theirs = gradients(reference)
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()
+        assert model.is_gradient_checkpointing
+        for a, b in zip(gradients(model), theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        model.disable_input_require_grads()
+        model.gradient_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
+    for a, b in zip(gradients(model), theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_what_it_does_not_know_it_refuses_by_name(llava):
+    _, processor, model = llava
+    batch = inputs(processor, "one image")
+    with pytest.raises(ZooError, match=r"forward named 'atention_mask'. Did you mean 'attention_mask'"):
+        model(**batch, atention_mask=batch["attention_mask"])
+    with pytest.raises(ZooError, match="'output_router_logits'"):  # no experts here
+        model(**batch, output_router_logits=True)
+    for name, value, hint in (
+        ("vision_feature_layer", -1, "vision.layer"), ("image_sizes", torch.tensor([[32, 32]]), "cuts"),
+        ("mm_encoder_outputs", {}, "encoded"), ("shift_labels", batch["input_ids"], "labels"),
+        ("vision_feature_select_strategy", "full", "belongs to the model"), ("num_labels", 3, "num_items_in_batch"),
+    ):  # fmt: skip
+        with pytest.raises(ZooError, match=f"{name}: .*{hint}"):
+            model(**batch, **{name: value})
+        assert torch.equal(model(**batch, **{name: None}).logits, model(**batch).logits)
+    with pytest.raises(ZooError, match="two names of one argument"):
+        model(**batch, cache=DynamicCache(), past_key_values=DynamicCache())
+    with pytest.raises(ZooError, match=r"cache must be a cache of transformers.*got tuple"):
+        model(**batch, cache=((1, 2),))
+    with pytest.raises(ZooError, match="one of them; both was given"):
+        model(**batch, inputs_embeds=model.get_input_embeddings()(batch["input_ids"]))
+    with pytest.raises(ZooError, match="one of them; neither was given"):
+        model(pixel_values=batch["pixel_values"])
+    with pytest.raises(ZooError, match=r"16 image placeholders .* for 0 images"):
+        model(input_ids=batch["input_ids"])
+
+
+def test_every_argument_of_transformers_class_is_taken_or_refused_by_name(llava):
+    """Built from the installed signatures, so that a new argument cannot slip through."""
+    import inspect
+
+    from transformers.utils.generic import TransformersKwargs
+
+    reference, processor, model = llava
+    batch = inputs(processor, "one image")
+    theirs = {n for n in inspect.signature(reference.forward).parameters if n != "kwargs"}
+    theirs |= set(TransformersKwargs.__annotations__)
+    ours = set(inspect.signature(model.forward).parameters)
+    for name in sorted(theirs - ours):
+        with pytest.raises(ZooError, match=name):
+            model(**batch, **{name: torch.ones(1)})

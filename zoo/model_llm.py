@@ -1,0 +1,103 @@
+"""What a person asks a transformers model and its language model answers: embeddings, tied weights, checkpointing."""
+
+from typing import Any
+
+from torch import nn
+
+from zoo.registry import ZooError
+
+
+class LanguageModelMixin(nn.Module):
+    """Passes on to the language model what concerns the text side of a composed model."""
+
+    config: Any  # ZooConfig
+    vision: Any
+    llm: Any
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the ids."""
+        return self.llm.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding in the place of that of the ids."""
+        self.llm.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The vocabulary projection."""
+        return self.llm.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another layer in the place of the vocabulary projection."""
+        self.llm.lm.set_output_embeddings(new_embeddings)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Make embedding and vocabulary projection one tensor again, where the LLM's config says so."""
+        self.llm.lm.tie_weights(*args, **kwargs)
+
+    def get_decoder(self) -> nn.Module:
+        """The decoder, without the vocabulary projection."""
+        return self.llm.lm.get_decoder()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the embedding and the vocabulary projection more rows, or fewer, as transformers does.
+
+        Args:
+            new_num_tokens: rows; None: as many as there are.
+            pad_to_multiple_of: rows are rounded up to a multiple of this.
+            mean_resizing: new rows are drawn around the mean of the old ones; False: around zero.
+
+        Returns:
+            The embedding.
+
+        Raises:
+            ZooError: an adapter stands in the place of one of the two, the placeholder of images would have no row, or
+                a saved model could not be loaded.
+        """
+        lm = self.llm.lm
+        before = self.llm.vocab_size
+        for what, layer, kind in (
+            ("embedding", lm.get_input_embeddings(), nn.Embedding),
+            ("vocabulary projection", lm.get_output_embeddings(), nn.Linear),
+        ):
+            if not isinstance(layer, kind):
+                raise ZooError(f"The {what} is a {type(layer).__name__}, whose rows cannot be changed: resize first.")
+        wanted = before if new_num_tokens is None else new_num_tokens
+        if wanted <= self.config.image_token_id:
+            raise ZooError(f"{wanted} tokens leave no row for the image placeholder, id {self.config.image_token_id}.")
+        node = (self.config.slots or {}).get("llm") or {}
+        if wanted < before and node.get("checkpoint"):
+            raise ZooError(
+                f"The LLM's checkpoint {node['checkpoint']!r} gives {before} rows whenever the model is loaded, so "
+                f"{wanted} would not last: keep at least {before}."
+            )
+        table = lm.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.llm.vocab_size != before:  # what the model is built with when it is loaded
+            self.config.text_vocab_size = self.llm.vocab_size
+            if "vocab_size" in (node.get("extra") or {}):
+                node["extra"]["vocab_size"] = self.llm.vocab_size
+        return table
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Choose what the next step of generation is given; as the language model does, which runs the steps."""
+        return self.llm.lm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations of the LLM (and the encoder where it can) in backward.
+
+        Args:
+            gradient_checkpointing_kwargs: of `torch.utils.checkpoint`; None: `use_reentrant=False`.
+            kwargs: what transformers takes beside them.
+        """
+        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations for backward again."""
+        self.llm.lm.gradient_checkpointing_disable()
+        if hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(False)
