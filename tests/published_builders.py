@@ -53,7 +53,18 @@ def text_config(kind, tok, **more):
 
     sizes = {**TEXT, "vocab_size": len(tok) + 7, "pad_token_id": tok.pad_token_id, **more}
     sizes |= {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
-    return {"llama": t.LlamaConfig, "qwen2": t.Qwen2Config, "mistral": t.MistralConfig}[kind](**sizes)
+    kinds = {"llama": t.LlamaConfig, "qwen2": t.Qwen2Config, "mistral": t.MistralConfig, "mixtral": t.MixtralConfig}
+    kinds |= {"qwen2_moe": t.Qwen2MoeConfig, "qwen3_moe": t.Qwen3MoeConfig, "phimoe": t.PhimoeConfig}
+    return kinds[kind](**{**sizes, **MIXTURES.get(kind, {})})
+
+
+MIXTURES = {  # four experts, two of them for a token
+    "mixtral": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}  # fmt: skip
 
 
 def shake(model, seed=0):
@@ -292,7 +303,7 @@ CHATML = (
 )
 
 
-def internvl(folder: Path):
+def internvl(folder: Path, text="qwen2", tie=True):
     """InternVL: tiles of 32 pixels, an overview behind them, four tokens each."""
     import transformers as t
 
@@ -310,7 +321,8 @@ def internvl(folder: Path):
     vision = t.InternVLVisionConfig(**{**VISION, **sides}, attention_bias=True)
     model = t.InternVLForConditionalGeneration(
         t.InternVLConfig(
-            vision_config=vision, text_config=text_config("qwen2", tok, tie_word_embeddings=True),
+            vision_config=vision, text_config=text_config(text, tok, tie_word_embeddings=tie),
+            tie_word_embeddings=tie,
             image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
         )
     )  # fmt: skip

@@ -40,6 +40,22 @@ class Stored:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A tensor that files hold in pieces of one data type, such as a matrix for each expert."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[Stored, tuple[int | slice, ...]], ...]  # each with its place in the whole
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0][0].dtype
+
+    @property
+    def bytes(self) -> int:
+        return sum(stored.bytes for stored, _ in self.pieces)
+
+
 def listing(files: Iterable[Path]) -> dict[str, Stored]:
     """Read the headers of safetensors files: name -> where the tensor is.
 
@@ -90,8 +106,12 @@ def _header(file: Path) -> list[Stored]:
     return tensors
 
 
-def read(stored: Stored, target: Tensor) -> None:
+def read(stored: Stored | Joined, target: Tensor) -> None:
     """Read a tensor into `target`, which has its shape; another data type or device goes through one buffer."""
+    if isinstance(stored, Joined):
+        for piece, at in stored.pieces:
+            read(piece, target.detach()[at])
+        return
     straight = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
     place = target.detach() if straight else torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     if stored.bytes:
@@ -109,9 +129,14 @@ def read(stored: Stored, target: Tensor) -> None:
             target.copy_(place)
 
 
-def mapped(stored: Stored) -> Tensor | None:
+def mapped(stored: Stored | Joined) -> Tensor | None:
     """The tensor as private pages of its file; None where it is small, or lies in the file as memory may not."""
-    if stored.bytes < _MAPPED or stored.start % stored.dtype.itemsize or sys.platform == "win32":
+    if (
+        isinstance(stored, Joined)
+        or stored.bytes < _MAPPED
+        or stored.start % stored.dtype.itemsize
+        or sys.platform == "win32"
+    ):
         return None
     first = stored.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     end = stored.start + stored.bytes
@@ -133,7 +158,7 @@ class Filled:
 
 def fill(
     modules: Mapping[str, nn.Module],
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, Stored | Joined],
     *,
     place: Callable[[str], torch.device],
     dtype: torch.dtype | None,
@@ -181,7 +206,7 @@ def _owners(module: nn.Module, part: str) -> Iterable[list[tuple[Any, str, str]]
 def _filled(
     old: Tensor,
     names: list[str],
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, Stored | Joined],
     device: torch.device,
     dtype: torch.dtype | None,
     done: Filled,

@@ -14,17 +14,20 @@ import torch
 
 from zoo.precision import cast_parameters, kept_wide
 from zoo.published import family_named, family_of, is_published
+from zoo.published.contradictions import between, refuse_untied
 from zoo.published.family import SPARE, parse, plain
+from zoo.published.file_names import Held, as_modules
 from zoo.published.places import place_of, places_of, require_names, settle, spread
 from zoo.registry import ZooError
-from zoo.stream import Filled, Stored, fill, listing
+from zoo.stream import Filled, fill, listing
 from zoo.weights import by_part, fingerprint, local_folder, may_start_fresh, weight_files
 
 PARTS = ("vision", "projector", "layout", "llm")
 # Options that do not change a number where shapes are equal, or that people rightly change.
 _FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
          ("vision", "resample"), ("llm", "revision"), ("vision", "revision"),
-         ("vision", "pooling_head"), ("layout", "kept_lines")}  # fmt: skip
+         ("vision", "pooling_head"), ("layout", "kept_lines"),
+         ("llm", "tie_embeddings")}  # fmt: skip  # what the files hold decides, see `refuse_untied`
 
 
 @dataclass
@@ -32,9 +35,10 @@ class Base:
     """A checkpoint whose weights are read into the parts of a model.
 
     Attributes:
-        tensors: by our names.
+        tensors: by our names; once parts were filled, by those of their modules.
         record: what a saved model notes: family, checkpoint, revision, fingerprint; None for a zoo model's own folder.
         strangers: names in the files that no part has.
+        contradictions: part -> what the config says of it, and what the files hold instead.
         fresh: parts that may start without weights.
         device, places: where weights go; `places` has prefixes of names and wins.
         dtype: of the parameters; None keeps that of the files.
@@ -45,9 +49,10 @@ class Base:
     """
 
     folder: Path
-    tensors: dict[str, Stored]
+    tensors: Held
     record: dict[str, Any] | None = None
     strangers: list[str] = field(default_factory=list)
+    contradictions: dict[str, list[str]] = field(default_factory=dict)
     fresh: frozenset[str] = frozenset()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     places: Mapping[str, torch.device] = field(default_factory=dict)
@@ -79,6 +84,9 @@ class Base:
             ZooError: a weight is missing, unknown or of another shape; reported by part.
         """
         modules = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
+        self.tensors = as_modules(self.tensors, modules)
+        if self.record is not None and not may_start_fresh("llm", self.fresh):
+            refuse_untied(parts.llm.lm, self.tensors, self.folder)
         wide = kept_wide(modules.values(), self.dtype) if self.dtype is not None else set()
         done = fill(modules, self.tensors, place=self.place, dtype=self.dtype, wide=wide)
 
@@ -96,8 +104,9 @@ class Base:
             self._shrink(parts)
             return
         missing, other = needed(done.missing), needed(done.other_shape)
-        if missing or unknown or other or self.strangers:
-            lines = [f"The weights in {self.folder} do not fit the model."]
+        stated = [line for part in needed(self.contradictions) for line in self.contradictions[part]]
+        if missing or unknown or other or self.strangers or stated:
+            lines = [f"The weights in {self.folder} do not fit the model.", *(f"  {line}" for line in stated)]
             lines += by_part("missing", missing, part_of) + by_part("unknown", unknown, part_of)
             lines += by_part("unknown", self.strangers, lambda n: n.partition(".")[0])
             lines += [f"  other shape: {o}" for o in other[:5]]
@@ -131,12 +140,14 @@ def base_of(folder: Path, checkpoint: str = "", revision: str = "") -> Base:
     """Find the weights of a published model in its folder."""
     content = read_content(folder)
     known = family_of(content, f"{folder}/config.json")
-    tensors: dict[str, Stored] = {}
-    strangers = []
+    tensors: Held = {}
+    strangers, twice = [], {}
     for name, stored in listing(weight_files(folder)).items():
         ours = known.ours(name)
         if ours is not None:
-            tensors[ours] = stored
+            if ours in tensors:
+                raise ZooError(f"{folder} holds {ours!r} twice, as {twice[ours]!r} and as {name!r}.")
+            tensors[ours], twice[ours] = stored, name
         elif not SPARE.search(name):
             strangers.append(name)
     record = {
@@ -145,7 +156,8 @@ def base_of(folder: Path, checkpoint: str = "", revision: str = "") -> Base:
         "revision": revision or None,
         "fingerprint": fingerprint(folder),
     }
-    return Base(folder, tensors, record, strangers)
+    stated = between(parse(content, f"{folder}/config.json"), tensors)
+    return Base(folder, tensors, record, strangers, stated)
 
 
 def base_from(record: Mapping[str, Any]) -> Base:
@@ -196,7 +208,7 @@ def base_for(
         base = base_from(record)
         base.lenient = folder is not None
     elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):
-        base = Base(folder, listing(weight_files(folder)), lenient=True)
+        base = Base(folder, dict(listing(weight_files(folder))), lenient=True)
     else:
         base = None
     if bits and (base is None or base.record is None):

@@ -200,9 +200,13 @@ def refuse_odd_cls(select: str, vision: Any) -> None:
 
 
 def different(config: Any, other: Any, but: set[str]) -> dict[str, Any]:
-    """Fields of a config of transformers, as plain values, that differ from those of another of the same class."""
-    mine, theirs = config.to_dict(), other.to_dict()
+    """Fields of a config of transformers, as plain values, that differ from those of another of the same class.
+
+    A class may write a field by another name (its `attribute_map`), as Qwen3-MoE its number of experts.
+    """
     known = set(type(config).__dataclass_fields__)
+    names = {theirs: ours for ours, theirs in type(config).attribute_map.items() if theirs not in known}
+    mine, theirs = ({names.get(k, k): v for k, v in c.to_dict().items()} for c in (config, other))
     skip = but | {"transformers_version", "model_type", "architectures", "dtype", "torch_dtype", "_name_or_path"}
     return {k: plain(v) for k, v in mine.items() if k in known - skip and plain(v) != plain(theirs.get(k))}
 
