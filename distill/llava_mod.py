@@ -9,8 +9,9 @@ Paper: Shu et al., LLaVA-MoD, arXiv:2408.15881. Two objectives, for the stages o
 
 Where we differ from the released code: the divergence is a KL, not the cross-entropy with the same gradient; what
 predicts a label is taught (`unshifted` teaches the position of the label itself, as the release does); the balance loss
-enters once (`double_balance`); the means of kto_pair have no gradient (`through_means`). Neither preference loss holds
-the chosen answer up: probability may leak to what is no answer, which `anchor`, its likelihood, prevents.
+enters once (`double_balance`); the means of kto_pair have no gradient (`through_means`). `label_smoothing` of DPO is
+the release's, and 0 as there. Neither preference loss holds the chosen answer up: probability may leak to what is no
+answer, which `anchor`, its likelihood, prevents.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_w
 from zoo.registry import IGNORE_INDEX, ZooError, register, unknown
 
 OBJECTIVES = ("mimic", "preference")
+LOGPROBS = ("sum", "mean")
 POSITIONS = ("response", "all")
 
 
@@ -45,17 +47,24 @@ class LLaVAModConfig:
     double_balance: bool = False  # of mimic, for parity: add the experts' balance loss a second time
     loss: str = "kto_pair"  # of preference: kto_pair (the release's), dpo, hinge or ipo
     beta: float = 0.1  # of preference: how close the student stays to the reference, more than 0
+    logprobs: str = "sum"  # of preference: an answer's log-probability is the sum over its tokens, or the mean
+    label_smoothing: float = 0.0  # of dpo: share of pairs taken to be labelled the wrong way round, in [0, 0.5)
     through_means: bool = False  # of kto_pair, for parity: let the gradient through the means it compares with
     anchor: float = 0.0  # of preference: weight of the likelihood of chosen answers, a mean over tokens; 1 recommended
 
     def __post_init__(self) -> None:
         self.terms()
         check_divergence(self.divergence, self.jsd_beta, self.temperature, self.per)
-        for name, allowed in (("objective", OBJECTIVES), ("loss", LOSSES), ("positions", POSITIONS)):
+        words = {"objective": OBJECTIVES, "loss": LOSSES, "positions": POSITIONS, "logprobs": LOGPROBS}
+        for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise unknown(f"{name} of llava_mod", getattr(self, name), allowed)
         if not self.beta > 0:
             raise ZooError(f"beta must be more than 0, got {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ZooError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.label_smoothing and (self.objective, self.loss) != ("preference", "dpo"):
+            raise ZooError(f"label_smoothing is for objective=preference with loss=dpo; loss is {self.loss!r}.")
         if self.positions == "all" and self.per == "answer":
             raise ZooError("positions=all knows no answers: per must be token.")
 
@@ -125,10 +134,10 @@ class LLaVAMod(Weighed):
         with torch.no_grad():
             kept = teacher is None
             theirs = (stored_logprobs(batch, len(ours)) if kept else answer_logprobs(teacher, batch)[0]).to(ours)
-        u, d = (ours - theirs).unflatten(0, (-1, 2)).unbind(1)  # (P,) each
-        losses = {
-            "preference": preference_loss(config.loss, u, d, config.beta, through_means=config.through_means).mean()
-        }
+        ratios = (ours - theirs) / tokens.clamp(min=1) if config.logprobs == "mean" else ours - theirs  # (2 P,)
+        u, d = ratios.unflatten(0, (-1, 2)).unbind(1)  # (P,) each
+        switches = {"label_smoothing": config.label_smoothing, "through_means": config.through_means}
+        losses = {"preference": preference_loss(config.loss, u, d, config.beta, **switches).mean()}
         if config.anchor:
             learnt = float(batch.get("num_labels") or tokens[::2].sum())
             losses["anchor"] = -ours[::2].sum() / learnt

@@ -59,11 +59,23 @@ def select(before: dict[int, Tensor], after: dict[int, Tensor], share: float = 0
 
     Returns:
         Layers, ascending, and for each the expert that the tuned copy chose most.
+
+    Raises:
+        ZooError: the models have no such layers in common, or nothing was counted in one of them.
     """
     if before.keys() != after.keys():
         raise ZooError("The two models do not have experts in the same layers.")
     if not 0 < share <= 1 or int(len(before) * share) < 1:
         raise ZooError(f"share must be in (0, 1] and leave a layer of {len(before)}, got {share}.")
+    for i in before:
+        if before[i].shape != after[i].shape:
+            raise ZooError(f"Layer {i} has {len(before[i])} experts in the first model, {len(after[i])} in the second.")
+        for which, counts in (("first", before[i]), ("second", after[i])):
+            if counts.sum() <= 0 or (counts < 0).any():
+                raise ZooError(
+                    f"No choice of an expert was counted in layer {i} of the {which} model (counts {counts.tolist()}): "
+                    "run both on the data before layers are selected."
+                )
     shares = {i: (before[i] / before[i].sum(), after[i] / after[i].sum()) for i in before}
     shift = {i: float((new - old).double().std()) for i, (old, new) in shares.items()}  # ddof = 1
     layers = sorted(sorted(shift, key=lambda i: (-shift[i], i))[: int(len(shift) * share)])

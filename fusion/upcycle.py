@@ -8,8 +8,9 @@ them run, every second layer, balance weight 0.01). With p = softmax(W x) and th
 
 All experts start as the dense layer and the weights sum to 1, so a fresh one computes what the dense model does.
 
-Where we differ from the released code: no token is dropped (`capacity` brings the limit back; what it drops stands at
-the end of a sequence, where the answer is); the second expert is the second likeliest, in training too, instead of a
+Where we differ from the released code: no token is dropped (`capacity: 1.5` and `eval_capacity: 2.0` bring its limits
+back, in training and in evaluation; what they drop stands at the end of a sequence, where the answer is, and depends on
+what else is in the batch); the second expert is the second likeliest, in training too, instead of a
 sample with Gumbel noise even in evaluation; padding does not count in the balance; the balance enters the loss once.
 
 The experts are this adapter's own parameters, stacked, and the dense layer stays in the language model, where
@@ -44,6 +45,7 @@ class UpcycleConfig:
     normalize: bool = True  # weights of the chosen experts sum to 1; without, a fresh one is not the dense model
     balance: float = 0.01  # weight of the load-balancing loss, summed over layers; 0: none
     capacity: float = 0.0  # most tokens of an expert, as a multiple of the even share; 0: no limit (released: 1.5)
+    eval_capacity: float | None = None  # the same in evaluation; null: as capacity (released: 2.0, drops there too)
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -52,8 +54,8 @@ class UpcycleConfig:
             raise ZooError(f"num_experts must be at least 1, got {self.num_experts}.")
         if not 1 <= self.top_k <= self.num_experts:
             raise ZooError(f"top_k must be from 1 to num_experts={self.num_experts}, got {self.top_k}.")
-        for name in ("balance", "capacity"):
-            if getattr(self, name) < 0:
+        for name in ("balance", "capacity", "eval_capacity"):
+            if (getattr(self, name) or 0) < 0:
                 raise ZooError(f"{name} must not be negative, got {getattr(self, name)}.")
         if len(set(self.layers)) < len(self.layers):
             raise ZooError(f"layers names a layer twice: {list(self.layers)}.")
@@ -145,7 +147,9 @@ class SparseFeedForward(nn.Module):
         super().__init__()
         self.number, self.passes = number, passes
         self.num_experts, self.top_k = config.num_experts, config.top_k
-        self.normalize, self.capacity = config.normalize, config.capacity
+        self.normalize = config.normalize
+        self.capacity = config.capacity
+        self.eval_capacity = config.capacity if config.eval_capacity is None else config.eval_capacity
         self.router = Router(width, config.num_experts, device=next(dense.parameters()).device)
         self.experts = stacked(dense, config.num_experts)
 
@@ -155,8 +159,7 @@ class SparseFeedForward(nn.Module):
         probs = self.router(flat).softmax(-1)  # (S, E) float32
         weights, chosen = self.route(probs)  # (S, k)
         self._count(probs, chosen)
-        if self.capacity:
-            weights, chosen = self._drop(weights, chosen)
+        weights, chosen = self._drop(weights, chosen)
         groups = group(chosen, self.num_experts)
         for module in self.experts.modules():
             if isinstance(module, StackedLinear):
@@ -188,7 +191,10 @@ class SparseFeedForward(nn.Module):
 
     def _drop(self, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Take choices beyond an expert's capacity away, first choices served first, then in order of the tokens."""
-        limit = max(1, -(-int(len(chosen) * self.top_k * self.capacity) // self.num_experts))
+        factor = self.capacity if self.training else self.eval_capacity
+        if not factor:
+            return weights, chosen
+        limit = capacity(len(chosen), self.num_experts, factor, self.top_k)
         turns = chosen.t().flatten()  # (k * S,) all first choices, then all second ones
         hits = nn.functional.one_hot(turns, self.num_experts)  # (k * S, E)
         place = (hits.cumsum(0) * hits).sum(-1).view(self.top_k, -1).t()  # (S, k) from 1 on, in the expert's queue
@@ -197,6 +203,14 @@ class SparseFeedForward(nn.Module):
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         return weights, chosen.masked_fill(late, -1)
+
+
+def capacity(tokens: int, num_experts: int, factor: float, top_k: int) -> int:
+    """Count the tokens that an expert may take: ceil(S / E * factor * k), all of the product rounded up at once.
+
+    DeepSpeed's `_capacity`, which the release of LLaVA-MoD drops tokens by; in float32, as it is there.
+    """
+    return max(1, int((tokens / num_experts * torch.tensor(factor * top_k, dtype=torch.float32)).ceil()))
 
 
 class StackedLinear(nn.Module):

@@ -317,6 +317,18 @@ def test_layers_are_those_whose_routing_shifts_most():
         expert_shift.select(before, after, 0.2)
 
 
+def test_layers_in_which_nothing_was_counted_are_not_chosen_from():
+    counts, nothing = {i: torch.tensor([3, 1, 2, 1]) for i in range(4)}, torch.zeros(4, dtype=torch.long)
+    for before, after, message in [
+        (dict.fromkeys(counts, nothing), dict.fromkeys(counts, nothing), "layer 0 of the first model"),
+        (counts, counts | {2: nothing}, "layer 2 of the second model"),
+        (counts | {1: nothing}, counts, r"layer 1 of the first model \(counts \[0, 0, 0, 0\]\)"),
+        (counts, counts | {3: torch.tensor([1, 2])}, "Layer 3 has 4 experts in the first model, 2 in the second"),
+    ]:
+        with pytest.raises(ZooError, match=message):
+            expert_shift.select(before, after)
+
+
 @torch.no_grad()
 def test_counts_are_of_the_experts_that_ran():
     llm = tiny_llm("mixtral")

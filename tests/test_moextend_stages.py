@@ -63,6 +63,7 @@ def test_saved_with_its_new_experts_it_loads_to_the_bit(two, tmp_path):
         ([], "give base=<model> and probe=<model>"),
         (["samples=many"], "samples and share are numbers, got 'many'"),
         (["share=0.1"], "leave a layer of 2, got 0.1"),
+        (["samples=0"], "samples must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(two, words, message):

@@ -42,7 +42,7 @@ def logps(who, ids, pairs):
     return total
 
 
-def naive(kind, u, d, beta, through=False):
+def naive(kind, u, d, beta, through=False, smoothing=0.0):
     """The loss of a list of pairs, one by one."""
 
     def sigmoid(x):
@@ -55,28 +55,33 @@ def naive(kind, u, d, beta, through=False):
         terms = [1 - sigmoid(beta * (a - mean_d)) for a in u] + [1 - sigmoid(beta * (mean_u - b)) for b in d]
         return sum(terms) / len(terms)
     one = {
-        "dpo": lambda m: -torch.log(sigmoid(beta * m)),
+        "dpo": lambda m: -(1 - smoothing) * torch.log(sigmoid(beta * m)) - smoothing * torch.log(sigmoid(-beta * m)),
         "hinge": lambda m: torch.clamp(1 - beta * m, min=0),
         "ipo": lambda m: (m - 1 / (2 * beta)) ** 2,
     }[kind]
     return sum(one(a - b) for a, b in zip(u, d, strict=True)) / len(u)
 
 
-@pytest.mark.parametrize("through", [False, True])
-@pytest.mark.parametrize("kind", LOSSES)
-def test_preference_is_its_equation_in_values_and_gradients(kind, through):
+@pytest.mark.parametrize("logprobs", ["sum", "mean"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*((kind, {}) for kind in LOSSES), ("kto_pair", {"through_means": True}), ("dpo", {"label_smoothing": 0.2})],
+)
+def test_preference_is_its_equation_in_values_and_gradients(kind, options, logprobs):
+    through, smoothing = options.get("through_means", False), options.get("label_smoothing", 0.0)
     ids, pairs = paired()
     batch = {"input_ids": ids, "pair_ids": pairs}
     grads = []
     for way in ("ours", "naive"):
         student, teacher = seen(None, pairs), seen(None, pairs, seed=2, llm=LLM(WIDTH, seed=5, plain=False))
         if way == "ours":
-            loss = build(loss=kind, beta=0.3, through_means=through)(student, teacher, batch)
+            loss = build(loss=kind, beta=0.3, logprobs=logprobs, **options)(student, teacher, batch)
             loss = loss["preference"]
         else:
             mine, theirs = logps(student, ids, pairs), [x.detach() for x in logps(teacher, ids, pairs)]
-            ratios = [a - b for a, b in zip(mine, theirs, strict=True)]
-            loss = naive(kind, ratios[::2], ratios[1::2], 0.3, through)
+            counts = [int((pairs == i).sum()) if logprobs == "mean" else 1 for i in range(len(mine))]
+            ratios = [(a - b) / n for a, b, n in zip(mine, theirs, counts, strict=True)]
+            loss = naive(kind, ratios[::2], ratios[1::2], 0.3, through, smoothing)
         loss.backward()
         grads.append([loss, student.last_hidden_state.grad, student.llm.weight.grad])
         assert teacher.last_hidden_state.grad is None
@@ -194,26 +199,62 @@ def test_chunks_change_nothing():
         torch.testing.assert_close(token_logprobs(llm, rows, wanted, 3), grads[0][0])
 
 
-@pytest.mark.parametrize(("kind", "theirs"), [("dpo", "sigmoid"), ("hinge", "hinge"), ("ipo", "ipo")])
-def test_agrees_with_trl(kind, theirs):
-    """Its trainer's loss of sequences whose answers are one token: TRL averages IPO over tokens."""
+def test_a_stored_reference_is_averaged_over_the_tokens_that_it_was_summed_over():
+    ids, pairs = paired()
+    batch = {"input_ids": ids, "pair_ids": pairs}
+    student, teacher = seen(None, pairs), seen(None, pairs, seed=2)
+    kept = torch.stack(logps(teacher, ids, pairs)).detach().unsqueeze(-1)  # (2 P, 1), as `zoo teach` writes it
+    distiller = build(loss="ipo", logprobs="mean")
+    stored = distiller(student, None, {**batch, "targets": {"teacher.pairs.log_probs": kept}})
+    torch.testing.assert_close(stored, distiller(student, teacher, batch))
+
+
+def test_label_smoothing_is_dpo_of_pairs_that_may_be_swapped():
+    u, d = ratios()
+    for share in (0.0, 0.1, 0.4):
+        mixed = (1 - share) * preference_loss("dpo", u, d, 0.7) + share * preference_loss("dpo", d, u, 0.7)
+        torch.testing.assert_close(preference_loss("dpo", u, d, 0.7, label_smoothing=share), mixed)
+    for options, message in [
+        ({"loss": "dpo", "label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for objective=preference with loss=dpo"),
+        ({"logprobs": "men"}, "Did you mean 'mean'"),
+    ]:
+        with pytest.raises(ZooError, match=message):
+            build(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "logprobs", "theirs"),
+    [("dpo", "sum", "sigmoid"), ("hinge", "sum", "hinge"), ("ipo", "mean", "ipo"), ("dpo", "mean", "sigmoid_norm")],
+)
+def test_agrees_with_trl(kind, logprobs, theirs):
+    """Its trainer's own loss of answers of one to six tokens: IPO and `sigmoid_norm` take means, the others sums."""
     trl = pytest.importorskip("trl", reason="trl is not installed: its own preference losses are not compared")
-    policy, reference = (torch.randn(10, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    lengths = torch.tensor([1, 2, 6, 3, 4, 6, 1, 5, 2, 6])  # five chosen ones, then five rejected
+    answer = (torch.arange(6) < lengths.unsqueeze(1)).long()  # (10, 6)
+    policy, reference = (torch.randn(10, 6, generator=torch.Generator().manual_seed(s)) * answer for s in (0, 1))
     policy.requires_grad_()
     same = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, device=torch.device("cpu"))
     settings = {"loss_types": [theirs], "loss_weights": [1.0], "beta": 0.3, "f_divergence_type": "reverse_kl"}
     off = {"ld_alpha": None, "aux_loss_enabled": False, "use_weighting": False, "precompute_ref_logps": True}
     trainer = MagicMock(**settings, **off, accelerator=same)
-    nothing = torch.zeros(10, 1)
-    said = SimpleNamespace(log_probs=policy.unsqueeze(-1), entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
-    batch = {"input_ids": nothing.long().expand(10, 2), "completion_mask": torch.tensor([[0, 1]]).expand(10, 2)}
-    batch["attention_mask"] = torch.ones(10, 2)
-    batch |= {"ref_chosen_logps": reference[:5], "ref_rejected_logps": reference[5:]}
+    nothing = torch.zeros(10, 6)
+    said = SimpleNamespace(log_probs=policy, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    mask = torch.nn.functional.pad(answer, (1, 0))  # the prompt is one token
+    batch = {"input_ids": torch.zeros_like(mask), "completion_mask": mask, "attention_mask": torch.ones_like(mask)}
+    chosen, rejected = reference.sum(1).chunk(2)
+    batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     wanted = trl.DPOTrainer._compute_loss(trainer, lambda **inputs: said, batch, False)
-    u, d = (policy - reference).chunk(2)
-    got = preference_loss(kind, u, d, 0.3).mean()
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad(x, policy)[0] for x in (got, wanted)))
+    counts = {"sum": torch.ones_like(lengths), "mean": lengths}
+    found = {}
+    for way, count in counts.items():
+        u, d = ((policy - reference).sum(1) / count).chunk(2)
+        found[way] = preference_loss(kind, u, d, 0.3).mean()
+    torch.testing.assert_close(found[logprobs], wanted)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, policy, retain_graph=True)[0] for x in (found[logprobs], wanted))
+    )
+    assert all((value - wanted).abs() > 0.01 for way, value in found.items() if way != logprobs)
 
 
 # ---- with models -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from tests.fusion_builders import DENSE, VOCAB, llm_node, padded_batch, tiny_llm
 from zoo import registry
 from zoo.fusion.passes import Passes
-from zoo.fusion.upcycle import SparseFeedForward, UpcycleConfig
+from zoo.fusion.upcycle import SparseFeedForward, UpcycleConfig, capacity
 from zoo.registry import ZooError
 
 WIDTH, WIDER, TOKENS = 8, 12, 23
@@ -162,6 +162,63 @@ def test_capacity_drops_second_choices_and_late_tokens_first():
     torch.testing.assert_close(roomy(x), dense, rtol=0, atol=1e-9)
 
 
+def dropped(probs, limit):
+    """First choices in the order of the tokens, then second ones, each while its expert has room: a loop."""
+    left = dict.fromkeys(range(probs.shape[1]), limit)
+    order = [row.argsort(descending=True).tolist() for row in probs]
+    kept = set()
+    for choice in range(2):
+        for token, experts in enumerate(order):
+            if left[experts[choice]]:
+                left[experts[choice]] -= 1
+                kept.add((token, experts[choice]))
+    return kept
+
+
+@torch.no_grad()
+def test_capacity_is_that_of_deepspeed():
+    """Its formula, scripted as there: all of the product is rounded up, and by a float32 factor."""
+
+    def theirs(tokens, experts, factor, k):
+        return int(torch.ceil((tokens / experts) * torch.tensor(factor * k)).to(torch.int64))
+
+    settings = [
+        (s, e, f, k)
+        for s in (1, 2, 3, 5, 7, 10, 13, 100, 333, 2048)
+        for e in (2, 3, 4, 8)
+        for f in (0.25, 0.5, 0.75, 1.0, 1.1, 1.25, 1.3, 1.5, 2.0)
+        for k in (1, 2)
+    ]
+    assert [capacity(*x) for x in settings] == [theirs(*x) for x in settings]
+    rounded_down_first = [max(1, -(-int(s * k * f) // e)) for s, e, f, k in settings]
+    assert rounded_down_first != [capacity(*x) for x in settings], "the settings tell the two apart"
+    generator = torch.Generator().manual_seed(0)
+    for tokens, factor in ((3, 0.75), (7, 0.5), (13, 0.6), (32, 1.1)):
+        layer = sparse(shaken=False, capacity=factor)
+        probs = torch.rand(tokens, 4, generator=generator, dtype=torch.float64).softmax(-1)
+        _, chosen = layer._drop(*layer.route(probs))
+        kept = {(t, e) for t, row in enumerate(chosen.tolist()) for e in row if e >= 0}
+        assert kept == dropped(probs, theirs(tokens, 4, factor, 2))
+
+
+@torch.no_grad()
+def test_evaluation_has_a_capacity_of_its_own():
+    x = torch.randn(16, WIDTH, dtype=torch.float64)
+    seen = {}
+    for name, options in (
+        ("none", {}),
+        ("both", {"capacity": 0.5}),
+        ("open", {"capacity": 0.5, "eval_capacity": 0.0}),
+        ("eval", {"eval_capacity": 0.5}),
+    ):
+        layer = sparse(**options)
+        seen[name] = {mode: layer.train(mode)(x) for mode in (True, False)}
+    assert not torch.equal(seen["both"][True], seen["none"][True])
+    assert torch.equal(seen["both"][True], seen["both"][False])
+    assert torch.equal(seen["open"][True], seen["both"][True]) and torch.equal(seen["open"][False], seen["none"][False])
+    assert torch.equal(seen["eval"][True], seen["none"][True]) and torch.equal(seen["eval"][False], seen["both"][False])
+
+
 def test_experts_without_tokens_get_zero_gradients():
     layer = sparse(top_k=1)
     with torch.no_grad():
@@ -216,6 +273,7 @@ def test_parameters_are_those_of_the_paper(sizes, dense, total, active):
         ({"layers": [7]}, "layers must be from 0 to 1 in this LLM, got 7"),
         ({"layers": [1, 1]}, "names a layer twice"),
         ({"balance": -1.0}, "balance must not be negative"),
+        ({"eval_capacity": -1.0}, "eval_capacity must not be negative"),
         ({"expert": 4}, "'expert'. Did you mean 'num_experts'"),
     ],
 )

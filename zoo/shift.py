@@ -41,6 +41,8 @@ def main(words: Sequence[str]) -> int:
         samples, share = int(own["samples"]), float(own["share"])
     except ValueError as error:
         raise ZooError(f"samples and share are numbers, got {own['samples']!r} and {own['share']!r}.") from error
+    if samples < 1:
+        raise ZooError(f"samples must be at least 1, got {samples}.")
     print(options_for(own["base"], own["probe"], rest, samples=samples, share=share))
     return 0
 
