@@ -122,6 +122,9 @@ class ImageTransform:
     std: tuple[float, float, float]
     resample: str = "bicubic"  # nearest | bilinear | bicubic | lanczos
     fit: str = "crop"  # crop: shortest side to size, then centre; squash: both sides; pad: longest side, mean colour
+    # Who resamples, pillow or torchvision: they round differently, by a step or two of a byte. torchvision is what
+    # transformers' image processors use, Pillow what timm's and open_clip's transforms do. Padding is always Pillow's.
+    resample_by: str = "pillow"
 
 
 # An image as a data set may give it: a path, encoded bytes, an array (h, w, 3) uint8, a PIL image, or a function that

@@ -5,6 +5,7 @@ installed, and a test holds the two together.
 
     transformers 5.24   `past_key_values` is called `cache`: in the arguments of models and decoder layers, and in
                         outputs. The old name works there until 5.40, with a warning.
+    torchvision 0.27    resamples tensors by lanczos too.
 
 Two more differences need no version to be asked for, since what is done about them is right on every version:
 torch's FLOP counter has no formula for attention fused on a CPU (`zoo/benches/flops.py`, torch 2.14), and its grouped
@@ -61,3 +62,12 @@ def with_old_cache_name(output: type) -> type:
     if cache_name() != "cache":
         output.past_key_values = property(lambda self: self.cache)  # type: ignore[attr-defined]
     return output
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def torchvision_has_lanczos() -> bool:
+    """Whether torchvision resamples tensors by lanczos."""
+    return at_least("torchvision", "0.27")

@@ -1,5 +1,7 @@
 """Pixels against the preprocessing of transformers, timm and open_clip."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,7 @@ from zoo.registry import ImageTransform, ZooError
 from zoo.vision.tower import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from zoo.vision.transform import fit, normalise, to_pixels
 
-# One step of a byte is 1 / 255 / std = 0.015 after normalisation. The tensor backend of transformers and torchvision
-# round differently from Pillow; timm and open_clip use Pillow as we do.
-BYTE = 1 / 255 / min(CLIP_STD)
+# Pillow, which timm and open_clip use, rounds differently from torchvision, which transformers uses.
 SHAPES = [(64, 64), (64, 32), (48, 96), (97, 61), (61, 97), (30, 40), (640, 481), (7, 300), (32, 32), (33, 32)]
 
 
@@ -24,30 +24,36 @@ def picture(width, height, seed=0):
     return Image.fromarray(image)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 300), (300, 1)], ids=str)
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_equals_the_processors_of_transformers(shape, resample):
+    from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+    image, name = picture(*shape), ("nearest", "lanczos", "bilinear", "bicubic")[resample]
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    crop = ImageTransform((32, 32), CLIP_MEAN, CLIP_STD, name, resample_by="torchvision")
+    squash = ImageTransform((32, 32), HALF, HALF, name, fit="squash", resample_by="torchvision")
+    for theirs, ours in (
+        (CLIPImageProcessor(resample=resample, **sides), crop),
+        (SiglipImageProcessor(resample=resample, size={"height": 32, "width": 32}), squash),
+    ):
+        want = theirs(image, return_tensors="pt").pixel_values[0]
+        got = to_pixels(image, ours)
+        assert got.shape == want.shape == (3, 32, 32) and got.dtype == torch.float32
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)  # the same bytes
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_clips_processor(shape):
-    from transformers import CLIPImageProcessor
-
+def test_libraries_differ_by_a_step_or_two(shape):
     image = picture(*shape)
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    want = processor(image, return_tensors="pt").pixel_values[0]
-    got = to_pixels(image, ImageTransform((32, 32), CLIP_MEAN, CLIP_STD))
-    assert got.shape == want.shape == (3, 32, 32) and got.dtype == torch.float32
-    # At most two steps of a byte at a hard edge, a fifth of one on average.
-    assert (got - want).abs().max() <= 2.01 * BYTE and (got - want).abs().mean() <= 0.2 * BYTE
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_siglips_processor(shape):
-    from transformers import SiglipImageProcessor
-
-    image = picture(*shape)
-    want = SiglipImageProcessor(size={"height": 32, "width": 32})(image, return_tensors="pt").pixel_values[0]
-    got = to_pixels(image, ImageTransform((32, 32), HALF, HALF, fit="squash"))
-    # Measured: 1 step of a byte where the image shrinks evenly, up to 8 at the edges of one that is stretched fivefold;
-    # 0.2 on average at worst.
-    steps = (got - want).abs() * 255 * HALF[0]
-    assert steps.max() <= 8.01 and steps.mean() <= 0.25
+    for transform in (
+        ImageTransform((32, 32), CLIP_MEAN, CLIP_STD),
+        ImageTransform((32, 32), HALF, HALF, fit="squash"),
+    ):
+        one, two = (to_pixels(image, replace(transform, resample_by=name)) for name in ("pillow", "torchvision"))
+        # Up to 8 steps of a byte at the edges of what is stretched fivefold, a fifth of one on average.
+        steps = (one - two).abs() * 255 * min(transform.std)
+        assert steps.max() <= 8.01 and steps.mean() <= 0.25
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -128,6 +134,8 @@ def test_wrong_words_are_refused():
     for wrong in ({"fit": "stretch"}, {"resample": "cubic"}):
         with pytest.raises(ZooError, match="allowed are crop, squash, pad and nearest, bilinear, bicubic, lanczos"):
             to_pixels(picture(9, 9), ImageTransform((8, 8), HALF, HALF, **wrong))
+    with pytest.raises(ZooError, match=r"'pilow'\. Did you mean 'pillow'"):
+        to_pixels(picture(9, 9), ImageTransform((8, 8), HALF, HALF, resample_by="pilow"))
 
 
 def test_errors_name_the_image():

@@ -157,7 +157,7 @@ def test_the_transform_is_the_processors(saved, tmp_path):
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3], resample=2
     ).save_pretrained(tmp_path)
     told = build("vision", {"name": "hf", "checkpoint": str(tmp_path)}).transform
-    assert told == ImageTransform((32, 32), (0.1, 0.2, 0.3), bare.std, "bilinear", "crop")
+    assert told == ImageTransform((32, 32), (0.1, 0.2, 0.3), bare.std, "bilinear", "crop", "torchvision")
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     assert build("vision", {"name": "hf", "checkpoint": str(tmp_path)}).transform.fit == "squash"
 

@@ -354,4 +354,5 @@ def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple
         std=tuple(processor.get("image_std") or family.std),
         resample=RESAMPLES.get(processor.get("resample", -1), family.resample),
         fit=fit,
+        resample_by="torchvision",
     )

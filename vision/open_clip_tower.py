@@ -26,6 +26,7 @@ from zoo.vision.tower import (
     check_sizes,
     on_meta,
 )
+from zoo.vision.transform import LIBRARIES
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}
@@ -41,6 +42,9 @@ class OpenClipVisionConfig:
     layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
+    # pillow: as open_clip's own transforms | torchvision: as transformers' image processors, faster, to the byte what
+    # `zoo.export` can write; a step or two of a byte lie between them
+    resample_by: str = "pillow"
     pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
     # Sizes, used where `model` and `checkpoint` are empty.
     patch_size: int = 16  # pixels a side
@@ -51,6 +55,8 @@ class OpenClipVisionConfig:
     quick_gelu: bool = False  # OpenAI's activation
 
     def __post_init__(self) -> None:
+        if self.resample_by not in LIBRARIES:
+            raise unknown("library to resample by", self.resample_by, LIBRARIES)
         if not self.model and not self.checkpoint:
             check_sizes(self)
 
@@ -83,6 +89,7 @@ class OpenClipVision(Tower):
             std=tuple(preprocess.get("std") or CLIP_STD),
             resample=preprocess.get("interpolation") or "bicubic",
             fit=FITS.get(preprocess.get("resize_mode") or "shortest", "crop"),
+            resample_by=config.resample_by,
         )
         super().__init__(runner, transform)
 

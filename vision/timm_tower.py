@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from zoo.vision.checkpoints import at, fetch, is_local
 from zoo.vision.stem import ConvStem
 from zoo.vision.timm_runner import TimmRunner
 from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_divides, check_sizes, on_meta
+from zoo.vision.transform import LIBRARIES
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 FITS = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -26,6 +27,9 @@ class TimmVisionConfig:
     layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
+    # pillow: as timm's own transforms | torchvision: as transformers' image processors, faster, to the byte what
+    # `zoo.export` can write; a step or two of a byte lie between them
+    resample_by: str = "pillow"
     pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
     # Sizes, used where `model` and `checkpoint` are empty.
     stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
@@ -41,6 +45,8 @@ class TimmVisionConfig:
     zero_init: bool = False  # blocks start as the identity: their output layers are zero
 
     def __post_init__(self) -> None:
+        if self.resample_by not in LIBRARIES:
+            raise unknown("library to resample by", self.resample_by, LIBRARIES)
         if self.stem not in {"patch", "conv"}:
             raise unknown("stem", self.stem, ["patch", "conv"])
         if self.activation not in ACTIVATIONS:
@@ -63,7 +69,8 @@ class TimmVision(Tower):
         if named and config.image_size and hasattr(tower, "patch_embed"):
             check_divides(tower.patch_embed.patch_size[0], config.image_size)
         runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", config.pooling_head)
-        super().__init__(runner, _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF))
+        transform = _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF)
+        super().__init__(runner, replace(transform, resample_by=config.resample_by))
 
 
 def _sized(config: TimmVisionConfig) -> nn.Module:
