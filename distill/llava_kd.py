@@ -6,9 +6,12 @@ Paper: Cai et al., LLaVA-KD, arXiv:2410.16236. Its three terms are three losses 
     visual     the same at the positions of image tokens, whose predictions are otherwise thrown away; not shifted
     relation   1 - cosine of R_student and R_teacher, R = Y Y^T of the raw logits Y of an image's tokens
 
-Means over positions, as in the public training code; the paper writes sums. `relation_weight` is the paper's 0.5, the
-code adds the term with 1. The code flattens the relations of a whole batch into one vector, here each image has its
-own cosine; for one image a batch, as its scripts have, both agree. Several images and text alone may be mixed.
+The authors' repository has no training code; what is public is a copy of the project with a trainer, which seems to be
+theirs, and "the code" here. Means over positions, as in the code; the paper writes sums. Each image counts the same in
+`visual`, in the code each image token does. `relation_weight` is the paper's 0.5, the code adds the term with 1. The
+code flattens the relations of a whole batch into one vector, here each image has its own cosine. With one image a
+batch, as its scripts have, all of this agrees. Text alone may be mixed in, and a sample may have several images, which
+the code refuses.
 """
 
 from collections.abc import Mapping
@@ -29,7 +32,7 @@ from zoo.registry import ZooError, register, unknown
 class LLaVAKDConfig:
     response_weight: float = 1.0  # alpha
     visual_weight: float = 1.0  # beta of the paper
-    relation_weight: float = 0.5  # gamma; 1 in the public code
+    relation_weight: float = 0.5  # gamma; 1 in the code
     response_warmup: float = 0.0  # share of the stage over which the weight rises from 0; so the two below
     visual_warmup: float = 0.0
     relation_warmup: float = 0.0

@@ -9,11 +9,11 @@ image tokens go, so layer `stop` and those behind it see text alone. Text and pa
 
 Where we differ from the public code: tokens are dropped, not hidden, so tokens already gone have no vote (`votes=all`
 brings that back, and hides instead of dropping); no attention matrix is made and none is read from the kernel; counts
-are those of each sample of a batch; the schedule is scaled to the depth of the LLM; a last prompt token stays even
-where it is an image token. Merging acts on the encoder's features before the projector (the public code: on projected
-and pooled ones for video) and measures likeness on them, or on the keys of the attention that made them
-(`metric=keys`; the public code for LLaVA-1.5: on those of the last block). The walk is one pass over the scores in
-blocks of rows (`attention_walk`).
+are those of each sample of a batch; a last prompt token stays even where it is an image token. The schedule is theirs
+for LLMs of 28 and of 32 layers; for other depths that of 28 is scaled, which is ours. Merging acts on the encoder's
+features before the projector (the public code: on projected and pooled ones for video) and measures likeness on them,
+or on the keys of the attention that made them (`metric=keys`; the public code for LLaVA-1.5: on those of the last
+block, down to 252 or 72 of 576). The walk is one pass over the scores in blocks of rows (`attention_walk`).
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,8 @@ from zoo.fusion.merging import merge, removals
 from zoo.fusion.survivors import VOTES
 from zoo.registry import ImageFeatures, ZooError, register, unknown
 
+# Layers l1 and l2 by the depth of the LLM, in the authors' code: Qwen2 7B (LLaVA-OneVision), Vicuna 7B (LLaVA-1.5).
+RELEASED = {28: (14, 22), 32: (13, 21)}
 _MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys"})  # not known of merged tokens
 
 
@@ -39,8 +41,8 @@ class AIMConfig:
     order: str = "released"  # of merged tokens; released: as the public code | raster: in their places
     weigh_sizes: bool = False  # means count a token as many as it was made of
     prune: bool = True  # drop tokens inside the LLM
-    start: int = -1  # layer, 0 the first, at whose output the first go (l1); -1: half of the depth, 14 of 28
-    stop: int = -1  # layer from which on none is left (l2); -1: 11/14 of the depth, 22 of 28
+    start: int = -1  # layer, 0 the first, at whose output the first go (l1); -1: 14 of 28, 13 of 32, else half
+    stop: int = -1  # layer from which on none is left (l2); -1: 22 of 28, 21 of 32, else 11/14 of the depth
     temperature: float = 0.1  # scores are divided by it before the softmax; 1: the layer's own attention
     steps: int = 5  # of the walk
     damping: float = 0.0  # share of each step that starts anew, in [0, 1)
@@ -120,8 +122,9 @@ class AIM(DropsInside, nn.Module):
 
     def schedule(self, num_layers: int) -> tuple[int, int]:
         """Return the layer at whose output the first tokens go, and the one from which on none is left."""
-        start = self.config.start if self.config.start >= 0 else min(round(num_layers / 2), max(num_layers - 2, 0))
-        stop = self.config.stop if self.config.stop >= 0 else max(round(num_layers * 22 / 28), start + 1)
+        first, last = RELEASED.get(num_layers, (round(num_layers / 2), round(num_layers * 22 / 28)))
+        start = self.config.start if self.config.start >= 0 else min(first, max(num_layers - 2, 0))
+        stop = self.config.stop if self.config.stop >= 0 else max(last, start + 1)
         if stop <= start:
             raise ZooError(f"stop must lie behind start, got start={start} and stop={stop} of {num_layers} layers.")
         return start, stop

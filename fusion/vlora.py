@@ -11,12 +11,13 @@ q, k, v: added to the outputs of the projections, ahead of rotary positions; o: 
 output of the whole feed-forward block, from its input. The full change s B A^T is never built, except by `merge`.
 
 We differ from the authors' code: the placeholder of an image leaves the sequence (theirs stays as a position that
-nobody sees); rows without an image get zero factors, and a batch without any runs the plain LLM; positions go on from
-the prompt while generating (theirs repeat one); beams and several returned sequences repeat A; several images are
-refused unless `max_images` allows them, and are then read together, each but the first with an embedding of its number;
-what a pruner left of an image is read at the positions it had; widths follow the LLM (grouped keys, fused q/k/v); the
-encoder learns too where a recipe says so. Arguments in their training code default to a smaller model; the defaults
-here are those of the released one.
+nobody sees); rows without an image get zero factors without an empty picture being encoded, and a batch without any
+runs the plain LLM (theirs stops); positions go on from the prompt while generating (theirs repeat one); beams and
+several returned sequences repeat A; several images are refused unless `max_images` allows them, and are then read
+together, each but the first with an embedding of its number (theirs reads the first alone); what a pruner left of an
+image is read at the positions it had; widths follow the LLM (grouped keys, fused q/k/v); the encoder learns too where a
+recipe says so. Arguments in their training code default to a smaller model; the defaults here are those of their launch
+scripts, with width 512: one script says 1024 and the other 512, which alone fits the size that they state.
 
 New weights start in float32, whatever the LLM has, and follow the model where it is cast; factors are given to the LLM
 in its own format.

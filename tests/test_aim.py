@@ -254,6 +254,13 @@ def test_a_stop_before_the_default_start_is_refused_with_both():
     assert build(start=25).schedule(28) == (25, 26)
 
 
+def test_the_default_is_the_released_schedule_where_there_is_one():
+    assert build().schedule(28) == (14, 22) and build().schedule(32) == (13, 21)
+    assert build().schedule(14) == (7, 11) and build().schedule(56) == (28, 44), "that of 28, scaled"
+    assert build(start=20).schedule(32) == (20, 21) and build(start=24).schedule(32) == (24, 25)
+    assert build(stop=30).schedule(32) == (13, 30)
+
+
 # ---- FastV ------------------------------------------------------------------------------------------------------
 
 
