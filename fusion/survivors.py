@@ -47,6 +47,10 @@ class Survivors:
         if labels is not None:
             labelled = (labels != IGNORE_INDEX) & seen
             labelled[:, 0] = False
+            # Answers ahead of the sample's last image are not learnt: which tokens stay is told by what follows them.
+            last = column.new_full((len(image), int(segment.max()) + 1), -1)
+            last = last.scatter_reduce(1, segment, column.masked_fill(~image, -1), "amax")
+            labelled &= column > last.gather(1, segment)
             labels = labels.masked_fill(~labelled, IGNORE_INDEX)
             fixed[:, :-1] |= labelled[:, 1:]
             samples = int(segment.max()) + 1

@@ -59,7 +59,7 @@ def test_the_quick_ways_agree_with_the_plain_one(template):
     """Skeletons and the split at special tokens give what rendering and tokenizing the whole text gives."""
     quick, plain = processor_with(template), processor_with(template)
     plain._chat._special = None
-    plain._chat._find_literals = lambda roles: None
+    plain._chat.answers.verbatim = ()
     for question, answer in [
         (QUESTIONS[0], "yes"),
         (QUESTIONS[3], "3 7 12 19"),
@@ -77,7 +77,6 @@ def test_a_later_turn_that_looks_like_the_end_token_changes_nothing():
         {"role": r, "content": c}
         for r, c in [("user", "hi"), ("assistant", "yes"), ("user", "im"), ("assistant", "no")]
     ]
-    processor._chat._find_literals = lambda roles: None
     end = processor.tokenizer.eos_token
     assert [t.strip().removeprefix("<think>\n\n</think>\n\n") for t in learnt(processor, messages)] == [
         f"yes{end}",
@@ -139,10 +138,25 @@ def test_a_template_that_changes_earlier_turns_is_an_error_that_says_where():
         processor.encode(sample((QUESTIONS[0], "yes")))
 
 
-def test_a_token_across_the_border_is_an_error_that_shows_it():
+def test_a_token_across_the_border_is_split_as_a_prompt_splits_it():
     processor = processor_with("chatml")
     processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ZooError, match=r"runs across the border.*>>>"):
+    dialog = Dialog([{"role": "user", "content": "a circ"}, {"role": "assistant", "content": "le"}])
+    whole = processor.tokenizer("a circle")["input_ids"]
+    row = processor.encode(Sample("x", [], [dialog]))
+    prompt = processor.encode_prompt(Sample("x", [], []), dialog)
+    assert row.input_ids[: len(whole)].tolist() != whole
+    assert np.array_equal(row.input_ids[: len(prompt)], prompt.input_ids)
+    assert processor.tokenizer.decode(row.labels[row.labels != IGNORE_INDEX]) == "le" + processor.tokenizer.eos_token
+
+
+def test_a_token_across_the_border_is_an_error_where_the_tokenizer_begins_texts_with_a_blank():
+    from tokenizers import pre_tokenizers
+
+    processor = processor_with("chatml")
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ZooError, match=r"'x'.*runs across the border.*>>>"):
         processor.encode(
             Sample("x", [], [Dialog([{"role": "user", "content": "a circ"}, {"role": "assistant", "content": "le"}])])
         )

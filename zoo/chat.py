@@ -1,21 +1,22 @@
 """Chat messages to tokens and labels, through any chat template; nothing is masked in silence.
 
-Rendering a template and tokenizing take longer than a small training step can spare, so both are remembered in
-pieces: the text that a template puts around contents, and the tokens between special tokens. Where a template or a
-tokenizer does not allow it, the text is rendered and tokenized whole.
+Tokenizing takes longer than a small training step can spare, so the tokens between special tokens are remembered. Where
+a tokenizer does not allow it, the text is tokenized whole.
 """
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
+from zoo.answers import AnswerFinder
+from zoo.chat_template import ChatTemplate, Messages
 from zoo.registry import IGNORE_INDEX, ZooError
-
-Messages = Sequence[dict[str, str]]  # role and content, both plain text
+from zoo.tokenizer import CHAT_TEMPLATES
 
 _CACHE = 200_000  # pieces of text whose tokens are remembered
 
@@ -29,48 +30,30 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Any, video_token: str | None = None) -> None:
-        self.video_token = video_token
         self.tokenizer = tokenizer
-        self.typed = takes_parts(tokenizer)
+        self.template = ChatTemplate(tokenizer, video_token)
+        self.answers = AnswerFinder(self.template, verbatim={text for text, _ in CHAT_TEMPLATES.values()})
         self._segments: dict[str, tuple[list[int], list[int]]] = {}
-        self._literals: dict[tuple[str, ...], list[str] | None] = {}
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """Return the text of the messages, with the opening of an answer behind it if asked for."""
-        if not messages and not add_generation_prompt:
-            return ""
-        return self.tokenizer.apply_chat_template(
-            self.shown(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+    @property
+    def typed(self) -> bool:
+        """Whether the template wants typed parts and shows images by itself."""
+        return self.template.typed
 
-    def shown(self, messages: Messages) -> list[dict[str, Any]]:
-        """Messages as the template takes them."""
-        if not self.typed:
-            return [dict(m) for m in messages]
-        return [{"role": m["role"], "content": self._parts(m["content"])} for m in messages]
+    def prompt(self, messages: Messages, sample_id: str = "") -> list[int]:
+        """Tokenize a conversation that asks for an answer. The row of `labelled` begins with these tokens."""
+        text = self.template.render(messages, True, sample_id)
+        return self.tokenize(text, self.answers.openings(messages, text, sample_id), sample_id)[0]
 
-    def _parts(self, content: str) -> list[dict[str, str]]:
-        """Content as typed parts: an image or a video where its token stands, text in between."""
-        kinds = {getattr(self.tokenizer, "image_token", None): "image"}
-        if self._shows_videos:
-            kinds[self.video_token] = "video"
-        marks = "|".join(re.escape(token) for token in kinds if token)
-        pieces = re.split(f"({marks})", content) if marks else [content]
-        return [{"type": kinds[p]} if p in kinds else {"type": "text", "text": p} for p in pieces if p]
+    def labelled(
+        self, messages: Messages, sample_id: str = "", only_last: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize a conversation; labels are the answers, each with the token or the text that ends it.
 
-    @cached_property
-    def _shows_videos(self) -> bool:
-        """Whether the template writes a token for a video; else it stands in the text, as SmolVLM's template wants."""
-        if not self.video_token:
-            return False
-        talk = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
-        try:
-            return self.video_token in self.tokenizer.apply_chat_template(talk, tokenize=False)
-        except Exception:  # a template may fail in any way on what it does not know
-            return False
-
-    def labelled(self, messages: Messages, sample_id: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """Tokenize a conversation; labels are the answers, each with the token that ends it.
+        Args:
+            messages: role and content of each turn.
+            sample_id: for messages.
+            only_last: nothing but the last answer is learnt.
 
         Returns:
             Token ids and labels, both (T,) int64; IGNORE_INDEX where nothing is learnt.
@@ -79,120 +62,61 @@ class Chat:
             ZooError: there is no answer, one is empty, or the template or the tokenizer leaves no clear border before
                 it; the message shows the text and where it broke.
         """
-        text, spans = self._stopping(*self._answers(messages, sample_id))
-        ids, ends = self.tokenize(text)
-        tokens, stops = np.array(ids, dtype=np.int64), np.array(ends)
-        starts = np.array([0, *ends[:-1]])
+        found = self.answers.find(messages, sample_id, only_last)
+        ids, ends = self.tokenize(found.text, found.openings, sample_id)
+        tokens = np.array(ids, dtype=np.int64)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-        for start, end in spans:
-            inside = (stops > start) & (starts < end)
-            if not inside.any() or starts[inside.argmax()] < start:
-                where = f"{text[max(0, start - 40) : start]} >>> {text[start : start + 40]}"
-                raise ZooError(
-                    f"Sample {sample_id!r}: a token runs across the border between question and answer, so the answer "
-                    f"cannot be learnt cleanly. The border is at >>>: {where!r}."
-                )
-            labels[inside] = tokens[inside]
-        if not spans:
-            raise ZooError(f"Sample {sample_id!r} leaves nothing to learn: no assistant turn in {text[:200]!r}.")
+        for piece in found.learnt:
+            first, last = bisect_right(ends, piece.start), bisect_right(ends, piece.end)  # those that end inside
+            if piece.ended and last < len(ends) and (ends[last - 1] if last else 0) < piece.end:
+                last += 1  # what ends the answer is one token with blanks behind it
+            if (ends[first - 1] if first else 0) < piece.start:
+                if piece.start in found.openings:
+                    raise ZooError(_crossed(found.text, piece.start, sample_id))
+                first += 1  # it begins before what the template marks
+            labels[first:last] = tokens[first:last]
         return tokens, labels
-
-    # ---- where answers stand -----------------------------------------------------------------------------------
-
-    def _answers(self, messages: Messages, sample_id: str) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text, and the [start, end) of each answer up to and with the token that ends it."""
-        if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
-            raise ZooError(f"Sample {sample_id!r} has an empty answer.")
-        literals = self._around(tuple(m["role"] for m in messages))
-        if literals is None or any(m["content"] != m["content"].strip() for m in messages):
-            return self._search(messages, sample_id)
-        text, starts = literals[0], []
-        for message, after in zip(messages, literals[1:], strict=True):
-            starts.append(len(text))
-            text += message["content"] + after
-        spans = [
-            (start, self._turn_end(text, start + len(m["content"])))
-            for start, m in zip(starts, messages, strict=True)
-            if m["role"] == "assistant"
-        ]
-        return text, spans
-
-    def _around(self, roles: tuple[str, ...]) -> list[str] | None:
-        """What the template writes before, between and behind the contents of such messages.
-
-        None if it does not take contents as they are, or if its answers do not start where generation would.
-        """
-        if self.typed:
-            return None  # what such a template writes may depend on the kinds of parts
-        if roles not in self._literals:
-            self._literals[roles] = self._find_literals(roles)
-        return self._literals[roles]
-
-    def _find_literals(self, roles: tuple[str, ...]) -> list[str] | None:
-        marks = [f"\x02{i}\x03" for i in range(len(roles))]
-        messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-        text = self.render(messages)
-        places = [text.find(mark) for mark in marks]
-        if places != sorted(places) or any(text.count(mark) != 1 for mark in marks):
-            return None
-        for i, role in enumerate(roles):
-            if role == "assistant" and self.render(messages[:i], add_generation_prompt=True) != text[: places[i]]:
-                return None
-        return re.split("\x02\\d+\x03", text)
-
-    def _search(self, messages: Messages, sample_id: str) -> tuple[str, list[tuple[int, int]]]:
-        """Find the answers in the text: each begins where generation would, and is rendered as it is."""
-        text, spans = self.render(messages), []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            opening = self.render(messages[:i], add_generation_prompt=True)
-            if not text.startswith(opening):
-                pairs = enumerate(zip(text, opening, strict=False))
-                part = next((k for k, (a, b) in pairs if a != b), min(len(text), len(opening)))
-                raise ZooError(
-                    f"Sample {sample_id!r}: the chat template renders turn {i} differently with and without what "
-                    f"follows, so its answer cannot be found. They part at {text[max(0, part - 40) : part + 40]!r}."
-                )
-            answer = message["content"].strip()
-            start = text.find(answer, len(opening))
-            if start < 0:
-                raise ZooError(f"Sample {sample_id!r}: the chat template does not show the answer {answer[:80]!r}.")
-            spans.append((len(opening), self._turn_end(text, start + len(answer))))
-        return text, spans
-
-    def _stopping(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-        """End the last answer with the end-of-sequence token where the template ends with it and writes none.
-
-        LLaVA's published templates are such: without it a model that trains on them would unlearn to stop.
-        """
-        if not spans:
-            return text, spans
-        (start, end), eos = spans[-1], self.tokenizer.eos_token
-        if eos in text[start:] or text[end:].strip():
-            return text, spans
-        return text[:end] + eos, [*spans[:-1], (start, end + len(eos))]
-
-    def _turn_end(self, text: str, end: int) -> int:
-        """Where the turn ends whose content ends at `end`: behind the end-of-sequence token, if that follows."""
-        follows = self._end_token.match(text, end)
-        return follows.end() if follows else end
-
-    @cached_property
-    def _end_token(self) -> re.Pattern[str]:
-        return re.compile(r"\s*" + re.escape(self.tokenizer.eos_token))
 
     # ---- tokens ------------------------------------------------------------------------------------------------
 
-    def tokenize(self, text: str) -> tuple[list[int], list[int]]:
+    def tokenize(self, text: str, borders: Sequence[int] = (), sample_id: str = "") -> tuple[list[int], list[int]]:
         """Return the token ids of a rendered text, and the character at which each ends.
 
         In front stands what the tokenizer itself puts there (<s>) where the template leaves that to it, as those of
         vision-language models do.
+
+        Args:
+            text: as the template wrote it.
+            borders: characters at which one token ends and another begins, as they do where a model goes on from a
+                prompt: a text whose tokens do not is tokenized in pieces, if this tokenizer can.
+            sample_id: for messages.
         """
-        ids, ends = self._tokenize(text)
         begin = [] if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token) else self._begin
+        try:
+            ids, ends = self._tokenize(text)
+            crossed = [b for b in borders if b < len(text) and b not in ends[(at := bisect_left(ends, b)) : at + 1]]
+            if crossed and self._divisible:
+                ids, ends = self._tokenize_pieces(text, crossed)
+        except (TypeError, ValueError, UnicodeError) as error:  # half of a surrogate pair, say
+            whose = f"Sample {sample_id!r}: the" if sample_id else "The"
+            raise ZooError(f"{whose} tokenizer refuses the text: {' '.join(str(error).split())}.") from error
         return [*begin, *ids], [*[0] * len(begin), *ends]
+
+    def _tokenize_pieces(self, text: str, borders: Iterable[int]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        ends: list[int] = []
+        places = [0, *sorted(borders), len(text)]
+        for start, end in pairwise(places):
+            some, stops = self._tokenize(text[start:end])
+            ids += some
+            ends += [start + s for s in stops]
+        return ids, ends
+
+    @cached_property
+    def _divisible(self) -> bool:
+        """Whether tokens of two pieces of text are tokens of both together: no blank is put before a text, say."""
+        ids = [i for t in ("a", "\n", "b") for i in self.tokenizer(t, add_special_tokens=False)["input_ids"]]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "a\nb"
 
     @cached_property
     def _begin(self) -> list[int]:
@@ -233,20 +157,16 @@ class Chat:
             or any(t.lstrip or t.rstrip or t.single_word for t in added)
         ):
             return None
-        return re.compile("(" + "|".join(re.escape(t.content) for t in added) + ")")
+        return re.compile("(" + "|".join(re.escape(t) for t in sorted((t.content for t in added), key=len)[::-1]) + ")")
 
 
-def takes_parts(tokenizer: Any) -> bool:
-    """Whether a chat template wants typed parts, as those of vision-language models do, and shows images by itself."""
-    image = getattr(tokenizer, "image_token", None)
-    if not image or not tokenizer.chat_template or not isinstance(tokenizer.chat_template, str):
-        return False
-    content = [{"type": "image"}, {"type": "text", "text": "\x02"}]
-    try:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    except Exception:  # a template may fail in any way on what it does not know
-        return False
-    return shown.count(image) == 1 and shown.count("\x02") == 1
+def _crossed(text: str, border: int, sample_id: str) -> str:
+    where = f"{text[max(0, border - 40) : border]} >>> {text[border : border + 40]}"
+    return (
+        f"Sample {sample_id!r}: a token runs across the border between question and answer, so the answer cannot be "
+        f"learnt cleanly. The border is at >>>: {where!r}. Take the blanks from the beginning of the answer, or choose "
+        f"another template with tokenizer.chat_template."
+    )
 
 
 def _rising(offsets: Sequence[tuple[int, int]]) -> list[int]:

@@ -52,8 +52,10 @@ class TokenizedDialog:
     pairs: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        # Alone, nothing predicts the token behind a prefix of nothing; in a row, the dialog before must not.
-        self.labels[: self.prefix + (self.prefix == 0)] = IGNORE_INDEX
+        # Alone, nothing predicts the token behind a prefix of nothing; in a row, the dialog before must not. Answers
+        # inside the prefix, where a later turn shows another image, are learnt once for all dialogs.
+        if self.prefix == 0:
+            self.labels[:1] = IGNORE_INDEX
         object.__setattr__(self, "head", self.input_ids[: self.prefix].tobytes())
 
 
@@ -86,6 +88,7 @@ def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str
     prefix = dialogs[0].prefix
     if any(d.head != dialogs[0].head for d in dialogs):
         raise ZooError(f"The dialogs of sample {sample_id!r} do not begin alike, so they cannot share their images.")
+    learnt = next((d for d in dialogs if d.pairs is None), dialogs[0])
     lengths = np.array([prefix] + [len(d.input_ids) - prefix for d in dialogs])
     blocks = np.repeat(np.arange(len(lengths)), lengths)
     starts = lengths.cumsum() - lengths  # of each block in the row
@@ -95,7 +98,7 @@ def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str
         pairs["pairs"] = np.concatenate([nowhere, *(_pairs_of(d)[prefix:] for d in dialogs)])
     return pairs | {
         "input_ids": np.concatenate([dialogs[0].input_ids[:prefix]] + [d.input_ids[prefix:] for d in dialogs]),
-        "labels": np.concatenate([dialogs[0].labels[:prefix]] + [d.labels[prefix:] for d in dialogs]),
+        "labels": np.concatenate([learnt.labels[:prefix]] + [d.labels[prefix:] for d in dialogs]),
         "positions": np.arange(len(blocks)) - (starts - prefix * (starts > 0))[blocks],
         "blocks": blocks,
     }

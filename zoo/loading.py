@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from zoo import config as configs
 from zoo.checker import Plan, RefusedError, check
@@ -21,6 +20,7 @@ from zoo.published.base import base_for, placed, read_content, require_same
 from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
 from zoo.saved import fetch_config
+from zoo.stops import set_stops, stated_config
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
 from zoo.weights import local_folder, read_weights, remember_base, require_base, sha256_of, weight_files
 
@@ -136,17 +136,14 @@ def build(
         model.fresh_parts = sorted({model.part_of(n) for n in started})
     elif base is not None and base.filled is not None:
         model.fresh_parts = sorted({n.partition(".")[0] for n in base.filled.missing})
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if folder is not None and (folder / "generation_config.json").is_file() and published:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        model.llm.lm.generation_config = model.generation_config
     model = placed(model, target, None if bits else dtype, base)
     model.set_attention(cfg.attention)
     stated = published_options(folder, tokenizer) if folder is not None and published else saved_options(folder)
     processor = processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated)
     model.__dict__["processor"] = processor  # for `model.chat`
+    llm = (slots["llm"] or {}).get("checkpoint")  # a tokenizer of another one has other ids
+    same_ids = folder is not None or cfg.tokenizer.checkpoint in (None, "", llm)
+    set_stops(model, processor, stated_config(model, folder), same_ids=same_ids)
     return model.eval(), processor
 
 

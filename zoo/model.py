@@ -157,6 +157,8 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
         _, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
         embeds = self.merge(input_ids, image_tokens)
         config = generation_config or self.generation_config
+        if getattr(config, "stop_strings", None) or kwargs.get("stop_strings"):
+            kwargs.setdefault("tokenizer", self._tokenizer())
         beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
         copies = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", None)) or 1
         self._condition(kept, images_per_row, input_ids, expand=max(beams, copies))
@@ -171,6 +173,19 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
             generation_config=generation_config,
             **kwargs,
         )
+
+    def _tokenizer(self) -> Any:
+        """The tokenizer, where an answer ends with text: that of the processor, or in the folder of the model."""
+        if (processor := self.__dict__.get("processor")) is not None:
+            return processor.tokenizer
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.config.name_or_path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ZooError(
+                "Answers of this model end with a text: pass its tokenizer, generate(tokenizer=...)."
+            ) from error
 
     def chat(self, text: str, image: Any = None, images: Iterable[Any] = (), video: Any = None, **options: Any) -> str:
         """Ask something about images or a video, and return the answer; `zoo.talk.Talk` holds several turns.

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.collate import EncodedSample, last_turn
+from zoo.collate import EncodedSample
 from zoo.engine import to_device
 from zoo.model_types import LOSS_ALONE
 from zoo.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
 from zoo.registry.versions import cache_argument
+from zoo.stops import reader_for
 from zoo.vision.pictures import blank, stack
 
 WINDOW = 8  # batches whose dialogs are sorted by length together
@@ -136,17 +137,19 @@ def _generate(
     several = len({p.prefix for p in groups}) < len(groups)
     cached = several and PrefixCache.serves(model) and prefixes.read([p.prefix for p in groups if p.shared])
     texts: dict[int, str] = {}
+    reader = reader_for(model, processor)
     for chunk in _batches(list(groups), batch_size, cached):
         batch = to_device(processor.collate([rows[p] for p in chunk], padding_side="left"), model.device)
         fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}
+        fixed |= {"tokenizer": processor.tokenizer} if model.generation_config.stop_strings else {}
         both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
         if cached and chunk[0].shared:
             out = model.llm.lm.generate(**both, **cache_argument(prefixes.rows([p.prefix for p in chunk])))
         else:
             images = [i for p in chunk for i in p.images]
             out = model.generate(**both, images_per_row=[len(p.images) for p in chunk], **pictures.batch(images))
-        answers = processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        texts |= {i: text.strip() for p, text in zip(chunk, answers, strict=True) for i in groups[p]}
+        new = out[:, batch["input_ids"].shape[1] :].tolist()
+        texts |= {i: reader.read(ids) for p, ids in zip(chunk, new, strict=True) for i in groups[p]}
     return texts
 
 
@@ -174,8 +177,7 @@ def _choose(
         turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         for option in q.dialog.choices:
             said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
-            ids, labels = processor.tokenize_dialog(said, q.sample.id, pictures.show(q.sample))
-            last = last_turn(labels)
+            ids, last = processor.tokenize_dialog(said, q.sample.id, pictures.show(q.sample), only_last=True)
             options.append((i, option, EncodedSample(ids, last, [])))
     options.sort(key=lambda o: len(o[2]))
     found: dict[int, tuple[float, str]] = {}

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
+from zoo.answers import TurnChangedError
 from zoo.auto import register_processor
 from zoo.chat import Chat
+from zoo.chat_template import ChatTemplate
 from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
 from zoo.model_types import ZooConfig
 from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, unknown
@@ -74,11 +76,16 @@ class ZooProcessor(ProcessorMixin):
         self.spells = bool(video_token) and getattr(self.layout, "spells", False)
         known = video_token is not None and video_token in tokenizer.get_vocab()
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
-        self._dialogs: dict[Any, TokenizedDialog] = {}
+        self._dialogs: dict[Any, list[TokenizedDialog]] = {}
         self._images: dict[Cut, np.ndarray] = {}
         self._chat = Chat(tokenizer, video_token)
         if self._chat.typed:  # the template itself says what stands between an image and the text
             self.image_separator = ""
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template, and what it writes around an answer."""
+        return self._chat.template
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -191,7 +198,7 @@ class ZooProcessor(ProcessorMixin):
 
     def shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the chat template takes them: plain content, or typed parts."""
-        return self._chat.shown(self.flatten(messages))
+        return self._chat.template.shown(self.flatten(messages))
 
     def _content(self, content: Any) -> str:
         if isinstance(content, str):
@@ -226,7 +233,8 @@ class ZooProcessor(ProcessorMixin):
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
         pixels = self._all_pixels([sample.images]) if pixel_values is None else pixel_values
-        dialogs = _paired(sample, [self._learnt(d.messages, sample, pixels) for d in sample.dialogs])
+        rows = [(d, row) for d in sample.dialogs for row in self._learnt(d, sample, pixels)]
+        dialogs = _paired(sample.id, [d.preference for d, _ in rows], [row for _, row in rows])
         common: dict[str, Any] = {
             "pixel_values": pixels,
             "targets": sample.targets,
@@ -242,20 +250,39 @@ class ZooProcessor(ProcessorMixin):
         nothing = np.zeros(0, dtype=np.int64)
         return EncodedSample(nothing, nothing, self._all_pixels([sample.images]), targets=sample.targets)
 
-    def _learnt(self, messages: Sequence[Mapping[str, Any]], sample: Sample, pixels: Sequence[Any]) -> TokenizedDialog:
-        """Tokenize a dialog of a sample, or remember it."""
-        key: Any = tuple([(m["role"], _key(m["content"])) for m in messages])
+    def _learnt(self, dialog: Dialog, sample: Sample, pixels: Sequence[Any]) -> list[TokenizedDialog]:
+        """Tokenize a dialog of a sample, or remember it; see `_rows`."""
+        shown = _count_images(dialog.messages)
+        if shown != len(sample.images):
+            raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
+        key: Any = bool(dialog.preference), tuple([(m["role"], _key(m["content"])) for m in dialog.messages])
         if self.layout is not None:  # the same words with images of other shapes are other tokens
             key = key, tuple([_cut(p) for p in pixels])
         known = self._dialogs.get(key)
         if known is None:
             if len(self._dialogs) >= _CACHE:
                 self._dialogs.clear()
-            ids, labels = self.tokenize_dialog(messages, sample.id, pixels)
-            known = self._dialogs[key] = TokenizedDialog(ids, labels, self._shared(ids), _count_images(messages))
-        if known.images != len(sample.images):
-            raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {known.images}.")
+            rows = self._rows(dialog, sample.id, pixels)
+            known = [TokenizedDialog(ids, labels, self._shared(ids), shown) for ids, labels in rows]
+            self._dialogs[key] = known
         return known
+
+    def _rows(self, dialog: Dialog, sample_id: str, pixels: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokenize a dialog: one row, or one for each answer where earlier ones are not written as they are asked for.
+
+        Templates of models that think are such: the thought that they open in a prompt is gone from earlier turns.
+        """
+        messages = dialog.messages
+        if dialog.preference:  # its last answer alone is compared
+            return [self.tokenize_dialog(messages, sample_id, pixels, only_last=True)]
+        try:
+            return [self.tokenize_dialog(messages, sample_id, pixels)]
+        except TurnChangedError:
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            parts = [messages[: i + 1] for i in answers]
+            if any(_count_images(p) != _count_images(messages) for p in parts):  # they share the images, or cannot be
+                raise
+            return [self.tokenize_dialog(p, sample_id, pixels, only_last=True) for p in parts]
 
     def encode_prompt(self, sample: Sample, dialog: Dialog, pixel_values: list[Any] | None = None) -> EncodedSample:
         """Encode one dialog up to its last assistant turn, which is left for the model to write.
@@ -270,8 +297,8 @@ class ZooProcessor(ProcessorMixin):
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         pixels = self._all_pixels([sample.images]) if pixel_values is None else pixel_values
-        text = self._chat.render(self._told(messages, pixels), add_generation_prompt=True)
-        ids = self._expand(np.array(self._chat.tokenize(text)[0], dtype=np.int64), pictures=pixels)
+        tokens = self._chat.prompt(self._told(messages, pixels), sample.id)
+        ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
         return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
 
     def collate(
@@ -286,19 +313,24 @@ class ZooProcessor(ProcessorMixin):
         return pack(samples, length)
 
     def tokenize_dialog(
-        self, messages: Sequence[Mapping[str, Any]], sample_id: str = "", pictures: Sequence[Any] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sample_id: str = "",
+        pictures: Sequence[Any] = (),
+        only_last: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenize a conversation; labels are the assistant turns, each with the token that ends it.
+        """Tokenize a conversation; labels are the assistant turns, each with the token or the text that ends it.
 
         Args:
             messages: typed or plain.
             sample_id: for messages.
             pictures: the images, where a layout makes them unlike long.
+            only_last: nothing but the last assistant turn is learnt.
 
         Returns:
             input_ids and labels, both (T,), image tokens expanded.
         """
-        tokens, labels = self._chat.labelled(self._told(messages, pictures), sample_id)
+        tokens, labels = self._chat.labelled(self._told(messages, pictures), sample_id, only_last)
         labels[(tokens == self.image_token_id) | (tokens == self.video_token_id)] = IGNORE_INDEX
         return self._expand(tokens, pictures=pictures), self._expand(labels, tokens, pictures)
 
@@ -381,16 +413,15 @@ class ZooProcessor(ProcessorMixin):
         return picture.pixels[0]
 
 
-def _paired(sample: Sample, dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
+def _paired(sample_id: str, sides: list[str], dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
     """Number the pairs of answers of a sample; one half of a pair may stand alone, its other half in another row."""
-    sides = [d.preference for d in sample.dialogs]
     if not any(sides):
         return dialogs
     wrong = next((s for s in sides if s not in ("", "chosen", "rejected")), None)
     if wrong is not None:
         raise unknown("preference of a dialog", wrong, ("chosen", "rejected"))
     if len(sides) > 1 and [s for s in sides if s] != ["chosen", "rejected"] * (len([s for s in sides if s]) // 2):
-        raise ZooError(f"Sample {sample.id!r}: each chosen dialog must have its rejected one behind it, got {sides}.")
+        raise ZooError(f"Sample {sample_id!r}: each chosen dialog must have its rejected one behind it, got {sides}.")
     result, number = [], int(sides == ["rejected"])
     for side, dialog in zip(sides, dialogs, strict=True):
         result.append(as_preference(dialog, number) if side else dialog)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from zoo.registry import Dialog, Sample, ZooError
+from zoo.stops import reader_for, streamer
 from zoo.vision.video import Video
 
 
@@ -61,21 +62,13 @@ class Talk:
         given |= {k: batch[k] for k in ("cuts", "images_per_row") if k in batch}
         if "do_sample" not in options and not options.get("temperature"):
             options["do_sample"] = False
+        reader = reader_for(self.model, self.processor)
         if stream is not None:
-            options["streamer"] = _streamer(self.processor.tokenizer, stream)
+            options["streamer"] = streamer(reader, stream)
+        if self.model.generation_config.stop_strings:
+            options.setdefault("tokenizer", self.processor.tokenizer)
         out = self.model.generate(**given, max_new_tokens=max_new_tokens, **options)
-        answer = self.processor.tokenizer.decode(out[0, row.input_ids.shape[0] :], skip_special_tokens=True).strip()
+        answer = reader.read(out[0, row.input_ids.shape[0] :].tolist())
         self.shown = shown
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer or "..."}]}]
         return answer
-
-
-def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
-
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                stream(text)
-
-    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -7,7 +7,9 @@ templates of text-only LLMs work unchanged.
 from collections.abc import Iterable
 from typing import Any
 
+from zoo.chat_template import ChatTemplate
 from zoo.registry import ZooError, unknown
+from zoo.stops import stops_of
 
 IMAGE_TOKEN = "<image>"
 OF_MODEL = "model:"  # in front of a model's name: the tokenizer that this model has
@@ -97,7 +99,7 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
         hub: options of `from_pretrained`.
 
     Raises:
-        ZooError: there is no end-of-sequence token, or no chat template.
+        ZooError: there is no chat template; or no end-of-sequence token, and none that the template ends answers with.
     """
     from transformers import AutoTokenizer
 
@@ -117,15 +119,13 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
 
 def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
     """Add the image token, padding and the chat template in place; see `load_tokenizer`."""
-    if tokenizer.eos_token is None:
-        raise ZooError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers could never end.")
     if template:
         if template not in CHAT_TEMPLATES:
             raise unknown("chat template", template, CHAT_TEMPLATES)
         tokenizer.chat_template = CHAT_TEMPLATES[template][0]
         missing = [t for t in _SPECIAL[template] if t not in tokenizer.get_vocab()]
         if missing:
-            tokenizer.add_special_tokens({"additional_special_tokens": missing})
+            tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if not tokenizer.chat_template:
         raise ZooError(
             f"The tokenizer of {source!r} has no chat template. "
@@ -136,6 +136,11 @@ def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         tokenizer.image_token = IMAGE_TOKEN
     tokenizer.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+    if tokenizer.eos_token is None:  # then what the template ends answers with, if that is one token
+        ends = stops_of(ChatTemplate(tokenizer)).ids
+        if not ends:
+            raise ZooError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers could never end.")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
