@@ -61,6 +61,7 @@ class LoRA(nn.Module):
         self.__dict__["lm"] = llm.lm
         self.__dict__["_layers"] = {}
         self._undo: list[Any] = []
+        self.merged = False  # for good
 
     def attach(self) -> None:
         """Put PEFT's layers in the place of the targets; the second time, those of the first."""
@@ -91,6 +92,7 @@ class LoRA(nn.Module):
         self.detach()
         self._layers.clear()
         self.targets = []
+        self.merged = True
 
     def owns(self, name: str) -> bool:
         """Whether the parameter `name` of the language model is one of this adapter's."""

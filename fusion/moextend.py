@@ -206,6 +206,7 @@ class MoExtend(nn.Module):
     A token whose likeliest expert is the copied one now chooses it and its copy, and loses its second choice.
     """
 
+    adds_experts = True  # a language model that it was merged into is another one than its checkpoint's
     needs: frozenset[str] = frozenset({"moe"})
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
@@ -237,6 +238,7 @@ class MoExtend(nn.Module):
             {str(i): ExtendedLayer(config, blocks[i], sources[i], self.passes) for i in sorted(chosen)}
         )
         self._undo: list[Any] = []
+        self.merged = False  # for good
 
     blocks: dict[int, Any]
 
@@ -355,6 +357,7 @@ class MoExtend(nn.Module):
                 if isinstance(getattr(owner, name, None), int):
                     setattr(owner, name, total)
         self.layers = nn.ModuleDict()
+        self.merged = True
 
     def _note(self, layer: int, gate: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor, Tensor]) -> None:
         self.passes.note(layer, out[0], out[2])  # no product here: a checkpointed layer must compute the same again

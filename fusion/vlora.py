@@ -341,6 +341,11 @@ class VLoRA(nn.Module):
             left.append({t: (a[row : row + 1], b) for t, (a, b) in factors.items() if t == "m"})
         self._given = left if "m" in self.config.types else None
 
+    @property
+    def merged(self) -> bool:
+        """Whether the language model holds the changes of one image."""
+        return bool(self._merged)
+
     def unmerge(self) -> None:
         """Put the base weights back where `merge` replaced them; the adapter then waits for `condition`."""
         if self._merged:

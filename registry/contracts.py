@@ -302,7 +302,8 @@ class Adapter(Protocol):
 
     An adapter may also have `begin(sequence)`, called before each pass with the LLM's sequence (zoo.model_types);
     `start()`, called where it starts untrained on weights that were loaded after it was built; and `idles(name)`:
-    whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it.
+    whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it. One that `merge()`
+    can put into the base weights says so by `merged`, for good, or until `unmerge()` where there is one.
     `grid` is None once a pruner destroyed it; `encoder_grid` is what `ImageFeatures.keep` and `groups` point into.
     `keeps_float32` says that its weights stay float32 where the model is loaded in, or cast to, a shorter format.
     `exclusive` are names of modules of `llm.lm` that it wants for itself: two adapters that name the same are refused.

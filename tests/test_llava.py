@@ -92,10 +92,8 @@ def test_only_what_differs_from_the_base_is_saved(llava, tmp_path):
     from safetensors.torch import load_file
 
     from zoo.registry import ZooError
-    from zoo.weights import remember_base
 
     _, ours, processor = llava
-    remember_base(ours, ours.config.slots)
     ours.save_pretrained(tmp_path / "a")
     assert {n.partition(".")[0] for n in load_file(tmp_path / "a" / "model.safetensors")} == {"projector"}
     batch = processor.collate([processor.encode(s) for s in SAMPLES])

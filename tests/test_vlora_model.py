@@ -134,9 +134,6 @@ def test_saves_its_own_weights_alone_and_loads_to_the_same_logits(make_model, tm
     base.llm.lm.save_pretrained(tmp_path / "llm")
     slots = {"llm": {"name": "hf", "checkpoint": str(tmp_path / "llm")}}
     model, processor = make_model(**VLORA, **slots)
-    from zoo.weights import remember_base
-
-    remember_base(model, model.config.slots)
     moved(model)
     with torch.no_grad():
         batch = rows_of(processor, sample((QUESTIONS[0], ANSWERS[0])))

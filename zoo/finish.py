@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from zoo import checkpoint
 from zoo.evaluate import EvalResult, evaluate
 from zoo.progress import clock
 from zoo.registry import build
 from zoo.run_folder import hashes, read_metrics, write_json, written_beside
 from zoo.score_table import score_table
+from zoo.weights import state_of
 
 if TYPE_CHECKING:
     from zoo.train import Run
@@ -45,11 +45,10 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
 
 def save_model(run: "Run") -> None:
     """Write the final model and its processor to the run's folder."""
-    model, sharded = run.model, hasattr(run.model, "set_requires_gradient_sync")
-    state = {n: checkpoint.whole(t) for n, t in model.state_dict().items()} if sharded else None
+    model, state = run.model, state_of(run.model)  # every process hands in its shares
     if run.main:
         with written_beside(run.folder.model, folder=True) as beside:
-            model.save_pretrained(beside, **({"state_dict": state} if sharded else {}))
+            model.save_pretrained(beside, state_dict=state)
             run.processor.save_pretrained(beside)
             (beside / "README.md").write_text(_card(run), encoding="utf-8")
         run.folder.write_lock(

@@ -22,7 +22,7 @@ from zoo.registry import ZooError, plugins
 from zoo.saved import fetch_config
 from zoo.stops import set_stops, stated_config
 from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
-from zoo.weights import local_folder, read_weights, remember_base, require_base, sha256_of, weight_files
+from zoo.weights import local_folder, read_weights, sha256_of, weight_files
 
 _WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
 
@@ -129,9 +129,8 @@ def build(
     model = ZooModel(config, base=base)
     if len(tokenizer) > model.llm.vocab_size:
         raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
-    remember_base(model, slots)
     if folder is not None and not published:
-        require_base(saved, config.base)
+        model.bases.require_same(saved)
         started = read_weights(model, folder, fresh={*fresh, "adapter"}, done=base.read_here if base else None)
         model.fresh_parts = sorted({model.part_of(n) for n in started})
     elif base is not None and base.filled is not None:

@@ -14,21 +14,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
+from zoo.bases import Bases, bases_of
 from zoo.fusion.attention import resolve_attention
 from zoo.model_forward import ForwardMixin
 from zoo.model_llm import LanguageModelMixin
 from zoo.model_parts import PartsMixin
 from zoo.model_types import LLMSequence, ZooConfig
 from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
-from zoo.weights import (
-    changed_state,
-    library_versions,
-    local_folder,
-    read_weights,
-    remember_base,
-    require_base,
-    write_weights,
-)
+from zoo.weights import library_versions, local_folder, read_weights, state_of, write_weights
 
 
 class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
@@ -61,13 +54,13 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
                 the config says of them where absent.
         """
         super().__init__(config)
+        built = parts is None
         if parts is None:
-            if base is None and (record := (config.base or {}).get("model")):
-                from zoo.published.base import base_from
+            if base is None:
+                from zoo.published.base import base_for
 
-                base = base_from(record)
+                base = base_for(config, None)
             parts = assemble(config.slots or {}, vocab_size=config.text_vocab_size, fill=base)
-        self.__dict__["_base"] = base  # until `remember_base` has noted it
         self.steps = parts.steps
         self.num_image_tokens = parts.num_image_tokens
         self.requested = parts.requested
@@ -82,6 +75,8 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
         self.loss_type = "ForCausalLM"  # labels are shifted here: transformers' Trainer counts those behind the first
         self.generation_config = getattr(self.llm.lm, "generation_config", None)
         self.set_attention(config.attention)
+        self.bases = bases_of(self, config.slots or {}, base) if built else Bases()
+        config.base = self.bases.record or None
 
     # ---- what it is --------------------------------------------------------------------------------------------
 
@@ -221,22 +216,27 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
             state_dict: whole tensors of a model that is sharded over processes.
             include_base: also write weights that did not change since they came from a part's own checkpoint.
         """
+        state = state_of(self, state_dict) if is_main_process or state_dict is None else {}
         if not is_main_process:
             return
+        if include_base:
+            self.bases.require_whole(self)
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.bases.require_elsewhere(folder)
         config = type(self.config).from_dict(self.config.to_dict())
+        config.slots = self.slots_now()
+        folder.mkdir(parents=True, exist_ok=True)
         if include_base:
             config.base = None
+        else:
+            state, record = self.bases.changed(self, state, config.slots)
+            config.base = record or None
         config.architectures = [type(self).__name__]
         config.versions = library_versions()
         config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
-        changed = changed_state(self, include_base)
-        if state_dict is not None:
-            changed = {name: state_dict[name] for name in changed}
-        write_weights(changed, folder, max_shard_size)
+        write_weights(state, folder, max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -273,8 +273,7 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
         dtype = dtype if dtype is not None else torch_dtype
         base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map)
         model = cls(config, base=base)
-        remember_base(model, config.slots or {})
-        require_base(saved_base, model.config.base)
+        model.bases.require_same(saved_base)
         read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
         if (folder / "generation_config.json").is_file():  # what ends an answer
             model.generation_config = model.llm.lm.generation_config = GenerationConfig.from_pretrained(folder)

@@ -26,6 +26,8 @@ _DTYPES = {
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # bytes, as in the library of the format
 _MAPPED = 1 << 20  # bytes; smaller tensors are read
+_COMPARED = 1 << 24  # numbers that are compared at a time
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,44 @@ def mapped(stored: Stored | Joined) -> Tensor | None:
         pages = mmap.mmap(stream.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
     flat = torch.frombuffer(pages, dtype=stored.dtype, count=math.prod(stored.shape), offset=stored.start - first)
     return flat.view(stored.shape)
+
+
+def holds(tensor: Tensor, stored: Stored | Joined) -> bool:
+    """Whether `tensor` holds, bit for bit, what reading `stored` into it would give."""
+    if isinstance(stored, Joined):
+        return tuple(tensor.shape) == stored.shape and all(holds(tensor[at], piece) for piece, at in stored.pieces)
+    return same(tensor, value_of(stored))
+
+
+def value_of(stored: Stored | Joined) -> Tensor:
+    """The tensor as its file holds it, on the CPU: mapped where that can be."""
+    value = mapped(stored)
+    if value is None:
+        value = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+        read(stored, value)
+    return value
+
+
+@torch.no_grad()
+def same(tensor: Tensor, base: Tensor) -> bool:
+    """Whether `tensor` holds, bit for bit, what loading `base` in its data type gives; it may lie on any device."""
+    if tensor.shape != base.shape or tensor.is_floating_point() != base.is_floating_point():
+        return False
+    mine, theirs = tensor.detach().reshape(-1), base.detach().reshape(-1)
+    for start in range(0, mine.numel(), _COMPARED):
+        piece = mine[start : start + _COMPARED].cpu()
+        other = theirs[start : start + _COMPARED].to(device="cpu", dtype=piece.dtype)
+        if not _same_bits(piece, other):
+            return False
+    return True
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compare contiguous numbers of one data type as integers: not a number is equal to itself, and 0 is not -0."""
+    size = a.element_size()
+    if all(t.numel() * size % 8 == 0 and t.storage_offset() * size % 8 == 0 for t in (a, b)):
+        size = 8  # four times as fast as numbers of two bytes
+    return torch.equal(a.view(_INTEGERS.get(size, torch.uint8)), b.view(_INTEGERS.get(size, torch.uint8)))
 
 
 @dataclass

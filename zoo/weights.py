@@ -1,7 +1,7 @@
 """Weights of a composed model in a folder: safetensors only, every tensor that differs from the named base weights.
 
-A part whose weights came from its own checkpoint and did not change is not written again: the folder names the
-checkpoint, its revision and its fingerprint, and loading reads it from there. Everything else is in the folder.
+What a base checkpoint still gives is not written again (see `zoo.bases`): the folder names the checkpoint, its revision
+and its fingerprint, and loading reads it from there. Everything else is in the folder.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from zoo.checkpoint import whole
 from zoo.registry import ZooError, require_revision
 from zoo.stream import listing, read
 
@@ -44,59 +44,49 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def remember_base(model: Any, slots: Mapping[str, Any]) -> None:
-    """Note which weights have just come from a part's own checkpoint, and where that is.
+def named_weights(model: Any) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by the names that they are saved under.
 
-    An in-place change raises a tensor's version, and a replaced tensor is another object, so nothing has to be told.
+    What an adapter has inside the language model is there while it is detached, too; what bitsandbytes keeps beside a
+    weight in few bits is not.
     """
-    model._base_tensors = {}
-    base: dict[str, Any] = {}
-    source = model.__dict__.pop("_base", None)
-    if source is not None and source.record:  # a published checkpoint gave all parts their weights
-        base["model"] = source.record
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) in source.filled.tensors:
-                model._base_tensors[name] = (id(tensor), tensor._version)
-    for part in ("vision", "llm"):
-        node = slots.get(part) or {}
-        checkpoint = node.get("checkpoint")
-        if not checkpoint:
-            continue
-        folder = Path(checkpoint)
-        base[part] = {"checkpoint": checkpoint, "revision": node.get("revision") or None}
-        if folder.is_dir():
-            base[part]["fingerprint"] = fingerprint(folder)
-        fresh = set(getattr(getattr(model, part), "fresh", ()))
-        for name, tensor in getattr(model, part).state_dict(keep_vars=True).items():
-            full = f"{part}.{name}"
-            if model.part_of(full) == part and name not in fresh:
-                model._base_tensors[full] = (id(tensor), tensor._version)
-    model.config.base = base or None
+    named = {n: t for n, t in model.state_dict(keep_vars=True).items() if not _OF_BITS.search(n)}
+    for adapter in model.adapter.values():
+        if hasattr(adapter, "adapter_state_dict"):
+            named = {f"llm.lm.{n}": t for n, t in adapter.adapter_state_dict().items()} | named
+    return named
 
 
-def require_base(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
-    """Refuse base weights that are not those a folder was saved on.
+def names_of(model: Any) -> dict[str, list[str]]:
+    """Return the names of a model's weights: the first of each tensor -> all that it has (of tied embeddings, two)."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in named_weights(model).items():
+        plain = tensor.numel() and not tensor.is_meta and not hasattr(tensor, "full_tensor")
+        key = (tensor.data_ptr(), tensor.numel()) if plain else (id(tensor),)
+        groups.setdefault(key, []).append(name)
+    return {names[0]: names for names in groups.values()}
+
+
+def state_of(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return a model's weights, whole and each once, by the first of its names.
+
+    Where processes hold shares of the weights, all of them must call this.
+
+    Args:
+        model: composed.
+        given: weights of the model, whole, to take instead of its own.
 
     Raises:
-        ZooError: the checkpoint of a part has another fingerprint now.
+        ZooError: `given` lacks a weight.
     """
-    for part, base in (saved or {}).items():
-        now = (found or {}).get(part, {}).get("fingerprint")
-        if base.get("fingerprint") and now and now != base["fingerprint"]:
-            raise ZooError(
-                f"The base weights of {part} in {base['checkpoint']!r} differ from those the model was saved on "
-                f"(fingerprint {now[:12]}, was {base['fingerprint'][:12]})."
-            )
-
-
-def changed_state(model: Any, include_base: bool = False) -> dict[str, Tensor]:
-    """Return the tensors that a folder must hold: all but those that still are what the base checkpoints gave."""
-    known = {} if include_base else getattr(model, "_base_tensors", {})
-    state = model.state_dict(keep_vars=True)
-    if include_base and any(_OF_BITS.search(n) for n in state):
-        raise ZooError("The model is held in few bits, and saved by the name of its checkpoint: load without bits.")
-    state = {n: t for n, t in state.items() if not _OF_BITS.search(n)}
-    return {n: t.detach() for n, t in state.items() if known.get(n) != (id(t), t._version)}
+    state: dict[str, Tensor] = {}
+    source = named_weights(model) if given is None else given
+    for name, names in names_of(model).items():
+        found = next((source[n] for n in names if n in source), None)
+        if found is None:
+            raise ZooError(f"state_dict lacks {name!r}: it must hold every weight of the model.")
+        state[name] = whole(found) if hasattr(found, "full_tensor") else found.detach()
+    return state
 
 
 def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB") -> None:
@@ -105,9 +95,13 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str
     Files are replaced whole, never written over: the parameters of a model that was loaded from them are their pages.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import save_file
 
     with TemporaryDirectory(dir=folder) as beside:
-        save_torch_state_dict(dict(state), beside, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        if state:
+            save_torch_state_dict(dict(state), beside, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        else:  # nothing changed: a file without tensors, which every reader of the format takes
+            save_file({}, Path(beside) / WEIGHTS, metadata={"format": "pt"})
         written = {path.name: path.replace(folder / path.name) for path in sorted(Path(beside).iterdir())}
     for old in [*folder.glob("model*.safetensors"), folder / f"{WEIGHTS}.index.json"]:
         if old.name not in written:
@@ -158,11 +152,11 @@ def read_weights(
         ZooError: a tensor is missing, unknown or of another shape; reported by part.
     """
     allowed, done = set(fresh), done or {}
-    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not _OF_BITS.search(n)}
-    shared = _shared_names(own)
-    missing, unexpected, misshapen = set(own) - set(getattr(model, "_base_tensors", {})), [], []
+    own = named_weights(model)
+    shared = {name: names for names in names_of(model).values() for name in names}
+    missing, unexpected, misshapen = set(shared) - model.bases.names, [], []
     for name, stored in listing(weight_files(folder)).items():
-        if name not in own:
+        if name not in shared:
             if not may_start_fresh(name.partition(".")[0], allowed):
                 unexpected.append(name)
             continue
@@ -172,8 +166,7 @@ def read_weights(
             continue
         if id(own[name]) not in done:
             read(stored, own[name])
-            torch.autograd.graph.increment_version(own[name])
-        missing -= shared[name]
+        missing.difference_update(shared[name])
     left = {n for n in missing if not may_start_fresh(model.part_of(n), allowed)}
     if left or unexpected or misshapen:
         lines = [f"The weights in {folder} do not fit the model."]
@@ -192,21 +185,27 @@ def may_start_fresh(part: str, allowed: Iterable[str]) -> bool:
     return bool({"all", part, part.partition(".")[0]} & set(allowed))
 
 
-def _shared_names(state: Mapping[str, Tensor]) -> dict[str, set[str]]:
-    """Name -> all names of the same tensor (tied embeddings): safetensors hold one of them."""
-    groups: dict[tuple[int, ...], set[str]] = {}
-    keys = {}
-    for name, tensor in state.items():
-        keys[name] = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor),)
-        groups.setdefault(keys[name], set()).add(name)
-    return {name: groups[key] for name, key in keys.items()}
-
-
 def by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
+    """Say how many tensors of each part something is the matter with."""
     parts: dict[str, list[str]] = {}
     for name in sorted(names):
         parts.setdefault(part_of(name), []).append(name)
     return [f"  {what} in {part}: {len(n)} tensors, first {n[0]}" for part, n in parts.items()]
+
+
+def snapshot(checkpoint: str, revision: str | None = None) -> Path | None:
+    """Where a checkpoint lies on this machine: a folder, or one of the hub's cache, whose name is a commit."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        return None  # a word of the library that fetches it, such as `pretrained`
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (
+        try_to_load_from_cache(checkpoint, name, revision=require_revision(revision))
+        for name in ("config.json", "open_clip_config.json")
+    )
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
 def local_folder(name: str | Path, revision: str | None = None) -> Path:

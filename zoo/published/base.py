@@ -152,7 +152,7 @@ def base_of(folder: Path, checkpoint: str = "", revision: str = "") -> Base:
             strangers.append(name)
     record = {
         "family": content["model_type"],
-        "checkpoint": checkpoint or str(folder),
+        "checkpoint": str(folder.absolute()) if not checkpoint or Path(checkpoint).is_dir() else checkpoint,
         "revision": revision or None,
         "fingerprint": fingerprint(folder),
     }
@@ -204,7 +204,7 @@ def base_for(
     base: Base | None
     if folder is not None and is_published(read_content(folder)):
         base = base_of(folder, *((record or {}).get(k) or "" for k in ("checkpoint", "revision")))
-    elif record:
+    elif record and not record.get("whole"):  # else all weights are in the folder
         base = base_from(record)
         base.lenient = folder is not None
     elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):

@@ -5,6 +5,7 @@ al., arXiv:2208.07339) or NF4 with its scales quantised too (QLoRA, arXiv:2305.1
 vocabulary projection stay as they are. `zoo.quantized` is another thing: a frozen teacher's weights, on any device.
 """
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from zoo.registry import ZooError
+from zoo.stream import same
 
 BITS = (8, 4)
 
@@ -59,6 +61,23 @@ def in_bits(llm: Any, bits: int, device: torch.device) -> list[nn.Parameter]:
     setattr(llm.lm, f"is_loaded_in_{bits}bit", True)  # what PEFT asks
     llm.provides = frozenset(llm.provides) - {"dense", "moe"}
     return [small.weight for small in made]
+
+
+def layers_in(llm: Any) -> Iterator[Any]:
+    """Yield the layers of a language model that hold their weights in few bits."""
+    import bitsandbytes as bnb
+
+    kinds = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
+    return (module for module in llm.modules() if isinstance(module, kinds))
+
+
+def made_of(layer: Any, weight: torch.Tensor, bits: int) -> bool:
+    """Whether a layer in few bits is what the whole weight (out, in) becomes, to the bit."""
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    again = nn.Module.to(_linear(whole, bits), layer.weight.device).state_dict()
+    held = {n: t for n, t in layer.state_dict().items() if n != "bias" and isinstance(t, torch.Tensor)}
+    return all(n in again and same(t, again[n].to(t.device)) for n, t in held.items())
 
 
 def _linear(linear: nn.Linear, bits: int) -> Any:

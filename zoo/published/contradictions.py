@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zoo.registry import ZooError
-from zoo.stream import Joined, Stored, mapped, read
+from zoo.stream import Joined, Stored, value_of
 
 _LAYER = re.compile(r"^(?:vision\.(?:frame_)?tower|llm\.lm)\.(?:\D+\.)?(\d+)\.")  # the first number in a name
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -78,12 +77,4 @@ def refuse_untied(lm: Any, tensors: Mapping[str, Stored | Joined], folder: Path)
 
 
 def _equal(one: Stored | Joined, two: Stored | Joined) -> bool:
-    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(_value(one), _value(two))
-
-
-def _value(stored: Stored | Joined) -> Tensor:
-    value = mapped(stored)
-    if value is None:
-        value = torch.empty(stored.shape, dtype=stored.dtype)
-        read(stored, value)
-    return value
+    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(value_of(one), value_of(two))
