@@ -99,7 +99,17 @@ class LoRA(nn.Module):
         return f".lora_A.{_NAME}." in name or f".lora_B.{_NAME}." in name
 
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
-        """Nothing here depends on the image."""
+        """Nothing here depends on the image.
+
+        Raises:
+            ZooError: PEFT has put an adapter of its own on the model, and with it switched this one off.
+        """
+        on = next(iter(self._layers.values())).active_adapters if self._undo and self._layers else [_NAME]
+        if on != [_NAME]:
+            raise ZooError(
+                f"PEFT runs {', '.join(map(repr, on)) or 'no adapter'} on this model, which switches the model's own "
+                "adapter 'lora' off: call model.adapter['lora'].merge() before get_peft_model."
+            )
 
     def aux_losses(self) -> dict[str, Tensor]:
         """None."""

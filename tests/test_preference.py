@@ -305,7 +305,7 @@ def test_the_anchor_is_the_answer_loss_of_chosen_answers(make_model):
     _, losses = step_of(model, make_model(seed=3)[0], batch, anchor=1.0, answer=1.0)
     labels[1] = IGNORE_INDEX  # the plain answer is none of a pair
     count = int((batch["labels"][:, 1:] >= 0).sum())
-    wanted = model(**{**batch, "labels": labels}, num_labels=count).losses["answer"]
+    wanted = model(**{**batch, "labels": labels}, num_items_in_batch=count).losses["answer"]
     torch.testing.assert_close(losses["anchor"], wanted)
     assert losses["answer"] > losses["anchor"]
 

@@ -70,6 +70,7 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
         self.layout = parts.layout
         self.llm = parts.llm
         self.adapter = nn.ModuleDict(parts.adapter)
+        config.__dict__["_llm"] = self.llm.lm.config.get_text_config()
         self.compiled = False
         self.fresh_parts = []
         self.loss_type = "ForCausalLM"  # labels are shifted here: transformers' Trainer counts those behind the first
@@ -91,12 +92,6 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
             )
         self.config.attention = name
         return taken
-
-    def _compute_dtype(self) -> torch.dtype:
-        device = next(self.llm.parameters()).device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return next(self.llm.parameters()).dtype
 
     @classmethod
     def can_generate(cls) -> bool:

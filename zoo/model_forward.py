@@ -129,13 +129,14 @@ class ForwardMixin(ImagesMixin):
             **more,
         )
         hidden = out.last_hidden_state  # (B, T, C)
-        logits, losses = None, None
+        logits = loss = losses = None
         if run_head and (labels is None or all_logits):
             logits = self.llm.head(_kept(hidden, logits_to_keep, embeds.shape[1]))  # (B, T, V)
-        if labels is not None:
-            losses = self._losses(hidden, sequence.labels, num_items_in_batch, run_head)
+        if (seen := labels if sequence.labels is None else sequence.labels) is not None:
+            losses = self._losses(hidden, seen, num_items_in_batch, run_head)
+            loss = _summed(losses, seen, num_items_in_batch)
         result = ZooOutput(
-            loss=self._summed(losses, sequence.labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             cache=cache_of(out),
             hidden_states=getattr(out, "hidden_states", None),
@@ -177,14 +178,15 @@ class ForwardMixin(ImagesMixin):
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ZooError(f"The model needs input_ids or inputs_embeds, one of them; {given} was given.")
-        if input_ids is not None:
-            if image_tokens is None and _goes_on(cache):  # what was generated: a token like all others, whatever it is
-                return self.llm.embed(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-            return self.merge(input_ids, image_tokens), self._placeholders(input_ids)
-        if image_tokens is None:
-            return inputs_embeds, None
-        slots = self._placeholders_among(inputs_embeds)
-        return self._placed(inputs_embeds, slots, image_tokens), slots
+        if inputs_embeds is not None:
+            if image_tokens is None:
+                return inputs_embeds, None
+            slots = self._placeholders_among(inputs_embeds)
+            return self._placed(inputs_embeds, slots, image_tokens), slots
+        assert input_ids is not None, "one of the two is there"
+        if image_tokens is None and _goes_on(cache):  # what was generated: a token like all others, whatever it is
+            return self.llm.embed(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
+        return self.merge(input_ids, image_tokens), self._placeholders(input_ids)
 
     # ---- what the LLM is given ---------------------------------------------------------------------------------
 
@@ -211,6 +213,14 @@ class ForwardMixin(ImagesMixin):
             return {"attention_mask": mask}
         packed = self._packed_mask(mask, segment_ids, sequence.block_ids)
         return {"attention_mask": packed, "padding_mask": mask}  # an MoE LLM's balance loss must not count padding
+
+    def _compute_dtype(self) -> torch.dtype:
+        """The data type of the LLM's products."""
+        weight = next(self.llm.parameters())
+        device = weight.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return weight.dtype
 
     def _mask_ahead(self, attention_mask: Tensor, cache: Any) -> bool:
         """Whether the mask is better made here: compiled layers else work it out anew for every head, 2 % of a step."""
@@ -248,21 +258,19 @@ class ForwardMixin(ImagesMixin):
             losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
         return losses
 
-    @staticmethod
-    def _summed(
-        losses: Mapping[str, Tensor] | None, labels: Tensor | None, num_items_in_batch: Tensor | float | None
-    ) -> Tensor | None:
-        """Sum the losses of a pass.
 
-        Where the answer loss is divided by more labels than there are here, as in gradient accumulation, the other
-        losses, which are means of this pass, count by the share of labels that they saw.
-        """
-        if not losses:
-            return None
-        if labels is None or num_items_in_batch is None or losses.keys() == {"answer"}:
-            return torch.stack(list(losses.values())).sum()
-        share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
-        return torch.stack([v if n == "answer" else share * v for n, v in losses.items()]).sum()
+def _summed(losses: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor | None:
+    """Sum the losses of a pass.
+
+    Where the answer loss is divided by more labels than there are here, as in gradient accumulation, the other losses,
+    which are means of this pass, count by the share of labels that they saw.
+    """
+    if not losses:
+        return None
+    if num_items_in_batch is None or losses.keys() == {"answer"}:
+        return torch.stack(list(losses.values())).sum()
+    share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
+    return torch.stack([v if n == "answer" else share * v for n, v in losses.items()]).sum()
 
 
 def _one_cache(cache: Any, past_key_values: Any) -> Any:

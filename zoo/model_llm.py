@@ -1,5 +1,6 @@
 """What a person asks a transformers model and its language model answers: embeddings, tied weights, checkpointing."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,7 @@ class LanguageModelMixin(nn.Module):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """Give the embedding and the vocabulary projection more rows, or fewer, as transformers does.
 
         Args:
@@ -62,7 +63,8 @@ class LanguageModelMixin(nn.Module):
             ("vocabulary projection", lm.get_output_embeddings(), nn.Linear),
         ):
             if not isinstance(layer, kind):
-                raise ZooError(f"The {what} is a {type(layer).__name__}, whose rows cannot be changed: resize first.")
+                kind_of = f"{type(layer).__name__} of {type(layer).__module__.partition('.')[0]}"
+                raise ZooError(f"The {what} is a {kind_of}, whose rows cannot be changed: resize before an adapter is there.")
         wanted = before if new_num_tokens is None else new_num_tokens
         if wanted <= self.config.image_token_id:
             raise ZooError(f"{wanted} tokens leave no row for the image placeholder, id {self.config.image_token_id}.")
@@ -79,9 +81,17 @@ class LanguageModelMixin(nn.Module):
                 node["extra"]["vocab_size"] = self.llm.vocab_size
         return table
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Choose what the next step of generation is given; as the language model does, which runs the steps."""
-        return self.llm.lm.prepare_inputs_for_generation(*args, **kwargs)
+    @property
+    def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
+        """What the next step of generation is given: the language model chooses, which runs the steps."""
+        return self.llm.lm.prepare_inputs_for_generation
+
+    @prepare_inputs_for_generation.setter
+    def prepare_inputs_for_generation(self, value: Any) -> None:
+        raise ZooError(
+            "What each step of generation is given cannot be replaced, as PEFT's prompt and prefix methods do: use one "
+            "that changes layers, such as LoRA."
+        )
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

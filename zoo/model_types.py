@@ -43,6 +43,14 @@ class ZooConfig(PreTrainedConfig):
     data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
     task: dict[str, Any] | None = None
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The config of the language model, once a model stands; sizes of the text side are there."""
+        return self.__dict__.get("_llm", self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: not the language model's own config, which follows from the slots."""
+        return {key: value for key, value in super().to_dict().items() if key != "_llm"}
+
     def to_json_string(self, use_diff: bool = True) -> str:
         """As transformers writes it, which sorts all keys; but pruners and adapters act in their order."""
         content = json.loads(super().to_json_string(use_diff))

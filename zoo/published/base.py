@@ -126,14 +126,19 @@ class Base:
 
 
 def _zeros(modules: Mapping[str, Any], place: Any) -> None:
-    """Give a place in memory to what no file filled."""
+    """Give a place in memory to what no file filled; tensors that are tied stay one."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: the tensor that holds nothing, and its successor
     for part, module in modules.items():
         for owner in module.modules():
             for table in (owner._parameters, owner._buffers):
                 for key, tensor in table.items():
-                    if tensor is not None and tensor.is_meta:
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    if id(tensor) not in made:
                         empty = torch.zeros_like(tensor, device=place(part))
-                        table[key] = torch.nn.Parameter(empty) if isinstance(tensor, torch.nn.Parameter) else empty
+                        whole = isinstance(tensor, torch.nn.Parameter)
+                        made[id(tensor)] = tensor, torch.nn.Parameter(empty) if whole else empty
+                    table[key] = made[id(tensor)][1]
 
 
 def base_of(folder: Path, checkpoint: str = "", revision: str = "") -> Base:
