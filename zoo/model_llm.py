@@ -64,7 +64,7 @@ class LanguageModelMixin(nn.Module):
         ):
             if not isinstance(layer, kind):
                 kind_of = f"{type(layer).__name__} of {type(layer).__module__.partition('.')[0]}"
-                raise ZooError(f"The {what} is a {kind_of}, whose rows cannot be changed: resize before an adapter is there.")
+                raise ZooError(f"The {what} is a {kind_of}, whose rows cannot be changed: resize before it is there.")
         wanted = before if new_num_tokens is None else new_num_tokens
         if wanted <= self.config.image_token_id:
             raise ZooError(f"{wanted} tokens leave no row for the image placeholder, id {self.config.image_token_id}.")
