@@ -5,15 +5,25 @@ BIN := $(VENV)/bin
 FOLDERS := registry vision fusion distill conf model_cards  # part of the package `zoo`, beside its own folder
 # A worker per core, but at least two: half of a test's time goes into imports.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
+# Tests that run no model: what they touch does not change with the versions of libraries.
+PLAIN := bench% browser classes% cli config data% docs hostile imports nlvr places plugins registry report scenes typos
+LIBRARY_TESTS := $(filter-out $(PLAIN:%=tests/test_%.py),$(wildcard tests/test_*.py))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := -m pip install --quiet --quiet
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test test-oldest test-newest lock lint format clean
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch torchvision
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings editable_mode=strict
-	touch $@
+# $(call install,FOLDER,VERSIONS): everything at the versions of a file, built by the setuptools of that file.
+define install
+	@echo "installing into $(1): versions of $(2), torch first of all (5.6 GB on Linux)"
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(PIP) --constraint $(2) pip setuptools
+	@$(1)/bin/python $(PIP) --constraint $(2) $(3) --no-build-isolation --editable '.[dev]' --config-settings editable_mode=strict
+	@touch $(1)/.installed
+endef
+
+$(VENV)/.installed: pyproject.toml requirements/locked.txt
+	$(call install,$(VENV),requirements/locked.txt)
 
 install: $(VENV)/.installed
 
@@ -23,6 +33,30 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.venv-oldest/.installed: pyproject.toml requirements/oldest.txt
+	$(call install,.venv-oldest,requirements/oldest.txt)
+
+# The lowest versions that pyproject.toml allows, all at once.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/zoo doctor
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(LIBRARY_TESTS)
+
+# The newest versions that it allows and that are out on the day, but for torch: the pair of requirements/torch.txt.
+test-newest:
+	$(call install,.venv-newest,requirements/torch.txt,--upgrade --upgrade-strategy eager)
+	.venv-newest/bin/zoo doctor
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile $(LIBRARY_TESTS)
+
+# Renew both lists of versions. uv knows how to find the lowest that go together.
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python $(PIP) --upgrade uv
+	$(UV) --constraint requirements/torch.txt --output-file requirements/locked.txt
+	$(UV) --resolution lowest-direct --output-file requirements/oldest.txt
+
+UV := UV_CUSTOM_COMPILE_COMMAND='make lock' build/uv/bin/uv pip compile --quiet --upgrade --no-annotate \
+	--no-emit-index-url --python-version 3.11 --python-platform x86_64-manylinux_2_28 pyproject.toml --extra dev
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,4 +70,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info

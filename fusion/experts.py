@@ -6,6 +6,7 @@ device it refuses float32 (torch 2.14): the error is torch's own, from deep insi
 """
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ ZOO_GROUPED = "zoo_grouped"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def use_zoo_grouped(lm: nn.Module) -> None:
+def use_zoo_grouped(lm: Any) -> None:
     """Let a transformers model whose experts would run as `grouped_mm` run them as `zoo_grouped`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -25,7 +26,7 @@ def use_zoo_grouped(lm: nn.Module) -> None:
         lm.set_experts_implementation(ZOO_GROUPED)
 
 
-def zoo_grouped(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def zoo_grouped(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Run experts at once where a kernel takes them, else one after another; the same up to rounding.
 
     Args:
@@ -44,7 +45,7 @@ def zoo_grouped(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Ten
     elif hidden.is_meta:  # shapes alone, and nothing that reads which expert was chosen
         run = ALL_EXPERTS_FUNCTIONS["batched_mm"]
     else:
-        run = type(experts).forward.__wrapped__  # the family's own loop, as `experts_implementation="eager"` runs it
+        run = cast(Any, type(experts).forward).__wrapped__  # the family's own loop, its "eager" implementation
     return run(experts, hidden, chosen, weights)
 
 

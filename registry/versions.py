@@ -1,11 +1,12 @@
 """What differs between the versions of libraries that the project runs on; nothing else asks for a version.
 
-`TESTED` says which versions those are: `pyproject.toml` states the same ranges, `zoo doctor` compares them with what is
-installed, and a test holds the two together.
+`TESTED` says which versions were run: `pyproject.toml` states the same ranges, `zoo doctor` compares them with what is
+installed, docs/compatibility.md#libraries lists them, and tests hold them together.
 
     transformers 5.24   `past_key_values` is called `cache`: in the arguments of models and decoder layers, and in
                         outputs. The old name works there until 5.40, with a warning.
     torchvision 0.27    resamples tensors by lanczos too.
+    transformers 5.23   gradient checkpointing is called activation checkpointing; the old name warns.
 
 Two more differences need no version to be asked for, since what is done about them is right on every version:
 torch's FLOP counter has no formula for attention fused on a CPU (`zoo/benches/flops.py`, torch 2.14), and its grouped
@@ -13,9 +14,56 @@ products refuse float32 on the meta device (`fusion/experts.py`, torch 2.14).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Which versions of a library are allowed, and which of them were run.
+
+    Attributes:
+        oldest: the lowest that is allowed; `make test-oldest` runs it, beside the lowest of all others.
+        newest: the newest that was out and allowed when `make test-newest` ran.
+        below: the first that is not allowed.
+    """
+
+    oldest: str
+    newest: str
+    below: str
+
+    @property
+    def range(self) -> str:
+        """As a package states it: `>=2.11,<2.15`."""
+        return f">={self.oldest},<{self.below}"
+
+    def covers(self, found: str) -> bool:
+        """Whether a version lies in the range; one ahead of a release (`2.15.0.dev0`) counts as that release."""
+        return numbers(self.oldest) <= numbers(found) and numbers(found) < numbers(self.below)
+
+
+PYTHON = "3.11"  # that the tests ran on
+
+# Libraries whose internals are used: hooks, masks, caches, names of weights. Others (numpy, rich) have lower bounds.
+TESTED = {
+    "torch": Versions("2.11.0", "2.14.1", "2.15"),
+    "torchvision": Versions("0.26.0", "0.29.1", "0.30"),
+    "transformers": Versions("5.17.0", "5.24.0", "5.25"),
+    "tokenizers": Versions("0.23.1", "0.23.3", "0.24"),
+    "safetensors": Versions("0.8.0", "0.8.0", "0.9"),
+    "huggingface-hub": Versions("1.5.0", "2.4.0", "3"),
+    "timm": Versions("1.0.20", "1.0.31", "1.1"),
+    "open_clip_torch": Versions("3.2.0", "3.3.0", "3.4"),
+    "peft": Versions("0.18.0", "0.21.2", "0.22"),
+    "accelerate": Versions("1.10.0", "1.15.0", "1.16"),
+    "hydra-core": Versions("1.3.2", "1.3.8", "1.4"),
+    "omegaconf": Versions("2.3.0", "2.3.1", "2.4"),
+    "datasets": Versions("4.0.0", "5.2.0", "6"),
+    "av": Versions("14.0.0", "18.1.0", "19"),
+    "decord": Versions("0.6.0", "0.6.0", "0.7"),
+}
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -71,3 +119,27 @@ def with_old_cache_name(output: type) -> type:
 def torchvision_has_lanczos() -> bool:
     """Whether torchvision resamples tensors by lanczos."""
     return at_least("torchvision", "0.27")
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+@cache
+def _checkpointing() -> str:
+    return "activation" if at_least("transformers", "5.23") else "gradient"
+
+
+def checkpoint_activations(model: Any, given: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Let a transformers model recompute its activations in backward.
+
+    Args:
+        model: of transformers.
+        given: options of `torch.utils.checkpoint.checkpoint`; None: `use_reentrant=False`.
+        options: of transformers beside them, `every_n_layers` for one.
+    """
+    getattr(model, f"{_checkpointing()}_checkpointing_enable")(dict(given or {"use_reentrant": False}), **options)
+
+
+def keep_activations(model: Any) -> None:
+    """Undo `checkpoint_activations`."""
+    getattr(model, f"{_checkpointing()}_checkpointing_disable")()

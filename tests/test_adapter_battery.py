@@ -10,6 +10,7 @@ from tests.fusion_builders import SMALL, VOCAB, features, llm_node, padded_batch
 from zoo import registry
 from zoo.registry import ZooError
 from zoo.registry.contracts import Adapter
+from zoo.registry.versions import checkpoint_activations
 
 DIM, GRID = 24, (4, 4)
 NAMES = registry.names("adapter")
@@ -183,7 +184,7 @@ def close(some, others):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing_or_one_form_is_refused(name, reentrant):
     try:
-        there = learnt(name, lambda llm: llm.lm.gradient_checkpointing_enable({"use_reentrant": reentrant}))
+        there = learnt(name, lambda llm: checkpoint_activations(llm.lm, {"use_reentrant": reentrant}))
     except ZooError as refusal:
         assert reentrant and "use_reentrant=False" in str(refusal)
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from zoo.bench import main, parse
-from zoo.benches.compatibility import Options, pairs, triples
+from zoo.benches.compatibility import Options, libraries, pairs, triples
 from zoo.benches.compatibility_trial import Trial
 from zoo.registry import ZooError
 
@@ -43,6 +43,10 @@ def test_it_has_a_cell_for_every_pair_and_no_broken_one():
     assert {parts for parts in found if len(parts) == 3} <= set(triples())
     assert not [parts for parts, (word, _) in found.items() if word not in ("yes", "no")]
     assert sum(word == "yes" for word, _ in found.values()) > len(found) / 2
+
+
+def test_versions_of_libraries_on_it_are_those_that_were_run():
+    assert PAGE.read_text().endswith(f"\n\n{libraries()}"), MAKE
 
 
 @pytest.mark.parametrize("word", ["yes", "no"])

@@ -5,6 +5,7 @@ import torch
 
 from tests.dropping_builders import dropper, embeds_of, labelled, llm_of, loss_of, padded, row, sequence
 from zoo.registry import IGNORE_INDEX
+from zoo.registry.versions import checkpoint_activations
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -44,7 +45,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     for on in (False, True):
         llm = llm_of("qwen2").train()
         if on:
-            llm.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(llm.lm, {"use_reentrant": reentrant})
         total, _ = loss_of(llm, dropper(llm), ids, torch.ones_like(ids), labels)
         total.backward()
         grads.append([p.grad for p in llm.layers.parameters()])

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def folder_of(name: str) -> str | None:
     if parts[0] != "zoo":
         return None
     return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "zoo"
+
+
+def test_the_package_names_every_folder_that_belongs_to_it():
+    """Folders of data too: setuptools warns in pages, at every installation, where one is missing."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name: ROOT / place for name, place in setup["package-dir"].items()} | {"zoo": ROOT / "zoo"}
+    found = {
+        ".".join([name, *inner.relative_to(folder).parts])
+        for name, folder in folders.items()
+        for inner in [folder, *folder.rglob("*/")]
+        if inner.name != "__pycache__"
+    }
+    assert found == set(setup["packages"])
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -6,6 +6,7 @@ import torch
 from tests.fusion_builders import DENSE, MOE, VOCAB, llm_node, padded_batch, tiny_llm
 from zoo import registry
 from zoo.registry import ZooError
+from zoo.registry.versions import checkpoint_activations
 
 
 @pytest.mark.parametrize("model_type", [*DENSE, *MOE])
@@ -175,7 +176,7 @@ def test_balance_loss_is_transformers_own_and_ignores_padding(model_type):
 
 def test_balance_loss_says_when_checkpointing_takes_its_gradient():
     llm = tiny_llm("mixtral", router_aux_coef=0.5).train()
-    llm.lm.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(llm.lm, {"use_reentrant": True})
     ids = padded_batch()[0]
     llm.hidden(inputs_embeds=llm.embed(ids).detach().requires_grad_())
     with pytest.raises(ZooError, match="use_reentrant=False"):

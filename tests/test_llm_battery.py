@@ -6,6 +6,7 @@ import torch
 from tests.fusion_builders import DENSE, MOE, VOCAB, llm_node, padded_batch, same_state
 from zoo import registry
 from zoo.registry.contracts import LanguageModel
+from zoo.registry.versions import checkpoint_activations
 
 NODES = [llm_node(t) for t in (DENSE[0], "qwen3", "gemma", MOE[0])]
 NODES += [{"name": n} for n in registry.names("llm") if n != "hf"]
@@ -79,7 +80,7 @@ def test_gradient_checkpointing_changes_nothing(node, reentrant):
     for checkpointing in (False, True):
         llm = build(node).train()
         if checkpointing:
-            llm.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(llm.lm, {"use_reentrant": reentrant})
         embeds = llm.embed(ids).detach().requires_grad_()
         llm.head(llm.hidden(inputs_embeds=embeds, attention_mask=mask).last_hidden_state).logsumexp(-1).sum().backward()
         grads.append([embeds.grad, *(p.grad for p in llm.layers.parameters())])

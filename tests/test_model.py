@@ -196,15 +196,17 @@ def test_text_only_batches_still_reach_the_encoder_in_training(make_model):
     assert all(p.grad is not None for p in model.vision.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+@pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(make_model, reentrant):
+def test_gradient_checkpointing_changes_nothing(make_model, reentrant, options, name):
     model, processor = make_model()
     model.train()
     batch = processor.collate([processor.encode(s) for s in mixed_samples()])
     model(**batch).loss.backward()
     before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model, name)({"use_reentrant": reentrant}, **options)
     model(**batch).loss.backward()
     for name, grad in before.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, atol=1e-6, rtol=1e-5)

@@ -11,6 +11,7 @@ from zoo import registry
 from zoo.assembly import MisfitError, assemble
 from zoo.fusion import mole
 from zoo.registry import ZooError
+from zoo.registry.versions import checkpoint_activations
 
 MANY, FEW = (2, 12), (1, 5)  # tokens that are sorted, tokens that are not
 
@@ -210,7 +211,7 @@ def test_two_passes_before_one_backward_under_checkpointing():
         adapter = mole_on(llm, dropout=0.0)
         llm.train()
         if checkpointing:
-            llm.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(llm.lm, {"use_reentrant": False})
         total = 0
         for pad in (2, 7):
             ids, mask = padded_batch(2, 12, pad)
@@ -227,7 +228,7 @@ def test_reentrant_checkpointing_is_refused_where_the_balance_would_not_learn():
     llm = tiny_llm()
     adapter = mole_on(llm)
     llm.train()
-    llm.lm.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(llm.lm, {"use_reentrant": True})
     embeds = llm.embed(padded_batch(2, 12)[0]).detach().requires_grad_()
     with pytest.raises(ZooError, match="use_reentrant=False"):
         losses(adapter, llm, embeds, None)

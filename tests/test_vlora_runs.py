@@ -9,7 +9,7 @@ from tests.fusion_builders import padded_batch, tiny_llm
 from tests.vlora_builders import FAMILIES, double, images, logits, pick, vlora_on
 from zoo import registry
 from zoo.registry import ZooError
-from zoo.registry.versions import cache_argument, cache_of
+from zoo.registry.versions import cache_argument, cache_of, checkpoint_activations
 
 # ---- generation --------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def test_both_forms_of_checkpointing_change_nothing_even_with_two_batches_before
         adapter = vlora_on(llm, skip=1, max_images=2)
         llm.train()
         if checkpointing:
-            llm.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(llm.lm, {"use_reentrant": reentrant})
         total = 0
         for image, rows in (
             (images(dtype=torch.float64), [1, 1]),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.attention_rows import pooling_head
 from zoo.vision.checkpoints import at, fetch, is_local, read_json
 from zoo.vision.tower import (
@@ -246,9 +247,9 @@ class HFRunner(Runner):
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         if enable:
-            self.tower.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.tower)
         else:
-            self.tower.gradient_checkpointing_disable()
+            keep_activations(self.tower)
 
 
 def side(value: Any) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from zoo.registry import ZooError, plugins
+from zoo.registry.versions import TESTED
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-LIBRARIES = ("torch", "transformers", "timm", "open_clip_torch", "peft", "accelerate", "hydra-core", "omegaconf")
 OPTIONAL = {"flash-attn": "flash", "av": "video", "decord": "video", "datasets": "datasets", "tensorboard": "trackers"}
 OPTIONAL |= {"trackio": "trackers", "wandb": "trackers"}
+LIBRARIES = tuple(name for name in TESTED if name not in OPTIONAL)
 
 
 def main(words: Sequence[str] = ()) -> int:
@@ -37,9 +38,20 @@ def _version(package: str) -> str:
 
 def _libraries() -> Iterator[tuple[str, str]]:
     for package in LIBRARIES:
-        yield package, _version(package) or "MISSING"
+        yield package, _told(package) or "MISSING"
     for package, extra in OPTIONAL.items():
-        yield package, _version(package) or f"not installed (pip install 'zoo-vlm[{extra}]')"
+        yield package, _told(package) or f"not installed (pip install 'zoo-vlm[{extra}]')"
+
+
+def _told(package: str) -> str:
+    """The installed version, and whether it is outside of those that were tested; nothing where there is none."""
+    found = _version(package)
+    return f"{found:<12}NOT TESTED: {TESTED[package].range} is" if _is_outside(package) else found
+
+
+def _is_outside(package: str) -> bool:
+    found = _version(package)
+    return bool(found) and package in TESTED and not TESTED[package].covers(found)
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -79,6 +91,9 @@ def _plugins() -> int:
     missing = [p for p in LIBRARIES if not _version(p)]
     if missing:
         print(f"\nzoo: missing: {', '.join(missing)}", file=sys.stderr)
+    if outside := [f"{p}{TESTED[p].range}" for p in TESTED if _is_outside(p)]:
+        asked = " ".join(f"'{p}'" for p in outside)
+        print(f"\nzoo: what was not tested may fail. Versions that were: pip install {asked}", file=sys.stderr)
     return 1 if bad or missing else 0
 
 

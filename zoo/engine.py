@@ -268,9 +268,9 @@ def _set_mode(model: Any, stage: Stage) -> None:
         if not any(p.requires_grad for p in part.parameters()):
             part.eval()
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     elif any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     model.compile_parts(stage.compile)
 
 

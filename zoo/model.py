@@ -24,7 +24,7 @@ from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
 from zoo.weights import library_versions, local_folder, read_weights, state_of, write_weights
 
 
-class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):
+class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  # type: ignore[misc]
     """A vision-language model composed of registered parts.
 
     `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts

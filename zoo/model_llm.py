@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from zoo.registry import ZooError
+from zoo.registry.versions import checkpoint_activations, keep_activations
 
 
 class LanguageModelMixin(nn.Module):
@@ -93,21 +94,33 @@ class LanguageModelMixin(nn.Module):
             "that changes layers, such as LoRA."
         )
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Recompute activations of the LLM (and the encoder where it can) in backward.
 
         Args:
-            gradient_checkpointing_kwargs: of `torch.utils.checkpoint`; None: `use_reentrant=False`.
-            kwargs: what transformers takes beside them.
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint`; None: `use_reentrant=False`.
+            options: what transformers takes beside them.
         """
-        self.llm.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+        checkpoint_activations(self.llm.lm, activation_checkpointing_kwargs, **options)
         if hasattr(self.vision, "set_gradient_checkpointing"):
             self.vision.set_gradient_checkpointing(True)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep all activations for backward again."""
-        self.llm.lm.gradient_checkpointing_disable()
+        keep_activations(self.llm.lm)
         if hasattr(self.vision, "set_gradient_checkpointing"):
             self.vision.set_gradient_checkpointing(False)
+
+    # What transformers called them before 5.23, and PEFT and others still do.
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Do what `activation_checkpointing_enable` does."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Do what `activation_checkpointing_disable` does."""
+        self.activation_checkpointing_disable()

@@ -18,6 +18,7 @@ from zoo.benches.measure import Value
 from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
 from zoo.registry import MANY, ZooError
+from zoo.registry.versions import PYTHON, TESTED
 
 _HEAD = """# Which parts go together
 
@@ -33,6 +34,18 @@ bit. Adapters' weights are moved off their start first. Made by
 the column. Other slots: encoder timm, projector mlp, LLM llama, no pruner, adapter or distiller; but no projector where
 `vlora` is, and mixtral where `moextend` is. A teacher has the encoder and the projector of its student and no pruner.
 `aim` and `fastv` drop tokens inside the LLM; `llava_mod` runs with its objective `mimic`.
+"""
+
+_LIBRARIES = """## Libraries
+
+Versions that the tests ran on which touch libraries: models, published checkpoints, pruners, adapters, encoders,
+training; {python}, on a CPU. `make test-oldest` runs the lowest that are allowed, all at once
+([the list](../requirements/oldest.txt)), `make test-newest` the newest, and `make test` what `make install` installs
+([the list](../requirements/locked.txt)). `zoo doctor` says which installed versions lie outside. What differs between
+versions is known to [registry/versions.py](../registry/versions.py).
+
+| library | allowed | lowest run | newest run |
+|---|---|---|---|
 """
 
 
@@ -82,7 +95,7 @@ class Page(Report):
             parts, verdict = next((p, v) for p, v in self.found.items() if v.reason == reason)
             fix = f" Fix of {' with '.join(n for _, n in parts)}: `{verdict.fix}`." if verdict.fix else ""
             lines.append(f"{number}. {reason}.{fix}")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, "", libraries()])
 
     def _table(self, first: str, second: str, reasons: list[str]) -> list[str]:
         if not any({k for k, _ in p} == {first, second} and len(p) == 2 for p in self.found):
@@ -95,6 +108,12 @@ class Page(Report):
             cells = [_cell(self.found.get(((first, row), (second, c))), reasons) for c in columns]
             lines.append(f"| {' | '.join([row, *cells])} |")
         return [*lines, ""]
+
+
+def libraries() -> str:
+    """The section on versions of libraries, from what registry/versions.py says was run."""
+    rows = [f"| {name} | `{v.range}` | {v.oldest} | {v.newest} |" for name, v in TESTED.items()]
+    return _LIBRARIES.format(python=f"Python {PYTHON}") + "\n".join(rows) + "\n"
 
 
 def run(options: Options, show: Callable[[str], None] = print) -> Page:

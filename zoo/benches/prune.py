@@ -176,7 +176,7 @@ class _Bench:
         for name, v in self.variants.items():
             card = self.cards[name]
             ids, embeds = v.prompt(v.features)
-            card.counted_flops = count_flops(lambda v=v, given=(ids, embeds): v.read(*given))
+            card.counted_flops = count_flops(partial(v.read, ids, embeds))
             card.prefill_ms = self._milliseconds(times[name])
             rows.append(Row(f"{name}: prefill, encoder output to logits", card.prefill_ms, " ms"))
             what = f"{name}: closed form of the prefill's FLOPs against torch's counter"
