@@ -3,11 +3,15 @@
 An image becomes an overview and the crops of the pinpoint resolution that suits it. Behind the projector the crops'
 tokens are put together to one grid, the rows and columns that show padding only are cut off, each line ends with a
 learnt newline token, and the overview's tokens stand in front. Above `max_crops` times the tokens of one crop the grid
-is scaled down (bilinear). An image of one row, or tokens that fill no grid any more, are ended by one newline.
+is scaled down (bilinear). An image of one row ends with one newline, and so do tokens that a projector made of all.
 
-What a pruner kept of each crop stands in the raster order of the joined grid, padding included (`zoo.fusion.stitch`):
-how much of it lies on padding is known only when it was chosen, and the prompt is written before. With `kept_lines`
-each line of that grid ends with the newline too, as in FasterVLM's code for `spatial_unpad`; else one ends them all.
+Behind a pruner that keeps a share of each crop's tokens an image takes that share of what it takes without: of the
+overview, of the joined grid without padding and scaled down, of each frame of a video. How many that is is known before
+anything is chosen, since the prompt is written ahead: where crops kept more, those on padding go first and then, from
+every crop alike, those that the pruner chose last (`zoo.fusion.stitch`). What stays stands in the raster order of the
+joined grid, and one newline ends it; with `kept_lines` each line of the grid ends with one, as without a pruner. That
+is ours. FasterVLM's release runs without cut padding and without newlines, pruned or not; its branch for unpadded
+grids, which nothing in it runs, cuts padding off first and keeps every newline, and as many tokens as chance left.
 
 Paper: Liu et al., LLaVA-NeXT (2024, blog); Li et al., arXiv:2408.03326 (LLaVA-OneVision), section 3.2 and figure 3.
 """
@@ -21,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.fusion.stitch import stitched_order
+from zoo.fusion.stitch import fewer, shows, spread, stitched_order
 from zoo.registry import Cut, ImageFeatures, ZooError, register, unknown
 
 FRAMES = ("keep", "bilinear", "average", "max")
@@ -32,7 +36,7 @@ class AnyResConfig:
     pinpoints: list[list[int]] = field(default_factory=list)  # [height, width] in pixels that an image may be fitted to
     max_crops: int = 0  # the joined grid holds at most about this many crops' tokens; 0: no bound
     newline: bool = True  # a learnt token ends each line
-    kept_lines: bool = False  # also of what a pruner kept of crops; else one ends them all
+    kept_lines: bool = False  # also of what a pruner left of crops; else one ends them all
     # Tokens of each frame of a video: keep | bilinear, to half of its grid behind the projector, and one newline at the
     # end | average, max: pooled two by two ahead of the projector.
     frames: str = "keep"
@@ -63,15 +67,30 @@ class AnyRes(nn.Module):
         num_tokens: int,
         image_size: tuple[int, int],
         encoder_grid: tuple[int, int] | None = None,
+        pruned: bool = True,
     ) -> None:
+        """Build it.
+
+        Args:
+            config: how crops are joined.
+            text_dim: width of the newline.
+            grid: of the tokens of a crop; None where they fill none.
+            num_tokens: of a crop, behind the projector.
+            image_size: of a crop in pixels.
+            encoder_grid: of the encoder itself.
+            pruned: where there is no grid, the tokens are what a pruner left of the encoder's. False: the projector
+                made them of all.
+        """
         super().__init__()
         self.config, self.grid, self.tokens, self.image_size = config, grid, num_tokens, image_size
-        self.encoder_grid = encoder_grid
+        self.pruned = pruned and grid is None and encoder_grid is not None and num_tokens <= math.prod(encoder_grid)
+        self.whole = encoder_grid if self.pruned else grid  # grid of a crop without a pruner
         self.given: dict[str, Any] = {
             "grid": list(grid) if grid else None,
             "num_tokens": num_tokens,
             "image_size": list(image_size),
             "encoder_grid": list(encoder_grid) if encoder_grid else None,
+            "pruned": pruned,
         }
         self.newline = None
         if config.newline and text_dim is not None:
@@ -87,22 +106,27 @@ class AnyRes(nn.Module):
         """Count the tokens of an image, or a video, that was cut so."""
         end = int(self.config.newline)
         if cut.kind == "frame":
-            ending = end if self.config.frames == "bilinear" else 0
-            return cut.rows * math.prod(self._frame_grid() or (self.tokens,)) + ending
-        if cut.rows == 1 or self.grid is None:
-            return cut.rows * self.tokens + (self._kept_lines(cut) or end)
+            return cut.rows * self._per_frame() + (end if self.config.frames == "bilinear" else 0)
+        if cut.rows == 1 or self.whole is None:
+            return cut.rows * self.tokens + end
         _, lines, columns = self._shape(cut)
-        return self.tokens + lines * (columns + end)
+        ends = lines * end if self.config.kept_lines or not self.pruned else end
+        return self.tokens + self._share(lines * columns) + ends
 
     def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
         """Lay out rows (M, K, C), or those of each image (R, K, C), as (S, C)."""
-        images = tokens.split([c.rows for c in cuts]) if isinstance(tokens, Tensor) else tokens
-        return torch.cat(list(self._images(images, cuts)))
+        if isinstance(tokens, Tensor):
+            tokens = self._fewer(tokens, cuts) if self.pruned else tokens.split([c.rows for c in cuts])
+        return torch.cat(list(self._images(tokens, cuts)))
 
     def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
         """Run the projector; frames are pooled ahead of it if the config says so, kept tokens of crops put in order."""
+        if self.pruned:
+            return self._fewer(projector(image), cuts, image)
+        if self.config.kept_lines and self.grid is None and any(c.kind == "crop" and c.rows > 1 for c in cuts):
+            raise ZooError("layout.kept_lines ends lines of patches, and the projector leaves tokens that are none.")
         if self.config.frames not in ("average", "max") or image.grid is None or all(c.kind != "frame" for c in cuts):
-            return self._ordered(projector(image), image, cuts)
+            return projector(image)
         pool = F.avg_pool2d if self.config.frames == "average" else F.max_pool2d
         rows = []
         for cut, tokens in zip(cuts, image.tokens.split([c.rows for c in cuts]), strict=True):  # (R, N, D)
@@ -113,36 +137,90 @@ class AnyRes(nn.Module):
             rows.append(projector(ImageFeatures(tokens, grid)))
         return rows
 
-    def _ordered(self, tokens: Tensor, image: ImageFeatures, cuts: Sequence[Cut]) -> Tensor | list[Tensor]:
-        """Put what was kept of crops (M, K, C) in the order of the joined grid, over all rows of an image."""
-        grid = image.patch_grid
-        if image.keep is None or grid is None or image.keep.shape != tokens.shape[:2]:
-            if any(map(self._kept_lines, cuts)):
-                raise ZooError("layout.kept_lines ends lines of patches, and this pruner leaves tokens that are none.")
-            return tokens
-        rows = [c.rows for c in cuts]
-        ordered = []
-        for cut, some, keep in zip(cuts, tokens.split(rows), image.keep.split(rows), strict=True):
-            if cut.kind == "crop" and cut.rows > 1:
-                lines = bool(self._kept_lines(cut))
-                order = stitched_order(keep, grid, self._crops(cut.size), newline=lines)  # (R * K [+ lines],)
-                some = torch.cat([some.flatten(0, 1), *self._end(some)])[order][None]  # a newline is -1, the last one
-            ordered.append(some)
-        return ordered
+    def _fewer(self, tokens: Tensor, cuts: Sequence[Cut], image: ImageFeatures | None = None) -> list[Tensor]:
+        """Leave of what was kept of crops and frames (M, K, C) what is counted: for each image (R, k, C) or (1, L, C).
 
-    def _kept_lines(self, cut: Cut) -> int:
-        """Count the newlines of what a pruner kept of an image's crops, where each line ends with one; else 0."""
-        crops = cut.kind == "crop" and cut.rows > 1 and self.grid is None
-        if not (crops and self.config.kept_lines and self.config.newline and self.encoder_grid):
-            return 0
-        return self._crops(cut.size)[0] * self.encoder_grid[0]
+        Args:
+            tokens: behind the projector.
+            cuts: of each image.
+            image: the tokens ahead of it; None: nothing is known of their places.
+        """
+        known = {name: getattr(image, name, None) for name in ("keep", "groups", "rank")}
+        rows = [c.rows for c in cuts]
+        parts = {n: t.split(rows) if t is not None and len(t) == len(tokens) else None for n, t in known.items()}
+        left = []
+        for i, (cut, some) in enumerate(zip(cuts, tokens.split(rows), strict=True)):
+            keep, groups, rank = (part[i] if (part := parts[name]) is not None else None for name in known)
+            if cut.kind == "frame":
+                left.append(self._fewer_of_frames(some, rank))
+            elif cut.rows > 1:
+                order = self._order(cut, some, keep, groups, rank)
+                left.append(torch.cat([some.flatten(0, 1), *self._end(some)])[order][None])  # a newline is the last row
+            else:
+                left.append(some)
+        return left
+
+    def _order(
+        self, cut: Cut, tokens: Tensor, keep: Tensor | None, groups: Tensor | None, rank: Tensor | None
+    ) -> Tensor:
+        """Choose and order the tokens (R, K, C) of an image's crops: (L,) indices over all of them, -1 a newline."""
+        assert self.whole is not None, "called for pruned crops"
+        (window, lines, columns), tiles, k = self._shape(cut), self._crops(cut.size), tokens.shape[1]
+        shown = shows(tiles, self.whole, window, tokens.device)  # (tiles, h * w)
+        if groups is not None:
+            shown = _any_of(shown, groups[1:], k)
+        elif keep is not None:
+            shown = shown.gather(1, keep[1:])  # (tiles, K)
+        else:
+            shown = shown.new_ones(len(shown), k)
+        rank = None if rank is None or rank.shape[1] != k else rank[1:]
+        stays = fewer(shown, rank, self._share(lines * columns))
+        stays = torch.cat([stays.new_ones(1, k), stays]).flatten()  # the overview keeps all that it has
+        if keep is None and self.config.kept_lines and self.config.newline:
+            raise ZooError("layout.kept_lines ends lines of patches, and this pruner leaves tokens that are none.")
+        order = torch.arange(len(stays), device=tokens.device)
+        order = order if keep is None else stitched_order(keep, self.whole, tiles)
+        order = order[stays[order]]
+        if not self.config.kept_lines or self.newline is None or keep is None:
+            return order
+        joined = order[k:]  # of the tiles, in raster order
+        tile, place = joined // k - 1, keep.flatten()[joined]
+        line = tile // tiles[1] * self.whole[0] + place // self.whole[1] - window[0]
+        high = tiles[0] * self.whole[0] - 2 * window[0]
+        line = line.clamp(0, high - 1) * lines // high  # padding that had to stay goes to the nearest line
+        ends = torch.arange(lines, device=tokens.device)
+        turn = torch.cat([2 * line, 2 * ends + 1]).argsort(stable=True)
+        return torch.cat([order[:k], torch.cat([joined, ends.new_full((lines,), -1)])[turn]])
+
+    def _fewer_of_frames(self, frames: Tensor, rank: Tensor | None) -> Tensor:
+        """Leave each of the frames (F, K, C) as many tokens as are counted: (F, k, C)."""
+        count, (many, kept) = self._per_frame(), frames.shape[:2]
+        if count == kept:
+            return frames
+        rank = spread(kept, frames.device).expand(many, -1) if rank is None or rank.shape[1] != kept else rank
+        stays = rank.argsort(dim=1)[:, :count].sort(dim=1).values  # (F, k)
+        return frames.gather(1, stays.unsqueeze(-1).expand(-1, -1, frames.shape[-1]))
+
+    def _share(self, n: int) -> int:
+        """Count what a pruner leaves of `n` tokens of a crop's own grid: as large a share as of a crop; else all."""
+        if not self.pruned or self.whole is None:
+            return n
+        whole = math.prod(self.whole)
+        return (2 * n * self.tokens + whole) // (2 * whole)  # rounded, halves up
+
+    def _per_frame(self) -> int:
+        """Count the tokens of one frame of a video."""
+        if self.whole is None:
+            return self.tokens
+        return max(1, self._share(math.prod(self._frame_grid() or self.whole)))
 
     def _images(self, images: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Tensor]:
         for cut, rows in zip(cuts, images, strict=True):  # (R, K, C)
             if cut.kind == "frame":
                 yield from (self._frames(rows), *(self._end(rows) if self.config.frames == "bilinear" else ()))
             elif cut.rows == 1 or self.grid is None:
-                yield from (rows.flatten(0, 1), *([] if self._kept_lines(cut) else self._end(rows)))
+                ended = self.pruned and self.config.kept_lines and cut.rows > 1
+                yield from (rows.flatten(0, 1), *([] if ended else self._end(rows)))
             else:
                 yield from (rows[0], self._join(rows[1:], cut))
 
@@ -175,11 +253,12 @@ class AnyRes(nn.Module):
         return frames.flatten(0, 1)
 
     def _frame_grid(self) -> tuple[int, int] | None:
-        if self.grid is None or self.config.frames == "keep":
-            return self.grid
+        """Grid of a frame, as it stands in the sequence without a pruner."""
+        if self.whole is None or self.config.frames == "keep":
+            return self.whole
         if self.config.frames != "bilinear":
-            return self.grid[0] // 2, self.grid[1] // 2
-        return math.ceil(self.grid[0] / 2), math.ceil(self.grid[1] / 2)
+            return self.whole[0] // 2, self.whole[1] // 2
+        return math.ceil(self.whole[0] / 2), math.ceil(self.whole[1] / 2)
 
     def _crops(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of crops for an image of `size`."""
@@ -190,8 +269,8 @@ class AnyRes(nn.Module):
 
     def _shape(self, cut: Cut) -> tuple[tuple[int, int], int, int]:
         """Lines and columns to cut off at each side, and how many are left behind the bound on crops."""
-        assert self.grid is not None, "joined on a grid"
-        (h, w), (rows, across) = self.grid, self._crops(cut.size)
+        assert self.whole is not None, "joined on a grid"
+        (h, w), (rows, across) = self.whole, self._crops(cut.size)
         lines, columns = rows * h, across * w
         height, width = cut.size
         top = left = 0
@@ -205,6 +284,22 @@ class AnyRes(nn.Module):
             if ratio > 1.1:
                 lines, columns = int(lines // ratio), int(columns // ratio)
         return (top, left), lines, columns
+
+
+def _any_of(shown: Tensor, groups: Tensor, k: int) -> Tensor:
+    """Say which merged tokens show the picture, (tiles, K): those with a patch that does, and those of no patch.
+
+    Args:
+        shown: (tiles, N0) of patches.
+        groups: (tiles, N0) which token each went into, -1 where it was dropped.
+        k: tokens of a tile.
+    """
+    into = groups % (k + 1)  # -1 is the last column
+    seen, all_of = (
+        torch.zeros(len(groups), k + 1, device=groups.device).scatter_add(1, into, part)[:, :k]
+        for part in (shown.float(), torch.ones_like(shown, dtype=torch.float))
+    )
+    return (seen > 0) | (all_of == 0)
 
 
 def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class DivPrune(nn.Module):
         """Keep num_tokens(N) of the tokens (M, N, D); there is no grid any more, unless all are kept."""
         n = image.tokens.shape[1]
         k = self.num_tokens(n)
-        return image if k == n else image.take(farthest(image.tokens, k).sort(dim=1).values)  # (M, K, D)
+        return image if k == n else image.take_best(farthest(image.tokens, k))  # (M, K, D)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.fusion.selection import check_ratio, count_kept, top
+from zoo.fusion.selection import best, check_ratio, count_kept
 from zoo.registry import ImageFeatures, ZooError, register, unknown
 
 SCORES = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_attention"}  # -> field
@@ -73,4 +73,4 @@ class FasterVLM(nn.Module):
         """Keep num_tokens(N) of the tokens (M, N, D) of each row; there is no grid any more, unless all are kept."""
         n = image.tokens.shape[1]
         k = self.num_tokens(n)
-        return image if k == n else image.take(top(self.scores(image), k))  # (M, K, D)
+        return image if k == n else image.take_best(best(self.scores(image), k))  # (M, K, D)

@@ -49,12 +49,11 @@ class RandomPruner(nn.Module):
         if self.config.keep_ratio == 1:
             return image
         m, n = image.tokens.shape[:2]
-        return image.take(self._choose(m, n).to(image.tokens.device))  # (M, K, D)
+        return image.take_best(self._choose(m, n).to(image.tokens.device))  # (M, K, D)
 
     def _choose(self, m: int, n: int) -> Tensor:
         k = self.num_tokens(n)
         if self.config.resample and self.training:
-            return torch.rand(m, n, device="cpu").topk(k, dim=1).indices.sort(dim=1).values  # (M, K)
+            return torch.rand(m, n, device="cpu").topk(k, dim=1).indices  # (M, K)
         generator = torch.Generator("cpu").manual_seed(self.config.seed)
-        keep = torch.randperm(n, generator=generator, device="cpu")[:k].sort().values  # (K,)
-        return keep.expand(m, k)
+        return torch.randperm(n, generator=generator, device="cpu")[:k].expand(m, k)

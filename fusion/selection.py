@@ -17,6 +17,11 @@ def count_kept(n: int, keep_ratio: float) -> int:
     return min(n, max(1, math.floor(n * keep_ratio + 0.5)))
 
 
+def best(scores: Tensor, k: int) -> Tensor:
+    """Indices (M, K) of the largest of `scores` (M, N), the largest first; of equal scores the first ones."""
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
 def top(scores: Tensor, k: int) -> Tensor:
-    """Indices (M, K) of the largest of `scores` (M, N), ascending; of equal scores the first ones."""
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values  # (M, K)
+    """The same, ascending."""
+    return best(scores, k).sort(dim=1).values  # (M, K)

@@ -5,9 +5,10 @@ left tile, row y of the right tile, row y + 1 of the left tile. Padding that was
 out, and each row of the large image may end in a learnt newline token. Pruned tokens keep that order: dropping some of
 them moves none of the others.
 
-Without leaving out padding the count is known beforehand: crops x kept, and a newline for each row. Where padding is
-left out, a pruned count depends on the scores: kept tokens that fall on padding are left out too, as in the code of
-FasterVLM (arXiv:2412.01818) for `spatial_unpad`.
+Without leaving out padding the count of `stitched_order` is known beforehand: crops x kept, and a newline for each row.
+Where padding is left out, a pruned count depends on the scores: kept tokens that fall on padding are left out too, as
+in FasterVLM's code (arXiv:2412.01818) for `spatial_unpad`, which its scripts never run. `fewer` has both: a count that
+is fixed beforehand, and tokens that show the picture ahead of those that fall on padding.
 """
 
 import torch
@@ -65,3 +66,45 @@ def stitched_order(
     if newline:
         large = torch.cat([large, large.new_full((large.shape[0], 1), NEWLINE)], dim=1)
     return torch.cat([flat[0], large[large != DROPPED]])  # (L,)
+
+
+def shows(tiles: tuple[int, int], grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
+    """Say which patches of each tile show the picture and no padding: (rows * columns, h * w) bool.
+
+    Args:
+        tiles: rows and columns of tiles.
+        grid: rows and columns of patches of a tile.
+        window: lines above and below, and columns left and right, of the stitched grid that are padding.
+    """
+    (rows, columns), (h, w), (top, left) = tiles, grid, window
+    line = torch.arange(rows * h, device=device).view(rows, 1, h, 1)
+    column = torch.arange(columns * w, device=device).view(1, columns, 1, w)
+    inside = (line >= top) & (line < rows * h - top) & (column >= left) & (column < columns * w - left)
+    return inside.flatten(2).flatten(0, 1)
+
+
+def fewer(shown: Tensor, rank: Tensor | None, count: int) -> Tensor:
+    """Choose `count` of the tokens that a pruner kept of tiles: those that show the picture, the best of each tile.
+
+    Tiles give alike: the second best of any goes before the third best of another. Where nothing is known of an order,
+    those that stay are spread evenly over each tile.
+
+    Args:
+        shown: (tiles, K) bool.
+        rank: (tiles, K), the best of a tile 0; None: no order is known.
+        count: at most tiles * K.
+
+    Returns:
+        (tiles, K) bool.
+    """
+    tiles, kept = shown.shape
+    rank = spread(kept, shown.device).expand(tiles, -1) if rank is None else rank
+    turn = rank * tiles + torch.arange(tiles, device=shown.device).unsqueeze(1)  # (tiles, K), all different
+    order = (turn + (~shown).long() * kept * tiles).flatten().argsort()
+    return torch.zeros_like(shown.flatten()).index_fill(0, order[:count], True).view_as(shown)
+
+
+def spread(n: int, device: torch.device) -> Tensor:
+    """An order of `n` places whose first ones, however many, are spread evenly: (n,) the rank of each."""
+    golden = torch.arange(1, n + 1, device=device, dtype=torch.float64) * (5**0.5 - 1) / 2
+    return (golden % 1).argsort().argsort()

@@ -69,6 +69,16 @@ class ImageFeatures:
     groups: Tensor | None = None
     num_patches: int | None = None  # N0; None: as many as there are tokens
     patch_grid: tuple[int, int] | None = None  # (h, w) of the encoder's own grid; None: `grid`
+    rank: Tensor | None = None  # (M, N) in which order a pruner chose the tokens, 0 first; None: it says none
+
+    def take_best(self, order: Tensor) -> ImageFeatures:
+        """Keep some of the tokens, and remember in which order they were chosen: a layout may have room for fewer.
+
+        Args:
+            order: (M, K) indices of tokens, the one to be given up last first. Those kept stand in the order of tokens.
+        """
+        keep = order.sort(dim=1)
+        return replace(self.take(keep.values), rank=keep.indices)
 
     def take(self, keep: Tensor) -> ImageFeatures:
         """Keep some of the tokens, and what is known of each of them; the grid is gone.
@@ -85,7 +95,7 @@ class ImageFeatures:
             places = keep.new_full((keep.shape[0], n), -1)
             known["groups"] = self.regrouped(places.scatter(1, keep, keep.new_ones(keep.shape).cumsum(1) - 1))
         known |= {"num_patches": self.num_patches or n, "patch_grid": self.patch_grid or self.grid}
-        return replace(self, tokens=_at(self.tokens, keep), grid=None, **known)
+        return replace(self, tokens=_at(self.tokens, keep), grid=None, rank=None, **known)
 
     def regrouped(self, groups: Tensor) -> Tensor:
         """Follow the encoder's tokens through a merge: (M, N0), what a pruner that merges returns as `groups`.
@@ -252,8 +262,9 @@ class Layout(Protocol):
     A layout may have `project(image, projector, cuts)`, called in place of the projector, for what it does to some rows
     ahead of it; and `needs` words of the encoder.
 
-    `__init__(config, *, text_dim, grid, num_tokens, image_size)`, any of them: the grid and the number of tokens of one
-    row behind the projector, the encoder's image size. `text_dim` is None where only the counts are wanted.
+    `__init__(config, *, text_dim, grid, num_tokens, image_size, encoder_grid, pruned)`, any of them: the grid and the
+    number of tokens of one row behind the projector, the encoder's image size and grid, and whether those tokens are
+    the encoder's that pruners left. `text_dim` is None where only the counts are wanted.
     """
 
     def num_tokens(self, n: int) -> int:

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from tests.fusion_builders import features
-from tests.test_stitch import walked
+from zoo.fusion.anyres import AnyRes, AnyResConfig
+from zoo.fusion.stitch import fewer
 from zoo.registry import Cut, ZooError, build
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
 
-def layout(text_dim=6, grid=(2, 2), num_tokens=4, **options):
+def layout(text_dim=6, grid=(2, 2), num_tokens=4, image_size=(16, 16), encoder_grid=(2, 2), pruned=True, **options):
+    given = {"image_size": image_size, "encoder_grid": encoder_grid, "pruned": pruned, "grid": grid}
     node = {"name": "anyres", "pinpoints": PINPOINTS, **options}
-    given = {"image_size": (16, 16), "encoder_grid": (2, 4)}
-    return build("layout", node, text_dim=text_dim, grid=grid, num_tokens=num_tokens, **given)
+    return build("layout", node, text_dim=text_dim, num_tokens=num_tokens, **given)
 
 
 def cut(size, made):
@@ -69,8 +70,8 @@ def test_images_stand_behind_each_other_and_one_row_ends_with_a_newline():
     assert torch.equal(out[5:9], tokens[1])
 
 
-def test_without_a_grid_rows_are_joined_as_they_are():
-    made = layout(grid=None)
+def test_rows_that_a_projector_made_of_all_are_joined_as_they_are():
+    made = layout(grid=None, pruned=False)
     one = Cut(3, "crop", (16, 32))
     tokens = torch.randn(3, 4, 6)
     assert torch.equal(made(tokens, [one])[:-1], tokens.flatten(0, 1))
@@ -92,32 +93,114 @@ def test_mistakes_are_said():
         layout()(torch.randn(2, 4, 6), [Cut(2, "crop", (32, 32))])
 
 
+# ---- behind a pruner ---------------------------------------------------------------------------------------------
+
+# What the published checkpoints have: pinpoints, pixels and patches of a crop.
+NEXT = ([[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], 336, 24, {})
+ONEVISION = ([[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)], 384, 27, {"max_crops": 9})
+
+
+@pytest.mark.parametrize("kept_lines", [False, True])
+@pytest.mark.parametrize(("pinpoints", "side", "patches", "more"), [NEXT, ONEVISION], ids=["next", "onevision"])
+def test_a_pruned_image_takes_its_share_of_the_unpruned_one_and_never_more(pinpoints, side, patches, more, kept_lines):
+    config = AnyResConfig(pinpoints=pinpoints, kept_lines=kept_lines, **more)
+    n, generator = patches**2, np.random.default_rng(0)
+    given = {"text_dim": None, "image_size": (side, side), "encoder_grid": (patches, patches)}
+    whole = AnyRes(config, grid=(patches, patches), num_tokens=n, **given)
+    sizes = [(480, 640), (1080, 1920), (100, 1000), (4000, 3000), *generator.integers(20, 3000, (150, 2)).tolist()]
+    for ratio in (0.95, 0.75, 0.5, 0.25, 0.1, 1 / n):
+        some = AnyRes(config, grid=None, num_tokens=round(n * ratio), **given)
+        for size in sizes:
+            one = Cut(1 + math.prod(some._crops(tuple(size))), "crop", tuple(size))
+            got, full = some.count(one), whole.count(one)
+            lines = whole._shape(one)[1] if kept_lines else 1
+            assert got <= full and abs(got - lines - round(n * ratio) / n * (full - whole._shape(one)[1])) <= 1
+        assert some.num_tokens(some.tokens) <= whole.num_tokens(n)
+
+
+@pytest.mark.parametrize("frames", ["keep", "bilinear", "average", "max"])
+def test_a_pruned_video_takes_its_share_of_the_unpruned_one(frames):
+    given = {"text_dim": 24, "encoder_grid": (5, 4), "frames": frames}
+    whole, film = layout(grid=(5, 4), num_tokens=20, **given), Cut(3, "frame", (16, 16))
+    for kept in (1, 7, 15, 20):
+        some = layout(grid=None, num_tokens=kept, **given)
+        each = max(1, int(kept * {"keep": 20, "bilinear": 6}.get(frames, 4) / 20 + 0.5))
+        assert some.count(film) == 3 * each + (frames == "bilinear") <= whole.count(film)
+        image = features(m=3, grid=(5, 4)).take_best(torch.rand(3, 20).argsort(dim=1)[:, :kept])
+        tokens = some.project(image, lambda i: i.tokens, [film])
+        out = some(tokens, [film])
+        best = torch.stack([image.tokens[i, sorted(image.rank[i].argsort()[:each].tolist())] for i in range(3)])
+        assert torch.equal(out[: 3 * each], best.flatten(0, 1)) and len(out) == some.count(film)
+
+
+def left_of(made, one, keep, rank):
+    """Of the tokens kept of an image's crops, those that stay, in order: loops over crops, patches and lines."""
+    (top, aside), lines, columns = made._shape(one)
+    rows, across = made._crops(one.size)
+    (h, w), k = made.whole, keep.shape[1]
+    found = []
+    for crop in range(1, len(keep)):
+        for at, patch in enumerate(keep[crop].tolist()):
+            line, column = (crop - 1) // across * h + patch // w, (crop - 1) % across * w + patch % w
+            inside = top <= line < rows * h - top and aside <= column < across * w - aside
+            found.append((not inside, int(rank[crop, at]), crop, line, column, crop * k + at))
+    stay = sorted(found)[: int(k * lines * columns / (h * w) + 0.5)]
+    order = list(range(k))
+    if not made.config.kept_lines or made.newline is None:
+        return order + [token[-1] for token in sorted(stay, key=lambda token: token[3:5])]
+    high = rows * h - 2 * top
+    for number in range(lines):
+        here = [t for t in stay if min(max(t[3] - top, 0), high - 1) * lines // high == number]
+        order += [*(t[-1] for t in sorted(here, key=lambda token: token[3:5])), -1]
+    return order
+
+
+@pytest.mark.parametrize("max_crops", [0, 1])
 @pytest.mark.parametrize("newline", [False, True])
 @pytest.mark.parametrize("kept_lines", [False, True])
-def test_kept_tokens_stand_in_the_order_of_the_joined_grid(newline, kept_lines):
-    made = layout(text_dim=24, grid=None, num_tokens=3, newline=newline, kept_lines=kept_lines)
-    cuts = [cut((20, 40), made), Cut(1, "image", (16, 16)), cut((60, 62), made)]
-    image = features(m=sum(c.rows for c in cuts), grid=(2, 4))
-    kept = build("pruner", {"name": "fastervlm", "num_keep": 3})(image)
-    tokens = made.project(kept, lambda i: i.tokens, cuts)
-    out, at, row = made(tokens, cuts), 0, 0
+def test_of_what_was_kept_the_best_on_the_picture_stay_in_the_order_of_the_joined_grid(newline, kept_lines, max_crops):
+    options = {"newline": newline, "kept_lines": kept_lines, "max_crops": max_crops}
+    made = layout(text_dim=24, grid=None, num_tokens=7, encoder_grid=(4, 4), **options)
+    cuts = [cut((20, 40), made), Cut(1, "image", (16, 16)), cut((60, 21), made), cut((33, 30), made)]
+    image = features(m=sum(c.rows for c in cuts), grid=(4, 4))
+    kept = build("pruner", {"name": "fastervlm", "num_keep": 7})(image)
+    assert torch.equal(kept.cls_attention.argsort(dim=1, descending=True).argsort(dim=1), kept.rank)
+    out, at, row = made(made.project(kept, lambda i: i.tokens, cuts), cuts), 0, 0
     for one in cuts:
-        keep = kept.keep[row : row + one.rows]
-        rows, columns = made._crops(one.size) if one.kind == "crop" else (0, 0)
-        lines = newline and kept_lines and one.kind == "crop"
-        order = walked(keep, (2, 4), (rows, columns), (0, rows * 2, 0, columns * 4), lines)
         own = kept.tokens[row : row + one.rows].flatten(0, 1)
-        want = torch.cat([own, made.newline[None]])[order] if lines else own[order]
+        order = list(range(7))
+        if one.kind == "crop":
+            order = left_of(made, one, *(t[row : row + one.rows] for t in (kept.keep, kept.rank)))
+        lines = one.kind == "crop" and newline and kept_lines
+        want = torch.cat([own, made.newline[None]])[order] if newline else own[order]
         want = torch.cat([want, made.newline[None]]) if newline and not lines else want
-        assert made.count(one) == len(want) == 3 * one.rows + (2 * rows if lines else int(newline))
+        assert made.count(one) == len(want)
         assert torch.equal(out[at : at + len(want)], want)
         at, row = at + len(want), row + one.rows
-    assert at == len(out) and made.num_tokens(3) >= max(map(made.count, cuts))
+    assert at == len(out) and made.num_tokens(7) >= max(map(made.count, cuts))
 
 
-def test_lines_of_merged_tokens_are_refused():
-    made = layout(text_dim=24, grid=None, num_tokens=6, kept_lines=True)
-    cuts = [cut((20, 40), made)]
+def test_merged_tokens_on_the_picture_go_before_those_on_padding():
+    made = layout(text_dim=24, grid=None, num_tokens=6, encoder_grid=(4, 6), image_size=(16, 24))
+    one = Cut(3, "crop", (4, 44))  # of 16 x 48: its middle lines alone show the picture
     merged = build("pruner", {"name": "aim"})(features(m=3, grid=(4, 6)))
+    left = made(made.project(merged, lambda i: i.tokens, [one]), [one])[6:-1]
+    assert len(left) == made.count(one) - 7 == round(6 / 24 * made._shape(one)[1] * made._shape(one)[2])
+    (top, _), (rows, _) = made._shape(one)[0], made._crops(one.size)
+    for token in left:
+        crop, place = (merged.tokens == token).all(-1).nonzero()[0].tolist()
+        patches = (merged.groups[crop] == place).nonzero()[:, 0] // 6
+        assert ((patches >= top) & (patches < rows * 4 - top)).any()
     with pytest.raises(ZooError, match="kept_lines ends lines of patches"):
-        made.project(merged, lambda i: i.tokens, cuts)
+        layout(text_dim=24, grid=None, num_tokens=6, encoder_grid=(4, 6), kept_lines=True).project(
+            merged, lambda i: i.tokens, [Cut(3, "crop", (16, 32))]
+        )
+
+
+def test_where_no_order_is_known_those_that_stay_are_spread():
+    shown = torch.ones(3, 40, dtype=torch.bool)
+    for count in (1, 7, 30, 60, 119):
+        stays = fewer(shown, None, count)
+        assert int(stays.sum()) == count and int(stays.sum(1).max() - stays.sum(1).min()) <= 1
+        gaps = stays[0].nonzero()[:, 0].diff()
+        assert not len(gaps) or gaps.max() <= 4 * max(1, 40 // int(stays[0].sum()))

@@ -1,5 +1,6 @@
 """Every pruner on images of several crops and on films: each row by itself, in order, as many as were counted."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from tests import published_builders as build
 from tests.fusion_builders import features
 from tests.test_published_families import ASK, film, said  # noqa: F401 (a fixture)
 from zoo import registry
+from zoo.registry import Cut
 
 KEEP_ALL = {"aim": ["pruner.aim.merge_ratio=1.0", "pruner.aim.prune=false"], "pool": ["pruner.pool.stride=1"]}
 SIZES = [(40, 90), (30, 30), (90, 40)]  # of three, two and three crops, with padding that is cut off
@@ -57,16 +59,35 @@ def test_keeping_all_is_no_pruner_to_the_bit_with_crops_newlines_and_cut_padding
 @pytest.mark.parametrize("name", registry.names("pruner"))
 @torch.no_grad()
 def test_images_of_unlike_crops_in_a_batch_are_each_alone(cropped, name):
-    model, processor = load(cropped, name)
+    (model, processor), (full, plain) = load(cropped, name), load(cropped, "")
+    image_token = model.image_token_id
     texts, images = batch_of(processor)
     together = model(**processor(images=images, text=texts)).logits[:, -1]
     for i in range(3):
         inputs = processor(images=images[i : i + 1], text=texts[i : i + 1])
         out = model(**inputs)
         torch.testing.assert_close(together[i], out.logits[0, -1], atol=1e-5, rtol=1e-5)
-        if out.image_kept.grid is None:  # all crops' tokens and one newline, known before any score is
-            counted = out.image_kept.tokens.shape[:2].numel() + 1
-            assert int((inputs["input_ids"] == model.image_token_id).sum()) == counted
+        if out.image_kept.grid is None:  # the pruner's share of what stands there without it, and one newline
+            whole = int((plain(images=images[i : i + 1], text=texts[i : i + 1])["input_ids"] == image_token).sum())
+            lines = full.layout._shape(out.image.cuts[0])[1] if out.image.cuts[0].rows > 1 else 1
+            share = out.image_kept.tokens.shape[1] / out.image.tokens.shape[1]
+            counted = int((inputs["input_ids"] == image_token).sum())
+            assert counted <= whole and abs(counted - 1 - share * (whole - lines)) <= 1
+
+
+@torch.no_grad()
+def test_a_pruned_picture_of_onevision_is_shorter_than_an_unpruned_one(filmed):
+    """Its joined grid is scaled down to `max_crops` crops, which kept tokens of all crops once outnumbered."""
+    for size in ((96, 96), (64, 96), (40, 90)):
+        counts = {}
+        for ratio in (1.0, 0.5, 0.25):
+            model, processor = load(
+                filmed, *(["divprune", f"pruner.divprune.keep_ratio={ratio}"] if ratio < 1 else [""])
+            )
+            inputs = processor(images=[build.photo(*size)], text="<image> hi")
+            assert model(**inputs).logits.isfinite().all()
+            counts[ratio] = int((inputs["input_ids"] == model.image_token_id).sum())
+        assert all(abs(counts[ratio] / counts[1.0] - ratio) < 0.06 for ratio in (0.5, 0.25)), counts
 
 
 @torch.no_grad()
@@ -78,8 +99,8 @@ def test_a_newline_behind_each_line_of_kept_tokens_is_counted_beforehand(cropped
         inputs = processor(images=images, text=texts)
         assert model(**inputs).logits.isfinite().all()
         counts.append((inputs["input_ids"] == model.image_token_id).sum(1))
-    rows = [model.layout._crops(size)[0] * model.vision.grid[0] for size in SIZES]  # lines of each joined grid
-    assert (counts[1] - counts[0]).tolist() == [n - 1 for n in rows]
+    cuts = [Cut(1 + math.prod(model.layout._crops(size)), "crop", size) for size in SIZES]
+    assert (counts[1] - counts[0]).tolist() == [model.layout._shape(cut)[1] - 1 for cut in cuts]
 
 
 @pytest.mark.parametrize("name", ["aim", "divprune", "fastv", "random"])

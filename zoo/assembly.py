@@ -93,6 +93,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     parts = Parts()
     have: frozenset[str] = frozenset()
     tokens, grid, width = 0, None, 0
+    derived: dict[str, Any]
 
     def took(kind: str, name: str, part: Any, **leaves: Any) -> None:
         words: dict[str, Any] = {w: frozenset(getattr(part, w, frozenset())) for w in ("needs", "provides", "destroys")}
@@ -146,7 +147,10 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         have |= {"image_tokens"}
         took("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
         grid_now = grid_now if tokens == before else getattr(parts.projector, "grid", None)
-        _add_layout(parts, slots, took, grid=grid_now, num_tokens=tokens, text_dim=text_dim)
+        derived = {"grid": grid_now, "num_tokens": tokens, "text_dim": text_dim}
+        # A projector that leaves tokens one by one leaves a pruner's choice as it is; others make new ones of it.
+        derived["pruned"] = tokens == before and parts.projector.num_tokens(1) == 1
+        _add_layout(parts, slots, took, **derived)
         if parts.layout is not None:
             _require("layout", slots["layout"]["name"], parts.layout, have, f"vision {vision_name!r}", slots)
     if fill is not None:
