@@ -3,12 +3,14 @@
 The package runs on CUDA only; in its place stands one with its classes, whose weights stay as they are.
 """
 
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import zoo
@@ -82,8 +84,6 @@ def test_the_decoder_is_held_in_bits_and_saved_by_name(folder, package, tmp_path
         model.projector.net[0].weight.mul_(2.0)
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
-    from safetensors.torch import load_file
-
     assert list(load_file(tmp_path / "saved" / "model.safetensors")) == ["projector.net.0.weight"]
     again, _ = zoo.load(f"dir:{tmp_path / 'saved'}", bits=bits, device="cpu")
     assert torch.equal(again(**batch).logits, model(**batch).logits)
@@ -91,6 +91,23 @@ def test_the_decoder_is_held_in_bits_and_saved_by_name(folder, package, tmp_path
         model.save_pretrained(tmp_path / "whole", include_base=True)
     with pytest.raises(ZooError, match="which no published layout has"):
         zoo.export(model, processor, tmp_path / "out")
+
+
+def test_weights_in_bits_that_changed_are_refused_and_the_rest_is_never_lost(folder, package, tmp_path):
+    shutil.copytree(folder, tmp_path / "base")
+    model, _ = zoo.load(f"dir:{tmp_path / 'base'}", bits=4, device="cpu")
+    held = next(m for m in model.llm.lm.modules() if isinstance(m, Linear))
+    before = held.weight.data.clone()
+    held.weight.data.mul_(1.5)
+    with pytest.raises(ZooError, match=r"q_proj.weight' is held in few bits and is no longer what .* gives \(1 such"):
+        model.save_pretrained(tmp_path / "saved")
+    held.weight.data.copy_(before)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.warns(UserWarning, match="base weights of model in .* cannot be read any more"):
+        model.save_pretrained(tmp_path / "saved")
+    names = list(load_file(tmp_path / "saved" / "model.safetensors"))
+    assert "projector.net.0.weight" in names
+    assert not [n for n in names if n.startswith("llm") and n.endswith("q_proj.weight")], "it has no form of its own"
 
 
 def test_adapters_that_copy_weights_are_not_served(folder, package):

@@ -193,6 +193,7 @@ def test_a_published_name_loads_from_the_cache(llava, cache, name):
     batch = inputs(llava[2], "one image")[2]
     assert torch.equal(model(**batch).logits, llava[3](**batch).logits)
     assert model.config.base["model"]["checkpoint"] == "llava-hf/llava-1.5-7b-hf"
+    assert model.config.base["model"]["revision"] == "a" * 40, "the commit that was read"
     model.save_pretrained(cache / "saved")
     processor.save_pretrained(cache / "saved")
     again, _ = zoo.load(f"dir:{cache / 'saved'}")

@@ -20,7 +20,7 @@ WHERE = "llm.lm.model.layers.1.mlp.down_proj.weight"
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Tiny checkpoints in folders: encoders of three libraries, language models, a published model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     from zoo.tokenizer import train_tokenizer
 
@@ -37,6 +37,9 @@ def places(tmp_path_factory):
         config = LlamaConfig(**{"vocab_size": len(tokenizer) + 8, **sizes, **more})
         vision_builders.shake(LlamaForCausalLM(config)).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    mixtral = MixtralConfig(**sizes, vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4)
+    vision_builders.shake(MixtralForCausalLM(mixtral)).save_pretrained(root / "moe")
+    tokenizer.save_pretrained(root / "moe")
     published_builders.llava(root / "llava")
     return root
 
@@ -293,6 +296,19 @@ def test_lora_that_is_detached_is_saved_all_the_same(places, tmp_path):
     assert torch.equal(answers(again, processor), wanted)
 
 
+def test_experts_that_were_merged_in_are_saved_with_their_number(places, tmp_path):
+    words = ["adapter=[moextend]", "adapter.moextend.layers=[0,1]", "adapter.moextend.calibration_width=0"]
+    model, processor = composed(places, "hf", "moe", *words)
+    assert not [n for n in saved(model, tmp_path / "start") if n.startswith("llm")], "files hold one matrix per expert"
+    moved(model).adapter["moextend"].merge()
+    names = saved(model, tmp_path / "after")
+    assert {n for n in names if n.startswith("llm")} == {n for n in model.state_dict() if n.startswith("llm")}
+    processor.save_pretrained(tmp_path / "after")
+    for again in (zoo.load(f"dir:{tmp_path / 'after'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "after")):
+        assert again.llm.num_experts == 5
+        assert torch.equal(answers(again, processor), answers(model, processor))
+
+
 def test_weights_of_one_image_are_not_saved_as_the_language_model(places, tmp_path):
     words = ["adapter=[vlora]", "adapter.vlora.rank=2", "adapter.vlora.skip=1", "adapter.vlora.width=8"]
     words += ["adapter.vlora.depth=1", "adapter.vlora.num_heads=2", "projector=null"]
@@ -337,13 +353,28 @@ def test_where_a_published_base_is_gone_everything_is_saved(copied, tmp_path, wh
     assert saved(again, tmp_path / "again") == names
 
 
-def test_where_a_part_is_gone_all_of_its_weights_are_saved(copied, tmp_path):
-    model, _ = composed(copied)
-    shutil.rmtree(copied / "llm")
-    with pytest.warns(UserWarning, match="base weights of llm in"):
+@pytest.mark.parametrize(("gone", "other"), [("llm", "vision"), ("hf", "llm")])
+def test_where_a_part_is_gone_all_of_its_weights_are_saved(copied, tmp_path, gone, other):
+    model, processor = composed(copied)
+    part = "vision" if gone == "hf" else gone
+    shutil.rmtree(copied / gone)
+    with pytest.warns(UserWarning, match=f"base weights of {part} in"):
         names = saved(model, tmp_path / "after")
-    assert {n for n in names if n.startswith("llm")} == {n for n in model.state_dict() if n.startswith("llm")}
-    assert not [n for n in names if n.startswith("vision")]
+    assert {n for n in names if n.startswith(part)} == {n for n in model.state_dict() if n.startswith(part)}
+    assert not [n for n in names if n.startswith(other)]
+    processor.save_pretrained(tmp_path / "after")
+    for again in (zoo.load(f"dir:{tmp_path / 'after'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "after")):
+        assert torch.equal(answers(again, processor), answers(model, processor))
+
+
+@pytest.mark.parametrize("size", [0, 48])
+def test_a_whole_model_of_parts_needs_no_checkpoint_any_more(copied, tmp_path, size):
+    model, processor = composed(copied, "hf", "llm", *([f"vision.image_size={size}"] if size else []))
+    assert saved(model, tmp_path / "whole", include_base=True) == set(model.state_dict())
+    processor.save_pretrained(tmp_path / "whole")
+    shutil.rmtree(copied)
+    for again in (zoo.load(f"dir:{tmp_path / 'whole'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "whole")):
+        assert torch.equal(answers(again, processor), answers(model, processor))
 
 
 def test_what_was_trained_whole_needs_its_base_no_more(copied, tmp_path):
@@ -397,3 +428,38 @@ def test_a_base_that_was_named_from_here_is_found_from_anywhere(copied, tmp_path
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert torch.equal(answers(zoo.load("dir:../after", device="cpu")[0], processor), wanted)
     assert torch.equal(answers(zoo.ZooModel.from_pretrained("../after"), processor), wanted)
+
+
+@pytest.fixture
+def hub(places, tmp_path, monkeypatch):
+    """A hub cache with an encoder and a language model, each in two commits; nothing else can be reached."""
+    root = tmp_path / "hub"
+    for name in ("hf", "llm"):
+        repository = root / f"models--org--{name}"
+        for commit in ("a" * 40, "b" * 40):
+            folder = repository / "snapshots" / commit
+            shutil.copytree(places / name, folder)
+            if name == "hf":
+                pixels = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+                (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+        other_numbers(repository / "snapshots" / ("b" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+    return root
+
+
+def test_a_base_on_the_hub_is_the_commit_that_was_read(hub, tmp_path):
+    words = ["vision=hf", "vision.checkpoint=org/hf", "llm=hf", "llm.checkpoint=org/llm", "projector=linear"]
+    model, processor = zoo.compose(*words, "device=cpu")
+    wanted = answers(model, processor)
+    for name in ("hf", "llm"):
+        (hub / f"models--org--{name}" / "refs/main").write_text("b" * 40)  # somebody uploads
+    by_data(model)
+    assert {n for n in saved(model, tmp_path / "saved") if not n.startswith("projector")} == {WHERE}
+    processor.save_pretrained(tmp_path / "saved")
+    content = json.loads((tmp_path / "saved/config.json").read_text())
+    assert {content["base"][k]["revision"] for k in ("vision", "llm")} == {"a" * 40}
+    for again in (zoo.load(f"dir:{tmp_path / 'saved'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "saved")):
+        assert torch.equal(answers(again, processor), answers(model, processor))
+    assert not torch.equal(answers(model, processor), wanted)

@@ -204,6 +204,7 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         folder = snapshot(checkpoint, revision)
         if folder is not None and folder == Path(checkpoint):
             entry |= {"checkpoint": str(folder.absolute()), "fingerprint": fingerprint(folder)}
+            node = {**node, "checkpoint": entry["checkpoint"]}
         elif folder is not None and "revision" in node:
             entry["revision"] = folder.name  # a commit of the hub, so that nothing newer is taken for it
             node = {**node, "revision": folder.name}

@@ -19,6 +19,7 @@ from zoo.fusion.attention import resolve_attention
 from zoo.model_forward import ForwardMixin
 from zoo.model_llm import LanguageModelMixin
 from zoo.model_parts import PartsMixin
+from zoo.model_slots import slots_now, without_checkpoint
 from zoo.model_types import LLMSequence, ZooConfig
 from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
 from zoo.weights import library_versions, local_folder, read_weights, state_of, write_weights
@@ -219,13 +220,14 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  
         folder = Path(save_directory)
         self.bases.require_elsewhere(folder)
         config = type(self.config).from_dict(self.config.to_dict())
-        config.slots = self.slots_now()
-        folder.mkdir(parents=True, exist_ok=True)
-        if include_base:
-            config.base = None
-        else:
+        config.slots = slots_now(self)
+        record: dict[str, Any] = {}
+        if not include_base:
             state, record = self.bases.changed(self, state, config.slots)
-            config.base = record or None
+        config.base = record or None
+        for part in self.bases.nodes.keys() - record.keys():  # all of its weights are in the folder
+            config.slots[part] = without_checkpoint(self, part) or config.slots[part]
+        folder.mkdir(parents=True, exist_ok=True)
         config.architectures = [type(self).__name__]
         config.versions = library_versions()
         config.save_pretrained(folder)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ class PartsMixin(nn.Module):
     projector: Any
     llm: Any
     adapter: Any
-    config: Any
     compiled: bool
 
     def part_of(self, name: str) -> str:
@@ -97,35 +95,6 @@ class PartsMixin(nn.Module):
         if not count:
             raise ZooError(f"Nothing trains: train={list(train)} and freeze={list(freeze)} leave no parameter.")
         return count
-
-    def slots_now(self) -> dict[str, Any]:
-        """Return the options of the parts as they are now: adapters that were merged for good are gone.
-
-        A language model that has more experts now than its checkpoint is one of sizes, and no longer the checkpoint's.
-
-        Raises:
-            ZooError: the weights are those of one image for the moment.
-        """
-        slots = dict(self.config.slots or {})
-        for part in ("vision", "llm"):  # a folder is found from anywhere
-            node = slots.get(part) or {}
-            if node.get("checkpoint") and Path(node["checkpoint"]).is_dir():
-                slots[part] = {**node, "checkpoint": str(Path(node["checkpoint"]).absolute())}
-        merged = [name for name, adapter in self.adapter.items() if getattr(adapter, "merged", False)]
-        for name in merged:
-            if hasattr(self.adapter[name], "unmerge"):
-                raise ZooError(
-                    f"adapter {name!r} is merged into the language model for one image: call unmerge() before saving."
-                )
-        if merged:
-            slots["adapter"] = {n: node for n, node in (slots.get("adapter") or {}).items() if n not in merged}
-        if any(getattr(self.adapter[name], "adds_experts", False) for name in merged):
-            from zoo.published.family import llm_slot
-
-            text = self.llm.lm.config.get_text_config()
-            aux = {"router_aux_coef": self.llm.router_aux_coef}
-            slots["llm"] = llm_slot(text, bool(self.llm.lm.config.tie_word_embeddings)) | aux
-        return slots
 
     def detach_only(self, names: Sequence[str]) -> None:
         """Detach the adapters that `names` says, and attach all others.

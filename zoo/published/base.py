@@ -158,7 +158,8 @@ def base_of(folder: Path, checkpoint: str = "", revision: str = "") -> Base:
     record = {
         "family": content["model_type"],
         "checkpoint": str(folder.absolute()) if not checkpoint or Path(checkpoint).is_dir() else checkpoint,
-        "revision": revision or None,
+        "revision": (folder.name if folder.parent.name == "snapshots" else revision)
+        or None,  # in the hub's cache, a commit
         "fingerprint": fingerprint(folder),
     }
     stated = between(parse(content, f"{folder}/config.json"), tensors)
