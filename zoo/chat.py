@@ -88,29 +88,41 @@ class Chat:
         Args:
             text: as the template wrote it.
             borders: characters at which one token ends and another begins, as they do where a model goes on from a
-                prompt: a text whose tokens do not is tokenized in pieces, if this tokenizer can.
+                prompt: a text whose tokens do not is tokenized in pieces.
             sample_id: for messages.
         """
         begin = [] if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token) else self._begin
         try:
             ids, ends = self._tokenize(text)
             crossed = [b for b in borders if b < len(text) and b not in ends[(at := bisect_left(ends, b)) : at + 1]]
-            if crossed and self._divisible:
-                ids, ends = self._tokenize_pieces(text, crossed)
+            if crossed:
+                ids, ends = self._tokenize_pieces(text, crossed) or (ids, ends)
         except (TypeError, ValueError, UnicodeError) as error:  # half of a surrogate pair, say
             whose = f"Sample {sample_id!r}: the" if sample_id else "The"
             raise ZooError(f"{whose} tokenizer refuses the text: {' '.join(str(error).split())}.") from error
         return [*begin, *ids], [*[0] * len(begin), *ends]
 
-    def _tokenize_pieces(self, text: str, borders: Iterable[int]) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        ends: list[int] = []
+    def _tokenize_pieces(self, text: str, borders: Iterable[int]) -> tuple[list[int], list[int]] | None:
+        """As `_tokenize`, with a border between two tokens at each of `borders`; None where that cannot be had."""
         places = [0, *sorted(borders), len(text)]
-        for start, end in pairwise(places):
-            some, stops = self._tokenize(text[start:end])
-            ids += some
-            ends += [start + s for s in stops]
+        ids, ends = self._tokenize(text[: places[1]])
+        for start, end in pairwise(places[1:]):
+            found = self._tokenize_on(text[start:end])
+            if found is None:
+                return None
+            ids, ends = [*ids, *found[0]], [*ends, *(start + e for e in found[1])]
         return ids, ends
+
+    def _tokenize_on(self, text: str) -> tuple[list[int], list[int]] | None:
+        """As `_tokenize`, for a text that goes on from another one: behind a letter that is taken off again."""
+        if self._divisible:
+            return self._tokenize(text)
+        for letter in ("\n", "a"):
+            ids, ends = self._tokenize(letter + text)
+            first = bisect_right(ends, 1)
+            if first and ends[first - 1] == 1:
+                return ids[first:], [end - 1 for end in ends[first:]]
+        return None
 
     @cached_property
     def _divisible(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
@@ -22,6 +22,7 @@ from zoo.model_parts import PartsMixin
 from zoo.model_slots import slots_now, without_checkpoint
 from zoo.model_types import LLMSequence, ZooConfig
 from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
+from zoo.stops import stated_config
 from zoo.weights import library_versions, local_folder, read_weights, state_of, write_weights
 
 
@@ -172,7 +173,7 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.config.name_or_path, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ZooError(
                 "Answers of this model end with a text: pass its tokenizer, generate(tokenizer=...)."
@@ -270,10 +271,10 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  
         dtype = dtype if dtype is not None else torch_dtype
         base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map)
         model = cls(config, base=base)
+        model.name_or_path = str(folder)
         model.bases.require_same(saved_base)
         read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
-        if (folder / "generation_config.json").is_file():  # what ends an answer
-            model.generation_config = model.llm.lm.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = model.llm.lm.generation_config = stated_config(model, folder)  # what ends answers
         model = placed(model, device_map, dtype, base).eval()
         if attn_implementation is not None:
             model.set_attention(attn_implementation)
