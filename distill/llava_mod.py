@@ -136,7 +136,7 @@ class LLaVAMod(Weighed):
             theirs = (stored_logprobs(batch, len(ours)) if kept else answer_logprobs(teacher, batch)[0]).to(ours)
         ratios = (ours - theirs) / tokens.clamp(min=1) if config.logprobs == "mean" else ours - theirs  # (2 P,)
         u, d = ratios.unflatten(0, (-1, 2)).unbind(1)  # (P,) each
-        switches = {"label_smoothing": config.label_smoothing, "through_means": config.through_means}
+        switches: dict[str, Any] = {"label_smoothing": config.label_smoothing, "through_means": config.through_means}
         losses = {"preference": preference_loss(config.loss, u, d, config.beta, **switches).mean()}
         if config.anchor:
             learnt = float(batch.get("num_labels") or tokens[::2].sum())

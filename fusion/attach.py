@@ -26,6 +26,11 @@ def linears(root: nn.Module, head: nn.Module | None = None) -> list[str]:
     return [n for n, m in root.named_modules() if m is not head and _is_linear(m) and not n.startswith(aside)]
 
 
+def fused_experts(lm: nn.Module) -> list[str]:
+    """Name the tensors that hold all experts of a layer at once, (E, ...): what no linear layer stands for."""
+    return [n for n, p in lm.named_parameters() if p.ndim == 3 and "experts" in n.split(".")[:-1]]
+
+
 def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
     """Name the linear layers of a language model that `targets` mean.
 
@@ -45,15 +50,17 @@ def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
         if target == "all-linear":
             chosen |= set(known)
             continue
-        hits = [n for n in known if _means(target, n)]
+        hits = [n for n in known if means(target, n)]
         if not hits:
-            others = [n for n, m in lm.named_modules() if n and _means(target, n)]
+            others = [n for n, m in lm.named_modules() if n and means(target, n)]
             if others:
                 kind = "the vocabulary projection" if lm.get_submodule(others[0]) is head else "no linear layer"
                 raise ZooError(f"{who} cannot target {target!r}: {others[0]!r} is {kind}.")
             short = sorted({n.rpartition(".")[2] for n in known})
             near = nearest(target, [*short, *known], 3)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            fused = fused_experts(lm)
+            hint += f" Its experts are fused tensors such as {fused[0]!r}, and no linear layers." if fused else ""
             raise ZooError(
                 f"{who} has no target {target!r} in {type(lm).__name__}.{hint} "
                 f"Linear layers: {', '.join(short)}, or 'all-linear'."
@@ -150,5 +157,6 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _means(target: str, name: str) -> bool:
+def means(target: str, name: str) -> bool:
+    """Whether `target`, the last parts of a name or a shell pattern, means the module called `name`."""
     return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)

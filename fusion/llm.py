@@ -264,6 +264,7 @@ def _from_checkpoint(
         k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
     }
     text = hf.get_text_config()
+    _check_experts(text, f"llm checkpoint {config.checkpoint!r}")
     if torch.get_default_device().type == "meta":
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
         return AutoModelForCausalLM.from_config(hf, **kwargs)
@@ -344,9 +345,18 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
     values = {cls.attribute_map.get(k, k): v for k, v in values.items()}
     values |= {cls.attribute_map.get(str(k), str(k)): v for k, v in config.extra.items()}
     try:
-        return cls(**values)
+        hf = cls(**values)
     except Exception as error:  # transformers raises its own classes here, one per kind of check
         raise ZooError(f"{cls.__name__} refuses these sizes: {_one_line(error)}") from error
+    _check_experts(hf.get_text_config(), f"llm of type {config.model_type!r}", "" if config.top_k else "by default ")
+    return hf
+
+
+def _check_experts(text: Any, who: str, how: str = "") -> None:
+    """Refuse to run more experts for a token than there are: transformers would say so in its first pass."""
+    experts, top_k = _first(text, _EXPERTS), _first(text, _TOP_K)
+    if experts and top_k and top_k > experts:
+        raise ZooError(f"{who} {how}runs top_k={top_k} experts for each token and has num_experts={experts}.")
 
 
 def _residual_outputs(layers: nn.ModuleList) -> Iterator[nn.Parameter]:

@@ -5,7 +5,7 @@ Paper: Hu et al., arXiv:2106.09685.
 The layers are PEFT's own; they stand in the language model where they replace the linears, and the base weights keep
 the names that checkpoints know. New weights start in float32 whatever the base has, as `get_peft_model` makes them, and
 follow the model where it is cast. Experts that transformers holds in one fused tensor are no linear layers:
-`all-linear` leaves them out.
+`all-linear` leaves them out, `gate_proj` of a Qwen2-MoE means its shared expert alone, and the check says so.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion.attach import find_linears, keep_keys, replace
+from zoo.fusion.attach import find_linears, fused_experts, keep_keys, means, replace
 from zoo.registry import ImageFeatures, ZooError, register
 
 _NAME = "lora"  # PEFT's name for this set of weights: `q_proj.lora_A.lora.weight`
@@ -58,6 +58,7 @@ class LoRA(nn.Module):
         self.config = config
         self.targets = find_linears(llm.lm, config.targets, "adapter 'lora'")
         self.exclusive = list(self.targets)  # no other adapter may have these
+        self.notes = self._unreached(llm.lm)
         self.__dict__["lm"] = llm.lm
         self.__dict__["_layers"] = {}
         self._undo: list[Any] = []
@@ -155,6 +156,19 @@ class LoRA(nn.Module):
         config = self._peft_config().to_dict()
         text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}, indent=2, default=str)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _unreached(self, lm: Any) -> list[str]:
+        """Say what of a mixture of experts gets no term."""
+        fused = fused_experts(lm)
+        if not fused:
+            return []
+        meant = {word: [n for n in self.targets if means(word, n)] for word in self.config.targets}
+        shared = [w for w, names in meant.items() if names and all("shared_expert" in n for n in names)]
+        layers = len({name.rpartition(".")[0] for name in fused})
+        where = f"{layers} layers hold theirs in fused tensors ({fused[0]}), which are no linear layers"
+        note = f"adapter 'lora' reaches no routed expert: {where}"
+        note += f"; {', '.join(shared)} here means the shared expert alone" if shared else ""
+        return [f"{note}. Terms on what experts give: adapter=mole; new experts: adapter=moextend."]
 
     def _peft_config(self) -> Any:
         from peft import LoraConfig

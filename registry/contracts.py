@@ -317,6 +317,7 @@ class Adapter(Protocol):
     can put into the base weights says so by `merged`, for good, or until `unmerge()` where there is one.
     `grid` is None once a pruner destroyed it; `encoder_grid` is what `ImageFeatures.keep` and `groups` point into.
     `keeps_float32` says that its weights stay float32 where the model is loaded in, or cast to, a shorter format.
+    `notes` are sentences that the check prints: what a person may not expect of it beside these parts.
     `exclusive` are names of modules of `llm.lm` that it wants for itself: two adapters that name the same are refused.
     """
 

@@ -92,6 +92,7 @@ def test_zero_init_is_refused_where_a_norm_follows():
         ({"num_heads": 5}, "no multiple of num_heads 5"),
         ({"num_kv_heads": 3}, "no multiple of num_kv_heads 3"),
         ({"num_experts": 4}, "num_experts is for MoE families; 'llama'"),
+        ({"model_type": "olmoe", "num_experts": 4, "top_k": 5}, "runs top_k=5 experts for each token and has num_exp"),
         ({"model_type": "gpt2"}, "leave num_kv_heads at 0"),
         ({"router_aux_coef": 0.1}, "for MoE LLMs"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
@@ -101,6 +102,14 @@ def test_zero_init_is_refused_where_a_norm_follows():
 def test_sizes_that_cannot_be_are_refused(options, message):
     with pytest.raises(ZooError, match=message):
         registry.build("llm", llm_node() | options, vocab_size=VOCAB)
+
+
+def test_a_checkpoint_that_runs_more_experts_than_it_has_is_refused(tmp_path):
+    config = tiny_llm("mixtral").lm.config
+    config.num_experts_per_tok = 9
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ZooError, match=f"{tmp_path.name}.*runs top_k=9 experts for each token and has num_experts=4"):
+        registry.build("llm", {"name": "hf", "checkpoint": str(tmp_path)}, vocab_size=VOCAB)
 
 
 def test_without_a_tokenizer_there_is_no_vocabulary():

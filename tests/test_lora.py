@@ -1,10 +1,15 @@
 """LoRA through PEFT: its equation, its targets, its names, merging."""
 
+import re
+
 import pytest
 import torch
 
+import zoo
+from tests.conftest import tiny_slots
 from tests.fusion_builders import VOCAB, llm_node, padded_batch, same_state, tiny_llm
 from zoo import checkpoint, registry
+from zoo.checker import Plan, check, show
 from zoo.registry import ZooError
 
 
@@ -153,3 +158,31 @@ def test_a_checkpoint_holds_each_weight_once_by_the_name_it_has_without(make_mod
     assert {id(t) for t in found.values()} >= {id(p) for p in model.parameters()}
     checkpoint.save(tmp_path, found, [], {})
     checkpoint.load_weights(tmp_path, found)
+
+
+def test_what_it_does_not_reach_of_a_mixture_is_said():
+    where = r"2 layers hold theirs in fused tensors \(model.layers.0.mlp.experts.gate_up_proj\)"
+    shared = "gate_proj, up_proj here means the shared expert alone"
+    for model_type, targets, said in [
+        ("llama", ["all-linear"], ""),
+        ("mixtral", ["all-linear"], where),
+        ("qwen2_moe", ["q_proj"], where),
+        ("qwen2_moe", ["gate_proj", "up_proj", "q_proj"], f"{where}.*{shared}"),
+        ("qwen3_moe", ["all-linear"], where),
+    ]:
+        notes = lora_on(tiny_llm(model_type), targets=targets).notes
+        assert len(notes) == bool(said) and all(re.search(said, note) for note in notes)
+        assert (shared in "".join(notes)) == (shared in said)
+
+
+def test_the_check_and_loading_say_it(capsys):
+    llm = llm_node("qwen2_moe")
+    plan = Plan(tiny_slots(llm=llm, adapter={"lora": {"targets": ["up_proj"]}}), vocab_size=VOCAB + 200)
+    walk = check(plan)
+    assert len(walk.notes) == 1 and "up_proj here means the shared expert alone" in walk.notes[0]
+    show(walk)
+    assert f"note: {walk.notes[0]}" in capsys.readouterr().out
+    vision = ["vision=timm", *(f"vision.{k}={v}" for k, v in tiny_slots()["vision"].items() if k != "name")]
+    words = [f"llm.{k}={v}" for k, v in llm.items() if k != "name"]
+    with pytest.warns(UserWarning, match="reaches no routed expert"):
+        zoo.compose(*vision, "projector=mlp", "llm=hf", *words, "adapter=[lora]", texts=["a red circle"])

@@ -57,6 +57,7 @@ class Walk:
     memory: int  # bytes, inference with one image and the KV cache of a full prompt
     stages: list[Stagecheck] = field(default_factory=list)
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # what fits, and may not be what a person expects
 
 
 class RefusedError(ZooError):
@@ -128,6 +129,7 @@ def _walk(plan: Plan) -> Walk:
     rows = [_row(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
     walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + _TEXT))
+    walk.notes = [note for adapter in parts.adapter.values() for note in getattr(adapter, "notes", ())]
     for name, stage in plan.stages.items():
         walk.stages.append(_check_stage(name, stage, model, plan, weights))
     return walk
@@ -322,6 +324,8 @@ def show(walk: Walk, title: str = "") -> None:
         parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
         line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
         console.print(line, highlight=False, soft_wrap=True)
+    for note in walk.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main(cfg: Any) -> None:

@@ -67,12 +67,16 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
                 continue
             entry = registry.get(kind, name)
             path = f"{kind}.{name}" if many else kind
-            for option in entry.options:
+            for option in sorted(
+                entry.options, key=lambda o: o.name == "num_experts"
+            ):  # the family's number may be huge
                 given = node.get(option.name, option.default)
                 values = [] if option.default in (given, MISSING) or option.name == "checkpoint" else [option.default]
                 values += [v for v in getattr(entry.cls, "choices", {}).get(option.name, ()) if v != given]
                 if kind == "llm" and option.name == "max_positions" and isinstance(given, int):
                     values = [given * 2**k for k in (1, 2, 3, 4)]
+                if kind == "llm" and option.name == "top_k" and node.get("num_experts"):
+                    values = [k for k in (2, 1) if k <= node["num_experts"] and k != given]
                 for value in values:
                     slots = deepcopy(plan.slots)
                     (slots[kind][name] if many else slots[kind])[option.name] = value

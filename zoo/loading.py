@@ -3,6 +3,7 @@
 The order is always the same: compose the config, check it on the meta device, then read weights.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -105,7 +106,8 @@ def build(
         require_same(slots, folder, fresh)
     tokenizer = _tokenizer(cfg, slots, folder, texts)
     plan = plan_from(cfg, tokenizer)
-    check(plan)
+    for note in check(plan).notes:
+        warnings.warn(note, stacklevel=2)
     special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ZooConfig(
         slots=slots,
