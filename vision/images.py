@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import warnings
@@ -24,17 +25,22 @@ def open_image(source: Any, where: str = "") -> Image.Image:
     Grey and palette images become RGB; 16-bit values keep their high byte; what is transparent is laid on white.
 
     Args:
-        source: a path, encoded bytes, a binary file, a PIL image, an array (h, w) or (h, w, 3|4) of uint8, or a
-            function without arguments that returns one of these.
+        source: a path, a `data:` URL, encoded bytes, a binary file, a PIL image, an array or a tensor of uint8, (h, w),
+            (h, w, 3|4) or (3, h, w), or a function without arguments that returns one of these.
         where: what to call the image in an error, e.g. `image 0 of sample 'n17'`; a path is named by itself.
 
     Raises:
-        ZooError: the image does not exist, is broken, is larger than `MAX_PIXELS`, or is of no kind named above.
+        ZooError: the image does not exist, is broken, is larger than `MAX_PIXELS`, stands behind a URL (nothing is
+            fetched), or is of no kind named above.
     """
     import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if isinstance(source, str) and source.startswith("data:image/"):
+        source = _of_data_url(source, where)
     if isinstance(source, (str, os.PathLike)):
+        if str(source).startswith(("http://", "https://")):
+            raise ZooError(f"Image {str(source)!r} is not fetched: download it, and give its path.")
         path = Path(source)
         where = f"{where} ({str(path)!r})" if where else repr(str(path))
         if not path.is_file():
@@ -45,6 +51,8 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         source = source()
         if isinstance(source, (str, os.PathLike)):
             return open_image(source, where.removeprefix("Image ").removeprefix("An image"))
+    if hasattr(source, "detach") and hasattr(source, "dtype"):  # a tensor
+        source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         source = _of_array(source, where)
     elif isinstance(source, (bytes, bytearray, memoryview)):
@@ -69,7 +77,20 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         raise ZooError(f"{where} is broken: {error}") from error
 
 
-_ALLOWED = "a path, bytes, a binary file, a PIL image, a uint8 array (h, w), (h, w, 3) or (h, w, 4), or a function"
+_ALLOWED = (
+    "a path, bytes, a binary file, a PIL image, "
+    "a uint8 array or tensor (h, w), (h, w, 3), (h, w, 4) or (3, h, w), or a function"
+)
+
+
+def _of_data_url(url: str, where: str) -> bytes:
+    head, _, body = url.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("it is not in base64")
+        return base64.b64decode(body, validate=True)
+    except ValueError as error:
+        raise ZooError(f"Image {where or repr(url[:40])} cannot be decoded: {error}.") from error
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
@@ -78,12 +99,16 @@ def _check_size(size: tuple[int, int], where: str) -> None:
 
 
 def _of_array(array: Any, where: str) -> Image.Image:
+    import numpy as np
     from PIL import Image
 
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)  # (h, w, 3)
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if array.dtype.name != "uint8" or not shaped or 0 in array.shape:
         raise ZooError(f"{where} is an array {array.shape} of {array.dtype}; allowed are {_ALLOWED}.")
-    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

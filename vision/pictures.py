@@ -48,12 +48,21 @@ class Pictures:
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
 
-    def __call__(self, source: Any, where: str = "", several: bool = False) -> Picture:
-        """Decode, cut and normalise one image; `several`: it is one of several of its sample."""
+    def __call__(
+        self, source: Any, where: str = "", several: bool = False, options: Mapping[str, Any] | None = None
+    ) -> Picture:
+        """Decode, cut and normalise one image.
+
+        Args:
+            source: what `open_image` takes.
+            where: what to call it in an error.
+            several: it is one of several of its sample.
+            options: of the processor's call, which win over those that the model states.
+        """
         image = open_image(source, where)
         whole = several and self.config.get("whole_if_several")
         given = [[image, image]] if whole else [image]  # such a processor counts the images of a sample
-        out = self.processor(images=given, return_tensors="pt", **self.config.get("call", {}))
+        out = self.processor(images=given, return_tensors="pt", **{**self.config.get("call", {}), **(options or {})})
         pixels = out["pixel_values"]
         pixels = pixels[0] if pixels.ndim == 5 else pixels  # (R, 3, h, w)
         grid = tuple(int(out[key][0][0]) for key in ("rows", "cols")) if "rows" in out else (1, 1)
@@ -64,7 +73,9 @@ class Pictures:
 class Videos(Pictures):
     """A video processor of transformers: the frames that were asked for, each prepared as an image."""
 
-    def __call__(self, source: Any, where: str = "", several: bool = False) -> Picture:
+    def __call__(
+        self, source: Any, where: str = "", several: bool = False, options: Mapping[str, Any] | None = None
+    ) -> Picture:
         """Read and normalise the frames of a `Video`."""
         clip = read_video(source)
         out = self.processor(videos=[clip.frames], do_sample_frames=False, return_tensors="pt")

@@ -107,19 +107,19 @@ class ChatTemplate:
         """Messages as the template takes them."""
         if not self.typed:
             return [dict(m) for m in messages]
-        return [{"role": m["role"], "content": self._parts(m["content"])} for m in messages]
+        return [{"role": m["role"], "content": self.parts(m["content"])} for m in messages]
 
-    def _parts(self, content: str) -> list[dict[str, str]]:
+    def parts(self, content: str) -> list[dict[str, str]]:
         """Content as typed parts: an image or a video where its token stands, text in between."""
         kinds = {getattr(self.tokenizer, "image_token", None): "image"}
-        if self._shows_videos:
+        if self.shows_videos:
             kinds[self.video_token] = "video"
         tokens = "|".join(re.escape(token) for token in kinds if token)
         pieces = re.split(f"({tokens})", content) if tokens else [content]
         return [{"type": kinds[p]} if p in kinds else {"type": "text", "text": p} for p in pieces if p]
 
     @cached_property
-    def _shows_videos(self) -> bool:
+    def shows_videos(self) -> bool:
         """Whether the template writes a token for a video; else it stands in the text, as SmolVLM's template wants."""
         if not self.video_token:
             return False
@@ -233,14 +233,21 @@ def _texts(*found: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f for f in found if f))
 
 
-def takes_parts(tokenizer: Any) -> bool:
-    """Whether a chat template wants typed parts, as those of vision-language models do, and shows images by itself."""
+def takes_parts(tokenizer: Any, template: str | None = None) -> bool:
+    """Whether a chat template wants typed parts, as those of vision-language models do, and shows images by itself.
+
+    Args:
+        tokenizer: with the token of images.
+        template: None: the tokenizer's own.
+    """
     image = getattr(tokenizer, "image_token", None)
-    if not image or not tokenizer.chat_template or not isinstance(tokenizer.chat_template, str):
+    template = tokenizer.chat_template if template is None else template
+    if not image or not template or not isinstance(template, str):
         return False
     content = [{"type": "image"}, {"type": "text", "text": "\x02"}]
     try:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        talk = [{"role": "user", "content": content}]
+        shown = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
     except Exception:  # a template may fail in any way on what it does not know
         return False
     return shown.count(image) == 1 and shown.count("\x02") == 1

@@ -4,13 +4,12 @@ It knows how many image tokens an image becomes, writes exactly that many placeh
 sample whose labels would come out empty or misaligned is an error that shows the text: nothing is masked in silence.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 
 from zoo.answers import TurnChangedError
 from zoo.auto import register_processor
@@ -18,15 +17,17 @@ from zoo.chat import Chat
 from zoo.chat_template import ChatTemplate
 from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
 from zoo.model_types import ZooConfig
+from zoo.processor_call import CallMixin, cut_of, flat
+from zoo.processor_chat import ChatMixin
 from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, unknown
-from zoo.vision.pictures import Picture, Pictures, Videos, stack
+from zoo.vision.pictures import Pictures, Videos
 from zoo.vision.transform import to_pixels
 from zoo.vision.video import Video
 
 _CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
 
 
-class ZooProcessor(ProcessorMixin):
+class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
     """Turns text, chat messages and images into what `ZooModel` takes.
 
     Args:
@@ -61,14 +62,15 @@ class ZooProcessor(ProcessorMixin):
             transform = ImageTransform(**stated)
         self.transform: Any = transform  # ImageTransform or None
         self.num_image_tokens = num_image_tokens
-        self.image_separator = image_separator
         self.pictures = Pictures(pictures) if pictures else None
         self.videos = Videos(videos) if videos else None
         self.layout_node = dict(layout) if layout else None
         self.layout: Any = build_layout(layout) if layout else None
         if image_token is not None:
             tokenizer.image_token = image_token
-        super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        super().__init__(tokenizer)
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
         self.video_token = video_token
@@ -78,9 +80,27 @@ class ZooProcessor(ProcessorMixin):
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
         self._dialogs: dict[Any, list[TokenizedDialog]] = {}
         self._images: dict[Cut, np.ndarray] = {}
-        self._chat = Chat(tokenizer, video_token)
-        if self._chat.typed:  # the template itself says what stands between an image and the text
-            self.image_separator = ""
+        self._separator = image_separator
+        self._take_template()
+
+    def _take_template(self) -> None:
+        """Go by the tokenizer's chat template from now on."""
+        self._chat = Chat(self.tokenizer, self.video_token)
+        self._dialogs.clear()
+        # A template that shows images says itself what stands between an image and the text.
+        self.image_separator = "" if self._chat.typed else self._separator
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's chat template: there is one, whichever of the two it is set on."""
+        return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
+
+    @chat_template.setter
+    def chat_template(self, value: Any) -> None:
+        tokenizer = self.__dict__.get("tokenizer")
+        if value is not None and tokenizer is not None and value != tokenizer.chat_template:
+            tokenizer.chat_template = value
+            self._take_template()
 
     @property
     def template(self) -> ChatTemplate:
@@ -99,123 +119,6 @@ class ZooProcessor(ProcessorMixin):
             **({"image_token": self.image_token} if self.pictures else {}),
             **({"layout": self.layout_node} if self.layout_node else {}),
         }
-
-    # ---- for people: text and images as they come --------------------------------------------------------------
-
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        videos: Any = None,
-        return_tensors: str | None = "pt",
-        padding: bool = True,
-        add_special_tokens: bool = True,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Tokenize text that holds the image token where an image goes, and transform the images.
-
-        Args:
-            images: one image, a list in the order of their tokens over the whole batch, or a list of the images of
-                each text.
-            text: one text or several.
-            videos: paths or `zoo.vision.video.Video`s, in the order of their tokens.
-
-        Returns:
-            input_ids, attention_mask (B, T) and pixel_values (M, 3, h, w) if there are images; images_per_row where
-            images leave no placeholders.
-        """
-        texts = [text] if isinstance(text, str) else list(text or [])
-        given = {self.image_token: self._all_pixels(images)}
-        wanted = sum(t.count(self.image_token) for t in texts)
-        if wanted != (count := len(given[self.image_token])):
-            raise ZooError(f"The text holds {wanted} times {self.image_token!r}, but {count} images were given.")
-        if videos is not None:
-            token = self.video_token or self.image_token
-            films = [self._pixels(v if isinstance(v, Video) else Video(str(v))) for v in _flat(videos)]
-            if (wanted := sum(t.count(token) for t in texts)) != len(films):
-                raise ZooError(f"The text holds {wanted} times {token!r}, but {len(films)} videos were given.")
-            given[token] = films
-        marks = re.compile("|".join(map(re.escape, given)))
-        pixels, encoded = [], []
-        for t in texts:
-            shown = [given[mark].pop(0) for mark in marks.findall(t)]
-            pixels += shown
-            t = self._spelled(t, _films(shown))
-            ids = np.array(self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"])
-            ids = self._expand(ids, pictures=shown)
-            encoded.append(EncodedSample(ids, np.full(len(ids), IGNORE_INDEX), []))
-        batch = collate(encoded, pad_id=self.tokenizer.pad_token_id, padding_side=self.tokenizer.padding_side)
-        keep = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        keep |= stack(pixels)
-        if pixels and not self.num_image_tokens:
-            keep["images_per_row"] = [t.count(self.image_token) for t in texts]
-        return BatchFeature(keep)
-
-    def apply_chat_template(  # type: ignore[override]  # fewer options, and images beside the messages
-        self,
-        conversation: Any,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        return_tensors: str | None = "pt",
-        images: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Render chat messages; with `tokenize=True` also tokenize them and transform their images.
-
-        Messages have plain string content, or typed parts: `{"type": "text", "text": ...}` and
-        `{"type": "image", "image": ...}` (the image itself may stand in the part, or all in `images`).
-        """
-        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        talks = conversation if several else [conversation]
-        texts = [
-            self.tokenizer.apply_chat_template(
-                self.shown(talk) if chat_template is None else self.flatten(talk),
-                chat_template=chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **kwargs,
-            )
-            for talk in talks
-        ]
-        if not tokenize:
-            return texts if several else texts[0]
-        parts = [p for talk in talks for m in talk if not isinstance(m["content"], str) for p in m["content"]]
-        found = [p.get("image", p.get("url")) for p in parts if p["type"] == "image"]
-        films = [p.get("video", p.get("path")) for p in parts if p["type"] == "video"]
-        given = [f for f in found if f is not None] or images
-        bos = self.tokenizer.bos_token
-        begun = not self._chat.typed or bool(
-            bos and texts[0].startswith(bos)
-        )  # else the tokenizer begins, as in `Chat`
-        batch = self(images=given, text=texts, videos=films or None, add_special_tokens=not begun)
-        return batch if return_dict else batch["input_ids"]
-
-    def flatten(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-        """Messages with string content, the image token in place of each image part."""
-        return [{"role": m["role"], "content": self._content(m["content"])} for m in messages]
-
-    def shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages as the chat template takes them: plain content, or typed parts."""
-        return self._chat.template.shown(self.flatten(messages))
-
-    def _content(self, content: Any) -> str:
-        if isinstance(content, str):
-            return content
-        text = ""
-        for part in content:
-            if part["type"] in ("image", "video"):
-                token = self.image_token if part["type"] == "image" else self.video_token or self.image_token
-                text += token + (self.image_separator if self.num_image_tokens else "")
-            elif part["type"] == "text":
-                held = [t for t in (self.image_token, self.video_token) if t and t in part["text"]]
-                if held:
-                    raise ZooError(f"A text part holds the image token {held[0]!r}: {part['text'][:80]!r}.")
-                text += part["text"]
-            else:
-                raise ZooError(f"A message part has type {part['type']!r}; allowed: image, video, text.")
-        return text
 
     # ---- for training and evaluation: samples ------------------------------------------------------------------
 
@@ -257,7 +160,7 @@ class ZooProcessor(ProcessorMixin):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         key: Any = bool(dialog.preference), tuple([(m["role"], _key(m["content"])) for m in dialog.messages])
         if self.layout is not None:  # the same words with images of other shapes are other tokens
-            key = key, tuple([_cut(p) for p in pixels])
+            key = key, tuple([cut_of(p) for p in pixels])
         known = self._dialogs.get(key)
         if known is None:
             if len(self._dialogs) >= _CACHE:
@@ -353,7 +256,7 @@ class ZooProcessor(ProcessorMixin):
         if self.layout is None:
             return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
         places = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
-        cuts = [c for p in pictures for c in self._marked(_cut(p))]
+        cuts = [c for p in pictures for c in self._marked(cut_of(p))]
         if len(places) != len(cuts):
             raise ZooError(f"The text shows {len(places)} images, and {len(cuts)} were given.")
         pieces, at = [], 0
@@ -376,8 +279,7 @@ class ZooProcessor(ProcessorMixin):
                 token = self.video_token_id if cut.kind == "frame" else self.image_token_id
                 self._images[cut] = np.full(self.layout.count(cut), token, dtype=np.int64)
             else:
-                text = self.layout.text(cut, self.image_token)
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                ids = self.tokenizer(self._image_text(cut), add_special_tokens=False)["input_ids"]
                 self._images[cut] = np.array(ids, dtype=np.int64)
         return self._images[cut]
 
@@ -390,13 +292,13 @@ class ZooProcessor(ProcessorMixin):
         """Prepare images and videos, as `encode_prompt` takes them."""
         return self._all_pixels([list(sources)])
 
-    def _all_pixels(self, images: Any) -> list[Any]:
-        """All images of a batch; a list of lists says which belong to one sample."""
+    def _all_pixels(self, images: Any, options: Mapping[str, Any] | None = None) -> list[Any]:
+        """All images of a batch; a list of lists says which belong to one sample. `options`: of the image processor."""
         nested = isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images)
-        groups = [_flat(group) for group in images] if nested else [[image] for image in _flat(images)]
-        return [self._pixels(image, len(group) > 1) for group in groups for image in group]
+        groups = [flat(group) for group in images] if nested else [[image] for image in flat(images)]
+        return [self._pixels(image, len(group) > 1, options) for group in groups for image in group]
 
-    def _pixels(self, source: Any, several: bool = False) -> Any:
+    def _pixels(self, source: Any, several: bool = False, options: Mapping[str, Any] | None = None) -> Any:
         if self.transform is None:
             raise ZooError("An image was given to a model that has no vision encoder.")
         if isinstance(source, Video):
@@ -405,7 +307,7 @@ class ZooProcessor(ProcessorMixin):
             return self.videos(source)
         if self.pictures is None:
             return to_pixels(source, self.transform)
-        picture = self.pictures(source, several=several)
+        picture = self.pictures(source, several=several, options=options)
         if self.layout is not None:
             return picture
         if picture.cut.rows != 1:
@@ -433,15 +335,8 @@ def _key(content: Any) -> Any:
     return content if isinstance(content, str) else tuple([part.get("text") for part in content])
 
 
-def _cut(picture: Any) -> Cut:
-    """How an image was cut; one that was not is as large as its pixels."""
-    if isinstance(picture, Picture):
-        return picture.cut
-    return Cut(size=(int(picture.shape[-2]), int(picture.shape[-1])))
-
-
 def _films(pictures: Sequence[Any]) -> Iterator[Cut]:
-    return (cut for cut in map(_cut, pictures) if cut.kind == "frame")
+    return (cut for cut in map(cut_of, pictures) if cut.kind == "frame")
 
 
 def build_layout(given: Mapping[str, Any]) -> Any:
@@ -455,14 +350,6 @@ def _count_images(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(
         p["type"] in ("image", "video") for m in messages if not isinstance(m["content"], str) for p in m["content"]
     )
-
-
-def _flat(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        return [i for item in images for i in _flat(item)]
-    return [images]
 
 
 register_processor(ZooConfig, ZooProcessor)
