@@ -226,3 +226,24 @@ def test_answers_between_images_are_learnt_once_where_dialogs_share_them():
         "cats<|im_end|>"
     ]
     assert len(pieces(processor.tokenizer, row.input_ids, row.labels)) == 3
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen 3", "glm 4"])
+def test_a_conversation_that_ends_with_a_question_teaches_the_answers_before_it(name):
+    processor = processor_of(name)
+    row = processor.encode(sample_of([*CASES["one turn"], say("user", "where?")]))
+    (piece,) = pieces(processor.tokenizer, row.input_ids, row.labels)
+    assert piece.strip() in ("a red cat", "a red cat<|im_end|>")
+
+
+def test_a_template_that_wants_a_system_turn_shows_its_end_with_one():
+    strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    processor = processor_of("qwen 3", strict.replace("<|im_end|>", "<|im_start|>"))
+    assert processor.template.closing.ends == ("<|im_start|>",)
+
+
+def test_a_tokenizer_may_have_several_templates():
+    template = SHAPES["qwen 2.5"].template
+    processor = processor_of("qwen 2.5", {"default": template, "tool_use": "{{ messages }}"})
+    row = processor.encode(sample_of(CASES["one turn"]))
+    assert pieces(processor.tokenizer, row.input_ids, row.labels) == ["a red cat<|im_end|>"]

@@ -93,7 +93,7 @@ class AnswerFinder:
         learnt: list[Learnt] = []
         for i in asked[-1:] if only_last else asked:
             end = self.template.turn_end(text, places.stops[i])
-            if end is None and i == asked[-1]:
+            if end is None and i == len(messages) - 1:
                 text, end = self._closed(text, places.stops[i], sample_id)
             learnt += _pieces(places, i, end, text)
         if not learnt:
@@ -150,7 +150,7 @@ class AnswerFinder:
     def _remembered(self, messages: Messages) -> _Places | None:
         """Put the text together from what is known of such turns; None where the template may change contents."""
         template = self.template.tokenizer.chat_template
-        if self.template.typed or template not in self.verbatim:
+        if self.template.typed or not isinstance(template, str) or template not in self.verbatim:
             return None
         shape = (template, *[m["role"] for m in messages])
         if shape not in self._shapes:

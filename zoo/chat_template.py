@@ -167,34 +167,39 @@ class ChatTemplate:
         template = self.tokenizer.chat_template
         key = template if isinstance(template, str) else repr(template)
         if key not in self._closings:
-            try:
-                closing = self._find_closing()
-            except ZooError:  # not even one question and its answer: what is asked of it later says why
-                closing = Closing()
+            closing = self._find_closing() or self._find_closing("system") or Closing()
             every = {*closing.ends, *([self.tokenizer.eos_token] if self.tokenizer.eos_token else [])}
             known = "|".join(re.escape(end) for end in sorted(every, key=len, reverse=True))
             self._closings[key] = closing, re.compile(rf"\s*(?:{known})" if known else "(?!)")
         return self._closings[key]
 
-    def _find_closing(self) -> Closing:
-        """Compare what follows an answer at the end of a conversation and before another question."""
-        roles = ("user", "assistant")
-        once = self.around(roles)
-        if once is None:
-            return Closing()
-        lead = self.lead(roles) or ""
+    def _find_closing(self, *before: str) -> Closing | None:
+        """Compare what follows an answer at the end of a conversation and before another question.
+
+        None where the template does not take one question and its answer, with the turns `before` them.
+        """
+        roles = (*before, "user", "assistant")
         try:
-            twice = self.around(roles * 2)
+            once, lead = self.around(roles), self.lead(roles) or ""
+        except ZooError:
+            return None
+        if once is None:
+            return None
+        try:
+            twice = self.around((*roles, "user", "assistant"))
         except ZooError:  # it takes one question
             twice = None
+        last = once[-1]
         if twice is None:
-            return Closing(_texts(self._first(once[2])), lead)
-        if common := self._first(self._common(once[2], twice[2])):
+            return Closing(_texts(self._first(last)), lead)
+        between = twice[len(roles)]
+        if common := self._first(self._common(last, between)):
             return Closing((common,), lead)
         # The last answer ends in its own way. Others end with the token behind them if questions do not begin with it.
-        follows = self._atoms.match(twice[2].lstrip())
+        follows = self._atoms.match(between.lstrip())
         token = follows.group() if follows and follows.group() in self.special else ""
-        return Closing(_texts(self._first(once[2]), "" if token and token in twice[0] else token), lead)
+        opens = token in twice[len(before)]
+        return Closing(_texts(self._first(last), "" if opens else token), lead)
 
     @cached_property
     def special(self) -> frozenset[str]:

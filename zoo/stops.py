@@ -25,7 +25,8 @@ def stops_of(template: ChatTemplate) -> Stops:
     """What ends the answers that a chat template writes, the tokenizer's end-of-sequence token included."""
     ids, texts = [], []
     for end in template.ends:
-        token = max((t for t in template.special if end.endswith(t)), key=len, default=None)
+        special = {*template.special, template.tokenizer.eos_token}
+        token = max((t for t in special if t and end.endswith(t)), key=len, default=None)
         if token is None:
             texts.append(end)
         else:

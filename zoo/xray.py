@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, unknown
+from zoo.stops import reader_for
 
 OPTIONS = ("image", "pruner", "question", "out")
 NONE = "none"  # the view without a pruner, which all others are compared with
@@ -190,7 +191,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         grid=tuple(model.vision.grid),
         layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in seen],
         tokens=[int(row.sum()) for row in seen],
-        answer=processor.tokenizer.decode(written, skip_special_tokens=True).strip(),
+        answer=reader_for(model, processor).read(written.tolist()),
         scores=_scores(model, before),
         mixed=mixed,
     )
