@@ -6,7 +6,8 @@ installed, docs/compatibility.md#libraries lists them, and tests hold them toget
     transformers 5.24   `past_key_values` is called `cache`: in the arguments of models and decoder layers, and in
                         outputs. The old name works there until 5.40, with a warning.
     torchvision 0.27    resamples tensors by lanczos too.
-    transformers 5.23   gradient checkpointing is called activation checkpointing; the old name warns.
+    transformers 5.23   gradient checkpointing is called activation checkpointing; the old name warns. It recomputes the
+                        `forward` of a layer; before, it did so with `__call__`, the hooks on the layer included.
 
 Two more differences need no version to be asked for, since what is done about them is right on every version:
 torch's FLOP counter has no formula for attention fused on a CPU (`zoo/benches/flops.py`, torch 2.14), and its grouped
@@ -15,7 +16,7 @@ products refuse float32 on the meta device (`fusion/experts.py`, torch 2.14).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, update_wrapper
 from importlib.metadata import version
 from typing import Any
 
@@ -50,11 +51,11 @@ PYTHON = "3.11"  # that the tests ran on
 TESTED = {
     "torch": Versions("2.11.0", "2.14.1", "2.15"),
     "torchvision": Versions("0.26.0", "0.29.1", "0.30"),
-    "transformers": Versions("5.17.0", "5.24.0", "5.25"),
+    "transformers": Versions("5.18.0", "5.24.0", "5.25"),
     "tokenizers": Versions("0.23.1", "0.23.3", "0.24"),
     "safetensors": Versions("0.8.0", "0.8.0", "0.9"),
-    "huggingface-hub": Versions("1.5.0", "2.4.0", "3"),
-    "timm": Versions("1.0.20", "1.0.31", "1.1"),
+    "huggingface-hub": Versions("1.31.0", "2.4.0", "3"),
+    "timm": Versions("1.0.22", "1.0.31", "1.1"),
     "open_clip_torch": Versions("3.2.0", "3.3.0", "3.4"),
     "peft": Versions("0.18.0", "0.21.2", "0.22"),
     "accelerate": Versions("1.10.0", "1.15.0", "1.16"),
@@ -124,22 +125,46 @@ def torchvision_has_lanczos() -> bool:
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
 
 
-@cache
-def _checkpointing() -> str:
-    return "activation" if at_least("transformers", "5.23") else "gradient"
-
-
 def checkpoint_activations(model: Any, given: Mapping[str, Any] | None = None, **options: Any) -> None:
-    """Let a transformers model recompute its activations in backward.
+    """Let a transformers model recompute its activations in backward: what layers compute, not what hooks on them do.
 
     Args:
         model: of transformers.
         given: options of `torch.utils.checkpoint.checkpoint`; None: `use_reentrant=False`.
         options: of transformers beside them, `every_n_layers` for one.
     """
-    getattr(model, f"{_checkpointing()}_checkpointing_enable")(dict(given or {"use_reentrant": False}), **options)
+    given = dict(given or {"use_reentrant": False})
+    if at_least("transformers", "5.23"):
+        model.activation_checkpointing_enable(given, **options)
+        return
+    keep_activations(model)
+    model.gradient_checkpointing_enable(given, **options)
+    for layer in _checkpointed(model):
+        inner = layer.forward
+        layer.forward = update_wrapper(partial(_recomputed, layer, inner, layer._gradient_checkpointing_func), inner)
+        layer._gradient_checkpointing_func = partial(_run, **given)
 
 
 def keep_activations(model: Any) -> None:
     """Undo `checkpoint_activations`."""
-    getattr(model, f"{_checkpointing()}_checkpointing_disable")()
+    if at_least("transformers", "5.23"):
+        model.activation_checkpointing_disable()
+        return
+    for layer in _checkpointed(model):
+        if getattr(layer.forward, "func", None) is _recomputed:
+            layer.forward = layer.forward.args[1]
+    model.gradient_checkpointing_disable()
+
+
+def _checkpointed(model: Any) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+
+
+def _recomputed(layer: Any, inner: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(inner, **kwargs), *args) if layer.training else inner(*args, **kwargs)
+
+
+def _run(function: Any, *args: Any, **_: Any) -> Any:
+    return function(*args)

@@ -73,7 +73,7 @@ def test_random_weights_follow_from_torchs_seed_alone():
 @torch.no_grad()
 def test_zero_init_residual_starts_every_layer_as_the_identity(model_type):
     llm = tiny_llm(model_type, zero_init_residual=True)
-    states = llm.hidden(input_ids=padded_batch()[0], output_hidden_states=[0, 1]).hidden_states
+    states = llm.hidden(input_ids=padded_batch()[0], output_hidden_states=True).hidden_states
     assert torch.equal(states[0], states[1])
 
 
