@@ -24,6 +24,7 @@ Watcher = Callable[[Tensor, Tensor, float | None, float | None], None]
 class Attended:
     """What a pruner scores: a layer's queries and keys."""
 
+    layer: int  # 0 the first
     query: Tensor  # (B, H, L, d), after rotation
     key: Tensor  # (B, H_kv, L, d)
     scaling: float  # of the scores

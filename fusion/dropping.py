@@ -9,9 +9,13 @@ last one, and in training those before a label. Labels follow the survivors.
 Scores see queries and keys of the layer as its kernel sees them, which stays the one that the model was set to
 (`zoo.fusion.attended`).
 
+What is known of a prompt hangs on the pass that runs (`zoo.fusion.running`) and on the cache that goes on from it,
+never on the pruner. Behind a prompt may stand drafts, tokens that assisted decoding guesses: they see what the last
+token of the prompt sees, and have no part in what is dropped.
+
 Nothing is dropped before layer 0, whose cache transformers counts positions by. Refused, because they would go wrong
-silently or not at all: caches of fixed size, several dialogs behind one image, layers that are not attention, flash
-kernels with a sliding window in effect, the balance loss of an MoE LLM, a compiled decoder.
+silently or not at all: caches of fixed size and quantised ones, several dialogs behind one image, layers that are not
+attention, flash kernels with a sliding window in effect, the balance loss of an MoE LLM, a compiled decoder.
 """
 
 import inspect
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.attended import Attended, watch
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask
+from zoo.fusion.running import current
 from zoo.fusion.survivors import Survivors
 from zoo.registry import ZooError
 from zoo.registry.versions import cache_in
@@ -37,14 +42,27 @@ _ALIBI = {"bloom", "mpt", "falcon"}
 class Run:
     """One prompt on its way through the layers, and afterwards what its cache holds."""
 
-    total: int  # columns that entered the LLM
+    total: int  # columns of the prompt, as they entered the LLM
     layers: list[Survivors]  # of each layer
     budget: Tensor  # (B, samples) image tokens that entered
     copies: int = 1  # rows in a row that are copies of one prompt
+    drafts: int = 0  # columns behind the prompt in this pass
     cut: int = -1  # first layer that is shorter or sees less; -1: none so far
+    labelled: Any = None  # the sequence whose labels follow the survivors
+    past: int = 0  # tokens in the cache before this pass
+    new: Tensor | None = None  # (B, q) real tokens among those that a cache goes on with; None: all
+    scoring: int | None = None  # layer whose attention is scored now
     scores: Tensor | None = None  # (B, L), of the layer before
     masks: dict[Any, Any] = field(default_factory=dict)
     rotary: list[tuple[Any, Survivors, Any]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Forget the drafts, once the prompt has passed: what was right of them is now text that came."""
+        if self.drafts:
+            self.layers = [tokens.without_last(self.drafts) for tokens in self.layers]
+        self.drafts, self.scoring, self.scores = 0, None, None
+        self.masks.clear()
+        self.rotary.clear()
 
 
 class Dropper:
@@ -71,12 +89,7 @@ class Dropper:
         self.llm, self.who, self.after, self.hide = llm, who, frozenset(after), hide
         self.budget, self.score = budget, score
         self.config = llm.lm.config.get_text_config()
-        self.pending: Any = None  # the sequence that the next prompt is
-        self.sequence: Any = None  # of the prompt on its way, where it has labels
-        self.run: Run | None = None
-        self.past = 0  # tokens in the cache before this pass
-        self.new: Tensor | None = None  # (B, q) real tokens among those that a cache goes on with; None: all
-        self.scoring: int | None = None  # layer whose attention is scored now
+        self.last: Run | None = None  # of the last prompt, for reports; nothing is computed from it
         self._undo: list[Callable[[], None]] = []
         _check_family(who, self.config)
         if outside := sorted(x for x in self.after if not 0 <= x < llm.num_layers - 1):
@@ -107,10 +120,10 @@ class Dropper:
         """Leave the LLM as it was."""
         while self._undo:
             self._undo.pop()()
-        self.pending = self.run = None
+        self.last = None
 
-    def begin(self, sequence: Any) -> None:
-        """Take what the model knows of the next prompt (`zoo.model_types.LLMSequence`)."""
+    def check(self, sequence: Any) -> None:
+        """Refuse a pass over `sequence` (`zoo.model_types.LLMSequence`) that cannot be made shorter."""
         blocks = getattr(sequence, "block_ids", None)
         if blocks is not None and int(blocks.max()) > 1:
             raise ZooError(
@@ -120,31 +133,33 @@ class Dropper:
         mask = sequence.attention_mask
         if mask is not None and mask.dim() != 2:
             raise ZooError(f"{self.who} needs attention_mask (B, T), got {list(mask.shape)}.")
-        decoder = self.llm.lm.base_model
-        if self._undo and getattr(decoder, "_compiled_call_impl", None) is not None:
+        compiled = getattr(self.llm.decoder, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
+        if self._undo and compiled:
             raise ZooError(f"{self.who} chooses how long layers are as it goes, which does not compile: compile=false.")
         training = self.llm.training and torch.is_grad_enabled()
         if training and getattr(self.llm, "router_aux_coef", 0):
             raise ZooError(f"{self.who} shortens layers, which router_aux_coef does not know: set it to 0.")
-        self.pending = sequence
 
     def kept(self) -> list[Tensor]:
         """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
-        if self.run is None:
+        if self.last is None:
             return []
-        b = len(self.run.layers[0].seen)
-        seen = [x.column.new_zeros(b, self.run.total).scatter(1, x.column, x.seen.long()) for x in self.run.layers]
+        self.last.settle()
+        b = len(self.last.layers[0].seen)
+        shape = b, self.last.total
+        seen = [x.column.new_zeros(shape).scatter(1, x.column, x.seen.long()) for x in self.last.layers]
         return [x.bool() for x in seen]
 
     def _score(self, number: int, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
-        """Score what layer `number` attends to, once for each prompt: recomputation in backward comes here as well."""
-        run = self.run
-        if self.scoring != number or run is None or run.scores is not None:
+        """Score what layer `number` attends to, once for each prompt; recomputation in backward is no pass."""
+        now = current()
+        run = None if now is None else now.dropped
+        if run is None or run.scoring != number or run.scores is not None:
             return
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         tokens, window = run.layers[number], self._window(number, run)
         with torch.no_grad():
-            run.scores = self.score(Attended(query.detach(), key.detach(), scaling, softcap, tokens, window))
+            run.scores = self.score(Attended(number, query.detach(), key.detach(), scaling, softcap, tokens, window))
 
     # ---- layers ------------------------------------------------------------------------------------------------
 
@@ -152,60 +167,81 @@ class Dropper:
         self, number: int, names: list[str], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Change what a layer is given, where it is one that sees fewer tokens (a forward pre-hook)."""
-        if number and self.past and (self.run is None or self.run.cut < 0 or number < self.run.cut):
-            return None  # tokens that are decoded see all of this layer's cache
+        cache = cache_in(kwargs)
+        if cache is None and len(args) > 1:
+            cache = cache_in(dict(zip(names, args, strict=False)))
+        if number:
+            run = self._run_of(cache)
+            if run is None or (run.past and (run.cut < 0 or number < run.cut)):
+                return None  # tokens that are decoded see all of this layer's cache
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = given[names[0]]
-        cache = cache_in(given)
         if number == 0:
-            self._start(hidden, cache)
-        run = self.run
+            run = self._start(hidden, cache)
         if run is None:
             return None
-        if cache is not None:
-            cache.zoo_dropping = run
-        self.scoring = None
-        if not self.past:
+        run.scoring = None
+        if not run.past:
             hidden = self._enter(run, number, hidden)
-            self.scoring = number if number in self.after and bool(run.budget.any()) else None
+            run.scoring = number if number in self.after and bool(run.budget.any()) else None
         if run.cut < 0 or number < run.cut:
             return None
-        changed = self._decode(run, number, hidden, cache) if self.past else self._prefill(run, number, hidden, given)
-        if self.past and all(given.get(name) is value for name, value in changed.items()):
+        changed = self._decode(run, number, hidden, cache) if run.past else self._prefill(run, number, hidden, given)
+        if run.past and all(given.get(name) is value for name, value in changed.items()):
             return None
         given |= changed | {names[0]: hidden}
         first = names[: len(args)]
         return tuple(given[n] for n in first), {k: v for k, v in given.items() if k not in first}
 
-    def _start(self, hidden: Tensor, cache: Any) -> None:
+    @staticmethod
+    def _run_of(cache: Any) -> Run | None:
+        """Find the prompt that this pass is of, once layer 0 knows it."""
+        if cache is not None:
+            return getattr(cache, "zoo_dropping", None)
+        now = current()
+        return None if now is None else now.dropped
+
+    def _start(self, hidden: Tensor, cache: Any) -> Run | None:
         """Find out which prompt this is: a new one, one whose cache goes on, or none of ours."""
-        sequence, self.pending = self.pending, None
-        self.past = 0 if cache is None else int(cache.get_seq_length())
-        self.new = None
-        if self.past:
-            self.run = getattr(cache, "zoo_dropping", None)
-            if sequence is not None and sequence.attention_mask is not None:
-                self.new = sequence.attention_mask[:, -hidden.shape[1] :].bool()
-            return
-        self.run = None
+        now = current()
+        sequence = None if now is None else now.sequence
+        if past := 0 if cache is None else int(cache.get_seq_length()):
+            run = getattr(cache, "zoo_dropping", None)
+            if run is not None:
+                run.settle()
+                mask, q = None if sequence is None else sequence.attention_mask, hidden.shape[1]
+                run.past = past
+                run.new = mask[:, -q:].bool() if mask is not None and mask.shape[1] == past + q else None
+        else:
+            run = self._prompt(hidden, sequence)
+            if run is not None and cache is not None:
+                self._check_cache(cache)
+            self.last = run
+        if cache is not None:
+            cache.zoo_dropping = run
+        if now is not None:
+            now.dropped = run
+        return run
+
+    def _prompt(self, hidden: Tensor, sequence: Any) -> Run | None:
+        """Begin with a prompt that shows images."""
         if sequence is None or sequence.image_mask is None:
-            return
-        image = sequence.image_mask
-        if image.shape[1] != hidden.shape[1] or len(hidden) % len(image):
+            return None
+        image, labels = sequence.image_mask, sequence.labels
+        length = image.shape[1]
+        if length != hidden.shape[1] or len(hidden) % len(image):
             raise ZooError(
                 f"{self.who} was told of {list(image.shape)} positions, and the LLM got {list(hidden.shape[:2])}."
             )
-        labels = sequence.labels
-        tokens = Survivors.of(image, sequence.attention_mask, getattr(sequence, "segment_ids", None), labels)
+        drafts = getattr(sequence, "drafts", 0)
+        segments = getattr(sequence, "segment_ids", None)
+        tokens = Survivors.of(image, sequence.attention_mask, segments, labels, drafts)
         count = tokens.count()
-        if copies := len(hidden) // len(image):
-            tokens = tokens.repeat(copies) if copies > 1 else tokens
-            count = count.repeat_interleave(copies, 0) if copies > 1 else count
-        if cache is not None:
-            self._check_cache(cache)
-        self.run = Run(image.shape[1], [], count, copies)
-        self.run.layers.append(tokens)
-        self.sequence = sequence if labels is not None else None
+        copies = len(hidden) // len(image)
+        if copies > 1:
+            tokens, count = tokens.repeat(copies), count.repeat_interleave(copies, 0)
+        labelled = sequence if labels is not None else None
+        return Run(length - drafts, [tokens], count, copies, drafts, labelled=labelled)
 
     def _enter(self, run: Run, number: int, hidden: Tensor) -> Tensor:
         """Note what this layer sees; where the one before was scored, choose, and gather the hidden states."""
@@ -227,9 +263,9 @@ class Dropper:
                     for told in self.llm.told_shorter:
                         told(number, tokens.seen)
                 run.masks.clear()
-                if self.sequence is not None:
-                    self.sequence.labels = tokens.labels
-                    self.sequence.columns = tokens.column.masked_fill(~tokens.seen, -1)
+                if run.labelled is not None:
+                    run.labelled.labels = tokens.labels
+                    run.labelled.columns = tokens.column.masked_fill(~tokens.seen, -1)
         run.layers.append(tokens)
         return hidden
 
@@ -244,7 +280,7 @@ class Dropper:
         for name, value in given.items():
             if name in ("position_embeddings", "position_ids") and value is not None:
                 changed[name] = self._moved(run, tokens, value)
-            elif name not in changed and name != "hidden_states" and _has_length(value, run.total):
+            elif name not in changed and name != "hidden_states" and _has_length(value, run.total + run.drafts):
                 raise ZooError(f"{self.who} does not know {name!r}, which layers of {type(self.llm.lm).__name__} take.")
         return changed
 
@@ -274,14 +310,14 @@ class Dropper:
         tokens, name = run.layers[number], self.config._attn_implementation
         held = cache.layers[number]
         cached, past = held.keys.shape[-2], int(held.get_seq_length()) - tokens.column.shape[1]
-        new, b = self.new, hidden.shape[0]
+        new, b = run.new, hidden.shape[0]
         if new is None:
             new = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         if len(tokens.seen) != b:
             tokens = tokens.repeat(b // len(tokens.seen))
         total = run.total + past + new.shape[1]
         window = self._window(number, run, total)
-        if hidden.shape[1] == 1 and tokens.whole and window is None and self.new is None:
+        if hidden.shape[1] == 1 and tokens.whole and window is None and run.new is None:
             return {"attention_mask": None}  # one token sees all there is
         if name.startswith("flash") and window is None:
             seen = torch.cat([tokens.seen, new.new_ones(b, past), new], 1)
@@ -305,11 +341,14 @@ class Dropper:
         return int(window)
 
     def _check_cache(self, cache: Any) -> None:
-        from transformers.cache_utils import DynamicLayer
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         layers = getattr(cache, "layers", [])
-        if odd := [x for x in layers if not isinstance(x, DynamicLayer)]:
-            raise ZooError(f"{self.who} needs a cache that grows; {type(odd[0]).__name__} has one length for all.")
+        if odd := [x for x in layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)]:
+            raise ZooError(
+                f"{self.who} needs a cache that grows layer by layer and holds keys as they are, not "
+                f"{type(odd[0]).__name__}: leave cache_implementation out, or set it to dynamic or offloaded."
+            )
 
 
 class DropsInside:
@@ -328,9 +367,9 @@ class DropsInside:
             self.dropper.detach()
 
     def begin(self, sequence: Any) -> None:
-        """Take where image tokens, padding and labels of the next forward pass are."""
+        """Refuse a pass over `sequence` that cannot be made shorter."""
         if self.dropper is not None:
-            self.dropper.begin(sequence)
+            self.dropper.check(sequence)
 
     def kept(self) -> list[Tensor]:
         """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""

@@ -32,9 +32,18 @@ class Survivors:
 
     @classmethod
     def of(
-        cls, image: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, labels: Tensor | None
+        cls,
+        image: Tensor,
+        attention_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        labels: Tensor | None,
+        drafts: int = 0,
     ) -> "Survivors":
-        """Describe a whole sequence by what the model knows of it; all (B, T)."""
+        """Describe a whole sequence by what the model knows of it; all (B, T).
+
+        Args:
+            drafts: columns at the end that are guesses of what comes behind the prompt: no voters.
+        """
         seen = torch.ones_like(image) if attention_mask is None else attention_mask.bool()
         if segment_ids is not None:
             seen = seen & (segment_ids >= 0)
@@ -44,6 +53,10 @@ class Survivors:
         fixed = torch.ones_like(image)
         fixed[:, :-1] = ~follows  # the last of its sample: what comes next is predicted there
         voter = seen
+        if drafts:
+            prompt = image.shape[1] - drafts
+            fixed[:, prompt - 1 :] = True
+            voter = seen & (column < prompt)
         if labels is not None:
             labelled = (labels != IGNORE_INDEX) & seen
             labelled[:, 0] = False
@@ -133,6 +146,11 @@ class Survivors:
         moved = {k: move(v) if isinstance(v, Tensor) else v for k, v in moved.items()}
         moved |= {"seen": seen, "whole": whole}
         return Survivors(**moved)
+
+    def without_last(self, count: int) -> "Survivors":
+        """Leave out the last `count` positions."""
+        seen = self.seen[:, :-count]
+        return self._with(lambda x: x[:, :-count], seen, bool(seen.all()))
 
     def repeat(self, copies: int) -> "Survivors":
         """Repeat every row, as beams do."""

@@ -1,5 +1,6 @@
 """Small decoders with a dropper inside, prompts with images, and passes through them."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -7,6 +8,7 @@ from torch.nn import functional as F
 
 from tests.fusion_builders import VOCAB, tiny_llm
 from zoo.fusion.dropping import Dropper
+from zoo.fusion.running import running
 from zoo.registry import IGNORE_INDEX
 
 IMAGE = 5  # id that stands for an image token here
@@ -67,19 +69,17 @@ def embeds_of(llm, ids):
 
 
 def forward(llm, drop, ids, mask=None, **kwargs):
-    if drop is not None:
-        drop.begin(sequence(ids, mask))
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    return llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions, **kwargs)
+    with nullcontext() if drop is None else running(sequence(ids, mask)):
+        return llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions, **kwargs)
 
 
 def generate(llm, drop, ids, mask=None, **kwargs):
-    if drop is not None:
-        drop.begin(sequence(ids, mask))
+    told = sequence(ids, mask)
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_scores": True, **kwargs}
     options |= {"return_dict_in_generate": True}
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if drop is None else running(told):
         return llm.lm.generate(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, **options)
 
 
@@ -90,13 +90,12 @@ def labelled(ids):
     return labels
 
 
-def loss_of(llm, drop, ids, mask, labels):
+def loss_of(llm, ids, mask, labels):
     seq = sequence(ids, mask, labels)
-    drop.begin(seq)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden = llm.hidden(
-        inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions
-    ).last_hidden_state
+    with running(seq):
+        out = llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions)
+    hidden = out.last_hidden_state
     logits = llm.head(hidden)[:, :-1]
     total = F.cross_entropy(logits.flatten(0, 1), seq.labels[:, 1:].flatten(), reduction="sum", ignore_index=-100)
     return total, seq.labels

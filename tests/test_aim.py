@@ -13,6 +13,7 @@ from zoo.benches.costs import QWEN2_7B, VICUNA_7B, DecoderSizes, cache_bytes, ma
 from zoo.benches.flops import flop_counter
 from zoo.fusion.attention_walk import walk_flops
 from zoo.fusion.merging import merge
+from zoo.fusion.running import running
 from zoo.registry import ZooError
 from zoo.registry.versions import cache_of
 
@@ -136,7 +137,7 @@ def test_a_batch_is_each_sample_alone():
     rows = [row("tit", 9), row("ttiitit", 4, 1), row("tt", seed=2)]
     for side in ("left", "right"):
         together = forward(llm, pruner, *padded(rows, side)).last_hidden_state
-        seen = pruner.dropper.run.layers[-1].seen
+        seen = pruner.dropper.last.layers[-1].seen
         for i, alone in enumerate(rows):
             out = forward(llm, pruner, alone[None]).last_hidden_state[0]
             assert torch.allclose(together[i][seen[i]], out, atol=1e-5)
@@ -171,10 +172,9 @@ def test_the_walk_materialises_no_matrix():
             return out
 
     llm = llm_of(max_positions=1024)
-    pruner = inside(llm)
+    inside(llm)
     ids = row("tit", length)[None]
-    pruner.begin(sequence(ids))
-    with Watch():
+    with Watch(), running(sequence(ids)):
         llm.hidden(inputs_embeds=embeds_of(llm, ids))
     assert max(peak) < 4 * length * length / 4  # four heads; blocks of 128 rows
 
@@ -193,7 +193,7 @@ def test_pruned_training_chooses_as_the_prompt_alone_does():
     llm = llm_of().train()
     pruner = inside(llm, stop=3)
     ids = row("titt", 9)
-    loss_of(llm, pruner, ids[None], torch.ones(1, len(ids)), labelled(ids)[None])[0].backward()
+    loss_of(llm, ids[None], torch.ones(1, len(ids)), labelled(ids)[None])[0].backward()
     trained = [k[0, :-3] for k in pruner.kept()]
     with torch.no_grad():
         forward(llm, pruner, ids[None, :-3])
@@ -327,8 +327,7 @@ def test_closed_form_is_torchs_counter_and_caches_are_as_counted():
     pruner = build(llm=llm, merge_ratio=1.0)
     ids = row("tit", 40)[None]
     embeds = embeds_of(llm, ids)
-    pruner.begin(sequence(ids))
-    with flop_counter() as counter:
+    with flop_counter() as counter, running(sequence(ids)):
         out = llm.lm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
     sizes, n = DecoderSizes.of(llm.lm.config), pruner.tokens_per_layer(40, 6)
     assert n == [40, 40, 40, 40, 20, 0]

@@ -8,6 +8,7 @@ import torch
 
 from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, generate, llm_of, padded, row, sequence
 from tests.fusion_builders import same_state, tiny_llm
+from zoo.fusion.running import running
 from zoo.registry import ZooError
 from zoo.registry.versions import cache_argument, cache_of
 
@@ -43,7 +44,7 @@ def test_a_batch_is_each_sample_alone(attention, side):
     rows = [row("tit", 7), row("ttiitit", 4, 1), row("tt", seed=2), row("iit", 5, 3)]
     ids, mask = padded(rows, side)
     together = forward(llm, drop, ids, mask).last_hidden_state
-    seen = drop.run.layers[-1].seen
+    seen = drop.last.layers[-1].seen
     for i, alone in enumerate(rows):
         out = forward(llm, drop, alone[None]).last_hidden_state[0]
         assert torch.allclose(together[i][seen[i]], out, atol=1e-5)
@@ -111,8 +112,7 @@ def test_what_has_no_image_or_no_announcement_is_left_alone():
     assert forward(llm, drop, ids).last_hidden_state.shape[1] < ids.shape[1]
     before = same_state(plain.state_dict(), llm.state_dict())
     drop.detach()
-    drop.begin(sequence(ids))
-    assert before and torch.equal(forward(llm, None, ids).last_hidden_state, wanted)
+    assert before and torch.equal(forward(llm, drop, ids).last_hidden_state, wanted)
     assert not any(layer._forward_pre_hooks for layer in llm.layers)
 
 
@@ -193,17 +193,16 @@ def test_what_would_go_wrong_is_refused():
     seq = sequence(row()[None])
     seq.block_ids = torch.full((1, len(row())), 2)
     with pytest.raises(ZooError, match="Set pack=none"):
-        drop.begin(seq)
+        drop.check(seq)
     with pytest.raises(ZooError, match="needs a cache that grows"):
         generate(llm, drop, row()[None], cache_implementation="static")
-    drop.begin(sequence(row()[None]))
-    with pytest.raises(ZooError, match="was told of"):
+    with pytest.raises(ZooError, match="was told of"), running(sequence(row()[None])):
         llm.hidden(inputs_embeds=embeds_of(llm, row()[None, :-1]))
     with pytest.raises(ZooError, match="'bloom'"):
         dropper(tiny_llm("bloom", num_kv_heads=0))
     llm.lm.base_model.compile()
     with pytest.raises(ZooError, match="compile=false"):
-        drop.begin(sequence(row()[None]))
+        drop.check(sequence(row()[None]))
     moe = llm_of("mixtral", router_aux_coef=0.01).train()
     with pytest.raises(ZooError, match="router_aux_coef"):
-        dropper(moe).begin(sequence(row()[None]))
+        dropper(moe).check(sequence(row()[None]))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.dropping_builders import dropper, embeds_of, labelled, llm_of, loss_of, padded, row, sequence
+from zoo.fusion.running import running
 from zoo.fusion.survivors import Survivors
 from zoo.registry import IGNORE_INDEX
 from zoo.registry.versions import checkpoint_activations
@@ -18,7 +19,8 @@ def test_labels_follow_the_survivors_and_gradients_are_those_of_hiding(side):
     grads, losses = [], []
     for hide in (False, True):
         llm = llm_of().train()
-        total, seen = loss_of(llm, dropper(llm, hide=hide), ids, mask, labels)
+        dropper(llm, hide=hide)
+        total, seen = loss_of(llm, ids, mask, labels)
         assert int((seen != IGNORE_INDEX).sum()) == 9
         total.backward()
         losses.append(total)
@@ -33,7 +35,7 @@ def test_a_label_right_after_an_image_keeps_its_predictor():
     labels[:, -3:] = ids[:, -3:]
     llm = llm_of()
     drop = dropper(llm, {0: 0.0})
-    _, seen = loss_of(llm, drop, ids, torch.ones_like(ids), labels)
+    _, seen = loss_of(llm, ids, torch.ones_like(ids), labels)
     assert drop.kept()[-1][0].nonzero()[:, 0].tolist() == [0, 1, 2, 10, 11, 12, 13]
     assert seen.tolist() == [[IGNORE_INDEX] * 4 + ids[0, -3:].tolist()]
 
@@ -47,7 +49,8 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         llm = llm_of("qwen2").train()
         if on:
             checkpoint_activations(llm.lm, {"use_reentrant": reentrant})
-        total, _ = loss_of(llm, dropper(llm), ids, torch.ones_like(ids), labels)
+        dropper(llm)
+        total, _ = loss_of(llm, ids, torch.ones_like(ids), labels)
         total.backward()
         grads.append([p.grad for p in llm.layers.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6 * float(a.abs().max() + 1)) for a, b in zip(*grads, strict=True))
@@ -66,15 +69,13 @@ def test_packed_samples_are_each_alone():
     drop = dropper(llm)
     embeds = torch.cat([*[embeds_of(llm, r[None]) for r in rows], llm.embed(ids[:, -2:])], 1)
     seq = sequence(ids, mask, labels, segment_ids=segment)
-    drop.begin(seq)
-    hidden = llm.hidden(
-        inputs_embeds=embeds, attention_mask=block_mask(mask, segment), position_ids=positions
-    ).last_hidden_state
-    left = drop.run.layers[-1]
+    with running(seq):
+        out = llm.hidden(inputs_embeds=embeds, attention_mask=block_mask(mask, segment), position_ids=positions)
+    hidden, left = out.last_hidden_state, drop.last.layers[-1]
     for i, alone in enumerate(rows):
         one = sequence(alone[None], None, labelled(alone)[None])
-        drop.begin(one)
-        out = llm.hidden(inputs_embeds=embeds_of(llm, alone[None])).last_hidden_state
+        with running(one):
+            out = llm.hidden(inputs_embeds=embeds_of(llm, alone[None])).last_hidden_state
         where = (left.segment[0] == i) & left.seen[0]
         assert torch.allclose(hidden[0, where], out[0], atol=1e-5)
         assert torch.equal(seq.labels[0, where], one.labels[0])

@@ -108,7 +108,7 @@ def test_two_pruners_inside_one_llm_are_refused(make_model, name):
 def test_the_sequence_says_which_image_a_position_shows(built, name):
     model, processor = built
     batch = processor.collate(rows(processor))
-    ids = model._sequence(batch["input_ids"], batch["attention_mask"], None, None).image_ids
+    ids = model(**batch).sequence.image_ids
     n = model.num_image_tokens
     assert [int((ids == i).sum()) for i in range(4)] == [n, n, n, 0]
     assert [sorted(set(r.tolist())) for r in ids] == [[-1, 0], [-1, 1, 2], [-1]]

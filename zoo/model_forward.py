@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.answer_loss import answer_loss
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask
+from zoo.fusion.running import running
 from zoo.model_images import ImagesMixin
 from zoo.model_types import LLMSequence, ZooOutput
 from zoo.registry import IGNORE_INDEX, Cut, ImageFeatures, ZooError, unknown
@@ -119,15 +120,16 @@ class ForwardMixin(ImagesMixin):
         self._tell(sequence)
 
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        out = self.llm.hidden(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            use_cache=self._makes_cache(use_cache),
-            **masks,
-            **cache_argument(cache),
-            **{name: value for name, value in asked.items() if value is not None},
-            **more,
-        )
+        with running(sequence):
+            out = self.llm.hidden(
+                inputs_embeds=embeds,
+                position_ids=position_ids,
+                use_cache=self._makes_cache(use_cache),
+                **masks,
+                **cache_argument(cache),
+                **{name: value for name, value in asked.items() if value is not None},
+                **more,
+            )
         hidden = out.last_hidden_state  # (B, T, C)
         logits = loss = losses = None
         if run_head and (labels is None or all_logits):

@@ -118,6 +118,7 @@ class LLMSequence:
     tokens_per_image: int = 0
     columns: Tensor | None = None  # (B, K) position of each hidden state that is left, -1 padding; None: all, in order
     pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.collate`
+    drafts: int = 0  # columns at the end that assisted decoding guesses, behind the prompt
 
     @property
     def image_ids(self) -> Tensor | None:

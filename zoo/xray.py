@@ -251,17 +251,17 @@ class _Recorder:
     def __enter__(self) -> "_Recorder":
         for dropper in self.droppers:
             self.undo.append((dropper, dropper.score))
-            dropper.score = self._listening(dropper, dropper.score)
+            dropper.score = self._listening(dropper.score)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for dropper, score in self.undo:
             dropper.score = score
 
-    def _listening(self, dropper: Any, score: Any) -> Any:
+    def _listening(self, score: Any) -> Any:
         def listening(given: Any) -> Tensor:
             scores = score(given)
-            self.rows[dropper.scoring] = (given.tokens.column[0].cpu(), scores[0].float().cpu())
+            self.rows[given.layer] = (given.tokens.column[0].cpu(), scores[0].float().cpu())
             return scores
 
         return listening

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zoo.benches.claim_steps import train
 from zoo.benches.flops import flop_counter
+from zoo.fusion.running import running
 from zoo.model_types import LLMSequence
 from zoo.registry import ImageFeatures, build
 
@@ -83,10 +84,8 @@ class Reader(nn.Module):
         k = tokens.shape[1]
         slots = torch.cat([torch.ones(n, k), torch.zeros(n, 1)], dim=1).bool()
         sequence = LLMSequence(slots, torch.ones(n, k + 1, dtype=torch.long), None, None)
-        for pruner in pruners:
-            if hasattr(pruner, "begin"):
-                pruner.begin(sequence)
-        hidden = self.llm.hidden(inputs_embeds=torch.cat([tokens, question], dim=1)).last_hidden_state
+        with running(sequence):
+            hidden = self.llm.hidden(inputs_embeds=torch.cat([tokens, question], dim=1)).last_hidden_state
         logits: Tensor = self.llm.head(hidden[:, -1])[:, self.questions :]
         return logits
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from zoo.benches.costs import DecoderSizes, matmul_flops
+from zoo.fusion.running import running
 from zoo.model import ZooConfig, ZooModel
+from zoo.model_types import LLMSequence
 from zoo.registry import ImageFeatures, get
 from zoo.registry.versions import cache_argument, cache_of
 
@@ -101,9 +103,8 @@ class Variant:
     @torch.no_grad()
     def read(self, ids: Tensor, embeds: Tensor) -> tuple[Tensor, Any]:
         """Prefill: the logits of the last position (B, V), and the cache."""
-        if self.inside:
-            self.pruner.begin(self.model._sequence(ids, None, None, None))
-        out = self.model.llm.hidden(inputs_embeds=embeds, use_cache=True)
+        with running(LLMSequence(self.model._placeholders(ids), None, None, None)):
+            out = self.model.llm.hidden(inputs_embeds=embeds, use_cache=True)
         return self.model.llm.head(out.last_hidden_state[:, -1]), cache_of(out)
 
     def after(self, features: ImageFeatures | None = None) -> Tensor:
