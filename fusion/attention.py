@@ -51,6 +51,8 @@ def resolve_attention(
         register_zoo_eager()
     if name in _FLASH and (reason := _why_no_flash(int(name[-1]), device, dtype)):
         raise ZooError(f"attention {name!r} cannot run: {reason}. Use 'auto' or 'sdpa'.")
+    if lm is not None:
+        require_kernel(name, lm)
     if name in _FLASH and packed:
         raise ZooError(f"attention {name!r} takes no mask, which packed rows need. Use 'sdpa', or no packing.")
     if name != "auto":
@@ -61,12 +63,26 @@ def resolve_attention(
             for version in flash:  # 4 is a pre-release: only by name
                 if not _why_no_flash(version, device, dtype):
                     return f"flash_attention_{version}"
-    if lm is not None and not getattr(lm, "_supports_sdpa", False):
+    if lm is not None and not getattr(lm, "_supports_sdpa", True):
         return "eager"  # the model's own; it knows its caps and sinks
     if device.type == "cpu" and dtype == torch.bfloat16 and (seq_len is None or seq_len < LONG):
         register_zoo_eager()
         return ZOO_EAGER
     return "sdpa"
+
+
+def require_kernel(name: str, lm: nn.Module) -> None:
+    """Refuse an attention that a language model's family was not written for (Gemma 2 and GPT-OSS have no sdpa).
+
+    Args:
+        name: as `resolve_attention` takes it.
+        lm: the transformers model, real or on the meta device.
+    """
+    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"} | dict.fromkeys(
+        _FLASH, "_supports_flash_attn"
+    )
+    if name in flags and not getattr(lm, flags[name], True):
+        raise ZooError(f"attention {name!r} cannot run: {type(lm).__name__} does not know it. Use 'auto' or 'eager'.")
 
 
 def _why_no_flash(version: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -31,7 +31,7 @@ class Passes:
 
     def attach(self) -> list[Callable[[], None]]:
         """Hook into the decoder; returns what undoes it."""
-        decoder = self.llm.lm.base_model
+        decoder = self.llm.decoder
         begin = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.llm.told_shorter.append(self._shorter)
         return [begin.remove, decoder.register_forward_hook(self._end).remove, self._forget]

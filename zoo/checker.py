@@ -14,6 +14,7 @@ import torch
 from zoo import registry
 from zoo.assembly import Parts, assemble
 from zoo.fixes import candidates
+from zoo.fusion.attention import require_kernel
 from zoo.registry import ZooError
 from zoo.tokenizer import CHAT_TEMPLATES, load_tokenizer, require_vocab_size
 
@@ -124,8 +125,10 @@ def _walk(plan: Plan) -> Walk:
     _check_positions(parts)
     from zoo.model import ZooConfig, ZooModel
 
+    require_kernel(plan.attention, parts.llm.lm)
+    attention = "auto" if plan.attention.startswith("flash") else plan.attention  # which run on no meta device
     with torch.device("meta"):
-        model = ZooModel(ZooConfig(slots=dict(plan.slots), attention="sdpa"), parts=parts)
+        model = ZooModel(ZooConfig(slots=dict(plan.slots), attention=attention), parts=parts)
     rows = [_row(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
     walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + _TEXT))
@@ -193,11 +196,12 @@ def _row(step: Any, parts: Parts, model: Any) -> Row:
 
 
 def _cache_bytes(parts: Parts, tokens: int) -> int:
-    text = parts.llm.lm.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    width = getattr(text, "head_dim", None) or parts.llm.hidden_size // max(1, getattr(text, "num_attention_heads", 1))
-    size = next(parts.llm.parameters()).element_size()
-    return 2 * parts.llm.num_layers * heads * width * tokens * size
+    columns = 0  # of keys, over the layers: heads may differ from one to the next (Gemma 4)
+    for layer in parts.llm.lm.config.get_text_config().per_layer_config:
+        queries = getattr(layer, "num_attention_heads", 1)
+        width = getattr(layer, "head_dim", None) or parts.llm.hidden_size // max(1, queries)
+        columns += (getattr(layer, "num_key_value_heads", None) or queries) * width
+    return 2 * columns * tokens * next(parts.llm.parameters()).element_size()
 
 
 def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) -> Stagecheck:
