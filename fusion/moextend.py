@@ -276,6 +276,11 @@ class MoExtend(nn.Module):
         """Nothing in the language model: rows and experts are this module's own parameters."""
         return False
 
+    @property
+    def reads_image(self) -> bool:
+        """Whether it computes something else for a sequence with images."""
+        return self.config.guard
+
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
         """With `guard`, note which sequences have images."""
         flags = [count > 0 for count in images_per_row for _ in range(expand)] if self.config.guard else []
@@ -352,7 +357,7 @@ class MoExtend(nn.Module):
             if hasattr(text, name):
                 setattr(text, name, total)
         self.llm.num_experts = total
-        for owner in (self.llm.lm, self.llm.lm.base_model):
+        for owner in (self.llm.lm, self.llm.decoder):
             for name in ("num_experts", "num_local_experts"):
                 if isinstance(getattr(owner, name, None), int):
                     setattr(owner, name, total)

@@ -312,6 +312,7 @@ class Adapter(Protocol):
     """`__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid)`, any of them; `llm` has its base weights.
 
     An adapter may also have `begin(sequence)`, called before each pass with the LLM's sequence (zoo.model_types);
+    `reads_image`, whether it computes something else for an image (without it: whether it needs `image`);
     `start()`, called where it starts untrained on weights that were loaded after it was built; and `idles(name)`:
     whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it. One that `merge()`
     can put into the base weights says so by `merged`, for good, or until `unmerge()` where there is one.

@@ -4,11 +4,10 @@
 placeholders are, runs an unmodified causal LM, and computes the loss only where labels are.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,16 +16,17 @@ from zoo.auto import register_model
 from zoo.bases import Bases, bases_of
 from zoo.fusion.attention import resolve_attention
 from zoo.model_forward import ForwardMixin
+from zoo.model_generate import GenerateMixin
 from zoo.model_llm import LanguageModelMixin
 from zoo.model_parts import PartsMixin
 from zoo.model_slots import slots_now, without_checkpoint
-from zoo.model_types import LLMSequence, ZooConfig
-from zoo.registry import Cut, ImageFeatures, ZooError, refuse_code
+from zoo.model_types import ZooConfig
+from zoo.registry import refuse_code
 from zoo.stops import stated_config
 from zoo.weights import library_versions, local_folder, read_weights, state_of, write_weights
 
 
-class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  # type: ignore[misc]
+class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreTrainedModel):  # type: ignore[misc]
     """A vision-language model composed of registered parts.
 
     `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts
@@ -43,7 +43,6 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  
     _supports_attention_backend = True
     _supports_flex_attn = True
 
-    generation_config: Any
     fresh_parts: list[str]  # that started without trained weights
 
     def __init__(self, config: ZooConfig, parts: Parts | None = None, base: Any = None) -> None:
@@ -76,7 +75,6 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  
         self.compiled = False
         self.fresh_parts = []
         self.loss_type = "ForCausalLM"  # labels are shifted here: transformers' Trainer counts those behind the first
-        self.generation_config = getattr(self.llm.lm, "generation_config", None)
         self.set_attention(config.attention)
         self.bases = bases_of(self, config.slots or {}, base) if built else Bases()
         config.base = self.bases.record or None
@@ -98,101 +96,6 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  
     @classmethod
     def can_generate(cls) -> bool:
         return True
-
-    def _sequence(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        labels: Tensor | None,
-        segment_ids: Tensor | None = None,
-        block_ids: Tensor | None = None,
-    ) -> LLMSequence:
-        slots = self._placeholders(input_ids) if input_ids is not None else None
-        rows = attention_mask, position_ids, labels, segment_ids, block_ids
-        return LLMSequence(slots, *rows, tokens_per_image=0 if self.layout is not None else self.num_image_tokens)
-
-    # ---- generate ----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        images_per_row: Sequence[int] | None = None,
-        cuts: Sequence[Cut] | None = None,
-        encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
-        generation_config: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate with transformers' own `generate`: greedy, sampling, beams, several sequences, any of its options.
-
-        Args:
-            input_ids: (B, T), padded on the left where lengths differ.
-            pixel_values: (M, 3, S, S).
-            images_per_row: needed only where images have no placeholders and rows do not hold one image each.
-            cuts: of each image, where images have rows of their own (crops, frames).
-            encoded: what `encode_images` gave, instead of `pixel_values`.
-
-        Returns:
-            What transformers returns: prompt and new ids (B * num_return_sequences, T + new), or a dict if asked for.
-        """
-        if input_ids is None:
-            raise ZooError("generate needs input_ids: a prompt, if only the token that begins one.")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        elif not bool(attention_mask[:, -1].all()):
-            raise ZooError(
-                "generate needs padding on the left: the last token of some row is padding. Set padding_side='left'."
-            )
-        _, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
-        embeds = self.merge(input_ids, image_tokens)
-        config = generation_config or self.generation_config
-        if getattr(config, "stop_strings", None) or kwargs.get("stop_strings"):
-            kwargs.setdefault("tokenizer", self._tokenizer())
-        beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
-        copies = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", None)) or 1
-        self._condition(kept, images_per_row, input_ids, expand=max(beams, copies))
-        sequence = self._sequence(input_ids, attention_mask, None, None)
-        for pruner in self.pruner.values():
-            if hasattr(pruner, "begin"):
-                pruner.begin(sequence)
-        return self.llm.lm.generate(
-            input_ids=input_ids.to(embeds.device),
-            inputs_embeds=embeds,
-            attention_mask=attention_mask.to(embeds.device),
-            generation_config=generation_config,
-            **kwargs,
-        )
-
-    def _tokenizer(self) -> Any:
-        """The tokenizer, where an answer ends with text: that of the processor, or in the folder of the model."""
-        if (processor := self.__dict__.get("processor")) is not None:
-            return processor.tokenizer
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ZooError(
-                "Answers of this model end with a text: pass its tokenizer, generate(tokenizer=...)."
-            ) from error
-
-    def chat(self, text: str, image: Any = None, images: Iterable[Any] = (), video: Any = None, **options: Any) -> str:
-        """Ask something about images or a video, and return the answer; `zoo.talk.Talk` holds several turns.
-
-        Args:
-            text: the question.
-            image: a path, PIL image, array or bytes.
-            images: several of them.
-            video: a path, or a `zoo.vision.video.Video`.
-            options: `max_new_tokens`, `stream`, and those of `generate`.
-        """
-        from zoo.talk import Talk
-
-        shown = [*([image] if image is not None else []), *images]
-        return Talk(self).say(text, shown, [video] if video is not None else [], **options)
 
     # ---- save and load -----------------------------------------------------------------------------------------
 
@@ -274,7 +177,7 @@ class ZooModel(PartsMixin, ForwardMixin, LanguageModelMixin, PreTrainedModel):  
         model.name_or_path = str(folder)
         model.bases.require_same(saved_base)
         read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
-        model.generation_config = model.llm.lm.generation_config = stated_config(model, folder)  # what ends answers
+        model.generation_config = stated_config(model, folder)  # what ends answers
         model = placed(model, device_map, dtype, base).eval()
         if attn_implementation is not None:
             model.set_attention(attn_implementation)

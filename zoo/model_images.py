@@ -104,20 +104,47 @@ class ImagesMixin(nn.Module):
         Raises:
             ZooError: the placeholders and the image tokens are not equally many.
         """
-        have = 0 if image_tokens is None else image_tokens.shape[:-1].numel()
-        if not torch.compiler.is_compiling() and (found := int(slots.sum())) != have:
+        if not torch.compiler.is_compiling():
+            self._require_filled(slots, image_tokens)
+        if image_tokens is None or not _count(image_tokens):
+            return embeds
+        return _put(embeds, _numbered(slots), image_tokens)
+
+    def place(self, input_ids: Tensor, index: Tensor, image_tokens: Tensor) -> Tensor:
+        """Embed ids (B, T), and put image token `index` (B, T) of all (M, K, C) or (S, C) where it is not negative."""
+        return _put(self.llm.embed(input_ids.masked_fill(index >= 0, 0)), index, image_tokens)  # (B, T, C)
+
+    def image_index(self, slots: Tensor, image_tokens: Tensor | None, past: int = 0) -> Tensor | None:
+        """Say which image token stands in each column, counted over the batch: (B, T), -1 a word; None: no image.
+
+        Args:
+            slots: (B, T) where placeholders are.
+            image_tokens: (M, K, C) or (S, C): of all placeholders, or of those from column `past` on.
+            past: columns that a cache holds already.
+
+        Raises:
+            ZooError: the placeholders and the image tokens are not equally many.
+        """
+        have = 0 if image_tokens is None else _count(image_tokens)
+        if past and int(slots[:, past:].sum()) == have:
+            slots = slots & (torch.arange(slots.shape[1], device=slots.device) >= past)
+        self._require_filled(slots, image_tokens)
+        return _numbered(slots) if have else None
+
+    def _require_filled(self, slots: Tensor, image_tokens: Tensor | None) -> None:
+        have = 0 if image_tokens is None else _count(image_tokens)
+        if (found := int(slots.sum())) != have:
             each = "" if self.layout is not None else f" of {self.num_image_tokens} tokens"
             images = 0 if image_tokens is None else "laid out" if each == "" else len(image_tokens)
             raise ZooError(
                 f"The batch has {found} image placeholders (id {self.image_token_id}) for {images} images{each}; "
                 f"{have} are needed."
             )
-        if image_tokens is None or not have:
-            return embeds
-        flat = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds)  # (M * K, C)
-        slots = slots.to(embeds.device)
-        index = (slots.flatten().cumsum(0) - 1).clamp_(min=0).view_as(slots)  # (B, T)
-        return torch.where(slots.unsqueeze(-1), flat[index], embeds)
+
+    @property
+    def inside_pruners(self) -> dict[str, Any]:
+        """Pruners that drop tokens inside the LLM, by name."""
+        return {n: p for n, p in self.pruner.items() if hasattr(p, "begin") and getattr(p, "dropper", p) is not None}
 
     def _condition(
         self,
@@ -174,3 +201,18 @@ class ImagesMixin(nn.Module):
         )
         _, kept, tokens = self.encode_images(pixels)
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
+
+
+def _count(image_tokens: Tensor) -> int:
+    return image_tokens.shape[:-1].numel()
+
+
+def _numbered(slots: Tensor) -> Tensor:
+    """Count the places that are true over the batch: their numbers (B, T), elsewhere -1."""
+    return (slots.flatten().cumsum(0) - 1).view_as(slots).masked_fill(~slots, -1)
+
+
+def _put(embeds: Tensor, index: Tensor, image_tokens: Tensor) -> Tensor:
+    """Put image token `index` (B, T) among the embeddings (B, T, C) where it is not negative."""
+    flat, index = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds), index.to(embeds.device)  # (M * K, C)
+    return torch.where((index >= 0).unsqueeze(-1), flat[index.clamp(min=0)], embeds)

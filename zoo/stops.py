@@ -67,7 +67,7 @@ def set_stops(model: Any, processor: Any, config: Any, *, same_ids: bool = True)
     config.stop_strings = list(dict.fromkeys([*listed(config.stop_strings), *stops.texts])) or None
     if config.pad_token_id is None or not same_ids:
         config.pad_token_id = processor.tokenizer.pad_token_id
-    model.generation_config = model.llm.lm.generation_config = config
+    model.generation_config = config
     model.config.eos_token_id = config.eos_token_id
 
 

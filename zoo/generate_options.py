@@ -1,0 +1,160 @@
+"""Which options of transformers' `generate` a composed model takes, which it refuses and why.
+
+Every field of the installed `GenerationConfig` stands in one of the two tables. A field that a newer transformers
+brings is refused where it is used, until it was tried; a test says which are missing.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from zoo.registry import ZooError, nearest
+
+# Taken as transformers' own models take them.
+SUPPORTED = frozenset(
+    {
+        # how long
+        "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "early_stopping",
+        # how tokens are chosen
+        "do_sample", "num_beams", "num_return_sequences", "temperature", "top_k", "top_p", "top_h", "min_p",
+        "typical_p", "epsilon_cutoff", "eta_cutoff",
+        # what changes their scores
+        "repetition_penalty", "encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size", "bad_words_ids", "renormalize_logits", "forced_bos_token_id",
+        "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+        "begin_suppress_tokens", "sequence_bias", "guidance_scale", "watermarking_config", "token_healing",
+        # the cache and the passes
+        "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config",
+        "disable_compile",
+        # what comes back
+        "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+        # special tokens
+        "pad_token_id", "bos_token_id", "eos_token_id",
+        # drafts
+        "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+        "target_lookbehind", "assistant_ensemble_weight", "use_mtp", "speculation_type",
+    }
+)  # fmt: skip
+
+_ELSEWHERE = "transformers moved it into code that it downloads, and no downloaded code is run here"
+# Field -> why it is refused, and which of its values ask for something.
+REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "penalty_alpha": (f"contrastive search: {_ELSEWHERE}; sample, or use beams", lambda v: v > 0),
+    "low_memory": (f"it is of contrastive search: {_ELSEWHERE}", bool),
+    "dola_layers": (f"DoLa: {_ELSEWHERE}", lambda v: True),
+    "num_beam_groups": (f"groups of beams: {_ELSEWHERE}; use num_beams", lambda v: v > 1),
+    "diversity_penalty": (f"it is of groups of beams: {_ELSEWHERE}", lambda v: v > 0),
+    "constraints": (f"constrained beams: {_ELSEWHERE}; see prefix_allowed_tokens_fn and sequence_bias", bool),
+    "force_words_ids": (f"constrained beams: {_ELSEWHERE}; see prefix_allowed_tokens_fn and sequence_bias", bool),
+    "is_assistant": ("transformers sets it for a model that drafts: to draft for others, pass model.llm.lm", bool),
+    "decoder_start_token_id": ("it is for models with an encoder of text", lambda v: True),
+    "continuous_batching_config": ("continuous batching takes prompts of words alone", bool),
+}
+_NO_FIELDS = frozenset({"transformers_version"})  # beside those that begin with an underscore
+
+# Arguments of `generate` that transformers takes out of its keywords.
+_TAKEN_OUT = frozenset({"tokenizer", "assistant_tokenizer", "trust_remote_code"})
+_OURS = frozenset({"images_per_row", "cuts", "encoded", "pixel_values", "past_key_values", "cache"})
+_DRAFTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+def fields() -> set[str]:
+    """Name the fields of the installed `GenerationConfig`."""
+    from transformers import GenerationConfig
+
+    return {n for n in vars(GenerationConfig()) if not n.startswith("_")} - _NO_FIELDS
+
+
+def options_of(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Join what a call asks for: the fields of its `generation_config` that are set, and its keywords."""
+    named = {} if config is None else {n: v for n, v in vars(config).items() if not n.startswith("_")}
+    return {n: v for n, v in (named | dict(given)).items() if v is not None and n not in _NO_FIELDS}
+
+
+def check_names(llm: Any, given: Mapping[str, Any]) -> None:
+    """Refuse keywords that nothing knows, with the nearest name that something does.
+
+    Args:
+        llm: the language model part.
+        given: keywords of a call.
+    """
+    from transformers import GenerationMixin
+
+    known = fields() | _TAKEN_OUT | _OURS | llm.keywords()
+    for call in (GenerationMixin.generate, llm.lm.forward, given.get("custom_generate")):
+        known |= set(inspect.signature(call).parameters) if callable(call) else set()
+    known -= {"self", "kwargs", "args", "model_kwargs"}
+    for name in given:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ZooError(f"generate has no option named {name!r}.{hint}")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what no composed model can do.
+
+    Args:
+        options: what a call asks for (`options_of`).
+    """
+    for name, value in options.items():
+        if name in REFUSED and REFUSED[name][1](value):
+            raise ZooError(f"generate({name}={value!r}) is not possible: {REFUSED[name][0]}.")
+        if name in fields() - SUPPORTED - set(REFUSED):
+            raise ZooError(f"generate({name}=...) is new in this transformers, and has not been tried here yet.")
+    if isinstance(options.get("custom_generate"), str) or options.get("trust_remote_code"):
+        raise ZooError("generate runs no downloaded code: give custom_generate a function.")
+    kind = options.get("cache_implementation") or ""
+    if kind == "paged":
+        raise ZooError("generate(cache_implementation='paged') is not possible: it takes prompts of words alone.")
+    if "offloaded" in kind and not torch.accelerator.is_available():
+        raise ZooError(f"generate(cache_implementation={kind!r}) is not possible: there is no device to offload from.")
+    if options.get("use_cache") is False and (drafted := _drafting(options)):
+        raise ZooError(
+            f"generate(use_cache=False) is not possible with {drafted}: what drafts get wrong is cut off a cache."
+        )
+
+
+def check_parts(
+    options: Mapping[str, Any], length: int, pruners: Mapping[str, Any], adapters: Mapping[str, Any]
+) -> None:
+    """Refuse what the parts inside the LLM cannot do, for a prompt with images.
+
+    Args:
+        options: what a call asks for (`options_of`).
+        length: columns of the prompt.
+        pruners: those that drop tokens inside the LLM, by name.
+        adapters: by name.
+    """
+    read = [n for n, a in adapters.items() if getattr(a, "reads_image", "image" in a.needs)]
+    if options.get("guidance_scale", 1) != 1 and read:
+        raise ZooError(
+            f"generate(guidance_scale=...) is not possible beside adapter {read[0]!r}, which changes the LLM by the "
+            "image: the pass without the prompt would see the image too."
+        )
+    if options.get("token_healing"):
+        raise ZooError("generate(token_healing=True) spells the prompt anew, and an image cannot be spelt.")
+    if not pruners:
+        return
+    who = f"pruner {next(iter(pruners))!r}, which chooses image tokens by the whole prompt"
+    if length > (options.get("prefill_chunk_size") or length):
+        raise ZooError(f"generate(prefill_chunk_size=...) is not possible with {who}.")
+    kind = options.get("cache_implementation") or "dynamic"
+    if kind not in ("dynamic", "offloaded"):
+        raise ZooError(
+            f"generate(cache_implementation={kind!r}) is not possible with {who} and makes the caches of later layers "
+            "shorter: they have to grow one by one. Leave it out, or take 'offloaded'."
+        )
+    if reader := next((n for n in ("use_mtp", "speculation_type") if options.get(n)), None):
+        raise ZooError(f"generate({reader}=...) is not possible with {who}: its drafts read every position of a layer.")
+    shown = next((n for n in ("output_attentions", "output_hidden_states") if options.get(n)), None)
+    if shown and (drafted := _drafting(options)):
+        raise ZooError(f"generate({shown}=True) is not possible with {drafted} and {who}: layers differ in length.")
+
+
+def _drafting(options: Mapping[str, Any]) -> str | None:
+    """Name the option by which tokens are drafted, if there is one."""
+    return next((n for n in _DRAFTED if options.get(n) not in (None, False)), None)
