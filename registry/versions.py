@@ -16,8 +16,8 @@ products refuse float32 on the meta device (`fusion/experts.py`, torch 2.14).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial, update_wrapper
-from importlib.metadata import version
+from functools import partial, update_wrapper
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -51,7 +51,7 @@ PYTHON = "3.11"  # that the tests ran on
 TESTED = {
     "torch": Versions("2.11.0", "2.14.1", "2.15"),
     "torchvision": Versions("0.26.0", "0.29.1", "0.30"),
-    "transformers": Versions("5.18.0", "5.24.0", "5.25"),
+    "transformers": Versions("5.21.0", "5.24.0", "5.25"),
     "tokenizers": Versions("0.23.1", "0.23.3", "0.24"),
     "safetensors": Versions("0.8.0", "0.8.0", "0.9"),
     "huggingface-hub": Versions("1.31.0", "2.4.0", "3"),
@@ -78,48 +78,43 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def at_least(package: str, least: str) -> bool:
-    """Whether the installed version of a package is `least` or newer."""
-    return numbers(version(package)) >= numbers(least)
+    """Whether the installed version of a package is `least` or newer; not where it is missing."""
+    try:
+        return numbers(version(package)) >= numbers(least)
+    except PackageNotFoundError:  # `zoo doctor` says so
+        return False
+
+
+# Asked once and for all, as this is imported: what runs inside of compiled models must not look for packages.
+_ACTIVATION_CHECKPOINTING = at_least("transformers", "5.23")
+TORCHVISION_HAS_LANCZOS = at_least("torchvision", "0.27")  # for tensors
+# What models and decoder layers call the key/value cache.
+CACHE = "cache" if at_least("transformers", "5.24") else "past_key_values"
 
 
 # ---- the key/value cache ---------------------------------------------------------------------------------------------
 
 
-@cache
-def cache_name() -> str:
-    """Give the name that transformers' models and decoder layers have for the key/value cache."""
-    return "cache" if at_least("transformers", "5.24") else "past_key_values"
-
-
 def cache_argument(value: Any) -> dict[str, Any]:
     """Give the keyword argument that hands a key/value cache to a model of transformers."""
-    return {cache_name(): value}
+    return {CACHE: value}
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
     """Find the key/value cache among the keyword arguments of a decoder layer; None where there is none."""
-    return next((given[n] for n in (cache_name(), "layer_past") if given.get(n) is not None), None)
+    return next((given[n] for n in (CACHE, "layer_past") if given.get(n) is not None), None)
 
 
 def cache_of(output: Any) -> Any:
     """Give the key/value cache of a model's output; None where it has none."""
-    return getattr(output, cache_name(), None)
+    return getattr(output, CACHE, None)
 
 
 def with_old_cache_name(output: type) -> type:
     """Let an output class with a field `cache` answer to `past_key_values` too, where transformers does not do so."""
-    if cache_name() != "cache":
+    if CACHE != "cache":
         output.past_key_values = property(lambda self: self.cache)  # type: ignore[attr-defined]
     return output
-
-
-# ---- images --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def torchvision_has_lanczos() -> bool:
-    """Whether torchvision resamples tensors by lanczos."""
-    return at_least("torchvision", "0.27")
 
 
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
@@ -134,7 +129,7 @@ def checkpoint_activations(model: Any, given: Mapping[str, Any] | None = None, *
         options: of transformers beside them, `every_n_layers` for one.
     """
     given = dict(given or {"use_reentrant": False})
-    if at_least("transformers", "5.23"):
+    if _ACTIVATION_CHECKPOINTING:
         model.activation_checkpointing_enable(given, **options)
         return
     keep_activations(model)
@@ -147,7 +142,7 @@ def checkpoint_activations(model: Any, given: Mapping[str, Any] | None = None, *
 
 def keep_activations(model: Any) -> None:
     """Undo `checkpoint_activations`."""
-    if at_least("transformers", "5.23"):
+    if _ACTIVATION_CHECKPOINTING:
         model.activation_checkpointing_disable()
         return
     for layer in _checkpointed(model):

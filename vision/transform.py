@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.registry import ImageTransform, ZooError, unknown
-from zoo.registry.versions import torchvision_has_lanczos
+from zoo.registry.versions import TORCHVISION_HAS_LANCZOS
 from zoo.vision.images import open_image
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def fit(image: Image.Image, transform: ImageTransform) -> Image.Image:
     if image.size == transform.size[::-1]:
         return image
     by_torchvision = transform.resample_by == "torchvision" and transform.fit != "pad"
-    if by_torchvision and (transform.resample != "lanczos" or torchvision_has_lanczos()):
+    if by_torchvision and (transform.resample != "lanczos" or TORCHVISION_HAS_LANCZOS):
         return _by_torchvision(image, transform)
     return _by_pillow(image, transform)
 
