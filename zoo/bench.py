@@ -27,6 +27,7 @@ BENCHES = {
     "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),
     "generate": Bench("zoo.benches.generate", "prefill and decode speed against transformers on the same checkpoint"),
     "load": Bench("zoo.benches.load", "memory and seconds of loading a checkpoint against transformers"),
+    "roundtrip": Bench("zoo.benches.roundtrip", "what a saved folder gives back, over sources, optimisers, processes"),
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
     "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
     "video": Bench("zoo.benches.video", "what a few frames of a clip cost, against decoding all of it"),
