@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
+from tests.fusion_builders import SMALL
 from zoo.quantized import QuantizedLinear, quantize
 from zoo.registry import ZooError
-from zoo.teacher import Teacher
+from zoo.stage import TEACHER
+from zoo.teacher import Teacher, load_teacher
 
 
 @pytest.mark.parametrize(("bits", "steps", "group"), [(8, 127, 130), (4, 7, 64)])
@@ -46,6 +48,28 @@ def test_a_teacher_in_few_bits_says_nearly_the_same(make_model, bits, error, sha
     mine = Teacher(model).see(batch, None).last_hidden_state
     assert 0 < (mine - exact).norm() / exact.norm() < error
     assert model.llm.linear_head() is not None, "the vocabulary projection stays whole"
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("name", ["lora", "mole", "vlora"])
+def test_what_adapters_add_is_in_a_teacher_of_few_bits_too(make_model, tmp_path, name, bits):
+    """Hooked into layers (mole, vlora) or standing around them (lora): lost or cut to bits, it would say nothing."""
+    slots = {"projector": None} if name == "vlora" else {}
+    model, processor = make_model(seed=3, adapter={name: {"name": name, **SMALL.get(name, {})}}, **slots)
+    own = [p for n, p in model.named_parameters() if model.part_of(n) == f"adapter.{name}"]
+    with torch.no_grad():
+        for parameter in own:
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    batch = processor.collate([processor.encode(sample(*zip(QUESTIONS[:1], ANSWERS[:1], strict=True)))])
+    exact = Teacher(model).see(batch, None).last_hidden_state
+    node = TEACHER | {"model": f"dir:{tmp_path}", "bits": bits}
+    teacher, _ = load_teacher(node, device=torch.device("cpu"), precision="fp32")
+    near = Teacher(teacher).see(batch, None).last_hidden_state
+    teacher.adapter[name].detach()
+    without = Teacher(teacher).see(batch, None).last_hidden_state
+    assert (near - exact).norm() < 0.05 * exact.norm() < 0.5 * (without - exact).norm()
 
 
 def test_other_numbers_of_bits_are_refused():

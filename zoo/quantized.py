@@ -4,6 +4,8 @@ Symmetric, around zero: 8 bits with one scale for each row, 4 bits with one for 
 a byte. Only the linear layers of the decoder; embeddings, norms and the vocabulary projection stay as they are.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from zoo.registry import ZooError
 
 GROUP = 64  # numbers that share a scale at 4 bits
 BITS = (8, 4)
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+          "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")  # fmt: skip
 
 
 class QuantizedLinear(nn.Module):
@@ -47,8 +51,15 @@ class QuantizedLinear(nn.Module):
         return parts.flatten(1)[:, : self.shape[1]]
 
 
-def quantize(root: nn.Module, bits: int) -> int:
+def quantize(root: nn.Module, bits: int, keep: Callable[[str], bool] = lambda name: False) -> int:
     """Replace the linear layers below `root`, in place; returns the bytes saved.
+
+    What adapters have hooked into a layer stays: their terms are added to what the small one gives.
+
+    Args:
+        root: whose linear layers become small.
+        bits: 8 or 4.
+        keep: says by its name which weight stays whole: those that adapters have put in.
 
     Raises:
         ZooError: no such number of bits.
@@ -56,10 +67,12 @@ def quantize(root: nn.Module, bits: int) -> int:
     if bits not in BITS:
         raise ZooError(f"Weights can be held in 8 or 4 bits, got bits={bits}.")
     saved = 0
-    for parent in list(root.modules()):
+    for path, parent in list(root.named_modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and not keep(f"{path}.{name}.weight"):
                 small = QuantizedLinear(child, bits)
+                for hooks in _HOOKS:
+                    setattr(small, hooks, getattr(child, hooks))
                 buffers = sum(b.numel() * b.element_size() for b in small.buffers())
                 saved += child.weight.numel() * child.weight.element_size() - buffers
                 setattr(parent, name, small)

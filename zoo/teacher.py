@@ -146,7 +146,8 @@ def load_teacher(node: Mapping[str, Any], *, device: torch.device, precision: st
     if not node["bits"]:
         return load(node["model"], *node["options"], device=where, dtype=dtype, attention=node["attention"])
     model, processor = load(node["model"], *node["options"], device="cpu", dtype=dtype, attention=node["attention"])
-    quantize(model.llm.layers, int(node["bits"]))  # where there is room for the whole; what is left of it then moves
+    # Where there is room for the whole; what is left of it then moves.
+    quantize(model.llm.layers, int(node["bits"]), lambda name: any(a.owns(name) for a in model.adapter.values()))
     torch.nn.Module.to(model, where)
     model.set_attention(node["attention"])
     return model, processor
