@@ -122,14 +122,26 @@ def _write_encoders(root: Path) -> None:
     from safetensors.torch import save_file
     from timm.models import save_for_hf
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     sizes |= {"image_size": 32, "patch_size": 8}
     t.CLIPVisionModel(t.CLIPVisionConfig(**sizes)).save_pretrained(root / "clip")
     t.SiglipVisionModel(t.SiglipVisionConfig(**sizes)).save_pretrained(root / "siglip")
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
+    arguments: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     (root / "timm").mkdir()
     vit: Any = timm.create_model("vit_tiny_patch16_224", **arguments)
-    save_for_hf(vit, root / "timm", safe_serialization=True, model_args=arguments)
+    save_for_hf(vit, str(root / "timm"), safe_serialization=True, model_args=arguments)
     for pickled in (root / "timm").glob("*.bin"):
         pickled.unlink()
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
@@ -145,7 +157,12 @@ def _write_encoders(root: Path) -> None:
 def _write_language_models(root: Path, tokenizer: Any) -> None:
     import transformers as t
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     sizes |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer) + 8, "bos_token_id": None}
     sizes |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for folder, kind, more in (
