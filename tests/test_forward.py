@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import zoo
 from tests import published_builders as build
+from tests.fusion_builders import SMALL
 from tests.published_builders import CASES, said
 from zoo.registry import ZooError
 from zoo.registry.versions import cache_argument, cache_of
@@ -267,3 +268,62 @@ def test_every_argument_of_transformers_class_is_taken_or_refused_by_name(llava)
     for name in sorted(theirs - ours):
         with pytest.raises(ZooError, match=name):
             model(**batch, **{name: torch.ones(1)})
+
+
+def test_a_loss_function_of_ones_own(llava):
+    reference, processor, model = (copy.deepcopy(x) for x in llava)
+    batch = labelled(inputs(processor))
+
+    def squared(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+        return logits[labels >= 0].square().sum() / (num_items_in_batch or 1) / vocab_size
+
+    reference.loss_function = model.loss_function = squared
+    for given in ({}, {"num_items_in_batch": 7}):
+        torch.testing.assert_close(model(**batch, **given).loss, reference(**batch, **given).loss)
+
+
+def test_experts_are_shown_and_their_loss_counts_by_its_share_of_labels(make_model):
+    """Passes that make a step: the answer loss is divided by all labels, the balance loss is a mean of each pass."""
+    from tests.conftest import sample
+
+    llm = {"name": "hf", "model_type": "mixtral", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4,
+           "top_k": 2, "intermediate_size": 16, "router_aux_coef": 0.5}  # fmt: skip
+    model, processor = make_model(llm=llm)
+    model.train()
+    samples = [sample(("what is it?", "a"), seed=0), sample(("which?", "a long answer it is"), seed=1)]
+    rows = [processor.collate([processor.encode(s)]) for s in samples]
+    counts = [int((row["labels"][:, 1:] >= 0).sum()) for row in rows]
+    for row, count in zip(rows, counts, strict=True):
+        alone, part = model(**row), model(**row, num_items_in_batch=sum(counts))
+        torch.testing.assert_close(alone.loss, alone.losses["answer"] + alone.losses["router_balance"])
+        torch.testing.assert_close(part.losses["router_balance"], alone.losses["router_balance"])
+        torch.testing.assert_close(part.loss, alone.loss * count / sum(counts))
+    model.eval()
+    out = model(**rows[0], output_router_logits=True)
+    assert len(out.router_logits) == 2 and out.router_logits[0].shape == (rows[0]["input_ids"].numel(), 4)
+    assert model(**rows[0]).router_logits is None
+
+
+PARTS = {
+    "fastv": {"pruner": {"fastv": {"name": "fastv", "layer": 1, "keep_ratio": 0.5}}},
+    "mole": {"adapter": {"mole": {"name": "mole"}}},
+    "vlora": {"projector": None, "adapter": {"vlora": {"name": "vlora", **SMALL["vlora"], "max_images": 2}}},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_loop_of_ones_own_over_our_parts_writes_what_generate_writes(make_model, part):
+    model, processor = make_model(**PARTS[part])
+    with torch.no_grad():
+        for p in model.adapter.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    texts = ["<image>\nwhat is it?", "and <image> this one is longer"]
+    given = dict(processor(images=[build.photo(40, 40, seed=i) for i in range(2)], text=texts, padding_side="left"))
+    wanted = model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    ids, mask = given["input_ids"], given["attention_mask"]
+    for _ in range(6):
+        out = model(**given)
+        token = out.logits[:, -1:].argmax(-1)
+        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, mask.new_ones(2, 1)], 1)
+        given = {"input_ids": token, "attention_mask": mask, "past_key_values": out.cache}
+    assert torch.equal(ids, wanted)

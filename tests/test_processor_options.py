@@ -191,6 +191,26 @@ def test_images_come_as_they_like(llava, tmp_path):
         ours(images="data:image/png;base64,a", text=texts[0])
 
 
+def test_defaults_of_the_processor_and_the_tokenizer(llava):
+    import copy
+
+    theirs, ours = copy.deepcopy(llava[:2])
+    _, _, texts, images = llava
+    for processor in (theirs, ours):
+        processor.text_kwargs = {"padding": "max_length", "max_length": 80}
+        processor.images_kwargs = {"do_normalize": False}
+        processor.return_mm_token_type_ids = True
+    for options in ({}, {"max_length": 90}, {"padding": True}):
+        same(ours(images=images, text=texts, return_tensors="pt", **options),
+             theirs(images=images, text=texts, return_tensors="pt", **options))  # fmt: skip
+    for processor in (theirs, ours):
+        processor.text_kwargs = {}
+        processor.tokenizer.init_kwargs["max_length"] = 77
+    options = {"padding": "max_length", "return_tensors": "pt"}
+    same(ours(images=images, text=texts, **options), theirs(images=images, text=texts, **options))
+    assert set(theirs.model_input_names) <= set(ours.model_input_names)
+
+
 def test_a_batch_moves_to_a_data_type_and_into_the_model(llava):
     _, ours, texts, images = llava
     batch = ours(images=images, text=texts).to("cpu", torch.bfloat16)

@@ -116,7 +116,7 @@ def test_it_saves_and_resumes(llava, tmp_path):
     """Killed between two checkpoints and resumed: the weights of the run that was not; the folder is a model."""
     folder, _, rows = llava
     options = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
-    options |= {"max_steps": 5, "optim": "adamw_torch"}
+    options |= {"max_steps": 5}
 
     def train(out, resume=None, stop=None):
         model = zoo.load(f"dir:{folder}")[0]
@@ -157,3 +157,21 @@ def test_it_ends_with_the_best_checkpoint(llava, tmp_path):
     best = zoo.ZooModel.from_pretrained(run.state.best_model_checkpoint).state_dict()
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, best[name]), name
+
+
+def test_an_adapter_of_peft_trains_as_on_transformers_class(llava, tmp_path):
+    import peft
+
+    folder, reference, rows = llava
+    logs = []
+    for model in (copy.deepcopy(reference), zoo.load(f"dir:{folder}")[0]):
+        config = peft.LoraConfig(r=2, target_modules=r".*(language_model|llm).*\.q_proj", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        run = trainer(
+            peft.get_peft_model(model, config), rows, tmp_path, per_device_train_batch_size=1,
+            gradient_accumulation_steps=4, max_steps=3, learning_rate=1e-2,
+        )  # fmt: skip
+        assert run.label_names == ["labels"]
+        run.train()
+        logs.append([row["loss"] for row in run.state.log_history if "loss" in row])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4) and len(logs[0]) == 3

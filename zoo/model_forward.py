@@ -254,7 +254,11 @@ class ForwardMixin(ImagesMixin):
     ) -> dict[str, Tensor]:
         """The answer loss and those of the parts, by name."""
         losses: dict[str, Tensor] = {}
-        if run_head:
+        own = self.__dict__.get("_loss_function")  # somebody has set `model.loss_function`
+        if run_head and own is not None:
+            told = {"vocab_size": self.llm.vocab_size, "num_items_in_batch": num_items_in_batch}
+            losses["answer"] = own(logits=self.llm.head(hidden), labels=labels, **told)
+        elif run_head:
             losses["answer"] = answer_loss(self.llm, hidden, labels, num_items_in_batch, compiled=self.compiled)
         for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
             losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}

@@ -107,6 +107,11 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         """The chat template, and what it writes around an answer."""
         return self._chat.template
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model takes of a call."""
+        return [*self.tokenizer.model_input_names, *(["pixel_values"] if self.transform else [])]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "processor_class": type(self).__name__,

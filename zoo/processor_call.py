@@ -68,7 +68,7 @@ class CallMixin:
         if text is None and images is None and videos is None:
             raise ZooError("The processor needs text, images or videos.")
         own = self.pictures.processor if self.pictures else None
-        options = sort_options(kwargs, tokenizer=self.tokenizer, image_processor=own, pixels=str(self.transform))
+        options = sort_options(kwargs, self, tokenizer=self.tokenizer, image_processor=own, pixels=str(self.transform))
         shown = self._all_pixels(images, options.images)
         films = [self._pixels(v if isinstance(v, Video) else Video(str(v))) for v in flat(videos)]
         if options.images:

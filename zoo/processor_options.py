@@ -27,6 +27,7 @@ _REFUSED = {
     **dict.fromkeys(("do_sample_frames", "fps", "num_frames", "video_metadata", "return_metadata"), _FRAMES),
     **dict.fromkeys(("sampling_rate", "raw_speech", "load_audio_backend"), _SOUND),
 }
+_NO_DEFAULTS = frozenset(_REFUSED) | {"verbose"}  # of a tokenizer's own settings
 _FLAGS = {"return_mm_token_type_ids": "kinds", "return_text_replacement_offsets": "replacements"}
 
 
@@ -75,12 +76,15 @@ def known_options(image_processor: Any = None) -> dict[str, frozenset[str]]:
     return groups | {"": frozenset(stated) - frozenset(_GROUPS)}
 
 
-def sort_options(given: Mapping[str, Any], *, tokenizer: Any, image_processor: Any, pixels: str) -> Options:
+def sort_options(
+    given: Mapping[str, Any], processor: Any, *, tokenizer: Any, image_processor: Any, pixels: str
+) -> Options:
     """Sort the options of a call.
 
     Args:
         given: as a person wrote them, by themselves or in `text_kwargs` and the like.
-        tokenizer: takes those of the text.
+        processor: may hold defaults, in attributes of these names.
+        tokenizer: takes those of the text, and may have been made with defaults.
         image_processor: takes those of the images; None: there is none of transformers.
         pixels: how pixels are made then, for messages.
 
@@ -89,7 +93,11 @@ def sort_options(given: Mapping[str, Any], *, tokenizer: Any, image_processor: A
     """
     groups = known_options(image_processor)
     options = Options()
-    for name, value in _each(given, groups):
+    stated = {
+        n: getattr(tokenizer, n, v) for n, v in tokenizer.init_kwargs.items() if n in groups[_TEXT] - _NO_DEFAULTS
+    }
+    held = {n: getattr(processor, n) for n in (*_GROUPS, *_FLAGS) if getattr(processor, n, None)}
+    for name, value in [*_each(held, groups), *stated.items(), *_each(given, groups)]:
         if name == "return_tensors":
             options.tensors = value
         elif name in _FLAGS:
