@@ -327,3 +327,65 @@ def test_a_loop_of_ones_own_over_our_parts_writes_what_generate_writes(make_mode
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, mask.new_ones(2, 1)], 1)
         given = {"input_ids": token, "attention_mask": mask, "past_key_values": out.cache}
     assert torch.equal(ids, wanted)
+
+
+def drawn(random, batch):
+    """A way to call that somebody may write: options, masks of all kinds, embeddings for ids, a prefix on a cache."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    given = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
+    kind = random.choice(["as it is", "none", "bool", "holes", "four dimensions", "float"])
+    if kind == "holes":
+        mask = mask * (torch.rand(mask.shape, generator=random.torch) > 0.1)
+        mask[ids == 3] = batch["attention_mask"][ids == 3]
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    seen = (mask[:, None, None, :].bool() & causal) | torch.eye(ids.shape[1], dtype=torch.bool)
+    masks = {"bool": mask.bool(), "holes": mask, "four dimensions": seen, "float": mask.float(), "as it is": mask}
+    if kind != "none":
+        given["attention_mask"] = masks[kind]
+    if random.random() < 0.3:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if random.random() < 0.5:
+        given["labels"] = labelled(batch)["labels"]
+        if random.random() < 0.5:
+            given["num_items_in_batch"] = random.choice([5, 7.0, torch.tensor(9)])
+    elif random.random() < 0.5:
+        given["logits_to_keep"] = random.choice([1, 4, torch.tensor([-2, -1])])
+    for name in ("use_cache", "output_hidden_states", "output_attentions", "return_dict"):
+        if random.random() < 0.4:
+            given[name] = random.choice([True, False, None])
+    return ids, given, masks.get(kind, torch.ones_like(mask)), random.random() < 0.3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_calls_that_are_drawn(llava, seed):
+    from random import Random
+
+    reference, processor, model = llava
+    random = Random(seed)
+    random.torch = torch.Generator().manual_seed(seed)
+    for _ in range(12):
+        batch = inputs(processor, random.choice(list(CASES)), random.choice(["left", "right"]))
+        ids, given, mask, by_embedding = drawn(random, batch)
+        results = []
+        for net in (reference, model):
+            first = {"inputs_embeds": net.get_input_embeddings()(ids)} if by_embedding else {"input_ids": ids}
+            with torch.autocast("cpu", torch.bfloat16, enabled=seed == 3), torch.inference_mode(seed == 2):
+                results.append(net(**first, **given))
+        theirs, ours = results
+        named = given.get("return_dict") is not False
+        real = batch["attention_mask"].bool() if mask.dim() == 4 else mask.bool()
+        tolerance = {"atol": 0.05, "rtol": 0.05} if seed == 3 else {"atol": 3e-5, "rtol": 1e-4}
+        if named:
+            assert (ours.cache is None) == (theirs.cache is None)
+            assert len(ours.hidden_states or ()) == len(theirs.hidden_states or ())
+        else:
+            assert isinstance(ours, tuple)
+        at = 1 if "labels" in given else 0
+        if at:
+            torch.testing.assert_close(ours[0], theirs[0], **tolerance)
+        a, b = ours[at], theirs[at]
+        assert a.shape == b.shape and a.dtype == b.dtype
+        keep = given.get("logits_to_keep")
+        if keep is not None:
+            real = real[:, keep] if isinstance(keep, torch.Tensor) else real[:, -keep:]
+        torch.testing.assert_close(a[real], b[real], **tolerance)

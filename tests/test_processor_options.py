@@ -255,3 +255,54 @@ def test_options_where_images_are_cut(tmp_path, family):
         same(ours(images=images, text=texts, **options), {n: wanted[n] for n in names})
     with pytest.raises(ZooError, match="cuts the images of text 0"):
         ours(images=images, text=texts, truncation=True, max_length=10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_and_options_that_are_drawn(llava, seed):
+    from random import Random
+
+    theirs, ours, _, images = llava
+    random = Random(seed)
+    pieces = [
+        "<image>",
+        "<image>",
+        " ",
+        "\n",
+        "\n\n",
+        "yes",
+        " blue",
+        "é",
+        "猫",
+        "🙂",
+        "</s>",
+        "<s>",
+        "<pad>",
+        "<im",
+        "x" * 40,
+        "",
+    ]
+    for _ in range(25):
+        texts = ["".join(random.choices(pieces, k=random.randint(1, 7))) or "a" for _ in range(random.randint(1, 3))]
+        shown = [random.choice(images) for _ in range(sum(t.count("<image>") for t in texts))] or None
+        options = {"padding": random.choice([True, False, "longest", "max_length"])}
+        options |= {"max_length": random.choice([50, 120])} if options["padding"] == "max_length" else {}
+        if options["padding"]:
+            options["return_tensors"] = random.choice(["pt", "np", None])
+        for name, values in (
+            ("add_special_tokens", [True, False]), ("pad_to_multiple_of", [8, 32]), ("padding_side", ["left", "right"]),
+            ("return_offsets_mapping", [True]), ("return_special_tokens_mask", [True]), ("return_length", [True]),
+            ("return_mm_token_type_ids", [True]), ("return_attention_mask", [False]),
+        ):  # fmt: skip
+            if random.random() < 0.3:
+                options[name] = random.choice(values)
+        if "max_length" in options and random.random() < 0.5:
+            options["truncation"] = True
+        try:
+            wanted = theirs(images=shown, text=list(texts), **options)
+        except ValueError as error:
+            with pytest.raises(ValueError) as found:  # the tokenizer's own, or ours
+                ours(images=shown, text=texts, **{"return_tensors": None} | options)
+            cut = "cuts the images" in str(found.value) and "token count" in str(error)
+            assert cut or str(found.value) == str(error)
+        else:
+            same(ours(images=shown, text=texts, **{"return_tensors": None} | options), wanted)
