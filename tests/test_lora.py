@@ -156,7 +156,7 @@ def test_a_checkpoint_holds_each_weight_once_by_the_name_it_has_without(make_mod
     assert {n for n in found if ".lora_" not in n} == {n for n in base if ".lora_" not in n}
     assert all(found[n] is t for n, t in base.items())
     assert {id(t) for t in found.values()} >= {id(p) for p in model.parameters()}
-    checkpoint.save(tmp_path, found, [], {})
+    checkpoint.collect(found, [], {}).save(tmp_path)
     checkpoint.load_weights(tmp_path, found)
 
 

@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from zoo.files import write_json
 from zoo.registry import ZooError
 from zoo.report import main, report_table, smoothed, summaries
-from zoo.run_folder import RunFolder, write_json
+from zoo.run_folder import RunFolder
 
 
 @pytest.fixture

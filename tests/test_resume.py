@@ -109,6 +109,7 @@ def test_sigterm_to_a_process_saves_and_the_run_goes_on(tmp_path, whole):
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path, whole):
     first = Run(config(recipe(tmp_path, STAGES), DROPOUT, f"run.folder={tmp_path / 'run'}"))
     first.folder.log({"step": 1, "loss": 0.0})
+    first.close()
     again = Run(config(recipe(tmp_path, STAGES), "resume=last"))
     again.train()
     assert losses(tmp_path / "run") == whole
@@ -116,7 +117,7 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path, whole):
 
 def test_a_finished_run_is_not_resumed(tmp_path):
     run = Run(config(recipe(tmp_path, {"a": "steps: 1, batch_size: 4"}), f"run.folder={tmp_path / 'run'}"))
-    run.folder.model.mkdir()
-    (run.folder.model / "config.json").write_text("{}")
+    run.folder.summary.write_text("{}")
+    run.close()
     with pytest.raises(ZooError, match="is finished"):
         Run(config(recipe(tmp_path, STAGES), "resume=last"))

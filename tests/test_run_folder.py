@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from zoo import checkpoint
+from zoo.files import write_json, written_beside
 from zoo.registry import ZooError
-from zoo.run_folder import RunFolder, read_metrics, runs, write_json, written_beside
+from zoo.run_folder import RunFolder, read_metrics, runs
 
 NOON = datetime(2026, 11, 22, 12, 0, 0)
 
@@ -127,7 +128,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     step(net, optimizer, 1)
     folder = RunFolder.create(tmp_path, "a", now=NOON)
     with folder.checkpoint(1, keep=2) as path:
-        checkpoint.save(path, named(net), [optimizer], {"step": 1, "streams": {"s": [0, 3]}})
+        checkpoint.collect(named(net), [optimizer], {"step": 1, "streams": {"s": [0, 3]}}).save(path)
     step(net, optimizer, 2)
 
     other, its = made()
@@ -135,15 +136,15 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     checkpoint.load_weights(newest, named(other))
     checkpoint.load_optimizers(newest, [its])
     step(other, its, 2)
-    assert checkpoint.read_state(newest) == {"step": 1, "streams": {"s": [0, 3]}}
+    assert checkpoint.verify(newest) == {"format": 2, "step": 1, "streams": {"s": [0, 3]}}
     for (name, a), b in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
         assert a.equal(b), name
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    checkpoint.save(tmp_path, {"a": torch.ones(3)}, [], {})
-    with pytest.raises(ZooError, match="'a', which the model does not have"):
+    checkpoint.collect({"model.a": torch.ones(3)}, [], {}).save(tmp_path)
+    with pytest.raises(ZooError, match=r"'model\.a', which the model does not have"):
         checkpoint.load_weights(tmp_path, {"b": torch.ones(3)})
     with pytest.raises(ZooError, match=r"\(3,\), the model has \(4,\)"):
-        checkpoint.load_weights(tmp_path, {"a": torch.ones(4)})
-    checkpoint.load_weights(tmp_path, {"b": torch.ones(3)}, new=("a",))
+        checkpoint.load_weights(tmp_path, {"model.a": torch.ones(4)})
+    checkpoint.load_weights(tmp_path, {"b": torch.ones(3)}, "distiller.")

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.train_builders import config, recipe
 from zoo import checkpoint
+from zoo.files import written_beside
 from zoo.finish import save_model
-from zoo.run_folder import written_beside
 from zoo.train import Run
 
 
@@ -40,7 +40,7 @@ def main(place: Path) -> None:
     with torch.no_grad():
         for p in named.values():
             p.zero_()
-    checkpoint.load_weights(folder, named, new=("distiller.",))
+    checkpoint.load_weights(folder, named, "model.")
     assert all(checkpoint.whole(p).equal(before[n]) for n, p in named.items())
     if run.main:
         with written_beside(place / "weights.pt") as beside:

@@ -2,64 +2,124 @@
 
 Everything else is a function of the config and of the step (see `zoo.loader` and `zoo.engine`). Frozen weights are not
 written again: they come from where the model was composed from. Works for whole and for sharded parameters.
+
+A checkpoint ends with SHA256SUMS, a hash of each of its files as `sha256sum -c` reads it. That costs 0.6 s a GB on a
+core with SHA extensions (1.7 GB/s), weights and optimisers side by side, when it is written and when a run is resumed:
+on paper 33 s for a 7B model that trains in full, with 28 GB of weights and 56 GB of AdamW's, which a disk of 1 GB/s
+takes 84 s to write.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.files import hashes
 from zoo.registry import ZooError
 
-WEIGHTS, OPTIMIZERS, STATE = "weights.safetensors", "optimizers.pt", "state.json"
+WEIGHTS, OPTIMIZERS, STATE, SUMS = "weights.safetensors", "optimizers.pt", "state.json", "SHA256SUMS"
+FORMAT = 2  # from 2 on with hashes
 
 
-def save(folder: Path | None, named: Mapping[str, Tensor], optimizers: list[Any], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; every process calls this, those without a folder only hand in their shards."""
-    weights = {name: whole(tensor) for name, tensor in named.items()}
-    states = [_map(o.state_dict(), whole) for o in optimizers]
-    if folder is None:
-        return
-    from safetensors.torch import save_file
-
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS)
-    torch.save(states, folder / OPTIMIZERS)
-    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+class DamagedError(ZooError):
+    """A checkpoint is not what was written."""
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return how far the run was."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+@dataclass
+class State:
+    """What a checkpoint holds, whole and on the CPU."""
+
+    weights: dict[str, Tensor]
+    optimizers: list[dict[str, Any]]
+    progress: Mapping[str, Any]
+
+    def not_finite(self, names: set[str]) -> list[str]:
+        """Those of the weights `names` that hold a NaN or an infinity."""
+        return [n for n, t in self.weights.items() if n in names and not bool(torch.isfinite(t).all())]
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into an empty folder."""
+        from safetensors.torch import save_file
+
+        save_file({k: v.contiguous() for k, v in self.weights.items()}, folder / WEIGHTS)
+        if self.optimizers:
+            with (folder / OPTIMIZERS).open("wb") as file:  # torch names the system's error where it has a file
+                torch.save(self.optimizers, file)
+        state = {"format": FORMAT, **self.progress}
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        lines = [f"{digest}  {name}\n" for name, digest in hashes(folder.iterdir()).items()]
+        (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def collect(
+    named: Mapping[str, Tensor], optimizers: list[Any], progress: Mapping[str, Any], *, keep: bool = True
+) -> State:
+    """Gather what a checkpoint holds.
+
+    Args:
+        named: weights and buffers by the names that checkpoints use.
+        optimizers: whose states belong to it.
+        progress: how far the run is.
+        keep: False in processes that do not write: they hand in their shards, and get nothing.
+    """
+    take = whole if keep else _hand_in
+    weights = {name: take(tensor) for name, tensor in named.items()}
+    return State(weights, [_map(o.state_dict(), take) for o in optimizers], progress)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every file of a checkpoint, and return how far the run was.
+
+    Checkpoints of before there were hashes are taken as they are.
+
+    Raises:
+        DamagedError: a file is missing, cannot be read, or is another than was written.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not (folder / SUMS).is_file() and isinstance(state, dict) and "format" not in state:
+            return state
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        stated = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        found = hashes(folder / name for name in {WEIGHTS, STATE, *stated})
+    except OSError as error:
+        raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedError(f"{STATE} or {SUMS} cannot be read: {error}") from error
+    if other := [name for name, digest in found.items() if digest != stated.get(name)]:
+        raise DamagedError(f"{', '.join(other)}: another hash than when it was written")
+    return state
 
 
 @torch.no_grad()
-def load_weights(folder: Path, named: Mapping[str, Tensor], new: tuple[str, ...] = ()) -> None:
+def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") -> None:
     """Put the checkpoint's weights into `named`; names that it does not hold stay as they are.
 
     Args:
         folder: of the checkpoint.
         named: parameters and buffers by the names that checkpoints use.
-        new: beginnings of names to leave out.
+        prefix: of the names to load.
 
     Raises:
         ZooError: the checkpoint holds a weight that the model does not have, or of another shape.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        if new and name.startswith(new):
-            continue
-        if name not in named:
-            raise ZooError(f"The checkpoint {str(folder)!r} holds {name!r}, which the model does not have.")
-        if tensor.shape != named[name].shape:
-            raise ZooError(
-                f"The checkpoint {str(folder)!r} holds {name!r} as {tuple(tensor.shape)}, "
-                f"the model has {tuple(named[name].shape)}."
-            )
-        named[name].copy_(shared_as(tensor.to(named[name].device), named[name]))
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        for name in filter(lambda n: n.startswith(prefix), file.keys()):
+            tensor = file.get_tensor(name)
+            if name not in named:
+                raise ZooError(f"The checkpoint {str(folder)!r} holds {name!r}, which the model does not have.")
+            if tensor.shape != named[name].shape:
+                raise ZooError(
+                    f"The checkpoint {str(folder)!r} holds {name!r} as {tuple(tensor.shape)}, "
+                    f"the model has {tuple(named[name].shape)}."
+                )
+            named[name].copy_(shared_as(tensor.to(named[name].device), named[name]))
 
 
 def load_optimizers(folder: Path, optimizers: list[Any]) -> None:
@@ -96,6 +156,11 @@ def whole(tensor: Any) -> Any:
         return tensor.cpu()
     full = tensor.full_tensor().cpu()
     return full.clone() if full.untyped_storage().nbytes() > full.nbytes else full  # uneven shards are padded
+
+
+def _hand_in(tensor: Any) -> None:
+    if hasattr(tensor, "full_tensor"):
+        tensor.full_tensor()
 
 
 def shared_as(tensor: Tensor, like: Any) -> Tensor:

@@ -161,7 +161,7 @@ class Engine:
                     losses = self.step(to_device(batch, self.device), counts)
                 self._expect(losses, batch)
                 losses = {k: v if k in self.summed else v / len(batches) for k, v in losses.items()}
-                self.accelerator.backward(self.whole.total(losses))
+                self.whole.total(losses).backward()  # as it is: accelerate's own would divide it by what others set
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         if self.stage.clip:

@@ -17,13 +17,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from zoo.files import write_json, writing, written_beside
 from zoo.precision import autocast, fast_products
 from zoo.predict import Question, answer
 from zoo.processes import gather, start_accelerator
 from zoo.progress import clock
 from zoo.registry import Dialog, Sample, Score, ZooError, build
 from zoo.run_data import RunData
-from zoo.run_folder import new_folder, write_json
+from zoo.run_folder import new_folder
 from zoo.score_table import score_table
 
 DEFAULT_TASK = "exact"  # for dialogs that name no task
@@ -64,7 +65,7 @@ class EvalResult:
         """Write scores.json and predictions.jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "scores.json", [asdict(line) for line in self.lines])
-        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        with written_beside(folder / "predictions.jsonl") as beside, beside.open("w", encoding="utf-8") as file:
             for row in self.predictions:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -92,12 +93,13 @@ def main(cfg: DictConfig) -> EvalResult:
         precision="bf16" if cfg.precision == "bf16" else "fp32",
     )
     if accelerator.is_main_process:
-        name = "eval-" + Path(cfg.model.name).as_posix().removesuffix("/model").rpartition("/")[2]
-        folder = Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
-        result.save(folder)
-        OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
         console = Console()
-        console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))
+        console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))  # seen, should the disk be full
+        name = "eval-" + Path(cfg.model.name).as_posix().removesuffix("/model").rpartition("/")[2]
+        with writing("scores", "Choose another place with run.dir=<folder>."):
+            folder = Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
+            result.save(folder)
+            OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
         seconds = clock(time.monotonic() - began)
         console.print(
             f"{len(result.predictions)} answers in {seconds}, all in {folder}", soft_wrap=True, highlight=False

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from zoo.engine import reseed
 from zoo.evaluate import EvalResult, evaluate
+from zoo.files import hashes, write_json, write_text, written_beside
+from zoo.processes import by_first
 from zoo.progress import clock
 from zoo.registry import build
-from zoo.run_folder import hashes, read_metrics, write_json, written_beside
+from zoo.run_folder import read_metrics
 from zoo.score_table import score_table
 from zoo.weights import state_of
 
@@ -18,12 +21,21 @@ if TYPE_CHECKING:
 SAMPLES = 400  # of each data set scored at the end of a run; `zoo eval` scores all
 
 
-def finish(run: "Run", seconds: float) -> None:
-    """Save the model, score it, and print the table, the folder and three commands."""
-    save_model(run)
+def finish(run: "Run") -> None:
+    """Save the model, score it, and print the table, the folder and three commands.
+
+    A run that was killed on the way comes back here: what it had not finished is done again, to the same bits.
+    """
+    if not (run.resumed_trained and run.folder.has_model):
+        save_model(run)
+    run.model.compile_parts(False)  # scored as `zoo eval` does, and as a process that only scores
+    reseed(run.cfg.seed, run.progress.global_step, -5)
     result = score(run, limit=run.cfg.limit or SAMPLES, baselines=True)
+    if result is not None:
+        run.step_log.track(result.summary(), run.progress.global_step)
+    by_first(run.accelerator, lambda: write_report(run, result))
     if run.main:
-        report(run, result, seconds, Console())
+        report(run, result, Console())
     run.accelerator.end_training()
 
 
@@ -46,31 +58,34 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
 def save_model(run: "Run") -> None:
     """Write the final model and its processor to the run's folder."""
     model, state = run.model, state_of(run.model)  # every process hands in its shares
-    if run.main:
-        with written_beside(run.folder.model, folder=True) as beside:
+
+    def write() -> None:
+        with run.folder.writing("the model"), written_beside(run.folder.model, folder=True) as beside:
             model.save_pretrained(beside, state_dict=state)
             run.processor.save_pretrained(beside)
             (beside / "README.md").write_text(_card(run), encoding="utf-8")
-        run.folder.write_lock(
-            processes=run.accelerator.num_processes,
-            plugins=list(run.cfg.plugins),
-            base=model.config.base,
-            model=hashes(run.folder.model.glob("*.safetensors")),
-        )
-    run.accelerator.wait_for_everyone()
+        run.folder.write_lock(**run.facts(model), model=hashes(run.folder.model.glob("*.safetensors")))
+
+    by_first(run.accelerator, write)
 
 
-def report(run: "Run", result: EvalResult | None, seconds: float, console: Console) -> None:
+def write_report(run: "Run", result: EvalResult | None) -> None:
+    """Write what came out; the summary last, for it says that the run is finished."""
+    with run.folder.writing("scores"):
+        if result is not None:
+            result.save(run.folder.path)
+            write_text(run.folder.model / "README.md", _card(run, result))
+        write_json(run.folder.summary, _summary(run, result))
+
+
+def report(run: "Run", result: EvalResult | None, console: Console) -> None:
     """Print what came out."""
     path = _short(run.folder.path)
     if result is not None:
-        result.save(run.folder.path)
-        (run.folder.model / "README.md").write_text(_card(run, result), encoding="utf-8")
         console.print(score_table(result.lines, "Scores in per cent"))
     else:
         console.print("Nothing was scored: data holds no split for evaluation, such as data=[..., scenes_eval].")
-    write_json(run.folder.path / "summary.json", _summary(run, result, seconds))
-    console.print(f"Trained in {clock(seconds)}. Everything is in {path}", soft_wrap=True, highlight=False)
+    console.print(f"Trained in {clock(run.progress.seconds)}. Everything is in {path}", soft_wrap=True, highlight=False)
     console.print("Try next:")
     for command in (
         f"zoo eval model=dir:{path}",
@@ -80,13 +95,13 @@ def report(run: "Run", result: EvalResult | None, seconds: float, console: Conso
         console.print(f"    {command}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _summary(run: "Run", result: EvalResult | None, seconds: float) -> dict[str, Any]:
+def _summary(run: "Run", result: EvalResult | None) -> dict[str, Any]:
     metrics = [m for m in read_metrics(run.folder.metrics) if "loss" in m]
     return {
         "name": run.folder.path.name,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "steps": run.progress.global_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(run.progress.seconds, 1),
         "loss": metrics[-1]["loss"] if metrics else None,
         "scores": result.summary() if result is not None else {},
     }

@@ -268,6 +268,12 @@ def plan_of(name: str, *overrides: str) -> Plan:
     return plan_from(configs.compose("load", [f"model={quoted(name)}", *overrides]))
 
 
+def tokenizer_for(cfg: Any, texts: Iterable[str] = ()) -> Any:
+    """Return the tokenizer that `build` would give the model of this config, before there is one."""
+    folder = weights_folder(cfg) if cfg.model.source != "preset" else None
+    return _tokenizer(cfg, slots_of(cfg), folder, texts)
+
+
 def _tokenizer(cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iterable[str]) -> Any:
     """The first that there is: the saved model's, the config's, that of the LLM's checkpoint, or a new one."""
     template = cfg.tokenizer.chat_template

@@ -7,23 +7,23 @@ runs/2026-11-22/14-03-55-scenes_tiny/
     checkpoints/         step-00000500/, the newest last
     model/               the trained model, for `zoo.load` and `model=`
     scores.json          the table of the end
+    summary.json         written last: the run is finished
 runs/last -> the newest of them
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from zoo.files import WriteError, flush, remove, remove_leftovers, write_json, writing, written_beside
 from zoo.registry import ZooError
 
 LIBRARIES = (
@@ -51,24 +51,44 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.scores = self.path / "scores.json"
+        self.summary = self.path / "summary.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: its model is saved, and scored where there was something to score."""
+        return self.summary.is_file()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the final model is there; it is whole then."""
+        return (self.model / "config.json").is_file()
 
     @classmethod
     def create(cls, root: Path | str, name: str, exact: str = "", now: datetime | None = None) -> "RunFolder":
         """Make root/<date>/<time>-<name>, with a number where two runs start in the same second; or the folder `exact`.
 
         Raises:
-            ZooError: `exact` holds a run already.
+            ZooError: `exact` holds a run already, or a folder cannot be made there.
         """
-        if exact:
-            if (Path(exact) / "config.yaml").exists():
-                raise ZooError(
-                    f"{exact!r} holds a run already. To go on with it: resume={exact}; else choose another folder."
-                )
-            (Path(exact) / "checkpoints").mkdir(parents=True, exist_ok=True)
-            return cls(exact)
-        folder = cls(new_folder(root, name, now))
-        folder.checkpoints.mkdir()
+        folder = cls(exact) if exact else None
+        if folder is not None:
+            folder.require_empty()
+        with writing(f"a run folder, {exact!r}" if exact else f"a run folder in {str(root)!r}", "Choose another one."):
+            folder = folder or cls(new_folder(root, name, now))
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def require_empty(self) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            ZooError: it has a config.yaml.
+        """
+        if self.config.exists():
+            raise ZooError(
+                f"{str(self.path)!r} holds a run already. To go on with it: resume={self.path}; "
+                "else choose another folder."
+            )
 
     @classmethod
     def open(cls, name: str, root: Path | str = "runs") -> "RunFolder":
@@ -93,6 +113,19 @@ class RunFolder:
             beside.write_text(str(self.path.resolve()), encoding="utf-8")
         beside.replace(here)
 
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Where something of the run is written: a full disk or a read-only folder is an error with a way on."""
+        try:
+            with writing(f"{what} to {str(self.path)!r}"):
+                yield
+        except WriteError as error:
+            there = self.list_checkpoints()
+            whole = f"The checkpoint {there[-1].name} is whole" if there else "What was there before is whole"
+            raise WriteError(
+                f"{error} {whole}; when there is room again, zoo train resume={self.path} goes on."
+            ) from error.__cause__
+
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def list_checkpoints(self) -> list[Path]:
@@ -104,27 +137,58 @@ class RunFolder:
     def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
         """Give a folder to write to; when the block ends it becomes the newest checkpoint, and all but `keep` go."""
         final = self.checkpoints / f"step-{step:08d}"
-        with written_beside(final, folder=True) as beside:
-            yield beside
-        for old in self.list_checkpoints()[:-keep] if keep else []:
-            shutil.rmtree(old, ignore_errors=True)
+        with self.writing(f"the checkpoint of step {step}"):
+            with written_beside(final, folder=True) as beside:
+                yield beside
+            for old in self.list_checkpoints()[:-keep] if keep else []:
+                remove(old)
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Give a damaged checkpoint another name, so that it is in the way of none and a person can look at it."""
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        remove(aside)
+        return checkpoint.rename(aside)
+
+    def clean(self) -> None:
+        """Remove what a killed process was in the middle of writing."""
+        with self.writing("anything"):
+            remove_leftovers(self.path)
+            remove_leftovers(self.checkpoints)
 
     # ---- metrics -----------------------------------------------------------------------------------------------
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def log(self, *records: Mapping[str, Any]) -> None:
+        """Append lines to metrics.jsonl; what a kill left of a line before them stays a line of its own."""
+        with self.writing("metrics"), self.metrics.open("ab+") as file:
+            text = "".join(json.dumps(record) + "\n" for record in records).encode()
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                text = text if file.read(1) == b"\n" else b"\n" + text
+            file.write(text)
 
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, and the half line that a kill may leave: those steps are run again."""
-        kept = [r for r in read_metrics(self.metrics) if r["step"] <= step]
-        with written_beside(self.metrics) as beside:
-            beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    def flush_metrics(self) -> None:
+        """Wait until the metrics are on the disk."""
+        if self.metrics.is_file():
+            with self.writing("metrics"):
+                flush(self.metrics)
+
+    def rewind(self, step: int) -> int:
+        """Drop what was logged after `step`, for those steps are run again, and what is no line or is there twice.
+
+        Returns:
+            How many lines could not be read; a kill leaves half a line at most.
+        """
+        rows, broken = _rows(self.metrics)
+        kept = {(r["step"], *sorted(r)): r for r in rows if r["step"] <= step}
+        if broken or len(kept) < len(rows):
+            with self.writing("metrics"), written_beside(self.metrics) as beside:
+                beside.write_text("".join(json.dumps(r) + "\n" for r in kept.values()), encoding="utf-8")
+        return broken
 
     def write_lock(self, **more: Any) -> None:
         """Write zoo.lock: what this run ran on."""
-        write_json(self.lock, environment() | more)
+        with self.writing("zoo.lock"):
+            write_json(self.lock, environment() | more)
 
 
 def new_folder(root: Path | str, name: str, now: datetime | None = None) -> Path:
@@ -165,59 +229,23 @@ def _own(root: Path, path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without a last line that is not whole."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """Return the lines of a metrics.jsonl, also of a run in progress; one that cannot be read costs itself alone."""
+    return _rows(path)[0]
 
 
-@contextlib.contextmanager
-def written_beside(final: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Give a file or folder to write to beside `final`; it takes that name when the block ends, whole and on disk."""
-    beside = final.with_name(f".{final.name}.writing")
-    _remove(beside)
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    if folder:
-        beside.mkdir()
-    try:
-        yield beside
-        for path in [*(beside.rglob("*") if beside.is_dir() else []), beside]:
-            _flush(path)
-        if beside.is_dir():
-            _remove(final)
-        beside.replace(final)
-        _flush(final.parent)
-    except BaseException:
-        _remove(beside)
-        raise
-
-
-def _flush(path: Path) -> None:
-    with contextlib.suppress(OSError):  # folders cannot be opened on every system
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the new one."""
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines that can be read, and how many others there are."""
+    rows: list[dict[str, Any]] = []
+    broken = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in filter(bytes.strip, file):
+                try:
+                    row = json.loads(line)
+                    rows.append({**row, "step": int(row["step"])})
+                except (ValueError, TypeError, KeyError, OverflowError):
+                    broken += 1
+    return rows, broken
 
 
 def environment() -> dict[str, Any]:
@@ -246,12 +274,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-def hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of files by name."""
-    result = {}
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            result[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return result

@@ -60,6 +60,7 @@ class Stage:
     final_ratio: float = 0.0  # rate at the end as a share of the peak
     # Losses
     loss_weights: dict[str, float] = field(default_factory=dict)  # loss -> weight, else 1; answer: 0 skips the LLM
+    allow_nonfinite: bool = False  # go on where a loss is NaN or infinite; else the run stops, and keeps what was good
     distiller: Any = None  # null, the name of a distiller, or {name: ..., options}
     teacher: Any = ""  # model name, as in `model=`; {store: folder} that `zoo teach` wrote; {model:, ...}; empty: none
     # Speed and memory

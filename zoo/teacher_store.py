@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from zoo.collate import EncodedSample
+from zoo.files import write_json
 from zoo.registry import IGNORE_INDEX, Sample, ZooError
-from zoo.run_folder import write_json
 from zoo.vision.pictures import Picture
 
 INDEX = "store.json"

@@ -1,7 +1,8 @@
 """`zoo train`: runs the stages of a recipe, one loop for one process and for many.
 
 Also `accelerate launch -m zoo.train ...` and `torchrun --nproc_per_node 2 -m zoo.train ...`. SIGTERM saves a checkpoint
-and leaves with code 143; a run that was killed goes on with `zoo train resume=last`, to the same losses.
+and leaves with code 143; a run that was killed goes on with `zoo train resume=last`, to the same losses, the same
+weights and the same scores.
 """
 
 import json
@@ -9,8 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +20,26 @@ from torch import nn
 
 from zoo import checkpoint
 from zoo.engine import Engine, build_distiller, reseed
+from zoo.files import written_beside
 from zoo.finish import finish, score
 from zoo.loader import Batches, Loader, Place
 from zoo.memory import keep_memory
 from zoo.precision import fast_products, resolve_precision
-from zoo.processes import broadcast, gather, start_accelerator
+from zoo.processes import by_first, gather, start_accelerator
 from zoo.progress import Display
 from zoo.registry import ZooError
+from zoo.resume import Beginning, begin, options_of, read_config, require_same_start
 from zoo.run_data import RunData
 from zoo.run_folder import RunFolder
+from zoo.run_lock import RunLock
 from zoo.stage import Stage
+from zoo.step_log import StepLog, not_finite
 from zoo.teacher import Teacher, Twins, load_teacher, shared_tokens, tokens_hash
 from zoo.teacher_store import Stored
+from zoo.trackers import check_trackers, start_trackers
 
 TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
 KEEP = 2  # checkpoints that stay
-FLUSH = 10  # steps between writes of metrics on a device that would have to wait for its losses
-
-
-@dataclass
-class Progress:
-    """How far a run is: all that a checkpoint needs beside weights and optimisers."""
-
-    stage: int = 0  # index of the stage to run next
-    step: int = 0  # steps of it that were taken
-    global_step: int = 0  # steps of the run that were taken
-    streams: dict[str, list[int]] = field(default_factory=dict)  # of each streaming data set: epoch and samples read
-    trained: list[str] = field(default_factory=list)  # weights that were ever trained
 
 
 def main(cfg: DictConfig) -> RunFolder:
@@ -55,41 +48,78 @@ def main(cfg: DictConfig) -> RunFolder:
     Raises:
         SystemExit: SIGTERM came; the code is 143, and the run can be resumed.
     """
-    run = Run(cfg)
-    seconds = run.train()
-    finish(run, seconds)
+    with Run(cfg) as run:
+        run.train()
+        finish(run)
     return run.folder
 
 
 class Run:
-    """One run: its folder, model and data, and the loop over stages."""
+    """One run: its folder, model and data, and the loop over stages.
+
+    It holds the lock of its folder until `close`, the end of its `with` block, or the first error of `train`.
+    """
 
     def __init__(self, cfg: DictConfig, display: Display | None = None) -> None:
-        self.accelerator = start_accelerator(cfg.device, list(cfg.log))
+        device, self.trackers = options_of(cfg)
+        check_trackers(self.trackers)
+        self.accelerator = start_accelerator(device)
         self.main = self.accelerator.is_main_process
         self.display = display or Display(silent=not self.main)
-        self.progress = Progress()
-        self.newest: Path | None = None  # checkpoint to start from
-        self.folder, self.cfg = self._open(cfg)
+        self._lock: RunLock | None = None
+        try:
+            self._prepare(cfg)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, cfg: DictConfig) -> None:
+        began = by_first(self.accelerator, lambda: self._begin(cfg))
+        self.folder, self.progress, self.newest = RunFolder(began.path), began.progress, began.newest
+        for note in began.notes:
+            self.display.note(note)
+        self.cfg = read_config(self.folder.config, cfg) if cfg.resume else cfg
         self.stages: dict[str, Any] = {str(n): OmegaConf.to_object(s) for n, s in self.cfg.stages.items()}  # of Stage
         if not self.stages:
             raise ZooError("There is nothing to train: the config has no stages. Choose a recipe, recipe=<name>.")
         fast_products()
         if self.accelerator.device.type == "cpu":
             keep_memory()
+        self.resumed_trained = self.is_trained  # only the model is to be saved, or to be scored
         self.data = RunData(self.cfg.data)
         self.model, self.processor = self._compose()
+        if self.newest is not None:
+            self._restore(self.newest)
+        self.step_log = StepLog(self.accelerator, self.folder, self.display)
         self._distiller: tuple[Any, Any] = (None, None)  # its node, and itself
         self._teachers: dict[str, Any] = {}
         self._asked = False  # SIGTERM came to this process
         self._leave = False  # it came to one of the processes, and all know it
-        self._pending: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
 
-    def train(self) -> float:
-        """Run what is left of the stages; returns the seconds it took."""
-        began = time.monotonic()
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers("zoo", config={"run": str(self.folder.path), "seed": self.cfg.seed})
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the run, and let trackers write what they hold."""
+        trackers, self.accelerator.trackers = self.accelerator.trackers, []
+        for tracker in trackers:
+            tracker.finish()
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether every stage is behind."""
+        return self.progress.stage >= len(self.stages)
+
+    def train(self) -> None:
+        """Run what is left of the stages."""
+        about = {"run": str(self.folder.path), "seed": self.cfg.seed}
+        start_trackers(self.accelerator, self.trackers, self.folder.path, self.progress.global_step, about)
+        self._since = time.monotonic()
         listen = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._on_sigterm) if listen else None
         try:
@@ -97,63 +127,77 @@ class Run:
                 for index, (name, stage) in enumerate(self.stages.items()):
                     if index >= self.progress.stage:
                         self._run_stage(index, name, stage)
-        except KeyboardInterrupt:
-            self.display.note(f"Stopped. To go on from the newest checkpoint: zoo train resume={self.folder.path}")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                self.display.note(f"Stopped. To go on from the newest checkpoint: zoo train resume={self.folder.path}")
+            self.close()
             raise
         finally:
             if listen:
                 signal.signal(signal.SIGTERM, before)
-        return time.monotonic() - began
+        if any(gather(self.accelerator, self._asked)):  # after the processes agreed on their last step
+            self._terminate()
 
     # ---- start -------------------------------------------------------------------------------------------------
 
-    def _open(self, cfg: DictConfig) -> tuple[RunFolder, DictConfig]:
-        """Make the run's folder, one for all processes; or open one, with the config it was started with."""
-        root, path = Path(cfg.run.dir), None
-        if cfg.resume:
-            path = str(RunFolder.open(cfg.resume, root).path)
-        elif self.main:
-            path = str(RunFolder.create(root, cfg.run.name or cfg.run.recipe or cfg.model.name, cfg.run.folder).path)
-        folder = RunFolder(broadcast(self.accelerator, path))
-        if not cfg.resume:
-            if self.main:
-                OmegaConf.save(cfg, folder.config, resolve=True)
-                folder.point_last(root)
-            return folder, cfg
-        if (folder.model / "config.json").is_file():
-            raise ZooError(f"The run {str(folder.path)!r} is finished: its model is in {str(folder.model)!r}.")
-        self.newest = next(reversed(folder.list_checkpoints()), None)
-        if self.newest:
-            known = {f.name for f in fields(Progress)}
-            self.progress = Progress(**{k: v for k, v in checkpoint.read_state(self.newest).items() if k in known})
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            folder.rewind(self.progress.global_step)
-            self.display.note(f"Resuming {folder.path} after step {self.progress.global_step}.")
-        return folder, read_config(folder.config, cfg)
+    def _begin(self, cfg: DictConfig) -> Beginning:
+        found, self._lock = begin(cfg)
+        return found
 
     def _compose(self) -> tuple[Any, Any]:
-        """Compose the model. One process makes the tokenizer where a new one is needed; the others read it."""
+        """Compose the model, with the tokenizer that lies in the run's folder; the first process puts it there."""
         made = self.folder.path / "tokenizer"
-        result = None
-        if self.main and not (made / "tokenizer_config.json").is_file():
-            result = self._build(None)
-            result[1].tokenizer.save_pretrained(made)
-            processes = self.accelerator.num_processes
-            self.folder.write_lock(processes=processes, plugins=list(self.cfg.plugins), base=result[0].config.base)
-        self.accelerator.wait_for_everyone()
-        return result or self._build(made)
+        by_first(self.accelerator, lambda: self._make_tokenizer(made))
+        model, processor = self._build(made)
+        by_first(self.accelerator, lambda: self._note_start(model))
+        return model, processor
 
-    def _build(self, tokenizer: Path | None) -> tuple[Any, Any]:
+    def _make_tokenizer(self, made: Path) -> None:
+        from zoo.loading import tokenizer_for
+
+        if not made.is_dir():
+            with self.folder.writing("the tokenizer"), written_beside(made, folder=True) as beside:
+                tokenizer_for(self.cfg, self.data.texts()).save_pretrained(beside)
+
+    def _note_start(self, model: Any) -> None:
+        if self.folder.lock.is_file():
+            require_same_start(self.folder, self.facts(model))
+        else:
+            self.folder.write_lock(**self.facts(model))
+
+    def facts(self, model: Any) -> dict[str, Any]:
+        """What zoo.lock says beside versions: how many processes, which plugins, and which weights the run began on."""
+        facts: dict[str, Any] = {"processes": self.accelerator.num_processes, "plugins": list(self.cfg.plugins)}
+        facts["base"] = model.config.base
+        if self.cfg.model.source != "preset":
+            facts["started_from"] = {"model": self.cfg.model.name, "fingerprint": self._fingerprint()}
+        return facts
+
+    def _fingerprint(self) -> str:
+        from zoo.loading import weights_folder
+        from zoo.weights import fingerprint
+
+        return fingerprint(weights_folder(self.cfg))
+
+    def _build(self, tokenizer: Path) -> tuple[Any, Any]:
         from zoo.loading import build
 
         cfg = self.cfg.copy()
-        if tokenizer is not None and cfg.model.source == "preset":
+        if cfg.model.source == "preset":
             OmegaConf.update(cfg, "tokenizer.checkpoint", str(tokenizer))
         reseed(cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
         model, processor = build(cfg, texts=self.data.texts(), pretrained=False, device=self.accelerator.device)
         model.config.tokenizer = OmegaConf.to_container(self.cfg.tokenizer, resolve=True)
         return model, processor
+
+    def _restore(self, newest: Path) -> None:
+        """Bring the model to where it was. An adapter that had begun to act starts from what was trained before it."""
+        stage, step = self.progress.stage, self.progress.step
+        self.model.detach_only([] if self.is_trained else list(self.stages.values())[stage].detach)
+        named = self._named()
+        checkpoint.load_weights(newest, named, "model.")
+        if self._start_adapters(range(1, stage + (step > 0))):
+            checkpoint.load_weights(newest, named, "model.")
 
     # ---- stages ------------------------------------------------------------------------------------------------
 
@@ -185,8 +229,7 @@ class Run:
             if last or self._leave or (stage.checkpoint_every and (number + 1) % stage.checkpoint_every == 0):
                 self._save(engine)
             if self._leave:
-                self.display.note(f"Saved after SIGTERM. To go on: zoo train resume={self.folder.path}")
-                raise SystemExit(TERMINATED)
+                self._terminate()
         self.display.end()
 
     def _step(self, name: str, number: int, engine: Engine, loader: Loader, source: Any) -> None:
@@ -197,55 +240,21 @@ class Run:
             self.display.note(f"skipped {line}")
         self.progress.step, self.progress.streams = number + 1, items[-1]["info"]["streams"]
         self.progress.global_step += 1
-        images = sum(len(i["batch"].get("pixel_values", ())) for i in items)
         record = {
             "step": self.progress.global_step,
             "stage": name,
             "stage_step": number + 1,
             "lr": engine.rate,
             "weights": engine.weights,
-            "images": images,
+            "images": sum(len(i["batch"].get("pixel_values", ())) for i in items),
             "samples": sum(i["info"]["samples"] for i in items),
             "start": start,
             "wait": loader.waited - waited,
         }
-        self._pending.append((record, losses))
-        eager = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
-        if eager or len(self._pending) >= FLUSH or number + 1 == engine.steps or self._leave:
-            self._flush(engine)
-
-    def _flush(self, engine: Engine) -> None:
-        """Write the metrics of the steps since the last time, averaged over processes."""
-        rows = [(record, {k: v.item() for k, v in losses.items()}) for record, losses in self._pending]
-        now, self._pending = time.perf_counter(), []
-        everyone = gather(self.accelerator, rows)
-        seconds = (now - rows[0][0]["start"]) / len(rows)
-        for at, (record, _) in enumerate(rows):
-            losses = _mean([ranks[at][1] for ranks in everyone])
-            images, samples = (sum(ranks[at][0][key] for ranks in everyone) for key in ("images", "samples"))
-            weights = record["weights"]
-            line = {
-                "step": record["step"],
-                "stage": record["stage"],
-                "stage_step": record["stage_step"],
-                "loss": sum(weights.get(n, 1.0) * v for n, v in losses.items()),
-                "losses": losses,
-                "lr": record["lr"],
-                "images_per_s": round(images / seconds, 1),
-                "samples_per_s": round(samples / seconds, 1),
-                "wait": round(min(1.0, record["wait"] / seconds), 4),
-            }
-            if self.main:
-                self.folder.log(line)
-            if self.accelerator.log_with:
-                self.accelerator.log(
-                    {k: v for k, v in line.items() if isinstance(v, float)} | losses, step=record["step"]
-                )
-            rate, unit = (line["images_per_s"], "images") if images else (line["samples_per_s"], "samples")
-            self.display.update(record["stage_step"], losses, rate, unit, line["wait"])
+        self.step_log.add(record, losses, allow_nonfinite=engine.stage.allow_nonfinite)
 
     def _engine(self, index: int, stage: Stage, steps: int, distiller: Any, teacher: Any) -> Engine:
-        """Set up the stage; in the middle of one, with the state of the newest checkpoint."""
+        """Set up the stage; the first one of a resumed run with the rest of what its checkpoint holds."""
         reseed(self.cfg.seed, index, -2)
         engine = Engine(
             self.accelerator,
@@ -258,37 +267,29 @@ class Run:
             teacher=teacher,
         )
         self.progress.trained = sorted({*self.progress.trained, *engine.named_parameters()})
-        if self.newest is None:
-            self._start_adapters(index)
-        else:
-            for again in (False, True):
-                checkpoint.load_weights(self.newest, self._named(engine), new=self._new_parts(index))
-                if again or not self._start_adapters(index, resumed=True):
-                    break
+        if not self.progress.step:
+            self._start_adapters(range(index, index + 1))
+        if self.newest is not None:
+            if self.progress.step or stage.distiller_node == list(self.stages.values())[index - 1].distiller_node:
+                checkpoint.load_weights(self.newest, self._named(engine), "distiller.")
             if self.progress.step:
                 checkpoint.load_optimizers(self.newest, engine.optimizers)
             self.newest = None
         return engine
 
-    def _start_adapters(self, index: int, *, resumed: bool = False) -> bool:
-        """Start the adapters that begin in this stage, or, where a run is resumed, began before; says if there are any.
+    def _start_adapters(self, stages: range) -> bool:
+        """Start the adapters that begin to act in these stages, other than the first; says if there are any.
 
         What they copy was trained by the stages before.
         """
         found = False
         for name, adapter in self.model.adapter.items():
-            began = sum(name in stage.detach for stage in self.stages.values())
-            if began and (began <= index if resumed else began == index) and hasattr(adapter, "start"):
-                reseed(self.cfg.seed, began, -4)
+            begins = sum(name in stage.detach for stage in self.stages.values())
+            if begins and begins in stages and hasattr(adapter, "start"):
+                reseed(self.cfg.seed, begins, -4)
                 adapter.start()
                 found = True
         return found
-
-    def _new_parts(self, index: int) -> tuple[str, ...]:
-        """What the newest checkpoint holds that this stage does not go on with: the distiller of the stage before."""
-        stages = list(self.stages.values())
-        goes_on = self.progress.step or stages[index].distiller_node == stages[index - 1].distiller_node
-        return () if goes_on else ("distiller.",)
 
     def _distiller_of(self, stage: Stage) -> Any:
         """The stage's distiller; one that goes on from the stage before keeps what it has learnt."""
@@ -329,54 +330,50 @@ class Run:
 
     # ---- checkpoints and the end -------------------------------------------------------------------------------
 
-    def _named(self, engine: Engine) -> dict[str, torch.Tensor]:
+    def _named(self, engine: Engine | None = None) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: weights that were ever trained, and the model's buffers."""
         named = {f"model.{n}": t for n, t in checkpoint.tensors_of(self.model).items()}
-        if isinstance(engine.distiller, nn.Module):
+        if engine is not None and isinstance(engine.distiller, nn.Module):
             named |= {f"distiller.{n}": p for n, p in engine.distiller.named_parameters()}
         ever = set(self.progress.trained)
         return {n: t for n, t in named.items() if n in ever or not isinstance(t, nn.Parameter)}
 
     def _save(self, engine: Engine) -> None:
-        named, state = self._named(engine), asdict(self.progress)
-        if self.main:
+        """Write a checkpoint; the metrics of its steps are on the disk before it."""
+        self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
+        now = time.monotonic()
+        self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
+        optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with fresh ones
+        state = checkpoint.collect(self._named(engine), optimizers, asdict(self.progress), keep=self.main)
+
+        def write() -> None:
+            bad = [] if engine.stage.allow_nonfinite else state.not_finite(set(self.progress.trained))
+            if bad:
+                what = f"{len(bad)} weights, the first {bad[0]!r}, are not finite"
+                raise not_finite(what, self.step_log.newest, self.folder)
+            self.folder.flush_metrics()
             with self.folder.checkpoint(self.progress.global_step, KEEP) as path:
-                checkpoint.save(path, named, engine.optimizers, state)
-        else:
-            checkpoint.save(None, named, engine.optimizers, state)
-        self.accelerator.wait_for_everyone()
+                state.save(path)
+
+        by_first(self.accelerator, write)
 
     def _evaluate(self, engine: Engine) -> None:
         """Score the model as it is, in the middle of a stage."""
+        self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
         result = score(self, limit=100)
-        if result is not None and self.main:
-            self.folder.log({"step": self.progress.global_step, "scores": result.summary()})
-            self.display.note("  ".join(f"{k} {v:.3f}" for k, v in result.summary().items()))
+        if result is not None:
+            scores, step = result.summary(), self.progress.global_step
+            by_first(self.accelerator, lambda: self.folder.log({"step": step, "scores": scores}))
+            self.step_log.track(scores, step)
+            self.display.note("  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         engine.resume_training()
+
+    def _terminate(self) -> None:
+        self.display.note(f"Saved after SIGTERM. To go on: zoo train resume={self.folder.path}")
+        raise SystemExit(TERMINATED)
 
     def _on_sigterm(self, *_: Any) -> None:
         self._asked = True  # a signal that comes during a step is agreed upon in the next
-
-
-def read_config(path: Path, given: DictConfig) -> DictConfig:
-    """Return the config that a run was started with, typed; its plugins are loaded first."""
-    from zoo.config import RunRoot
-    from zoo.registry import config_of, plugins
-
-    saved: Any = OmegaConf.load(path)
-    plugins.load(list(saved.get("plugins") or []))
-    cfg: Any = OmegaConf.merge(OmegaConf.structured(RunRoot), saved)
-    OmegaConf.update(cfg, "resume", given.resume)
-    for node in cfg.data.values():
-        config_of("dataset", node)
-    return cfg
-
-
-def _mean(rows: list[Mapping[str, float]]) -> dict[str, float]:
-    """Average each loss over the processes that had it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {n: [row[n] for row in rows if n in row] for n in names}
-    return {n: sum(v) / len(v) for n, v in values.items()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""Runs in processes of their own that end at a chosen moment, and what their folders then hold.
+
+The processes are forked from a server that has imported everything, so that a run of a few steps takes a second. The
+moments are met by means of the system: real signals, and a real limit on the size of files.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.train_builders import REPO
+from zoo.cli import main
+from zoo.engine import Engine
+from zoo.run_folder import read_metrics
+
+SERVER = multiprocessing.get_context("forkserver")
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}  # and "open" for writing
+TIMED = {"images_per_s", "samples_per_s", "wait", "seconds"}
+
+
+@contextlib.contextmanager
+def served() -> Iterator[None]:
+    """Start the server that the processes are forked from, where it does not run yet."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
+    os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        SERVER.set_forkserver_preload(["tests.killed_runs", "zoo.train", "zoo.loading", "pytest"])
+        multiprocessing.forkserver.ensure_running()
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@dataclass
+class Ended:
+    """How the processes of a run ended, and what they said."""
+
+    codes: list[int]
+    said: str
+
+    @property
+    def code(self) -> int:
+        assert len(set(self.codes)) == 1, f"the processes ended apart: {self.codes}\n{self.said}"
+        return self.codes[0]
+
+
+def train(place: Path, words: list[str], *moment: Any, processes: int = 1, ranks: tuple[int, ...] = (0,)) -> Ended:
+    """Run `zoo train` with these words in the folder `place`.
+
+    Args:
+        place: working folder; the run's folder is `run` in it.
+        words: after `zoo train`.
+        moment: name of one of the functions below, and its arguments.
+        processes: that make up the run.
+        ranks: of those that the moment is for.
+    """
+    place.mkdir(exist_ok=True)
+    port = _free_port()
+    children = []
+    for rank in range(processes):
+        env = {} if processes == 1 else _environment(rank, processes, port)
+        of_rank = moment if rank in ranks else ()
+        child = SERVER.Process(target=_child, args=(str(place), words, of_rank, env, f"said.{rank}"))
+        child.start()
+        children.append(child)
+    first = children[ranks[0]]
+    first.join(120)
+    for child in children:
+        if processes > 1 and first.exitcode and first.exitcode < 0 and child is not first:
+            child.kill()  # as a launcher does where one of its processes is gone
+        child.join(120)
+        assert child.exitcode is not None, "the processes hang"
+    said = "".join((place / f"said.{rank}").read_text() for rank in range(processes))
+    return Ended([c.exitcode for c in children], said)
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """What a run leaves that must be the same, however often it was stopped: all but times."""
+    files = [p for name in ("model", "tokenizer") for p in sorted((folder / name).rglob("*"))]
+    files += [folder / "scores.json", folder / "predictions.jsonl"]
+    found: dict[str, Any] = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    found["summary"] = _untimed(json.loads((folder / "summary.json").read_text()))
+    found["metrics"] = [_untimed(row) for row in read_metrics(folder / "metrics.jsonl")]
+    found["leftovers"] = sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name != ".running")
+    return found
+
+
+def _untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in TIMED}
+
+
+# ---- moments, in the process of the run --------------------------------------------------------------------------
+
+
+def noting_writes(into: str) -> None:
+    """Note every event of writing below `run`, one a line."""
+    file = Path(into).open("w", buffering=1)  # noqa: SIM115  # to the end of the process
+    _at_writes(lambda number, what: print(what, file=file))
+
+
+def killed_at_write(which: int | str) -> None:
+    """SIGKILL just before the write event of this number, or the first that reads so."""
+    _at_writes(lambda number, what: os.kill(os.getpid(), signal.SIGKILL) if which in (number, what) else None)
+
+
+def killed_within_write(size: int) -> None:
+    """Let the system kill the process in the middle of writing the first file of more than `size` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def on_a_full_disk(size: int) -> None:
+    """Let no file become larger than `size` bytes: the writer gets an error and half a file, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def terminated_at_step(number: int, when: str) -> None:
+    """SIGTERM ahead of what the processes agree on in optimiser step `number`, or behind it."""
+    inner, calls = Engine.run, [0]
+
+    def run(self: Engine, *args: Any) -> Any:
+        calls[0] += 1
+        if when == "before" and calls[0] == number:
+            args = (*args[:-1], True)  # as the handler leaves it for the step
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = inner(self, *args)
+        if when == "behind" and calls[0] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    Engine.run = run  # type: ignore[method-assign]
+
+
+def killed_while_scoring(times: int) -> None:
+    """SIGKILL as the model is scored for the time of this number."""
+    from zoo import finish
+
+    inner, calls = finish.evaluate, [0]
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args, **options)
+
+    finish.evaluate = evaluate  # type: ignore[assignment]
+
+
+def _at_writes(act: Callable[[int, str], Any]) -> None:
+    seen = [0]
+    below = f"{Path.cwd()}/run"
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event not in WRITES and event != "open":
+            return
+        path = str(args[0])
+        if event == "open":
+            writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) if isinstance(args[2], int) else 0
+            if not writes:
+                return
+        within_folder = event in ("os.remove", "os.rmdir") and args[1] != -1  # a folder is emptied by its handle
+        if within_folder or os.path.abspath(path).startswith(below):  # noqa: PTH100  # resolving would open files
+            seen[0] += 1
+            act(seen[0], f"{event} {path}")
+
+    sys.addaudithook(hook)
+
+
+def _child(place: str, words: list[str], moment: tuple[Any, ...], env: dict[str, str], said: str) -> None:
+    os.chdir(place)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= env
+    gc.freeze()  # what was imported is not looked through again
+    if moment:
+        globals()[moment[0]](*moment[1:])
+    code = main(["train", *words])
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {k: str(v) for k, v in names.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]

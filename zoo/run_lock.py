@@ -1,0 +1,136 @@
+"""One process at a time trains in a run's folder: a lock that the system takes back when its holder ends, however.
+
+The lock is `flock` on a small file that says who holds it. Linux carries it over NFS; where a file system has no locks
+(Lustre without `-o flock`, say), what the file says is believed of processes of this machine, and a note tells so.
+Of several processes of a run the first one holds it. Readers, such as `zoo report`, never ask for it.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import weakref
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from zoo.registry import ZooError
+
+NAME = ".running"
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+
+
+class RunLock:
+    """The lock of a run's folder, held from the moment it is made until `release` or the end of the process.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ZooError: another process holds it, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self.note = ""  # what a person should know of this lock
+        try:
+            self._handle: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ZooError(
+                f"The run folder {str(folder)!r} cannot be written ({error.strerror}): a run keeps its state there."
+            ) from error
+        try:
+            self._take()
+        except BaseException:
+            self._close()
+            raise
+        self._write({"pid": os.getpid(), "host": platform.node(), "born": _born(os.getpid()), "since": _now()})
+        _taken.add(self)
+
+    def release(self) -> None:
+        """Let others have the run. The file stays: whoever waits for a lock must find the same file."""
+        if self._handle is not None:
+            self._write({})
+            self._close()
+
+    def _take(self) -> None:
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno in HELD:
+                    raise self._refusal(self._owner()) from error
+        owner = self._owner()
+        if owner.get("host") == platform.node() and _lives(owner.get("pid"), owner.get("born")):
+            raise self._refusal(owner)
+        self.note = (
+            f"{self.path.parent} lies where files cannot be locked: that this run is resumed only once is checked "
+            "among the processes of this machine alone."
+        )
+
+    def _refusal(self, owner: dict[str, Any]) -> ZooError:
+        who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+        return ZooError(
+            f"The run {str(self.path.parent)!r} is alive: {who} trains in it. Wait for it to end, or end it: it saves "
+            f"a checkpoint on SIGTERM. (Held by a machine that is gone for good: remove {str(self.path)!r}.)"
+        )
+
+    def _owner(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and {"pid", "host", "since"} <= set(found):
+                return found
+        return {}
+
+    def _write(self, owner: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # who holds it is told as far as a full disk lets us
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, json.dumps(owner).encode(), 0)
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
+
+    def __del__(self) -> None:
+        self._close() if hasattr(self, "_handle") else None
+
+
+def _born(pid: Any) -> float | None:
+    """When a process of this machine began; None if there is none. A number is given to one process after the other."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except (psutil.Error, TypeError, ValueError):
+        return None
+
+
+def _lives(pid: Any, born: Any) -> bool:
+    """Whether the process that wrote this is still there, and not another one of the same number."""
+    now = _born(pid)
+    return now is not None and isinstance(born, float) and abs(now - born) < 2.0  # seconds: the clock may be set
+
+
+def _now() -> str:
+    return datetime.now().isoformat(sep=" ", timespec="seconds")
+
+
+_taken: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    """A loader's worker that outlives a killed run must not go on holding its lock."""
+    for lock in list(_taken):
+        lock._close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,62 @@
+"""Trackers beside metrics.jsonl (`log=[tensorboard,wandb]`): accelerate's, checked before anything costs time."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError, unknown
+
+# Names that accelerate knows, and the packages of which one must be there; the first is what pip is asked for.
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "aim": ("aim",),
+    "clearml": ("clearml",),
+    "comet_ml": ("comet_ml",),
+    "dvclive": ("dvclive",),
+    "mlflow": ("mlflow",),
+    "swanlab": ("swanlab",),
+}
+FOLDER = "trackers"  # in the run folder, for those that write files
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that would not write anything.
+
+    Raises:
+        ZooError: there is none of that name, or its package is not installed.
+    """
+    for name in names:
+        if name not in PACKAGES:
+            raise unknown("tracker (log)", name, PACKAGES)
+        if not any(_is_installed(package) for package in PACKAGES[name]):
+            raise ZooError(
+                f"log={name} needs a package that is not installed: pip install {PACKAGES[name][0]}. "
+                "The figures of every step are in metrics.jsonl of the run folder in any case."
+            )
+
+
+def start_trackers(accelerator: Any, names: Sequence[str], folder: Path, step: int, config: Mapping[str, Any]) -> None:
+    """Start the trackers of a run that goes on after `step`; TensorBoard hides what an earlier try drew behind it."""
+    from accelerate.tracking import filter_trackers
+
+    if not names:
+        return
+    directory = folder / FOLDER
+    accelerator.project_configuration.project_dir = str(folder)
+    accelerator.project_configuration.logging_dir = str(directory)
+    accelerator.log_with = filter_trackers(list(names), str(directory))
+    own = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": folder.name, "dir": str(folder)},
+        "trackio": {"name": folder.name},
+    }
+    accelerator.init_trackers("zoo", config=dict(config), init_kwargs=own)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of that name, which `wandb` leaves behind, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
