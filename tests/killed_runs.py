@@ -14,7 +14,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,7 @@ def train(place: Path, words: list[str], *moment: Any, processes: int = 1, ranks
     children = []
     for rank in range(processes):
         env = {} if processes == 1 else _environment(rank, processes, port)
-        of_rank = moment if rank in ranks else ()
-        child = SERVER.Process(target=_child, args=(str(place), words, of_rank, env, f"said.{rank}"))
-        child.start()
-        children.append(child)
+        children.append(begin(place, words, *(moment if rank in ranks else ()), env=env, said=f"said.{rank}"))
     first = children[ranks[0]]
     first.join(120)
     for child in children:
@@ -84,6 +81,13 @@ def train(place: Path, words: list[str], *moment: Any, processes: int = 1, ranks
         assert child.exitcode is not None, "the processes hang"
     said = "".join((place / f"said.{rank}").read_text() for rank in range(processes))
     return Ended([c.exitcode for c in children], said)
+
+
+def begin(place: Path, words: list[str], *moment: Any, env: Mapping[str, str] | None = None, said: str = "said") -> Any:
+    """Start one process of a run, and return it; what it says goes to the file `said`."""
+    child = SERVER.Process(target=_child, args=(str(place), words, moment, dict(env or {}), said))
+    child.start()
+    return child
 
 
 def left(folder: Path) -> dict[str, Any]:

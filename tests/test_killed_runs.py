@@ -7,13 +7,21 @@ import json
 import os
 import random
 import re
+import shutil
+import time
 
 import pytest
 
 from tests import killed_runs
 from tests.killed_runs import left, train
 from tests.train_builders import config, recipe
+from zoo import checkpoint
+from zoo.config import compose
+from zoo.evaluate import main as score
+from zoo.registry import ZooError
+from zoo.report import summarise
 from zoo.run_folder import RunFolder, read_metrics
+from zoo.train import Run
 
 # Dropout shows whether randomness goes on; the distiller, whether it keeps what it learnt; Muon, its state.
 STAGES = {
@@ -106,18 +114,15 @@ def test_sigterm_at_every_step(tmp_path, words, whole, step, when):
     assert left(tmp_path / "run") == whole[0]
 
 
-@pytest.mark.parametrize("time", [1, 2])
-def test_killed_while_scoring(tmp_path, words, whole, time, capsys):
-    assert train(tmp_path, words, "killed_while_scoring", time).code == -9
-    if time == 2:  # the model is there: it can be scored by itself, too
-        from zoo.config import compose
-        from zoo.evaluate import main
-
-        main(compose("eval", [f"model='dir:{tmp_path / 'run'}'", f"run.folder='{tmp_path / 'eval'}'", "device=cpu"]))
+@pytest.mark.parametrize("times", [1, 2])
+def test_killed_while_scoring(tmp_path, words, whole, times, capsys):
+    assert train(tmp_path, words, "killed_while_scoring", times).code == -9
+    if times == 2:  # the model is there: it can be scored by itself, too
+        score(compose("eval", [f"model='dir:{tmp_path / 'run'}'", f"run.folder='{tmp_path / 'eval'}'", "device=cpu"]))
         capsys.readouterr()
     goes_on(tmp_path, words)
     assert left(tmp_path / "run") == whole[0]
-    if time == 2:
+    if times == 2:
         again = (tmp_path / "eval" / "scores.json").read_bytes()
         assert again == (tmp_path / "run" / "scores.json").read_bytes()
     refused = train(tmp_path, ["resume=run"])
@@ -133,6 +138,22 @@ def test_a_full_disk_is_an_error_and_the_last_good_state_stays(tmp_path, words, 
     assert not [p for p in (tmp_path / "run").rglob(".*") if p.name != ".running"], "half a file holds no room"
     goes_on(tmp_path, words)
     assert left(tmp_path / "run") == whole[0]
+
+
+def test_a_run_that_is_alive_is_not_resumed_but_may_be_read(tmp_path, words):
+    alive = killed_runs.begin(tmp_path, [*words, "stages.b.steps=1000", "stages.b.workers=2"])
+    folder, until = RunFolder(tmp_path / "run"), time.monotonic() + 60
+    try:
+        while len(folder.list_checkpoints()) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        refused = train(tmp_path, ["resume=run"])
+        assert refused.code == 2 and f"is alive: process {alive.pid} on " in refused.said, refused.said
+        assert summarise(folder.path).state.startswith("step ")
+        assert alive.is_alive()
+    finally:
+        alive.kill()
+        alive.join()
+    Run(compose("train", [f"resume='{folder.path}'"])).close()  # at once, whatever its workers do
 
 
 # ---- damaged checkpoints -----------------------------------------------------------------------------------------
@@ -164,10 +185,6 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_seen(stopped, tmp_path, what):
-    import shutil
-
-    from zoo import checkpoint
-
     newest = RunFolder(stopped / "run").list_checkpoints()[-1]
     copy = shutil.copytree(newest, tmp_path / newest.name)
     assert checkpoint.verify(copy)["global_step"] == 4
@@ -177,8 +194,6 @@ def test_damage_is_seen(stopped, tmp_path, what):
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, tmp_path, whole, words):
-    import shutil
-
     place = shutil.copytree(stopped, tmp_path / "copy")
     before, newest = RunFolder(place / "run").list_checkpoints()
     flip(newest / "weights.safetensors")
@@ -189,8 +204,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, tmp_path, wh
 
 
 def test_where_all_are_damaged_nothing_is_trained(stopped, tmp_path):
-    import shutil
-
     place = shutil.copytree(stopped, tmp_path / "copy")
     for path in RunFolder(place / "run").list_checkpoints():
         flip(path / "weights.safetensors")
@@ -202,8 +215,6 @@ def test_where_all_are_damaged_nothing_is_trained(stopped, tmp_path):
 
 
 def test_checkpoints_without_hashes_of_earlier_versions_are_taken(stopped, tmp_path, whole, words):
-    import shutil
-
     place = shutil.copytree(stopped, tmp_path / "copy")
     for path in RunFolder(place / "run").list_checkpoints():
         (path / "SHA256SUMS").unlink()
@@ -226,8 +237,8 @@ def whole_of_two(tmp_path_factory, words):
 
 
 def test_two_processes_killed_behind_a_checkpoint(tmp_path, words, whole_of_two):
-    """Metrics are written some steps at a time here: those ahead of a checkpoint must not wait for those behind it."""
-    ended = train(tmp_path, words, "killed_at_write", "os.rename run/checkpoints/step-00000001", processes=2)
+    """As the oldest checkpoint goes. Metrics are written some steps at a time here, but not behind a checkpoint."""
+    ended = train(tmp_path, words, "killed_at_write", "os.remove optimizers.pt", processes=2)
     assert -9 in ended.codes, ended.said
     assert RunFolder(tmp_path / "run").list_checkpoints()[-1].name == "step-00000004"
     goes_on(tmp_path, words, processes=2)
@@ -260,9 +271,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, words, processes):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """After the last step no loss is computed that would show them."""
-    from zoo.registry import ZooError
-    from zoo.train import Run
-
     stages = {"a": "steps: 1, batch_size: 4, lr: 1e39, warmup_ratio: 0"}
     run = Run(config([*recipe(tmp_path, stages), f"run.folder={tmp_path / 'run'}"]))
     with pytest.raises(ZooError, match=r"weights, the first 'model\..*are not finite at step 1.*no checkpoint yet"):

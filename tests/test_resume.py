@@ -6,9 +6,12 @@ import signal
 import time
 
 import pytest
+import torch
 
 from tests.train_builders import config, losses, recipe, start
+from zoo.config import compose
 from zoo.registry import ZooError
+from zoo.resume import options_of
 from zoo.run_folder import RunFolder
 from zoo.train import Run
 
@@ -121,3 +124,57 @@ def test_a_finished_run_is_not_resumed(tmp_path):
     run.close()
     with pytest.raises(ZooError, match="is finished"):
         Run(config(recipe(tmp_path, STAGES), "resume=last"))
+
+
+def test_a_run_goes_on_with_the_device_and_trackers_that_it_had(tmp_path):
+    stages = {"a": "steps: 1, batch_size: 4"}
+    path = tmp_path / "run"
+    Run(config(recipe(tmp_path, stages), f"run.folder={path}", "device=cpu")).close()
+    saved = path / "config.yaml"
+    saved.write_text(saved.read_text().replace("log: []", "log: [tensorboard]"))
+    for words, wanted in (([], ["tensorboard"]), (["log=[wandb]"], ["wandb"])):
+        assert options_of(compose("train", [f"resume={path}", *words])) == ("cpu", wanted)
+    assert options_of(compose("train", [f"resume={path}", "device=cuda"]))[0] == "cuda"
+
+
+def test_weights_that_changed_since_the_start_are_not_gone_on_from(tmp_path, make_model):
+    model, processor = make_model(seed=1)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    processor.save_pretrained(source)
+    words = [f"model='dir:{source}'", "recipe=scenes_tiny", "data=[scenes]", "data.scenes.scenes=8", "device=cpu"]
+    words += [f"run.folder={tmp_path / 'run'}"]
+    Run(compose("train", words)).close()
+    Run(compose("train", [f"resume={tmp_path / 'run'}"])).close()
+    with torch.no_grad():
+        model.llm.lm.get_output_embeddings().weight.add_(1.0)
+    model.save_pretrained(source)
+    with pytest.raises(ZooError, match=rf"began on the weights of '{source}', and they are others now"):
+        Run(compose("train", [f"resume={tmp_path / 'run'}"]))
+
+
+def test_half_a_model_is_not_the_last_one(tmp_path):
+    """A kill within the final save leaves a folder that looks like a model."""
+    run = Run(config(recipe(tmp_path, {"a": "steps: 1, batch_size: 4"}), f"run.folder={tmp_path / 'run'}"))
+    run.close()
+    half = run.folder.path / ".model.writing"
+    half.mkdir()
+    run.model.config.save_pretrained(half)
+    with pytest.raises(ZooError, match="no finished run"):
+        compose("eval", ["model=last", f"run.dir={tmp_path}"])
+    with pytest.raises(ZooError, match=rf"has not saved its model yet.*zoo train resume={run.folder.path}"):
+        compose("eval", [f"model=dir:{run.folder.path}"])
+
+
+def test_a_run_with_a_model_and_no_checkpoint_does_not_train_again(tmp_path):
+    run = Run(config(recipe(tmp_path, {"a": "steps: 1, batch_size: 4"}), f"run.folder={tmp_path / 'run'}"))
+    run.close()
+    run.model.save_pretrained(run.folder.model)
+    with pytest.raises(ZooError, match=r"has its model but no checkpoint.*zoo eval model=dir:"):
+        Run(compose("train", [f"resume={run.folder.path}"]))
+
+
+def test_a_config_that_cannot_be_read_says_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: [1,\nb: {")
+    with pytest.raises(ZooError, match=r"config\.yaml' cannot be read"):
+        Run(compose("train", [f"resume={tmp_path}"]))

@@ -96,9 +96,79 @@ def test_rewind_drops_later_steps_and_a_half_line(tmp_path):
     with folder.metrics.open("a") as file:
         file.write('{"step": 6, "lo')
     assert [r["step"] for r in read_metrics(folder.metrics)] == [1, 2, 3, 4, 5]
-    folder.rewind(3)
+    assert folder.rewind(3) == 1
     folder.log({"step": 4, "loss": 0.25})
     assert read_metrics(folder.metrics) == [{"step": s, "loss": 1 / s} for s in (1, 2, 3, 4)]
+
+
+BROKEN = [
+    b'{"step": 6, "lo',
+    b"\0\0\0\0",
+    b"\xff\xfe{}",
+    b"[1, 2]",
+    b"7",
+    b'{"loss": 1.0}',
+    b'{"step": null}',
+    b'{"step": 1e999}',
+]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_line_that_is_none_costs_itself_alone(tmp_path, line, at):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
+    lines = [json.dumps(row).encode() for row in rows]
+    folder.metrics.write_bytes(b"\n".join([*lines[:at], line, *lines[at:]]))  # and no end of line behind the last
+    assert read_metrics(folder.metrics) == rows
+    folder.log({"step": 6, "loss": 0.1}, {"step": 7, "loss": 0.1})
+    assert [r["step"] for r in read_metrics(folder.metrics)] == [1, 2, 3, 4, 5, 6, 7], "nor does the next one"
+    assert folder.rewind(6) == 1
+    assert folder.metrics.read_text().splitlines() == [json.dumps(r) for r in [*rows, {"step": 6, "loss": 0.1}]]
+
+
+def test_rewind_keeps_a_row_once(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    rows = [{"step": 1, "loss": 1.0}, {"step": 1, "scores": {"x": 0.5}}, {"step": 2, "loss": 0.5}]
+    folder.log(*rows, rows[2], rows[0])
+    assert folder.rewind(2) == 0
+    assert read_metrics(folder.metrics) == rows
+
+
+def test_what_a_kill_left_is_cleaned(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    with folder.checkpoint(1, keep=2) as path:
+        (path / "state").write_text("1")
+    for name in ("checkpoints/.step-00000002.writing", ".model.writing", "checkpoints/.step-00000000.removing"):
+        (folder.path / name).mkdir()
+        (folder.path / name / "half").write_text("")
+    (folder.path / ".scores.json.writing").write_text("{")
+    (folder.path / ".git").mkdir()
+    folder.clean()
+    assert sorted(p.name for p in folder.path.iterdir()) == [".git", "checkpoints"]
+    assert [p.name for p in folder.checkpoints.iterdir()] == ["step-00000001"]
+
+
+def test_where_nothing_can_be_written_the_error_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    for asked in (
+        {"root": tmp_path / "file", "name": "a"},
+        {"root": tmp_path, "name": "", "exact": f"{tmp_path}/file/x"},
+    ):
+        with pytest.raises(ZooError, match=r"Cannot write a run folder.*Not a directory.*Choose another"):
+            RunFolder.create(**asked)
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    folder.metrics.mkdir()
+    with pytest.raises(ZooError, match=rf"Cannot write metrics to .*Is a directory.*zoo train resume={folder.path}"):
+        folder.log({"step": 1})
+
+
+def test_what_is_no_trouble_of_the_disk_stays_what_it_is(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", now=NOON)
+    with pytest.raises(TypeError), folder.writing("a thing"):
+        raise TypeError
+    with pytest.raises(ZooError, match=r"^as it was$"), folder.writing("a thing"):
+        raise ZooError("as it was")
 
 
 def test_the_lock_says_what_it_ran_on(tmp_path):
@@ -139,6 +209,13 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     assert checkpoint.verify(newest) == {"format": 2, "step": 1, "streams": {"s": [0, 3]}}
     for (name, a), b in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
         assert a.equal(b), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_state_knows_what_is_not_finite(value):
+    weights = {name: torch.full((4,), 3e38) for name in ("large", "bad", "other")}  # whose sum is not finite
+    weights["bad"][2] = weights["other"][1] = value
+    assert checkpoint.collect(weights, [], {}).not_finite({"large", "bad"}) == ["bad"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -39,7 +39,7 @@ class State:
 
     def not_finite(self, names: set[str]) -> list[str]:
         """Those of the weights `names` that hold a NaN or an infinity."""
-        return [n for n, t in self.weights.items() if n in names and not bool(torch.isfinite(t).all())]
+        return [n for n, t in self.weights.items() if n in names and not _is_finite(t)]
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into an empty folder."""
@@ -170,6 +170,11 @@ def shared_as(tensor: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are. A sum that is finite says so at once, with nothing allocated."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _placed(value: Any, param: Tensor) -> Any:

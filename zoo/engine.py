@@ -19,6 +19,7 @@ from zoo.loader import keyed
 from zoo.model_types import LOSS_ALONE, Seen
 from zoo.optim import build_optimizers, rate_at, set_rate
 from zoo.precision import autocast, resolve_precision
+from zoo.processes import launcher_alone
 from zoo.registry import IGNORE_INDEX, ZooError, build, unknown
 from zoo.stage import Stage
 from zoo.teacher import options_of
@@ -123,7 +124,8 @@ class Engine:
         self.sharded = hasattr(model, "set_requires_gradient_sync")
         if self.sharded and isinstance(distiller, nn.Module):
             _shard_like(distiller, model)
-        self.step: Any = step if self.sharded else accelerator.prepare_model(step)
+        with launcher_alone():
+            self.step: Any = step if self.sharded else accelerator.prepare_model(step)
         self.whole, self.run_llm = step, step.run_llm
         self.unseen = set(stage.loss_weights)  # weights of losses that no step has shown yet
         self.summed = frozenset({"answer"}) | getattr(distiller, "per_label", frozenset())
@@ -277,7 +279,8 @@ def _set_mode(model: Any, stage: Stage) -> None:
 def _shard(accelerator: Any, model: Any) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    fsdp2_prepare_model(accelerator, model)
+    with launcher_alone():
+        fsdp2_prepare_model(accelerator, model)
 
 
 def _shard_like(distiller: nn.Module, model: nn.Module) -> None:

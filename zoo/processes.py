@@ -1,7 +1,8 @@
 """Starting on one process or many, and the few things that processes say to each other."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -15,14 +16,32 @@ NOT_OURS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
+# What is computed, which the config says. Beginnings of names.
+IGNORED = (
+    "ACCELERATE_GRADIENT_",
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_DOWNCAST_BF16",
+    "ACCELERATE_DYNAMO_",
+    "ACCELERATE_FP8_",
+)
+
+
+@contextlib.contextmanager
+def launcher_alone() -> Iterator[None]:
+    """Hide from accelerate what the environment says of numbers; it reads some of it whenever it is asked something."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(IGNORED)}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
 
 
 def start_accelerator(device: str = "auto") -> Any:
     """Make the accelerator for the processes that are there.
 
     Where a run computes is the launcher's business, what it computes is the config's: accumulation, number format and
-    compilation are our own, stage by stage, whatever `ACCELERATE_*` the environment holds or another user of accelerate
-    in this process (a transformers Trainer in bf16, say) left behind.
+    compilation are said stage by stage, whatever `ACCELERATE_*` the environment holds or another user of accelerate in
+    this process (a transformers Trainer in bf16, say) left behind.
 
     Args:
         device: auto, cpu, cuda, ...
@@ -44,7 +63,14 @@ def start_accelerator(device: str = "auto") -> Any:
     # A rank whose batch has no image, or whose experts stay idle, leaves parameters without gradient.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp])
+    try:
+        with launcher_alone():
+            accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
+    except (ImportError, ValueError) as error:
+        given = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("ACCELERATE_"))
+        raise ZooError(
+            f"accelerate cannot start: {error}. The environment has {given or 'no ACCELERATE_*'}."
+        ) from error
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise ZooError(

@@ -56,7 +56,8 @@ def ambiguous(asked: str, allowed: list[str]) -> ZooError:
 
 def newest(root: Path) -> Path:
     """Return the newest folder below `root` that holds a saved model."""
-    found = [file for file in root.glob("**/config.json") if _is_zoo_model(file)]
+    files = (f for f in root.glob("**/config.json") if not f.parent.name.startswith("."))  # half-written ones do
+    found = [file for file in files if _is_zoo_model(file)]
     if not found:
         raise ZooError(f"model=last: no finished run below {str(root)!r}. Train one with `zoo train`.")
     return max(found, key=lambda file: file.stat().st_mtime).parent
@@ -77,6 +78,11 @@ def from_folder(folder: Path, asked: str, config_dir: str | Path | None = None) 
         near = nearest(folder.name, [p.name for p in folder.parent.glob("*")]) if folder.parent.is_dir() else []
         hint = f" Did you mean 'dir:{folder.parent / near[0]}'?" if near else ""
         raise ZooError(f"model {asked!r}: no such folder.{hint}")
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        raise ZooError(
+            f"model {asked!r}: the run in this folder has not saved its model yet. If it was stopped, "
+            f"zoo train resume={folder} goes on to the end."
+        )
     raise ZooError(
         f"model {asked!r}: the folder holds no saved model (a config.json with the key 'slots') and none of a "
         f"published family ({', '.join(FAMILIES)})."

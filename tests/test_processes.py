@@ -1,0 +1,109 @@
+"""Starting: what the environment of a launcher may say, and what it may not change."""
+
+import os
+import re
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+
+from tests.train_builders import config, recipe
+from zoo.processes import IGNORED, NOT_OURS, by_first, launcher_alone, start_accelerator
+from zoo.registry import ZooError
+from zoo.train import Run
+
+SOURCES = [p.read_text() for p in Path(accelerate.__file__).parent.rglob("*.py")]
+VARIABLES = sorted({name for text in SOURCES for name in re.findall(r"ACCELERATE_[A-Z0-9_]*[A-Z0-9]\b", text)})
+TAKEN = {
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "inductor",
+    "ACCELERATE_FP8_BACKEND": "TE",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+}  # words that accelerate knows, where it is not yes or a number
+
+
+@pytest.fixture
+def as_it_was(monkeypatch):
+    """Give accelerate back the state it had; the process may have several users of it."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    saved = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState, GradientState)]
+    flags = torch.backends.cuda.matmul.allow_tf32
+    environment = dict(os.environ)
+    yield
+    for state, content in saved:
+        state._shared_state.clear()
+        state._shared_state.update(content)
+    torch.backends.cuda.matmul.allow_tf32 = flags
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+
+
+def test_there_are_variables_to_try():
+    assert {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", *NOT_OURS} <= set(VARIABLES)
+
+
+@pytest.mark.parametrize("value", ["true", "4"])
+@pytest.mark.parametrize("name", VARIABLES)
+def test_no_variable_wraps_what_is_trained(name, value, monkeypatch, as_it_was):
+    """Each that the installed accelerate reads: a module is given back as it is, or the variable is refused by name."""
+    from accelerate.state import PartialState
+
+    monkeypatch.setenv(name, TAKEN.get(name, value))
+    PartialState._reset_state()
+    try:
+        accelerator = start_accelerator("cpu")
+    except ZooError as error:
+        assert f"{name}={value}" in str(error)
+        assert name in NOT_OURS or not name.startswith(IGNORED)
+        return
+    module = torch.nn.Linear(2, 2)
+    with launcher_alone():
+        prepared = accelerator.prepare_model(module)
+    assert prepared is module and "forward" not in vars(module) and not hasattr(module, "_original_forward")
+    assert accelerator.mixed_precision == "no" and accelerator.scaler is None
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_accumulation_of_the_environment_changes_no_weight(tmp_path, monkeypatch):
+    found = []
+    for name, steps in (("plain", None), ("set", "4")):
+        if steps:
+            monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        stages = {"a": "steps: 2, batch_size: 4, accumulate: 2, optimizer: adamw, clip: 0"}
+        with Run(config(recipe(tmp_path, stages), f"run.folder={tmp_path / name}")) as run:
+            run.train()
+        found.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
+    assert all(found[0][name].equal(found[1][name]) for name in found[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ZooError, match="device=cuda was asked for, and this process would compute on cpu"):
+        start_accelerator("cuda")
+
+
+class Two:
+    """The second of two processes, or the first, as far as `by_first` looks."""
+
+    num_processes = 2
+
+    def __init__(self, first):
+        self.is_main_process = first
+
+
+def test_an_error_of_the_first_process_ends_the_others_in_silence(monkeypatch):
+    sent = []
+    monkeypatch.setattr("zoo.processes.broadcast", lambda _, value: sent.append(value) or sent[0])
+
+    def fail():
+        raise ZooError("why")
+
+    with pytest.raises(ZooError, match="why"):
+        by_first(Two(True), fail)
+    with pytest.raises(SystemExit) as left:
+        by_first(Two(False), lambda: pytest.fail("the first one alone does it"))
+    assert left.value.code == 2
+    sent[:] = [(True, 7)]
+    assert by_first(Two(False), lambda: 0) == 7
