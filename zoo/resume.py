@@ -17,7 +17,6 @@ from zoo.files import written_beside
 from zoo.registry import ZooError
 from zoo.run_folder import RunFolder
 from zoo.run_lock import RunLock
-from zoo.weights import require_base
 
 
 @dataclass
@@ -123,7 +122,7 @@ def _require_start(folder: RunFolder, damaged: dict[Path, str]) -> None:
         )
 
 
-def require_same_start(folder: RunFolder, now: Mapping[str, Any]) -> None:
+def require_same_start(folder: RunFolder, model: Any, now: Mapping[str, Any]) -> None:
     """Refuse to go on where the weights that the run began on were changed since.
 
     Raises:
@@ -135,7 +134,7 @@ def require_same_start(folder: RunFolder, now: Mapping[str, Any]) -> None:
         raise ZooError(
             f"{str(folder.lock)!r} is damaged ({error}): remove it to go on without what it notes."
         ) from error
-    require_base(noted.get("base"), now["base"])
+    model.bases.require_same(noted.get("base"))
     before, there = noted.get("started_from"), now.get("started_from")
     if before and there and before != there:
         raise ZooError(

@@ -161,7 +161,7 @@ class Run:
 
     def _note_start(self, model: Any) -> None:
         if self.folder.lock.is_file():
-            require_same_start(self.folder, self.facts(model))
+            require_same_start(self.folder, model, self.facts(model))
         else:
             self.folder.write_lock(**self.facts(model))
 
