@@ -101,11 +101,14 @@ class ForwardMixin(ImagesMixin):
         """
         more = self._known(kwargs)
         cache = _one_cache(cache, past_key_values)
+
+        # Encode the images.
         image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
         unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
         if not run_llm:
             return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
 
+        # Merge their tokens with the text, and say what stands where.
         embeds, slots = self._merged(input_ids, inputs_embeds, image_tokens, cache)  # (B, T, C), (B, T)
         if unused is not None:
             embeds = embeds + unused
@@ -116,9 +119,10 @@ class ForwardMixin(ImagesMixin):
         sequence.tokens_per_image = 0 if self.layout is not None else self.num_image_tokens
         masks = self._masks(sequence, cache)
         if kept is not None or not _goes_on(cache):
-            self._condition_at(kept, images_per_row, slots)
+            self._condition(kept, images_per_row, slots)
         self._tell(sequence)
 
+        # Run the LLM.
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         with running(sequence):
             out = self.llm.hidden(
@@ -131,6 +135,8 @@ class ForwardMixin(ImagesMixin):
                 **more,
             )
         hidden = out.last_hidden_state  # (B, T, C)
+
+        # Project to the vocabulary, and compare with the labels.
         logits = loss = losses = None
         if run_head and (labels is None or all_logits):
             logits = self.llm.head(_kept(hidden, logits_to_keep, embeds.shape[1]))  # (B, T, V)

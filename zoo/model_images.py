@@ -150,20 +150,17 @@ class ImagesMixin(nn.Module):
         self,
         image: ImageFeatures | None,
         images_per_row: Sequence[int] | None,
-        input_ids: Tensor | None,
-        expand: int = 1,
-    ) -> None:
-        """Hand the image features to the adapters that want them, with the number of images of each row."""
-        self._condition_at(image, images_per_row, None if input_ids is None else self._placeholders(input_ids), expand)
-
-    def _condition_at(
-        self,
-        image: ImageFeatures | None,
-        images_per_row: Sequence[int] | None,
         slots: Tensor | None,
         expand: int = 1,
     ) -> None:
-        """The same, where images stand being known: (B, T) bool, or None."""
+        """Hand the image features to the adapters that want them, with the number of images of each row.
+
+        Args:
+            image: what the pruners left of the encoder's features; None: no image.
+            images_per_row: None: counted from the placeholders.
+            slots: (B, T) bool, where placeholders stand; None: not known.
+            expand: copies of each row that the LLM gets.
+        """
         if not len(self.adapter):
             return
         if images_per_row is None and slots is not None:

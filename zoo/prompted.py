@@ -53,7 +53,8 @@ class Prompt:
     def condition(self, rows: int) -> None:
         """Hand the images to the adapters, once it is known how many copies of each row there are."""
         if self.rows != rows and not (self.goes_on and self.image is None):
-            self.model._condition(self.image, self.images_per_row, self.ids, expand=max(1, rows // len(self.ids)))
+            slots = self.model._placeholders(self.ids)
+            self.model._condition(self.image, self.images_per_row, slots, expand=max(1, rows // len(self.ids)))
         self.rows = rows
 
     def place(self, inputs: dict[str, Any], given: Tensor) -> dict[str, Any]:
