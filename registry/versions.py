@@ -151,6 +151,11 @@ def keep_activations(model: Any) -> None:
     model.gradient_checkpointing_disable()
 
 
+def recomputes(model: Any) -> bool:
+    """Whether some layer of a transformers model recomputes its activations in backward."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def _checkpointed(model: Any) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,5 +1,6 @@
 """Tiny models and samples that all tests share. Nothing here needs the network."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -42,6 +43,29 @@ def _table_as_it_was():
         core._declared[kind].update(declared[kind])
     plugins._plugins.clear()
     plugins._plugins.update(loaded)
+
+
+class _Deprecated(logging.Handler):
+    """Keeps what a library logs about names and options that go."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "deprecat" in text.lower():
+            self.found.append(f"{record.name}: {text}")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated(request):
+    """Fail where we use what transformers says will go; Python's own warnings of that kind fail by pyproject.toml."""
+    told, log = _Deprecated(), logging.getLogger("transformers")
+    log.addHandler(told)
+    yield
+    log.removeHandler(told)
+    assert not told.found or request.config.getoption("pythonwarnings"), told.found
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,28 @@ def test_the_ten_lines_of_the_readme_run(tmp_path):
     assert len(shown) >= 10 and all(" " in line for line in shown)
 
 
+def test_quickstart_prints_what_a_person_wants_to_read(tmp_path):
+    """The commands of the Makefile, with a step for each stage: lines of progress and tables, no library's warnings."""
+    recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    commands = [line.split()[1:] for line in recipe.splitlines()]
+    assert [c[0] for c in commands] == ["train", "eval"]
+    commands[0] += [f"stages.{stage}.steps=1" for stage in ("look", "name", "relate")]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "zoo", *command, "limit=1"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=environment(),
+        )
+        progress = r"stage \w+: .*|\w+ \(\d/3\) \d+/\d+ \| .*"
+        assert [line for line in done.stderr.splitlines() if not re.fullmatch(progress, line)] == []
+        assert done.returncode == 0
+        assert not re.search("warn|deprecat|traceback", done.stdout, re.IGNORECASE), done.stdout
+        assert 10 <= len(done.stdout.splitlines()) <= 50
+
+
 def environment() -> dict[str, str]:
     import os
 

@@ -17,7 +17,7 @@ from zoo.fusion.running import running
 from zoo.model_images import ImagesMixin
 from zoo.model_types import LLMSequence, ZooOutput
 from zoo.registry import IGNORE_INDEX, Cut, ImageFeatures, ZooError, unknown
-from zoo.registry.versions import cache_argument, cache_of
+from zoo.registry.versions import cache_argument, cache_of, recomputes
 
 # What transformers' classes take and a composed model does not, and what to do instead.
 _ELSEWHERE = {
@@ -209,7 +209,7 @@ class ForwardMixin(ImagesMixin):
         if use_cache is not None:
             return use_cache
         lm = self.llm.lm
-        recomputed = self.training and torch.is_grad_enabled() and lm.is_gradient_checkpointing
+        recomputed = self.training and torch.is_grad_enabled() and recomputes(lm)
         return bool(getattr(lm.config.get_text_config(), "use_cache", False)) and not recomputed
 
     def _masks(self, sequence: LLMSequence, cache: Any) -> dict[str, Any]:
