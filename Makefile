@@ -17,7 +17,7 @@ PIP := -m pip install --quiet --quiet
 define install
 	@echo "installing into $(1): versions of $(2), torch first of all (5.6 GB on Linux)"
 	@$(PYTHON) -m venv $(1)
-	@$(1)/bin/python $(PIP) --constraint $(2) pip setuptools
+	@$(1)/bin/python $(PIP) --constraint $(2) --upgrade pip setuptools
 	@$(1)/bin/python $(PIP) --constraint $(2) $(3) --no-build-isolation --editable '.[dev]' --config-settings editable_mode=strict
 	@touch $(1)/.installed
 endef
