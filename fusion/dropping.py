@@ -29,13 +29,11 @@ from torch import Tensor, nn
 
 from zoo.fusion.attended import Attended, watch
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask
+from zoo.fusion.droppable import require_cache, require_family
 from zoo.fusion.running import current
 from zoo.fusion.survivors import Survivors
 from zoo.registry import ZooError
 from zoo.registry.versions import cache_in
-
-_KINDS = {"full_attention", "sliding_attention"}
-_ALIBI = {"bloom", "mpt", "falcon"}
 
 
 @dataclass
@@ -91,7 +89,7 @@ class Dropper:
         self.config = llm.lm.config.get_text_config()
         self.last: Run | None = None  # of the last prompt, for reports; nothing is computed from it
         self._undo: list[Callable[[], None]] = []
-        _check_family(who, self.config)
+        require_family(who, self.config)
         if outside := sorted(x for x in self.after if not 0 <= x < llm.num_layers - 1):
             raise ZooError(
                 f"{who} drops tokens at the output of layer {outside[0]}; the LLM has the layers 0 to "
@@ -215,7 +213,7 @@ class Dropper:
         else:
             run = self._prompt(hidden, sequence)
             if run is not None and cache is not None:
-                self._check_cache(cache)
+                require_cache(self.who, cache)
             self.last = run
         if cache is not None:
             cache.zoo_dropping = run
@@ -340,16 +338,6 @@ class Dropper:
             )
         return int(window)
 
-    def _check_cache(self, cache: Any) -> None:
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-        layers = getattr(cache, "layers", [])
-        if odd := [x for x in layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)]:
-            raise ZooError(
-                f"{self.who} needs a cache that grows layer by layer and holds keys as they are, not "
-                f"{type(odd[0]).__name__}: leave cache_implementation out, or set it to dynamic or offloaded."
-            )
-
 
 class DropsInside:
     """What pruners that drop by a `Dropper` share: they make it in `attach`, and hand on to it."""
@@ -374,13 +362,6 @@ class DropsInside:
     def kept(self) -> list[Tensor]:
         """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
         return self.dropper.kept() if self.dropper is not None else []
-
-
-def _check_family(who: str, config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
-    if kinds or config.model_type in _ALIBI or getattr(config, "num_kv_shared_layers", False):
-        what = f"layers of kind {sorted(kinds)[0]!r}" if kinds else "positions or caches that cannot be shortened"
-        raise ZooError(f"{who} cannot drop tokens inside {config.model_type!r}, which has {what}.")
 
 
 def _rows(table: Tensor, column: Tensor) -> Tensor:

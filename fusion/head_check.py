@@ -26,7 +26,9 @@ def check_head(llm: Any) -> None:
         return
     hidden = torch.linspace(-3, 3, 2 * llm.hidden_size, device=weight.device, dtype=weight.dtype).sin()
     hidden = hidden.view(1, 2, llm.hidden_size)
-    decoder = llm.decoder if lm.get_decoder() is lm else lm.get_decoder()
+    decoder = lm.get_decoder()  # OPT's head asks the one inside of its decoder
+    if decoder is lm or decoder is lm.get_output_embeddings():  # no way to ask these families
+        decoder = llm.decoder
     aside = Aside(last_hidden_state=hidden)
     why = ""
 

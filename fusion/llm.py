@@ -112,6 +112,11 @@ class HFLanguageModel(nn.Module):
         if config.zero_init_residual:
             _zero_residual_outputs(self)
         text = self.lm.config.get_text_config()
+        if getattr(text, "hidden_size_per_layer_input", 0):
+            raise ZooError(
+                f"{text.model_type!r} with hidden_size_per_layer_input > 0 embeds the ids anew for every layer, and "
+                "image tokens have none: take a checkpoint without it, or extra={hidden_size_per_layer_input: 0}."
+            )
         self.hidden_size: int = self.lm.get_input_embeddings().weight.shape[1]
         self.num_layers: int = text.num_hidden_layers
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)

@@ -1,0 +1,43 @@
+"""Which decoders and caches can be made shorter from some layer on, and what is in the way of the others."""
+
+from typing import Any
+
+from zoo.registry import ZooError
+
+_KINDS = {"full_attention", "sliding_attention"}
+# Families that dropping would get wrong, silently or not at all; a test tries all that transformers has.
+_UNFIT = {
+    **dict.fromkeys(("bloom", "mpt", "falcon"), "positions or caches that cannot be shortened"),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), "an output that has to be as long as its input"),
+    **dict.fromkeys(("ctrl", "gpt_neo", "rwkv"), "attention that cannot be read"),
+    **dict.fromkeys(("beam", "dory"), "positions that layers take in a form of their own"),
+    "doge": "attention that chooses among the keys by itself",
+    "bert-generation": "tokens that see those behind them",
+}
+
+
+def require_family(who: str, config: Any) -> None:
+    """Refuse a decoder whose layers cannot be given fewer tokens.
+
+    Args:
+        who: the pruner, for the message.
+        config: of the decoder, as transformers has it.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
+    what = f"layers of kind {sorted(kinds)[0]!r}" if kinds else _UNFIT.get(config.model_type, "")
+    if getattr(config, "num_kv_shared_layers", False):
+        what = "layers that share a cache"
+    if what:
+        raise ZooError(f"{who} cannot drop tokens inside {config.model_type!r}, which has {what}.")
+
+
+def require_cache(who: str, cache: Any) -> None:
+    """Refuse a cache whose layers cannot be of unlike length, or that holds keys in another form."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = getattr(cache, "layers", [])
+    if odd := [x for x in layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)]:
+        raise ZooError(
+            f"{who} needs a cache that grows layer by layer and holds keys as they are, not {type(odd[0]).__name__}: "
+            "leave cache_implementation out, or set it to dynamic or offloaded."
+        )
