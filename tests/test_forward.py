@@ -53,7 +53,7 @@ def test_loss_logits_cache_and_tuple(llava, case, side):
         if "labels" in given:
             torch.testing.assert_close(ours.loss, theirs.loss)
             assert ours[0] is ours.loss and ours["loss"] is ours.loss
-        assert ours.cache.get_seq_length() == theirs.cache.get_seq_length() == mask.shape[1]
+        assert ours.cache.get_seq_length() == cache_of(theirs).get_seq_length() == mask.shape[1]
         as_tuple = model(**given, return_dict=False)
         wanted = reference(**given, return_dict=False)[: 3 if "labels" in given else 2]  # behind them its image tower
         assert [type(x) for x in as_tuple] == [type(x) for x in wanted]
@@ -82,7 +82,7 @@ def test_options_give_what_transformers_gives(llava, name, attention):
     batch = inputs(processor)
     theirs, ours = reference(**batch, **OPTIONS[name]), model(**batch, **OPTIONS[name])
     assert ours.logits.shape == theirs.logits.shape
-    assert (ours.cache is None) == (theirs.cache is None)
+    assert (ours.cache is None) == (cache_of(theirs) is None)
     for ours_of, theirs_of in ((ours.hidden_states, theirs.hidden_states), (ours.attentions, theirs.attentions)):
         assert (ours_of is None) == (theirs_of is None)
         assert len(ours_of or ()) == len(theirs_of or ())
@@ -376,7 +376,7 @@ def test_calls_that_are_drawn(llava, seed):
         real = batch["attention_mask"].bool() if mask.dim() == 4 else mask.bool()
         tolerance = {"atol": 0.05, "rtol": 0.05} if seed == 3 else {"atol": 3e-5, "rtol": 1e-4}
         if named:
-            assert (ours.cache is None) == (theirs.cache is None)
+            assert (ours.cache is None) == (cache_of(theirs) is None)
             assert len(ours.hidden_states or ()) == len(theirs.hidden_states or ())
         else:
             assert isinstance(ours, tuple)

@@ -194,6 +194,10 @@ def test_images_come_as_they_like(llava, tmp_path):
 def test_defaults_of_the_processor_and_the_tokenizer(llava):
     import copy
 
+    from transformers import ProcessorMixin
+
+    if "text_kwargs" not in ProcessorMixin.__annotations__:
+        pytest.skip("this transformers knows no defaults of a processor")
     theirs, ours = copy.deepcopy(llava[:2])
     _, _, texts, images = llava
     for processor in (theirs, ours):
