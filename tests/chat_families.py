@@ -5,7 +5,7 @@ behind the last answer, whether thoughts are stripped, and how the tokenizer tre
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 WORDS = [
@@ -30,12 +30,14 @@ class Shape:
     rstrip: tuple[str, ...] = ()  # special tokens that swallow the blanks behind them, as Phi-3's do
     plain: tuple[str, ...] = ()  # added tokens that are not special: decoding shows them
     between: str | None = None  # what ends an answer that another question follows; None: as `end`
+    stops_between: bool = True  # what ends such an answer stops generation too
     lead: str = ""  # in front of the last answer, behind the opening
     lead_between: str | None = None  # the same of an answer that another question follows; None: as `lead`
     system: str = "written"  # or "refused"
     typed: bool = False  # wants typed parts and writes images itself
     splits: bool = False  # earlier answers are not written as they are asked for: a row for each
-    stops: tuple[str, ...] = field(default=())  # texts of several tokens that end an answer
+    stops: tuple[str, ...] = ()  # texts of several tokens that end an answer
+    stated: tuple[str, ...] = ()  # tokens that the checkpoint says end an answer
 
 
 def turns(before: str, after: str, asks: str, start: str = "", content: str = "m['content']", last: str = "") -> str:
@@ -142,6 +144,8 @@ TWO_ENDS = turns(
     "{{ ('<|stop|>' if loop.last else '<|more|>') if role == 'assistant' else '' }}",
     "<|assistant|>",
 )
+HARMONY_BLOCKS = HARMONY.replace("<|start|>assistant<|channel|>", "<|start|>assistant{% generation %}<|channel|>")
+HARMONY_BLOCKS = HARMONY_BLOCKS.replace("{% else %}<|start|>{{", "{% endgeneration %}{% else %}<|start|>{{")
 MARKED = (  # as SmolLM 3: the template says itself what is generated
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n{% generation %}"
     "<think>\n\n</think>\n{{ m['content'].strip() }}<|im_end|>{% endgeneration %}\n"
@@ -208,9 +212,17 @@ SHAPES = {
         GLM4, "<|endoftext|>", "<|endoftext|>", ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"),
         kind="split", between="",
     ),
+    "glm 4 that states its ends": Shape(
+        GLM4, "<|endoftext|>", "<|endoftext|>", ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"),
+        kind="split", between="<|user|>", stated=("<|user|>",),
+    ),
     "harmony": Shape(
         HARMONY, "<|return|>", "<|return|>", ("<|start|>", "<|message|>", "<|channel|>", "<|end|>"),
         kind="split", lead="<|channel|>final<|message|>", between="",
+    ),
+    "harmony with generation blocks": Shape(
+        HARMONY_BLOCKS, "<|return|>", "<|return|>", ("<|start|>", "<|message|>", "<|channel|>", "<|end|>"),
+        kind="split", lead="<|channel|>final<|message|>", between="<|end|>", stops_between=False,
     ),
     "two ends": Shape(
         TWO_ENDS, "<|stop|>", "<|endoftext|>", ("<|user|>", "<|assistant|>", "<|system|>", "<|stop|>", "<|more|>"),

@@ -8,7 +8,7 @@ from tests.conftest import picture
 from zoo.processor import ZooProcessor
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
 from zoo.stops import stops_of
-from zoo.tokenizer import CHAT_TEMPLATES, fit_tokenizer
+from zoo.tokenizer import CHAT_TEMPLATES, fit_tokenizer, load_tokenizer, set_template_options
 
 TRANSFORM = ImageTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
 
@@ -16,7 +16,7 @@ TRANSFORM = ImageTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
 def processor_of(name, template=None):
     made = tokenizer(SHAPES[name])
     made.chat_template = template or made.chat_template
-    return ZooProcessor(fit_tokenizer(made, name), TRANSFORM, num_image_tokens=4)
+    return ZooProcessor(fit_tokenizer(made, name), TRANSFORM, num_image_tokens=4, end_tokens=SHAPES[name].stated)
 
 
 def say(role, text, images=0):
@@ -103,7 +103,8 @@ def test_what_ends_answers_is_known(name):
     shape, processor = SHAPES[name], processor_of(name)
     stops = stops_of(processor.template)
     assert stops.texts == shape.stops
-    tokens = {t for t in (shape.eos, shape.end, shape.between) if t and t.strip() not in shape.stops}
+    tokens = {t for t in (shape.eos, shape.end) if t.strip() not in shape.stops} | set(shape.stated)
+    tokens |= {shape.between} if shape.between and shape.stops_between else set()
     assert set(stops.ids) == set(processor.tokenizer.convert_tokens_to_ids(sorted(tokens)))
 
 
@@ -247,3 +248,29 @@ def test_a_tokenizer_may_have_several_templates():
     processor = processor_of("qwen 2.5", {"default": template, "tool_use": "{{ messages }}"})
     row = processor.encode(sample_of(CASES["one turn"]))
     assert pieces(processor.tokenizer, row.input_ids, row.labels) == ["a red cat<|im_end|>"]
+
+
+def test_variables_of_a_template_get_other_defaults_for_good(tmp_path):
+    """Qwen 3 without thinking: what a prompt opens is what is trained, and a loaded processor goes on so."""
+    asks = "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    asks += "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    hybrid = SHAPES["qwen 3"].template.removesuffix("<|im_start|>assistant\n{% endif %}") + asks
+    made = tokenizer(SHAPES["qwen 3"])
+    made.chat_template = hybrid
+    made = set_template_options(fit_tokenizer(made, "hybrid"), {"enable_thinking": False})
+    made.save_pretrained(tmp_path)
+    made = load_tokenizer(str(tmp_path))
+    processor = ZooProcessor(made, TRANSFORM, num_image_tokens=4)
+    row = processor.encode(sample_of(CASES["one turn"]))
+    assert pieces(processor.tokenizer, row.input_ids, row.labels) == ["a red cat<|im_end|>"]
+    rows = rows_of(processor.encode(sample_of(CASES["image first"])))  # earlier turns are written without a thought
+    assert [pieces(processor.tokenizer, *r) for r in rows] == [["a cat<|im_end|>"], ["a<|im_end|>"]]
+    assert set_template_options(made, {"enable_thinking": False}).chat_template == processor.chat_template
+    opened = processor.apply_chat_template(CASES["one turn"][:1], add_generation_prompt=True, enable_thinking=True)
+    assert opened.endswith("<|im_start|>assistant\n")
+    for options, reason in (
+        ({"enable_think": True}, "Did you mean 'enable_thinking'"),
+        ({"enable_thinking": None}, "must be true, false"),
+    ):
+        with pytest.raises(ZooError, match=reason):
+            set_template_options(made, options)

@@ -113,7 +113,7 @@ class AnswerFinder:
             if text.startswith(opening) and len(opening) <= stops[i]:
                 starts[i] = len(opening)
             elif not only_last or i == asked[-1]:
-                raise TurnChangedError(_changed(text, opening, i, sample_id))
+                raise TurnChangedError(_changed(text, opening, i, sample_id, i == asked[-1]))
         for i, start in starts.items():
             if not text[start : stops[i]].strip():
                 raise ZooError(
@@ -194,20 +194,24 @@ def _pieces(places: _Places, turn: int, end: int | None, text: str) -> list[Lear
     last = stop if end is None else end
     if places.blocks is None:
         return [Learnt(start, last, end is not None)]
-    found = [(max(a, start), min(b, last)) for a, b in places.blocks if a < last and b > start]
+    found = [[max(a, start), b] for a, b in places.blocks if a < last and b > start]
     if found and not text[start : found[0][0]].strip():
-        found[0] = start, found[0][1]  # the opening leaves it to the model to write these blanks
-    if found and found[-1][1] >= stop:
-        found[-1] = found[-1][0], last
-    return [Learnt(a, b, end is not None and b == end) for a, b in found if a < b]
+        found[0][0] = start  # the opening leaves it to the model to write these blanks
+    if found and found[-1][1] >= stop:  # the end belongs to it, whether the block says so or not
+        if end is None:  # what else the block holds behind the content ends the answer here
+            last = end = stop + len(text[stop : found[-1][1]].rstrip())
+        found[-1][1] = last
+    return [Learnt(a, min(b, last), end is not None and b == end) for a, b in found if a < b]
 
 
-def _changed(text: str, opening: str, turn: int, sample_id: str) -> str:
+def _changed(text: str, opening: str, turn: int, sample_id: str, last: bool) -> str:
     pairs = enumerate(zip(text, opening, strict=False))
     part = next((k for k, (a, b) in pairs if a != b), min(len(text), len(opening)))
+    ways = "" if last else "give each answer a dialog of its own that shows all images in its first turn, "
+    ways += "set variables of the template (tokenizer.template_options={enable_thinking: false}, if it has that one), "
+    ways += "or choose another one with tokenizer.chat_template."
     return (
         f"Sample {sample_id!r}: the chat template renders turn {turn} differently with and without what follows: a "
         f"prompt that asks for it ends with {opening[-40:]!r}. They part at {text[max(0, part - 40) : part + 40]!r}. "
-        f"Give each answer a dialog of its own that shows all images in its first turn, or choose another template "
-        f"with tokenizer.chat_template."
+        f"{ways[0].upper()}{ways[1:]}"
     )

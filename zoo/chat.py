@@ -27,11 +27,12 @@ class Chat:
     Args:
         tokenizer: of transformers, with a chat template and an end-of-sequence token.
         video_token: that stands where a video goes; None: there are no videos.
+        end_tokens: that end an answer too, as the model's checkpoint states.
     """
 
-    def __init__(self, tokenizer: Any, video_token: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, video_token: str | None = None, end_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer, video_token)
+        self.template = ChatTemplate(tokenizer, video_token, end_tokens)
         self.answers = AnswerFinder(self.template, verbatim={text for text, _ in CHAT_TEMPLATES.values()})
         self._segments: dict[str, tuple[list[int], list[int]]] = {}
 

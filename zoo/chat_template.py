@@ -7,7 +7,7 @@ writes around them.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from zoo.registry import ZooError
@@ -16,7 +16,7 @@ Messages = Sequence[Mapping[str, str]]  # role and content, both plain text
 Span = tuple[int, int]  # [start, end) in characters
 
 _MARKS = re.compile("\x02\\d+\x03")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a block that transformers adds to the language
 # Markers that the tokenizer need not know as one token, and words: what two literals have in common is told in these.
 _ATOMS = r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]|\w+|\s+|."
 
@@ -50,10 +50,12 @@ class ChatTemplate:
     Args:
         tokenizer: of transformers.
         video_token: that stands where a video goes; None: there are no videos.
+        stated: tokens that the model's checkpoint says end an answer: where a template writes nothing behind one, the
+            token that begins the next question may do so (GLM 4).
     """
 
-    def __init__(self, tokenizer: Any, video_token: str | None = None) -> None:
-        self.tokenizer, self.video_token = tokenizer, video_token
+    def __init__(self, tokenizer: Any, video_token: str | None = None, stated: Sequence[str] = ()) -> None:
+        self.tokenizer, self.video_token, self.stated = tokenizer, video_token, tuple(stated)
         self.typed = takes_parts(tokenizer)
         self._closings: dict[str, tuple[Closing, re.Pattern[str]]] = {}
 
@@ -76,7 +78,7 @@ class ChatTemplate:
         if not messages and not opening:
             return "", None
         template = self.tokenizer.get_chat_template()
-        blocks = bool(_GENERATION.search(template))
+        blocks = bool(GENERATION.search(template))
         try:
             texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # it says str and returns two lists
                 conversations=[self.shown(messages)],
@@ -153,9 +155,12 @@ class ChatTemplate:
 
     @property
     def ends(self) -> list[str]:
-        """All that ends an answer: the end-of-sequence token, and what the template writes behind one."""
+        """All that ends an answer: the end-of-sequence token, what the template writes behind one, what is stated."""
+        return self._ended_by(self.closing)
+
+    def _ended_by(self, closing: Closing) -> list[str]:
         eos = self.tokenizer.eos_token
-        return list(dict.fromkeys([*([eos] if eos else []), *self.closing.ends]))
+        return list(_texts(eos or "", *closing.ends, *self.stated))
 
     def turn_end(self, text: str, at: int) -> int | None:
         """Where what ends an answer ends, if it stands at `at`, blanks before it or not; None: it does not."""
@@ -168,8 +173,7 @@ class ChatTemplate:
         key = template if isinstance(template, str) else repr(template)
         if key not in self._closings:
             closing = self._find_closing() or self._find_closing("system") or Closing()
-            every = {*closing.ends, *([self.tokenizer.eos_token] if self.tokenizer.eos_token else [])}
-            known = "|".join(re.escape(end) for end in sorted(every, key=len, reverse=True))
+            known = "|".join(re.escape(end) for end in sorted(self._ended_by(closing), key=len, reverse=True))
             self._closings[key] = closing, re.compile(rf"\s*(?:{known})" if known else "(?!)")
         return self._closings[key]
 
@@ -228,6 +232,18 @@ class ChatTemplate:
             if atom in self.special:
                 break
         return found
+
+
+@lru_cache(maxsize=32)
+def variables_of(template: str) -> frozenset[str]:
+    """Names that a template reads from outside."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template))))
+    except TemplateSyntaxError as error:
+        raise ZooError(f"The chat template is no Jinja: {error.message}, in line {error.lineno}.") from error
 
 
 def _talk(roles: Sequence[str]) -> list[dict[str, str]]:

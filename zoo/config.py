@@ -36,6 +36,7 @@ class TokenizerConfig:
     checkpoint: str | None = None  # hub name, folder, model:NAME; null: the LLM's own, or one trained on the run's text
     vocab_size: int = 4096  # of a tokenizer that is trained
     chat_template: str = ""  # name of a built-in template; empty: the tokenizer's own
+    template_options: dict[str, Any] = field(default_factory=dict)  # of the template: {enable_thinking: false}
 
 
 @dataclass

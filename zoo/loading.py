@@ -21,8 +21,14 @@ from zoo.published.base import base_for, placed, read_content, require_same
 from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
 from zoo.saved import fetch_config
-from zoo.stops import set_stops, stated_config
-from zoo.tokenizer import CHAT_TEMPLATES, image_separator, load_tokenizer, train_tokenizer
+from zoo.stops import end_tokens, set_stops, stated_config
+from zoo.tokenizer import (
+    CHAT_TEMPLATES,
+    image_separator,
+    load_tokenizer,
+    set_template_options,
+    train_tokenizer,
+)
 from zoo.weights import local_folder, read_weights, sha256_of, weight_files
 
 _WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
@@ -104,7 +110,7 @@ def build(
     published = folder is not None and is_published(read_content(folder))
     if folder is not None and published:
         require_same(slots, folder, fresh)
-    tokenizer = _tokenizer(cfg, slots, folder, texts)
+    tokenizer = set_template_options(_tokenizer(cfg, slots, folder, texts), cfg.tokenizer.template_options)
     plan = plan_from(cfg, tokenizer)
     for note in check(plan).notes:
         warnings.warn(note, stacklevel=2)
@@ -140,11 +146,14 @@ def build(
     model = placed(model, target, None if bits else dtype, base)
     model.set_attention(cfg.attention)
     stated = published_options(folder, tokenizer) if folder is not None and published else saved_options(folder)
+    generation = stated_config(model, folder)
+    llm = (slots["llm"] or {}).get("checkpoint")
+    if folder is None and cfg.tokenizer.checkpoint not in (None, "", llm):  # its ids are not those of the LLM
+        generation.eos_token_id = generation.pad_token_id = None
+    stated["end_tokens"] = end_tokens(generation, tokenizer)
     processor = processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated)
     model.__dict__["processor"] = processor  # for `model.chat`
-    llm = (slots["llm"] or {}).get("checkpoint")  # a tokenizer of another one has other ids
-    same_ids = folder is not None or cfg.tokenizer.checkpoint in (None, "", llm)
-    set_stops(model, processor, stated_config(model, folder), same_ids=same_ids)
+    set_stops(model, processor, generation)
     return model.eval(), processor
 
 
@@ -155,7 +164,7 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
         model: whose parts say how many.
         tokenizer: with a chat template.
         template: name of a built-in chat template, where the tokenizer's is none of them.
-        stated: `pictures`, `videos`, `video_token` of a published model.
+        stated: `pictures`, `videos`, `video_token` of a published model, and the `end_tokens` of any.
     """
     known = next((name for name, (text, _) in CHAT_TEMPLATES.items() if text == tokenizer.chat_template), template)
     return ZooProcessor(
@@ -228,7 +237,8 @@ def tokenizer_of(name: str, template: str = "") -> Any:
     source = cfg.tokenizer.checkpoint or (cfg.llm or {}).get("checkpoint")
     if not source:
         raise ZooError(f"Model {name!r} has no trained weights here, so it has no tokenizer yet.")
-    return load_tokenizer(source, template or cfg.tokenizer.chat_template)
+    found = load_tokenizer(source, template or cfg.tokenizer.chat_template)
+    return set_template_options(found, {} if template else cfg.tokenizer.template_options)
 
 
 def slots_of(cfg: Any) -> dict[str, Any]:

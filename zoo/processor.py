@@ -41,6 +41,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         video_token: that stands where a video goes; None: the image token.
         layout: node of the model's layout, and under `given` what it was derived from; None: each image has
             `num_image_tokens`.
+        end_tokens: that end an answer beside what tokenizer and template say, as the model's checkpoint states.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         image_token: str | None = None,
         video_token: str | None = None,
         layout: Mapping[str, Any] | None = None,
+        end_tokens: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(transform, Mapping):
@@ -81,11 +83,12 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         self._dialogs: dict[Any, list[TokenizedDialog]] = {}
         self._images: dict[Cut, np.ndarray] = {}
         self._separator = image_separator
+        self.end_tokens = list(end_tokens or ())
         self._take_template()
 
     def _take_template(self) -> None:
         """Go by the tokenizer's chat template from now on."""
-        self._chat = Chat(self.tokenizer, self.video_token)
+        self._chat = Chat(self.tokenizer, self.video_token, self.end_tokens)
         self._dialogs.clear()
         # A template that shows images says itself what stands between an image and the text.
         self.image_separator = "" if self._chat.typed else self._separator
@@ -123,6 +126,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
             **({"video_token": self.video_token} if self.video_token else {}),
             **({"image_token": self.image_token} if self.pictures else {}),
             **({"layout": self.layout_node} if self.layout_node else {}),
+            **({"end_tokens": self.end_tokens} if self.end_tokens else {}),
         }
 
     # ---- for training and evaluation: samples ------------------------------------------------------------------

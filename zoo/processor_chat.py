@@ -2,20 +2,17 @@
 
 import base64
 import binascii
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from zoo.chat_template import takes_parts
+from zoo.chat_template import GENERATION, takes_parts, variables_of
 from zoo.processor_options import known_options
 from zoo.registry import ZooError, unknown
 
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
 
@@ -77,7 +74,7 @@ class ChatMixin:
                 refuses.
         """
         template = self.tokenizer.get_chat_template(chat_template, tools)
-        variables = _variables(template)
+        variables = variables_of(template)
         _refuse(
             ("load_audio_from_video", load_audio_from_video, "the model takes no sound"),
             ("sanitize_control_tokens", sanitize_control_tokens, "special tokens in texts are read as such"),
@@ -95,7 +92,7 @@ class ChatMixin:
             ),
             (
                 "return_assistant_tokens_mask",
-                return_assistant_tokens_mask and not _GENERATION.search(template),
+                return_assistant_tokens_mask and not GENERATION.search(template),
                 "the chat template has no {% generation %} block, which says what an assistant wrote",
             ),
         )
@@ -223,15 +220,6 @@ def _refuse(*cases: tuple[str, Any, str]) -> None:
     for name, on, why in cases:
         if on:
             raise ZooError(f"The option {name!r} is not taken: {why}.")
-
-
-@lru_cache(maxsize=32)
-def _variables(template: str) -> frozenset[str]:
-    """Names that a template reads from outside."""
-    from jinja2 import Environment, meta
-
-    text = _GENERATION.sub("", template)  # a block that transformers adds to the language
-    return frozenset(meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)))
 
 
 def _plain(talk: Any) -> list[dict[str, Any]]:

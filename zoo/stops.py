@@ -51,21 +51,25 @@ def stated_config(model: Any, folder: Path | None) -> Any:
         raise ZooError(f"{folder}/generation_config.json cannot be read: {' '.join(str(error).split())}") from error
 
 
-def set_stops(model: Any, processor: Any, config: Any, *, same_ids: bool = True) -> None:
+def end_tokens(config: Any, tokenizer: Any) -> list[str]:
+    """The end tokens that a generation config states beside the tokenizer's end-of-sequence token."""
+    ids = [i for i in listed(config.eos_token_id) if i != tokenizer.eos_token_id and 0 <= i < len(tokenizer)]
+    return [token for token in tokenizer.convert_ids_to_tokens(ids) if token is not None]
+
+
+def set_stops(model: Any, processor: Any, config: Any) -> None:
     """Let a model stop where its answers end.
 
     Args:
         model: composed.
         processor: of the model.
         config: the generation config that its checkpoint states; it becomes the model's.
-        same_ids: the ids in `config` are the tokenizer's; False where this came from somewhere else.
     """
     stops = stops_of(processor.template)
-    ids = [*(listed(config.eos_token_id) if same_ids else []), *stops.ids]
-    ids = list(dict.fromkeys(i for i in ids if i is not None))
+    ids = list(dict.fromkeys([*listed(config.eos_token_id), *stops.ids]))
     config.eos_token_id = ids[0] if len(ids) == 1 else ids
     config.stop_strings = list(dict.fromkeys([*listed(config.stop_strings), *stops.texts])) or None
-    if config.pad_token_id is None or not same_ids:
+    if config.pad_token_id is None:
         config.pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config = config
     model.config.eos_token_id = config.eos_token_id

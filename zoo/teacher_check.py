@@ -16,7 +16,7 @@ from zoo.assembly import Parts, assemble
 from zoo.registry import ImageFeatures, ZooError, config_of
 from zoo.teacher import shared_tokens
 from zoo.teacher_store import read_about
-from zoo.tokenizer import OF_MODEL, load_tokenizer
+from zoo.tokenizer import OF_MODEL, load_tokenizer, set_template_options
 
 ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # words of losses on image tokens
 
@@ -62,7 +62,8 @@ def _teacher(name: str, options: tuple[str, ...]) -> tuple[Any, Any]:
 
     cfg = configs.compose("load", [f"model={quoted(name)}", *options])
     template = cfg.tokenizer.chat_template
-    return plan_from(cfg), load_tokenizer(f"{OF_MODEL}{name}", template)
+    found = load_tokenizer(f"{OF_MODEL}{name}", template)
+    return plan_from(cfg), set_template_options(found, cfg.tokenizer.template_options)
 
 
 @lru_cache(maxsize=4)

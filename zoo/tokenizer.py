@@ -4,10 +4,10 @@ Messages reach a template with plain string content, the image token standing wh
 templates of text-only LLMs work unchanged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from zoo.chat_template import ChatTemplate
+from zoo.chat_template import ChatTemplate, variables_of
 from zoo.registry import ZooError, unknown
 from zoo.stops import stops_of
 
@@ -115,6 +115,27 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
     if image_token_id is not None and 0 <= image_token_id < len(tokenizer):
         tokenizer.image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     return fit_tokenizer(tokenizer, checkpoint, template)
+
+
+def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
+    """Give variables of the chat template other defaults, in place: `enable_thinking: false` of Qwen 3, say.
+
+    They become part of the template, and so of what is saved and exported; a call may still say otherwise.
+
+    Raises:
+        ZooError: the template has no such variable, or the value is no plain one.
+    """
+    for name, value in options.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise ZooError(f"tokenizer.template_options.{name} must be true, false, a number or a text, got {value!r}.")
+        template = tokenizer.get_chat_template()
+        known = variables_of(template) - {"messages", "tools", "documents", "add_generation_prompt"}
+        if name not in known:
+            raise unknown("variable of the chat template", name, known)
+        line = "{% set " + f"{name} = {name} | default({value!r})" + " %}"
+        if line not in template:  # of a saved model they are there
+            tokenizer.chat_template = line + ("\n" if template.startswith("\n") else "") + template
+    return tokenizer
 
 
 def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
