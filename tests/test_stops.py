@@ -208,6 +208,15 @@ def test_a_stream_holds_back_what_may_become_an_end():
     assert reader.visible("a cat\n### end of", final=False) == "a cat\n"
 
 
+def test_an_end_that_is_a_word_is_read_off_the_answer_and_no_further(tmp_path):
+    made = tokenizer(SHAPES["qwen 2.5"])
+    (mat,) = script(made, " mat")
+    model, _ = composed(llm_folder(tmp_path / "llm", made, ends=[mat]))
+    says(model, script(made, "a (mat): mat more"))
+    streamed = []
+    assert model.chat("what is it?", max_new_tokens=64, stream=streamed.append) == "a (mat):" == "".join(streamed)
+
+
 def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
     from zoo.chat_template import ChatTemplate
 

@@ -94,16 +94,17 @@ class AnswerReader:
         self.tokenizer = tokenizer
         stops = stops_of(template)
         self.ids = {*stops.ids, *ids}
-        added = tokenizer.added_tokens_decoder
-        shown = [i for i in self.ids if i not in added or not added[i].special]  # `skip_special_tokens` leaves them
-        self.ends = [*stops.texts, *(text for i in shown if (text := tokenizer.decode([i]).strip()))]
+        self.ends = stops.texts
         lead = tokenizer(template.closing.lead, add_special_tokens=False)["input_ids"]
         self.lead = tokenizer.decode(lead, skip_special_tokens=True).strip()
 
     def read(self, ids: Sequence[int]) -> str:
         """Return the answer that new tokens are."""
-        end = next((at for at, token in enumerate(ids) if int(token) in self.ids), len(ids))
-        return self.visible(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+        return self.visible(self.tokenizer.decode(self.before_end(ids), skip_special_tokens=True)).strip()
+
+    def before_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """The tokens in front of the first end token: decoding shows those that are not special."""
+        return ids[: next((at for at, token in enumerate(ids) if token in self.ids), len(ids))]
 
     def visible(self, text: str, final: bool = True) -> str:
         """The part of a text that is the answer.
@@ -133,6 +134,11 @@ def streamer(reader: AnswerReader, stream: Any) -> Any:
 
     class Pieces(TextStreamer):
         text, sent = "", 0
+
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt:
+                value = value.new_tensor(reader.before_end(value.flatten().tolist()))
+            super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
