@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from traceback import walk_stack
 
 import numpy as np
 import pytest
@@ -54,7 +55,11 @@ class _Deprecated(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if "deprecat" in text.lower():
+        if "deprecat" not in text.lower():
+            return
+        callers = {str(frame.f_globals.get("__name__")) for frame, _ in walk_stack(None)}
+        ours = any(name.startswith("zoo.") for name in callers)  # a test may call transformers as it likes
+        if ours and "transformers.generation.candidate_generator" not in callers:  # which warns of its own calls
             self.found.append(f"{record.name}: {text}")
 
 

@@ -176,7 +176,8 @@ def test_dropping_equals_masking_where_positions_leave_no_gap(make_model):
         mask = long["attention_mask"].clone()
         mask[0, slots] = 0
         mask[0, slots[dropped.image_kept.keep[0]]] = 1
-        masked = full(**{**long, "attention_mask": mask})
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # of the tokens that are left
+        masked = full(**{**long, "attention_mask": mask, "position_ids": positions})
     torch.testing.assert_close(dropped.logits, masked.logits[:, mask[0].bool()], atol=3e-6, rtol=1e-5)
 
 

@@ -65,6 +65,9 @@ class Stand:
     def __init__(self, llm):
         self.llm = llm
 
+    def _placeholders(self, ids):
+        return torch.zeros_like(ids, dtype=torch.bool)
+
     def _condition(self, *args, **kwargs):
         pass
 
