@@ -165,32 +165,34 @@ class AnyRes(nn.Module):
     ) -> Tensor:
         """Choose and order the tokens (R, K, C) of an image's crops: (L,) indices over all of them, -1 a newline."""
         assert self.whole is not None, "called for pruned crops"
-        (window, lines, columns), tiles, k = self._shape(cut), self._crops(cut.size), tokens.shape[1]
+        (window, lines, columns), tiles, k = self._shape(cut), self._tiles(cut, len(tokens) - 1), tokens.shape[1]
         shown = shows(tiles, self.whole, window, tokens.device)  # (tiles, h * w)
         if groups is not None:
             shown = _any_of(shown, groups[1:], k)
-        elif keep is not None:
-            shown = shown.gather(1, keep[1:])  # (tiles, K)
         else:
-            shown = shown.new_ones(len(shown), k)
+            shown = shown.new_ones(len(shown), k) if keep is None else shown.gather(1, keep[1:])  # (tiles, K)
         rank = None if rank is None or rank.shape[1] != k else rank[1:]
         stays = fewer(shown, rank, self._share(lines * columns))
         stays = torch.cat([stays.new_ones(1, k), stays]).flatten()  # the overview keeps all that it has
-        if keep is None and self.config.kept_lines and self.config.newline:
-            raise ZooError("layout.kept_lines ends lines of patches, and this pruner leaves tokens that are none.")
         order = torch.arange(len(stays), device=tokens.device)
         order = order if keep is None else stitched_order(keep, self.whole, tiles)
         order = order[stays[order]]
-        if not self.config.kept_lines or self.newline is None or keep is None:
+        if not self.config.kept_lines or self.newline is None:
             return order
-        joined = order[k:]  # of the tiles, in raster order
-        tile, place = joined // k - 1, keep.flatten()[joined]
-        line = tile // tiles[1] * self.whole[0] + place // self.whole[1] - window[0]
-        high = tiles[0] * self.whole[0] - 2 * window[0]
-        line = line.clamp(0, high - 1) * lines // high  # padding that had to stay goes to the nearest line
-        ends = torch.arange(lines, device=tokens.device)
-        turn = torch.cat([2 * line, 2 * ends + 1]).argsort(stable=True)
-        return torch.cat([order[:k], torch.cat([joined, ends.new_full((lines,), -1)])[turn]])
+        if keep is None:
+            raise ZooError("layout.kept_lines ends lines of patches, and this pruner leaves tokens that are none.")
+        return torch.cat([order[:k], self._ended(order[k:], keep, cut)])
+
+    def _ended(self, joined: Tensor, keep: Tensor, cut: Cut) -> Tensor:
+        """Put a newline, -1, behind each line of the joined grid: (L,) indices of tokens in raster order."""
+        assert self.whole is not None, "called for pruned crops"
+        ((top, _), lines, _), (rows, across), (h, w) = self._shape(cut), self._crops(cut.size), self.whole
+        crop, place = joined // keep.shape[1] - 1, keep.flatten()[joined]
+        high = rows * h - 2 * top
+        line = (crop // across * h + place // w - top).clamp(0, high - 1)  # padding that had to stay: the nearest line
+        ends = torch.arange(lines, device=joined.device)
+        turn = torch.cat([2 * (line * lines // high), 2 * ends + 1]).argsort(stable=True)
+        return torch.cat([joined, ends.new_full((lines,), -1)])[turn]
 
     def _fewer_of_frames(self, frames: Tensor, rank: Tensor | None) -> Tensor:
         """Leave each of the frames (F, K, C) as many tokens as are counted: (F, k, C)."""
@@ -230,9 +232,7 @@ class AnyRes(nn.Module):
     def _join(self, crops: Tensor, cut: Cut) -> Tensor:
         """Put the crops (R - 1, K, C) together: lines of the image, each with its newline, (L, C)."""
         assert self.grid is not None, "joined on a grid"
-        (window, lines, columns), (rows, across) = self._shape(cut), self._crops(cut.size)
-        if rows * across != len(crops):
-            raise ZooError(f"{len(crops)} crops do not fill {rows} x {across} for an image of {list(cut.size)} pixels.")
+        (window, lines, columns), (rows, across) = self._shape(cut), self._tiles(cut, len(crops))
         whole = crops.unflatten(0, (rows, across)).unflatten(2, self.grid)  # (R, A, h, w, C)
         whole = whole.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (C, R * h, A * w)
         top, left = window
@@ -266,6 +266,13 @@ class AnyRes(nn.Module):
             raise ZooError("layout 'anyres' cuts images by pinpoints, and none are given.")
         height, width = best_pinpoint(size, self.config.pinpoints)
         return height // self.image_size[0], width // self.image_size[1]
+
+    def _tiles(self, cut: Cut, count: int) -> tuple[int, int]:
+        """Rows and columns of the `count` crops that an image was cut to."""
+        rows, across = self._crops(cut.size)
+        if rows * across != count:
+            raise ZooError(f"{count} crops do not fill {rows} x {across} for an image of {list(cut.size)} pixels.")
+        return rows, across
 
     def _shape(self, cut: Cut) -> tuple[tuple[int, int], int, int]:
         """Lines and columns to cut off at each side, and how many are left behind the bound on crops."""

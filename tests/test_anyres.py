@@ -89,8 +89,9 @@ def test_gradients_reach_every_token_that_is_shown():
 def test_mistakes_are_said():
     with pytest.raises(ZooError, match="pinpoints must be pairs"):
         layout(pinpoints=[[1, 2, 3]])
-    with pytest.raises(ZooError, match="crops do not fill"):
-        layout()(torch.randn(2, 4, 6), [Cut(2, "crop", (32, 32))])
+    for made in (layout(), layout(grid=None, encoder_grid=(4, 4))):
+        with pytest.raises(ZooError, match="1 crops do not fill 2 x 2"):
+            made(torch.randn(2, 4, 6), [Cut(2, "crop", (32, 32))])
 
 
 # ---- behind a pruner ---------------------------------------------------------------------------------------------
