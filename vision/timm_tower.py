@@ -74,6 +74,7 @@ class TimmVision(Tower):
 
 
 def _sized(config: TimmVisionConfig) -> nn.Module:
+    from timm.layers.activations import QuickGELU
     from timm.models.vision_transformer import VisionTransformer
 
     stem: dict[str, Any] = {"embed_layer": ConvStem} if config.stem == "conv" else {}
@@ -88,7 +89,7 @@ def _sized(config: TimmVisionConfig) -> nn.Module:
         reg_tokens=config.registers,
         qkv_bias=config.bias,
         proj_bias=config.bias,
-        act_layer=config.activation.replace("quick_gelu", "quickgelu"),
+        act_layer=QuickGELU if config.activation == "quick_gelu" else config.activation,  # its name changed
         num_classes=0,
         global_pool="",
         **stem,

@@ -18,12 +18,14 @@ from zoo.model_types import ZooConfig
 from zoo.processor import ZooProcessor
 from zoo.published import is_published
 from zoo.published.base import base_for, placed, read_content, require_same
+from zoo.published.composed import VIDEO, cut_by, tokens_for
 from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
 from zoo.saved import fetch_config
 from zoo.stops import end_tokens, set_stops, stated_config
 from zoo.tokenizer import (
     CHAT_TEMPLATES,
+    add_special,
     image_separator,
     load_tokenizer,
     set_template_options,
@@ -111,6 +113,8 @@ def build(
     if folder is not None and published:
         require_same(slots, folder, fresh)
     tokenizer = set_template_options(_tokenizer(cfg, slots, folder, texts), cfg.tokenizer.template_options)
+    if folder is None:
+        add_special(tokenizer, tokens_for(slots["layout"]))
     plan = plan_from(cfg, tokenizer)
     for note in check(plan).notes:
         warnings.warn(note, stacklevel=2)
@@ -133,6 +137,8 @@ def build(
         source = {"checkpoint": cfg.model.repository or cfg.model.name, "revision": cfg.model.revision}
         record = source if published else (saved or {}).get("model")
         config.base = {"model": record} if record else None
+    elif VIDEO in tokens_for(slots["layout"]):
+        config.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO)
     base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target, bits=bits)
     model = ZooModel(config, base=base)
     if len(tokenizer) > model.llm.vocab_size:
@@ -145,7 +151,10 @@ def build(
         model.fresh_parts = sorted({n.partition(".")[0] for n in base.filled.missing})
     model = placed(model, target, None if bits else dtype, base)
     model.set_attention(cfg.attention)
-    stated = published_options(folder, tokenizer) if folder is not None and published else saved_options(folder)
+    if folder is None:
+        stated: dict[str, Any] = {"pictures": cut_by(slots["layout"], model.vision.transform if model.vision else None)}
+    else:
+        stated = published_options(folder, tokenizer) if published else saved_options(folder)
     generation = stated_config(model, folder)
     llm = (slots["llm"] or {}).get("checkpoint")
     if folder is None and cfg.tokenizer.checkpoint not in (None, "", llm):  # its ids are not those of the LLM
@@ -193,9 +202,9 @@ def published_options(folder: Path, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def saved_options(folder: Path | None) -> dict[str, Any]:
+def saved_options(folder: Path) -> dict[str, Any]:
     """The published image and video processors that a saved model goes on using."""
-    content = read_content(folder, "processor_config.json") if folder is not None else {}
+    content = read_content(folder, "processor_config.json")
     return {key: content.get(key) for key in ("pictures", "videos", "video_token")}
 
 

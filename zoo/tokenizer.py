@@ -155,7 +155,7 @@ def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
     if getattr(tokenizer, "image_token", None) is None:
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-        tokenizer.image_token = IMAGE_TOKEN
+        name_tokens(tokenizer, {"image_token": IMAGE_TOKEN})
     tokenizer.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     if tokenizer.eos_token is None:  # then what the template ends answers with, if that is one token
         ends = stops_of(ChatTemplate(tokenizer)).ids
@@ -165,3 +165,15 @@ def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
+    """Add tokens that are kept whole wherever they stand in a text, those that the tokenizer lacks."""
+    known = tokenizer.get_vocab()
+    if missing := [token for token in dict.fromkeys(tokens) if token not in known]:
+        tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def name_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
+    """Give tokens of the vocabulary names such as `image_token`, which are saved with the tokenizer."""
+    tokenizer._set_model_specific_special_tokens(special_tokens=dict(names))

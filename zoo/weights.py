@@ -8,11 +8,13 @@ import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoo.checkpoint import whole
@@ -93,15 +95,22 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str
     """Write tensors as safetensors, in shards where they are large; shared tensors are written once.
 
     Files are replaced whole, never written over: the parameters of a model that was loaded from them are their pages.
+    Pieces of a larger tensor are copied for the file that they go to, one file at a time.
     """
-    from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
+    once = {(t.data_ptr(), t.shape, t.stride()) if t.numel() else (n,): n for n, t in reversed(list(state.items()))}
+    state = {name: state[name] for name in reversed(once.values())}
+    users = Counter(t.untyped_storage().data_ptr() for t in state.values() if t.numel())
+    split = split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size)
     with TemporaryDirectory(dir=folder) as beside:
-        if state:
-            save_torch_state_dict(dict(state), beside, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        else:  # nothing changed: a file without tensors, which every reader of the format takes
-            save_file({}, Path(beside) / WEIGHTS, metadata={"format": "pt"})
+        for file, names in (split.filename_to_tensors or {WEIGHTS: []}).items():  # without tensors a file, too
+            shard = {n: _alone(state[n], users[state[n].untyped_storage().data_ptr()] > 1) for n in names}
+            save_file(shard, Path(beside) / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (Path(beside) / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         written = {path.name: path.replace(folder / path.name) for path in sorted(Path(beside).iterdir())}
     for old in [*folder.glob("model*.safetensors"), folder / f"{WEIGHTS}.index.json"]:
         if old.name not in written:
@@ -109,6 +118,11 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str
     if (config := folder / "config.json").is_file():
         for path in folder.glob("*.safetensors"):
             shutil.copymode(config, path)  # safetensors leaves them readable by their owner alone
+
+
+def _alone(tensor: Tensor, shared: bool) -> Tensor:
+    """The tensor, contiguous, in memory of its own."""
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -146,7 +146,8 @@ def base_of(folder: Path, checkpoint: str = "", revision: str = "") -> Base:
     content = read_content(folder)
     known = family_of(content, f"{folder}/config.json")
     tensors: Held = {}
-    strangers, twice = [], {}
+    strangers: list[str] = []
+    twice: dict[str, str] = {}
     for name, stored in listing(weight_files(folder)).items():
         ours = known.ours(name)
         if ours is not None:

@@ -1,22 +1,36 @@
-"""A composed model back in the layout that its family publishes: a folder that transformers loads by itself.
+"""A composed model in the layout of a published family: a folder that transformers loads by itself.
 
-Everything that transformers' class has no place for must be gone first: adapters are merged where they can be, pruners
-and parts of another make are refused. Blocks of the encoder behind the layer that is used, which a composed model does
-not keep, are copied from the checkpoint that it came from; without it the exported encoder is as shallow as ours.
+Whatever the layout has no place for is refused before anything is written or merged, with the reason. Blocks of the
+encoder behind the layer that is used, which a composed model does not keep, are copied from the published checkpoint
+that it came from; without one the exported encoder ends where ours does.
 """
 
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.published import FAMILIES, family_named
-from zoo.published.base import PARTS, base_from
-from zoo.published.family import SPARE
+from zoo.published import family_named
+from zoo.published.base import base_from
+from zoo.published.encoders import Encoder, encoder_of
+from zoo.published.family import SPARE, Family
+from zoo.published.file_names import Held, as_decoder, as_files, as_modules, head_name
+from zoo.published.their_processor import their_processor
 from zoo.registry import ZooError
-from zoo.stream import Stored, read
+from zoo.stream import read
 from zoo.weights import write_weights
+
+# Layouts that a model composed from own parts may be written in, those asked first first.
+_ORDER = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
+# Encoders that hub repositories keep below a level of their own.
+_NESTED = ("clip_vision_model", "siglip_vision_model")
+_TOWER = re.compile(r"^(vision_tower|image_tower|video_tower)\.")
 
 
 def export(
@@ -35,7 +49,8 @@ def export(
         model: composed.
         processor: of the model.
         folder: is made; files of the same names are replaced.
-        family: `model_type` of the layout; empty: that of the checkpoint that the model came from.
+        family: `model_type` of the layout; empty: that of the checkpoint that the model came from, else the first that
+            has a place for all of it.
         max_shard_size: of a weights file.
 
     Returns:
@@ -45,47 +60,101 @@ def export(
         ZooError: a part has no place in the layout, with the reason.
     """
     record = (model.config.base or {}).get("model")
-    name = family or (record or {}).get("family", "")
-    if not name:
-        raise ZooError(f"The model came from no published checkpoint: name the layout, one of {', '.join(FAMILIES)}.")
-    known = family_named(name)
-    if any(getattr(model.llm.lm, f"is_loaded_in_{bits}bit", False) for bits in (8, 4)):
-        raise ZooError("The language model is held in few bits, which no published layout has: load it without bits.")
+    _refuse_adapters(model)
+    known, encoder = _place_for(model, family or (record or {}).get("family", ""), record)
+    theirs = their_processor(model, processor, known)
     _merge_adapters(model)
-    if len(model.pruner):
-        raise ZooError(
-            f"{known.model} has no pruner, and the model has {', '.join(model.pruner)}. Export it without: "
-            f"zoo.load(..., 'pruner=[]')."
-        )
-    for part, wanted in (("vision", "hf"), ("llm", "hf")):
-        if (found := ((model.config.slots or {}).get(part) or {}).get("name")) != wanted:
-            raise ZooError(f"{known.model} takes a {part} of transformers; the model's {part} is {found!r}.")
-    spare = _spare(record)
-    config = known.config(model)
-    if not spare and hasattr(config, "vision_config"):
-        _as_shallow_as_ours(config, model)
+    config = known.config(model, encoder)
     config.architectures = [known.model]
     config.dtype = next(model.llm.parameters()).dtype
-    state = _state(model, known)
-    state |= _rest(known, config, state, spare, config.dtype)
-    prepares = their_processor(model, processor, known)  # which may be refused: nothing is written before
+    state = _state(model, encoder, known, config, _spare(record, known, config))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    with TemporaryDirectory(dir=folder) as beside:  # what fails, fails before a file of the folder is replaced
+        config.save_pretrained(beside)
+        _stops(model).save_pretrained(beside)
+        theirs.save_pretrained(beside)
+        for file in sorted(Path(beside).iterdir()):
+            file.replace(folder / file.name)
     write_weights(state, folder, max_shard_size)
-    prepares.save_pretrained(folder)
     return folder
 
 
-def _merge_adapters(model: Any) -> None:
-    for name, adapter in list(model.adapter.items()):
+def _stops(model: Any) -> Any:
+    """The generation config as it is written: with every end token, without end texts.
+
+    transformers' `generate` refuses to run where its config has end texts and nobody gave it a tokenizer.
+    """
+    config = copy.deepcopy(model.generation_config)
+    config._from_model_config = False  # it is stated: nothing may derive it anew
+    if config.stop_strings:
+        warnings.warn(
+            f"Answers of this model end with {config.stop_strings}, which are texts and no tokens: transformers stops "
+            f"there if told, generate(..., stop_strings={config.stop_strings}, tokenizer=processor.tokenizer).",
+            stacklevel=3,
+        )
+        config.stop_strings = None
+    return config
+
+
+# ---- whether there is a place ----------------------------------------------------------------------------------------
+
+
+def _place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple[Family, Encoder]:
+    """Find the layout that has a place for a model, or say why there is none.
+
+    Args:
+        name: of the layout; empty: the first of `_ORDER` that fits.
+        record: of the published checkpoint that the model came from.
+    """
+    reasons = []
+    for kind in [name] if name else _ORDER:
+        known = family_named(kind)
+        try:
+            _require_plain(model)
+            encoder = encoder_of(model, known.encoders, _depth(model, record))
+            if not (wrong := known.misfit(model, encoder)):
+                return known, encoder
+        except ZooError as error:
+            wrong = str(error)
+        reasons.append((kind, wrong))
+    if len({wrong for _, wrong in reasons}) == 1:
+        raise ZooError(f"{family_named(reasons[0][0]).model} has no place for the model: {reasons[0][1]}.")
+    lines = [f"  {kind}: {wrong}" for kind, wrong in reasons]
+    raise ZooError("\n".join(["No published layout has a place for the model:", *lines]))
+
+
+def _require_plain(model: Any) -> None:
+    """Refuse what no layout has a place for."""
+    slots, llm = model.config.slots or {}, model.llm
+    if any(getattr(llm.lm, f"is_loaded_in_{bits}bit", False) for bits in (8, 4)):
+        raise ZooError("the language model is held in few bits, which no published layout has: load it without bits")
+    if len(model.pruner):
+        raise ZooError(
+            f"it has no pruner, and the model has {', '.join(model.pruner)}. Export it without: "
+            "zoo.load(..., 'pruner=[]')"
+        )
+    if (name := (slots.get("llm") or {}).get("name")) != "hf":
+        raise ZooError(f"it takes a language model of transformers, and the model's is {name!r}")
+    if model.projector is None:
+        raise ZooError("it shows images as tokens, and the model has no projector")
+    linear = llm.linear_head()
+    if linear is None or linear.bias is not None or (linear.scale, linear.cap) != (1.0, None):
+        raise ZooError(
+            f"its logits are those of one matrix, and {type(llm.lm).__name__} has a bias, a factor or a cap besides"
+        )
+
+
+def _refuse_adapters(model: Any) -> None:
+    for name, adapter in model.adapter.items():
         if not hasattr(adapter, "merge"):
             raise ZooError(
                 f"adapter {name!r} cannot be merged into the language model: what it adds depends on the input. "
                 f"Save it with `save_pretrained` instead, or export without it."
             )
+
+
+def _merge_adapters(model: Any) -> None:
     for name, adapter in list(model.adapter.items()):
         adapter.merge()
         del model.adapter[name]
@@ -93,94 +162,110 @@ def _merge_adapters(model: Any) -> None:
         model.steps = [s for s in model.steps if (s.kind, s.name) != ("adapter", name)]
 
 
-def _spare(record: dict[str, Any] | None) -> dict[str, Stored]:
-    """What the checkpoint holds beyond what a composed model keeps, by our names; nothing where it is out of reach."""
-    if not record:
-        return {}
-    try:
-        return {n: t for n, t in base_from(record).tensors.items() if SPARE.search(n)}
-    except (ZooError, OSError):
-        return {}
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _as_shallow_as_ours(config: Any, model: Any) -> None:
-    """Say an encoder that ends where ours does."""
-    config.vision_config.num_hidden_layers = model.vision.runner.tower.config.num_hidden_layers
-    if hasattr(config, "vision_feature_layer"):
-        config.vision_feature_layer = -1
+def _state(model: Any, encoder: Encoder, known: Family, config: Any, spare: Held) -> dict[str, Tensor]:
+    """All weights of transformers' class, by the names that hub repositories give them.
 
-
-def _state(model: Any, known: Any) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for part in PARTS:
-        if (module := getattr(model, part)) is not None:
-            for name, tensor in module.state_dict().items():
-                state[known.theirs(f"{part}.{name}")] = tensor
-    if model.llm.lm.config.tie_word_embeddings:
-        state.pop(known.theirs("llm.lm.lm_head.weight"), None)
-    return state
-
-
-def _rest(
-    known: Any, config: Any, state: dict[str, Tensor], spare: dict[str, Stored], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """What transformers' class has and we do not: blocks and norms of the encoder that do not matter."""
+    Raises:
+        ZooError: the class has a weight that the model lacks, or the other way round, or one of another shape.
+    """
     import transformers
 
     with torch.device("meta"):
         theirs = getattr(transformers, known.model)(config)
-    have = {known.ours(name) for name in state}
-    rest: dict[str, Tensor] = {}
-    for name, tensor in theirs.state_dict().items():
-        ours = known.ours(name)
-        if ours in have or ours is None or (ours == "llm.lm.lm_head.weight" and config.tie_word_embeddings):
-            continue
-        if not SPARE.search(ours):
-            raise ZooError(f"{known.model} needs the weight {name!r}, which the model does not have.")
-        if ours in spare:
-            value = torch.empty(spare[ours].shape, dtype=spare[ours].dtype)
-            read(spare[ours], value)
+    lm, tied = model.llm.lm, config.tie_word_embeddings
+    ours = _ours(model, encoder, theirs, known)
+    state, wrong = {}, []
+    for name, like in theirs.state_dict().items():
+        key = known.ours(name)
+        assert key is not None, f"{known.model} has a weight of an unknown part, {name}"
+        key = as_decoder(lm, key)
+        if tied and key == f"llm.lm.{head_name(lm)}.weight":
+            ours.pop(key, None)
+        elif key in ours:
+            state[name] = ours.pop(key).detach()
+            if state[name].shape != like.shape:
+                wrong.append(f"{key}: {tuple(state[name].shape)} in the model, {tuple(like.shape)} in the layout")
+        elif SPARE.search(key):
+            state[name] = _filler(key, like, spare, config.dtype)
         else:
-            value = torch.full(tensor.shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
-        rest[known.theirs(ours)] = value
-    return rest
+            wrong.append(f"{key} is in the layout and not in the model")
+    wrong += [f"{key} is in the model and not in the layout" for key in ours]
+    if wrong:
+        lines = [f"{known.model} has no place for the model's weights:", *(f"  {line}" for line in wrong[:8])]
+        raise ZooError("\n".join([*lines, f"  and {len(wrong) - 8} more"] if len(wrong) > 8 else lines))
+    nested = config.vision_config.model_type in _NESTED
+    files = as_files(theirs, state)
+    return {_TOWER.sub(r"\1.vision_model.", name) if nested else name: tensor for name, tensor in files.items()}
 
 
-def their_processor(model: Any, processor: Any, known: Any) -> Any:
-    """Say our processor as one of transformers."""
+def _ours(model: Any, encoder: Encoder, theirs: Any, known: Family) -> dict[str, Tensor]:
+    """The model's weights by our names; those of a twin of the encoder come by the names of files."""
+    state = {f"llm.{n}": t for n, t in model.llm.state_dict().items()}
+    for part in ("projector", "layout"):
+        if (module := getattr(model, part)) is not None:
+            state |= {f"{part}.{n}": t for n, t in module.state_dict().items()}
+    return state | dict(_as_towers(encoder.tensors, _towers(theirs, known)))
+
+
+def _towers(theirs: Any, known: Family) -> dict[str, Any]:
+    """The encoders inside of transformers' model, by our names: `vision.tower`, and `vision.frame_tower`."""
+    found = {}
+    for prefix, ours in known.keys:
+        if ours.startswith("vision."):
+            path = prefix.rstrip(".")
+            found[ours.rstrip(".")] = (
+                theirs.get_submodule(path) if path.startswith("model.") else theirs.get_submodule(f"model.{path}")
+            )
+    return found
+
+
+def _as_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Rename weights of encoders from the names of files to those of modules, where they are such."""
+    for prefix, tower in towers.items():
+        own = dict(tower.state_dict())
+        given = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+        if given.keys() <= own.keys():
+            yield from ((f"{prefix}.{n}", t) for n, t in given.items())
+            continue
+        files = {id(t): n for n, t in own.items()}
+        names = {file: files[id(t)] for file, t in as_files(tower, own).items() if id(t) in files}
+        yield from ((f"{prefix}.{names.get(n, n)}", t) for n, t in given.items())
+
+
+def _depth(model: Any, record: Mapping[str, Any] | None) -> int:
+    """Blocks of the checkpoint's encoder, where its files are at hand; else 0."""
+    return int(model.config.slots["vision"].get("depth", 0)) if _files_of(record) else 0
+
+
+def _spare(record: Mapping[str, Any] | None, known: Family, config: Any) -> Held:
+    """What the checkpoint holds beyond what a composed model keeps, by our names of its modules."""
     import transformers
 
-    from zoo.vision.pictures import processor_of
+    if not (tensors := _files_of(record)):
+        return {}
+    with torch.device("meta"):
+        towers = _towers(getattr(transformers, known.model)(config), known)
+    vision = torch.nn.Module()
+    for name, tower in towers.items():
+        vision.add_module(name.partition(".")[2], tower)
+    return {n: t for n, t in as_modules(tensors, {"vision": vision}).items() if SPARE.search(n)}
 
-    more = known.processor_options(model, processor)
-    if processor.videos is not None and "video_processor" not in more:
-        more["video_processor"] = processor_of(processor.videos.config)
-    values = dict(processor.pictures.config) if processor.pictures else _as_clip(processor.transform)
+
+def _files_of(record: Mapping[str, Any] | None) -> Held:
+    """The tensors of the published checkpoint that a model came from; none where it is out of reach."""
     try:
-        return getattr(transformers, known.processor)(
-            image_processor=processor_of(values),
-            tokenizer=processor.tokenizer,
-            chat_template=processor.tokenizer.chat_template,
-            **more,
-        )
-    except ImportError as error:
-        raise ZooError(f"The layout cannot be written: {' '.join(str(error).split())}") from error
+        return base_from(record).tensors if record else {}
+    except (ZooError, OSError):
+        return {}
 
 
-def _as_clip(transform: Any) -> dict[str, Any]:
-    """Our transform as values of `CLIPImageProcessor`."""
-    from zoo.published.family import RESAMPLES
-
-    if transform.fit == "pad":
-        raise ZooError("Images are padded to squares, which transformers' image processors of this family do not do.")
-    height, width = transform.size
-    crop = transform.fit == "crop"
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": min(height, width)} if crop else {"height": height, "width": width},
-        "crop_size": {"height": height, "width": width},
-        "do_center_crop": crop,
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
-        "resample": next(number for number, name in RESAMPLES.items() if name == transform.resample),
-    }
+def _filler(key: str, like: Tensor, spare: Held, dtype: torch.dtype) -> Tensor:
+    """A weight that has no effect: the checkpoint's, else ones for a norm and zeros for the rest."""
+    if key in spare and tuple(spare[key].shape) == tuple(like.shape):
+        value = torch.empty(spare[key].shape, dtype=spare[key].dtype)
+        read(spare[key], value)
+        return value
+    return torch.full(like.shape, float(key.endswith("norm.weight")), dtype=dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, config_of
 
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 ACTIVATIONS = {
@@ -24,12 +24,14 @@ CANONICAL = (
     (re.compile(r"^(vision_tower|image_tower|video_tower)\.vision_model\."), r"\1."),
 )
 
-_NESTED = re.compile(r"^(vision_tower|image_tower|video_tower)\.")
-
 # What a file may hold and a model does not: blocks and norms behind the layer that is used, and buffers of old files.
 SPARE = re.compile(
-    r"^vision\.(frame_)?tower\.(encoder\.layers?\.\d+|post_layernorm|layernorm|head)\.|rotary_emb\.inv_freq$|position_ids$"
+    r"^vision\.(frame_)?tower\.((encoder|model)\.layers?\.\d+|post_layernorm|layernorm|norm|head)\."
+    r"|^vision\.(frame_)?tower\.embeddings\.mask_token$|rotary_emb\.inv_freq$|position_ids$"
 )
+
+
+_BACKBONE = {"_out_features", "_out_indices"}  # of classes that may also be asked for feature maps
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,16 @@ class Family:
         processor: class of its processor.
         slots: (config of transformers, values of the image processor) -> our slots.
         keys: pairs of prefixes, theirs (canonical) and ours.
-        config: (composed model) -> config of transformers, for the export.
+        config: (composed model, its encoder as it is written) -> config of transformers, for the export.
         processor_options: (composed model, our processor) -> what else the processor's class takes.
+        misfit: (composed model, its encoder as it is written) -> why the layout has no place for it; nothing if it has.
+        encoders: `model_type`s of encoders that the class takes.
+        tokens: (composed model, our processor) -> names that the processor's class wants tokens to have.
         canonical: pairs of pattern and replacement, in this order.
         call: options of the image processor's call.
         whole_if_several: one of several images of a sample is not cut.
         videos: videos are taken too.
         video_token: that stands in texts for a video, where neither the config nor the tokenizer names one.
-        nested: hub repositories have a level `vision_model` inside the tower.
     """
 
     model_type: str
@@ -57,11 +61,13 @@ class Family:
     processor: str
     slots: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
     keys: Sequence[tuple[str, str]]
-    config: Callable[[Any], Any]
+    config: Callable[[Any, Any], Any]
     processor_options: Callable[[Any, Any], dict[str, Any]]
+    misfit: Callable[[Any, Any], str]
+    encoders: frozenset[str]
+    tokens: Callable[[Any, Any], dict[str, str]]
     canonical: Sequence[tuple[re.Pattern[str], str]] = CANONICAL
     call: Mapping[str, Any] = field(default_factory=dict)
-    nested: bool = True
     whole_if_several: bool = False
     videos: bool = False
     video_token: str | None = None
@@ -74,14 +80,6 @@ class Family:
             if name.startswith(theirs):
                 return ours + name[len(theirs) :]
         return None
-
-    def theirs(self, name: str) -> str:
-        """Return the published name of one of our weights, as hub repositories spell it."""
-        for theirs, ours in self.keys:
-            if name.startswith(ours):
-                name = theirs + name[len(ours) :]
-                return _NESTED.sub(r"\1.vision_model.", name) if self.nested else name
-        raise ZooError(f"{self.model} has no place for the weight {name!r}.")
 
 
 def parse(content: Mapping[str, Any], where: str) -> Any:
@@ -145,10 +143,10 @@ def vision_slot(
         "width": vision.hidden_size,
         "depth": vision.num_hidden_layers,
         "heads": vision.num_attention_heads,
-        "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        "mlp_ratio": getattr(vision, "mlp_ratio", None) or vision.intermediate_size / vision.hidden_size,
     }
     probe = _from_sizes(HFVisionConfig(**node, extra={"image_size": getattr(vision, "image_size", size)}))
-    extra = different(vision, probe, but={"vision_use_head"})
+    extra = different(vision, probe, but={"vision_use_head", *_BACKBONE})
     extra["image_size"] = plain(vision.image_size)
     return {"name": "hf", **node, "extra": extra, **statistics(pixels)}
 
@@ -225,12 +223,37 @@ def _side(value: Any) -> int:
     return int(sides[0])
 
 
-def whole_vision_config(model: Any) -> Any:
-    """The encoder's config as published: with all blocks, those that are not run too."""
-    from copy import deepcopy
+def mlp_misfit(model: Any) -> str:
+    """Why a projector is not LLaVA's: two linear layers, as wide as the language model; nothing if it is."""
+    _, node = config_of("projector", (model.config.slots or {})["projector"])
+    name = model.config.slots["projector"]["name"]
+    if name != "mlp" or node.depth != 2:
+        had = f"{name!r}" + (f" of {node.depth} layers" if name == "mlp" else "")
+        return f"its projector is {had}, and the layout's is 'mlp' of 2 layers (train with projector=mlp)"
+    if node.hidden_size not in (0, model.llm.hidden_size):
+        return f"its projector is {node.hidden_size} wide inside, and the layout's {model.llm.hidden_size}, as the LLM"
+    return ""
 
-    config = deepcopy(model.vision.runner.tower.config)
-    node = (model.config.slots or {})["vision"]
-    if not node.get("checkpoint"):
-        config.num_hidden_layers = node["depth"]
-    return config
+
+def layout_misfit(model: Any, name: str, **wanted: Any) -> str:
+    """Why a model's layout is not the one of this name with these options; nothing if it is."""
+    node = (model.config.slots or {}).get("layout")
+    if not name or not node or node["name"] != name:
+        had, needs = (repr(n) if n else "none" for n in ((node or {}).get("name"), name))
+        return "" if had == needs else f"the layout of its images is {had}, and it takes {needs}"
+    _, typed = config_of("layout", node)
+    for key, value in wanted.items():
+        found = getattr(typed, key)
+        if not (value(found) if callable(value) else found == value):
+            return f"layout.{key} is {found!r}, which it does not take"
+    return ""
+
+
+def text_options(model: Any) -> dict[str, Any]:
+    """What configs of all families say of the language model."""
+    text = model.llm.lm.config
+    return {
+        "text_config": {**text.to_dict(), "vocab_size": model.llm.vocab_size},
+        "tie_word_embeddings": model.llm.lm.get_output_embeddings().weight
+        is model.llm.lm.get_input_embeddings().weight,
+    }

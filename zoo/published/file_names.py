@@ -29,7 +29,7 @@ def as_modules(tensors: Mapping[str, Stored | Joined], modules: Mapping[str, nn.
     held = dict(tensors)
     for prefix, module in _of_transformers(modules):
         if prefix == "llm.lm":
-            held = {_as_decoder(module, name): tensor for name, tensor in held.items()}
+            held = {as_decoder(module, name): tensor for name, tensor in held.items()}
         own = {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
         absent = [name for name in own if name not in held]
         if not absent or all(name in own for name in held if name.startswith(f"{prefix}.")):
@@ -61,7 +61,7 @@ def _of_transformers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn
                 yield f"{part}.{path}", root.get_submodule(path)
 
 
-def _as_decoder(lm: Any, name: str) -> str:
+def as_decoder(lm: Any, name: str) -> str:
     """Files of vision-language models call every decoder `model` and its projection `lm_head`."""
     for theirs, ours in (("model", lm.base_model_prefix), ("lm_head", head_name(lm))):
         if theirs != ours and name.startswith(f"llm.lm.{theirs}."):

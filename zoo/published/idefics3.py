@@ -7,8 +7,11 @@ Paper: Laurencon et al., arXiv:2408.12637; Marafioti et al., arXiv:2504.05299 (S
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.published.family import Family, llm_slot, vision_slot, whole_vision_config
+from zoo.published.encoders import Encoder
+from zoo.published.family import Family, layout_misfit, llm_slot, text_options, vision_slot
+from zoo.registry import config_of
 
+FAKE = "<fake_token_around_image>"
 KEYS = (
     ("model.text_model.", "llm.lm.model."),
     ("lm_head.", "llm.lm.lm_head."),
@@ -26,30 +29,54 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
         "layout": {
             "name": "tiles",
             "style": "grid",
-            "begin": "<fake_token_around_image>",
-            "end": "<fake_token_around_image>",
+            "begin": FAKE,
+            "end": FAKE,
             "most": 17,
         },
         "llm": llm_slot(hf.text_config, tie),
     }
 
 
-def config(model: Any, name: str = "Idefics3Config") -> Any:
+def misfit(model: Any, encoder: Encoder) -> str:
+    """Why `Idefics3ForConditionalGeneration` has no place for a model."""
+    wrong = layout_misfit(
+        model, "tiles", style="grid", begin=FAKE, end=FAKE, overview="<global-img>", most=lambda most: most > 1
+    )
+    if not wrong and not encoder.norm:
+        wrong = (
+            "image tokens are taken before the encoder's final norm, and the layout takes them behind it (vision.norm)"
+        )
+    return wrong or _projector_misfit(model)
+
+
+def _projector_misfit(model: Any) -> str:
+    name, wanted = model.config.slots["projector"]["name"], {"depth": 1, "bias": False, "norm": False}
+    _, node = config_of("projector", model.config.slots["projector"])
+    if name == "pixel_shuffle" and all(getattr(node, key) == value for key, value in wanted.items()):
+        return ""
+    return f"its projector is {name!r}, and the layout's is 'pixel_shuffle' of one linear layer without bias or norm"
+
+
+def config(model: Any, encoder: Encoder, name: str = "Idefics3Config") -> Any:
     """Say a composed model as an `Idefics3Config` or a `SmolVLMConfig`."""
     import transformers
 
     return getattr(transformers, name)(
-        vision_config=whole_vision_config(model).to_dict(),
-        text_config=model.llm.lm.config.to_dict(),
+        vision_config=encoder.config.to_dict(),
         image_token_id=model.image_token_id,
         scale_factor=model.projector.factor,
-        tie_word_embeddings=bool(model.llm.lm.config.tie_word_embeddings),
+        **text_options(model),
     )
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
     """What the processors count image tokens with."""
     return {"image_seq_len": model.layout.tokens}
+
+
+def tokens(model: Any, processor: Any) -> dict[str, str]:
+    """What the processors look for among the tokenizer's tokens."""
+    return {"image_token": processor.image_token}
 
 
 FAMILY = Family(
@@ -60,7 +87,9 @@ FAMILY = Family(
     KEYS,
     config,
     processor_options,
+    misfit,
+    frozenset({"idefics3_vision"}),
+    tokens,
     canonical=(),
     call={"return_row_col_info": True},
-    nested=False,
 )

@@ -7,8 +7,10 @@ Paper: Chen et al., arXiv:2404.16821 (InternVL 1.5); Zhu et al., arXiv:2504.1047
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.published.family import ACTIVATIONS, Family, llm_slot, one_layer, vision_slot, whole_vision_config
-from zoo.registry import ZooError
+from zoo.published.composed import VIDEO, frames_as
+from zoo.published.encoders import Encoder
+from zoo.published.family import ACTIVATIONS, Family, layout_misfit, llm_slot, one_layer, text_options, vision_slot
+from zoo.registry import ZooError, config_of
 
 KEYS = (
     ("language_model.model.", "llm.lm.model."),
@@ -50,27 +52,53 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def config(model: Any) -> Any:
+def misfit(model: Any, encoder: Encoder) -> str:
+    """Why `InternVLForConditionalGeneration` has no place for a model."""
+    wrong = layout_misfit(model, "tiles", style="joined", begin=bool, end=bool)
+    name, wanted = model.config.slots["projector"]["name"], {"depth": 2, "bias": True, "norm": True}
+    _, node = config_of("projector", model.config.slots["projector"])
+    if wrong:
+        return wrong
+    if name != "pixel_shuffle" or any(getattr(node, key) != value for key, value in wanted.items()):
+        return f"its projector is {name!r}, and the layout's is 'pixel_shuffle' of a norm and two layers with bias"
+    if encoder.norm and encoder.layer != -1:
+        return f"image tokens are layer {encoder.layer} behind the final norm, and the layout norms the last layer only"
+    return ""
+
+
+def config(model: Any, encoder: Encoder) -> Any:
     """Say a composed model as an `InternVLConfig`."""
     from transformers import InternVLConfig
 
     names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
     slots = model.config.slots
+    if encoder.layer == -1:  # its class takes the last layer as the encoder gives it
+        encoder.config.use_mean_pooling = not encoder.norm
     return InternVLConfig(
-        vision_config=whole_vision_config(model).to_dict(),
-        text_config=model.llm.lm.config.to_dict(),
+        vision_config=encoder.config.to_dict(),
         image_token_id=model.image_token_id,
         image_seq_length=model.layout.tokens,
         downsample_ratio=1 / model.projector.factor,
         projector_hidden_act=names[slots["projector"].get("activation", "gelu")],
-        vision_feature_layer=slots["vision"]["layer"],
-        tie_word_embeddings=bool(model.llm.lm.config.tie_word_embeddings),
+        vision_feature_layer=encoder.layer,
+        **text_options(model),
     )
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
-    """What `InternVLProcessor` counts image tokens with."""
-    return {"image_seq_length": model.layout.tokens}
+    """What `InternVLProcessor` counts image tokens with; a processor for videos it must have."""
+    return {"image_seq_length": model.layout.tokens, **frames_as("InternVLVideoProcessor", processor)}
+
+
+def tokens(model: Any, processor: Any) -> dict[str, str]:
+    """What `InternVLProcessor` looks for among the tokenizer's tokens."""
+    layout = model.layout.config
+    return {
+        "start_image_token": layout.begin,
+        "end_image_token": layout.end,
+        "context_image_token": processor.image_token,
+        "video_token": processor.video_token or VIDEO,
+    }
 
 
 FAMILY = Family(
@@ -81,7 +109,9 @@ FAMILY = Family(
     KEYS,
     config,
     processor_options,
+    misfit,
+    frozenset({"internvl_vision"}),
+    tokens,
     videos=True,
     call={"crop_to_patches": True},
-    nested=False,
 )

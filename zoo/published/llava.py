@@ -7,8 +7,25 @@ Paper: Liu et al., arXiv:2310.03744. Published as `llava-hf/llava-1.5-7b-hf` and
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.published.family import Family, llm_slot, mlp_slot, one_layer, refuse_odd_cls, vision_slot, whole_vision_config
+from zoo.published.encoders import Encoder
+from zoo.published.family import (
+    Family,
+    layout_misfit,
+    llm_slot,
+    mlp_misfit,
+    mlp_slot,
+    one_layer,
+    refuse_odd_cls,
+    text_options,
+    vision_slot,
+)
 
+# Encoders that `AutoModel` builds, which take pixels alone and give hidden states.
+ENCODERS = frozenset(
+    {"clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision"}
+    | {"idefics3_vision", "smolvlm_vision"}
+)
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
 KEYS = (
     ("language_model.model.", "llm.lm.model."),
     ("language_model.lm_head.", "llm.lm.lm_head."),
@@ -28,40 +45,73 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def parts(model: Any) -> dict[str, Any]:
+def parts(model: Any, encoder: Encoder) -> dict[str, Any]:
     """What the configs of all LLaVA models have in common, from a composed one."""
-    vision = model.config.slots["vision"]
-    has_cls = model.vision.runner.num_prefix > 0
-    names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
     projector = model.config.slots["projector"]
     return {
-        "vision_config": whole_vision_config(model).to_dict(),
-        "text_config": model.llm.lm.config.to_dict(),
+        "vision_config": encoder.config.to_dict(),
         "image_token_index": model.image_token_id,
-        "vision_feature_layer": vision["layer"],
-        "vision_feature_select_strategy": "default" if has_cls else "full",
-        "projector_hidden_act": names[projector.get("activation", "gelu")],
+        "vision_feature_layer": encoder.layer,
+        "vision_feature_select_strategy": selection(model),
+        "projector_hidden_act": ACTIVATIONS[projector.get("activation", "gelu")],
         "multimodal_projector_bias": projector.get("bias", True),
-        "tie_word_embeddings": bool(model.llm.lm.config.tie_word_embeddings),
+        **text_options(model),
     }
 
 
-def config(model: Any) -> Any:
+def selection(model: Any) -> str:
+    """How LLaVA's classes drop a [CLS] token, if there is one."""
+    return "default" if model.vision.runner.num_prefix else "full"
+
+
+def common_misfit(model: Any, encoder: Encoder) -> str:
+    """Why an encoder or a projector is none of LLaVA's; nothing if both are."""
+    if encoder.norm:
+        return "image tokens go through the encoder's final norm (vision.norm), and LLaVA's classes take them before it"
+    if encoder.num_prefix > 1:
+        return f"its encoder puts {encoder.num_prefix} tokens ahead of the patches, and LLaVA's classes drop one"
+    return mlp_misfit(model)
+
+
+def misfit(model: Any, encoder: Encoder) -> str:
+    """Why `LlavaForConditionalGeneration` has no place for a model."""
+    return layout_misfit(model, "") or common_misfit(model, encoder)
+
+
+def config(model: Any, encoder: Encoder) -> Any:
     """Say a composed model as a `LlavaConfig`."""
     from transformers import LlavaConfig
 
-    return LlavaConfig(**parts(model), image_seq_length=model.num_image_tokens)
+    return LlavaConfig(**parts(model, encoder), image_seq_length=model.num_image_tokens)
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
     """What `LlavaProcessor` counts image tokens with."""
-    has_cls = model.vision.runner.num_prefix > 0
+    height, width = model.vision.transform.size
+    patch = height // model.vision.grid[0]
+    assert (height // patch, width // patch) == tuple(model.vision.grid), "square patches"
     return {
-        "patch_size": model.config.slots["vision"]["patch_size"],
-        "vision_feature_select_strategy": "default" if has_cls else "full",
-        "num_additional_image_tokens": int(has_cls),
+        "patch_size": patch,
+        "vision_feature_select_strategy": selection(model),
+        "num_additional_image_tokens": model.vision.runner.num_prefix,
         "image_token": processor.image_token,
     }
 
 
-FAMILY = Family("llava", "LlavaForConditionalGeneration", "LlavaProcessor", slots, KEYS, config, processor_options)
+def tokens(model: Any, processor: Any) -> dict[str, str]:
+    """What LLaVA's processors look for among the tokenizer's tokens."""
+    return {"image_token": processor.image_token}
+
+
+FAMILY = Family(
+    "llava",
+    "LlavaForConditionalGeneration",
+    "LlavaProcessor",
+    slots,
+    KEYS,
+    config,
+    processor_options,
+    misfit,
+    ENCODERS,
+    tokens,
+)

@@ -5,10 +5,12 @@ Published as `llava-hf/llava-v1.6-vicuna-7b-hf`, `llava-v1.6-mistral-7b-hf` and 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from zoo.published import llava
-from zoo.published.family import Family, plain
+from zoo.published.encoders import Encoder
+from zoo.published.family import layout_misfit, plain
 
 KEYS = (*llava.KEYS, ("image_newline", "layout.newline"))
 
@@ -19,20 +21,27 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     return {**llava.slots(hf, pixels), "layout": {"name": "anyres", "pinpoints": pinpoints}}
 
 
-def config(model: Any) -> Any:
+def misfit(model: Any, encoder: Encoder) -> str:
+    """Why `LlavaNextForConditionalGeneration` has no place for a model."""
+    wrong = layout_misfit(model, "anyres", pinpoints=bool, newline=True, max_crops=0)
+    return wrong or llava.common_misfit(model, encoder)
+
+
+def config(model: Any, encoder: Encoder) -> Any:
     """Say a composed model as a `LlavaNextConfig`."""
     from transformers import LlavaNextConfig
 
     pinpoints = plain(model.layout.config.pinpoints)
-    return LlavaNextConfig(**llava.parts(model), image_grid_pinpoints=pinpoints)
+    return LlavaNextConfig(**llava.parts(model, encoder), image_grid_pinpoints=pinpoints)
 
 
-FAMILY = Family(
-    "llava_next",
-    "LlavaNextForConditionalGeneration",
-    "LlavaNextProcessor",
-    slots,
-    KEYS,
-    config,
-    llava.processor_options,
+FAMILY = replace(
+    llava.FAMILY,
+    model_type="llava_next",
+    model="LlavaNextForConditionalGeneration",
+    processor="LlavaNextProcessor",
+    slots=slots,
+    keys=KEYS,
+    config=config,
+    misfit=misfit,
 )

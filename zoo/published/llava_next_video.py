@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from zoo.published import llava, llava_next
-from zoo.published.family import plain
+from zoo.published.encoders import Encoder
+from zoo.published.family import layout_misfit, plain
 from zoo.registry import ZooError
 
 
@@ -23,12 +24,24 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "layout": {**found["layout"], "frames": hf.spatial_pool_mode}}
 
 
-def config(model: Any) -> Any:
+def misfit(model: Any, encoder: Encoder) -> str:
+    """Why `LlavaNextVideoForConditionalGeneration` has no place for a model."""
+    frames = ("average", "max").__contains__
+    wrong = layout_misfit(model, "anyres", pinpoints=bool, newline=True, max_crops=0, frames=frames)
+    return wrong or videos_misfit(model) or llava.common_misfit(model, encoder)
+
+
+def videos_misfit(model: Any) -> str:
+    """Why a layout for videos has no place for a model that takes none."""
+    return "" if model.config.video_token_id is not None else "it has no token for videos"
+
+
+def config(model: Any, encoder: Encoder) -> Any:
     """Say a composed model as a `LlavaNextVideoConfig`."""
     from transformers import LlavaNextVideoConfig
 
     return LlavaNextVideoConfig(
-        **llava.parts(model),
+        **llava.parts(model, encoder),
         image_grid_pinpoints=plain(model.layout.config.pinpoints),
         spatial_pool_mode=model.layout.config.frames,
         video_token_index=model.config.video_token_id,
@@ -42,5 +55,6 @@ FAMILY = replace(
     processor="LlavaNextVideoProcessor",
     slots=slots,
     config=config,
+    misfit=misfit,
     videos=True,
 )

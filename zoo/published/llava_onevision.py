@@ -6,10 +6,13 @@ square and seen whole.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from zoo.published import llava
-from zoo.published.family import Family, plain
+from zoo.published.composed import VIDEO, frames_as
+from zoo.published.encoders import Encoder
+from zoo.published.family import layout_misfit, plain
 from zoo.registry import ZooError
 
 KEYS = (*llava.KEYS, ("image_newline", "layout.newline"))
@@ -26,13 +29,19 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     return {**llava.slots(hf, pixels), "layout": layout}
 
 
-def config(model: Any) -> Any:
+def misfit(model: Any, encoder: Encoder) -> str:
+    """Why `LlavaOnevisionForConditionalGeneration` has no place for a model."""
+    wrong = layout_misfit(model, "anyres", pinpoints=bool, newline=True, max_crops=bool, frames="bilinear")
+    return wrong or llava.common_misfit(model, encoder)
+
+
+def config(model: Any, encoder: Encoder) -> Any:
     """Say a composed model as a `LlavaOnevisionConfig`."""
     from transformers import LlavaOnevisionConfig
 
     layout = model.layout.config
     return LlavaOnevisionConfig(
-        **llava.parts(model),
+        **llava.parts(model, encoder),
         image_grid_pinpoints=plain(layout.pinpoints),
         vision_aspect_ratio=f"anyres_max_{layout.max_crops}",
         video_token_index=model.config.video_token_id,
@@ -40,24 +49,32 @@ def config(model: Any) -> Any:
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
-    """What `LlavaOnevisionProcessor` counts image tokens with."""
-    options = llava.processor_options(model, processor)
+    """What `LlavaOnevisionProcessor` counts image tokens with; a processor for videos it must have."""
     return {
-        "vision_feature_select_strategy": options["vision_feature_select_strategy"],
+        **frames_as("LlavaOnevisionVideoProcessor", processor),
+        "vision_feature_select_strategy": llava.selection(model),
         "image_token": processor.image_token,
-        "num_image_tokens": model.vision.num_tokens,
+        "num_image_tokens": model.vision.num_tokens + model.vision.runner.num_prefix,
         "vision_aspect_ratio": f"anyres_max_{model.layout.config.max_crops}",
     }
 
 
-FAMILY = Family(
-    "llava_onevision",
-    "LlavaOnevisionForConditionalGeneration",
-    "LlavaOnevisionProcessor",
-    slots,
-    KEYS,
-    config,
-    processor_options,
+def tokens(model: Any, processor: Any) -> dict[str, str]:
+    """What `LlavaOnevisionProcessor` looks for among the tokenizer's tokens."""
+    return {"image_token": processor.image_token, "video_token": processor.video_token or VIDEO}
+
+
+FAMILY = replace(
+    llava.FAMILY,
+    model_type="llava_onevision",
+    model="LlavaOnevisionForConditionalGeneration",
+    processor="LlavaOnevisionProcessor",
+    slots=slots,
+    keys=KEYS,
+    config=config,
+    processor_options=processor_options,
+    misfit=misfit,
+    tokens=tokens,
     videos=True,
     whole_if_several=True,
 )

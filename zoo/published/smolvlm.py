@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from zoo.published import idefics3
+from zoo.published.encoders import Encoder
 
 
-def config(model: Any) -> Any:
+def config(model: Any, encoder: Encoder) -> Any:
     """Say a composed model as a `SmolVLMConfig`."""
-    return idefics3.config(model, "SmolVLMConfig")
+    return idefics3.config(model, encoder, "SmolVLMConfig")
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
@@ -29,6 +30,7 @@ FAMILY = replace(
     processor="SmolVLMProcessor",
     config=config,
     processor_options=processor_options,
+    encoders=frozenset({"smolvlm_vision"}),
     videos=True,
     video_token="<video>",
 )

@@ -8,6 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from zoo.published import llava
+from zoo.published.encoders import Encoder
+from zoo.published.family import layout_misfit
+from zoo.published.llava_next_video import videos_misfit
 
 KEYS = (*(k for k in llava.KEYS if k[0] != "vision_tower."), ("image_tower.", "vision.tower."),
         ("video_tower.", "vision.frame_tower."))  # fmt: skip
@@ -24,12 +27,20 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def config(model: Any) -> Any:
+def misfit(model: Any, encoder: Encoder) -> str:
+    """Why `VideoLlavaForConditionalGeneration` has no place for a model."""
+    wrong = layout_misfit(model, "frames", cls=model.vision.runner.num_prefix > 0)
+    if not wrong and model.vision.frame_runner is None:
+        wrong = "its encoder sees images and frames alike (vision.frame_tower=false), and the layout has two"
+    return wrong or videos_misfit(model) or llava.common_misfit(model, encoder)
+
+
+def config(model: Any, encoder: Encoder) -> Any:
     """Say a composed model as a `VideoLlavaConfig`."""
     from transformers import VideoLlavaConfig
 
     return VideoLlavaConfig(
-        **llava.parts(model),
+        **llava.parts(model, encoder),
         video_token_index=model.config.video_token_id,
         image_seq_length=model.num_image_tokens,
     )
@@ -43,6 +54,7 @@ FAMILY = replace(
     slots=slots,
     keys=KEYS,
     config=config,
+    misfit=misfit,
     call={"return_legacy_image_output": False, "input_data_format": "channels_last"},  # it guesses, wrong for one row
     videos=True,
 )

@@ -1,0 +1,112 @@
+"""What a model that is composed from parts needs so that its images are those of a published layout.
+
+Its layout names tokens that stand around tiles, and asks for images that are cut: the image processor of the family
+that the layout comes from cuts them. Without a layout the encoder's own transform is said as one.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.published.family import RESAMPLES
+from zoo.registry import ImageTransform, ZooError
+
+VIDEO = "<video>"  # as the processors of all families have it
+
+
+def as_clip(transform: ImageTransform) -> dict[str, Any]:
+    """Say a transform as values of `CLIPImageProcessor`, which resizes and cuts as ours does.
+
+    Raises:
+        ZooError: it pads images to squares.
+    """
+    if transform.fit == "pad":
+        raise ZooError(
+            "images are resized and then padded to squares (fit=pad), which no image processor of transformers does; "
+            "compose the model with vision.fit=crop or squash"
+        )
+    height, width = transform.size
+    crop = transform.fit == "crop"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        **_statistics(transform),
+        "size": {"shortest_edge": min(height, width)} if crop else {"height": height, "width": width},
+        "crop_size": {"height": height, "width": width},
+        "do_center_crop": crop,
+    }
+
+
+def cut_by(layout: Mapping[str, Any] | None, transform: ImageTransform | None) -> dict[str, Any] | None:
+    """Say how images are cut for a layout, as values of the image processor of the family that it comes from.
+
+    Args:
+        layout: node of the slot.
+        transform: of the encoder.
+
+    Returns:
+        What `Pictures` takes; None where images are whole.
+    """
+    if not layout or transform is None:
+        return None
+    height, width = transform.size
+    sides, square = {"height": height, "width": width}, {"longest_edge": height}
+    name, values = layout["name"], _statistics(transform)
+    most = int(layout.get("most", 12))
+    if name == "anyres" and layout.get("pinpoints"):
+        values |= {"image_grid_pinpoints": [list(p) for p in layout["pinpoints"]], "size": sides}
+        if layout.get("max_crops"):
+            return {"image_processor_type": "LlavaOnevisionImageProcessor", **values, "whole_if_several": True}
+        kind = {"image_processor_type": "LlavaNextImageProcessor", "crop_size": sides, "do_center_crop": False}
+        return {**kind, **values}
+    if name != "tiles":
+        return None
+    if layout.get("style") == "grid":
+        longest = {"longest_edge": height * _lines(most)}
+        kind = {"image_processor_type": "Idefics3ImageProcessor", "max_image_size": square, "size": longest}
+        return {**kind, **values, "call": {"return_row_col_info": True}}
+    kind = {"image_processor_type": "GotOcr2ImageProcessor", "size": sides, "max_patches": max(1, most - 1)}
+    return {**kind, **values, "call": {"crop_to_patches": True}}
+
+
+def frames_as(kind: str, processor: Any) -> dict[str, Any]:
+    """What a family's processor asks for that takes videos too, of a model that takes images only.
+
+    Args:
+        kind: class of a video processor, which prepares frames as images that are not cut.
+        processor: of the model; nothing is to be added where it prepares videos itself.
+    """
+    from zoo.vision.pictures import processor_of
+
+    if processor.videos is not None or processor.pictures is None:
+        return {}
+    alike = {key: processor.pictures.config[key] for key in ("size", "image_mean", "image_std", "resample")}
+    return {"video_processor": processor_of({"video_processor_type": kind, **alike})}
+
+
+def tokens_for(layout: Mapping[str, Any] | None) -> list[str]:
+    """List the tokens that a layout writes into prompts, and those that its family's processor looks for."""
+    if not layout:
+        return []
+    if layout["name"] == "anyres":
+        return [VIDEO] if layout.get("frames") == "bilinear" else []
+    if layout["name"] != "tiles":
+        return []
+    marks = [token for token in (layout.get("begin"), layout.get("end")) if token]
+    if layout.get("style") != "grid":
+        return [*marks, VIDEO]
+    lines = range(1, _lines(int(layout.get("most", 12))) + 1)
+    places = [f"<row_{row}_col_{column}>" for row in lines for column in lines]
+    return [*marks, str(layout.get("overview", "<global-img>")), *places, "<end_of_utterance>"]
+
+
+def _lines(most: int) -> int:
+    """Lines, and columns, of a square grid that has at most so many tiles, its overview counted."""
+    return max(1, math.isqrt(most - 1))
+
+
+def _statistics(transform: ImageTransform) -> dict[str, Any]:
+    return {
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+        "resample": next(number for number, name in RESAMPLES.items() if name == transform.resample),
+    }

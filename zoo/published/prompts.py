@@ -1,0 +1,85 @@
+"""Tokenizer and chat template of a composed model as transformers' processors take them.
+
+Our processor turns the parts of a message into plain text, with a token where an image goes, before a template sees
+them, so that templates of text-only language models work unchanged. What is exported does the same inside of the
+template.
+"""
+
+import copy
+import json
+from typing import Any
+
+from zoo.chat_template import takes_parts
+from zoo.registry import ZooError
+from zoo.tokenizer import name_tokens
+
+# Ahead of a template that takes plain text. It ends in a newline, which trim_blocks takes away, so that the template
+# behind it begins at the start of a line, as it was written to.
+_FLATTEN = """\
+{%- set plain = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set turn = namespace(text='') -%}
+  {%- if message['content'] is string or not message['content'] -%}
+    {%- set turn.text = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'image' -%}
+        {%- set turn.text = turn.text + IMAGE -%}
+      {%- elif part['type'] == 'text' -%}
+        {%- set turn.text = turn.text + part['text'] -%}
+      {%- else -%}
+        {{- raise_exception('This model takes images and text, not ' + part['type'] + '.') -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set plain.messages = plain.messages + [dict(message, content=turn.text)] -%}
+{%- endfor -%}
+{%- set messages = plain.messages %}
+"""
+
+
+def template_of(processor: Any) -> str:
+    """The chat template of a processor, for messages whose content is parts."""
+    tokenizer = processor.tokenizer
+    if takes_parts(tokenizer):
+        return tokenizer.chat_template
+    return _FLATTEN.replace("IMAGE", json.dumps(processor.image_token + processor.image_separator)) + (
+        tokenizer.chat_template
+    )
+
+
+def tokenizer_of(processor: Any, names: dict[str, str]) -> Any:
+    """A copy of the tokenizer that names the tokens which the processor of a layout asks for.
+
+    Where our prompts are all that a template writes, transformers' processors would put a beginning in front that the
+    tokenizer adds by itself: it no longer does.
+
+    Args:
+        processor: ours.
+        names: attribute of the tokenizer -> token.
+
+    Raises:
+        ZooError: the tokenizer lacks one of the tokens.
+    """
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    for token in names.values():
+        if token not in vocabulary:
+            raise ZooError(f"the tokenizer has no {token!r}, which the layout's processor asks for")
+    name_tokens(tokenizer, names)
+    if not takes_parts(processor.tokenizer):
+        _add_nothing(tokenizer)
+    tokenizer.chat_template = template_of(processor)
+    return tokenizer
+
+
+def _add_nothing(tokenizer: Any) -> None:
+    """Let a tokenizer put nothing around a text."""
+    whole, alone = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    if whole == alone:
+        return
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        raise ZooError(f"{type(tokenizer).__name__} puts tokens around texts that the model was not trained with")
+    from tokenizers.processors import TemplateProcessing
+
+    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B")
