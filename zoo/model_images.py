@@ -40,7 +40,8 @@ class ImagesMixin(nn.Module):
 
         Args:
             pixel_values: (M, 3, S, S).
-            cuts: of each image, where images have rows of their own; absent: every row is an image.
+            cuts: of each image, or of the images of each sample, where images have rows of their own; absent: every row
+                is an image.
 
         Returns:
             The encoder's features, what the pruners left of them, and the image tokens (M, K, C), laid out (S, C), or
@@ -50,6 +51,8 @@ class ImagesMixin(nn.Module):
             raise ZooError("The batch has images, but the model has no vision encoder.")
         if cuts is None and self.layout is not None:
             cuts = [Cut(size=self.vision.transform.size)] * len(pixel_values)
+        if cuts and not isinstance(cuts[0], Cut):  # of each sample, as transformers' pipelines put batches together
+            cuts = [cut for sample in cuts for cut in sample]
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
         told = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
+from zoo.auto import register_config
 from zoo.registry import ImageFeatures
 from zoo.registry.versions import with_old_cache_name
 
@@ -158,3 +159,6 @@ class Seen:
     @property
     def image_index(self) -> Tensor | None:
         return self.out.sequence.image_index() if self.out.sequence is not None else None
+
+
+register_config(ZooConfig)

@@ -20,7 +20,7 @@ from zoo.model_types import ZooConfig
 from zoo.processor_call import CallMixin, cut_of, flat
 from zoo.processor_chat import ChatMixin
 from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, unknown
-from zoo.vision.pictures import Pictures, Videos
+from zoo.vision.pictures import Pictures, Videos, processor_of
 from zoo.vision.transform import to_pixels
 from zoo.vision.video import Video
 
@@ -115,6 +115,20 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         """What the model takes of a call."""
         return [*self.tokenizer.model_input_names, *(["pixel_values"] if self.transform else [])]
 
+    @property
+    def image_processor(self) -> Any:
+        """The image processor of transformers that prepares images as this processor does, to a step of a byte.
+
+        transformers' pipelines ask for it. None without an encoder, and where images are padded to squares.
+        """
+        from zoo.published.composed import as_clip
+
+        if self.pictures is not None:
+            return self.pictures.processor
+        if self.transform is None or self.transform.fit == "pad":
+            return None
+        return processor_of(as_clip(self.transform))
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "processor_class": type(self).__name__,
@@ -124,7 +138,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
             **({"pictures": self.pictures.config} if self.pictures else {}),
             **({"videos": self.videos.config} if self.videos else {}),
             **({"video_token": self.video_token} if self.video_token else {}),
-            **({"image_token": self.image_token} if self.pictures else {}),
+            "image_token": self.image_token,
             **({"layout": self.layout_node} if self.layout_node else {}),
             **({"end_tokens": self.end_tokens} if self.end_tokens else {}),
         }
