@@ -43,9 +43,8 @@ def template_of(processor: Any) -> str:
     tokenizer = processor.tokenizer
     if takes_parts(tokenizer):
         return tokenizer.chat_template
-    return _FLATTEN.replace("IMAGE", json.dumps(processor.image_token + processor.image_separator)) + (
-        tokenizer.chat_template
-    )
+    image = json.dumps(processor.image_token + processor.image_separator)
+    return _FLATTEN.replace("IMAGE", image) + tokenizer.get_chat_template()
 
 
 def tokenizer_of(processor: Any, names: dict[str, str]) -> Any:
