@@ -11,8 +11,9 @@ from transformers import (
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
+    cache_utils,
 )
-from transformers.generation import MaxLengthCriteria, MinNewTokensLengthLogitsProcessor, TextStreamer
+from transformers.generation import MaxLengthCriteria, MinNewTokensLengthLogitsProcessor, TextStreamer, utils
 
 import zoo
 from tests import published_builders as build
@@ -94,6 +95,8 @@ EXAMPLES = {
 DRAFTS = {"prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "use_mtp"}
 DRAFTS |= {"speculation_type", "assistant_lookbehind", "target_lookbehind", "token_healing"}
 ALONE = {"assistant_model"}  # what takes one row at a time
+# Older versions spread the images of a row over the beams of others, and leave them out of chunks.
+KNOWS_BEAMS = hasattr(utils, "_slice_mm_encoder_output")
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +157,12 @@ def test_an_option_does_what_it_does_in_transformers(llava, field):
     reference, ours, asked, tokenizer = llava
     if field not in fields():
         pytest.skip(f"this transformers has no {field}")
+    if field == "cache_config" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("a cache of this transformers is quantised by packages that are not here")
     options = EXAMPLES[field]
     attentions = field == "output_attentions"
     for case, (theirs, mine) in asked.items():
-        if "unlike" in case and ALONE & options.keys():
+        if "unlike" in case and (ALONE & options.keys() or ("num_beams" in options and not KNOWS_BEAMS)):
             continue
         if attentions:
             options = {**options, "return_dict_in_generate": True}
@@ -165,7 +170,8 @@ def test_an_option_does_what_it_does_in_transformers(llava, field):
             ours.set_attention("eager")
         given = made(options, mine["input_ids"].shape[1], ours, tokenizer)
         try:
-            expected = run(reference, theirs, **given)
+            alone = field == "prefill_chunk_size" and not KNOWS_BEAMS
+            expected = run(ours, mine, **GREEDY) if alone else run(reference, theirs, **given)
             assert same(run(ours, mine, **given), expected)
             config = GenerationConfig(**{k: v for k, v in given.items() if k in fields()})
             rest = {k: v for k, v in given.items() if k not in fields()}
