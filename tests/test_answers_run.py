@@ -9,6 +9,7 @@ import zoo
 from tests.chat_families import SHAPES, tokenizer
 from tests.test_stops import llm_folder
 from zoo.cli import main
+from zoo.stops import listed
 from zoo.talk import Talk
 
 RECIPE = """# @package _global_
@@ -24,7 +25,9 @@ TALKS = {"red": ("a cat", "on a mat"), "green": ("well", "be kind"), "blue": ("a
 
 @pytest.mark.parametrize("name", ["chatml on a base tokenizer", "text ends"])
 def test_a_base_model_that_learns_by_heart_says_it_and_stops(tmp_path, name, capsys):
-    llm_folder(tmp_path / "llm", tokenizer(SHAPES[name]))
+    made = tokenizer(SHAPES[name])
+    ends = [made.eos_token_id, made.convert_tokens_to_ids("~")]  # no answer has the second one
+    llm_folder(tmp_path / "llm", made, ends)
     rows = []
     for colour, (first, second) in TALKS.items():
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
@@ -40,6 +43,7 @@ def test_a_base_model_that_learns_by_heart_says_it_and_stops(tmp_path, name, cap
     capsys.readouterr()
 
     model, processor = zoo.load(f"dir:{run}")
+    assert {*ends} <= {*listed(model.generation_config.eos_token_id)}  # what the base model states
     for colour, (first, second) in TALKS.items():
         talk = Talk(model, processor)
         assert talk.say("what is it?", [tmp_path / f"{colour}.png"], max_new_tokens=64) == first

@@ -91,6 +91,7 @@ def build(
     cfg: Any,
     *,
     texts: Iterable[str] = (),
+    tokenizer_folder: Path | None = None,
     pretrained: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
@@ -103,6 +104,7 @@ def build(
     Args:
         cfg: from `zoo.config.compose`.
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
+        tokenizer_folder: where `tokenizer_for` put the tokenizer of a model that starts from its parts.
         pretrained: load the trained weights of a preset that has some; False starts a preset from its parts. A model
             that was given as a folder or a hub repository always brings its weights.
         device, dtype, device_map, bits, fresh: see `load`.
@@ -112,7 +114,8 @@ def build(
     published = folder is not None and is_published(read_content(folder))
     if folder is not None and published:
         require_same(slots, folder, fresh)
-    tokenizer = set_template_options(_tokenizer(cfg, slots, folder, texts), cfg.tokenizer.template_options)
+    tokenizer = _tokenizer(cfg, slots, folder, texts, tokenizer_folder)
+    set_template_options(tokenizer, cfg.tokenizer.template_options)
     if folder is None:
         add_special(tokenizer, tokens_for(slots["layout"]))
     plan = plan_from(cfg, tokenizer)
@@ -293,15 +296,17 @@ def tokenizer_for(cfg: Any, texts: Iterable[str] = ()) -> Any:
     return _tokenizer(cfg, slots_of(cfg), folder, texts)
 
 
-def _tokenizer(cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iterable[str]) -> Any:
+def _tokenizer(
+    cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iterable[str], made: Path | None = None
+) -> Any:
     """The first that there is: the saved model's, the config's, that of the LLM's checkpoint, or a new one."""
     template = cfg.tokenizer.chat_template
     if folder is not None and is_published(read_content(folder)):
         return tokenizer_in(folder, template)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder), template, read_content(folder).get("image_token_id"))
-    if source := cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint"):
-        return load_tokenizer(source, template)
+    if source := made or cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint"):
+        return load_tokenizer(str(source), template)
     return train_tokenizer(_or_words(texts), cfg.tokenizer.vocab_size, template or "plain")
 
 

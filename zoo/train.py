@@ -182,11 +182,9 @@ class Run:
     def _build(self, tokenizer: Path) -> tuple[Any, Any]:
         from zoo.loading import build
 
-        cfg = self.cfg.copy()
-        if cfg.model.source == "preset":
-            OmegaConf.update(cfg, "tokenizer.checkpoint", str(tokenizer))
-        reseed(cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
-        model, processor = build(cfg, texts=self.data.texts(), pretrained=False, device=self.accelerator.device)
+        reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
+        device = self.accelerator.device
+        model, processor = build(self.cfg.copy(), tokenizer_folder=tokenizer, pretrained=False, device=device)
         model.config.tokenizer = OmegaConf.to_container(self.cfg.tokenizer, resolve=True)
         return model, processor
 
