@@ -93,7 +93,7 @@ def begin(place: Path, words: list[str], *moment: Any, env: Mapping[str, str] | 
 def left(folder: Path) -> dict[str, Any]:
     """What a run leaves that must be the same, however often it was stopped: all but times."""
     files = [p for name in ("model", "tokenizer") for p in sorted((folder / name).rglob("*"))]
-    files += [folder / "scores.json", folder / "predictions.jsonl"]
+    files += [p for p in (folder / "scores.json", folder / "predictions.jsonl") if p.is_file()]
     found: dict[str, Any] = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     found["summary"] = _untimed(json.loads((folder / "summary.json").read_text()))
     found["metrics"] = [_untimed(row) for row in read_metrics(folder / "metrics.jsonl")]

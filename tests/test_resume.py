@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import time
 
 import pytest
 import torch
 
-from tests.train_builders import config, losses, recipe, start
+from tests import killed_runs
+from tests.train_builders import config, losses, recipe
 from zoo.config import compose
 from zoo.registry import ZooError
 from zoo.resume import options_of
@@ -27,13 +27,19 @@ def words(tmp_path, name):
     return [*recipe(tmp_path, STAGES), DROPOUT, f"run.folder={tmp_path / name}"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    with killed_runs.served():
+        yield
+
+
 def wait_for(process, folder, step):
     """Wait until the run has logged `step`."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         if len(losses(folder)) >= step:
             return
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive()
         time.sleep(0.02)
     raise AssertionError("the run is too slow")
 
@@ -51,13 +57,13 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("step", [13])
 def test_killed_and_resumed_is_bit_identical(tmp_path, whole, step):
     folder = tmp_path / "run"
-    process = start(words(tmp_path, "run"))
+    process = killed_runs.begin(tmp_path, words(tmp_path, "run"))
     try:
         wait_for(process, folder, step)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -9
+        process.kill()
+        process.join()
+    assert process.exitcode == -9
     before = losses(folder)
     assert before == {s: whole[s] for s in before}
     newest = RunFolder(folder).list_checkpoints()[-1]
@@ -97,12 +103,13 @@ def test_every_checkpoint_of_a_run_resumes_to_the_same(tmp_path, whole):
 
 def test_sigterm_to_a_process_saves_and_the_run_goes_on(tmp_path, whole):
     folder = tmp_path / "run"
-    process = start(words(tmp_path, "run"))
+    process = killed_runs.begin(tmp_path, words(tmp_path, "run"))
     wait_for(process, folder, 9)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, out
-    assert "zoo train resume=" in out
+    process.terminate()
+    process.join(60)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 143, said
+    assert "zoo train resume=" in said
     done = len(losses(folder))
     assert json.loads((RunFolder(folder).list_checkpoints()[-1] / "state.json").read_text())["global_step"] == done
     Run(config(recipe(tmp_path, STAGES), f"resume={folder}")).train()

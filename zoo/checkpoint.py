@@ -10,7 +10,7 @@ takes 84 s to write.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def collect(
         progress: how far the run is.
         keep: False in processes that do not write: they hand in their shards, and get nothing.
     """
-    take = whole if keep else _hand_in
+    take: Callable[[Any], Any] = whole if keep else _hand_in
     weights = {name: take(tensor) for name, tensor in named.items()}
     return State(weights, [_map(o.state_dict(), take) for o in optimizers], progress)
 

@@ -23,6 +23,7 @@ except ImportError:  # Windows
 from zoo.registry import ZooError
 
 NAME = ".running"
+CLOSED = -1  # in place of a handle
 HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -39,8 +40,9 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.note = ""  # what a person should know of this lock
+        self._handle = CLOSED
         try:
-            self._handle: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ZooError(
                 f"The run folder {str(folder)!r} cannot be written ({error.strerror}): a run keeps its state there."
@@ -55,7 +57,7 @@ class RunLock:
 
     def release(self) -> None:
         """Let others have the run. The file stays: whoever waits for a lock must find the same file."""
-        if self._handle is not None:
+        if self._handle != CLOSED:
             self._write({})
             self._close()
 
@@ -95,12 +97,12 @@ class RunLock:
             os.pwrite(self._handle, json.dumps(owner).encode(), 0)
 
     def _close(self) -> None:
-        if self._handle is not None:
+        if self._handle != CLOSED:
             os.close(self._handle)
-        self._handle = None
+        self._handle = CLOSED
 
     def __del__(self) -> None:
-        self._close() if hasattr(self, "_handle") else None
+        self._close()
 
 
 def _born(pid: Any) -> float | None:

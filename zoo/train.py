@@ -177,7 +177,8 @@ class Run:
         from zoo.loading import weights_folder
         from zoo.weights import fingerprint
 
-        return fingerprint(weights_folder(self.cfg))
+        folder = weights_folder(self.cfg)
+        return fingerprint(folder) if folder is not None else ""
 
     def _build(self, tokenizer: Path) -> tuple[Any, Any]:
         from zoo.loading import build
