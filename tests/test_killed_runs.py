@@ -142,7 +142,7 @@ def test_a_full_disk_is_an_error_and_the_last_good_state_stays(tmp_path, words, 
 
 def test_a_run_that_is_alive_is_not_resumed_but_may_be_read(tmp_path, words):
     alive = killed_runs.begin(tmp_path, [*words, "stages.b.steps=1000", "stages.b.workers=2"])
-    folder, until = RunFolder(tmp_path / "run"), time.monotonic() + 60
+    folder, until = RunFolder(tmp_path / "run"), time.monotonic() + killed_runs.PATIENCE
     try:
         while len(folder.list_checkpoints()) < 2 and time.monotonic() < until:
             time.sleep(0.05)

@@ -69,6 +69,13 @@ def test_mistakes_are_named(tmp_path):
         main([str(tmp_path), "ot=x.png"])
 
 
+def test_a_picture_that_cannot_be_written_says_so(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ZooError, match=r"Cannot write the picture .*out=<file>"):
+        main([str(place), f"out={tmp_path / 'file' / 'report.png'}"])
+    assert "1-good" in capsys.readouterr().out, "the table was shown"
+
+
 def test_smoothing_keeps_a_straight_line():
     steps, values = smoothed([(i, 2.0) for i in range(1, 301)])
     assert values == pytest.approx(np.full(300, 2.0)) and steps[-1] == 300

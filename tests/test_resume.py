@@ -35,7 +35,7 @@ def server():
 
 def wait_for(process, folder, step):
     """Wait until the run has logged `step`."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + killed_runs.PATIENCE
     while time.monotonic() < until:
         if len(losses(folder)) >= step:
             return
@@ -104,9 +104,12 @@ def test_every_checkpoint_of_a_run_resumes_to_the_same(tmp_path, whole):
 def test_sigterm_to_a_process_saves_and_the_run_goes_on(tmp_path, whole):
     folder = tmp_path / "run"
     process = killed_runs.begin(tmp_path, words(tmp_path, "run"))
-    wait_for(process, folder, 9)
-    process.terminate()
-    process.join(60)
+    try:
+        wait_for(process, folder, 9)
+        process.terminate()
+        process.join(killed_runs.PATIENCE)
+    finally:
+        process.kill()
     said = (tmp_path / "said").read_text()
     assert process.exitcode == 143, said
     assert "zoo train resume=" in said

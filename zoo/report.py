@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from zoo.files import writing
 from zoo.registry import ZooError, unknown
 from zoo.run_folder import read_metrics, runs
 
@@ -52,7 +53,8 @@ def main(words: Sequence[str]) -> int:
     found = summaries(folders)
     Console().print(report_table(found))
     picture = Path(options.get("out") or (folders[0] if folders[0].is_dir() else Path()) / "report.png")
-    draw(found, picture)
+    with writing(f"the picture {str(picture)!r}", "Choose another place with out=<file>."):
+        draw(found, picture)
     Console().print(f"Curves and bars are in {picture}", soft_wrap=True, highlight=False)
     return 0
 
