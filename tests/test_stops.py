@@ -148,6 +148,16 @@ def test_ends_that_a_language_model_states_are_kept_on_every_road(tmp_path, wher
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [eos, head, eot]
 
 
+def test_ends_that_mean_the_same_in_another_folder_are_kept(tmp_path):
+    """A run keeps its tokenizer in its own folder and goes on from there."""
+    made = tokenizer(SHAPES["llama 3"])
+    eos, head = made.convert_tokens_to_ids(["<|end_of_text|>", "<|head|>"])
+    made.save_pretrained(tmp_path / "run")
+    folder = llm_folder(tmp_path / "llm", made, ends=[eos, head])
+    model, _ = composed(folder, f"tokenizer.checkpoint={tmp_path / 'run'}")
+    assert ends_of(model) == {eos, head, made.convert_tokens_to_ids("<|eot_id|>")}
+
+
 def test_ends_of_another_tokenizer_are_not_taken_over(tmp_path):
     other = tokenizer(SHAPES["chatml on a base tokenizer"])
     other.save_pretrained(tmp_path / "tokenizer")

@@ -22,7 +22,7 @@ from zoo.published.composed import VIDEO, cut_by, tokens_for
 from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
 from zoo.saved import fetch_config
-from zoo.stops import end_tokens, set_stops, stated_config
+from zoo.stops import end_tokens, keep_shared, set_stops, stated_config
 from zoo.tokenizer import (
     CHAT_TEMPLATES,
     add_special,
@@ -159,9 +159,8 @@ def build(
     else:
         stated = published_options(folder, tokenizer) if published else saved_options(folder)
     generation = stated_config(model, folder)
-    llm = (slots["llm"] or {}).get("checkpoint")
-    if folder is None and cfg.tokenizer.checkpoint not in (None, "", llm):  # its ids are not those of the LLM
-        generation.eos_token_id = generation.pad_token_id = None
+    if folder is None:
+        keep_shared(generation, tokenizer, slots["llm"] or {}, cfg.tokenizer.checkpoint)
     stated["end_tokens"] = end_tokens(generation, tokenizer)
     processor = processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated)
     model.__dict__["processor"] = processor  # for `model.chat`

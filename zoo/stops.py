@@ -4,7 +4,8 @@ A checkpoint states end tokens in generation_config.json (Gemma, Llama 3 and Phi
 end-of-sequence token, and a chat template writes something behind each answer. Generation stops at all of them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,32 @@ def stated_config(model: Any, folder: Path | None) -> Any:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise ZooError(f"{folder}/generation_config.json cannot be read: {' '.join(str(error).split())}") from error
+
+
+def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str | None) -> None:
+    """Keep of the ids that a language model states those that are the same tokens in the tokenizer.
+
+    Args:
+        config: the generation config of the language model.
+        tokenizer: of the composed model.
+        llm: node of the language model.
+        source: where the tokenizer came from; None or empty: from the language model.
+    """
+    from transformers import AutoTokenizer
+
+    checkpoint = llm.get("checkpoint")
+    stated = listed(config.eos_token_id)
+    if not source or source == checkpoint or not (stated or config.pad_token_id is not None):
+        return
+    kept: list[int] = []
+    if checkpoint and stated:
+        with suppress(OSError, ValueError):  # it has none: what its ids mean is not known
+            theirs = AutoTokenizer.from_pretrained(
+                checkpoint, revision=llm.get("revision") or None, trust_remote_code=False
+            )
+            ours, tokens = tokenizer.convert_ids_to_tokens(stated), theirs.convert_ids_to_tokens(stated)
+            kept = [i for i, a, b in zip(stated, ours, tokens, strict=True) if a == b and a is not None]
+    config.eos_token_id, config.pad_token_id = kept or None, None
 
 
 def end_tokens(config: Any, tokenizer: Any) -> list[str]:
