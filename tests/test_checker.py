@@ -206,6 +206,7 @@ def test_tokenizers_that_cannot_end_an_answer_are_refused(tokenizer, tmp_path):
     with pytest.raises(ZooError, match="no chat template") as refusal:
         check(Plan(tiny_slots(), tokenizer=str(tmp_path / "no_template")))
     assert "tokenizer.chat_template=plain" in refusal.value.fixes
+    again = AutoTokenizer.from_pretrained(tmp_path)
     again.eos_token = None
     again.save_pretrained(tmp_path / "no_end")
     with pytest.raises(ZooError, match="no end-of-sequence token"):
