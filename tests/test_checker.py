@@ -208,6 +208,9 @@ def test_tokenizers_that_cannot_end_an_answer_are_refused(tokenizer, tmp_path):
     assert "tokenizer.chat_template=plain" in refusal.value.fixes
     again = AutoTokenizer.from_pretrained(tmp_path)
     again.eos_token = None
+    again.save_pretrained(tmp_path / "ends")  # its template ends answers with a token, which becomes that of the end
+    check(Plan(tiny_slots(), tokenizer=str(tmp_path / "ends")))
+    again.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     again.save_pretrained(tmp_path / "no_end")
     with pytest.raises(ZooError, match="no end-of-sequence token"):
         check(Plan(tiny_slots(), tokenizer=str(tmp_path / "no_end")))
