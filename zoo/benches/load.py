@@ -94,7 +94,7 @@ def measure(who: str, folder: str, tiny: str, dtype: str, device: str, threads: 
     for weight in kept[0].state_dict().values():
         weight.reshape(-1).view(torch.uint8)[::1024].sum().item()  # at least once a page
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "call": call, "peak": _memory("VmHWM") - before}))
+    print(json.dumps({"seconds": seconds, "call": call, "peak": memory("VmHWM") - before}))
 
 
 def _ours(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -115,10 +115,11 @@ def _theirs(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
 def _forget_peak() -> int:
     """Start to count the highest resident memory anew; returns what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
+    return memory("VmRSS")
 
 
-def _memory(what: str) -> int:
+def memory(what: str) -> int:
+    """What this process holds in bytes, by a name of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from zoo.benches.llava import Sizes, config
+from zoo.benches.random_files import write_random
 
 SIZES = {
     "tiny": Sizes(),
@@ -40,14 +41,16 @@ def write(sizes: Sizes, folder: Path, dtype: torch.dtype) -> int:
     tokenizer = train_tokenizer(["a picture of a red circle"], 320, "chatml")
     tokenizer.chat_template = TEMPLATE
     image, end, pad = tokenizer.image_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        model: Any = Llava(config(sizes, positions=4096, image_token=image, eos=end, pad=pad))
-    finally:
-        torch.set_default_dtype(before)
+    whole = config(sizes, positions=4096, image_token=image, eos=end, pad=pad)
+    whole.dtype, whole.architectures = dtype, [Llava.__name__]
+    with torch.device("meta"):
+        model: Any = Llava(whole)
     model.generation_config.eos_token_id = None  # every answer is as long as it was asked to be
-    model.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    written = write_random(shapes, folder / "model.safetensors", dtype)
     side = sizes.image_size
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     LlavaProcessor(
@@ -58,4 +61,4 @@ def write(sizes: Sizes, folder: Path, dtype: torch.dtype) -> int:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return written
