@@ -70,7 +70,7 @@ def answers(model, processor):
 
 
 def weight(model, name=WHERE):
-    return dict(model.named_parameters())[name]
+    return model.state_dict(keep_vars=True)[name]
 
 
 # ---- a change is what a tensor holds, not who changed it ----------------------------------------------------------
@@ -430,6 +430,41 @@ def test_a_base_that_was_named_from_here_is_found_from_anywhere(copied, tmp_path
     assert torch.equal(answers(zoo.ZooModel.from_pretrained("../after"), processor), wanted)
 
 
+def test_a_base_that_moved_is_named_again(copied, tmp_path):
+    model, processor = published(copied)
+    in_place(model)
+    model.save_pretrained(tmp_path / "after")
+    processor.save_pretrained(tmp_path / "after")
+    wanted, moved_to = answers(model, processor), tmp_path / "moved"
+    shutil.move(copied / "llava", moved_to)
+    with pytest.raises(ZooError, match=r"no folder .*llava.* if it lies elsewhere now: model.base=<folder>"):
+        zoo.load(f"dir:{tmp_path / 'after'}", device="cpu")
+    again, _ = zoo.load(f"dir:{tmp_path / 'after'}", f"model.base={moved_to}", device="cpu")
+    for one in (again, zoo.ZooModel.from_pretrained(tmp_path / "after", base=moved_to)):
+        assert torch.equal(answers(one, processor), wanted)
+        assert one.config.base["model"]["checkpoint"] == str(moved_to)
+    other_numbers(moved_to)
+    with pytest.raises(ZooError, match="differ from those the model was saved on"):
+        zoo.load(f"dir:{tmp_path / 'after'}", f"model.base={moved_to}", device="cpu")
+
+
+def test_a_part_that_moved_is_named_again(copied, tmp_path):
+    model, processor = composed(copied)
+    in_place(model)
+    model.save_pretrained(tmp_path / "after")
+    processor.save_pretrained(tmp_path / "after")
+    wanted, moved_to = answers(model, processor), tmp_path / "moved"
+    shutil.move(copied / "llm", moved_to)
+    again, _ = zoo.load(f"dir:{tmp_path / 'after'}", f"llm.checkpoint={moved_to}", device="cpu")
+    assert torch.equal(answers(again, processor), wanted)
+    words = [f"llm.checkpoint={moved_to}", f"model.base={moved_to}"]
+    with pytest.raises(ZooError, match=r"made from no published checkpoint.*llm.checkpoint=<folder>"):
+        zoo.load(f"dir:{tmp_path / 'after'}", *words, device="cpu")
+    other_numbers(moved_to)
+    with pytest.raises(ZooError, match=r"base weights of llm in .* differ"):
+        zoo.load(f"dir:{tmp_path / 'after'}", f"llm.checkpoint={moved_to}", device="cpu")
+
+
 @pytest.fixture
 def hub(places, tmp_path, monkeypatch):
     """A hub cache with an encoder and a language model, each in two commits; nothing else can be reached."""
@@ -463,3 +498,24 @@ def test_a_base_on_the_hub_is_the_commit_that_was_read(hub, tmp_path):
     for again in (zoo.load(f"dir:{tmp_path / 'saved'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "saved")):
         assert torch.equal(answers(again, processor), answers(model, processor))
     assert not torch.equal(answers(model, processor), wanted)
+
+
+# ---- number formats ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_model_comes_back_in_the_data_type_that_it_was_saved_in(places, tmp_path, source, dtype):
+    """Trained weights and those that its bases give, and adapters: the same numbers and the same answers."""
+    words = ["adapter=[lora]"] if source == "published" else ["hf", "tied", "adapter=[lora]"]
+    model, processor = SOURCES[source](places, *words)
+    model.to(dtype)
+    assert not any(n == WHERE for n in saved(model, tmp_path))
+    weight(moved(model)).data.add_(1.0)
+    assert WHERE in saved(model, tmp_path)
+    processor.save_pretrained(tmp_path)
+    for again in (zoo.load(f"dir:{tmp_path}", device="cpu")[0], zoo.ZooModel.from_pretrained(tmp_path)):
+        own, new = model.state_dict(), again.state_dict()
+        assert [n for n in own if own[n].dtype != new[n].dtype or not torch.equal(own[n], new[n])] == []
+    asked, _ = zoo.load(f"dir:{tmp_path}", device="cpu", dtype="float32")
+    assert {p.dtype for p in asked.parameters()} == {torch.float32}

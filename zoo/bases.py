@@ -11,8 +11,10 @@ memory, and the first difference in a weight ends it.
 """
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
+from zoo.precision import cast_parameters, dtype_of
 from zoo.registry import ZooError
 from zoo.stream import Joined, Stored, holds, same, value_of
 from zoo.weights import fingerprint, names_of, snapshot
@@ -34,8 +37,9 @@ class Bases:
     """The checkpoints that a model's weights came from, each by the part it is for, or `model`.
 
     Attributes:
-        record: what config.json says: checkpoint, revision, fingerprint; `whole: true` where a published checkpoint is
-            named for its layout only, and every weight is in the model's folder.
+        record: what config.json says: checkpoint, revision, fingerprint; `dtype` where the weights are held in another
+            than the checkpoint gives; `whole: true` where a published checkpoint is named for its layout only, and
+            every weight is in the model's folder.
         given: names of the weights that the checkpoint gave.
         nodes: options of the part, to load it again.
         vocab_size: of the tokenizer that the language model was built for.
@@ -122,7 +126,7 @@ class Bases:
                     f"that came from there are saved: {why}",
                     stacklevel=3,
                 )
-                found = set(given & few.keys())  # they have no form of their own to be saved in
+                again, found = {}, set(given & few.keys())  # they have no form of their own to be saved in
             else:
                 found = {n for n in given if self._still(state[n], again, aliases[n], few.get(n))}
                 if lost := sorted(few.keys() - found):
@@ -133,7 +137,7 @@ class Bases:
                     )
             unchanged |= found
             if found:
-                record[key] = entry
+                record[key] = {**entry, **_other_dtype([state[n] for n in found], again)}
             elif key == WHOLE:
                 record[key] = {**entry, "whole": True}
         return {n: t for n, t in state.items() if n not in unchanged}, record
@@ -211,7 +215,24 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         bases.record[part], bases.nodes[part] = entry, dict(node)
         names = (f"{part}.{name}" for name in getattr(model, part).state_dict())
         bases.given[part] = frozenset(n for n in names if model.part_of(n) == part) - bases.names
+        if dtype := dtype_of(((model.config.base or {}).get(part) or {}).get("dtype")):  # as it was saved
+            cast_parameters(model, dtype, only=bases.given[part])
     return bases
+
+
+def _other_dtype(unchanged: Sequence[Tensor], again: Mapping[str, Stored | Joined | Tensor]) -> dict[str, str]:
+    """Say the data type that unchanged weights are held in, where it is another one than the base gives them in."""
+    held, given = (_usual_dtype(tensors) for tensors in (unchanged, again.values()))
+    return {} if held == given or given is None else {"dtype": str(held).removeprefix("torch.")}
+
+
+def _usual_dtype(tensors: Iterable[Stored | Joined | Tensor]) -> torch.dtype | None:
+    """The data type of most floating point numbers; routers and the like may have another."""
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            numbers[tensor.dtype] += math.prod(tensor.shape)
+    return numbers.most_common(1)[0][0] if numbers else None
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ class ModelSource:
     revision: str = ""  # commit or tag of `repository`
     sha256: str = ""  # of the weights, where the card states it; of several files, by name, with blanks between
     family: str = ""  # published layout of the repository (llava, llava_next, ...); empty: the zoo's own
+    base: str = ""  # where the published checkpoint lies now that a saved model was made from; empty: where it says
 
 
 @dataclass

@@ -17,7 +17,7 @@ from zoo.model import ZooModel
 from zoo.model_types import ZooConfig
 from zoo.processor import ZooProcessor
 from zoo.published import is_published
-from zoo.published.base import base_for, placed, read_content, require_same
+from zoo.published.base import base_at, base_for, placed, read_content, require_same
 from zoo.published.composed import VIDEO, cut_by, tokens_for
 from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
@@ -138,8 +138,7 @@ def build(
         saved = before.base if before else None
         config.video_token_id = before.video_token_id if before else video_token_id_in(folder)
         source = {"checkpoint": cfg.model.repository or cfg.model.name, "revision": cfg.model.revision}
-        record = source if published else (saved or {}).get("model")
-        config.base = {"model": record} if record else None
+        config.base = {"model": source} if published else base_at(saved, cfg.model.base)
     elif VIDEO in tokens_for(slots["layout"]):
         config.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO)
     base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target, bits=bits)

@@ -153,6 +153,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         torch_dtype: Any = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
+        base: str | Path = "",
         **kwargs: Any,
     ) -> "ZooModel":
         """Load a folder or a hub repository that `save_pretrained` wrote; the model is in eval mode.
@@ -164,21 +165,22 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             device_map: a device, None for the CPU, `auto`, or a dict from prefixes of names (`vision`, `llm`, ...) to
                 devices.
             attn_implementation: `auto` or a name that transformers knows; None: as it was saved.
+            base: where the published checkpoint lies now that the model was made from; empty: where the config says.
         """
-        from zoo.published.base import base_for, placed
+        from zoo.published.base import base_at, base_for, placed
 
         folder = local_folder(pretrained_model_name_or_path, revision)
         config = config or ZooConfig.from_pretrained(folder)
         refuse_code(config.slots, f"{folder}/config.json")
-        saved_base = config.base
+        saved_base = config.base = base_at(config.base, str(base or ""))
         dtype = dtype if dtype is not None else torch_dtype
-        base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map)
-        model = cls(config, base=base)
+        source = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map)
+        model = cls(config, base=source)
         model.name_or_path = str(folder)
         model.bases.require_same(saved_base)
-        read_weights(model, folder, fresh=fresh, done=base.read_here if base else None)
+        read_weights(model, folder, fresh=fresh, done=source.read_here if source else None)
         model.generation_config = stated_config(model, folder)  # what ends answers
-        model = placed(model, device_map, dtype, base).eval()
+        model = placed(model, device_map, dtype, source).eval()
         if attn_implementation is not None:
             model.set_attention(attn_implementation)
         return model

@@ -1,7 +1,7 @@
 """Which number format products run in, which weights stay float32, and the fast route for float32 products on CPU."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import unknown
+from zoo.registry import ZooError, unknown
 
 SHORT = (torch.float16, torch.bfloat16)
 LARGEST_ERROR = 2e-6  # of a float32 product, relative; measured 3-4e-7, where operands cut to bfloat16 would give 1e-3
@@ -74,12 +74,31 @@ def kept_wide(modules: Iterable[nn.Module], dtype: torch.dtype) -> set[int]:
     return found
 
 
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+def dtype_of(dtype: Any) -> torch.dtype | None:
+    """A torch dtype from itself, its name, or `auto` (what the files hold)."""
+    if dtype in (None, "auto"):
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ZooError(f"dtype must be a torch dtype or its name, such as bfloat16, got {dtype!r}.")
+    return found
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype, only: Collection[str] | None = None) -> None:
     """Give the parameters of a model another number format, those excepted that stay float32; buffers stay as they are.
 
     What is computed from positions (rotary frequencies) and running means are buffers: they need all their bits.
+
+    Args:
+        model: composed.
+        dtype: of floating point parameters.
+        only: names that they are saved under; None: all.
     """
-    model._apply(lambda t: t.to(dtype) if isinstance(t, nn.Parameter) and t.is_floating_point() else t)
+    named = model.state_dict(keep_vars=True)
+    chosen = ids_of(named.values() if only is None else (named[name] for name in only))
+    model._apply(
+        lambda t: t.to(dtype) if id(t) in chosen and t.is_floating_point() and isinstance(t, nn.Parameter) else t
+    )
 
 
 def ids_of(tensors: Iterable[Tensor]) -> set[int]:

@@ -179,6 +179,8 @@ def read_weights(
                 misshapen.append(f"{name}: {stored.shape} in the file, {tuple(own[name].shape)} in the model")
             continue
         if id(own[name]) not in done:
+            if own[name].dtype != stored.dtype:  # as it was saved; who wants another data type casts the model
+                own[name].data = torch.empty_like(own[name], dtype=stored.dtype)
             read(stored, own[name])
         missing.difference_update(shared[name])
     left = {n for n in missing if not may_start_fresh(model.part_of(n), allowed)}

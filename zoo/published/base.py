@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zoo.precision import cast_parameters, kept_wide
+from zoo.precision import cast_parameters, dtype_of, kept_wide
 from zoo.published import family_named, family_of, is_published
 from zoo.published.contradictions import between, refuse_untied
 from zoo.published.family import SPARE, parse, plain
@@ -175,7 +175,11 @@ def base_from(record: Mapping[str, Any]) -> Base:
     """
     family_named(str(record.get("family")))
     checkpoint = str(record.get("checkpoint"))
-    base = base_of(local_folder(checkpoint, record.get("revision")), checkpoint, str(record.get("revision") or ""))
+    try:
+        folder = local_folder(checkpoint, record.get("revision"))
+    except ZooError as error:
+        raise ZooError(f"{error} The model was made from it; if it lies elsewhere now: model.base=<folder>.") from error
+    base = base_of(folder, checkpoint, str(record.get("revision") or ""))
     now = (base.record or {})["fingerprint"]
     if record.get("fingerprint") and now != record["fingerprint"]:
         raise ZooError(
@@ -183,6 +187,22 @@ def base_from(record: Mapping[str, Any]) -> Base:
             f"{record['fingerprint'][:12]})."
         )
     return base
+
+
+def base_at(saved: Mapping[str, Any] | None, place: str) -> dict[str, Any] | None:
+    """What a saved config says of its bases, with the published checkpoint at another place, if one is given.
+
+    Raises:
+        ZooError: the model was made from no published checkpoint.
+    """
+    if not place:
+        return dict(saved) if saved else None
+    if not (saved or {}).get("model"):
+        raise ZooError(
+            f"model.base={place}: the model was made from no published checkpoint. Those of parts have options of "
+            f"their own: vision.checkpoint=<folder>, llm.checkpoint=<folder>."
+        )
+    return {**saved, "model": {**saved["model"], "checkpoint": place, "revision": None}}  # type: ignore[dict-item, index]
 
 
 def base_for(
@@ -223,7 +243,7 @@ def base_for(
     if base is None:
         return None
     base.fresh = frozenset(PARTS) if "all" in set(fresh) else frozenset(fresh)
-    base.dtype = dtype_of(dtype)
+    base.dtype = dtype_of(dtype) or dtype_of(((base.record and record) or {}).get("dtype"))
     base.device, base.places = devices_of(device_map, {n: t.bytes for n, t in base.tensors.items()})
     if bits:
         from zoo.published.bits import require_bits
@@ -233,16 +253,6 @@ def base_for(
         require_bits(bits, base.device)
         base.bits = bits
     return base
-
-
-def dtype_of(dtype: Any) -> torch.dtype | None:
-    """A torch dtype from itself, its name, or `auto` (what the files hold)."""
-    if dtype in (None, "auto"):
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ZooError(f"dtype must be a torch dtype or its name, such as bfloat16, got {dtype!r}.")
-    return found
 
 
 def devices_of(device_map: Any, sizes: Mapping[str, int] | None = None) -> tuple[torch.device, dict[str, torch.device]]:
