@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.attended import Attended, watch
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask
+from zoo.fusion.decoder import decoder_of
 from zoo.fusion.droppable import require_cache, require_family
 from zoo.fusion.running import current
 from zoo.fusion.survivors import Survivors
@@ -131,7 +132,8 @@ class Dropper:
         mask = sequence.attention_mask
         if mask is not None and mask.dim() != 2:
             raise ZooError(f"{self.who} needs attention_mask (B, T), got {list(mask.shape)}.")
-        compiled = getattr(self.llm.decoder, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
+        decoder = decoder_of(self.llm.lm)
+        compiled = getattr(decoder, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
         if self._undo and compiled:
             raise ZooError(f"{self.who} chooses how long layers are as it goes, which does not compile: compile=false.")
         training = self.llm.training and torch.is_grad_enabled()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
+from zoo.fusion.decoder import decoder_of
 from zoo.fusion.experts import use_zoo_grouped
 from zoo.fusion.head_check import check_head
 from zoo.registry import LinearHead, ZooError, nearest, register, require_revision, unknown
@@ -140,11 +141,7 @@ class HFLanguageModel(nn.Module):
     @property
     def decoder(self) -> Any:
         """The model without the vocabulary projection."""
-        if (base := self.lm.base_model) is not self.lm:
-            return base
-        # Some families name as their base what stands around them in a larger model (Llama 4).
-        table = self.lm.get_input_embeddings()
-        return next((m for m in self.lm.children() if any(inner is table for inner in m.modules())), base)
+        return decoder_of(self.lm)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from zoo.fusion import adapter_file, dispatch
 from zoo.fusion.attach import compute_by
+from zoo.fusion.decoder import decoder_of
 from zoo.fusion.passes import Passes
 from zoo.registry import ImageFeatures, ZooError, register
 
@@ -357,7 +358,7 @@ class MoExtend(nn.Module):
             if hasattr(text, name):
                 setattr(text, name, total)
         self.llm.num_experts = total
-        for owner in (self.llm.lm, self.llm.decoder):
+        for owner in (self.llm.lm, decoder_of(self.llm.lm)):
             for name in ("num_experts", "num_local_experts"):
                 if isinstance(getattr(owner, name, None), int):
                     setattr(owner, name, total)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.fusion.decoder import decoder_of
 from zoo.registry import ZooError
 
 # Of each layer: what it routed by (S, E), chosen experts (S,) or (S, k), which tokens (S,) are no padding (None: all).
@@ -31,7 +32,7 @@ class Passes:
 
     def attach(self) -> list[Callable[[], None]]:
         """Hook into the decoder; returns what undoes it."""
-        decoder = self.llm.decoder
+        decoder = decoder_of(self.llm.lm)
         begin = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.llm.told_shorter.append(self._shorter)
         return [begin.remove, decoder.register_forward_hook(self._end).remove, self._forget]

@@ -23,6 +23,7 @@ PARTS = {
     "fastv": ["pruner=[fastv]", "pruner.fastv.layer=1", "pruner.fastv.keep_ratio=0.4"],
     "aim": ["pruner=[aim]", "pruner.aim.start=0", "pruner.aim.stop=2"],
     "lora": ["adapter=[lora]"],
+    "mole": ["adapter=[mole]"],
     "fastv_mole": ["pruner=[fastv]", "pruner.fastv.layer=1", "adapter=[mole]"],
     "vlora": {"projector": None, "adapter": {"vlora": {"name": "vlora", **SMALL["vlora"]}}},
     "moextend": {
@@ -89,8 +90,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("name", list(PARTS))
+# Every way with what looks at the prompt, two with the rest.
+MANY = {"plain", "fastv", "aim", "vlora"}
+PAIRS = [(name, way) for name in PARTS for way in WAYS if name in MANY or way in ("lookup", "early_exit")]
+
+
+@pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_drafts_change_no_token(built, name, way):
     model, (one, _) = built(name)
     drafts = {"llm": lambda: copy.deepcopy(model).llm.lm, "other": lambda: copy.deepcopy(model), "self": lambda: model}
@@ -167,6 +172,31 @@ def test_a_model_that_cannot_see_the_images_is_refused_as_an_assistant(built):
         encoded = model.encode_images(one["pixel_values"])
         rest = {k: v for k, v in one.items() if k != "pixel_values"}
         said_by(model, rest, encoded=encoded, assistant_model=copy.deepcopy(model))
+
+
+def test_a_composed_model_drafts_for_models_of_transformers(built, folder):
+    from transformers import LlavaForConditionalGeneration
+
+    model, (one, _) = built("plain")
+    llava = LlavaForConditionalGeneration.from_pretrained(folder)
+    for other, inputs in ((llava, one), (copy.deepcopy(model.llm.lm), {"input_ids": one["input_ids"][:, -6:]})):
+        assert torch.equal(other.generate(**inputs, **LONG, assistant_model=model), other.generate(**inputs, **LONG))
+
+
+def test_a_language_model_that_peft_has_wrapped_sees_the_images(built):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    model, (one, _) = built("plain")
+    wrapped = copy.deepcopy(model)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    wrapped.llm.lm = get_peft_model(wrapped.llm.lm, lora)
+    assert torch.equal(said_by(wrapped, one), said_by(model, one))
+    assert torch.equal(said_by(wrapped, one, prompt_lookup_num_tokens=3), said_by(model, one))
+    assert torch.equal(said_by(get_peft_model(copy.deepcopy(model), lora), one), said_by(model, one))
+    tuned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    wrapped.llm.lm = get_peft_model(copy.deepcopy(model.llm.lm), tuned)
+    with pytest.raises(ZooError, match="virtual tokens of PEFT's PromptTuningConfig"):
+        said_by(wrapped, one)
 
 
 def test_a_model_with_another_tokenizer_drafts(built, folder):

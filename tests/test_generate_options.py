@@ -92,7 +92,7 @@ EXAMPLES = {
     "assistant_ensemble_weight": {**GREEDY, "assistant_model": ASSISTANT, "assistant_ensemble_weight": 0.1},
 }  # fmt: skip
 # What transformers' LLaVA cannot do, or does in a way of its own: see test_generate_drafts.
-DRAFTS = {"prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "use_mtp"}
+DRAFTS = {"prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "is_assistant", "use_mtp"}
 DRAFTS |= {"speculation_type", "assistant_lookbehind", "target_lookbehind", "token_healing"}
 ALONE = {"assistant_model"}  # what takes one row at a time
 # Older versions spread the images of a row over the beams of others, and leave them out of chunks.
@@ -287,7 +287,6 @@ def test_unknown_words_are_refused_with_the_nearest(llava):
         ({"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups=2.*groups of beams"),
         ({"force_words_ids": [[5]], "num_beams": 2}, "force_words_ids.*prefix_allowed_tokens_fn"),
         ({"cache_implementation": "paged"}, "'paged'.*words alone"),
-        ({"is_assistant": True}, "is_assistant=True.*model.llm.lm"),
         ({"decoder_start_token_id": 1}, "decoder_start_token_id=1"),
         ({"custom_generate": "someone/repository"}, "no downloaded code"),
         ({"trust_remote_code": True}, "no downloaded code"),

@@ -33,7 +33,7 @@ SUPPORTED = frozenset(
         # special tokens
         "pad_token_id", "bos_token_id", "eos_token_id",
         # drafts
-        "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
         "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
         "target_lookbehind", "assistant_ensemble_weight", "use_mtp", "speculation_type",
     }
@@ -49,7 +49,6 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "diversity_penalty": (f"it is of groups of beams: {_ELSEWHERE}", lambda v: v > 0),
     "constraints": (f"constrained beams: {_ELSEWHERE}; see prefix_allowed_tokens_fn and sequence_bias", bool),
     "force_words_ids": (f"constrained beams: {_ELSEWHERE}; see prefix_allowed_tokens_fn and sequence_bias", bool),
-    "is_assistant": ("transformers sets it for a model that drafts: to draft for others, pass model.llm.lm", bool),
     "decoder_start_token_id": ("it is for models with an encoder of text", lambda v: True),
     "continuous_batching_config": ("continuous batching takes prompts of words alone", bool),
 }
@@ -74,18 +73,20 @@ def options_of(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in (named | dict(given)).items() if v is not None and n not in _NO_FIELDS}
 
 
-def check_names(llm: Any, given: Mapping[str, Any]) -> None:
+def check_names(lm: Any, given: Mapping[str, Any], drafts: bool = False) -> None:
     """Refuse keywords that nothing knows, with the nearest name that something does.
 
     Args:
-        llm: the language model part.
+        lm: the language model that generates.
         given: keywords of a call.
+        drafts: they come from transformers, for a model that drafts for another.
     """
     from transformers import GenerationMixin
 
-    known = fields() | _TAKEN_OUT | _OURS | llm.keywords()
-    for call in (GenerationMixin.generate, llm.lm.forward, given.get("custom_generate")):
+    known = fields() | _TAKEN_OUT | _OURS
+    for call in (GenerationMixin.generate, lm.forward, given.get("custom_generate")):
         known |= set(inspect.signature(call).parameters) if callable(call) else set()
+    known |= {"mm_encoder_outputs"} if drafts else set()
     known -= {"self", "kwargs", "args", "model_kwargs"}
     for name in given:
         if name not in known:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import generate_options
+from zoo.fusion.decoder import decoder_of, generator_of
 from zoo.prompted import Prompt, prompted
 from zoo.registry import Cut, ImageFeatures, ZooError
 from zoo.registry.versions import cache_argument
@@ -37,7 +38,7 @@ class GenerateMixin(nn.Module):
     def generation_config(self, config: Any) -> None:
         llm: Any = self._modules.get("llm")
         if llm is not None:  # transformers sets one before there are parts
-            llm.lm.generation_config = config
+            getattr(llm.lm, "get_base_model", lambda: llm.lm)().generation_config = config
 
     @torch.no_grad()
     def generate(
@@ -80,9 +81,9 @@ class GenerateMixin(nn.Module):
             raise ZooError(
                 "generate needs padding on the left: the last token of some row is padding. Set padding_side='left'."
             )
-        lm = self.llm.lm
-        generate_options.check_names(self.llm, kwargs)
+        lm = generator_of(self.llm.lm)
         options = generate_options.options_of(generation_config, kwargs)
+        generate_options.check_names(lm, kwargs, drafts=bool(options.get("is_assistant")))
         generate_options.check_options(options)
         device = lm.get_input_embeddings().weight.device
         input_ids = input_ids.to(device)
@@ -91,14 +92,11 @@ class GenerateMixin(nn.Module):
             past = int(given.get_seq_length())
             kwargs |= cache_argument(given)
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        prompt = self._prompt(
-            self._placeholders(input_ids),
-            input_ids,
-            self._encoded(pixel_values, cuts, encoded),
-            images_per_row,
-            past,
-            whole,
-        )
+        shown, slots = self._encoded(pixel_values, cuts, encoded), self._placeholders(input_ids)
+        if options.get("is_assistant") and shown[1] is None:  # it drafts for a model that sees the images
+            kwargs.pop("mm_encoder_outputs", None)
+            slots = torch.zeros_like(slots)
+        prompt = self._prompt(slots, input_ids, shown, images_per_row, past, whole)
         asked = generate_options.options_of(self.generation_config, {}) | options
         if prompt.image is not None:
             generate_options.check_parts(asked, input_ids.shape[1], self.inside_pruners, self.adapter)
@@ -108,8 +106,12 @@ class GenerateMixin(nn.Module):
             kwargs["tokenizer"] = self._tokenizer()
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask.to(device)
-        with _own_errors(), _own_depth(self.llm.decoder.config):
+        with _own_errors(), _own_depth(decoder_of(lm).config):
             return prompted(lm, prompt).generate(input_ids, generation_config=generation_config, **kwargs)
+
+    def _supports_logits_to_keep(self) -> bool:
+        """What transformers asks of a model that drafts."""
+        return bool(generator_of(self.llm.lm)._supports_logits_to_keep())
 
     def _prompt(
         self,
@@ -141,11 +143,11 @@ class GenerateMixin(nn.Module):
         prompt: Prompt,
     ) -> Any:
         """Give the language model of a composed model that drafts, with the images of the prompt where it sees any."""
-        nothing = None, None, None
+        lm, nothing = generator_of(drafts.llm.lm), (None, None, None)
         if (prompt.index is None and prompt.image is None) or drafts.vision is None:
-            return prompted(drafts.llm.lm, drafts._prompt(torch.zeros_like(input_ids).bool(), input_ids, nothing, None))
+            return prompted(lm, drafts._prompt(torch.zeros_like(input_ids).bool(), input_ids, nothing, None))
         if drafts is self:
-            return prompted(self.llm.lm, prompt)
+            return prompted(lm, prompt)
         if pixel_values is None or drafts.vision.transform != self.vision.transform:
             what = "encoded= is of one encoder" if pixel_values is None else "their encoders take other pixels"
             raise ZooError(
@@ -161,7 +163,7 @@ class GenerateMixin(nn.Module):
                 f"{int(slots.sum())} placeholders. Pass its language model instead (assistant_model=other.llm.lm), "
                 "which drafts without images."
             )
-        return prompted(drafts.llm.lm, drafts._prompt(slots, input_ids, seen, images_per_row))
+        return prompted(lm, drafts._prompt(slots, input_ids, seen, images_per_row))
 
     def _tokenizer(self) -> Any:
         """The tokenizer, where an answer ends with text: that of the processor, or in the folder of the model."""
