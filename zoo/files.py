@@ -94,7 +94,8 @@ def flush(path: Path) -> None:
         with contextlib.suppress(OSError):  # folders cannot be opened, or not be flushed, on every system
             _fsync(path, os.O_RDONLY)
     else:
-        _fsync(path, os.O_RDWR)  # here a network file system may say for the first time that the disk is full
+        # A network file system may say only here that the disk is full. Windows asks for a handle to write with.
+        _fsync(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
 
 
 def _fsync(path: Path, flags: int) -> None:

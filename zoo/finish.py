@@ -36,7 +36,8 @@ def finish(run: "Run") -> None:
     by_first(run.accelerator, lambda: write_report(run, result))
     if run.main:
         report(run, result, Console())
-    run.accelerator.end_training()
+    run.close()
+    run.accelerator.end_training()  # of several processes: they part
 
 
 def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
