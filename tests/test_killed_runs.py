@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -267,6 +268,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, words, processes):
     folder = RunFolder(tmp_path / "run")
     assert not folder.has_model and [p.name for p in folder.list_checkpoints()][-1] == "step-00000002"
     assert [r["step"] for r in read_metrics(folder.metrics)] == [1, 2, 3, 4]
+
+
+def test_an_option_goes_on_where_losses_are_not_finite(tmp_path, words):
+    ended = train(tmp_path, [*words, "stages.b.lr=1e38", "stages.b.allow_nonfinite=true"])
+    assert ended.code == 0, ended.said
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, True, False, False]
+    assert RunFolder(tmp_path / "run").has_model
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

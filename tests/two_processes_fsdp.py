@@ -15,22 +15,27 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.train_builders import config, recipe
 from zoo import checkpoint
-from zoo.files import written_beside
+from zoo.files import remove, written_beside
 from zoo.finish import save_model
+from zoo.processes import by_first
 from zoo.train import Run
 
 
-def main(place: Path) -> None:
-    stages, tokens = json.loads((place / "stages.json").read_text())
-    name = f"r{dist.get_rank() if dist.is_initialized() else 0}"
-    run = Run(config(recipe(place, stages, name), tokens, f"run.folder={place / 'run'}"))
-    assert run.accelerator.num_processes == dist.get_world_size() == 2
+def sharded(run: Run) -> Run:
     mesh = init_device_mesh("cpu", (2,))
     for layer in run.model.llm.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(run.model, mesh=mesh)
     halves = [p for p in run.model.parameters() if p.to_local().numel() < p.numel()]
     assert len(halves) > 10, "nothing is sharded"
+    return run
+
+
+def main(place: Path) -> None:
+    stages, tokens = json.loads((place / "stages.json").read_text())
+    name = f"r{dist.get_rank() if dist.is_initialized() else 0}"
+    run = sharded(Run(config(recipe(place, stages, name), tokens, f"run.folder={place / 'run'}")))
+    assert run.accelerator.num_processes == dist.get_world_size() == 2
     run.train()
     save_model(run)
 
@@ -45,8 +50,14 @@ def main(place: Path) -> None:
     if run.main:
         with written_beside(place / "weights.pt") as beside:
             torch.save(before, beside)
+    run.close()
+    by_first(run.accelerator, lambda: remove(folder))  # as if it had been killed in the last stage
+    again = sharded(Run(config(recipe(place, stages, name), f"resume={place / 'run'}")))
+    again.train()
+    assert all(checkpoint.whole(p).equal(before[f"model.{n}"]) for n, p in again.model.named_parameters())
+    again.close()
     # Leaving with collectives in flight aborts two times in five.
-    del run, named
+    del run, again, named
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
