@@ -105,17 +105,16 @@ def timm_model(name):
     import timm
 
     torch.manual_seed(0)
-    return shake(
-        timm.create_model(
-            name, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, **TIMM[name]
-        )
-    )
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model(name, **sizes, **TIMM[name])
+    model.made_with = {**sizes, **TIMM[name]}
+    return shake(model)
 
 
 def save_timm(model, folder):
     from timm.models import save_for_hf
 
-    save_for_hf(model, folder, safe_serialization=True)
+    save_for_hf(model, folder, model_args=getattr(model, "made_with", None), safe_serialization=True)
     for file in folder.glob("*.bin"):
         file.unlink()
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -240,6 +241,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except Exception as error:  # offline, not found, no access: the library has a type for each
+        with suppress(Exception):  # before 2.0 it asks for a list of files first, also where all are in the cache
+            return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, local_files_only=True))
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ZooError(
             f"The hub repository {str(name)!r} is not in the cache and cannot be fetched: {first}"
