@@ -65,7 +65,7 @@ class _Deprecated(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def _nothing_deprecated(request):
-    """Fail where we use what transformers says will go; Python's own warnings of that kind fail by pyproject.toml."""
+    """Fail where we use what transformers logs as going; Python's own warnings of that kind are not looked at."""
     told, log = _Deprecated(), logging.getLogger("transformers")
     log.addHandler(told)
     yield
