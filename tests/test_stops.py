@@ -183,6 +183,7 @@ def test_ends_that_a_published_model_states_are_kept_on_every_road(tmp_path, whe
     theirs = LlavaForConditionalGeneration.from_pretrained(folder).generation_config.eos_token_id
     model, processor = zoo.load(f"dir:{folder}")
     assert model.generation_config.eos_token_id == theirs == [2, 5]
+    assert model.generation_config.stop_strings is None
     with torch.no_grad():
         model.projector.net[0].weight.add_(0.1)
     model.save_pretrained(tmp_path / "saved")

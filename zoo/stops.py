@@ -79,9 +79,9 @@ def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str
 
 
 def end_tokens(config: Any, tokenizer: Any) -> list[str]:
-    """The end tokens that a generation config states beside the tokenizer's end-of-sequence token."""
-    ids = [i for i in listed(config.eos_token_id) if i != tokenizer.eos_token_id and 0 <= i < len(tokenizer)]
-    return [token for token in tokenizer.convert_ids_to_tokens(ids) if token is not None]
+    """The added tokens that a generation config states as ends, beside the end-of-sequence token."""
+    added = tokenizer.added_tokens_decoder  # words may be stated too: they end a generation, and no text
+    return [added[i].content for i in listed(config.eos_token_id) if i in added and i != tokenizer.eos_token_id]
 
 
 def set_stops(model: Any, processor: Any, config: Any) -> None:
