@@ -88,6 +88,8 @@ def at_least(package: str, least: str) -> bool:
 # Asked once and for all, as this is imported: what runs inside of compiled models must not look for packages.
 _ACTIVATION_CHECKPOINTING = at_least("transformers", "5.23")
 TORCHVISION_HAS_LANCZOS = at_least("torchvision", "0.27")  # for tensors
+# Image processors that transformers' Auto class builds by Pillow: they want lanczos.
+BY_PILLOW = () if TORCHVISION_HAS_LANCZOS else ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 # What models and decoder layers call the key/value cache.
 CACHE = "cache" if at_least("transformers", "5.24") else "past_key_values"
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from zoo.registry import ImageTransform, ZooError
+from zoo.registry.versions import TORCHVISION_HAS_LANCZOS
 from zoo.vision.tower import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from zoo.vision.transform import fit, normalise, to_pixels
 
@@ -29,6 +30,8 @@ def picture(width, height, seed=0):
 def test_equals_the_processors_of_transformers(shape, resample):
     from transformers import CLIPImageProcessor, SiglipImageProcessor
 
+    if resample == 1 and not TORCHVISION_HAS_LANCZOS:
+        pytest.skip("transformers takes bicubic in its place")
     image, name = picture(*shape), ("nearest", "lanczos", "bilinear", "bicubic")[resample]
     sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     crop = ImageTransform((32, 32), CLIP_MEAN, CLIP_STD, name, resample_by="torchvision")

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from zoo.registry import Cut, ZooError
-from zoo.registry.versions import TORCHVISION_HAS_LANCZOS
+from zoo.registry.versions import BY_PILLOW
 from zoo.vision.images import open_image
 from zoo.vision.video import read_video
 
-LANCZOS = 1  # in numbers of PIL.Image.Resampling
 _OURS = ("call", "whole_if_several", "processor_class")  # beside the values of a processor
 
 
@@ -102,8 +101,8 @@ def processor_of(config: Mapping[str, Any]) -> Any:
     cls = getattr(transformers, name, None) if name.endswith(("ImageProcessor", "VideoProcessor")) else None
     if not (isinstance(cls, type) and issubclass(cls, BaseImageProcessor)):
         raise ZooError(f"transformers has no image processor {name!r}, which the model names for its pixels.")
-    if values.get("resample", getattr(cls, "resample", None)) == LANCZOS and not TORCHVISION_HAS_LANCZOS:
-        cls = getattr(transformers, f"{name}Pil", cls)  # as AutoImageProcessor does: by torchvision it would be bicubic
+    if name in BY_PILLOW:  # as AutoImageProcessor does
+        cls = getattr(transformers, f"{name}Pil")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

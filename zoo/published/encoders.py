@@ -91,7 +91,7 @@ def _as_kind(config: Any, kinds: Collection[str], blocks: int) -> Any:
     kind = next((k for k in alike if k in kinds), None)
     if kind is None:
         raise ZooError(f"its encoder is of type {config.model_type!r}, and the layout takes {', '.join(sorted(kinds))}")
-    cls = CONFIG_MAPPING[kind]
+    cls: Any = CONFIG_MAPPING[kind]
     derived = {"architectures", "model_type", "out_features", "out_indices", "num_hidden_layers"}
     fields = {k for k in cls.__dataclass_fields__ if not k.startswith("_")} - derived
     return cls(**{k: v for k, v in config.to_dict().items() if k in fields}, num_hidden_layers=blocks)

@@ -93,9 +93,10 @@ def _of_timm(vit: Any) -> PlainViT:
     for block in vit.blocks:
         attention, mlp = block.attn, block.mlp
         plain = (type(block), type(attention), type(mlp)) == (TimmBlock, Attention, Mlp)
-        if not plain or attention.gate is not None or attention.attn_dim != vit.embed_dim:
+        if not plain or _is_there(getattr(attention, "gate", None)) or attention.proj.in_features != vit.embed_dim:
             raise _no_twin(f"its blocks are made of {type(attention).__name__} and {type(mlp).__name__}")
-        if any(map(_is_there, (attention.q_norm, attention.k_norm, attention.norm, mlp.norm))):
+        inside = (attention.q_norm, attention.k_norm, getattr(attention, "norm", None), mlp.norm)
+        if any(map(_is_there, inside)):
             raise _no_twin("it has norms inside of attention or feed-forward layers")
         scales = [scale.gamma if type(scale) is LayerScale else None for scale in (block.ls1, block.ls2)]
         blocks.append(
@@ -234,8 +235,8 @@ def _thirds(weight: Tensor, bias: Tensor | None) -> tuple[Pair, Pair, Pair]:
     return one, two, three
 
 
-def _is_there(module: nn.Module) -> bool:
-    return type(module) is not nn.Identity
+def _is_there(module: nn.Module | None) -> bool:
+    return module is not None and type(module) is not nn.Identity
 
 
 def _activation(module: nn.Module) -> str:
