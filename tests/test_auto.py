@@ -87,7 +87,7 @@ def test_pipelines_answer_what_the_model_answers(saved):
     folder, model, processor = saved
     photos = [build.photo(40, 56), build.photo(40, 56, seed=1)]
     want = [model.chat(ASK, image=photo, max_new_tokens=6) for photo in photos]
-    options = {"max_new_tokens": 6, "generate_kwargs": {"do_sample": False}}
+    options = {"generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
     pipe = pipeline("image-text-to-text", model=str(folder))
     for batch_size in (1, 2):
         if batch_size > 1 and not processor.num_image_tokens:
