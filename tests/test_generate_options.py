@@ -1,6 +1,7 @@
 """Every option of transformers' `generate`: what a composed model makes of it is what LLaVA's own class makes of it."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,11 @@ def test_every_field_of_the_installed_config_is_taken_or_refused():
 def test_every_field_that_is_taken_has_an_example():
     assert sorted(SUPPORTED - set(EXAMPLES) - DRAFTS) == []
     assert sorted((set(EXAMPLES) | DRAFTS) - SUPPORTED) == []
+
+
+def test_the_page_names_what_is_refused():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "generate.md").read_text()
+    assert [name for name in REFUSED if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("field", list(EXAMPLES))

@@ -9,7 +9,7 @@ import pytest
 
 from zoo import ZooError
 from zoo.config import compose
-from zoo.registry import core, plugins
+from zoo.registry import plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 PRUNER = '''
@@ -31,9 +31,7 @@ class Mine(nn.Module):
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """Each test starts without plugins, and leaves none."""
-    monkeypatch.setattr(core, "_entries", {kind: dict(found) for kind, found in core._entries.items()})
-    monkeypatch.setattr(core, "_declared", {kind: dict(found) for kind, found in core._declared.items()})
+    """Each test starts without plugins; what it registers goes again as after every test (`conftest`)."""
     monkeypatch.setattr(plugins, "_plugins", {})
     monkeypatch.delenv("ZOO_PLUGINS", raising=False)
 
