@@ -9,24 +9,28 @@ _KINDS = {"full_attention", "sliding_attention"}
 _UNFIT = {
     **dict.fromkeys(("bloom", "mpt", "falcon"), "positions or caches that cannot be shortened"),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), "an output that has to be as long as its input"),
-    **dict.fromkeys(("ctrl", "gpt_neo", "rwkv"), "attention that cannot be read"),
+    "ctrl": "attention that cannot be read",
     **dict.fromkeys(("beam", "dory"), "positions that layers take in a form of their own"),
     "doge": "attention that chooses among the keys by itself",
     "bert-generation": "tokens that see those behind them",
 }
 
 
-def require_family(who: str, config: Any) -> None:
-    """Refuse a decoder whose layers cannot be given fewer tokens.
+def require_family(who: str, lm: Any) -> None:
+    """Refuse a language model whose layers cannot be given fewer tokens.
 
     Args:
         who: the pruner, for the message.
-        config: of the decoder, as transformers has it.
+        lm: the transformers model, real or on the meta device.
     """
+    config = lm.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
     what = f"layers of kind {sorted(kinds)[0]!r}" if kinds else _UNFIT.get(config.model_type, "")
     if getattr(config, "num_kv_shared_layers", False):
         what = "layers that share a cache"
+    # A family whose attention goes through transformers' interface lets it be set; others compute in ways of their own.
+    if not what and not getattr(lm, "_can_set_attn_implementation", lambda: True)():
+        what = "attention that cannot be read"
     if what:
         raise ZooError(f"{who} cannot drop tokens inside {config.model_type!r}, which has {what}.")
 

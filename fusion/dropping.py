@@ -90,7 +90,7 @@ class Dropper:
         self.config = llm.lm.config.get_text_config()
         self.last: Run | None = None  # of the last prompt, for reports; nothing is computed from it
         self._undo: list[Callable[[], None]] = []
-        require_family(who, self.config)
+        require_family(who, llm.lm)
         if outside := sorted(x for x in self.after if not 0 <= x < llm.num_layers - 1):
             raise ZooError(
                 f"{who} drops tokens at the output of layer {outside[0]}; the LLM has the layers 0 to "
