@@ -10,7 +10,6 @@ model holds, and knows the prompt. Nothing is left on the language model, and th
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
@@ -52,7 +51,7 @@ class Prompt:
 
     def condition(self, rows: int) -> None:
         """Hand the images to the adapters, once it is known how many copies of each row there are."""
-        if self.rows != rows and not (self.goes_on and self.image is None):
+        if not (self.goes_on and self.image is None):
             slots = self.model._placeholders(self.ids)
             self.model._condition(self.image, self.images_per_row, slots, expand=max(1, rows // len(self.ids)))
         self.rows = rows
@@ -67,8 +66,10 @@ class Prompt:
         ids = inputs.get("input_ids")
         if ids is None:
             return inputs
-        self.condition(len(ids))
-        length, q = self.ids.shape[1], ids.shape[1]
+        rows, q = ids.shape
+        if rows != self.rows:
+            self.condition(rows)
+        length = self.ids.shape[1]
         if self.index is None or given.shape[1] - q >= length:
             return inputs  # words behind the prompt
         chunk = given.shape[1] < length
@@ -76,7 +77,7 @@ class Prompt:
         index = F.pad(self.index[:, start : start + q], (0, max(0, start + q - length)), value=-1)  # (B, q)
         if not bool((index >= 0).any()):
             return inputs
-        copies = len(ids) // len(index)
+        copies = rows // len(index)
         if inside := self.model.inside_pruners:
             mask = inputs.get("attention_mask")
             mask = mask if mask is None else mask[::copies]
@@ -122,6 +123,7 @@ def _class_of(cls: Any) -> type:
 
 
 def _run(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    sequence = kwargs.pop(_SEQUENCE, None)
-    with nullcontext() if sequence is None else running(sequence):
+    if (sequence := kwargs.pop(_SEQUENCE, None)) is None:
+        return call(*args, **kwargs)
+    with running(sequence):
         return call(*args, **kwargs)

@@ -63,6 +63,7 @@ def _rows(name: str, options: Options, device: torch.device, clock: Clock) -> li
         theirs: Any = transformers.LlavaForConditionalGeneration.from_pretrained(temporary, dtype=dtype)
     taken = ours.set_attention(options.attention)
     theirs = theirs.to(device).eval()
+    theirs.generation_config = ours.generation_config  # the same end tokens, which cost each step a little
     theirs.set_attn_implementation(taken if not taken.startswith("zoo") else "eager")
     generator = np.random.default_rng(0)
     ids = torch.from_numpy(generator.integers(8, 256, (options.batch, options.text + sizes.image_tokens)))
