@@ -113,3 +113,25 @@ def test_weights_in_bits_that_changed_are_refused_and_the_rest_is_never_lost(fol
 def test_adapters_that_copy_weights_are_not_served(folder, package):
     with pytest.raises(ZooError, match="adapter 'upcycle' needs dense"):
         zoo.load(f"dir:{folder}", "adapter=[upcycle]", bits=4, device="cpu")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_with_the_package_itself_a_merge_in_bits_is_refused(folder, tmp_path, monkeypatch, bits):
+    """It runs on a CPU, slowly; skipped where it is not installed."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("zoo.published.bits.require_bits", lambda bits, device: None)
+    options = {"bits": bits, "device": "cpu", "dtype": "bfloat16"}
+    model, processor = zoo.load(f"dir:{folder}", "adapter=[lora]", "adapter.lora.rank=2", **options)
+    batch = processor(images=[build.photo(40, 40)], text="<image> a")
+    wanted = model(**batch).logits  # the first pass moves what layers of eight bits keep
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert all("lora_" in name for name in load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(zoo.load(f"dir:{tmp_path}", **options)[0](**batch).logits, wanted)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.3)
+    model.adapter["lora"].merge()
+    with pytest.raises(ZooError, match="is held in few bits and is no longer what"):
+        model.save_pretrained(tmp_path / "merged")

@@ -390,6 +390,23 @@ def test_what_was_trained_whole_needs_its_base_no_more(copied, tmp_path):
     zoo.export(again, same_processor, tmp_path / "out")
 
 
+def test_what_was_trained_whole_still_says_where_it_came_from(copied, tmp_path):
+    model, processor = composed(copied)
+    with torch.no_grad():
+        for p in model.llm.parameters():
+            p.add_(0.01)
+    model.save_pretrained(tmp_path / "after")
+    processor.save_pretrained(tmp_path / "after")
+    content = json.loads((tmp_path / "after/config.json").read_text())
+    assert content["base"]["llm"]["whole"] and not content["base"]["vision"].get("whole")
+    assert content["base"]["llm"]["checkpoint"] == str(copied / "llm") and "checkpoint" not in content["slots"]["llm"]
+    again, _ = zoo.load(f"dir:{tmp_path / 'after'}", device="cpu")
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["base"] == content["base"]
+    with pytest.raises(ZooError, match="is where the base weights of llm come from"):
+        again.save_pretrained(copied / "llm")
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_base_is_never_overwritten(copied, whole):
     model, _ = published(copied)

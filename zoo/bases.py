@@ -38,7 +38,7 @@ class Bases:
 
     Attributes:
         record: what config.json says: checkpoint, revision, fingerprint; `dtype` where the weights are held in another
-            than the checkpoint gives; `whole: true` where a published checkpoint is named for its layout only, and
+            than the checkpoint gives; `whole: true` where it is named for people, and for the layout of exports, and
             every weight is in the model's folder.
         given: names of the weights that the checkpoint gave.
         nodes: options of the part, to load it again.
@@ -84,8 +84,8 @@ class Bases:
             ZooError: `folder` is that of a base.
         """
         for key, entry in self.record.items():
-            place = self.folder if key == WHOLE else Path(entry["checkpoint"])
-            if place is not None and place.is_dir() and folder.is_dir() and folder.samefile(place):
+            place = self.folder if key == WHOLE and self.folder is not None else Path(entry["checkpoint"])
+            if place.is_dir() and folder.is_dir() and folder.samefile(place):
                 raise ZooError(f"{str(folder)!r} is where the base weights of {key} come from: save to another folder.")
 
     def require_whole(self, model: Any) -> None:
@@ -100,7 +100,7 @@ class Bases:
     def changed(
         self, model: Any, state: Mapping[str, Tensor], slots: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the weights of `state` that the bases do not give any more, and the record of those that give some.
+        """Return the weights of `state` that the bases do not give any more, and what a config is to say of the bases.
 
         Args:
             model: whose weights these are.
@@ -114,11 +114,12 @@ class Bases:
         unchanged: set[str] = set()
         record: dict[str, Any] = {}
         for key, entry in self.record.items():
-            if key in OWN and not (slots.get(key) or {}).get("checkpoint"):
-                continue
             given = self.given[key] & state.keys()
+            if key in OWN and not (slots.get(key) or {}).get("checkpoint"):
+                given = frozenset()
             try:
                 again = self._again(key) if given else {}
+                found = {n for n in given if self._still(state[n], again, aliases[n], few.get(n))}
             except Exception as error:  # each library has its own; what was trained is saved, whatever the reason
                 why = " ".join(str(error).split()) or type(error).__name__
                 warnings.warn(
@@ -128,8 +129,7 @@ class Bases:
                 )
                 again, found = {}, set(given & few.keys())  # they have no form of their own to be saved in
             else:
-                found = {n for n in given if self._still(state[n], again, aliases[n], few.get(n))}
-                if lost := sorted(few.keys() - found):
+                if given and (lost := sorted(few.keys() - found)):
                     raise ZooError(
                         f"{lost[0]!r} is held in few bits and is no longer what {entry['checkpoint']!r} gives "
                         f"({len(lost)} such weights), so naming the checkpoint would lose the change. Load the model "
@@ -138,8 +138,8 @@ class Bases:
             unchanged |= found
             if found:
                 record[key] = {**entry, **_other_dtype([state[n] for n in found], again)}
-            elif key == WHOLE:
-                record[key] = {**entry, "whole": True}
+            else:
+                record[key] = as_whole(entry)
         return {n: t for n, t in state.items() if n not in unchanged}, record
 
     def _again(self, key: str) -> Mapping[str, Stored | Joined | Tensor]:
@@ -181,6 +181,11 @@ class Bases:
         return {n: layers[id(t)] for n, t in model.state_dict(keep_vars=True).items() if id(t) in layers}
 
 
+def as_whole(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a base that gives nothing: it says where a model came from, and no more."""
+    return {k: v for k, v in entry.items() if k != "dtype"} | {"whole": True}
+
+
 def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bases:
     """Note where the weights of a model, which have just been read, came from.
 
@@ -190,15 +195,15 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         published: what read the weights of a published checkpoint, or of a zoo model's own folder; None: nothing.
     """
     bases = Bases(vocab_size=model.config.text_vocab_size)
-    saved = (model.config.base or {}).get(WHOLE) or {}
+    for key, entry in (model.config.base or {}).items():
+        if entry.get("whole"):
+            bases.record[key], bases.given[key] = dict(entry), frozenset()
     if published is not None and published.record:
         bases.record[WHOLE] = published.record
         bases.folder, bases.dtype, bases.bits = published.folder, published.dtype, published.bits
         bases.stored = published.tensors  # by the names of the parts' modules
         read = published.filled.tensors if published.filled is not None else {}
         bases.given[WHOLE] = frozenset(n for n, t in model.state_dict(keep_vars=True).items() if id(t) in read)
-    elif saved.get("whole"):
-        bases.record[WHOLE], bases.given[WHOLE] = dict(saved), frozenset()
     for part in OWN:
         node = slots.get(part) or {}
         if not node.get("checkpoint"):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
-from zoo.bases import Bases, bases_of
+from zoo.bases import Bases, as_whole, bases_of
 from zoo.fusion.attention import resolve_attention
 from zoo.model_forward import ForwardMixin
 from zoo.model_generate import GenerateMixin
@@ -125,12 +125,15 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         self.bases.require_elsewhere(folder)
         config = type(self.config).from_dict(self.config.to_dict())
         config.slots = slots_now(self)
-        record: dict[str, Any] = {}
+        record = {key: as_whole(entry) for key, entry in self.bases.record.items()}
         if not include_base:
             state, record = self.bases.changed(self, state, config.slots)
+        for part in [p for p in self.bases.nodes if record[p].get("whole")]:
+            if node := without_checkpoint(self, part):
+                config.slots[part] = node
+            else:
+                del record[part]  # it is built by its checkpoint all the same, whatever weights that has
         config.base = record or None
-        for part in self.bases.nodes.keys() - record.keys():  # all of its weights are in the folder
-            config.slots[part] = without_checkpoint(self, part) or config.slots[part]
         folder.mkdir(parents=True, exist_ok=True)
         config.architectures = [type(self).__name__]
         config.versions = library_versions()
