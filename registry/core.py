@@ -236,16 +236,18 @@ def refuse_code(value: Any, where: str) -> None:
     Raises:
         ZooError: a key such as `_target_`, or a string with an interpolation.
     """
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if str(key) in {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}:
-                raise ZooError(f"{where} holds {key!r}: configs name registered components, never code.")
-            refuse_code(item, where)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            refuse_code(item, where)
-    elif isinstance(value, str) and "${" in value:
-        raise ZooError(f"{where} holds the interpolation {value!r}: write the value itself.")
+    rest = [value]  # a list of what is still to be looked at: files may be nested deeper than calls can be
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Mapping):
+            for key in item:
+                if str(key) in {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}:
+                    raise ZooError(f"{where} holds {key!r}: configs name registered components, never code.")
+            rest += item.values()
+        elif isinstance(item, (list, tuple)):
+            rest += item
+        elif isinstance(item, str) and "${" in item:
+            raise ZooError(f"{where} holds the interpolation {item!r}: write the value itself.")
 
 
 def require_revision(revision: str | None) -> str | None:

@@ -2,13 +2,14 @@
 
 A plugin is an installed package with an entry point in the group `zoo.plugins`, a module by its dotted name, or a
 Python file (`./my_pruner.py`). Loading it runs its code, so a plugin is only ever named by a person: on the command
-line, in a recipe, in `ZOO_PLUGINS`, or by installing it. What a saved model says about plugins is asked for, never
-loaded. A package that `declare`s its components, as our own folders do, costs no import of torch when names are listed.
+line, in a recipe, in `ZOO_PLUGINS`, or by installing it. What a saved model or the folder of a run says about plugins
+is asked for, never loaded; for a run of one's own, `zoo.consent` remembers what was named. A package that `declare`s
+its components, as our own folders do, costs no import of torch when names are listed.
 """
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module
@@ -30,6 +31,7 @@ class Plugin:
     origin: str  # installed | ZOO_PLUGINS | named
     error: str = ""  # empty: it loaded
     adds: list[str] = field(default_factory=list)  # kind/name of the components it brought
+    place: str = ""  # of a file: where it lies
 
     @property
     def ok(self) -> bool:
@@ -68,22 +70,39 @@ def load_installed() -> list[Plugin]:
     return status()
 
 
-def load(wanted: Iterable[str], origin: str = "named") -> list[Plugin]:
-    """Load modules and files by name; a failure is recorded, not raised."""
-    return [_load(name, origin) for name in wanted]
+def load(wanted: Iterable[str] | Mapping[str, str], origin: str = "named") -> list[Plugin]:
+    """Load modules and files; a failure is recorded, not raised.
+
+    Args:
+        wanted: names; or name -> where the file of that name lies, for one that was named in another folder.
+        origin: how they came to be named.
+    """
+    places = wanted if isinstance(wanted, Mapping) else {}
+    return [_load(name, origin, place=places.get(name, "")) for name in wanted]
 
 
-def _load(name: str, origin: str, point: EntryPoint | None = None) -> Plugin:
+def named() -> dict[str, str]:
+    """Return name -> place of what a person named in this process, by word or in `ZOO_PLUGINS`; a module has none."""
+    return {p.name: p.place for p in _plugins.values() if p.origin != "installed"}
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".py") or "/" in name
+
+
+def _load(name: str, origin: str, point: EntryPoint | None = None, place: str = "") -> Plugin:
     key = f"{name}={point.value}" if point else name
     if (known := _plugins.get(key)) and (known.ok or origin == "installed"):
         return known
-    plugin = _plugins[key] = Plugin(name, origin)
+    if not point and _is_file(name):
+        place = place or str(Path(name).expanduser().resolve())
+    plugin = _plugins[key] = Plugin(name, origin, place=place)
     before = _components()
     try:
         if point:
             point.load()
-        elif name.endswith(".py") or "/" in name:
-            _load_file(Path(name))
+        elif place:
+            _load_file(Path(place))
         else:
             import_module(name)
     except KeyboardInterrupt:
@@ -97,7 +116,6 @@ def _load(name: str, origin: str, point: EntryPoint | None = None) -> Plugin:
 
 def _load_file(path: Path) -> None:
     """Run a Python file as a module of its own, so that two files of the same name do not meet."""
-    path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     name = f"zoo_plugin_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"

@@ -160,6 +160,51 @@ def test_odd_characters_in_a_folder_are_only_characters(harmless, tmp_path, monk
     assert OmegaConf.to_container(cfg, resolve=True)["model"]["name"] == "it's ${oc.env:ZOO_SECRET}"
 
 
+RUN = "model: {name: x}\nstages: {}\nplugins: []\n"
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RUN + "seed: ${oc.env:ZOO_SECRET}", "holds the interpolation"),
+        (RUN + "log: ['${oc.env:ZOO_SECRET,x}']", "holds the interpolation"),
+        (RUN + "device: ${oc.decode:${oc.env:ZOO_SECRET}}", "holds the interpolation"),
+        (RUN + "device: '\\${oc.env:ZOO_SECRET}'", "holds the interpolation"),
+        (RUN + "seed: ${oc.select:model.name}", "holds the interpolation"),
+        (RUN + "data: {x: {name: scenes, '_target_': os.system}}", "holds '_target_'"),
+        (RUN + BOMB, "holds the alias '\\*a0'"),
+        (RUN + "a: &a {b: 1}\nc: {<<: *a}", "holds the alias"),
+        (RUN + "x: !!python/object/apply:os.system ['touch MARKER']", "cannot be read"),
+        (RUN + "x: !!python/name:os.system", "cannot be read"),
+        (RUN + "plugins: []", "duplicate key"),
+        (RUN + "x: " + "[" * 5000, "cannot be read"),
+        (RUN + "x: " + "9" * 10000, "cannot be read"),
+        ("- a\n", "not a mapping"),
+        ("", "not a mapping"),
+        ("x: [", "cannot be read"),
+        ("\0", "cannot be read"),
+        ("#" * (2 << 20), "bytes; at most"),
+    ],
+)
+def test_a_run_folder_that_is_refused(text, message, tmp_path, marker):
+    """The same file is read to resume, and to evaluate the model beside it."""
+    from zoo.saved import from_folder
+    from zoo.train import Run
+
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(text.replace("MARKER", str(marker)))
+    store(folder / "model", {"slots": {}})
+    for use in (lambda: Run(compose("train", [f"resume={folder}"])), lambda: from_folder(folder, "dir:x")):
+        with pytest.raises(ZooError, match=message) as error:
+            use()
+        assert "a secret" not in str(error.value)
+    assert not marker.exists()
+
+
 def test_refuse_code_looks_everywhere():
     for value in ({"a": [{"_target_": "x"}]}, {"a": ({"_partial_": True},)}, [["${x}"]], {"a": {"b": "x${y}z"}}):
         with pytest.raises(ZooError):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from zoo.consent import forget
 from zoo.engine import reseed
 from zoo.evaluate import EvalResult, evaluate
 from zoo.files import hashes, write_json, write_text, written_beside
@@ -77,6 +78,7 @@ def write_report(run: "Run", result: EvalResult | None) -> None:
             result.save(run.folder.path)
             write_text(run.folder.model / "README.md", _card(run, result))
         write_json(run.folder.summary, _summary(run, result))
+    forget(run.folder.path)
 
 
 def report(run: "Run", result: EvalResult | None, console: Console) -> None:

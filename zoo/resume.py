@@ -4,17 +4,18 @@ Of a run that was stopped, the newest checkpoint whose hashes are right says how
 may be the saving of the model or its scoring, which are then done again.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from zoo import checkpoint
+from zoo import checkpoint, consent
 from zoo.files import written_beside
-from zoo.registry import ZooError
+from zoo.registry import ZooError, plugins, refuse_code
+from zoo.registry.foreign import read_json, read_run_config
 from zoo.run_folder import RunFolder
 from zoo.run_lock import RunLock
 
@@ -39,6 +40,7 @@ class Beginning:
     progress: Progress = field(default_factory=Progress)
     newest: Path | None = None  # checkpoint to start from
     notes: list[str] = field(default_factory=list)  # for a person
+    plugins: dict[str, str] = field(default_factory=dict)  # of a run that is resumed: name -> where its file lies
 
 
 def begin(cfg: DictConfig) -> tuple[Beginning, RunLock]:
@@ -53,15 +55,23 @@ def begin(cfg: DictConfig) -> tuple[Beginning, RunLock]:
         folder = RunFolder.open(cfg.resume, root)
         if folder.is_finished:
             raise ZooError(f"The run {str(folder.path)!r} is finished: its model is in {str(folder.model)!r}.")
-        return _locked(folder, _go_on)
+        agreed = consent.agreed(folder.path, _plugins_of(read_run_config(folder.config), folder))
+        found, lock = _locked(folder, _go_on)
+        found.plugins = agreed
+        return found, lock
+    refuse_code(OmegaConf.to_container(cfg, resolve=True), "The config of a run")  # it could not be resumed
     name = cfg.run.name or cfg.run.recipe or cfg.model.name
     folder = RunFolder.create(root, name, cfg.run.folder)
 
     def start(folder: RunFolder) -> Beginning:
         folder.require_empty()  # since the lock is ours
+        named = plugins.named()
+        mine = {name: named[name] for name in cfg.plugins if name in named}
+        cfg.plugins = list(mine)
         with folder.writing("config.yaml"), written_beside(folder.config) as beside:
             OmegaConf.save(cfg, beside, resolve=True)
-        notes = []
+        with folder.writing("run.id"):
+            notes = list(filter(None, [consent.remember(folder.path, mine)]))
         try:
             folder.point_last(root)
         except OSError as error:  # a name for it, and no more
@@ -129,8 +139,10 @@ def require_same_start(folder: RunFolder, model: Any, now: Mapping[str, Any]) ->
         ZooError: what they are read from now has another fingerprint than zoo.lock notes.
     """
     try:
-        noted = json.loads(folder.lock.read_text(encoding="utf-8"))
-    except ValueError as error:
+        noted = read_json(folder.lock)
+        if not isinstance(noted, dict):
+            raise ZooError("it holds no object")
+    except ZooError as error:
         raise ZooError(
             f"{str(folder.lock)!r} is damaged ({error}): remove it to go on without what it notes."
         ) from error
@@ -147,28 +159,31 @@ def options_of(cfg: DictConfig) -> tuple[str, list[str]]:
     """The device and the trackers of a run: as given, else as it was started with."""
     device, log = cfg.device, list(cfg.log)
     if cfg.resume:
-        saved = _load(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config)
+        saved = read_run_config(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config)
         device = saved.get("device", device) if device == "auto" else device
         log = log or list(saved.get("log") or [])
     return device, log
 
 
-def read_config(path: Path, given: DictConfig) -> DictConfig:
-    """Return the config that a run was started with, typed; its plugins are loaded first."""
+def read_config(path: Path, given: DictConfig, agreed: Mapping[str, str]) -> DictConfig:
+    """Return the config that a run was started with, typed; the plugins that were agreed to are loaded first."""
     from zoo.config import RunRoot
-    from zoo.registry import config_of, plugins
+    from zoo.registry import config_of
 
-    saved = _load(path)
-    plugins.load(list(saved.get("plugins") or []))
-    cfg: Any = OmegaConf.merge(OmegaConf.structured(RunRoot), saved)
-    OmegaConf.update(cfg, "resume", given.resume)
+    saved = read_run_config(path)
+    plugins.load(agreed)
+    try:
+        cfg: Any = OmegaConf.merge(OmegaConf.structured(RunRoot), saved)
+        OmegaConf.update(cfg, "resume", given.resume)
+    except OmegaConfBaseException as error:
+        raise ZooError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
     for node in cfg.data.values():
         config_of("dataset", node)
     return cfg
 
 
-def _load(path: Path) -> Any:
-    try:
-        return OmegaConf.load(path)
-    except Exception as error:  # of YAML, of its values, of the system
-        raise ZooError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+def _plugins_of(saved: Mapping[str, Any], folder: RunFolder) -> list[str]:
+    named = saved.get("plugins") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ZooError(f"{str(folder.config)!r}: plugins must be a list of names, got {named!r}.")
+    return named

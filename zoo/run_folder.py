@@ -2,6 +2,7 @@
 
 runs/2026-11-22/14-03-55-scenes_tiny/
     config.yaml          everything that was set, resolved
+    run.id               of a run with plugins: a random number, under which this machine remembers them (`zoo.consent`)
     zoo.lock             versions, weights and their hashes, commit, plugins
     metrics.jsonl        one line per step
     checkpoints/         step-00000500/, the newest last

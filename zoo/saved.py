@@ -4,7 +4,6 @@ Its config.json comes from elsewhere: it may name registered components and plai
 becomes a preset with typed options, so that `pruner=...` and every other override work on it as on any preset.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from zoo import presets
 from zoo.published import FAMILIES, is_published
 from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, require_revision, unknown
 from zoo.registry.core import SLOT_KINDS, group_of
+from zoo.registry.foreign import read_json, read_run_config
 
 SPELLINGS = "a preset, 'dir:<folder>' for a saved model, 'hub:<org>/<name>' for one on the hub, or 'last'"
 
@@ -67,7 +67,7 @@ def from_folder(folder: Path, asked: str, config_dir: str | Path | None = None) 
     """Make a preset of the model saved in `folder`, or in its subfolder `model` where `folder` is a run."""
     for place in (folder, folder / "model"):
         if _is_zoo_model(place / "config.json"):
-            content = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            content = read_json(place / "config.json")
             content = {k: v for k, v in content.items() if v is not None}
             name = store_preset({**_data_of_run(place.parent), **content}, asked, config_dir)
             return name, {"name": str(place), "source": "dir"}
@@ -93,10 +93,8 @@ def _data_of_run(run: Path) -> dict[str, Any]:
     """What a model was trained and scored on, where its folder lies in a run: `zoo eval` then asks for the same."""
     if not (run / "config.yaml").is_file():
         return {}
-    from omegaconf import OmegaConf
-
-    content = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    return {k: content[k] for k in ("data", "task") if isinstance(content, dict) and content.get(k)}
+    content = read_run_config(run / "config.yaml")
+    return {k: content[k] for k in ("data", "task") if content.get(k)}
 
 
 def from_hub(repository: str, revision: str = "", config_dir: str | Path | None = None) -> tuple[str, dict[str, str]]:
@@ -111,7 +109,7 @@ def from_hub(repository: str, revision: str = "", config_dir: str | Path | None 
     except Exception as error:  # offline, not found, no access: the library has a type for each
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ZooError(f"model 'hub:{repository}': cannot read its config.json ({first}).") from error
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    content = read_json(Path(file))
     if is_published(content):
         for extra in ("preprocessor_config.json", "processor_config.json"):  # they state how pixels are made
             with suppress(Exception):
@@ -172,8 +170,8 @@ def _is_zoo_model(file: Path) -> bool:
 
 def _content(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except ZooError:
         return None
 
 
@@ -208,8 +206,6 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
             body[group] = _options(node)
     if content.get("tokenizer"):
         body["tokenizer"] = dict(content["tokenizer"])
-    if content.get("plugins"):
-        body["plugins"] = [str(p) for p in content["plugins"]]
     name = "saved_" + re.sub(r"\W+", "_", asked).strip("_")
     return presets.store("model", name, {"defaults": defaults, **body})
 
