@@ -1,7 +1,9 @@
 """Overlap of captions with those that people wrote: BLEU and chrF, both from sacrebleu.
 
 Papers: Post, arXiv:1804.08771 (BLEU as sacrebleu computes it); Popovic, chrF, WMT 2015. All accepted answers are
-references. BLEU is that of the corpus, its error a bootstrap over captions; chrF is the mean over captions.
+references, those that are empty left out. BLEU is that of the corpus, its error a bootstrap over captions; chrF is the
+mean over captions, where sacrebleu's own summary is that of the corpus. Both without regard to case unless asked for,
+which sacrebleu's defaults are not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from zoo.registry import Dialog, Score, ZooError, register
-from zoo.tasks.answers import accepted
+from zoo.tasks.answers import truths
 from zoo.tasks.estimates import column, means
 
 RESAMPLES = 500
@@ -41,10 +43,12 @@ class Caption:
         self.max_new_tokens = config.max_new_tokens
 
     def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
-        """Return the overlap of one caption, and the counts from which the corpus's BLEU is made."""
-        references = accepted(dialog)
-        if not any(reference.strip() for reference in references):
-            raise ZooError("Task 'caption' needs at least one accepted caption that is not empty.")
+        """Return the overlap of one caption, and the counts from which the corpus's BLEU is made.
+
+        Raises:
+            ZooError: the dialog has no accepted caption.
+        """
+        references = truths(dialog, "caption")
         bleu, chrf = (metric.sentence_score(prediction, references) for metric in self._metrics)
         counts = [*bleu.counts, *bleu.totals, bleu.sys_len, bleu.ref_len]
         row = {"bleu": min(bleu.score / 100, 1.0), "chrf": min(chrf.score / 100, 1.0)}

@@ -1,14 +1,15 @@
-"""Exact match after lower case, spaces and the full stop are made equal.
+"""Exact match after lower case, spaces, the full stop and quotes around are made equal.
 
-Dialogs that share `meta["group"]` (the images of one NLVR sentence, say) also give `consistency`: the share of groups
-in which every answer is right.
+This is the string match of GQA's and CLEVR's scripts, but for what `answers.plain` forgives; `strict=true` compares as
+they do. Dialogs that share `meta["group"]` (the images of one NLVR sentence, say) also give `consistency`: the share of
+groups in which every answer is right.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zoo.registry import Dialog, Score, ZooError, register
-from zoo.tasks.answers import accepted, plain
+from zoo.tasks.answers import plain, truths
 from zoo.tasks.estimates import means
 from zoo.tasks.groups import consistency_of, group_of
 
@@ -34,10 +35,13 @@ class Exact:
         self.same = str.strip if config.strict else plain
 
     def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
-        """Return 1 where the prediction is one of the accepted answers."""
-        given = self.same(prediction)
-        row = {"accuracy": float(given != "" and given in {self.same(answer) for answer in accepted(dialog)})}
-        return row | group_of(dialog)
+        """Return 1 where the prediction is one of the accepted answers.
+
+        Raises:
+            ZooError: the dialog has no accepted answer.
+        """
+        right = {self.same(answer) for answer in truths(dialog, "exact")}
+        return {"accuracy": float(self.same(prediction) in right)} | group_of(dialog)
 
     def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
         """Average, and count the groups that are right throughout."""

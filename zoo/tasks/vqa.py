@@ -1,16 +1,32 @@
 """VQA accuracy: with ten human answers, an answer is right to the degree that three of them agree with it.
 
-Paper: Antol et al., arXiv:1505.00468, and the script of visualqa.org. With ten or more answers: min(n / 3, 1), averaged
-over leaving each answer out, after the script's normalisation (punctuation, number words, articles, contractions;
-accepted answers lose their punctuation only where they differ). With fewer answers, any of them is right in full.
+Paper: Antol et al., arXiv:1505.00468, and the script of visualqa.org (VQA/PythonEvaluationTools). With ten or more
+answers: min(n / 3, 1), averaged over leaving each answer out, after the script's normalisation (punctuation, number
+words, articles, contractions; accepted answers lose their punctuation only where they differ). Where we differ:
+
+- a prediction of which the normalisation leaves nothing ("the", "?") equals only the same text, not every other one of
+  which nothing is left;
+- marks that belong to a number or a grade must be the same, which the script drops: `-5`, `<5`, `>5` and `5`; `1,5` and
+  `15`; `1/2` and `1-2`; `B+` and `B-`;
+- where all people gave the same answer it also counts as it was typed (`t-shirt`), as in later copies of the script;
+- contractions get a straight apostrophe; answers of people are compared in lower case, without spaces at the ends.
+
+The script calls `vitamin a` and `vitamin` equal, and `none` and `0`; there we follow it, for figures to be comparable.
+
+With fewer answers there is no such script, and any of them is right in full. Equal are texts that `answers.plain` makes
+equal, or the normalised ones with the same marks; but an article counts as one only in front of another word, and
+`none` is no number. With `tolerance`, numbers count as in ChartQA's relaxed accuracy (Masry et al., arXiv:2203.10244;
+pix2struct's metric): within that share of the truth, per cent as hundredths. Where we differ from that: `1,000` and
+`$5` are numbers, numbers must be finite, a truth of 0 is compared as a number.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from zoo.registry import Dialog, Score, ZooError, register
-from zoo.tasks.answers import accepted, plain
+from zoo.tasks.answers import plain, truths
 from zoo.tasks.estimates import means
 
 NUMBERS = {
@@ -18,7 +34,7 @@ NUMBERS = {
     for number, word in enumerate(
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
-} | {"none": "0"}
+}
 ARTICLES = frozenset({"a", "an", "the"})
 # What people write without the apostrophe; other words stay as they are.
 CONTRACTED = """
@@ -33,6 +49,16 @@ you'd've you'll you're you've
 CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED.split()}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 HUMANS = 10  # answers to a question of VQA
+# Marks that keyboards write in two ways: curly quotes, the minus of typographers.
+ALIKE = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-"})
+# In front of a number: -5, <5, >5, +5. Between two: 1/2, 1-2, 1,5 (but 1,000). Behind one, or behind a letter that is
+# alone: 5", 5', 10+, B+.
+MARKS = re.compile(
+    r"(?:^|(?<=\())[-<>+=](?=[\d.$])"
+    r"|(?<=\d)(?:[/-]|,(?!\d{3}(?!\d)))(?=\d)"
+    r"|(?:(?<=\d)|(?<=^[a-z]))[-+'\"]+$"
+)
+NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
 
 
 @dataclass
@@ -58,16 +84,19 @@ class VQA:
         self.tolerance = config.tolerance
 
     def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
-        """Return the accuracy of one prediction; an empty one is wrong."""
-        answers = accepted(dialog)
+        """Return the accuracy of one prediction; an empty one is wrong.
+
+        Raises:
+            ZooError: the dialog has no accepted answer.
+        """
+        answers = truths(dialog, "vqa")
         if not prediction.strip():
             return {"accuracy": 0.0}
         if len(answers) >= HUMANS:
             return {"accuracy": agreement(prediction, answers)}
         if self.tolerance and any(_close(prediction, answer, self.tolerance) for answer in answers):
             return {"accuracy": 1.0}
-        said = {plain(prediction), normalise(prediction)}
-        return {"accuracy": float(any(said & {plain(answer), normalise(answer)} for answer in answers))}
+        return {"accuracy": float(any(alike(prediction, answer) for answer in answers))}
 
     def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
         """Average over the questions."""
@@ -76,17 +105,39 @@ class VQA:
 
 def agreement(prediction: str, answers: Sequence[str]) -> float:
     """Mean over leaving one answer out of min(number of equal answers / 3, 1)."""
-    said = normalise(prediction)
-    if len(set(answers)) > 1:
-        answers = [strip_punctuation(answer) for answer in answers]
-    equal = [answer.lower().strip() == said for answer in answers]
+    said, typed = normalise(prediction), _lower(prediction)
+    differ = len(set(answers)) > 1
+    equal = []
+    for answer in answers:
+        form = _lower(strip_punctuation(answer) if differ else answer)
+        same = said == form != "" and marks(prediction) == marks(answer)
+        equal.append(same or (typed == _lower(answer) and not (said and differ)))
     return sum(min(1.0, (sum(equal) - one) / 3) for one in equal) / len(answers)
 
 
-def normalise(text: str) -> str:
-    """Bring an answer into the form that the script compares."""
+def alike(one: str, other: str) -> bool:
+    """Whether two answers mean the same, where no more than one person was asked."""
+    if plain(one) == plain(other):
+        return True
+    return _form(one) == _form(other) != "" and marks(one) == marks(other)
+
+
+def _form(text: str) -> str:
+    """The normalised text, with an article that ends it."""
+    words = text.lower().translate(ALIKE).split()
+    last = strip_punctuation(words[-1]).strip() if words else ""
+    return " ".join([normalise(" ".join(words), none="none"), *([last] if last in ARTICLES else [])])
+
+
+def marks(text: str) -> list[str]:
+    """Return the marks of a text that belong to numbers and grades, in order."""
+    return [mark for word in text.lower().translate(ALIKE).split() for mark in MARKS.findall(word)]
+
+
+def normalise(text: str, none: str = "0") -> str:
+    """Bring an answer into the form that the script compares; `none` is what the word none is turned into."""
     text = strip_punctuation(" ".join(text.split()))
-    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    words = [NUMBERS.get(word, none if word == "none" else word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
@@ -99,6 +150,10 @@ def strip_punctuation(text: str) -> str:
     return re.sub(r"\.(?!\d)", "", result)
 
 
+def _lower(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
 def _close(prediction: str, answer: str, tolerance: float) -> bool:
     given, truth = _number(prediction), _number(answer)
     if given is None or truth is None:
@@ -107,9 +162,11 @@ def _close(prediction: str, answer: str, tolerance: float) -> bool:
 
 
 def _number(text: str) -> float | None:
-    text = text.strip().rstrip(".").replace(",", "").removeprefix("$")
+    """The number that a text is; None where it is none, or where it is too large for a float."""
+    text = text.strip().rstrip(".").translate(ALIKE).removeprefix("$")
     percent = text.endswith("%")
-    try:
-        return float(text.rstrip("%")) / (100 if percent else 1)
-    except ValueError:
+    text = text.rstrip("% ")
+    if not NUMBER.fullmatch(text):
         return None
+    value = float(text.replace(",", "")) / (100 if percent else 1)
+    return value if isfinite(value) else None

@@ -1,11 +1,17 @@
 """Yes/no questions with POPE's figures: accuracy, precision, recall, F1 and the share of yes.
 
 Paper: Li et al., Evaluating Object Hallucination in Large Vision-Language Models, arXiv:2305.10355. As in the authors'
-script, the first sentence counts, and "no" or "not" anywhere in it means no. Where we differ: their script takes all
-else for yes; here "yes" (or "true") must stand in it, and an answer with neither is wrong and counted as `unparsed`.
+script, the first sentence counts, and "no" or "not" anywhere in it means no. Where we differ:
+
+- their script takes all else for yes; here "yes" or a word like it must stand there, and an answer with neither is
+  wrong and counted as `unparsed`;
+- other negations mean no too, in any case and with any apostrophe: nope, never, none, cannot, isn't, false;
+- marks in front of the answer are no sentence: `1. Yes`, `(a) no`, `- **No**`; and `!` ends one, as the full stop does;
+- an answer that names both (`yes or no`, `Yes/No`) or says that it cannot tell (`I do not know`) is `unparsed`.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +20,19 @@ from zoo.tasks.answers import accepted
 from zoo.tasks.estimates import column, mean, ratio
 from zoo.tasks.groups import consistency_of, group_of
 
-NO = frozenset({"no", "not", "false"})
-YES = frozenset({"yes", "true"})
+# Wherever they stand in the sentence; a negation wins. The second line: as typed without an apostrophe.
+_NO = """no not nope nah nay never none neither nor cannot unable false
+isnt arent wasnt werent dont doesnt didnt cant couldnt wont wouldnt shouldnt hasnt havent hadnt aint"""
+NO = frozenset(_NO.split())
+YES = frozenset({"yes", "yeah", "yep", "yup", "true"})
+# As the first word only: further on they may say something of what is seen, as in "a wrong turn".
+FIRST = dict.fromkeys(["correct", "right", "indeed", "certainly", "definitely", "absolutely", "affirmative"], True)
+FIRST |= dict.fromkeys(["incorrect", "wrong", "negative"], False)
+APOSTROPHES = re.compile("[\u2019\u2018\u02bc`\u00b4\u2032\uff07]")  # all that is typed in the place of one
+NUMBERED = re.compile(r"\W*(?:\(?(?:\d+|[a-z])[.):]\s*)?[\W_]*")  # list marks and markup in front of an answer
+SENTENCE_END = re.compile(r"\.(?!\d)|[\n!]")
+BOTH = re.compile(r"\byes\b\s*(?:/|\||or|and)\s*\bno\b|\bno\b\s*(?:/|\||or|and)\s*\byes\b")
+UNSURE = re.compile(r"\b(?:not|cannot|cant|dont|unable)\b(?: \w+){0,2}? (?:know|sure|certain|tell|say|determine)\b")
 
 
 @dataclass
@@ -37,14 +54,12 @@ class YesNo:
         self.max_new_tokens = config.max_new_tokens
 
     def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
-        """Compare with the truth.
+        """Compare with the truth, which is what most of the accepted answers say.
 
         Raises:
-            ZooError: the accepted answer of the dialog is neither yes nor no.
+            ZooError: an accepted answer is neither yes nor no, or as many say the one as the other.
         """
-        truth = next((said for answer in accepted(dialog) if (said := yes_or_no(answer)) is not None), None)
-        if truth is None:
-            raise ZooError(f"Task 'yes_no' needs answers that are yes or no, got {accepted(dialog)}.")
+        truth = _truth(accepted(dialog))
         said = yes_or_no(prediction)
         row = {
             "accuracy": float(said == truth),
@@ -71,5 +86,20 @@ class YesNo:
 
 def yes_or_no(text: str) -> bool | None:
     """Return what the first sentence of a text says, None if neither."""
-    words = set(re.findall(r"[a-z]+", re.split(r"[.\n]", text.strip(), maxsplit=1)[0].lower().replace("n't", " not")))
-    return False if words & NO else True if words & YES else None
+    text = APOSTROPHES.sub("'", text.lower())
+    text = text[NUMBERED.match(text).end() :]  # type: ignore[union-attr]  # it matches nothing, too
+    sentence = SENTENCE_END.split(text, maxsplit=1)[0].replace("can't", "cannot").replace("n't", " not")
+    words = re.findall(r"[^\W\d_]+", sentence)
+    plain = " ".join(words)
+    if not words or BOTH.search(sentence) or UNSURE.search(plain):
+        return None
+    if not NO.isdisjoint(words):
+        return False
+    return True if not YES.isdisjoint(words) else FIRST.get(words[0])
+
+
+def _truth(answers: Sequence[str]) -> bool:
+    said = Counter(yes_or_no(answer) for answer in answers)
+    if not said or said[None] or said[True] == said[False]:
+        raise ZooError(f"Task 'yes_no' needs answers that are yes or no, got {list(answers)}.")
+    return said[True] > said[False]
