@@ -9,8 +9,8 @@ last one, and in training those before a label. Labels follow the survivors.
 Scores see queries and keys of the layer as its kernel sees them, which stays the one that the model was set to
 (`zoo.fusion.attended`).
 
-What is known of a prompt hangs on the pass that runs (`zoo.fusion.running`) and on the cache that goes on from it,
-never on the pruner. Behind a prompt may stand drafts, tokens that assisted decoding guesses: they see what the last
+What is known of a prompt hangs on the pass that runs (`zoo.registry.forward_pass`) and on the cache that goes on from
+it, never on the pruner. Behind a prompt may stand drafts, tokens that assisted decoding guesses: they see what the last
 token of the prompt sees, and have no part in what is dropped.
 
 Nothing is dropped before layer 0, whose cache transformers counts positions by. Refused, because they would go wrong
@@ -31,9 +31,9 @@ from zoo.fusion.attended import Attended, watch
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask
 from zoo.fusion.decoder import decoder_of
 from zoo.fusion.droppable import require_cache, require_family
-from zoo.fusion.running import current
 from zoo.fusion.survivors import Survivors
 from zoo.registry import ZooError
+from zoo.registry.forward_pass import current
 from zoo.registry.versions import cache_in
 
 
@@ -260,8 +260,8 @@ class Dropper:
                 else:
                     tokens, index = tokens.gather(keep)
                     hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, K, C)
-                    for told in self.llm.told_shorter:
-                        told(number, tokens.seen)
+                    if (now := current()) is not None:
+                        now.valid.append((number, tokens.seen.flatten()))
                 run.masks.clear()
                 if run.labelled is not None:
                     run.labelled.labels = tokens.labels
@@ -344,6 +344,7 @@ class Dropper:
 class DropsInside:
     """What pruners that drop by a `Dropper` share: they make it in `attach`, and hand on to it."""
 
+    concurrent = True  # what it knows of a prompt is in the pass and in its cache
     dropper: Dropper | None = None
 
     def drop_by(self, dropper: Dropper) -> None:

@@ -11,7 +11,7 @@ embeddings; its factor is applied here.
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from zoo.fusion.decoder import decoder_of
 from zoo.fusion.experts import use_zoo_grouped
 from zoo.fusion.head_check import check_head
 from zoo.registry import LinearHead, ZooError, nearest, register, require_revision, unknown
+from zoo.registry.forward_pass import Pass, current, joined
 
 # What our size fields are called by the families that do not say it as Llama does.
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
@@ -125,10 +126,8 @@ class HFLanguageModel(nn.Module):
         self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
         self.router_aux_coef = config.router_aux_coef
         self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
-        self._routing: tuple[tuple[Tensor, ...], Tensor | None] | None = None
-        self.padding_mask: Tensor | None = None  # (B, T) of the pass that runs, beside a mask of four dimensions
-        # Told a layer and (B, L), which tokens are no padding from it on, where a pruner made it shorter.
-        self.told_shorter: list[Callable[[int, Tensor], None]] = []
+        self._last: tuple[tuple[Tensor, ...], Tensor | None] | None = None  # routing of the last pass in training
+        self._alone = Pass()
         if config.router_aux_coef and (not self.provides or self._balance is None):
             raise ZooError(f"router_aux_coef is for MoE LLMs with a balance loss; {text.model_type!r} has none.")
         check_head(self)
@@ -176,12 +175,14 @@ class HFLanguageModel(nn.Module):
         balance = self.router_aux_coef > 0 and self.training and torch.is_grad_enabled()
         if balance:
             inputs["output_router_logits"] = True
-        self.padding_mask = padding_mask
-        out = self.decoder(**inputs)
-        self._routing = self.padding_mask = None
-        if balance:
-            mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
-            self._routing = (out.router_logits, mask if mask is not None and mask.ndim == 2 else None)
+        with joined(self._alone) as now:
+            now.padding_mask = padding_mask
+            out = self.decoder(**inputs)
+            routing = None
+            if balance:
+                mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
+                routing = out.router_logits, mask if mask is not None and mask.ndim == 2 else None
+            now.notes["llm"] = self._last = routing
         return out
 
     def keywords(self) -> frozenset[str]:
@@ -248,9 +249,11 @@ class HFLanguageModel(nn.Module):
 
         It is transformers' own function over all layers: Fedus et al., arXiv:2101.03961, Eqs. 4-6, for top-k routing.
         """
-        if self._routing is None:
+        now = current()
+        routing = self._last if now is None else now.notes.get("llm")
+        if routing is None:
             return {}
-        logits, mask = self._routing
+        logits, mask = routing
         if not logits[0].requires_grad and any(p.requires_grad for p in self.lm.parameters()):
             raise ZooError(
                 "The load-balancing loss has no gradient under reentrant checkpointing: use_reentrant=False."

@@ -64,6 +64,17 @@ class MoExtendConfig:
             raise ZooError(f"sources needs an expert for each of the {len(self.layers)} layers, got {self.sources}.")
 
 
+@dataclass
+class Guarded:
+    """Which sequences of a pass take part."""
+
+    pictured: Tensor | None = None  # (B,) whether a sequence has images; None: all take part, or none
+    none: bool = False  # no sequence takes part
+
+
+_ALL = Guarded()
+
+
 class NewRows(dispatch.KeepsFloat32):
     """Router rows of the new experts, and the calibration of all."""
 
@@ -86,6 +97,7 @@ class ExtendedLayer(nn.Module):
 
     gate: Any  # of the language model
     experts: Any
+    skipping: Any  # the same experts, which leave out the rows of index m
 
     def __init__(self, config: MoExtendConfig, block: Any, source: int, passes: Passes) -> None:
         super().__init__()
@@ -115,13 +127,14 @@ class ExtendedLayer(nn.Module):
 
     def attach(self) -> list[Any]:
         """Stand in for the layer's router and experts; the result undoes it."""
+        self.__dict__["skipping"] = _skipping(self.experts)
         return [compute_by(self.gate, self.route), compute_by(self.experts, self.run)]
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the family's router gives: logits (S, m + n), weights (S, k) and experts (S, k)."""
         gate, n = self.gate, self.config.num_new
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (S, C)
-        if self.closed or self.passes.base_only:
+        if self.closed or self._base_only:
             logits, weights, chosen = type(gate).forward(gate, x)
             if self.training and not self.closed and torch.is_grad_enabled():
                 # Data parallelism waits for the gradient of every parameter, on ranks with text alone too.
@@ -147,17 +160,13 @@ class ExtendedLayer(nn.Module):
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the family's experts give, (S, C): the old ones by themselves, and the new ones beside them."""
         old = self.experts
-        if self.closed or self.passes.base_only:
+        if self.closed or self._base_only:
             return type(old).forward(old, hidden_states, top_k_index, top_k_weights)
         if self.together and _on_host(hidden_states):
             return self._run_together(hidden_states, top_k_index, top_k_weights)
         taken = top_k_index >= self.old  # (S, k)
-        before, old._is_expert_parallel = old._is_expert_parallel, True  # index m then means: somebody else's
-        try:
-            index, weights = top_k_index.masked_fill(taken, self.old), top_k_weights.masked_fill(taken, 0)
-            out = type(old).forward(old, hidden_states, index, weights)
-        finally:
-            old._is_expert_parallel = before
+        index, weights = top_k_index.masked_fill(taken, self.old), top_k_weights.masked_fill(taken, 0)
+        out = type(old).forward(self.skipping, hidden_states, index, weights)
         for j in range(self.config.num_new):
             mine = top_k_index == self.old + j  # (S, k)
             groups = dispatch.group(mine.any(-1).long() - 1, 1)  # expert 0 is this one
@@ -183,16 +192,37 @@ class ExtendedLayer(nn.Module):
         rows = dispatch.grouped_linear_over(old._apply_gate(rows), both[1], groups)  # (S * k, C)
         return groups.scatter(rows, weights).to(x.dtype)
 
+    @property
+    def _condition(self) -> "Guarded":
+        return self.passes.condition or _ALL
+
+    @property
+    def _base_only(self) -> bool:
+        """Whether no sequence of the pass takes part."""
+        return self._condition.none
+
     def _pictured(self, x: Tensor) -> Tensor | None:
         """Which tokens (S, 1) are of sequences with images; None: all take part."""
-        if self.passes.pictured is None:
+        if (pictured := self._condition.pictured) is None:
             return None
-        flags = self.passes.pictured.to(x.device)
+        flags = pictured.to(x.device)
         if len(flags) != self.passes.rows or len(x) % len(flags):
             raise ZooError(
                 f"The guard of adapter 'moextend' knows {len(flags)} sequences, and the pass has {self.passes.rows}."
             )
         return flags.repeat_interleave(len(x) // len(flags)).unsqueeze(-1)
+
+
+def _skipping(experts: Any) -> Any:
+    """The experts of a family as they take index m to mean another device's expert, and skip its rows.
+
+    It is how transformers leaves rows out of its products. The experts themselves are not told, for the whole of their
+    life or for a call that other threads may be in: this is a second object that holds all that they hold.
+    """
+    cls: Any = type(experts)
+    made = object.__new__(cls)
+    made.__dict__.update(experts.__dict__, _is_expert_parallel=True)
+    return made
 
 
 def _on_host(x: Tensor) -> bool:
@@ -211,6 +241,7 @@ class MoExtend(nn.Module):
     needs: frozenset[str] = frozenset({"moe"})
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    concurrent = True
     keeps_float32 = True
     starts_as_base = False
 
@@ -233,7 +264,7 @@ class MoExtend(nn.Module):
         if odd := [i for i in chosen if i not in blocks]:
             raise ZooError(f"Layer {odd[0]} has no experts to add to. Layers with experts: {_ranges(blocks)}.")
         sources = dict(zip(chosen, config.sources or [0] * len(chosen), strict=True))
-        self.passes = Passes(llm, self._balances)
+        self.passes = Passes(llm, "moextend", self._balances)
         self.__dict__["blocks"] = blocks
         self.layers = nn.ModuleDict(
             {str(i): ExtendedLayer(config, blocks[i], sources[i], self.passes) for i in sorted(chosen)}
@@ -285,8 +316,8 @@ class MoExtend(nn.Module):
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
         """With `guard`, note which sequences have images."""
         flags = [count > 0 for count in images_per_row for _ in range(expand)] if self.config.guard else []
-        self.passes.base_only = bool(flags) and not any(flags)
-        self.passes.pictured = torch.tensor(flags) if any(flags) and not all(flags) else None
+        some = torch.tensor(flags) if any(flags) and not all(flags) else None
+        self.passes.condition = Guarded(some, bool(flags) and not any(flags))
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss over all layers with experts, weighted; empty in evaluation or with weight 0."""

@@ -85,7 +85,6 @@ class _Routed:
 class MoLELayer(nn.Module):
     """Router and experts of one feed-forward layer, and the hooks that put them there."""
 
-    now: _Routed | None
     mlp: nn.Module  # of the language model
     linears: dict[str, nn.Module]
     passes: Passes
@@ -93,6 +92,7 @@ class MoLELayer(nn.Module):
     def __init__(self, config: MoLEConfig, number: int, mlp: nn.Module, width: int, passes: Passes) -> None:
         super().__init__()
         self.number, self.passes = number, passes
+        self.key = f"mole.{number}"  # of the routing, in the pass that runs
         self.config = config
         first = next(mlp.parameters())
         where: dict[str, Any] = {
@@ -109,7 +109,6 @@ class MoLELayer(nn.Module):
         self.router = dispatch.Router(width, config.num_experts, bias=True, trainable=learns, device=first.device)
         if where["dtype"] == torch.float64:
             self.router.double()
-        self.now = None
 
     def places(self) -> list[nn.Module]:
         """Give the modules of the language model that get a term."""
@@ -124,7 +123,7 @@ class MoLELayer(nn.Module):
         return handles
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        now = self.now = self._route(args[0])
+        now = self.passes.now.notes[self.key] = self._route(args[0])
         if not now.sorted:
             return args
         x = args[0].flatten(0, -2)  # (S, C)
@@ -132,14 +131,14 @@ class MoLELayer(nn.Module):
         return now.groups.gather(x.to(dispatch.compute_dtype(x))), *args[1:]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        now, self.now = self.now, None
-        assert now is not None, "left without having been entered"
+        now = self.passes.now.notes.pop(self.key)
         if "whole" in self.experts:
             return self._add(now, out, args[0], self.experts["whole"])
         return now.groups.scatter(out).view(now.shape) if now.sorted and now.groups else out
 
     def _term(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return out if self.now is None else self._add(self.now, out, args[0], self.experts[name])
+        now = self.passes.now.notes.get(self.key)
+        return out if now is None else self._add(now, out, args[0], self.experts[name])
 
     def _route(self, tokens: Tensor) -> _Routed:
         """Choose experts for tokens (B, T, C)."""
@@ -194,6 +193,7 @@ class MoLE(nn.Module):
     needs: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    concurrent = True
     keeps_float32 = True
     choices = {"gate": GATES}
 
@@ -207,7 +207,7 @@ class MoLE(nn.Module):
         if odd := [i for i in chosen if not 0 <= i < llm.num_layers]:
             raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")
         mlps = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
-        self.passes = Passes(llm, self._balances)
+        self.passes = Passes(llm, "mole", self._balances)
         layer = partial(MoLELayer, config, width=llm.hidden_size, passes=self.passes)
         self.layers = nn.ModuleDict({str(i): layer(i, mlp) for i, mlp in mlps.items()})
         names = {id(m): n for n, m in llm.lm.named_modules()}

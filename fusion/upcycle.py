@@ -20,7 +20,7 @@ and follow the model where it is cast; routers are float32 always.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -68,6 +68,7 @@ class Upcycle(nn.Module):
     needs = frozenset({"dense"})
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    concurrent = True
 
     _dense: dict[str, nn.Module]  # the language model's own layers; no children of this one
 
@@ -77,7 +78,7 @@ class Upcycle(nn.Module):
         self.starts_as_base = config.normalize
         chosen = _layers(config, llm.num_layers)
         dense = {i: _feed_forward(llm, i) for i in chosen}
-        self.passes = Passes(llm, lambda: False)
+        self.passes = Passes(llm, "upcycle", lambda: True)
         layer = partial(SparseFeedForward, width=llm.hidden_size, config=config, passes=self.passes)
         self.layers: Any = nn.ModuleDict({str(i): layer(i, ffn) for i, (_, ffn) in dense.items()})
         self.__dict__["_dense"] = {str(i): ffn for i, (_, ffn) in dense.items()}
@@ -111,20 +112,18 @@ class Upcycle(nn.Module):
         return bool(self._undo) and name.startswith(self._aside)
 
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
-        """Nothing here depends on the image; what the last pass left behind is dropped."""
-        for layer in self.layers.values():
-            layer.balance = None
+        """Nothing here depends on the image."""
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """The balance of the last pass in training, summed over layers and weighted.
+        """The balance of the pass in training, summed over layers and weighted.
 
         Raises:
             ZooError: a checkpointed pass left no gradient to it.
         """
-        found = [layer.balance for layer in self.layers.values() if layer.balance is not None]
-        if not self.config.balance or not found:
+        records = self.passes.records
+        if not (self.config.balance and self.training and records):
             return {}
-        total = self.config.balance * torch.stack(found).sum()
+        total = self.config.balance * torch.stack([balance_of(*record) for record in records]).sum()
         routers = [layer.router.weight for layer in self.layers.values()]
         if torch.is_grad_enabled() and not total.requires_grad and any(w.requires_grad for w in routers):
             raise ZooError(
@@ -134,38 +133,45 @@ class Upcycle(nn.Module):
 
     def usage(self) -> dict[int, list[float]]:
         """Say for each sparse layer how many choices per token each expert got in the last pass."""
-        return {int(i): layer.share.tolist() for i, layer in self.layers.items() if layer.share is not None}
+        e = self.config.num_experts
+        shares = (expert_share(chosen, e, keep).tolist() for _, chosen, keep in self.passes.records)
+        return dict(zip(map(int, self.layers), shares, strict=False))
 
 
 class SparseFeedForward(nn.Module):
     """A router and the stacked copies of one dense feed-forward layer."""
 
-    balance: Tensor | None = None  # of the last pass in training
-    share: Tensor | None = None  # (E,) of the last pass
-
     def __init__(self, number: int, dense: nn.Module, width: int, config: UpcycleConfig, passes: Passes) -> None:
         super().__init__()
         self.number, self.passes = number, passes
+        self.key = f"upcycle.{number}"  # of whose rows are whose, in the pass that runs
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.normalize = config.normalize
         self.capacity = config.capacity
         self.eval_capacity = config.capacity if config.eval_capacity is None else config.eval_capacity
         self.router = Router(width, config.num_experts, device=next(dense.parameters()).device)
         self.experts = stacked(dense, config.num_experts)
+        for module in self.experts.modules():
+            if isinstance(module, StackedLinear):
+                module.groups = self.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """Give each token (..., C) what its experts say, (..., C)."""
         flat = x.reshape(-1, x.shape[-1])  # (S, C)
         probs = self.router(flat).softmax(-1)  # (S, E) float32
         weights, chosen = self.route(probs)  # (S, k)
-        self._count(probs, chosen)
+        self.passes.note(self.number, probs, chosen)
         weights, chosen = self._drop(weights, chosen)
         groups = group(chosen, self.num_experts)
-        for module in self.experts.modules():
-            if isinstance(module, StackedLinear):
-                module.groups = groups
+        notes = self.passes.now.notes
+        notes[self.key] = groups
         rows = self.experts(groups.gather(flat))  # (S * k, C)
+        del notes[self.key]
         return groups.scatter(rows, weights).to(x.dtype).view_as(x)
+
+    def groups(self) -> Groups:
+        """Say whose rows the experts are given, while they run."""
+        return self.passes.now.notes[self.key]
 
     def route(self, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts by their probability (S, E): weights and numbers, (S, k), the likeliest first."""
@@ -183,12 +189,6 @@ class SparseFeedForward(nn.Module):
             where = self.router.weight.device
             self.router.weight.copy_(Router(self.router.weight.shape[1], self.num_experts, device=where).weight)
 
-    def _count(self, probs: Tensor, chosen: Tensor) -> None:
-        """Note the balance, of first choices as in GShard, and how the choices fall."""
-        keep = self.passes.keep_of(self.number)
-        self.balance = load_balance(probs, chosen[:, 0], keep) if self.training else None
-        self.share = expert_share(chosen, self.num_experts, keep)
-
     def _drop(self, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Take choices beyond an expert's capacity away, first choices served first, then in order of the tokens."""
         factor = self.capacity if self.training else self.eval_capacity
@@ -205,6 +205,17 @@ class SparseFeedForward(nn.Module):
         return weights, chosen.masked_fill(late, -1)
 
 
+def balance_of(probs: Tensor, chosen: Tensor, keep: Tensor | None) -> Tensor:
+    """The balance of a layer, of first choices as in GShard.
+
+    Args:
+        probs: (S, E).
+        chosen: (S, k) experts, the likeliest first.
+        keep: (S,) tokens that are no padding; None: all.
+    """
+    return load_balance(probs, chosen[:, 0], keep)
+
+
 def capacity(tokens: int, num_experts: int, factor: float, top_k: int) -> int:
     """Count the tokens that an expert may take: ceil(S / E * factor * k), all of the product rounded up at once.
 
@@ -214,9 +225,9 @@ def capacity(tokens: int, num_experts: int, factor: float, top_k: int) -> int:
 
 
 class StackedLinear(nn.Module):
-    """A linear layer for each expert; rows come sorted, and `groups` says whose they are."""
+    """A linear layer for each expert; rows come sorted, and `groups()` says whose they are."""
 
-    groups: Groups
+    groups: Callable[[], Groups]
 
     def __init__(self, dense: Any, num_experts: int) -> None:
         super().__init__()
@@ -227,11 +238,12 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply sorted rows (S, I) each by its expert's matrix: (S, O)."""
-        out = grouped_linear(x, self.weight, self.groups)
+        groups = self.groups()
+        out = grouped_linear(x, self.weight, groups)
         if self.bias is None:
             return out
-        row = torch.arange(len(x), device=x.device, dtype=self.groups.ends.dtype)
-        expert = torch.searchsorted(self.groups.ends, row, right=True)  # (S,)
+        row = torch.arange(len(x), device=x.device, dtype=groups.ends.dtype)
+        expert = torch.searchsorted(groups.ends, row, right=True)  # (S,)
         return out + self.bias.to(out.dtype)[expert.clamp(max=len(self.bias) - 1)]
 
 

@@ -39,12 +39,12 @@ from zoo.fusion.attach import add_to_output
 from zoo.fusion.carried import carry
 from zoo.fusion.image_memory import ImageMemory, rows_of
 from zoo.fusion.lowrank_sites import Site, find_sites
+from zoo.fusion.passes import Passes
 from zoo.fusion.weight_generator import WeightGenerator
 from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry.forward_pass import Pass
 
 _TYPES = "qkvom"
-_KEY = "vlora_factors"  # under which factors travel into a checkpointed layer
-
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # type -> A (B, in, R) and s * B (out, R) of one layer
 
 
@@ -84,6 +84,7 @@ class VLoRA(nn.Module):
     needs: frozenset[str] = frozenset({"image"})
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
+    concurrent = True
     excludes: frozenset[str] = frozenset({"image_tokens"})
     per_row = True  # one change for a whole row: samples cannot share one
     choices = {"skip": (1, 2)}  # what `zoo check` may offer
@@ -124,12 +125,10 @@ class VLoRA(nn.Module):
                 for t in config.types
             }
         )
+        self.passes = Passes(llm, "vlora", lambda: False)
         self._undo: list[Callable[[], None]] = []
         self._blocks: list[tuple[Any, int]] = []  # feed-forward blocks with the hook that comes last there
-        self._inputs: dict[int, Tensor] = {}  # of the blocks that run now
         self._merged: list[Callable[[], None]] = []
-        self._given: list[Factors] | None = None  # for each site; None: the plain LLM
-        self._active: list[Factors | None] = [None] * len(self.sites)  # what the layer that runs now uses
 
     def _make_generators(self) -> nn.ModuleDict:
         config, count = self.config, len(self.sites)
@@ -148,11 +147,11 @@ class VLoRA(nn.Module):
         """Hook into the layers that change; the tree of modules and their weights stay as they are."""
         if self._undo:
             return
+        self._undo = self.passes.attach()
         for number, site in enumerate(self.sites):
-            layer, inner = self.lm.get_submodule(site.layer), self.lm.get_submodule(site.attention)
+            layer = self.lm.get_submodule(site.layer)
             handles = [
-                layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True),
-                inner.register_forward_pre_hook(partial(self._arrive, number), with_kwargs=True),
+                layer.register_forward_pre_hook(partial(self._enter, number)),
                 *self._hook(number, site),
             ]
             self._undo += [handle.remove for handle in handles]
@@ -173,8 +172,7 @@ class VLoRA(nn.Module):
         self.unmerge()
         for undo in self._undo:
             undo()
-        self._undo, self._blocks = [], []
-        self._given, self._active = None, [None] * len(self.sites)
+        self._undo, self._blocks, self.passes.alone = [], [], Pass()
 
     def owns(self, name: str) -> bool:
         """Nothing of it stands in the language model."""
@@ -193,14 +191,12 @@ class VLoRA(nn.Module):
         same = [f.name for f in fields(self.config) if f.name != "image_std"]
         self.load_state_dict(adapter_file.read(folder, "vlora", self.config, same, self.state_dict()))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the factors of the last image: they belong to a graph, and a copy begins without."""
-        return self.__dict__ | {"_given": None, "_inputs": {}, "_active": [None] * len(self.sites)}
-
     # ---- image -> factors ----------------------------------------------------------------------------------------
 
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
         """Turn the features into factors, once for a forward pass or a whole generation.
+
+        The pass that runs takes them. Without one they hold for the language model run by itself, and for `merge`.
 
         Args:
             image: tokens (M, N, D), images in the order of the rows; None: no image.
@@ -210,20 +206,27 @@ class VLoRA(nn.Module):
         Raises:
             ZooError: a row has more images than `max_images`, or the features are of another grid.
         """
-        self._given = self._given if self._merged else None
-        self._inputs.clear()  # recomputation in backward may stop half way
-        if not self._undo:
-            return
-        for block, last in self._blocks:  # others may have hooked in since
-            block._forward_hooks.move_to_end(last)
         rows = [] if image is None else rows_of(image, images_per_row, self.config.max_images, "vlora")
-        if image is None or not rows:
-            if not self._merged and self._must_run():
-                self._given = self._factors(*self.memory.nothing(len(images_per_row) * expand))
-            return
         if self._merged:
-            raise ZooError("adapter 'vlora' is merged for one image: call unmerge() before showing another.")
-        self._given = self._factors(*self.memory(image, rows, expand))
+            if rows:
+                raise ZooError("adapter 'vlora' is merged for one image: call unmerge() before showing another.")
+            return
+        made = self._made(image, rows, len(images_per_row) * expand, expand) if self._undo else None
+        self.passes.condition = made
+
+    def _made(self, image: ImageFeatures | None, rows: Any, count: int, expand: int) -> list[Factors] | None:
+        """Factors of each site; None: the plain LLM."""
+        for block, last in self._blocks:  # others may have hooked in since
+            if next(reversed(block._forward_hooks)) != last:
+                block._forward_hooks.move_to_end(last)
+        if image is not None and rows:
+            return self._factors(*self.memory(image, rows, expand))
+        return self._factors(*self.memory.nothing(count)) if self._must_run() else None
+
+    @property
+    def _given(self) -> list[Factors] | None:
+        """Factors of each site in the pass that runs; None: the plain LLM."""
+        return self.passes.alone.conditions.get("vlora") if self._merged else self.passes.condition
 
     def _must_run(self) -> bool:
         """Whether a batch of text must run the generators all the same: other processes wait for their gradients."""
@@ -259,41 +262,41 @@ class VLoRA(nn.Module):
 
     # ---- inside a forward pass -----------------------------------------------------------------------------------
 
-    def _enter(self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Ahead of a layer: what it uses is what holds now.
+    def _enter(self, number: int, layer: Any, args: tuple[Any, ...]) -> Any:
+        """Ahead of a layer that reentrant checkpointing runs: give it factors that its own backward can reach.
 
-        A checkpointed layer runs again in backward, when another image may hold. This hook is outside of what runs
-        again, so the factors go in as an argument.
+        The hook is outside of what runs again, and finds the gradients that the copies gathered when it is over.
         """
-        factors = None if self._given is None else self._given[number]
-        self._active[number] = factors
         if torch.compiler.is_compiling() or not (layer.training and getattr(layer, "gradient_checkpointing", False)):
             return None
         options = getattr(layer._gradient_checkpointing_func, "keywords", {})
-        if factors is not None and torch.is_grad_enabled() and options.get("use_reentrant"):
-            hidden, copies = carry(args[0], [tensor for pair in factors.values() for tensor in pair])
-            args = (hidden, *args[1:])
-            factors = dict(zip(factors, zip(copies[::2], copies[1::2], strict=True), strict=True))
-        return args, {**kwargs, _KEY: factors}
-
-    def _arrive(self, number: int, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Inside of a checkpointed layer: take what `_enter` sent, the first time and in backward."""
-        if _KEY not in kwargs:
+        if not torch.is_grad_enabled() or not options.get("use_reentrant") or (given := self._given) is None:
             return None
-        self._active[number] = kwargs[_KEY]
-        return args, {name: value for name, value in kwargs.items() if name != _KEY}
+        factors = given[number]
+        notes = self.passes.now.notes
+        hidden, copies = carry(args[0], [tensor for pair in factors.values() for tensor in pair])
+        notes[f"vlora.{number}"] = dict(zip(factors, zip(copies[::2], copies[1::2], strict=True), strict=True))
+        return hidden, *args[1:]
+
+    def _factors_of(self, number: int) -> Factors | None:
+        """What the layer that runs now uses."""
+        copies = self.passes.now.notes.get(f"vlora.{number}")
+        if copies is not None:
+            return copies
+        given = self._given
+        return None if given is None else given[number]
 
     def _before_block(self, number: int, block: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the input of a block as the layer gives it: mixtures of experts reorder it in hooks of their own."""
-        self._inputs[number] = args[0]
+        self.passes.now.notes[f"vlora.{number}.input"] = args[0]
 
     def _behind_block(self, number: int, block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        extra = self._delta(number, "m", self._inputs.pop(number))
+        extra = self._delta(number, "m", self.passes.now.notes.pop(f"vlora.{number}.input"))
         return out if extra is None else out + extra
 
     def _delta(self, number: int, types: str, x: Tensor) -> Tensor | None:
         """What is added to an output; several types: of one linear layer that makes them side by side."""
-        factors = self._active[number]
+        factors = self._factors_of(number)
         if factors is None:
             return None
         terms = []
@@ -329,17 +332,18 @@ class VLoRA(nn.Module):
             raise ZooError(
                 "adapter 'vlora' with types=m has nothing to merge: no weight of the block can hold its path."
             )
-        if not self._undo or self._given is None:
+        given = self._given
+        if not self._undo or given is None:
             raise ZooError("adapter 'vlora' has no image to merge: attach it, and call condition with one, first.")
         if self._merged:
             raise ZooError("adapter 'vlora' is merged already: call unmerge() first.")
         left: list[Factors] = []
-        for site, factors in zip(self.sites, self._given, strict=True):
+        for site, factors in zip(self.sites, given, strict=True):
             for name, types in site.linears:
                 if types != "m":
                     self._merged.append(_add_to_weight(self.lm, name, site.change(types, factors, row)))
             left.append({t: (a[row : row + 1], b) for t, (a, b) in factors.items() if t == "m"})
-        self._given = left if "m" in self.config.types else None
+        self.passes.alone.conditions["vlora"] = left if "m" in self.config.types else None
 
     @property
     def merged(self) -> bool:
@@ -349,7 +353,7 @@ class VLoRA(nn.Module):
     def unmerge(self) -> None:
         """Put the base weights back where `merge` replaced them; the adapter then waits for `condition`."""
         if self._merged:
-            self._given = None
+            self.passes.alone = Pass()
         for undo in reversed(self._merged):
             undo()
         self._merged = []

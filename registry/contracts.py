@@ -320,6 +320,9 @@ class Adapter(Protocol):
     `keeps_float32` says that its weights stay float32 where the model is loaded in, or cast to, a shorter format.
     `notes` are sentences that the check prints: what a person may not expect of it beside these parts.
     `exclusive` are names of modules of `llm.lm` that it wants for itself: two adapters that name the same are refused.
+
+    `concurrent = True` says that all it knows of a pass is in the pass (`zoo.registry.forward_pass`) and nothing on the
+    adapter, so that threads may share it. Threads that share a model take turns where an adapter does not say so.
     """
 
     def attach(self) -> None:

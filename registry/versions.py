@@ -20,6 +20,8 @@ from functools import partial, update_wrapper
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from zoo.registry.forward_pass import carried
+
 
 @dataclass(frozen=True)
 class Versions:
@@ -133,6 +135,10 @@ def checkpoint_activations(model: Any, given: Mapping[str, Any] | None = None, *
     given = dict(given or {"use_reentrant": False})
     if _ACTIVATION_CHECKPOINTING:
         model.activation_checkpointing_enable(given, **options)
+        for layer in _checkpointed(model):
+            layer._gradient_checkpointing_func = partial(
+                _checkpoint_in_pass, layer._gradient_checkpointing_func, **given
+            )
         return
     keep_activations(model)
     model.gradient_checkpointing_enable(given, **options)
@@ -165,7 +171,12 @@ def _checkpointed(model: Any) -> list[Any]:
 
 
 def _recomputed(layer: Any, inner: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(partial(inner, **kwargs), *args) if layer.training else inner(*args, **kwargs)
+    return checkpoint(carried(partial(inner, **kwargs)), *args) if layer.training else inner(*args, **kwargs)
+
+
+def _checkpoint_in_pass(checkpoint: Any, function: Any, *args: Any, **_: Any) -> Any:
+    """Checkpoint a function that finds the forward pass of now when backward runs it again (`keywords` say how)."""
+    return checkpoint(carried(function), *args)
 
 
 def _run(function: Any, *args: Any, **_: Any) -> Any:

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from tests.fusion_builders import VOCAB, tiny_llm
 from zoo.fusion.dropping import Dropper
-from zoo.fusion.running import running
 from zoo.registry import IGNORE_INDEX
+from zoo.registry.forward_pass import running
 
 IMAGE = 5  # id that stands for an image token here
 KEEP = {0: 0.75, 1: 0.5}  # share of the image tokens that stays, by the layer after which the others go

@@ -13,8 +13,8 @@ from zoo.benches.costs import QWEN2_7B, VICUNA_7B, DecoderSizes, cache_bytes, ma
 from zoo.benches.flops import flop_counter
 from zoo.fusion.attention_walk import walk_flops
 from zoo.fusion.merging import merge
-from zoo.fusion.running import running
 from zoo.registry import ZooError
+from zoo.registry.forward_pass import running
 from zoo.registry.versions import cache_of
 
 

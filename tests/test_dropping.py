@@ -8,8 +8,8 @@ import torch
 
 from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, generate, llm_of, padded, row, sequence
 from tests.fusion_builders import same_state, tiny_llm
-from zoo.fusion.running import running
 from zoo.registry import ZooError
+from zoo.registry.forward_pass import running
 from zoo.registry.versions import cache_argument, cache_of
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gemma", "stablelm", "granite", "mixtral"]

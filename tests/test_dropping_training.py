@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.dropping_builders import dropper, embeds_of, labelled, llm_of, loss_of, padded, row, sequence
-from zoo.fusion.running import running
 from zoo.fusion.survivors import Survivors
 from zoo.registry import IGNORE_INDEX
+from zoo.registry.forward_pass import running
 from zoo.registry.versions import checkpoint_activations
 
 

@@ -8,8 +8,9 @@ import torch
 from tests.fusion_builders import DENSE, VOCAB, llm_node, padded_batch, tiny_llm
 from zoo import registry
 from zoo.fusion.passes import Passes
-from zoo.fusion.upcycle import SparseFeedForward, UpcycleConfig, capacity
+from zoo.fusion.upcycle import SparseFeedForward, UpcycleConfig, balance_of, capacity
 from zoo.registry import ZooError
+from zoo.registry.forward_pass import running
 
 WIDTH, WIDER, TOKENS = 8, 12, 23
 
@@ -35,12 +36,22 @@ class Gated(torch.nn.Module):
 
 def sparse(seed=0, shaken=True, **options):
     torch.manual_seed(seed)
-    layer = SparseFeedForward(0, Gated(), WIDTH, UpcycleConfig(**options), Passes(None, lambda: False)).double()
+    layer = SparseFeedForward(
+        0, Gated(), WIDTH, UpcycleConfig(**options), Passes(None, "upcycle", lambda: False)
+    ).double()
     if shaken:
         with torch.no_grad():
             for p in layer.experts.parameters():
                 p.add_(0.3 * torch.randn_like(p))
     return layer.train()
+
+
+def noted(layer, x, keep=None):
+    """What the layer gives, and the balance of a pass in which the tokens of `keep` are no padding."""
+    with running() as now:
+        now.records["upcycle"], now.valid = [], [] if keep is None else [(0, keep.flatten())]
+        out = layer(x)
+    return out, balance_of(*now.records["upcycle"][-1])
 
 
 def naive(layer, x, experts):
@@ -80,8 +91,8 @@ def test_is_its_equations_in_values_and_gradients(options):
     for way in ("ours", "naive"):
         layer = sparse(**options)
         x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
-        out, balance = (layer(x), layer.balance) if way == "ours" else naive(layer, x, apart(layer))
-        (out.square().sum() + 0.7 * (layer.balance if way == "ours" else balance)).backward()
+        out, balance = noted(layer, x) if way == "ours" else naive(layer, x, apart(layer))
+        (out.square().sum() + 0.7 * balance).backward()
         grads.append([out, balance, x.grad, *(p.grad for p in layer.parameters())])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)  # shares of tokens are counted in float32
@@ -125,13 +136,10 @@ def test_two_weights_of_a_token_sum_to_one():
 
 
 def test_the_balance_is_one_for_even_routing_and_the_number_of_experts_at_collapse():
-    layer = sparse(num_experts=4)
     for logits, wanted in ((20.0 * torch.eye(4).repeat(6, 1), 1.0), (torch.tensor([[50.0, 0, 0, 0]] * 24), 4.0)):
-        layer._count(logits.softmax(-1), logits.topk(2).indices)
-        assert layer.balance.item() == pytest.approx(wanted, abs=1e-5)
+        assert balance_of(logits.softmax(-1), logits.topk(2).indices, None).item() == pytest.approx(wanted, abs=1e-5)
     logits = (torch.randn(64, 4) + torch.tensor([1.0, 0, 0, 0])).requires_grad_()
-    layer._count(logits.softmax(-1), logits.topk(2).indices)
-    layer.balance.backward()
+    balance_of(logits.softmax(-1), logits.topk(2).indices, None).backward()
     assert logits.grad.mean(0)[0] > 0 > logits.grad.mean(0)[1:].sum()  # descent takes from the expert used most
 
 
@@ -139,11 +147,8 @@ def test_padding_does_not_count_in_the_balance():
     layer, x = sparse(), torch.randn(2, 10, WIDTH, dtype=torch.float64)
     keep = torch.ones(2, 10, dtype=torch.bool)
     keep[1, 6:] = False
-    layer(torch.cat([x[0], x[1, :6]]))
-    wanted = layer.balance
-    layer.passes.keeps = [(0, keep.flatten())]
-    layer(x)
-    torch.testing.assert_close(layer.balance, wanted)
+    _, wanted = noted(layer, torch.cat([x[0], x[1, :6]]))
+    torch.testing.assert_close(noted(layer, x, keep)[1], wanted)
 
 
 @torch.no_grad()
@@ -336,9 +341,9 @@ def test_balance_enters_the_loss_once_and_idle_layers_do_not_train(make_model):
     model.train()
     ids = torch.randint(5, 300, (2, 9))
     out = model(ids, attention_mask=torch.ones_like(ids), labels=ids)
-    layer = model.adapter["upcycle"].layers["0"]
-    torch.testing.assert_close(out.losses["upcycle_balance"], 0.01 * layer.balance)
-    torch.testing.assert_close(out.loss, out.losses["answer"] + 0.01 * layer.balance)
+    balance = sum(balance_of(*record) for record in model.adapter["upcycle"].passes.records)
+    torch.testing.assert_close(out.losses["upcycle_balance"], 0.01 * balance)
+    torch.testing.assert_close(out.loss, out.losses["answer"] + 0.01 * balance)
     model.eval()
     assert list(model(ids, labels=ids).losses) == ["answer"]
 

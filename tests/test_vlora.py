@@ -55,7 +55,8 @@ def test_the_last_layer_of_each_group_changes(layers, skip, sites):
         == {g.queries.shape[0] for g in adapter.generators.values()}
         == {len(sites)}
     )
-    hooked = {n.split(".")[2] for n, m in llm.lm.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    inside = [(n, m) for n, m in llm.lm.named_modules() if ".layers." in n]
+    hooked = {n.split(".")[2] for n, m in inside if m._forward_hooks or m._forward_pre_hooks}
     assert hooked == {str(i) for i in sites}
 
 

@@ -201,7 +201,6 @@ def test_a_part_of_a_fused_layer_alone():
     adapter = vlora_on(llm, types="qv")
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     adapter.condition(images(dtype=torch.float64), [1, 1])
-    adapter._active = list(adapter._given)
     q, k, v = adapter._delta(0, "qkv", x).split([32, 16, 16], dim=-1)
     a, b = adapter._given[0]["v"]
     assert torch.allclose(v, x @ a @ b.T) and q.any() and not k.any()

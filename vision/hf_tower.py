@@ -23,6 +23,7 @@ from zoo.vision.tower import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Runner,
+    Taken,
     Tower,
     block_count,
     check_divides,
@@ -184,7 +185,6 @@ class HFRunner(Runner):
         patch = side(spec.patch_size)
         self.grid = (size // patch, size // patch)
         self.interpolate = not family.any_size and size != side(getattr(spec, "image_size", size))
-        self.position: Any = None
         self.has_cls, self.has_scores = family.has_cls, len(blocks) > 0 and not getattr(spec, "use_qk_norm", False)
         if self.has_scores:
             self.attention = getattr(blocks[-1], family.attention)
@@ -223,17 +223,17 @@ class HFRunner(Runner):
         return getattr(tower, self.family.norm)(tower.encoder(inputs_embeds=x).last_hidden_state)
 
     def _keep_position(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.wants & ATTENTION:
-            self.position = kwargs.get("position_embeddings")
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.position = kwargs.get("position_embeddings")
 
-    def query_key(self) -> tuple[Tensor, Tensor, float]:
-        assert self.query is not None and self.key is not None, "the hooks of the last block did not fire"
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
+        assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
         heads = (self.tower.config.num_attention_heads, -1)
-        query, key = self.query.unflatten(-1, heads).transpose(1, 2), self.key.unflatten(-1, heads).transpose(1, 2)
-        if self.position is not None:  # DINOv3 rotates patches, not the prefix
+        query, key = taken.query.unflatten(-1, heads).transpose(1, 2), taken.key.unflatten(-1, heads).transpose(1, 2)
+        if taken.position is not None:  # DINOv3 rotates patches, not the prefix
             from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
 
-            (cos, sin), self.position, p = self.position, None, self.num_prefix
+            (cos, sin), p = taken.position, self.num_prefix
 
             def rotated(x: Tensor) -> Tensor:  # (M, H, P + N, d)
                 patches = x[:, :, p:]

@@ -20,6 +20,7 @@ from zoo.vision.tower import (
     CLIP_MEAN,
     CLIP_STD,
     Runner,
+    Taken,
     Tower,
     block_count,
     check_divides,
@@ -127,20 +128,20 @@ class OpenClipRunner(Runner):
 
     def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
         """Project once more what enters the attention: torch's own module shows neither q nor k."""
-        if not self.wants & ATTENTION:
+        if (taken := self.taken) is None or not taken.wants & ATTENTION:
             return
-        looks = slice(None) if "key_attention" in self.wants else slice(1)
+        looks = slice(None) if "key_attention" in taken.wants else slice(1)
         x, width = args[0], module.embed_dim  # (M, 1 + N, D)
         weight, bias = module.in_proj_weight, module.in_proj_bias
         with torch.no_grad():
-            self.query = F.linear(x[:, looks], weight[:width], bias[:width])  # (M, 1 or 1 + N, D)
-            self.key = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])  # (M, 1 + N, D)
+            taken.query = F.linear(x[:, looks], weight[:width], bias[:width])  # (M, 1 or 1 + N, D)
+            taken.key = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])  # (M, 1 + N, D)
 
-    def query_key(self) -> tuple[Tensor, Tensor, float]:
-        assert self.query is not None and self.key is not None, "the hook of the last block did not fire"
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
+        assert taken.query is not None and taken.key is not None, "the hook of the last block did not fire"
         heads = (self.attention.num_heads, -1)
-        query = self.query.unflatten(-1, heads).transpose(1, 2)  # (M, H, 1 or 1 + N, d)
-        return query, self.key.unflatten(-1, heads).transpose(1, 2), query.shape[-1] ** -0.5
+        query = taken.query.unflatten(-1, heads).transpose(1, 2)  # (M, H, 1 or 1 + N, d)
+        return query, taken.key.unflatten(-1, heads).transpose(1, 2), query.shape[-1] ** -0.5
 
     def final_norm(self) -> nn.Module:
         return self.tower.ln_post

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.registry import ZooError
 from zoo.vision.attention_rows import pooling_head
-from zoo.vision.tower import ATTENTION, Runner, block_count
+from zoo.vision.tower import ATTENTION, Runner, Taken, block_count
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
 
@@ -43,7 +43,6 @@ class TimmRunner(Runner):
         self.hidden_size = tower.embed_dim
         self.num_prefix = tower.num_prefix_tokens
         self.grid = (grid[0], grid[1])
-        self.rope: Tensor | None = None
         self.attention: Any = getattr(tower.blocks[-1], "attn", None)
         self.has_cls = getattr(tower, "cls_token", None) is not None and self.num_prefix > 0
         self.has_scores = self._listen()
@@ -74,16 +73,16 @@ class TimmRunner(Runner):
         return True
 
     def _keep_rope(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.wants & ATTENTION:
-            self.rope = kwargs.get("rope")
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.position = kwargs.get("rope")
 
-    def query_key(self) -> tuple[Tensor, Tensor, float]:
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
         from timm.layers import apply_rot_embed_cat
 
-        assert self.query is not None and self.key is not None, "the hooks of the last block did not fire"
-        query, key = self.query, self.key  # (M, H, P + N, d)
-        if (rope := self.rope) is not None:  # patches are rotated, the prefix is not
-            p, half, self.rope = self.num_prefix, getattr(self.attention, "rotate_half", False), None
+        assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
+        query, key = taken.query, taken.key  # (M, H, P + N, d)
+        if (rope := taken.position) is not None:  # patches are rotated, the prefix is not
+            p, half = self.num_prefix, getattr(self.attention, "rotate_half", False)
 
             def rotated(x: Tensor) -> Tensor:
                 return torch.cat([x[:, :, :p], apply_rot_embed_cat(x[:, :, p:], rope, half=half)], dim=2)

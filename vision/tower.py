@@ -7,19 +7,31 @@ what leaves block k, -1 what leaves the last one, always before the encoder's fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.registry import ImageFeatures, ImageTransform, ZooError
+from zoo.registry.forward_pass import Pass, current, joined
 from zoo.vision.attention_rows import PoolingHead, column_mean, row
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # what needs q and k of the last block
 HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP, and of what is trained from scratch here
+
+
+@dataclass
+class Taken:
+    """What hooks in the last block take from one pass of an encoder."""
+
+    wants: frozenset[str]  # words of `provides`
+    query: Tensor | None = None
+    key: Tensor | None = None
+    position: Any = None  # what turns both, where positions are rotary
+    last: Tensor | None = None  # (M, P + N, D) as it leaves the last block, before any norm
 
 
 class Runner:
@@ -36,18 +48,23 @@ class Runner:
     has_scores: bool  # whether the last block's scores are q.k and no more
 
     def __init__(self) -> None:
-        self.wants: frozenset[str] = frozenset()
-        self.query: Tensor | None = None
-        self.key: Tensor | None = None
-        self.last: Tensor | None = None  # (M, P + N, D) as it leaves the last block, before any norm
+        self.alone = Pass()  # of a compiled encoder that is run without a model
         self.pooling: PoolingHead | None = None
+
+    @property
+    def taken(self) -> Taken | None:
+        """What the hooks take from the pass that runs; None: nothing, as where backward runs blocks again."""
+        return (current() or self.alone).notes.get("vision")
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Run the blocks: (M, 3, S, S) -> (M, P + N, D), prefix tokens first."""
         raise NotImplementedError
 
-    def query_key(self) -> tuple[Tensor, Tensor, float]:
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
         """Give what the last block's attention just saw, and the factor of q.k.
+
+        Args:
+            taken: by the hooks.
 
         Returns:
             The queries (M, H, P + N, d), or those of [CLS] alone if nothing more is wanted; the keys (M, H, P + N, d);
@@ -65,22 +82,18 @@ class Runner:
     def set_gradient_checkpointing(self, enable: bool) -> None:
         raise NotImplementedError
 
-    def forget(self) -> None:
-        """Let go of what the hooks kept."""
-        self.wants, self.query, self.key, self.last = frozenset(), None, None, None
-
     # Hooks, as bound methods so that a deep copy of the tower listens to itself. They act only on request.
     def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if self.wants & ATTENTION:
-            self.query = out.detach()
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.query = out.detach()
 
     def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if self.wants & ATTENTION:
-            self.key = out.detach()
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.key = out.detach()
 
     def keep_last(self, module: nn.Module, args: Any, out: Any) -> None:
-        if "pooling_head" in self.wants:
-            self.last = (out[0] if isinstance(out, tuple) else out).detach()
+        if (taken := self.taken) is not None and "pooling_head" in taken.wants:
+            taken.last = (out[0] if isinstance(out, tuple) else out).detach()
 
 
 class Tower(nn.Module):
@@ -185,12 +198,14 @@ class Tower(nn.Module):
     def _encode(self, runner: Runner, pixel_values: Tensor, need: frozenset[str]) -> ImageFeatures:
         """Encode rows with one tower."""
         p = runner.num_prefix
-        runner.wants = need
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or _trains(runner))):
+        taken, learns = Taken(need), pixel_values.requires_grad or _trains(runner)
+        with joined(runner.alone) as now, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            now.notes["vision"] = taken
             tokens = runner.encode(pixel_values)  # (M, P + N, D)
+            del now.notes["vision"]
         asked: dict[str, Any] = {}
         if need & ATTENTION:
-            query, key, scale = runner.query_key()
+            query, key, scale = runner.query_key(taken)
             if "cls_attention" in need:
                 asked["cls_attention"] = row(query[:, :, :1], key, scale)[:, p:]  # (M, N)
             if "key_attention" in need:
@@ -198,11 +213,10 @@ class Tower(nn.Module):
             if "keys" in need:
                 asked["keys"] = key[:, :, p:].transpose(1, 2)  # (M, N, H, d)
         if "pooling_head" in need:
-            assert runner.pooling is not None and runner.last is not None, "the hook of the last block did not fire"
-            asked["pooling_attention"] = runner.pooling(runner.last, runner.final_norm())[:, p:]  # (M, N)
+            assert runner.pooling is not None and taken.last is not None, "the hook of the last block did not fire"
+            asked["pooling_attention"] = runner.pooling(taken.last, runner.final_norm())[:, p:]  # (M, N)
         if "prefix_tokens" in need:
             asked["prefix"] = tokens[:, :p]  # (M, P, D)
-        runner.forget()
         return ImageFeatures(tokens[:, p:], self.grid, **asked)
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from zoo.answer_loss import answer_loss
 from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask
-from zoo.fusion.running import running
 from zoo.model_images import ImagesMixin
 from zoo.model_types import LLMSequence, ZooOutput
 from zoo.registry import IGNORE_INDEX, Cut, ImageFeatures, ZooError, unknown
+from zoo.registry.forward_pass import conditions_in, put_conditions, running
 from zoo.registry.versions import cache_argument, cache_of, recomputes
+from zoo.turns import turn_of
 
 # What transformers' classes take and a composed model does not, and what to do instead.
 _ELSEWHERE = {
@@ -102,29 +103,32 @@ class ForwardMixin(ImagesMixin):
         more = self._known(kwargs)
         cache = _one_cache(cache, past_key_values)
 
-        # Encode the images.
-        image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
-        unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
-        if not run_llm:
-            return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
+        with turn_of(self), running() as now:
+            # Encode the images.
+            image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
+            unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
+            if not run_llm:
+                return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
 
-        # Merge their tokens with the text, and say what stands where.
-        embeds, slots = self._merged(input_ids, inputs_embeds, image_tokens, cache)  # (B, T, C), (B, T)
-        if unused is not None:
-            embeds = embeds + unused
-        if position_ids is None:
-            position_ids = _positions(attention_mask, cache, embeds.shape[1])
-        sequence = LLMSequence(slots, attention_mask, position_ids, labels, segment_ids, block_ids)
-        sequence.pair_ids = pair_ids
-        sequence.tokens_per_image = 0 if self.layout is not None else self.num_image_tokens
-        masks = self._masks(sequence, cache)
-        if kept is not None or not _goes_on(cache):
-            self._condition(kept, images_per_row, slots)
-        self._tell(sequence)
+            # Merge their tokens with the text, and say what stands where.
+            embeds, slots = self._merged(input_ids, inputs_embeds, image_tokens, cache)  # (B, T, C), (B, T)
+            if unused is not None:
+                embeds = embeds + unused
+            if position_ids is None:
+                position_ids = _positions(attention_mask, cache, embeds.shape[1])
+            sequence = LLMSequence(slots, attention_mask, position_ids, labels, segment_ids, block_ids)
+            sequence.pair_ids = pair_ids
+            sequence.tokens_per_image = 0 if self.layout is not None else self.num_image_tokens
+            masks = self._masks(sequence, cache)
+            now.sequence = sequence
+            if kept is not None or not _goes_on(cache):
+                self._condition(kept, images_per_row, slots)
+            else:
+                now.conditions = conditions_in(cache)
+            self._tell(sequence)
 
-        # Run the LLM.
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        with running(sequence):
+            # Run the LLM.
+            asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
             out = self.llm.hidden(
                 inputs_embeds=embeds,
                 position_ids=position_ids,
@@ -134,15 +138,16 @@ class ForwardMixin(ImagesMixin):
                 **{name: value for name, value in asked.items() if value is not None},
                 **more,
             )
-        hidden = out.last_hidden_state  # (B, T, C)
+            hidden = out.last_hidden_state  # (B, T, C)
+            put_conditions(cache_of(out), now.conditions)
 
-        # Project to the vocabulary, and compare with the labels.
-        logits = loss = losses = None
-        if run_head and (labels is None or all_logits):
-            logits = self.llm.head(_kept(hidden, logits_to_keep, embeds.shape[1]))  # (B, T, V)
-        if (seen := labels if sequence.labels is None else sequence.labels) is not None:
-            losses = self._losses(hidden, seen, num_items_in_batch, run_head)
-            loss = _summed(losses, seen, num_items_in_batch)
+            # Project to the vocabulary, and compare with the labels.
+            logits = loss = losses = None
+            if run_head and (labels is None or all_logits):
+                logits = self.llm.head(_kept(hidden, logits_to_keep, embeds.shape[1]))  # (B, T, V)
+            if (seen := labels if sequence.labels is None else sequence.labels) is not None:
+                losses = self._losses(hidden, seen, num_items_in_batch, run_head)
+                loss = _summed(losses, seen, num_items_in_batch)
         result = ZooOutput(
             loss=loss,
             logits=logits,

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo import generate_options
-from zoo.fusion.decoder import decoder_of, generator_of
-from zoo.prompted import Prompt, prompted
+from zoo.fusion.decoder import generator_of
+from zoo.prompted import Prompt, prompted, with_own_depth
 from zoo.registry import Cut, ImageFeatures, ZooError
 from zoo.registry.versions import cache_argument
+from zoo.turns import turn_of
 
 Encoded = tuple[ImageFeatures, ImageFeatures, Tensor | None]  # what `encode_images` gives
 
@@ -106,7 +107,9 @@ class GenerateMixin(nn.Module):
             kwargs["tokenizer"] = self._tokenizer()
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask.to(device)
-        with _own_errors(), _own_depth(decoder_of(lm).config):
+        if asked.get("assistant_early_exit"):
+            lm = with_own_depth(lm)
+        with turn_of(self), _own_errors():
             return prompted(lm, prompt).generate(input_ids, generation_config=generation_config, **kwargs)
 
     def _supports_logits_to_keep(self) -> bool:
@@ -209,14 +212,3 @@ def _own_errors() -> Iterator[None]:
         if not where.startswith(("transformers.generation", "transformers.cache_utils")):
             raise
         raise ZooError(f"generate: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _own_depth(config: Any) -> Iterator[None]:
-    """Leave the number of layers as it was: early exit changes it for each draft, and an error would leave it so."""
-    depth = getattr(config, "num_hidden_layers", None)
-    try:
-        yield
-    finally:
-        if depth is not None and config.num_hidden_layers != depth:
-            config.num_hidden_layers = depth

@@ -10,16 +10,18 @@ model holds, and knows the prompt. Nothing is left on the language model, and th
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache as once
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.fusion.running import running
 from zoo.model_types import LLMSequence
 from zoo.registry import ImageFeatures
+from zoo.registry.forward_pass import conditions_in, put_conditions, running
 from zoo.registry.versions import cache_in
 
 _SEQUENCE = "zoo_sequence"  # under which a pass's sequence travels from the inputs to the call
@@ -48,12 +50,17 @@ class Prompt:
     past: int = 0
     goes_on: bool = False
     rows: int = field(default=0, init=False)  # of the LLM's batch that adapters were conditioned for
+    conditions: dict[str, Any] = field(default_factory=dict, init=False)  # what they made of the images
 
-    def condition(self, rows: int) -> None:
+    def condition(self, rows: int, cache: Any) -> None:
         """Hand the images to the adapters, once it is known how many copies of each row there are."""
-        if not (self.goes_on and self.image is None):
+        if self.goes_on and self.image is None:
+            self.conditions = conditions_in(cache)
+        else:
             slots = self.model._placeholders(self.ids)
-            self.model._condition(self.image, self.images_per_row, slots, expand=max(1, rows // len(self.ids)))
+            with running() as now:
+                self.model._condition(self.image, self.images_per_row, slots, expand=max(1, rows // len(self.ids)))
+            self.conditions = now.conditions
         self.rows = rows
 
     def place(self, inputs: dict[str, Any], given: Tensor) -> dict[str, Any]:
@@ -67,13 +74,15 @@ class Prompt:
         if ids is None:
             return inputs
         rows, q = ids.shape
+        cache = cache_in(inputs)
         if rows != self.rows:
-            self.condition(rows)
+            self.condition(rows, cache)
+            put_conditions(cache, self.conditions)
         length = self.ids.shape[1]
         if self.index is None or given.shape[1] - q >= length:
             return inputs  # words behind the prompt
         chunk = given.shape[1] < length
-        start = int(cache_in(inputs).get_seq_length()) - self.past if chunk else given.shape[1] - q
+        start = int(cache.get_seq_length()) - self.past if chunk else given.shape[1] - q
         index = F.pad(self.index[:, start : start + q], (0, max(0, start + q - length)), value=-1)  # (B, q)
         if not bool((index >= 0).any()):
             return inputs
@@ -99,7 +108,18 @@ def prompted(lm: Any, prompt: Prompt) -> Any:
     return made
 
 
-@cache
+def with_own_depth(lm: Any) -> Any:
+    """Give a language model that shares all but its config, where early exit changes the depth for each draft."""
+    decoder = getattr(lm, lm.base_model_prefix)
+    config = copy(decoder.config)
+    inner: Any = object.__new__(type(decoder))
+    inner.__dict__.update(decoder.__dict__, config=config, _compiled_call_impl=None)  # a graph is of one depth
+    made: Any = object.__new__(type(lm))
+    made.__dict__.update(lm.__dict__, config=config, _modules={**lm._modules, lm.base_model_prefix: inner})
+    return made
+
+
+@once
 def _class_of(cls: Any) -> type:
     """The subclass of a language model's class that knows a prompt."""
 
@@ -112,18 +132,16 @@ def _class_of(cls: Any) -> type:
             return self.zoo_prompt.place(inputs, input_ids)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return _run(self.zoo_lm, *args, **kwargs)
+            return _run(self.zoo_lm, self.zoo_prompt, *args, **kwargs)
 
         def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
             call = self.zoo_lm.get_compiled_call(compile_config)  # kept there from one call to the next
-            return lambda *args, **kwargs: _run(call, *args, **kwargs)
+            return lambda *args, **kwargs: _run(call, self.zoo_prompt, *args, **kwargs)
 
     Prompted.__name__, Prompted.__qualname__, Prompted.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Prompted
 
 
-def _run(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if (sequence := kwargs.pop(_SEQUENCE, None)) is None:
-        return call(*args, **kwargs)
-    with running(sequence):
+def _run(call: Callable[..., Any], prompt: Prompt, *args: Any, **kwargs: Any) -> Any:
+    with running(kwargs.pop(_SEQUENCE, None), prompt.conditions):
         return call(*args, **kwargs)

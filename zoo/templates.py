@@ -126,6 +126,7 @@ class CLASS(nn.Module):
     needs = frozenset()
     provides = frozenset()
     destroys = frozenset()
+    concurrent = True  # nothing of a pass is kept on this object, so threads may share it
 
     def __init__(self, config: CLASSConfig, *, llm: Any, text_dim: int) -> None:
         super().__init__()

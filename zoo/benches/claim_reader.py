@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from zoo.benches.claim_steps import train
 from zoo.benches.flops import flop_counter
-from zoo.fusion.running import running
 from zoo.model_types import LLMSequence
 from zoo.registry import ImageFeatures, build
+from zoo.registry.forward_pass import running
 
 VISION, WIDTH = 48, 64  # widths of the encoder and of the language model
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from zoo.benches.costs import DecoderSizes, matmul_flops
-from zoo.fusion.running import running
 from zoo.model import ZooConfig, ZooModel
 from zoo.model_types import LLMSequence
 from zoo.registry import ImageFeatures, get
+from zoo.registry.forward_pass import running
 from zoo.registry.versions import cache_argument, cache_of
 
 IMAGE_TOKEN = 3  # id of the placeholder in models with random weights
