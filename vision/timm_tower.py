@@ -113,7 +113,9 @@ def _named(config: TimmVisionConfig) -> nn.Module:
         fetch(source, "config.json")  # timm reads it by itself; here, what is wrong is said in our words
         name = f"local-dir:{source}" if is_local(source) else f"hf-hub:{source}"
     if source and not on_meta():
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"source": "", "file": str(_weights(config, source))}}
+        # Architectures with a loader of their own (npz of JAX) would use it for safetensors too, in older timm.
+        overlay = {"source": "", "custom_load": False, "file": str(_weights(config, source))}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:

@@ -45,7 +45,7 @@ class StackedMuon(Muon):
             return
         momentum, lr = group["momentum"], float(group["lr"])
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
+        updates = [g.lerp(b, momentum) for g, b in zip(grads, buffers, strict=True)] if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         for rows in _stacks(updates):
             stack = torch.stack([_whole(updates[i]) for i in rows])  # (n, rows, columns)

@@ -42,10 +42,9 @@ Versions that the tests ran on which touch libraries: models, published checkpoi
 training; {python}, on a CPU. `make test-oldest` runs the lowest that are allowed, all at once
 ([the list](../requirements/oldest.txt)), `make test-newest` the newest, and `make test` what `make install` installs
 ([the list](../requirements/locked.txt)). `zoo doctor` says which installed versions lie outside. What differs between
-versions is known to [registry/versions.py](../registry/versions.py). The lowest were run in parts, about three quarters
-of these tests on one commit or another; one whole run is still to be made.
+versions is known to [registry/versions.py](../registry/versions.py).
 
-| library | allowed | lowest tried | newest run |
+| library | allowed | lowest run | newest run |
 |---|---|---|---|
 """
 
