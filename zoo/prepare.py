@@ -12,8 +12,10 @@ from typing import Any
 
 from zoo import presets, saved
 from zoo.config import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
+from zoo.override_words import quoted_where
 from zoo.registry import MANY, ZooError, plugins, source_options, unknown
 from zoo.registry.core import NOBODY, SLOT_KINDS, group_of, kind_of
+from zoo.text_options import TextOptions
 from zoo.trial import try_override
 
 RECIPE_COMMANDS = ("train", "eval", "check")  # these start from the default recipe; anything else from none
@@ -42,6 +44,8 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     for override in parsed:
         check(override, config_dir)
     choice = settle(command, values(parsed), config_dir)
+    texts = TextOptions(choice.chosen, config_dir)
+    parsed = parse([texts.typed(o.input_line) for o in parsed])
     for override in parsed:
         if not having(override.key_or_group, choice.chosen, config_dir):
             try_override(override, choice.chosen, config_dir)
@@ -51,14 +55,19 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
 
 
 def parse(overrides: Sequence[str]) -> list[Any]:
-    """Return Hydra's view of each override."""
+    """Return Hydra's view of each override; a word that its grammar refuses is the text that it is.
+
+    Options of the run itself that hold text keep what was typed; those of components when it is known which they are.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, parsed = OverridesParser.create(), []
+    parser, parsed, texts = OverridesParser.create(), [], TextOptions({})
     for text in overrides:
+        key, equals, value = text.partition("=")
+        text = key + equals + quoted_where(value, lambda word: word.strange)
         try:
-            parsed.append(parser.parse_override(text))
+            parsed.append(parser.parse_override(texts.typed(text)))
         except HydraException as error:
             hint = "" if "=" in text else f" Options are given as {text}=<value>."
             raise ZooError(f"Cannot read {text!r}.{hint} Quote a value that holds spaces, commas or braces.") from error
@@ -124,12 +133,14 @@ class Choice:
 
     def lines(self, config_dir: str | Path | None = None) -> list[str]:
         """Return the overrides that make Hydra compose this choice."""
-        lines = [f"model={presets.trim('model', self.model, self.own_of_model, self.chosen, config_dir)}"]
+        texts = TextOptions(self.chosen, config_dir)
+        model = presets.trim("model", self.model, self.own_of_model, self.chosen, config_dir, texts)
+        lines = [f"model={_quoted(model)}"]
         lines += [f"++model.{key}={_quoted(value)}" for key, value in self.source.items()]
         if self.recipe is None:
             return [*lines, f"recipe={NOBODY}"]
-        recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir)
-        return [*lines, f"recipe={recipe}", f"run.recipe={self.recipe}"]
+        recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts)
+        return [*lines, f"recipe={_quoted(recipe)}", f"run.recipe={_quoted(self.recipe)}"]
 
 
 def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None = None) -> Choice:
@@ -166,6 +177,9 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
         return [f"{key}=[]"]
     if key in SLOTS and value is None:
         return [f"{key}={NOBODY}"]
+    if key == "data" and isinstance(value, (str, list)):
+        names = TextOptions(choice.chosen, config_dir).choice(value)
+        return [override.input_line] if names == value else [f"data={_text(presets.as_list(names))}"]
     if key in ("plugins", "log") and not isinstance(value, list):
         return [f"{key}={_text(presets.as_list(value))}"]
     if _OPEN.match(key) and not override.is_delete():

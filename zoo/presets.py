@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from zoo.registry import MANY, ZooError, names, unknown
 from zoo.registry.core import SLOT_KINDS, group_of, kind_of
@@ -18,6 +18,14 @@ KIND_WORDS = {"data": "data set"}
 
 _members: dict[str, dict[str, str]] = {}  # group -> key -> component, for keys that a saved model made up
 _private: dict[str, dict[str, dict[str, Any]]] = {group: {} for group in GROUPS}  # presets made in this process
+
+
+class Texts(Protocol):
+    """Which options hold text: `zoo.text_options.TextOptions`."""
+
+    def written(self, group: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def choice(self, names: Any) -> Any: ...
 
 
 def folders(config_dir: str | Path | None = None) -> list[Path]:
@@ -32,6 +40,11 @@ def preset_files(group: str, config_dir: str | Path | None = None) -> dict[str, 
         for file in sorted((folder / group).glob("*.yaml")):
             found.setdefault(file.stem, file)
     return found
+
+
+def file_of(group: str, name: str, config_dir: str | Path | None = None) -> Path | None:
+    """Return the file of a preset; None for a component, and for what was made in this process."""
+    return None if name in _private[group] else preset_files(group, config_dir).get(name)
 
 
 def available(group: str, config_dir: str | Path | None = None) -> list[str]:
@@ -82,13 +95,19 @@ def add_member(kind: str, key: str, component: str) -> None:
     _members.setdefault(group_of(kind), {})[key] = component
 
 
-def store(group: str, name: str, content: Mapping[str, Any]) -> str:
+def store(group: str, name: str, content: Mapping[str, Any], package: str = "_global_") -> str:
     """Make a preset of this process's own available to Hydra under a private name, which is returned."""
     from hydra.core.config_store import ConfigStore
 
     _private[group][name] = dict(content)
-    ConfigStore.instance().store(name, dict(content), group=group, package="_global_", provider="zoo")
+    ConfigStore.instance().store(name, dict(content), group=group, package=package, provider="zoo")
     return name
+
+
+def store_once(group: str, name: str, content: Mapping[str, Any], package: str = "_global_") -> str:
+    """Make a preset that differs from the one called `name` available; one with the same content is taken again."""
+    same = [key for key, value in _private[group].items() if value == content and key.startswith(f"{name}-")]
+    return same[0] if same else store(group, f"{name}-{len(_private[group])}", content, package)
 
 
 def component_of(group: str, key: str, config_dir: str | Path | None = None) -> str:
@@ -140,9 +159,14 @@ def as_list(value: Any) -> list[Any]:
 
 
 def trim(
-    group: str, name: str, own: Mapping[str, Any], chosen: Mapping[str, Any], config_dir: str | Path | None = None
+    group: str,
+    name: str,
+    own: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    config_dir: str | Path | None = None,
+    texts: "Texts | None" = None,
 ) -> str:
-    """Return the preset without options for components that the run does not choose.
+    """Return the preset without options for components that the run does not choose, and with its texts as written.
 
     Args:
         group: model or recipe.
@@ -150,21 +174,23 @@ def trim(
         own: what the preset picks, with what it starts from.
         chosen: what the run picks; a group that is absent is not known yet.
         config_dir: a user's own folder of presets.
+        texts: knows which options hold text.
     """
     content = read(group, name, config_dir)
     body = {k: v for k, v in content.items() if k != "defaults"}
     entries, changed = [], False
     for entry in content.get("defaults") or []:
-        base = isinstance(entry, str) and entry != "_self_"
-        kept = trim(group, entry, own, chosen, config_dir) if base else entry
+        kept = entry
+        if isinstance(entry, str) and entry != "_self_":
+            kept = trim(group, entry, own, chosen, config_dir, texts)
+        elif isinstance(entry, dict) and texts:
+            kept = {k: texts.choice(v) if k.split()[-1] == "/data" else v for k, v in entry.items()}
         changed |= kept != entry
         entries.append(kept)
-    kept_body = _without_strangers(body, own, chosen, config_dir)
+    kept_body = _without_strangers(texts.written(group, name, body) if texts else body, own, chosen, config_dir)
     if not changed and kept_body == body:
         return name
-    trimmed = {"defaults": entries, **kept_body} if entries else kept_body
-    same = [key for key, value in _private[group].items() if value == trimmed]
-    return same[0] if same else store(group, f"{name}-{len(_private[group])}", trimmed)
+    return store_once(group, name, {"defaults": entries, **kept_body} if entries else kept_body)
 
 
 def _without_strangers(

@@ -19,6 +19,7 @@ from zoo.config import CONFIG_NAME, compose, hydra_of_its_own
 from zoo.prepare import SEVERAL, having, load_plugins, parse, prepare, settle, values
 from zoo.registry import ZooError, source_options
 from zoo.registry.core import kind_of
+from zoo.text_options import TextOptions
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,16 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
     """
     parsed = parse(overrides)
     for_hydra = [o.input_line for o in parsed if o.is_hydra_override()]
-    product = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)[0]
+    parsed = [o for o in parsed if not o.is_hydra_override()]
+    product = _split(parsed)
     load_plugins(command, [values(parse(job)) for job in product], config_dir)
 
     fitted: dict[tuple[str, ...], None] = {}
     left_out: dict[str, int] = {}
     picks = [settle(command, values(parse(job)), config_dir).chosen for job in product]
+    if (typed := _typed(parsed, picks, config_dir)) is not None:
+        product = _split(typed)
+        picks = [settle(command, values(parse(job)), config_dir).chosen for job in product]
     for job, chosen in zip(product, picks, strict=True):
         stays = []
         for line in job:
@@ -88,6 +93,23 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
                 traceback.print_exception(error)
             print(f"sweep: {sweep.folder / str(number)} failed: {error or type(error).__name__}", file=sys.stderr)
         raise ZooError(f"{len(failed)} of {len(sweep.jobs)} runs of the sweep failed: {', '.join(map(str, failed))}.")
+
+
+def _split(parsed: Sequence[Any]) -> list[list[str]]:
+    """Every combination of the values of a sweep, as overrides."""
+    return BasicSweeper.split_arguments(list(parsed), None)[0]
+
+
+def _typed(
+    parsed: Sequence[Any], picks: Sequence[Mapping[str, Any]], config_dir: str | Path | None
+) -> list[Any] | None:
+    """The overrides with words in quotes that are texts to a run which has the option; None where there are none."""
+    runs = [TextOptions(chosen, config_dir) for chosen in picks]
+    lines = []
+    for override in parsed:
+        typed = [line for run in runs if (line := run.typed(override.input_line)) != override.input_line]
+        lines.append(typed[0] if typed else override.input_line)
+    return parse(lines) if lines != [o.input_line for o in parsed] else None
 
 
 def _error_of(result: Any) -> Exception | None:

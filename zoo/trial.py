@@ -42,12 +42,12 @@ def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Pat
     if len(path) == 1 and path[0] in {*SECTIONS, "stages"}:
         below = "<stage>.<option>" if path[0] == "stages" else "<option>"
         raise ZooError(f"{override.input_line!r}: {path[0]!r} holds several options. Write {path[0]}.{below}=<value>.")
-    depth = 2 if path[0] == "stages" or kind in MANY else 1 if kind or path[0] in SECTIONS else 0
+    depth = depth_of(path)
     if kind in MANY and path[1] not in chosen.get(path[0], []):
         raise stranger(path[0], path[1], chosen.get(path[0], []), config_dir)
     if kind and kind not in MANY and chosen.get(path[0]) is None:
         raise ZooError(f"{path[0]!r} holds no component in this run, so it has no option {path[1]!r}.")
-    if len(path) <= depth or not (found := _schema(path[:depth], kind, chosen, config_dir)):
+    if len(path) <= depth or not (found := schema_at(path[:depth], chosen, config_dir)):
         return
     owner, options = found
     name = path[depth]
@@ -74,10 +74,17 @@ def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Pat
     return unknown(presets.KIND_WORDS.get(group, group), key, members if near and near[0] in members else known)
 
 
-def _schema(
-    path: list[str], kind: str | None, chosen: Mapping[str, Any], config_dir: str | Path | None
+def depth_of(path: Sequence[str]) -> int:
+    """How many parts of a path say whose option it is."""
+    kind = kind_of(path[0])
+    return 2 if path[0] == "stages" or kind in MANY else 1 if kind or path[0] in SECTIONS else 0
+
+
+def schema_at(
+    path: Sequence[str], chosen: Mapping[str, Any], config_dir: str | Path | None
 ) -> tuple[str, list[Option]] | None:
     """Return what to call the node at `path` and its options; None where the text does not say."""
+    kind = kind_of(path[0]) if path else None
     if not path:
         return "the run", [o for o in options_of(RunRoot) if o.name not in ("defaults", "hydra")]
     if kind:
