@@ -42,6 +42,7 @@ class Dense(nn.Module):
         self.classes, self.target, self.grid = list(config.classes), config.target, tuple(grid)
         self.label_weights = list(config.weights) or [1.0] * len(self.classes)
         self.needs = frozenset({"student.image", f"batch.{config.target}"})
+        self.losses = frozenset({"dense"})
         self.head = nn.Linear(vision_dim, sum(self.classes))
 
     def forward(self, student: Any, teacher: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -86,6 +86,7 @@ class LLaVAMod(Weighed):
         mimic = config.objective == "mimic"
         self.needs = frozenset({"teacher.response" if mimic else "teacher.pairs"})
         self.own_reference = not mimic  # the teacher may be the student as it was; the check reads it
+        self.losses = frozenset({"balance_again"} if config.double_balance else ())  # beside those that it weighs
         by_label = config.per == "token" and config.positions == "response"
         self.per_label = frozenset({"mimic"} if by_label else ()) if mimic else frozenset({"anchor"})
 

@@ -19,6 +19,8 @@ LONG = 1024  # keys from which on `zoo_eager` calls the fused kernel: the matrix
 _CACHED = 1 << 21  # bytes of scores computed at a time on CPU
 
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+_LARGEST_HEAD = 256  # of FlashAttention: no kernel of any version is made for wider ones
+_SMALLEST_HEAD = 16  # of flex_attention: what tl.dot takes on CUDA
 _NAMES = ("auto", "eager", "sdpa", "flex_attention", ZOO_EAGER, *_FLASH)
 
 
@@ -45,12 +47,9 @@ def resolve_attention(
         ZooError: the name does not exist, or what it needs is not here.
     """
     device = torch.device(device)
-    if name not in _NAMES:
-        raise unknown("attention", name, _NAMES)
+    require_attention(name, device, dtype)
     if name == ZOO_EAGER:
         register_zoo_eager()
-    if name in _FLASH and (reason := _why_no_flash(int(name[-1]), device, dtype)):
-        raise ZooError(f"attention {name!r} cannot run: {reason}. Use 'auto' or 'sdpa'.")
     if lm is not None:
         require_kernel(name, lm)
     if name in _FLASH and packed:
@@ -83,6 +82,41 @@ def require_kernel(name: str, lm: nn.Module) -> None:
     )
     if name in flags and not getattr(lm, flags[name], True):
         raise ZooError(f"attention {name!r} cannot run: {type(lm).__name__} does not know it. Use 'auto' or 'eager'.")
+    sizes = _head_sizes(lm) if name in flags else []
+    if name in _FLASH and sizes and max(sizes) > _LARGEST_HEAD:
+        raise ZooError(
+            f"attention {name!r} cannot run: heads of {type(lm).__name__} are {max(sizes)} wide, and its kernels are "
+            f"made for {_LARGEST_HEAD} at most. Use 'auto' or 'sdpa'."
+        )
+    if name == "flex_attention" and sizes and min(sizes) < _SMALLEST_HEAD:
+        raise ZooError(
+            f"attention {name!r} cannot run: heads of {type(lm).__name__} are {min(sizes)} wide, and it takes "
+            f"{_SMALLEST_HEAD} or more. Use 'auto' or 'sdpa'."
+        )
+
+
+def _head_sizes(lm: Any) -> list[int]:
+    """Widths of the attention heads that the config of a transformers model states; empty where it states none."""
+    text = lm.config.get_text_config() if hasattr(lm, "config") else None
+    stated = [getattr(text, name, None) for name in ("head_dim", "global_head_dim")]
+    if not any(isinstance(size, int) for size in stated):
+        heads, width = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+        stated = [width // heads] if isinstance(heads, int) and heads and isinstance(width, int) else []
+    return [size for size in stated if isinstance(size, int)]
+
+
+def require_attention(name: str, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """Refuse an attention that does not exist, or cannot run on this machine, before there is a model.
+
+    Args:
+        name: as `resolve_attention` takes it.
+        device: where the model is to run.
+        dtype: of the products; None: not known yet, any.
+    """
+    if name not in _NAMES:
+        raise unknown("attention", name, _NAMES)
+    if name in _FLASH and (reason := _why_no_flash(int(name[-1]), torch.device(device), dtype or torch.bfloat16)):
+        raise ZooError(f"attention {name!r} cannot run: {reason}. Use 'auto' or 'sdpa'.")
 
 
 def _why_no_flash(version: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
+from zoo.fusion.causal import require_causal, require_decoder_config
 from zoo.fusion.decoder import decoder_of
 from zoo.fusion.experts import use_zoo_grouped
 from zoo.fusion.head_check import check_head
@@ -30,6 +31,8 @@ _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
+# Sizes above which no model is meant: building one would take hours, or numbers that do not fit.
+_MOST = {"hidden_size": 2**17, "intermediate_size": 2**20, "num_layers": 1000, "num_heads": 4096, "num_experts": 4096}
 # What a composed model gives every LLM by itself, or asks of it.
 _GIVEN = frozenset(
     {"self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
@@ -65,6 +68,9 @@ class HFLanguageModelConfig:
         for name in ("hidden_size", "num_layers", "num_heads", "max_positions"):
             if getattr(self, name) < 1:
                 raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ZooError(f"{name} must be {most} at most, got {getattr(self, name)}.")
         for name in ("num_kv_heads", "intermediate_size", "num_experts", "top_k", "router_aux_coef"):
             if getattr(self, name) < 0:
                 raise ZooError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -110,6 +116,7 @@ class HFLanguageModel(nn.Module):
             register_zoo_eager()
         source = _from_checkpoint if config.checkpoint else _from_sizes
         self.lm: Any = source(config, vocab_size, dtype, attention)
+        require_causal(self.lm, _name(config))
         use_zoo_grouped(self.lm)
         if config.zero_init_residual:
             _zero_residual_outputs(self)
@@ -273,13 +280,14 @@ def _from_checkpoint(
         hf = AutoConfig.from_pretrained(config.checkpoint, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
+    require_decoder_config(hf, _name(config))
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is no causal LM.")
     kwargs: dict[str, Any] = {
         k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
     }
     text = hf.get_text_config()
-    _check_experts(text, f"llm checkpoint {config.checkpoint!r}")
+    _check_experts(text, _name(config))
     if torch.get_default_device().type == "meta":
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
         return AutoModelForCausalLM.from_config(hf, **kwargs)
@@ -308,7 +316,7 @@ def _from_sizes(
     try:
         return AutoModelForCausalLM.from_config(hf, **kwargs)
     except Exception as error:  # an activation that does not exist, heads that do not divide: a class of its own each
-        raise ZooError(f"llm of type {config.model_type!r} cannot be built: {_one_line(error)}") from error
+        raise ZooError(f"{_name(config)} cannot be built: {_one_line(error)}") from error
 
 
 def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
@@ -363,8 +371,13 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
         hf = cls(**values)
     except Exception as error:  # transformers raises its own classes here, one per kind of check
         raise ZooError(f"{cls.__name__} refuses these sizes: {_one_line(error)}") from error
-    _check_experts(hf.get_text_config(), f"llm of type {config.model_type!r}", "" if config.top_k else "by default ")
+    require_decoder_config(hf, _name(config))
+    _check_experts(hf.get_text_config(), _name(config), "" if config.top_k else "by default ")
     return hf
+
+
+def _name(config: HFLanguageModelConfig) -> str:
+    return f"llm checkpoint {config.checkpoint!r}" if config.checkpoint else f"llm of type {config.model_type!r}"
 
 
 def _check_experts(text: Any, who: str, how: str = "") -> None:

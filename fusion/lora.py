@@ -48,6 +48,7 @@ class LoRA(nn.Module):
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
     concurrent = True
+    losses: frozenset[str] = frozenset()
     # What the check offers where another adapter has the linears of the feed-forward layers.
     choices = {"targets": (["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj"])}
 

@@ -242,6 +242,7 @@ class MoExtend(nn.Module):
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
     concurrent = True
+    losses: frozenset[str] = frozenset({"moextend_balance"})
     keeps_float32 = True
     starts_as_base = False
 

@@ -194,6 +194,7 @@ class MoLE(nn.Module):
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
     concurrent = True
+    losses: frozenset[str] = frozenset({"mole_balance"})
     keeps_float32 = True
     choices = {"gate": GATES}
 

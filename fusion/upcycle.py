@@ -69,6 +69,7 @@ class Upcycle(nn.Module):
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
     concurrent = True
+    losses: frozenset[str] = frozenset({"upcycle_balance"})
 
     _dense: dict[str, nn.Module]  # the language model's own layers; no children of this one
 

@@ -85,6 +85,7 @@ class VLoRA(nn.Module):
     provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset()
     concurrent = True
+    losses: frozenset[str] = frozenset()
     excludes: frozenset[str] = frozenset({"image_tokens"})
     per_row = True  # one change for a whole row: samples cannot share one
     choices = {"skip": (1, 2)}  # what `zoo check` may offer

@@ -320,6 +320,7 @@ class Adapter(Protocol):
     `keeps_float32` says that its weights stay float32 where the model is loaded in, or cast to, a shorter format.
     `notes` are sentences that the check prints: what a person may not expect of it beside these parts.
     `exclusive` are names of modules of `llm.lm` that it wants for itself: two adapters that name the same are refused.
+    `losses` are the names that `aux_losses` may give: the check then knows a weight for a loss that is not there.
 
     `concurrent = True` says that all it knows of a pass is in the pass (`zoo.registry.forward_pass`) and nothing on the
     adapter, so that threads may share it. Threads that share a model take turns where an adapter does not say so.
@@ -352,7 +353,7 @@ class Distiller(Protocol):
     A distiller may also have: `weights`, loss -> factor on it now, set by `begin_step(step, steps)`, which is called
     before each optimiser step; `per_label` and `per_image`, names of losses that are sums already divided by
     `batch["num_labels"]` and `batch["num_images"]`, so that they are means over the whole step; `equal_widths`, whether
-    the hidden states of student and teacher have to be of one width.
+    the hidden states of student and teacher have to be of one width; `losses`, names of what it gives beside `weights`.
 
     `student` and `teacher` are `zoo.model_types.Seen`: the output of the forward pass and `llm`. `teacher` is None
     where what it said was stored: it is then in the batch's targets (see `zoo.distill.positions`).

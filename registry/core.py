@@ -5,6 +5,7 @@ module *registers* its class when it is imported, which happens on first use.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -210,6 +211,8 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
         if missing:
             raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
         typed = OmegaConf.to_object(merged)
+        for f in fields(entry.node):
+            require_finite(getattr(typed, f.name), f.name)
     except ZooError as error:
         raise ZooError(f"{owner}: {error}") from error
     except OmegaConfBaseException as error:
@@ -228,6 +231,19 @@ def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})  # importable, so it pickles
     accepted = inspect.signature(entry.cls).parameters
     return entry.cls(config, **{k: v for k, v in derived.items() if k in accepted})
+
+
+def require_finite(value: Any, name: str) -> None:
+    """Refuse a number that is none, or has no end: it passes every comparison with a range.
+
+    Raises:
+        ZooError: it is NaN or infinite, or such a number stands in a list or a mapping.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ZooError(f"{name} must be a finite number, got {value}.")
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for item in items:
+        require_finite(item, name)
 
 
 def refuse_code(value: Any, where: str) -> None:

@@ -258,8 +258,17 @@ def check_divides(patch_size: int, image_size: int) -> None:
         raise ZooError(f"patch_size {patch_size} does not divide image_size {image_size}.")
 
 
+# Sizes above which no encoder is meant: building one would take hours, or numbers that do not fit.
+_MOST = {"image_size": 2**14, "width": 2**16, "depth": 1000, "registers": 1024}
+
+
 def check_sizes(config: Any) -> None:
     """Check the size fields that the encoders share: patch_size, image_size, width, heads, depth."""
+    for name, most in _MOST.items():
+        if not 0 <= getattr(config, name, 0) <= most:
+            raise ZooError(f"{name} must be from 0 to {most}, got {getattr(config, name)}.")
+    if not 0 < config.mlp_ratio <= 64:
+        raise ZooError(f"mlp_ratio must be more than 0 and 64 at most, got {config.mlp_ratio}.")
     check_divides(config.patch_size, config.image_size or 224)
     if config.heads < 1 or config.width % config.heads or config.depth < 1:
         raise ZooError(

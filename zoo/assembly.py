@@ -10,11 +10,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from zoo import registry
 from zoo.registry import ZooError
 
 # What a part may need that only holds once the LLM stands: checked after the walk has passed it.
 LATE = frozenset({"image_tokens", "moe"})
+# What a library or a part of somebody's own raises where nobody thought of these options.
+_UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
 # What an encoder computes only when somebody needs it.
 ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens"})
 
@@ -190,8 +194,6 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
 
 def _place(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
     """Where a part is built: on the meta device if its weights are read into it afterwards."""
-    import torch
-
     if fill is None or kind not in fill.empty or not getattr(registry.get(kind, node["name"]).cls, "streams", False):
         return nullcontext()
     return torch.device("meta")
@@ -215,6 +217,13 @@ def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
         if str(error).startswith((name, "No ", "A ")):
             raise
         raise ZooError(f"{name}: {error}") from error
+    except _UNFORESEEN as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = " ".join(str(error).split()) or "no more was said"
+        raise ZooError(
+            f"{kind} {node.get('name')!r} cannot be built with these options: {type(error).__name__}: {said}"
+        ) from error
 
 
 def _refuse_shared(name: str, adapter: Any, others: Mapping[str, Any]) -> None:

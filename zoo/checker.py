@@ -5,7 +5,7 @@ this very check. The same check runs inside `zoo train` and `zoo.load`, before a
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,13 @@ import torch
 
 from zoo import registry
 from zoo.assembly import Parts, assemble
+from zoo.counts import check_counts
 from zoo.fixes import candidates
-from zoo.fusion.attention import require_kernel
+from zoo.fusion.attention import require_attention, require_kernel
 from zoo.registry import ZooError
+from zoo.stage_check import TEXT, Stagecheck, check_stage
 from zoo.tokenizer import CHAT_TEMPLATES, load_tokenizer, require_vocab_size
 
-_TEXT = 64  # tokens of text beside the images that a sequence must have room for
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
 _SECONDS = 15.0  # and how long it may take
 
@@ -38,15 +39,6 @@ class Row:
     provides: frozenset[str]
     destroys: frozenset[str]
     bytes: int
-
-
-@dataclass
-class Stagecheck:
-    """What a stage of the recipe trains, and the memory it takes."""
-
-    name: str
-    trainable: dict[str, int]
-    memory: int  # bytes
 
 
 @dataclass
@@ -86,6 +78,8 @@ class Plan:
     device: str = "auto"
     made: Any = None  # the tokenizer itself, where it is there
     origin: str = ""  # folder or repository that the weights come from, if from one
+    trained: bool = False  # the model comes with trained weights, whatever its parts come with
+    splits: Mapping[str, str] | None = None  # of the data, by name; None: not known
 
 
 def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
@@ -123,6 +117,7 @@ def _walk(plan: Plan) -> Walk:
             f"{parts.num_image_tokens} image tokens of it."
         )
     _check_positions(parts)
+    check_counts(parts, plan.slots)
     from zoo.model import ZooConfig, ZooModel
 
     require_kernel(plan.attention, parts.llm.lm)
@@ -131,11 +126,30 @@ def _walk(plan: Plan) -> Walk:
         model = ZooModel(ZooConfig(slots=dict(plan.slots), attention=attention), parts=parts)
     rows = [_row(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
-    walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + _TEXT))
+    walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
     walk.notes = [note for adapter in parts.adapter.values() for note in getattr(adapter, "notes", ())]
     for name, stage in plan.stages.items():
-        walk.stages.append(_check_stage(name, stage, model, plan, weights))
+        walk.stages.append(check_stage(name, stage, model, plan, weights))
+    walk.notes += _untrained(plan, walk.stages)
     return walk
+
+
+def _untrained(plan: Plan, stages: list[Stagecheck]) -> Iterator[str]:
+    """Say that the encoder has random weights, where a person may not know and nothing is to change it."""
+    node = plan.slots.get("vision")
+    if not node or node.get("checkpoint") or plan.trained or any("vision" in s.trainable for s in stages):
+        return
+    if "checkpoint" not in {option.name for option in registry.get("vision", node["name"]).options}:
+        return
+    if not stages and not node.get("model") and not plan.slots["llm"].get("checkpoint"):
+        return  # all is random here, and meant to be
+    named = f" ({node['model']})" if node.get("model") else ""
+    source = "pretrained" if node["name"] == "timm" and named else "<name>"
+    trains = ", and no stage trains it" if stages else ""
+    yield (
+        f"vision {node['name']!r}{named} starts from random weights{trains}: vision.checkpoint={source} reads trained "
+        "ones."
+    )
 
 
 def _check_machine(plan: Plan) -> None:
@@ -155,6 +169,7 @@ def _check_machine(plan: Plan) -> None:
             raise ZooError(f"attention={plan.attention} runs on CUDA only, and the device is {device}.")
         if plan.precision == "fp32":
             raise ZooError(f"attention={plan.attention} computes in bf16 or fp16, and precision=fp32 was asked for.")
+    require_attention(plan.attention, device, None)
 
 
 def _check_tokenizer(plan: Plan) -> int | None:
@@ -169,11 +184,11 @@ def _check_tokenizer(plan: Plan) -> int | None:
 
 
 def _check_positions(parts: Parts) -> None:
-    limit, needed = parts.llm.max_positions, parts.num_image_tokens + _TEXT
+    limit, needed = parts.llm.max_positions, parts.num_image_tokens + TEXT
     if limit is not None and parts.num_image_tokens and limit < needed:
         raise ZooError(
             f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {parts.num_image_tokens} tokens "
-            f"and {_TEXT} of text need {needed}."
+            f"and {TEXT} of text need {needed}."
         )
 
 
@@ -202,71 +217,6 @@ def _cache_bytes(parts: Parts, tokens: int) -> int:
         width = getattr(layer, "head_dim", None) or parts.llm.hidden_size // max(1, queries)
         columns += (getattr(layer, "num_key_value_heads", None) or queries) * width
     return 2 * columns * tokens * next(parts.llm.parameters()).element_size()
-
-
-def _check_stage(name: str, stage: Any, model: Any, plan: Plan, weights: int) -> Stagecheck:
-    """What a stage trains, by part; the memory of weights, gradients, two moments, and activations of one pass."""
-    where = f"Stage {name!r}: "
-    for key in stage.data:
-        if key not in plan.data:
-            raise ZooError(where + str(registry.unknown("data", key, plan.data)))
-    alone = next((n for n, a in model.adapter.items() if getattr(a, "per_row", False)), None)
-    if alone and stage.pack_length is not None:
-        raise ZooError(
-            f"{where}pack_length={stage.pack_length} puts several samples into a row, and adapter {alone!r} changes "
-            f"the LLM for a whole row: set pack_length=null."
-        )
-    try:
-        model.detach_only(stage.detach)
-        trainable = model.set_trainable(stage.train, stage.freeze)
-    except ZooError as error:
-        raise ZooError(where + str(error)) from error
-    teacher = 0
-    if stage.distiller:
-        teacher = _check_distiller(name, stage, model, plan)
-    elif stage.teacher:
-        raise ZooError(f"{where}a teacher is named, but no distiller: set stages.{name}.distiller.")
-    if stage.loss_weights.get("answer", 1.0) == 0 and not stage.distiller:
-        raise ZooError(f"{where}loss_weights.answer is 0 and there is no distiller, so nothing is learnt.")
-    learnt = sum(trainable.values())
-    weights += teacher
-    text = model.llm.lm.config.get_text_config()
-    layers, width = model.llm.num_layers, model.llm.hidden_size
-    rows = max(1, stage.batch_size // stage.accumulate)
-    tokens = rows * (model.num_image_tokens + _TEXT)
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
-    return Stagecheck(name, trainable, weights + 12 * learnt + tokens * per_token)
-
-
-def _check_distiller(name: str, stage: Any, model: Any, plan: Plan) -> int:
-    """Check what a stage's distiller needs, and its teacher; returns the bytes of the teacher's weights."""
-    from zoo.engine import build_distiller
-
-    where = f"Stage {name!r}: "
-    try:
-        with torch.device("meta"):
-            distiller = build_distiller(model, stage.distiller_node)
-    except ZooError as error:
-        raise ZooError(where + str(error)) from error
-    needs, who = frozenset(getattr(distiller, "needs", ())), stage.distiller_node["name"]
-    if any(n.startswith("teacher.") for n in needs) and not stage.teacher:
-        raise ZooError(f"{where}distiller {who!r} needs a teacher: set stages.{name}.teacher to a model's name.")
-    if "student.image" in needs and not model.num_image_tokens and model.vision is None:
-        raise ZooError(f"{where}distiller {who!r} needs image features, but the model has no vision encoder.")
-    if not stage.teacher:
-        return 0
-    if not any(n.startswith("teacher.") for n in needs):
-        raise ZooError(f"{where}distiller {who!r} asks nothing of a teacher: leave stages.{name}.teacher empty.")
-    from zoo.teacher_check import check_store, check_teacher
-
-    try:
-        if folder := stage.teacher_node["store"]:
-            check_store(name, stage, folder, needs, model, plan.slots)
-            return 0
-        return check_teacher(name, stage, distiller, model, plan)
-    except ZooError as error:
-        raise ZooError(f"{where}{error}.") from error
 
 
 # ---- fixes -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ means over every image. Other losses are means over forward passes.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ class Engine:
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
-        self.optimizers = build_optimizers(modules, stage, _parts_of(model))
+        self.optimizers = build_optimizers(modules, stage, parts_of(model))
         self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon does not see the size of a gradient
 
     def run(
@@ -302,7 +302,9 @@ def _unsynced(modules: list[Any]) -> Iterator[None]:
             module.set_requires_gradient_sync(True)
 
 
-def _parts_of(model: Any) -> Any:
+def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:
+    """Return what names the parts that a parameter of the model or of a distiller belongs to, the closest first."""
+
     def parts(name: str) -> tuple[str, str]:
         part = "distiller" if name.startswith("distiller.") else model.part_of(name)
         return part, part.partition(".")[0]

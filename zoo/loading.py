@@ -119,6 +119,8 @@ def build(
     if folder is None:
         add_special(tokenizer, tokens_for(slots["layout"]))
     plan = plan_from(cfg, tokenizer)
+    plan.trained = folder is not None
+    plan.splits = None if pretrained else plan.splits  # what is only to be scored needs no data to train on
     for note in check(plan).notes:
         warnings.warn(note, stacklevel=2)
     special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -280,6 +282,16 @@ def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
         device=cfg.device,
         made=tokenizer,
         origin="" if cfg.model.source == "preset" else cfg.model.name,
+        trained=cfg.model.source != "preset" or (not cfg.stages and _has_card_weights(cfg)),
+        splits={str(name): str(node.get("split", "train") or "train") for name, node in cfg.data.items()},
+    )
+
+
+def _has_card_weights(cfg: Any) -> bool:
+    """Whether a preset comes with trained weights, here or on the hub."""
+    return (
+        bool(cfg.model.repository)
+        or (files("zoo.model_cards") / (cfg.model.name or "_")).joinpath("config.json").is_file()
     )
 
 

@@ -116,7 +116,7 @@ def build_optimizers(
     }
     if not named:
         raise ZooError(f"Nothing trains: no parameter is left by train={stage.train} and freeze={stage.freeze}.")
-    scales = _scales(list(named), stage.lr_scale, part_of)
+    scales = rate_scales(list(named), stage.lr_scale, part_of)
     matrices = _matrices(modules) if stage.optimizer == "muon_adamw" else set()
     muon: dict[float, list[nn.Parameter]] = defaultdict(list)
     adamw: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
@@ -158,7 +158,9 @@ def _matrices(modules: dict[str, nn.Module]) -> set[str]:
     return found
 
 
-def _scales(names: list[str], wanted: dict[str, float], part_of: Callable[[str], Iterable[str]]) -> dict[str, float]:
+def rate_scales(
+    names: list[str], wanted: dict[str, float], part_of: Callable[[str], Iterable[str]]
+) -> dict[str, float]:
     """Factor on the learning rate of each parameter: the last entry of `lr_scale` that names it or one of its parts."""
     result = dict.fromkeys(names, 1.0)
     for pattern, factor in wanted.items():

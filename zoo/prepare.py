@@ -16,6 +16,7 @@ from zoo.override_words import quoted_where
 from zoo.registry import MANY, ZooError, plugins, source_options, unknown
 from zoo.registry.core import NOBODY, SLOT_KINDS, group_of, kind_of
 from zoo.text_options import TextOptions
+from zoo.tokenizer_files import has_template
 from zoo.trial import try_override
 
 RECIPE_COMMANDS = ("train", "eval", "check")  # these start from the default recipe; anything else from none
@@ -130,16 +131,17 @@ class Choice:
     own_of_model: dict[str, Any]
     chosen: dict[str, Any]  # group -> what the run picks; a list where the slot holds several
     source: dict[str, str]  # fields of ModelSource
+    without: dict[str, frozenset[str]]  # what presets state and does not hold beside a checkpoint that the run names
 
     def lines(self, config_dir: str | Path | None = None) -> list[str]:
         """Return the overrides that make Hydra compose this choice."""
         texts = TextOptions(self.chosen, config_dir)
-        model = presets.trim("model", self.model, self.own_of_model, self.chosen, config_dir, texts)
+        model = presets.trim("model", self.model, self.own_of_model, self.chosen, config_dir, texts, self.without)
         lines = [f"model={_quoted(model)}"]
         lines += [f"++model.{key}={_quoted(value)}" for key, value in self.source.items()]
         if self.recipe is None:
             return [*lines, f"recipe={NOBODY}"]
-        recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts)
+        recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts, self.without)
         return [*lines, f"recipe={_quoted(recipe)}", f"run.recipe={_quoted(self.recipe)}"]
 
 
@@ -161,8 +163,35 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
         if key in own and key not in picked:
             for name in presets.as_list(own[key]):
                 presets.require(key, name, config_dir)
+    without = {}
+    if source.get("source", "preset") == "preset":
+        without = _of_random_parts(given, model, recipe, config_dir)
     source = {key: value for key, value in source.items() if f"model.{key}" not in given}
-    return Choice(recipe, model, own, from_model, chosen, source)
+    return Choice(recipe, model, own, from_model, chosen, source, without)
+
+
+def _of_random_parts(
+    given: Mapping[str, Any], model: str, recipe: str | None, config_dir: str | Path | None
+) -> dict[str, frozenset[str]]:
+    """Name what presets say of a part with random weights where the run puts a checkpoint, or another family, there.
+
+    Sizes, fields of a family and a tokenizer for the run's own text say nothing of a checkpoint. What a preset says
+    beside a checkpoint of its own (which layer is read, say) holds for another one too.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for slot in ("vision", "llm"):
+        stated = presets.section("model", model, slot, config_dir)
+        stated |= presets.section("recipe", recipe, slot, config_dir) if recipe else {}
+        checkpoint = given.get(f"{slot}.checkpoint")
+        if (checkpoint or given.get(f"{slot}.model")) and not (stated.get("checkpoint") or stated.get("model")):
+            found[slot] = frozenset()
+            if slot == "llm":
+                found["tokenizer"] = frozenset({"checkpoint", "vocab_size", "template_options"})
+                if has_template(str(checkpoint)):
+                    found["tokenizer"] = frozenset()
+        elif given.get(f"{slot}.model_type", stated.get("model_type")) != stated.get("model_type"):
+            found[slot] = frozenset({"extra"})
+    return found
 
 
 def _model_without_a_word(picked: set[str]) -> str | None:

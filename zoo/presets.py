@@ -5,7 +5,7 @@ must not inherit them (a CLIP checkpoint makes no timm encoder), so a preset is 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -151,6 +151,16 @@ def selection(group: str, name: str, config_dir: str | Path | None = None) -> di
     return chosen
 
 
+def section(group: str, name: str, key: str, config_dir: str | Path | None = None) -> dict[str, Any]:
+    """Return what a preset, and what it starts from, states in a section of the run: `llm`, `tokenizer`, ..."""
+    content = read(group, name, config_dir)
+    stated: dict[str, Any] = {}
+    for base in reversed(list(bases(content))):
+        stated |= section(group, base, key, config_dir)
+    own = content.get(key)
+    return stated | (own if isinstance(own, dict) else {})
+
+
 def as_list(value: Any) -> list[Any]:
     """Return a choice in a slot of several as a list: `null` is nobody, one name is one member."""
     if value is None:
@@ -165,6 +175,7 @@ def trim(
     chosen: Mapping[str, Any],
     config_dir: str | Path | None = None,
     texts: "Texts | None" = None,
+    without: Mapping[str, Collection[str]] | None = None,
 ) -> str:
     """Return the preset without options for components that the run does not choose, and with its texts as written.
 
@@ -175,6 +186,7 @@ def trim(
         chosen: what the run picks; a group that is absent is not known yet.
         config_dir: a user's own folder of presets.
         texts: knows which options hold text.
+        without: section -> options of it that do not hold in this run; none: the whole section.
     """
     content = read(group, name, config_dir)
     body = {k: v for k, v in content.items() if k != "defaults"}
@@ -182,12 +194,15 @@ def trim(
     for entry in content.get("defaults") or []:
         kept = entry
         if isinstance(entry, str) and entry != "_self_":
-            kept = trim(group, entry, own, chosen, config_dir, texts)
+            kept = trim(group, entry, own, chosen, config_dir, texts, without)
         elif isinstance(entry, dict) and texts:
             kept = {k: texts.choice(v) if k.split()[-1] == "/data" else v for k, v in entry.items()}
         changed |= kept != entry
         entries.append(kept)
     kept_body = _without_strangers(texts.written(group, name, body) if texts else body, own, chosen, config_dir)
+    for key, options in (without or {}).items():
+        if isinstance(stated := kept_body.get(key), dict):
+            kept_body[key] = {k: v for k, v in stated.items() if options and k not in options}
     if not changed and kept_body == body:
         return name
     return store_once(group, name, {"defaults": entries, **kept_body} if entries else kept_body)
