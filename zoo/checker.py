@@ -4,15 +4,19 @@ A refusal says which part, why, what is there instead, and up to three changes t
 this very check. The same check runs inside `zoo train` and `zoo.load`, before a weight is read.
 """
 
+import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from zoo import registry
 from zoo.assembly import Parts, assemble
+from zoo.config import Typed
 from zoo.counts import check_counts
 from zoo.fixes import candidates
 from zoo.fusion.attention import require_attention, require_kernel
@@ -57,9 +61,14 @@ class RefusedError(ZooError):
     """The composition does not fit. `reason` is the sentence, `fixes` the overrides that make it fit."""
 
     def __init__(self, reason: str, fixes: Sequence[str] = ()) -> None:
-        lines = [reason, *(f"  fix {i}: {fix}" for i, fix in enumerate(fixes, 1))]
+        lines = [reason, *(f"  fix {i}: {for_a_shell(fix)}" for i, fix in enumerate(fixes, 1))]
         super().__init__("\n".join(lines))
         self.reason, self.fixes = reason, list(fixes)
+
+
+def for_a_shell(override: str) -> str:
+    """Quote an override that a shell would take apart; brackets alone stay as the docs have them."""
+    return shlex.quote(override) if re.search(r"[^\w@%+=:,./\[\]-]", override) else override
 
 
 @dataclass
@@ -80,6 +89,7 @@ class Plan:
     origin: str = ""  # folder or repository that the weights come from, if from one
     trained: bool = False  # the model comes with trained weights, whatever its parts come with
     splits: Mapping[str, str] | None = None  # of the data, by name; None: not known
+    typed: Typed | None = None  # the words that it was composed from; fixes are tried as they would be typed
 
 
 def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
@@ -98,12 +108,26 @@ def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
 
         plan = plan_of(plan, *overrides)
     start = time.perf_counter()
-    try:
-        walk = _walk(plan)
-    except ZooError as error:
-        raise RefusedError(str(error), list(_fixes(plan, fixes))) from error
+    with _quiet():
+        try:
+            walk = _walk(plan)
+        except ZooError as error:
+            raise RefusedError(str(error), list(_fixes(plan, fixes))) from error
     walk.seconds = time.perf_counter() - start
     return walk
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers warns of for the model that is really built."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _walk(plan: Plan) -> Walk:
@@ -230,10 +254,22 @@ def _fixes(plan: Plan, most: int) -> Iterator[str]:
             return
         try:
             _walk(candidate)
+            _walk(_as_typed(plan, candidate, override))
         except Exception:  # a candidate may fail in any way; it is then no fix
             continue
         yield override
         found += 1
+
+
+def _as_typed(plan: Plan, candidate: Plan, override: str) -> Plan:
+    """The plan of the words that a person typed and a fix behind them; of a plan made otherwise, the candidate."""
+    if plan.typed is None:
+        return candidate
+    from zoo.loading import plan_from
+
+    again = plan_from(plan.typed.with_one_more(override))
+    tokens = {name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")}
+    return replace(again, **tokens, splits=candidate.splits, origin=candidate.origin, trained=candidate.trained)
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
@@ -284,6 +320,9 @@ def show(walk: Walk, title: str = "") -> None:
 
 def main(cfg: Any) -> None:
     """`zoo check`: show the walk, or the reason why there is none."""
+    from zoo.data_check import check_data
     from zoo.loading import plan_from
 
-    show(check(plan_from(cfg)), "The composition fits.")
+    walk = check(plan_from(cfg))
+    walk.notes += check_data(cfg)
+    show(walk, "The composition fits.")

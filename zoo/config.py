@@ -149,7 +149,26 @@ def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: st
         with hydra_of_its_own(config_dir):
             cfg = hydra_compose(CONFIG_NAME, prepared)
         validate(cfg)
+    cfg.__dict__["_typed"] = Typed(command, tuple(overrides), config_dir)  # beside the content: no file is to have it
     return cfg
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What a config was composed from: the words of a person."""
+
+    command: str
+    overrides: tuple[str, ...]
+    config_dir: str | Path | None = None
+
+    def with_one_more(self, override: str) -> Any:
+        """Compose again, with another override behind the others."""
+        return compose(self.command, [*self.overrides, override], self.config_dir)
+
+
+def typed_of(cfg: Any) -> Typed | None:
+    """Return what `compose` made a config from; None where something else made it, or it was copied."""
+    return cfg.__dict__.get("_typed")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ apart.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from zoo.run_folder import new_folder
 from zoo.score_table import score_table
 
 DEFAULT_TASK = "exact"  # for dialogs that name no task
+LOOKED = 2000  # samples of each data set in which a dialog for the tasks is looked for ahead
 TRAIN_SAMPLES = 2000  # samples of the training split in which the majority counts answers
 
 
@@ -80,6 +81,7 @@ def main(cfg: DictConfig) -> EvalResult:
     if not datasets:
         raise ZooError("There is no data to evaluate on. Choose some with data=[...].")
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
+    require_dialogs(datasets, tasks, cfg.limit)
     model, processor = build_model(cfg, device=accelerator.device)
     began = time.monotonic()
     result = evaluate(
@@ -150,9 +152,7 @@ def evaluate(
     if accelerator is not None:
         rows, blind = ([r for some in gather(accelerator, part) for r in some] for part in (rows, blind))
     if not rows:
-        raise ZooError(
-            f"No dialog in data {', '.join(datasets) or 'none'} is for the tasks {', '.join(tasks or ['any'])}."
-        )
+        raise nothing_to_score(datasets, tasks)
     rows.sort(key=lambda r: r["order"])
     lines = _lines(rows, table)
     if baselines:
@@ -161,6 +161,32 @@ def evaluate(
     for row in rows:
         row.pop("order"), row.pop("dialog")
     return EvalResult(lines, rows)
+
+
+def nothing_to_score(datasets: Iterable[str], tasks: Iterable[str] | None) -> ZooError:
+    """The error for data of which no dialog is for the tasks that were asked for."""
+    return ZooError(
+        f"No dialog in data {', '.join(datasets) or 'none'} is for the tasks {', '.join(tasks or ['any'])}."
+    )
+
+
+def require_dialogs(datasets: Mapping[str, Any], tasks: Mapping[str, Any] | None, limit: int | None = None) -> None:
+    """Refuse tasks that no dialog of the data is for, as far as the first samples show it, before a model is loaded.
+
+    Raises:
+        ZooError: no dialog is for them, in data that were looked through to the end or to `limit`.
+    """
+    table = Tasks(tasks)
+    whole = True
+    for dataset in datasets.values():
+        most = LOOKED if limit is None else min(limit, LOOKED)
+        for sample in islice(_samples(dataset, most, 0, 1), most):
+            if any(table.of(d) for d in getattr(sample, "dialogs", ()) if d.preference != "rejected"):
+                return
+        length = most + 1 if hasattr(dataset, "stream") else len(dataset)
+        whole = whole and (length if limit is None else min(length, limit)) <= most
+    if whole and datasets:
+        raise nothing_to_score(datasets, tasks)
 
 
 class Tasks:

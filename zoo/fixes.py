@@ -85,13 +85,22 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
 
 def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     for name, stage in plan.stages.items():
+        for field_name in ("data", "loss_weights", "lr_scale"):  # a mapping is merged with what is there: take one out
+            for key in (given := dict(getattr(stage, field_name))):
+                less = {k: v for k, v in given.items() if k != key}
+                try:
+                    changed = replace(stage, **{field_name: less})
+                except ZooError:
+                    continue
+                yield f"~stages.{name}.{field_name}.{key}", replace(plan, stages={**plan.stages, name: changed})
         for field_name, value in (
             ("freeze", []),
             ("train", ["all"]),
             ("train", ["projector"]),
-            ("data", {}),
             ("distiller", None),
+            ("teacher", ""),
             ("pack_length", None),
+            ("precision", ""),
         ):
             if getattr(stage, field_name) != value:
                 try:
@@ -99,7 +108,7 @@ def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
                 except ZooError:
                     continue
                 yield (
-                    f"stages.{name}.{field_name}={_shown(value) if value != {} else '{}'}",
+                    f"stages.{name}.{field_name}={_shown(value)}",
                     replace(plan, stages={**plan.stages, name: changed}),
                 )
 
@@ -135,6 +144,8 @@ def _shown(value: Any) -> str:
     """A value as an override spells it; of a mapping, its names."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if value == "":
+        return "''"
     if isinstance(value, (Mapping, list, tuple)):
         return f"[{','.join(map(str, value))}]"
     return str(value)

@@ -283,6 +283,7 @@ def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
         made=tokenizer,
         origin="" if cfg.model.source == "preset" else cfg.model.name,
         trained=cfg.model.source != "preset" or (not cfg.stages and _has_card_weights(cfg)),
+        typed=configs.typed_of(cfg),
         splits={str(name): str(node.get("split", "train") or "train") for name, node in cfg.data.items()},
     )
 

@@ -44,6 +44,7 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     flush()
     for override in parsed:
         check(override, config_dir)
+    parsed = chosen_last(parsed)
     choice = settle(command, values(parsed), config_dir)
     texts = TextOptions(choice.chosen, config_dir)
     parsed = parse([texts.typed(o.input_line) for o in parsed])
@@ -53,6 +54,25 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     rest = [o for o in parsed if o.key_or_group not in ("model", "recipe")]
     lines = [line for override in rest for line in _rewritten(override, choice, config_dir)]
     return lines + choice.lines(config_dir)
+
+
+def chosen_last(parsed: Sequence[Any]) -> list[Any]:
+    """Leave out what was said of a slot before it was chosen a second time: that choice replaces the first.
+
+    Options of a member that both choices name stay.
+    """
+    choices = {key: [i for i, o in enumerate(parsed) if o.key_or_group == key] for key in SLOTS}
+    dropped: set[int] = set()
+    for key, places in choices.items():
+        if len(places) < 2:
+            continue
+        value = None if parsed[places[-1]].is_delete() else parsed[places[-1]].value()
+        stay = {str(name) for name in presets.as_list(value)} if key in SEVERAL else set()
+        for i, override in enumerate(parsed[: places[-1]]):
+            group, _, rest = override.key_or_group.partition(".")
+            if group == key and rest.partition(".")[0] not in stay:
+                dropped.add(i)
+    return [o for i, o in enumerate(parsed) if i not in dropped]
 
 
 def parse(overrides: Sequence[str]) -> list[Any]:

@@ -19,10 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from zoo import checkpoint
+from zoo.checker import check
 from zoo.engine import Engine, build_distiller, reseed
 from zoo.files import written_beside
 from zoo.finish import finish, score
 from zoo.loader import Batches, Loader, Place
+from zoo.loading import plan_from
 from zoo.memory import keep_memory
 from zoo.precision import fast_products, resolve_precision
 from zoo.processes import by_first, gather, start_accelerator
@@ -48,6 +50,8 @@ def main(cfg: DictConfig) -> RunFolder:
     Raises:
         SystemExit: SIGTERM came; the code is 143, and the run can be resumed.
     """
+    if not cfg.resume:
+        check(plan_from(cfg))  # before a folder is made or data is read
     with Run(cfg) as run:
         run.train()
         finish(run)
