@@ -54,8 +54,11 @@ def _check_data(stage: Any, plan: Any) -> None:
     for key in stage.data:
         if key not in plan.data:
             raise unknown("data", key, plan.data)
-    if plan.splits is not None and not stage.data and "train" not in plan.splits.values():
-        there = ", ".join(f"{name} (split {split})" for name, split in plan.splits.items()) or "none"
+    if plan.splits is not None and not stage.data:
+        splits = {name: plan.splits.get(name, "train") for name in plan.data}
+        if "train" in splits.values():
+            return
+        there = ", ".join(f"{name} (split {split})" for name, split in splits.items()) or "none"
         raise ZooError(f"there is no data to train on. The run has {there}: choose some with data=[...].")
 
 
