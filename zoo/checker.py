@@ -25,7 +25,7 @@ from zoo.stage_check import TEXT, Stagecheck, check_stage
 from zoo.tokenizer import CHAT_TEMPLATES, load_tokenizer, require_vocab_size
 
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
-_SECONDS = 15.0  # and how long it may take
+_SECONDS = 15.0  # and how long it may compute
 
 
 @dataclass
@@ -248,9 +248,9 @@ def _cache_bytes(parts: Parts, tokens: int) -> int:
 
 def _fixes(plan: Plan, most: int) -> Iterator[str]:
     """Yield overrides that make the plan fit, smallest change first; each was walked."""
-    found, start = 0, time.perf_counter()
+    found, start = 0, time.thread_time()
     for tries, (override, candidate) in enumerate(candidates(plan)):
-        if found == most or tries >= _MOST_TRIES or time.perf_counter() - start > _SECONDS:
+        if found == most or tries >= _MOST_TRIES or time.thread_time() - start > _SECONDS:
             return
         try:
             _walk(candidate)
