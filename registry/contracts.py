@@ -374,9 +374,14 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class StreamingDataset(Protocol):
-    """A data set whose length is not known."""
+    """A data set whose length is not known. One thread of each process reads it, in order.
 
-    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample]: ...
+    It may also have `order(name, size, place)`, a `zoo.data.stream_order.StreamOrder` in which processes read what they
+    need alone and loader workers make samples of rows by `sample(row, number)`.
+    """
+
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample]:
+        """Yield the samples of an epoch from number `start` on; the same whoever asks."""
 
 
 @runtime_checkable

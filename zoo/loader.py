@@ -2,14 +2,16 @@
 
 Nothing here has a state that must be restored: position p of a stage's stream is a data set, an epoch and an index,
 whoever asks and whenever. So a run resumes at any step, with any number of worker processes, and a run on two processes
-sees the samples of a run on one. Streaming data sets, whose length nobody knows, are read in order by every process and
-worker, each decoding its own share only; their place is saved.
+sees the samples of a run on one. Streaming data sets, whose length is not known, are read in order by one thread of
+each process, which hands rows to the loader workers; where the order allows, a process reads the shards that it has
+rows of and no others (`zoo.data.stream_order`). The place of a stream is saved.
 """
 
+import pickle
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.collate import EncodedSample
+from zoo.data.stream_order import StreamOrder, StreamRow, order_of
 from zoo.registry import Sample, ZooError, unknown
 from zoo.stage import Stage
 
@@ -122,7 +125,10 @@ class Place:
     rank: int = 0
     world: int = 1
     step: int = 0  # optimiser step of the stage to start at
-    streams: dict[str, list[int]] = field(default_factory=dict)  # of each stream: epoch and samples read, at `step`
+    streams: dict[str, Any] = field(default_factory=dict)  # of each stream: where it is at `step`, plain values
+
+
+Item = Where | tuple[int, StreamRow]  # a sample of a data set of the mix: its place, or a row that was read
 
 
 class Batches(Dataset):
@@ -157,35 +163,45 @@ class Batches(Dataset):
             raise ZooError(f"length_buckets needs data of known length, and data {name!r} is a stream.")
         self.size = stage.batch_size // parts  # samples of one forward pass
         self._window: tuple[int, list[list[Where]]] = (-1, [])
-        self._streams: dict[int, tuple[Iterator[Sample], int, int]] = {}  # data set -> samples, epoch, how many read
-        self._done = place.step * stage.batch_size  # position up to which streams were read
-        self._step: tuple[int, list[Sample]] = (-1, [])  # with streams: the last step's samples
+        self.has_streams = None in mix.lengths
+        self._streams: dict[int, StreamOrder] = {}  # data set -> how far it was read
+        self._step: tuple[int, dict[int, Item]] = (place.step - 1, {})  # of streams the last step read, slot -> item
 
     def __len__(self) -> int:
         return self.steps * self.stage.accumulate
 
     def __getitem__(self, j: int) -> dict[str, Any]:
+        return self.make(*self.read(j))
+
+    def read(self, j: int) -> tuple[list[Item], dict[str, Any]]:
+        """Return what pass j is made of, and where streams are behind it; their rows are read, in order, by this."""
         step, turn = divmod(j, self.stage.accumulate)
         first = (turn * self.place.world + self.place.rank) * self.size
-        samples = self.samples(step, slice(first, first + self.size))
+        return self._items(step, range(first, first + self.size)), self._stream_places()
+
+    def make(self, items: list[Item], streams: dict[str, Any]) -> dict[str, Any]:
+        """Make the batch of what `read` gave, in any process."""
         encode = self.processor.encode if self.text else self.processor.encode_images
         rows: list[EncodedSample] = []
         broken: list[str] = []
-        for sample in samples:
+        for item in items:
+            name = ""
             try:
+                sample = self._sample(item)
+                name = f"{sample.id}: "
                 pieces = self._pieces(sample)
                 encoded = [encode(s) for s in pieces]
                 rows += encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
             except (ZooError, OSError) as error:
                 if not self.stage.skip_broken:
                     raise
-                broken.append(f"{sample.id}: {error}")
+                broken.append(f"{name}{error}")
         if not rows:
             raise ZooError(f"Every sample of a batch is broken, the first is {broken[0]}")
         if self.stage.pack_length is not None and self.text:
             rows = self.processor.pack(rows, self.stage.pack_length)
         batch = self.processor.collate(rows, multiple_of=self.multiple_of)
-        info = {"samples": len(samples) - len(broken), "broken": broken, "streams": self._stream_places()}
+        info = {"samples": len(items) - len(broken), "broken": broken, "streams": streams}
         return {"batch": batch, "info": info}
 
     def _pieces(self, sample: Sample) -> list[Sample]:
@@ -193,13 +209,16 @@ class Batches(Dataset):
             return [sample]
         return [replace(sample, dialogs=[d]) for d in sample.dialogs]
 
-    def samples(self, step: int, mine: slice = slice(None)) -> list[Sample]:
-        """Return the samples of an optimiser step, over all processes or those in `mine`."""
-        if None not in self.mix.lengths:
-            return [self.mix.datasets[member].get(index, epoch) for member, epoch, index in self._places(step)[mine]]
-        if self._step[0] != step:
-            self._step = (step, self._read(step))
-        return self._step[1][mine]
+    def samples(self, step: int) -> list[Sample]:
+        """Return the samples of an optimiser step, of one process."""
+        return [self._sample(item) for item in self._items(step, range(self.stage.batch_size))]
+
+    def _sample(self, item: Item) -> Sample:
+        dataset = self.mix.datasets[item[0]]
+        if len(item) == 3:
+            return dataset.get(item[2], item[1])
+        row = item[1]
+        return row.value if row.number is None else dataset.sample(row.value, row.number)
 
     def _places(self, step: int) -> list[Where]:
         """Return what makes up optimiser step `step`."""
@@ -217,35 +236,48 @@ class Batches(Dataset):
 
     # ---- streams -----------------------------------------------------------------------------------------------
 
-    def _read(self, step: int) -> list[Sample]:
-        """Return the samples of a step of a mix with streams, having passed over what other workers read."""
-        start, stop = step * self.stage.batch_size, (step + 1) * self.stage.batch_size
-        for member in self.mix.members(self._done, start).tolist():
-            if self.mix.lengths[member] is None:
-                self._next(member)
-        self._done = stop
-        return [
-            self._next(member) if self.mix.lengths[member] is None else self.mix.datasets[member].get(index, epoch)
-            for member, epoch, index in self.mix.places(start, stop)
-        ]
+    def _items(self, step: int, slots: range) -> list[Item]:
+        """Return what is at `slots` of an optimiser step, of those that this process computes."""
+        if not self.has_streams:
+            return list(self._places(step)[slots.start : slots.stop])
+        if step < self._step[0]:
+            self._streams, self._step = {}, (self.place.step - 1, {})
+        while self._step[0] < step:
+            number = self._step[0] + 1
+            self._step = (number, self._read(number, number == step))
+        return [self._step[1][slot] for slot in slots]
 
-    def _next(self, member: int) -> Sample:
-        name, dataset = self.mix.names[member], self.mix.datasets[member]
+    def _read(self, step: int, wanted: bool) -> dict[int, Item]:
+        """Go on by a step in all streams; read this process's rows of it if they are wanted."""
+        items: dict[int, Item] = {}
+        first = step * self.stage.batch_size
+        for slot, place in enumerate(self.mix.places(first, first + self.stage.batch_size)):
+            mine = wanted and slot // self.size % self.place.world == self.place.rank
+            if self.mix.lengths[place[0]] is not None:
+                items[slot] = place
+            elif (row := self._stream(place[0]).next(first + slot, mine)) is not None:
+                items[slot] = (place[0], row)
+        return items
+
+    def _stream(self, member: int) -> StreamOrder:
         if member not in self._streams:
-            epoch, read = self.place.streams.get(name, (0, 0))
-            self._streams[member] = (iter(dataset.stream(epoch, read)), epoch, read)
-        iterator, epoch, read = self._streams[member]
-        for again in (False, True):
-            if (sample := next(iterator, None)) is not None:
-                self._streams[member] = (iterator, epoch, read + 1)
-                return sample
-            if again:
-                break
-            iterator, epoch, read = iter(dataset.stream(epoch + 1, 0)), epoch + 1, 0
-        raise ZooError(f"data {name!r} is a stream without a single sample.")
+            name = self.mix.names[member]
+            place = self.place.streams.get(name)
+            self._streams[member] = order_of(name, self.mix.datasets[member], self.stage.batch_size, place)
+        return self._streams[member]
 
-    def _stream_places(self) -> dict[str, list[int]]:
-        return self.place.streams | {self.mix.names[m]: [epoch, read] for m, (_, epoch, read) in self._streams.items()}
+    def _stream_places(self) -> dict[str, Any]:
+        return self.place.streams | {self.mix.names[m]: order.place for m, order in self._streams.items()}
+
+
+class _Making(Dataset):
+    """In a loader worker: makes batches of what was read."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, message: bytes) -> dict[str, Any]:
+        return self.batches.make(*pickle.loads(message))
 
 
 def _length(sample: Sample) -> int:
@@ -265,7 +297,11 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first = self.batches.place.step * self.batches.stage.accumulate
         turns = range(first, len(self.batches))
-        source = self._by_workers(turns) if self.batches.stage.workers else _by_thread(self.batches, turns, self.ahead)
+        batches = self.batches
+        if batches.stage.workers:
+            source = self._by_workers(turns)
+        else:
+            source = _ahead((batches[j] for j in turns), self.ahead)
         try:
             while True:
                 start = time.perf_counter()
@@ -278,21 +314,41 @@ class Loader:
             source.close()
 
     def _by_workers(self, turns: range) -> Generator[dict[str, Any], None, None]:
+        batches, workers = self.batches, self.batches.stage.workers
+        streams = batches.has_streams
+        # The thread that reads streams begins when the loader asks for its first message, with all workers forked.
+        feed = _ahead((_message(batches, j) for j in turns), self.ahead * workers) if streams else None
         loader = DataLoader(
-            self.batches,
-            sampler=turns,  # type: ignore[arg-type]
+            _Making(batches) if streams else batches,
+            sampler=feed or turns,  # type: ignore[arg-type]
             batch_size=None,
-            num_workers=self.batches.stage.workers,
+            num_workers=workers,
             prefetch_factor=self.ahead,
             pin_memory=self.pin_memory,
         )
         with torch.random.fork_rng(devices=[]):  # the iterator draws a seed from the model's randomness
             source = iter(loader)
-        yield from source
+        try:
+            yield from source
+        finally:
+            if feed is not None:
+                feed.close()
 
 
-def _by_thread(batches: Batches, turns: range, ahead: int) -> Generator[dict[str, Any], None, None]:
-    """Make batches in a thread. Most of the work of a step releases Python's lock, and the thread uses the gaps."""
+def _message(batches: Batches, j: int) -> bytes:
+    """Read pass j and pack it for a worker."""
+    read = batches.read(j)
+    try:
+        return pickle.dumps(read)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        names = ", ".join(n for n, length in zip(batches.mix.names, batches.mix.lengths, strict=True) if length is None)
+        raise ZooError(
+            f"The samples of data {names}, a stream, cannot be sent to a loader worker ({error}): set workers=0."
+        ) from error
+
+
+def _ahead(items: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
+    """Make items in a thread. Most of the work of a step releases Python's lock, and the thread uses the gaps."""
     ready: queue.Queue = queue.Queue(maxsize=ahead)
     leave = threading.Event()
 
@@ -307,8 +363,8 @@ def _by_thread(batches: Batches, turns: range, ahead: int) -> Generator[dict[str
 
     def work() -> None:
         try:
-            for j in turns:
-                if not put(batches[j]):
+            for item in items:
+                if not put(item):
                     return
             put(None)
         except BaseException as error:

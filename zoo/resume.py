@@ -27,7 +27,7 @@ class Progress:
     stage: int = 0  # index of the stage to run next
     step: int = 0  # steps of it that were taken
     global_step: int = 0  # steps of the run that were taken
-    streams: dict[str, list[int]] = field(default_factory=dict)  # of each streaming data set: epoch and samples read
+    streams: dict[str, Any] = field(default_factory=dict)  # of each streaming data set: where it is
     trained: list[str] = field(default_factory=list)  # weights that were ever trained
     seconds: float = 0.0  # that training took, in all processes one after the other that did a part of it
 

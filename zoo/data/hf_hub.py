@@ -4,13 +4,18 @@ Needs the extra `datasets`. How a row is read stands in `records.py`. Image colu
 decoded where they are used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from zoo.data.hub_rows import open_rows, row_image, undecoded
+import numpy as np
+
+from zoo.data.hub_rows import open_rows, read_rows, row_image, shard_lengths
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.records import RecordFields, read_record, record_id
+from zoo.data.stream_order import InOrder, Lanes, StreamOrder, StreamRow
 from zoo.registry import MISSING, Sample, ZooError, register
 
 
@@ -23,6 +28,9 @@ class HubDataConfig(RecordFields):
     revision: str = ""  # commit, tag or branch on the hub; empty: the newest
     streaming: bool = False  # read row by row, without a download in front
     shuffle_buffer: int = 0  # rows among which a stream draws the next, anew in each epoch; 0: the stored order
+    # Files of a shuffled stream of parquet that are read side by side, the buffer shared among them; with as many as
+    # there are processes, or a multiple, each process reads files of its own
+    lanes: int = 16
     images: str = ""  # folder or tar archive where the image column holds names of files
     seed: int = 0  # of the stream's order, with the epoch
     limit: int = 0  # first rows only; 0: all
@@ -31,6 +39,8 @@ class HubDataConfig(RecordFields):
         super().__post_init__()
         if min(self.shuffle_buffer, self.limit) < 0:
             raise ZooError(f"shuffle_buffer and limit must be 0 or more, got {self.shuffle_buffer} and {self.limit}.")
+        if self.lanes < 1:
+            raise ZooError(f"lanes must be 1 or more, got {self.lanes}.")
         if self.shuffle_buffer and not self.streaming:
             raise ZooError("shuffle_buffer orders a stream; without streaming=true the sampler shuffles all rows.")
 
@@ -46,7 +56,7 @@ class HubData:
     def __init__(self, config: HubDataConfig) -> None:
         self.config = config
         self.store: ImageStore | None = open_store(config.images) if config.images else None
-        self.rows = undecoded(open_rows(config))
+        self.rows = open_rows(config)
         if config.limit:
             self.rows = self.rows.take(config.limit)
 
@@ -63,7 +73,7 @@ class HubData:
             return None
         return HubData(replace(self.config, split=self.config.eval_split, shuffle_buffer=0, limit=0))
 
-    def sample(self, row: dict[str, Any], number: int) -> Sample:
+    def sample(self, row: dict[str, Any], number: int | str) -> Sample:
         """Turn row `number` into a sample."""
         name = record_id(row, self.config) or str(number)
         where = f"{self.config.path} ({self.config.split}), row {number}"
@@ -85,14 +95,77 @@ class MappedHubData(HubData):
 
 
 class StreamedHubData(HubData):
-    """Rows as they come; a stream that was broken off goes on from `start`."""
+    """Rows as they come; a stream that was broken off goes on from its place."""
+
+    @cached_property
+    def lengths(self) -> list[int] | None:
+        """Rows of each shard, where the order goes over several at once; None: it goes through all one by one."""
+        config = self.config
+        return (
+            shard_lengths(config, self.rows)
+            if config.shuffle_buffer and config.lanes > 1 and not config.limit
+            else None
+        )
 
     def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample]:
         """Yield the samples of an epoch from number `start` on; their order depends on (seed, epoch)."""
+        if self.lengths is None:
+            yield from (self.sample(row.value, row.number) for row in self._rows(epoch, start))
+            return
+        order = self.order("", 1, {"epoch": epoch, "drawn": 0, "lanes": []})
+        for number in range(sum(self.lengths)):
+            if (row := order.next(number, number >= start)) is not None:
+                yield self.sample(row.value, row.number)
+
+    def order(self, name: str, size: int, place: Mapping[str, Any]) -> StreamOrder:
+        """Return the order of the rows: as they are stored; or shuffled, with several shards side by side.
+
+        Args:
+            name: of the data, for errors.
+            size: samples of an optimiser step.
+            place: where to begin.
+        """
+        config = self.config
+        if self.lengths is not None:
+            options: dict[str, Any] = {"size": size, "lanes": config.lanes, "seed": config.seed, "place": place}
+            return Lanes(name, self.lengths, self._rows_of_shard, **options)
+        if config.shuffle_buffer:  # the library loses what is in its buffer: rows are passed over
+            return InOrder(name, lambda epoch, read, _: self._rows(epoch, read), place)
+        rows = copy(self.rows)  # has a state of its own
+        skipped = False
+
+        def begin(epoch: int, read: int, state: Any) -> Iterator[StreamRow]:
+            nonlocal skipped
+            skipped = bool(read and state is None)
+            if skipped:
+                return self._rows(epoch, read)
+            rows.load_state_dict(state)
+            return self._numbered(rows, read)
+
+        return InOrder(name, begin, place, lambda: None if skipped else rows.state_dict())
+
+    def _rows(self, epoch: int, start: int) -> Iterator[StreamRow]:
         rows = self.rows
         if self.config.shuffle_buffer:
-            rows = rows.shuffle(seed=self.config.seed, buffer_size=self.config.shuffle_buffer)
-        rows = rows.skip(start)  # a new data set, in epoch 0
-        rows.set_epoch(epoch)
-        for number, row in enumerate(rows, start):
-            yield self.sample(row, number)
+            rows = _one_by_one(rows) if rows.num_shards == 1 else rows
+            rows = rows.shuffle(seed=self._seed(epoch, 0), buffer_size=self.config.shuffle_buffer)
+        return self._numbered(rows.skip(start), start)
+
+    def _rows_of_shard(self, epoch: int, shard: int, start: int) -> Iterator[StreamRow]:
+        assert self.lengths is not None
+        rows = _one_by_one(self.rows.shard(len(self.lengths), shard))
+        size = max(1, self.config.shuffle_buffer // min(self.config.lanes, len(self.lengths)))
+        rows = rows.shuffle(seed=self._seed(epoch, shard + 1), buffer_size=size).skip(start)
+        return self._numbered(rows, start, f"{shard}:")
+
+    def _numbered(self, rows: Any, start: int, shard: str = "") -> Iterator[StreamRow]:
+        for number, row in enumerate(read_rows(rows, self.config), start):
+            yield StreamRow(row, f"{shard}{number}")
+
+    def _seed(self, epoch: int, shard: int) -> int:
+        return int(np.random.SeedSequence([self.config.seed & 0xFFFFFFFF, epoch, shard]).generate_state(1)[0])
+
+
+def _one_by_one(rows: Any) -> Any:
+    """Fix the order of shards: to mix them, the library starts threads and waits seconds for each to end."""
+    return rows.skip(0)

@@ -1,5 +1,8 @@
 """Rows of Hugging Face datasets, from the hub or from disk, with images as they are stored."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,40 +61,94 @@ def _library() -> Any:
 
 
 def open_rows(config: HubRows) -> Any:
-    """Open what `path` names, as a Dataset or an IterableDataset of the split.
+    """Open what `path` names, as a Dataset or an IterableDataset of the split; images are left as they are stored.
 
     Raises:
         ZooError: it does not exist, or has no such split or subset.
     """
     datasets = _library()
     path = Path(config.path)
-    try:
+    with _named(config):
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
             if isinstance(found, dict):
                 if config.split not in found:
                     raise ValueError(f"split {config.split!r} is not among {sorted(found)}")
                 found = found[config.split]
-            return found.to_iterable_dataset() if config.streaming else found
-        if path.suffix in FILES:
-            files = {config.split: config.path}
-            return datasets.load_dataset(
-                FILES[path.suffix], data_files=files, split=config.split, streaming=config.streaming
-            )
-        return datasets.load_dataset(
-            config.path,
-            config.subset or None,
-            split=config.split,
-            revision=config.revision or None,
-            streaming=config.streaming,
-        )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            return _undecoded(found.to_iterable_dataset() if config.streaming else found)
+        named, options = _what(config)
+        return _undecoded(datasets.load_dataset(*named, split=config.split, streaming=config.streaming, **options))
+
+
+def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
+    """Count the rows of each shard of a stream by the ends of its parquet files; None for other files.
+
+    Raises:
+        ZooError: a file cannot be read.
+    """
+    import fsspec
+    import pyarrow.parquet as pq
+
+    if rows.num_shards < 2 or (Path(config.path) / "dataset_dict.json").is_file():
+        return None
+
+    def length(file: str) -> int:
+        with fsspec.open(file, "rb") as opened:
+            count: int = pq.read_metadata(opened).num_rows
+            return count
+
+    with _named(config):
+        named, options = _what(config)
+        files = (_library().load_dataset_builder(*named, **options).config.data_files or {}).get(config.split, [])
+        if len(files) != rows.num_shards or not all(str(file).endswith(".parquet") for file in files):
+            return None
+        with ThreadPoolExecutor(16) as pool:  # files of a hub are a request each
+            return list(pool.map(length, map(str, files)))
+
+
+def _what(config: HubRows) -> tuple[tuple[str, str | None], dict[str, Any]]:
+    """Return what the library's functions take to find the data: name and subset, and options."""
+    suffix = Path(config.path).suffix
+    if suffix in FILES:
+        return (FILES[suffix], None), {"data_files": {config.split: config.path}}
+    return (config.path, config.subset or None), {"revision": config.revision or None}
+
+
+@contextmanager
+def _named(config: HubRows, doing: str = "opened") -> Iterator[None]:
+    """Name the data set in what the library and its file formats raise."""
+    try:
+        yield
+    except ZooError:
+        raise
+    except (OSError, ValueError, RuntimeError, _library().exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ZooError(f"Data set {config.path!r} cannot be opened: {reason}") from error
+        raise ZooError(f"Data set {config.path!r} cannot be {doing}: {reason}") from error
 
 
-def undecoded(rows: Any) -> Any:
-    """Leave images as they are stored: decoding belongs to the place that uses them, and may never be needed."""
+def read_rows(rows: Any, config: HubRows) -> Iterator[dict[str, Any]]:
+    """Iterate over a stream.
+
+    Raises:
+        ZooError: a file breaks off or cannot be fetched, and the message says behind how many rows; or this is a
+            loader worker, to which the library would give some of the shards only.
+    """
+    from torch.utils.data import get_worker_info
+
+    if get_worker_info() is not None:
+        raise ZooError(f"Data set {config.path!r} is a stream: the process reads it, and not its loader workers.")
+    source, number = iter(rows), 0
+    while True:
+        with _named(config, f"read on behind {number} rows"):
+            row = next(source, None)
+        if row is None:
+            return
+        yield row
+        number += 1
+
+
+def _undecoded(rows: Any) -> Any:
+    """Decoding belongs to the place that uses them, and may never be needed."""
     datasets = _library()
     if rows.features is None:  # a stream whose columns are not known before its first row
         rows = rows._resolve_features()

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from zoo.data.hub_rows import open_rows, row_image, undecoded
+from zoo.data.hub_rows import open_rows, row_image
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.records import ROLES, RecordFields, images_of, place_images, read_turns, record_id
@@ -54,7 +54,7 @@ class Preference:
         self._fields = RecordFields(image_field=config.image_field, id_field=config.id_field)
         path = Path(config.path.replace("{split}", config.split))
         self.in_file = bool({".json", ".jsonl", ".ndjson"} & set(path.suffixes))
-        self.rows: Any = RecordFile(path) if self.in_file else undecoded(open_rows(config))
+        self.rows: Any = RecordFile(path) if self.in_file else open_rows(config)
         images = config.images or (str(path.parent) if self.in_file else "")
         self.store: ImageStore | None = open_store(images) if images else None
         self.number = min(len(self.rows), config.limit or len(self.rows))
