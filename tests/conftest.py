@@ -115,7 +115,8 @@ def make_model(tokenizer):
     import torch
 
     from zoo.loading import processor_for
-    from zoo.model import ZooConfig, ZooModel
+    from zoo.model import ZooModel
+    from zoo.model_config import ZooConfig
 
     def make(seed: int = 0, attention: str = "sdpa", **slots):
         torch.manual_seed(seed)

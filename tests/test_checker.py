@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from zoo import registry
-from zoo.checker import Plan, RefusedError, check, show, size_text
+from zoo.checker import RefusedError, check, show, size_text
+from zoo.plan import Plan
 from zoo.registry import ImageFeatures, ZooError
 from zoo.stage import Stage
 

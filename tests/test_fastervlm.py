@@ -6,8 +6,9 @@ import torch
 from tests.fusion_builders import features
 from tests.vision_builders import hf_model, open_clip_model, pixels, save_open_clip, save_timm, shake, timm_model
 from zoo import registry
-from zoo.checker import Plan, RefusedError, check
+from zoo.checker import RefusedError, check
 from zoo.fusion.selection import count_kept, top
+from zoo.plan import Plan
 from zoo.registry import ImageFeatures, ZooError
 from zoo.registry.versions import cache_of
 from zoo.vision.attention_rows import row

@@ -5,7 +5,8 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
 from zoo.loading import processor_for
-from zoo.model import ZooConfig, ZooModel
+from zoo.model import ZooModel
+from zoo.model_config import ZooConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.conftest import picture, tiny_slots
 from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, row
 from zoo import registry
-from zoo.checker import Plan, check
+from zoo.checker import check
 from zoo.fusion.attention import resolve_attention
+from zoo.plan import Plan
 from zoo.prompted import Prompt, prompted
 from zoo.registry import ZooError
 

@@ -133,7 +133,7 @@ def test_a_hostile_config_does_nothing(saved, tmp_path):
 def test_weights_of_another_hash_are_refused(saved, tmp_path):
     from omegaconf import OmegaConf
 
-    from zoo.loading import weights_folder
+    from zoo.source import weights_folder
 
     model, _, folder = saved
     source = {"source": "dir", "repository": "", "revision": ""}

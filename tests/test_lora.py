@@ -9,7 +9,8 @@ import zoo
 from tests.conftest import tiny_slots
 from tests.fusion_builders import VOCAB, llm_node, padded_batch, same_state, tiny_llm
 from zoo import checkpoint, registry
-from zoo.checker import Plan, check, show
+from zoo.checker import check, show
+from zoo.plan import Plan
 from zoo.registry import ZooError
 
 

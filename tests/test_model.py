@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
-from zoo.model import ZooConfig, ZooModel
+from zoo.model import ZooModel
+from zoo.model_config import ZooConfig
 from zoo.registry import IGNORE_INDEX, ZooError
 
 PAIR = (QUESTIONS[0], ANSWERS[0])

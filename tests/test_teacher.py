@@ -13,7 +13,8 @@ from zoo.model_types import Seen
 from zoo.registry import Cut, ZooError
 from zoo.run_folder import read_metrics
 from zoo.stage import Stage
-from zoo.teacher import Teacher, Twins, shared_tokens
+from zoo.teacher import Teacher, Twins
+from zoo.tokenizer import shared_tokens
 from zoo.train import Run
 
 STAGE = {"steps": 1, "distiller": "llava_kd", "teacher": "t"}

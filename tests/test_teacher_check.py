@@ -9,7 +9,8 @@ from torch import nn
 from tests.conftest import tiny_slots
 from tests.teacher_builders import save_teacher
 from zoo import checker, registry
-from zoo.checker import Plan, RefusedError, check
+from zoo.checker import RefusedError, check
+from zoo.plan import Plan
 from zoo.registry import ImageFeatures, ZooError
 from zoo.stage import Stage
 from zoo.tokenizer import OF_MODEL
@@ -166,7 +167,7 @@ def test_another_tokenizer_is_refused(teachers, tmp_path):
 
 def test_a_teacher_that_is_the_student_is_refused(teachers):
     from zoo import config as configs
-    from zoo.loading import plan_from
+    from zoo.plan import plan_from
 
     name = teachers["plain"]
     own = replace(plan_from(configs.compose("load", [f"model='{name}'"])), data=("scenes",))

@@ -13,9 +13,10 @@ from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from tests.teacher_builders import KD, save_teacher, taught
 from tests.train_builders import losses
 from zoo import checker
-from zoo.checker import Plan, RefusedError, check
+from zoo.checker import RefusedError, check
 from zoo.engine import Counts, TrainStep, count_images, count_labels
 from zoo.loader import Mix
+from zoo.plan import Plan
 from zoo.registry import ZooError, build
 from zoo.run_folder import read_metrics
 from zoo.stage import Stage

@@ -5,9 +5,10 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, picture, sample, tiny_slots
 from tests.fusion_builders import SMALL
-from zoo.checker import Plan, RefusedError, check
+from zoo.checker import RefusedError, check
 from zoo.loading import load
 from zoo.model import ZooModel
+from zoo.plan import Plan
 
 NODES = {
     "vlora": {"name": "vlora", **SMALL["vlora"]},

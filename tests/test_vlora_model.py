@@ -9,8 +9,9 @@ from torch import nn
 from tests.conftest import ANSWERS, QUESTIONS, picture, sample, talk, tiny_slots
 from tests.fusion_builders import SMALL
 from zoo import registry
-from zoo.checker import Plan, RefusedError, check
+from zoo.checker import RefusedError, check
 from zoo.model import ZooModel
+from zoo.plan import Plan
 from zoo.registry import Sample, ZooError
 from zoo.stage import Stage
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.train_builders import config, recipe
-from zoo import checkpoint
+from zoo import checkpoint, weights
 from zoo.files import remove, written_beside
 from zoo.finish import save_model
 from zoo.processes import by_first
@@ -41,12 +41,12 @@ def main(place: Path) -> None:
 
     folder = run.folder.list_checkpoints()[-1]
     named = {f"model.{n}": p for n, p in run.model.named_parameters()}
-    before = {n: checkpoint.whole(p) for n, p in named.items()}
+    before = {n: weights.whole(p) for n, p in named.items()}
     with torch.no_grad():
         for p in named.values():
             p.zero_()
     checkpoint.load_weights(folder, named, "model.")
-    assert all(checkpoint.whole(p).equal(before[n]) for n, p in named.items())
+    assert all(weights.whole(p).equal(before[n]) for n, p in named.items())
     if run.main:
         with written_beside(place / "weights.pt") as beside:
             torch.save(before, beside)
@@ -54,7 +54,7 @@ def main(place: Path) -> None:
     by_first(run.accelerator, lambda: remove(folder))  # as if it had been killed in the last stage
     again = sharded(Run(config(recipe(place, stages, name), f"resume={place / 'run'}")))
     again.train()
-    assert all(checkpoint.whole(p).equal(before[f"model.{n}"]) for n, p in again.model.named_parameters())
+    assert all(weights.whole(p).equal(before[f"model.{n}"]) for n, p in again.model.named_parameters())
     again.close()
     # Leaving with collectives in flight aborts two times in five.
     del run, again, named

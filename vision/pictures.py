@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.registry import Cut, ZooError
+from zoo.registry import Cut, ImageTransform, ZooError
 from zoo.registry.versions import BY_PILLOW
 from zoo.vision.images import open_image
 from zoo.vision.video import read_video
 
 _OURS = ("call", "whole_if_several", "processor_class")  # beside the values of a processor
+
+RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
 @dataclass
@@ -130,3 +132,34 @@ def blank(picture: Tensor | Picture) -> Tensor | Picture:
     if isinstance(picture, Tensor):
         return torch.zeros_like(picture)
     return Picture(torch.zeros_like(picture.pixels), picture.cut)
+
+
+def as_clip(transform: ImageTransform) -> dict[str, Any]:
+    """Say a transform as values of `CLIPImageProcessor`, which resizes and cuts as ours does.
+
+    Raises:
+        ZooError: it pads images to squares.
+    """
+    if transform.fit == "pad":
+        raise ZooError(
+            "images are resized and then padded to squares (fit=pad), which no image processor of transformers does; "
+            "compose the model with vision.fit=crop or squash"
+        )
+    height, width = transform.size
+    crop = transform.fit == "crop"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        **statistics(transform),
+        "size": {"shortest_edge": min(height, width)} if crop else {"height": height, "width": width},
+        "crop_size": {"height": height, "width": width},
+        "do_center_crop": crop,
+    }
+
+
+def statistics(transform: ImageTransform) -> dict[str, Any]:
+    """Mean, standard deviation and filter of a transform, as an image processor of transformers names them."""
+    return {
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+        "resample": next(number for number, name in RESAMPLES.items() if name == transform.resample),
+    }

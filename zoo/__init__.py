@@ -24,7 +24,8 @@ from zoo.registry import (  # noqa: E402
 if TYPE_CHECKING:
     from zoo.checker import check
     from zoo.loading import compose, load
-    from zoo.model import ZooConfig, ZooModel
+    from zoo.model import ZooModel
+    from zoo.model_config import ZooConfig
     from zoo.processor import ZooProcessor
     from zoo.published.export import export
 
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 
 # Names that cost an import of torch or transformers, and where they live; resolved on first use (PEP 562).
 _LAZY = {
-    "ZooConfig": "zoo.model",
+    "ZooConfig": "zoo.model_config",
     "ZooModel": "zoo.model",
     "ZooProcessor": "zoo.processor",
     "check": "zoo.checker",

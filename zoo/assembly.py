@@ -277,3 +277,16 @@ def _misfit(
         f"{'destroyed' if destroyed else 'missing'}: {what}",
         f"{kind} {name!r} needs {what}, but {how}. What holds there: {', '.join(sorted(have)) or 'nothing'}.",
     )
+
+
+def build_distiller(model: Any, node: Mapping[str, Any]) -> Any:
+    """Build the distiller that a stage names, for this model."""
+    vision = model.vision
+    return registry.build(
+        "distiller",
+        node,
+        vision_dim=vision.hidden_size if vision is not None else None,
+        text_dim=model.llm.hidden_size,
+        vocab_size=model.llm.vocab_size,
+        grid=vision.grid if vision is not None else None,
+    )

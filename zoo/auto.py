@@ -14,7 +14,7 @@ from typing import Any
 
 _AUTO = "transformers.models.auto"
 _OURS = {
-    f"{_AUTO}.configuration_auto": "zoo.model_types",
+    f"{_AUTO}.configuration_auto": "zoo.model_config",
     f"{_AUTO}.modeling_auto": "zoo.model",
     f"{_AUTO}.processing_auto": "zoo.processor",
 }

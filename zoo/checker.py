@@ -7,7 +7,7 @@ this very check. The same check runs inside `zoo train` and `zoo.load`, before a
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,13 +16,14 @@ import torch
 
 from zoo import registry
 from zoo.assembly import Parts, assemble
-from zoo.config import Typed
 from zoo.counts import check_counts
 from zoo.fixes import candidates
 from zoo.fusion.attention import require_attention, require_kernel
+from zoo.plan import Plan, plan_from, plan_of
 from zoo.registry import ZooError
+from zoo.source import tokenizer_at
 from zoo.stage_check import TEXT, Stagecheck, check_stage
-from zoo.tokenizer import CHAT_TEMPLATES, load_tokenizer, require_vocab_size
+from zoo.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
 _SECONDS = 15.0  # and how long it may compute
@@ -71,27 +72,6 @@ def for_a_shell(override: str) -> str:
     return shlex.quote(override) if re.search(r"[^\w@%+=:,./\[\]-]", override) else override
 
 
-@dataclass
-class Plan:
-    """All that a check looks at, as plain values: the slots, and how they are to be used."""
-
-    slots: dict[str, Any]
-    vocab_size: int | None = None  # of the tokenizer, where it is there or its size is known
-    tokenizer: str | None = None  # hub name or folder of one that is still to be loaded
-    template: str = ""  # name of a built-in chat template; empty: the tokenizer's own
-    placeholders: int | None = None  # that a saved processor writes for each image; None: it is made anew
-    stages: dict[str, Any] = field(default_factory=dict)  # name -> Stage
-    data: tuple[str, ...] = ()  # names of the data that stages may mix
-    attention: str = "auto"
-    precision: str = "auto"
-    device: str = "auto"
-    made: Any = None  # the tokenizer itself, where it is there
-    origin: str = ""  # folder or repository that the weights come from, if from one
-    trained: bool = False  # the model comes with trained weights, whatever its parts come with
-    splits: Mapping[str, str] | None = None  # of the data, by name; None: not known
-    typed: Typed | None = None  # the words that it was composed from; fixes are tried as they would be typed
-
-
 def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
     """Walk a composition without reading a weight.
 
@@ -104,8 +84,6 @@ def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
         RefusedError: something does not fit; the message has the reason and fixes that were tried.
     """
     if isinstance(plan, str):
-        from zoo.loading import plan_of
-
         plan = plan_of(plan, *overrides)
     start = time.perf_counter()
     with _quiet():
@@ -142,7 +120,8 @@ def _walk(plan: Plan) -> Walk:
         )
     _check_positions(parts)
     check_counts(parts, plan.slots)
-    from zoo.model import ZooConfig, ZooModel
+    from zoo.model import ZooModel
+    from zoo.model_config import ZooConfig
 
     require_kernel(plan.attention, parts.llm.lm)
     attention = "auto" if plan.attention.startswith("flash") else plan.attention  # which run on no meta device
@@ -201,7 +180,7 @@ def _check_tokenizer(plan: Plan) -> int | None:
     if plan.template and plan.template not in CHAT_TEMPLATES:
         raise registry.unknown("chat template", plan.template, CHAT_TEMPLATES)
     if plan.tokenizer is not None:
-        return len(load_tokenizer(plan.tokenizer, plan.template))
+        return len(tokenizer_at(plan.tokenizer, plan.template))
     if plan.vocab_size is not None:
         require_vocab_size(plan.vocab_size, plan.template or "plain")
     return plan.vocab_size
@@ -265,8 +244,6 @@ def _as_typed(plan: Plan, candidate: Plan, override: str) -> Plan:
     """The plan of the words that a person typed and a fix behind them; of a plan made otherwise, the candidate."""
     if plan.typed is None:
         return candidate
-    from zoo.loading import plan_from
-
     again = plan_from(plan.typed.with_one_more(override))
     tokens = {name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")}
     return replace(again, **tokens, splits=candidate.splits, origin=candidate.origin, trained=candidate.trained)
@@ -321,7 +298,6 @@ def show(walk: Walk, title: str = "") -> None:
 def main(cfg: Any) -> None:
     """`zoo check`: show the walk, or the reason why there is none."""
     from zoo.data_check import check_data
-    from zoo.loading import plan_from
 
     walk = check(plan_from(cfg))
     walk.notes += check_data(cfg)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zoo.files import hashes
 from zoo.registry import ZooError
+from zoo.weights import whole
 
 WEIGHTS, OPTIMIZERS, STATE, SUMS = "weights.safetensors", "optimizers.pt", "state.json", "SHA256SUMS"
 FORMAT = 2  # from 2 on with hashes
@@ -145,17 +146,6 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     named = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     first = {id(t): n for n, t in reversed(named.items())}  # of tied ones
     return {n: t for n, t in named.items() if first[id(t)] == n}
-
-
-def whole(tensor: Any) -> Any:
-    """The whole tensor on the CPU, gathered where it is sharded."""
-    if not isinstance(tensor, Tensor):
-        return tensor
-    tensor = tensor.detach()
-    if not hasattr(tensor, "full_tensor"):
-        return tensor.cpu()
-    full = tensor.full_tensor().cpu()
-    return full.clone() if full.untyped_storage().nbytes() > full.nbytes else full  # uneven shards are padded
 
 
 def _hand_in(tensor: Any) -> None:

@@ -226,3 +226,12 @@ def collate(
             theirs.pop("pixel_values", None)
         batch[TWIN] = theirs
     return batch
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch, wherever they are in it."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value

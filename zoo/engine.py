@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.checkpoint import tensors_of
-from zoo.collate import TWIN
+from zoo.collate import TWIN, to_device
 from zoo.loader import keyed
 from zoo.model_types import LOSS_ALONE, Seen
 from zoo.optim import build_optimizers, rate_at, set_rate
 from zoo.precision import autocast, resolve_precision
 from zoo.processes import launcher_alone
-from zoo.registry import IGNORE_INDEX, ZooError, build, unknown
+from zoo.registry import IGNORE_INDEX, ZooError, unknown
 from zoo.stage import Stage
 from zoo.teacher import options_of
 
@@ -239,28 +239,6 @@ def count_labels(batch: Mapping[str, Any]) -> int:
 def count_images(batch: Mapping[str, Any]) -> int:
     """Count the images of a batch."""
     return len(batch.get("pixel_values", ()))
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch, wherever they are in it."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
-    return value
-
-
-def build_distiller(model: Any, node: Mapping[str, Any]) -> Any:
-    """Build the distiller that a stage names, for this model."""
-    vision = model.vision
-    return build(
-        "distiller",
-        node,
-        vision_dim=vision.hidden_size if vision is not None else None,
-        text_dim=model.llm.hidden_size,
-        vocab_size=model.llm.vocab_size,
-        grid=vision.grid if vision is not None else None,
-    )
 
 
 def _set_mode(model: Any, stage: Stage) -> None:

@@ -10,7 +10,7 @@ from zoo.registry import MISSING, ZooError
 from zoo.tokenizer import CHAT_TEMPLATES, OF_MODEL
 
 if TYPE_CHECKING:
-    from zoo.checker import Plan
+    from zoo.plan import Plan
 
 
 def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:

@@ -4,36 +4,35 @@ The order is always the same: compose the config, check it on the meta device, t
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
-from importlib.resources import files
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zoo import config as configs
-from zoo.checker import Plan, RefusedError, check
+from zoo.checker import check
 from zoo.model import ZooModel
-from zoo.model_types import ZooConfig
+from zoo.model_config import ZooConfig
+from zoo.plan import plan_from
+from zoo.prepare import quoted
 from zoo.processor import ZooProcessor
 from zoo.published import is_published
 from zoo.published.base import base_at, base_for, placed, read_content, require_same
 from zoo.published.composed import VIDEO, cut_by, tokens_for
-from zoo.published.text import pictures_in, tokenizer_in, video_token_id_in, video_token_in, videos_in
+from zoo.published.text import pictures_in, video_token_id_in, video_token_in, videos_in
+from zoo.quantized import quantize
 from zoo.registry import ZooError, plugins
 from zoo.saved import fetch_config
+from zoo.source import plain, slots_of, tokenizer_for, weights_folder
 from zoo.stops import end_tokens, keep_shared, set_stops, stated_config
 from zoo.tokenizer import (
     CHAT_TEMPLATES,
     add_special,
     image_separator,
-    load_tokenizer,
     set_template_options,
-    train_tokenizer,
 )
-from zoo.weights import local_folder, read_weights, sha256_of, weight_files
-
-_WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
+from zoo.weights import read_weights
 
 
 def load(
@@ -104,7 +103,7 @@ def build(
     Args:
         cfg: from `zoo.config.compose`.
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
-        tokenizer_folder: where `tokenizer_for` put the tokenizer of a model that starts from its parts.
+        tokenizer_folder: where the tokenizer is of a model that starts from its parts.
         pretrained: load the trained weights of a preset that has some; False starts a preset from its parts. A model
             that was given as a folder or a hub repository always brings its weights.
         device, dtype, device_map, bits, fresh: see `load`.
@@ -114,7 +113,7 @@ def build(
     published = folder is not None and is_published(read_content(folder))
     if folder is not None and published:
         require_same(slots, folder, fresh)
-    tokenizer = _tokenizer(cfg, slots, folder, texts, tokenizer_folder)
+    tokenizer = tokenizer_for(cfg, folder, texts, tokenizer_folder)
     set_template_options(tokenizer, cfg.tokenizer.template_options)
     if folder is None:
         add_special(tokenizer, tokens_for(slots["layout"]))
@@ -126,7 +125,7 @@ def build(
     special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ZooConfig(
         slots=slots,
-        tokenizer=_plain(cfg.tokenizer),
+        tokenizer=plain(cfg.tokenizer),
         plugins=sorted({*cfg.plugins, *plugins.loaded()}),
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
         text_vocab_size=len(tokenizer),
@@ -211,134 +210,21 @@ def saved_options(folder: Path) -> dict[str, Any]:
     return {key: content.get(key) for key in ("pictures", "videos", "video_token")}
 
 
-def weights_folder(cfg: Any) -> Path | None:
-    """Return the folder of the trained weights that `cfg.model` names, fetched where it must be; None if it has none.
+def load_teacher(node: Mapping[str, Any], *, device: torch.device, precision: str) -> tuple[Any, Any]:
+    """Load the model and the processor that a stage's teacher names.
 
-    Raises:
-        ZooError: the weights are not those whose hash the card states.
+    Args:
+        node: `Stage.teacher_node`.
+        device: of the run, where the teacher names none.
+        precision: of the stage: a bf16 stage holds the teacher's weights in bf16, unless it names a dtype.
     """
-    source, name = cfg.model.source, cfg.model.name
-    if source == "dir":
-        folder = Path(name)
-    elif cfg.model.repository:
-        folder = local_folder(cfg.model.repository, cfg.model.revision or None)
-    else:
-        folder = Path(str(files("zoo.model_cards"))) / name
-        if not (folder / "config.json").is_file():
-            return None
-    if stated := cfg.model.sha256.split():
-        found = {file.name: sha256_of(file) for file in weight_files(folder)}
-        if list(found.values()) != stated:
-            shown = ", ".join(f"{file} {digest}" for file, digest in found.items())
-            raise ZooError(f"The weights of {name!r} in {folder} are {shown}; their card states {', '.join(stated)}.")
-    return folder
-
-
-def tokenizer_of(name: str, template: str = "") -> Any:
-    """Load the tokenizer that a model has, with its chat template or the one named.
-
-    Raises:
-        ZooError: the model makes its tokenizer when it is trained, and has no trained weights.
-    """
-    cfg = configs.compose("load", [f"model={quoted(name)}"])
-    folder = weights_folder(cfg)
-    if folder is not None and is_published(read_content(folder)):
-        return tokenizer_in(folder, template)
-    if folder is not None and (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(folder), template, read_content(folder).get("image_token_id"))
-    source = cfg.tokenizer.checkpoint or (cfg.llm or {}).get("checkpoint")
-    if not source:
-        raise ZooError(f"Model {name!r} has no trained weights here, so it has no tokenizer yet.")
-    found = load_tokenizer(source, template or cfg.tokenizer.chat_template)
-    return set_template_options(found, {} if template else cfg.tokenizer.template_options)
-
-
-def slots_of(cfg: Any) -> dict[str, Any]:
-    """Return the five model slots of a composed config as plain values."""
-    return {kind: _plain(cfg.get(kind)) for kind in ("vision", "pruner", "projector", "layout", "llm", "adapter")}
-
-
-def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
-    """Return what the check looks at in a composed config; with the tokenizer, where it is there already."""
-    from omegaconf import OmegaConf
-
-    slots = slots_of(cfg)
-    source, vocab_size = None, None if tokenizer is None else len(tokenizer)
-    if vocab_size is None:
-        folder = Path(cfg.model.name)
-        saved = cfg.model.source == "dir" and (folder / "tokenizer_config.json").is_file()
-        saved = saved and not is_published(read_content(folder))
-        source = cfg.model.name if saved else cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint") or None
-        vocab_size = None if source else cfg.tokenizer.vocab_size
-    return Plan(
-        slots=slots,
-        vocab_size=vocab_size,
-        tokenizer=source,
-        template=cfg.tokenizer.chat_template,
-        stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
-        data=tuple(cfg.data),
-        attention=cfg.attention,
-        precision=cfg.precision,
-        device=cfg.device,
-        made=tokenizer,
-        origin="" if cfg.model.source == "preset" else cfg.model.name,
-        trained=cfg.model.source != "preset" or (not cfg.stages and _has_card_weights(cfg)),
-        typed=configs.typed_of(cfg),
-        splits={str(name): str(node.get("split", "train") or "train") for name, node in cfg.data.items()},
-    )
-
-
-def _has_card_weights(cfg: Any) -> bool:
-    """Whether a preset comes with trained weights, here or on the hub."""
-    return (
-        bool(cfg.model.repository)
-        or (files("zoo.model_cards") / (cfg.model.name or "_")).joinpath("config.json").is_file()
-    )
-
-
-def plan_of(name: str, *overrides: str) -> Plan:
-    """Return the plan of a model by name, for `zoo.check(name, ...)`."""
-    return plan_from(configs.compose("load", [f"model={quoted(name)}", *overrides]))
-
-
-def tokenizer_for(cfg: Any, texts: Iterable[str] = ()) -> Any:
-    """Return the tokenizer that `build` would give the model of this config, before there is one."""
-    folder = weights_folder(cfg) if cfg.model.source != "preset" else None
-    return _tokenizer(cfg, slots_of(cfg), folder, texts)
-
-
-def _tokenizer(
-    cfg: Any, slots: dict[str, Any], folder: Path | None, texts: Iterable[str], made: Path | None = None
-) -> Any:
-    """The first that there is: the saved model's, the config's, that of the LLM's checkpoint, or a new one."""
-    template = cfg.tokenizer.chat_template
-    if folder is not None and is_published(read_content(folder)):
-        return tokenizer_in(folder, template)
-    if folder is not None and (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(folder), template, read_content(folder).get("image_token_id"))
-    if source := made or cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint"):
-        return load_tokenizer(str(source), template)
-    return train_tokenizer(_or_words(texts), cfg.tokenizer.vocab_size, template or "plain")
-
-
-def _or_words(texts: Iterable[str]) -> Iterable[str]:
-    found = False
-    for text in texts:
-        found = True
-        yield text
-    if not found:
-        yield _WORDS
-
-
-def _plain(node: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def quoted(name: str) -> str:
-    """A model name as Hydra's grammar takes it, whatever a path holds."""
-    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-__all__: Sequence[str] = ["RefusedError", "build", "check", "compose", "load", "plan_from", "plan_of", "processor_for"]
+    dtype = node["dtype"] or ("bfloat16" if precision == "bf16" else None)
+    where = torch.device(node["device"]) if node["device"] else device
+    if not node["bits"]:
+        return load(node["model"], *node["options"], device=where, dtype=dtype, attention=node["attention"])
+    model, processor = load(node["model"], *node["options"], device="cpu", dtype=dtype, attention=node["attention"])
+    # Where there is room for the whole; what is left of it then moves.
+    quantize(model.llm.layers, int(node["bits"]), lambda name: any(a.owns(name) for a in model.adapter.values()))
+    torch.nn.Module.to(model, where)
+    model.set_attention(node["attention"])
+    return model, processor

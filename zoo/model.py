@@ -15,12 +15,12 @@ from zoo.assembly import Parts, assemble
 from zoo.auto import register_model
 from zoo.bases import Bases, as_whole, bases_of
 from zoo.fusion.attention import resolve_attention
+from zoo.model_config import ZooConfig
 from zoo.model_forward import ForwardMixin
 from zoo.model_generate import GenerateMixin
 from zoo.model_llm import LanguageModelMixin
 from zoo.model_parts import PartsMixin
 from zoo.model_slots import slots_now, without_checkpoint
-from zoo.model_types import ZooConfig
 from zoo.registry import refuse_code
 from zoo.stops import stated_config
 from zoo.weights import library_versions, local_folder, read_weights, state_of, write_weights

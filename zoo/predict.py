@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.collate import EncodedSample
-from zoo.engine import to_device
+from zoo.collate import EncodedSample, to_device
 from zoo.model_types import LOSS_ALONE
 from zoo.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample

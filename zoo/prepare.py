@@ -157,12 +157,12 @@ class Choice:
         """Return the overrides that make Hydra compose this choice."""
         texts = TextOptions(self.chosen, config_dir)
         model = presets.trim("model", self.model, self.own_of_model, self.chosen, config_dir, texts, self.without)
-        lines = [f"model={_quoted(model)}"]
-        lines += [f"++model.{key}={_quoted(value)}" for key, value in self.source.items()]
+        lines = [f"model={quoted(model)}"]
+        lines += [f"++model.{key}={quoted(value)}" for key, value in self.source.items()]
         if self.recipe is None:
             return [*lines, f"recipe={NOBODY}"]
         recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts, self.without)
-        return [*lines, f"recipe={_quoted(recipe)}", f"run.recipe={_quoted(self.recipe)}"]
+        return [*lines, f"recipe={quoted(recipe)}", f"run.recipe={quoted(self.recipe)}"]
 
 
 def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None = None) -> Choice:
@@ -239,6 +239,11 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
     return [override.input_line]
 
 
+def quoted(text: str) -> str:
+    """Spell a string, such as a path, so that Hydra reads it as it is."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+
+
 def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> list[str]:
     """Return the chosen members that have the option meant by a short path such as `pruner.keep_ratio`."""
     parts = key.split(".")
@@ -250,11 +255,6 @@ def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = 
         return []
     components = {m: presets.component_of(group, m, config_dir) for m in members}
     return [m for m, name in components.items() if option in {o.name for o in source_options(kind, name)}]
-
-
-def _quoted(text: str) -> str:
-    """Spell a string so that Hydra reads it as it is."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
 
 
 def _text(value: Any) -> str:

@@ -16,11 +16,11 @@ from zoo.auto import register_processor
 from zoo.chat import Chat
 from zoo.chat_template import ChatTemplate
 from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
-from zoo.model_types import ZooConfig
+from zoo.model_config import ZooConfig
 from zoo.processor_call import CallMixin, cut_of, flat
 from zoo.processor_chat import ChatMixin
 from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, unknown
-from zoo.vision.pictures import Pictures, Videos, processor_of
+from zoo.vision.pictures import Pictures, Videos, as_clip, processor_of
 from zoo.vision.transform import to_pixels
 from zoo.vision.video import Video
 
@@ -121,8 +121,6 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
 
         transformers' pipelines ask for it. None without an encoder, and where images are padded to squares.
         """
-        from zoo.published.composed import as_clip
-
         if self.pictures is not None:
             return self.pictures.processor
         if self.transform is None or self.transform.fit == "pad":

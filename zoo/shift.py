@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zoo.engine import to_device
+from zoo.collate import to_device
 from zoo.model_types import LOSS_ALONE
 from zoo.registry import ZooError
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.assembly import build_distiller
 from zoo.fusion.attention import require_attention
 from zoo.optim import rate_scales
 from zoo.registry import ZooError, unknown
@@ -115,8 +116,6 @@ def _check_rates(stage: Any, model: Any, distiller: Any) -> None:
 
 def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any, int]:
     """Check what a stage's distiller needs, and its teacher; returns the distiller and the bytes of the teacher."""
-    from zoo.engine import build_distiller
-
     with torch.device("meta"):
         distiller = build_distiller(model, stage.distiller_node)
     needs, who = frozenset(getattr(distiller, "needs", ())), stage.distiller_node["name"]

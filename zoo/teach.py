@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from zoo.collate import collate
+from zoo.assembly import build_distiller
+from zoo.collate import collate, to_device
 from zoo.distill.chunked import AT_ONCE, Stored, value_and_gradient, with_rest
 from zoo.distill.logprobs import answer_logprobs
-from zoo.engine import build_distiller, to_device
 from zoo.loader import Batches, Mix, Place
+from zoo.loading import load_teacher
 from zoo.model_types import Seen
 from zoo.precision import autocast, fast_products, resolve_precision
 from zoo.processes import gather, start_accelerator
@@ -32,8 +33,9 @@ from zoo.progress import clock
 from zoo.registry import IGNORE_INDEX, Sample, ZooError, unknown
 from zoo.run_data import RunData
 from zoo.stage import Stage
-from zoo.teacher import Teacher, load_teacher, tokens_hash
+from zoo.teacher import Teacher
 from zoo.teacher_store import PAIRS, RESPONSE, VISUAL, Writer, data_hash, sample_key
+from zoo.tokenizer import tokens_hash
 
 NOISE = 1.0  # nats between the teacher's logits and those of the student on whom the truncation's error is measured
 

@@ -4,7 +4,6 @@ Its processor writes every sample anew, with the teacher's number of image token
 and teacher may have different encoders, pruners and adapters; `zoo.distill.positions` finds what belongs together.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
@@ -15,7 +14,6 @@ import torch
 
 from zoo.collate import TWIN, EncodedSample
 from zoo.model_types import LOSS_ALONE, Seen, ZooOutput
-from zoo.quantized import quantize
 from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
 
 
@@ -129,51 +127,3 @@ def options_of(needs: frozenset[str], who: str) -> dict[str, Any]:
     if f"{who}.hidden" in needs:
         options["output_hidden_states"] = True
     return options
-
-
-def load_teacher(node: Mapping[str, Any], *, device: torch.device, precision: str) -> tuple[Any, Any]:
-    """Load the model and the processor that a stage's teacher names.
-
-    Args:
-        node: `Stage.teacher_node`.
-        device: of the run, where the teacher names none.
-        precision: of the stage: a bf16 stage holds the teacher's weights in bf16, unless it names a dtype.
-    """
-    from zoo.loading import load
-
-    dtype = node["dtype"] or ("bfloat16" if precision == "bf16" else None)
-    where = torch.device(node["device"]) if node["device"] else device
-    if not node["bits"]:
-        return load(node["model"], *node["options"], device=where, dtype=dtype, attention=node["attention"])
-    model, processor = load(node["model"], *node["options"], device="cpu", dtype=dtype, attention=node["attention"])
-    # Where there is room for the whole; what is left of it then moves.
-    quantize(model.llm.layers, int(node["bits"]), lambda name: any(a.owns(name) for a in model.adapter.values()))
-    torch.nn.Module.to(model, where)
-    model.set_attention(node["attention"])
-    return model, processor
-
-
-def shared_tokens(student: Any, teacher: Any) -> int:
-    """How many tokens two tokenizers share: all of the smaller one.
-
-    Raises:
-        ZooError: they give one id to different tokens, or lay out a conversation differently.
-    """
-    ours, theirs = (t.get_vocab() for t in (student, teacher))
-    size = min(len(ours), len(theirs))
-    mine, other = ({i: token for token, i in v.items() if i < size} for v in (ours, theirs))
-    odd = next((i for i in range(size) if mine.get(i) != other.get(i)), None)
-    if odd is not None:
-        raise ZooError(
-            f"student and teacher have different tokenizers: token {odd} is {mine.get(odd)!r} for the student and "
-            f"{other.get(odd)!r} for the teacher"
-        )
-    if student.chat_template != teacher.chat_template:
-        raise ZooError("student and teacher have different chat templates, so their sequences do not match")
-    return size
-
-
-def tokens_hash(tokenizer: Any) -> str:
-    """Hash the tokens of a tokenizer in the order of their ids, and its chat template."""
-    words = [w for w, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
-    return hashlib.sha256("\n".join([*words, tokenizer.chat_template or ""]).encode()).hexdigest()

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from zoo import config as configs
 from zoo.assembly import Parts, assemble
+from zoo.plan import plan_from
+from zoo.prepare import quoted
 from zoo.registry import ImageFeatures, ZooError, config_of
-from zoo.teacher import shared_tokens
+from zoo.source import tokenizer_at
 from zoo.teacher_store import read_about
-from zoo.tokenizer import OF_MODEL, load_tokenizer, set_template_options
+from zoo.tokenizer import OF_MODEL, set_template_options, shared_tokens
 
 ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # words of losses on image tokens
 
@@ -57,18 +60,15 @@ def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) 
 @lru_cache(maxsize=4)
 def _teacher(name: str, options: tuple[str, ...]) -> tuple[Any, Any]:
     """The plan of a teacher by name, and its tokenizer; the search for fixes asks again and again."""
-    from zoo import config as configs
-    from zoo.loading import plan_from, quoted
-
     cfg = configs.compose("load", [f"model={quoted(name)}", *options])
     template = cfg.tokenizer.chat_template
-    found = load_tokenizer(f"{OF_MODEL}{name}", template)
+    found = tokenizer_at(f"{OF_MODEL}{name}", template)
     return plan_from(cfg), set_template_options(found, cfg.tokenizer.template_options)
 
 
 @lru_cache(maxsize=4)
 def _tokenizer(source: str, template: str) -> Any:
-    return load_tokenizer(source, template)
+    return tokenizer_at(source, template)
 
 
 def check_store(

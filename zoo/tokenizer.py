@@ -4,6 +4,7 @@ Messages reach a template with plain string content, the image token standing wh
 templates of text-only LLMs work unchanged.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from zoo.registry import ZooError, unknown
 from zoo.stops import stops_of
 
 IMAGE_TOKEN = "<image>"
-OF_MODEL = "model:"  # in front of a model's name: the tokenizer that this model has
+OF_MODEL = "model:"  # before a model's name: the tokenizer of this model (`zoo.source.tokenizer_at`)
 
 # name -> (template, what stands between an image and the text after it)
 CHAT_TEMPLATES = {
@@ -93,7 +94,7 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
     """Load the tokenizer of an LLM and give it what a vision-language model needs: an image token, padding, a template.
 
     Args:
-        checkpoint: hub name or folder; `model:NAME` for the tokenizer of a model of the zoo.
+        checkpoint: hub name or folder.
         template: name of one of `CHAT_TEMPLATES` to use in place of the tokenizer's own; required if it has none.
         image_token_id: of the token that stands for images, where it is known; None: as the tokenizer says.
         hub: options of `from_pretrained`.
@@ -103,10 +104,6 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
     """
     from transformers import AutoTokenizer
 
-    if checkpoint.startswith(OF_MODEL):
-        from zoo.loading import tokenizer_of
-
-        return tokenizer_of(checkpoint.removeprefix(OF_MODEL), template)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
@@ -177,3 +174,29 @@ def add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
 def name_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
     """Give tokens of the vocabulary names such as `image_token`, which are saved with the tokenizer."""
     tokenizer._set_model_specific_special_tokens(special_tokens=dict(names))
+
+
+def shared_tokens(student: Any, teacher: Any) -> int:
+    """How many tokens two tokenizers share: all of the smaller one.
+
+    Raises:
+        ZooError: they give one id to different tokens, or lay out a conversation differently.
+    """
+    ours, theirs = (t.get_vocab() for t in (student, teacher))
+    size = min(len(ours), len(theirs))
+    mine, other = ({i: token for token, i in v.items() if i < size} for v in (ours, theirs))
+    odd = next((i for i in range(size) if mine.get(i) != other.get(i)), None)
+    if odd is not None:
+        raise ZooError(
+            f"student and teacher have different tokenizers: token {odd} is {mine.get(odd)!r} for the student and "
+            f"{other.get(odd)!r} for the teacher"
+        )
+    if student.chat_template != teacher.chat_template:
+        raise ZooError("student and teacher have different chat templates, so their sequences do not match")
+    return size
+
+
+def tokens_hash(tokenizer: Any) -> str:
+    """Hash the tokens of a tokenizer in the order of their ids, and its chat template."""
+    words = [w for w, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    return hashlib.sha256("\n".join([*words, tokenizer.chat_template or ""]).encode()).hexdigest()

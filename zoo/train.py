@@ -19,13 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from zoo import checkpoint
+from zoo.assembly import build_distiller
 from zoo.checker import check
-from zoo.engine import Engine, build_distiller, reseed
+from zoo.engine import Engine, reseed
 from zoo.files import written_beside
 from zoo.finish import finish, score
 from zoo.loader import Batches, Loader, Place
-from zoo.loading import plan_from
+from zoo.loading import build, load_teacher
 from zoo.memory import keep_memory
+from zoo.plan import plan_from
 from zoo.precision import fast_products, resolve_precision
 from zoo.processes import by_first, gather, start_accelerator
 from zoo.progress import Display
@@ -34,10 +36,12 @@ from zoo.resume import Beginning, begin, options_of, read_config, require_same_s
 from zoo.run_data import RunData
 from zoo.run_folder import RunFolder
 from zoo.run_lock import RunLock
+from zoo.source import tokenizer_for, weights_folder
 from zoo.stage import Stage
 from zoo.step_log import StepLog, not_finite
-from zoo.teacher import Teacher, Twins, load_teacher, shared_tokens, tokens_hash
+from zoo.teacher import Teacher, Twins
 from zoo.teacher_store import Stored
+from zoo.tokenizer import shared_tokens, tokens_hash
 from zoo.trackers import check_trackers, start_trackers
 
 TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
@@ -157,11 +161,10 @@ class Run:
         return model, processor
 
     def _make_tokenizer(self, made: Path) -> None:
-        from zoo.loading import tokenizer_for
-
         if not made.is_dir():
+            folder = weights_folder(self.cfg) if self.cfg.model.source != "preset" else None
             with self.folder.writing("the tokenizer"), written_beside(made, folder=True) as beside:
-                tokenizer_for(self.cfg, self.data.texts()).save_pretrained(beside)
+                tokenizer_for(self.cfg, folder, self.data.texts()).save_pretrained(beside)
 
     def _note_start(self, model: Any) -> None:
         if self.folder.lock.is_file():
@@ -178,14 +181,12 @@ class Run:
         return facts
 
     def _fingerprint(self) -> str:
-        from zoo.loading import weights_folder
         from zoo.weights import fingerprint
 
         folder = weights_folder(self.cfg)
         return fingerprint(folder) if folder is not None else ""
 
     def _build(self, tokenizer: Path) -> tuple[Any, Any]:
-        from zoo.loading import build
 
         reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
         device = self.accelerator.device

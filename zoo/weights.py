@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.checkpoint import whole
 from zoo.registry import ZooError, require_revision
 from zoo.stream import listing, read
 
@@ -254,3 +253,14 @@ def library_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "transformers", "timm", "open_clip_torch", "peft")}
+
+
+def whole(tensor: Any) -> Any:
+    """The whole tensor on the CPU, gathered where it is sharded."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    tensor = tensor.detach()
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.cpu()
+    full = tensor.full_tensor().cpu()
+    return full.clone() if full.untyped_storage().nbytes() > full.nbytes else full  # uneven shards are padded

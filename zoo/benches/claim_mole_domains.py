@@ -21,7 +21,7 @@ from zoo.benches.report import Row
 from zoo.collate import EncodedSample
 from zoo.loading import processor_for
 from zoo.model import ZooModel
-from zoo.model_types import ZooConfig
+from zoo.model_config import ZooConfig
 from zoo.registry import IGNORE_INDEX, build
 from zoo.tokenizer import train_tokenizer
 

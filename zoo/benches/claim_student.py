@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from zoo.assembly import build_distiller
 from zoo.data.scenes import QUESTIONS
-from zoo.engine import Engine, build_distiller
+from zoo.engine import Engine
 from zoo.evaluate import evaluate
 from zoo.loader import Batches, Mix, Place
 from zoo.loading import build, load

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoo.checker import Plan, RefusedError, check
-from zoo.engine import Counts, TrainStep, build_distiller, count_images, count_labels
+from zoo.assembly import build_distiller
+from zoo.checker import RefusedError, check
+from zoo.engine import Counts, TrainStep, count_images, count_labels
 from zoo.loading import load, processor_for
 from zoo.model import ZooModel
-from zoo.model_types import ZooConfig
+from zoo.model_config import ZooConfig
+from zoo.plan import Plan
 from zoo.registry import Dialog, Sample, ZooError, names
 from zoo.stage import Stage
 from zoo.teacher import Teacher, Twins

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo import memory
+from zoo.assembly import build_distiller
 from zoo.benches import divergence as kl
 from zoo.benches import llava
 from zoo.benches.distill_mod import preference_rows, upcycle_row
@@ -23,8 +24,9 @@ from zoo.benches.measure import Clock, Plain, Times, Value, ratio
 from zoo.benches.place import StepPlace, at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, Row, machine, short
 from zoo.benches.steps import turns_of
+from zoo.collate import to_device
 from zoo.distill.relation import gram_of, relation_loss, relations
-from zoo.engine import Engine, build_distiller, to_device
+from zoo.engine import Engine
 from zoo.precision import autocast, fast_products, resolve_precision
 from zoo.processes import start_accelerator
 from zoo.registry import LinearHead, unknown

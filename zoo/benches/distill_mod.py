@@ -10,8 +10,8 @@ from zoo.benches.llava import Sizes
 from zoo.benches.measure import Plain, Value, ratio
 from zoo.benches.report import Row, short
 from zoo.benches.steps import our_step, turns_of
-from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, share_prefix
-from zoo.engine import Engine, to_device
+from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, share_prefix, to_device
+from zoo.engine import Engine
 from zoo.model_types import LOSS_ALONE
 from zoo.registry import IGNORE_INDEX, build
 from zoo.stage import Stage

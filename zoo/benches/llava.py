@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.model import ZooConfig, ZooModel
+from zoo.model import ZooModel
+from zoo.model_config import ZooConfig
 from zoo.registry import IGNORE_INDEX, ZooError
 
 IMAGE_TOKEN = 3  # id of the placeholder; text takes ids above it

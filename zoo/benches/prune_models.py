@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from zoo.benches.costs import DecoderSizes, matmul_flops
-from zoo.model import ZooConfig, ZooModel
+from zoo.model import ZooModel
+from zoo.model_config import ZooConfig
 from zoo.model_types import LLMSequence
 from zoo.registry import ImageFeatures, get
 from zoo.registry.forward_pass import running

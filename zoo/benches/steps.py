@@ -11,7 +11,8 @@ from torch import Tensor
 
 from zoo import memory
 from zoo.benches.measure import Clock, Plain
-from zoo.engine import Engine, to_device
+from zoo.collate import to_device
+from zoo.engine import Engine
 from zoo.precision import autocast, fast_products
 from zoo.stage import Stage
 

@@ -8,32 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.published.family import RESAMPLES
-from zoo.registry import ImageTransform, ZooError
+from zoo.registry import ImageTransform
+from zoo.vision.pictures import statistics
 
 VIDEO = "<video>"  # as the processors of all families have it
-
-
-def as_clip(transform: ImageTransform) -> dict[str, Any]:
-    """Say a transform as values of `CLIPImageProcessor`, which resizes and cuts as ours does.
-
-    Raises:
-        ZooError: it pads images to squares.
-    """
-    if transform.fit == "pad":
-        raise ZooError(
-            "images are resized and then padded to squares (fit=pad), which no image processor of transformers does; "
-            "compose the model with vision.fit=crop or squash"
-        )
-    height, width = transform.size
-    crop = transform.fit == "crop"
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        **_statistics(transform),
-        "size": {"shortest_edge": min(height, width)} if crop else {"height": height, "width": width},
-        "crop_size": {"height": height, "width": width},
-        "do_center_crop": crop,
-    }
 
 
 def cut_by(layout: Mapping[str, Any] | None, transform: ImageTransform | None) -> dict[str, Any] | None:
@@ -50,7 +28,7 @@ def cut_by(layout: Mapping[str, Any] | None, transform: ImageTransform | None) -
         return None
     height, width = transform.size
     sides, square = {"height": height, "width": width}, {"longest_edge": height}
-    name, values = layout["name"], _statistics(transform)
+    name, values = layout["name"], statistics(transform)
     most = int(layout.get("most", 12))
     if name == "anyres" and layout.get("pinpoints"):
         values |= {"image_grid_pinpoints": [list(p) for p in layout["pinpoints"]], "size": sides}
@@ -102,11 +80,3 @@ def tokens_for(layout: Mapping[str, Any] | None) -> list[str]:
 def _lines(most: int) -> int:
     """Lines, and columns, of a square grid that has at most so many tiles, its overview counted."""
     return max(1, math.isqrt(most - 1))
-
-
-def _statistics(transform: ImageTransform) -> dict[str, Any]:
-    return {
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
-        "resample": next(number for number, name in RESAMPLES.items() if name == transform.resample),
-    }

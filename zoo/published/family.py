@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from zoo.registry import ZooError, config_of
+from zoo.vision.pictures import RESAMPLES
 
-RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
     "silu": "silu", "swish": "silu",

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from zoo.published.composed import as_clip
 from zoo.published.family import Family
 from zoo.published.prompts import tokenizer_of
 from zoo.registry import ZooError
+from zoo.vision.pictures import as_clip
 
 
 def their_processor(model: Any, processor: Any, known: Family) -> Any:

@@ -1,0 +1,56 @@
+"""The config of a composed model, as transformers saves and reads it."""
+
+import json
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from zoo.auto import register_config
+
+
+class ZooConfig(PreTrainedConfig):
+    """What a composed model is made of: registry names and options, never code.
+
+    Args:
+        slots: `vision`, `projector`, `llm` (a node or None), `pruner`, `adapter` (nodes keyed by component name).
+        tokenizer: what the tokenizer was made from (a checkpoint, or trained).
+        plugins: modules that must be imported for the names in `slots` to exist.
+        image_token_id: the placeholder, one per image token.
+        video_token_id: the placeholder of videos, where it is another one.
+        text_vocab_size: ids of the tokenizer; the LLM's table may be larger.
+        versions: of the libraries that wrote the model.
+        base: for each part whose unchanged weights stay in its own checkpoint: checkpoint, revision and hash.
+    """
+
+    model_type = "zoo"
+    keys_to_ignore_at_inference = [  # what transformers' Trainer does not gather beside the logits
+        "cache", "past_key_values", "losses", "last_hidden_state", "labels", "image", "image_kept", "image_tokens",
+        "sequence",
+    ]  # fmt: skip
+    slots: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    plugins: list[str] | None = None
+    image_token_id: int = -1
+    video_token_id: int | None = None
+    text_vocab_size: int | None = None
+    versions: dict[str, str] | None = None
+    base: dict[str, Any] | None = None
+    attention: str = "auto"
+    data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
+    task: dict[str, Any] | None = None
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The config of the language model, once a model stands; sizes of the text side are there."""
+        return self.__dict__.get("_llm", self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: not the language model's own config, which follows from the slots."""
+        return {key: value for key, value in super().to_dict().items() if key != "_llm"}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As transformers writes it, which sorts all keys; but pruners and adapters act in their order."""
+        content = json.loads(super().to_json_string(use_diff))
+        return json.dumps(content | ({"slots": self.slots} if self.slots else {}), indent=2) + "\n"
+
+
+register_config(ZooConfig)
