@@ -29,6 +29,7 @@ BENCHES = {
     "load": Bench("zoo.benches.load", "memory and seconds of loading a checkpoint against transformers"),
     "roundtrip": Bench("zoo.benches.roundtrip", "what a saved folder gives back, over sources, optimisers, processes"),
     "save": Bench("zoo.benches.save", "what it costs to find out at the end which weights changed"),
+    "threads": Bench("zoo.benches.threads", "people who chat with one model at once, in turns, and as a batch"),
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
     "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
     "video": Bench("zoo.benches.video", "what a few frames of a clip cost, against decoding all of it"),
