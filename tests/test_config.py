@@ -163,6 +163,35 @@ def test_a_saved_model_is_a_preset_with_typed_options(tmp_path):
     assert "named 'rnk'" in refused(f"model=dir:{folder}", "adapter=[lora]", "adapter.lora.rnk=3")
 
 
+def test_a_preset_that_is_asked_for_has_the_paths_of_now(tmp_path, monkeypatch):
+    conf, run = tmp_path / "conf", tmp_path / "run"
+    (conf / "data").mkdir(parents=True)
+    text = "# @package data.mine\ndefaults: [/data/chat_json@_here_, _self_]\n"
+    (conf / "data/mine.yaml").write_text(text + "file: ${oc.env:ZOO_DATA,data}/{split}.jsonl\n")
+    node = {"name": "chat_json", "file": "/then/train.jsonl", "split": "odd", "limit": 7}
+    saved(run / "model", data=None)
+    OmegaConf.save(
+        {"data": {"mine": node, "chat_json": node, "seen": {"name": "scenes", "size": 40}}}, run / "config.yaml"
+    )
+    monkeypatch.setenv("ZOO_DATA", "/now")
+
+    def data(*overrides):
+        return compose("eval", [f"model=dir:{run}", *overrides], conf).data
+
+    assert (data().mine.file, data().mine.limit, data().seen.size) == ("/then/train.jsonl", 7, 40)
+    for overrides in (["data=mine"], ["data=[mine,seen]"], ["data=[mine]", "data.mine.limit=0"]):
+        found = data(*overrides).mine
+        assert (found.file, found.split, found.limit) == ("/now/{split}.jsonl", "train", 0)
+    assert data("data=[mine,seen]").seen.size == 40
+    assert data("data=[chat_json]").chat_json.file == "/then/train.jsonl"  # a component alone has no paths of its own
+    (conf / "recipe").mkdir()
+    (conf / "recipe/r.yaml").write_text("# @package _global_\ndefaults: [{override /data: [mine]}]\n")
+    assert data("recipe=r").mine.file == "/now/{split}.jsonl"
+    for path, said in (("/then/train.jsonl", "stated as it is"), ("/now/train.jsonl", "Presets look")):
+        with pytest.raises(ZooError, match=rf"There is no file '{path}'. .*{said}.* below '/now' \(ZOO_DATA\).$"):
+            build("dataset", {"name": "chat_json", "file": path})
+
+
 def test_last_is_the_newest_run(tmp_path):
     import os
 

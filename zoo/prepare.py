@@ -172,7 +172,8 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     asked = given.get("model", from_recipe.get("model", _model_without_a_word({*from_recipe, *given})))
     if command in ("train", "eval") and isinstance(asked, str):
         saved.fetch_config(asked, config_dir)
-    model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir)
+    named = presets.as_list(given.get("data", from_recipe.get("data") if "recipe" in given else None))
+    model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir, named)
     from_model = presets.selection("model", model, config_dir)
     if recipe and "recipe" not in given and "data" in from_model:
         recipe, from_recipe = None, {}  # a saved model brings its own data: the default recipe's do not apply

@@ -5,7 +5,7 @@ becomes a preset with typed options, so that `pruner=...` and every other overri
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,16 @@ from zoo.registry.foreign import read_json, read_run_config
 SPELLINGS = "a preset, 'dir:<folder>' for a saved model, 'hub:<org>/<name>' for one on the hub, or 'last'"
 
 
-def resolve(asked: Any, given: Mapping[str, Any], config_dir: str | Path | None = None) -> tuple[str, dict[str, str]]:
+def resolve(
+    asked: Any, given: Mapping[str, Any], config_dir: str | Path | None = None, data: Collection[Any] = ()
+) -> tuple[str, dict[str, str]]:
     """Return the name of the preset that `model=<asked>` means, and what to note about its source.
+
+    Args:
+        asked: what stands behind `model=`.
+        given: key -> value of the overrides.
+        config_dir: a user's own folder of presets.
+        data: data sets that are asked for by name: of those, presets say what they are, and not the model's run.
 
     Raises:
         ZooError: there is no such model, the spelling is ambiguous, or its config cannot be trusted.
@@ -30,9 +38,9 @@ def resolve(asked: Any, given: Mapping[str, Any], config_dir: str | Path | None 
     kind, colon, place = asked.partition(":")
     if asked == "last":
         folder = newest(Path(str(given.get("run.dir", "runs"))))
-        return from_folder(folder, f"dir:{folder}", config_dir)
+        return from_folder(folder, f"dir:{folder}", config_dir, data)
     if colon and kind == "dir":
-        return from_folder(Path(place).expanduser(), asked, config_dir)
+        return from_folder(Path(place).expanduser(), asked, config_dir, data)
     if colon and kind == "hub":
         return from_hub(place, str(given.get("model.revision", "") or ""), config_dir)
     if asked in presets.available("model", config_dir) or asked in presets._private["model"]:
@@ -63,13 +71,19 @@ def newest(root: Path) -> Path:
     return max(found, key=lambda file: file.stat().st_mtime).parent
 
 
-def from_folder(folder: Path, asked: str, config_dir: str | Path | None = None) -> tuple[str, dict[str, str]]:
+def from_folder(
+    folder: Path, asked: str, config_dir: str | Path | None = None, data: Collection[Any] = ()
+) -> tuple[str, dict[str, str]]:
     """Make a preset of the model saved in `folder`, or in its subfolder `model` where `folder` is a run."""
     for place in (folder, folder / "model"):
         if _is_zoo_model(place / "config.json"):
             content = read_json(place / "config.json")
             content = {k: v for k, v in content.items() if v is not None}
-            name = store_preset({**_data_of_run(place.parent), **content}, asked, config_dir)
+            content = {**_data_of_run(place.parent), **content}
+            anew = {name for name in data if name in presets.preset_files("data", config_dir)}
+            if isinstance(stated := content.get("data"), Mapping):
+                content["data"] = {key: _name_alone(node) if key in anew else node for key, node in stated.items()}
+            name = store_preset(content, asked, config_dir)
             return name, {"name": str(place), "source": "dir"}
     if is_published(_content(folder / "config.json")):
         name = store_preset(published_content(folder), asked, config_dir)
@@ -90,11 +104,19 @@ def from_folder(folder: Path, asked: str, config_dir: str | Path | None = None) 
 
 
 def _data_of_run(run: Path) -> dict[str, Any]:
-    """What a model was trained and scored on, where its folder lies in a run: `zoo eval` then asks for the same."""
+    """What a model was trained and scored on, where its folder lies in a run: `zoo eval` then asks for the same.
+
+    Its paths are those of that day.
+    """
     if not (run / "config.yaml").is_file():
         return {}
     content = read_run_config(run / "config.yaml")
     return {k: content[k] for k in ("data", "task") if content.get(k)}
+
+
+def _name_alone(node: Any) -> Any:
+    """A component without the options that a run had for it: a preset that is asked for now brings its own."""
+    return {"name": node["name"]} if isinstance(node, Mapping) and "name" in node else node
 
 
 def from_hub(repository: str, revision: str = "", config_dir: str | Path | None = None) -> tuple[str, dict[str, str]]:
