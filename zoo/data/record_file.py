@@ -1,12 +1,20 @@
-"""JSON records of a file, held as one block of bytes, and the line where each of them begins.
+"""JSON records of a file, held as one block of bytes, and where each of them begins and ends.
 
 A list of a million dicts is copied page by page into every loader worker, because counting references writes to it. One
-`bytes` object and two arrays of numbers are shared as they are; a record is parsed when it is asked for.
+`bytes` object and three arrays of numbers are shared as they are; a record is parsed when it is asked for. The file is
+in memory once, beside a window of some MB in which records are found, however many of them share a line.
+
+Files are as people and tools write them: UTF-8, UTF-16 or UTF-32, with a byte order mark or without, also in the middle
+where files were joined; lines end in LF, CR or both; a list may stand in a `.jsonl` and lines in a `.json`; a comma may
+stand behind the last record. What cannot be read rightly is an error with file, line and reason.
 """
 
+import codecs
 import gzip
 import json
+import re
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,29 +24,33 @@ import numpy as np
 from zoo.data.absent import absent
 from zoo.registry import ZooError
 
+WINDOW = 1 << 20  # bytes that are looked at at once; more where a record is longer
+BLANK = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*")
+LINE = re.compile(rb"[^\r\n]+")
+LINES = {".jsonl", ".ndjson"}
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character that is written as two
+NEAR_THE_END = 16  # characters: an error so close to the end of a window may be one of the window
+
 
 class RecordFile:
     """The records of a `.json` (one list), `.jsonl` or gzipped file, by index."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file; a broken record is found when it is asked for.
+        """Read the file and find its records; one that is broken is found when it is asked for, where it can be.
 
         Raises:
-            ZooError: the file does not exist or is no such file.
+            ZooError: the file does not exist or is no such file, or its list cannot be told into records.
         """
         self.path = path
-        text = _read(path)
         suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-        if suffix == ".json":
-            pieces = _pieces_of_list(path, text)
-        elif suffix in {".jsonl", ".ndjson"}:
-            pieces = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        else:
+        if suffix not in {".json", *LINES}:
             raise ZooError(f"{path} is no file of records: allowed are .json, .jsonl and the same with .gz.")
-        encoded = [piece.encode() for _, piece in pieces]
-        self._block = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._lines = np.array([number for number, _ in pieces], dtype=np.int32)
+        self._block = _read(path)
+        starts, ends, lines = array("q"), array("q"), array("i")
+        for start, end, line in _places(path, self._block, suffix in LINES):
+            starts.append(start), ends.append(end), lines.append(line)
+        self._starts, self._ends = (np.frombuffer(some or b"", dtype=np.int64) for some in (starts, ends))
+        self._lines = np.frombuffer(lines or b"", dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -49,10 +61,21 @@ class RecordFile:
         Raises:
             ZooError: it is broken; the message names file and line.
         """
+        piece = self._block[self._starts[index] : self._ends[index]]
         try:
-            record = json.loads(self._block[self._ends[index] : self._ends[index + 1]])
+            text = piece.decode()
+            record = _DECODER.decode(text)
+            if HALF.search(piece):
+                json.dumps(record, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            place = self.where(index, error.lineno - 1)
+            raise ZooError(f"{place} is no JSON: {self._reason(index, error, text)}") from None
+        except UnicodeDecodeError as error:
+            raise ZooError(f"{self.where(index)}: {_no_utf8(error)}") from None
+        except UnicodeEncodeError:
+            raise ZooError(f"{self.where(index)} has half of a surrogate pair, which is no character.") from None
         except (ValueError, RecursionError) as error:
-            raise ZooError(f"{self.where(index)} is no JSON: {error}") from None
+            raise ZooError(f"{self.where(index)} is no JSON: {_said(error)}.") from None
         if not isinstance(record, dict):
             raise ZooError(f"{self.where(index)} holds a {type(record).__name__}; a record is an object with fields.")
         return record
@@ -60,47 +83,165 @@ class RecordFile:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
-    def where(self, index: int) -> str:
-        """Name the place of a record for a message: `file:line`."""
-        return f"{self.path}:{self._lines[index]}"
+    def where(self, index: int, below: int = 0) -> str:
+        """Name the place of a record for a message: `file:line`, and which it is where several share the line."""
+        line = self._lines[index]
+        shared = np.count_nonzero(self._lines[max(0, index - 1) : index + 2] == line) > 1
+        return f"{self.path}:{line + below}" + (f", record {index + 1}" if shared else "")
+
+    def _reason(self, index: int, error: json.JSONDecodeError, text: str) -> str:
+        cut = index == len(self) - 1 and _is_cut(error, text)
+        return f"{_said(error)} at column {error.colno}." + " The file may have been cut off there." * cut
 
 
-def _read(path: Path) -> str:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two values for one key there is no right one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+_FINDER = json.JSONDecoder()
+
+
+def _read(path: Path) -> bytes:
+    """The file as UTF-8."""
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read()
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.json*")) if path.parent.is_dir() else []
         raise absent(path, f"That folder has: {', '.join(near)}." if near else "") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ZooError(f"{path} cannot be read: {error}") from None
+    encoding = json.detect_encoding(data[:4])
+    if encoding.startswith("utf-8"):
+        return data
+    decoder, found = codecs.getincrementaldecoder(encoding)(), bytearray()
+    try:
+        for at in range(0, len(data), WINDOW):
+            found += decoder.decode(data[at : at + WINDOW], final=at + WINDOW >= len(data)).encode()
+    except UnicodeError as error:
+        raise ZooError(f"{path} begins as {encoding.upper()} and cannot be read on: {error}") from None
+    return bytes(found)
 
 
-def _pieces_of_list(path: Path, text: str) -> list[tuple[int, str]]:
-    """Cut the elements of one JSON list out of its text, each with the number of the line where it begins."""
-    decoder, pieces, line, counted = json.JSONDecoder(), [], 1, 0
+def _places(path: Path, data: bytes, lines: bool) -> Iterator[tuple[int, int, int]]:
+    """Yield where each record begins and ends, and its line."""
+    at = _behind_blanks(data, 0)
+    first = data[at : at + 1]
+    if first == b"[":
+        yield from _elements(path, data, at + 1, "]")
+    elif lines or first == b"":
+        yield from _lines(data)
+    elif first != b"{":
+        raise ZooError(
+            f"{path}:{_line(data, at)} must begin with '[' or '{{': a file of records is one list, or lines."
+        )
+    elif _is_whole(data[at : at + WINDOW].splitlines()[0]):
+        yield from _lines(data)
+    else:
+        yield from _elements(path, data, at, "")
 
-    def skip(at: int) -> int:
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        return at
 
-    at = skip(0)
-    if text[at : at + 1] != "[":
-        raise ZooError(f"{path}:1 must begin with '[': a .json file holds one list of records.")
-    at = skip(at + 1)
-    while text[at : at + 1] != "]":
-        line += text.count("\n", counted, at)
-        counted = at
+def _lines(data: bytes) -> Iterator[tuple[int, int, int]]:
+    line, counted = 1, 0
+    mark = b"\n" if b"\n" in data else b"\r"
+    for found in LINE.finditer(data):
+        start, end = _behind_blanks(data, found.start()), found.end()
+        if start >= end:
+            continue
+        line += data.count(mark, counted, start)
+        counted = start
+        yield start, end, line
+
+
+def _elements(path: Path, data: bytes, at: int, close: str) -> Iterator[tuple[int, int, int]]:
+    """Yield the values of a list, up to the bracket that closes it; without one, values that follow one another."""
+    line, counted, number = 1, 0, 0
+    text, offset, until, size = "", 0, 0, WINDOW  # what is decoded, how far we are in it, the byte where it ends
+    at = _behind_blanks(data, at)
+    while data[at : at + 1] != close.encode() or not close:
+        line, counted = line + data.count(b"\n", counted, at), at
+        if at >= len(data):
+            if close:
+                raise ZooError(f"{path}:{line} is no JSON: the file ends before its list is closed; it may be cut off.")
+            return
+        if offset >= len(text):
+            text, offset, until = _decoded(path, data, at, size), 0, min(at + size, len(data))
         try:
-            _, end = decoder.raw_decode(text, at)
+            _, end = _FINDER.raw_decode(text, offset)
+            cut = end == len(text) and text[end - 1] not in '}]"'
+        except json.JSONDecodeError as error:
+            cut = _is_cut(error, text) or error.pos >= len(text) - NEAR_THE_END
+            if not cut or until == len(data):
+                below, column = text.count("\n", offset, error.pos), error.pos - text.rfind("\n", 0, error.pos)
+                reason = f"{_said(error)} at column {column}, in record {number + 1}."
+                hint = " The file may have been cut off there." if _is_cut(error, text) else ""
+                raise ZooError(f"{path}:{line + below} is no JSON: {reason}{hint}") from None
         except (ValueError, RecursionError) as error:
-            raise ZooError(f"{path}:{getattr(error, 'lineno', line)} is no JSON: {error}") from None
-        pieces.append((line, text[at:end]))
-        at = skip(end)
-        if text[at : at + 1] == ",":
-            at = skip(at + 1)
-        elif text[at : at + 1] != "]":
-            line += text.count("\n", counted, at)
-            raise ZooError(f"{path}:{line} is no JSON: ',' or ']' must follow a record.")
-    return pieces
+            raise ZooError(f"{path}:{line} is no JSON: {_said(error)}, in record {number + 1}.") from None
+        if cut and until < len(data):  # more of it must be looked at
+            size = size * 2 if offset == 0 else WINDOW
+            offset = len(text)
+            continue
+        last = at + len(text[offset:end].encode())
+        yield at, last, line
+        number, size, at = number + 1, WINDOW, _behind_blanks(data, last)
+        if close and data[at : at + 1] == b",":
+            at = _behind_blanks(data, at + 1)
+        elif close and at < len(data) and data[at : at + 1] != close.encode():
+            line += data.count(b"\n", counted, at)
+            raise ZooError(f"{path}:{line} is no JSON: ',' or ']' must follow a record; it is record {number}.")
+        offset = end + len(data[last:at].decode())
+    rest = _behind_blanks(data, at + 1)
+    if rest < len(data):
+        shown = data[rest : rest + 20].decode(errors="replace")
+        raise ZooError(f"{path}:{_line(data, rest)}: {shown!r} follows the list of records. Join lists into one.")
+
+
+def _decoded(path: Path, data: bytes, at: int, size: int) -> str:
+    try:
+        return codecs.utf_8_decode(data[at : at + size], "strict", at + size >= len(data))[0]
+    except UnicodeDecodeError as error:
+        raise ZooError(f"{path}:{_line(data, at + error.start)}: {_no_utf8(error)}") from None
+
+
+def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether JSON is right as far as it goes."""
+    return error.msg.startswith("Unterminated") or error.pos >= len(text.rstrip())
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg.removesuffix(" at")
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "it has a number of thousands of digits" if "digits" in str(error) else str(error)
+
+
+def _no_utf8(error: UnicodeDecodeError) -> str:
+    return (
+        f"the byte 0x{error.object[error.start]:02x} is no UTF-8. Save the file as UTF-8; one in Latin-1 becomes it by "
+        "iconv -f LATIN1 -t UTF-8."
+    )
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _behind_blanks(data: bytes, at: int) -> int:
+    return BLANK.match(data, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+
+
+def _line(data: bytes, at: int) -> int:
+    return 1 + data.count(b"\n", 0, at)

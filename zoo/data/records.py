@@ -6,6 +6,9 @@
   chat template puts its own;
 - images but no mark: they are put in front of the first user turn, in order;
 - anything else is an error that names the record, as is a mark in an assistant turn.
+
+Texts are texts, numbers or truth values; what is neither (an object, NaN, null in a list) is an error and never its
+Python spelling. Braces in a column are no columns of the prompt.
 """
 
 import base64
@@ -13,6 +16,7 @@ import binascii
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from string import Formatter
 from typing import Any
 
@@ -91,7 +95,7 @@ def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> 
         kind=_text(record, fields.kind_field, where),
         task=_text(record, fields.task_field, where) or fields.task,
         answers=answers,
-        choices=[str(choice) for choice in _column(record, fields.choices_field, where) or []],
+        choices=_choices(_column(record, fields.choices_field, where), f"{where}, {fields.choices_field}"),
         meta={name: _column(record, name, where) for name in fields.meta_fields},
     )
 
@@ -177,9 +181,13 @@ def images_of(record: Mapping[str, Any], fields: RecordFields, where: str) -> li
         value = _column(record, fields.image_field, where)
     else:
         value = next((record[name] for name in IMAGE_COLUMNS if record.get(name) is not None), None)
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and value == ""):
         return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    images = list(value) if isinstance(value, (list, tuple)) else [value]
+    for image in images:
+        if image is None or isinstance(image, (bool, int, float, list)):
+            raise ZooError(f"{where}: an image is named by a text, got {_shown(image)}.")
+    return images
 
 
 def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -193,7 +201,7 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
         if not isinstance(turn, Mapping):
             raise ZooError(f"{at} is a {type(turn).__name__}; `from` and `value`, or `role` and `content`, are needed.")
         speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if speaker not in ROLES:
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise ZooError(f"{at}: {unknown('speaker', str(speaker), ROLES)}")
         parts: list[dict[str, Any]] = []
         for part in _parts(content, at):
@@ -219,7 +227,10 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, str) or kind == "text":
-            parts += split_marks(part if isinstance(part, str) else str(part.get("text", "")))
+            text = part if isinstance(part, str) else part.get("text", "")
+            if not isinstance(text, str):
+                raise ZooError(f"{where}: the text of a part is {_shown(text)}.")
+            parts += split_marks(text)
         elif kind in {"image", "image_url"}:
             source = next((part[k] for k in ("image", "image_url", "path", "url") if part.get(k)), None)
             source = source.get("url") if isinstance(source, Mapping) and "url" in source else source
@@ -238,14 +249,16 @@ def _question(record: Mapping[str, Any], fields: RecordFields, where: str) -> tu
     answer = _column(record, fields.answer_field, where)
     answers = []
     if isinstance(answer, (list, tuple)):
-        answers = [str(a["answer"]) if isinstance(a, Mapping) and "answer" in a else str(a) for a in answer]
+        given = [a["answer"] if isinstance(a, Mapping) and "answer" in a else a for a in answer]
+        answers = [_as_text(a, f"{where}, {fields.answer_field}") for a in given]
         answer = Counter(answers).most_common(1)[0][0] if answers else None
-    if answer is None or str(answer).strip() == "":
+    answer = None if answer is None else _as_text(answer, f"{where}, {fields.answer_field}")
+    if answer is None or answer.strip() == "":
         raise ZooError(f"{where}: {fields.answer_field!r} is empty, so there is nothing to learn or to compare with.")
     question = fields.prompt.format(**columns)
     return [
         {"role": "user", "content": split_marks(question)},
-        {"role": "assistant", "content": [{"type": "text", "text": str(answer)}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ], answers
 
 
@@ -254,14 +267,36 @@ def _column(record: Mapping[str, Any], name: str, where: str) -> Any:
         return None
     if name not in record:
         raise ZooError(f"{where}: {unknown('field', name, map(str, record))}")
-    return record[name]
+    if isinstance(value := record[name], float) and not isfinite(value):
+        raise ZooError(f"{where}: {name!r} is {_shown(value)}. Write null where there is nothing.")
+    return value
 
 
 def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     value = _column(record, name, where)
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return "" if value is None else str(value)
+        return ",".join(_as_text(v, f"{where}, {name}") for v in value)
+    return "" if value is None else _as_text(value, f"{where}, {name}")
+
+
+def _choices(value: Any, where: str) -> list[str]:
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise ZooError(f"{where}: a list of options is needed, got {_shown(value)}.")
+    return [_as_text(choice, where) for choice in value or []]
+
+
+def _as_text(value: Any, where: str) -> str:
+    """A text, or a number or truth value as one."""
+    if value is None or isinstance(value, (Mapping, list, tuple, bytes)):
+        raise ZooError(f"{where}: a text is needed, got {_shown(value)}.")
+    if isinstance(value, float) and not isfinite(value):
+        raise ZooError(f"{where}: a text is needed, got {_shown(value)}.")
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it."""
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def inline_image(name: str, where: str) -> bytes | None:
