@@ -21,6 +21,7 @@ from zoo.fixes import candidates
 from zoo.fusion.attention import require_attention, require_kernel
 from zoo.plan import Plan, plan_from, plan_of
 from zoo.registry import ZooError
+from zoo.shown import cell
 from zoo.source import tokenizer_at
 from zoo.stage_check import TEXT, Stagecheck, check_stage
 from zoo.tokenizer import CHAT_TEMPLATES, require_vocab_size
@@ -267,7 +268,7 @@ def show(walk: Walk, title: str = "") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=cell(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("part")
     for column in ("tokens", "grid", "width", "params", "memory"):
         table.add_column(column, justify="right")
@@ -277,7 +278,7 @@ def show(walk: Walk, title: str = "") -> None:
         words = (("needs", r.needs), ("gives", r.provides), ("destroys", r.destroys))
         what = "; ".join(f"{word} {', '.join(sorted(some))}" for word, some in words if some)
         sizes = (size_text(r.parameters), size_text(r.bytes) + "B")
-        table.add_row(f"{r.kind} {r.name}", str(r.tokens), grid, str(r.width), *sizes, what or "-")
+        table.add_row(cell(f"{r.kind} {r.name}"), str(r.tokens), grid, str(r.width), *sizes, cell(what or "-"))
     console = Console()
     console.print(table)
     total = sum(r.parameters for r in walk.rows)
@@ -290,7 +291,7 @@ def show(walk: Walk, title: str = "") -> None:
     for stage in walk.stages:
         parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
         line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for note in walk.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 

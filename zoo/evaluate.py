@@ -104,7 +104,10 @@ def main(cfg: DictConfig) -> EvalResult:
             OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
         seconds = clock(time.monotonic() - began)
         console.print(
-            f"{len(result.predictions)} answers in {seconds}, all in {folder}", soft_wrap=True, highlight=False
+            f"{len(result.predictions)} answers in {seconds}, all in {folder}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
     accelerator.wait_for_everyone()
     return result

@@ -1,5 +1,7 @@
 """The end of a run: the model is saved, scored, and a person is told what there is and what to try next."""
 
+import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from zoo.progress import clock
 from zoo.registry import build
 from zoo.run_folder import read_metrics
 from zoo.score_table import score_table
+from zoo.shown import markdown
 from zoo.weights import state_of
 
 if TYPE_CHECKING:
@@ -84,16 +87,18 @@ def write_report(run: "Run", result: EvalResult | None) -> None:
 def report(run: "Run", result: EvalResult | None, console: Console) -> None:
     """Print what came out."""
     path = _short(run.folder.path)
+    named = json.dumps(f"dir:{path}", ensure_ascii=False)
     if result is not None:
         console.print(score_table(result.lines, "Scores in per cent"))
     else:
         console.print("Nothing was scored: data holds no split for evaluation, such as data=[..., scenes_eval].")
-    console.print(f"Trained in {clock(run.progress.seconds)}. Everything is in {path}", soft_wrap=True, highlight=False)
+    done = f"Trained in {clock(run.progress.seconds)}. Everything is in {path}"
+    console.print(done, soft_wrap=True, highlight=False, markup=False)
     console.print("Try next:")
     for command in (
-        f"zoo eval model=dir:{path}",
+        f"zoo eval {shlex.quote(f'model=dir:{path}')}",
         "zoo report runs",
-        f"python -c \"import zoo; print(zoo.load('dir:{path}'))\"",
+        f"python -c {shlex.quote(f'import zoo; print(zoo.load({named}))')}",
     ):
         console.print(f"    {command}", soft_wrap=True, highlight=False, markup=False)
 
@@ -116,16 +121,28 @@ def _card(run: "Run", result: EvalResult | None = None) -> str:
     rows = []
     for slot in ("vision", "pruner", "projector", "layout", "llm", "adapter"):
         node = slots.get(slot) or {}
-        rows.append(f"| {slot} | {node.get('name') or ', '.join(node) or '-'} |")
-    lines = ["---", "library_name: zoo", "pipeline_tag: image-text-to-text", "---", f"# {run.folder.path.name}", ""]
+        rows.append(f"| {slot} | {markdown(node.get('name') or ', '.join(node) or '-')} |")
+    lines = [
+        "---",
+        "library_name: zoo",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        f"# {markdown(run.folder.path.name)}",
+        "",
+    ]
     lines += ["| slot | part |", "|---|---|", *rows, "", "```python", "import zoo", ""]
-    lines += [f'model, processor = zoo.load("dir:{_short(run.folder.path)}")', "```", ""]
+    lines += [
+        f"model, processor = zoo.load({json.dumps(f'dir:{_short(run.folder.path)}', ensure_ascii=False)})",
+        "```",
+        "",
+    ]
     if result is not None:
         lines += ["| data | kind | metric | score | s.e. | n | majority | blind |", "|---|---|---|---|---|---|---|---|"]
         for x in result.lines:
             others = " | ".join("-" if s is None else f"{s.value:.3f}" for s in (x.majority, x.blind))
             figures = f"{x.score.value:.3f} | {x.score.stderr:.3f} | {x.score.n}"
-            lines.append(f"| {x.data} | {x.kind} | {x.metric} | {figures} | {others} |")
+            names = " | ".join(markdown(name) for name in (x.data, x.kind, x.metric))
+            lines.append(f"| {names} | {figures} | {others} |")
     return "\n".join(lines) + "\n"
 
 

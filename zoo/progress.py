@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from zoo.shown import printable
+
 EVERY = 10.0  # seconds between plain lines
 MEMORY = 0.95  # share of the old value in the losses shown
 
@@ -38,9 +40,9 @@ class Display:
         self.started = self.shown = time.monotonic()
         self._smooth = {}
         if self.live:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
+            columns = (_column("{task.description}"), BarColumn(bar_width=20), _column("{task.fields[text]}"))
             self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
-            self._task = self._bar.add_task(stage, total=steps, completed=done, text="")
+            self._task = self._bar.add_task(printable(stage), total=steps, completed=done, text="")
             self._bar.start()
 
     def update(self, done: int, losses: Mapping[str, float], rate: float, unit: str, wait: float) -> None:
@@ -85,6 +87,10 @@ class Display:
         return (
             f"{done}/{self.steps} | {losses} | {rate:,.0f} {unit}/s{waiting} | {clock(pace * (self.steps - done))} left"
         )
+
+
+def _column(text: str) -> TextColumn:
+    return TextColumn(text, markup=False)  # stages and losses may have any name
 
 
 def clock(seconds: float) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table
 from zoo.files import writing
 from zoo.registry import ZooError, unknown
 from zoo.run_folder import read_metrics, runs
+from zoo.shown import cell, label
 
 SHOWN = 12  # columns of scores that a table holds; the picture has as many groups of bars
 SMOOTH = 0.02  # share of a run's steps that its loss curve is averaged over
@@ -55,7 +56,7 @@ def main(words: Sequence[str]) -> int:
     picture = Path(options.get("out") or (folders[0] if folders[0].is_dir() else Path()) / "report.png")
     with writing(f"the picture {str(picture)!r}", "Choose another place with out=<file>."):
         draw(found, picture)
-    Console().print(f"Curves and bars are in {picture}", soft_wrap=True, highlight=False)
+    Console().print(f"Curves and bars are in {picture}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
@@ -100,7 +101,7 @@ def report_table(found: Sequence[Summary]) -> Table:
     table.add_column("", no_wrap=True)
     best = _best(found)
     for run in found:
-        table.add_column(run.name, justify="right", overflow="fold")
+        table.add_column(cell(run.name), justify="right", overflow="fold")
     rows: list[tuple[str, list[str]]] = [
         ("state", [r.state for r in found]),
         ("parameters", ["-" if r.parameters is None else f"{r.parameters:,}" for r in found]),
@@ -108,11 +109,11 @@ def report_table(found: Sequence[Summary]) -> Table:
         ("minutes", ["-" if r.seconds is None else f"{r.seconds / 60:.1f}" for r in found]),
         ("last loss", ["-" if r.loss is None else f"{r.loss:.3f}" for r in found]),
     ]
-    for label, cells in rows:
-        table.add_row(label, *cells)
+    for what, cells in rows:
+        table.add_row(what, *cells)
     table.add_section()
     for name in _score_names(found):
-        table.add_row(name, *[_cell(run, name, best) for run in found])
+        table.add_row(cell(name), *[_cell(run, name, best) for run in found])
     return table
 
 
@@ -132,7 +133,7 @@ def draw(found: Sequence[Summary], path: Path) -> None:
     for run, color in zip(found, _cycled(colors, len(found)), strict=True):
         if run.curve:
             steps, values = smoothed(run.curve)
-            axes[0][0].plot(steps, values, label=run.name, color=color, linewidth=1.5)
+            axes[0][0].plot(steps, values, label=label(run.name), color=color, linewidth=1.5)
     axes[0][0].set(xlabel="step", ylabel="loss", title="Loss")
     if any(run.curve for run in found):
         axes[0][0].set_yscale("log")
@@ -164,13 +165,13 @@ def _bars(axis: Any, found: Sequence[tuple[Summary, Any]], names: Sequence[str])
         have = [(at, n) for at, n in enumerate(names) if n in run.scores]
         where = [at - 0.4 + width * (i + 0.5) for at, _ in have]
         heights, errors = [100 * run.scores[n] for _, n in have], [100 * run.errors[n] for _, n in have]
-        axis.bar(where, heights, width, yerr=errors, color=color, label=run.name, error_kw={"linewidth": 0.8})
+        axis.bar(where, heights, width, yerr=errors, color=color, label=label(run.name), error_kw={"linewidth": 0.8})
     data = {n.partition("/")[0] for n in names}
     labels = [n.partition("/")[2] if len(data) == 1 else n for n in names]
     axis.set_xticks(
-        range(len(names)), [label.replace("/", "\n") for label in labels], fontsize=7, rotation=40, ha="right"
+        range(len(names)), [label(name).replace("/", "\n") for name in labels], fontsize=7, rotation=40, ha="right"
     )
-    axis.set(ylim=(0, 105), ylabel="per cent", title="Scores" + (f" on {data.pop()}" if len(data) == 1 else ""))
+    axis.set(ylim=(0, 105), ylabel="per cent", title="Scores" + (f" on {label(data.pop())}" if len(data) == 1 else ""))
 
 
 def _score_names(found: Sequence[Summary]) -> list[str]:

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 from zoo.registry import Score
+from zoo.shown import cell
 
 if TYPE_CHECKING:
     from zoo.evaluate import Line
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def score_table(lines: Sequence["Line"], title: str = "") -> Table:
     """Make the table of an evaluation; held-out combinations stand below a rule, where there are any."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(title=cell(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     with_blind, with_majority = (any(getattr(x, w) for x in lines) for w in ("blind", "majority"))
     for name in ("data", "kind", "metric"):
         table.add_column(name)
@@ -28,10 +29,10 @@ def score_table(lines: Sequence["Line"], title: str = "") -> Table:
             table.caption, table.caption_justify = "never seen: combinations that training does not show", "left"
         last = ""
         for line in some:
-            row = [line.data if line.data != last else "", line.kind, line.metric]
-            row += [per_cent(line.score), f"{100 * line.score.stderr:.1f}", str(line.score.n)]
+            names = [cell(name) for name in (line.data if line.data != last else "", line.kind, line.metric)]
+            row = [per_cent(line.score), f"{100 * line.score.stderr:.1f}", str(line.score.n)]
             row += [per_cent(line.majority)] * with_majority + [per_cent(line.blind)] * with_blind
-            table.add_row(*row)
+            table.add_row(*names, *row)
             last = line.data
     return table
 

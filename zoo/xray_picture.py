@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.shown import label
 from zoo.xray import View, Xray
 
 ROWS = 4  # moments of a pruner inside the LLM that are drawn
@@ -35,9 +36,9 @@ def write_picture(xray: Xray, path: Path) -> None:
             axis.set_title(_title(view, layer), fontsize=9)
             if row == 0:
                 said = "".join(c for c in view.answer if c.isprintable())  # what a font has no sign for
-                answer = "\n".join(textwrap.wrap(said.strip() or "(nothing)", 44)[:3])
+                answer = "\n".join(textwrap.wrap(said.strip() or "(nothing)", 44)[:3]).replace("$", "\\$")
                 axis.text(0.5, -0.02, answer, transform=axis.transAxes, ha="center", va="top", fontsize=7)
-    figure.suptitle(f"{xray.model}: {xray.question}", fontsize=10)
+    figure.suptitle(label(f"{xray.model}: {xray.question}"), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -78,7 +79,7 @@ def colour(token: int) -> tuple[float, float, float]:
 def _title(view: View, layer: int) -> str:
     kept = sum(t >= 0 for t in view.layers[layer])
     at = f", from layer {layer}" if len(view.moments) > 1 else ""
-    return f"{view.name}: {view.tokens[layer]} tokens\n{kept} of {len(view.layers[layer])} patches{at}"
+    return f"{label(view.name)}: {view.tokens[layer]} tokens\n{kept} of {len(view.layers[layer])} patches{at}"
 
 
 def _some(moments: list[int]) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zoo.benches.measure import Value
 from zoo.benches.report import Report, short
+from zoo.shown import in_cell, label
 
 LARGEST_GAP = 1.0  # percent by which the closed form of FLOPs and torch's counter may differ
 
@@ -75,10 +76,10 @@ class PruneReport(Report):
         colour = {name: f"C{i}" for i, name in enumerate(self.cards)}
         for i, (name, card) in enumerate(self.cards.items()):
             style = ("-", "--", "-.", ":")[i % 4]  # pruners that keep as many lie on one another
-            layers.step(range(len(card.layers)), card.layers, style, where="mid", label=name, color=colour[name])
+            layers.step(range(len(card.layers)), card.layers, style, where="mid", label=label(name), color=colour[name])
             if card.by_size:
                 at = sorted(card.by_size)
-                sizes.plot(at, [card.by_size[n].median for n in at], f"o{style}", label=name, color=colour[name])
+                sizes.plot(at, [card.by_size[n].median for n in at], f"o{style}", label=label(name), color=colour[name])
                 low, high = ([getattr(card.by_size[n], side) for n in at] for side in ("low", "high"))
                 sizes.fill_between(at, low, high, alpha=0.15, color=colour[name], linewidth=0)
         layers.set(xlabel="layer of the LLM", ylabel="image tokens it sees")
@@ -91,7 +92,9 @@ class PruneReport(Report):
             shown = {name: getattr(card, field_name) for name, card in self.cards.items() if getattr(card, field_name)}
             medians = [v.median for v in shown.values()]
             spread = [[v.median - v.low for v in shown.values()], [v.high - v.median for v in shown.values()]]
-            axes.bar(list(shown), medians, yerr=spread, capsize=3, color=[colour[name] for name in shown])
+            axes.bar(
+                [label(name) for name in shown], medians, yerr=spread, capsize=3, color=[colour[name] for name in shown]
+            )
             axes.set(ylabel=what)
             axes.tick_params(axis="x", rotation=30)
         sizes.axhline(1, color="grey", linewidth=1)
@@ -107,12 +110,12 @@ class PruneReport(Report):
         head += ["decode ms", "peak MB", "cache MB", "task"]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, card in self.cards.items():
-            cells = [name, str(card.stages["encoder"]), str(card.layers[0])]
+            cells = [in_cell(name), str(card.stages["encoder"]), str(card.layers[0])]
             cells += [f"{sum(card.layers) / len(card.layers):.0f}", f"{(card.flops + card.scoring_flops) / 1e9:.2f}"]
             cells += ["" if card.counted_flops is None else f"{card.counted_flops / 1e9:.2f}"]
             cells += [_spread(card.prefill_ms), _spread(card.decode_ms)]
             cells += ["" if card.peak_bytes is None else short(card.peak_bytes / 1e6)]
-            cells += [f"{card.cache_bytes / 1e6:.2f}", card.task]
+            cells += [f"{card.cache_bytes / 1e6:.2f}", in_cell(card.task)]
             lines.append("| " + " | ".join(cells) + " |")
         return lines
 

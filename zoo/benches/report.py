@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.benches.measure import Value
+from zoo.shown import cell, in_cell
 
 
 @dataclass
@@ -73,12 +74,13 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        table = Table(title=cell(self.title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
         for name, side in (("what", "left"), *((c, "right") for c in self.columns), ("", "left")):
             table.add_column(name, justify=side)  # type: ignore[arg-type]
         for row in self.rows:
-            tone = {True: "[green]", False: "[red]", None: "[dim]"}[row.reached]
-            table.add_row(*_cells(row)[:3], tone + (row.verdict or row.note))
+            last = cell(row.verdict or row.note)
+            last.stylize({True: "green", False: "red", None: "dim"}[row.reached])
+            table.add_row(*map(cell, _cells(row)[:3]), last)
         console = Console()
         console.print(table)
         for line in [*self.setting, *(f"{k}: {v}" for k, v in self.machine.items())]:
@@ -105,7 +107,8 @@ class Report:
         lines += ["", f"| what | {' | '.join(self.columns)} | bound | note |", "|---|---|---|---|---|"]
         for row in self.rows:
             what, median, quartiles, note = _cells(row)
-            lines.append(f"| {what} | {median} | {quartiles} | {row.verdict} | {note} |")
+            cells = (in_cell(text) for text in (what, median, quartiles, row.verdict, note))
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
 

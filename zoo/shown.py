@@ -1,0 +1,46 @@
+r"""Names and texts of others, shown as they are: in a table of rich, in a picture of matplotlib, in Markdown.
+
+Each of the three reads markup in plain strings: `[/b]` ends a colour that was never begun, `$\frac$` is a formula, `|`
+ends a cell and `<b>` is HTML. A name may hold any of it, and no table, plot or page may break by it.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)  # moves the cursor, or turns the line
+MARKDOWN = re.compile(r"([\\`*\[\]|$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+
+
+def printable(text: object) -> str:
+    r"""Return a text on one line: what would move a terminal's cursor, or cannot be written, as `\x1b` or `\ud83d`."""
+    plain = str(text).encode("utf-8", "backslashreplace").decode()
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), plain)
+
+
+def cell(text: object) -> "Text":
+    """Return a text for a table or a title of rich, which reads no markup in it."""
+    from rich.text import Text
+
+    return Text(printable(text))
+
+
+def label(text: object) -> str:
+    """Return a text for matplotlib: without formulas, and shown in a legend whatever it begins with."""
+    plain = printable(text).replace("$", "\\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def markdown(text: object) -> str:
+    """Return a text for a line or a table cell of Markdown, where it shows as it is."""
+    plain = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return MARKDOWN.sub(r"\\\1", plain)
+
+
+def in_cell(text: object) -> str:
+    """Return what may hold Markdown of ours for one cell of a table."""
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")
