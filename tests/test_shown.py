@@ -71,6 +71,7 @@ def test_the_progress_bar_shows_stages_as_they_are(name):
     assert printable(name) in file.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_a_report_shows_runs_and_scores_as_they_are(tmp_path):
     shown = [n for n in NAMES if "\x00" not in n and n != "\ud83d"]
     for number, name in enumerate(shown):
