@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.attention import ZOO_EAGER, register_zoo_eager
 from zoo.fusion.causal import require_causal, require_decoder_config
+from zoo.fusion.checkpoint_config import read_config, require_filled
 from zoo.fusion.decoder import decoder_of
 from zoo.fusion.experts import use_zoo_grouped
 from zoo.fusion.head_check import check_head
@@ -272,12 +273,14 @@ class HFLanguageModel(nn.Module):
 def _from_checkpoint(
     config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     where = {"revision": require_revision(config.revision)} if config.revision else {}
     try:
-        hf = AutoConfig.from_pretrained(config.checkpoint, trust_remote_code=False, **where)
+        hf = read_config(config.checkpoint, where)
+    except ZooError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
     require_decoder_config(hf, _name(config))
@@ -291,10 +294,11 @@ def _from_checkpoint(
     if torch.get_default_device().type == "meta":
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
         return AutoModelForCausalLM.from_config(hf, **kwargs)
+    require_filled(hf, config.checkpoint)
     kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **where}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(config.checkpoint, config=hf, **kwargs)
-    except OSError as error:
+    except Exception as error:  # a shape, a cut file, a package that is absent: a class of its own each
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning

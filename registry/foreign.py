@@ -6,7 +6,9 @@ than text, numbers, lists and mappings. What names code or reads the environment
 
 import json
 import os
+import re
 import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,21 @@ from zoo.registry.errors import ZooError
 CONFIG = 4 << 20  # bytes: of a config
 INDEX = 64 << 20  # of an index of weights; 140,000 tensors in a thousand shards take 13 MB
 RUN = 1 << 20  # of a run's config.yaml, which a few kilobytes are usual for
+
+# Fields of model configs whose value may name a kernel in a repository of the hub, which transformers fetches and runs.
+_KERNELS = re.compile(r"(attn|attention|experts|kernel)_implementation(_internal)?$")
+# (part of a field's name, the most that it may say): far above every published model, far below what fills a machine
+# before a single weight is compared with its file.
+_SIZES = (
+    (re.compile(r"layers?$|layers?_|depth|n_layer|blocks?$"), 256),
+    (re.compile(r"experts?"), 4096),
+    (re.compile(r"labels|codebook|regist|heads?$|image_size|crop_size|patch_size|tile|crops?$|frames$"), 1 << 16),
+    (re.compile(r"position|length|n_ctx|theta|token|window"), 1 << 40),
+    (re.compile(r"height|width|edge"), 1 << 14),
+    (re.compile(r"size|dim|hidden|inner|num_|n_|rank|channels|pixels"), 1 << 28),
+)
+_LABELS = ("id2label", "label2id")  # of classifiers: their keys are words of any kind
+_PLAUSIBLE = 32, 1 << 28  # numbers that a config may ask for: for each byte of its weights, and beside them
 
 
 def require_file(path: Path, most: int | None = None) -> int:
@@ -106,3 +123,73 @@ def read_run_config(path: Path) -> dict[str, Any]:
         raise ZooError(f"{str(path)!r} cannot be read: it holds a {type(content).__name__}, not a mapping.")
     refuse_code(content, repr(str(path)))
     return content
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read a config.json or the like of a model: an object that names no code and whose sizes are those of a model.
+
+    Raises:
+        ZooError: it cannot be read, is no object, names code, or states an absurd size.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ZooError(f"{str(path)!r} holds a {type(content).__name__}, not an object.")
+    require_model_config(content, repr(str(path)))
+    return content
+
+
+def require_model_config(content: Any, where: str) -> None:
+    """Refuse a model's config that names kernels in repositories, or sizes that no model has.
+
+    `auto_map` and the like are left alone: they stand in the configs of many models that need no code of their own, and
+    every loader is told not to run it.
+
+    Raises:
+        ZooError: with `where`, the field and its value.
+    """
+    rest: list[tuple[str, Any]] = [("", content)]
+    while rest:
+        name, item = rest.pop()
+        if isinstance(item, Mapping):
+            part = f"{name}." if _KERNELS.search(name) else ""  # a kernel for each part of a model
+            rest += [(f"{part}{key}", value) for key, value in item.items() if key not in _LABELS]
+        elif isinstance(item, (list, tuple)):
+            rest += [(name, value) for value in item]
+        elif isinstance(item, str):
+            _require_name(name, item, where)
+        elif isinstance(item, int | float):
+            _require_size(name, item, where)
+
+
+def _require_name(name: str, value: str, where: str) -> None:
+    if _KERNELS.search(name.partition(".")[0]) and not re.fullmatch(r"[\w|]*", value):
+        raise ZooError(f"{where} names the kernel {value!r} in {name!r}, which would be fetched and run: remove it.")
+    if name == "_commit_hash" and not re.fullmatch(r"[0-9a-f]{0,64}", value):
+        raise ZooError(f"{where} holds {name!r}: {value!r} is no commit.")
+
+
+def _require_size(name: str, value: float, where: str) -> None:
+    for pattern, most in _SIZES:
+        if pattern.search(name):
+            if abs(value) > most:
+                raise ZooError(f"{where} states {name}={value!r:.40}; at most {most:,} is taken.")
+            return
+
+
+def require_plausible(numbers: int, files: Iterable[Path], what: str) -> None:
+    """Refuse a config that asks for far more numbers than its files could fill: they would be made up, in memory.
+
+    Args:
+        numbers: parameters and buffers of what the config describes.
+        files: of its weights.
+        what: to call it in the error.
+
+    Raises:
+        ZooError: there are too few bytes.
+    """
+    held = sum(require_file(file) for file in files)
+    times, beside = _PLAUSIBLE
+    if numbers > times * held + beside:
+        raise ZooError(
+            f"{what} describes {numbers:,} numbers, and its files hold {held:,} bytes: they are not its own."
+        )

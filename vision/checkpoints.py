@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zoo.registry import ZooError, require_revision
+from zoo.registry.foreign import read_model_config, require_plausible
 
 ALLOWED = (
     "config.json",
@@ -83,13 +86,21 @@ def read_json(checkpoint: str, name: str = "config.json", optional: bool = False
     path = fetch(checkpoint, name, optional)
     if path is None:
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ZooError(f"{name} of {checkpoint!r} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ZooError(f"{name} of {checkpoint!r} holds a {type(value).__name__}, not an object.")
-    return value
+    return read_model_config(path)
+
+
+def require_filled(build: Callable[[], Any], files: Iterable[Path], what: str) -> None:
+    """Refuse a config whose encoder is far larger than its files: what is missing would be made up in memory.
+
+    Args:
+        build: makes the encoder; it is called on the meta device.
+        files: of its weights.
+        what: to call the config in the error.
+    """
+    with torch.device("meta"):
+        model = build()
+    numbers = sum(t.numel() for t in [*model.parameters(), *model.buffers()])
+    require_plausible(numbers, files, what)
 
 
 def _listing(folder: Path) -> str:

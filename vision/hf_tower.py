@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.attention_rows import pooling_head
-from zoo.vision.checkpoints import at, fetch, is_local, read_json
+from zoo.vision.checkpoints import at, fetch, is_local, read_json, require_filled
 from zoo.vision.tower import (
     ATTENTION,
     CLIP_MEAN,
@@ -311,6 +312,10 @@ def _load(source: str, family: Family, spec: Any) -> Any:
 
     if is_local(source) and not fetch(source, "model.safetensors.index.json", optional=True):
         fetch(source, "model.safetensors")
+    if is_local(source):
+        place = Path(source).expanduser()
+        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+        require_filled(lambda: _class(family)(deepcopy(spec)), files, f"The config of {source!r}")
     name, _, revision = (source, "", "") if is_local(source) else source.partition("@")
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of every block that we leave out
@@ -323,7 +328,7 @@ def _load(source: str, family: Family, spec: Any) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a shape, a cut file, a package that is absent: a class of its own each
         raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
     finally:
         logging.set_verbosity(level)

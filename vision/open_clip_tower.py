@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
-from zoo.vision.checkpoints import at, fetch, is_local, read_json
+from zoo.vision.checkpoints import at, fetch, is_local, read_json, require_filled
 from zoo.vision.timm_runner import TimmRunner
 from zoo.vision.tower import (
     ATTENTION,
@@ -71,6 +72,8 @@ class OpenClipVision(Tower):
     def __init__(self, config: OpenClipVisionConfig) -> None:
         name = config.model or config.checkpoint or "the encoder"
         source, architecture, preprocess = _resolve(config)
+        if source and not on_meta():
+            require_filled(lambda: _build(architecture, config.image_size, name), [source], f"The config of {name!r}")
         visual = _build(architecture, config.image_size, name)
         if source and not on_meta():
             _load(visual, source, name)
@@ -200,8 +203,12 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
 def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
     from open_clip.model import _build_vision_tower
 
+    if not isinstance(architecture, dict) or not isinstance(architecture.get("vision_cfg"), dict):
+        raise ZooError(f"The config of {name!r} has no 'vision_cfg'.")
     vision = dict(architecture["vision_cfg"])
     vision["timm_model_pretrained"] = False  # its weights come with the checkpoint, or not at all
+    if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
+        raise ZooError(f"The config of {name!r} names the repository {vision['timm_model_name']!r} as its encoder.")
     if isinstance(vision.get("layers"), list):
         raise ZooError(f"The visual tower of {name!r} is a ResNet; a ViT is needed.")
     if image_size:

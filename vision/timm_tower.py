@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
-from zoo.vision.checkpoints import at, fetch, is_local
+from zoo.vision.checkpoints import at, fetch, is_local, read_json, require_filled
 from zoo.vision.stem import ConvStem
 from zoo.vision.timm_runner import TimmRunner
 from zoo.vision.tower import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_divides, check_sizes, on_meta
@@ -102,20 +103,26 @@ def _sized(config: TimmVisionConfig) -> nn.Module:
 
 
 def _named(config: TimmVisionConfig) -> nn.Module:
-    import timm
-
     options: dict[str, Any] = {"img_size": config.image_size or None}
     source = config.checkpoint if config.checkpoint == "pretrained" else at(config.checkpoint, config.revision)
     if config.model:
         _check_name(config.model)
         name = config.model
     else:
-        fetch(source, "config.json")  # timm reads it by itself; here, what is wrong is said in our words
+        read_json(source)  # timm reads it by itself; here, what is wrong is said in our words
         name = f"local-dir:{source}" if is_local(source) else f"hf-hub:{source}"
     if source and not on_meta():
+        file = _weights(config, source)
+        require_filled(lambda: _create(name, options), [file], f"The config of {source or config.model!r}")
         # Architectures with a loader of their own (npz of JAX) would use it for safetensors too, in older timm.
-        overlay = {"source": "", "custom_load": False, "file": str(_weights(config, source))}
-        options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        overlay = {"source": "", "custom_load": False, "file": str(file)}
+        return _create(name, {**options, "pretrained": True, "pretrained_cfg_overlay": overlay})
+    return _create(name, options)
+
+
+def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
+    import timm
+
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:

@@ -135,7 +135,7 @@ def build(
     target = device or (cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     target = device_map if device_map is not None else target
     if folder is not None:
-        before = None if published else ZooConfig.from_pretrained(folder)
+        before = None if published else ZooConfig.read(folder)
         saved = before.base if before else None
         config.video_token_id = before.video_token_id if before else video_token_id_in(folder)
         source = {"checkpoint": cfg.model.repository or cfg.model.name, "revision": cfg.model.revision}

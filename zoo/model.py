@@ -173,7 +173,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         from zoo.published.base import base_at, base_for, placed
 
         folder = local_folder(pretrained_model_name_or_path, revision)
-        config = config or ZooConfig.from_pretrained(folder)
+        config = config or ZooConfig.read(folder)
         refuse_code(config.slots, f"{folder}/config.json")
         saved_base = config.base = base_at(config.base, str(base or ""))
         dtype = dtype if dtype is not None else torch_dtype

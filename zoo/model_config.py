@@ -1,11 +1,14 @@
 """The config of a composed model, as transformers saves and reads it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from zoo.auto import register_config
+from zoo.registry import refuse_code
+from zoo.registry.foreign import read_model_config, require_model_config
 
 
 class ZooConfig(PreTrainedConfig):
@@ -38,6 +41,24 @@ class ZooConfig(PreTrainedConfig):
     attention: str = "auto"
     data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
     task: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config of what a file says, which may be somebody else's.
+
+        Raises:
+            ZooError: it names code, or absurd sizes.
+        """
+        for part in ("slots", "tokenizer"):
+            refuse_code(config_dict.get(part), f"The config's {part}")
+        require_model_config(config_dict, "The config")
+        named = ("attn_implementation", "experts_implementation")  # `attention` says it here, and the run
+        return super().from_dict({k: v for k, v in config_dict.items() if k not in named}, **kwargs)
+
+    @classmethod
+    def read(cls, folder: Path) -> Any:
+        """Read the config.json of a folder."""
+        return cls.from_dict(read_model_config(folder / "config.json"))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """The config of the language model, once a model stands; sizes of the text side are there."""

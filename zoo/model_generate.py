@@ -172,11 +172,11 @@ class GenerateMixin(nn.Module):
         """The tokenizer, where an answer ends with text: that of the processor, or in the folder of the model."""
         if (processor := self.__dict__.get("processor")) is not None:
             return processor.tokenizer
-        from transformers import AutoTokenizer
+        from zoo.tokenizer_files import read_tokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+            return read_tokenizer(self.name_or_path)
+        except ZooError as error:
             raise ZooError(
                 "Answers of this model end with a text: pass its tokenizer, generate(tokenizer=...)."
             ) from error

@@ -14,7 +14,7 @@ from zoo import presets
 from zoo.published import FAMILIES, is_published
 from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, require_revision, unknown
 from zoo.registry.core import SLOT_KINDS, group_of
-from zoo.registry.foreign import read_json, read_run_config
+from zoo.registry.foreign import read_json, read_run_config, require_model_config
 
 SPELLINGS = "a preset, 'dir:<folder>' for a saved model, 'hub:<org>/<name>' for one on the hub, or 'last'"
 
@@ -205,6 +205,7 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
     slots = {**content["slots"], **{k: content[k] for k in ("data", "task") if isinstance(content.get(k), dict)}}
     for part in (slots, content.get("tokenizer") or {}, content.get("plugins") or []):
         refuse_code(part, where)
+        require_model_config(part, where)
     _ask_for_plugins(slots, content.get("plugins") or [], where)
     defaults: list[Any] = []
     body: dict[str, Any] = {}

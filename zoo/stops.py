@@ -12,6 +12,8 @@ from typing import Any
 
 from zoo.chat_template import ChatTemplate
 from zoo.registry import ZooError
+from zoo.registry.foreign import CONFIG, require_file
+from zoo.tokenizer_files import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def stated_config(model: Any, folder: Path | None) -> Any:
 
     if folder is None or not (folder / "generation_config.json").is_file():
         return model.llm.lm.generation_config or GenerationConfig()
+    require_file(folder / "generation_config.json", CONFIG)
     try:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
@@ -61,18 +64,14 @@ def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str
         llm: node of the language model.
         source: where the tokenizer came from; None or empty: from the language model.
     """
-    from transformers import AutoTokenizer
-
     checkpoint = llm.get("checkpoint")
     stated = listed(config.eos_token_id)
     if not source or source == checkpoint or not (stated or config.pad_token_id is not None):
         return
     kept: list[int] = []
     if checkpoint and stated:
-        with suppress(OSError, ValueError):  # it has none: what its ids mean is not known
-            theirs = AutoTokenizer.from_pretrained(
-                checkpoint, revision=llm.get("revision") or None, trust_remote_code=False
-            )
+        with suppress(ZooError):  # it has none: what its ids mean is not known
+            theirs = read_tokenizer(checkpoint, revision=llm.get("revision") or None)
             ours, tokens = tokenizer.convert_ids_to_tokens(stated), theirs.convert_ids_to_tokens(stated)
             kept = [i for i, a, b in zip(stated, ours, tokens, strict=True) if a == b and a is not None]
     config.eos_token_id, config.pad_token_id = kept or None, None

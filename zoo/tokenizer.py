@@ -11,6 +11,7 @@ from typing import Any
 from zoo.chat_template import ChatTemplate, variables_of
 from zoo.registry import ZooError, unknown
 from zoo.stops import stops_of
+from zoo.tokenizer_files import read_tokenizer
 
 IMAGE_TOKEN = "<image>"
 OF_MODEL = "model:"  # before a model's name: the tokenizer of this model (`zoo.source.tokenizer_at`)
@@ -102,13 +103,7 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
     Raises:
         ZooError: there is no chat template; or no end-of-sequence token, and none that the template ends answers with.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ZooError(f"No tokenizer can be loaded from {checkpoint!r}: {first}") from error
+    tokenizer = read_tokenizer(checkpoint, **hub)
     if image_token_id is not None and 0 <= image_token_id < len(tokenizer):
         tokenizer.image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     return fit_tokenizer(tokenizer, checkpoint, template)

@@ -19,6 +19,7 @@ from zoo.published.family import SPARE, parse, plain
 from zoo.published.file_names import Held, as_modules
 from zoo.published.places import place_of, places_of, require_names, settle, spread
 from zoo.registry import ZooError
+from zoo.registry.foreign import read_model_config, require_plausible
 from zoo.stream import Filled, fill, listing
 from zoo.weights import by_part, fingerprint, local_folder, may_start_fresh, weight_files
 
@@ -238,6 +239,8 @@ def base_for(
         base = Base(folder, dict(listing(weight_files(folder))), lenient=True)
     else:
         base = None
+    if folder is not None:
+        _require_filled(config, [*weight_files(folder), *(weight_files(base.folder) if base is not None else [])])
     if bits and (base is None or base.record is None):
         raise ZooError(f"bits={bits} is for published checkpoints, and for models that were saved on one.")
     if base is None:
@@ -253,6 +256,27 @@ def base_for(
         require_bits(bits, base.device)
         base.bits = bits
     return base
+
+
+def _require_filled(config: Any, files: Iterable[Path]) -> None:
+    """Refuse slots that are far larger than the files beside them, before memory is taken for what is missing.
+
+    A part with a checkpoint of its own is compared with that when it is built.
+    """
+    from zoo.assembly import assemble
+
+    slots = config.slots or {}
+    with torch.device("meta"):
+        parts = assemble(slots, vocab_size=config.text_vocab_size)
+    own = [p for k in ("vision", "projector", "layout", "llm") if (p := getattr(parts, k)) is not None
+           and not slots[k].get("checkpoint")]  # fmt: skip
+    tensors = {
+        id(t): t.numel()
+        for part in [*own, *parts.pruner.values(), *parts.adapter.values()]
+        if isinstance(part, torch.nn.Module)
+        for t in [*part.parameters(), *part.buffers()]
+    }
+    require_plausible(sum(tensors.values()), set(files), "The config of the model")
 
 
 def devices_of(device_map: Any, sizes: Mapping[str, int] | None = None) -> tuple[torch.device, dict[str, torch.device]]:
@@ -295,15 +319,11 @@ def placed(model: Any, device_map: Any, dtype: Any, base: Base | None = None) ->
 
 
 def read_content(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """Read a JSON file of a folder; empty where there is none."""
+    """Read a JSON file of a model's folder; empty where there is none."""
     file = folder / name
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ZooError(f"{file} is no JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    return read_model_config(file)
 
 
 def pixels_of(folder: Path) -> dict[str, Any]:

@@ -7,21 +7,17 @@ from typing import Any
 from zoo.published import family_of
 from zoo.published.base import pixels_of, read_content
 from zoo.registry import ZooError
+from zoo.registry.foreign import read_text
 from zoo.tokenizer import fit_tokenizer
+from zoo.tokenizer_files import TEMPLATE, read_tokenizer
 
 
 def tokenizer_in(folder: Path, template: str = "") -> Any:
     """Load the tokenizer, with the chat template of the processor and the image token of the config."""
-    from transformers import AutoTokenizer
-
     from zoo.published.family import parse
 
     hf = parse(read_content(folder), f"{folder}/config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ZooError(f"No tokenizer can be loaded from {str(folder)!r}: {first}") from error
+    tokenizer = read_tokenizer(str(folder))
     stated = chat_template_in(folder)
     if stated:
         tokenizer.chat_template = stated
@@ -36,7 +32,7 @@ def chat_template_in(folder: Path) -> str | None:
     """The chat template of a processor, wherever its version of transformers kept it."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file, TEMPLATE)
     for name in ("chat_template.json", "processor_config.json"):
         found = read_content(folder, name).get("chat_template")
         if isinstance(found, str):
