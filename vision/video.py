@@ -7,6 +7,7 @@ read last and what is wanted next, so that a few frames of a long clip cost a fe
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ READERS = {"decord": "decord", "pyav": "av"}  # name -> package; in this order w
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})  # endings of files
 EXACT_IN_DECORD = frozenset({"h264", "hevc", "vp8", "vp9"})  # codecs
 MAX_BYTES = 8 << 30  # of decoded frames, at once
+# Containers that are read: what a file begins with, and what FFmpeg calls it. FFmpeg would take playlists and lists of
+# segments for videos too, whatever the file is called, and open each file and address that they name.
+CONTAINERS = {
+    "mov": re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip|pnot|styp|moof|sidx)", re.DOTALL),
+    "matroska": re.compile(rb"\x1a\x45\xdf\xa3"),
+    "avi": re.compile(rb"RIFF.{4}AVI ", re.DOTALL),
+}
+_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,10 @@ def read_video(video: Video | str | Path) -> Clip:
         raise ZooError(f"Video {str(path)!r} does not exist or is no file.")
     if path.stat().st_size == 0:
         raise ZooError(f"Video {str(path)!r} is empty.")
+    with path.open("rb") as file:
+        begins = file.read(16)
+    if not any(known.match(begins) for known in CONTAINERS.values()):
+        raise ZooError(f"Video {str(path)!r} is none of {', '.join(CONTAINERS)}, the containers that are read.")
     there = [name for name, package in READERS.items() if find_spec(package)]
     if video.reader != "auto" and video.reader not in there:
         raise ZooError(f"The video reader {video.reader!r} is not installed: pip install 'zoo-vlm[video]'.")
@@ -120,7 +133,7 @@ def _exact_in_decord(path: Path) -> bool:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", container_options=_OPTIONS) as container:
             return any(s.codec_context.name in EXACT_IN_DECORD for s in container.streams.video)
     except av.error.FFmpegError:
         return False
@@ -154,7 +167,7 @@ def _with_pyav(path: Path, video: Video) -> Clip:
     import numpy as np
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", container_options=_OPTIONS) as container:
             stream: Any = next(iter(container.streams.video), None)
             if stream is None:
                 raise _UnreadableError(f"Video {str(path)!r} holds no video, only {_kinds(container)}.")

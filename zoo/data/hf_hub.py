@@ -78,7 +78,7 @@ class HubData:
         name = record_id(row, self.config) or str(number)
         where = f"{self.config.path} ({self.config.split}), row {number}"
         images, dialog = read_record(row, self.config, where)
-        return Sample(name, [row_image(image, self.store, where) for image in images], [dialog])
+        return Sample(name, [row_image(image, self.store, where, self.config.path) for image in images], [dialog])
 
 
 class MappedHubData(HubData):

@@ -1,15 +1,18 @@
 """Rows of Hugging Face datasets, from the hub or from disk, with images as they are stored."""
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from zoo.data.image_store import ImageStore
+from zoo.data.image_store import MAX_BYTES, Folder, ImageStore
 from zoo.data.records import inline_image
 from zoo.registry import ZooError
+from zoo.registry.foreign import require_file
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -24,14 +27,27 @@ class HubRows(Protocol):
     streaming: bool
 
 
-def row_image(image: Any, store: ImageStore | None, where: str) -> Any:
+def row_image(image: Any, store: ImageStore | None, where: str, path: str) -> Any:
     """Return an image as a row holds it, or as `store` has it under the name that the row gives.
 
+    A row may name a file in place of its bytes. That is looked for in `store`, else in the data set itself: below its
+    folder, in its repository, or where the library has unpacked it. A row never leads elsewhere.
+
+    Args:
+        image: what the row holds.
+        store: of `images=`.
+        where: to begin an error with.
+        path: of the data set.
+
     Raises:
-        ZooError: it is neither, or there is no store.
+        ZooError: it is no image, or its file is not of the data set.
     """
     if isinstance(image, dict) and ("bytes" in image or "path" in image):
-        return image["bytes"] if image.get("bytes") else StoredImage(image)
+        if image.get("bytes"):
+            return image["bytes"]
+        if not isinstance(image.get("path"), str):
+            raise ZooError(f"{where}: the image has neither bytes nor the name of a file.")
+        return _named_by_row(image["path"], store, where, path)
     if not isinstance(image, str):
         raise ZooError(f"{where}: the image is a {type(image).__name__}; an image column or a name is needed.")
     data = inline_image(image, where)
@@ -42,14 +58,57 @@ def row_image(image: Any, store: ImageStore | None, where: str) -> Any:
     return store.find(image, where)
 
 
+def _named_by_row(name: str, store: ImageStore | None, where: str, path: str) -> Any:
+    place = Path(path)
+    root = place if place.is_dir() else place.parent if place.suffix in FILES else None
+    if root is None and _of_repository(name, path):
+        return RemoteImage(name)
+    if Path(name).is_absolute() and any(Path(name).resolve().is_relative_to(cache) for cache in _caches()):
+        return Path(name)
+    if root is not None and Path(name).is_absolute() and Path(name).is_relative_to(root.absolute()):
+        name = Path(name).relative_to(root.absolute()).as_posix()
+    elif store is None and root is None:
+        raise ZooError(
+            f"{where}: the image is the file {name!r}, which is none of the data set. Nothing else is read: say with "
+            "images=... where the files are."
+        )
+    files = store if store is not None else Folder(root or place)
+    return files.find(name, where)
+
+
+def _of_repository(name: str, path: str) -> bool:
+    """Whether an address is of a file of the repository `path`, or of an archive in it."""
+    inside = rf"((zip|tar|gzip|bz2|xz|lzma|zstd|lz4)://[^:]*::)*hf://datasets/{re.escape(path)}(@[^/]+)?/[^:]*"
+    return re.fullmatch(inside, name) is not None and ".." not in name.split("/")
+
+
+def _caches() -> list[Path]:
+    """Where the library puts what it downloads and unpacks."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    config = _library().config
+    return [
+        Path(place).resolve() for place in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    ]
+
+
 @dataclass(frozen=True)
-class StoredImage:
-    """An image that the library knows how to open: a local file or one inside a remote archive."""
+class RemoteImage:
+    """The bytes of a file in a repository of the hub, or in an archive there, fetched when called."""
 
-    value: dict[str, Any]
+    address: str
 
-    def __call__(self) -> Any:
-        return _library().Image().decode_example(self.value)
+    def __call__(self) -> bytes:
+        import fsspec
+
+        try:
+            with fsspec.open(self.address, "rb") as file:
+                data: bytes = file.read(MAX_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise ZooError(f"Image {self.address!r} cannot be fetched: {error}") from error
+        if len(data) > MAX_BYTES:
+            raise ZooError(f"Image {self.address!r} has more than {MAX_BYTES:,} bytes.")
+        return data
 
 
 def _library() -> Any:
@@ -68,6 +127,7 @@ def open_rows(config: HubRows) -> Any:
     """
     datasets = _library()
     path = Path(config.path)
+    _refuse_pipes(path)
     with _named(config):
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
@@ -104,6 +164,15 @@ def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
             return None
         with ThreadPoolExecutor(16) as pool:  # files of a hub are a request each
             return list(pool.map(length, map(str, files)))
+
+
+def _refuse_pipes(path: Path) -> None:
+    """Refuse what the library would wait for, for ever: a pipe, a socket or a device in the place of a file."""
+    pattern = set(path.name) & set("*?[")
+    found = path.parent.glob(path.name) if pattern else path.rglob("*") if path.is_dir() else [path]
+    for file in islice(found, 100_000):
+        if not file.is_dir() and file.suffix in FILES and file.exists():
+            require_file(file)
 
 
 def _what(config: HubRows) -> tuple[tuple[str, str | None], dict[str, Any]]:

@@ -7,10 +7,13 @@ import tarfile
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 from zoo.data.absent import absent
 from zoo.registry import ZooError, nearest
+from zoo.registry.foreign import require_file
+
+MAX_BYTES = 1 << 29  # of one image as it is stored
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ class Folder:
         return path
 
 
+class _NoFurther:
+    """A file whose reads end where it ends: a header may state any size, and memory is taken for what is asked for."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self.seek: Any = file.seek
+        self.tell: Any = file.tell
+        self.name = file.name
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self._size - self._file.tell())
+        return self._file.read(left if count < 0 else min(count, left))
+
+
 class Archives:
     """Members of uncompressed tar archives, indexed once; the bytes are read later, by offset."""
 
@@ -68,12 +85,19 @@ class Archives:
         self._members: dict[str, TarMember] = {}
         self.paths = paths
         for path in paths:
+            size = require_file(path)
             try:
-                with tarfile.open(path, "r:") as tar:
+                with path.open("rb") as file, tarfile.open(fileobj=_NoFurther(file, size), mode="r:") as tar:
                     for item in tar:
-                        if item.isfile():
-                            self._add(TarMember(str(path), _plain(item.name), item.offset_data, item.size))
-            except tarfile.TarError as error:
+                        wrong = item.size < 0 or item.offset_data + item.size > size
+                        if not wrong and (not item.isfile() or item.issparse()):  # sparse: not all bytes are there
+                            continue
+                        if wrong or item.size > MAX_BYTES:
+                            raise ZooError(f"{path}: the member {item.name[:200]!r} states {item.size:,} bytes.")
+                        self._add(TarMember(str(path), _plain(item.name), item.offset_data, item.size))
+            except (tarfile.TarError, ValueError, OSError, OverflowError, RecursionError) as error:
+                if isinstance(error, ZooError):
+                    raise
                 raise ZooError(
                     f"{path} cannot be read as a tar archive ({error}). It must not be compressed: images are read "
                     "from the middle of it."

@@ -75,7 +75,7 @@ class Preference:
         where = place + (f" (record {name!r})" if name else "")
         images, dialogs = self._dialogs(record, where)
         name = name or f"{Path(self.config.path).name}:{index}"
-        return Sample(name, [row_image(image, self.store, where) for image in images], dialogs)
+        return Sample(name, [row_image(image, self.store, where, self.config.path) for image in images], dialogs)
 
     def train_split(self) -> "Preference":
         """The training records of the same file or set."""
