@@ -1,5 +1,6 @@
 """Names to components. Imports nothing else of ours, and nothing heavy."""
 
+from zoo.registry.broken import naming, placed, read_sample, sample_or_error
 from zoo.registry.contracts import (
     IGNORE_INDEX,
     KINDS,
@@ -25,21 +26,35 @@ from zoo.registry.core import (
     require_revision,
     source_options,
 )
-from zoo.registry.errors import ZooError, nearest, unknown, unknown_option, wrong_value
+from zoo.registry.errors import (
+    KINDS_BROKEN,
+    ImageError,
+    LengthError,
+    RecordError,
+    ZooError,
+    nearest,
+    unknown,
+    unknown_option,
+    wrong_value,
+)
 from zoo.registry.source import MISSING, Option, options_of
 
 __all__ = [
     "IGNORE_INDEX",
     "KINDS",
+    "KINDS_BROKEN",
     "MANY",
     "MISSING",
     "Cut",
     "Dialog",
     "Entry",
+    "ImageError",
     "ImageFeatures",
     "ImageTransform",
+    "LengthError",
     "LinearHead",
     "Option",
+    "RecordError",
     "Sample",
     "Score",
     "ZooError",
@@ -49,11 +64,15 @@ __all__ = [
     "entries",
     "get",
     "names",
+    "naming",
     "nearest",
     "options_of",
+    "placed",
+    "read_sample",
     "refuse_code",
     "require_revision",
     "register",
+    "sample_or_error",
     "source_options",
     "unknown",
     "unknown_option",

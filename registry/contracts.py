@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from zoo.registry.errors import RecordError
+
 KINDS = ("vision", "pruner", "projector", "layout", "llm", "adapter", "distiller", "dataset", "task")
 MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold several members, keyed by name
 
@@ -170,6 +172,8 @@ class Sample:
     images: list[ImageSource]
     dialogs: list[Dialog]
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # dense targets, one row per image: (images, ...)
+    data: str = ""  # name of its data set in the run; noted where it is read
+    where: str = ""  # its place there, for messages: file and line, row or member
 
 
 @dataclass
@@ -371,6 +375,8 @@ class Dataset(Protocol):
     def get(self, index: int, epoch: int = 0) -> Sample:
         """Return sample `index`; cheap to call in a loader worker, images still undecoded."""
 
+    # def place(self, index: int) -> str: file and line of a sample, for messages, where there is such a place
+
 
 @runtime_checkable
 class StreamingDataset(Protocol):
@@ -380,8 +386,11 @@ class StreamingDataset(Protocol):
     need alone and loader workers make samples of rows by `sample(row, number)`.
     """
 
-    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample]:
-        """Yield the samples of an epoch from number `start` on; the same whoever asks."""
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample | RecordError]:
+        """Yield the samples of an epoch from number `start` on; the same whoever asks.
+
+        A record that cannot be read is yielded as the error, and counts: a generator that raises is at its end.
+        """
 
 
 @runtime_checkable

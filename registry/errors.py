@@ -1,13 +1,74 @@
-"""One exception type for mistakes a user can fix, and the one way to phrase "no such name"."""
+"""The exception for mistakes a user can fix, and the one way to phrase "no such name"."""
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from zoo.registry.source import MISSING, Option
+
+# What can be wrong with a record, as reports count it.
+KINDS_BROKEN = ("record", "missing image", "image", "text", "length")
 
 
 class ZooError(ValueError):
     """A mistake in a config or a call: the message says what was wrong, what was given and what is allowed."""
+
+
+class ImageError(ZooError):
+    """There is no such image, or no such member of an archive."""
+
+
+class LengthError(ZooError):
+    """A sample has more tokens than the model has positions, or a stage allows."""
+
+
+class RecordError(ZooError):
+    """A record of a data set cannot be used; the message says which one and why.
+
+    Args:
+        reason: what is wrong.
+        data: name of the data set in the run.
+        where: file and line, row or member.
+        sample: id of the record, where that is known.
+        kind: one of `KINDS_BROKEN`.
+    """
+
+    def __init__(self, reason: str, *, data: str = "", where: str = "", sample: str = "", kind: str = "record") -> None:
+        self.data, self.where, self.kind = data, _plain(where), kind
+        self.reason, named = _without(_plain(reason), self.where, sample)
+        self.sample = _plain(sample) or named
+        head = [f"data {data!r}"] if data else []
+        head += [where] if where else []
+        head += [f"sample {self.sample!r}"] if self.sample else []
+        super().__init__(f"{', '.join(head)}: {self.reason}" if head else reason)
+
+    def __reduce__(self) -> Any:  # what crosses to another process; causes do not
+        return _again, (self.reason, self.data, self.where, self.sample, self.kind)
+
+    def line(self) -> dict[str, str]:
+        """What a list of records that were left out says of this one."""
+        return {"data": self.data, "where": self.where, "id": self.sample, "kind": self.kind, "reason": self.reason}
+
+
+def _again(reason: str, data: str, where: str, sample: str, kind: str) -> RecordError:
+    return RecordError(reason, data=data, where=where, sample=sample, kind=kind)
+
+
+def _plain(text: str) -> str:
+    """Text that can be printed and written: half of a surrogate pair cannot."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _without(reason: str, where: str, sample: str) -> tuple[str, str]:
+    """Take from a reason what the message says in front of it; and the id that it names, if it does."""
+    named = re.search(r" \(record '(.*?)'\)", reason)
+    rest = reason
+    if where and rest.startswith(where):
+        rest = rest[len(where) :]
+        rest = rest.removeprefix(named[0]) if named else rest
+    for said in (f"Sample {sample!r}: ", f"Sample {sample!r} "):
+        rest = rest.removeprefix(said) if sample else rest
+    return rest.lstrip(",: ") or reason, named[1] if named else ""
 
 
 def edits(given: str, wanted: str, most: int | None = None) -> int:

@@ -189,7 +189,9 @@ def test_a_broken_sample_stops_the_run_or_is_skipped(workers):
     stage = Stage(steps=3, batch_size=4, workers=workers, skip_broken=True)
     items = list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, Place())))
     assert sum(i["info"]["samples"] for i in items) == 11
-    assert [line for i in items for line in i["info"]["broken"]] == ["a0-3: cannot read cat.png"]
+    assert [line for i in items for line in i["info"]["broken"]] == [
+        {"data": "a", "where": "record 3", "id": "a0-3", "kind": "text", "reason": "cannot read cat.png"}
+    ]
 
 
 def test_waiting_is_counted():

@@ -18,6 +18,7 @@ from zoo.chat_template import ChatTemplate, Messages
 from zoo.registry import IGNORE_INDEX, ZooError
 from zoo.tokenizer import CHAT_TEMPLATES
 
+_HALVES = re.compile("[\ud800-\udfff]")
 _CACHE = 200_000  # pieces of text whose tokens are remembered
 
 
@@ -100,7 +101,8 @@ class Chat:
                 ids, ends = self._tokenize_pieces(text, crossed) or (ids, ends)
         except (TypeError, ValueError, UnicodeError) as error:  # half of a surrogate pair, say
             whose = f"Sample {sample_id!r}: the" if sample_id else "The"
-            raise ZooError(f"{whose} tokenizer refuses the text: {' '.join(str(error).split())}.") from error
+            half = "it holds half of a surrogate pair, which is no character" if _HALVES.search(text) else ""
+            raise ZooError(f"{whose} tokenizer refuses the text: {half or ' '.join(str(error).split())}.") from error
         return [*begin, *ids], [*[0] * len(begin), *ends]
 
     def _tokenize_pieces(self, text: str, borders: Iterable[int]) -> tuple[list[int], list[int]] | None:

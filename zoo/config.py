@@ -99,6 +99,8 @@ class RunRoot:
     # Data and tasks, by name
     data: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
+    skip_broken: bool = False  # leave out records that cannot be used, and list them in skipped.jsonl; else stop
+    max_broken: float = 0.1  # share of the records that may be left out, from the 100th on; more stops the run
     # Training
     stages: dict[str, Stage] = field(default_factory=dict)
     resume: str | None = None  # folder of a run, or `last`
@@ -227,6 +229,8 @@ def validate(cfg: Any) -> None:
     for kind in ("vision", "llm"):
         if cfg[kind] is None:
             raise ZooError(f"No {kind} is chosen. Write {kind}=<name>, or start from a preset with model=<name>.")
+    if not 0 <= cfg.max_broken <= 1:
+        raise ZooError(f"max_broken is a share of the records, from 0 to 1, got {cfg.max_broken}.")
     if not cfg.precision or cfg.precision not in PRECISIONS:
         raise unknown("precision", cfg.precision, filter(None, PRECISIONS))
     before: list[str] | None = None  # what the stage before detaches

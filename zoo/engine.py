@@ -6,7 +6,7 @@ means over every image. Other losses are means over forward passes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,11 @@ from zoo.teacher import options_of
 
 @dataclass
 class Counts:
-    """What the sums of a step are divided by: its labels and images, shared out over the processes."""
+    """What the sums of a step are divided by: its labels, images and passes, shared out over the processes."""
 
     labels: float
     images: float
+    passes: float = 1.0
 
 
 class TrainStep(nn.Module):
@@ -137,15 +138,22 @@ class Engine:
         self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon does not see the size of a gradient
 
     def run(
-        self, number: int, global_step: int, batches: list[dict[str, Any]], stop: bool
+        self,
+        number: int,
+        global_step: int,
+        batches: Sequence[dict[str, Any] | None],
+        stop: bool,
+        spares: Sequence[dict[str, Any] | None] = (),
     ) -> tuple[dict[str, Tensor], bool]:
         """Take optimiser step `number` of the stage.
 
         Args:
             number: counted from 0 within the stage.
             global_step: counted over the run; the model's randomness is a function of it.
-            batches: one per forward pass, still on the CPU.
+            batches: one per forward pass, still on the CPU; None where each of its samples is left out.
             stop: whether this process was asked to leave.
+            spares: of several processes, for each pass what is run in the place of None, so that all run as many. It
+                counts nothing.
 
         Returns:
             Losses by name, and whether any process was asked to leave.
@@ -153,16 +161,23 @@ class Engine:
         reseed(self.seed, global_step, self.accelerator.process_index)
         if hasattr(self.distiller, "begin_step"):
             self.distiller.begin_step(number, self.steps)
-        counts, stop = self._agree(sum(map(count_labels, batches)), sum(map(count_images, batches)), stop)
+        whole = [b for b in batches if b is not None]
+        counts, stop = self._agree(sum(map(count_labels, whole)), sum(map(count_images, whole)), len(whole), stop)
+        if not counts.passes:
+            return {}, stop  # nothing to learn from, in any process
+        passes: list[tuple[Any, bool]] = [(b, True) for b in whole]
+        if spares:
+            passes = [(s, False) if b is None else (b, True) for b, s in zip(batches, spares, strict=True)]
         set_rate(self.optimizers, rate_at(number, self.steps, self.stage))
         sums: dict[str, Tensor] = {}
-        for turn, batch in enumerate(batches):
-            last = turn + 1 == len(batches)
+        for turn, (batch, counted) in enumerate(passes):
+            last = turn + 1 == len(passes)
             with contextlib.nullcontext() if last else self._no_sync():
                 with autocast(self.precision, self.device):
                     losses = self.step(to_device(batch, self.device), counts)
                 self._expect(losses, batch)
-                losses = {k: v if k in self.summed else v / len(batches) for k, v in losses.items()}
+                losses = {k: v if k in self.summed else v / counts.passes for k, v in losses.items()}
+                losses = losses if counted else {k: v * 0.0 for k, v in losses.items()}
                 self.whole.total(losses).backward()  # as it is: accelerate's own would divide it by what others set
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
@@ -210,14 +225,14 @@ class Engine:
             return _unsynced(modules)
         return self.accelerator.no_sync(self.step)
 
-    def _agree(self, labels: int, images: int, stop: bool) -> tuple[Counts, bool]:
+    def _agree(self, labels: int, images: int, passes: int, stop: bool) -> tuple[Counts, bool]:
         """Share out what the step counts: each process divides by the mean, as gradients are averaged over them."""
         world = self.accelerator.num_processes
         if world > 1:
-            all_of = torch.tensor([labels, images, int(stop)], dtype=torch.float64, device=self.device)
+            all_of = torch.tensor([labels, images, passes, int(stop)], dtype=torch.float64, device=self.device)
             torch.distributed.all_reduce(all_of)
-            labels, images, stop = int(all_of[0]), int(all_of[1]), bool(all_of[2] > 0)
-        return Counts(max(1, labels) / world, max(1, images) / world), stop
+            labels, images, passes, stop = int(all_of[0]), int(all_of[1]), int(all_of[2]), bool(all_of[3] > 0)
+        return Counts(max(1, labels) / world, max(1, images) / world, passes / world), stop
 
 
 def weights_of(distiller: Any) -> Mapping[str, float]:

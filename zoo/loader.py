@@ -11,6 +11,7 @@ import pickle
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.collate import EncodedSample
 from zoo.data.stream_order import StreamOrder, StreamRow, order_of
-from zoo.registry import Sample, ZooError, unknown
+from zoo.registry import RecordError, Sample, ZooError, naming, placed, read_sample, sample_or_error, unknown
 from zoo.stage import Stage
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly at every length
@@ -75,6 +76,10 @@ class Mix:
             name = self.names[self.lengths.index(None)]
             raise ZooError(f"data {name!r} is a stream without a length: give the stage steps, not epochs.")
         return round(epochs * sum(n for n in self.lengths if n is not None))
+
+    def read(self, member: int, epoch: int, index: int) -> Sample | RecordError:
+        """Read a sample by its place; the error where it is broken."""
+        return read_sample(self.names[member], self.datasets[member], index, epoch)
 
     def members(self, start: int, stop: int) -> np.ndarray:
         """Return which data set each position in [start, stop) belongs to."""
@@ -134,7 +139,8 @@ Item = Where | tuple[int, StreamRow]  # a sample of a data set of the mix: its p
 class Batches(Dataset):
     """Forward pass j of this process -> its batch. A function of j alone, but for streams, which are read in order.
 
-    Without `text` the batch holds images and dense targets only, for stages in which the LLM does not run.
+    Without `text` the batch holds images and dense targets only, for stages in which the LLM does not run. A batch is
+    None where each of its samples is broken and `skip_broken` leaves them out; `info` says which.
     """
 
     def __init__(
@@ -183,42 +189,50 @@ class Batches(Dataset):
         """Make the batch of what `read` gave, in any process."""
         encode = self.processor.encode if self.text else self.processor.encode_images
         rows: list[EncodedSample] = []
-        broken: list[str] = []
+        broken: list[dict[str, str]] = []
         for item in items:
-            name = ""
             try:
-                sample = self._sample(item)
-                name = f"{sample.id}: "
-                pieces = self._pieces(sample)
-                encoded = [encode(s) for s in pieces]
-                rows += encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
-            except (ZooError, OSError) as error:
+                rows += self._rows(self._sample(item), encode)
+            except RecordError as error:
                 if not self.stage.skip_broken:
                     raise
-                broken.append(f"{name}{error}")
-        if not rows:
-            raise ZooError(f"Every sample of a batch is broken, the first is {broken[0]}")
-        if self.stage.pack_length is not None and self.text:
+                broken.append(error.line())
+        if self.stage.pack_length is not None and self.text and rows:
             rows = self.processor.pack(rows, self.stage.pack_length)
-        batch = self.processor.collate(rows, multiple_of=self.multiple_of)
+        batch = self.processor.collate(rows, multiple_of=self.multiple_of) if rows else None
         info = {"samples": len(items) - len(broken), "broken": broken, "streams": streams}
         return {"batch": batch, "info": info}
+
+    def _rows(self, sample: Sample | RecordError, encode: Any) -> list[EncodedSample]:
+        """Encode a sample.
+
+        Raises:
+            RecordError: it cannot be read or encoded, for whatever reason.
+        """
+        if isinstance(sample, RecordError):
+            raise sample
+        with naming(sample.data, sample.where, sample.id, "text"):
+            pieces = self._pieces(sample)
+            encoded = [encode(s) for s in pieces]
+            return encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
 
     def _pieces(self, sample: Sample) -> list[Sample]:
         if self.stage.pack == "dialogs" or len(sample.dialogs) == 1 or not self.text:
             return [sample]
         return [replace(sample, dialogs=[d]) for d in sample.dialogs]
 
-    def samples(self, step: int) -> list[Sample]:
-        """Return the samples of an optimiser step, of one process."""
+    def samples(self, step: int) -> list[Sample | RecordError]:
+        """Return the samples of an optimiser step, of one process; errors for broken ones."""
         return [self._sample(item) for item in self._items(step, range(self.stage.batch_size))]
 
-    def _sample(self, item: Item) -> Sample:
-        dataset = self.mix.datasets[item[0]]
+    def _sample(self, item: Item) -> Sample | RecordError:
         if len(item) == 3:
-            return dataset.get(item[2], item[1])
-        row = item[1]
-        return row.value if row.number is None else dataset.sample(row.value, row.number)
+            return self.mix.read(*item)
+        name, dataset, row = self.mix.names[item[0]], self.mix.datasets[item[0]], item[1]
+        if row.number is None:
+            return placed(row.value, name, "a stream")
+        where = dataset.place(row.number) if hasattr(dataset, "place") else f"record {row.number} of the stream"
+        return sample_or_error(name, where, lambda: dataset.sample(row.value, row.number))
 
     def _places(self, step: int) -> list[Where]:
         """Return what makes up optimiser step `step`."""
@@ -228,7 +242,7 @@ class Batches(Dataset):
         window = step // WINDOW
         if self._window[0] != window:
             places = self.mix.places(window * WINDOW * size, min((window + 1) * WINDOW, self.steps) * size)
-            lengths = [_length(self.mix.datasets[member].get(index, epoch)) for member, epoch, index in places]
+            lengths = [_length(self.mix.read(*where)) for where in places]
             ranked = np.argsort(lengths, kind="stable").reshape(-1, size)
             shuffled = ranked[keyed(self.mix.seed, 2, window).permutation(len(ranked))]
             self._window = (window, [[places[i] for i in row] for row in shuffled.tolist()])
@@ -271,24 +285,35 @@ class Batches(Dataset):
 
 
 class _Making(Dataset):
-    """In a loader worker: makes batches of what was read."""
+    """In a loader worker: makes batches, of streams from what was read.
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    What a worker raises would come as a traceback in the text of an error, so errors are handed over as they are.
+    """
 
-    def __getitem__(self, message: bytes) -> dict[str, Any]:
-        return self.batches.make(*pickle.loads(message))
+    def __init__(self, batches: Batches, streams: bool) -> None:
+        self.batches, self.streams = batches, streams
+
+    def __getitem__(self, what: Any) -> dict[str, Any] | ZooError:
+        try:
+            return self.batches.make(*pickle.loads(what)) if self.streams else self.batches[what]
+        except ZooError as error:
+            return error
 
 
-def _length(sample: Sample) -> int:
-    """How long a sample is, roughly: characters of its text, and a good deal for each image."""
+def _length(sample: Sample | RecordError) -> int:
+    """How long a sample is, roughly: characters of its text, and a good deal for each image; 0 where it is broken."""
+    if isinstance(sample, RecordError):
+        return 0
     parts = (m["content"] for d in sample.dialogs for m in d.messages)
     text = sum(len(c) if isinstance(c, str) else sum(len(p.get("text", "")) for p in c) for c in parts)
     return text + 1000 * len(sample.images)
 
 
 class Loader:
-    """Iterates over the batches of this process, read ahead by a thread or by worker processes; counts the waiting."""
+    """Iterates over the batches of this process, read ahead by a thread or by worker processes; counts the waiting.
+
+    Of several processes each takes part in every pass: beside a batch that is None stands another one, as `spare`.
+    """
 
     def __init__(self, batches: Batches, *, ahead: int = 3, pin_memory: bool = False) -> None:
         self.batches, self.ahead, self.pin_memory = batches, ahead, pin_memory
@@ -302,10 +327,11 @@ class Loader:
             source = self._by_workers(turns)
         else:
             source = _ahead((batches[j] for j in turns), self.ahead)
+        items = _with_spares(source) if batches.place.world > 1 else source
         try:
             while True:
                 start = time.perf_counter()
-                item = next(source, None)
+                item = next(items, None)
                 self.waited += time.perf_counter() - start
                 if item is None:
                     return
@@ -319,7 +345,7 @@ class Loader:
         # The thread that reads streams begins when the loader asks for its first message, with all workers forked.
         feed = _ahead((_message(batches, j) for j in turns), self.ahead * workers) if streams else None
         loader = DataLoader(
-            _Making(batches) if streams else batches,
+            _Making(batches, streams),
             sampler=feed or turns,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
@@ -329,10 +355,30 @@ class Loader:
         with torch.random.fork_rng(devices=[]):  # the iterator draws a seed from the model's randomness
             source = iter(loader)
         try:
-            yield from source
+            for item in source:
+                if isinstance(item, ZooError):
+                    raise item
+                yield item
         finally:
             if feed is not None:
                 feed.close()
+
+
+def _with_spares(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Give batches that are None a `spare`: the one before, or the next that is whole."""
+    ahead: deque[dict[str, Any]] = deque()
+    spare = None
+    while (item := ahead.popleft() if ahead else next(source, None)) is not None:
+        if item["batch"] is not None:
+            spare = item["batch"]
+        elif spare is None:
+            spare = next((i["batch"] for i in ahead if i["batch"] is not None), None)
+            while spare is None and (later := next(source, None)) is not None:
+                ahead.append(later)
+                spare = later["batch"]
+            if spare is None:
+                raise ZooError(f"Every sample of this process is broken, the first: {item['info']['broken'][0]}")
+        yield {**item, "spare": spare}
 
 
 def _message(batches: Batches, j: int) -> bytes:

@@ -19,7 +19,7 @@ from zoo.collate import EncodedSample, TokenizedDialog, as_preference, collate, 
 from zoo.model_config import ZooConfig
 from zoo.processor_call import CallMixin, cut_of, flat
 from zoo.processor_chat import ChatMixin
-from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, unknown
+from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, naming, unknown
 from zoo.vision.pictures import Pictures, Videos, as_clip, processor_of
 from zoo.vision.transform import to_pixels
 from zoo.vision.video import Video
@@ -156,7 +156,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
             ZooError: images and image parts do not match, an answer is empty, or the chat template and the tokenizer
                 leave no clear border between question and answer; the message shows the text and where it broke.
         """
-        pixels = self._all_pixels([sample.images]) if pixel_values is None else pixel_values
+        pixels = self._images_of(sample) if pixel_values is None else pixel_values
         rows = [(d, row) for d in sample.dialogs for row in self._learnt(d, sample, pixels)]
         dialogs = _paired(sample.id, [d.preference for d, _ in rows], [row for _, row in rows])
         common: dict[str, Any] = {
@@ -172,7 +172,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
     def encode_images(self, sample: Sample) -> EncodedSample:
         """Encode the images and dense targets of a sample, and none of its text."""
         nothing = np.zeros(0, dtype=np.int64)
-        return EncodedSample(nothing, nothing, self._all_pixels([sample.images]), targets=sample.targets)
+        return EncodedSample(nothing, nothing, self._images_of(sample), targets=sample.targets)
 
     def _learnt(self, dialog: Dialog, sample: Sample, pixels: Sequence[Any]) -> list[TokenizedDialog]:
         """Tokenize a dialog of a sample, or remember it; see `_rows`."""
@@ -220,7 +220,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        pixels = self._all_pixels([sample.images]) if pixel_values is None else pixel_values
+        pixels = self._images_of(sample) if pixel_values is None else pixel_values
         tokens = self._chat.prompt(self._told(messages, pixels), sample.id)
         ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
         return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
@@ -312,6 +312,15 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
     def prepare(self, sources: Sequence[Any]) -> list[Any]:
         """Prepare images and videos, as `encode_prompt` takes them."""
         return self._all_pixels([list(sources)])
+
+    def _images_of(self, sample: Sample) -> list[Any]:
+        """Prepare the images of a sample.
+
+        Raises:
+            RecordError: one cannot be decoded.
+        """
+        with naming(sample.data, sample.where, sample.id, "image"):
+            return self._all_pixels([sample.images])
 
     def _all_pixels(self, images: Any, options: Mapping[str, Any] | None = None) -> list[Any]:
         """All images of a batch; a list of lists says which belong to one sample. `options`: of the image processor."""

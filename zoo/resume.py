@@ -29,6 +29,8 @@ class Progress:
     global_step: int = 0  # steps of the run that were taken
     streams: dict[str, Any] = field(default_factory=dict)  # of each streaming data set: where it is
     trained: list[str] = field(default_factory=list)  # weights that were ever trained
+    seen: int = 0  # samples of the stage, over all processes
+    left_out: int = 0  # of them, because they are broken
     seconds: float = 0.0  # that training took, in all processes one after the other that did a part of it
 
 

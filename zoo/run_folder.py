@@ -5,6 +5,7 @@ runs/2026-11-22/14-03-55-scenes_tiny/
     run.id               of a run with plugins: a random number, under which this machine remembers them (`zoo.consent`)
     zoo.lock             versions, weights and their hashes, commit, plugins
     metrics.jsonl        one line per step
+    skipped.jsonl        one line per record that was left out, with the reason
     checkpoints/         step-00000500/, the newest last
     model/               the trained model, for `zoo.load` and `model=`
     scores.json          the table of the end
@@ -19,7 +20,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.lock = self.path / "zoo.lock"
         self.metrics = self.path / "metrics.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.scores = self.path / "scores.json"
@@ -160,7 +162,15 @@ class RunFolder:
 
     def log(self, *records: Mapping[str, Any]) -> None:
         """Append lines to metrics.jsonl; what a kill left of a line before them stays a line of its own."""
-        with self.writing("metrics"), self.metrics.open("ab+") as file:
+        self._append(self.metrics, records)
+
+    def log_skipped(self, *records: Mapping[str, Any]) -> None:
+        """Append lines to skipped.jsonl."""
+        if records:
+            self._append(self.skipped, records)
+
+    def _append(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+        with self.writing(path.stem), path.open("ab+") as file:
             text = "".join(json.dumps(record) + "\n" for record in records).encode()
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -168,21 +178,25 @@ class RunFolder:
             file.write(text)
 
     def flush_metrics(self) -> None:
-        """Wait until the metrics are on the disk."""
-        if self.metrics.is_file():
-            with self.writing("metrics"):
-                flush(self.metrics)
+        """Wait until the metrics, and the list of what was left out, are on the disk."""
+        for path in filter(Path.is_file, (self.metrics, self.skipped)):
+            with self.writing(path.stem):
+                flush(path)
 
     def rewind(self, step: int) -> int:
         """Drop what was logged after `step`, for those steps are run again, and what is no line or is there twice.
 
         Returns:
-            How many lines could not be read; a kill leaves half a line at most.
+            How many lines of metrics.jsonl could not be read; a kill leaves half a line at most.
         """
-        rows, broken = _rows(self.metrics)
-        kept = {(r["step"], *sorted(r)): r for r in rows if r["step"] <= step}
+        self._rewind(self.skipped, step, lambda row: (row["step"], *(str(row.get(k)) for k in ("data", "where", "id"))))
+        return self._rewind(self.metrics, step, lambda row: (row["step"], *sorted(row)))
+
+    def _rewind(self, path: Path, step: int, key: Callable[[dict[str, Any]], Any]) -> int:
+        rows, broken = _rows(path)
+        kept = {key(r): r for r in rows if r["step"] <= step}
         if broken or len(kept) < len(rows):
-            with self.writing("metrics"), written_beside(self.metrics) as beside:
+            with self.writing(path.stem), written_beside(path) as beside:
                 beside.write_text("".join(json.dumps(r) + "\n" for r in kept.values()), encoding="utf-8")
         return broken
 

@@ -44,7 +44,7 @@ class Stage:
     pack_length: int | None = None  # several samples share a row of up to so many tokens; null: a row for each
     length_buckets: bool = False  # batch samples of like length, so that little is padding
     workers: int = 0  # processes that read data; 0: one thread, best for small images
-    skip_broken: bool = False  # leave out samples that cannot be read, and name them; else the run stops
+    skip_broken: bool | None = None  # leave out records that cannot be used, and list them; null: as the run says
     # Optimiser
     optimizer: str = "adamw"  # adamw, or muon_adamw: Muon on the matrices, AdamW on the rest
     lr: float = 1e-3  # peak learning rate of AdamW
@@ -136,6 +136,16 @@ class Stage:
             return None
         given = {"model": self.teacher} if isinstance(self.teacher, str) else dict(self.teacher)
         return TEACHER | given
+
+
+def stages_of(cfg: Any) -> dict[str, Any]:
+    """The stages of a composed config, by name, each with what the run says where it says nothing."""
+    from omegaconf import OmegaConf
+
+    stages: dict[str, Any] = {str(name): OmegaConf.to_object(node) for name, node in cfg.stages.items()}
+    for stage in stages.values():
+        stage.skip_broken = cfg.skip_broken if stage.skip_broken is None else stage.skip_broken
+    return stages
 
 
 def _check_teacher(given: Any) -> None:

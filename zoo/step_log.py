@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from zoo.left_out import LeftOut
 from zoo.processes import by_first, gather, stop_all
 from zoo.progress import Display
 from zoo.registry import ZooError
 from zoo.run_folder import RunFolder
 
+TOLD = 10  # records that were left out are shown as they come; more are listed only
 FLUSH = 10  # steps between readings on a device that would have to wait for its losses
 
 
@@ -26,11 +28,13 @@ class StepLog:
         accelerator: of the run.
         folder: whose metrics.jsonl the first process writes.
         display: what a person sees.
+        left_out: counts and lists the records that could not be used.
     """
 
-    def __init__(self, accelerator: Any, folder: RunFolder, display: Display) -> None:
-        self.accelerator, self.folder, self.display = accelerator, folder, display
+    def __init__(self, accelerator: Any, folder: RunFolder, display: Display, left_out: LeftOut) -> None:
+        self.accelerator, self.folder, self.display, self.left_out = accelerator, folder, display, left_out
         self.newest: dict[str, Any] = {}  # the step that was noted last
+        self._told = 0  # records that were left out, and of which a person was told
         self._pending: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
 
     def add(self, record: dict[str, Any], losses: dict[str, torch.Tensor], *, allow_nonfinite: bool) -> None:
@@ -54,14 +58,50 @@ class StepLog:
         everyone = gather(self.accelerator, own)
         seconds = (now - own[0][0]["start"]) / len(own)
         lines = [_line(at, everyone, seconds) for at in range(len(own))]
-        bad = next((at for at, line in enumerate(lines) if not math.isfinite(line["loss"])), None)
+        skipped = [row for at, line in enumerate(lines) for row in self._skipped(line, at, everyone)]
+        bad = next((at for at, line in enumerate(lines) if not math.isfinite(line.get("loss", 0.0))), None)
         if bad is not None and not allow_nonfinite:
             lines = lines[: bad + 1]  # the steps behind it are of a model that is lost
-        by_first(self.accelerator, lambda: self.folder.log(*lines))
+
+        def write() -> None:
+            self.folder.log_skipped(*skipped)
+            self.folder.log(*lines)
+
+        by_first(self.accelerator, write)
+        self._tell(skipped)
         for (record, _), line in zip(own, lines, strict=False):
             self._show(record["step"], line)
         if bad is not None and not allow_nonfinite:
             stop_all(self.accelerator, self._refusal(lines[bad]))
+        if (error := self.left_out.excess(own[-1][0]["stage"])) is not None:
+            stop_all(self.accelerator, error)
+
+    def end_stage(self, name: str, *, allow_nonfinite: bool) -> None:
+        """Write what is left of a stage.
+
+        Raises:
+            ZooError: it had nothing to learn from; all processes leave.
+        """
+        self.flush(allow_nonfinite=allow_nonfinite)
+        if (error := self.left_out.nothing_left(name)) is not None:
+            stop_all(self.accelerator, error)
+
+    def _skipped(self, line: dict[str, Any], at: int, everyone: list[Any]) -> list[dict[str, Any]]:
+        """Count what a step left out, in its line too; returns what is new, for the list."""
+        records = [ranks[at][0] for ranks in everyone]
+        broken = [row for record in records for row in record["broken"]]
+        new = self.left_out.add(sum(record["samples"] for record in records) + len(broken), broken)
+        if broken:
+            line["skipped"] = len(broken)
+        return [{"step": line["step"], "stage": line["stage"], **row} for row in new]
+
+    def _tell(self, skipped: list[dict[str, Any]]) -> None:
+        """Show the first records that were left out; a person reads no thousand."""
+        room, self._told = max(0, TOLD - self._told), self._told + len(skipped)
+        for row in skipped[:room]:
+            self.display.note(f"skipped {row['where']} {row['id']}: {row['reason']}")
+        if 0 < room <= len(skipped):
+            self.display.note(f"Further ones are listed in {self.folder.skipped}")
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Hand figures to the trackers, where there are some."""
@@ -93,15 +133,19 @@ def not_finite(what: str, at: Mapping[str, Any], folder: RunFolder) -> ZooError:
 
 
 def _line(at: int, everyone: list[list[tuple[dict[str, Any], dict[str, float]]]], seconds: float) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step at this place: losses as means over the processes that had them."""
+    """The line of metrics.jsonl for the step at this place: losses as means over the processes that had them.
+
+    A step whose records are all left out has no loss.
+    """
     record = everyone[0][at][0]
     losses = _mean([ranks[at][1] for ranks in everyone])
     images, samples = (sum(ranks[at][0][key] for ranks in everyone) for key in ("images", "samples"))
+    total = {"loss": sum(record["weights"].get(n, 1.0) * v for n, v in losses.items())} if losses else {}
     return {
         "step": record["step"],
         "stage": record["stage"],
         "stage_step": record["stage_step"],
-        "loss": sum(record["weights"].get(n, 1.0) * v for n, v in losses.items()),
+        **total,
         "losses": losses,
         "lr": record["lr"],
         "images_per_s": round(images / seconds, 1),

@@ -8,8 +8,9 @@ end it says how much of the teacher's mass was kept, and how far the gradient of
 that with all of them.
 """
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,26 +18,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from zoo.assembly import build_distiller
-from zoo.collate import collate, to_device
+from zoo.collate import EncodedSample, collate, to_device
 from zoo.distill.chunked import AT_ONCE, Stored, value_and_gradient, with_rest
 from zoo.distill.logprobs import answer_logprobs
+from zoo.files import write_text
+from zoo.left_out import PATIENCE, too_many
 from zoo.loader import Batches, Mix, Place
 from zoo.loading import load_teacher
 from zoo.model_types import Seen
 from zoo.precision import autocast, fast_products, resolve_precision
 from zoo.processes import gather, start_accelerator
 from zoo.progress import clock
-from zoo.registry import IGNORE_INDEX, Sample, ZooError, unknown
+from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, unknown
 from zoo.run_data import RunData
-from zoo.stage import Stage
+from zoo.stage import Stage, stages_of
 from zoo.teacher import Teacher
 from zoo.teacher_store import PAIRS, RESPONSE, VISUAL, Writer, data_hash, sample_key
 from zoo.tokenizer import tokens_hash
 
+SKIPPED = "skipped.jsonl"  # in the store: the records that were left out
 NOISE = 1.0  # nats between the teacher's logits and those of the student on whom the truncation's error is measured
 
 
@@ -75,7 +79,7 @@ def main(cfg: DictConfig) -> Path:
     rank, world = accelerator.process_index, accelerator.num_processes
     fast_products()
     precision = resolve_precision(stage.precision or cfg.precision, accelerator.device)
-    data = RunData(cfg.data)
+    data = RunData(cfg.data, skip_broken=bool(stage.skip_broken))
     mix = data.mix(stage, cfg.seed * 1000 + list(cfg.stages).index(name))
     needs = needs_of(cfg, stage)
     model, processor = load_teacher(stage.teacher_node or {}, device=accelerator.device, precision=precision)
@@ -101,8 +105,12 @@ def main(cfg: DictConfig) -> Path:
     say(f"{len(known):,} samples are stored already." if known else f"Writing to {folder}", flush=True)
     kept: list[Any] = []
     count = 0
-    groups = batches(samples(mix, stage, cfg.teach.limit), stage.batch_size, known)
-    for batch in islice(groups, rank, None, world):
+    sieve = Sieve(bool(stage.skip_broken), cfg.max_broken, folder / SKIPPED)
+    groups = batches(sieve.sound(samples(mix, stage, cfg.teach.limit)), stage.batch_size, known)
+    for group in islice(groups, rank, None, world):
+        batch = sieve.encoded(processor, group)
+        if not batch:
+            continue
         with autocast(precision, accelerator.device):
             kept += said_of(teacher, processor, batch, k, about, cost)
         count += len(batch)
@@ -113,11 +121,16 @@ def main(cfg: DictConfig) -> Path:
             say(f"{count:,} samples, {rate:.1f} a second" + (" and process" if world > 1 else ""), flush=True)
     if kept:
         writer.write(kept)
-    for more, seen in gather(accelerator, (count, cost))[1:]:  # once all have written
+    for more, seen, broken in gather(accelerator, (count, cost, sieve.broken))[1:]:  # once all have written
         count += more
         cost.add(seen)
+        sieve.broken |= broken
+    if accelerator.is_main_process:
+        sieve.write()
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     say(f"{count:,} samples in {clock(time.monotonic() - began)}; {size / 1e6:.1f} MB in {folder}")
+    if sieve.broken:
+        say(f"{len(sieve.broken):,} records were left out; {folder / SKIPPED} lists them with the reasons.")
     say(cost.text(k))
     say(f"Train from it: 'stages.{name}.teacher={{store: {folder}}}'")
     return folder
@@ -129,7 +142,7 @@ def stage_of(cfg: DictConfig) -> tuple[str, Stage]:
     Raises:
         ZooError: there is no such stage, or it has no teacher that is a model.
     """
-    stages: dict[str, Any] = {str(n): OmegaConf.to_object(s) for n, s in cfg.stages.items()}
+    stages = stages_of(cfg)
     taught = {n: s for n, s in stages.items() if s.teacher_node and s.teacher_node["model"]}
     if cfg.teach.stage:
         if cfg.teach.stage not in stages:
@@ -152,8 +165,58 @@ def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
     return needs & {f"teacher.{positions}" for positions in (RESPONSE, VISUAL, PAIRS)}
 
 
-def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample]:
+class Sieve:
+    """Leaves out records that cannot be used, where it may.
+
+    Args:
+        skip: whether it may; else the first one ends it.
+        most: share of the records that may be left out.
+        listed: file that lists them.
+    """
+
+    def __init__(self, skip: bool, most: float, listed: Path) -> None:
+        self.skip, self.most, self.listed = skip, most, listed
+        self.seen = 0
+        self.broken: dict[tuple[str, ...], dict[str, str]] = {}  # by data set, place and id
+
+    def sound(self, source: Iterable[Sample | RecordError]) -> Iterator[Sample]:
+        """Yield the samples that could be read."""
+        for sample in source:
+            self.seen += 1
+            if isinstance(sample, RecordError):
+                self._leave_out(sample)
+            else:
+                yield sample
+
+    def encoded(self, processor: Any, batch: list[tuple[bytes, Sample]]) -> list[tuple[bytes, EncodedSample]]:
+        """Encode those samples of a batch that can be."""
+        rows = []
+        for key, sample in batch:
+            try:
+                with naming(sample.data, sample.where, sample.id, "text"):
+                    rows.append((key, processor.encode(sample)))
+            except RecordError as error:
+                self._leave_out(error)
+        return rows
+
+    def _leave_out(self, error: RecordError) -> None:
+        if not self.skip:
+            raise error
+        self.broken[error.data, error.where, error.sample] = error.line()
+        if self.seen >= PATIENCE and len(self.broken) > self.most * self.seen:
+            self.write()
+            raise too_many(len(self.broken), self.seen, self.most, str(self.listed), "zoo teach")
+
+    def write(self) -> None:
+        """List what was left out."""
+        if self.broken:
+            write_text(self.listed, "".join(json.dumps(line) + "\n" for line in self.broken.values()))
+
+
+def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | RecordError]:
     """Every sample that the stage sees, in its order, up to `limit`; of streams as many as its steps read.
+
+    What cannot be read comes as the error.
 
     Raises:
         ZooError: a stream, and the stage has epochs in place of steps.
@@ -182,10 +245,15 @@ def batches(source: Iterator[Sample], size: int, known: set[bytes]) -> Iterator[
 
 @torch.no_grad()
 def said_of(
-    teacher: Teacher, processor: Any, batch: list[tuple[bytes, Sample]], k: int, about: dict[str, Any], cost: Truncation
+    teacher: Teacher,
+    processor: Any,
+    batch: list[tuple[bytes, EncodedSample]],
+    k: int,
+    about: dict[str, Any],
+    cost: Truncation,
 ) -> list[tuple[bytes, dict[str, dict[str, Tensor]]]]:
-    """Ask the teacher about a batch: for each sample its key, and the tokens to keep at each position."""
-    rows = [processor.encode(sample) for _, sample in batch]
+    """Ask the teacher about a batch of rows: for each its key, and the tokens to keep at each position."""
+    rows = [row for _, row in batch]
     made = collate(rows, pad_id=processor.tokenizer.pad_token_id)
     seen = teacher.see(to_device(made, teacher.device), None)  # type: ignore[arg-type]
     hidden, vocab = seen.last_hidden_state, about["vocab_size"]

@@ -23,7 +23,7 @@ import torch
 
 from zoo.collate import EncodedSample
 from zoo.files import write_json
-from zoo.registry import IGNORE_INDEX, Sample, ZooError
+from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, read_sample
 from zoo.vision.pictures import Picture
 
 INDEX = "store.json"
@@ -50,10 +50,18 @@ def data_hash(dataset: Any) -> str:
 
     whole = hashlib.sha256(str(len(dataset)).encode())
     for index in sorted({i * len(dataset) // PROBES for i in range(PROBES)}):
-        sample = dataset.get(index, 0)
+        sample = read_sample("", dataset, index)
+        if isinstance(sample, RecordError):
+            whole.update(b"broken")
+            continue
         whole.update(sample_key(sample))
         for source in sample.images:
-            whole.update(open_image(source() if callable(source) else source, sample.id).tobytes())
+            try:
+                with naming(""):
+                    pixels = open_image(source() if callable(source) else source, sample.id).tobytes()
+            except RecordError:
+                pixels = b"broken"
+            whole.update(pixels)
     return whole.hexdigest()
 
 

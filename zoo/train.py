@@ -24,6 +24,7 @@ from zoo.checker import check
 from zoo.engine import Engine, reseed
 from zoo.files import written_beside
 from zoo.finish import finish, score
+from zoo.left_out import LeftOut
 from zoo.loader import Batches, Loader, Place
 from zoo.loading import build, load_teacher
 from zoo.memory import keep_memory
@@ -37,7 +38,7 @@ from zoo.run_data import RunData
 from zoo.run_folder import RunFolder
 from zoo.run_lock import RunLock
 from zoo.source import tokenizer_for, weights_folder
-from zoo.stage import Stage
+from zoo.stage import Stage, stages_of
 from zoo.step_log import StepLog, not_finite
 from zoo.teacher import Teacher, Twins
 from zoo.teacher_store import Stored
@@ -87,18 +88,20 @@ class Run:
         for note in began.notes:
             self.display.note(note)
         self.cfg = read_config(self.folder.config, cfg, began.plugins) if cfg.resume else cfg
-        self.stages: dict[str, Any] = {str(n): OmegaConf.to_object(s) for n, s in self.cfg.stages.items()}  # of Stage
+        self.stages = stages_of(self.cfg)
         if not self.stages:
             raise ZooError("There is nothing to train: the config has no stages. Choose a recipe, recipe=<name>.")
         fast_products()
         if self.accelerator.device.type == "cpu":
             keep_memory()
         self.resumed_trained = self.is_trained  # only the model is to be saved, or to be scored
-        self.data = RunData(self.cfg.data)
+        self.skips = self.cfg.skip_broken or any(s.skip_broken for s in self.stages.values())
+        self.data = RunData(self.cfg.data, skip_broken=self.skips)
         self.model, self.processor = self._compose()
         if self.newest is not None:
             self._restore(self.newest)
-        self.step_log = StepLog(self.accelerator, self.folder, self.display)
+        left_out = LeftOut(self.folder, self.cfg.max_broken, self.progress.seen, self.progress.left_out)
+        self.step_log = StepLog(self.accelerator, self.folder, self.display, left_out)
         self._distiller: tuple[Any, Any] = (None, None)  # its node, and itself
         self._teachers: dict[str, Any] = {}
         self._asked = False  # SIGTERM came to this process
@@ -213,6 +216,8 @@ class Run:
         teacher, twins = self._teacher_of(stage, distiller)
         engine = self._engine(index, stage, steps, distiller, teacher)
         done = self.progress.step
+        if not done:
+            self.step_log.left_out.begin()
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
         batches = Batches(mix, self.processor, stage, steps, place, **options)
@@ -229,6 +234,7 @@ class Run:
             if stage.eval_every and (number + 1) % stage.eval_every == 0 and not last:
                 self._evaluate(engine)
             if last:
+                self.step_log.end_stage(name, allow_nonfinite=stage.allow_nonfinite)
                 self.progress.stage, self.progress.step, self.progress.streams = index + 1, 0, {}
             if last or self._leave or (stage.checkpoint_every and (number + 1) % stage.checkpoint_every == 0):
                 self._save(engine)
@@ -239,9 +245,8 @@ class Run:
     def _step(self, name: str, number: int, engine: Engine, loader: Loader, source: Any) -> None:
         start, waited = time.perf_counter(), loader.waited
         items = [next(source) for _ in range(engine.stage.accumulate)]
-        losses, self._leave = engine.run(number, self.progress.global_step, [i["batch"] for i in items], self._asked)
-        for line in (line for i in items for line in i["info"]["broken"]):
-            self.display.note(f"skipped {line}")
+        batches, spares = [i["batch"] for i in items], [i["spare"] for i in items] if "spare" in items[0] else []
+        losses, self._leave = engine.run(number, self.progress.global_step, batches, self._asked, spares)
         self.progress.step, self.progress.streams = number + 1, items[-1]["info"]["streams"]
         self.progress.global_step += 1
         record = {
@@ -250,8 +255,9 @@ class Run:
             "stage_step": number + 1,
             "lr": engine.rate,
             "weights": engine.weights,
-            "images": sum(len(i["batch"].get("pixel_values", ())) for i in items),
+            "images": sum(len(b.get("pixel_values", ())) for b in batches if b is not None),
             "samples": sum(i["info"]["samples"] for i in items),
+            "broken": [line for i in items for line in i["info"]["broken"]],
             "start": start,
             "wait": loader.waited - waited,
         }
@@ -347,6 +353,7 @@ class Run:
         self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
         now = time.monotonic()
         self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
+        self.progress.seen, self.progress.left_out = self.step_log.left_out.counts
         optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with fresh ones
         state = checkpoint.collect(self._named(engine), optimizers, asdict(self.progress), keep=self.main)
 

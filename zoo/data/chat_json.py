@@ -12,8 +12,10 @@ from typing import Any
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
-from zoo.registry import MISSING, Dialog, Sample, ZooError, register
+from zoo.registry import MISSING, Dialog, RecordError, Sample, ZooError, naming, register
 from zoo.vision.video import VIDEOS, Video
+
+OTHER_SPLIT = ("",)  # in place of what a record begins with
 
 
 @dataclass
@@ -26,6 +28,7 @@ class ChatJsonConfig(RecordFields):
     frames: int = 8  # of a video (a file in the place of an image that ends in .mp4, .webm and the like), evenly
     group_by_image: bool = False  # one sample for all records about the same images, each a dialog of its own
     limit: int = 0  # first records only; 0: all
+    check: bool = True  # every record when the file is opened, so that a broken one is named now; skip_broken=true: off
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +71,10 @@ class ChatJson:
             _name_videos(dialog, sources)
         return Sample(name, sources, dialogs)
 
+    def place(self, index: int) -> str:
+        """Name the place of a sample, its first record, for a message."""
+        return self.records.where(self.groups[index][0])
+
     def train_split(self) -> "ChatJson":
         """The training records of the same file or set: what is common there is what a blind guess knows."""
         config = self.config
@@ -82,25 +89,49 @@ class ChatJson:
         return ChatJson(replace(self.config, split=self.config.eval_split, limit=0))
 
     def _groups(self) -> list[tuple[int, ...]]:
-        """Read every record once, so that the first broken one is named now; return the indices behind each sample."""
+        """Return the indices behind each sample. Every record is read once, so that the first broken one is named now.
+
+        With `check` off as few as can be are read, and a broken one is a sample that says so when it is asked for.
+        """
+        config = self.config
+        number = len(self.records)
+        if not (config.check or config.split_field or config.group_by_image):
+            return [(index,) for index in range(min(number, config.limit or number))]
         kept: list[tuple[int, ...]] = []
         by_image: dict[tuple[Any, ...], list[int]] = {}
         taken = 0
-        for index in range(len(self.records)):
-            if self.config.limit and taken == self.config.limit:
+        for index in range(number):
+            if config.limit and taken == config.limit:
                 break
-            record = self.records[index]
-            where = self._where(record, index)
-            if self.config.split_field and self._split_of(record, where) != self.config.split:
+            try:
+                with naming("", self.records.where(index)):
+                    head = self._head(index)
+            except RecordError as error:
+                if config.check:
+                    raise (error.__cause__ if isinstance(error.__cause__, ZooError) else error) from error.__cause__
+                head = None
+            if head == OTHER_SPLIT:
                 continue
-            images, dialog = read_record(record, self.config, where)
             taken += 1
-            head = shared_head(dialog) if self.config.group_by_image else None
-            if head is not None:
-                by_image.setdefault((*map(str, images), head), []).append(index)
+            if head:
+                by_image.setdefault(head, []).append(index)
             else:
                 kept.append((index,))
         return sorted([*kept, *map(tuple, by_image.values())])
+
+    def _head(self, index: int) -> tuple[Any, ...] | None:
+        """What a record begins with, for `group_by_image`; None: it is a sample by itself.
+
+        Raises:
+            ZooError: it is broken.
+        """
+        record = self.records[index]
+        where = self._where(record, index)
+        if self.config.split_field and self._split_of(record, where) != self.config.split:
+            return OTHER_SPLIT
+        images, dialog = read_record(record, self.config, where)
+        head = shared_head(dialog) if self.config.group_by_image else None
+        return None if head is None else (*map(str, images), head)
 
     def _split_of(self, record: dict[str, Any], where: str) -> str:
         if self.config.split_field not in record:

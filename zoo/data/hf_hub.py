@@ -16,7 +16,7 @@ from zoo.data.hub_rows import open_rows, read_rows, row_image, shard_lengths
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.records import RecordFields, read_record, record_id
 from zoo.data.stream_order import InOrder, Lanes, StreamOrder, StreamRow
-from zoo.registry import MISSING, Sample, ZooError, register
+from zoo.registry import MISSING, RecordError, Sample, ZooError, register, sample_or_error
 
 
 @dataclass
@@ -73,12 +73,17 @@ class HubData:
             return None
         return HubData(replace(self.config, split=self.config.eval_split, shuffle_buffer=0, limit=0))
 
-    def sample(self, row: dict[str, Any], number: int | str) -> Sample:
+    def sample(self, row: dict[str, Any], number: int | str | None) -> Sample:
         """Turn row `number` into a sample."""
         name = record_id(row, self.config) or str(number)
-        where = f"{self.config.path} ({self.config.split}), row {number}"
+        where = self.place(number)
         images, dialog = read_record(row, self.config, where)
-        return Sample(name, [row_image(image, self.store, where, self.config.path) for image in images], [dialog])
+        shown = [row_image(image, self.store, where, self.config.path) for image in images]
+        return Sample(name, shown, [dialog], where=where)
+
+    def place(self, index: int | str | None) -> str:
+        """Name the place of a row for a message."""
+        return f"{self.config.path} ({self.config.split}), row {index}"
 
 
 class MappedHubData(HubData):
@@ -107,15 +112,18 @@ class StreamedHubData(HubData):
             else None
         )
 
-    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample]:
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample | RecordError]:
         """Yield the samples of an epoch from number `start` on; their order depends on (seed, epoch)."""
         if self.lengths is None:
-            yield from (self.sample(row.value, row.number) for row in self._rows(epoch, start))
+            yield from map(self._sample, self._rows(epoch, start))
             return
         order = self.order("", 1, {"epoch": epoch, "drawn": 0, "lanes": []})
         for number in range(sum(self.lengths)):
             if (row := order.next(number, number >= start)) is not None:
-                yield self.sample(row.value, row.number)
+                yield self._sample(row)
+
+    def _sample(self, row: StreamRow) -> Sample | RecordError:
+        return sample_or_error("", self.place(row.number), lambda: self.sample(row.value, row.number))
 
     def order(self, name: str, size: int, place: Mapping[str, Any]) -> StreamOrder:
         """Return the order of the rows: as they are stored; or shuffled, with several shards side by side.

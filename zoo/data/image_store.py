@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from zoo.data.absent import absent
-from zoo.registry import ZooError, nearest
+from zoo.registry import ImageError, ZooError, nearest
 from zoo.registry.foreign import require_file
 
 MAX_BYTES = 1 << 29  # of one image as it is stored
@@ -60,7 +60,7 @@ class Folder:
         if not path.is_relative_to(self.root):
             raise ZooError(f"{where}: image {name!r} is a link that leads out of {self.root}.")
         if not path.is_file():
-            raise ZooError(f"{where}: there is no image {name!r} in {self.root}.")
+            raise ImageError(f"{where}: there is no image {name!r} in {self.root}.")
         return path
 
 
@@ -119,7 +119,7 @@ class Archives:
         if member is None:
             near = nearest(name, self._members) if len(self._members) < 10_000 else []
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ZooError(f"{where}: there is no image {name!r} in {', '.join(map(str, self.paths))}.{hint}")
+            raise ImageError(f"{where}: there is no image {name!r} in {', '.join(map(str, self.paths))}.{hint}")
         return member
 
 

@@ -37,6 +37,7 @@ class PreferenceConfig:
     streaming = False  # pairs are taken by index; no option
     system: str = ""  # system turn put before dialogs that have none
     limit: int = 0  # first records only; 0: all
+    check: bool = True  # read the first record when the data set is opened; skip_broken=true turns it off
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -60,7 +61,8 @@ class Preference:
         self.number = min(len(self.rows), config.limit or len(self.rows))
         if not self.number:
             raise ZooError(f"{config.path} has no record.")
-        self.get(0)  # a wrong column is found now
+        if config.check:
+            self.get(0)  # a wrong column is found now
 
     def __len__(self) -> int:
         return self.number
@@ -71,11 +73,14 @@ class Preference:
             raise IndexError(index)
         record = self.rows[index]
         name = record_id(record, self._fields)
-        place = self.rows.where(index) if self.in_file else f"{self.config.path} ({self.config.split}), row {index}"
-        where = place + (f" (record {name!r})" if name else "")
+        where = self.place(index) + (f" (record {name!r})" if name else "")
         images, dialogs = self._dialogs(record, where)
         name = name or f"{Path(self.config.path).name}:{index}"
         return Sample(name, [row_image(image, self.store, where, self.config.path) for image in images], dialogs)
+
+    def place(self, index: int) -> str:
+        """Name the place of a pair for a message."""
+        return self.rows.where(index) if self.in_file else f"{self.config.path} ({self.config.split}), row {index}"
 
     def train_split(self) -> "Preference":
         """The training records of the same file or set."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, naming, placed
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class InOrder:
             self._rows = self.start(self.epoch, self.read, self._state)
         for again in (False, True):
             try:
-                row = next(self._rows, None)
+                with naming(self.name, f"record {self.read} of the stream"):
+                    row = next(self._rows, None)
             except Exception as error:
                 self._failed = error
                 raise
@@ -192,6 +193,7 @@ def order_of(name: str, dataset: Any, size: int, place: Any) -> StreamOrder:
         return order
 
     def start(epoch: int, read: int, state: Any) -> Iterator[StreamRow]:
-        return map(StreamRow, dataset.stream(epoch, read))
+        for number, sample in enumerate(dataset.stream(epoch, read), read):
+            yield StreamRow(placed(sample, name, f"record {number} of the stream"))
 
     return InOrder(name, start, place)
