@@ -92,7 +92,7 @@ def test_stored_tiles_are_those_that_the_student_sees(tmp_path, make_model):
     teacher = Teacher(model, distiller.needs)
     about = {"vocab_size": len(theirs.tokenizer), "positions": ["response", "visual"], "dtype": "float32",
              "cells": model.layout.row_tokens, "data": {}}  # fmt: skip
-    keyed = [(sample_key(s), s) for s in several]
+    keyed = [(sample_key(s), theirs.encode(s)) for s in several]
     Writer(tmp_path, about).write(said_of(teacher, theirs, keyed, len(theirs.tokenizer) - 1, about, Truncation()))
     found = []
     for who, writes in ((teacher, Twins(theirs, own)), (stored := Stored(tmp_path, distiller.needs),) * 2):
