@@ -125,7 +125,7 @@ def main(cfg: DictConfig) -> Path:
         count += more
         cost.add(seen)
         sieve.broken |= broken
-    if accelerator.is_main_process:
+    if rank == 0:
         sieve.write()
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     say(f"{count:,} samples in {clock(time.monotonic() - began)}; {size / 1e6:.1f} MB in {folder}")
