@@ -29,7 +29,7 @@ def check_data(cfg: Any) -> list[str]:
             notes.append(f"data {str(name)!r} was not opened: {why}.")
         else:
             nodes[name] = node
-    data = RunData(nodes)
+    data = RunData(nodes, skip_broken=cfg.skip_broken or any(stage.skip_broken for stage in cfg.stages.values()))
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
     if tasks and not notes:
         require_dialogs(data.evaluation or data.all, tasks, cfg.limit)
