@@ -6,8 +6,12 @@ import base64
 import io
 import os
 import warnings
+import zlib
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from zoo.registry import ZooError
 
@@ -17,12 +21,17 @@ if TYPE_CHECKING:
 # A file of a few kilobytes can claim any size; the header is read first, and pixels only below this bound. It is the
 # size at which Pillow itself starts to warn.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
+# What is opened, by its first bytes; other formats of Pillow are documents and drawings (EPS starts Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+TEXT = 1 << 20  # bytes of a text in a PNG that is looked at for the orientation
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(source: Any, where: str = "") -> Image.Image:
     """Decode `source` to an RGB image, upright as its EXIF orientation says.
 
-    Grey and palette images become RGB; 16-bit values keep their high byte; what is transparent is laid on white.
+    Grey, palette and CMYK images become RGB; 16-bit values keep their high byte; what is transparent is laid on white;
+    of an animation the first frame counts. Files are of one of `FORMATS`.
 
     Args:
         source: a path, a `data:` URL, encoded bytes, a binary file, a PIL image, an array or a tensor of uint8, (h, w),
@@ -34,10 +43,13 @@ def open_image(source: Any, where: str = "") -> Image.Image:
             fetched), or is of no kind named above.
     """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
-    if isinstance(source, str) and source.startswith("data:image/"):
-        source = _of_data_url(source, where)
+    if isinstance(source, str) and source.startswith("data:"):
+        try:
+            source = data_url_bytes(source)
+        except ValueError as error:
+            raise ZooError(f"Image {where or repr(source[:40])} cannot be decoded: {error}.") from error
     if isinstance(source, (str, os.PathLike)):
         if str(source).startswith(("http://", "https://")):
             raise ZooError(f"Image {str(source)!r} is not fetched: download it, and give its path.")
@@ -48,7 +60,10 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         source = path
     where = f"Image {where}" if where else "An image"
     while callable(source) and not isinstance(source, Image.Image):
-        source = source()
+        try:
+            source = source()
+        except OSError as error:
+            raise ZooError(f"{where} cannot be read: {error}") from error
         if isinstance(source, (str, os.PathLike)):
             return open_image(source, where.removeprefix("Image ").removeprefix("An image"))
     if hasattr(source, "detach") and hasattr(source, "dtype"):  # a tensor
@@ -61,20 +76,17 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         raise ZooError(f"{where} is a {type(source).__name__}; allowed are {_ALLOWED}.")
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(ImageOps.exif_transpose(source))
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            image = Image.open(source)
-        with image:
-            _check_size(image.size, where)
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(source))
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+            return _decoded(file, where)
     except Image.DecompressionBombError as error:
         raise ZooError(f"{where} is too large: {error}") from error
     except ZooError:
         raise
     except UnidentifiedImageError as error:
-        raise ZooError(f"{where} is no image that can be decoded.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # what Pillow's decoders raise
-        raise ZooError(f"{where} is broken: {error}") from error
+        raise ZooError(f"{where} is no image that can be decoded; allowed are {', '.join(FORMATS)}.") from error
+    except Exception as error:  # what Pillow's decoders raise on broken files has no common kind
+        raise ZooError(f"{where} is broken: {error or type(error).__name__}") from error
 
 
 _ALLOWED = (
@@ -83,14 +95,110 @@ _ALLOWED = (
 )
 
 
-def _of_data_url(url: str, where: str) -> bytes:
+def base64_bytes(text: str) -> bytes:
+    """Decode base64, also where it is wrapped in lines, percent-encoded or lacks its padding.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    text = "".join((unquote(text) if "%" in text else text).split()).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def data_url_bytes(url: str) -> bytes:
+    """Return what a `data:` URL holds.
+
+    Raises:
+        ValueError: it is broken, or not in base64.
+    """
     head, _, body = url.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError("it is not in base64")
+    return base64_bytes(body)
+
+
+@cache
+def _formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build of Pillow
+
+
+def _decoded(file: Any, where: str) -> Image.Image:
+    from PIL import Image
+
     try:
-        if not head.endswith(";base64"):
-            raise ValueError("it is not in base64")
-        return base64.b64decode(body, validate=True)
-    except ValueError as error:
-        raise ZooError(f"Image {where or repr(url[:40])} cannot be decoded: {error}.") from error
+        file.seek(0)
+    except (AttributeError, OSError):
+        file = io.BytesIO(file.read())
+    if file.read(8) == PNG:
+        file = _png_pixels(file)
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        image = Image.open(file, formats=_formats())
+    with image:
+        _check_size(image.size, where)
+        return _to_rgb(_upright(image))
+
+
+def _png_pixels(file: Any) -> io.BytesIO:
+    """Copy a PNG file, read up to its magic, with the first frame, transparency and orientation alone.
+
+    Pillow refuses a picture for the length of a text in it, and takes a text called `transparency` for a colour.
+    """
+    kept, names, is_wide = [PNG], {b"Raw profile type exif", b"XML:com.adobe.xmp"}, False
+    while len(head := file.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind in {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"}:
+            body = file.read(length + 4)
+            if kind == b"IHDR":
+                is_wide = body[8:10] == b"\x10\2"  # 16 bits a colour, of which Pillow keeps the high byte
+            elif kind == b"tRNS" and is_wide and length == 6:
+                clear = bytes([0, body[0], 0, body[2], 0, body[4]])
+                body = clear + zlib.crc32(kind + clear).to_bytes(4, "big")
+            kept += [head, body]
+        elif kind in {b"tEXt", b"zTXt", b"iTXt"} and length < TEXT:
+            body = file.read(length + 4)
+            name, _, text = body[:-4].partition(b"\0")
+            if name in names and _is_short(kind, text):
+                kept += [head, body]
+                names.remove(name)
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    return io.BytesIO(b"".join([*kept, head]))
+
+
+def _is_short(kind: bytes, text: bytes) -> bool:
+    """Whether the text of a PNG, given what is behind its name, is of a length that Pillow takes."""
+    if kind == b"tEXt" or (kind == b"iTXt" and text[:1] == b"\0"):
+        return True
+    unpack = zlib.decompressobj()
+    try:
+        unpack.decompress(text[1:] if kind == b"zTXt" else text[2:].split(b"\0", 2)[-1], TEXT)
+    except zlib.error:
+        return False
+    return unpack.eof
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; with metadata that cannot be read it stays as it is."""
+    from PIL.Image import Transpose
+
+    image.load()
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # the picture is whole, and viewers show it
+        return image
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
@@ -115,16 +223,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     import numpy as np
     from PIL import Image
 
+    clear = image.info.get("transparency")
+    if clear is not None and not isinstance(clear, (int, bytes, tuple)):  # a text of that name is no colour
+        image, clear = image.copy(), None
+        del image.info["transparency"]
     if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
-        values = np.asarray(image).astype(np.float64)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
         high = values.max(initial=0)
+        hidden = values == clear if isinstance(clear, int) else None
         if image.mode.startswith("I;16") or high > 255:  # Pillow clips at 255 instead, which gives a white image
             values = values / 256
         elif image.mode == "F" and high <= 1:
             values = values * 255
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
-        image = image.convert("RGBA")
+        values = values.clip(0, 255) if hidden is None else np.where(hidden, 255, values.clip(0, 255))
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or clear is not None:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, image).convert("RGB")
     # `convert` returns the same object for RGB: decode here, so that a broken file is reported here.

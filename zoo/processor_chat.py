@@ -1,7 +1,5 @@
 """Chat messages of people: rendered by the chat template and, if asked for, tokenized with their images."""
 
-import base64
-import binascii
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from zoo.chat_template import GENERATION, takes_parts, variables_of
 from zoo.processor_options import known_options
 from zoo.registry import ZooError, unknown
+from zoo.vision.images import base64_bytes
 
 _SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
@@ -255,8 +254,8 @@ def _decoded(key: str, value: Any) -> Any:
     if key != "base64" or not isinstance(value, str):
         return value
     try:
-        return base64.b64decode(value.partition("base64,")[2] or value, validate=True)
-    except binascii.Error as error:
+        return base64_bytes(value.partition("base64,")[2] or value)
+    except ValueError as error:
         raise ZooError(f"An image part holds base64 that cannot be decoded: {error}.") from error
 
 

@@ -11,8 +11,6 @@ Texts are texts, numbers or truth values; what is neither (an object, NaN, null 
 Python spelling. Braces in a column are no columns of the prompt.
 """
 
-import base64
-import binascii
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from string import Formatter
 from typing import Any
 
 from zoo.registry import Dialog, ZooError, unknown
+from zoo.vision.images import data_url_bytes
 
 MARK = "<image>"
 FORMATS = ("auto", "conversations", "messages", "columns")
@@ -307,10 +306,7 @@ def inline_image(name: str, where: str) -> bytes | None:
     """
     if not name.startswith("data:"):
         return None
-    head, _, body = name.partition(",")
     try:
-        if not head.endswith(";base64"):
-            raise ValueError("it is not base64")
-        return base64.b64decode(body, validate=True)
-    except (ValueError, binascii.Error) as error:
-        raise ZooError(f"{where}: the image in {head[:40]!r} cannot be read: {error}") from None
+        return data_url_bytes(name)
+    except ValueError as error:
+        raise ZooError(f"{where}: the image in {name.partition(',')[0][:40]!r} cannot be read: {error}") from None
