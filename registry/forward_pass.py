@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class Pass:
         rows: B, as the decoder was given it.
         valid: from which layer on, and which of the tokens (S,) are no padding there, S = B * length.
         records: how tokens were routed, layer by layer, by adapter (`zoo.fusion.passes`).
+        taken: what hooks take from the encoder that runs (`zoo.vision.tower.Taken`); None: nothing.
         notes: what hooks hand on to each other, by a key of their part.
         left: the decoder is through: layers that run now are run again, for backward.
     """
@@ -50,11 +51,29 @@ class Pass:
     rows: int = 1
     valid: list[tuple[int, Tensor]] = field(default_factory=list)
     records: dict[str, list[Any]] = field(default_factory=dict)
+    taken: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
     left: bool = False
+    token: Token[Pass | None] | None = field(default=None, repr=False)  # of a pass that `begin` began
 
     def __reduce__(self) -> Any:
         return Pass, ()
+
+    def again(self) -> Pass:
+        """Give what a layer needs of the pass when backward runs it again.
+
+        Not the records: their tensors hold the graph, and the graph holds what runs again, a circle that Python's
+        collector does not see.
+        """
+        return Pass(
+            self.sequence,
+            dict(self.conditions),
+            padding_mask=self.padding_mask,
+            rows=self.rows,
+            valid=list(self.valid),
+            notes=dict(self.notes),
+            left=True,
+        )
 
     def valid_in(self, layer: int) -> Tensor | None:
         """Which of the tokens (S,) of a layer are no padding; None: all, as far as is known."""
@@ -84,8 +103,11 @@ def running(sequence: Any = None, conditions: dict[str, Any] | None = None) -> I
     if _compiling():  # a graph cannot set it; parts in the graph use their own
         yield now
         return
-    with _entered(now):
+    token = _NOW.set(now)
+    try:
         yield now
+    finally:
+        _NOW.reset(token)
 
 
 @contextmanager
@@ -102,14 +124,15 @@ def joined(alone: Pass) -> Iterator[Pass]:
 def begin() -> Pass:
     """Begin a pass where no block can: in a hook before a module. What is behind the module calls `end`."""
     now = Pass()
-    now.notes["begun"] = _NOW.set(now)
+    now.token = _NOW.set(now)
     return now
 
 
 def end(now: Pass) -> None:
     """End what `begin` began; other passes are left alone."""
-    if (token := now.notes.pop("begun", None)) is not None:
-        _NOW.reset(token)
+    if now.token is not None:
+        _NOW.reset(now.token)
+        now.token = None
 
 
 def carried(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,8 +141,14 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
     if now is None or _compiling():
         return function
 
+    again, begun = now.again(), False
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _entered(now):
+        nonlocal begun
+        if not begun:  # in the pass itself
+            begun = True
+            return function(*args, **kwargs)
+        with _entered(again):
             return function(*args, **kwargs)
 
     return run

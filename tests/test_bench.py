@@ -142,3 +142,12 @@ def test_a_report_prints_without_a_terminal(capsys):
     report.print()
     assert "MISSED" in capsys.readouterr().out
     assert short(0.0000123) == "1.2e-05" and short(1234.5) == "1234" and short(2.345) == "2.35"
+
+
+def test_people_who_chat_at_once_get_what_they_get_alone(capsys, tmp_path):
+    rows = tmp_path / "rows.json"
+    tiny = ["people=2", "tokens=2", "rounds=1", "threads=1", "layers=1", "width=32", "adapter=mole"]
+    assert main(["threads", *tiny, f"json={rows}"]) == 0
+    found = {row["what"]: row for row in json.loads(rows.read_text())["rows"]}
+    assert found["at once: rounds in which everybody got the answer that they get alone"]["reached"]
+    assert {"in turns", "at once", "batch"} == {what.partition(":")[0] for what in found}

@@ -4,8 +4,10 @@ Every part that is registered runs here, with pruners that ask encoders for what
 threads a thousand times as often as usual, so that what a pass leaves on a module is met by others.
 """
 
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -287,6 +289,23 @@ def test_layers_that_run_again_in_the_thread_of_backward_find_their_pass(name, r
     for key, grad in grads[0].items():
         assert (grad is None) == (grads[1][key] is None), key
         assert grad is None or torch.allclose(grads[1][key], grad, atol=1e-6 * max(1, grad.abs().max())), key
+
+
+@pytest.mark.parametrize("name", ["vlora", "mole"])
+def test_a_pass_without_backward_is_gone_when_its_output_is(name, make_model):
+    """Layers that could run again hold their pass, and a pass must not hold the graph that holds the layers."""
+    model, processor = make_model(
+        adapter={name: node_of("adapter", name)}, **({"projector": None} if name == "vlora" else {})
+    )
+    model.train().gradient_checkpointing_enable()
+    batch = processor(images=picture(), text=f"{processor.image_token}{WORDS[0]}", return_tensors="pt")
+    told = []
+    for _ in range(2):  # what reports hold is of the second
+        out = model(**batch, labels=batch["input_ids"])
+        told.append(weakref.ref(out.sequence))
+        del out
+    gc.collect()
+    assert told[0]() is None
 
 
 @dataclass

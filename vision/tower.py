@@ -54,7 +54,7 @@ class Runner:
     @property
     def taken(self) -> Taken | None:
         """What the hooks take from the pass that runs; None: nothing, as where backward runs blocks again."""
-        return (current() or self.alone).notes.get("vision")
+        return (current() or self.alone).taken
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Run the blocks: (M, 3, S, S) -> (M, P + N, D), prefix tokens first."""
@@ -200,9 +200,9 @@ class Tower(nn.Module):
         p = runner.num_prefix
         taken, learns = Taken(need), pixel_values.requires_grad or _trains(runner)
         with joined(runner.alone) as now, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            now.notes["vision"] = taken
+            now.taken = taken
             tokens = runner.encode(pixel_values)  # (M, P + N, D)
-            del now.notes["vision"]
+            now.taken = None
         asked: dict[str, Any] = {}
         if need & ATTENTION:
             query, key, scale = runner.query_key(taken)
