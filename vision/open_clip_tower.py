@@ -227,12 +227,15 @@ def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
 def _load(visual: Any, path: Path, name: str) -> None:
     """Read the visual part of a checkpoint and nothing else of it."""
     from open_clip.model import resize_pos_embed
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from timm.models.vision_transformer import resample_abs_pos_embed
 
-    with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118  it is no mapping
-        state: dict[str, Tensor] = OrderedDict((key, file.get_tensor(key)) for key in keys)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118  it is no mapping
+            state: dict[str, Tensor] = OrderedDict((key, file.get_tensor(key)) for key in keys)
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{str(path)!r} cannot be read: {error}") from error
     if not keys:
         raise ZooError(f"{path.name} of {name!r} holds no visual tower of open_clip (weights named visual.*).")
     resize_pos_embed(state, SimpleNamespace(visual=visual))

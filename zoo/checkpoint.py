@@ -10,6 +10,7 @@ takes 84 s to write.
 """
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.files import hashes
-from zoo.registry import ZooError
+from zoo.registry import ZooError, refuse_code
+from zoo.registry.foreign import read_json, require_file
+from zoo.stream import listing
 from zoo.weights import whole
 
 WEIGHTS, OPTIMIZERS, STATE, SUMS = "weights.safetensors", "optimizers.pt", "state.json", "SHA256SUMS"
@@ -81,11 +84,17 @@ def verify(folder: Path) -> dict[str, Any]:
         DamagedError: a file is missing, cannot be read, or is another than was written.
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
+        refuse_code(state, STATE)
         if not (folder / SUMS).is_file() and isinstance(state, dict) and "format" not in state:
             return state
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         stated = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        for name in stated:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no file of the checkpoint")
+            if (folder / name).exists():
+                require_file(folder / name)
         found = hashes(folder / name for name in {WEIGHTS, STATE, *stated})
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
@@ -110,6 +119,7 @@ def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") ->
     """
     from safetensors import safe_open
 
+    listing([folder / WEIGHTS])  # what is wrong with it is said in our words
     with safe_open(folder / WEIGHTS, "pt") as file:
         for name in filter(lambda n: n.startswith(prefix), file.keys()):
             tensor = file.get_tensor(name)
@@ -124,8 +134,17 @@ def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") ->
 
 
 def load_optimizers(folder: Path, optimizers: list[Any]) -> None:
-    """Put the checkpoint's optimiser states back."""
-    states = torch.load(folder / OPTIMIZERS, weights_only=True, map_location="cpu")
+    """Put the checkpoint's optimiser states back.
+
+    Raises:
+        ZooError: they are not those of these optimisers, or the file is none that torch wrote.
+    """
+    file = folder / OPTIMIZERS
+    _refuse_packed(file)
+    try:
+        states = torch.load(file, weights_only=True, map_location="cpu")  # tensors, numbers and lists alone
+    except Exception as error:  # of pickle, of zip, of torch
+        raise ZooError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if len(states) != len(optimizers):
         raise ZooError(
             f"The checkpoint {str(folder)!r} is of {len(states)} optimisers, the stage has {len(optimizers)}."
@@ -135,6 +154,18 @@ def load_optimizers(folder: Path, optimizers: list[Any]) -> None:
         for index, values in saved["state"].items():
             saved["state"][index] = {k: _placed(v, params[index]) for k, v in values.items()}
         optimizer.load_state_dict(saved)
+
+
+def _refuse_packed(file: Path) -> None:
+    """Refuse an archive whose members are more than its bytes: torch packs nothing, so it would be a bomb."""
+    size = require_file(file)
+    try:
+        with zipfile.ZipFile(file) as members:
+            stated = sum(member.file_size for member in members.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ZooError(f"{str(file)!r} is no file that torch wrote: {error}") from error
+    if stated > size:
+        raise ZooError(f"{str(file)!r} has {size:,} bytes and states {stated:,}: torch did not write it.")
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from zoo.registry import ZooError
+from zoo.registry.foreign import require_file
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_LONGEST_HEADER = 100_000_000  # bytes, as in the library of the format
+_LONGEST_HEADER = 32 << 20  # bytes: a hundred thousand tensors take 15 MB; the library of the format takes 100 MB
+_MOST_DIMENSIONS = 64  # as in torch; the product of a million numbers takes hours
 _MAPPED = 1 << 20  # bytes; smaller tensors are read
 _COMPARED = 1 << 24  # numbers that are compared at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
@@ -73,15 +75,15 @@ def listing(files: Iterable[Path]) -> dict[str, Stored]:
 
 def _header(file: Path) -> list[Stored]:
     try:
-        size = file.stat().st_size
+        if not file.exists():
+            raise ZooError(f"The weights file {str(file)!r} is missing.")
+        size = require_file(file)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= min(_LONGEST_HEADER, size - 8):
                 raise ZooError(f"{str(file)!r} is no whole safetensors file: its header would take {length} bytes.")
             content = json.loads(stream.read(length))
-    except FileNotFoundError as error:
-        raise ZooError(f"The weights file {str(file)!r} is missing.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ZooError):
             raise
         raise ZooError(f"{str(file)!r} is no safetensors file: {error}") from error
@@ -92,9 +94,9 @@ def _header(file: Path) -> list[Stored]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"][:_MOST_DIMENSIONS])
             first, last = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ZooError(f"{str(file)!r}: the entry of {name!r} cannot be read: {entry!r:.80}.") from error
         stored = Stored(file, name, dtype, shape, 8 + length + first, last - first)
         if (
@@ -105,7 +107,17 @@ def _header(file: Path) -> list[Stored]:
         ):
             raise ZooError(f"{str(file)!r} is cut off or wrong: {name!r} lies at bytes {first} to {last} of {size}.")
         tensors.append(stored)
+    _refuse_overlap(file, tensors)
     return tensors
+
+
+def _refuse_overlap(file: Path, tensors: Iterable[Stored]) -> None:
+    """Refuse tensors that share bytes: a small file could state any number of large ones."""
+    last = None
+    for stored in sorted((t for t in tensors if t.bytes), key=lambda t: t.start):
+        if last is not None and stored.start < last.start + last.bytes:
+            raise ZooError(f"{str(file)!r} is wrong: {stored.name!r} and {last.name!r} lie at the same bytes.")
+        last = stored
 
 
 def read(stored: Stored | Joined, target: Tensor) -> None:

@@ -23,7 +23,9 @@ import torch
 
 from zoo.collate import EncodedSample
 from zoo.files import write_json
-from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, read_sample
+from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, read_sample, refuse_code
+from zoo.registry.foreign import read_json
+from zoo.stream import listing
 from zoo.vision.pictures import Picture
 
 INDEX = "store.json"
@@ -123,7 +125,10 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     if not (folder / INDEX).is_file():
         raise ZooError(f"There is no stored teacher in {str(folder)!r}: no {INDEX}. `zoo teach` writes one.")
-    about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    about = read_json(folder / INDEX)
+    if not isinstance(about, dict):
+        raise ZooError(f"The store {str(folder)!r} is none: its {INDEX} holds a {type(about).__name__}.")
+    refuse_code(about, f"The store {str(folder)!r}")
     if about.get("format") != FORMAT:
         raise ZooError(f"The store {str(folder)!r} has format {about.get('format')}; this version reads {FORMAT}.")
     return about
@@ -234,6 +239,8 @@ class Stored:
 def _keys(file: Path) -> list[bytes]:
     from safetensors import safe_open
 
+    if "keys" not in listing([file]):
+        raise ZooError(f"{str(file)!r} is no shard of a stored teacher: it has no keys.")
     with safe_open(file, framework="np") as shard:
         return [row.tobytes() for row in shard.get_tensor("keys")]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.registry import ZooError, require_revision
+from zoo.registry.foreign import INDEX, read_json
 from zoo.stream import listing, read
 
 WEIGHTS = "model.safetensors"
@@ -134,7 +135,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         try:
-            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = sorted(set(read_json(index, INDEX)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ZooError(f"{index} is no index of weights: {' '.join(str(error).split()) or type(error)}") from error
         for name in listed:
