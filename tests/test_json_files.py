@@ -214,6 +214,18 @@ def test_braces_in_a_text_are_no_columns(tmp_path):
     assert said == ["Q: {answer} {0} {{x}} %s $y {A}", "{question}"]
 
 
+def test_a_mark_beside_image_parts_is_a_word(tmp_path):
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what does <image> mean?"}]
+    rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a tag"}]}]
+    turns = [{"role": "user", "content": ["<image>", "and?"]}, {"role": "assistant", "content": "b"}]
+    rows += [{"messages": turns, "image": "a.png"}]
+    path = write(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows)))
+    data = registry.build("dataset", {"name": "chat_json", "file": str(path)})
+    (tmp_path / "a.png").write_bytes(b"")
+    said = [[p.get("text", "image") for p in data.get(i).dialogs[0].messages[0]["content"]] for i in range(2)]
+    assert said == [["image", "what does <image> mean?"], ["image", "and?"]]
+
+
 def test_a_long_line_is_in_memory_once(tmp_path):
     """A list of 60 MB in one line, and one of 200 000 records: what reading it needs beside itself is a few MB."""
     row = json.dumps({"id": "0" * 9, "image": "a.png", "conversations": [{"from": "human", "value": "é " * 60}] * 2})

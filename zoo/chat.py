@@ -6,7 +6,7 @@ a tokenizer does not allow it, the text is tokenized whole.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -15,10 +15,12 @@ import numpy as np
 
 from zoo.answers import AnswerFinder
 from zoo.chat_template import ChatTemplate, Messages
+from zoo.plain_text import VEILED, PlainText
 from zoo.registry import IGNORE_INDEX, ZooError
 from zoo.tokenizer import CHAT_TEMPLATES
 
 _HALVES = re.compile("[\ud800-\udfff]")
+Tokens = tuple[list[int], list[int]]  # ids, and the character at which each ends
 _CACHE = 200_000  # pieces of text whose tokens are remembered
 
 
@@ -35,6 +37,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, video_token, end_tokens)
         self.answers = AnswerFinder(self.template, verbatim={text for text, _ in CHAT_TEMPLATES.values()})
+        self.plain = PlainText(self.template, (getattr(tokenizer, "image_token", None), video_token))
         self._segments: dict[str, tuple[list[int], list[int]]] = {}
 
     @property
@@ -74,7 +77,7 @@ class Chat:
                 last += 1  # what ends the answer is one token with blanks behind it
             if (ends[first - 1] if first else 0) < piece.start:
                 if piece.start in found.openings:
-                    raise ZooError(_crossed(found.text, piece.start, sample_id))
+                    raise ZooError(self.plain.unveil(_crossed(found.text, piece.start, sample_id)))
                 first += 1  # it begins before what the template marks
             labels[first:last] = tokens[first:last]
         return tokens, labels
@@ -118,14 +121,7 @@ class Chat:
 
     def _tokenize_on(self, text: str) -> tuple[list[int], list[int]] | None:
         """As `_tokenize`, for a text that goes on from another one: behind a letter that is taken off again."""
-        if self._divisible:
-            return self._tokenize(text)
-        for letter in ("\n", "a"):
-            ids, ends = self._tokenize(letter + text)
-            first = bisect_right(ends, 1)
-            if first and ends[first - 1] == 1:
-                return ids[first:], [end - 1 for end in ends[first:]]
-        return None
+        return self._tokenize(text) if self._divisible else _behind_a_letter(text, self._tokenize)
 
     @cached_property
     def _divisible(self) -> bool:
@@ -144,6 +140,8 @@ class Chat:
 
     def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
         if self._special is None:
+            if VEILED.search(text):
+                return self._tokenize_veiled(text)
             out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return list(out["input_ids"]), _rising(out["offset_mapping"])
         ids, ends, at = [], [], 0
@@ -151,12 +149,32 @@ class Chat:
             if segment not in self._segments:
                 if len(self._segments) >= _CACHE:
                     self._segments.clear()
-                encoding = self.tokenizer.backend_tokenizer.encode(segment, add_special_tokens=False)
-                self._segments[segment] = encoding.ids, _rising(encoding.offsets)
+                if VEILED.search(segment):
+                    self._segments[segment] = self.plain.encode(segment)
+                else:
+                    encoding = self.tokenizer.backend_tokenizer.encode(segment, add_special_tokens=False)
+                    self._segments[segment] = encoding.ids, _rising(encoding.offsets)
             some, stops = self._segments[segment]
             ids += some
             ends += [at + s for s in stops]
             at += len(segment)
+        return ids, ends
+
+    def _tokenize_veiled(self, text: str) -> tuple[list[int], list[int]]:
+        """As `_tokenize`, for a tokenizer that needs texts whole: in pieces, each as what goes on from another one."""
+        ids: list[int] = []
+        ends: list[int] = []
+        at = 0
+        for piece in re.split(f"({VEILED.pattern})", text):
+            if not piece:
+                continue
+            read = self.plain.encode if VEILED.match(piece) else self._tokenize
+            found = read(piece) if at == 0 or self._divisible else _behind_a_letter(piece, read)
+            if found is None:
+                shown = self.plain.unveil(piece)
+                raise ZooError(f"This tokenizer cannot write {shown!r} as a text: take the token out of it.")
+            ids, ends = [*ids, *found[0]], [*ends, *(at + end for end in found[1])]
+            at += len(piece)
         return ids, ends
 
     @cached_property
@@ -173,6 +191,16 @@ class Chat:
         ):
             return None
         return re.compile("(" + "|".join(re.escape(t) for t in sorted((t.content for t in added), key=len)[::-1]) + ")")
+
+
+def _behind_a_letter(text: str, read: Callable[[str], Tokens]) -> Tokens | None:
+    """Read a text behind a letter that is taken off again; None where none can be told from it."""
+    for letter in ("\n", "a"):
+        ids, ends = read(letter + text)
+        first = bisect_right(ends, 1)
+        if first and ends[first - 1] == 1:
+            return ids[first:], [end - 1 for end in ends[first:]]
+    return None
 
 
 def _crossed(text: str, border: int, sample_id: str) -> str:

@@ -261,7 +261,15 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
     def _told(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, str]]:
         """Messages with string content, videos in words where the layout spells them."""
         films = _films(pictures)
-        return [{**m, "content": self._spelled(m["content"], films)} for m in self.flatten(messages)]
+        plain = [{**m, "content": self._as_text(m["content"])} for m in messages]
+        return [{**m, "content": self._spelled(m["content"], films)} for m in self.flatten(plain)]
+
+    def _as_text(self, content: Any) -> Any:
+        """What a person wrote, without tokens of control; images in a plain content are where their token stands."""
+        plain = self._chat.plain
+        if isinstance(content, str):
+            return plain.veil(content, leave=plain.placeholders)
+        return [{**part, "text": plain.veil(part["text"])} if part["type"] == "text" else part for part in content]
 
     def _spelled(self, text: str, films: Iterator[Cut]) -> str:
         """Put words, and an image token for each frame, in the place of each video."""

@@ -5,10 +5,12 @@
 - as many marks as images: each takes the next image; line breaks and spaces around a mark at the edge of a turn go, the
   chat template puts its own;
 - images but no mark: they are put in front of the first user turn, in order;
+- a turn that is a list of parts with images among them says where they go: its texts are texts, `<image>` too;
 - anything else is an error that names the record, as is a mark in an assistant turn.
 
 Texts are texts, numbers or truth values; what is neither (an object, NaN, null in a list) is an error and never its
-Python spelling. Braces in a column are no columns of the prompt.
+Python spelling. Braces in a column are no columns of the prompt, and tokens of control in a text are letters
+(`zoo.plain_text`): `</s>` in a question ends nothing.
 """
 
 from collections import Counter
@@ -32,6 +34,7 @@ ROLES = {
     "bot": "assistant",
     "system": "system",
 }
+IMAGE_PARTS = ("image", "image_url")
 IMAGE_COLUMNS = ("image", "images")  # looked for where no column is named
 
 
@@ -222,15 +225,16 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
         return split_marks(content)
     if not isinstance(content, Sequence):
         raise ZooError(f"{where}: a text or a list of parts is needed, got {type(content).__name__}.")
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+    shows = any(kind in IMAGE_PARTS for kind in kinds)  # then texts beside them are texts
     parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+    for part, kind in zip(content, kinds, strict=True):
         if isinstance(part, str) or kind == "text":
             text = part if isinstance(part, str) else part.get("text", "")
             if not isinstance(text, str):
                 raise ZooError(f"{where}: the text of a part is {_shown(text)}.")
-            parts += split_marks(text)
-        elif kind in {"image", "image_url"}:
+            parts += [{"type": "text", "text": text}] if shows else split_marks(text)
+        elif kind in IMAGE_PARTS:
             source = next((part[k] for k in ("image", "image_url", "path", "url") if part.get(k)), None)
             source = source.get("url") if isinstance(source, Mapping) and "url" in source else source
             parts.append({"type": "image"} if source is None else {"type": "image", "source": source})
