@@ -135,7 +135,7 @@ def read(monkeypatch):
 
     def counted(self, files, *args, **kwargs):
         for key, table in generate(self, files, *args, **kwargs):
-            counts[files[0]] += len(table)
+            counts[str(next(iter(files)))] += len(table)
             yield key, table
 
     monkeypatch.setattr(Parquet, "_generate_tables", counted)
@@ -143,8 +143,9 @@ def read(monkeypatch):
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
-def test_a_shuffled_row_is_read_by_one_process(folders, read, world):
-    data = stream(folders, 8, shuffle_buffer=16)
+@pytest.mark.parametrize("options", [{"shuffle_buffer": 16}, {"lanes": 8}])
+def test_a_row_of_lanes_is_read_by_one_process(folders, read, world, options):
+    data = stream(folders, 8, **options)
     of_ranks(lambda rank: batches(data, batch=16, steps=4, rank=rank, world=world), world, steps=4)
     assert len(read) == 8 and set(read.values()) == {8}
 
@@ -235,5 +236,14 @@ def test_lanes_say_what_is_wrong(folders):
     short = Lanes("s", [4, 4], start, place={}, **options)
     with pytest.raises(ZooError, match=r"shard . ends before its row 3 of 4"):
         [short.next(n, True) for n in range(8)]
-    with pytest.raises(ZooError, match="lanes must be 1 or more, got 0"):
-        stream(folders, 1, lanes=0)
+    for wrong, message in (({"lanes": -1}, "0 or more, got -1"), ({"lanes": 2, "limit": 3}, "read whole, limit=0")):
+        with pytest.raises(ZooError, match=message):
+            stream(folders, 1, **wrong)
+    with pytest.raises(ZooError, match=r"lanes=2 needs a stream of several parquet files"):
+        list(stream(folders, 1, lanes=2).stream())
+
+
+def test_lanes_of_a_stored_order_take_turns(folders):
+    seen = ids(Loader(batches(stream(folders, 3, lanes=2), batch=4, steps=12, workers=2)))
+    assert seen[:8] == ["0-0", "0-1", "1-0", "1-1", "0-2", "0-3", "1-2", "1-3"]
+    assert seen[32:] == [f"2-{i}" for i in range(16)]

@@ -18,6 +18,8 @@ from zoo.data.records import RecordFields, read_record, record_id
 from zoo.data.stream_order import InOrder, Lanes, StreamOrder, StreamRow
 from zoo.registry import MISSING, RecordError, Sample, ZooError, register, sample_or_error
 
+LANES = 16  # of a shuffled stream
+
 
 @dataclass
 class HubDataConfig(RecordFields):
@@ -28,9 +30,9 @@ class HubDataConfig(RecordFields):
     revision: str = ""  # commit, tag or branch on the hub; empty: the newest
     streaming: bool = False  # read row by row, without a download in front
     shuffle_buffer: int = 0  # rows among which a stream draws the next, anew in each epoch; 0: the stored order
-    # Files of a shuffled stream of parquet that are read side by side, the buffer shared among them; with as many as
-    # there are processes, or a multiple, each process reads files of its own
-    lanes: int = 16
+    # Files of a parquet stream that are read side by side, the buffer shared among them: with as many as there are
+    # processes, or a multiple, each process reads files of its own; 0: 16 of a shuffled stream, 1 of a stored order
+    lanes: int = 0
     images: str = ""  # folder or tar archive where the image column holds names of files
     seed: int = 0  # of the stream's order, with the epoch
     limit: int = 0  # first rows only; 0: all
@@ -39,8 +41,10 @@ class HubDataConfig(RecordFields):
         super().__post_init__()
         if min(self.shuffle_buffer, self.limit) < 0:
             raise ZooError(f"shuffle_buffer and limit must be 0 or more, got {self.shuffle_buffer} and {self.limit}.")
-        if self.lanes < 1:
-            raise ZooError(f"lanes must be 1 or more, got {self.lanes}.")
+        if self.lanes < 0:
+            raise ZooError(f"lanes must be 0 or more, got {self.lanes}.")
+        if self.lanes > 1 and (self.limit or not self.streaming):
+            raise ZooError("lanes are of a stream, streaming=true, that is read whole, limit=0.")
         if self.shuffle_buffer and not self.streaming:
             raise ZooError("shuffle_buffer orders a stream; without streaming=true the sampler shuffles all rows.")
 
@@ -104,13 +108,23 @@ class StreamedHubData(HubData):
 
     @cached_property
     def lengths(self) -> list[int] | None:
-        """Rows of each shard, where the order goes over several at once; None: it goes through all one by one."""
+        """Rows of each shard, where the order goes over several at once; None: it goes through all one by one.
+
+        Raises:
+            ZooError: that is asked for, and the rows of shards are not known.
+        """
         config = self.config
-        return (
-            shard_lengths(config, self.rows)
-            if config.shuffle_buffer and config.lanes > 1 and not config.limit
-            else None
-        )
+        if config.limit or config.lanes == 1 or not (config.lanes or config.shuffle_buffer):
+            return None
+        lengths = shard_lengths(config, self.rows)
+        if lengths is None and config.lanes:
+            raise ZooError(f"lanes={config.lanes} needs a stream of several parquet files; {config.path!r} is none.")
+        return lengths
+
+    @property
+    def lanes(self) -> int:
+        """Shards that are read at once, at most."""
+        return min(self.config.lanes or LANES, len(self.lengths or [0]))
 
     def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample | RecordError]:
         """Yield the samples of an epoch from number `start` on; their order depends on (seed, epoch)."""
@@ -126,7 +140,7 @@ class StreamedHubData(HubData):
         return sample_or_error("", self.place(row.number), lambda: self.sample(row.value, row.number))
 
     def order(self, name: str, size: int, place: Mapping[str, Any]) -> StreamOrder:
-        """Return the order of the rows: as they are stored; or shuffled, with several shards side by side.
+        """Return the order of the rows: as they are stored or shuffled, one shard after the other or side by side.
 
         Args:
             name: of the data, for errors.
@@ -135,8 +149,8 @@ class StreamedHubData(HubData):
         """
         config = self.config
         if self.lengths is not None:
-            options: dict[str, Any] = {"size": size, "lanes": config.lanes, "seed": config.seed, "place": place}
-            return Lanes(name, self.lengths, self._rows_of_shard, **options)
+            seed = config.seed if config.shuffle_buffer else None
+            return Lanes(name, self.lengths, self._rows_of_shard, size=size, lanes=self.lanes, seed=seed, place=place)
         if config.shuffle_buffer:  # the library loses what is in its buffer: rows are passed over
             return InOrder(name, lambda epoch, read, _: self._rows(epoch, read), place)
         rows = copy(self.rows)  # has a state of its own
@@ -162,9 +176,10 @@ class StreamedHubData(HubData):
     def _rows_of_shard(self, epoch: int, shard: int, start: int) -> Iterator[StreamRow]:
         assert self.lengths is not None
         rows = _one_by_one(self.rows.shard(len(self.lengths), shard))
-        size = max(1, self.config.shuffle_buffer // min(self.config.lanes, len(self.lengths)))
-        rows = rows.shuffle(seed=self._seed(epoch, shard + 1), buffer_size=size).skip(start)
-        return self._numbered(rows, start, f"{shard}:")
+        if self.config.shuffle_buffer:
+            size = max(1, self.config.shuffle_buffer // self.lanes)
+            rows = rows.shuffle(seed=self._seed(epoch, shard + 1), buffer_size=size)
+        return self._numbered(rows.skip(start), start, f"{shard}:")
 
     def _numbered(self, rows: Any, start: int, shard: str = "") -> Iterator[StreamRow]:
         for number, row in enumerate(read_rows(rows, self.config), start):

@@ -88,12 +88,12 @@ class InOrder:
 
 
 class Lanes:
-    """A shuffled order that lets each process read a few shards: several of them are read side by side.
+    """An order that lets each process read a few shards: several of them are read side by side.
 
-    Shards are drawn in an order of the epoch. Up to `lanes` are open, each serves an equal part of the slots of a step,
-    and one that ends makes room for the next. A process computes neighbouring slots, so that with as many lanes as
-    processes, or a multiple, each shard is read by one of them. The lengths of all shards are known: who reads which
-    rows follows without reading.
+    Shards are taken as they are stored, or in an order of the epoch. Up to `lanes` are open, each serves an equal part
+    of the slots of a step, and one that ends makes room for the next. A process computes neighbouring slots: with as
+    many lanes as processes, or a multiple, each shard is read by one of them. The lengths of all shards are known: who
+    reads which rows follows without reading.
 
     Args:
         name: of the data, for errors.
@@ -101,7 +101,7 @@ class Lanes:
         start: (epoch, shard, rows to leave out) -> the other rows of the shard, in the epoch's order.
         size: slots of a step.
         lanes: shards that are read side by side, at most.
-        seed: of the order of shards, with the epoch.
+        seed: of the order of shards, with the epoch; None: the stored one.
         place: where to begin.
     """
 
@@ -113,7 +113,7 @@ class Lanes:
         *,
         size: int,
         lanes: int,
-        seed: int,
+        seed: int | None,
         place: Mapping[str, Any],
     ) -> None:
         if not sum(lengths):
@@ -165,7 +165,9 @@ class Lanes:
         return self._order[self.drawn - 1]
 
     def _shards(self, epoch: int) -> list[int]:
-        order = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch]).permutation(len(self.lengths))
+        order = np.arange(len(self.lengths))
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch]).permutation(order)
         return [shard for shard in order.tolist() if self.lengths[shard]]
 
     def _row(self, shard: int, number: int) -> StreamRow:
