@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import sample
 from tests.test_loader import Names, Numbers
 from tests.train_builders import config, recipe, start
 from zoo.loader import Batches, Loader, Mix, Place
@@ -145,7 +146,7 @@ BROKEN = {  # id -> record, and the kind of fault
     "a number": ({"image": 7, **GOOD}, "record"),
     "two marks": ({"image": "a.png", "conversations": said("<image> <image> what?")}, "record"),
     "no answer": ({"image": "a.png", "conversations": said("<image> what?", " ")}, "text"),
-    "surrogate": ({"image": "a.png", "conversations": said("<image> what \ud83d?")}, "text"),
+    "surrogate": ({"image": "a.png", "conversations": said("<image> what \ud83d?")}, "record"),
     "system": ({"image": "a.png", "conversations": [{"from": "system", "value": "s"}, *said("<image> q")]}, "text"),
     "two users": ({"image": "a.png", "conversations": [{"from": "human", "value": "q"}, *said("<image> q")]}, "text"),
     "turns are text": ({"image": "a.png", "conversations": "hello"}, "record"),
@@ -199,14 +200,23 @@ def test_every_kind_of_broken_record_is_left_out(broken_file, make_model, images
     stage = Stage(epochs=1, batch_size=1, skip_broken=True, workers=workers)
     batches = Batches(data.mix(stage, 0), processor, stage, 29, Place())
     found = list(Loader(batches))
-    lines = {line["id"] or line["where"]: line for i in found for line in i["info"]["broken"]}
-    half = f"{broken_file / 'd.jsonl'}:29"
-    assert {n: line["kind"] for n, line in lines.items()} == {n: kind for n, (_, kind) in BROKEN.items()} | {
-        half: "record"
-    }
+    names = dict(enumerate([*BROKEN, "half a line"], 13))  # by line
+    lines = {names[int(line["where"].rpartition(":")[2])]: line for i in found for line in i["info"]["broken"]}
+    kinds = {name: kind for name, (_, kind) in BROKEN.items()} | {"half a line": "record"}
+    assert {name: line["kind"] for name, line in lines.items()} == kinds
     assert sum(i["batch"] is not None for i in found) == 12
     assert all(line["where"].startswith(str(broken_file / "d.jsonl:")) for line in lines.values())
     assert all(line["reason"] and "\n" not in line["reason"] for line in lines.values())
+
+
+def test_half_of_a_surrogate_pair_is_named(make_model):
+    """Where it comes through other files than JSON, the tokenizer refuses it."""
+    _, processor = make_model()
+    with (
+        pytest.raises(RecordError, match="data 'd', f, sample 'n': the tokenizer refuses the text: it holds half of a"),
+        naming("d", "f", "n", "text"),
+    ):
+        processor.encode(sample(("what \ud83d?", "yes"), name="n"))
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------

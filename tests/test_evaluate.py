@@ -1,6 +1,7 @@
 """Evaluation: the same figures for any batch size and number of processes, beside models that do not look."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -152,20 +153,24 @@ def test_processes_share_the_samples(model):
         def __init__(self, rank):
             self.process_index, self.num_processes = rank, 2
 
-    parts: list = [[], []]
+    parts: dict = {}
+
+    def keep(call, part):
+        parts[call] = deepcopy(part)
+        return [part]
 
     def run(rank, everyone):
         import zoo.evaluate as module
 
-        calls = iter(range(2))
-        original, module.gather = module.gather, lambda _, rows: everyone(next(calls), rows)
+        calls = iter(range(3))
+        original, module.gather = module.gather, lambda _, part: everyone(next(calls), part)
         try:
             return evaluate(*model, {"talks": Talks()}, batch_size=4, limit=7, accelerator=Rank(rank))
         finally:
             module.gather = original
 
-    run(1, lambda call, rows: parts[call].extend(dict(r) for r in rows) or [rows])
-    both = run(0, lambda call, rows: [rows, parts[call]])
+    run(1, keep)
+    both = run(0, lambda call, part: [part, parts[call]])
     alone = evaluate(*model, {"talks": Talks()}, batch_size=4, limit=7)
     assert both.predictions == alone.predictions and both.lines == alone.lines
 

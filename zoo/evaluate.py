@@ -17,12 +17,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from zoo.files import write_json, writing, written_beside
+from zoo.files import write_json, write_text, writing, written_beside
+from zoo.left_out import Sieve
 from zoo.precision import autocast, fast_products
 from zoo.predict import Question, answer
 from zoo.processes import gather, start_accelerator
 from zoo.progress import clock
-from zoo.registry import Dialog, Sample, Score, ZooError, build
+from zoo.registry import Dialog, RecordError, Sample, Score, ZooError, build, naming, placed, read_sample
 from zoo.run_data import RunData
 from zoo.run_folder import new_folder
 from zoo.score_table import score_table
@@ -57,6 +58,7 @@ class EvalResult:
 
     lines: list[Line]
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # records that could not be used: where, and why
 
     def summary(self) -> dict[str, float]:
         """Return the value of every figure, by `data/kind/metric`."""
@@ -66,7 +68,9 @@ class EvalResult:
         """Write scores.json and predictions.jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "scores.json", [asdict(line) for line in self.lines])
-        with written_beside(folder / "predictions.jsonl") as beside, beside.open("w", encoding="utf-8") as file:
+        # Half of a surrogate pair is written as JSON's own escape.
+        options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
+        with written_beside(folder / "predictions.jsonl") as beside, beside.open(**options) as file:
             for row in self.predictions:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -76,7 +80,7 @@ def main(cfg: DictConfig) -> EvalResult:
     from zoo.loading import build as build_model
 
     accelerator = start_accelerator(cfg.device)
-    data = RunData(cfg.data)
+    data = RunData(cfg.data, skip_broken=cfg.skip_broken)
     datasets = data.evaluation or data.all
     if not datasets:
         raise ZooError("There is no data to evaluate on. Choose some with data=[...].")
@@ -93,6 +97,8 @@ def main(cfg: DictConfig) -> EvalResult:
         limit=cfg.limit,
         accelerator=accelerator,
         precision="bf16" if cfg.precision == "bf16" else "fp32",
+        skip_broken=cfg.skip_broken,
+        max_broken=cfg.max_broken,
     )
     if accelerator.is_main_process:
         console = Console()
@@ -101,8 +107,13 @@ def main(cfg: DictConfig) -> EvalResult:
         with writing("scores", "Choose another place with run.dir=<folder>."):
             folder = Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
             result.save(folder)
+            if result.skipped:
+                write_text(folder / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in result.skipped))
             OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
         seconds = clock(time.monotonic() - began)
+        if result.skipped:
+            said = f"{len(result.skipped)} records were left out: skipped.jsonl says why."
+            console.print(said, soft_wrap=True, highlight=False)
         console.print(
             f"{len(result.predictions)} answers in {seconds}, all in {folder}",
             soft_wrap=True,
@@ -124,6 +135,8 @@ def evaluate(
     baselines: bool = True,
     accelerator: Any = None,
     precision: str = "fp32",
+    skip_broken: bool = False,
+    max_broken: float = 0.1,
 ) -> EvalResult:
     """Score a model.
 
@@ -137,9 +150,11 @@ def evaluate(
         baselines: also score the majority and the blind model.
         accelerator: of a run on several processes, which then share the samples.
         precision: fp32, or bf16 for autocast.
+        skip_broken: leave out records that cannot be used; `skipped` of the result lists them.
+        max_broken: share of the records that may be left out, from the 100th on.
 
     Raises:
-        ZooError: nothing in the data is for these tasks.
+        ZooError: nothing in the data is for these tasks, or records are broken and may not be left out.
     """
     fast_products()
     model.eval()
@@ -148,12 +163,20 @@ def evaluate(
     table = Tasks(tasks)
     with torch.no_grad(), autocast(precision, model.device):
         model.set_attention(model.config.attention)
-        rows = _rows(model, processor, datasets, table, batch_size, limit, rank, world, blind=False)
-        blind = (
-            _rows(model, processor, datasets, table, batch_size, limit, rank, world, blind=True) if baselines else []
-        )
+        sieve = Sieve(skip_broken, max_broken, "zoo eval")
+        asked = _Asked(datasets, table, limit, rank, world, sieve)
+        rows = _rows(model, processor, asked, batch_size, blind=False)
+        blind = _rows(model, processor, asked, batch_size, blind=True) if baselines else []
     if accelerator is not None:
         rows, blind = ([r for some in gather(accelerator, part) for r in some] for part in (rows, blind))
+        sieves = gather(accelerator, sieve)
+        sieve = sieves[0]
+        for other in sieves[1:]:
+            sieve.add(other)
+    if (error := sieve.excess()) is not None:
+        raise error
+    if not rows and sieve.broken:
+        raise ZooError(f"None of {sieve.seen} records can be scored. The first: {next(iter(sieve.lines))['reason']}")
     if not rows:
         raise nothing_to_score(datasets, tasks)
     rows.sort(key=lambda r: r["order"])
@@ -163,7 +186,7 @@ def evaluate(
         _add(lines, _majority(rows, datasets, table), "majority")
     for row in rows:
         row.pop("order"), row.pop("dialog")
-    return EvalResult(lines, rows)
+    return EvalResult(lines, rows, sieve.lines)
 
 
 def nothing_to_score(datasets: Iterable[str], tasks: Iterable[str] | None) -> ZooError:
@@ -181,9 +204,9 @@ def require_dialogs(datasets: Mapping[str, Any], tasks: Mapping[str, Any] | None
     """
     table = Tasks(tasks)
     whole = True
-    for dataset in datasets.values():
+    for name, dataset in datasets.items():
         most = LOOKED if limit is None else min(limit, LOOKED)
-        for sample in islice(_samples(dataset, most, 0, 1), most):
+        for sample in islice(_samples(name, dataset, most, 0, 1), most):
             if any(table.of(d) for d in getattr(sample, "dialogs", ()) if d.preference != "rejected"):
                 return
         length = most + 1 if hasattr(dataset, "stream") else len(dataset)
@@ -211,56 +234,73 @@ class Tasks:
         return self.made[name]
 
 
-def _questions(
-    datasets: Mapping[str, Any], tasks: Tasks, limit: int | None, rank: int, world: int
-) -> Iterator[tuple[Question, str]]:
-    for at, (data, dataset) in enumerate(datasets.items()):
-        for index, sample in enumerate(islice(_samples(dataset, limit, rank, world), limit)):
-            if sample is None:
-                continue
-            for number, dialog in enumerate(sample.dialogs):
-                if dialog.preference == "rejected":
+@dataclass
+class _Asked:
+    """Which questions are asked in a process, and what could not be: the blind model is asked what the other was."""
+
+    datasets: Mapping[str, Any]
+    tasks: Tasks
+    limit: int | None
+    rank: int
+    world: int
+    sieve: Sieve
+    without: set[tuple[Any, ...]] = field(default_factory=set)  # orders of questions that could not be asked
+
+    def questions(self, blind: bool) -> Iterator[Question]:
+        """Yield the questions, those about one image behind each other."""
+        for at, (data, dataset) in enumerate(self.datasets.items()):
+            samples = islice(_samples(data, dataset, self.limit, self.rank, self.world), self.limit)
+            for index, sample in enumerate(samples):
+                if sample is None:
                     continue
-                modes = {(tasks[t].mode, tasks[t].max_new_tokens): None for t in tasks.of(dialog)}
-                for mode, most in modes:
-                    yield Question(sample, dialog, mode, most, (at, index, number)), data
+                if not blind:
+                    self.sieve.seen += 1
+                if isinstance(sample, RecordError):
+                    self.sieve.leave_out(sample)
+                    continue
+                for number, dialog in enumerate(sample.dialogs):
+                    if dialog.preference == "rejected" or (at, index, number) in self.without:
+                        continue
+                    modes = {(self.tasks[t].mode, self.tasks[t].max_new_tokens): None for t in self.tasks.of(dialog)}
+                    for mode, most in modes:
+                        yield Question(sample, dialog, mode, most, (at, index, number))
+
+    def leave_out(self, question: Question, error: RecordError) -> None:
+        """Take a question out."""
+        self.sieve.leave_out(error)
+        self.without.add(question.order)
 
 
-def _samples(dataset: Any, limit: int | None, rank: int, world: int) -> Iterator[Sample | None]:
+def _samples(
+    data: str, dataset: Any, limit: int | None, rank: int, world: int
+) -> Iterator[Sample | RecordError | None]:
     """Every `world`-th sample, and None in place of those that other processes see to."""
     if hasattr(dataset, "stream"):
-        yield from (s if i % world == rank else None for i, s in enumerate(dataset.stream(0, 0)))
+        for i, sample in enumerate(dataset.stream(0, 0)):
+            yield placed(sample, data, f"record {i} of the stream") if i % world == rank else None
     else:
         for i in range(len(dataset) if limit is None else min(limit, len(dataset))):
-            yield dataset.get(i) if i % world == rank else None
+            yield read_sample(data, dataset, i) if i % world == rank else None
 
 
-def _rows(
-    model: Any,
-    processor: Any,
-    datasets: Mapping[str, Any],
-    tasks: Tasks,
-    batch_size: int,
-    limit: int | None,
-    rank: int,
-    world: int,
-    *,
-    blind: bool,
-) -> list[dict[str, Any]]:
+def _rows(model: Any, processor: Any, asked: _Asked, batch_size: int, *, blind: bool) -> list[dict[str, Any]]:
     """Predict, and score each prediction by itself."""
-    names: dict[int, str] = {}
-
-    def asked() -> Iterator[Question]:
-        for question, data in _questions(datasets, tasks, limit, rank, world):
-            names[question.order[0]] = data
-            yield question
-
+    names, tasks = list(asked.datasets), asked.tasks
     rows = []
-    for question, text in answer(model, processor, asked(), batch_size=batch_size, blind=blind):
+    answers = answer(
+        model, processor, asked.questions(blind), batch_size=batch_size, blind=blind, leave_out=asked.leave_out
+    )
+    for question, text in answers:
         dialog, data = question.dialog, names[question.order[0]]
         for name in tasks.of(dialog):
             task = tasks[name]
             if (task.mode, task.max_new_tokens) != (question.mode, question.max_new_tokens):
+                continue
+            try:  # its truth may be no answer that the task can read
+                with naming(data, question.sample.where, question.sample.id):
+                    scores = task.score(dialog, text)
+            except RecordError as error:
+                asked.leave_out(question, error)
                 continue
             rows.append(
                 {
@@ -271,7 +311,7 @@ def _rows(
                     "prompt": prompt_of(dialog),
                     "prediction": text,
                     "answers": dialog.answers or [reference_of(dialog)],
-                    "scores": task.score(dialog, text),
+                    "scores": scores,
                     "meta": dialog.meta,
                     "order": (*question.order, name),
                     "dialog": dialog,
@@ -315,7 +355,8 @@ def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Ta
             continue
         train = dataset.train_split()
         count = min(TRAIN_SAMPLES, len(train))
-        dialogs = (d for i in range(count) for d in train.get(i * len(train) // count).dialogs)
+        samples = (read_sample(data, train, i * len(train) // count) for i in range(count))
+        dialogs = (d for sample in samples if isinstance(sample, Sample) for d in sample.dialogs)
         seen = [d for d in dialogs if d.preference != "rejected"]
         for (name, kind, task, held_out), some in _by_key(rows).items():
             if name == data:

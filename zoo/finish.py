@@ -49,7 +49,7 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
     datasets = run.data.evaluation
     if not datasets:
         return None
-    return evaluate(
+    result = evaluate(
         run.model,
         run.processor,
         datasets,
@@ -57,7 +57,13 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
         limit=limit,
         baselines=baselines,
         accelerator=run.accelerator,
+        skip_broken=run.skips,
+        max_broken=run.cfg.max_broken,
     )
+    at = {"step": run.progress.global_step, "stage": "scores"}
+    new = [{**at, **line} for line in run.step_log.left_out.new(result.skipped)]
+    by_first(run.accelerator, lambda: run.folder.log_skipped(*new))
+    return result
 
 
 def save_model(run: "Run") -> None:
@@ -92,6 +98,9 @@ def report(run: "Run", result: EvalResult | None, console: Console) -> None:
         console.print(score_table(result.lines, "Scores in per cent"))
     else:
         console.print("Nothing was scored: data holds no split for evaluation, such as data=[..., scenes_eval].")
+    if skipped := len(read_metrics(run.folder.skipped)):
+        said = f"{skipped} records were left out: {run.folder.skipped.name} says why."
+        console.print(said, soft_wrap=True, highlight=False)
     done = f"Trained in {clock(run.progress.seconds)}. Everything is in {path}"
     console.print(done, soft_wrap=True, highlight=False, markup=False)
     console.print("Try next:")
@@ -110,6 +119,7 @@ def _summary(run: "Run", result: EvalResult | None) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "steps": run.progress.global_step,
         "seconds": round(run.progress.seconds, 1),
+        "skipped": len(read_metrics(run.folder.skipped)),
         "loss": metrics[-1]["loss"] if metrics else None,
         "scores": result.summary() if result is not None else {},
     }

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.collate import EncodedSample
 from zoo.data.stream_order import StreamOrder, StreamRow, order_of
+from zoo.lengths import Room
 from zoo.registry import RecordError, Sample, ZooError, naming, placed, read_sample, sample_or_error, unknown
 from zoo.stage import Stage
 
@@ -154,9 +155,11 @@ class Batches(Dataset):
         multiple_of: int = 1,
         text: bool = True,
         teacher: Any = None,
+        room: Room | None = None,
     ) -> None:
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
         self.multiple_of, self.text = multiple_of, text
+        self.room = room or Room()  # for a row: what is longer is refused or cut
         self.teacher = teacher  # adds to each row what a teacher needs (`zoo.teacher.Twins` or a store of its answers)
         parts = place.world * stage.accumulate
         if stage.batch_size % parts:
@@ -213,7 +216,7 @@ class Batches(Dataset):
             raise sample
         with naming(sample.data, sample.where, sample.id, "text"):
             pieces = self._pieces(sample)
-            encoded = [encode(s) for s in pieces]
+            encoded = [self.room.fit(encode(s)) if self.text else encode(s) for s in pieces]
             return encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
 
     def _pieces(self, sample: Sample) -> list[Sample]:

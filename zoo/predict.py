@@ -4,7 +4,7 @@ Dialogs of like length share a batch. An image is encoded once however many dial
 about one image (all images are one where a blind model is asked) are answered once.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby, islice
 from typing import Any
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.collate import EncodedSample, to_device
+from zoo.lengths import require_room, room_for_answer
 from zoo.model_types import LOSS_ALONE
 from zoo.prefix_cache import PrefixCache
-from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, Sample
+from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, RecordError, Sample, naming
 from zoo.registry.versions import cache_argument
 from zoo.stops import reader_for
 from zoo.vision.pictures import blank, stack
@@ -37,7 +38,13 @@ class Question:
 
 
 def answer(
-    model: Any, processor: Any, questions: Iterable[Question], *, batch_size: int, blind: bool = False
+    model: Any,
+    processor: Any,
+    questions: Iterable[Question],
+    *,
+    batch_size: int,
+    blind: bool = False,
+    leave_out: Callable[[Question, RecordError], None] | None = None,
 ) -> Iterator[tuple[Question, str]]:
     """Yield each question with the model's answer; the order is that of `questions`.
 
@@ -47,15 +54,43 @@ def answer(
         questions: in any order; those about one image best together.
         batch_size: dialogs (or options, in multiple choice) that the model sees at once.
         blind: show the model zero pixels instead of the images.
+        leave_out: told of a question that cannot be put to the model, which is then not answered; None: it is raised.
+
+    Raises:
+        RecordError: a question cannot be put to the model: an image is broken, the template or the tokenizer refuses
+            the text, or it is longer than the model's positions.
     """
     source = iter(questions)
     while window := list(islice(source, WINDOW * batch_size)):
         pictures = _Pictures(model, processor, window, blind, batch_size)
         texts: dict[int, str] = {}
-        for mode, do in (("generate", _generate), ("choice", _choose)):
-            asked = [i for i, q in enumerate(window) if q.mode == mode]
-            texts |= do(model, processor, {i: window[i] for i in asked}, pictures, batch_size) if asked else {}
-        yield from ((q, texts[i]) for i, q in enumerate(window))
+        broken = {i: pictures.broken[id(q.sample)] for i, q in enumerate(window) if id(q.sample) in pictures.broken}
+        for mode, write, do in (("generate", _prompts, _generate), ("choice", _options, _choose)):
+            asked = {i: q for i, q in enumerate(window) if q.mode == mode and i not in broken}
+            rows, refused = _written(write, model, processor, asked, pictures)
+            broken |= refused
+            asked = {i: q for i, q in asked.items() if i in rows}
+            texts |= do(model, processor, asked, rows, pictures, batch_size) if asked else {}
+        for i, error in sorted(broken.items()):
+            if leave_out is None:
+                raise error
+            leave_out(window[i], error)
+        yield from ((q, texts[i]) for i, q in enumerate(window) if i in texts)
+
+
+def _written(
+    write: Any, model: Any, processor: Any, questions: dict[int, Question], pictures: "_Pictures"
+) -> tuple[dict[int, Any], dict[int, RecordError]]:
+    """Write the questions as the model takes them, and say of the others why not."""
+    rows: dict[int, Any] = {}
+    broken: dict[int, RecordError] = {}
+    for i, q in questions.items():
+        try:
+            with naming(q.sample.data, q.sample.where, q.sample.id, "text"):
+                rows[i] = write(model, processor, q, pictures)
+        except RecordError as error:
+            broken[i] = error
+    return rows, broken
 
 
 class _Pictures:
@@ -64,20 +99,25 @@ class _Pictures:
     def __init__(self, model: Any, processor: Any, window: Sequence[Question], blind: bool, batch_size: int) -> None:
         self.model, self.blind = model, blind
         self.of: dict[int, list[int]] = {}  # id of a sample -> where its images are
+        self.broken: dict[int, RecordError] = {}  # the same -> why they cannot be shown
         self.shared = True
         pixels: list[Any] = []
         for question in window:
             sample = question.sample
-            if id(sample) in self.of:
+            if id(sample) in self.of or id(sample) in self.broken:
+                continue
+            try:
+                with naming(sample.data, sample.where, sample.id, "image"):
+                    shown = [] if blind and pixels else processor.prepare(sample.images)
+            except RecordError as error:
+                self.broken[id(sample)] = error
                 continue
             if blind and sample.images:
-                if not pixels:
-                    shown = processor.encode_prompt(sample, question.dialog).pixel_values[0]
-                    pixels.append(blank(shown))
+                pixels = pixels or [blank(shown[0])]
                 self.of[id(sample)] = [0] * len(sample.images)
             else:
-                self.of[id(sample)] = list(range(len(pixels), len(pixels) + len(sample.images)))
-                pixels += processor.encode_prompt(sample, question.dialog).pixel_values
+                self.of[id(sample)] = list(range(len(pixels), len(pixels) + len(shown)))
+                pixels += shown
         self.pixels = pixels
         self.parts = [self._encode(pixels[at : at + batch_size]) for at in range(0, len(pixels), batch_size)]
         self.encoded = _join(self.parts) if self.parts and self.shared else None
@@ -117,19 +157,42 @@ class _Prompt:
         return self.ids[: self.shared], self.images
 
 
+def _prompts(model: Any, processor: Any, q: Question, pictures: _Pictures) -> tuple[_Prompt, EncodedSample]:
+    """A question as a prompt, and its row."""
+    row = processor.encode_prompt(q.sample, q.dialog, pixel_values=pictures.show(q.sample))
+    row.pixel_values = []  # the batch takes them from `pictures`
+    most = min(q.max_new_tokens, room_for_answer(row, model.llm.max_positions))
+    shown = np.flatnonzero(row.input_ids == processor.image_token_id)
+    shared = row.input_ids.itemsize * (int(shown[-1]) + 1) if len(shown) else 0
+    return _Prompt(most, row.input_ids.tobytes(), tuple(pictures.of[id(q.sample)]), shared), row
+
+
+def _options(model: Any, processor: Any, q: Question, pictures: _Pictures) -> list[tuple[str, EncodedSample]]:
+    """The answers that a question leaves to choose from, and the row of each."""
+    turns = q.dialog.messages
+    turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    rows = []
+    for option in q.dialog.choices:
+        said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
+        ids, last = processor.tokenize_dialog(said, q.sample.id, pictures.show(q.sample), only_last=True)
+        rows.append((option, require_room(EncodedSample(ids, last, []), model.llm.max_positions)))
+    return rows
+
+
 @torch.no_grad()
 def _generate(
-    model: Any, processor: Any, questions: dict[int, Question], pictures: _Pictures, batch_size: int
+    model: Any,
+    processor: Any,
+    questions: dict[int, Question],
+    written: dict[int, tuple[_Prompt, EncodedSample]],
+    pictures: _Pictures,
+    batch_size: int,
 ) -> dict[int, str]:
     """Answer in free text, greedily."""
     groups: dict[_Prompt, list[int]] = {}
     rows: dict[_Prompt, EncodedSample] = {}
-    for i, q in questions.items():
-        row = processor.encode_prompt(q.sample, q.dialog, pixel_values=pictures.show(q.sample))
-        row.pixel_values = []  # the batch takes them from `pictures`
-        shown = np.flatnonzero(row.input_ids == processor.image_token_id)
-        shared = row.input_ids.itemsize * (int(shown[-1]) + 1) if len(shown) else 0
-        prompt = _Prompt(q.max_new_tokens, row.input_ids.tobytes(), tuple(pictures.of[id(q.sample)]), shared)
+    for i in questions:
+        prompt, row = written[i]
         groups.setdefault(prompt, []).append(i)
         rows[prompt] = row
     prefixes = PrefixCache(model, pictures, batch_size)
@@ -167,17 +230,15 @@ def _batches(prompts: list[_Prompt], batch_size: int, cached: bool) -> Iterator[
 
 @torch.no_grad()
 def _choose(
-    model: Any, processor: Any, questions: dict[int, Question], pictures: _Pictures, batch_size: int
+    model: Any,
+    processor: Any,
+    questions: dict[int, Question],
+    written: dict[int, list[tuple[str, EncodedSample]]],
+    pictures: _Pictures,
+    batch_size: int,
 ) -> dict[int, str]:
     """Answer with the likeliest option: the one whose tokens, end of turn included, have the largest probability."""
-    options: list[tuple[int, str, EncodedSample]] = []
-    for i, q in questions.items():
-        turns = q.dialog.messages
-        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-        for option in q.dialog.choices:
-            said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
-            ids, last = processor.tokenize_dialog(said, q.sample.id, pictures.show(q.sample), only_last=True)
-            options.append((i, option, EncodedSample(ids, last, [])))
+    options = [(i, option, row) for i in questions for option, row in written[i]]
     options.sort(key=lambda o: len(o[2]))
     found: dict[int, tuple[float, str]] = {}
     for at in range(0, len(options), batch_size):

@@ -15,6 +15,7 @@ OPTIMIZERS = ("muon_adamw", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("", "auto", "fp32", "bf16")
 PACKS = ("dialogs", "none")
+TOO_LONG = ("refuse", "cut")
 # What a teacher may be told, and the defaults.
 TEACHER: dict[str, Any] = {
     "model": "",  # as in `model=`
@@ -45,6 +46,8 @@ class Stage:
     length_buckets: bool = False  # batch samples of like length, so that little is padding
     workers: int = 0  # processes that read data; 0: one thread, best for small images
     skip_broken: bool | None = None  # leave out records that cannot be used, and list them; null: as the run says
+    max_length: int | None = None  # tokens of a dialog, its images included; null: the LLM's positions
+    too_long: str = "refuse"  # refuse: such a record cannot be used | cut: the text behind the last position goes
     # Optimiser
     optimizer: str = "adamw"  # adamw, or muon_adamw: Muon on the matrices, AdamW on the rest
     lr: float = 1e-3  # peak learning rate of AdamW
@@ -76,6 +79,7 @@ class Stage:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("pack", self.pack, PACKS)
+        _one_of("too_long", self.too_long, TOO_LONG)
         if (self.steps is None) == (self.epochs is None):
             raise ZooError(f"A stage needs either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
         if not self.train:
@@ -85,13 +89,18 @@ class Stage:
         ):
             raise ZooError(f"A distiller is a name or a mapping with a `name`, got {self.distiller!r}.")
         _check_teacher(self.teacher)
+        if self.too_long == "cut" and self.teacher:
+            raise ZooError(
+                "too_long=cut would leave student and teacher with other answers: with a teacher, too_long=refuse and "
+                "skip_broken=true leave long records out."
+            )
         self._check_counts()
         self._check_numbers()
 
     def _check_counts(self) -> None:
         for name in ("batch_size", "accumulate"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("steps", "pack_length"):
+        for name in ("steps", "pack_length", "max_length"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         for name in ("workers", "checkpoint_every", "eval_every"):

@@ -90,10 +90,10 @@ class StepLog:
         """Count what a step left out, in its line too; returns what is new, for the list."""
         records = [ranks[at][0] for ranks in everyone]
         broken = [row for record in records for row in record["broken"]]
-        new = self.left_out.add(sum(record["samples"] for record in records) + len(broken), broken)
+        self.left_out.add(sum(record["samples"] for record in records) + len(broken), len(broken))
         if broken:
             line["skipped"] = len(broken)
-        return [{"step": line["step"], "stage": line["stage"], **row} for row in new]
+        return [{"step": line["step"], "stage": line["stage"], **row} for row in self.left_out.new(broken)]
 
     def _tell(self, skipped: list[dict[str, Any]]) -> None:
         """Show the first records that were left out; a person reads no thousand."""

@@ -10,7 +10,7 @@ that with all of them.
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,8 @@ from zoo.collate import EncodedSample, collate, to_device
 from zoo.distill.chunked import AT_ONCE, Stored, value_and_gradient, with_rest
 from zoo.distill.logprobs import answer_logprobs
 from zoo.files import write_text
-from zoo.left_out import PATIENCE, too_many
+from zoo.left_out import Sieve
+from zoo.lengths import require_room
 from zoo.loader import Batches, Mix, Place
 from zoo.loading import load_teacher
 from zoo.model_types import Seen
@@ -105,10 +106,12 @@ def main(cfg: DictConfig) -> Path:
     say(f"{len(known):,} samples are stored already." if known else f"Writing to {folder}", flush=True)
     kept: list[Any] = []
     count = 0
-    sieve = Sieve(bool(stage.skip_broken), cfg.max_broken, folder / SKIPPED)
+    sieve = Sieve(bool(stage.skip_broken), cfg.max_broken, "zoo teach")
     groups = batches(sieve.sound(samples(mix, stage, cfg.teach.limit)), stage.batch_size, known)
     for group in islice(groups, rank, None, world):
-        batch = sieve.encoded(processor, group)
+        batch = encoded(processor, group, sieve, model.llm.max_positions)
+        if (error := sieve.excess()) is not None:
+            raise error
         if not batch:
             continue
         with autocast(precision, accelerator.device):
@@ -121,12 +124,12 @@ def main(cfg: DictConfig) -> Path:
             say(f"{count:,} samples, {rate:.1f} a second" + (" and process" if world > 1 else ""), flush=True)
     if kept:
         writer.write(kept)
-    for more, seen, broken in gather(accelerator, (count, cost, sieve.broken))[1:]:  # once all have written
+    for more, seen, sieved in gather(accelerator, (count, cost, sieve))[1:]:  # once all have written
         count += more
         cost.add(seen)
-        sieve.broken |= broken
-    if rank == 0:
-        sieve.write()
+        sieve.broken |= sieved.broken
+    if rank == 0 and sieve.broken:
+        write_text(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in sieve.lines))
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     say(f"{count:,} samples in {clock(time.monotonic() - began)}; {size / 1e6:.1f} MB in {folder}")
     if sieve.broken:
@@ -165,52 +168,18 @@ def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
     return needs & {f"teacher.{positions}" for positions in (RESPONSE, VISUAL, PAIRS)}
 
 
-class Sieve:
-    """Leaves out records that cannot be used, where it may.
-
-    Args:
-        skip: whether it may; else the first one ends it.
-        most: share of the records that may be left out.
-        listed: file that lists them.
-    """
-
-    def __init__(self, skip: bool, most: float, listed: Path) -> None:
-        self.skip, self.most, self.listed = skip, most, listed
-        self.seen = 0
-        self.broken: dict[tuple[str, ...], dict[str, str]] = {}  # by data set, place and id
-
-    def sound(self, source: Iterable[Sample | RecordError]) -> Iterator[Sample]:
-        """Yield the samples that could be read."""
-        for sample in source:
-            self.seen += 1
-            if isinstance(sample, RecordError):
-                self._leave_out(sample)
-            else:
-                yield sample
-
-    def encoded(self, processor: Any, batch: list[tuple[bytes, Sample]]) -> list[tuple[bytes, EncodedSample]]:
-        """Encode those samples of a batch that can be."""
-        rows = []
-        for key, sample in batch:
-            try:
-                with naming(sample.data, sample.where, sample.id, "text"):
-                    rows.append((key, processor.encode(sample)))
-            except RecordError as error:
-                self._leave_out(error)
-        return rows
-
-    def _leave_out(self, error: RecordError) -> None:
-        if not self.skip:
-            raise error
-        self.broken[error.data, error.where, error.sample] = error.line()
-        if self.seen >= PATIENCE and len(self.broken) > self.most * self.seen:
-            self.write()
-            raise too_many(len(self.broken), self.seen, self.most, str(self.listed), "zoo teach")
-
-    def write(self) -> None:
-        """List what was left out."""
-        if self.broken:
-            write_text(self.listed, "".join(json.dumps(line) + "\n" for line in self.broken.values()))
+def encoded(
+    processor: Any, batch: list[tuple[bytes, Sample]], sieve: Sieve, positions: int | None = None
+) -> list[tuple[bytes, EncodedSample]]:
+    """Encode those samples of a batch that can be, and have room in the teacher's positions."""
+    rows = []
+    for key, sample in batch:
+        try:
+            with naming(sample.data, sample.where, sample.id, "text"):
+                rows.append((key, require_room(processor.encode(sample), positions, "the teacher's positions")))
+        except RecordError as error:
+            sieve.leave_out(error)
+    return rows
 
 
 def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | RecordError]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from zoo.collate import TWIN, EncodedSample
+from zoo.lengths import require_room
 from zoo.model_types import LOSS_ALONE, Seen, ZooOutput
 from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
 
@@ -97,18 +98,19 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 class Twins:
     """Adds to each row of the student the same row as the teacher's processor writes it."""
 
-    def __init__(self, processor: Any, student: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, student: Any, positions: int | None = None) -> None:
+        self.processor, self.positions = processor, positions
         self.same_pixels = _pixels_by(processor) == _pixels_by(student)
 
     def add(self, sample: Sample, pieces: Sequence[Sample], rows: list[EncodedSample]) -> list[EncodedSample]:
         """Give the rows their twins.
 
         Raises:
-            ZooError: the two chat templates do not lead to the same labels.
+            ZooError: the two chat templates do not lead to the same labels, or the teacher has too few positions.
         """
         for piece, row in zip(pieces, rows, strict=True):
             twin = self.processor.encode(piece, row.pixel_values if self.same_pixels else None)
+            require_room(twin, self.positions, "the teacher's positions")
             twin.targets = {}
             ours, theirs = (r.labels[1:][r.labels[1:] != IGNORE_INDEX] for r in (row, twin))
             if not np.array_equal(ours, theirs):

@@ -25,6 +25,7 @@ from zoo.engine import Engine, reseed
 from zoo.files import written_beside
 from zoo.finish import finish, score
 from zoo.left_out import LeftOut
+from zoo.lengths import room_of
 from zoo.loader import Batches, Loader, Place
 from zoo.loading import build, load_teacher
 from zoo.memory import keep_memory
@@ -220,6 +221,7 @@ class Run:
             self.step_log.left_out.begin()
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
+        options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)
         batches = Batches(mix, self.processor, stage, steps, place, **options)
         loader = Loader(batches, pin_memory=self.accelerator.device.type == "cuda")
         parts = ", ".join(f"{part} {count:,}" for part, count in engine.trainable.items())
@@ -323,7 +325,7 @@ class Run:
             self._teachers[key] = load_teacher(node, device=self.accelerator.device, precision=precision)
         model, processor = self._teachers[key]
         shared = shared_tokens(self.processor.tokenizer, processor.tokenizer)
-        return Teacher(model, needs, shared), Twins(processor, self.processor)
+        return Teacher(model, needs, shared), Twins(processor, self.processor, model.llm.max_positions)
 
     def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[Stored, Stored]:
         """What `zoo teach` wrote, once it is known to be of this data and these tokens."""
