@@ -298,7 +298,10 @@ class _Making(Dataset):
 
     def __getitem__(self, what: Any) -> dict[str, Any] | ZooError:
         try:
-            return self.batches.make(*pickle.loads(what)) if self.streams else self.batches[what]
+            if not self.streams:
+                return self.batches[what]
+            read = pickle.loads(what)
+            return read if isinstance(read, ZooError) else self.batches.make(*read)
         except ZooError as error:
             return error
 
@@ -346,7 +349,7 @@ class Loader:
         batches, workers = self.batches, self.batches.stage.workers
         streams = batches.has_streams
         # The thread that reads streams begins when the loader asks for its first message, with all workers forked.
-        feed = _ahead((_message(batches, j) for j in turns), self.ahead * workers) if streams else None
+        feed = _ahead(_messages(batches, turns), self.ahead * workers) if streams else None
         loader = DataLoader(
             _Making(batches, streams),
             sampler=feed or turns,  # type: ignore[arg-type]
@@ -384,16 +387,21 @@ def _with_spares(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {**item, "spare": spare}
 
 
-def _message(batches: Batches, j: int) -> bytes:
-    """Read pass j and pack it for a worker."""
-    read = batches.read(j)
+def _messages(batches: Batches, turns: Iterable[int]) -> Iterator[bytes]:
+    """Read passes and pack them for the workers; an error takes its turn, behind the batches that come before it."""
     try:
-        return pickle.dumps(read)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        names = ", ".join(n for n, length in zip(batches.mix.names, batches.mix.lengths, strict=True) if length is None)
-        raise ZooError(
-            f"The samples of data {names}, a stream, cannot be sent to a loader worker ({error}): set workers=0."
-        ) from error
+        for j in turns:
+            read = batches.read(j)
+            try:
+                message = pickle.dumps(read)
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                lengths = zip(batches.mix.names, batches.mix.lengths, strict=True)
+                names = ", ".join(name for name, length in lengths if length is None)
+                reason = f"The samples of data {names}, a stream, cannot be sent to a loader worker ({error})"
+                raise ZooError(f"{reason}: set workers=0.") from error
+            yield message
+    except ZooError as error:
+        yield pickle.dumps(error)
 
 
 def _ahead(items: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
