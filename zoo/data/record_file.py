@@ -28,7 +28,6 @@ WINDOW = 1 << 20  # bytes that are looked at at once; more where a record is lon
 BLANK = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*")
 LINE = re.compile(rb"[^\r\n]+")
 LINES = {".jsonl", ".ndjson"}
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character that is written as two
 NEAR_THE_END = 16  # characters: an error so close to the end of a window may be one of the window
 
 
@@ -65,15 +64,11 @@ class RecordFile:
         try:
             text = piece.decode()
             record = _DECODER.decode(text)
-            if HALF.search(piece):
-                json.dumps(record, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             place = self.where(index, error.lineno - 1)
             raise ZooError(f"{place} is no JSON: {self._reason(index, error, text)}") from None
         except UnicodeDecodeError as error:
             raise ZooError(f"{self.where(index)}: {_no_utf8(error)}") from None
-        except UnicodeEncodeError:
-            raise ZooError(f"{self.where(index)} has half of a surrogate pair, which is no character.") from None
         except (ValueError, RecursionError) as error:
             raise ZooError(f"{self.where(index)} is no JSON: {_said(error)}.") from None
         if not isinstance(record, dict):
