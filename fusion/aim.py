@@ -125,6 +125,8 @@ class AIM(DropsInside, nn.Module):
         first, last = RELEASED.get(num_layers, (round(num_layers / 2), round(num_layers * 22 / 28)))
         start = self.config.start if self.config.start >= 0 else min(first, max(num_layers - 2, 0))
         stop = self.config.stop if self.config.stop >= 0 else max(last, start + 1)
+        if stop > num_layers:
+            raise ZooError(f"stop={stop} names a layer that is not there: the LLM has {num_layers} layers.")
         if stop <= start:
             raise ZooError(f"stop must lie behind start, got start={start} and stop={stop} of {num_layers} layers.")
         return start, stop

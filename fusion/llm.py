@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -291,6 +292,7 @@ def _from_checkpoint(
     }
     text = hf.get_text_config()
     _check_experts(text, _name(config))
+    _require_safetensors(config.checkpoint)
     if torch.get_default_device().type == "meta":
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
         return AutoModelForCausalLM.from_config(hf, **kwargs)
@@ -306,6 +308,14 @@ def _from_checkpoint(
     if vocab_size and vocab_size > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(vocab_size)
     return lm.train()
+
+
+def _require_safetensors(checkpoint: str) -> None:
+    """Refuse a folder whose weights are pickles; one without any is refused where they are read."""
+    files = [p.name for p in Path(checkpoint).glob("*")] if Path(checkpoint).is_dir() else []
+    pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth")) and "training_args" not in name)
+    if pickles and not any(name.endswith(".safetensors") for name in files):
+        raise ZooError(f"llm checkpoint {checkpoint!r} has its weights in {pickles[0]}; safetensors alone are read.")
 
 
 def _from_sizes(

@@ -59,6 +59,9 @@ class LoRA(nn.Module):
         super().__init__()
         self.config = config
         self.targets = find_linears(llm.lm, config.targets, "adapter 'lora'")
+        widest = max(max(llm.lm.get_submodule(name).weight.shape) for name in self.targets)
+        if config.rank > widest:
+            raise ZooError(f"adapter 'lora': rank {config.rank} is no low one: the widest target has {widest} columns.")
         self.exclusive = list(self.targets)  # no other adapter may have these
         self.notes = self._unreached(llm.lm)
         self.__dict__["lm"] = llm.lm

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zoo.registry import ImageFeatures, ImageTransform, ZooError
 from zoo.registry.forward_pass import Pass, current, joined
 from zoo.vision.attention_rows import PoolingHead, column_mean, row
+from zoo.vision.transform import require_transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -110,6 +111,7 @@ class Tower(nn.Module):
 
     def __init__(self, runner: Runner, transform: ImageTransform, frames: Runner | None = None) -> None:
         super().__init__()
+        require_transform(transform)
         self.tower: nn.Module = runner.tower
         if frames is not None:
             self.frame_tower: nn.Module = frames.tower

@@ -41,11 +41,11 @@ def normalise(image: Tensor, transform: ImageTransform) -> Tensor:
     return torch.addcmul(offset, image.float(), factor)
 
 
-def fit(image: Image.Image, transform: ImageTransform) -> Image.Image:
-    """Resize an RGB image to `transform.size` by its way of fitting.
+def require_transform(transform: ImageTransform) -> None:
+    """Refuse words that no way of resampling has, and statistics that pixels cannot be divided by.
 
-    crop: the shorter side to size (the longer one rounded down, as in transformers and torchvision), then the centre.
-    squash: both sides, the aspect ratio is lost. pad: the longer side, the rest filled with the mean colour.
+    Raises:
+        ZooError: naming what is wrong.
     """
     if transform.fit not in FITS or transform.resample not in RESAMPLES:
         raise ZooError(
@@ -54,6 +54,17 @@ def fit(image: Image.Image, transform: ImageTransform) -> Image.Image:
         )
     if transform.resample_by not in LIBRARIES:
         raise unknown("library to resample by", transform.resample_by, LIBRARIES)
+    if not min(transform.std) > 0:
+        raise ZooError(f"The std of an image transform must be more than 0 for each colour, got {list(transform.std)}.")
+
+
+def fit(image: Image.Image, transform: ImageTransform) -> Image.Image:
+    """Resize an RGB image to `transform.size` by its way of fitting.
+
+    crop: the shorter side to size (the longer one rounded down, as in transformers and torchvision), then the centre.
+    squash: both sides, the aspect ratio is lost. pad: the longer side, the rest filled with the mean colour.
+    """
+    require_transform(transform)
     if image.size == transform.size[::-1]:
         return image
     by_torchvision = transform.resample_by == "torchvision" and transform.fit != "pad"

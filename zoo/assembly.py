@@ -5,8 +5,8 @@ grid, the width and the set of capabilities that hold, and refuses the first thi
 the same walk on the meta device.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -171,7 +171,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         _exclude("adapter", name, adapter, have, parts.steps)
         have = (have - getattr(adapter, "destroys", frozenset())) | getattr(adapter, "provides", frozenset())
         parts.adapter[name] = adapter
-        adapter.attach()
+        with _named(f"adapter {name!r}"):
+            adapter.attach()
         took("adapter", name, adapter, tokens=parts.num_image_tokens, grid=None, width=text_dim)
     for name, pruner in parts.pruner.items():  # what a pruner needs inside the LLM holds only now
         missing = (frozenset(getattr(pruner, "needs", ())) & LATE) - have
@@ -180,7 +181,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             source = f"adapter {taker!r}, which takes the image by another way," if taker else ""
             raise _misfit("pruner", name, missing, have, source or f"llm {slots['llm']['name']!r}")
         if hasattr(pruner, "attach"):
-            pruner.attach(parts.llm)
+            with _named(f"pruner {name!r}"):
+                pruner.attach(parts.llm)
 
     if parts.vision is not None and parts.projector is None and not any(_uses_image(a) for a in parts.adapter.values()):
         raise MisfitError(
@@ -210,10 +212,16 @@ def _add_layout(parts: Parts, slots: Mapping[str, Any], took: Any, **derived: An
 
 def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     """Build a part; what it refuses is said with its name."""
-    try:
+    with _named(f"{kind} {node.get('name')!r}"):
         return registry.build(kind, node, **derived)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say the name of a part with what is wrong with it."""
+    try:
+        yield
     except ZooError as error:
-        name = f"{kind} {node.get('name')!r}"
         if str(error).startswith((name, "No ", "A ")):
             raise
         raise ZooError(f"{name}: {error}") from error
@@ -221,9 +229,7 @@ def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         said = " ".join(str(error).split()) or "no more was said"
-        raise ZooError(
-            f"{kind} {node.get('name')!r} cannot be built with these options: {type(error).__name__}: {said}"
-        ) from error
+        raise ZooError(f"{name} cannot be built with these options: {type(error).__name__}: {said}") from error
 
 
 def _refuse_shared(name: str, adapter: Any, others: Mapping[str, Any]) -> None:

@@ -301,5 +301,5 @@ def main(cfg: Any) -> None:
     from zoo.data_check import check_data
 
     walk = check(plan_from(cfg))
-    walk.notes += check_data(cfg)
+    walk.notes += check_data(cfg, walk.stages)
     show(walk, "The composition fits.")

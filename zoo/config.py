@@ -233,6 +233,9 @@ def validate(cfg: Any) -> None:
         raise ZooError(f"max_broken is a share of the records, from 0 to 1, got {cfg.max_broken}.")
     if not cfg.precision or cfg.precision not in PRECISIONS:
         raise unknown("precision", cfg.precision, filter(None, PRECISIONS))
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
+        if cfg[name] is not None and cfg[name] < least:
+            raise ZooError(f"{name} must be at least {least}, got {cfg[name]}.")
     before: list[str] | None = None  # what the stage before detaches
     for name, node in cfg.stages.items():
         try:

@@ -22,6 +22,7 @@ class Stagecheck:
     name: str
     trainable: dict[str, int]
     memory: int  # bytes
+    one_dialog: str = ""  # why a row can hold one dialog only, where that is so
 
 
 def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> Stagecheck:
@@ -30,6 +31,7 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     try:
         _check_data(stage, plan)
         _check_rows(stage, model, plan)
+        _check_shorter(stage, model)
         model.detach_only(stage.detach)
         trainable = model.set_trainable(stage.train, stage.freeze)
         distiller, teacher = _check_distiller(name, stage, model, plan) if stage.distiller else (None, 0)
@@ -47,7 +49,8 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     tokens = rows * (model.num_image_tokens + TEXT)
     inner = getattr(text, "intermediate_size", None) or 4 * width
     per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
-    return Stagecheck(name, trainable, weights + 12 * learnt + tokens * per_token)
+    memory = weights + 12 * learnt + tokens * per_token
+    return Stagecheck(name, trainable, memory, _one_dialog(stage, model, plan))
 
 
 def _check_data(stage: Any, plan: Any) -> None:
@@ -71,6 +74,11 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
             f"pack_length={stage.pack_length} puts several samples into a row, and adapter {alone!r} changes the LLM "
             "for a whole row: set pack_length=null."
         )
+    if stage.pack_length is not None and stage.pack_length < model.num_image_tokens:
+        raise ZooError(
+            f"pack_length={stage.pack_length} is less than the {model.num_image_tokens} tokens of one image: set "
+            "pack_length=null, or more."
+        )
     if stage.pack_length is not None and plan.attention not in _MASKED:
         raise ZooError(
             f"pack_length={stage.pack_length} puts several samples into a row, and attention={plan.attention} takes no "
@@ -81,6 +89,35 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
         raise ZooError(f"attention=flex_attention has no backward pass on {device}: it trains on CUDA only.")
     if (stage.precision or plan.precision) == "fp32":
         require_attention(plan.attention, device, torch.float32)
+
+
+def _check_shorter(stage: Any, model: Any) -> None:
+    """Refuse what does not go with layers that become shorter while the model trains."""
+    inside = _drops_inside(model)
+    if not inside:
+        return
+    if stage.compile:
+        raise ZooError(
+            f"pruner {inside!r} chooses how long layers are as it goes, which does not compile: compile=false."
+        )
+    if getattr(model.llm, "router_aux_coef", 0):
+        raise ZooError(f"pruner {inside!r} shortens layers, which llm.router_aux_coef does not know: set it to 0.")
+
+
+def _drops_inside(model: Any) -> str:
+    """Name the pruner that makes layers of the LLM shorter, if there is one."""
+    return next((n for n, p in model.pruner.items() if getattr(p, "dropper", None) is not None), "")
+
+
+def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
+    """Why a row of this stage can hold one dialog only; empty where it can hold several."""
+    if stage.pack != "dialogs" or (stage.loss_weights.get("answer", 1.0) == 0 and not stage.teacher):
+        return ""  # it does not, or the LLM does not run
+    if inside := _drops_inside(model):
+        return f"pruner {inside!r} chooses image tokens by the question"
+    if plan.attention not in _MASKED:
+        return f"attention={plan.attention} takes no mask of who sees whom"
+    return ""
 
 
 def _check_losses(stage: Any, model: Any, distiller: Any) -> None:

@@ -1,8 +1,8 @@
 """`zoo bench check`: what the check finds before weights load, what it refuses without need, and how long it takes.
 
-Misfits are typed mistakes, each of which is to be refused with words that name the part and what is wrong. Valid
-compositions are drawn from the registry; one is valid if it is composed, learns from a batch and generates. The check is
-to let them all through, and nothing that does not run.
+Misfits are typed mistakes, each of which is to be refused with words that name the part and what is wrong. Compositions
+are drawn from the registry; one is valid if it is composed, learns from a batch and generates. The check is to let them
+all through, and nothing that does not run.
 """
 
 import statistics
@@ -24,10 +24,10 @@ from zoo.benches.compatibility_trial import Trial
 from zoo.benches.measure import Value
 from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
-from zoo.checker import Plan, RefusedError, check
+from zoo.checker import RefusedError, check
 from zoo.config import compose
 from zoo.data_check import check_data
-from zoo.loading import plan_from
+from zoo.plan import Plan, plan_from
 from zoo.registry import ZooError
 
 NAMED = 0.95  # share of misfits that are to be refused with words that name what and where
@@ -80,9 +80,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         false, missed, kinds = valid(options.valid, options.seed, folder / "models", show)
         many = len(misfits)
         page.add(
-            Row(f"of {many} misfits, refused by words that name what and where", share(found.named, many), "")
-            if not many
-            else Row(
+            Row(
                 f"of {many} misfits, refused by words that name what and where",
                 share(found.named, many),
                 "",
@@ -133,8 +131,8 @@ def tried(misfits: list[Misfit], folder: Path, fixes: int = 0) -> Findings:
 
 def _typed(words: list[str], fixes: int) -> None:
     cfg = compose("check", words)
-    check(plan_from(cfg), fixes=fixes)
-    check_data(cfg)
+    walk = check(plan_from(cfg), fixes=fixes)
+    check_data(cfg, walk.stages)
 
 
 def _type_fixes(words: list[str], found: Findings) -> None:

@@ -89,7 +89,7 @@ llm.model_type=bart | bart; encoder-decoder
 llm.model_type=marian | marian; encoder-decoder
 llm.model_type=whisper | whisper
 llm.model_type=cpmant | cpmant
-llm.model_type=gemma4_text | gemma4_text; hidden_size_per_layer_input
+llm.model_type=gemma4_text llm.zero_init_residual=false | gemma4_text; hidden_size_per_layer_input
 llm.model_type=gemma2 | zero_init_residual; gemma2
 llm.model_type=mixtral llm.num_experts=2 llm.top_k=3 | top_k=3; num_experts=2
 llm.model_type=qwen3_moe llm.num_experts=4 | top_k=8; num_experts=4
@@ -138,7 +138,7 @@ pruner=pool pruner.pool.stride=0 | pool; stride
 pruner=pool pruner.pool.target=[9,9] | pool; target; grid
 pruner=[random,pool] | pool; grid; random
 pruner=fastv pruner.fastv.layer=0 | fastv; layer
-pruner=fastv pruner.fastv.layer=40 | fastv; 40
+pruner=fastv pruner.fastv.layer=40 | fastv; layer; 0 to 3
 pruner=fastv llm.model_type=gpt2 | fastv; gpt2
 pruner=aim pruner.aim.start=3 pruner.aim.stop=2 | aim; start; stop
 pruner=aim pruner.aim.temperature=nan | aim; temperature
@@ -198,6 +198,8 @@ stages.look.pack_length=256 attention=flex_attention device=cpu | look; flex_att
 stages.look.pack_length=8 | look; pack_length; 8
 stages.look.data.scens=1 | scens; scenes
 stages.look.data.scenes_basics=0 | look; weights are 0
+pruner=fastv pruner.fastv.layer=1 | name; fastv; dialogs; pack=none
+pruner=fastv pruner.fastv.layer=1 stages.relate.compile=true | relate; fastv; compile
 data=[] | no data
 data=[vqa_rad] | train.jsonl
 data=[scenes] data.scenes.split=eval stages.name.data={{}} | scenes

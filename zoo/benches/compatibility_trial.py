@@ -1,7 +1,7 @@
 """Tiny parts of every kind, and one composition of them really run: forward, backward, generate, save, load."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,13 @@ class Trial:
         if "distiller" in chosen:
             teacher = self._teacher(chosen["vision"], chosen["projector"] or "mlp") if "teacher" in chosen else ""
             stages["main"] = Stage(steps=1, distiller=node_of("distiller", chosen["distiller"]), teacher=teacher)
-        return Plan({**slots, "layout": None}, vocab_size=len(self.tokenizer), made=self.tokenizer, stages=stages)
+        return Plan(
+            {**slots, "layout": None},
+            attention="sdpa",
+            vocab_size=len(self.tokenizer),
+            made=self.tokenizer,
+            stages=stages,
+        )
 
     def _teacher(self, vision: str, projector: str) -> str:
         """Save a model with this encoder and this projector, once; returns its name."""
@@ -138,17 +144,21 @@ class Trial:
             processor.save_pretrained(folder)
         return f"dir:{folder}"
 
-    def _model(self, slots: dict[str, Any]) -> tuple[ZooModel, Any]:
+    def _model(self, slots: dict[str, Any], attention: str = "sdpa") -> tuple[ZooModel, Any]:
         torch.manual_seed(0)
         special = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.tokenizer.eos_token_id}
         ids = {"image_token_id": self.tokenizer.image_token_id, "text_vocab_size": len(self.tokenizer)}
-        model = ZooModel(ZooConfig(slots=slots, attention="sdpa", **ids, **special)).eval()
+        model = ZooModel(ZooConfig(slots=slots, attention=attention, **ids, **special)).eval()
         return model, processor_for(model, self.tokenizer)
 
-    def _run(self, plan: Plan) -> Verdict:
-        steps = (self._forward, self._backward, self._generate, self._save_and_load)
+    def failure(self, plan: Plan) -> str:
+        """Compose, learn from a batch and generate, whatever the check says: where it failed and how, or nothing."""
+        return self._run(plan, (self._forward, self._backward, self._generate)).reason
+
+    def _run(self, plan: Plan, steps: Sequence[Callable[[dict[str, Any]], None]] = ()) -> Verdict:
+        steps = steps or (self._forward, self._backward, self._generate, self._save_and_load)
         try:
-            model, processor = self._model(plan.slots)
+            model, processor = self._model(plan.slots, plan.attention)
             _move(model)
         except Exception as error:
             return _broken("built", error)
@@ -166,7 +176,7 @@ class Trial:
         samples = [_sample(0, images=1), _sample(1, images=0)]
         rows = [processor.encode(s) for s in samples]
         distiller = teacher = None
-        if stage is not None:
+        if stage is not None and stage.distiller:
             distiller = build_distiller(model, stage.distiller_node)
             if stage.teacher:
                 taught_by, theirs = self._loaded(stage.teacher)
