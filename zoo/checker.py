@@ -234,9 +234,12 @@ def _fixes(plan: Plan, most: int) -> Iterator[str]:
             return
         try:
             _walk(candidate)
-            _walk(_as_typed(plan, candidate, override))
+            walk = _walk(_as_typed(plan, candidate, override))
         except Exception:  # a candidate may fail in any way; it is then no fix
             continue
+        new = set(candidate.slots.get("pruner") or ()) - set(plan.slots.get("pruner") or ())
+        if new and any(stage.one_dialog for stage in walk.stages):
+            continue  # whether that fits is up to the data, which are not looked at here
         yield override
         found += 1
 

@@ -8,13 +8,6 @@ from torch import Tensor, nn
 
 from zoo.registry import ImageFeatures, ImageTransform, register
 
-NAMES = {  # what stands in the registry once this module is imported
-    "pruner": ("own_half", "own_content", "own_wide", "own_gridless", "own_raises"),
-    "projector": ("own_short", "own_narrow", "own_unbuilt"),
-    "vision": ("own_more",),
-    "adapter": ("own_needy",),
-}
-
 
 @dataclass
 class OwnConfig:
