@@ -27,7 +27,7 @@ from zoo.stage_check import TEXT, Stagecheck, check_stage
 from zoo.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
-_SECONDS = 15.0  # and how long it may compute
+_SECONDS = 8.0  # and how long it may compute
 
 
 @dataclass
