@@ -98,7 +98,8 @@ def require_kernel(name: str, lm: nn.Module) -> None:
 def _head_sizes(lm: Any) -> list[int]:
     """Widths of the attention heads that the config of a transformers model states; empty where it states none."""
     text = lm.config.get_text_config() if hasattr(lm, "config") else None
-    stated = [getattr(text, name, None) for name in ("head_dim", "global_head_dim")]
+    layers = list(getattr(text, "per_layer_config", None) or [text])  # layers of unlike heads have configs of their own
+    stated = [getattr(layer, name, None) for layer in layers for name in ("head_dim", "global_head_dim")]
     if not any(isinstance(size, int) for size in stated):
         heads, width = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
         stated = [width // heads] if isinstance(heads, int) and heads and isinstance(width, int) else []
