@@ -281,10 +281,10 @@ class VLoRA(nn.Module):
 
     def _factors_of(self, number: int) -> Factors | None:
         """What the layer that runs now uses."""
-        copies = self.passes.now.notes.get(f"vlora.{number}")
-        if copies is not None:
+        now = self.passes.now
+        if (copies := now.notes.get(f"vlora.{number}")) is not None:
             return copies
-        given = self._given
+        given = (self.passes.alone if self._merged else now).conditions.get("vlora")
         return None if given is None else given[number]
 
     def _before_block(self, number: int, block: nn.Module, args: tuple[Any, ...]) -> None:
