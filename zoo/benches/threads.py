@@ -79,7 +79,11 @@ class People:
         draw = np.random.default_rng(0)
         self.pictures = [draw.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(options.people)]
         self.questions = [_QUESTIONS[i % len(_QUESTIONS)] for i in range(options.people)]
-        self.length = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
+        self.length: dict[str, Any] = {
+            "max_new_tokens": options.tokens,
+            "min_new_tokens": options.tokens,
+            "do_sample": False,
+        }
 
     def describe(self) -> str:
         count, options = sum(p.numel() for p in self.model.parameters()) / 1e6, self.options
