@@ -297,12 +297,3 @@ def show(walk: Walk, title: str = "") -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     for note in walk.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
-
-
-def main(cfg: Any) -> None:
-    """`zoo check`: show the walk, or the reason why there is none."""
-    from zoo.data_check import check_data
-
-    walk = check(plan_from(cfg))
-    walk.notes += check_data(cfg, walk.stages)
-    show(walk, "The composition fits.")

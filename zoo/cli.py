@@ -28,7 +28,7 @@ COMMANDS = {
     "eval": Command("zoo.evaluate:main", "score a model: model=last, model=dir:runs/x, or a preset", composed=True),
     "chat": Command("zoo.chat_command:main", "talk to a model: zoo chat MODEL --image photo.jpg"),
     "teach": Command("zoo.teach:main", "store what the teacher of a stage says, to train from", composed=True),
-    "check": Command("zoo.checker:main", "say whether the parts fit, before a weight is loaded", composed=True),
+    "check": Command("zoo.check_command:main", "say whether the parts fit, before a weight is loaded", composed=True),
     "report": Command("zoo.report:main", "compare runs in one table and a picture"),
     "bench": Command("zoo.bench:main", "measure speed: zoo bench train"),
     "shift": Command("zoo.shift:main", "say which layers of a mixture of experts new data shifts most, for moextend"),

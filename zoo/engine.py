@@ -6,7 +6,7 @@ means over every image. Other losses are means over forward passes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from zoo.checkpoint import tensors_of
 from zoo.collate import TWIN, to_device
 from zoo.loader import keyed
 from zoo.model_types import LOSS_ALONE, Seen
-from zoo.optim import build_optimizers, rate_at, set_rate
+from zoo.optim import build_optimizers, parts_of, rate_at, set_rate
 from zoo.precision import autocast, resolve_precision
 from zoo.processes import launcher_alone
 from zoo.registry import IGNORE_INDEX, ZooError, unknown
@@ -293,16 +293,6 @@ def _unsynced(modules: list[Any]) -> Iterator[None]:
     finally:
         for module in modules:
             module.set_requires_gradient_sync(True)
-
-
-def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:
-    """Return what names the parts that a parameter of the model or of a distiller belongs to, the closest first."""
-
-    def parts(name: str) -> tuple[str, str]:
-        part = "distiller" if name.startswith("distiller.") else model.part_of(name)
-        return part, part.partition(".")[0]
-
-    return parts
 
 
 def _params(optimizer: Any) -> list[nn.Parameter]:

@@ -158,6 +158,16 @@ def _matrices(modules: dict[str, nn.Module]) -> set[str]:
     return found
 
 
+def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:
+    """Return what names the parts that a parameter of the model or of a distiller belongs to, the closest first."""
+
+    def parts(name: str) -> tuple[str, str]:
+        part = "distiller" if name.startswith("distiller.") else model.part_of(name)
+        return part, part.partition(".")[0]
+
+    return parts
+
+
 def rate_scales(
     names: list[str], wanted: dict[str, float], part_of: Callable[[str], Iterable[str]]
 ) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from zoo.assembly import build_distiller
 from zoo.fusion.attention import require_attention
-from zoo.optim import rate_scales
+from zoo.optim import parts_of, rate_scales
 from zoo.registry import ZooError, unknown
 
 TEXT = 64  # tokens of text beside the images that a sequence must have room for
@@ -143,8 +143,6 @@ def _check_rates(stage: Any, model: Any, distiller: Any) -> None:
     """Refuse learning rates of parts that do not train."""
     if not stage.lr_scale:
         return
-    from zoo.engine import parts_of
-
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     if isinstance(distiller, nn.Module):
         names += [f"distiller.{n}" for n, _ in distiller.named_parameters()]
