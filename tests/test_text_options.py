@@ -8,6 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from zoo import ZooError, registry
+from zoo.bench import parse as parse_bench
 from zoo.config import compose
 from zoo.override_words import quoted_where, words
 from zoo.prepare import parse, prepare, values
@@ -191,6 +192,18 @@ def test_the_words_of_a_value(value, found):
     assert quoted_where(value, lambda word: False) == value
     quoted = quoted_where(value, lambda word: True)
     assert quoted_where(quoted, lambda word: True) == quoted
+
+
+def test_benches_keep_what_was_typed():
+    found = parse_bench("x", Lists, ["maybe=12e4567", "old=null", "number=1e3", "flag=on", "anything.a=1e3"])
+    assert (found.maybe, found.old, found.number, found.flag, found.anything) == (
+        "12e4567",
+        None,
+        1e3,
+        True,
+        {"a": 1e3},
+    )
+    assert parse_bench("x", Lists, ["maybe=~"]).maybe == "~" and parse_bench("x", Lists, []).maybe == "x"
 
 
 def test_lines_without_such_words_stay_as_they_are():

@@ -82,15 +82,22 @@ def parse(name: str, schema: type, words: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from zoo.registry import options_of
+    from zoo.text_options import text_of
+
     known = {f.name for f in dataclasses.fields(schema)}
+    texts = {o.name: text for o in options_of(schema) if (text := text_of(o.type)) and not text.inside}
     for word in words:
         option, equals, _ = word.partition("=")
         if not equals:
             raise ZooError(f"bench {name!r} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
         if option.partition(".")[0] not in known:
             raise unknown(f"option of bench {name!r}", option, known | set(OUTPUTS))
+    said = {key: value for key, _, value in (word.partition("=") for word in words) if key in texts}
+    kept = {key: None if value == "null" and texts[key].optional else value for key, value in said.items()}
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words))))
+        given = OmegaConf.from_dotlist([word for word in words if word.partition("=")[0] not in texts])
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given, kept))
     except OmegaConfBaseException as error:
         raise ZooError(f"bench {name!r}: {str(error).splitlines()[0]}") from error
 
