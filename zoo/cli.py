@@ -29,6 +29,9 @@ COMMANDS = {
     "chat": Command("zoo.chat_command:main", "talk to a model: zoo chat MODEL --image photo.jpg"),
     "teach": Command("zoo.teach:main", "store what the teacher of a stage says, to train from", composed=True),
     "check": Command("zoo.check_command:main", "say whether the parts fit, before a weight is loaded", composed=True),
+    "data": Command(
+        "zoo.survey_report:main", "look through data ahead of a run: what is broken, long or there twice", composed=True
+    ),
     "report": Command("zoo.report:main", "compare runs in one table and a picture"),
     "bench": Command("zoo.bench:main", "measure speed: zoo bench train"),
     "shift": Command("zoo.shift:main", "say which layers of a mixture of experts new data shifts most, for moextend"),

@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo import presets
-from zoo.config import ModelSource, RunConfig, RunRoot, TokenizerConfig
+from zoo.config import ModelSource, RunConfig, RunRoot, SurveyConfig, TeachConfig, TokenizerConfig
 from zoo.prepare import SEVERAL, SLOTS, load_plugins, parse, settle, values
 from zoo.registry import KINDS, ZooError, options_of, source_options
 from zoo.registry.core import kind_of
 from zoo.stage import Stage
 
-SECTIONS = {"model": ModelSource, "run": RunConfig, "tokenizer": TokenizerConfig}
-COMPOSED = ("train", "eval", "teach", "check")
+SECTIONS = {
+    "model": ModelSource,
+    "run": RunConfig,
+    "tokenizer": TokenizerConfig,
+    "teach": TeachConfig,
+    "survey": SurveyConfig,
+}
+COMPOSED = ("train", "eval", "teach", "check", "data")
 
 
 def complete(line: str, commands: Sequence[str]) -> list[str]:

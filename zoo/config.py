@@ -59,6 +59,21 @@ class TeachConfig:
 
 
 @dataclass
+class SurveyConfig:
+    """How `zoo data` looks through data."""
+
+    images: str = "exists"  # exists: there is one of that name | open: decode each; models that cut images open them
+    examples: int = 3  # broken records shown of each kind
+    json: str = ""  # file for all figures, and every broken record
+
+    def __post_init__(self) -> None:
+        if self.images not in ("exists", "open"):
+            raise unknown("look at images (survey.images)", self.images, ("exists", "open"))
+        if self.examples < 0:
+            raise ZooError(f"survey.examples must be 0 or more, got {self.examples}.")
+
+
+@dataclass
 class RunConfig:
     """Where a run writes: `dir/<date>/<name, or the time>`."""
 
@@ -105,6 +120,7 @@ class RunRoot:
     stages: dict[str, Stage] = field(default_factory=dict)
     resume: str | None = None  # folder of a run, or `last`
     teach: TeachConfig = field(default_factory=TeachConfig)
+    survey: SurveyConfig = field(default_factory=SurveyConfig)
     # Evaluation
     batch_size: int | None = None  # dialogs per batch; null: by the size of the model
     limit: int | None = None  # samples of each data set; null: all
@@ -113,7 +129,7 @@ class RunRoot:
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
     precision: str = "auto"  # auto | fp32 | bf16
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
-    workers: int = 0  # processes that read data for evaluation
+    workers: int = 0  # processes that share the look of zoo data; those of training are a stage's
     # The run
     plugins: list[str] = field(default_factory=list)  # modules and files to load first
     log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb

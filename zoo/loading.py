@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zoo import config as configs
+from zoo.assembly import assemble
 from zoo.checker import check
 from zoo.model import ZooModel
 from zoo.model_config import ZooConfig
@@ -154,18 +155,43 @@ def build(
         model.fresh_parts = sorted({n.partition(".")[0] for n in base.filled.missing})
     model = placed(model, target, None if bits else dtype, base)
     model.set_attention(cfg.attention)
+    processor, generation = _processor(cfg, model, tokenizer, folder)
+    model.__dict__["processor"] = processor  # for `model.chat`
+    set_stops(model, processor, generation)
+    return model.eval(), processor
+
+
+def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, int | None]:
+    """Make the processor of a composed config without a weight, and say how many positions its LLM has; None: any.
+
+    Args:
+        cfg: from `zoo.config.compose`.
+        texts: what a new tokenizer is trained on, where there is none to load; read only then.
+    """
+    folder, slots = weights_folder(cfg), slots_of(cfg)
+    tokenizer = tokenizer_for(cfg, folder, texts)
+    set_template_options(tokenizer, cfg.tokenizer.template_options)
+    if folder is None:
+        add_special(tokenizer, tokens_for(slots["layout"]))
+    with torch.device("meta"):
+        model = ZooModel(ZooConfig(slots=slots, attention="eager"), parts=assemble(slots, vocab_size=len(tokenizer)))
+    return _processor(cfg, model, tokenizer, folder)[0], model.llm.max_positions
+
+
+def _processor(cfg: Any, model: ZooModel, tokenizer: Any, folder: Path | None) -> tuple[ZooProcessor, Any]:
+    """The processor of a model that starts from `folder` or from its parts, and the generation config stated there."""
+    slots = model.config.slots or {}
     if folder is None:
         stated: dict[str, Any] = {"pictures": cut_by(slots["layout"], model.vision.transform if model.vision else None)}
+    elif is_published(read_content(folder)):
+        stated = published_options(folder, tokenizer)
     else:
-        stated = published_options(folder, tokenizer) if published else saved_options(folder)
+        stated = saved_options(folder)
     generation = stated_config(model, folder)
     if folder is None:
         keep_shared(generation, tokenizer, slots["llm"] or {}, cfg.tokenizer.checkpoint)
     stated["end_tokens"] = end_tokens(generation, tokenizer)
-    processor = processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated)
-    model.__dict__["processor"] = processor  # for `model.chat`
-    set_stops(model, processor, generation)
-    return model.eval(), processor
+    return processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated), generation
 
 
 def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated: Any) -> ZooProcessor:

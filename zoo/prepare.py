@@ -19,7 +19,7 @@ from zoo.text_options import TextOptions
 from zoo.tokenizer_files import has_template
 from zoo.trial import try_override
 
-RECIPE_COMMANDS = ("train", "eval", "check")  # these start from the default recipe; anything else from none
+RECIPE_COMMANDS = ("train", "eval", "check", "data")  # these start from the default recipe; anything else from none
 SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
 SEVERAL = tuple(group_of(kind) for kind in SLOT_KINDS if kind in MANY)
 _OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # a stage's dicts that take any key
@@ -170,7 +170,7 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     recipe = given.get("recipe", default_recipe(command))
     from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
     asked = given.get("model", from_recipe.get("model", _model_without_a_word({*from_recipe, *given})))
-    if command in ("train", "eval") and isinstance(asked, str):
+    if command in ("train", "eval", "data") and isinstance(asked, str):
         saved.fetch_config(asked, config_dir)
     named = presets.as_list(given.get("data", from_recipe.get("data") if "recipe" in given else None))
     model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir, named)

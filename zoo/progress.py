@@ -82,11 +82,10 @@ class Display:
 
     def _text(self, done: int, rate: float, unit: str, wait: float, now: float) -> str:
         losses = " ".join(f"{name} {value:.3f}" for name, value in self._smooth.items())
+        losses += " | " if losses else ""
         pace = (now - self.started) / max(1, done - self.first)
         waiting = f" | waits for data {wait:.0%}" if wait > 0.03 else ""
-        return (
-            f"{done}/{self.steps} | {losses} | {rate:,.0f} {unit}/s{waiting} | {clock(pace * (self.steps - done))} left"
-        )
+        return f"{done}/{self.steps} | {losses}{rate:,.0f} {unit}/s{waiting} | {clock(pace * (self.steps - done))} left"
 
 
 def _column(text: str) -> TextColumn:
