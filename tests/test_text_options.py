@@ -121,6 +121,24 @@ def test_sections_stages_and_the_run_itself(tmp_path):
         compose("train", ["stages.look.lr=0x1f"])
 
 
+def test_teachers_and_distillers_of_stages(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    text = "# @package _global_\ndefaults: [{override /model: scenes_tiny}, {override /data: [scenes]}]\nstages:\n"
+    text += (
+        "  a: {steps: 1, teacher: 12e4567, distiller: {name: dense, target: 0012, weights: [1e0, 1, 1, 1, 1, 1, 1]}}\n"
+    )
+    text += "  b: {steps: 1, teacher: {store: 1_0, bits: 8, options: [], dtype: ''}, distiller: null}\n"
+    (tmp_path / "recipe/r.yaml").write_text(text)
+    stages = compose("train", ["recipe=r"], tmp_path).stages
+    assert (
+        stages.a.teacher == "12e4567" and stages.a.distiller.target == "0012" and stages.a.distiller.weights[0] == 1.0
+    )
+    assert (stages.b.teacher.store, stages.b.teacher.bits, stages.b.distiller) == ("1_0", 8, None)
+    lines = ["recipe=r", "stages.a.distiller.target=1e5", "stages.b.teacher=null", "stages.a.teacher=1e5"]
+    stages = compose("train", lines, tmp_path).stages
+    assert (stages.a.distiller.target, stages.b.teacher, stages.a.teacher) == ("1e5", None, "1e5")
+
+
 def test_data_sets_of_yaml_and_their_choice(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "recipe").mkdir()

@@ -16,7 +16,7 @@ import yaml
 
 from zoo import presets
 from zoo.override_words import NO_TEXT, Word, quoted_where
-from zoo.registry import MANY, Option, ZooError, options_of
+from zoo.registry import MANY, Option, ZooError, names, options_of, source_options
 from zoo.registry.core import get, kind_of
 from zoo.stage import TEACHER
 from zoo.trial import depth_of, schema_at
@@ -112,7 +112,8 @@ class TextOptions:
 
     def _restored(self, path: tuple[str, ...], value: Any, word: Any) -> Any:
         slot = len(path) == 1 and isinstance(value, dict)  # what it holds, and not what is chosen
-        if not slot and (text := self.at(path)):
+        text = None if slot else self.at(path)
+        if text and (text.inside or not isinstance(value, dict)):
             return _as_text(value, word, text)
         if isinstance(value, dict) and isinstance(word, dict):
             return {k: self._restored((*path, k), v, word[k]) if k in word else v for k, v in value.items()}
@@ -129,8 +130,12 @@ class TextOptions:
         if len(path) <= depth:
             return None
         name, below = path[depth], path[depth + 1 :]
+        if head == "stages" and name in ("teacher", "distiller") and not below:  # the name of one, or a mapping
+            return Text(optional=True)
         if head == "stages" and name == "teacher":
-            return _of_teacher(below)
+            return _of_teacher(below[0]) if len(below) == 1 else None
+        if head == "stages" and name == "distiller":
+            return self._of_distillers(below[0]) if len(below) == 1 else None
         found = next((o for o in self._options(tuple(path[:depth])) if o.name == name), None)
         text = text_of(found.type) if found else None
         if not below:
@@ -143,6 +148,15 @@ class TextOptions:
         if option in members:
             return None
         found = [text_of(o.type) for m in members for o in self._options((group, m)) if o.name == option]
+        return found[0] if found and all(found) else None
+
+    def _of_distillers(self, option: str) -> Text | None:
+        """An option of a stage's distiller: that of all that have it, for a line does not say which it is."""
+        if option == "name":
+            return Text()
+        found = [
+            text_of(o.type) for n in names("distiller") for o in source_options("distiller", n) if o.name == option
+        ]
         return found[0] if found and all(found) else None
 
     def _options(self, owner: tuple[str, ...]) -> list[Option]:
@@ -165,11 +179,9 @@ class TextOptions:
             return []
 
 
-def _of_teacher(below: tuple[str, ...] | list[str]) -> Text | None:
-    """A stage's teacher is the name of a model, or a mapping."""
-    default = TEACHER.get(below[0]) if len(below) == 1 else None
-    if not below:
-        return Text(inside=True, optional=True)
+def _of_teacher(option: str) -> Text | None:
+    """An option of a stage's teacher."""
+    default = TEACHER.get(option)
     if isinstance(default, str):
         return Text(optional=True)
     return Text(inside=True) if isinstance(default, list) else None
