@@ -18,10 +18,11 @@ from zoo.fusion.attention import resolve_attention
 from zoo.model_config import ZooConfig
 from zoo.model_forward import ForwardMixin
 from zoo.model_generate import GenerateMixin
+from zoo.model_keywords import put, require_save, split_load
 from zoo.model_llm import LanguageModelMixin
 from zoo.model_parts import PartsMixin
 from zoo.model_slots import slots_now, without_checkpoint
-from zoo.registry import refuse_code
+from zoo.registry import ZooError, refuse_code
 from zoo.stops import stated_config
 from zoo.weights import library_versions, local_folder, read_weights, state_of, write_weights
 
@@ -115,7 +116,12 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             is_main_process: False writes nothing; one process of several writes.
             state_dict: whole tensors of a model that is sharded over processes.
             include_base: also write weights that did not change since they came from a part's own checkpoint.
+            kwargs: of `push_to_hub`.
+
+        Raises:
+            ZooError: a keyword that is not known or not done; weights or the folder cannot be saved so.
         """
+        require_save(kwargs, push_to_hub)
         state = state_of(self, state_dict) if is_main_process or state_dict is None else {}
         if not is_main_process:
             return
@@ -142,6 +148,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             self.generation_config.save_pretrained(folder)
         write_weights(state, folder, max_shard_size)
         if push_to_hub:
+            idle = {"save_function", "save_original_format", "save_peft_format", "safe_serialization"}
+            kwargs = {key: value for key, value in kwargs.items() if key not in idle}
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
@@ -157,8 +165,10 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         device_map: Any = None,
         attn_implementation: str | None = None,
         base: str | Path = "",
+        state_dict: Mapping[str, Tensor] | None = None,
+        output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> "ZooModel":
+    ) -> Any:
         """Load a folder or a hub repository that `save_pretrained` wrote; the model is in eval mode.
 
         Args:
@@ -169,11 +179,23 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
                 devices.
             attn_implementation: `auto` or a name that transformers knows; None: as it was saved.
             base: where the published checkpoint lies now that the model was made from; empty: where the config says.
+            state_dict: weights that take the place of the folder's.
+            output_loading_info: also return what was missing, as transformers does.
+            kwargs: fields of the config, and how a repository is fetched (`cache_dir`, `force_download`,
+                `local_files_only`, `token`).
+
+        Raises:
+            ZooError: a keyword that is not known or not done; the weights do not fit.
         """
         from zoo.published.base import base_at, base_for, placed
 
-        folder = local_folder(pretrained_model_name_or_path, revision)
+        if model_args:
+            raise ZooError("from_pretrained takes one argument without a name: the folder, or the repository.")
+        fields, hub = split_load(kwargs, config or ZooConfig())
+        folder = local_folder(pretrained_model_name_or_path, revision, **hub)
         config = config or ZooConfig.read(folder)
+        for name, value in fields.items():
+            setattr(config, name, value)
         refuse_code(config.slots, f"{folder}/config.json")
         saved_base = config.base = base_at(config.base, str(base or ""))
         dtype = dtype if dtype is not None else torch_dtype
@@ -181,11 +203,20 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         model = cls(config, base=source)
         model.name_or_path = str(folder)
         model.bases.require_same(saved_base)
-        read_weights(model, folder, fresh=fresh, done=source.read_here if source else None)
+        missing = set(read_weights(model, folder, fresh=fresh, done=source.read_here if source else None))
+        if state_dict is not None:
+            missing -= put(model, state_dict, "state_dict")
         model.generation_config = stated_config(model, folder)  # what ends answers
         model = placed(model, device_map, dtype, source).eval()
         if attn_implementation is not None:
             model.set_attention(attn_implementation)
+        if output_loading_info:  # what else transformers lists was an error above
+            return model, {
+                "missing_keys": missing,
+                "unexpected_keys": set(),
+                "mismatched_keys": set(),
+                "error_msgs": [],
+            }
         return model
 
 

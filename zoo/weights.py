@@ -225,10 +225,10 @@ def snapshot(checkpoint: str, revision: str | None = None) -> Path | None:
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
-def local_folder(name: str | Path, revision: str | None = None) -> Path:
+def local_folder(name: str | Path, revision: str | None = None, **hub: Any) -> Path:
     """Return the folder of a model: a local one as it is, a hub repository from the cache or downloaded.
 
-    Only configs, tokenizers, templates, cards and safetensors are fetched.
+    Only configs, tokenizers, templates, cards and safetensors are fetched. `hub`: options of `snapshot_download`.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -239,10 +239,11 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     revision = require_revision(revision)
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
     except Exception as error:  # offline, not found, no access: the library has a type for each
         with suppress(Exception):  # before 2.0 it asks for a list of files first, also where all are in the cache
-            return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, local_files_only=True))
+            hub["local_files_only"] = True
+            return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ZooError(
             f"The hub repository {str(name)!r} is not in the cache and cannot be fetched: {first}"
