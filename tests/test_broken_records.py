@@ -146,7 +146,7 @@ BROKEN = {  # id -> record, and the kind of fault
     "a number": ({"image": 7, **GOOD}, "record"),
     "two marks": ({"image": "a.png", "conversations": said("<image> <image> what?")}, "record"),
     "no answer": ({"image": "a.png", "conversations": said("<image> what?", " ")}, "text"),
-    "surrogate": ({"image": "a.png", "conversations": said("<image> what \ud83d?")}, "record"),
+    "surrogate": ({"image": "a.png", "conversations": said("<image> what \ud83d?")}, "text"),
     "system": ({"image": "a.png", "conversations": [{"from": "system", "value": "s"}, *said("<image> q")]}, "text"),
     "two users": ({"image": "a.png", "conversations": [{"from": "human", "value": "q"}, *said("<image> q")]}, "text"),
     "turns are text": ({"image": "a.png", "conversations": "hello"}, "record"),
