@@ -54,3 +54,14 @@ def takes_grouped(experts: nn.Module) -> bool:
     stacks = [p for p in experts.parameters() if p.dim() == 3]
     sizes = math.gcd(*(size for p in stacks for size in p.shape[1:]))
     return all(p.dtype in _DTYPES and not p.is_meta and sizes * p.element_size() % 16 == 0 for p in stacks)
+
+
+def skipping(experts: Any) -> Any:
+    """The experts of a transformers model as they take index m, one past the last, for another device's expert.
+
+    It is how transformers leaves rows out of its products. The experts themselves are not told, not even for a call,
+    since other threads may be in one: this is a second object that holds all that they hold.
+    """
+    made = object.__new__(type(experts))
+    made.__dict__.update(experts.__dict__, _is_expert_parallel=True)
+    return made

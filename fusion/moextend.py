@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from zoo.fusion import adapter_file, dispatch
 from zoo.fusion.attach import compute_by
 from zoo.fusion.decoder import decoder_of
+from zoo.fusion.experts import skipping
 from zoo.fusion.passes import Passes
 from zoo.registry import ImageFeatures, ZooError, register
 
@@ -127,7 +128,7 @@ class ExtendedLayer(nn.Module):
 
     def attach(self) -> list[Any]:
         """Stand in for the layer's router and experts; the result undoes it."""
-        self.__dict__["skipping"] = _skipping(self.experts)
+        self.__dict__["skipping"] = skipping(self.experts)
         return [compute_by(self.gate, self.route), compute_by(self.experts, self.run)]
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,18 +212,6 @@ class ExtendedLayer(nn.Module):
                 f"The guard of adapter 'moextend' knows {len(flags)} sequences, and the pass has {self.passes.rows}."
             )
         return flags.repeat_interleave(len(x) // len(flags)).unsqueeze(-1)
-
-
-def _skipping(experts: Any) -> Any:
-    """The experts of a family as they take index m to mean another device's expert, and skip its rows.
-
-    It is how transformers leaves rows out of its products. The experts themselves are not told, for the whole of their
-    life or for a call that other threads may be in: this is a second object that holds all that they hold.
-    """
-    cls: Any = type(experts)
-    made = object.__new__(cls)
-    made.__dict__.update(experts.__dict__, _is_expert_parallel=True)
-    return made
 
 
 def _on_host(x: Tensor) -> bool:
