@@ -235,3 +235,63 @@ def test_a_video_that_is_no_file(kind, tmp_path):
         file.mkdir()
     with pytest.raises(ZooError, match="does not exist or is no file"):
         read_video("http://127.0.0.1:9/x.mp4" if kind == "address" else str(file))
+
+
+def header_of(width: int, height: int) -> bytes:
+    """A PNG that states a size and holds nothing."""
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+PICTURES = {
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(MARKER) (w) file closefile\nshowpage\n%%EOF\n",
+    "PostScript in a wrapper": b"\xc5\xd0\xd3\xc6" + bytes(28) + b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n",
+    "a page": b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\n",
+    "a drawing": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    "a metafile": b"\xd7\xcd\xc6\x9a" + bytes(60),
+    "Photoshop": b"8BPS\0\1" + bytes(60),
+    "a font": b"STARTFONT 2.1\n" + bytes(60),
+    "a playlist": b"#EXTM3U\nhttp://127.0.0.1:9/x.ts\n",
+    "a picture of a terapixel": header_of(1 << 20, 1 << 20),
+    "a picture of a line": header_of(1 << 30, 1),
+    "a picture without pixels": header_of(0, 0),
+    "a text of gigabytes": b"P6\n99999 99999\n255\n",
+    "a text without end": b"P6\n#" + b"#" * 200_000,
+    "an archive": b"PK\3\4" + bytes(60),
+    "a pickle": b"\x80\4cos\nsystem\n(S'touch MARKER'\ntR.",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize("given", ["bytes", "file", "name that lies"])
+def test_a_picture(kind, given, tmp_path):
+    from zoo.vision.images import open_image
+
+    marker = tmp_path / "ran"
+    data = PICTURES[kind].replace(b"MARKER", str(marker).encode())
+    file = tmp_path / ("x.png" if given == "name that lies" else "x.eps")
+    file.write_bytes(data)
+    with pytest.raises(ZooError):
+        open_image(data if given == "bytes" else file)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_picture_that_is_no_file(kind, tmp_path):
+    from zoo.vision.images import open_image
+
+    file = tmp_path / "x.png"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    with pytest.raises(ZooError, match="does not exist or is no file"):
+        open_image(file)

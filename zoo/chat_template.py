@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from zoo.chat_sandbox import TooMuchError, bounded, names_in
 from zoo.registry import ZooError
 
 Messages = Sequence[Mapping[str, str]]  # role and content, both plain text
@@ -80,13 +81,14 @@ class ChatTemplate:
         template = self.tokenizer.get_chat_template()
         blocks = bool(GENERATION.search(template))
         try:
-            texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # it says str and returns two lists
-                conversations=[self.shown(messages)],
-                chat_template=template,
-                add_generation_prompt=opening,
-                return_assistant_tokens_mask=blocks,
-                **self.tokenizer.special_tokens_map,
-            )
+            with bounded():
+                texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # it says str, returns two lists
+                    conversations=[self.shown(messages)],
+                    chat_template=template,
+                    add_generation_prompt=opening,
+                    return_assistant_tokens_mask=blocks,
+                    **self.tokenizer.special_tokens_map,
+                )
         except Exception as error:  # a template is a program of others and may fail in any way
             raise ZooError(self._refusal(messages, opening, error, sample_id)) from error
         return texts[0], list(spans[0]) if blocks else None  # type: ignore[arg-type]
@@ -127,7 +129,8 @@ class ChatTemplate:
             return False
         talk = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
         try:
-            return self.video_token in self.tokenizer.apply_chat_template(talk, tokenize=False)
+            with bounded():
+                return self.video_token in self.tokenizer.apply_chat_template(talk, tokenize=False)
         except Exception:  # a template may fail in any way on what it does not know
             return False
 
@@ -237,11 +240,12 @@ class ChatTemplate:
 @lru_cache(maxsize=32)
 def variables_of(template: str) -> frozenset[str]:
     """Names that a template reads from outside."""
-    from jinja2 import Environment, TemplateSyntaxError, meta
+    from jinja2 import TemplateSyntaxError
 
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template))))
+        return names_in(template)
+    except (RecursionError, TooMuchError) as error:
+        raise ZooError(f"The chat template cannot be read: {error}.") from error
     except TemplateSyntaxError as error:
         raise ZooError(f"The chat template is no Jinja: {error.message}, in line {error.lineno}.") from error
 
@@ -268,7 +272,8 @@ def takes_parts(tokenizer: Any, template: str | None = None) -> bool:
     content = [{"type": "image"}, {"type": "text", "text": "\x02"}]
     try:
         talk = [{"role": "user", "content": content}]
-        shown = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
+        with bounded():
+            shown = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
     except Exception:  # a template may fail in any way on what it does not know
         return False
     return shown.count(image) == 1 and shown.count("\x02") == 1

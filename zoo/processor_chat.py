@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from zoo.chat_sandbox import bounded
 from zoo.chat_template import GENERATION, takes_parts, variables_of
 from zoo.processor_options import known_options
 from zoo.registry import ZooError, unknown
@@ -151,9 +152,10 @@ class ChatMixin:
         typed = self._takes_parts(template)
         given = {**self.tokenizer.special_tokens_map, **options}
         try:
-            texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # it says str and returns two lists
-                conversations=[self._messages(talk, typed) for talk in talks], chat_template=template, **given
-            )
+            with bounded(len(talks)):
+                texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # it says str, returns two lists
+                    conversations=[self._messages(talk, typed) for talk in talks], chat_template=template, **given
+                )
         except ZooError:
             raise
         except Exception as error:  # a template is a program of others and may fail in any way
