@@ -34,6 +34,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ZooError(f"rank must be at least 1, got {self.rank}.")
+        if not self.alpha > 0:
+            raise ZooError(f"alpha must be more than 0, got {self.alpha}: the term is scaled by it.")
         if not 0 <= self.dropout < 1:
             raise ZooError(f"dropout must be in [0, 1), got {self.dropout}.")
         if not self.targets:

@@ -53,6 +53,8 @@ class MoLEConfig:
         for name in ("num_experts", "rank"):
             if getattr(self, name) < 1:
                 raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.alpha > 0:
+            raise ZooError(f"alpha must be more than 0, got {self.alpha}: a term is scaled by it.")
         if not 0 <= self.dropout < 1:
             raise ZooError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.balance < 0:

@@ -27,6 +27,7 @@ from zoo.stage_check import TEXT, Stagecheck, check_stage
 from zoo.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
+_MOST_BYTES = 64e12  # of weights; above it a size is mistyped
 _SECONDS = 8.0  # and how long it may compute
 
 
@@ -130,6 +131,12 @@ def _walk(plan: Plan) -> Walk:
         model = ZooModel(ZooConfig(slots=dict(plan.slots), attention=attention), parts=parts)
     rows = [_row(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
+    if weights > _MOST_BYTES:
+        largest = max(rows, key=lambda row: row.bytes)
+        raise ZooError(
+            f"{largest.kind} {largest.name!r} has {size_text(largest.parameters)} parameters, "
+            f"{size_text(largest.bytes)}B: more than any machine holds. One of its sizes is wrong."
+        )
     walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
     walk.notes = [note for adapter in parts.adapter.values() for note in getattr(adapter, "notes", ())]
     for name, stage in plan.stages.items():
@@ -234,23 +241,24 @@ def _fixes(plan: Plan, most: int) -> Iterator[str]:
             return
         try:
             _walk(candidate)
-            walk = _walk(_as_typed(plan, candidate, override))
+            _walk_as_typed(plan, candidate, override)
         except Exception:  # a candidate may fail in any way; it is then no fix
             continue
-        new = set(candidate.slots.get("pruner") or ()) - set(plan.slots.get("pruner") or ())
-        if new and any(stage.one_dialog for stage in walk.stages):
-            continue  # whether that fits is up to the data, which are not looked at here
         yield override
         found += 1
 
 
-def _as_typed(plan: Plan, candidate: Plan, override: str) -> Plan:
-    """The plan of the words that a person typed and a fix behind them; of a plan made otherwise, the candidate."""
+def _walk_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
+    """Check the words that a person typed with a fix behind them, and their data, where the plan comes from words."""
     if plan.typed is None:
-        return candidate
-    again = plan_from(plan.typed.with_one_more(override))
+        return
+    from zoo.data_check import check_data
+
+    cfg = plan.typed.with_one_more(override)
     tokens = {name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")}
-    return replace(again, **tokens, splits=candidate.splits, origin=candidate.origin, trained=candidate.trained)
+    as_before = {"splits": candidate.splits, "origin": candidate.origin, "trained": candidate.trained}
+    walk = _walk(replace(plan_from(cfg), **tokens, **as_before))
+    check_data(cfg, walk.stages)
 
 
 # ---- command -----------------------------------------------------------------------------------------------------

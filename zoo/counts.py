@@ -1,13 +1,15 @@
 """Whether parts give as many tokens as they say, tried on two unlike images before a weight is read.
 
 The processor writes as many placeholders as the parts' `num_tokens` say; a part that contradicts itself would be found
-out by the first batch. Encoders and projectors run on the meta device, where they have no weights to read. Pruners
-look at what an image shows, so they run on made-up features: an even image, and one in which no two patches are alike.
-A part that cannot be run so is left to the first batch.
+out by the first batch. Encoders, projectors and language models run on the meta device, where they have no weights to
+read; towers of `zoo.vision` and language models that have a checkpoint are left out, since their sizes were run before.
+Pruners look at what an image shows, so they run on made-up features: an even image, and one in which no two patches are
+alike. A part that cannot be run so is left to the first batch.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +34,12 @@ def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
     Raises:
         ZooError: a part gives other counts, widths or grids than it says; the message names it.
     """
-    if parts.vision is None:
-        return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
+        if not slots["llm"].get("checkpoint"):
+            _check_llm(slots["llm"], parts.llm)
+        if parts.vision is None:
+            return
         _check_vision(parts, slots)
         images = [_features(parts, even) for even in (True, False)]
         given = {"vision_dim": parts.vision.hidden_size}
@@ -54,21 +58,52 @@ def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
 
 def _check_vision(parts: Parts, slots: Mapping[str, Any]) -> None:
     """Compare the encoder's tokens with `num_tokens`, `grid` and `hidden_size`."""
-    vision, name = parts.vision, f"vision {slots['vision']['name']!r}"
-    if isinstance(vision, Tower):
-        return
-    size = vision.transform.size
+    vision, node = parts.vision, slots["vision"]
+    name, size = f"vision {node['name']!r}", vision.transform.size
     pixels = torch.stack([torch.zeros(3, *size), torch.rand(3, *size)])  # (2, 3, S, S)
+    alone = vision
+    if isinstance(vision, Tower):  # blocks are alike, and what an image shows does not matter
+        if node.get("checkpoint") or node.get("model"):
+            return
+        node, pixels = {**node, "depth": min(2, node.get("depth", 2)), "layer": -1}, pixels[:1]
+        with torch.device("meta"):
+            alone = registry.build("vision", node)
 
     def run(part: Any, device: str) -> list[ImageFeatures]:
         part.eval()
         return [part(p[None].to(device), need=parts.requested) for p in pixels]
 
-    found = _tried(run, vision, lambda: registry.build("vision", slots["vision"]), name, slots["vision"])
+    found = _tried(run, alone, lambda: registry.build("vision", node), name, node)
     for image in found or ():
         _compare(name, image.tokens, vision.num_tokens, vision.hidden_size, "num_tokens")
         if image.grid is not None and tuple(image.grid) != tuple(vision.grid):
             raise ZooError(f"{name} says grid {list(vision.grid)}, and gives tokens on {list(image.grid)}.")
+
+
+def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
+    """Run a language model of given sizes on a few embeddings: rotary positions want even heads, for one.
+
+    Two of its layers show that; all of them run where two do not, as in families whose layers differ.
+    """
+    name = f"llm {node['name']!r}"
+
+    def run(part: Any, device: str) -> Tensor:
+        part.eval()
+        embeds = torch.zeros(1, 4, llm.hidden_size, device=device)
+        places = torch.arange(4, device=device)[None]
+        return part.hidden(inputs_embeds=embeds, position_ids=places).last_hidden_state
+
+    for layers in sorted({min(2, llm.num_layers), llm.num_layers}):
+        made = partial(registry.build, "llm", {**node, "num_layers": layers}, vocab_size=llm.vocab_size)
+        try:
+            with torch.device("meta"):
+                alone = made()  # the one of the parts has adapters, which wait for images
+            _tried(run, alone, made, name, node)
+        except ZooError:
+            if layers == llm.num_layers:
+                raise
+        else:
+            return
 
 
 def _features(parts: Parts, even: bool) -> ImageFeatures:
@@ -179,7 +214,7 @@ def _run(run: Callable[[Any, str], Any], part: Any, name: str) -> Any:
         raise ZooError(f"{name} does not run: {error}") from error
     except Exception as error:
         said = " ".join(str(error).split())
-        raise ZooError(f"{name} fails on an image, with {type(error).__name__}: {said}") from error
+        raise ZooError(f"{name} fails when it is run, with {type(error).__name__}: {said}") from error
 
 
 def _on(image: ImageFeatures, device: str) -> ImageFeatures:

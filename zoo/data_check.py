@@ -1,12 +1,13 @@
 """Whether the data of a run are there, and hold what the stages and tasks of the run ask for; no image is looked at."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from zoo.checker import size_text
 from zoo.evaluate import require_dialogs
-from zoo.registry import ZooError, build
+from zoo.registry import Sample, ZooError, build
 from zoo.run_data import RunData
 from zoo.stage_check import Stagecheck
 
@@ -37,21 +38,37 @@ def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
     if tasks and not notes:
         require_dialogs(data.evaluation or data.all, tasks, cfg.limit)
     for stage in stages:
-        if stage.one_dialog:
-            _require_single(stage, data.all if cfg.stages[stage.name].data else data.training, cfg.stages[stage.name])
+        mix = cfg.stages[stage.name].data
+        for name, dataset in (data.all if mix else data.training).items():
+            if (not mix or mix.get(name)) and (stage.one_dialog or stage.needs):
+                first = next(iter(dataset.stream(0, 0)), None) if hasattr(dataset, "stream") else dataset.get(0)
+                if first is not None:
+                    _check_sample(stage, str(name), first)
     return notes
 
 
-def _require_single(stage: Stagecheck, datasets: Mapping[str, Any], settings: Any) -> None:
-    """Refuse a stage whose samples have several dialogs where a row can hold one only, as the first sample shows."""
-    for name, dataset in datasets.items():
-        if settings.data and not settings.data.get(name):
+def _check_sample(stage: Stagecheck, name: str, sample: Sample) -> None:
+    """Refuse data whose first sample is none that the stage can learn from."""
+    where = f"Stage {stage.name!r}: "
+    if stage.one_dialog and len(sample.dialogs) > 1:
+        raise ZooError(
+            f"{where}{stage.one_dialog}, and data {name!r} puts {len(sample.dialogs)} dialogs about one image into a "
+            f"row. Set stages.{stage.name}.pack=none."
+        )
+    if "teacher.pairs" in stage.needs and not any(dialog.preference for dialog in sample.dialogs):
+        raise ZooError(f"{where}the distiller compares pairs of answers, and data {name!r} has single ones.")
+    for word in sorted(stage.needs):
+        kind, _, key = word.partition(".")
+        if kind != "batch":
             continue
-        first = next(iter(dataset.stream(0, 0)), None) if hasattr(dataset, "stream") else dataset.get(0)
-        if first is not None and len(first.dialogs) > 1:
+        found = sample.targets.get(key)
+        if found is None and sample.images:
+            there = ", ".join(sorted(sample.targets)) or "none"
+            raise ZooError(f"{where}the distiller learns from targets {key!r}, and data {name!r} has {there}.")
+        if found is not None and stage.grid and found.shape[1] != math.prod(stage.grid):
             raise ZooError(
-                f"Stage {stage.name!r}: {stage.one_dialog}, and data {name!r} puts {len(first.dialogs)} dialogs about "
-                f"one image into a row. Set stages.{stage.name}.pack=none."
+                f"{where}the targets {key!r} of data {name!r} are of {found.shape[1]} cells, and the encoder's grid "
+                f"{list(stage.grid)} has {math.prod(stage.grid)}."
             )
 
 

@@ -16,6 +16,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("", "auto", "fp32", "bf16")
 PACKS = ("dialogs", "none")
 TOO_LONG = ("refuse", "cut")
+_DTYPES = ("", "float32", "bfloat16", "float16")
 # What a teacher may be told, and the defaults.
 TEACHER: dict[str, Any] = {
     "model": "",  # as in `model=`
@@ -165,6 +166,10 @@ def _check_teacher(given: Any) -> None:
     for key in given:
         if key not in TEACHER:
             raise unknown("option of a teacher", str(key), TEACHER)
+    if given.get("bits", 0) not in (0, 4, 8):
+        raise ZooError(f"A teacher's bits are 8, 4 or 0 (as its weights are), got {given['bits']!r}.")
+    if given.get("dtype") not in (None, *_DTYPES):
+        raise unknown("dtype of a teacher", str(given["dtype"]), _DTYPES[1:])
     if bool(given.get("model")) == bool(given.get("store")):
         raise ZooError("A teacher is either a model (model: NAME) or what zoo teach wrote (store: FOLDER): give one.")
 

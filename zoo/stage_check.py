@@ -23,6 +23,8 @@ class Stagecheck:
     trainable: dict[str, int]
     memory: int  # bytes
     one_dialog: str = ""  # why a row can hold one dialog only, where that is so
+    needs: frozenset[str] = frozenset()  # words of the distiller
+    grid: tuple[int, int] | None = None  # that the distiller's targets are to have
 
 
 def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> Stagecheck:
@@ -50,7 +52,9 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     inner = getattr(text, "intermediate_size", None) or 4 * width
     per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
     memory = weights + 12 * learnt + tokens * per_token
-    return Stagecheck(name, trainable, memory, _one_dialog(stage, model, plan))
+    needs = frozenset(getattr(distiller, "needs", ()))
+    grid = getattr(distiller, "grid", None)
+    return Stagecheck(name, trainable, memory, _one_dialog(stage, model, plan), needs, grid)
 
 
 def _check_data(stage: Any, plan: Any) -> None:

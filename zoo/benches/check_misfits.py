@@ -200,6 +200,13 @@ stages.look.data.scens=1 | scens; scenes
 stages.look.data.scenes_basics=0 | look; weights are 0
 pruner=fastv pruner.fastv.layer=1 | name; fastv; dialogs; pack=none
 pruner=fastv pruner.fastv.layer=1 stages.relate.compile=true | relate; fastv; compile
+vision.patch_size=16 | look; patch_labels; 64; grid [4, 4]
+data=[scenes] data.scenes.grid=0 | look; patch_labels; scenes
+stages.relate.distiller=kl stages.relate.teacher={{model:scenes_tiny,bits:3}} | relate; bits; 3
+llm.hidden_size=132 llm.extra={{}} | llm
+projector.hidden_size=100000000000 | projector; mlp; parameters
+adapter=lora adapter.lora.alpha=0 | lora; alpha
+{_HF} vision.model_type=dinov3_vit vision.width=36 vision.heads=4 | vision
 data=[] | no data
 data=[vqa_rad] | train.jsonl
 data=[scenes] data.scenes.split=eval stages.name.data={{}} | scenes
