@@ -85,7 +85,7 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
 
     Two of its layers show that; all of them run where two do not, as in families whose layers differ.
     """
-    name = f"llm {node['name']!r}"
+    name = f"llm {node['name']!r}" + (f" of type {node['model_type']!r}" if node.get("model_type") else "")
 
     def run(part: Any, device: str) -> Tensor:
         part.eval()
