@@ -47,7 +47,9 @@ class RecordFile:
         self._block = _read(path)
         starts, ends, lines = array("q"), array("q"), array("i")
         for start, end, line in _places(path, self._block, suffix in LINES):
-            starts.append(start), ends.append(end), lines.append(line)
+            starts.append(start)
+            ends.append(end)
+            lines.append(line)
         self._starts, self._ends = (np.frombuffer(some or b"", dtype=np.int64) for some in (starts, ends))
         self._lines = np.frombuffer(lines or b"", dtype=np.int32)
 
