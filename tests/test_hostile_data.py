@@ -295,3 +295,26 @@ def test_a_picture_that_is_no_file(kind, tmp_path):
         file.mkdir()
     with pytest.raises(ZooError, match="does not exist or is no file"):
         open_image(file)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "a bomb", "half of an archive", "no archive", "brackets"])
+def test_a_file_of_records(kind, tmp_path, monkeypatch):
+    import gzip
+
+    from zoo.data import record_file
+
+    file = tmp_path / ("x.jsonl.gz" if "archive" in kind or kind == "a bomb" else "x.json")
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "brackets":
+        file.write_text("[" * 200_000)
+    else:
+        packed = gzip.compress(b" " * 20_000_000)
+        file.write_bytes({"a bomb": packed, "half of an archive": packed[:1000]}.get(kind, b"{}"))
+        monkeypatch.setattr(record_file, "_BESIDE", 1 << 20)
+    with pytest.raises(ZooError, match=r"x\.json"):
+        record_file.RecordFile(file)[0]

@@ -5,7 +5,6 @@ zoo report runs/2026-11-22      those of a day, or of a sweep
 zoo report a b out=both.png     two runs; the picture goes to both.png
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from zoo.files import writing
 from zoo.registry import ZooError, unknown
+from zoo.registry.foreign import INDEX, read_json
 from zoo.run_folder import read_metrics, runs
 from zoo.shown import cell, label
 
@@ -201,4 +201,4 @@ def _cycled(colors: Sequence[Any], count: int) -> list[Any]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, INDEX) if path.is_file() else None

@@ -258,7 +258,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
                 try:
                     row = json.loads(line)
                     rows.append({**row, "step": int(row["step"])})
-                except (ValueError, TypeError, KeyError, OverflowError):
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                     broken += 1
     return rows, broken
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from zoo.data.absent import absent
 from zoo.registry import ZooError
+from zoo.registry.foreign import require_file
 
 WINDOW = 1 << 20  # bytes that are looked at at once; more where a record is longer
 BLANK = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*")
@@ -103,13 +104,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 _FINDER = json.JSONDecoder()
+_UNPACKED = 200  # times that records may be longer than they are in gzip; texts are ten times as long
+_BESIDE = 1 << 28  # bytes that any may have
 
 
 def _read(path: Path) -> bytes:
     """The file as UTF-8."""
+    packed = path.suffix == ".gz"
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read()
+        size = require_file(path) if path.exists() else 0
+        most = size * _UNPACKED + _BESIDE if packed else size
+        with gzip.open(path) if packed else path.open("rb") as file:
+            data = file.read(most + 1) if packed else file.read()
+        if packed and len(data) > most:
+            raise ZooError(
+                f"{path} unpacks to more than {_UNPACKED} times its {size:,} bytes: it is no file of records."
+            )
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.json*")) if path.parent.is_dir() else []
         raise absent(path, f"That folder has: {', '.join(near)}." if near else "") from None
