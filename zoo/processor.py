@@ -20,6 +20,7 @@ from zoo.model_config import ZooConfig
 from zoo.processor_call import CallMixin, cut_of, flat
 from zoo.processor_chat import ChatMixin
 from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, naming, unknown
+from zoo.tokenizer import require_token
 from zoo.vision.pictures import Pictures, Videos, as_clip, processor_of
 from zoo.vision.transform import to_pixels
 from zoo.vision.video import Video
@@ -80,18 +81,33 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         self.spells = bool(video_token) and getattr(self.layout, "spells", False)
         known = video_token is not None and video_token in tokenizer.get_vocab()
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
-        self._dialogs: dict[Any, list[TokenizedDialog]] = {}
         self._images: dict[Cut, np.ndarray] = {}
         self._separator = image_separator
         self.end_tokens = list(end_tokens or ())
-        self._take_template()
+        self._made: tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]] | None = None
+        self._chat_now()
 
-    def _take_template(self) -> None:
-        """Go by the tokenizer's chat template from now on."""
-        self._chat = Chat(self.tokenizer, self.video_token, self.end_tokens)
-        self._dialogs.clear()
-        # A template that shows images says itself what stands between an image and the text.
-        self.image_separator = "" if self._chat.typed else self._separator
+    def _chat_now(self) -> tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]]:
+        """Tokenizer, chat template, what follows of both, and dialogs tokenized by them; people set both at any time.
+
+        Raises:
+            ZooError: the tokenizer has no such image token as the model has.
+        """
+        made, tokenizer = self._made, self.tokenizer
+        if made is None or made[0] is not tokenizer or made[1] != tokenizer.chat_template:
+            require_token(tokenizer, self.image_token, self.image_token_id)
+            chat = Chat(tokenizer, self.video_token, self.end_tokens)
+            made = self._made = tokenizer, tokenizer.chat_template, chat, {}
+        return made
+
+    @property
+    def _chat(self) -> Chat:
+        return self._chat_now()[2]
+
+    @property
+    def image_separator(self) -> str:
+        """Text behind an image; a template that shows images says itself what stands there."""
+        return "" if self._chat.typed else self._separator
 
     @property
     def chat_template(self) -> Any:
@@ -101,9 +117,8 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
     @chat_template.setter
     def chat_template(self, value: Any) -> None:
         tokenizer = self.__dict__.get("tokenizer")
-        if value is not None and tokenizer is not None and value != tokenizer.chat_template:
+        if value is not None and tokenizer is not None:
             tokenizer.chat_template = value
-            self._take_template()
 
     @property
     def template(self) -> ChatTemplate:
@@ -182,13 +197,14 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         key: Any = bool(dialog.preference), tuple([(m["role"], _key(m["content"])) for m in dialog.messages])
         if self.layout is not None:  # the same words with images of other shapes are other tokens
             key = key, tuple([cut_of(p) for p in pixels])
-        known = self._dialogs.get(key)
+        dialogs = self._chat_now()[3]
+        known = dialogs.get(key)
         if known is None:
-            if len(self._dialogs) >= _CACHE:
-                self._dialogs.clear()
+            if len(dialogs) >= _CACHE:
+                dialogs.clear()
             rows = self._rows(dialog, sample.id, pixels)
             known = [TokenizedDialog(ids, labels, self._shared(ids), shown) for ids, labels in rows]
-            self._dialogs[key] = known
+            dialogs[key] = known
         return known
 
     def _rows(self, dialog: Dialog, sample_id: str, pixels: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:

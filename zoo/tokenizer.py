@@ -195,3 +195,19 @@ def tokens_hash(tokenizer: Any) -> str:
     """Hash the tokens of a tokenizer in the order of their ids, and its chat template."""
     words = [w for w, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     return hashlib.sha256("\n".join([*words, tokenizer.chat_template or ""]).encode()).hexdigest()
+
+
+def require_token(tokenizer: Any, token: str, wanted: int | None) -> None:
+    """Refuse the tokenizer of another model, which would spell the image token out in letters.
+
+    Raises:
+        ZooError: it has no such token, or one with another id.
+    """
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ZooError(
+            f"The tokenizer has no image token {token!r}. Take the one that was saved with the model: "
+            "AutoTokenizer.from_pretrained(<its folder>)."
+        )
+    if found != wanted:
+        raise ZooError(f"The image token {token!r} has id {found} in this tokenizer, and {wanted} in the model's.")
