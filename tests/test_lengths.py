@@ -10,7 +10,7 @@ from tests.test_broken_records import GOOD, png
 from tests.train_builders import config, recipe
 from zoo.collate import EncodedSample
 from zoo.evaluate import evaluate
-from zoo.lengths import Room, length_of, room_of, shorten
+from zoo.lengths import Room, length_of, require_positions, room_of, shorten
 from zoo.registry import IGNORE_INDEX, LengthError, RecordError, ZooError
 from zoo.run_folder import read_metrics
 from zoo.stage import Stage
@@ -85,6 +85,8 @@ def test_the_room_of_a_stage(make_model):
     assert room_of(Stage(steps=1), None, processor).limit is None
     with pytest.raises(ZooError, match="max_length=65 is more than the 64 positions"):
         room_of(Stage(steps=1, max_length=65), 64, processor)
+    with pytest.raises(ZooError, match="max_length=16 has no room for an image of 16 tokens"):
+        require_positions(Stage(steps=1, max_length=16), 64, 16)
     with pytest.raises(ZooError, match="too_long=cut would leave student and teacher with other answers"):
         Stage(steps=1, too_long="cut", teacher="scenes_tiny")
     long = processor.encode(sample(("what?", "yes " * 60)))

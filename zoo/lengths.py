@@ -118,12 +118,25 @@ def room_of(stage: Stage, positions: int | None, processor: Any) -> Room:
     Raises:
         ZooError: the stage would allow more than the LLM has positions.
     """
+    require_positions(stage, positions)
     images = (processor.image_token_id, processor.video_token_id)
     if stage.max_length is None:
         return Room(positions, cut=stage.too_long == "cut", images=images)
+    return Room(stage.max_length, "the stage's max_length", stage.too_long == "cut", images)
+
+
+def require_positions(stage: Stage, positions: int | None, least: int = 0) -> None:
+    """Refuse a `max_length` that the LLM has no positions for, or that is shorter than each sample.
+
+    Raises:
+        ZooError: with both numbers.
+    """
+    if stage.max_length is None:
+        return
     if positions is not None and stage.max_length > positions:
         raise ZooError(f"max_length={stage.max_length} is more than the {positions} positions of the LLM.")
-    return Room(stage.max_length, "the stage's max_length", stage.too_long == "cut", images)
+    if stage.max_length <= least:
+        raise ZooError(f"max_length={stage.max_length} has no room for an image of {least} tokens and an answer.")
 
 
 def _too_long(length: int, limit: int, what: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from zoo.collate import to_device
 from zoo.model_types import LOSS_ALONE
-from zoo.registry import ZooError
+from zoo.registry import RecordError, ZooError, naming, read_sample
 
 USAGE = """usage: zoo shift base=<model> probe=<model> [option=value ...]
 
@@ -73,8 +73,12 @@ def _counts(name: str, data: dict[str, Any], samples: int) -> dict[int, torch.Te
     model, processor = load(name)
     each = max(1, samples // len(data))
     with counted(model.llm) as counts:
-        for dataset in data.values():
+        for data_name, dataset in data.items():
             for index in range(0, len(dataset), max(1, len(dataset) // each)):
-                batch = processor.collate([processor.encode(dataset.get(index))])
+                sample = read_sample(data_name, dataset, index)
+                if isinstance(sample, RecordError):
+                    raise sample
+                with naming(data_name, sample.where, sample.id, "text"):
+                    batch = processor.collate([processor.encode(sample)])
                 model(**to_device(batch, model.device), **LOSS_ALONE)
     return counts

@@ -8,6 +8,7 @@ from torch import nn
 
 from zoo.assembly import build_distiller
 from zoo.fusion.attention import require_attention
+from zoo.lengths import require_positions
 from zoo.optim import parts_of, rate_scales
 from zoo.registry import ZooError, unknown
 
@@ -33,6 +34,8 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     try:
         _check_data(stage, plan)
         _check_rows(stage, model, plan)
+        least = model.num_image_tokens if model.layout is None else 0
+        require_positions(stage, model.llm.max_positions, least)
         _check_shorter(stage, model)
         model.detach_only(stage.detach)
         trainable = model.set_trainable(stage.train, stage.freeze)
