@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.fusion.plain_layer import require_plain
 from zoo.registry import ZooError
 
 # Last parts of names. A fused layer makes q, k and v side by side in this order (Phi-3).
@@ -77,6 +78,7 @@ def _site(llm: Any, layer: Any, prefix: str, types: str, who: str) -> Site:
             )
         module = layer.get_submodule(name)
         if t == "m":
+            require_plain(module, llm.hidden_size, who)
             widths[t] = (llm.hidden_size, llm.hidden_size)
         elif name == fused:
             widths |= _fused_widths(llm, module)

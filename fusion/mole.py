@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from zoo.fusion import adapter_file, dispatch
 from zoo.fusion.attach import hooks_on, linears, stands_aside
 from zoo.fusion.passes import Passes, Records
+from zoo.fusion.plain_layer import require_plain
 from zoo.registry import ImageFeatures, ZooError, register, unknown
 
 GATES = ("none", "prob", "ste", "dense")
@@ -210,6 +211,7 @@ class MoLE(nn.Module):
         if odd := [i for i in chosen if not 0 <= i < llm.num_layers]:
             raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")
         mlps = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
+        require_plain(mlps[chosen[0]], llm.hidden_size, "adapter 'mole'")
         self.passes = Passes(llm, "mole", self._balances)
         layer = partial(MoLELayer, config, width=llm.hidden_size, passes=self.passes)
         self.layers = nn.ModuleDict({str(i): layer(i, mlp) for i, mlp in mlps.items()})

@@ -153,6 +153,9 @@ adapter=lora adapter.lora.targets=[q_prj] | lora; q_prj; q_proj
 adapter=[lora,mole] | lora; mole
 adapter=mole adapter.mole.layers=[7] | mole; 7
 adapter=mole adapter.mole.gate=hard | mole; gate; hard
+adapter=mole llm.model_type=bloom | mole; BloomMLP
+adapter=mole llm.model_type=gpt_oss llm.num_experts=4 llm.top_k=2 llm.zero_init_residual=false | mole; GptOss
+adapter=vlora projector=null llm.model_type=gpt_oss llm.num_experts=4 llm.top_k=2 llm.zero_init_residual=false | vlora; GptOss
 adapter=moextend | moextend; moe
 adapter=moextend {_MOE} adapter.moextend.layers=[9] | moextend; 9
 adapter=moextend {_MOE} adapter.moextend.layers=[1] adapter.moextend.sources=[8] | moextend; 8
