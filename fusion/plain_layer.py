@@ -1,4 +1,4 @@
-"""Whether a feed-forward layer is a function of hidden states alone, as what stands around one takes for granted."""
+"""Whether a feed-forward layer is a function of hidden states alone, as parts that stand around it presume."""
 
 import torch
 from torch import Tensor, nn
