@@ -22,6 +22,7 @@ _TOWER = "vision=timm vision.width=32 vision.heads=2 vision.depth=2 vision.image
 _HF = "vision=hf vision.width=32 vision.heads=2 vision.depth=2 vision.image_size=32 vision.patch_size=8"
 _CLIP = "vision=open_clip vision.width=32 vision.heads=2 vision.depth=2 vision.image_size=32 vision.patch_size=8"
 _MOE = "llm=hf llm.model_type=mixtral llm.num_experts=4 llm.top_k=2 llm.zero_init_residual=false"
+_OSS = "llm.model_type=gpt_oss llm.num_experts=4 llm.top_k=2 llm.zero_init_residual=false"
 _OWN = "plugins=[zoo.benches.check_parts]"
 
 # words | what the refusal says, separated by semicolons
@@ -154,8 +155,8 @@ adapter=[lora,mole] | lora; mole
 adapter=mole adapter.mole.layers=[7] | mole; 7
 adapter=mole adapter.mole.gate=hard | mole; gate; hard
 adapter=mole llm.model_type=bloom | mole; BloomMLP
-adapter=mole llm.model_type=gpt_oss llm.num_experts=4 llm.top_k=2 llm.zero_init_residual=false | mole; GptOss
-adapter=vlora projector=null llm.model_type=gpt_oss llm.num_experts=4 llm.top_k=2 llm.zero_init_residual=false | vlora; GptOss
+adapter=mole {_OSS} | mole; GptOss
+adapter=vlora projector=null {_OSS} | vlora; GptOss
 adapter=moextend | moextend; moe
 adapter=moextend {_MOE} adapter.moextend.layers=[9] | moextend; 9
 adapter=moextend {_MOE} adapter.moextend.layers=[1] adapter.moextend.sources=[8] | moextend; 8
