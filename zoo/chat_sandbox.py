@@ -83,7 +83,7 @@ def _install() -> None:
         return _compiled(template, plain) if _budget.get() is not None else plain(template)
 
     compiled.within_bounds = plain  # type: ignore[attr-defined]
-    theirs._compile_jinja_template = compiled
+    theirs._compile_jinja_template = compiled  # type: ignore[assignment]
 
 
 def names_in(template: str) -> frozenset[str]:
@@ -197,7 +197,7 @@ class _Counting(NodeTransformer):
         return node
 
 
-def _mark(node: nodes.Expr, name: str) -> nodes.Filter:
+def _mark(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 

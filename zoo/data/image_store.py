@@ -87,8 +87,9 @@ class Archives:
         for path in paths:
             size = require_file(path)
             try:
-                with path.open("rb") as file, tarfile.open(fileobj=_NoFurther(file, size), mode="r:") as tar:
-                    for item in tar:
+                with path.open("rb") as file:
+                    short: Any = _NoFurther(file, size)
+                    for item in tarfile.open(fileobj=short, mode="r:"):  # noqa: SIM115  closed with the file
                         wrong = item.size < 0 or item.offset_data + item.size > size
                         if not wrong and (not item.isfile() or item.issparse()):  # sparse: not all bytes are there
                             continue
