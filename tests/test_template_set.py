@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from transformers import GenerationConfig
 
 import zoo
 from tests import published_builders as build
@@ -61,3 +62,18 @@ def test_a_tokenizer_without_the_image_token_is_refused(processor):
         processor.apply_chat_template(TALK, tokenize=True)
     processor.tokenizer = own
     assert processor.encode(sample()).input_ids.size
+
+
+@pytest.mark.parametrize("road", ["chat", "export"])
+def test_answers_end_where_the_template_that_was_set_ends_them(tmp_path, road):
+    model, processor = zoo.compose(*PARTS, texts=build.WORDS)
+    other = next(t for t in processor.tokenizer.all_special_tokens if t != processor.tokenizer.eos_token)
+    number = processor.tokenizer.convert_tokens_to_ids(other)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    processor.chat_template = TEMPLATES["of text"].replace("</s>", other)
+    if road == "chat":
+        model.chat("is there a red circle?", max_new_tokens=1)
+        model.save_pretrained(tmp_path)
+    else:
+        zoo.export(model, processor, tmp_path)
+    assert number in GenerationConfig.from_pretrained(tmp_path).eos_token_id

@@ -101,8 +101,18 @@ def set_stops(model: Any, processor: Any, config: Any) -> None:
     model.config.eos_token_id = config.eos_token_id
 
 
+def keep_stops(model: Any, processor: Any) -> None:
+    """Let a model stop where the processor's template ends answers now: it may have been set after loading."""
+    config, stops = model.generation_config, stops_of(processor.template)
+    known = {*listed(config.eos_token_id)}, {*listed(config.stop_strings)}
+    if not (known[0].issuperset(stops.ids) and known[1].issuperset(stops.texts)):
+        set_stops(model, processor, config)
+
+
 def reader_for(model: Any, processor: Any) -> "AnswerReader":
-    """What reads the answers of a model."""
+    """What reads the answers of a model; the model stops where they end."""
+    if model.generation_config is not None:
+        keep_stops(model, processor)
     config = model.generation_config
     return AnswerReader(processor.tokenizer, processor.template, listed(config.eos_token_id if config else None))
 

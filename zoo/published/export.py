@@ -23,6 +23,7 @@ from zoo.published.family import SPARE, Family
 from zoo.published.file_names import Held, as_decoder, as_files, as_modules, head_name
 from zoo.published.their_processor import their_processor
 from zoo.registry import ZooError
+from zoo.stops import keep_stops
 from zoo.stream import read
 from zoo.weights import write_weights
 
@@ -72,6 +73,7 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as beside:  # what fails, fails before a file of the folder is replaced
         config.save_pretrained(beside)
+        keep_stops(model, processor)
         _stops(model).save_pretrained(beside)
         theirs.save_pretrained(beside)
         for file in sorted(Path(beside).iterdir()):
