@@ -141,3 +141,23 @@ def test_evaluation_names_what_is_too_long_and_stays_within_the_positions(make_m
     result = evaluate(model, processor, {"two": Two()}, skip_broken=True)
     assert [r["id"] for r in result.predictions] == ["n0"] and [r["id"] for r in result.skipped] == ["n1"]
     assert all(line.blind is not None and line.blind.n == line.score.n for line in result.lines)
+
+
+def test_teaching_leaves_out_what_it_may(make_model):
+    """Samples that cannot be read, and those that the teacher has no positions for."""
+    from zoo.left_out import Sieve
+    from zoo.teach import encoded
+
+    processor = make_model()[1]
+    good, long = sample(("what?", "yes"), name="good"), sample(("what?", "yes " * 60), name="long")
+    unread = RecordError("no JSON", data="d", where="f:1")
+    sieve = Sieve(True, 0.1, "zoo teach")
+    batch = [(one.id.encode(), one) for one in sieve.sound([good, unread, long])]
+    assert [key for key, _ in encoded(processor, batch, sieve, 60)] == [b"good"]
+    assert [line["kind"] for line in sieve.lines] == ["record", "length"] and sieve.seen == 3
+    assert sieve.excess() is None
+    sieve.seen = 100
+    sieve.most = 0.01
+    assert "zoo teach had to leave out 2 of 100 records" in str(sieve.excess())
+    with pytest.raises(RecordError, match="f:1: no JSON"):
+        list(Sieve(False, 0.1, "zoo teach").sound([good, unread]))
