@@ -26,6 +26,7 @@ from zoo.fusion.decoder import decoder_of
 from zoo.fusion.experts import use_zoo_grouped
 from zoo.fusion.head_check import check_head
 from zoo.registry import LinearHead, ZooError, nearest, register, require_revision, unknown
+from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, current, joined
 
 # What our size fields are called by the families that do not say it as Llama does.
@@ -283,7 +284,9 @@ def _from_checkpoint(
     except ZooError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
+        raise ZooError(
+            f"llm checkpoint {config.checkpoint!r} cannot be used: {gone(config.checkpoint) or _one_line(error)}"
+        ) from error
     require_decoder_config(hf, _name(config))
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is no causal LM.")

@@ -35,6 +35,12 @@ _LABELS = ("id2label", "label2id")  # of classifiers: their keys are words of an
 _PLAUSIBLE = 32, 1 << 28  # numbers that a config may ask for: for each byte of its weights, and beside them
 
 
+def gone(checkpoint: str) -> str:
+    """Say that a checkpoint is a folder that is not there, where its name is a path; else nothing."""
+    path = checkpoint.startswith(("./", "../", "/", "~")) or checkpoint.count("/") > 1
+    return "there is no such folder." if path and not Path(checkpoint).exists() else ""
+
+
 def require_file(path: Path, most: int | None = None) -> int:
     """Return the bytes of a file.
 

@@ -163,3 +163,9 @@ def test_the_auto_classes_know_us_after_import_zoo(saved):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("ZooModel"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["./gone", "../gone", "/gone/too", "a/b/c"])
+def test_a_folder_that_is_not_there_is_said_so(name):
+    with pytest.raises(ZooError, match="there is no such folder"):
+        zoo.compose("vision=timm", "projector=mlp", "llm=hf", f"llm.checkpoint={name}", texts=["a"])
