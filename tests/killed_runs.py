@@ -141,7 +141,7 @@ def terminated_at_step(number: int, when: str) -> None:
     def run(self: Engine, *args: Any) -> Any:
         calls[0] += 1
         if when == "before" and calls[0] == number:
-            args = (*args[:-1], True)  # as the handler leaves it for the step
+            args = (*args[:3], True, *args[4:])  # as the handler leaves it for the step
             os.kill(os.getpid(), signal.SIGTERM)
         result = inner(self, *args)
         if when == "behind" and calls[0] == number:
