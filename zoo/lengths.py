@@ -77,7 +77,8 @@ def shorten(row: EncodedSample, limit: int, images: Sequence[int], what: str = "
     if not learnt.any():
         raise LengthError(f"{_too_long(length, limit, what)} Cut there, nothing would be left to learn.")
     arrays = {n: getattr(row, n) for n in ("input_ids", "labels", "positions", "blocks", "segments", "pairs")}
-    return replace(row, **{name: None if value is None else value[kept] for name, value in arrays.items()})
+    cut: dict[str, Any] = {name: None if value is None else value[kept] for name, value in arrays.items()}
+    return replace(row, **cut)
 
 
 @dataclass(frozen=True)
