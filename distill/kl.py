@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.distill.chunked import divergence
-from zoo.distill.positions import match_responses, shared_vocab
-from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_weights
+from zoo.distill.losses.chunked import divergence
+from zoo.distill.matching.positions import match_responses, shared_vocab
+from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights
 from zoo.registry import IGNORE_INDEX, ZooError, register
 
 

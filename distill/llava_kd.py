@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.distill.chunked import Live, divergence
-from zoo.distill.positions import match_images, match_responses, num_shown, shared_vocab
-from zoo.distill.relation import NORMALISE, by_image, gram_of, relation_loss, relations
-from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_weights
+from zoo.distill.losses.chunked import Live, divergence
+from zoo.distill.losses.relation import NORMALISE, by_image, gram_of, relation_loss, relations
+from zoo.distill.matching.positions import match_images, match_responses, num_shown, shared_vocab
+from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights
 from zoo.registry import ZooError, register, unknown
 
 

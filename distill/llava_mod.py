@@ -4,7 +4,8 @@ Paper: Shu et al., LLaVA-MoD, arXiv:2408.15881. Two objectives, for the stages o
 
     mimic        mean over the answers' tokens of KL(teacher || student), temperature 1; dense to dense with no other
                  loss (loss_weights: {answer: 0}), dense to sparse with the answer loss and the experts' balance
-    preference   a loss of pairs of answers (`zoo.distill.preference`) with the teacher as the reference model: the
+    preference   a loss of pairs of answers (`zoo.distill.losses.preference`) with the teacher as the reference model:
+    the
                  version of ICLR and the released default is kto_pair, the first version of the paper has DPO
 
 Where we differ from the released code: the divergence is a KL, not the cross-entropy with the same gradient; what
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.distill.chunked import Live, divergence
-from zoo.distill.logprobs import answer_logprobs, stored_logprobs
-from zoo.distill.positions import Matched, match_responses, shared_vocab
-from zoo.distill.preference import LOSSES, preference_loss
-from zoo.distill.terms import Terms, Weighed, beta_of, check_divergence, token_weights
+from zoo.distill.losses.chunked import Live, divergence
+from zoo.distill.losses.logprobs import answer_logprobs, stored_logprobs
+from zoo.distill.losses.preference import LOSSES, preference_loss
+from zoo.distill.matching.positions import Matched, match_responses, shared_vocab
+from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights
 from zoo.registry import IGNORE_INDEX, ZooError, register, unknown
 
 OBJECTIVES = ("mimic", "preference")

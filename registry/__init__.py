@@ -1,19 +1,19 @@
 """Names to components. Imports nothing else of ours, and nothing heavy."""
 
 from zoo.registry.broken import naming, placed, read_sample, sample_or_error
-from zoo.registry.contracts import (
-    IGNORE_INDEX,
-    KINDS,
-    MANY,
-    Cut,
-    Dialog,
-    ImageFeatures,
-    ImageTransform,
-    LinearHead,
-    Sample,
-    Score,
+from zoo.registry.errors import (
+    KINDS_BROKEN,
+    ImageError,
+    LengthError,
+    RecordError,
+    ZooError,
+    nearest,
+    unknown,
+    unknown_option,
+    wrong_value,
 )
-from zoo.registry.core import (
+from zoo.registry.options import MISSING, Option, options_of
+from zoo.registry.table import (
     Entry,
     build,
     config_of,
@@ -26,18 +26,18 @@ from zoo.registry.core import (
     require_revision,
     source_options,
 )
-from zoo.registry.errors import (
-    KINDS_BROKEN,
-    ImageError,
-    LengthError,
-    RecordError,
-    ZooError,
-    nearest,
-    unknown,
-    unknown_option,
-    wrong_value,
+from zoo.registry.values import (
+    IGNORE_INDEX,
+    KINDS,
+    MANY,
+    Cut,
+    Dialog,
+    ImageFeatures,
+    ImageTransform,
+    LinearHead,
+    Sample,
+    Score,
 )
-from zoo.registry.source import MISSING, Option, options_of
 
 __all__ = [
     "IGNORE_INDEX",

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zoo.registry.contracts import Sample
 from zoo.registry.errors import ImageError, LengthError, RecordError, ZooError
+from zoo.registry.values import Sample
 
 
 @contextmanager

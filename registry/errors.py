@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from zoo.registry.source import MISSING, Option
+from zoo.registry.options import MISSING, Option
 
 # What can be wrong with a record, as reports count it.
 KINDS_BROKEN = ("record", "missing image", "image", "text", "length")

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.registry.core import refuse_code
 from zoo.registry.errors import ZooError
+from zoo.registry.table import refuse_code
 
 CONFIG = 4 << 20  # bytes: of a config
 INDEX = 64 << 20  # of an index of weights; 140,000 tensors in a thousand shards take 13 MB

@@ -32,14 +32,14 @@ class Pass:
     """A pass of the model, from the pixels to the losses. A copy of it is empty: it holds tensors of a graph.
 
     Attributes:
-        sequence: what the model knows of the positions (`zoo.model_types.LLMSequence`); None: nothing.
+        sequence: what the model knows of the positions (`zoo.composed.outputs.LLMSequence`); None: nothing.
         conditions: what adapters made of the images, by adapter. All passes of one generation share it.
-        dropped: what a pruner inside the LLM has done so far (`zoo.fusion.dropping.Run`); None: nothing.
+        dropped: what a pruner inside the LLM has done so far (`zoo.fusion.pruners.inside.dropper.Run`); None: nothing.
         padding_mask: (B, T) 1 where a token is real, beside an attention mask of four dimensions.
         rows: B, as the decoder was given it.
         valid: from which layer on, and which of the tokens (S,) are no padding there, S = B * length.
-        records: how tokens were routed, layer by layer, by adapter (`zoo.fusion.passes`).
-        taken: what hooks take from the encoder that runs (`zoo.vision.tower.Taken`); None: nothing.
+        records: how tokens were routed, layer by layer, by adapter (`zoo.fusion.adapters.routing_trace`).
+        taken: what hooks take from the encoder that runs (`zoo.vision.encoders.base.Taken`); None: nothing.
         notes: what hooks hand on to each other, by a key of their part.
         left: the decoder is through: layers that run now are run again, for backward.
     """

@@ -3,8 +3,8 @@
 A plugin is an installed package with an entry point in the group `zoo.plugins`, a module by its dotted name, or a
 Python file (`./my_pruner.py`). Loading it runs its code, so a plugin is only ever named by a person: on the command
 line, in a recipe, in `ZOO_PLUGINS`, or by installing it. What a saved model or the folder of a run says about plugins
-is asked for, never loaded; for a run of one's own, `zoo.consent` remembers what was named. A package that `declare`s
-its components, as our own folders do, costs no import of torch when names are listed.
+is asked for, never loaded; for a run of one's own, `zoo.runs.consent` remembers what was named. A package that
+`declare`s its components, as our own folders do, costs no import of torch when names are listed.
 """
 
 import os
@@ -17,8 +17,8 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from zoo.registry.contracts import KINDS
-from zoo.registry.core import names
+from zoo.registry.table import names
+from zoo.registry.values import KINDS
 
 ENTRY_POINT_GROUP = "zoo.plugins"
 

@@ -10,8 +10,8 @@ installed, docs/compatibility.md#libraries lists them, and tests hold them toget
                         `forward` of a layer; before, it did so with `__call__`, the hooks on the layer included.
 
 Two more differences need no version to be asked for, since what is done about them is right on every version:
-torch's FLOP counter has no formula for attention fused on a CPU (`zoo/benches/flops.py`, torch 2.14), and its grouped
-products refuse float32 on the meta device (`fusion/experts.py`, torch 2.14).
+torch's FLOP counter has no formula for attention fused on a CPU (`benches/flops.py`, torch 2.14), and its grouped
+products refuse float32 on the meta device (`fusion/adapters/experts.py`, torch 2.14).
 """
 
 from collections.abc import Mapping

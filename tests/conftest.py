@@ -32,7 +32,8 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _table_as_it_was():
     """Leave no plugin of a test behind: other tests look at all that is registered."""
-    from zoo.registry import core, plugins
+    from zoo.registry import plugins
+    from zoo.registry import table as core
 
     declared, entries = ({k: dict(v) for k, v in table.items()} for table in (core._declared, core._entries))
     loaded = dict(plugins._plugins)
@@ -85,7 +86,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE trained on the questions and answers above."""
-    from zoo.tokenizer import train_tokenizer
+    from zoo.text.tokenizer import train_tokenizer
 
     return train_tokenizer([f"{q} {a}" for q in QUESTIONS for a in ANSWERS] * 3, 360, "plain")
 
@@ -114,8 +115,8 @@ def make_model(tokenizer):
     """`make_model(seed=0, attention="sdpa", **slots) -> (model, processor)`, in eval mode and float32."""
     import torch
 
-    from zoo.loading import processor_for
-    from zoo.model import ZooModel
+    from zoo.composed.model import ZooModel
+    from zoo.loading.build import processor_for
     from zoo.model_config import ZooConfig
 
     def make(seed: int = 0, attention: str = "sdpa", **slots):

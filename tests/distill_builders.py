@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from zoo.model_types import LLMSequence, Seen
+from zoo.composed.outputs import LLMSequence, Seen
 from zoo.registry import LinearHead
 
 VOCAB = 13

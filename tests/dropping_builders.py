@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.fusion_builders import VOCAB, tiny_llm
-from zoo.fusion.dropping import Dropper
+from zoo.fusion.pruners.inside.dropper import Dropper
 from zoo.registry import IGNORE_INDEX
 from zoo.registry.forward_pass import running
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.train_builders import REPO
-from zoo.cli import main
-from zoo.engine import Engine
-from zoo.run_folder import read_metrics
+from zoo.cli.entry import main
+from zoo.runs.folder import read_metrics
+from zoo.training.step import Engine
 
 SERVER = multiprocessing.get_context("forkserver")
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}  # and "open" for writing
@@ -36,7 +36,7 @@ def served() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
     os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
-        SERVER.set_forkserver_preload(["tests.killed_runs", "zoo.train", "zoo.loading", "pytest"])
+        SERVER.set_forkserver_preload(["tests.killed_runs", "zoo.train", "zoo.loading.build", "pytest"])
         multiprocessing.forkserver.ensure_running()
         yield
     finally:
@@ -153,7 +153,7 @@ def terminated_at_step(number: int, when: str) -> None:
 
 def killed_while_scoring(times: int) -> None:
     """SIGKILL as the model is scored for the time of this number."""
-    from zoo import finish
+    from zoo.training import finish
 
     inner, calls = finish.evaluate, [0]
 

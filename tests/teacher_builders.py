@@ -13,8 +13,8 @@ KD = "train: [all], batch_size: 8, lr: 0.01, distiller: llava_kd, teacher: '{tea
 
 def save_teacher(folder: Path, tokenizer: Any, seed: int = 5, **slots: Any) -> str:
     """Save a tiny random model with 4 x 4 image tokens; returns its name."""
-    from zoo.loading import processor_for
-    from zoo.model import ZooModel
+    from zoo.composed.model import ZooModel
+    from zoo.loading.build import processor_for
     from zoo.model_config import ZooConfig
 
     torch.manual_seed(seed)

@@ -11,8 +11,8 @@ from tests.test_attention_walk import matrix, walked
 from zoo import registry
 from zoo.benches.costs import QWEN2_7B, VICUNA_7B, DecoderSizes, cache_bytes, matmul_flops, roofline_flops
 from zoo.benches.flops import flop_counter
-from zoo.fusion.attention_walk import walk_flops
-from zoo.fusion.merging import merge
+from zoo.fusion.pruners.inside.attention_flow import walk_flops
+from zoo.fusion.pruners.token_merging import merge
 from zoo.registry import ZooError
 from zoo.registry.forward_pass import running
 from zoo.registry.versions import cache_of

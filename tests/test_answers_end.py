@@ -5,10 +5,10 @@ import pytest
 
 from tests.chat_families import SHAPES, tokenizer
 from tests.conftest import picture
-from zoo.processor import ZooProcessor
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
-from zoo.stops import stops_of
-from zoo.tokenizer import CHAT_TEMPLATES, fit_tokenizer, load_tokenizer, set_template_options
+from zoo.text.processor import ZooProcessor
+from zoo.text.stops import stops_of
+from zoo.text.tokenizer import CHAT_TEMPLATES, fit_tokenizer, load_tokenizer, set_template_options
 
 TRANSFORM = ImageTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
 

@@ -8,9 +8,9 @@ from PIL import Image
 import zoo
 from tests.chat_families import SHAPES, tokenizer
 from tests.test_stops import llm_folder
-from zoo.cli import main
-from zoo.stops import listed
-from zoo.talk import Talk
+from zoo.cli.entry import main
+from zoo.composed.chat_session import Talk
+from zoo.text.stops import listed
 
 RECIPE = """# @package _global_
 defaults:

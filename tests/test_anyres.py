@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.fusion_builders import features
-from zoo.fusion.anyres import AnyRes, AnyResConfig
-from zoo.fusion.stitch import fewer
+from zoo.fusion.layouts.anyres import AnyRes, AnyResConfig
+from zoo.fusion.layouts.crop_order import fewer
 from zoo.registry import Cut, ZooError, build
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]

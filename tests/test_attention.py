@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.fusion_builders import padded_batch, tiny_llm
-from zoo.fusion import attention
-from zoo.fusion.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
+from zoo.fusion.llm import attention
+from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask, block_mask, resolve_attention
 from zoo.registry import ZooError
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.fusion.attention_walk import attention_walk, walk_flops
+from zoo.fusion.pruners.inside.attention_flow import attention_walk, walk_flops
 
 
 def inputs(b=2, h=4, kv=2, length=37, d=8, seed=0):

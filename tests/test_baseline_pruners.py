@@ -7,7 +7,7 @@ import torch
 
 from tests.fusion_builders import features
 from zoo import registry
-from zoo.fusion.divprune import farthest
+from zoo.fusion.pruners.divprune import farthest
 from zoo.registry import ZooError
 
 
@@ -139,7 +139,7 @@ def spread(tokens, k):
 
 @pytest.mark.parametrize("k", [1, 2, 7, 24])
 def test_divprune_is_its_greedy_choice(k, monkeypatch):
-    monkeypatch.setattr("zoo.fusion.divprune.BLOCK", 5)
+    monkeypatch.setattr("zoo.fusion.pruners.divprune.BLOCK", 5)
     tokens = image_of().tokens
     assert farthest(tokens, k).tolist() == [spread(t, k) for t in tokens]
 

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from zoo.bench import describe, main, overview, parse
 from zoo.benches import llava, mixed, train
 from zoo.benches.measure import Clock, Plain, Value, interleave
 from zoo.benches.report import Report, Row, short
 from zoo.benches.train import Options
+from zoo.cli.bench import describe, main, overview, parse
 from zoo.registry import ZooError
 
 TINY = [

@@ -8,20 +8,18 @@ import pytest
 import torch
 
 from tests.data_places import shared
-from zoo.bench import main, parse
-from zoo.benches import (
-    claim_distill_pruned,
-    claim_fashion,
-    claim_film,
-    claim_llava_kd,
-    claim_llava_mod,
-    claim_pool,
-    claim_pool_cells,
-    claim_pruning,
-    claim_vlora,
-)
-from zoo.benches.claim_student import Arm, Scenes
 from zoo.benches.claims import CLAIMS, Options
+from zoo.claims import distill_pruned as claim_distill_pruned
+from zoo.claims import fashion as claim_fashion
+from zoo.claims import film as claim_film
+from zoo.claims import llava_kd as claim_llava_kd
+from zoo.claims import llava_mod as claim_llava_mod
+from zoo.claims import pool as claim_pool
+from zoo.claims import pool_cells as claim_pool_cells
+from zoo.claims import pruning as claim_pruning
+from zoo.claims import vlora as claim_vlora
+from zoo.claims.student import Arm, Scenes
+from zoo.cli.bench import main, parse
 from zoo.registry import ZooError
 
 BOUNDS = {"pool": 3, "pruning": 5, "pruning_fashion": 4, "pruning_film": 4, "vlora": 3, "mole": 2, "moextend": 4}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from zoo.bench import main
 from zoo.benches import distill, divergence
+from zoo.cli.bench import main
 from zoo.registry import ZooError
 
 TINY = ["positions=24", "vocab=80", "width=8", "image_tokens=6", "student=tiny", "batch=2", "length=16", "labels=4"]

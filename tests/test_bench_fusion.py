@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from zoo.bench import main, parse
 from zoo.benches.fusion import METHODS, Options
+from zoo.cli.bench import main, parse
 from zoo.registry import ZooError
 
 TINY = ["sizes=tiny", "rounds=2", "steps=1", "device=cpu"]

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.fusion_builders import tiny_llm
-from zoo.bench import describe, main, parse
 from zoo.benches import prune
 from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.benches.flops import count_flops
@@ -14,6 +13,7 @@ from zoo.benches.measure import Value
 from zoo.benches.peak import peak_bytes
 from zoo.benches.prune import Options, words
 from zoo.benches.prune_card import Summary, where_counts_differ, where_it_pays
+from zoo.cli.bench import describe, main, parse
 from zoo.registry import ZooError
 
 TINY = [

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from zoo.bench import main
 from zoo.benches import load
 from zoo.benches.generate import Options
 from zoo.benches.published import SIZES, write
+from zoo.cli.bench import main
 from zoo.registry import ZooError
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from tests.conftest import sample
 from tests.test_loader import Names, Numbers
 from tests.train_builders import config, recipe, start
-from zoo.loader import Batches, Loader, Mix, Place
 from zoo.registry import RecordError, Sample, ZooError, naming
-from zoo.run_data import RunData
-from zoo.run_folder import read_metrics
-from zoo.stage import Stage
-from zoo.train import Run
+from zoo.runs.batches import Batches, Loader, Mix, Place
+from zoo.runs.data import RunData
+from zoo.runs.folder import read_metrics
+from zoo.settings.stage import Stage
+from zoo.training.loop import Run
 
 
 class PanicException(BaseException):

@@ -5,11 +5,11 @@ import pytest
 from zoo import registry
 from zoo.benches.check import MISFITS, NAMED, Options, run, spread, tried, valid
 from zoo.benches.check_folders import write_checkpoints
-from zoo.checker import RefusedError, check, for_a_shell
-from zoo.config import compose
-from zoo.evaluate import require_dialogs
-from zoo.plan import plan_from
+from zoo.checking.checker import RefusedError, check, for_a_shell
+from zoo.checking.plan import plan_from
+from zoo.evaluation.evaluate import require_dialogs
 from zoo.registry import Dialog, Sample, ZooError
+from zoo.settings.schema import compose
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from torch import nn
 
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from zoo import registry
-from zoo.checker import RefusedError, check, show, size_text
-from zoo.plan import Plan
+from zoo.checking.checker import RefusedError, check, show, size_text
+from zoo.checking.plan import Plan
 from zoo.registry import ImageFeatures, ZooError
-from zoo.stage import Stage
+from zoo.settings.stage import Stage
 
 TIMM = tiny_slots()["vision"]
 LLM = tiny_slots()["llm"]
@@ -73,7 +73,7 @@ def parts_with_needs():
         ("projector", "needs_grid"),
         ("distiller", "needs_teacher"),
     ]:
-        del registry.core._entries[kind][name]
+        del registry.table._entries[kind][name]
 
 
 def vision(**options):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.distill.chunked import Live, Stored, divergence
+from zoo.distill.losses.chunked import Live, Stored, divergence
 from zoo.registry import LinearHead, ZooError
 
 S, C, V = 11, 6, 17

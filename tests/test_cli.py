@@ -8,8 +8,10 @@ from types import ModuleType
 
 import pytest
 
-from zoo import ZooError, cli, new
-from zoo.cli import main
+from zoo import ZooError
+from zoo.cli import entry as cli
+from zoo.cli import new
+from zoo.cli.entry import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -277,7 +279,7 @@ def test_the_next_command_of_zoo_new_composes(ran, capsys):
 def test_python_3_14_checks_help_that_is_no_string():
     import argparse
 
-    from zoo.launch import skip_lazy_help
+    from zoo.cli.launch import skip_lazy_help
 
     class Lazy:
         def __repr__(self) -> str:

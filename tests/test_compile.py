@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
-from zoo import answer_loss
+from zoo.composed import answer_loss
 
 SAMPLES = [sample((QUESTIONS[0], ANSWERS[0]), seed=1), sample((QUESTIONS[4], ANSWERS[6]), seed=2)]
 

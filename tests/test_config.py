@@ -7,9 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from zoo import ZooError
-from zoo.config import RunRoot, compose, slots_of, validate
 from zoo.registry import build
-from zoo.stage import Stage
+from zoo.settings.schema import RunRoot, compose, slots_of, validate
+from zoo.settings.stage import Stage
 
 CONF = {
     "model/base.yaml": """
@@ -135,7 +135,7 @@ def test_dicts_of_a_stage_take_any_key(conf):
 def test_composing_inside_a_running_hydra_job():
     from hydra.core.global_hydra import GlobalHydra
 
-    from zoo.config import hydra_of_its_own
+    from zoo.settings.schema import hydra_of_its_own
 
     with hydra_of_its_own() as outer:
         compose("load")
@@ -290,7 +290,7 @@ def test_validate_reports_options_of_a_slot_without_a_component():
 
 
 def test_every_preset_of_ours_composes():
-    from zoo.presets import available, preset_files
+    from zoo.settings.presets import available, preset_files
 
     for name in available("model"):
         compose("load", [f"model={name}"])

@@ -10,8 +10,8 @@ import yaml
 from tests.train_builders import config, recipe
 from zoo import ZooError
 from zoo.registry import plugins
-from zoo.run_folder import RunFolder
-from zoo.train import Run
+from zoo.runs.folder import RunFolder
+from zoo.training.loop import Run
 
 STAGES = {"a": "steps: 2, batch_size: 4, checkpoint_every: 1"}
 DATA = """
@@ -42,7 +42,7 @@ def state(tmp_path, monkeypatch):
 
 def new_process() -> None:
     """Forget which plugins were loaded, as a process that starts has none."""
-    from zoo.registry import core
+    from zoo.registry import table as core
 
     plugins._plugins.clear()
     core._entries["dataset"].pop("mine", None)
@@ -128,7 +128,7 @@ def test_what_is_put_in_the_place_of_a_run_asks(tmp_path, monkeypatch, state):
 
 
 def test_a_finished_run_leaves_no_note(tmp_path, monkeypatch, state):
-    from zoo.finish import write_report
+    from zoo.training.finish import write_report
 
     _, folder = started(tmp_path, monkeypatch)
     with resumed(tmp_path, folder.path) as run:
@@ -139,7 +139,7 @@ def test_a_finished_run_leaves_no_note(tmp_path, monkeypatch, state):
 
 def test_a_state_folder_that_cannot_be_written(tmp_path, monkeypatch, state):
     """The run starts, and says that it will ask."""
-    from zoo.consent import remember
+    from zoo.runs.consent import remember
 
     (tmp_path / "state").write_text("a file where the folder would be")
     (tmp_path / "run").mkdir()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from zoo.fusion import dispatch
+from zoo.fusion.adapters import moe_dispatch as dispatch
 
 T, E, C, R, OUT = 13, 4, 8, 3, 6
 

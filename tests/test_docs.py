@@ -69,7 +69,7 @@ def test_models_that_ship_answer_offline_right_after_installation(name):
     model, processor = zoo.load(name)
     assert sum(f.stat().st_size for f in (ROOT / "model_cards" / name).iterdir()) < 8 * 2**20
     scenes = registry.build("dataset", {"name": "scenes", "split": "eval"})
-    from zoo.evaluate import evaluate
+    from zoo.evaluation.evaluate import evaluate
 
     scores = evaluate(model, processor, {"scenes": scenes}, limit=20, baselines=False).summary()
     assert scores["scenes/exist/accuracy"] > 0.9
@@ -98,9 +98,9 @@ def test_models_of_clothes_answer_offline_right_after_installation(name):
 @pytest.mark.parametrize("name", CLOTHES)
 def test_models_of_clothes_know_photos_they_never_saw(name, monkeypatch):
     monkeypatch.setenv("ZOO_DATA", str(shared("fashion_mnist").parent))
-    from zoo.config import compose
-    from zoo.evaluate import evaluate
-    from zoo.run_data import RunData
+    from zoo.evaluation.evaluate import evaluate
+    from zoo.runs.data import RunData
+    from zoo.settings.schema import compose
 
     data = RunData(compose("train", ["recipe=fashion_mnist"]).data).evaluation
     scores = evaluate(*zoo.load(name), data, limit=200, baselines=False).summary()

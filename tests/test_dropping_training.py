@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.dropping_builders import dropper, embeds_of, labelled, llm_of, loss_of, padded, row, sequence
-from zoo.fusion.survivors import Survivors
+from zoo.fusion.pruners.inside.sequence import Survivors
 from zoo.registry import IGNORE_INDEX
 from zoo.registry.forward_pass import running
 from zoo.registry.versions import checkpoint_activations
@@ -57,7 +57,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 
 
 def test_packed_samples_are_each_alone():
-    from zoo.fusion.attention import block_mask
+    from zoo.fusion.llm.attention import block_mask
 
     rows = [row("titt", 8), row("titit", 3, 1), row("tt", seed=2)]
     ids = torch.cat([*rows, torch.zeros(2, dtype=torch.long)])[None]

@@ -8,11 +8,11 @@ import torch
 import zoo
 from tests.conftest import sample, tiny_slots
 from tests.fusion_builders import SMALL
-from zoo.loading import load_teacher
-from zoo.model import ZooModel
-from zoo.precision import kept_wide
-from zoo.stage import TEACHER
-from zoo.teacher import Teacher
+from zoo.composed.model import ZooModel
+from zoo.loading.build import load_teacher
+from zoo.settings.stage import TEACHER
+from zoo.storage.precision import kept_wide
+from zoo.teaching.teacher import Teacher
 
 # Of each adapter: what its options are here, the families it stands on, which of its weights stay float32.
 SETTINGS = {

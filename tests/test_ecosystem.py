@@ -30,8 +30,8 @@ def lmms_eval(monkeypatch):
         stubs |= {"lmms_eval.models": models, "lmms_eval.models.registry_v2": registry}
         for name, module in stubs.items():
             monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "zoo.lmms_eval_model", raising=False)
-    return importlib.import_module("zoo.lmms_eval_model")
+    monkeypatch.delitem(sys.modules, "zoo.evaluation.lmms_eval_model", raising=False)
+    return importlib.import_module("zoo.evaluation.lmms_eval_model")
 
 
 def asked(questions, photo):
@@ -130,7 +130,7 @@ def test_lmms_eval_runs_a_local_task(folder, tmp_path):
 
 
 def test_vlmevalkit_gets_the_models_answers(folder, tmp_path):
-    from zoo.vlmevalkit import ZooVLM
+    from zoo.evaluation.vlmevalkit import ZooVLM
 
     photo = build.photo(40, 60)
     photo.save(tmp_path / "photo.png")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, picture, talk
-from zoo.evaluate import evaluate, main, prompt_of
-from zoo.predict import Question, answer
+from zoo.evaluation.evaluate import evaluate, main, prompt_of
+from zoo.evaluation.predict import Question, answer
 from zoo.registry import Sample, Score, ZooError
 
 
@@ -101,7 +101,7 @@ def test_reading_an_image_once_changes_nothing(make_model, model_type, monkeypat
         return [text for _, text in answer(net, processor, asked, batch_size=4)]
 
     once = texts()
-    monkeypatch.setattr("zoo.prefix_cache.PrefixCache.serves", staticmethod(lambda model: False))
+    monkeypatch.setattr("zoo.composed.prefix_cache.PrefixCache.serves", staticmethod(lambda model: False))
     assert once == texts() and len(set(once)) > 3
 
 
@@ -160,7 +160,7 @@ def test_processes_share_the_samples(model):
         return [part]
 
     def run(rank, everyone):
-        import zoo.evaluate as module
+        import zoo.evaluation.evaluate as module
 
         calls = iter(range(3))
         original, module.gather = module.gather, lambda _, part: everyone(next(calls), part)
@@ -204,8 +204,8 @@ def test_tasks_choose_the_dialogs(model):
 
 def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
     from tests.train_builders import config, recipe
-    from zoo.config import compose
-    from zoo.train import main as train
+    from zoo.settings.schema import compose
+    from zoo.training.loop import main as train
 
     words = recipe(tmp_path, {"a": "steps: 1, batch_size: 4"})
     run = train(config(words, f"run.folder={tmp_path / 'run'}", "limit=2"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.fusion_builders import MOE, padded_batch, tiny_llm
-from zoo.fusion.experts import ZOO_GROUPED, takes_grouped
+from zoo.fusion.adapters.experts import ZOO_GROUPED, takes_grouped
 
 # Rows begin at multiples of 16 bytes, or not: in 16 bit a width of 20 is 40 bytes, in 32 bit it is 80.
 WIDTHS = {"aligned": 48, "in 32 bit alone": 20, "in neither": 26}

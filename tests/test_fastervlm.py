@@ -6,12 +6,12 @@ import torch
 from tests.fusion_builders import features
 from tests.vision_builders import hf_model, open_clip_model, pixels, save_open_clip, save_timm, shake, timm_model
 from zoo import registry
-from zoo.checker import RefusedError, check
-from zoo.fusion.selection import count_kept, top
-from zoo.plan import Plan
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
+from zoo.fusion.pruners.topk import count_kept, top
 from zoo.registry import ImageFeatures, ZooError
 from zoo.registry.versions import cache_of
-from zoo.vision.attention_rows import row
+from zoo.vision.encoders.attention_scores import row
 
 CLIP = {"name": "hf", "model_type": "clip", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 3}
 

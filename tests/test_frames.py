@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.fusion.tiles import in_words
+from zoo.fusion.layouts.tiles import in_words
 from zoo.registry import Cut, ImageFeatures, ZooError, build
 
 TOWER = {"name": "hf", "model_type": "clip", "image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2}
@@ -54,7 +54,7 @@ def test_cls_stands_before_the_patches_of_frames_alone():
 
 
 def test_cls_of_frames_needs_an_encoder_that_has_one():
-    from zoo.assembly import assemble
+    from zoo.composed.assembly import assemble
 
     llm = {"name": "hf", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
     slots = {"projector": {"name": "mlp"}, "layout": {"name": "frames", "cls": True}, "llm": llm}

@@ -12,7 +12,7 @@ from tests import published_builders as build
 from tests.conftest import QUESTIONS, picture, tiny_slots
 from tests.fusion_builders import SMALL
 from tests.published_builders import CASES, photo, said
-from zoo.generate_options import fields
+from zoo.composed.generate_options import fields
 from zoo.registry import ZooError
 
 LONG = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}

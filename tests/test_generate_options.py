@@ -19,7 +19,7 @@ from transformers.generation import MaxLengthCriteria, MinNewTokensLengthLogitsP
 import zoo
 from tests import published_builders as build
 from tests.published_builders import CASES, photo, said
-from zoo.generate_options import REFUSED, SUPPORTED, fields
+from zoo.composed.generate_options import REFUSED, SUPPORTED, fields
 from zoo.registry import ZooError
 from zoo.registry.versions import cache_of
 

@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from zoo import ZooError
-from zoo.config import compose
 from zoo.registry import build, refuse_code
+from zoo.settings.schema import compose
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +191,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_a_run_folder_that_is_refused(text, message, tmp_path, marker):
     """The same file is read to resume, and to evaluate the model beside it."""
-    from zoo.saved import from_folder
-    from zoo.train import Run
+    from zoo.settings.model_names import from_folder
+    from zoo.training.loop import Run
 
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)

@@ -214,7 +214,7 @@ def playlists(place: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("reader", ["auto", "decord", "pyav"])
 def test_a_video_that_is_a_list(kind, reader, tmp_path):
     pytest.importorskip("av")
-    from zoo.vision.video import Video, read_video
+    from zoo.vision.images.video import Video, read_video
 
     file = tmp_path / "x.mp4"
     file.write_bytes(playlists(tmp_path)[kind])
@@ -224,7 +224,7 @@ def test_a_video_that_is_a_list(kind, reader, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "address"])
 def test_a_video_that_is_no_file(kind, tmp_path):
-    from zoo.vision.video import read_video
+    from zoo.vision.images.video import read_video
 
     file = tmp_path / "x.mp4"
     if kind == "pipe":
@@ -271,7 +271,7 @@ PICTURES = {
 @pytest.mark.parametrize("kind", PICTURES)
 @pytest.mark.parametrize("given", ["bytes", "file", "name that lies"])
 def test_a_picture(kind, given, tmp_path):
-    from zoo.vision.images import open_image
+    from zoo.vision.images.decode import open_image
 
     marker = tmp_path / "ran"
     data = PICTURES[kind].replace(b"MARKER", str(marker).encode())
@@ -284,7 +284,7 @@ def test_a_picture(kind, given, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_a_picture_that_is_no_file(kind, tmp_path):
-    from zoo.vision.images import open_image
+    from zoo.vision.images.decode import open_image
 
     file = tmp_path / "x.png"
     if kind == "pipe":

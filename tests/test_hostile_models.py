@@ -14,9 +14,9 @@ import torch
 
 from tests.published_builders import tokenizer as fast_tokenizer
 from zoo import ZooError
-from zoo.fusion.llm import HFLanguageModel, HFLanguageModelConfig
+from zoo.fusion.llm.hf import HFLanguageModel, HFLanguageModelConfig
 from zoo.registry import build
-from zoo.tokenizer_files import read_tokenizer
+from zoo.text.tokenizer_files import read_tokenizer
 
 KERNELS = ("user/kernel", "kernels-community/flash-attn2", "user/repo@v1:function", "../x/y", "hub:a", "a.b")
 
@@ -230,7 +230,7 @@ MODEL = Path(__file__).parents[1] / "model_cards" / "scenes_tiny"
     ],
 )
 def test_a_composed_model(path, value, message, tmp_path):
-    from zoo.model import ZooModel
+    from zoo.composed.model import ZooModel
 
     shutil.copytree(MODEL, tmp_path / "model")
     content = json.loads((MODEL / "config.json").read_text())

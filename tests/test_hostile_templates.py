@@ -9,8 +9,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.published_builders import tokenizer as fast_tokenizer
 from zoo import ZooError
-from zoo.chat_sandbox import bounded
-from zoo.chat_template import ChatTemplate, variables_of
+from zoo.text.chat_sandbox import bounded
+from zoo.text.chat_template import ChatTemplate, variables_of
 
 TALK = [{"role": "user", "content": "a question, 12345"}, {"role": "assistant", "content": "an answer"}]
 DOUBLE = "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = EXPR %}{% endfor %}"
@@ -101,7 +101,7 @@ def template():
 @pytest.fixture
 def little(monkeypatch):
     """A third of a second; and a process that takes 3 GB more than it has is at fault."""
-    monkeypatch.setattr("zoo.chat_sandbox.SECONDS", 0.3)
+    monkeypatch.setattr("zoo.text.chat_sandbox.SECONDS", 0.3)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:  # noqa: PTH123
         now = int(file.read().split()[0]) * resource.getpagesize()

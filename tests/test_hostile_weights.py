@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from zoo import ZooError
-from zoo.checkpoint import DamagedError, load_optimizers, verify
-from zoo.stream import listing
-from zoo.teacher_store import Stored, read_about
-from zoo.weights import weight_files
+from zoo.runs.checkpoint import DamagedError, load_optimizers, verify
+from zoo.storage.safetensors_file import listing
+from zoo.storage.weights import weight_files
+from zoo.teaching.teacher_store import Stored, read_about
 
 
 def header(content: object, body: bytes = bytes(64)) -> bytes:
@@ -147,7 +147,7 @@ def test_the_settings_of_a_stored_teacher(text, tmp_path):
 
 @pytest.mark.parametrize("kind", ["noise", "no keys", "a plugin"])
 def test_a_stored_teacher(kind, tmp_path):
-    from zoo.teacher_store import FORMAT
+    from zoo.teaching.teacher_store import FORMAT
 
     about = {"format": FORMAT, "vocab_size": 9, "positions": [], "plugins": [str(tmp_path / "evil.py")]}
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

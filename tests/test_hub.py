@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zoo.registry import ZooError, require_revision
-from zoo.weights import local_folder, weight_files
+from zoo.storage.weights import local_folder, weight_files
 
 COMMIT, ETAG = "c" * 40, "e" * 40
 LARGE = bytes(range(256)) * (45 << 10)  # 11.25 MB; the library keeps what came in pieces of 10
@@ -68,7 +68,7 @@ def hub():
 
 def fetched(home, **env):
     """What a fresh process says the folder of org/tiny is, or its error; the hub's settings are read at import."""
-    code = "from zoo.weights import local_folder; print(local_folder('org/tiny'))"
+    code = "from zoo.storage.weights import local_folder; print(local_folder('org/tiny'))"
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     env = {**clean, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **env}
     env["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])

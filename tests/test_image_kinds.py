@@ -14,8 +14,8 @@ from PIL import EpsImagePlugin, Image, ImageCms, PngImagePlugin, features
 from tests.test_images import photo, png
 from zoo import registry
 from zoo.registry import ZooError
-from zoo.vision import images
-from zoo.vision.images import open_image
+from zoo.vision.images import decode as images
+from zoo.vision.images.decode import open_image
 
 
 def saved(image, kind, **options):
@@ -176,7 +176,7 @@ def test_wherever_it_is_read(tmp_path, place, name):
     elif place == "image of PIL":
         source = Image.open(io.BytesIO(data)) if name != "packed text" else Image.open(io.BytesIO(png(photo())))
     elif place == "chat":
-        from zoo.processor_chat import _media
+        from zoo.text.processor_chat import _media
 
         parts = [{"type": "image", "base64": base64.encodebytes(data).decode()}]
         [source] = _media([{"role": "user", "content": parts}], "image")

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from zoo.registry import ZooError
-from zoo.vision import images
-from zoo.vision.images import open_image
+from zoo.vision.images import decode as images
+from zoo.vision.images.decode import open_image
 
 
 def photo(width=40, height=30):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from zoo.registry import KINDS
-from zoo.registry.core import _declared
+from zoo.registry.table import _declared
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"registry": set(), "vision": {"registry"}, "fusion": {"registry"}, "distill": {"registry"}}
@@ -115,7 +115,7 @@ def test_tables_of_the_folders_hold_strings_only():
 PROBE = """
 import json, sys
 sys.argv = ["zoo", *{words!r}]
-from zoo.cli import main
+from zoo.cli.entry import main
 code = main()
 heavy = [m for m in {heavy!r} if m in sys.modules]
 print("PROBE", json.dumps([code, heavy]), file=sys.stderr)

@@ -5,8 +5,8 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from tests.test_evaluate import Choices, Talks
-from zoo.evaluate import evaluate
-from zoo.model import ZooModel
+from zoo.composed.model import ZooModel
+from zoo.evaluation.evaluate import evaluate
 from zoo.registry import IGNORE_INDEX, ZooError
 
 LLM = {**tiny_slots()["llm"], "num_layers": 4}

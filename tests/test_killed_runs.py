@@ -16,13 +16,13 @@ import pytest
 from tests import killed_runs
 from tests.killed_runs import left, train
 from tests.train_builders import config, recipe
-from zoo import checkpoint
-from zoo.config import compose
-from zoo.evaluate import main as score
+from zoo.evaluation.evaluate import main as score
+from zoo.inspection.report import summarise
 from zoo.registry import ZooError
-from zoo.report import summarise
-from zoo.run_folder import RunFolder, read_metrics
-from zoo.train import Run
+from zoo.runs import checkpoint
+from zoo.runs.folder import RunFolder, read_metrics
+from zoo.settings.schema import compose
+from zoo.training.loop import Run
 
 # Dropout shows whether randomness goes on; the distiller, whether it keeps what it learnt; Muon, its state.
 STAGES = {

@@ -8,13 +8,13 @@ import pytest
 from tests.conftest import sample
 from tests.test_broken_records import GOOD, png
 from tests.train_builders import config, recipe
-from zoo.collate import EncodedSample
-from zoo.evaluate import evaluate
-from zoo.lengths import Room, length_of, require_positions, room_of, shorten
+from zoo.evaluation.evaluate import evaluate
 from zoo.registry import IGNORE_INDEX, LengthError, RecordError, ZooError
-from zoo.run_folder import read_metrics
-from zoo.stage import Stage
-from zoo.train import Run
+from zoo.runs.folder import read_metrics
+from zoo.runs.lengths import Room, length_of, require_positions, room_of, shorten
+from zoo.settings.stage import Stage
+from zoo.text.batch import EncodedSample
+from zoo.training.loop import Run
 
 IMAGE = 3
 
@@ -145,8 +145,8 @@ def test_evaluation_names_what_is_too_long_and_stays_within_the_positions(make_m
 
 def test_teaching_leaves_out_what_it_may(make_model):
     """Samples that cannot be read, and those that the teacher has no positions for."""
-    from zoo.left_out import Sieve
-    from zoo.teach import encoded
+    from zoo.runs.left_out import Sieve
+    from zoo.training.teach import encoded
 
     processor = make_model()[1]
     good, long = sample(("what?", "yes"), name="good"), sample(("what?", "yes " * 60), name="long")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
-from zoo.loading import processor_for
-from zoo.model import ZooModel
+from zoo.composed.model import ZooModel
+from zoo.loading.build import processor_for
 from zoo.model_config import ZooConfig
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from tests.distill_builders import LLM, VOCAB
 from zoo import registry
-from zoo.distill.positions import match_images
-from zoo.distill.relation import by_image, gram_of, relation_loss, relations
+from zoo.distill.losses.relation import by_image, gram_of, relation_loss, relations
+from zoo.distill.matching.positions import match_images
 from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError
 
 N = 4  # image tokens of an image
@@ -240,7 +240,7 @@ def test_relations_hold_no_array_over_the_vocabulary(monkeypatch):
     """Above a piece of the vocabulary, nothing but the table itself and its gradient has that many rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from zoo.distill import relation
+    from zoo.distill.losses import relation
 
     monkeypatch.setattr(relation, "PIECE", 4)
     shapes = []

@@ -156,7 +156,7 @@ def mod_config(place, teacher, *more):
 
 
 def test_stages_run_and_resume_to_the_same_losses(tmp_path, tokenizer, monkeypatch):
-    from zoo.train import Run
+    from zoo.training.loop import Run
 
     teacher = save_teacher(tmp_path / "teacher", tokenizer)
     run = Run(mod_config(tmp_path / "a", teacher))
@@ -201,8 +201,8 @@ def test_stages_run_and_resume_to_the_same_losses(tmp_path, tokenizer, monkeypat
 
 
 def test_a_stored_reference_gives_the_losses_of_a_live_one(tmp_path, tokenizer):
-    from zoo.teach import main
-    from zoo.train import Run
+    from zoo.training.loop import Run
+    from zoo.training.teach import main
 
     teacher = save_teacher(tmp_path / "teacher", tokenizer)
     stage = "train: [all], steps: 3, batch_size: 4, lr: 0.01, loss_weights: {answer: 0}, data: {scenes_pairs: 1}, "

@@ -11,10 +11,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.conftest import picture, tiny_slots
 from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, row
 from zoo import registry
-from zoo.checker import check
-from zoo.fusion.attention import resolve_attention
-from zoo.plan import Plan
-from zoo.prompted import Prompt, prompted
+from zoo.checking.checker import check
+from zoo.checking.plan import Plan
+from zoo.composed.prompted import Prompt, prompted
+from zoo.fusion.llm.attention import resolve_attention
 from zoo.registry import ZooError
 
 EXTRA = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.conftest import sample
-from zoo.loader import Batches, Loader, Mix, Place, keyed
 from zoo.registry import Sample, ZooError
-from zoo.stage import Stage
+from zoo.runs.batches import Batches, Loader, Mix, Place, keyed
+from zoo.settings.stage import Stage
 
 
 class Numbers:

@@ -10,7 +10,7 @@ import torch
 import zoo
 from tests.conftest import ANSWERS, QUESTIONS, sample
 from zoo.registry import ZooError
-from zoo.weights import sha256_of
+from zoo.storage.weights import sha256_of
 
 TINY = [
     "vision=timm", "vision.image_size=32", "vision.patch_size=8", "vision.width=32", "vision.heads=2", "vision.depth=2",
@@ -88,8 +88,8 @@ def test_another_part_without_weights_is_named(saved):
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(saved, monkeypatch):
     _, _, folder = saved
-    monkeypatch.setattr("zoo.loading.read_weights", lambda *a, **k: pytest.fail("weights were read"))
-    monkeypatch.setattr("zoo.loading.ZooModel", lambda *a, **k: pytest.fail("the model was built"))
+    monkeypatch.setattr("zoo.loading.build.read_weights", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("zoo.loading.build.ZooModel", lambda *a, **k: pytest.fail("the model was built"))
     with pytest.raises(ZooError, match=r"pruner 'pool' needs grid(.|\n)*fix 1: pruner=\[pool,random\]"):
         zoo.load(f"dir:{folder}", "pruner=[random,pool]")
 
@@ -124,7 +124,7 @@ def test_a_hostile_config_does_nothing(saved, tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ZooError):
             zoo.load(f"dir:{folder}")
-        from zoo.model import ZooModel
+        from zoo.composed.model import ZooModel
 
         with pytest.raises(ZooError):
             ZooModel.from_pretrained(folder)
@@ -133,7 +133,7 @@ def test_a_hostile_config_does_nothing(saved, tmp_path):
 def test_weights_of_another_hash_are_refused(saved, tmp_path):
     from omegaconf import OmegaConf
 
-    from zoo.source import weights_folder
+    from zoo.settings.source import weights_folder
 
     model, _, folder = saved
     source = {"source": "dir", "repository": "", "revision": ""}

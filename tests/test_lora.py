@@ -8,10 +8,11 @@ import torch
 import zoo
 from tests.conftest import tiny_slots
 from tests.fusion_builders import VOCAB, llm_node, padded_batch, same_state, tiny_llm
-from zoo import checkpoint, registry
-from zoo.checker import check, show
-from zoo.plan import Plan
+from zoo import registry
+from zoo.checking.checker import check, show
+from zoo.checking.plan import Plan
 from zoo.registry import ZooError
+from zoo.runs import checkpoint
 
 
 def lora_on(llm, seed=0, attach=True, **options):

@@ -8,7 +8,7 @@ import pytest
 STEPS = """
 import resource, sys
 import torch
-from zoo.memory import keep_memory
+from zoo.runs.allocator import keep_memory
 if "keep" in sys.argv and not keep_memory():
     sys.exit("no mallopt")
 def step():

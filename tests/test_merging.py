@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.fusion.merging import merge, removals
+from zoo.fusion.pruners.token_merging import merge, removals
 
 
 def tokens_of(m=2, n=12, d=8, seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
-from zoo.model import ZooModel
+from zoo.composed.model import ZooModel
 from zoo.model_config import ZooConfig
 from zoo.registry import IGNORE_INDEX, ZooError
 
@@ -66,14 +66,14 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_labels(make_model):
 
 
 def test_a_loss_in_chunks_is_the_loss_at_once(make_model, monkeypatch):
-    import zoo.answer_loss
+    import zoo.composed.answer_loss
 
     model, processor = make_model()
     batch = processor.collate([processor.encode(s) for s in mixed_samples()])
     model(**batch).loss.backward()
     whole, grads = model(**batch).loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    monkeypatch.setattr(zoo.answer_loss, "LOGITS_AT_ONCE", 3 * model.llm.vocab_size)
+    monkeypatch.setattr(zoo.composed.answer_loss, "LOGITS_AT_ONCE", 3 * model.llm.vocab_size)
     chunked = model(**batch).loss
     chunked.backward()
     torch.testing.assert_close(chunked, whole)

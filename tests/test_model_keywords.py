@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import zoo
 from tests import published_builders as build
-from zoo.model_keywords import _LOAD_IDLE, _LOAD_REFUSED, _PUSH, _SAVE_IDLE, _SAVE_REFUSED, HUB
+from zoo.composed.keywords import _LOAD_IDLE, _LOAD_REFUSED, _PUSH, _SAVE_IDLE, _SAVE_REFUSED, HUB
 from zoo.registry import ZooError
 
 PARTS = ["vision=hf", "vision.width=16", "vision.depth=1", "vision.heads=2", "vision.image_size=16",

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from tests.fusion_builders import VOCAB, adapter_on, features, llm_node, padded_batch, same_state, tiny_llm
-from zoo.assembly import assemble
-from zoo.checker import RefusedError, check
-from zoo.fusion import expert_shift
-from zoo.plan import Plan
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
+from zoo.composed.assembly import assemble
+from zoo.fusion.adapters import expert_shift
 from zoo.registry import ZooError
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]

@@ -5,10 +5,10 @@ import torch
 
 import zoo
 from tests.test_loading import TEXTS, TINY
-from zoo import shift
-from zoo.config import compose
+from zoo.inspection import moextend_layers as shift
 from zoo.registry import ZooError
-from zoo.train import Run
+from zoo.settings.schema import compose
+from zoo.training.loop import Run
 
 MOE = ["llm.model_type=mixtral", "llm.num_experts=4", "llm.top_k=2"]
 LAYER = ["adapter.moextend.layers=[0]", "adapter.moextend.sources=[0]"]

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from tests.fusion_builders import VOCAB, adapter_on, llm_node, padded_batch, tiny_llm
 from zoo import registry
-from zoo.assembly import MisfitError, assemble
-from zoo.fusion import mole
+from zoo.composed.assembly import MisfitError, assemble
+from zoo.fusion.adapters import mole
 from zoo.registry import ZooError
 from zoo.registry.versions import checkpoint_activations
 

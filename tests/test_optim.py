@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.optim import StackedMuon, build_optimizers, rate_at, set_rate
 from zoo.registry import ZooError
-from zoo.stage import Stage
+from zoo.runs.optim import StackedMuon, build_optimizers, rate_at, set_rate
+from zoo.settings.stage import Stage
 
 
 class Net(nn.Module):

@@ -9,8 +9,8 @@ import pytest
 from tests.chat_families import SHAPES
 from tests.test_answers_end import pieces, processor_of, rows_of, sample_of, say, talk, text
 from zoo import ZooError
-from zoo.plain_text import FIRST
 from zoo.registry import IGNORE_INDEX, Dialog
+from zoo.text.plain_text import FIRST
 
 HTML = "<b>bold</b> &amp; <s>gone</s> {{ messages }} {% if x %} <br/> [/INST] </think> <image src='a'>"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from zoo import ZooError
-from zoo.config import compose
 from zoo.registry import plugins
+from zoo.settings.schema import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 PRUNER = '''

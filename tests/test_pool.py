@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from tests.fusion_builders import features
 from zoo import registry
-from zoo.checker import RefusedError, check
-from zoo.plan import Plan
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
 from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError
 
 D, C = 24, 40

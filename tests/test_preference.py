@@ -11,12 +11,12 @@ from tests.conftest import sample, talk
 from tests.distill_builders import LENGTH, LLM, ROWS, VOCAB, WIDTH, seen
 from tests.test_preference_data import preferred
 from zoo import registry
-from zoo.distill.logprobs import token_logprobs
-from zoo.distill.preference import LOSSES, preference_loss
-from zoo.engine import TrainStep
-from zoo.model_types import LLMSequence, Seen
+from zoo.composed.outputs import LLMSequence, Seen
+from zoo.distill.losses.logprobs import token_logprobs
+from zoo.distill.losses.preference import LOSSES, preference_loss
 from zoo.registry import IGNORE_INDEX, ZooError
-from zoo.stage import Stage
+from zoo.settings.stage import Stage
+from zoo.training.step import TrainStep
 
 
 def build(**options):

@@ -9,9 +9,9 @@ import torch
 from tests.conftest import sample, talk
 from tests.test_chat_json import png, shape
 from zoo import registry
-from zoo.collate import pack
 from zoo.data.scenes import QUESTIONS
 from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError
+from zoo.text.batch import pack
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_scenes_have_no_wrong_boxes():
 
 
 def test_evaluation_asks_for_chosen_answers_only(make_model):
-    from zoo.evaluate import evaluate
+    from zoo.evaluation.evaluate import evaluate
 
     model, processor = make_model()
     data = pairs_of(split="eval", eval_scenes=4)

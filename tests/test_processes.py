@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.train_builders import config, recipe
-from zoo.processes import IGNORED, NOT_OURS, by_first, launcher_alone, start_accelerator
 from zoo.registry import ZooError
-from zoo.train import Run
+from zoo.runs.processes import IGNORED, NOT_OURS, by_first, launcher_alone, start_accelerator
+from zoo.training.loop import Run
 
 SOURCES = [p.read_text() for p in Path(accelerate.__file__).parent.rglob("*.py")]
 VARIABLES = sorted({name for text in SOURCES for name in re.findall(r"ACCELERATE_[A-Z0-9_]*[A-Z0-9]\b", text)})
@@ -95,7 +95,7 @@ class Two:
 
 def test_an_error_of_the_first_process_ends_the_others_in_silence(monkeypatch):
     sent = []
-    monkeypatch.setattr("zoo.processes.broadcast", lambda _, value: sent.append(value) or sent[0])
+    monkeypatch.setattr("zoo.runs.processes.broadcast", lambda _, value: sent.append(value) or sent[0])
 
     def fail():
         raise ZooError("why")

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import ANSWERS, QUESTIONS, picture, sample
-from zoo.processor import ZooProcessor
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
-from zoo.tokenizer import CHAT_TEMPLATES, fit_tokenizer, train_tokenizer
+from zoo.text.processor import ZooProcessor
+from zoo.text.tokenizer import CHAT_TEMPLATES, fit_tokenizer, train_tokenizer
 
 TRANSFORM = ImageTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
 TEXTS = [f"{q} {a}" for q in QUESTIONS for a in ANSWERS]

@@ -11,8 +11,8 @@ import zoo
 from tests import published_builders as build
 from tests.fusion_builders import SMALL
 from tests.published_builders import CASES, said
-from zoo.processor_options import known_options
 from zoo.registry import ZooError
+from zoo.text.processor_options import known_options
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,10 @@ def test_what_goes_wrong_is_said(llava):
         ({"truncation": True, "max_length": 20}, "cuts the images of text 0: 13 of 16 '<image>' would be left"),
         ({"truncation": True, "max_length": 30}, "cuts the images of text 2: 22 of 32 '<image>' would be left"),
         ({"crop_size": {"height": 48, "width": 48}}, "make pixels of 48 x 48, and the encoder takes 32 x 32"),
-        ({"videos_kwargs": {"fps": 3}}, "'fps' is not taken: a zoo.vision.video.Video says which frames it shows"),
+        (
+            {"videos_kwargs": {"fps": 3}},
+            "'fps' is not taken: a zoo.vision.images.video.Video says which frames it shows",
+        ),
         ({"images": images[:2]}, "holds 3 times '<image>', but 2 images were given"),
         ({"text": [images[0]]}, "text must be a string or a list of strings, got Image; images come first"),
         ({"text": None, "images": None}, "needs text, images or videos"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.fusion_builders import features
 from zoo import registry
-from zoo.fusion.resampler import sine_positions
+from zoo.fusion.projectors.resampler import sine_positions
 from zoo.registry import ZooError
 
 

@@ -6,7 +6,7 @@ import zoo
 from tests import published_builders as build
 from zoo.published.prompts import template_of
 from zoo.registry import ZooError
-from zoo.tokenizer import CHAT_TEMPLATES
+from zoo.text.tokenizer import CHAT_TEMPLATES
 
 TEMPLATES = {
     **{name: text for name, (text, _) in CHAT_TEMPLATES.items()},

@@ -183,7 +183,7 @@ def test_a_pruner_takes_tokens_of_every_crop(family):
 
 
 def test_evaluation_answers_what_generate_answers(family):
-    from zoo.predict import Question, answer
+    from zoo.evaluation.predict import Question, answer
     from zoo.registry import Dialog, Sample
 
     _, _, _, _, ours, mine = family
@@ -205,7 +205,7 @@ def test_evaluation_answers_what_generate_answers(family):
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
     """A clip of twenty frames, and the same frames as arrays."""
-    from zoo.vision.video import Video, read_video
+    from zoo.vision.images.video import Video, read_video
 
     av = pytest.importorskip("av")
     path = tmp_path_factory.mktemp("film") / "film.mp4"
@@ -220,7 +220,7 @@ def film(tmp_path_factory):
 
 
 def test_video_frames_are_the_familys(family, film):
-    from zoo.vision.video import Video
+    from zoo.vision.images.video import Video
 
     name, _, reference, processor, ours, mine = family
     if name in ("idefics3", "llava", "llava_next"):

@@ -6,11 +6,11 @@ from torch import nn
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
 from tests.fusion_builders import SMALL
-from zoo.loading import load_teacher
-from zoo.quantized import QuantizedLinear, quantize
+from zoo.composed.quantized import QuantizedLinear, quantize
+from zoo.loading.build import load_teacher
 from zoo.registry import ZooError
-from zoo.stage import TEACHER
-from zoo.teacher import Teacher
+from zoo.settings.stage import TEACHER
+from zoo.teaching.teacher import Teacher
 
 
 @pytest.mark.parametrize(("bits", "steps", "group"), [(8, 127, 130), (4, 7, 64)])

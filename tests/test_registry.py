@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from zoo import registry
-from zoo.registry import MISSING, ZooError, core
+from zoo.registry import MISSING, ZooError
+from zoo.registry import table as core
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from zoo.files import write_json
+from zoo.inspection.report import main, report_table, smoothed, summaries
 from zoo.registry import ZooError
-from zoo.report import main, report_table, smoothed, summaries
-from zoo.run_folder import RunFolder
+from zoo.runs.folder import RunFolder
+from zoo.storage.atomic import write_json
 
 
 @pytest.fixture

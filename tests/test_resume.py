@@ -9,11 +9,11 @@ import torch
 
 from tests import killed_runs
 from tests.train_builders import config, losses, recipe
-from zoo.config import compose
 from zoo.registry import ZooError
-from zoo.resume import options_of
-from zoo.run_folder import RunFolder
-from zoo.train import Run
+from zoo.runs.folder import RunFolder
+from zoo.runs.resume import options_of
+from zoo.settings.schema import compose
+from zoo.training.loop import Run
 
 # 40 samples in batches of 8 are 5 steps an epoch. With dropout, randomness of the model shows; `b` keeps the distiller.
 STAGES = {

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from zoo.bench import main
 from zoo.benches.roundtrip_trial import OPTIMIZERS, SOURCES, compare, train, train_in_two, write_checkpoints
+from zoo.cli.bench import main
 
 CASES = [(source, optimizer) for source in SOURCES for optimizer in OPTIMIZERS]
 TWO = [(*case, "two") for case in CASES] + [("hf tied", "adamw", "sharded"), ("published", "muon_adamw", "sharded")]

@@ -6,10 +6,10 @@ from datetime import datetime
 import pytest
 import torch
 
-from zoo import checkpoint
-from zoo.files import write_json, written_beside
 from zoo.registry import ZooError
-from zoo.run_folder import RunFolder, read_metrics, runs
+from zoo.runs import checkpoint
+from zoo.runs.folder import RunFolder, read_metrics, runs
+from zoo.storage.atomic import write_json, written_beside
 
 NOON = datetime(2026, 11, 22, 12, 0, 0)
 

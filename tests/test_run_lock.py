@@ -11,11 +11,11 @@ import time
 import pytest
 
 from tests.train_builders import config, recipe
-from zoo import run_lock
 from zoo.registry import ZooError
-from zoo.run_folder import RunFolder
-from zoo.run_lock import RunLock
-from zoo.train import Run
+from zoo.runs import lock as run_lock
+from zoo.runs.folder import RunFolder
+from zoo.runs.lock import RunLock
+from zoo.training.loop import Run
 
 STAGES = {"a": "steps: 1, batch_size: 4, train: [projector]"}
 FORK = multiprocessing.get_context("fork")

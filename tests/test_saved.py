@@ -12,7 +12,7 @@ import zoo
 from tests import published_builders, vision_builders
 from tests.conftest import ANSWERS, QUESTIONS, sample
 from zoo.registry import ZooError
-from zoo.stream import same
+from zoo.storage.safetensors_file import same
 
 WHERE = "llm.lm.model.layers.1.mlp.down_proj.weight"
 
@@ -22,7 +22,7 @@ def places(tmp_path_factory):
     """Tiny checkpoints in folders: encoders of three libraries, language models, a published model."""
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    from zoo.tokenizer import train_tokenizer
+    from zoo.text.tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("bases")
     vision_builders.hf_model("clip").save_pretrained(root / "hf")

@@ -14,18 +14,18 @@ from rich.console import Console
 
 from zoo.benches.measure import Value
 from zoo.benches.report import Report, Row
-from zoo.checker import Row as Part
-from zoo.checker import Stagecheck, Walk, show
-from zoo.evaluate import EvalResult, Line
-from zoo.finish import report
-from zoo.progress import Display
+from zoo.checking.checker import Row as Part
+from zoo.checking.checker import Stagecheck, Walk, show
+from zoo.evaluation.evaluate import EvalResult, Line
+from zoo.evaluation.score_table import score_table
+from zoo.inspection.report import draw, report_table, summaries
+from zoo.inspection.xray import View, Xray
+from zoo.inspection.xray_page import page
+from zoo.inspection.xray_picture import write_picture
 from zoo.registry import Score
-from zoo.report import draw, report_table, summaries
-from zoo.score_table import score_table
-from zoo.shown import in_cell, label, markdown, printable
-from zoo.xray import View, Xray
-from zoo.xray_page import page
-from zoo.xray_picture import write_picture
+from zoo.runs.progress import Display
+from zoo.text.markup import in_cell, label, markdown, printable
+from zoo.training.finish import report
 
 NAMES = ["[/b]", "[bold]x", "[red]", "$\\frac$", "$x$", "a$b", "$$", "\\$", "<b>", "</script>", "a|b", "`x`", "*x*"]
 NAMES += ["__x__", "_x", "#1", "&amp;", ":smile:", "{x}", "%s", "a\nb", "\x1b[2Jx", "\u202ex", "猫", "\\", "~~x~~"]

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from tests.train_builders import config, recipe
-from zoo.engine import Engine
-from zoo.train import TERMINATED, Run
+from zoo.training.loop import TERMINATED, Run
+from zoo.training.step import Engine
 
 
 def test_a_signal_in_the_middle_of_a_step_is_not_lost(tmp_path, monkeypatch):

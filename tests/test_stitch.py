@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zoo.fusion.stitch import NEWLINE, stitched_order, unpadded
+from zoo.fusion.layouts.crop_order import NEWLINE, stitched_order, unpadded
 
 
 def kept(crops, n, k, seed=0):

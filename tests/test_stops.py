@@ -9,9 +9,9 @@ import zoo
 from tests import published_builders as build
 from tests.chat_families import SHAPES, tokenizer
 from tests.conftest import picture, sample
-from zoo.model import ZooModel
-from zoo.predict import Question, answer
-from zoo.stops import AnswerReader
+from zoo.composed.model import ZooModel
+from zoo.evaluation.predict import Question, answer
+from zoo.text.stops import AnswerReader
 
 PARTS = ["vision=timm", "vision.width=16", "vision.heads=2", "vision.depth=2", "vision.image_size=32"]
 PARTS += ["vision.patch_size=16", "projector=linear", "llm=hf"]
@@ -209,7 +209,7 @@ def test_a_generation_config_that_is_none_is_refused(tmp_path):
 
 def test_a_stream_holds_back_what_may_become_an_end():
     processor_tokenizer = tokenizer(SHAPES["text ends"])
-    from zoo.chat_template import ChatTemplate
+    from zoo.text.chat_template import ChatTemplate
 
     reader = AnswerReader(processor_tokenizer, ChatTemplate(processor_tokenizer))
     assert reader.visible("a cat\n", final=False) == "a cat\n"
@@ -229,7 +229,7 @@ def test_an_end_that_is_a_word_is_read_off_the_answer_and_no_further(tmp_path):
 
 
 def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
-    from zoo.chat_template import ChatTemplate
+    from zoo.text.chat_template import ChatTemplate
 
     made = tokenizer(SHAPES["qwen 3"])
     reader = AnswerReader(made, ChatTemplate(made))

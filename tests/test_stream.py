@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from zoo.registry import ZooError
-from zoo.stream import fill, listing, read
+from zoo.storage.safetensors_file import fill, listing, read
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_large_tensors_are_pages_of_their_file_and_changes_stay_here(tmp_path):
 
 
 def test_a_model_is_saved_over_the_files_that_it_came_from(tmp_path):
-    from zoo.weights import weight_files, write_weights
+    from zoo.storage.weights import weight_files, write_weights
 
     path, cpu = tmp_path / "model.safetensors", torch.device("cpu")
     values = {"a.weight": torch.randn(600, 512), "b.weight": torch.randn(600, 512)}

@@ -9,9 +9,9 @@ import pytest
 from tests.conftest import sample
 from zoo import registry
 from zoo.data.stream_order import Lanes
-from zoo.loader import Batches, Loader, Mix, Place
 from zoo.registry import Sample, ZooError
-from zoo.stage import Stage
+from zoo.runs.batches import Batches, Loader, Mix, Place
+from zoo.settings.stage import Stage
 
 datasets = pytest.importorskip("datasets")
 from datasets.packaged_modules.parquet.parquet import Parquet  # noqa: E402

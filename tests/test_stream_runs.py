@@ -11,7 +11,7 @@ from tests import killed_runs
 from tests.killed_runs import train
 from tests.test_image_kinds import SOUND
 from tests.train_builders import RECIPE
-from zoo.cli import main
+from zoo.cli.entry import main
 
 datasets = pytest.importorskip("datasets")
 

@@ -8,11 +8,11 @@ import pytest
 from tests.conftest import sample
 from tests.test_broken_records import BROKEN, GOOD, RaisingStream, png
 from tests.test_broken_records import broken_file as broken_file
-from zoo.cli import main
-from zoo.complete import complete
-from zoo.lengths import length_of
+from zoo.cli.complete import complete
+from zoo.cli.entry import main
+from zoo.inspection.survey import Look, Tally, survey
 from zoo.registry import IGNORE_INDEX, ZooError
-from zoo.survey import Look, Tally, survey
+from zoo.runs.lengths import length_of
 
 
 class Talks:
@@ -93,7 +93,7 @@ def test_a_sound_file_has_nothing_to_report(tmp_path, capsys):
 
 def test_tokens_of_images_that_are_cut_are_those_of_training(make_model):
     from tests.test_teacher_store import CUT, TILES
-    from zoo.vision.pictures import Pictures
+    from zoo.vision.images.processors import Pictures
 
     processor = make_model(layout=TILES)[1]
     processor.pictures = Pictures(CUT)
@@ -115,6 +115,6 @@ def test_it_is_completed_and_its_options_are_checked():
     assert "survey.json=" in complete("zoo data survey.", ["data"])
     assert "data" in complete("zoo da", ["data", "train"])
     with pytest.raises(ZooError, match=r"look at images \(survey.images\) named 'opne'. Did you mean 'open'"):
-        from zoo.config import SurveyConfig
+        from zoo.settings.schema import SurveyConfig
 
         SurveyConfig(images="opne")

@@ -5,9 +5,9 @@ import torch
 
 import zoo
 from tests import published_builders as build
-from zoo.cli import main
+from zoo.cli.entry import main
+from zoo.composed.chat_session import Talk
 from zoo.registry import ZooError
-from zoo.talk import Talk
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_without_a_processor_it_says_so(llava):
 
 def test_the_command_answers_and_goes_on(llava, capsys, monkeypatch):
     folder, model, processor = llava
-    monkeypatch.setattr("zoo.loading.load", lambda *a, **k: (model, processor))
+    monkeypatch.setattr("zoo.loading.build.load", lambda *a, **k: (model, processor))
     photo = str(folder / "photo.png")
     assert main(["chat", f"dir:{folder}", "--image", photo, "-q", "is it red?", "--max-new-tokens", "4"]) == 0
     one = capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_models_are_found_by_size_and_described(capsys):
 
 def test_every_named_model_fits_and_is_as_large_as_it_says():
     """The sizes that presets state, against the published numbers of parameters."""
-    from zoo.checker import check
+    from zoo.checking.checker import check
 
     sizes = {"llava15_7b": 7.06e9, "llava15_13b": 13.35e9, "llava16_mistral_7b": 7.57e9, "smolvlm_256m": 0.256e9}
     sizes |= {"llava_onevision_05b": 0.89e9, "internvl3_1b": 0.94e9, "smolvlm_2b": 2.2e9}

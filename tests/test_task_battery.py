@@ -7,7 +7,7 @@ import pytest
 
 from zoo import registry
 from zoo.registry import Dialog, Score, ZooError
-from zoo.registry.contracts import Task
+from zoo.registry.values import Task
 
 NAMES = registry.names("task")
 TRUTH = {"boxes": "1 2 30 40", "choice": "yes"}  # else: yes

@@ -7,15 +7,15 @@ from tests.conftest import ANSWERS, QUESTIONS, sample
 from tests.teacher_builders import KD, save_teacher, taught
 from tests.train_builders import losses
 from zoo import registry
-from zoo.collate import TWIN
-from zoo.engine import Counts, TrainStep, count_images, count_labels
-from zoo.model_types import Seen
+from zoo.composed.outputs import Seen
 from zoo.registry import Cut, ZooError
-from zoo.run_folder import read_metrics
-from zoo.stage import Stage
-from zoo.teacher import Teacher, Twins
-from zoo.tokenizer import shared_tokens
-from zoo.train import Run
+from zoo.runs.folder import read_metrics
+from zoo.settings.stage import Stage
+from zoo.teaching.teacher import Teacher, Twins
+from zoo.text.batch import TWIN
+from zoo.text.tokenizer import shared_tokens
+from zoo.training.loop import Run
+from zoo.training.step import Counts, TrainStep, count_images, count_labels
 
 STAGE = {"steps": 1, "distiller": "llava_kd", "teacher": "t"}
 
@@ -161,7 +161,7 @@ def test_a_pruned_student_is_compared_on_the_cells_it_kept(make_model):
     seen = step.hidden["teacher"].see(batch, out)
     keep = out.image_kept.keep
     assert keep.shape == (3, 8) and seen.image_tokens.shape[1] == 16
-    from zoo.distill.positions import match_images
+    from zoo.distill.matching.positions import match_images
 
     matched = match_images(Seen(out, step.model.llm), seen, batch)
     ours, hidden = (x.image_index.flatten() for x in (Seen(out, None), seen)), seen.last_hidden_state.flatten(0, 1)
@@ -229,7 +229,7 @@ def test_an_encoder_that_both_have_runs_once(make_model):
 
 
 def test_other_tokens_are_refused(tokenizer):
-    from zoo.tokenizer import train_tokenizer
+    from zoo.text.tokenizer import train_tokenizer
 
     other = train_tokenizer(["quite different words for this one"] * 9, 300, "plain")
     with pytest.raises(ZooError, match="different tokenizers: token"):
@@ -250,7 +250,7 @@ def test_a_student_that_drops_inside_the_llm_is_compared_on_what_is_left(make_mo
     batch = own.collate(rows(theirs, own, [1, 2]))
     out = student(**{k: v for k, v in batch.items() if k != TWIN})
     seen = Teacher(model).see(batch, out)
-    from zoo.distill.positions import match_images, match_responses
+    from zoo.distill.matching.positions import match_images, match_responses
 
     index = Seen(out, student.llm).image_index
     assert index.shape == out.last_hidden_state.shape[:2]

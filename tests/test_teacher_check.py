@@ -8,12 +8,13 @@ from torch import nn
 
 from tests.conftest import tiny_slots
 from tests.teacher_builders import save_teacher
-from zoo import checker, registry
-from zoo.checker import RefusedError, check
-from zoo.plan import Plan
+from zoo import registry
+from zoo.checking import checker
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
 from zoo.registry import ImageFeatures, ZooError
-from zoo.stage import Stage
-from zoo.tokenizer import OF_MODEL
+from zoo.settings.stage import Stage
+from zoo.text.tokenizer import OF_MODEL
 
 VISION, LLM = tiny_slots()["vision"], tiny_slots()["llm"]
 TILES = {"name": "tiles", "style": "joined"}
@@ -50,7 +51,7 @@ def sees():
             return {}
 
     yield
-    registry.core._entries["adapter"].pop("sees")
+    registry.table._entries["adapter"].pop("sees")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_what_does_not_fit_is_refused(name, teachers, monkeypatch):
 
 
 def test_another_tokenizer_is_refused(teachers, tmp_path):
-    from zoo.tokenizer import train_tokenizer
+    from zoo.text.tokenizer import train_tokenizer
 
     train_tokenizer(["other words than those, of another kind"] * 5, 300, "plain").save_pretrained(tmp_path)
     wanted = replace(plan(teachers["plain"]), tokenizer=str(tmp_path))
@@ -166,8 +167,8 @@ def test_another_tokenizer_is_refused(teachers, tmp_path):
 
 
 def test_a_teacher_that_is_the_student_is_refused(teachers):
-    from zoo import config as configs
-    from zoo.plan import plan_from
+    from zoo.checking.plan import plan_from
+    from zoo.settings import schema as configs
 
     name = teachers["plain"]
     own = replace(plan_from(configs.compose("load", [f"model='{name}'"])), data=("scenes",))

@@ -12,20 +12,20 @@ import torch
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from tests.teacher_builders import KD, save_teacher, taught
 from tests.train_builders import losses
-from zoo import checker
-from zoo.checker import RefusedError, check
-from zoo.engine import Counts, TrainStep, count_images, count_labels
-from zoo.loader import Mix
-from zoo.plan import Plan
+from zoo.checking import checker
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
 from zoo.registry import ZooError, build
-from zoo.run_folder import read_metrics
-from zoo.stage import Stage
-from zoo.teach import Truncation, main, said_of, samples, stage_of
-from zoo.teacher import Teacher, Twins
-from zoo.teacher_store import Stored, Writer, data_hash, read_about, sample_key, shards_of
-from zoo.tokenizer import OF_MODEL
-from zoo.train import Run
-from zoo.vision.pictures import Pictures
+from zoo.runs.batches import Mix
+from zoo.runs.folder import read_metrics
+from zoo.settings.stage import Stage
+from zoo.teaching.teacher import Teacher, Twins
+from zoo.teaching.teacher_store import Stored, Writer, data_hash, read_about, sample_key, shards_of
+from zoo.text.tokenizer import OF_MODEL
+from zoo.training.loop import Run
+from zoo.training.step import Counts, TrainStep, count_images, count_labels
+from zoo.training.teach import Truncation, main, said_of, samples, stage_of
+from zoo.vision.images.processors import Pictures
 
 NO_RELATION = "{name: llava_kd, relation_weight: 0}"
 STAGE = f"steps: 3, {KD}".replace("distiller: llava_kd", f"distiller: {NO_RELATION}")
@@ -154,11 +154,11 @@ def test_processes_share_the_samples_and_write_what_one_does(tmp_path, teacher, 
     """One after the other, each as if the other's shards were not there yet."""
     options = ["teach.k=1000", "teach.dtype=float32", "teach.shard=16", f"teach.folder={tmp_path / 'kept'}"]
     monkeypatch.setattr(Writer, "known", lambda writer: set())
-    monkeypatch.setattr("zoo.teach.gather", lambda accelerator, value: [value])
+    monkeypatch.setattr("zoo.training.teach.gather", lambda accelerator, value: [value])
     for rank in (0, 1):
         one = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"), print=print)
         one.main_process_first, one.wait_for_everyone = nullcontext, lambda: None
-        monkeypatch.setattr("zoo.teach.start_accelerator", lambda device, one=one: one)
+        monkeypatch.setattr("zoo.training.teach.start_accelerator", lambda device, one=one: one)
         main(taught(tmp_path, teacher, {"dft": STAGE}, *options))
     both, alone = (Stored(folder, frozenset({"teacher.response"})) for folder in (tmp_path / "kept", store))
     assert both.where.keys() == alone.where.keys() and len(both.files) == 2

@@ -6,8 +6,8 @@ from transformers import GenerationConfig
 
 import zoo
 from tests import published_builders as build
-from zoo.processor import ZooProcessor
 from zoo.registry import Dialog, Sample, ZooError
+from zoo.text.processor import ZooProcessor
 
 PARTS = ["vision=hf", "vision.width=16", "vision.depth=1", "vision.heads=2", "vision.image_size=16",
          "vision.patch_size=8", "projector=mlp", "llm=hf", "llm.hidden_size=16", "llm.num_layers=1",

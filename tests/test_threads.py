@@ -19,7 +19,7 @@ import zoo
 from tests.conftest import picture
 from zoo import registry
 from zoo.benches.compatibility_trial import MOE, node_of
-from zoo.vision.hf_tower import FAMILIES
+from zoo.vision.encoders.hf import FAMILIES
 
 PEOPLE = 12
 NEW = {"max_new_tokens": 3, "min_new_tokens": 3}

@@ -3,10 +3,10 @@
 import pytest
 
 from tests.train_builders import config, recipe
-from zoo import trackers
 from zoo.registry import ZooError
-from zoo.trackers import PACKAGES, check_trackers
-from zoo.train import Run, main
+from zoo.runs import trackers
+from zoo.runs.trackers import PACKAGES, check_trackers
+from zoo.training.loop import Run, main
 
 
 def test_names_are_those_of_accelerate():
@@ -41,7 +41,7 @@ def test_tensorboard_holds_every_step_once(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from zoo.run_folder import read_metrics
+    from zoo.runs.folder import read_metrics
 
     stages = {"a": "steps: 4, batch_size: 4, checkpoint_every: 2, eval_every: 2"}
     words = [*recipe(tmp_path, stages), "limit=1"]

@@ -9,8 +9,8 @@ import torch
 
 from tests.train_builders import config, losses, recipe
 from zoo.registry import ZooError
-from zoo.run_folder import read_metrics
-from zoo.train import Run, main
+from zoo.runs.folder import read_metrics
+from zoo.training.loop import Run, main
 
 
 def weights(run):
@@ -183,7 +183,7 @@ def test_what_others_left_in_accelerate_does_not_change_the_number_format():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from zoo.processes import start_accelerator
+    from zoo.runs.processes import start_accelerator
 
     AcceleratorState._reset_state(reset_partial_state=False)
     assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"

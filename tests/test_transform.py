@@ -9,8 +9,8 @@ from PIL import Image
 
 from zoo.registry import ImageTransform, ZooError
 from zoo.registry.versions import TORCHVISION_HAS_LANCZOS
-from zoo.vision.tower import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
-from zoo.vision.transform import fit, normalise, to_pixels
+from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
+from zoo.vision.images.transform import fit, normalise, to_pixels
 
 # Pillow, which timm and open_clip use, rounds differently from torchvision, which transformers uses.
 SHAPES = [(64, 64), (64, 32), (48, 96), (97, 61), (61, 97), (30, 40), (640, 481), (7, 300), (32, 32), (33, 32)]
@@ -97,7 +97,7 @@ def test_an_array_of_the_right_size_is_only_normalised(monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     want = (array / 255 - np.array(transform.mean)) / np.array(transform.std)
     slow = to_pixels(Image.fromarray(array), transform)
-    monkeypatch.setattr("zoo.vision.transform.open_image", None)  # may not be called
+    monkeypatch.setattr("zoo.vision.images.transform.open_image", None)  # may not be called
     fast = to_pixels(array, transform)
     assert fast.dtype == torch.float32 and fast.shape == (3, 5, 7)
     np.testing.assert_allclose(fast.numpy(), want.transpose(2, 0, 1), atol=1e-6)

@@ -5,10 +5,10 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, picture, sample, tiny_slots
 from tests.fusion_builders import SMALL
-from zoo.checker import RefusedError, check
-from zoo.loading import load
-from zoo.model import ZooModel
-from zoo.plan import Plan
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
+from zoo.composed.model import ZooModel
+from zoo.loading.build import load
 
 NODES = {
     "vlora": {"name": "vlora", **SMALL["vlora"]},

@@ -5,12 +5,13 @@ import string
 
 import pytest
 
-from zoo import ZooError, presets
-from zoo.cli import COMMANDS
-from zoo.config import ModelSource, RunConfig, RunRoot, TokenizerConfig, compose
+from zoo import ZooError
+from zoo.cli.entry import COMMANDS
 from zoo.registry import KINDS, build, names, nearest, options_of, source_options
 from zoo.registry.errors import edits
-from zoo.stage import Stage
+from zoo.settings import presets
+from zoo.settings.schema import ModelSource, RunConfig, RunRoot, TokenizerConfig, compose
+from zoo.settings.stage import Stage
 
 LETTERS = string.ascii_lowercase + string.digits + "_"
 
@@ -71,8 +72,8 @@ def test_one_edit_typos_of_every_name_and_option_get_the_right_suggestion():
 def test_every_component_has_options_in_its_text_that_equal_those_of_its_dataclass():
     """The corpus and the early errors read source text; this is what they rest on."""
     from zoo.registry import entries
-    from zoo.registry.core import source_of
-    from zoo.registry.source import options_in
+    from zoo.registry.options import options_in
+    from zoo.registry.table import source_of
 
     for entry in entries():
         read = options_in(source_of(entry.kind, entry.name), entry.kind, entry.name)

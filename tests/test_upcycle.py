@@ -7,8 +7,8 @@ import torch
 
 from tests.fusion_builders import DENSE, VOCAB, llm_node, padded_batch, tiny_llm
 from zoo import registry
-from zoo.fusion.passes import Passes
-from zoo.fusion.upcycle import SparseFeedForward, UpcycleConfig, balance_of, capacity
+from zoo.fusion.adapters.routing_trace import Passes
+from zoo.fusion.adapters.upcycle import SparseFeedForward, UpcycleConfig, balance_of, capacity
 from zoo.registry import ZooError
 from zoo.registry.forward_pass import running
 

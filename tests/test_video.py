@@ -10,7 +10,7 @@ import pytest
 
 from tests.data_places import shared
 from zoo.registry import ZooError
-from zoo.vision.video import READERS, Video, read_video
+from zoo.vision.images.video import READERS, Video, read_video
 
 av = pytest.importorskip("av")
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.vision_builders import SIZED, pixels, shake
 from zoo.registry import ZooError, build, config_of, names
-from zoo.registry.contracts import Vision
+from zoo.registry.values import Vision
 
 
 @pytest.fixture(params=SIZED, ids=str)
@@ -216,7 +216,7 @@ def test_compiles_to_one_graph(name):
 
 
 def test_column_means_hold_a_block_of_scores_at_a_time(monkeypatch):
-    from zoo.vision import attention_rows
+    from zoo.vision.encoders import attention_scores as attention_rows
 
     query, key = torch.randn(2, 4, 21, 8), torch.randn(2, 2, 21, 8)  # two queries share a key
     full = (query.double() * 0.3) @ key.double().repeat_interleave(2, dim=1).transpose(-1, -2)

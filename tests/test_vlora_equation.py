@@ -7,7 +7,7 @@ import torch
 
 from tests.fusion_builders import VOCAB, padded_batch
 from tests.vlora_builders import double, images, logits, vlora_on
-from zoo.fusion.weight_generator import GeneratorBlock
+from zoo.fusion.adapters.vlora.generator import GeneratorBlock
 
 
 def naive_attention(attention, q, memory):

@@ -9,11 +9,11 @@ from torch import nn
 from tests.conftest import ANSWERS, QUESTIONS, picture, sample, talk, tiny_slots
 from tests.fusion_builders import SMALL
 from zoo import registry
-from zoo.checker import RefusedError, check
-from zoo.model import ZooModel
-from zoo.plan import Plan
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
+from zoo.composed.model import ZooModel
 from zoo.registry import Sample, ZooError
-from zoo.stage import Stage
+from zoo.settings.stage import Stage
 
 VLORA = {"projector": None, "adapter": {"vlora": {"name": "vlora", **SMALL["vlora"], "max_images": 2}}}
 
@@ -191,7 +191,7 @@ def inside_pruner():
             pass
 
     yield
-    del registry.core._entries["pruner"]["inside"]
+    del registry.table._entries["pruner"]["inside"]
 
 
 def refused(reason, stage=None, **slots):

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.test_attention_walk import inputs, matrix, walked
-from zoo.fusion import attention_walk as module
+from zoo.fusion.pruners.inside import attention_flow as module
 
 ROOT = Path(__file__).resolve().parents[1]
 # The interpreter is chosen before Triton is imported, so the comparison has a process of its own.
 CODE = """
 import sys
-import zoo.fusion.aim
+import zoo.fusion.pruners.inside.aim
 assert "triton" not in sys.modules, "Triton is imported before it is needed"
 from tests.test_walk_kernel import compare, prune
 compare()
@@ -30,8 +30,8 @@ def close(got, wanted):
 
 
 def compare():
-    from zoo.fusion.survivors import Sight, Survivors
-    from zoo.fusion.walk_kernel import walk
+    from zoo.fusion.pruners.inside.attention_flow_triton import walk
+    from zoo.fusion.pruners.inside.sequence import Sight, Survivors
 
     n = 21
     query, key, start = inputs(h=2, kv=1, length=n)  # two rows, two heads on one key, head size 8: tiles of 16 fit none
@@ -63,7 +63,7 @@ def prune():
     """AIM in a model keeps the same tokens by the kernel as by blocks."""
     from tests.dropping_builders import forward, llm_of, padded, row
     from tests.test_aim import inside
-    from zoo.fusion.walk_kernel import walk
+    from zoo.fusion.pruners.inside.attention_flow_triton import walk
 
     llm = llm_of()
     pruner = inside(llm, stop=3)
@@ -89,7 +89,9 @@ def test_the_kernels_walk_as_the_blocks_do():
 
 def test_a_cpu_and_a_device_that_cannot_compile_walk_by_blocks(monkeypatch):
     assert module._kernel(torch.device("cpu")) is None
-    monkeypatch.setitem(sys.modules, "zoo.fusion.walk_kernel", None)  # as if Triton were not there
+    monkeypatch.setitem(
+        sys.modules, "zoo.fusion.pruners.inside.attention_flow_triton", None
+    )  # as if Triton were not there
     module._kernel.cache_clear()
     with pytest.warns(UserWarning, match="AIM scores without its CUDA kernel, more slowly: ModuleNotFoundError"):
         assert module._kernel(torch.device("cuda", 7)) is None
@@ -103,7 +105,7 @@ def test_the_kernels_compile_for_cuda_devices(name, recwarn):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from zoo.fusion import walk_kernel
+    from zoo.fusion.pruners.inside import attention_flow_triton as walk_kernel
 
     kernel = getattr(walk_kernel, name)
     fixed = {"CAUSAL": True, "SIGHT": True, "CAP": True, "DIM": 128, "WIDE": 128, "SIDE": 64, "EXACT": False}

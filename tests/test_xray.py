@@ -13,10 +13,10 @@ from tests.browser import Browser
 from tests.conftest import picture
 from tests.data_places import shared
 from zoo import registry
+from zoo.inspection.xray import NONE, View, inspect, main, parse
+from zoo.inspection.xray_page import data_of, page
+from zoo.inspection.xray_picture import paint, write_picture
 from zoo.registry import ZooError
-from zoo.xray import NONE, View, inspect, main, parse
-from zoo.xray_page import data_of, page
-from zoo.xray_picture import paint, write_picture
 
 TINY = ["vision=timm", "vision.image_size=32", "vision.patch_size=8", "vision.width=32", "vision.heads=2"]
 TINY += ["vision.depth=2", "vision.layer=-1", "projector=mlp", "llm=hf", "llm.hidden_size=32", "llm.num_layers=6"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.run_folder import read_metrics
+from zoo.runs.folder import read_metrics
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = """# @package _global_
@@ -35,7 +35,7 @@ def recipe(place: Path, stages: Mapping[str, str], name: str = "tiny") -> list[s
 
 def config(words: list[str], *more: str) -> Any:
     """Compose the config of `zoo train <words>`."""
-    from zoo.config import compose
+    from zoo.settings.schema import compose
 
     return compose("train", [*words[2:], *more], words[1])
 

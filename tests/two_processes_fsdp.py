@@ -14,11 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.train_builders import config, recipe
-from zoo import checkpoint, weights
-from zoo.files import remove, written_beside
-from zoo.finish import save_model
-from zoo.processes import by_first
-from zoo.train import Run
+from zoo.runs import checkpoint
+from zoo.runs.processes import by_first
+from zoo.storage import weights
+from zoo.storage.atomic import remove, written_beside
+from zoo.training.finish import save_model
+from zoo.training.loop import Run
 
 
 def sharded(run: Run) -> Run:

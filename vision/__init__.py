@@ -2,6 +2,6 @@
 
 from zoo.registry import declare
 
-declare("vision", "hf", "zoo.vision.hf_tower")
-declare("vision", "open_clip", "zoo.vision.open_clip_tower")
-declare("vision", "timm", "zoo.vision.timm_tower")
+declare("vision", "hf", "zoo.vision.encoders.hf")
+declare("vision", "open_clip", "zoo.vision.encoders.open_clip")
+declare("vision", "timm", "zoo.vision.encoders.timm")

@@ -9,7 +9,7 @@ if (_root / "pyproject.toml").is_file():  # a checkout, run in place or linked t
     __path__[:] = [str(_root / "zoo"), str(_root)]  # the other folders of the package stand beside this one
 
 from zoo import data, distill, fusion, tasks, vision  # noqa: E402  tables of the components, nothing heavy
-from zoo.auto import register_when_loaded  # noqa: E402
+from zoo.autoclasses import register_when_loaded  # noqa: E402
 from zoo.registry import (  # noqa: E402
     Dialog,
     ImageFeatures,
@@ -22,24 +22,24 @@ from zoo.registry import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
-    from zoo.checker import check
-    from zoo.loading import compose, load
-    from zoo.model import ZooModel
+    from zoo.checking.checker import check
+    from zoo.composed.model import ZooModel
+    from zoo.loading.build import compose, load
     from zoo.model_config import ZooConfig
-    from zoo.processor import ZooProcessor
     from zoo.published.export import export
+    from zoo.text.processor import ZooProcessor
 
 __version__ = "0.1.0"
 
 # Names that cost an import of torch or transformers, and where they live; resolved on first use (PEP 562).
 _LAZY = {
     "ZooConfig": "zoo.model_config",
-    "ZooModel": "zoo.model",
-    "ZooProcessor": "zoo.processor",
-    "check": "zoo.checker",
-    "compose": "zoo.loading",
+    "ZooModel": "zoo.composed.model",
+    "ZooProcessor": "zoo.text.processor",
+    "check": "zoo.checking.checker",
+    "compose": "zoo.loading.build",
     "export": "zoo.published.export",
-    "load": "zoo.loading",
+    "load": "zoo.loading.build",
 }
 
 __all__ = [

@@ -12,4 +12,4 @@ def manifest() -> Any:
     """Describe the model `zoo` to lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="zoo", simple_class_path="zoo.lmms_eval_model.ZooLmms")
+    return ModelManifest(model_id="zoo", simple_class_path="zoo.evaluation.lmms_eval_model.ZooLmms")

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from zoo.auto import register_config
+from zoo.autoclasses import register_config
 from zoo.registry import refuse_code
 from zoo.registry.foreign import read_model_config, require_model_config
 

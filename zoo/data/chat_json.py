@@ -13,7 +13,7 @@ from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
 from zoo.registry import MISSING, Dialog, RecordError, Sample, ZooError, naming, register
-from zoo.vision.video import VIDEOS, Video
+from zoo.vision.images.video import VIDEOS, Video
 
 OTHER_SPLIT = ("",)  # in place of what a record begins with
 

@@ -10,7 +10,7 @@
 
 Texts are texts, numbers or truth values; what is neither (an object, NaN, null in a list) is an error and never its
 Python spelling. Braces in a column are no columns of the prompt, and tokens of control in a text are letters
-(`zoo.plain_text`): `</s>` in a question ends nothing.
+(`zoo.text.plain_text`): `</s>` in a question ends nothing.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from string import Formatter
 from typing import Any
 
 from zoo.registry import Dialog, ZooError, unknown
-from zoo.vision.images import data_url_bytes
+from zoo.vision.images.decode import data_url_bytes
 
 MARK = "<image>"
 FORMATS = ("auto", "conversations", "messages", "columns")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from zoo.precision import cast_parameters, dtype_of, kept_wide
 from zoo.published import family_named, family_of, is_published
 from zoo.published.contradictions import between, refuse_untied
 from zoo.published.family import SPARE, parse, plain
@@ -20,8 +19,9 @@ from zoo.published.file_names import Held, as_modules
 from zoo.published.places import place_of, places_of, require_names, settle, spread
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_model_config, require_plausible
-from zoo.stream import Filled, fill, listing
-from zoo.weights import by_part, fingerprint, local_folder, may_start_fresh, weight_files
+from zoo.storage.precision import cast_parameters, dtype_of, kept_wide
+from zoo.storage.safetensors_file import Filled, fill, listing
+from zoo.storage.weights import by_part, fingerprint, local_folder, may_start_fresh, weight_files
 
 PARTS = ("vision", "projector", "layout", "llm")
 # Options that do not change a number where shapes are equal, or that people rightly change.
@@ -263,7 +263,7 @@ def _require_filled(config: Any, files: Iterable[Path]) -> None:
 
     A part with a checkpoint of its own is compared with that when it is built.
     """
-    from zoo.assembly import assemble
+    from zoo.composed.assembly import assemble
 
     slots = config.slots or {}
     with torch.device("meta"):
@@ -333,7 +333,7 @@ def pixels_of(folder: Path) -> dict[str, Any]:
         stated = read_content(folder, "processor_config.json").get("image_processor", {})
     if not stated:
         return {}
-    from zoo.vision.pictures import processor_of
+    from zoo.vision.images.processors import processor_of
 
     if not stated.get("image_processor_type"):
         stated["image_processor_type"] = "CLIPImageProcessor"

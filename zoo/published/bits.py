@@ -2,7 +2,8 @@
 
 Weights are read whole to host memory, and each layer is made small on its way to the device: LLM.int8() (Dettmers et
 al., arXiv:2208.07339) or NF4 with its scales quantised too (QLoRA, arXiv:2305.14314). Embeddings, norms, biases and the
-vocabulary projection stay as they are. `zoo.quantized` is another thing: a frozen teacher's weights, on any device.
+vocabulary projection stay as they are. `zoo.composed.quantized` is another thing: a frozen teacher's weights, on any
+device.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from zoo.registry import ZooError
-from zoo.stream import same
+from zoo.storage.safetensors_file import same
 
 BITS = (8, 4)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.registry import ImageTransform
-from zoo.vision.pictures import statistics
+from zoo.vision.images.processors import statistics
 
 VIDEO = "<video>"  # as the processors of all families have it
 
@@ -53,7 +53,7 @@ def frames_as(kind: str, processor: Any) -> dict[str, Any]:
         kind: class of a video processor, which prepares frames as images that are not cut.
         processor: of the model; nothing is to be added where it prepares videos itself.
     """
-    from zoo.vision.pictures import processor_of
+    from zoo.vision.images.processors import processor_of
 
     if processor.videos is not None or processor.pictures is None:
         return {}

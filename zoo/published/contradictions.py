@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zoo.registry import ZooError
-from zoo.stream import Joined, Stored, value_of
+from zoo.storage.safetensors_file import Joined, Stored, value_of
 
 _LAYER = re.compile(r"^(?:vision\.(?:frame_)?tower|llm\.lm)\.(?:\D+\.)?(\d+)\.")  # the first number in a name
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")

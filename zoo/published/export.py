@@ -23,9 +23,9 @@ from zoo.published.family import SPARE, Family
 from zoo.published.file_names import Held, as_decoder, as_files, as_modules, head_name
 from zoo.published.their_processor import their_processor
 from zoo.registry import ZooError
-from zoo.stops import keep_stops
-from zoo.stream import read
-from zoo.weights import write_weights
+from zoo.storage.safetensors_file import read
+from zoo.storage.weights import write_weights
+from zoo.text.stops import keep_stops
 
 # Layouts that a model composed from own parts may be written in, those asked first first.
 _ORDER = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from zoo.registry import ZooError, config_of
-from zoo.vision.pictures import RESAMPLES
+from zoo.vision.images.processors import RESAMPLES
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -101,7 +101,7 @@ def _parsed(text: str) -> Any:
 
 def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
     """Say a text config of transformers as options of our `hf` language model; the rest goes to `extra`."""
-    from zoo.fusion.llm import HFLanguageModelConfig, transformers_config
+    from zoo.fusion.llm.hf import HFLanguageModelConfig, transformers_config
 
     node = {
         "model_type": type(text).model_type,
@@ -128,7 +128,7 @@ def vision_slot(
     vision: Any, pixels: Mapping[str, Any], *, layer: int, norm: bool = False, model_type: str = ""
 ) -> dict[str, Any]:
     """Say a vision config of transformers, and the statistics of its image processor, as options of `hf`."""
-    from zoo.vision.hf_tower import FAMILIES, HFVisionConfig, _from_sizes
+    from zoo.vision.encoders.hf import FAMILIES, HFVisionConfig, _from_sizes
 
     name = model_type or type(vision).model_type.removesuffix("_vision_model")  # files may say the whole model's type
     if name not in FAMILIES:

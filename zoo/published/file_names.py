@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.stream import Joined, Stored
+from zoo.storage.safetensors_file import Joined, Stored
 
 Held = dict[str, Stored | Joined]
 Index = tuple[int | slice, ...]

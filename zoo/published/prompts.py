@@ -9,9 +9,9 @@ import copy
 import json
 from typing import Any
 
-from zoo.chat_template import takes_parts
 from zoo.registry import ZooError
-from zoo.tokenizer import name_tokens
+from zoo.text.chat_template import takes_parts
+from zoo.text.tokenizer import name_tokens
 
 # Ahead of a template that takes plain text. It ends in a newline, which trim_blocks takes away, so that the template
 # behind it begins at the start of a line, as it was written to.

@@ -8,8 +8,8 @@ from zoo.published import family_of
 from zoo.published.base import pixels_of, read_content
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_text
-from zoo.tokenizer import fit_tokenizer
-from zoo.tokenizer_files import TEMPLATE, read_tokenizer
+from zoo.text.tokenizer import fit_tokenizer
+from zoo.text.tokenizer_files import TEMPLATE, read_tokenizer
 
 
 def tokenizer_in(folder: Path, template: str = "") -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 from zoo.published.family import Family
 from zoo.published.prompts import tokenizer_of
 from zoo.registry import ZooError
-from zoo.vision.pictures import as_clip
+from zoo.vision.images.processors import as_clip
 
 
 def their_processor(model: Any, processor: Any, known: Family) -> Any:
@@ -16,7 +16,7 @@ def their_processor(model: Any, processor: Any, known: Family) -> Any:
     """
     import transformers
 
-    from zoo.vision.pictures import processor_of
+    from zoo.vision.images.processors import processor_of
 
     try:
         tokenizer = tokenizer_of(processor, known.tokens(model, processor))

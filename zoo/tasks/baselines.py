@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from zoo.registry import Dialog, Score
-from zoo.registry.contracts import Task
+from zoo.registry.values import Task
 from zoo.tasks.answers import accepted
 
 

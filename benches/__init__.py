@@ -1,0 +1,1 @@
+"""Benches: each compares on one machine and in one run; `zoo.cli.bench` has the table of their names."""

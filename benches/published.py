@@ -1,0 +1,64 @@
+"""A LLaVA of any size with random weights, in the published layout: what loading and generating are measured on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.benches.llava import Sizes, config
+from zoo.benches.random_files import write_random
+
+SIZES = {
+    "tiny": Sizes(),
+    "100m": Sizes(
+        image_size=112, patch_size=14, vision_width=512, vision_depth=8, vision_heads=8,
+        text_width=768, text_depth=8, text_heads=12, intermediate=2048, vocab=16384,
+    ),
+    "1b": Sizes(
+        image_size=336, patch_size=14, vision_width=1024, vision_depth=12, vision_heads=16,
+        text_width=2048, text_depth=16, text_heads=16, intermediate=5504, vocab=32064,
+    ),
+    "7b": Sizes(
+        image_size=336, patch_size=14, vision_width=1024, vision_depth=24, vision_heads=16,
+        text_width=4096, text_depth=32, text_heads=32, intermediate=11008, vocab=32064,
+    ),
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def write(sizes: Sizes, folder: Path, dtype: torch.dtype) -> int:
+    """Write the model and its processor as hub repositories hold them; returns the bytes of its weights."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    from zoo.text.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["a picture of a red circle"], 320, "chatml")
+    tokenizer.chat_template = TEMPLATE
+    image, end, pad = tokenizer.image_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    whole = config(sizes, positions=4096, image_token=image, eos=end, pad=pad)
+    whole.dtype, whole.architectures = dtype, [Llava.__name__]
+    with torch.device("meta"):
+        model: Any = Llava(whole)
+    model.generation_config.eos_token_id = None  # every answer is as long as it was asked to be
+    folder.mkdir(parents=True, exist_ok=True)
+    whole.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    written = write_random(shapes, folder / "model.safetensors", dtype)
+    side = sizes.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=sizes.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return written

@@ -1,0 +1,1 @@
+"""What papers claim, as small experiments: `zoo bench claims`."""

@@ -1,0 +1,158 @@
+"""A small model that reads pictures, for the claims about pruners: it learns whole, and answers whole and pruned.
+
+An encoder with [CLS] learns from [CLS] alone; its tokens and row are those of the block before the last. Then a
+projector and a language model learn to answer questions from all tokens. A question is one token, and so is its answer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.benches.flops import flop_counter
+from zoo.claims.steps import train
+from zoo.composed.outputs import LLMSequence
+from zoo.registry import ImageFeatures, build
+from zoo.registry.forward_pass import running
+
+VISION, WIDTH = 48, 64  # widths of the encoder and of the language model
+
+
+def sizes(share: float, seeing: int, reading: int, batch: int, test: int) -> tuple[int, int, int, int]:
+    """Steps of the encoder and of the reader, pictures a step, and pictures to ask about, for a share of the steps.
+
+    A run of next to no steps shows nothing, and is to be quick.
+    """
+    quick = share < 0.1
+    return max(4, round(seeing * share)), max(4, round(reading * share)), 4 if quick else batch, 6 if quick else test
+
+
+def encoder(
+    side: int, patch: int, outputs: int, loss: Callable[[Callable[[Tensor], Tensor]], Tensor], seed: int, steps: int
+) -> Any:
+    """Train an encoder by what is told from its [CLS]; give it without its last block.
+
+    Args:
+        side: patches a side.
+        patch: pixels a side of a patch.
+        outputs: numbers told from [CLS].
+        loss: of what tells them, (M, 3, S, S) -> (M, outputs), on a batch that it draws.
+        seed: of the weights.
+        steps: of training.
+    """
+    torch.manual_seed(seed)
+    vit = {"name": "timm", "image_size": side * patch, "patch_size": patch, "width": VISION, "depth": 3, "heads": 4}
+    tower = build("vision", {**vit, "layer": -1})
+    head = nn.Linear(VISION, outputs)
+
+    def told(pixels: Tensor) -> Tensor:
+        logits: Tensor = head(tower(pixels, need=frozenset({"prefix_tokens"})).prefix[:, 0])
+        return logits
+
+    train([*tower.parameters(), *head.parameters()], steps, lambda: loss(told), warmup=min(50, steps // 4))
+    cut = build("vision", {**vit, "layer": -2})
+    cut.load_state_dict(tower.state_dict(), strict=False)
+    return cut.requires_grad_(False).eval()
+
+
+class Reader(nn.Module):
+    """Encoder, projector and language model."""
+
+    def __init__(self, vision: Any, questions: int, answers: int, layers: int = 6) -> None:
+        super().__init__()
+        self.vision, self.questions = vision, questions
+        self.projector = build("projector", {"name": "mlp"}, vision_dim=VISION, text_dim=WIDTH, grid=vision.grid)
+        llama = {"name": "hf", "model_type": "llama", "hidden_size": WIDTH, "num_layers": layers, "num_heads": 4}
+        self.llm = build(
+            "llm", {**llama, "intermediate_size": 160, "max_positions": 512}, vocab_size=questions + answers
+        )
+
+    def look(self, pixels: Tensor) -> ImageFeatures:
+        """Encode pictures (n, 3, S, S), or films (n, F, 3, S, S) frame by frame, with all that pruners ask for."""
+        wanted = frozenset({"cls_attention", "key_attention", "keys", "prefix_tokens"})
+        image: ImageFeatures = self.vision(pixels.flatten(0, -4), need=frozenset() if self.training else wanted)
+        return image
+
+    def forward(self, image: ImageFeatures, asked: Tensor, pruners: Sequence[Any] = ()) -> Tensor:
+        """Give logits of the answers (n, answers) to one question (n,) about each picture or film."""
+        for pruner in pruners:
+            image = pruner(image)
+        n = len(asked)
+        tokens = self.projector(image).reshape(n, -1, WIDTH)  # (n, F * K, W)
+        question = self.llm.embed(asked.unsqueeze(1))  # (n, 1, W)
+        k = tokens.shape[1]
+        slots = torch.cat([torch.ones(n, k), torch.zeros(n, 1)], dim=1).bool()
+        sequence = LLMSequence(slots, torch.ones(n, k + 1, dtype=torch.long), None, None)
+        with running(sequence):
+            hidden = self.llm.hidden(inputs_embeds=torch.cat([tokens, question], dim=1)).last_hidden_state
+        logits: Tensor = self.llm.head(hidden[:, -1])[:, self.questions :]
+        return logits
+
+
+@torch.no_grad()
+def answered(
+    model: Reader, image: ImageFeatures, asked: Tensor, wanted: Tensor, chain: Sequence[dict[str, Any]]
+) -> tuple[Tensor, float]:
+    """Ask behind a chain of pruners: which answers are right (n, questions), and MFLOPs of the LLM for one of them.
+
+    Args:
+        image: what the encoder gives of all pictures.
+        asked: questions about each picture (n, questions).
+        wanted: their answers, likewise.
+        chain: nodes of pruners.
+    """
+    h, w = model.vision.grid
+    pruners = [build("pruner", node, vision_dim=VISION, grid=(h, w), num_tokens=h * w, llm=model.llm) for node in chain]
+    inside = [p for p in pruners if hasattr(p, "attach")]
+    for pruner in inside:
+        pruner.attach(model.llm)
+    questions = list(zip(asked.T, wanted.T, strict=True))
+    try:
+        with flop_counter() as counter:
+            at: list[int] = []
+            handles = [model.llm.layers[0].register_forward_pre_hook(lambda *_: at.append(counter.get_total_flops()))]
+            handles += [model.llm.layers[-1].register_forward_hook(lambda *_: at.append(counter.get_total_flops()))]
+            right = [model(image, questions[0][0], pruners).argmax(-1) == questions[0][1]]
+        for handle in handles:
+            handle.remove()
+        right += [model(image, question, pruners).argmax(-1) == answer for question, answer in questions[1:]]
+    finally:
+        for pruner in inside:
+            pruner.detach()
+    return torch.stack(right, 1), (at[1] - at[0]) / len(asked) / 1e6
+
+
+def each_ratio(tokens: int, kept: Sequence[int], draws: int) -> dict[str, list[list[dict[str, Any]]]]:
+    """Chains of every pruner that ranks, merges or draws, by its name and how many of `tokens` it keeps.
+
+    Random pruning has a chain for each of `draws`, whose scores are averaged.
+    """
+    found: dict[str, list[list[dict[str, Any]]]] = {f"all {tokens}": [[]]}
+    for k in kept:
+        share = k / tokens
+        found[f"fastervlm {k}"] = [[{"name": "fastervlm", "num_keep": k}]]
+        found[f"random {k}"] = [[{"name": "random", "keep_ratio": share, "seed": s}] for s in range(draws)]
+        for name in ("visionzip", "divprune", "fastv"):
+            found[f"{name} {k}"] = [[{"name": name, "keep_ratio": share}]]
+        found[f"aim merged to {k}"] = [[{"name": "aim", "merge_ratio": share, "prune": False}]]
+    found[f"pool {tokens // 4}"] = [[{"name": "pool", "stride": 2}]]
+    return found
+
+
+def ask_all(
+    model: Reader,
+    image: ImageFeatures,
+    asked: Tensor,
+    wanted: Tensor,
+    arms: dict[str, list[list[dict[str, Any]]]],
+    show: Callable[[str], None],
+) -> dict[str, float]:
+    """Accuracy and MFLOPs behind every arm: the mean over its chains."""
+    found: dict[str, float] = {}
+    for name, chains in arms.items():
+        runs = [answered(model, image, asked, wanted, chain) for chain in chains]
+        found[name] = sum(float(right.float().mean()) for right, _ in runs) / len(runs)
+        found[f"{name}, MFLOPs"] = runs[0][1]
+        show(f"  {name}: {found[name]:.3f}, {runs[0][1]:.1f} MFLOPs")
+    return found

@@ -1,0 +1,1 @@
+"""Divergences, relations and preference losses."""

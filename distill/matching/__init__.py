@@ -1,0 +1,1 @@
+"""Which positions of student and teacher belong together, and with what weight."""

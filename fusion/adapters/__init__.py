@@ -1,0 +1,1 @@
+"""What is attached to the LLM: LoRA, experts, VLoRA."""

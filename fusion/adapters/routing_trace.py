@@ -1,0 +1,102 @@
+"""What an adapter knows of the pass that runs in the decoder: its images, which tokens are padding, who went where."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.fusion.llm.decoder import decoder_of
+from zoo.registry import ZooError
+from zoo.registry.forward_pass import Pass, begin, current, end
+
+# Of each layer: what it routed by (S, E), chosen experts (S,) or (S, k), which tokens (S,) are no padding (None: all).
+Records = list[tuple[Tensor, Tensor, Tensor | None]]
+
+
+class Passes:
+    """Watches the decoder of a language model. All that belongs to one pass is in that pass.
+
+    Args:
+        llm: the language model.
+        name: of the adapter.
+        wanted: whether a pass that begins is to note its routing.
+    """
+
+    def __init__(self, llm: Any, name: str, wanted: Callable[[], bool]) -> None:
+        self.llm, self.name, self.wanted = llm, name, wanted
+        self.alone = Pass()  # of layers that are run without their decoder
+        self.last: tuple[Records, int] = [], 1  # of the last pass, for reports and for losses asked for behind it
+
+    @property
+    def now(self) -> Pass:
+        """The pass that runs."""
+        return current() or self.alone
+
+    @property
+    def condition(self) -> Any:
+        """What the adapter made of the images of the pass that runs; without one, of those it was given last."""
+        now = current()
+        return self.alone.conditions.get(self.name) if now is None else now.conditions.get(self.name)
+
+    @condition.setter
+    def condition(self, value: Any) -> None:
+        self.now.conditions[self.name] = value
+
+    @property
+    def records(self) -> Records:
+        """What the pass that runs has noted; outside of one, what the last one did."""
+        now = current()
+        return self.last[0] if now is None else now.records.get(self.name, [])
+
+    @property
+    def rows(self) -> int:
+        """B of the pass whose `records` these are."""
+        now = current()
+        return self.last[1] if now is None else now.rows
+
+    def attach(self) -> list[Callable[[], None]]:
+        """Hook into the decoder; returns what undoes it."""
+        decoder = decoder_of(self.llm.lm)
+        # Of several adapters the one that hooks in last comes first and ends last: it begins a pass where none runs.
+        first = decoder.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
+        return [first.remove, decoder.register_forward_hook(self._end, always_call=True).remove]
+
+    def keep_of(self, layer: int) -> Tensor | None:
+        """Which of the tokens (S,) of a layer are no padding; None: all, as far as is known."""
+        return self.now.valid_in(layer)
+
+    def note(self, layer: int, scores: Tensor, chosen: Tensor) -> None:
+        """Note a layer's routing; not where checkpointing runs the layer again, after the decoder was left."""
+        now = self.now
+        if not now.left and self.name in now.records:
+            now.records[self.name].append((scores, chosen, now.valid_in(layer)))
+
+    def require_gradient(self, who: str) -> None:
+        """Refuse routing that was noted inside of reentrant checkpointing: no loss on it could ever train a router."""
+        if not self.records[-1][0].requires_grad:
+            raise ZooError(f"{who} cannot balance under reentrant checkpointing: set use_reentrant=False.")
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        now = current()
+        if now is None:  # the language model is run by itself
+            now = self.alone if torch.compiler.is_compiling() else begin()
+        if self.name in self.alone.conditions and self.name not in now.conditions:
+            now.conditions[self.name] = self.alone.conditions[self.name]  # which backward may still ask for later
+        given = kwargs.get("inputs_embeds")
+        given = kwargs.get("input_ids") if given is None else given
+        now.rows, length = (args[0] if given is None else given).shape[:2]
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = now.padding_mask
+        now.valid = [] if mask is None else [(0, mask[:, -length:].flatten().bool())]  # (S,)
+        now.left = False
+        now.records.pop(self.name, None)
+        if self.wanted():
+            now.records[self.name] = []
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        now = self.now
+        now.left = True
+        self.last = now.records.get(self.name, []), now.rows
+        end(now)

@@ -1,0 +1,1 @@
+"""VLoRA: weights made from an image."""

@@ -1,0 +1,1 @@
+"""How the rows of one image (crops, frames) become one sequence."""

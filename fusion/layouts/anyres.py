@@ -1,0 +1,323 @@
+"""Crops of an image of any shape, joined again on the image's own grid: LLaVA-NeXT's "anyres" and LLaVA-OneVision's.
+
+An image becomes an overview and the crops of the pinpoint resolution that suits it. Behind the projector the crops'
+tokens are put together to one grid, the rows and columns that show padding only are cut off, each line ends with a
+learnt newline token, and the overview's tokens stand in front. Above `max_crops` times the tokens of one crop the grid
+is scaled down (bilinear). An image of one row ends with one newline, and so do tokens that a projector made of all.
+
+Behind a pruner that keeps a share of each crop's tokens an image takes that share of what it takes without: of the
+overview, of the joined grid without padding and scaled down, of each frame of a video. How many that is is known before
+anything is chosen, since the prompt is written ahead: where crops kept more, those on padding go first and then, from
+every crop alike, those that the pruner chose last (`zoo.fusion.layouts.crop_order`). What stays stands in the raster
+order of the joined grid, and one newline ends it; with `kept_lines` each line of the grid ends with one, as without a
+pruner. That is ours. FasterVLM's release runs without cut padding and without newlines, pruned or not; its branch for
+unpadded grids, which nothing in it runs, cuts padding off first and keeps every newline, and as many tokens as chance
+left.
+
+Paper: Liu et al., LLaVA-NeXT (2024, blog); Li et al., arXiv:2408.03326 (LLaVA-OneVision), section 3.2 and figure 3.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.fusion.layouts.crop_order import fewer, shows, spread, stitched_order
+from zoo.registry import Cut, ImageFeatures, ZooError, register, unknown
+
+FRAMES = ("keep", "bilinear", "average", "max")
+
+
+@dataclass
+class AnyResConfig:
+    pinpoints: list[list[int]] = field(default_factory=list)  # [height, width] in pixels that an image may be fitted to
+    max_crops: int = 0  # the joined grid holds at most about this many crops' tokens; 0: no bound
+    newline: bool = True  # a learnt token ends each line
+    kept_lines: bool = False  # also of what a pruner left of crops; else one ends them all
+    # Tokens of each frame of a video: keep | bilinear, to half of its grid behind the projector, and one newline at the
+    # end | average, max: pooled two by two ahead of the projector.
+    frames: str = "keep"
+
+    def __post_init__(self) -> None:
+        if any(len(p) != 2 or min(p) < 1 for p in self.pinpoints):
+            raise ZooError(f"pinpoints must be pairs of height and width in pixels, got {self.pinpoints}.")
+        if self.max_crops < 0:
+            raise ZooError(f"max_crops must not be negative, got {self.max_crops}.")
+        if self.frames not in FRAMES:
+            raise unknown("frames", self.frames, FRAMES)
+
+
+@register("layout", "anyres")
+class AnyRes(nn.Module):
+    """Without `text_dim` it counts only."""
+
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({"image_tokens"})
+    destroys: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        config: AnyResConfig,
+        *,
+        text_dim: int | None,
+        grid: tuple[int, int] | None,
+        num_tokens: int,
+        image_size: tuple[int, int],
+        encoder_grid: tuple[int, int] | None = None,
+        pruned: bool = True,
+    ) -> None:
+        """Build it.
+
+        Args:
+            config: how crops are joined.
+            text_dim: width of the newline.
+            grid: of the tokens of a crop; None where they fill none.
+            num_tokens: of a crop, behind the projector.
+            image_size: of a crop in pixels.
+            encoder_grid: of the encoder itself.
+            pruned: where there is no grid, the tokens are what a pruner left of the encoder's. False: the projector
+                made them of all.
+        """
+        super().__init__()
+        self.config, self.grid, self.tokens, self.image_size = config, grid, num_tokens, image_size
+        self.pruned = pruned and grid is None and encoder_grid is not None and num_tokens <= math.prod(encoder_grid)
+        self.whole = encoder_grid if self.pruned else grid  # grid of a crop without a pruner
+        self.given: dict[str, Any] = {
+            "grid": list(grid) if grid else None,
+            "num_tokens": num_tokens,
+            "image_size": list(image_size),
+            "encoder_grid": list(encoder_grid) if encoder_grid else None,
+            "pruned": pruned,
+        }
+        self.newline = None
+        if config.newline and text_dim is not None:
+            self.newline = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
+
+    def num_tokens(self, n: int) -> int:
+        """The most that an image may take."""
+        shapes = [(h, w) for h, w in self.config.pinpoints] or [self.image_size]
+        cuts = [Cut(1 + math.prod(self._crops((h, w))), "crop", (h, w)) for h, w in shapes]
+        return max(self.count(cut) for cut in cuts)
+
+    def count(self, cut: Cut) -> int:
+        """Count the tokens of an image, or a video, that was cut so."""
+        end = int(self.config.newline)
+        if cut.kind == "frame":
+            return cut.rows * self._per_frame() + (end if self.config.frames == "bilinear" else 0)
+        if cut.rows == 1 or self.whole is None:
+            return cut.rows * self.tokens + end
+        _, lines, columns = self._shape(cut)
+        ends = lines * end if self.config.kept_lines or not self.pruned else end
+        return self.tokens + self._share(lines * columns) + ends
+
+    def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
+        """Lay out rows (M, K, C), or those of each image (R, K, C), as (S, C)."""
+        if isinstance(tokens, Tensor):
+            tokens = self._fewer(tokens, cuts) if self.pruned else tokens.split([c.rows for c in cuts])
+        return torch.cat(list(self._images(tokens, cuts)))
+
+    def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
+        """Run the projector; frames are pooled ahead of it if the config says so, kept tokens of crops put in order."""
+        if self.pruned:
+            return self._fewer(projector(image), cuts, image)
+        if self.config.kept_lines and self.grid is None and any(c.kind == "crop" and c.rows > 1 for c in cuts):
+            raise ZooError("layout.kept_lines ends lines of patches, and the projector leaves tokens that are none.")
+        if self.config.frames not in ("average", "max") or image.grid is None or all(c.kind != "frame" for c in cuts):
+            return projector(image)
+        pool = F.avg_pool2d if self.config.frames == "average" else F.max_pool2d
+        rows = []
+        for cut, tokens in zip(cuts, image.tokens.split([c.rows for c in cuts]), strict=True):  # (R, N, D)
+            grid = image.grid
+            if cut.kind == "frame":
+                pooled = pool(tokens.transpose(1, 2).unflatten(2, grid), 2)  # (R, D, h / 2, w / 2)
+                grid, tokens = (pooled.shape[2], pooled.shape[3]), pooled.flatten(2).transpose(1, 2)
+            rows.append(projector(ImageFeatures(tokens, grid)))
+        return rows
+
+    def _fewer(self, tokens: Tensor, cuts: Sequence[Cut], image: ImageFeatures | None = None) -> list[Tensor]:
+        """Leave of what was kept of crops and frames (M, K, C) what is counted: for each image (R, k, C) or (1, L, C).
+
+        Args:
+            tokens: behind the projector.
+            cuts: of each image.
+            image: the tokens ahead of it; None: nothing is known of their places.
+        """
+        known = {name: getattr(image, name, None) for name in ("keep", "groups", "rank")}
+        rows = [c.rows for c in cuts]
+        parts = {n: t.split(rows) if t is not None and len(t) == len(tokens) else None for n, t in known.items()}
+        left = []
+        for i, (cut, some) in enumerate(zip(cuts, tokens.split(rows), strict=True)):
+            keep, groups, rank = (part[i] if (part := parts[name]) is not None else None for name in known)
+            if cut.kind == "frame":
+                left.append(self._fewer_of_frames(some, rank))
+            elif cut.rows > 1:
+                order = self._order(cut, some, keep, groups, rank)
+                left.append(torch.cat([some.flatten(0, 1), *self._end(some)])[order][None])  # a newline is the last row
+            else:
+                left.append(some)
+        return left
+
+    def _order(
+        self, cut: Cut, tokens: Tensor, keep: Tensor | None, groups: Tensor | None, rank: Tensor | None
+    ) -> Tensor:
+        """Choose and order the tokens (R, K, C) of an image's crops: (L,) indices over all of them, -1 a newline."""
+        assert self.whole is not None, "called for pruned crops"
+        (window, lines, columns), tiles, k = self._shape(cut), self._tiles(cut, len(tokens) - 1), tokens.shape[1]
+        shown = shows(tiles, self.whole, window, tokens.device)  # (tiles, h * w)
+        if groups is not None:
+            shown = _any_of(shown, groups[1:], k)
+        else:
+            shown = shown.new_ones(len(shown), k) if keep is None else shown.gather(1, keep[1:])  # (tiles, K)
+        rank = None if rank is None or rank.shape[1] != k else rank[1:]
+        stays = fewer(shown, rank, self._share(lines * columns))
+        stays = torch.cat([stays.new_ones(1, k), stays]).flatten()  # the overview keeps all that it has
+        order = torch.arange(len(stays), device=tokens.device)
+        order = order if keep is None else stitched_order(keep, self.whole, tiles)
+        order = order[stays[order]]
+        if not self.config.kept_lines or self.newline is None:
+            return order
+        if keep is None:
+            raise ZooError("layout.kept_lines ends lines of patches, and this pruner leaves tokens that are none.")
+        return torch.cat([order[:k], self._ended(order[k:], keep, cut)])
+
+    def _ended(self, joined: Tensor, keep: Tensor, cut: Cut) -> Tensor:
+        """Put a newline, -1, behind each line of the joined grid: (L,) indices of tokens in raster order."""
+        assert self.whole is not None, "called for pruned crops"
+        ((top, _), lines, _), (rows, across), (h, w) = self._shape(cut), self._crops(cut.size), self.whole
+        crop, place = joined // keep.shape[1] - 1, keep.flatten()[joined]
+        high = rows * h - 2 * top
+        line = (crop // across * h + place // w - top).clamp(0, high - 1)  # padding that had to stay: the nearest line
+        ends = torch.arange(lines, device=joined.device)
+        turn = torch.cat([2 * (line * lines // high), 2 * ends + 1]).argsort(stable=True)
+        return torch.cat([joined, ends.new_full((lines,), -1)])[turn]
+
+    def _fewer_of_frames(self, frames: Tensor, rank: Tensor | None) -> Tensor:
+        """Leave each of the frames (F, K, C) as many tokens as are counted: (F, k, C)."""
+        count, (many, kept) = self._per_frame(), frames.shape[:2]
+        if count == kept:
+            return frames
+        rank = spread(kept, frames.device).expand(many, -1) if rank is None or rank.shape[1] != kept else rank
+        stays = rank.argsort(dim=1)[:, :count].sort(dim=1).values  # (F, k)
+        return frames.gather(1, stays.unsqueeze(-1).expand(-1, -1, frames.shape[-1]))
+
+    def _share(self, n: int) -> int:
+        """Count what a pruner leaves of `n` tokens of a crop's own grid: as large a share as of a crop; else all."""
+        if not self.pruned or self.whole is None:
+            return n
+        whole = math.prod(self.whole)
+        return (2 * n * self.tokens + whole) // (2 * whole)  # rounded, halves up
+
+    def _per_frame(self) -> int:
+        """Count the tokens of one frame of a video."""
+        if self.whole is None:
+            return self.tokens
+        return max(1, self._share(math.prod(self._frame_grid() or self.whole)))
+
+    def _images(self, images: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Tensor]:
+        for cut, rows in zip(cuts, images, strict=True):  # (R, K, C)
+            if cut.kind == "frame":
+                yield from (self._frames(rows), *(self._end(rows) if self.config.frames == "bilinear" else ()))
+            elif cut.rows == 1 or self.grid is None:
+                ended = self.pruned and self.config.kept_lines and cut.rows > 1
+                yield from (rows.flatten(0, 1), *([] if ended else self._end(rows)))
+            else:
+                yield from (rows[0], self._join(rows[1:], cut))
+
+    def _end(self, like: Tensor) -> list[Tensor]:
+        return [] if self.newline is None else [self.newline[None].to(like)]
+
+    def _join(self, crops: Tensor, cut: Cut) -> Tensor:
+        """Put the crops (R - 1, K, C) together: lines of the image, each with its newline, (L, C)."""
+        assert self.grid is not None, "joined on a grid"
+        (window, lines, columns), (rows, across) = self._shape(cut), self._tiles(cut, len(crops))
+        whole = crops.unflatten(0, (rows, across)).unflatten(2, self.grid)  # (R, A, h, w, C)
+        whole = whole.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (C, R * h, A * w)
+        top, left = window
+        whole = whole[:, top : whole.shape[1] - top, left : whole.shape[2] - left]
+        if (lines, columns) != tuple(whole.shape[1:]):
+            whole = F.interpolate(whole[None].contiguous(), [lines, columns], mode="bilinear")[0]
+        if self.newline is not None:
+            ends = self.newline[:, None, None].expand(-1, lines, 1).to(whole)
+            whole = torch.cat([whole, ends], dim=2)
+        return whole.flatten(1, 2).transpose(0, 1)
+
+    def _frames(self, frames: Tensor) -> Tensor:
+        """Tokens of frames (F, K, C), scaled down where the config says so, as (F * k, C)."""
+        small = self._frame_grid()
+        if small and self.grid and self.config.frames == "bilinear":
+            maps = frames.transpose(1, 2).unflatten(2, self.grid).contiguous()  # (F, C, h, w)
+            frames = F.interpolate(maps, small, mode="bilinear").flatten(2).transpose(1, 2)
+        return frames.flatten(0, 1)
+
+    def _frame_grid(self) -> tuple[int, int] | None:
+        """Grid of a frame, as it stands in the sequence without a pruner."""
+        if self.whole is None or self.config.frames == "keep":
+            return self.whole
+        if self.config.frames != "bilinear":
+            return self.whole[0] // 2, self.whole[1] // 2
+        return math.ceil(self.whole[0] / 2), math.ceil(self.whole[1] / 2)
+
+    def _crops(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of crops for an image of `size`."""
+        if not self.config.pinpoints:
+            raise ZooError("layout 'anyres' cuts images by pinpoints, and none are given.")
+        height, width = best_pinpoint(size, self.config.pinpoints)
+        return height // self.image_size[0], width // self.image_size[1]
+
+    def _tiles(self, cut: Cut, count: int) -> tuple[int, int]:
+        """Rows and columns of the `count` crops that an image was cut to."""
+        rows, across = self._crops(cut.size)
+        if rows * across != count:
+            raise ZooError(f"{count} crops do not fill {rows} x {across} for an image of {list(cut.size)} pixels.")
+        return rows, across
+
+    def _shape(self, cut: Cut) -> tuple[tuple[int, int], int, int]:
+        """Lines and columns to cut off at each side, and how many are left behind the bound on crops."""
+        assert self.whole is not None, "joined on a grid"
+        (h, w), (rows, across) = self.whole, self._crops(cut.size)
+        lines, columns = rows * h, across * w
+        height, width = cut.size
+        top = left = 0
+        if width / height > columns / lines:  # rounded to seven places, as everywhere in this family
+            top = (lines - int(round(height * (columns / width), 7))) // 2
+        else:
+            left = (columns - int(round(width * (lines / height), 7))) // 2
+        lines, columns = lines - 2 * top, columns - 2 * left
+        if self.config.max_crops:
+            ratio = math.sqrt(lines * columns / (self.config.max_crops * h**2))
+            if ratio > 1.1:
+                lines, columns = int(lines // ratio), int(columns // ratio)
+        return (top, left), lines, columns
+
+
+def _any_of(shown: Tensor, groups: Tensor, k: int) -> Tensor:
+    """Say which merged tokens show the picture, (tiles, K): those with a patch that does, and those of no patch.
+
+    Args:
+        shown: (tiles, N0) of patches.
+        groups: (tiles, N0) which token each went into, -1 where it was dropped.
+        k: tokens of a tile.
+    """
+    into = groups % (k + 1)  # -1 is the last column
+    seen, all_of = (
+        torch.zeros(len(groups), k + 1, device=groups.device).scatter_add(1, into, part)[:, :k]
+        for part in (shown.float(), torch.ones_like(shown, dtype=torch.float))
+    )
+    return (seen > 0) | (all_of == 0)
+
+
+def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The resolution that shows the most of an image of `size`; among equals, the one that wastes the least."""
+    height, width = size
+
+    def merit(pinpoint: Sequence[int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - pinpoint[0] * pinpoint[1]
+
+    best = max(pinpoints, key=merit)
+    return best[0], best[1]

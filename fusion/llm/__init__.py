@@ -1,0 +1,1 @@
+"""The language model, unmodified, and its attention."""

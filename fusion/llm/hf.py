@@ -1,0 +1,433 @@
+"""A causal language model of transformers, unmodified, and a view of its parts.
+
+Weights come from a hub name or a folder (`checkpoint`), or are drawn at random for a model of the given size. `lm` is
+the transformers model itself, so adapters, quantisers and `generate` work on it as their authors meant.
+
+Input embeddings are those of `get_input_embeddings()`. Gemma scales them inside that module, Granite inside the decoder
+(given embeddings too), so image tokens take the place of its output in both. Falcon-H1 scales ids but not given
+embeddings; its factor is applied here.
+"""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.fusion.adapters.experts import use_zoo_grouped
+from zoo.fusion.llm.attention import ZOO_EAGER, register_zoo_eager
+from zoo.fusion.llm.causal import require_causal, require_decoder_config
+from zoo.fusion.llm.checkpoint_config import read_config, require_filled
+from zoo.fusion.llm.decoder import decoder_of
+from zoo.fusion.llm.head_check import check_head
+from zoo.registry import LinearHead, ZooError, nearest, register, require_revision, unknown
+from zoo.registry.foreign import gone
+from zoo.registry.forward_pass import Pass, current, joined
+
+# What our size fields are called by the families that do not say it as Llama does.
+_INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
+# Sizes above which no model is meant: building one would take hours, or numbers that do not fit.
+_MOST = {"hidden_size": 2**17, "intermediate_size": 2**20, "num_layers": 1000, "num_heads": 4096, "num_experts": 4096}
+# What a composed model gives every LLM by itself, or asks of it.
+_GIVEN = frozenset(
+    {"self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
+    | {"output_hidden_states", "output_attentions", "return_dict", "labels"}
+)
+_FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # rows packed without a mask
+# Modules (and fused expert parameters) whose output is added to the residual stream.
+_RESIDUAL = frozenset(
+    {"o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "output_linear"}
+)
+
+
+@dataclass
+class HFLanguageModelConfig:
+    checkpoint: str = ""  # hub name or folder; empty: random weights of the size below
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
+    model_type: str = "llama"  # family, as transformers calls it; this and what follows: without a checkpoint
+    hidden_size: int = 128  # width
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 0  # key/value heads; 0: as many as num_heads
+    intermediate_size: int = 0  # width inside the feed-forward layers (of each expert too); 0: four times hidden_size
+    max_positions: int = 1024
+    tie_embeddings: bool = False  # one matrix for input embeddings and vocabulary projection
+    num_experts: int = 0  # of MoE families; 0: the family's default
+    top_k: int = 0  # experts that run per token; 0: the family's default
+    zero_init_residual: bool = False  # start attention and feed-forward outputs at zero: tiny models learn sooner
+    # Further fields of the family's transformers config, e.g. {rope_parameters: {rope_type: default, rope_theta: 1e4}}.
+    extra: dict[str, Any] = field(default_factory=dict)
+    router_aux_coef: float = 0.0  # weight of the load-balancing loss while an MoE LLM trains; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ZooError(f"{name} must be {most} at most, got {getattr(self, name)}.")
+        for name in ("num_kv_heads", "intermediate_size", "num_experts", "top_k", "router_aux_coef"):
+            if getattr(self, name) < 0:
+                raise ZooError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_heads and "head_dim" not in self.extra:
+            raise ZooError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}.")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ZooError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}.")
+        if self.checkpoint and (self.extra or self.zero_init_residual):
+            given = "extra" if self.extra else "zero_init_residual"
+            raise ZooError(f"{given} is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
+
+
+@register("llm", "hf")
+class HFLanguageModel(nn.Module):
+    """Any causal LM that transformers builds without remote code; safetensors only."""
+
+    streams = True  # it may be built on the meta device and filled afterwards
+
+    needs: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
+    choices = {"model_type": ("mixtral",)}  # what the check offers where a part needs experts
+
+    def __init__(
+        self,
+        config: HFLanguageModelConfig,
+        *,
+        vocab_size: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        attention: str | None = None,
+    ) -> None:
+        """Build the model: structure only under `torch.device("meta")`, else with weights.
+
+        Args:
+            config: a checkpoint, or the sizes of a model with random weights.
+            vocab_size: ids the tokenizer has; needed without a checkpoint. A checkpoint's embedding grows to it where
+                it is smaller (new rows drawn around the mean of the old ones) and never shrinks.
+            dtype: of the parameters; None: float32, or the checkpoint's own.
+            attention: a name that transformers knows (see `zoo.fusion.llm.attention`); None: its default.
+        """
+        super().__init__()
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if attention == ZOO_EAGER:
+            register_zoo_eager()
+        source = _from_checkpoint if config.checkpoint else _from_sizes
+        self.lm: Any = source(config, vocab_size, dtype, attention)
+        require_causal(self.lm, _name(config))
+        use_zoo_grouped(self.lm)
+        if config.zero_init_residual:
+            _zero_residual_outputs(self)
+        text = self.lm.config.get_text_config()
+        if getattr(text, "hidden_size_per_layer_input", 0):
+            raise ZooError(
+                f"{text.model_type!r} with hidden_size_per_layer_input > 0 embeds the ids anew for every layer, and "
+                "image tokens have none: take a checkpoint without it, or extra={hidden_size_per_layer_input: 0}."
+            )
+        self.hidden_size: int = self.lm.get_input_embeddings().weight.shape[1]
+        self.num_layers: int = text.num_hidden_layers
+        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.num_experts = _first(text, _EXPERTS) or 0
+        self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
+        self.router_aux_coef = config.router_aux_coef
+        self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
+        self._last: tuple[tuple[Tensor, ...], Tensor | None] | None = None  # routing of the last pass in training
+        self._alone = Pass()
+        if config.router_aux_coef and (not self.provides or self._balance is None):
+            raise ZooError(f"router_aux_coef is for MoE LLMs with a balance loss; {text.model_type!r} has none.")
+        check_head(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: at least the ids of the tokenizer."""
+        return self.lm.get_input_embeddings().weight.shape[0]
+
+    @property
+    def decoder(self) -> Any:
+        """The model without the vocabulary projection."""
+        return decoder_of(self.lm)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        for module in self.decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
+                return module
+        raise ZooError(f"No list of {self.num_layers} decoder layers in {type(self.lm).__name__}.")
+
+    def set_attention(self, name: str) -> None:
+        """Switch to another attention implementation that transformers knows."""
+        if name == ZOO_EAGER:
+            register_zoo_eager()
+        self.lm.set_attn_implementation(name)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Give input embeddings (B, T, C) of ids (B, T), as the decoder expects them in `inputs_embeds`."""
+        embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, C)
+        if self.lm.config.model_type == "falcon_h1":
+            embeds = embeds * self.lm.config.embedding_multiplier
+        return embeds
+
+    def hidden(self, *, padding_mask: Tensor | None = None, **inputs: Any) -> Any:
+        """Run the decoder without the vocabulary projection; returns the transformers output.
+
+        Args:
+            padding_mask: (B, T) 1 where a token is real, for the load-balancing loss; taken from `attention_mask` where
+                that is (B, T) itself, needed beside a mask of four dimensions.
+            inputs: what the transformers model takes; no cache is made unless `use_cache=True` says so.
+        """
+        inputs.setdefault("use_cache", False)
+        balance = self.router_aux_coef > 0 and self.training and torch.is_grad_enabled()
+        if balance:
+            inputs["output_router_logits"] = True
+        with joined(self._alone) as now:
+            now.padding_mask = padding_mask
+            out = self.decoder(**inputs)
+            routing = None
+            if balance:
+                mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
+                routing = out.router_logits, mask if mask is not None and mask.ndim == 2 else None
+            now.notes["llm"] = self._last = routing
+        return out
+
+    def keywords(self) -> frozenset[str]:
+        """Name what a forward pass may be given for this LLM alone: `output_router_logits`, GPT-2's `token_type_ids`.
+
+        What every composed model gives its LLM (embeddings, mask, positions, cache) is not among them.
+        """
+        decoder = type(self.decoder)
+        parameters = inspect.signature(decoder.forward).parameters.values()
+        named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        named |= (
+            {"output_router_logits"}
+            if "router_logits" in (getattr(decoder, "_can_record_outputs", ()) or ())
+            else set()
+        )
+        if "flash" in str(self.lm.config._attn_implementation):
+            named |= set(_FLASH_KEYWORDS)
+        return frozenset(named - _GIVEN)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Project (..., C) to logits (..., V) as the model's own forward does, scaling and capping included."""
+        scale, divisor, cap = self._logit_factors()
+        logits = self.lm.get_output_embeddings()(hidden)  # (..., V)
+        if scale != 1.0:
+            logits = logits * scale
+        if divisor != 1.0:
+            logits = logits / divisor
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def linear_head(self) -> LinearHead | None:
+        """`head` in numbers; None where a hook or an adapter stands at the projection, or its weight is sharded."""
+        linear = self.lm.get_output_embeddings()
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        if hasattr(linear.weight, "full_tensor"):
+            return None
+        scale, divisor, cap = self._logit_factors()
+        return LinearHead(linear.weight, linear.bias, scale / divisor, cap)
+
+    def _logit_factors(self) -> tuple[float, float, float | None]:
+        """What logits are multiplied by, divided by, and where tanh caps them."""
+        lm, config = self.lm, self.lm.config.get_text_config()
+        scale, divisor = 1.0, 1.0
+        if (given := getattr(lm, "logit_scale", None)) is not None:  # Cohere
+            scale = given
+        elif (given := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            divisor = given
+        elif (given := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+            scale = given
+        return scale, divisor, getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+
+    def verify(self) -> None:
+        """Compare `head` with the model's own forward, once weights were read into a structure built without them.
+
+        Raises:
+            ZooError: this family computes its logits in a way that `head` does not know.
+        """
+        check_head(self)
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Load-balancing loss of the last forward pass in training, weighted; empty unless `router_aux_coef` asks.
+
+        It is transformers' own function over all layers: Fedus et al., arXiv:2101.03961, Eqs. 4-6, for top-k routing.
+        """
+        now = current()
+        routing = self._last if now is None else now.notes.get("llm")
+        if routing is None:
+            return {}
+        logits, mask = routing
+        if not logits[0].requires_grad and any(p.requires_grad for p in self.lm.parameters()):
+            raise ZooError(
+                "The load-balancing loss has no gradient under reentrant checkpointing: use_reentrant=False."
+            )
+        top_k = _first(self.lm.config.get_text_config(), _TOP_K)
+        return {"router_balance": self.router_aux_coef * self._balance(logits, self.num_experts, top_k, mask)}
+
+
+def _from_checkpoint(
+    config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
+) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    where = {"revision": require_revision(config.revision)} if config.revision else {}
+    try:
+        hf = read_config(config.checkpoint, where)
+    except ZooError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise ZooError(
+            f"llm checkpoint {config.checkpoint!r} cannot be used: {gone(config.checkpoint) or _one_line(error)}"
+        ) from error
+    require_decoder_config(hf, _name(config))
+    if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is no causal LM.")
+    kwargs: dict[str, Any] = {
+        k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
+    }
+    text = hf.get_text_config()
+    _check_experts(text, _name(config))
+    _require_safetensors(config.checkpoint)
+    if torch.get_default_device().type == "meta":
+        text.vocab_size = max(text.vocab_size, vocab_size or 0)
+        return AutoModelForCausalLM.from_config(hf, **kwargs)
+    require_filled(hf, config.checkpoint)
+    kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **where}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.checkpoint, config=hf, **kwargs)
+    except Exception as error:  # a shape, a cut file, a package that is absent: a class of its own each
+        raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
+    lm, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
+        raise ZooError(f"llm checkpoint {config.checkpoint!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
+    if vocab_size and vocab_size > lm.get_input_embeddings().weight.shape[0]:
+        lm.resize_token_embeddings(vocab_size)
+    return lm.train()
+
+
+def _require_safetensors(checkpoint: str) -> None:
+    """Refuse a folder whose weights are pickles; one without any is refused where they are read."""
+    files = [p.name for p in Path(checkpoint).glob("*")] if Path(checkpoint).is_dir() else []
+    pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth")) and "training_args" not in name)
+    if pickles and not any(name.endswith(".safetensors") for name in files):
+        raise ZooError(f"llm checkpoint {checkpoint!r} has its weights in {pickles[0]}; safetensors alone are read.")
+
+
+def _from_sizes(
+    config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if not vocab_size:
+        raise ZooError("llm 'hf' without a checkpoint takes its vocabulary from the tokenizer, and there is none.")
+    hf = transformers_config(config, vocab_size)
+    kwargs = {k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None}
+    try:
+        return AutoModelForCausalLM.from_config(hf, **kwargs)
+    except Exception as error:  # an activation that does not exist, heads that do not divide: a class of its own each
+        raise ZooError(f"{_name(config)} cannot be built: {_one_line(error)}") from error
+
+
+def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
+    """Say our sizes in the words of the family's transformers config; `extra` wins.
+
+    Raises:
+        ZooError: no such family, a field of `extra` that it does not have, or a value it refuses.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if config.model_type not in CAUSAL or config.model_type not in CONFIG_MAPPING:
+        near = nearest(config.model_type, CAUSAL, 3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ZooError(f"No causal LM of type {config.model_type!r} in transformers.{hint}")
+    cls = CONFIG_MAPPING[config.model_type]
+    known = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
+    for name in config.extra:
+        if name not in known:
+            raise unknown(f"field of {cls.__name__}", str(name), known)
+    width = config.intermediate_size or 4 * config.hidden_size
+    values: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        # Ids of special tokens belong to the tokenizer; a family's defaults (32000) may lie outside a small vocabulary.
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    optional = {
+        "head_dim": config.hidden_size // config.num_heads,
+        "query_pre_attn_scalar": config.hidden_size // config.num_heads,
+        "num_key_value_heads": config.num_kv_heads or config.num_heads,
+        "word_embed_proj_dim": config.hidden_size,
+        **dict.fromkeys(_EXPERT_WIDTHS + _INTERMEDIATE, width),
+    }
+    values |= {name: value for name, value in optional.items() if name in known}
+    for ours, value, theirs in (("num_experts", config.num_experts, _EXPERTS), ("top_k", config.top_k, _TOP_K)):
+        found = [name for name in theirs if name in known]
+        if value and not found:
+            raise ZooError(f"{ours} is for MoE families; {config.model_type!r} has no experts.")
+        values |= dict.fromkeys(found[:1], value) if value else {}
+    if config.num_kv_heads not in (0, config.num_heads) and "num_key_value_heads" not in known:
+        raise ZooError(f"{config.model_type!r} has no separate key/value heads: leave num_kv_heads at 0.")
+    values = {cls.attribute_map.get(k, k): v for k, v in values.items()}
+    values |= {cls.attribute_map.get(str(k), str(k)): v for k, v in config.extra.items()}
+    try:
+        hf = cls(**values)
+    except Exception as error:  # transformers raises its own classes here, one per kind of check
+        raise ZooError(f"{cls.__name__} refuses these sizes: {_one_line(error)}") from error
+    require_decoder_config(hf, _name(config))
+    _check_experts(hf.get_text_config(), _name(config), "" if config.top_k else "by default ")
+    return hf
+
+
+def _name(config: HFLanguageModelConfig) -> str:
+    return f"llm checkpoint {config.checkpoint!r}" if config.checkpoint else f"llm of type {config.model_type!r}"
+
+
+def _check_experts(text: Any, who: str, how: str = "") -> None:
+    """Refuse to run more experts for a token than there are: transformers would say so in its first pass."""
+    experts, top_k = _first(text, _EXPERTS), _first(text, _TOP_K)
+    if experts and top_k and top_k > experts:
+        raise ZooError(f"{who} {how}runs top_k={top_k} experts for each token and has num_experts={experts}.")
+
+
+def _residual_outputs(layers: nn.ModuleList) -> Iterator[nn.Parameter]:
+    for name, parameter in layers.named_parameters():
+        parts = name.split(".")
+        if (parts[-2] if parts[-1] in ("weight", "bias") else parts[-1].removesuffix("_bias")) in _RESIDUAL:
+            yield parameter
+
+
+def _zero_residual_outputs(llm: HFLanguageModel) -> None:
+    text = llm.lm.config.get_text_config()
+    layers = next(m for m in llm.decoder.modules() if isinstance(m, nn.ModuleList))
+    found = list(_residual_outputs(layers))
+    # A norm after the output divides by its size: its gradient at zero is 1/sqrt(eps).
+    if not found or hasattr(layers[0], "post_feedforward_layernorm"):
+        why = "normalises what it adds to the residual stream" if found else "names its output layers in an unknown way"
+        raise ZooError(f"zero_init_residual cannot be used with {text.model_type!r}: it {why}.")
+    with torch.no_grad():
+        for parameter in found:
+            parameter.zero_()
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int | None:
+    values: Mapping[str, Any] = {n: getattr(config, n, None) for n in names}
+    return next((v for v in values.values() if isinstance(v, int)), None)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

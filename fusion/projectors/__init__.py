@@ -1,0 +1,1 @@
+"""Image tokens of the encoder's width -> tokens of the LLM's."""

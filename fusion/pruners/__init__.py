@@ -1,0 +1,1 @@
+"""Fewer image tokens: pruners before the LLM."""

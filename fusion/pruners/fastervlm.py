@@ -1,0 +1,76 @@
+"""FasterVLM: keep the image tokens that [CLS] attends to most, before the LLM sees any.
+
+Paper: Zhang et al., arXiv:2412.01818 (v1; v2 is another method, VisPruner).
+
+score_j = mean over heads of softmax_j(q_cls . k_j / sqrt(d)) in the block that made the features, over all keys, [CLS]
+among them; the patches' share is not normalised again, so a head that looks at [CLS] has a smaller vote. The encoder
+gives that row without leaving its fused kernel. Each crop and each frame keeps the same number of its own tokens, in
+raster order, and positions in the LLM are counted over what is left.
+
+Departures. Equal scores are decided in favour of the first token, where the authors' `topk` leaves it open. We drop
+before the projector, as the paper writes and the video branch of the code does; the main branch projects first, which
+gives the same. Encoders without [CLS] are none of the paper's: `score=column_mean`, how much a patch is looked at on
+average, is what its authors recommend for them; `score=probe` is the row of SigLIP's own pooling head.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from zoo.fusion.pruners.topk import best, check_ratio, count_kept
+from zoo.registry import ImageFeatures, ZooError, register, unknown
+
+SCORES = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_attention"}  # -> field
+NEEDS = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_head"}  # -> capability
+
+
+@dataclass
+class FasterVLMConfig:
+    keep_ratio: float = 0.25  # share of image tokens kept, in (0, 1]
+    num_keep: int = 0  # tokens kept of each image, crop or frame, as the authors' scripts say it; 0: by keep_ratio
+    score: str = "cls"  # cls | column_mean (any encoder) | probe (SigLIP with vision.pooling_head=true)
+
+    def __post_init__(self) -> None:
+        check_ratio(self.keep_ratio)
+        if self.num_keep < 0:
+            raise ZooError(f"num_keep must not be negative, got {self.num_keep}.")
+        if self.score not in SCORES:
+            raise unknown("score", self.score, SCORES)
+
+
+@register("pruner", "fastervlm")
+class FasterVLM(nn.Module):
+    """Training-free; those kept stay in grid order."""
+
+    needs: frozenset[str] = frozenset({"cls_attention"})
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset({"grid"})
+    choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
+
+    def __init__(self, config: FasterVLMConfig, *, num_tokens: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.needs = frozenset({NEEDS[config.score]})
+        if num_tokens is not None and self.num_tokens(num_tokens) == num_tokens:
+            self.destroys = frozenset()
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens kept of `n`."""
+        return min(n, self.config.num_keep) or count_kept(n, self.config.keep_ratio)
+
+    def scores(self, image: ImageFeatures) -> Tensor:
+        """Return what tokens are ranked by, (M, N) float32.
+
+        Raises:
+            ZooError: the encoder was not asked for it.
+        """
+        scores = getattr(image, SCORES[self.config.score])
+        if scores is None:
+            raise ZooError(f"pruner 'fastervlm' with score={self.config.score} needs {NEEDS[self.config.score]}.")
+        return scores
+
+    def forward(self, image: ImageFeatures) -> ImageFeatures:
+        """Keep num_tokens(N) of the tokens (M, N, D) of each row; there is no grid any more, unless all are kept."""
+        n = image.tokens.shape[1]
+        k = self.num_tokens(n)
+        return image if k == n else image.take_best(best(self.scores(image), k))  # (M, K, D)

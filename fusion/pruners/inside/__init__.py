@@ -1,0 +1,1 @@
+"""Pruners between the layers of the LLM."""

@@ -1,0 +1,139 @@
+"""What flows along attention, without ever holding the attention matrix: P^T u, once or several times.
+
+P is the row-wise softmax of a layer's scores, u a number for each query. One step with u = 1 / N gives column means,
+several steps a PageRank walk. Memory is one block of rows.
+
+A causal walk of any number of steps takes one pass over the scores. Row i gives to columns j <= i only, so going from
+the last block of rows to the first, every step's number of a row is complete when its block is reached, and one block
+of P serves all steps. (Pass by pass, P would be computed anew for each.)
+
+On CUDA such passes are what a GPU is good at, and going block by block is not: there a walk of several steps runs in
+Triton kernels (`walk_kernel`), where Triton is installed and can compile. One step stays here: its votes are few rows.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.fusion.pruners.inside.sequence import Sight
+
+BLOCK = 128  # rows of P at a time
+
+# (rows, number of keys) -> who sees whom among them, (B, rows, keys) bool
+Visible = Callable[[Tensor, int], Tensor]
+
+
+@torch.no_grad()
+def attention_walk(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor,
+    *,
+    scaling: float,
+    steps: int = 1,
+    temperature: float = 1.0,
+    damping: float = 0.0,
+    causal: bool = True,
+    visible: Visible | None = None,
+    softcap: float | None = None,
+    block: int = BLOCK,
+) -> Tensor:
+    """Walk along attention: `steps` times u <- (1 - damping) P^T u + damping * start, in float32.
+
+    Args:
+        query: (B, H, L, d), after rotation.
+        key: (B, H_kv, L, d), with H a multiple of H_kv.
+        start: (B, L), what each query holds at first; zero: it has no vote in the first step.
+        scaling: of the scores.
+        temperature: the scores are divided by it before the softmax.
+        causal: query i sees keys j <= i; `visible` narrows it further.
+        visible: who sees whom beside that; a query that sees nothing gives nothing.
+        softcap: cap of the scores through tanh (Gemma 2), before the temperature.
+        block: rows of P at a time.
+
+    Returns:
+        (B, H, L): what each key holds at the end, in each head.
+    """
+    if steps > 1 and (visible is None or isinstance(visible, Sight)) and (walk := _kernel(query.device)):
+        given = {"scaling": scaling, "steps": steps, "temperature": temperature, "damping": damping, "causal": causal}
+        found: Tensor = walk(query, key, start, **given, sight=visible, softcap=softcap)
+        return found
+    b, h, length, _ = query.shape
+    u = torch.zeros(b, h, steps + 1, length, device=query.device)
+    u[:, :, 0] = start[:, None]
+    back = damping * start[:, None].float()  # (B, 1, L)
+    index = torch.arange(length, device=query.device)
+
+    def attention(rows: Tensor, keys: int, first: int | None) -> Tensor:
+        """Compute rows of P, (B, H, rows, keys); the first of them is row `first`, None: they do not follow on."""
+        kv = key.shape[1]
+        q = query[:, :, rows].float() * (scaling if softcap else scaling / temperature)  # (B, H, R, d)
+        scores = q.reshape(b, kv, -1, q.shape[-1]) @ key[:, :, :keys].float().transpose(-1, -2)
+        scores = scores.view(b, h, -1, keys)  # (B, H, R, keys)
+        if softcap:
+            scores = torch.tanh(scores / softcap) * (softcap / temperature)
+        if causal and first is None:
+            scores.masked_fill_(index[:keys] > rows[:, None], -torch.inf)
+        elif causal:
+            scores[..., first:].masked_fill_(index[first:keys] > rows[:, None], -torch.inf)
+        if visible is not None:
+            scores.masked_fill_(~visible(rows, keys)[:, None], -torch.inf)
+        p = torch.softmax(scores, -1)
+        return p.nan_to_num_(0.0) if visible is not None else p
+
+    with torch.autocast(query.device.type, enabled=False):
+        if steps == 1 or not causal:
+            for t in range(steps):
+                # In the first step rows without a vote need not be looked at.
+                rows = index if t else start.ne(0).any(0).nonzero()[:, 0]
+                for some in rows.split(block):
+                    u[:, :, t + 1] += (u[:, :, t, None, some] @ attention(some, length, None))[:, :, 0]
+                u[:, :, t + 1] = (1 - damping) * u[:, :, t + 1] + back
+            return u[:, :, steps]
+        for first in range((length - 1) // block * block, -1, -block):
+            end = min(first + block, length)
+            p = (
+                (1 - damping) * attention(index[first:end], end, first)
+                if damping
+                else attention(index[first:end], end, first)
+            )
+            for t in range(steps):
+                u[:, :, t + 1, first:end] += (u[:, :, t, None, first:end] @ p[..., first:])[:, :, 0] + back[
+                    ..., first:end
+                ]
+            if first:
+                u[:, :, 1:, :first] += u[:, :, :-1, first:end] @ p[..., :first]  # (B, H, steps, first)
+    return u[:, :, steps]
+
+
+@cache
+def _kernel(device: torch.device) -> Any:
+    """Find what walks on a device in kernels of its own; None where that is to be done here."""
+    if device.type != "cuda":
+        return None
+    try:
+        from zoo.fusion.pruners.inside.attention_flow_triton import walk
+
+        some = torch.ones(1, 1, 16, 16, device=device)
+        walk(some, some, some[0, :, 0], scaling=1.0, steps=1)  # Triton wants a compiler, which may not be here
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        warnings.warn(f"AIM scores without its CUDA kernel, more slowly: {type(error).__name__}: {why}", stacklevel=3)
+        return None
+    return walk
+
+
+def walk_flops(length: int, heads: int, head_dim: int, steps: int, block: int = BLOCK) -> int:
+    """Count the multiplications and additions of a causal walk of several steps, as torch's FLOP counter does.
+
+    By blocks; the kernels on CUDA, which that counter does not see, take `steps` more passes over the scores.
+    """
+    total = 0
+    for first in range(0, length, block):
+        rows = min(block, length - first)
+        total += 2 * rows * (first + rows) * head_dim + 2 * steps * rows * (rows + first)
+    return total * heads

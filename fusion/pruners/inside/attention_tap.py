@@ -1,0 +1,89 @@
+"""What a layer of an unmodified decoder attends to: queries and keys as its kernel sees them, after rotation.
+
+The layer alone runs through an attention function named `zoo_scored`, which hands them over and calls the function that
+the model was set to: flash stays flash.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.fusion.pruners.inside.sequence import Sight, Survivors
+from zoo.registry import ZooError
+
+SCORED = "zoo_scored"
+
+# Told of each pass of a layer: query (B, H, L, d), key (B, H_kv, L, d), scaling and softcap of the scores.
+Watcher = Callable[[Tensor, Tensor, float | None, float | None], None]
+
+
+@dataclass
+class Attended:
+    """What a pruner scores: a layer's queries and keys."""
+
+    layer: int  # 0 the first
+    query: Tensor  # (B, H, L, d), after rotation
+    key: Tensor  # (B, H_kv, L, d)
+    scaling: float  # of the scores
+    softcap: float | None
+    tokens: Survivors  # the positions
+    window: int | None  # of the layer, None where it does not bind
+
+    @property
+    def visible(self) -> Sight | None:
+        """Who sees whom beside causality, for `attention_walk`; None where causality is all."""
+        plain = self.tokens.whole and not self.tokens.packed and self.window is None
+        return None if plain else Sight(self.tokens, self.window)
+
+
+def watch(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], None]:
+    """Tell `watcher` what the attention of a decoder layer sees; the result undoes it.
+
+    Raises:
+        ZooError: there is no attention in it; `who` is who looked, and where.
+    """
+    module: Any = next((m for m in layer.modules() if hasattr(m, "config") and "Attention" in type(m).__name__), None)
+    if module is None:
+        raise ZooError(f"{who} finds no attention in the layers.")
+    _register()
+    own = module.config
+
+    def undo() -> None:
+        module.config = own
+
+    module.config = _ScoredConfig(own, watcher)
+    return undo
+
+
+class _ScoredConfig:
+    """The config of one attention layer, but for the name of the attention function."""
+
+    def __init__(self, real: Any, watch: Watcher) -> None:
+        self.__dict__.update(real=real, watch=watch, _attn_implementation=SCORED)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "real":
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+
+def _scored(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """Hand queries and keys over, and attend as the model was set to."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = module.config
+    config.watch(query, key, kwargs.get("scaling"), kwargs.get("softcap"))
+    homes = [sys.modules.get(c.__module__) for c in type(module).__mro__]
+    own = next((f for m in homes if (f := getattr(m, "eager_attention_forward", None)) is not None), None)
+    attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(config.real._attn_implementation, own)  # type: ignore[arg-type]
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    # No mask function of this name: masks are made for the model's own config, which never says it.
+    AttentionInterface.register(SCORED, _scored)

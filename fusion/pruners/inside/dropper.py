@@ -1,0 +1,383 @@
+"""Drop image tokens inside an unmodified decoder of transformers, by hooks alone: shorter sequences, shorter caches.
+
+A pruner says after which layers tokens go, how many stay and how they are scored; the rest is here. Before the first
+shorter layer the hidden states are gathered; every layer from there on gets rotary tables and a mask that fit, and its
+own cache stays shorter, through `generate` of transformers with all it can do. Tokens keep the positions they had, so
+that dropping computes what hiding them would. Text and padding are never candidates, nor is a token that predicts: the
+last one, and in training those before a label. Labels follow the survivors.
+
+Scores see queries and keys of the layer as its kernel sees them, which stays the one that the model was set to
+(`zoo.fusion.pruners.inside.attention_tap`).
+
+What is known of a prompt hangs on the pass that runs (`zoo.registry.forward_pass`) and on the cache that goes on from
+it, never on the pruner. Behind a prompt may stand drafts, tokens that assisted decoding guesses: they see what the last
+token of the prompt sees, and have no part in what is dropped.
+
+Nothing is dropped before layer 0, whose cache transformers counts positions by. Refused, because they would go wrong
+silently or not at all: caches of fixed size and quantised ones, several dialogs behind one image, layers that are not
+attention, flash kernels with a sliding window in effect, the balance loss of an MoE LLM, a compiled decoder.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask
+from zoo.fusion.llm.decoder import decoder_of
+from zoo.fusion.pruners.inside.attention_tap import Attended, watch
+from zoo.fusion.pruners.inside.droppable import require_cache, require_family
+from zoo.fusion.pruners.inside.sequence import Survivors
+from zoo.registry import ZooError
+from zoo.registry.forward_pass import current
+from zoo.registry.versions import cache_in
+
+
+@dataclass
+class Run:
+    """One prompt on its way through the layers, and afterwards what its cache holds."""
+
+    total: int  # columns of the prompt, as they entered the LLM
+    layers: list[Survivors]  # of each layer
+    budget: Tensor  # (B, samples) image tokens that entered
+    copies: int = 1  # rows in a row that are copies of one prompt
+    drafts: int = 0  # columns behind the prompt in this pass
+    cut: int = -1  # first layer that is shorter or sees less; -1: none so far
+    labelled: Any = None  # the sequence whose labels follow the survivors
+    past: int = 0  # tokens in the cache before this pass
+    new: Tensor | None = None  # (B, q) real tokens among those that a cache goes on with; None: all
+    scoring: int | None = None  # layer whose attention is scored now
+    scores: Tensor | None = None  # (B, L), of the layer before
+    masks: dict[Any, Any] = field(default_factory=dict)
+    rotary: list[tuple[Any, Survivors, Any]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Forget the drafts, once the prompt has passed: what was right of them is now text that came."""
+        if self.drafts:
+            self.layers = [tokens.without_last(self.drafts) for tokens in self.layers]
+        self.drafts, self.scoring, self.scores = 0, None, None
+        self.masks.clear()
+        self.rotary.clear()
+
+
+class Dropper:
+    """Hooks on a decoder.
+
+    Args:
+        llm: the language model part.
+        who: the pruner, for messages.
+        after: layers, 0 the first, at whose output tokens go.
+        budget: (layer, image tokens that entered (B, samples)) -> how many stay, (B, samples).
+        score: what the layer attended -> (B, L), the more the better.
+        hide: hide tokens from attention instead of dropping them: the slow reference.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        who: str,
+        after: list[int],
+        budget: Callable[[int, Tensor], Tensor],
+        score: Callable[[Attended], Tensor],
+        hide: bool = False,
+    ) -> None:
+        self.llm, self.who, self.after, self.hide = llm, who, frozenset(after), hide
+        self.budget, self.score = budget, score
+        self.config = llm.lm.config.get_text_config()
+        self.last: Run | None = None  # of the last prompt, for reports; nothing is computed from it
+        self._undo: list[Callable[[], None]] = []
+        require_family(who, llm.lm)
+        if outside := sorted(x for x in self.after if not 0 <= x < llm.num_layers - 1):
+            raise ZooError(
+                f"{who} drops tokens at the output of layer {outside[0]}; the LLM has the layers 0 to "
+                f"{llm.num_layers - 1}, and a layer must follow."
+            )
+
+    # ---- attach ------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Register the hooks; one pruner inside an LLM at a time."""
+        if self._undo:
+            return
+        lm = self.llm.lm
+        if other := lm.__dict__.get("zoo_dropping"):
+            raise ZooError(f"{self.who} and {other} both drop tokens inside the LLM: use one of them.")
+        lm.__dict__["zoo_dropping"] = self.who
+        self._undo.append(lambda: lm.__dict__.pop("zoo_dropping", None))
+        for number, layer in enumerate(self.llm.layers):
+            names = list(inspect.signature(layer.forward).parameters)
+            handle = layer.register_forward_pre_hook(partial(self._before, number, names), with_kwargs=True)
+            self._undo.append(handle.remove)
+            if number in self.after:
+                self._undo.append(watch(layer, partial(self._score, number), f"{self.who} in {type(lm).__name__}"))
+
+    def detach(self) -> None:
+        """Leave the LLM as it was."""
+        while self._undo:
+            self._undo.pop()()
+        self.last = None
+
+    def check(self, sequence: Any) -> None:
+        """Refuse a pass over `sequence` (`zoo.composed.outputs.LLMSequence`) that cannot be made shorter."""
+        blocks = getattr(sequence, "block_ids", None)
+        if blocks is not None and int(blocks.max()) > 1:
+            raise ZooError(
+                f"{self.who} chooses image tokens by the question, and here several dialogs share one image in one "
+                "row. Set pack=none in the stage."
+            )
+        mask = sequence.attention_mask
+        if mask is not None and mask.dim() != 2:
+            raise ZooError(f"{self.who} needs attention_mask (B, T), got {list(mask.shape)}.")
+        decoder = decoder_of(self.llm.lm)
+        compiled = getattr(decoder, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
+        if self._undo and compiled:
+            raise ZooError(f"{self.who} chooses how long layers are as it goes, which does not compile: compile=false.")
+        training = self.llm.training and torch.is_grad_enabled()
+        if training and getattr(self.llm, "router_aux_coef", 0):
+            raise ZooError(f"{self.who} shortens layers, which router_aux_coef does not know: set it to 0.")
+
+    def kept(self) -> list[Tensor]:
+        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
+        if self.last is None:
+            return []
+        self.last.settle()
+        b = len(self.last.layers[0].seen)
+        shape = b, self.last.total
+        seen = [x.column.new_zeros(shape).scatter(1, x.column, x.seen.long()) for x in self.last.layers]
+        return [x.bool() for x in seen]
+
+    def _score(self, number: int, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
+        """Score what layer `number` attends to, once for each prompt; recomputation in backward is no pass."""
+        now = current()
+        run = None if now is None else now.dropped
+        if run is None or run.scoring != number or run.scores is not None:
+            return
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        tokens, window = run.layers[number], self._window(number, run)
+        with torch.no_grad():
+            run.scores = self.score(Attended(number, query.detach(), key.detach(), scaling, softcap, tokens, window))
+
+    # ---- layers ------------------------------------------------------------------------------------------------
+
+    def _before(
+        self, number: int, names: list[str], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Change what a layer is given, where it is one that sees fewer tokens (a forward pre-hook)."""
+        cache = cache_in(kwargs)
+        if cache is None and len(args) > 1:
+            cache = cache_in(dict(zip(names, args, strict=False)))
+        if number:
+            run = self._run_of(cache)
+            if run is None or (run.past and (run.cut < 0 or number < run.cut)):
+                return None  # tokens that are decoded see all of this layer's cache
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden = given[names[0]]
+        if number == 0:
+            run = self._start(hidden, cache)
+        if run is None:
+            return None
+        run.scoring = None
+        if not run.past:
+            hidden = self._enter(run, number, hidden)
+            run.scoring = number if number in self.after and bool(run.budget.any()) else None
+        if run.cut < 0 or number < run.cut:
+            return None
+        changed = self._decode(run, number, hidden, cache) if run.past else self._prefill(run, number, hidden, given)
+        if run.past and all(given.get(name) is value for name, value in changed.items()):
+            return None
+        given |= changed | {names[0]: hidden}
+        first = names[: len(args)]
+        return tuple(given[n] for n in first), {k: v for k, v in given.items() if k not in first}
+
+    @staticmethod
+    def _run_of(cache: Any) -> Run | None:
+        """Find the prompt that this pass is of, once layer 0 knows it."""
+        if cache is not None:
+            return getattr(cache, "zoo_dropping", None)
+        now = current()
+        return None if now is None else now.dropped
+
+    def _start(self, hidden: Tensor, cache: Any) -> Run | None:
+        """Find out which prompt this is: a new one, one whose cache goes on, or none of ours."""
+        now = current()
+        sequence = None if now is None else now.sequence
+        if past := 0 if cache is None else int(cache.get_seq_length()):
+            run = getattr(cache, "zoo_dropping", None)
+            if run is not None:
+                run.settle()
+                mask, q = None if sequence is None else sequence.attention_mask, hidden.shape[1]
+                run.past = past
+                run.new = mask[:, -q:].bool() if mask is not None and mask.shape[1] == past + q else None
+        else:
+            run = self._prompt(hidden, sequence)
+            if run is not None and cache is not None:
+                require_cache(self.who, cache)
+            self.last = run
+        if cache is not None:
+            cache.zoo_dropping = run
+        if now is not None:
+            now.dropped = run
+        return run
+
+    def _prompt(self, hidden: Tensor, sequence: Any) -> Run | None:
+        """Begin with a prompt that shows images."""
+        if sequence is None or sequence.image_mask is None:
+            return None
+        image, labels = sequence.image_mask, sequence.labels
+        length = image.shape[1]
+        if length != hidden.shape[1] or len(hidden) % len(image):
+            raise ZooError(
+                f"{self.who} was told of {list(image.shape)} positions, and the LLM got {list(hidden.shape[:2])}."
+            )
+        drafts = getattr(sequence, "drafts", 0)
+        segments = getattr(sequence, "segment_ids", None)
+        tokens = Survivors.of(image, sequence.attention_mask, segments, labels, drafts)
+        count = tokens.count()
+        copies = len(hidden) // len(image)
+        if copies > 1:
+            tokens, count = tokens.repeat(copies), count.repeat_interleave(copies, 0)
+        labelled = sequence if labels is not None else None
+        return Run(length - drafts, [tokens], count, copies, drafts, labelled=labelled)
+
+    def _enter(self, run: Run, number: int, hidden: Tensor) -> Tensor:
+        """Note what this layer sees; where the one before was scored, choose, and gather the hidden states."""
+        if number == 0:
+            return hidden
+        tokens = run.layers[-1]
+        if number - 1 in self.after and bool(run.budget.any()):
+            if run.scores is None:
+                raise ZooError(f"{self.who} cannot read the attention of {type(self.llm.lm).__name__}.")
+            keep = tokens.choose(run.scores, self.budget(number - 1, run.budget), run.copies)
+            run.scores = None
+            if bool((keep != tokens.seen).any()):
+                run.cut = number if run.cut < 0 else run.cut
+                if self.hide:
+                    tokens = tokens.hide(keep)
+                else:
+                    tokens, index = tokens.gather(keep)
+                    hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, K, C)
+                    if (now := current()) is not None:
+                        now.valid.append((number, tokens.seen.flatten()))
+                run.masks.clear()
+                if run.labelled is not None:
+                    run.labelled.labels = tokens.labels
+                    run.labelled.columns = tokens.column.masked_fill(~tokens.seen, -1)
+        run.layers.append(tokens)
+        return hidden
+
+    def _prefill(self, run: Run, number: int, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        tokens, window = run.layers[number], self._window(number, run)
+        if window not in run.masks:
+            run.masks[window] = self._mask(tokens, window, hidden)
+        changed: dict[str, Any] = {"attention_mask": run.masks[window]} if "attention_mask" in given else {}
+        changed |= {"mask": run.masks[window]} if "mask" in given else {}
+        if self.hide:
+            return changed
+        for name, value in given.items():
+            if name in ("position_embeddings", "position_ids") and value is not None:
+                changed[name] = self._moved(run, tokens, value)
+            elif name not in changed and name != "hidden_states" and _has_length(value, run.total + run.drafts):
+                raise ZooError(f"{self.who} does not know {name!r}, which layers of {type(self.llm.lm).__name__} take.")
+        return changed
+
+    def _moved(self, run: Run, tokens: Survivors, value: Any) -> Any:
+        """Take the rows of rotary tables or position ids that belong to the survivors; layers share them."""
+        for whole, of, moved in run.rotary:
+            if whole is value and of is tokens:
+                return moved
+        run.rotary = [entry for entry in run.rotary if entry[1] is tokens]
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        moved = tuple(_rows(x, tokens.column) for x in parts)
+        result = moved if isinstance(value, (tuple, list)) else moved[0]
+        run.rotary.append((value, tokens, result))
+        return result
+
+    def _mask(self, tokens: Survivors, window: int | None, hidden: Tensor) -> Tensor | None:
+        name = self.config._attn_implementation
+        plain = tokens.whole and not tokens.packed and window is None
+        if plain and (name in ("sdpa", ZOO_EAGER) or name.startswith("flash")):
+            return None  # the kernel's own causal way
+        if name.startswith("flash") and not tokens.packed and window is None:
+            return tokens.seen.long()
+        return as_backend_mask(tokens.prefill_mask(window), name, _dtype(hidden))
+
+    def _decode(self, run: Run, number: int, hidden: Tensor, cache: Any) -> dict[str, Any]:
+        """Give new tokens the mask of this layer's cache."""
+        tokens, name = run.layers[number], self.config._attn_implementation
+        held = cache.layers[number]
+        cached, past = held.keys.shape[-2], int(held.get_seq_length()) - tokens.column.shape[1]
+        new, b = run.new, hidden.shape[0]
+        if new is None:
+            new = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        if len(tokens.seen) != b:
+            tokens = tokens.repeat(b // len(tokens.seen))
+        total = run.total + past + new.shape[1]
+        window = self._window(number, run, total)
+        if hidden.shape[1] == 1 and tokens.whole and window is None and run.new is None:
+            return {"attention_mask": None}  # one token sees all there is
+        if name.startswith("flash") and window is None:
+            seen = torch.cat([tokens.seen, new.new_ones(b, past), new], 1)
+            return {"attention_mask": seen.long()}
+        mask = tokens.decode_mask(new, past, run.total, cached, window)
+        return {"attention_mask": as_backend_mask(mask, name, _dtype(hidden))}
+
+    def _window(self, number: int, run: Run, total: int | None = None) -> int | None:
+        """Return the sliding window of a layer, or None where the sequence fits into it."""
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if kinds and kinds[number] != "sliding_attention":
+            window = None
+        if not window or (total or run.total) <= window:
+            return None
+        if self.config._attn_implementation.startswith("flash"):
+            raise ZooError(
+                f"{self.who} shortens layers whose sliding window of {window} the sequence of {total or run.total} "
+                "exceeds; flash kernels would count the window wrongly. Set attention=sdpa."
+            )
+        return int(window)
+
+
+class DropsInside:
+    """What pruners that drop by a `Dropper` share: they make it in `attach`, and hand on to it."""
+
+    concurrent = True  # what it knows of a prompt is in the pass and in its cache
+    dropper: Dropper | None = None
+
+    def drop_by(self, dropper: Dropper) -> None:
+        """Attach `dropper`; it is no child: what it holds is the language model's."""
+        self.__dict__["dropper"] = dropper
+        dropper.attach()
+
+    def detach(self) -> None:
+        """Leave the LLM as it was."""
+        if self.dropper is not None:
+            self.dropper.detach()
+
+    def begin(self, sequence: Any) -> None:
+        """Refuse a pass over `sequence` that cannot be made shorter."""
+        if self.dropper is not None:
+            self.dropper.check(sequence)
+
+    def kept(self) -> list[Tensor]:
+        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
+        return self.dropper.kept() if self.dropper is not None else []
+
+
+def _rows(table: Tensor, column: Tensor) -> Tensor:
+    """Take the rows `column` (B, K) of (B or 1, T, ...)."""
+    index = column.view(*column.shape, *[1] * (table.dim() - 2)).expand(-1, -1, *table.shape[2:])
+    return table.expand(len(column), *table.shape[1:]).gather(1, index)
+
+
+def _has_length(value: Any, length: int) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(x, Tensor) and length in x.shape[1:] for x in parts)
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

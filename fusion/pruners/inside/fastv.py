@@ -1,0 +1,82 @@
+"""FastV: from an early layer of the LLM on, keep the image tokens that the last prompt token attends to most.
+
+Paper: Chen et al., arXiv:2403.06764. A baseline: scores are the attention of the last prompt token in the layer before
+the cut, averaged over heads.
+
+Where we differ from the public code: the row of attention is computed beside the fused kernel, so no layer needs eager
+attention; a batch may hold unlike samples; in training the prompt is what stands before the first label.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.fusion.pruners.inside.attention_flow import attention_walk
+from zoo.fusion.pruners.inside.attention_tap import Attended
+from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
+from zoo.registry import ImageFeatures, ZooError, register
+
+
+@dataclass
+class FastVConfig:
+    keep_ratio: float = 0.5  # share of the image tokens that stays, in (0, 1]
+    layer: int = 2  # first layer that sees fewer, 0 the first of all (K); at least 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise ZooError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}.")
+        if self.layer < 1:
+            raise ZooError(f"layer must be at least 1, the layer before it is scored, got {self.layer}.")
+
+
+@register("pruner", "fastv")
+class FastV(DropsInside, nn.Module):
+    """Training-free; adds no parameters, and changes nothing before the LLM."""
+
+    needs: frozenset[str] = frozenset({"image_tokens"})
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
+
+    def __init__(self, config: FastVConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens that enter the LLM: all."""
+        return n
+
+    def forward(self, image: ImageFeatures) -> ImageFeatures:
+        """Leave the image as it is: tokens go inside the LLM."""
+        return image
+
+    def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
+        """Count the image tokens that each layer sees of `n` that enter the LLM."""
+        left = int(self.budget(0, torch.tensor(n, device="cpu")))
+        return [n if layer < self.config.layer else left for layer in range(num_layers)]
+
+    def attach(self, llm: Any) -> None:
+        """Take effect in the LLM."""
+        after = [] if self.config.keep_ratio == 1 else [self.config.layer - 1]
+        self.drop_by(Dropper(llm, "pruner 'fastv'", after, self.budget, self.score))
+
+    def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
+        """Count the products of scoring, of one prompt with `tokens` in each layer: one row of attention."""
+        return 0 if self.config.keep_ratio == 1 else 2 * tokens[self.config.layer - 1] * heads * (head_dim + 1)
+
+    def budget(self, layer: int, total: Tensor) -> Tensor:
+        """Say how many of `total` image tokens stay: the rounded share, at least one."""
+        return (total * self.config.keep_ratio + 0.5).long().clamp(min=1)
+
+    def score(self, given: Attended) -> Tensor:
+        """Score the positions of a layer by the attention of the last prompt token, the mean over heads: (B, L)."""
+        return attention_walk(
+            given.query,
+            given.key,
+            given.tokens.start("last"),
+            scaling=given.scaling,
+            visible=given.visible,
+            softcap=given.softcap,
+        ).mean(1)

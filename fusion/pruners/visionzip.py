@@ -1,0 +1,132 @@
+"""VisionZip: keep the tokens that [CLS] attends to most, and let a few more stand for groups of all the others.
+
+Paper: Yang et al., arXiv:2412.04467. Scores are FasterVLM's. Of the tokens that are left over, evenly spaced ones are
+targets; every other one goes to the target whose key is most alike (cosine of keys, mean over heads), and a target
+becomes itself plus the mean of its group. [CLS] itself is kept as a token. Order: [CLS], kept tokens in raster order,
+then the targets. Encoders without [CLS] rank by column means (`score=column_mean`), as the authors do for SigLIP.
+
+Departures. The authors count by hand (191 tokens, 30 targets, [CLS]); we also take a share of all tokens, within which
+[CLS] is counted. A target without a group stays as it is, in their code too.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.fusion.pruners.topk import check_ratio, count_kept, top
+from zoo.registry import ImageFeatures, ZooError, register, unknown
+
+SCORES = {"cls": "cls_attention", "column_mean": "key_attention"}
+
+
+@dataclass
+class VisionZipConfig:
+    keep_ratio: float = 0.25  # share of image tokens left, targets and [CLS] among them, in (0, 1]
+    target_ratio: float = 0.15625  # share of what is left that are targets, in [0, 1); 30 of 192
+    dominant: int = 0  # tokens kept as they are beside [CLS], as the authors' scripts say it; 0: by the ratios
+    targets: int = 0  # with `dominant`: tokens that stand for groups
+    score: str = "cls"  # cls | column_mean (any encoder; no [CLS] is kept)
+
+    def __post_init__(self) -> None:
+        check_ratio(self.keep_ratio)
+        if not 0 <= self.target_ratio < 1:
+            raise ZooError(f"target_ratio must be in [0, 1), got {self.target_ratio}.")
+        if self.dominant < 0 or self.targets < 0 or (self.targets and not self.dominant):
+            raise ZooError(f"targets needs dominant, and none is negative: got {self.dominant} and {self.targets}.")
+        if self.score not in SCORES:
+            raise unknown("score", self.score, SCORES)
+
+
+@register("pruner", "visionzip")
+class VisionZip(nn.Module):
+    """Training-free; what is left has no grid."""
+
+    needs: frozenset[str] = frozenset({"cls_attention", "keys", "prefix_tokens"})
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset({"grid", "cls_attention", "key_attention", "keys", "pooling_head"})
+    choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
+
+    def __init__(self, config: VisionZipConfig, *, num_tokens: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        if config.score != "cls":
+            self.needs = frozenset({SCORES[config.score], "keys"})
+        if num_tokens is not None and self.num_tokens(num_tokens) == num_tokens:
+            self.destroys = frozenset()
+
+    def counts(self, n: int) -> tuple[int, int, int]:
+        """Count the tokens kept as they are, the targets, and [CLS] (0 or 1), of `n`; (n, 0, 0) keeps all."""
+        cls = int(self.config.score == "cls")
+        if self.config.dominant:
+            kept, targets = self.config.dominant, self.config.targets
+        else:
+            total = count_kept(n, self.config.keep_ratio)
+            cls = cls if total > 1 else 0
+            targets = min(total - cls - 1, int(total * self.config.target_ratio + 0.5))
+            kept = total - cls - targets
+        return (kept, targets, cls) if kept + targets + cls < n else (n, 0, 0)
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens left of `n`."""
+        return sum(self.counts(n))
+
+    def scores(self, image: ImageFeatures) -> Tensor:
+        """Return what tokens are ranked by, (M, N) float32."""
+        scores = getattr(image, SCORES[self.config.score])
+        if scores is None or image.keys is None:
+            raise ZooError(f"pruner 'visionzip' with score={self.config.score} needs {', '.join(sorted(self.needs))}.")
+        return scores
+
+    def forward(self, image: ImageFeatures) -> ImageFeatures:
+        """Leave num_tokens(N) of the tokens (M, N, D); `groups` says which went where."""
+        m, n, d = image.tokens.shape
+        kept, targets, cls = self.counts(n)
+        if kept == n:
+            return image
+        keep = top(self.scores(image), kept)  # (M, K)
+        assert image.keys is not None, "asked above"
+        groups = torch.full((m, n), -1, dtype=torch.long, device=keep.device)
+        groups.scatter_(1, keep, torch.arange(cls, cls + kept, device=keep.device).expand(m, -1))
+        parts = [image.prefix[:, :1].to(image.tokens.dtype)] if cls and image.prefix is not None else []
+        parts.append(image.tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, d)))
+        if targets:
+            rest = (groups < 0).nonzero()[:, 1].view(m, n - kept)  # (M, R), raster order
+            wide = rest.unsqueeze(-1).expand(-1, -1, d)
+            merged, group = _gathered(
+                image.tokens.gather(1, wide),
+                image.keys.float().mean(2).gather(1, rest.unsqueeze(-1).expand(-1, -1, image.keys.shape[-1])),
+                targets,
+            )
+            parts.append(merged)
+            groups.scatter_(1, rest, group + cls + kept)
+        return replace(
+            image,
+            tokens=torch.cat(parts, dim=1),  # (M, K, D)
+            grid=None,
+            keep=None,
+            groups=image.regrouped(groups),  # (M, N0)
+            num_patches=image.num_patches or n,
+            patch_grid=image.patch_grid or image.grid,
+            cls_attention=None,
+            key_attention=None,
+            pooling_attention=None,
+            keys=None,
+        )
+
+
+def _gathered(tokens: Tensor, keys: Tensor, targets: int) -> tuple[Tensor, Tensor]:
+    """Gather tokens (M, R, D) around evenly spaced ones by their keys (M, R, d): (M, G, D), and the group of each."""
+    m, r, d = tokens.shape
+    places = torch.arange(0, r, max(1, r // targets), device=tokens.device)[:targets]  # (G,)
+    keys = F.normalize(keys, dim=-1)
+    group = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (M, R)
+    share = torch.ones(m, r, device=tokens.device)
+    share[:, places] = 0  # a target is no member of its group: it is added whole
+    members = torch.zeros(m, targets, device=tokens.device).scatter_add_(1, group, share).clamp(min=1)  # (M, G)
+    weight = share / members.gather(1, group)  # (M, R)
+    total = torch.zeros(m, targets, d, device=tokens.device, dtype=torch.float32)
+    total = total.scatter_add(1, group.unsqueeze(-1).expand(-1, -1, d), tokens.float() * weight.unsqueeze(-1))
+    own = torch.arange(targets, device=tokens.device).expand(m, -1)
+    return tokens[:, places] + total.to(tokens.dtype), group.scatter(1, places.expand(m, -1), own)

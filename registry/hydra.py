@@ -1,0 +1,50 @@
+"""Components as options of Hydra's config groups, put there just before a config is composed.
+
+The group of a kind is its name, but data sets are chosen with `data=`. A member of a slot that holds several stands
+below its own name (`pruner.random.keep_ratio`), so that several can be chosen and each keeps its typed options. A
+component's module is imported when Hydra first reads its node, so that a run imports only what it chose.
+"""
+
+from dataclasses import is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigNode, ConfigStore
+
+from zoo.registry.table import NOBODY, SLOT_KINDS, get, group_of, names
+from zoo.registry.values import MANY
+
+
+class ComponentNode(ConfigNode):
+    """A config node that is made when it is first read."""
+
+    def __init__(self, kind: str, component: str, key: str = "") -> None:
+        group, key = group_of(kind), key or component
+        self.kind, self.component = kind, component
+        self.name, self.group, self.provider = f"{key}.yaml", group, "zoo"
+        self.package = f"{group}.{key}" if kind in MANY else None
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute != "node":
+            raise AttributeError(attribute)
+        from omegaconf import DictConfig, OmegaConf
+
+        self.node = OmegaConf.structured(get(self.kind, self.component).node)
+        for _, value in self.node.items_ex(resolve=False):
+            if isinstance(value, DictConfig) and not is_dataclass(OmegaConf.get_type(value)):
+                OmegaConf.set_struct(value, False)  # an option that is a dict takes any key
+        return self.node
+
+
+def flush() -> None:
+    """Make every registered component an option of its group; add what was registered since the last time."""
+    repo = ConfigStore.instance().repo
+    for kind in SLOT_KINDS:
+        options = {f"{name}.yaml": ComponentNode(kind, name) for name in names(kind)}
+        repo.setdefault(group_of(kind), {}).update(options)
+    for group in ("model", "recipe", *(kind for kind in SLOT_KINDS if kind not in MANY)):
+        ConfigStore.instance().store(NOBODY, {}, group=group, package="_global_", provider="zoo")
+
+
+def add_option(kind: str, key: str, component: str) -> None:
+    """Let a member of a slot of several be chosen under a key that is not the component's own name."""
+    ConfigStore.instance().repo[group_of(kind)][f"{key}.yaml"] = ComponentNode(kind, component, key)

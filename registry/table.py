@@ -1,0 +1,301 @@
+"""The table of components. The dataclass of a component is its only schema: Hydra sees the same one.
+
+Two steps keep names cheap: each folder *declares* a line per component (kind, name, module: three strings), and the
+module *registers* its class when it is imported, which happens on first use.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
+from zoo.registry.options import Option, line_in, options_in, options_of, summary_of
+from zoo.registry.values import KINDS
+
+T = TypeVar("T", bound=type)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered component."""
+
+    kind: str
+    name: str
+    cls: type
+    config: type  # the component's own dataclass
+    node: type  # the same plus `name`, as stored with Hydra
+
+    @property
+    def summary(self) -> str:
+        return summary_of(Path(self.file))
+
+    @property
+    def paper(self) -> str:
+        """What the module's docstring says after `Paper:`, or nothing."""
+        return self._stated("Paper")
+
+    @property
+    def licence(self) -> str:
+        """What the module's docstring says after `Licence:`; else that of the package that owns the component."""
+        if stated := self._stated("Licence"):
+            return stated
+        try:
+            facts: Any = metadata(self.package)
+        except PackageNotFoundError:
+            return ""
+        return facts.get("License-Expression") or facts.get("License") or ""
+
+    def _stated(self, what: str) -> str:
+        for line in (inspect.getdoc(inspect.getmodule(self.cls)) or "").splitlines():
+            if line.strip().startswith(f"{what}:"):
+                return line.strip().removeprefix(f"{what}:").strip()
+        return ""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that the class says it needs; one that depends on the config is known once it is built."""
+        return _words(self.cls, "needs")
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return _words(self.cls, "provides")
+
+    @property
+    def destroys(self) -> frozenset[str]:
+        return _words(self.cls, "destroys")
+
+    @property
+    def file(self) -> str:
+        return inspect.getsourcefile(self.cls) or "?"
+
+    @property
+    def line(self) -> int:
+        return inspect.getsourcelines(self.cls)[1]
+
+    @property
+    def package(self) -> str:
+        """Name of the installed distribution that owns the component, or of its top module where there is none."""
+        top = self.cls.__module__.partition(".")[0]
+        return (packages_distributions().get(top) or [top])[0]
+
+    @property
+    def options(self) -> list[Option]:
+        return options_of(self.config)
+
+
+NOBODY = "_none_"  # the option behind `projector=null`: Hydra has no way to say it on a command line
+SLOT_KINDS = tuple(kind for kind in KINDS if kind != "distiller")  # a distiller belongs to a stage, not to the run
+
+_declared: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}  # kind -> name -> module
+_entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+
+
+def group_of(kind: str) -> str:
+    """Return the config group, and key in the config of a run, of a kind: its name; data sets stand under `data`."""
+    return "data" if kind == "dataset" else kind
+
+
+def kind_of(group: str) -> str | None:
+    """Return the kind whose members a config group holds, or None."""
+    kind = "dataset" if group == "data" else group
+    return kind if kind in SLOT_KINDS else None
+
+
+def declare(kind: str, name: str, module: str) -> None:
+    """Say where the component `name` lives without importing it; its module registers it on first use."""
+    if kind not in _declared:
+        raise unknown("kind of component", kind, KINDS)
+    _declared[kind][name] = module
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Class decorator: make a component available under `name`, in Python and in Hydra.
+
+    The class takes its dataclass as `config` and what the composer derives (widths, grids) as keyword-only arguments;
+    it is given those that its signature names.
+
+    Raises:
+        ZooError: the kind is unknown, the name is no plain word, or it is taken.
+        TypeError: `__init__` does not annotate `config` with a dataclass, or that dataclass has a field `name`.
+    """
+    if kind not in _entries:
+        raise unknown("kind of component", kind, KINDS)
+    if not re.fullmatch(r"[a-z0-9_]*[a-z][a-z0-9_]*", name):
+        raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
+
+    def add(cls: T) -> T:
+        config: Any = get_type_hints(cls.__init__).get("config")  # type: ignore[misc]
+        if not isinstance(config, type) or not is_dataclass(config):
+            raise TypeError(f"{cls.__qualname__}.__init__ must annotate `config` with a dataclass, got {config!r}.")
+        if "name" in {f.name for f in fields(config)}:
+            raise TypeError(f"{config.__qualname__} must not have a field `name`: it holds the registry name.")
+        taken = _entries[kind].get(name)
+        if taken and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ZooError(f"{kind} {name!r} is taken: {taken.cls.__qualname__} in {taken.file}:{taken.line}.")
+        owner = _declared[kind].get(name)
+        if not taken and owner and owner != cls.__module__:
+            file = source_of(kind, name)
+            at = f"{file}:{line_in(file, kind, name)}" if file else owner
+            raise ZooError(f"{kind} {name!r} is taken: {owner} in {at}.")
+        node = make_dataclass(
+            config.__name__,
+            [("name", str, field(default=name, kw_only=True))],
+            bases=(config,),
+            namespace={"__module__": config.__module__, "__doc__": config.__doc__},
+        )
+        _entries[kind][name] = Entry(kind, name, cls, config, node)
+        return cls
+
+    return add
+
+
+def names(kind: str, pattern: str = "*") -> list[str]:
+    """Return the registered names of a kind that match a shell pattern, sorted. Imports nothing."""
+    if kind not in _declared:
+        raise unknown("kind of component", kind, KINDS)
+    return sorted(n for n in {*_declared[kind], *_entries[kind]} if fnmatchcase(n, pattern))
+
+
+def get(kind: str, name: str) -> Entry:
+    """Return the entry called `name`, importing its module where that has not happened yet."""
+    if kind not in _entries:
+        raise unknown("kind of component", kind, KINDS)
+    if name not in _entries[kind] and (module := _declared[kind].get(name)):
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ZooError(f"{kind} {name!r} cannot be imported from {module}: {error}") from error
+    if name not in _entries[kind]:
+        raise unknown(kind, name, names(kind))
+    return _entries[kind][name]
+
+
+def entries() -> list[Entry]:
+    """Return every component, importing all of their modules (torch, but no backend)."""
+    return [get(kind, name) for kind in KINDS for name in names(kind)]
+
+
+def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
+    """Check `node` against the schema of the component it names; the typed config is the result.
+
+    A plain mapping may come from a file of somebody else: it cannot hold interpolations.
+
+    Raises:
+        ZooError: the name or a field does not exist, a value has the wrong type, or a required one is missing.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    if not isinstance(node, DictConfig):
+        refuse_code(plain, f"the config of a {kind}")
+    if "name" not in plain:
+        raise ZooError(f"A {kind} config needs a `name`. Available: {', '.join(names(kind))}.")
+    entry = get(kind, plain["name"])
+    known = {f.name for f in fields(entry.node)}
+    for key in plain:
+        if key not in known:
+            raise unknown_option(f"{kind} {entry.name!r}", str(key), entry.options)
+    owner = f"{kind} {entry.name!r}"
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(entry.node), plain)
+        missing = [f.name for f in fields(entry.node) if OmegaConf.is_missing(merged, f.name)]
+        if missing:
+            raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
+        typed = OmegaConf.to_object(merged)
+        for f in fields(entry.node):
+            require_finite(getattr(typed, f.name), f.name)
+    except ZooError as error:
+        raise ZooError(f"{owner}: {error}") from error
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or error.key or "").partition(".")[0].partition("[")[0]
+        message = (error.msg or str(error)).splitlines()[0]
+        raise wrong_value(owner, key, entry.options, message) from error
+    return entry, typed
+
+
+def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
+    """Build the component that `node` names; `derived` carries what the config never does (widths, grids).
+
+    A component is given the derived values that its `__init__` names, and no others.
+    """
+    entry, typed = config_of(kind, node)
+    config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})  # importable, so it pickles
+    accepted = inspect.signature(entry.cls).parameters
+    return entry.cls(config, **{k: v for k, v in derived.items() if k in accepted})
+
+
+def require_finite(value: Any, name: str) -> None:
+    """Refuse a number that is none, or has no end: it passes every comparison with a range.
+
+    Raises:
+        ZooError: it is NaN or infinite, or such a number stands in a list or a mapping.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ZooError(f"{name} must be a finite number, got {value}.")
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for item in items:
+        require_finite(item, name)
+
+
+def refuse_code(value: Any, where: str) -> None:
+    """Refuse what could name code or read the environment in a config that may come from elsewhere.
+
+    Raises:
+        ZooError: a key such as `_target_`, or a string with an interpolation.
+    """
+    rest = [value]  # a list of what is still to be looked at: files may be nested deeper than calls can be
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Mapping):
+            for key in item:
+                if str(key) in {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}:
+                    raise ZooError(f"{where} holds {key!r}: configs name registered components, never code.")
+            rest += item.values()
+        elif isinstance(item, (list, tuple)):
+            rest += item
+        elif isinstance(item, str) and "${" in item:
+            raise ZooError(f"{where} holds the interpolation {item!r}: write the value itself.")
+
+
+def require_revision(revision: str | None) -> str | None:
+    """Return the branch, tag or commit of a hub repository; nothing for the newest.
+
+    Raises:
+        ZooError: it is none: it would be part of a path in the hub's cache, and could lead out of it.
+    """
+    if not revision:
+        return None
+    plain = isinstance(revision, str) and re.fullmatch(r"\w[\w.+-]*(/[\w.+-]+)*", revision)
+    if not plain or ".." in revision:
+        raise ZooError(f"revision must be a branch, a tag or a commit, got {revision!r}.")
+    return revision
+
+
+def _words(cls: type, attribute: str) -> frozenset[str]:
+    value: Any = getattr(cls, attribute, frozenset())
+    return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()
+
+
+def source_of(kind: str, name: str) -> Path | None:
+    """Return the file of a component; without importing it where it is only declared."""
+    if entry := _entries[kind].get(name):
+        return Path(entry.file)
+    spec = find_spec(_declared[kind][name])
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def source_options(kind: str, name: str) -> list[Option]:
+    """Return the options of a component without importing it: of its dataclass if that is here, else from the text."""
+    if entry := _entries[kind].get(name):
+        return entry.options
+    file = source_of(kind, name)
+    return options_in(file, kind, name) if file else []

@@ -1,0 +1,1 @@
+"""Pixels -> features, on encoders of three libraries."""

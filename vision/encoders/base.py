@@ -1,0 +1,279 @@
+"""What the encoders of transformers, timm and open_clip have in common: layers, the [CLS] row, frozen running.
+
+Layers are counted as in `hidden_states` of transformers, for all three libraries: 0 is what enters the first block, k
+what leaves block k, -1 what leaves the last one, always before the encoder's final norm (`norm=true` applies it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ImageFeatures, ImageTransform, ZooError
+from zoo.registry.forward_pass import Pass, current, joined
+from zoo.vision.encoders.attention_scores import PoolingHead, column_mean, row
+from zoo.vision.images.transform import require_transform
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # what needs q and k of the last block
+HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP, and of what is trained from scratch here
+
+
+@dataclass
+class Taken:
+    """What hooks in the last block take from one pass of an encoder."""
+
+    wants: frozenset[str]  # words of `provides`
+    query: Tensor | None = None
+    key: Tensor | None = None
+    position: Any = None  # what turns both, where positions are rotary
+    last: Tensor | None = None  # (M, P + N, D) as it leaves the last block, before any norm
+
+
+class Runner:
+    """How a tower of one library is run, and what it says of itself. One subclass per library.
+
+    It is no module: the tower's weights keep the names that its library gave them.
+    """
+
+    tower: Any
+    hidden_size: int
+    num_prefix: int  # [CLS] and register tokens in front of the patches
+    grid: tuple[int, int]
+    has_cls: bool  # whether a [CLS] token stands first
+    has_scores: bool  # whether the last block's scores are q.k and no more
+
+    def __init__(self) -> None:
+        self.alone = Pass()  # of a compiled encoder that is run without a model
+        self.pooling: PoolingHead | None = None
+
+    @property
+    def taken(self) -> Taken | None:
+        """What the hooks take from the pass that runs; None: nothing, as where backward runs blocks again."""
+        return (current() or self.alone).taken
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Run the blocks: (M, 3, S, S) -> (M, P + N, D), prefix tokens first."""
+        raise NotImplementedError
+
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
+        """Give what the last block's attention just saw, and the factor of q.k.
+
+        Args:
+            taken: by the hooks.
+
+        Returns:
+            The queries (M, H, P + N, d), or those of [CLS] alone if nothing more is wanted; the keys (M, H, P + N, d);
+            the scale.
+        """
+        raise NotImplementedError
+
+    def final_norm(self) -> nn.Module:
+        """The final norm, or what stands in its place."""
+        raise NotImplementedError
+
+    def set_attention(self, name: str) -> None:
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        raise NotImplementedError
+
+    # Hooks, as bound methods so that a deep copy of the tower listens to itself. They act only on request.
+    def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.query = out.detach()
+
+    def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.key = out.detach()
+
+    def keep_last(self, module: nn.Module, args: Any, out: Any) -> None:
+        if (taken := self.taken) is not None and "pooling_head" in taken.wants:
+            taken.last = (out[0] if isinstance(out, tuple) else out).detach()
+
+
+class Tower(nn.Module):
+    """A wrapped encoder, cut behind the last block that is used. The components of this folder build one each.
+
+    Args:
+        runner: of the encoder.
+        transform: how it wants its pixels.
+        frames: a second one of the same sizes, for frames of videos; None: the first one sees them too.
+    """
+
+    needs: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset()
+
+    def __init__(self, runner: Runner, transform: ImageTransform, frames: Runner | None = None) -> None:
+        super().__init__()
+        require_transform(transform)
+        self.tower: nn.Module = runner.tower
+        if frames is not None:
+            self.frame_tower: nn.Module = frames.tower
+        self.pooling = runner.pooling
+        self.runner, self.frame_runner = runner, frames
+        self.by_kind = frames is not None
+        self.transform = transform
+        self.hidden_size = runner.hidden_size
+        self.grid = runner.grid
+        words = {
+            "grid": True,
+            "prefix_tokens": runner.num_prefix > 0,
+            "cls_attention": runner.has_cls and runner.has_scores,
+            "key_attention": runner.has_scores,
+            "keys": runner.has_scores,
+            "pooling_head": runner.pooling is not None,
+        }
+        self.provides = frozenset(word for word, given in words.items() if given)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def set_attention(self, name: str) -> None:
+        """Choose the attention kernel: eager, sdpa, or another one that the library knows."""
+        for runner in self._runners():
+            runner.set_attention(name)
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        for runner in self._runners():
+            runner.set_gradient_checkpointing(enable)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Switch to training; a frozen tower stays in evaluation (DINOv3 shakes its positions while it trains)."""
+        super().train(mode)
+        for runner in self._runners():
+            if not _trains(runner):
+                runner.tower.eval()
+        return self
+
+    def _runners(self) -> list[Runner]:
+        return [runner for runner in (self.runner, self.frame_runner) if runner is not None]
+
+    def forward(
+        self, pixel_values: Tensor, *, need: frozenset[str] = frozenset(), kinds: Sequence[str] | None = None
+    ) -> ImageFeatures:
+        """Encode images.
+
+        A frozen tower builds no graph and keeps no activation, unless the pixels themselves ask for a gradient.
+
+        Args:
+            pixel_values: (M, 3, S, S), prepared as `transform` says.
+            need: words of `provides` but `grid`, which is always there; each is computed on request.
+            kinds: what each row is (image, crop, frame); None: no frame is among them.
+
+        Returns:
+            Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: the row of the block that made the
+            tokens, mean over heads, normalised over all P + N keys, the prefix columns dropped; key_attention (M, N):
+            the same for the mean over all rows; keys (M, N, H, d) of that block; pooling_attention (M, N); prefix
+            (M, P, D).
+        """
+        if missing := need - self.provides:
+            raise ZooError(f"This encoder does not give {sorted(missing)}; it provides {sorted(self.provides)}.")
+        if tuple(pixel_values.shape[-2:]) != self.transform.size:
+            given, wanted = tuple(pixel_values.shape[-2:]), self.transform.size
+            raise ZooError(f"The encoder takes images of {wanted[0]} x {wanted[1]}, got {given[0]} x {given[1]}.")
+        if self.frame_runner is None:
+            return self._encode(self.runner, pixel_values, need)
+        kinds = kinds if kinds is not None else ["image"] * len(pixel_values)
+        films = [i for i, kind in enumerate(kinds) if kind == "frame"]
+        images = [i for i, kind in enumerate(kinds) if kind != "frame"]
+        if not films or not images:
+            seen = self._encode(self.frame_runner if films else self.runner, pixel_values, need)
+            other = self.runner if films else self.frame_runner
+            if self.training and _trains(other):  # processes with other kinds of rows still meet in backward
+                seen.tokens = seen.tokens + 0.0 * self._encode(other, pixel_values[:1] * 0.0, need).tokens.sum()
+            return seen
+        halves = [
+            self._encode(runner, pixel_values[rows], need)
+            for runner, rows in ((self.runner, images), (self.frame_runner, films))
+        ]
+        order = torch.tensor(images + films, device=pixel_values.device).argsort()
+        return _in_order(halves, order)
+
+    def _encode(self, runner: Runner, pixel_values: Tensor, need: frozenset[str]) -> ImageFeatures:
+        """Encode rows with one tower."""
+        p = runner.num_prefix
+        taken, learns = Taken(need), pixel_values.requires_grad or _trains(runner)
+        with joined(runner.alone) as now, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            now.taken = taken
+            tokens = runner.encode(pixel_values)  # (M, P + N, D)
+            now.taken = None
+        asked: dict[str, Any] = {}
+        if need & ATTENTION:
+            query, key, scale = runner.query_key(taken)
+            if "cls_attention" in need:
+                asked["cls_attention"] = row(query[:, :, :1], key, scale)[:, p:]  # (M, N)
+            if "key_attention" in need:
+                asked["key_attention"] = column_mean(query, key, scale)[:, p:]  # (M, N)
+            if "keys" in need:
+                asked["keys"] = key[:, :, p:].transpose(1, 2)  # (M, N, H, d)
+        if "pooling_head" in need:
+            assert runner.pooling is not None and taken.last is not None, "the hook of the last block did not fire"
+            asked["pooling_attention"] = runner.pooling(taken.last, runner.final_norm())[:, p:]  # (M, N)
+        if "prefix_tokens" in need:
+            asked["prefix"] = tokens[:, :p]  # (M, P, D)
+        return ImageFeatures(tokens[:, p:], self.grid, **asked)
+
+
+def _trains(runner: Runner) -> bool:
+    return any(parameter.requires_grad for parameter in runner.tower.parameters())
+
+
+def _in_order(halves: Sequence[ImageFeatures], order: Tensor) -> ImageFeatures:
+    """Join features of some rows and of the others, and put the rows in order."""
+    joined: dict[str, Any] = {}
+    for field in fields(ImageFeatures):
+        values = [getattr(half, field.name) for half in halves]
+        joined[field.name] = torch.cat(values)[order] if isinstance(values[0], Tensor) else values[0]
+    return ImageFeatures(**joined)
+
+
+def block_count(layer: int, depth: int, lowest: int = 0) -> int:
+    """Return how many blocks run to reach `layer` of an encoder with `depth` blocks: layer -2 of 24 is 23.
+
+    Raises:
+        ZooError: there is no such layer; the allowed range is named.
+    """
+    count = layer if layer >= 0 else depth + 1 + layer
+    if not lowest <= count <= depth:
+        raise ZooError(
+            f"The encoder has {depth} blocks: layer must be {lowest} to {depth}, or {lowest - depth - 1} to -1"
+            f" counted from the end, got {layer}."
+        )
+    return count
+
+
+def on_meta() -> bool:
+    """Whether structure only is wanted: no weight is read then."""
+    return torch.get_default_device().type == "meta"
+
+
+def check_divides(patch_size: int, image_size: int) -> None:
+    if patch_size < 1 or image_size % patch_size:
+        raise ZooError(f"patch_size {patch_size} does not divide image_size {image_size}.")
+
+
+# Sizes above which no encoder is meant: building one would take hours, or numbers that do not fit.
+_MOST = {"image_size": 2**14, "width": 2**16, "depth": 1000, "registers": 1024}
+
+
+def check_sizes(config: Any) -> None:
+    """Check the size fields that the encoders share: patch_size, image_size, width, heads, depth."""
+    for name, most in _MOST.items():
+        if not 0 <= getattr(config, name, 0) <= most:
+            raise ZooError(f"{name} must be from 0 to {most}, got {getattr(config, name)}.")
+    if not 0 < config.mlp_ratio <= 64:
+        raise ZooError(f"mlp_ratio must be more than 0 and 64 at most, got {config.mlp_ratio}.")
+    check_divides(config.patch_size, config.image_size or 224)
+    if config.heads < 1 or config.width % config.heads or config.depth < 1:
+        raise ZooError(
+            f"width must be a multiple of heads and depth at least 1, got width {config.width},"
+            f" heads {config.heads}, depth {config.depth}."
+        )

@@ -1,0 +1,364 @@
+"""Encoders of transformers: CLIP, SigLIP, SigLIP 2, DINOv2 with and without registers, DINOv3."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.registry.versions import checkpoint_activations, keep_activations
+from zoo.vision.encoders.attention_scores import pooling_head
+from zoo.vision.encoders.base import (
+    ATTENTION,
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Runner,
+    Taken,
+    Tower,
+    block_count,
+    check_divides,
+    check_sizes,
+    on_meta,
+)
+from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family keeps what we need, and its statistics where a checkpoint has no processor file."""
+
+    model: str  # class of transformers
+    blocks: str
+    norm: str
+    attention: str  # inside a block
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: str
+    fit: str
+    has_cls: bool = True
+    any_size: bool = False  # takes images of any size; the processor says which
+
+
+FAMILIES = {
+    "clip": Family(
+        "CLIPVisionModel", "encoder.layers", "post_layernorm", "self_attn", CLIP_MEAN, CLIP_STD, "bicubic", "crop"
+    ),
+    "siglip": Family(
+        "SiglipVisionModel", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "bicubic", "squash", False
+    ),
+    "siglip2": Family(
+        "Siglip2VisionModel", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "bilinear", "squash", False
+    ),
+    "dinov2": Family(
+        "Dinov2Model", "encoder.layer", "layernorm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bicubic", "crop",
+        any_size=True,
+    ),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "encoder.layer", "layernorm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bicubic",
+        "crop", any_size=True,
+    ),
+    "dinov3_vit": Family(
+        "DINOv3ViTModel", "model.layer", "norm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash",
+        any_size=True,
+    ),
+    "idefics3_vision": Family(
+        "Idefics3VisionTransformer", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "lanczos", "squash",
+        False,
+    ),
+    "smolvlm_vision": Family(
+        "SmolVLMVisionTransformer", "encoder.layers", "post_layernorm", "self_attn", HALF, HALF, "lanczos", "squash",
+        False,
+    ),
+    "internvl_vision": Family(
+        "InternVLVisionModel", "encoder.layer", "layernorm", "attention", IMAGENET_MEAN, IMAGENET_STD, "bicubic",
+        "squash",
+    ),
+}  # fmt: skip
+RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
+
+
+@dataclass
+class HFVisionConfig:
+    checkpoint: str = ""  # hub name or folder, of an encoder or of a model that holds one; empty: random weights
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
+    layer: int = -2  # 0: what enters the first block, 1: after it, -1: after the last; blocks beyond it are not kept
+    norm: bool = False  # apply the final norm to the tokens
+    image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
+    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
+    frame_tower: bool = False  # a second encoder, of the same sizes and with weights of its own, sees frames of videos
+    # Sizes, used where `checkpoint` is empty. The families: clip, siglip, siglip2, dinov2, dinov2_with_registers,
+    # dinov3_vit, idefics3_vision, smolvlm_vision, internvl_vision.
+    model_type: str = "clip"  # family
+    patch_size: int = 16  # pixels a side
+    width: int = 192  # D
+    depth: int = 12  # blocks
+    heads: int = 3  # attention heads
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    registers: int = 4  # register tokens, in the families that have them
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of the family's transformers config
+    # Pixels; empty: the checkpoint's own, or the family's.
+    mean: list[float] = field(default_factory=list)  # of RGB in [0, 1]
+    std: list[float] = field(default_factory=list)  # of RGB in [0, 1]
+    resample: str = ""  # nearest | bilinear | bicubic | lanczos
+    fit: str = ""  # crop | squash | pad
+
+    def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise unknown("model_type", self.model_type, FAMILIES)
+        if self.checkpoint and self.extra:
+            raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
+        if self.frame_tower and self.pooling_head:
+            raise ZooError("pooling_head is of one encoder; with frame_tower there are two.")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, 3):
+                raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
+        if not self.checkpoint:
+            if not self.extra:  # published sizes need not divide
+                check_sizes(self)
+            if self.model_type.startswith("dinov2") and self.mlp_ratio != int(self.mlp_ratio):
+                raise ZooError(f"mlp_ratio of {self.model_type} is a whole number, got {self.mlp_ratio}.")
+
+
+@register("vision", "hf")
+class HFVision(Tower):
+    """The vision part of a composite checkpoint (a whole CLIP, say) is taken out of it."""
+
+    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+    streams = True  # it may be built on the meta device and filled afterwards
+
+    def __init__(self, config: HFVisionConfig) -> None:
+        source = at(config.checkpoint, config.revision)
+        spec = _from_json(source) if source else _from_sizes(config)
+        family = FAMILIES[_family(spec)]
+        depth = block_count(config.layer, spec.num_hidden_layers)
+        if not config.pooling_head:
+            spec.num_hidden_layers = depth  # later blocks are neither built nor read
+        size, transform = _transform(source, config.image_size, spec, family)
+        values = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit")}
+        stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v}
+        transform = replace(transform, **stated)
+        # Published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over.
+        if config.image_size and not config.extra:
+            check_divides(side(spec.patch_size), config.image_size)
+        runners = []
+        for _ in range(1 + config.frame_tower):
+            tower = _load(source, family, spec) if source and not on_meta() else _class(family)(deepcopy(spec))
+            runners.append(HFRunner(tower, family, size, config.norm, depth, config.pooling_head))
+        super().__init__(runners[0], transform, *runners[1:])
+
+
+class HFRunner(Runner):
+    """Runs the tower's own forward, which ends behind the last block: its final norm and pooling head are gone."""
+
+    def __init__(self, tower: Any, family: Family, size: int, norm: bool, depth: int, pooling: bool) -> None:
+        super().__init__()
+        spec = tower.config
+        self.tower, self.family = tower, family
+        holder, _, blocks_name = family.blocks.rpartition(".")
+        holder = reduce(getattr, holder.split("."), tower)
+        blocks = getattr(holder, blocks_name)
+        if pooling:
+            own = None if norm else getattr(tower, family.norm)
+            kind = f"An encoder of type {_family(spec)!r}"
+            self.pooling = pooling_head(getattr(tower, "head", None), list(blocks[depth:]), own, kind)
+            blocks = blocks[:depth]
+            setattr(holder, blocks_name, blocks)
+            spec.num_hidden_layers = depth
+        if not norm:
+            setattr(tower, family.norm, nn.Identity())
+        self.norm = getattr(tower, family.norm) if norm and spec.model_type.startswith("clip") else None
+        if getattr(tower, "use_head", False):
+            tower.use_head, tower.head = False, None
+        if hasattr(tower.embeddings, "mask_token"):  # of the pretraining task; DDP would wait for its gradient
+            tower.embeddings.mask_token = None
+        self.hidden_size = spec.hidden_size
+        self.num_prefix = int(family.has_cls) * (1 + getattr(spec, "num_register_tokens", 0))
+        patch = side(spec.patch_size)
+        self.grid = (size // patch, size // patch)
+        self.interpolate = not family.any_size and size != side(getattr(spec, "image_size", size))
+        self.has_cls, self.has_scores = family.has_cls, len(blocks) > 0 and not getattr(spec, "use_qk_norm", False)
+        if self.has_scores:
+            self.attention = getattr(blocks[-1], family.attention)
+            self.attention.register_forward_pre_hook(self._keep_position, with_kwargs=True)
+            self.attention.q_proj.register_forward_hook(self.keep_query)
+            self.attention.k_proj.register_forward_hook(self.keep_key)
+        if self.pooling is not None:
+            self.final_norm().register_forward_pre_hook(self._keep_before_norm)
+
+    def final_norm(self) -> nn.Module:
+        return getattr(self.tower, self.family.norm)
+
+    def _keep_before_norm(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.keep_last(module, (), args[0])
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        if self.tower.config.model_type.startswith("siglip2"):
+            return self._encode_patches(pixel_values)
+        options = {"interpolate_pos_encoding": True} if self.interpolate else {}
+        tokens = self.tower(pixel_values, **options).last_hidden_state  # (M, P + N, D)
+        return self.norm(tokens) if self.norm is not None else tokens  # CLIP's own forward norms [CLS] only
+
+    def _encode_patches(self, pixel_values: Tensor) -> Tensor:
+        """SigLIP 2 takes patches and their number; here all images have the same, so nothing is padded."""
+        tower, (h, w), m = self.tower, self.grid, pixel_values.shape[0]
+        p = tower.config.patch_size
+        patches = (
+            pixel_values.view(m, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(m, h * w, p * p * 3)
+        )  # (M, N, .)
+        x = tower.embeddings.patch_embedding(patches.to(tower.embeddings.patch_embedding.weight.dtype))  # (M, N, D)
+        side = tower.embeddings.position_embedding_size
+        positions = tower.embeddings.position_embedding.weight.view(1, side, side, -1).permute(0, 3, 1, 2)
+        if (side, side) != (h, w):
+            positions = F.interpolate(positions.float(), (h, w), mode="bilinear", align_corners=False, antialias=True)
+        x = x + positions.flatten(2).transpose(1, 2).to(x.dtype)  # (M, N, D)
+        return getattr(tower, self.family.norm)(tower.encoder(inputs_embeds=x).last_hidden_state)
+
+    def _keep_position(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.position = kwargs.get("position_embeddings")
+
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
+        assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
+        heads = (self.tower.config.num_attention_heads, -1)
+        query, key = taken.query.unflatten(-1, heads).transpose(1, 2), taken.key.unflatten(-1, heads).transpose(1, 2)
+        if taken.position is not None:  # DINOv3 rotates patches, not the prefix
+            from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
+
+            (cos, sin), p = taken.position, self.num_prefix
+
+            def rotated(x: Tensor) -> Tensor:  # (M, H, P + N, d)
+                patches = x[:, :, p:]
+                return torch.cat([x[:, :, :p], patches * cos + rotate_half(patches) * sin], dim=2)
+
+            query, key = rotated(query), rotated(key)
+        return query, key, query.shape[-1] ** -0.5
+
+    def set_attention(self, name: str) -> None:
+        self.tower.set_attn_implementation("eager" if name.endswith("eager") else name)
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        if enable:
+            checkpoint_activations(self.tower)
+        else:
+            keep_activations(self.tower)
+
+
+def side(value: Any) -> int:
+    """A side in pixels; some families state both."""
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+def _class(family: Family) -> Any:
+    import transformers
+
+    return getattr(transformers, family.model)
+
+
+def _family(spec: Any) -> str:
+    return spec.model_type.removesuffix("_vision_model")
+
+
+def _from_sizes(config: HFVisionConfig) -> Any:
+    family = FAMILIES[config.model_type]
+    size = config.image_size or 224
+    sizes: dict[str, Any] = {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "patch_size": config.patch_size,
+        "image_size": size,
+        "intermediate_size": round(config.width * config.mlp_ratio),
+        "mlp_ratio": int(config.mlp_ratio),
+        "num_register_tokens": config.registers,
+        "num_patches": (size // config.patch_size) ** 2,
+        "vision_use_head": config.pooling_head,
+    }
+    known = _class(family).config_class
+    for name in config.extra:
+        if name not in known.__dataclass_fields__:
+            raise unknown(f"field of {known.__name__}", str(name), known.__dataclass_fields__)
+    sizes = {key: value for key, value in sizes.items() if key in known.__dataclass_fields__}
+    return known(**{**sizes, **config.extra})
+
+
+def _from_json(source: str) -> Any:
+    """Read the vision part of a checkpoint's `config.json`."""
+    plain = read_json(source)
+    whole = str(plain.get("model_type", ""))
+    while isinstance(plain.get("vision_config"), dict):
+        inner = plain["vision_config"]
+        plain = {**inner, "model_type": inner.get("model_type") or f"{whole}_vision_model"}
+    name = str(plain.get("model_type", "")).removesuffix("_vision_model")
+    if name not in FAMILIES:
+        raise ZooError(
+            f"{source!r} holds a model of type {whole or 'unknown'!r}; its encoder must be one of"
+            f" {', '.join(FAMILIES)}."
+        )
+    return _class(FAMILIES[name]).config_class.from_dict(plain)
+
+
+def _load(source: str, family: Family, spec: Any) -> Any:
+    from transformers.utils import logging
+
+    if is_local(source) and not fetch(source, "model.safetensors.index.json", optional=True):
+        fetch(source, "model.safetensors")
+    if is_local(source):
+        place = Path(source).expanduser()
+        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+        require_filled(lambda: _class(family)(deepcopy(spec)), files, f"The config of {source!r}")
+    name, _, revision = (source, "", "") if is_local(source) else source.partition("@")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of every block that we leave out
+    try:
+        tower, report = _class(family).from_pretrained(
+            name,
+            revision=revision or "main",
+            config=spec,
+            dtype=torch.get_default_dtype(),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a shape, a cut file, a package that is absent: a class of its own each
+        raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
+        raise ZooError(f"{source!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]}.")
+    return tower
+
+
+def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple[int, ImageTransform]:
+    """Size and statistics: what the checkpoint's processor says, what its family uses where it says nothing."""
+    processor: dict[str, Any] = {}
+    if source:
+        processor = read_json(source, "preprocessor_config.json", optional=True)
+        if not processor:
+            processor = read_json(source, "processor_config.json", optional=True).get("image_processor", {})
+    own = processor.get("size")
+    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
+    if isinstance(own, int):  # processors before 2022 wrote a number
+        own = {"shortest_edge": own}
+    fit = "crop" if crop or "shortest_edge" in (own or {}) else "squash" if "height" in (own or {}) else family.fit
+    asked = crop if isinstance(crop, int) else (crop or own or {}).get("height", 0)
+    if not hasattr(spec, "image_size"):  # SigLIP 2 knows its number of patches only
+        size = image_size or round(spec.num_patches**0.5) * spec.patch_size
+    else:
+        size = image_size or (asked if family.any_size else 0) or side(spec.image_size)
+    return size, ImageTransform(
+        size=(size, size),
+        mean=tuple(processor.get("image_mean") or family.mean),
+        std=tuple(processor.get("image_std") or family.std),
+        resample=RESAMPLES.get(processor.get("resample", -1), family.resample),
+        fit=fit,
+        resample_by="torchvision",
+    )

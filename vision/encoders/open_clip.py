@@ -1,0 +1,251 @@
+"""Encoders of open_clip: the visual tower of any of its models that is a ViT, without the text tower."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.vision.encoders.base import (
+    ATTENTION,
+    CLIP_MEAN,
+    CLIP_STD,
+    Runner,
+    Taken,
+    Tower,
+    block_count,
+    check_divides,
+    check_sizes,
+    on_meta,
+)
+from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+from zoo.vision.encoders.vit_runner import TimmRunner
+from zoo.vision.images.transform import LIBRARIES
+
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}
+
+
+@dataclass
+class OpenClipVisionConfig:
+    model: str = ""  # a name of open_clip, e.g. ViT-B-32; empty: the checkpoint's, or the sizes below
+    # a tag of `model` (openai, laion2b_s34b_b79k); a hub name, or a folder, with open_clip_config.json and
+    # open_clip_model.safetensors; empty: random weights
+    checkpoint: str = ""
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
+    layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
+    norm: bool = False  # apply the final norm to the tokens
+    image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
+    # pillow: as open_clip's own transforms | torchvision: as transformers' image processors, faster, to the byte what
+    # `zoo.export` can write; a step or two of a byte lie between them
+    resample_by: str = "pillow"
+    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
+    # Sizes, used where `model` and `checkpoint` are empty.
+    patch_size: int = 16  # pixels a side
+    width: int = 192  # D
+    depth: int = 12  # blocks
+    heads: int = 3  # attention heads
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    quick_gelu: bool = False  # OpenAI's activation
+
+    def __post_init__(self) -> None:
+        if self.resample_by not in LIBRARIES:
+            raise unknown("library to resample by", self.resample_by, LIBRARIES)
+        if not self.model and not self.checkpoint:
+            check_sizes(self)
+
+
+@register("vision", "open_clip")
+class OpenClipVision(Tower):
+    """Towers that wrap a timm ViT (SigLIP, EVA-CLIP) are run by timm's own way; ResNets are refused."""
+
+    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+
+    def __init__(self, config: OpenClipVisionConfig) -> None:
+        name = config.model or config.checkpoint or "the encoder"
+        source, architecture, preprocess = _resolve(config)
+        if source and not on_meta():
+            require_filled(lambda: _build(architecture, config.image_size, name), [source], f"The config of {name!r}")
+        visual = _build(architecture, config.image_size, name)
+        if source and not on_meta():
+            _load(visual, source, name)
+        trunk = getattr(visual, "trunk", None)
+        runner: Runner
+        if trunk is not None:
+            runner = TimmRunner(trunk, config.layer, config.norm, name, config.pooling_head)
+            size = trunk.patch_embed.img_size
+        else:
+            if config.pooling_head:
+                raise ZooError(f"{name!r} has no pooling head with a learnt probe: pooling_head must be false.")
+            runner = OpenClipRunner(visual, config.layer, config.norm)
+            size = visual.image_size
+        transform = ImageTransform(
+            size=(size[0], size[1]),
+            mean=tuple(preprocess.get("mean") or CLIP_MEAN),
+            std=tuple(preprocess.get("std") or CLIP_STD),
+            resample=preprocess.get("interpolation") or "bicubic",
+            fit=FITS.get(preprocess.get("resize_mode") or "shortest", "crop"),
+            resample_by=config.resample_by,
+        )
+        super().__init__(runner, transform)
+
+
+class OpenClipRunner(Runner):
+    """Cuts open_clip's own `VisionTransformer`, which always has one [CLS] token."""
+
+    num_prefix, has_cls = 1, True
+
+    def __init__(self, tower: Any, layer: int, norm: bool) -> None:
+        super().__init__()
+        self.index = block_count(layer, len(tower.transformer.resblocks), lowest=1) - 1
+        tower.prune_intermediate_layers([self.index], prune_norm=not norm, prune_head=True)
+        tower.attn_pool = None
+        if norm and tower.ln_post.normalized_shape != (tower.transformer.width,):
+            raise ZooError("The final norm of this encoder comes after its pooling: norm must be false.")
+        self.tower, self.norm = tower, norm
+        self.hidden_size = tower.transformer.width
+        self.grid = tuple(tower.grid_size)
+        self.attention = tower.transformer.resblocks[-1].attn
+        self.has_scores = type(self.attention) is nn.MultiheadAttention
+        if self.has_scores:
+            self.attention.register_forward_pre_hook(self._keep)
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        out = self.tower.forward_intermediates(
+            pixel_values,
+            indices=[self.index],
+            normalize_intermediates=self.norm,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)  # (M, 1 + N, D)
+
+    def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        """Project once more what enters the attention: torch's own module shows neither q nor k."""
+        if (taken := self.taken) is None or not taken.wants & ATTENTION:
+            return
+        looks = slice(None) if "key_attention" in taken.wants else slice(1)
+        x, width = args[0], module.embed_dim  # (M, 1 + N, D)
+        weight, bias = module.in_proj_weight, module.in_proj_bias
+        with torch.no_grad():
+            taken.query = F.linear(x[:, looks], weight[:width], bias[:width])  # (M, 1 or 1 + N, D)
+            taken.key = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])  # (M, 1 + N, D)
+
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
+        assert taken.query is not None and taken.key is not None, "the hook of the last block did not fire"
+        heads = (self.attention.num_heads, -1)
+        query = taken.query.unflatten(-1, heads).transpose(1, 2)  # (M, H, 1 or 1 + N, d)
+        return query, taken.key.unflatten(-1, heads).transpose(1, 2), query.shape[-1] ** -0.5
+
+    def final_norm(self) -> nn.Module:
+        return self.tower.ln_post
+
+    def set_attention(self, name: str) -> None:
+        """Nothing to choose: torch's `MultiheadAttention` runs its fused kernel."""
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        self.tower.set_grad_checkpointing(enable)
+
+
+def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any], dict[str, Any]]:
+    """Find the weights file (none for random weights), the architecture and the preprocessing."""
+    import open_clip
+
+    if not config.model and not config.checkpoint:
+        vision = {
+            "image_size": config.image_size or 224,
+            "patch_size": config.patch_size,
+            "width": config.width,
+            "layers": config.depth,
+            "head_width": config.width // config.heads,
+            "mlp_ratio": config.mlp_ratio,
+        }
+        return None, {"embed_dim": config.width, "vision_cfg": vision, "quick_gelu": config.quick_gelu}, {}
+    hub = "/" in config.checkpoint or is_local(config.checkpoint)
+    source = at(config.checkpoint, config.revision) if hub else config.checkpoint
+    if not config.model:
+        told = read_json(source, CONFIG)
+        weights = None if on_meta() else fetch(source, WEIGHTS)
+        return weights, told.get("model_cfg", told), told.get("preprocess_cfg", {})
+    architecture = open_clip.get_model_config(config.model)
+    if architecture is None:
+        raise unknown("open_clip model", config.model, open_clip.list_models())
+    if not source:
+        return None, architecture, {}
+    if hub:
+        return None if on_meta() else fetch(source, WEIGHTS), architecture, {}
+    tag = open_clip.get_pretrained_cfg(config.model, config.checkpoint)
+    if not tag:
+        tags = open_clip.list_pretrained_tags_by_model(config.model)
+        raise unknown(f"weights of open_clip model {config.model!r}", config.checkpoint, tags)
+    # The activation is a fact of the weights, not of the name: OpenAI's were trained with another one.
+    architecture["quick_gelu"] = tag.get("quick_gelu", architecture.get("quick_gelu", False))
+    if on_meta():
+        return None, architecture, tag
+    repository, _, filename = (tag.get("hf_hub") or "").rpartition("/")
+    if not repository:
+        raise ZooError(f"open_clip has no safetensors weights {config.checkpoint!r} of {config.model!r} on the hub.")
+    weights = fetch(
+        at(repository, config.revision), filename.replace("pytorch_model.bin", "model.safetensors") or WEIGHTS
+    )
+    return weights, architecture, tag
+
+
+def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
+    from open_clip.model import _build_vision_tower
+
+    if not isinstance(architecture, dict) or not isinstance(architecture.get("vision_cfg"), dict):
+        raise ZooError(f"The config of {name!r} has no 'vision_cfg'.")
+    vision = dict(architecture["vision_cfg"])
+    vision["timm_model_pretrained"] = False  # its weights come with the checkpoint, or not at all
+    if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
+        raise ZooError(f"The config of {name!r} names the repository {vision['timm_model_name']!r} as its encoder.")
+    if isinstance(vision.get("layers"), list):
+        raise ZooError(f"The visual tower of {name!r} is a ResNet; a ViT is needed.")
+    if image_size:
+        vision["image_size"] = image_size
+    visual = _build_vision_tower(architecture["embed_dim"], vision, architecture.get("quick_gelu", False))
+    inner = getattr(visual, "trunk", visual)
+    if image_size and (patch := getattr(getattr(inner, "patch_embed", inner), "patch_size", None)):
+        check_divides(patch[0], image_size)
+    if image_size and hasattr(visual, "trunk"):  # it keeps the size of its name otherwise
+        visual.set_input_size(image_size)
+    if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):
+        raise ZooError(f"The visual tower of {name!r} is a {type(visual).__name__}; a ViT is needed.")
+    return visual
+
+
+def _load(visual: Any, path: Path, name: str) -> None:
+    """Read the visual part of a checkpoint and nothing else of it."""
+    from open_clip.model import resize_pos_embed
+    from safetensors import SafetensorError, safe_open
+    from timm.models.vision_transformer import resample_abs_pos_embed
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118  it is no mapping
+            state: dict[str, Tensor] = OrderedDict((key, file.get_tensor(key)) for key in keys)
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{str(path)!r} cannot be read: {error}") from error
+    if not keys:
+        raise ZooError(f"{path.name} of {name!r} holds no visual tower of open_clip (weights named visual.*).")
+    resize_pos_embed(state, SimpleNamespace(visual=visual))
+    trunk, position = getattr(visual, "trunk", None), "visual.trunk.pos_embed"
+    if trunk is not None and position in state and state[position].shape != trunk.pos_embed.shape:
+        prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+        state[position] = resample_abs_pos_embed(
+            state[position], new_size=list(trunk.patch_embed.grid_size), num_prefix_tokens=prefix
+        )
+    try:
+        visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items()})
+    except RuntimeError as error:
+        raise ZooError(f"The weights of {name!r} do not fit its architecture: {error}") from error

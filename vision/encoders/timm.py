@@ -1,0 +1,165 @@
+"""Encoders of timm: any ViT that it names, a folder saved by it, or a small one from sizes, trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_divides, check_sizes, on_meta
+from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+from zoo.vision.encoders.conv_stem import ConvStem
+from zoo.vision.encoders.vit_runner import TimmRunner
+from zoo.vision.images.transform import LIBRARIES
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+FITS = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+@dataclass
+class TimmVisionConfig:
+    model: str = ""  # a name of timm, e.g. vit_base_patch16_clip_224.openai; empty: the checkpoint's, or sizes
+    # pretrained: timm's weights for `model`; a hub name (timm/...) or a folder with config.json and model.safetensors
+    checkpoint: str = ""
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
+    layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
+    norm: bool = False  # apply the final norm to the tokens
+    image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
+    # pillow: as timm's own transforms | torchvision: as transformers' image processors, faster, to the byte what
+    # `zoo.export` can write; a step or two of a byte lie between them
+    resample_by: str = "pillow"
+    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
+    # Sizes, used where `model` and `checkpoint` are empty.
+    stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
+    patch_size: int = 16  # pixels a side
+    width: int = 192  # D
+    depth: int = 12  # blocks
+    heads: int = 3  # attention heads
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    cls_token: bool = True  # a [CLS] token in front of the patches
+    registers: int = 0  # register tokens behind it
+    activation: str = "gelu"  # gelu | gelu_tanh | quick_gelu | relu | silu
+    bias: bool = True  # biases in the linear layers of the blocks
+    zero_init: bool = False  # blocks start as the identity: their output layers are zero
+
+    def __post_init__(self) -> None:
+        if self.resample_by not in LIBRARIES:
+            raise unknown("library to resample by", self.resample_by, LIBRARIES)
+        if self.stem not in {"patch", "conv"}:
+            raise unknown("stem", self.stem, ["patch", "conv"])
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        if self.checkpoint == "pretrained" and not self.model:
+            raise ZooError("checkpoint=pretrained loads timm's weights for a `model`, and none is named.")
+        if not self.model and not self.checkpoint:
+            check_sizes(self)
+
+
+@register("vision", "timm")
+class TimmVision(Tower):
+    """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
+
+    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+
+    def __init__(self, config: TimmVisionConfig) -> None:
+        named = config.model or config.checkpoint
+        tower: Any = _named(config) if named else _sized(config)
+        if named and config.image_size and hasattr(tower, "patch_embed"):
+            check_divides(tower.patch_embed.patch_size[0], config.image_size)
+        runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", config.pooling_head)
+        transform = _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF)
+        super().__init__(runner, replace(transform, resample_by=config.resample_by))
+
+
+def _sized(config: TimmVisionConfig) -> nn.Module:
+    from timm.layers.activations import QuickGELU
+    from timm.models.vision_transformer import VisionTransformer
+
+    stem: dict[str, Any] = {"embed_layer": ConvStem} if config.stem == "conv" else {}
+    tower: Any = VisionTransformer(
+        img_size=config.image_size or 224,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        class_token=config.cls_token,
+        reg_tokens=config.registers,
+        qkv_bias=config.bias,
+        proj_bias=config.bias,
+        act_layer=QuickGELU if config.activation == "quick_gelu" else config.activation,  # its name changed
+        num_classes=0,
+        global_pool="",
+        **stem,
+    )
+    if config.zero_init:
+        for block in tower.blocks:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+    return tower
+
+
+def _named(config: TimmVisionConfig) -> nn.Module:
+    options: dict[str, Any] = {"img_size": config.image_size or None}
+    source = config.checkpoint if config.checkpoint == "pretrained" else at(config.checkpoint, config.revision)
+    if config.model:
+        _check_name(config.model)
+        name = config.model
+    else:
+        read_json(source)  # timm reads it by itself; here, what is wrong is said in our words
+        name = f"local-dir:{source}" if is_local(source) else f"hf-hub:{source}"
+    if source and not on_meta():
+        file = _weights(config, source)
+        require_filled(lambda: _create(name, options), [file], f"The config of {source or config.model!r}")
+        # Architectures with a loader of their own (npz of JAX) would use it for safetensors too, in older timm.
+        overlay = {"source": "", "custom_load": False, "file": str(file)}
+        return _create(name, {**options, "pretrained": True, "pretrained_cfg_overlay": overlay})
+    return _create(name, options)
+
+
+def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, **options)
+    except Exception as error:  # a shape, a cut file, an option that is none: a class of its own each
+        raise ZooError(f"timm cannot build {name!r} with {options}: {error}") from error
+
+
+def _weights(config: TimmVisionConfig, source: str) -> Any:
+    """Find the safetensors file of the checkpoint."""
+    import timm
+
+    if source != "pretrained":
+        return fetch(source, "model.safetensors")
+    known = timm.get_pretrained_cfg(config.model)
+    if known is None or not known.hf_hub_id:
+        raise ZooError(f"timm has no safetensors weights for {config.model!r}; name a checkpoint.")
+    filename = (known.hf_hub_filename or "model.safetensors").replace("pytorch_model.bin", "model.safetensors")
+    return fetch(at(known.hf_hub_id, config.revision), filename)
+
+
+def _check_name(model: str) -> None:
+    import timm
+
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        raise unknown("timm model", architecture, timm.list_models())
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(architecture + ".*")]
+    if tag and tag not in tags:
+        raise unknown(f"weights of timm model {architecture!r}", tag, tags)
+
+
+def _transform(tower: Any) -> ImageTransform:
+    """Take statistics and resampling from the weights' metadata; `crop_pct`, a habit of classifiers, is left out."""
+    known = tower.pretrained_cfg
+    return ImageTransform(
+        size=tuple(tower.patch_embed.img_size),
+        mean=tuple(known.get("mean") or IMAGENET_MEAN),
+        std=tuple(known.get("std") or IMAGENET_STD),
+        resample=known.get("interpolation") or "bicubic",
+        fit=FITS.get(known.get("crop_mode") or "center", "crop"),
+    )

@@ -1,0 +1,107 @@
+"""How a ViT of timm is run: for the timm encoder, and for the timm trunks inside open_clip's towers."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import ZooError
+from zoo.vision.encoders.attention_scores import pooling_head
+from zoo.vision.encoders.base import ATTENTION, Runner, Taken, block_count
+
+PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
+
+
+class TimmRunner(Runner):
+    """Cuts a timm ViT behind `layer` and listens to the attention of its last block.
+
+    Raises:
+        ZooError: the model has no blocks of one width on one patch grid, or no such layer, or no final norm.
+    """
+
+    def __init__(self, tower: Any, layer: int, norm: bool, name: str, pooling: bool = False) -> None:
+        super().__init__()
+        grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
+        if not grid or not all(hasattr(tower, part) for part in PARTS) or not _gives_prefix(tower):
+            raise ZooError(
+                f"{name!r} is a {type(tower).__name__}, which has no blocks of one width on one fixed patch grid;"
+                " a plain ViT is needed (vit_*, deit_*, eva*, beit* of timm)."
+            )
+        last = block_count(layer, len(tower.blocks), lowest=1) - 1
+        if norm and isinstance(tower.norm, nn.Identity):  # models that pool first keep their norm behind the pooling
+            tower.norm = getattr(tower, "fc_norm", tower.norm)
+            if isinstance(tower.norm, nn.Identity):
+                raise ZooError(f"{name!r} has no final norm: norm must be false.")
+        if pooling:
+            later, head = list(tower.blocks[last + 1 :]), getattr(tower, "attn_pool", None)
+            self.pooling = pooling_head(head, later, None if norm else tower.norm, repr(name))
+        tower.prune_intermediate_layers([last], prune_norm=not norm, prune_head=True)
+        self.tower, self.index, self.norm = tower, last, norm
+        self.hidden_size = tower.embed_dim
+        self.num_prefix = tower.num_prefix_tokens
+        self.grid = (grid[0], grid[1])
+        self.attention: Any = getattr(tower.blocks[-1], "attn", None)
+        self.has_cls = getattr(tower, "cls_token", None) is not None and self.num_prefix > 0
+        self.has_scores = self._listen()
+        if self.pooling is not None:
+            tower.blocks[-1].register_forward_hook(self.keep_last)
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        (out,) = self.tower.forward_intermediates(
+            pixel_values,
+            indices=[self.index],
+            return_prefix_tokens=self.num_prefix > 0,  # some of timm's classes fail where there are none
+            norm=self.norm,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out  # (M, P + N, D)
+
+    def _listen(self) -> bool:
+        """Take q and k behind their norms, from the attentions whose scores are q.k and no more."""
+        from timm.layers import Attention, AttentionRope
+        from timm.models.eva import EvaAttention
+
+        if type(self.attention) not in (Attention, AttentionRope, EvaAttention):
+            return False
+        self.attention.register_forward_pre_hook(self._keep_rope, with_kwargs=True)
+        self.attention.q_norm.register_forward_hook(self.keep_query)
+        self.attention.k_norm.register_forward_hook(self.keep_key)
+        return True
+
+    def _keep_rope(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+            taken.position = kwargs.get("rope")
+
+    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
+        from timm.layers import apply_rot_embed_cat
+
+        assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
+        query, key = taken.query, taken.key  # (M, H, P + N, d)
+        if (rope := taken.position) is not None:  # patches are rotated, the prefix is not
+            p, half = self.num_prefix, getattr(self.attention, "rotate_half", False)
+
+            def rotated(x: Tensor) -> Tensor:
+                return torch.cat([x[:, :, :p], apply_rot_embed_cat(x[:, :, p:], rope, half=half)], dim=2)
+
+            query, key = rotated(query), rotated(key)
+        return query, key, self.attention.scale
+
+    def final_norm(self) -> nn.Module:
+        return self.tower.norm
+
+    def set_attention(self, name: str) -> None:
+        for module in self.tower.modules():  # what is fused is torch's SDPA, whose kernels are flash kernels too
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = not name.endswith("eager")
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        self.tower.set_grad_checkpointing(enable)
+
+
+def _gives_prefix(tower: Any) -> bool:
+    """Whether the prefix goes through the blocks with the patches, which it does not in CaiT."""
+    return "return_prefix_tokens" in signature(tower.forward_intermediates).parameters

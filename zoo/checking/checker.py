@@ -1,0 +1,307 @@
+"""The check before anything is loaded: walk the composition on the meta device, and refuse what does not fit.
+
+A refusal says which part, why, what is there instead, and up to three changes that do fit: each of them was tried by
+this very check. The same check runs inside `zoo train` and `zoo.load`, before a weight is read.
+"""
+
+import re
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from zoo import registry
+from zoo.checking.counts import check_counts
+from zoo.checking.fixes import candidates
+from zoo.checking.plan import Plan, plan_from, plan_of
+from zoo.checking.stage_check import TEXT, Stagecheck, check_stage
+from zoo.composed.assembly import Parts, assemble
+from zoo.fusion.llm.attention import require_attention, require_kernel
+from zoo.registry import ZooError
+from zoo.settings.source import tokenizer_at
+from zoo.text.markup import cell
+from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
+
+_MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
+_MOST_BYTES = 64e12  # of weights; above it a size is mistyped
+_SECONDS = 8.0  # and how long it may compute
+
+
+@dataclass
+class Row:
+    """A part in the walk, and what leaves it."""
+
+    kind: str
+    name: str
+    tokens: int
+    grid: tuple[int, int] | None
+    width: int
+    parameters: int
+    trainable: int
+    needs: frozenset[str]
+    provides: frozenset[str]
+    destroys: frozenset[str]
+    bytes: int
+
+
+@dataclass
+class Walk:
+    """The result of a check that found nothing wrong."""
+
+    rows: list[Row]
+    num_image_tokens: int
+    memory: int  # bytes, inference with one image and the KV cache of a full prompt
+    stages: list[Stagecheck] = field(default_factory=list)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # what fits, and may not be what a person expects
+
+
+class RefusedError(ZooError):
+    """The composition does not fit. `reason` is the sentence, `fixes` the overrides that make it fit."""
+
+    def __init__(self, reason: str, fixes: Sequence[str] = ()) -> None:
+        lines = [reason, *(f"  fix {i}: {for_a_shell(fix)}" for i, fix in enumerate(fixes, 1))]
+        super().__init__("\n".join(lines))
+        self.reason, self.fixes = reason, list(fixes)
+
+
+def for_a_shell(override: str) -> str:
+    """Quote an override that a shell would take apart; brackets alone stay as the docs have them."""
+    return shlex.quote(override) if re.search(r"[^\w@%+=:,./\[\]-]", override) else override
+
+
+def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
+    """Walk a composition without reading a weight.
+
+    Args:
+        plan: what to check, or the name of a model as `zoo.load` takes it.
+        overrides: with a name, further options such as `pruner=random`.
+        fixes: how many to look for where something does not fit; the search takes longer than the check.
+
+    Raises:
+        RefusedError: something does not fit; the message has the reason and fixes that were tried.
+    """
+    if isinstance(plan, str):
+        plan = plan_of(plan, *overrides)
+    start = time.perf_counter()
+    with _quiet():
+        try:
+            walk = _walk(plan)
+        except ZooError as error:
+            raise RefusedError(str(error), list(_fixes(plan, fixes))) from error
+    walk.seconds = time.perf_counter() - start
+    return walk
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers warns of for the model that is really built."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _walk(plan: Plan) -> Walk:
+    _check_machine(plan)
+    vocab_size = _check_tokenizer(plan)
+    with torch.device("meta"):
+        parts = assemble(plan.slots, vocab_size=vocab_size)
+    if plan.placeholders is not None and plan.placeholders != parts.num_image_tokens:
+        raise ZooError(
+            f"The saved processor writes {plan.placeholders} placeholders for an image, but the parts make "
+            f"{parts.num_image_tokens} image tokens of it."
+        )
+    _check_positions(parts)
+    check_counts(parts, plan.slots)
+    from zoo.composed.model import ZooModel
+    from zoo.model_config import ZooConfig
+
+    require_kernel(plan.attention, parts.llm.lm)
+    attention = "auto" if plan.attention.startswith("flash") else plan.attention  # which run on no meta device
+    with torch.device("meta"):
+        model = ZooModel(ZooConfig(slots=dict(plan.slots), attention=attention), parts=parts)
+    rows = [_row(step, parts, model) for step in parts.steps]
+    weights = sum(r.bytes for r in rows)
+    if weights > _MOST_BYTES:
+        largest = max(rows, key=lambda row: row.bytes)
+        raise ZooError(
+            f"{largest.kind} {largest.name!r} has {size_text(largest.parameters)} parameters, "
+            f"{size_text(largest.bytes)}B: more than any machine holds. One of its sizes is wrong."
+        )
+    walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
+    walk.notes = [note for adapter in parts.adapter.values() for note in getattr(adapter, "notes", ())]
+    for name, stage in plan.stages.items():
+        walk.stages.append(check_stage(name, stage, model, plan, weights))
+    walk.notes += _untrained(plan, walk.stages)
+    return walk
+
+
+def _untrained(plan: Plan, stages: list[Stagecheck]) -> Iterator[str]:
+    """Say that the encoder has random weights, where a person may not know and nothing is to change it."""
+    node = plan.slots.get("vision")
+    if not node or node.get("checkpoint") or plan.trained or any("vision" in s.trainable for s in stages):
+        return
+    if "checkpoint" not in {option.name for option in registry.get("vision", node["name"]).options}:
+        return
+    if not stages and not node.get("model") and not plan.slots["llm"].get("checkpoint"):
+        return  # all is random here, and meant to be
+    named = f" ({node['model']})" if node.get("model") else ""
+    source = "pretrained" if node["name"] == "timm" and named else "<name>"
+    trains = ", and no stage trains it" if stages else ""
+    yield (
+        f"vision {node['name']!r}{named} starts from random weights{trains}: vision.checkpoint={source} reads trained "
+        "ones."
+    )
+
+
+def _check_machine(plan: Plan) -> None:
+    """Refuse devices, precisions and kernels that cannot run here."""
+    devices = ("auto", "cpu", "cuda", "mps")
+    if plan.device.partition(":")[0] not in devices:
+        raise registry.unknown("device", plan.device, devices)
+    if plan.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ZooError(f"device={plan.device} was asked for, but torch {torch.__version__} finds no CUDA device here.")
+    if plan.device == "mps" and not torch.backends.mps.is_available():
+        raise ZooError("device=mps was asked for, but there is none here.")
+    device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if plan.precision not in ("auto", "fp32", "bf16"):
+        raise registry.unknown("precision", plan.precision, ("auto", "fp32", "bf16"))
+    if plan.attention.startswith("flash_attention"):
+        if not device.startswith("cuda"):
+            raise ZooError(f"attention={plan.attention} runs on CUDA only, and the device is {device}.")
+        if plan.precision == "fp32":
+            raise ZooError(f"attention={plan.attention} computes in bf16 or fp16, and precision=fp32 was asked for.")
+    require_attention(plan.attention, device, None)
+
+
+def _check_tokenizer(plan: Plan) -> int | None:
+    """Refuse a tokenizer that lacks what answers need; returns how many ids it has, if that is known."""
+    if plan.template and plan.template not in CHAT_TEMPLATES:
+        raise registry.unknown("chat template", plan.template, CHAT_TEMPLATES)
+    if plan.tokenizer is not None:
+        return len(tokenizer_at(plan.tokenizer, plan.template))
+    if plan.vocab_size is not None:
+        require_vocab_size(plan.vocab_size, plan.template or "plain")
+    return plan.vocab_size
+
+
+def _check_positions(parts: Parts) -> None:
+    limit, needed = parts.llm.max_positions, parts.num_image_tokens + TEXT
+    if limit is not None and parts.num_image_tokens and limit < needed:
+        raise ZooError(
+            f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {parts.num_image_tokens} tokens "
+            f"and {TEXT} of text need {needed}."
+        )
+
+
+def _row(step: Any, parts: Parts, model: Any) -> Row:
+    key = step.kind if step.kind in {"vision", "projector", "layout", "llm"} else f"{step.kind}.{step.name}"
+    own = [p for n, p in model.named_parameters() if model.part_of(n) == key]
+    return Row(
+        step.kind,
+        step.name,
+        step.tokens,
+        step.grid,
+        step.width,
+        sum(p.numel() for p in own),
+        sum(p.numel() for p in own if p.requires_grad),
+        step.needs,
+        step.provides,
+        step.destroys,
+        sum(p.numel() * p.element_size() for p in own),
+    )
+
+
+def _cache_bytes(parts: Parts, tokens: int) -> int:
+    columns = 0  # of keys, over the layers: heads may differ from one to the next (Gemma 4)
+    for layer in parts.llm.lm.config.get_text_config().per_layer_config:
+        queries = getattr(layer, "num_attention_heads", 1)
+        width = getattr(layer, "head_dim", None) or parts.llm.hidden_size // max(1, queries)
+        columns += (getattr(layer, "num_key_value_heads", None) or queries) * width
+    return 2 * columns * tokens * next(parts.llm.parameters()).element_size()
+
+
+# ---- fixes -------------------------------------------------------------------------------------------------------
+
+
+def _fixes(plan: Plan, most: int) -> Iterator[str]:
+    """Yield overrides that make the plan fit, smallest change first; each was walked."""
+    found, start = 0, time.thread_time()
+    for tries, (override, candidate) in enumerate(candidates(plan)):
+        if found == most or tries >= _MOST_TRIES or time.thread_time() - start > _SECONDS:
+            return
+        try:
+            _walk(candidate)
+            _walk_as_typed(plan, candidate, override)
+        except Exception:  # a candidate may fail in any way; it is then no fix
+            continue
+        yield override
+        found += 1
+
+
+def _walk_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
+    """Check the words that a person typed with a fix behind them, and their data, where the plan comes from words."""
+    if plan.typed is None:
+        return
+    from zoo.evaluation.data_check import check_data
+
+    cfg = plan.typed.with_one_more(override)
+    tokens = {name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")}
+    as_before = {"splits": candidate.splits, "origin": candidate.origin, "trained": candidate.trained}
+    walk = _walk(replace(plan_from(cfg), **tokens, **as_before))
+    check_data(cfg, walk.stages)
+
+
+# ---- command -----------------------------------------------------------------------------------------------------
+
+
+def size_text(count: float) -> str:
+    """Bytes or parameters for people: 1.5 K, 23.4 M, 7.1 G."""
+    for unit in ("", " K", " M", " G", " T"):
+        if abs(count) < 1000 or unit == " T":
+            return f"{count:.0f}{unit}" if not unit or count >= 100 else f"{count:.1f}{unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def show(walk: Walk, title: str = "") -> None:
+    """Print the walk as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=cell(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part")
+    for column in ("tokens", "grid", "width", "params", "memory"):
+        table.add_column(column, justify="right")
+    table.add_column("capabilities", overflow="fold")
+    for r in walk.rows:
+        grid = f"{r.grid[0]}x{r.grid[1]}" if r.grid else "-"
+        words = (("needs", r.needs), ("gives", r.provides), ("destroys", r.destroys))
+        what = "; ".join(f"{word} {', '.join(sorted(some))}" for word, some in words if some)
+        sizes = (size_text(r.parameters), size_text(r.bytes) + "B")
+        table.add_row(cell(f"{r.kind} {r.name}"), str(r.tokens), grid, str(r.width), *sizes, cell(what or "-"))
+    console = Console()
+    console.print(table)
+    total = sum(r.parameters for r in walk.rows)
+    console.print(
+        f"{walk.num_image_tokens} image tokens = placeholders per image; {size_text(total)} parameters; "
+        f"inference takes about {size_text(walk.memory)}B; checked in {walk.seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for stage in walk.stages:
+        parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
+        line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for note in walk.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)

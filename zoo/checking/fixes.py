@@ -1,0 +1,160 @@
+"""Changes of a composition that may make it fit, smallest first: what a refusal tries before it suggests."""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from zoo import registry
+from zoo.registry import MISSING, ZooError
+from zoo.text.tokenizer import CHAT_TEMPLATES, OF_MODEL
+
+if TYPE_CHECKING:
+    from zoo.checking.plan import Plan
+
+
+def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
+    """Yield overrides as a user would write them, each with the plan that they make; none was tried."""
+    for name, stage in plan.stages.items():
+        yield from _other_teaching(plan, name, stage)
+    for key in ("device", "precision", "attention"):
+        if getattr(plan, key) != "auto":
+            auto: dict[str, Any] = {key: "auto"}
+            yield f"{key}=auto", replace(plan, **auto)
+    if plan.slots.get("projector") and any(_excludes_tokens(n) for n in plan.slots.get("adapter") or {}):
+        yield "projector=null", replace(plan, slots={**plan.slots, "projector": None})
+    for template in CHAT_TEMPLATES:
+        if template != plan.template and (plan.template or plan.tokenizer):
+            yield f"tokenizer.chat_template={template}", replace(plan, template=template)
+    if plan.tokenizer is None and plan.vocab_size is not None and plan.vocab_size < 512:
+        yield "tokenizer.vocab_size=512", replace(plan, vocab_size=512)
+    for kind in ("pruner", "adapter"):
+        members = plan.slots.get(kind) or {}
+        if len(members) > 1:
+            turned = dict(reversed(members.items()))
+            yield f"{kind}={_shown(turned)}", replace(plan, slots={**plan.slots, kind: turned})
+    yield from _other_options(plan)
+    yield from _other_stages(plan)
+    for kind in ("pruner", "adapter"):
+        members = plan.slots.get(kind) or {}
+        for name in members:
+            rest = {n: node for n, node in members.items() if n != name}
+            yield f"{kind}={_shown(rest or None)}", replace(plan, slots={**plan.slots, kind: rest})
+            for other in registry.names(kind):
+                if other not in members and (node := _default_node(kind, other)):
+                    swapped = {(other if n == name else n): (node if n == name else v) for n, v in members.items()}
+                    yield f"{kind}={_shown(swapped)}", replace(plan, slots={**plan.slots, kind: swapped})
+    for kind in ("projector", "vision", "llm"):
+        current = (plan.slots.get(kind) or {}).get("name")
+        for other in registry.names(kind):
+            if other != current and (node := _default_node(kind, other)):
+                yield f"{kind}={other}", replace(plan, slots={**plan.slots, kind: node})
+        if current and kind != "llm":
+            yield f"{kind}=null", replace(plan, slots={**plan.slots, kind: None})
+
+
+def _excludes_tokens(adapter: str) -> bool:
+    return "image_tokens" in getattr(registry.get("adapter", adapter).cls, "excludes", ())
+
+
+def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
+    """Each option that differs from its default set back, and each option's other named values."""
+    for kind in ("vision", "projector", "layout", "llm", "pruner", "adapter"):
+        nodes = plan.slots.get(kind) or {}
+        many = kind in {"pruner", "adapter"}
+        for name, node in nodes.items() if many else [(nodes.get("name"), nodes)]:
+            if not name:
+                continue
+            entry = registry.get(kind, name)
+            path = f"{kind}.{name}" if many else kind
+            for option in sorted(
+                entry.options, key=lambda o: o.name == "num_experts"
+            ):  # the family's number may be huge
+                given = node.get(option.name, option.default)
+                values = [] if option.default in (given, MISSING) or option.name == "checkpoint" else [option.default]
+                values += [v for v in getattr(entry.cls, "choices", {}).get(option.name, ()) if v != given]
+                if kind == "llm" and option.name == "max_positions" and isinstance(given, int):
+                    values = [given * 2**k for k in (1, 2, 3, 4)]
+                if kind == "llm" and option.name == "top_k" and node.get("num_experts"):
+                    values = [k for k in (2, 1) if k <= node["num_experts"] and k != given]
+                for value in values:
+                    slots = deepcopy(plan.slots)
+                    (slots[kind][name] if many else slots[kind])[option.name] = value
+                    yield f"{path}.{option.name}={_shown(value)}", replace(plan, slots=slots)
+
+
+def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
+    for name, stage in plan.stages.items():
+        for field_name in ("data", "loss_weights", "lr_scale"):  # a mapping is merged with what is there: take one out
+            for key in (given := dict(getattr(stage, field_name))):
+                less = {k: v for k, v in given.items() if k != key}
+                try:
+                    changed = replace(stage, **{field_name: less})
+                except ZooError:
+                    continue
+                yield f"~stages.{name}.{field_name}.{key}", replace(plan, stages={**plan.stages, name: changed})
+        for field_name, value in (
+            ("freeze", []),
+            ("train", ["all"]),
+            ("train", ["projector"]),
+            ("distiller", None),
+            ("teacher", ""),
+            ("pack_length", None),
+            ("precision", ""),
+        ):
+            if getattr(stage, field_name) != value:
+                try:
+                    changed = replace(stage, **{field_name: value})
+                except ZooError:
+                    continue
+                yield (
+                    f"stages.{name}.{field_name}={_shown(value)}",
+                    replace(plan, stages={**plan.stages, name: changed}),
+                )
+
+
+def _other_teaching(plan: "Plan", name: str, stage: Any) -> Iterator[tuple[str, "Plan"]]:
+    """The teacher's tokenizer, and the distiller without its losses on image tokens or on hidden states."""
+    node = stage.teacher_node
+    if node is None:
+        return
+    if node["model"]:
+        source = f"{OF_MODEL}{node['model']}"
+        yield f"tokenizer.checkpoint={source}", replace(plan, tokenizer=source, vocab_size=None, made=None)
+    own = stage.distiller_node
+    if own is None:
+        return
+    try:
+        known = {option.name for option in registry.get("distiller", own["name"]).options}
+    except ZooError:
+        return
+    less: tuple[dict[str, Any], ...] = (
+        {"visual_weight": 0.0, "relation_weight": 0.0},
+        {"relation_weight": 0.0},
+        {"hidden_layers": {}},
+    )
+    for off in less:
+        if off.keys() <= known:
+            changed = replace(stage, distiller={**own, **off})
+            text = ",".join(f"{k}:{v}" for k, v in {**own, **off}.items() if not isinstance(v, (dict, list)))
+            yield f"stages.{name}.distiller={{{text}}}", replace(plan, stages={**plan.stages, name: changed})
+
+
+def _shown(value: Any) -> str:
+    """A value as an override spells it; of a mapping, its names."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if value == "":
+        return "''"
+    if isinstance(value, (Mapping, list, tuple)):
+        return f"[{','.join(map(str, value))}]"
+    return str(value)
+
+
+def _default_node(kind: str, name: str) -> dict[str, Any] | None:
+    """A component with its default options, or None where one is required or the component cannot be imported."""
+    try:
+        options = registry.get(kind, name).options
+    except ZooError:
+        return None
+    return {"name": name} if all(o.default != MISSING for o in options) else None

@@ -1,0 +1,180 @@
+"""Whether a stage of a recipe can be run, said before a weight is loaded: what trains, data, losses, rates, teacher."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.composed.assembly import build_distiller
+from zoo.fusion.llm.attention import require_attention
+from zoo.registry import ZooError, unknown
+from zoo.runs.lengths import require_positions
+from zoo.runs.optim import parts_of, rate_scales
+
+TEXT = 64  # tokens of text beside the images that a sequence must have room for
+_MASKED = ("eager", "sdpa", "zoo_eager", "auto")  # kernels that take a mask of who sees whom
+
+
+@dataclass
+class Stagecheck:
+    """What a stage of the recipe trains, and the memory it takes."""
+
+    name: str
+    trainable: dict[str, int]
+    memory: int  # bytes
+    one_dialog: str = ""  # why a row can hold one dialog only, where that is so
+    needs: frozenset[str] = frozenset()  # words of the distiller
+    grid: tuple[int, int] | None = None  # that the distiller's targets are to have
+
+
+def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> Stagecheck:
+    """What a stage trains, by part; the memory of weights, gradients, two moments, and activations of one pass."""
+    where = f"Stage {name!r}: "
+    try:
+        _check_data(stage, plan)
+        _check_rows(stage, model, plan)
+        least = model.num_image_tokens if model.layout is None else 0
+        require_positions(stage, model.llm.max_positions, least)
+        _check_shorter(stage, model)
+        model.detach_only(stage.detach)
+        trainable = model.set_trainable(stage.train, stage.freeze)
+        distiller, teacher = _check_distiller(name, stage, model, plan) if stage.distiller else (None, 0)
+        if not stage.distiller and stage.teacher:
+            raise ZooError(f"a teacher is named, but no distiller: set stages.{name}.distiller.")
+        _check_losses(stage, model, distiller)
+        _check_rates(stage, model, distiller)
+    except ZooError as error:
+        raise ZooError(where + str(error)) from error
+    learnt = sum(trainable.values())
+    weights += teacher
+    text = model.llm.lm.config.get_text_config()
+    layers, width = model.llm.num_layers, model.llm.hidden_size
+    rows = max(1, stage.batch_size // stage.accumulate)
+    tokens = rows * (model.num_image_tokens + TEXT)
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
+    memory = weights + 12 * learnt + tokens * per_token
+    needs = frozenset(getattr(distiller, "needs", ()))
+    grid = getattr(distiller, "grid", None)
+    return Stagecheck(name, trainable, memory, _one_dialog(stage, model, plan), needs, grid)
+
+
+def _check_data(stage: Any, plan: Any) -> None:
+    """Refuse data sets that the run does not have, and a stage for which none is left."""
+    for key in stage.data:
+        if key not in plan.data:
+            raise unknown("data", key, plan.data)
+    if plan.splits is not None and not stage.data:
+        splits = {name: plan.splits.get(name, "train") for name in plan.data}
+        if "train" in splits.values():
+            return
+        there = ", ".join(f"{name} (split {split})" for name, split in splits.items()) or "none"
+        raise ZooError(f"there is no data to train on. The run has {there}: choose some with data=[...].")
+
+
+def _check_rows(stage: Any, model: Any, plan: Any) -> None:
+    """Refuse rows of several samples where a part, or the attention, cannot keep the samples apart."""
+    alone = next((n for n, a in model.adapter.items() if getattr(a, "per_row", False)), None)
+    if alone and stage.pack_length is not None:
+        raise ZooError(
+            f"pack_length={stage.pack_length} puts several samples into a row, and adapter {alone!r} changes the LLM "
+            "for a whole row: set pack_length=null."
+        )
+    if stage.pack_length is not None and stage.pack_length < model.num_image_tokens:
+        raise ZooError(
+            f"pack_length={stage.pack_length} is less than the {model.num_image_tokens} tokens of one image: set "
+            "pack_length=null, or more."
+        )
+    if stage.pack_length is not None and plan.attention not in _MASKED:
+        raise ZooError(
+            f"pack_length={stage.pack_length} puts several samples into a row, and attention={plan.attention} takes no "
+            "mask of who sees whom: set pack_length=null, or attention=auto."
+        )
+    device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if plan.attention == "flex_attention" and not device.startswith("cuda"):
+        raise ZooError(f"attention=flex_attention has no backward pass on {device}: it trains on CUDA only.")
+    if (stage.precision or plan.precision) == "fp32":
+        require_attention(plan.attention, device, torch.float32)
+
+
+def _check_shorter(stage: Any, model: Any) -> None:
+    """Refuse what does not go with layers that become shorter while the model trains."""
+    inside = _drops_inside(model)
+    if not inside:
+        return
+    if stage.compile:
+        raise ZooError(
+            f"pruner {inside!r} chooses how long layers are as it goes, which does not compile: compile=false."
+        )
+    if getattr(model.llm, "router_aux_coef", 0):
+        raise ZooError(f"pruner {inside!r} shortens layers, which llm.router_aux_coef does not know: set it to 0.")
+
+
+def _drops_inside(model: Any) -> str:
+    """Name the pruner that makes layers of the LLM shorter, if there is one."""
+    return next((n for n, p in model.pruner.items() if getattr(p, "dropper", None) is not None), "")
+
+
+def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
+    """Why a row of this stage can hold one dialog only; empty where it can hold several."""
+    if stage.pack != "dialogs" or (stage.loss_weights.get("answer", 1.0) == 0 and not stage.teacher):
+        return ""  # it does not, or the LLM does not run
+    if inside := _drops_inside(model):
+        return f"pruner {inside!r} chooses image tokens by the question"
+    if plan.attention not in _MASKED:
+        return f"attention={plan.attention} takes no mask of who sees whom"
+    return ""
+
+
+def _check_losses(stage: Any, model: Any, distiller: Any) -> None:
+    """Refuse weights of losses that nothing gives, where every part says what it gives; and a stage without a loss."""
+    weights = getattr(distiller, "weights", None)
+    terms = set(weights) if isinstance(weights, dict) else set()
+    if stage.loss_weights.get("answer", 1.0) == 0 and not distiller:
+        raise ZooError("loss_weights.answer is 0 and there is no distiller, so nothing is learnt.")
+    givers = [*model.adapter.values(), *([distiller] if distiller is not None and not terms else [])]
+    if any(not hasattr(part, "losses") for part in givers):
+        return  # the first batch shows what they give
+    known = {"answer"} | terms | set(getattr(distiller, "losses", ()))
+    known |= {name for adapter in model.adapter.values() for name in adapter.losses}
+    known |= {"router_balance"} if getattr(model.llm, "router_aux_coef", 0) else set()
+    for name in stage.loss_weights:
+        if name not in known:
+            raise unknown("loss in this stage (loss_weights)", name, known)
+    if not any(stage.loss_weights.get(name, 1.0) for name in known):
+        raise ZooError(f"all losses weigh 0 ({', '.join(sorted(known))}), so nothing is learnt.")
+
+
+def _check_rates(stage: Any, model: Any, distiller: Any) -> None:
+    """Refuse learning rates of parts that do not train."""
+    if not stage.lr_scale:
+        return
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    if isinstance(distiller, nn.Module):
+        names += [f"distiller.{n}" for n, _ in distiller.named_parameters()]
+    rate_scales(names, stage.lr_scale, parts_of(model))
+
+
+def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any, int]:
+    """Check what a stage's distiller needs, and its teacher; returns the distiller and the bytes of the teacher."""
+    with torch.device("meta"):
+        distiller = build_distiller(model, stage.distiller_node)
+    needs, who = frozenset(getattr(distiller, "needs", ())), stage.distiller_node["name"]
+    if any(n.startswith("teacher.") for n in needs) and not stage.teacher:
+        raise ZooError(f"distiller {who!r} needs a teacher: set stages.{name}.teacher to a model's name.")
+    if "student.image" in needs and not model.num_image_tokens and model.vision is None:
+        raise ZooError(f"distiller {who!r} needs image features, but the model has no vision encoder.")
+    if not stage.teacher:
+        return distiller, 0
+    if not any(n.startswith("teacher.") for n in needs):
+        raise ZooError(f"distiller {who!r} asks nothing of a teacher: leave stages.{name}.teacher empty.")
+    from zoo.checking.teachers import check_store, check_teacher
+
+    try:
+        if folder := stage.teacher_node["store"]:
+            check_store(name, stage, folder, needs, model, plan.slots)
+            return distiller, 0
+        return distiller, check_teacher(name, stage, distiller, model, plan)
+    except ZooError as error:
+        raise ZooError(f"{error}.") from error

@@ -1,0 +1,270 @@
+"""Whether a teacher can teach a student, said before a weight is loaded: tokenizers, image tokens, widths, identity.
+
+Losses on answers need the same tokens. Losses on image tokens need more: each of the student's must show what one of
+the teacher's shows. That is so where both encoders lay the same grid over the same part of the picture, what is dropped
+is known (`ImageFeatures.keep`), and what merges tokens merges alike on both sides.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.checking.plan import plan_from
+from zoo.composed.assembly import Parts, assemble
+from zoo.registry import ImageFeatures, ZooError, config_of
+from zoo.settings import schema as configs
+from zoo.settings.overrides import quoted
+from zoo.settings.source import tokenizer_at
+from zoo.teaching.teacher_store import read_about
+from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
+
+ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # words of losses on image tokens
+
+
+def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) -> int:
+    """Refuse a teacher that cannot teach this student; returns the bytes of its weights.
+
+    Args:
+        name: of the stage.
+        stage: its settings, with a teacher that is a model.
+        distiller: built for the student.
+        model: the student on the meta device.
+        plan: what is checked (`zoo.checking.checker.Plan`).
+    """
+    node = stage.teacher_node
+    theirs, tokenizer = _teacher(node["model"], tuple(node["options"]))
+    itself = theirs.origin and theirs.origin == plan.origin and theirs.slots == plan.slots
+    if itself and not getattr(distiller, "own_reference", False):
+        raise ZooError(
+            f"the teacher {node['model']!r} is the student itself: the same parts with the same weights have nothing "
+            "to learn from each other. Give the student a pruner or other parts, or name another teacher"
+        )
+    shared = _check_tokens(node["model"], plan, tokenizer)
+    with torch.device("meta"):
+        parts = assemble(theirs.slots, vocab_size=shared)
+    needs: frozenset[str] = getattr(distiller, "needs", frozenset())
+    if needs & ON_IMAGES:
+        _check_images(name, stage, needs, model, plan.slots, parts, theirs.slots)
+    if getattr(distiller, "equal_widths", False) and parts.llm.hidden_size != model.llm.hidden_size:
+        raise ZooError(
+            f"the loss on hidden states needs LLMs of one width: the student has {model.llm.hidden_size}, the teacher "
+            f"{parts.llm.hidden_size}. Set stages.{name}.distiller.hidden_layers={{}}"
+        )
+    modules = [parts.vision, parts.projector, parts.llm, *parts.pruner.values(), *parts.adapter.values()]
+    return sum(p.numel() * p.element_size() for m in modules if hasattr(m, "parameters") for p in m.parameters())
+
+
+@lru_cache(maxsize=4)
+def _teacher(name: str, options: tuple[str, ...]) -> tuple[Any, Any]:
+    """The plan of a teacher by name, and its tokenizer; the search for fixes asks again and again."""
+    cfg = configs.compose("load", [f"model={quoted(name)}", *options])
+    template = cfg.tokenizer.chat_template
+    found = tokenizer_at(f"{OF_MODEL}{name}", template)
+    return plan_from(cfg), set_template_options(found, cfg.tokenizer.template_options)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(source: str, template: str) -> Any:
+    return tokenizer_at(source, template)
+
+
+def check_store(
+    name: str, stage: Any, folder: str, needs: frozenset[str], model: Any, slots: Mapping[str, Any]
+) -> None:
+    """Refuse a stored teacher that does not hold what the distiller needs, or holds other image tokens.
+
+    Args:
+        name: of the stage.
+        stage: its settings.
+        folder: of the store.
+        needs: words of the distiller.
+        model: the student on the meta device.
+        slots: of the student.
+    """
+    about = read_about(Path(folder))
+    missing = sorted(n for n in needs if n.startswith("teacher.") and n.partition(".")[2] not in about["positions"])
+    if missing:
+        what = missing[0].partition(".")[2]
+        off = "hidden_layers: {}" if what == "hidden" else f"{what}_weight: 0"
+        raise ZooError(
+            f"the stored teacher in {folder!r} has {' and '.join(about['positions'])} positions, not {what}. "
+            f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}, or load the teacher"
+        )
+    if needs & ON_IMAGES:
+        with torch.device("meta"):
+            parts = assemble(about["slots"], vocab_size=about["vocab_size"])
+        _check_images(name, stage, needs, model, slots, parts, about["slots"])
+        if steps := _layout(parts.vision, parts.pruner, parts.projector, about["slots"])[1]:
+            raise ZooError(
+                f"the teacher stored in {folder!r} has pruners {_names(steps)}, and a store knows image tokens by "
+                f"their place in the whole grid. {_without_images(name, stage, needs)}, or load the teacher"
+            )
+
+
+def _check_tokens(name: str, plan: Any, theirs: Any) -> int:
+    """Refuse a tokenizer that is not the teacher's; returns how many tokens both know."""
+    ours = plan.made
+    if ours is None and plan.tokenizer is not None:
+        ours = _tokenizer(plan.tokenizer, plan.template)
+    if ours is None:
+        raise ZooError(
+            f"the student would train a tokenizer of its own, which is not that of the teacher {name!r}. "
+            f"Set tokenizer.checkpoint={OF_MODEL}{name}"
+        )
+    try:
+        return shared_tokens(ours, theirs)
+    except ZooError as error:
+        raise ZooError(f"{error}. Set tokenizer.checkpoint={OF_MODEL}{name}") from error
+
+
+def _check_images(
+    name: str,
+    stage: Any,
+    needs: frozenset[str],
+    model: Any,
+    our_slots: Mapping[str, Any],
+    parts: Parts,
+    their_slots: Mapping[str, Any],
+) -> None:
+    what = " and ".join(sorted(n.partition(".")[2] for n in needs & ON_IMAGES))
+    fix = _without_images(name, stage, needs)
+    for who, count in (("student", model.num_image_tokens), ("teacher", parts.num_image_tokens)):
+        if not count:
+            raise ZooError(
+                f"the losses {what} need image tokens in the sequence, and the {who} has none. It can take losses on "
+                f"the response only. {fix}"
+            )
+    for who, made in (("student", model.layout), ("teacher", parts.layout)):
+        if made is not None and not getattr(made, "row_tokens", None):
+            name = (our_slots if who == "student" else their_slots)["layout"]["name"]
+            raise ZooError(
+                f"the losses {what} compare one grid of cells for each image or tile, and the {who}'s layout "
+                f"{name!r} makes something else of it. {fix}"
+            )
+    said = [
+        _options("layout", slots["layout"]) if slots.get("layout") else "none" for slots in (our_slots, their_slots)
+    ]
+    if said[0] != said[1]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: the student's layout is {said[0]}, the teacher's "
+            f"{said[1]}. {fix}, or give both one layout"
+        )
+    ours = _layout(model.vision, model.pruner, model.projector, our_slots)
+    theirs = _layout(parts.vision, parts.pruner, parts.projector, their_slots)
+    if ours[0] != theirs[0]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: the student's encoder lays {_seen(ours[0])} over the "
+            f"picture, the teacher's {_seen(theirs[0])}. {fix}, or give both encoders one grid"
+        )
+    if ours[2] != theirs[2]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: projector {_projector(our_slots)!r} and projector "
+            f"{_projector(their_slots)!r} make other tokens of them. {fix}, or give both one projector"
+        )
+    steps, before = ours[1], theirs[1]
+    if before != steps[: len(before)]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: the teacher's pruners {_names(before)} are not those "
+            f"that the student begins with, {_names(steps)}. {fix}, or take the teacher's pruners away with "
+            f"stages.{name}.teacher={{model: ..., options: [pruner=null]}}"
+        )
+    if merging := [step for step in steps[len(before) :] if not step[1]]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: the student's pruner {merging[0][0]!r} makes new "
+            f"tokens, which the teacher does not have. {fix}, or give the teacher that pruner too"
+        )
+    if ours[2] and steps[len(before) :]:
+        raise ZooError(
+            f"image tokens of student and teacher do not align: projector {_projector(our_slots)!r} mixes what the "
+            f"student's pruners {_names(steps)} leave. {fix}, or give the teacher those pruners too"
+        )
+
+
+def _without_images(name: str, stage: Any, needs: frozenset[str]) -> str:
+    off = ", ".join(f"{n.partition('.')[2]}_weight: 0" for n in sorted(needs & ON_IMAGES))
+    return f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}"
+
+
+Layout = tuple[tuple[Any, str], list[tuple[str, bool, str]], str]
+
+
+def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any]) -> Layout:
+    """What an image token stands for: grid and fit, each pruner with whether it only drops, and how they are mixed.
+
+    Pruners that leave the tokens as they are, and projectors that map each token by itself, say nothing here.
+    """
+    h, w = vision.grid
+    n = h * w
+    score = torch.linspace(0, 9, n).sin().abs()[None]  # features that no two tokens share, as no two of a picture do
+    tokens = score.unsqueeze(-1) + torch.linspace(0, 5, n * vision.hidden_size).cos().view(1, n, -1)
+    image = ImageFeatures(
+        tokens,
+        (h, w),
+        cls_attention=score,
+        prefix=tokens[:, :1],
+        key_attention=score,
+        pooling_attention=score,
+        keys=tokens.unsqueeze(2),
+    )
+    steps = []
+    for key, pruner in pruners.items():
+        after, drops = _after(pruner, image)
+        if after is None or after.tokens.shape[1] != image.tokens.shape[1] or _cells(after) != _cells(image):
+            steps.append((key, drops, _options("pruner", {**slots["pruner"][key], "name": key})))
+        if after is None:
+            break  # nothing is known of what follows; it has to be the same on both sides
+        image = after
+    mixed = "" if _one_to_one(projector, image.tokens.shape[1]) else _options("projector", slots["projector"])
+    return ((h, w), vision.transform.fit), steps, mixed
+
+
+def _options(kind: str, node: Mapping[str, Any]) -> str:
+    """A node with the options that it leaves out, to compare."""
+    _, typed = config_of(kind, node)
+    return repr(typed)
+
+
+def _after(pruner: Any, image: ImageFeatures) -> tuple[ImageFeatures | None, bool]:
+    """What leaves a pruner, and whether it only drops; None where it has weights, which are not there."""
+    try:
+        with torch.no_grad():
+            after = pruner(image)
+        return after, set(_cells(after)) <= set(_cells(image))
+    except Exception:  # whatever it needs is not here: take its word for what it does
+        return None, "grid" in getattr(pruner, "destroys", ()) and "grid" not in getattr(pruner, "provides", ())
+
+
+def _cells(image: ImageFeatures) -> list[tuple[int, ...]]:
+    """The encoder's cells in each token."""
+    count = image.tokens.shape[1]
+    if image.groups is None:
+        return [(int(i),) for i in (range(count) if image.keep is None else image.keep[0])]
+    found: list[list[int]] = [[] for _ in range(count)]
+    for cell, token in enumerate(image.groups[0].tolist()):
+        if token >= 0:
+            found[token].append(cell)
+    return [tuple(cells) for cells in found]
+
+
+def _one_to_one(projector: Any, count: int) -> bool:
+    try:
+        return all(projector.num_tokens(n) == n for n in {count, count + 1, 7})
+    except ZooError:
+        return False
+
+
+def _seen(layout: tuple[Any, str]) -> str:
+    (h, w), fit = layout
+    return f"{h} x {w} cells ({fit})"
+
+
+def _names(steps: Sequence[tuple[str, bool, str]]) -> str:
+    return "[" + ",".join(key for key, _, _ in steps) + "]"
+
+
+def _projector(slots: Mapping[str, Any]) -> str:
+    """Registry name of the projector."""
+    return str((slots.get("projector") or {}).get("name"))

@@ -1,0 +1,122 @@
+"""`zoo bench <name> [option=value ...]`: measure speed on this machine, every number against something.
+
+A bench is a module of `zoo.benches` with a dataclass `Options` and a function `run(options, show) -> Report`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError, unknown
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a bench is, and what it is for."""
+
+    module: str
+    summary: str
+
+
+BENCHES = {
+    "check": Bench("zoo.benches.check", "mistakes that zoo check finds before weights load, and false alarms"),
+    "claims": Bench("zoo.benches.claims", "what papers claim, as small experiments over several seeds"),
+    "compatibility": Bench("zoo.benches.compatibility", "which parts go together, from real runs of tiny models"),
+    "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),
+    "generate": Bench("zoo.benches.generate", "prefill and decode speed against transformers on the same checkpoint"),
+    "load": Bench("zoo.benches.load", "memory and seconds of loading a checkpoint against transformers"),
+    "roundtrip": Bench("zoo.benches.roundtrip", "what a saved folder gives back, over sources, optimisers, processes"),
+    "save": Bench("zoo.benches.save", "what it costs to find out at the end which weights changed"),
+    "threads": Bench("zoo.benches.threads", "people who chat with one model at once, in turns, and as a batch"),
+    "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
+    "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
+    "video": Bench("zoo.benches.video", "what a few frames of a clip cost, against decoding all of it"),
+    "distill": Bench("zoo.benches.distill", "learning from a teacher against the plain way: memory, and time of steps"),
+}
+
+OUTPUTS = {
+    "json": "file for the rows and the machine as JSON",
+    "markdown": "file for the rows as a Markdown table",
+    "png": "file for a picture, of benches that draw one",
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a bench and print its rows; 0 also where a bound is missed, which the rows say."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name, given = words[0], list(words[1:])
+    if name not in BENCHES:
+        raise unknown("bench", name, BENCHES)
+    module = import_module(BENCHES[name].module)
+    if any(word in ("-h", "--help") for word in given):
+        print(describe(name, module.Options))
+        return 0
+    files = {key: Path(value) for key, _, value in (w.partition("=") for w in given) if key in OUTPUTS and value}
+    chosen = [w for w in given if w.partition("=")[0] not in files]
+    options = parse(name, module.Options, module.words(chosen) if hasattr(module, "words") else chosen)
+    report = module.run(options, lambda line: print(line, flush=True))
+    report.command = " ".join(["zoo bench", name, *chosen])
+    report.print()
+    if "json" in files:
+        report.write_json(files["json"])
+    if "markdown" in files:
+        report.write_markdown(files["markdown"])
+    if "png" in files:
+        if not hasattr(report, "write_png"):
+            raise ZooError(f"bench {name!r} draws no picture: leave png= out.")
+        report.write_png(files["png"])
+    return 0
+
+
+def parse(name: str, schema: type, words: Sequence[str]) -> Any:
+    """Make the options of a bench from `option=value` words.
+
+    Raises:
+        ZooError: no such option, or a value of another type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from zoo.registry import options_of
+    from zoo.settings.text_options import text_of
+
+    known = {f.name for f in dataclasses.fields(schema)}
+    texts = {o.name: text for o in options_of(schema) if (text := text_of(o.type)) and not text.inside}
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if not equals:
+            raise ZooError(f"bench {name!r} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
+        if option.partition(".")[0] not in known:
+            raise unknown(f"option of bench {name!r}", option, known | set(OUTPUTS))
+    said = {key: value for key, _, value in (word.partition("=") for word in words) if key in texts}
+    kept = {key: None if value == "null" and texts[key].optional else value for key, value in said.items()}
+    try:
+        given = OmegaConf.from_dotlist([word for word in words if word.partition("=")[0] not in texts])
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given, kept))
+    except OmegaConfBaseException as error:
+        raise ZooError(f"bench {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def overview() -> str:
+    """Return the text of `zoo bench --help`."""
+    width = max(map(len, BENCHES)) + 2
+    return "\n".join(
+        ["usage: zoo bench <name> [option=value ...]", ""]
+        + [f"  {name:<{width}}{bench.summary}" for name, bench in BENCHES.items()]
+        + ["", "zoo bench <name> --help lists its options."]
+    )
+
+
+def describe(name: str, schema: type) -> str:
+    """Return the options of a bench with their defaults and comments, read from the source of its dataclass."""
+    from zoo.registry import options_of
+
+    rows = [(f"{o.name}={o.default}", o.doc) for o in options_of(schema)]
+    rows += [(f"{key}=<path>", doc) for key, doc in OUTPUTS.items()]
+    width = max(len(left) for left, _ in rows) + 2
+    return "\n".join([f"usage: zoo bench {name} [option=value ...]", "", *(f"  {a:<{width}}{b}" for a, b in rows)])

@@ -1,0 +1,92 @@
+"""`zoo chat MODEL`: talk to a model on the command line, with images and videos."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError
+
+HELP = "/image PATH and /video PATH show something with the next question, /new starts again, /quit leaves."
+
+
+def main(words: Sequence[str]) -> int:
+    """Load the model, show what was named, and answer: the question given, or each line that is typed."""
+    args = _parsed(words)
+    for path in [*args.image, *args.video]:
+        if not Path(path).expanduser().is_file():
+            raise ZooError(f"There is no file {path!r}.")
+    from zoo.composed.chat_session import Talk
+    from zoo.loading.build import load
+
+    model, processor = load(args.model, *args.options, device=args.device, dtype=args.dtype, bits=args.bits)
+    talk = Talk(model, processor, system=args.system)
+    images, videos = list(args.image), [_video(path, args) for path in args.video]
+    if args.question:
+        _answer(talk, args.question, images, videos, args)
+        return 0
+    if sys.stdin.isatty():
+        print(HELP)
+    while True:
+        line = _line()
+        if line is None or line in ("/quit", "/exit"):
+            return 0
+        command, _, rest = line.partition(" ")
+        if line == "/new":
+            talk, images, videos = Talk(model, processor, system=args.system), [], []
+        elif command in ("/image", "/video"):
+            if not Path(rest).expanduser().is_file():
+                print(f"There is no file {rest!r}.")
+            elif command == "/image":
+                images.append(rest)
+            else:
+                videos.append(_video(rest, args))
+        elif line.startswith("/"):
+            print(HELP)
+        elif line:
+            try:
+                _answer(talk, line, images, videos, args)
+            except ZooError as error:
+                print(f"zoo: {error}", file=sys.stderr)
+            images, videos = [], []
+
+
+def _answer(talk: Any, text: str, images: list[Any], videos: list[Any], args: Any) -> None:
+    talk.say(
+        text,
+        images,
+        videos,
+        stream=lambda piece: print(piece, end="", flush=True),
+        max_new_tokens=args.max_new_tokens,
+    )
+    print()
+
+
+def _video(path: str, args: Any) -> Any:
+    from zoo.vision.images.video import Video
+
+    return Video(path, frames=args.frames)
+
+
+def _line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _parsed(words: Sequence[str]) -> Any:
+    parser = argparse.ArgumentParser(prog="zoo chat", description=__doc__, epilog=HELP)
+    parser.add_argument("model", help="a preset, dir:<folder> or hub:<org>/<name>")
+    parser.add_argument("options", nargs="*", help="options as for zoo.load: pruner=[pool], ...")
+    parser.add_argument("-q", "--question", default="", help="answer this and leave; else questions are read by line")
+    parser.add_argument("--image", action="append", default=[], help="file to show with the first question; repeatable")
+    parser.add_argument("--video", action="append", default=[], help="the same for videos")
+    parser.add_argument("--frames", type=int, default=8, help="frames of each video")
+    parser.add_argument("--system", default="", help="text that stands before the conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer")
+    parser.add_argument("--dtype", default=None, help="of the parameters, e.g. bfloat16; that of the files")
+    parser.add_argument("--bits", type=int, default=0, help="8 or 4 for the language model, on CUDA; 0: as it is")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0, mps; CUDA where there is one")
+    return parser.parse_args(list(words))

@@ -1,0 +1,14 @@
+"""`zoo check`: say whether the parts of a run fit, and its data with them."""
+
+from typing import Any
+
+from zoo.checking.checker import check, show
+from zoo.checking.plan import plan_from
+from zoo.evaluation.data_check import check_data
+
+
+def main(cfg: Any) -> None:
+    """Show the walk, or the reason why there is none."""
+    walk = check(plan_from(cfg))
+    walk.notes += check_data(cfg, walk.stages)
+    show(walk, "The composition fits.")

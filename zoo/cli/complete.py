@@ -1,0 +1,93 @@
+"""What the shell offers after TAB: subcommands, slots, names, options. Reads source text, imports no component.
+
+The shells' side is Hydra's (`eval "$(zoo -sc install=bash)"`); it asks with the typed line in COMP_LINE.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from zoo.registry import KINDS, ZooError, options_of, source_options
+from zoo.registry.table import kind_of
+from zoo.settings import presets
+from zoo.settings.overrides import SEVERAL, SLOTS, load_plugins, parse, settle, values
+from zoo.settings.schema import ModelSource, RunConfig, RunRoot, SurveyConfig, TeachConfig, TokenizerConfig
+from zoo.settings.stage import Stage
+
+SECTIONS = {
+    "model": ModelSource,
+    "run": RunConfig,
+    "tokenizer": TokenizerConfig,
+    "teach": TeachConfig,
+    "survey": SurveyConfig,
+}
+COMPOSED = ("train", "eval", "teach", "check", "data")
+
+
+def complete(line: str, commands: Sequence[str]) -> list[str]:
+    """Return what the last word of `line` can become."""
+    words = line.split(" ")
+    if len(words) <= 2:
+        return [c for c in commands if c.startswith(words[-1])]
+    command, typed, last = words[1], words[2:-1], words[-1]
+    load_plugins(command, [])
+    if command in COMPOSED:
+        found = _value(last) if "=" in last else _keys(command, typed, last)
+    elif command == "list":
+        found = [*KINDS, "model", "recipe", "data"]
+    elif command == "info":
+        found = [*presets.available("model"), *presets.available("recipe")]
+        found += [f"{kind}/{name}" for kind in KINDS for name in presets.names(kind)]
+    elif command == "new":
+        from zoo.cli.new import TEMPLATES
+
+        found = list(TEMPLATES)
+    else:
+        found = []
+    return sorted({f for f in found if f.startswith(last)})
+
+
+def _value(last: str) -> list[str]:
+    """Names for `pruner=`, `pruner=[a,`, `model=` and `recipe=`."""
+    key, _, typed = last.partition("=")
+    if key == "model":
+        return [f"model={name}" for name in (*presets.available("model"), "dir:", "hub:", "last")]
+    if key not in (*SLOTS, "recipe"):
+        return []
+    names = presets.available(key)
+    if key in SEVERAL and typed.startswith("["):
+        head = typed[: max(typed.rfind(","), 0) + 1]
+        return [f"{key}={head}{name}" for name in names if name not in head.strip("[").split(",")]
+    return [f"{key}={name}" for name in (*names, "null")]
+
+
+def _keys(command: str, typed: Sequence[str], last: str) -> list[str]:
+    """Options below the last dot of a key, or the slots and options of the run."""
+    path, dot, _ = last.rpartition(".")
+    chosen, recipe = _chosen(command, typed)
+    if not dot:
+        plain = [o.name for o in options_of(RunRoot) if o.name not in ("defaults", "hydra", *SECTIONS, "stages")]
+        held = [f"{slot}." for slot in SLOTS if chosen.get(slot)]
+        return [f"{name}=" for name in (*plain, "model", "recipe")] + [f"{s}." for s in (*SECTIONS, "stages")] + held
+    head, _, member = path.partition(".")
+    if (kind := kind_of(head)) and head in chosen:
+        if head in SEVERAL and not member:
+            return [f"{head}.{name}." for name in chosen[head]]
+        name = presets.component_of(head, member if head in SEVERAL else str(chosen[head]))
+        return [f"{path}.{o.name}=" for o in source_options(kind, name)]
+    if head == "stages":
+        return [f"{path}.{o.name}=" for o in options_of(Stage)] if member else [f"stages.{s}." for s in _stages(recipe)]
+    return [f"{path}.{o.name}=" for o in options_of(SECTIONS[head])] if head in SECTIONS else []
+
+
+def _chosen(command: str, typed: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+    """Return what the words before pick, as far as they make sense."""
+    try:
+        choice = settle(command, values(o for o in parse([w for w in typed if "=" in w]) if not o.is_sweep_override()))
+    except ZooError:
+        return {}, None
+    return choice.chosen, choice.recipe
+
+
+def _stages(recipe: str | None) -> list[str]:
+    content = presets.read("recipe", recipe) if recipe else {}
+    return [str(name) for name in content.get("stages") or {}]

@@ -1,0 +1,152 @@
+"""The command `zoo`: finds the subcommand, and imports only what it needs."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from zoo.registry import ZooError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `module:function`, imported when it runs."""
+
+    target: str
+    summary: str
+    composed: bool = False  # takes the config of a run, made from overrides; else the words as they are
+
+    def load(self) -> Callable[..., Any]:
+        module, _, function = self.target.partition(":")
+        return getattr(import_module(module), function)
+
+
+COMMANDS = {
+    "train": Command(
+        "zoo.training.loop:main", "train a model; without options, a small one on drawn scenes", composed=True
+    ),
+    "eval": Command(
+        "zoo.evaluation.evaluate:main", "score a model: model=last, model=dir:runs/x, or a preset", composed=True
+    ),
+    "chat": Command("zoo.cli.chat_command:main", "talk to a model: zoo chat MODEL --image photo.jpg"),
+    "teach": Command("zoo.training.teach:main", "store what the teacher of a stage says, to train from", composed=True),
+    "check": Command(
+        "zoo.cli.check_command:main", "say whether the parts fit, before a weight is loaded", composed=True
+    ),
+    "data": Command(
+        "zoo.inspection.survey_report:main",
+        "look through data ahead of a run: what is broken, long or there twice",
+        composed=True,
+    ),
+    "report": Command("zoo.inspection.report:main", "compare runs in one table and a picture"),
+    "bench": Command("zoo.cli.bench:main", "measure speed: zoo bench train"),
+    "shift": Command(
+        "zoo.inspection.moextend_layers:main",
+        "say which layers of a mixture of experts new data shifts most, for moextend",
+    ),
+    "inspect": Command(
+        "zoo.inspection.xray:main", "show what pruners keep of a picture: zoo inspect MODEL --image cat.jpg"
+    ),
+    "list": Command(
+        "zoo.cli.listing:list_main", "list components, models, recipes and data: zoo list [kind] [pattern]"
+    ),
+    "info": Command("zoo.cli.listing:info_main", "say all about one of them: zoo info pruner/random"),
+    "new": Command("zoo.cli.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
+    "doctor": Command("zoo.cli.doctor:main", "show versions, devices, attention backends and plugins"),
+    "version": Command("zoo.cli.entry:version", "print the version"),
+}
+
+HELP_FLAGS = ("-h", "--help", "help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `zoo <argv>` and return the exit status: 0, or 2 for a mistake in what was asked."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Samples are made beside the step, whose cores threads for numpy's small products would take: `look` of the default
+    # recipe ran at half its speed. Read when numpy is imported, so before anything else.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        return _run(words)
+    except ZooError as error:
+        if "1" in (os.environ.get("ZOO_DEBUG"), os.environ.get("HYDRA_FULL_ERROR")):
+            raise
+        print(f"zoo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `zoo list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] in (["-sc"], ["--shell-completion"]):
+        return _completion(words[1:])
+    if not words or words[0] in HELP_FLAGS:
+        print(overview())
+        return 0
+    name, rest = words[0], words[1:]
+    if name in ("-V", "--version"):
+        name = "version"
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ZooError(f"No command named {name!r}.{hint} Available: {', '.join(COMMANDS)}.")
+    command = COMMANDS[name]
+    if not command.composed:
+        return _status(command.load()(rest))
+    from zoo.cli.launch import launch
+
+    return launch(name, command.load, rest)
+
+
+def _status(result: Any) -> int:
+    return result if isinstance(result, int) else 0
+
+
+def overview() -> str:
+    """Return the text of `zoo --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items())
+    return f"""Compose vision-language models from registered parts, by config.
+
+usage: zoo <command> [key=value ...]
+
+{commands}
+
+  zoo train pruner=random pruner.random.keep_ratio=0.25      one part in a slot, and an option of it
+  zoo train adapter=[lora] adapter.lora.rank=8               several parts in a slot
+  zoo train -m pruner=null,random,pool                       a sweep: a run for each
+  zoo eval model=last                                        the newest run, on the data it was trained for
+
+zoo <command> --help says more. Completion: eval "$(zoo -sc install=bash)" """.rstrip()
+
+
+def _completion(words: list[str]) -> int:
+    """Answer the shell: our own suggestions, Hydra's scripts around them."""
+    if words[:1] and words[0].startswith("query="):
+        from zoo.cli.complete import complete
+
+        try:
+            found = complete(os.environ.get("COMP_LINE", ""), list(COMMANDS))
+        except ZooError:
+            found = []
+        print(("\n" if words[0] == "query=fish" else " ").join(found))
+        return 0
+    from zoo.cli.launch import shell_script
+
+    return shell_script(words)
+
+
+def version(words: Sequence[str] = ()) -> int:
+    """Print the version."""
+    import zoo
+
+    print(zoo.__version__)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

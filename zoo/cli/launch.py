@@ -1,0 +1,235 @@
+"""From the words after `zoo train` to a running command: one run, a sweep, or one of Hydra's own views of the config.
+
+A plain run is composed as `zoo.load` composes and handed to its command. A sweep goes through Hydra's launcher, `--cfg`
+and `--info` through `hydra.main`, all with the same schema and the same prepared overrides.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError, nearest, plugins
+
+FLAGS = {  # flags of ours, and of Hydra; those that take a value are True
+    "-h": False,
+    "--help": False,
+    "-m": False,
+    "--multirun": False,
+    "-c": True,
+    "--cfg": True,
+    "-p": True,
+    "--package": True,
+    "-i": True,
+    "--info": True,
+    "-cd": True,
+    "--config-dir": True,
+    "--resolve": False,
+    "--hydra-help": False,
+}
+WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
+NONE = ("", "null")
+LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
+
+
+def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequence[str]) -> int:
+    """Run a command that takes a composed config.
+
+    Args:
+        command: its name.
+        load: imports and returns it; called after the config was found to be right.
+        words: overrides and flags.
+    """
+    overrides, flags = split(words)
+    config_dir = flags.pop("--config-dir", None)
+    if config_dir and not Path(config_dir).is_dir():
+        raise ZooError(f"--config-dir {config_dir!r}: no such folder.")
+    if "--help" in flags:
+        print(usage(command))
+        return 0
+    from zoo.settings.messages import explained
+
+    if not flags:
+        from zoo.settings.schema import compose
+
+        resumes_alone(overrides)
+        with told_of_plugins():
+            cfg = compose(command, overrides, config_dir)
+        result = load()(cfg)
+        return result if isinstance(result, int) else 0
+
+    def task(cfg: Any) -> Any:
+        from zoo.settings.schema import validate
+
+        validate(cfg)
+        return load()(cfg)
+
+    if "--multirun" in flags:
+        from zoo.cli.sweep import plan, run
+
+        with explained():
+            with told_of_plugins():
+                sweep = plan(command, overrides, config_dir)
+            run(sweep, task, config_dir)
+        return 0
+    from zoo.settings.overrides import prepare
+
+    with explained(), told_of_plugins():
+        prepared = prepare(command, overrides, config_dir)
+    _hydra_main(task, [*_as_words(flags), *prepared], config_dir)
+    return 0
+
+
+def resumes_alone(overrides: Sequence[str]) -> None:
+    """Refuse options beside `resume`: a run goes on with those it was started with.
+
+    Raises:
+        ZooError: there are some that would be ignored.
+    """
+    names = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
+    resumed = next(
+        (word for word, name in names.items() if name == "resume" and word.partition("=")[2] not in NONE), None
+    )
+    extra = [word for word, name in names.items() if name not in WITH_RESUME]
+    if resumed and extra:
+        raise ZooError(
+            f"{resumed} goes on with the options that the run was started with; it cannot take {', '.join(extra)}. "
+            f"Beside it: {', '.join(sorted(WITH_RESUME - {'resume'}))}."
+        )
+
+
+def split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Tell overrides from flags.
+
+    Raises:
+        ZooError: a flag that does not exist, or has no value.
+    """
+    overrides: list[str] = []
+    flags: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        if name not in FLAGS:
+            near = nearest(name, [f for f in FLAGS if f.startswith("--")])
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            option = f" Options of a run have no dashes: {name.lstrip('-')}=<value>." if not near else ""
+            raise ZooError(f"No flag {name!r}.{hint}{option} Flags: {', '.join(f for f in FLAGS if f[:2] == '--')}.")
+        if FLAGS[name] and not equals:
+            if not rest:
+                raise ZooError(f"{name} needs a value.")
+            value = rest.pop(0)
+        flags[LONG.get(name, name)] = value
+    return overrides, flags
+
+
+def _as_words(flags: dict[str, str]) -> list[str]:
+    return [word for name, value in flags.items() for word in ([name, value] if FLAGS[name] else [name])]
+
+
+@contextmanager
+def told_of_plugins() -> Iterator[None]:
+    """Warn of plugins that failed, and name them in an error that they may explain."""
+    try:
+        yield
+    except ZooError as error:
+        if not plugins.failed():
+            raise
+        broken = "; ".join(f"{p.name!r} ({p.error})" for p in plugins.failed())
+        raise ZooError(f"{error} Plugins that failed to load: {broken}.") from error
+    for plugin in plugins.failed():
+        print(f"zoo: plugin {plugin.name!r} was left out: {plugin.error}", file=sys.stderr)
+
+
+def _hydra_main(task: Callable[[Any], Any], words: Sequence[str], config_dir: str | None) -> None:
+    """Run `hydra.main` with our schema; errors come back as exceptions, and the process is left as it was."""
+    import hydra
+
+    from zoo.settings.messages import explained
+    from zoo.settings.schema import CONFIG_NAME, store_schema
+
+    skip_lazy_help()
+    store_schema()
+    directory = ["--config-dir", config_dir] if config_dir else []
+    full_error, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving
+    sys.argv = ["zoo", *words, *directory]
+    try:
+        with explained():
+            hydra.main(version_base="1.3", config_path="pkg://zoo.conf", config_name=CONFIG_NAME)(task)()
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def skip_lazy_help() -> None:
+    """Let Python 3.14's argparse accept the help object of Hydra 1.3 that is no string (hydra issue 3121)."""
+    check = getattr(argparse.ArgumentParser, "_check_help", None)
+    if check is None or getattr(check, "skips_lazy_help", False):
+        return
+
+    def checked(self: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if action.help is None or isinstance(action.help, str):
+            check(self, action)
+
+    checked.skips_lazy_help = True  # type: ignore[attr-defined]
+    argparse.ArgumentParser._check_help = checked  # type: ignore[attr-defined]
+
+
+def shell_script(words: Sequence[str]) -> int:
+    """Print Hydra's completion script for `install=bash` and the like."""
+    argv, shells = sys.argv, ("bash", "fish", "zsh")
+    what, _, shell = (words[0] if words else "").partition("=")
+    if what not in ("install", "uninstall") or shell not in shells:
+        raise ZooError(f"Completion is set up with `zoo -sc install=<shell>`; shells: {', '.join(shells)}.")
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.completion_plugin import CompletionPlugin
+
+    sys.argv = ["zoo"]
+    try:
+        found: Any = Plugins.instance().discover(CompletionPlugin)
+        for plugin in found:
+            if plugin.provides() == shell:
+                getattr(plugin(config_loader=None), what)()
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def usage(command: str) -> str:
+    """Return the text of `zoo train --help`."""
+    from dataclasses import fields
+
+    from zoo.registry import options_of
+    from zoo.settings.overrides import SEVERAL, SLOTS
+    from zoo.settings.presets import available
+    from zoo.settings.schema import RunRoot
+
+    plugins.load_installed()
+    models = [*available("model"), "dir:<folder>", "hub:<org>/<name>", "last"]
+    groups = [("recipe", available("recipe")), ("model", models)]
+    groups += [(slot, available(slot)) for slot in SLOTS]
+    lines = [f"  {key + ('=[...]' if key in SEVERAL else '='):<16}{', '.join(found)}" for key, found in groups]
+    shown = {f.name for f in fields(RunRoot)} - {"defaults", "hydra", "model", "stages", *SLOTS}
+    options = [o for o in options_of(RunRoot) if o.name in shown and o.doc]
+    lines += ["", *(f"  {o.name + '=':<16}{o.doc}" for o in options)]
+    listing = "\n".join(lines)
+    return f"""usage: zoo {command} [key=value ...] [flags]
+
+{listing}
+
+  <slot>.<option>=, <slot>.<name>.<option>=     an option of what a slot holds; zoo info <kind>/<name> lists them
+  stages.<stage>.<option>=                      an option of a stage of the recipe
+
+  -m, --multirun          run every combination of values with commas
+  --cfg job [-p KEY]      print the config and stop
+  --config-dir DIR        a folder of your own with model/, recipe/ and data/"""

@@ -1,0 +1,199 @@
+"""`zoo list` and `zoo info`: what there is, and all that is known about one of it."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import KINDS, MANY, MISSING, ZooError, get, names, nearest, plugins, source_options, unknown
+from zoo.registry.options import summary_of
+from zoo.registry.table import group_of, source_of
+from zoo.settings import presets
+
+PRESETS = ("model", "recipe", "data")  # what YAML holds, beside the kinds of components
+NOUNS = (*KINDS, *PRESETS)
+
+
+def list_main(words: Sequence[str]) -> int:
+    """Print names and summaries: `zoo list [kind] [pattern]`."""
+    if any(w in ("-h", "--help") for w in words):
+        print(f"usage: zoo list [kind] [pattern]\n\nkinds: {', '.join(NOUNS)}\n\n  zoo list pruner '*pool*'")
+        print("  zoo list model '*llava*' --where 'params<8B'")
+        return 0
+    words, where = _where(words)
+    if len(words) > 2:
+        raise ZooError(f"zoo list takes a kind and a pattern, got {' '.join(words)!r}.")
+    plugins.load_installed()
+    nouns, pattern = _asked(words)
+    if where and nouns != ("model",):
+        raise ZooError("--where is for models: zoo list model '*llava*' --where 'params<8B'.")
+    tables = {noun: rows for noun in nouns if (rows := _rows(noun, pattern))}
+    if where:
+        tables = {"model": _matching(tables.get("model", []), where)}
+        if not tables["model"]:
+            raise ZooError(f"No model matches {pattern!r} with {where!r}.")
+    if not tables and words:
+        raise ZooError(f"Nothing matches {' '.join(words)!r}. `zoo list` shows everything.")
+    width = max((len(name) for rows in tables.values() for name, _ in rows), default=0) + 2
+    for i, (noun, rows) in enumerate(tables.items()):
+        print(("\n" if i else "") + noun)
+        for name, summary in rows:
+            print(f"  {name:<{width}}{summary}".rstrip())
+    return 0
+
+
+def _where(words: Sequence[str]) -> tuple[list[str], str]:
+    """Take `--where X` or `--where=X` out of the words."""
+    rest, where = list(words), ""
+    for i, word in enumerate(words):
+        if word == "--where":
+            if i + 1 == len(words):
+                raise ZooError("--where needs a comparison, such as 'params<8B'.")
+            return [*words[:i], *words[i + 2 :]], words[i + 1]
+        if word.startswith("--where="):
+            return [*words[:i], *words[i + 1 :]], word.partition("=")[2]
+    return rest, where
+
+
+def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
+    """The models for which a comparison holds, with their sizes; each is walked on the meta device."""
+    from zoo.checking.checker import size_text
+    from zoo.inspection.model_facts import facts_of, matcher
+
+    holds = matcher(where)
+    found = [(name, summary, facts_of(name)) for name, summary in rows]
+    return [(n, f"{size_text(f.value('params')):>8}  {s}") for n, s, f in found if holds(f)]
+
+
+def _asked(words: Sequence[str]) -> tuple[Sequence[str], str]:
+    if not words:
+        return NOUNS, "*"
+    if words[0] in NOUNS:
+        return (words[0],), words[1] if len(words) > 1 else "*"
+    if len(words) == 1 and any(c in words[0] for c in "*?["):
+        return NOUNS, words[0]
+    raise unknown("kind", words[0], NOUNS)
+
+
+def _rows(noun: str, pattern: str) -> list[tuple[str, str]]:
+    if noun in PRESETS:
+        files = presets.preset_files(noun)
+        return [(n, yaml_summary(f)) for n, f in sorted(files.items()) if fnmatchcase(n, pattern)]
+    return [(name, component_summary(noun, name)) for name in names(noun, pattern)]
+
+
+def component_summary(kind: str, name: str) -> str:
+    """First sentence of a component's file, read without importing it."""
+    file = source_of(kind, name)
+    return summary_of(file) if file and file.is_file() else "(its file is missing)"
+
+
+def yaml_summary(file: Path) -> str:
+    """First comment of a YAML file that is no directive."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("# ")
+        if text and not text.startswith("@"):
+            return text
+    return ""
+
+
+def info_main(words: Sequence[str]) -> int:
+    """Print all about a component or a preset: `zoo info <kind>/<name>`, `zoo info <preset>`."""
+    if not words or any(w in ("-h", "--help") for w in words):
+        print("usage: zoo info <kind>/<name> ...\n\n  zoo info pruner/random\n  zoo info recipe/scenes_tiny")
+        return 0 if words else 2
+    plugins.load_installed()
+    for i, word in enumerate(words):
+        print(("\n" if i else "") + describe(word))
+    return 0
+
+
+def describe(word: str) -> str:
+    """Return what there is to say about what `word` names: `kind/name`, or a name where it is clear."""
+    found = _find(word)
+    return "\n\n".join(_component(*where) if where[0] in KINDS else _preset(*where) for where in found)
+
+
+def _find(word: str) -> list[tuple[str, str]]:
+    everything = [(noun, name) for noun in NOUNS for name in _names(noun)]
+    noun, slash, name = word.rpartition("/")
+    if slash:
+        if noun not in NOUNS:
+            raise unknown("kind", noun, NOUNS)
+        if (noun, name) in everything:
+            return [(noun, name)]
+        if noun == "data" and ("dataset", name) in everything:
+            return [("dataset", name)]
+        raise unknown(noun, name, [n for k, n in everything if k == noun])
+    found = [(k, n) for k, n in everything if n == word]
+    if not found:
+        near = nearest(word, [n for _, n in everything])
+        meant = [f"{k}/{n}" for k, n in everything if near and n == near[0]]
+        hint = f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
+        raise ZooError(f"Nothing is called {word!r}.{hint} `zoo list` shows every name.")
+    if len({k for k, _ in found if k in KINDS}) > 1:
+        raise ZooError(f"{word!r} is ambiguous: {', '.join(f'{k}/{n}' for k, n in found)}.")
+    return found
+
+
+def _names(noun: str) -> list[str]:
+    return sorted(presets.preset_files(noun)) if noun in PRESETS else names(noun)
+
+
+def _preset(noun: str, name: str) -> str:
+    file = presets.preset_files(noun)[name]
+    if noun == "model":
+        from zoo.inspection.model_facts import facts_of, shown
+
+        head = f"{noun}/{name}  {yaml_summary(file)}\nfile    {file}"
+        return f"{head}\n\n{shown(facts_of(name))}\n\n{file.read_text(encoding='utf-8').rstrip()}"
+    return f"{noun}/{name}  {yaml_summary(file)}\nfile    {file}\n\n{file.read_text(encoding='utf-8').rstrip()}"
+
+
+def _component(kind: str, name: str) -> str:
+    entry = get(kind, name)
+    facts = {
+        "about": _first_paragraph(entry.cls.__doc__),
+        "paper": entry.paper,
+        "licence": entry.licence,
+        "needs": ", ".join(sorted(entry.needs)),
+        "provides": ", ".join(sorted(entry.provides)),
+        "destroys": ", ".join(sorted(entry.destroys)),
+        "package": entry.package,
+        "source": f"{entry.file}:{entry.line}",
+        "use": usage(kind, name),
+    }
+    lines = [f"{kind}/{name}  {entry.summary}", ""]
+    lines += [f"{key:<10}{value}" for key, value in facts.items() if value]
+    rows = [(o.name, o.type, _shown(o.default), o.doc) for o in entry.options]
+    if rows:
+        widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
+        lines += ["", "options"]
+        for row in rows:
+            cells = "".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False))
+            lines.append(f"  {cells}{row[3]}".rstrip())
+    return "\n".join(lines)
+
+
+def usage(kind: str, name: str) -> str:
+    """Return how to choose a component on the command line."""
+    options = source_options(kind, name)
+    if kind == "distiller":
+        return f"stages.<stage>.distiller={name}"
+    group = group_of(kind)
+    if kind in MANY:
+        first = f" {group}.{name}.{options[0].name}=..." if options else ""
+        return f"{group}=[{name}]{first}"
+    return f"{group}={name}" + (f" {group}.{options[0].name}=..." if options else "")
+
+
+def _shown(default: Any) -> str:
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return "(required)" if default == MISSING else repr(default) if isinstance(default, str) else str(default)
+
+
+def _first_paragraph(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())

@@ -1,0 +1,83 @@
+"""`zoo new`: a component of your own to start from, with a test, and the command that tries it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoo.cli import templates
+from zoo.registry import ZooError, names, unknown
+from zoo.registry.table import group_of
+
+TEMPLATES = {
+    "pruner": templates.PRUNER,
+    "projector": templates.PROJECTOR,
+    "adapter": templates.ADAPTER,
+    "dataset": templates.DATASET,
+    "task": templates.TASK,
+    "vision": templates.VISION,
+    "distiller": templates.DISTILLER,
+}
+_STANDARD = {"distiller": ["from types import SimpleNamespace"]}  # what a kind's test imports: standard library,
+_TORCH = {"pruner", "projector", "vision", "adapter", "distiller"}  # torch,
+_CONTRACTS = {"pruner": "ImageFeatures, ", "projector": "ImageFeatures, ", "task": "Dialog, "}  # and values of ours
+
+
+def main(words: Sequence[str]) -> int:
+    """Write a component: `zoo new <kind> <name>`."""
+    if len(words) != 2 or words[0].startswith("-"):
+        print(f"usage: zoo new <kind> <name>\n\nkinds: {', '.join(TEMPLATES)}\n\n  zoo new pruner my_pruner")
+        return 0 if any(w in ("-h", "--help") for w in words) else 2
+    kind, name = words
+    files = write(kind, name, Path.cwd())
+    print(f"wrote {' and '.join(file.name for file in files)}\n\nnext:")
+    for command in next_commands(kind, name):
+        print(f"  {command}")
+    return 0
+
+
+def write(kind: str, name: str, folder: Path) -> list[Path]:
+    """Write the component and its test into `folder`.
+
+    Raises:
+        ZooError: there is no template of that kind, the name is no plain word or is taken, or a file is in the way.
+    """
+    if kind not in TEMPLATES:
+        raise unknown("template", kind, TEMPLATES)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
+    if name in names(kind):
+        raise ZooError(f"{kind} {name!r} is there already: `zoo info {kind}/{name}` shows it.")
+    files = {folder / f"{name}.py": _filled(TEMPLATES[kind], name), folder / f"test_{name}.py": _test(kind, name)}
+    for file in files:
+        if file.exists():
+            raise ZooError(f"{file.name!r} exists and is not overwritten.")
+    for file, text in files.items():
+        file.write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def next_commands(kind: str, name: str) -> list[str]:
+    """Return what to run after `zoo new`."""
+    plugin = f"plugins=[./{name}.py]"
+    test = f"python -m pytest test_{name}.py"
+    if kind == "distiller":
+        return [test, f"zoo train {plugin} stages.<stage>.distiller={name} stages.<stage>.teacher=<model>"]
+    if kind == "task":
+        return [test, f"zoo eval {plugin} task={name} model=last"]
+    check = f"zoo check {plugin} {group_of(kind)}={name}"
+    recipe = " recipe=fashion_mnist" if kind == "dataset" else ""  # the default recipe wants the labels of scenes
+    return [test, check, check.replace("check", "train", 1) + recipe]
+
+
+def _filled(text: str, name: str) -> str:
+    return text.replace("CLASS", "".join(word.capitalize() for word in name.split("_"))).replace("NAME", name)
+
+
+def _test(kind: str, name: str) -> str:
+    """Return the text of a test that loads the component as a plugin, as a run does."""
+    standard = ["from pathlib import Path", *_STANDARD.get(kind, [])]
+    others = ["import torch"] if kind in _TORCH else []
+    others += ["from zoo import registry", f"from zoo.registry import {_CONTRACTS.get(kind, '')}plugins"]
+    imports = "\n".join([*standard, "", *others])
+    load = f'plugins.load([str(Path(__file__).with_name("{name}.py"))])'
+    return f"{imports}\n\n{load}\n\n\ndef test_{name}():\n{_filled(templates.TESTS[kind], name)}"

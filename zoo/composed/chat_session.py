@@ -1,0 +1,74 @@
+"""Talking to a model: turns of a conversation, with images and videos in any of them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from zoo.registry import Dialog, Sample, ZooError
+from zoo.text.stops import reader_for, streamer
+from zoo.vision.images.video import Video
+
+
+class Talk:
+    """A conversation that goes on: what was said and shown before is kept.
+
+    Args:
+        model: composed.
+        processor: of the model; None: the one that `zoo.load` gave with it.
+        system: text that stands before the conversation.
+    """
+
+    def __init__(self, model: Any, processor: Any = None, system: str = "") -> None:
+        self.model = model
+        self.processor = processor if processor is not None else model.__dict__.get("processor")
+        if self.processor is None:
+            raise ZooError("The model came without its processor: load it with zoo.load, or pass processor=.")
+        self.messages: list[dict[str, Any]] = []
+        self.shown: list[Any] = []  # images and videos as the encoder takes them, each prepared once
+        if system:
+            self.messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+
+    def say(
+        self,
+        text: str,
+        images: Iterable[Any] = (),
+        videos: Iterable[Any] = (),
+        *,
+        stream: Callable[[str], None] | None = None,
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> str:
+        """Say something, show something, and return the answer.
+
+        Args:
+            text: the question.
+            images: paths, PIL images, arrays or bytes.
+            videos: paths, or `zoo.vision.images.video.Video`s.
+            stream: is called with each piece of the answer as it comes.
+            max_new_tokens: the longest answer.
+            options: further ones of `generate`; greedy unless they say otherwise.
+        """
+        films = [v if isinstance(v, Video) else Video(str(v)) for v in videos]
+        sources = [*images, *films]
+        content = [{"type": "video" if isinstance(s, Video) else "image"} for s in sources]
+        turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        shown = [*self.shown, *self.processor.prepare(sources)]
+        messages = [*self.messages, turn]
+        row = self.processor.encode_prompt(
+            Sample("chat", [None] * len(shown), []), Dialog(messages), pixel_values=list(shown)
+        )
+        batch = self.processor.collate([row], padding_side="left")
+        given = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values") if k in batch}
+        given = {k: v.to(self.model.device) for k, v in given.items()}
+        given |= {k: batch[k] for k in ("cuts", "images_per_row") if k in batch}
+        if "do_sample" not in options and not options.get("temperature"):
+            options["do_sample"] = False
+        reader = reader_for(self.model, self.processor)
+        if stream is not None:
+            options["streamer"] = streamer(reader, stream)
+        if self.model.generation_config.stop_strings:
+            options.setdefault("tokenizer", self.processor.tokenizer)
+        out = self.model.generate(**given, max_new_tokens=max_new_tokens, **options)
+        answer = reader.read(out[0, row.input_ids.shape[0] :].tolist())
+        self.shown = shown
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer or "..."}]}]
+        return answer

@@ -1,0 +1,223 @@
+"""The composed model, in the shape people of this ecosystem know: a transformers model with `generate`.
+
+`ZooModel` owns no modelling code: it runs the encoder, the pruners and the projector, puts image tokens where the
+placeholders are, runs an unmodified causal LM, and computes the loss only where labels are.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zoo.autoclasses import register_model
+from zoo.composed.assembly import Parts, assemble
+from zoo.composed.bases import Bases, as_whole, bases_of
+from zoo.composed.forward import ForwardMixin
+from zoo.composed.generate import GenerateMixin
+from zoo.composed.keywords import put, require_save, split_load
+from zoo.composed.language_model import LanguageModelMixin
+from zoo.composed.slots import slots_now, without_checkpoint
+from zoo.composed.trainable import PartsMixin
+from zoo.fusion.llm.attention import resolve_attention
+from zoo.model_config import ZooConfig
+from zoo.registry import ZooError, refuse_code
+from zoo.storage.weights import library_versions, local_folder, read_weights, state_of, write_weights
+from zoo.text.stops import stated_config
+
+
+class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreTrainedModel):  # type: ignore[misc]
+    """A vision-language model composed of registered parts.
+
+    `zoo.load(name)` and `zoo.compose(...)` make one together with its processor; `ZooModel(config)` builds the parts
+    that `config.slots` names, with the weights of their checkpoints.
+    """
+
+    config_class = ZooConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _supports_flex_attn = True
+
+    fresh_parts: list[str]  # that started without trained weights
+
+    def __init__(self, config: ZooConfig, parts: Parts | None = None, base: Any = None) -> None:
+        """Build the parts of `config.slots`, or take them.
+
+        Args:
+            config: what it is made of.
+            parts: built already.
+            base: weights that are read into the parts while they are built (see `zoo.published.base`); found by what
+                the config says of them where absent.
+        """
+        super().__init__(config)
+        built = parts is None
+        if parts is None:
+            if base is None:
+                from zoo.published.base import base_for
+
+                base = base_for(config, None)
+            parts = assemble(config.slots or {}, vocab_size=config.text_vocab_size, fill=base)
+        self.steps = parts.steps
+        self.num_image_tokens = parts.num_image_tokens
+        self.requested = parts.requested
+        self.vision = parts.vision
+        self.pruner = nn.ModuleDict(parts.pruner)
+        self.projector = parts.projector
+        self.layout = parts.layout
+        self.llm = parts.llm
+        self.adapter = nn.ModuleDict(parts.adapter)
+        config.__dict__["_llm"] = self.llm.lm.config.get_text_config()
+        self.compiled = False
+        self.fresh_parts = []
+        self.loss_type = "ForCausalLM"  # labels are shifted here: transformers' Trainer counts those behind the first
+        self.set_attention(config.attention)
+        self.bases = bases_of(self, config.slots or {}, base) if built else Bases()
+        config.base = self.bases.record or None
+
+    # ---- what it is --------------------------------------------------------------------------------------------
+
+    def set_attention(self, name: str) -> str:
+        """Choose the LLM's attention: `auto` or a name that transformers knows; returns the one taken."""
+        probe = next(self.llm.parameters())
+        taken = resolve_attention(name, probe.device, self._compute_dtype(), lm=self.llm.lm)
+        self.llm.lm.set_attn_implementation(taken)
+        if hasattr(self.vision, "set_attention"):  # rows of its own length, never packed
+            self.vision.set_attention(
+                resolve_attention(name, probe.device, self._compute_dtype(), self.vision.num_tokens)
+            )
+        self.config.attention = name
+        return taken
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    # ---- save and load -----------------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]  # no options for formats that are not ours
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: str | int = "5GB",
+        include_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json and the weights that differ from the base checkpoints, as safetensors.
+
+        Args:
+            is_main_process: False writes nothing; one process of several writes.
+            state_dict: whole tensors of a model that is sharded over processes.
+            include_base: also write weights that did not change since they came from a part's own checkpoint.
+            kwargs: of `push_to_hub`.
+
+        Raises:
+            ZooError: a keyword that is not known or not done; weights or the folder cannot be saved so.
+        """
+        require_save(kwargs, push_to_hub)
+        state = state_of(self, state_dict) if is_main_process or state_dict is None else {}
+        if not is_main_process:
+            return
+        if include_base:
+            self.bases.require_whole(self)
+        folder = Path(save_directory)
+        self.bases.require_elsewhere(folder)
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.slots = slots_now(self)
+        record = {key: as_whole(entry) for key, entry in self.bases.record.items()}
+        if not include_base:
+            state, record = self.bases.changed(self, state, config.slots)
+        for part in [p for p in self.bases.nodes if record[p].get("whole")]:
+            if node := without_checkpoint(self, part):
+                config.slots[part] = node
+            else:
+                del record[part]  # it is built by its checkpoint all the same, whatever weights that has
+        config.base = record or None
+        folder.mkdir(parents=True, exist_ok=True)
+        config.architectures = [type(self).__name__]
+        config.versions = library_versions()
+        config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        write_weights(state, folder, max_shard_size)
+        if push_to_hub:
+            idle = {"save_function", "save_original_format", "save_peft_format", "safe_serialization"}
+            kwargs = {key: value for key, value in kwargs.items() if key not in idle}
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        config: ZooConfig | None = None,
+        fresh: Iterable[str] = (),
+        revision: str | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        base: str | Path = "",
+        state_dict: Mapping[str, Tensor] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a folder or a hub repository that `save_pretrained` wrote; the model is in eval mode.
+
+        Args:
+            config: of the same parts, or of other ones: those without weights in the folder must be in `fresh`.
+            fresh: parts that may start without weights.
+            dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
+            device_map: a device, None for the CPU, `auto`, or a dict from prefixes of names (`vision`, `llm`, ...) to
+                devices.
+            attn_implementation: `auto` or a name that transformers knows; None: as it was saved.
+            base: where the published checkpoint lies now that the model was made from; empty: where the config says.
+            state_dict: weights that take the place of the folder's.
+            output_loading_info: also return what was missing, as transformers does.
+            kwargs: fields of the config, and how a repository is fetched (`cache_dir`, `force_download`,
+                `local_files_only`, `token`).
+
+        Raises:
+            ZooError: a keyword that is not known or not done; the weights do not fit.
+        """
+        from zoo.published.base import base_at, base_for, placed
+
+        if model_args:
+            raise ZooError("from_pretrained takes one argument without a name: the folder, or the repository.")
+        fields, hub = split_load(kwargs, config or ZooConfig())
+        folder = local_folder(pretrained_model_name_or_path, revision, **hub)
+        config = config or ZooConfig.read(folder)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        refuse_code(config.slots, f"{folder}/config.json")
+        saved_base = config.base = base_at(config.base, str(base or ""))
+        dtype = dtype if dtype is not None else torch_dtype
+        source = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map)
+        model = cls(config, base=source)
+        model.name_or_path = str(folder)
+        model.bases.require_same(saved_base)
+        missing = set(read_weights(model, folder, fresh=fresh, done=source.read_here if source else None))
+        if state_dict is not None:
+            missing -= put(model, state_dict, "state_dict")
+        model.generation_config = stated_config(model, folder)  # what ends answers
+        model = placed(model, device_map, dtype, source).eval()
+        if attn_implementation is not None:
+            model.set_attention(attn_implementation)
+        if output_loading_info:  # what else transformers lists was an error above
+            return model, {
+                "missing_keys": missing,
+                "unexpected_keys": set(),
+                "mismatched_keys": set(),
+                "error_msgs": [],
+            }
+        return model
+
+
+register_model(ZooConfig, ZooModel)

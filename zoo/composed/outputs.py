@@ -1,0 +1,112 @@
+"""What a composed model is made of (its config), what it gives, and what parts inside the LLM see of a forward pass."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from zoo.registry import ImageFeatures
+from zoo.registry.versions import with_old_cache_name
+
+LOSS_ALONE = {"all_logits": False, "use_cache": False}  # options of a pass that nobody asks for more than a loss
+
+
+@with_old_cache_name
+@dataclass
+class ZooOutput(ModelOutput):
+    """What a forward pass gives: first what transformers' own classes give, in their order, then what is ours.
+
+    Attributes:
+        loss: sum of `losses`; None without labels.
+        logits: (B, T, V), or those of the positions that `logits_to_keep` names; None where nobody asked.
+        cache: keys and values of the layers; `past_key_values` is the same, by its older name.
+        hidden_states, attentions, router_logits: of each layer, where they were asked for.
+        losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
+        last_hidden_state: (B, T, C), before the vocabulary projection.
+        labels: (B, T) as the loss saw them; shorter than the input's where tokens were dropped inside the LLM.
+        image: the encoder's features before pruning.
+        image_kept: what the pruners left of them.
+        image_tokens: (M, K, C) as they stand in the sequence.
+        sequence: the `LLMSequence`, as the parts inside the LLM left it.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    router_logits: Any = None
+    losses: dict[str, Tensor] | None = None
+    last_hidden_state: Tensor | None = None
+    labels: Tensor | None = None
+    image: ImageFeatures | None = None
+    image_kept: ImageFeatures | None = None
+    image_tokens: Tensor | None = None
+    sequence: Any = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What `return_dict=False` gives, and what an index counts: the fields of transformers' classes."""
+        return tuple(self[name] for name in self if name not in _OURS)
+
+
+_OURS = frozenset({"losses", "last_hidden_state", "labels", "image", "image_kept", "image_tokens", "sequence"})
+
+
+@dataclass
+class LLMSequence:
+    """The LLM's sequence of one forward pass, for parts that act inside it; they may replace `labels`.
+
+    A pruner inside the LLM reads where image tokens and padding are, and shortens `labels` along with the hidden
+    states.
+    """
+
+    image_mask: Tensor | None  # (B, T) bool; None where embeddings were given
+    attention_mask: Tensor | None  # (B, T)
+    position_ids: Tensor | None  # (B, T)
+    labels: Tensor | None  # (B, T)
+    segment_ids: Tensor | None = None  # (B, T) which sample of a packed row, -1 at padding; see `zoo.text.batch`
+    block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
+    tokens_per_image: int = 0
+    columns: Tensor | None = None  # (B, K) position of each hidden state that is left, -1 padding; None: all, in order
+    pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.text.batch`
+    drafts: int = 0  # columns at the end that assisted decoding guesses, behind the prompt
+
+    @property
+    def image_ids(self) -> Tensor | None:
+        """Which image of the batch each position shows, counted over rows as `pixel_values` are: (B, T), -1 text."""
+        if self.image_mask is None or not self.tokens_per_image:
+            return None
+        count = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1
+        return (count // self.tokens_per_image).masked_fill(~self.image_mask, -1)
+
+    def image_index(self) -> Tensor | None:
+        """Say which image token, counted over the batch, stands at each position that is left: (B, K), else -1."""
+        if self.image_mask is None:
+            return None
+        index = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1  # (B, T)
+        return self._left_of(index.masked_fill(~self.image_mask, -1))
+
+    def pairs(self) -> Tensor | None:
+        """Say which of a pair's answers each position that is left belongs to: (B, K), -1 none."""
+        return None if self.pair_ids is None else self._left_of(self.pair_ids)
+
+    def _left_of(self, index: Tensor) -> Tensor:
+        """What (B, T) says of the positions that are left: (B, K), -1 at padding."""
+        if self.columns is None:
+            return index
+        return index.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, -1)
+
+
+class Seen:
+    """What a distiller sees of a model: the output of its forward pass, and the LLM whose head makes logits of it."""
+
+    def __init__(self, out: ZooOutput, llm: Any) -> None:
+        self.out, self.llm = out, llm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.out, name)
+
+    @property
+    def image_index(self) -> Tensor | None:
+        return self.out.sequence.image_index() if self.out.sequence is not None else None

@@ -1,0 +1,87 @@
+"""Many questions about one image: the LLM reads the image once, and each question goes on from there.
+
+What stands before the last image token of a prompt, images included, is the same for all questions about it. Its keys
+and values are computed once and copied to the rows of a batch. With 64 image tokens and questions of ten words this
+saves five sixths of the work.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.registry.versions import cache_of
+
+Prefix = tuple[bytes, tuple[int, ...]]  # token ids, and which images
+
+
+class PrefixCache:
+    """Keys and values of prefixes, by prefix; `None` in place of a cache where the LLM keeps more than keys and values.
+
+    Args:
+        model: a composed model.
+        pictures: gives the encoded images of a prefix (see `zoo.evaluation.predict`).
+        batch_size: prefixes that the LLM reads at once.
+    """
+
+    def __init__(self, model: Any, pictures: Any, batch_size: int) -> None:
+        self.model, self.pictures, self.batch_size = model, pictures, batch_size
+        self.place: dict[Prefix, tuple[int, int]] = {}  # prefix -> part and row
+        self.parts: list[Any] = []
+
+    @staticmethod
+    def serves(model: Any) -> bool:
+        """Whether nothing inside the LLM looks at the whole sequence or at the image: no pruner, no adapter."""
+        inside = [p for p in model.pruner.values() if hasattr(p, "begin")]
+        return bool(model.num_image_tokens) and not inside and not len(model.adapter)
+
+    def read(self, prefixes: Sequence[Prefix]) -> bool:
+        """Let the LLM read prefixes that it has not read; returns whether it works for this LLM."""
+        new = [p for p in dict.fromkeys(prefixes) if p not in self.place]
+        lengths: dict[int, list[Prefix]] = {}
+        for prefix in new:
+            lengths.setdefault(len(prefix[0]), []).append(prefix)
+        for some in lengths.values():
+            for at in range(0, len(some), self.batch_size):
+                if not self._read(some[at : at + self.batch_size]):
+                    return False
+        return True
+
+    def rows(self, prefixes: Sequence[Prefix]) -> Any:
+        """Return a cache with a row for each of `prefixes`, which are of one length."""
+        from transformers import DynamicCache
+
+        where = [self.place[p] for p in prefixes]
+        cache = DynamicCache()
+        parts = sorted({part for part, _ in where})
+        start = dict(zip(parts, _starts([self.parts[p].layers[0].keys.shape[0] for p in parts]), strict=True))
+        index = torch.tensor([start[part] + row for part, row in where], device=self.model.device)
+        for number in range(len(self.parts[parts[0]].layers)):
+            layers = [self.parts[p].layers[number] for p in parts]
+            cache.update(_rows([x.keys for x in layers], index), _rows([x.values for x in layers], index), number)
+        return cache
+
+    def _read(self, prefixes: list[Prefix]) -> bool:
+        from transformers.cache_utils import DynamicLayer
+
+        ids = torch.stack([torch.frombuffer(bytearray(tokens), dtype=torch.int64) for tokens, _ in prefixes])
+        shown = self.pictures.batch([i for _, images in prefixes for i in images])
+        image_tokens = shown["encoded"][2] if "encoded" in shown else None
+        if shown and image_tokens is None:
+            return False
+        embeds = self.model.merge(ids.to(self.model.device), image_tokens)
+        cache = cache_of(self.model.llm.hidden(inputs_embeds=embeds, use_cache=True))
+        if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
+            return False
+        self.place |= {prefix: (len(self.parts), row) for row, prefix in enumerate(prefixes)}
+        self.parts.append(cache)
+        return True
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _rows(parts: list[Tensor], index: Tensor) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[index]

@@ -1,0 +1,77 @@
+"""What a saved folder says of a model's parts: their options as they are now, and not as they were composed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from zoo.registry import ZooError, build
+
+
+def slots_now(model: Any) -> dict[str, Any]:
+    """Return the options of a model's parts as they are now.
+
+    Adapters that were merged for good are gone. Folders of checkpoints are named so that they are found from anywhere,
+    repositories of the hub by the commit that was read.
+
+    Raises:
+        ZooError: the language model's weights are those of one image for the moment.
+    """
+    slots = {**(model.config.slots or {})}
+    for part, node in model.bases.nodes.items():
+        slots[part] = {**slots[part], **{k: node[k] for k in ("checkpoint", "revision") if k in node}}
+    merged = {name: adapter for name, adapter in model.adapter.items() if getattr(adapter, "merged", False)}
+    if lasting := [name for name, adapter in merged.items() if hasattr(adapter, "unmerge")]:
+        raise ZooError(
+            f"adapter {lasting[0]!r} is merged into the language model for one image: call unmerge() before saving."
+        )
+    if merged:
+        slots["adapter"] = {n: node for n, node in slots["adapter"].items() if n not in merged}
+    if any(getattr(adapter, "adds_experts", False) for adapter in merged.values()):
+        slots["llm"] = _llm(model)
+    return slots
+
+
+def without_checkpoint(model: Any, part: str) -> dict[str, Any] | None:
+    """Say a part (vision, llm) by its sizes, so that a folder with all of its weights needs no checkpoint of its own.
+
+    None where its options cannot say them: towers of timm and open_clip whose architecture is in their checkpoint only.
+    """
+    node = (model.config.slots or {})[part]
+    make = {("vision", "hf"): _vision, ("llm", "hf"): _llm}.get((part, node["name"]))
+    try:
+        return None if make is None else make(model)
+    except ZooError:  # a family that is known from checkpoints only
+        return None
+
+
+def _llm(model: Any) -> dict[str, Any] | None:
+    from zoo.fusion.llm.hf import HFLanguageModelConfig, transformers_config
+    from zoo.published.family import different, llm_slot
+
+    config, text = model.llm.lm.config, model.llm.lm.config.get_text_config()
+    node = llm_slot(text, bool(config.tie_word_embeddings)) | {"router_aux_coef": model.llm.router_aux_coef}
+    again = transformers_config(HFLanguageModelConfig(**_options(node)), text.vocab_size)
+    same = type(again) is type(config) and not different(config, again, set())
+    return node if same else None
+
+
+def _vision(model: Any) -> dict[str, Any] | None:
+    from zoo.published.family import vision_slot
+
+    given, tower, transform = model.config.slots["vision"], model.vision.runner.tower, model.vision.transform
+    if given.get("pooling_head"):
+        return None  # blocks behind the layer are part of it, and the config no longer counts them
+    node = vision_slot(tower.config, {}, layer=tower.config.num_hidden_layers, norm=bool(given.get("norm")))
+    pixels = {"mean": list(transform.mean), "std": list(transform.std), "resample": transform.resample}
+    node |= {"image_size": transform.size[0], "fit": transform.fit, **pixels}
+    node["frame_tower"] = bool(given.get("frame_tower"))
+    with torch.device("meta"):
+        again = build("vision", node)
+    shapes, wanted = ({n: t.shape for n, t in v.state_dict().items()} for v in (again, model.vision))
+    same = shapes == wanted and again.transform == transform and again.grid == model.vision.grid
+    return node if same else None
+
+
+def _options(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in node.items() if k != "name"}

@@ -1,0 +1,1 @@
+"""Predictions and scores, and the two evaluation suites that take our models."""

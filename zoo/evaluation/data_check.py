@@ -1,0 +1,81 @@
+"""Whether the data of a run are there, and hold what the stages and tasks of the run ask for; no image is looked at."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.checking.checker import size_text
+from zoo.checking.stage_check import Stagecheck
+from zoo.evaluation.evaluate import require_dialogs
+from zoo.registry import Sample, ZooError, build
+from zoo.runs.data import RunData
+
+_LARGE = 64 * 2**20  # bytes of a file that is not read through by a check that is to be quick
+
+
+def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
+    """Open the data sets of a run, and look for dialogs that its tasks are for.
+
+    Args:
+        cfg: of the run.
+        stages: what the check of its parts found of each.
+
+    Returns:
+        What was not looked at, and why: large files, and what lies on the hub.
+
+    Raises:
+        ZooError: a data set cannot be opened, or no dialog is for the tasks.
+    """
+    notes, nodes = [], {}
+    for name, node in cfg.data.items():
+        if why := _unread(node):
+            notes.append(f"data {str(name)!r} was not opened: {why}.")
+        else:
+            nodes[name] = node
+    data = RunData(nodes, skip_broken=cfg.skip_broken or any(stage.skip_broken for stage in cfg.stages.values()))
+    tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
+    if tasks and not notes:
+        require_dialogs(data.evaluation or data.all, tasks, cfg.limit)
+    for stage in stages:
+        mix = cfg.stages[stage.name].data
+        for name, dataset in (data.all if mix else data.training).items():
+            if (not mix or mix.get(name)) and (stage.one_dialog or stage.needs):
+                first = next(iter(dataset.stream(0, 0)), None) if hasattr(dataset, "stream") else dataset.get(0)
+                if first is not None:
+                    _check_sample(stage, str(name), first)
+    return notes
+
+
+def _check_sample(stage: Stagecheck, name: str, sample: Sample) -> None:
+    """Refuse data whose first sample is none that the stage can learn from."""
+    where = f"Stage {stage.name!r}: "
+    if stage.one_dialog and len(sample.dialogs) > 1:
+        raise ZooError(
+            f"{where}{stage.one_dialog}, and data {name!r} puts {len(sample.dialogs)} dialogs about one image into a "
+            f"row. Set stages.{stage.name}.pack=none."
+        )
+    if "teacher.pairs" in stage.needs and not any(dialog.preference for dialog in sample.dialogs):
+        raise ZooError(f"{where}the distiller compares pairs of answers, and data {name!r} has single ones.")
+    for word in sorted(stage.needs):
+        kind, _, key = word.partition(".")
+        if kind != "batch":
+            continue
+        found = sample.targets.get(key)
+        if found is None and sample.images:
+            there = ", ".join(sorted(sample.targets)) or "none"
+            raise ZooError(f"{where}the distiller learns from targets {key!r}, and data {name!r} has {there}.")
+        if found is not None and stage.grid and found.shape[1] != math.prod(stage.grid):
+            raise ZooError(
+                f"{where}the targets {key!r} of data {name!r} are of {found.shape[1]} cells, and the encoder's grid "
+                f"{list(stage.grid)} has {math.prod(stage.grid)}."
+            )
+
+
+def _unread(node: Any) -> str:
+    """Why a data set is left alone; empty where it is not."""
+    if node.get("name") == "hf" and not Path(str(node.get("path"))).expanduser().exists():
+        return f"{node.get('path')} is not on this machine"
+    texts = [str(value).replace("{split}", str(node.get("split", ""))) for value in node.values() if value]
+    sizes = [Path(text).stat().st_size for text in texts if len(text) < 1024 and Path(text).is_file()]
+    return f"its file has {size_text(max(sizes))}B" if max(sizes, default=0) > _LARGE else ""

@@ -1,0 +1,397 @@
+"""`zoo eval`: what a model scores on data sets, with the number of samples and the standard error of every figure.
+
+Beside it stand two models that do not look: the majority, which gives the commonest training answer of each kind of
+question, and the model itself, shown zero pixels. What the training split never showed (`meta["held_out"]`) is counted
+apart.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from zoo.evaluation.predict import Question, answer
+from zoo.evaluation.score_table import score_table
+from zoo.registry import Dialog, RecordError, Sample, Score, ZooError, build, naming, placed, read_sample
+from zoo.runs.data import RunData
+from zoo.runs.folder import new_folder
+from zoo.runs.left_out import Sieve
+from zoo.runs.processes import gather, start_accelerator
+from zoo.runs.progress import clock
+from zoo.storage.atomic import write_json, write_text, writing, written_beside
+from zoo.storage.precision import autocast, fast_products
+
+DEFAULT_TASK = "exact"  # for dialogs that name no task
+LOOKED = 2000  # samples of each data set in which a dialog for the tasks is looked for ahead
+TRAIN_SAMPLES = 2000  # samples of the training split in which the majority counts answers
+
+
+@dataclass
+class Line:
+    """One figure of the table."""
+
+    data: str
+    kind: str
+    task: str
+    metric: str
+    held_out: bool
+    score: Score
+    blind: Score | None = None
+    majority: Score | None = None
+
+    @property
+    def name(self) -> str:
+        kind = f"{self.kind}_held_out" if self.held_out else self.kind
+        return f"{self.data}/{kind}/{self.metric}"
+
+
+@dataclass
+class EvalResult:
+    """Scores, and every prediction behind them."""
+
+    lines: list[Line]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # records that could not be used: where, and why
+
+    def summary(self) -> dict[str, float]:
+        """Return the value of every figure, by `data/kind/metric`."""
+        return {line.name: line.score.value for line in self.lines}
+
+    def save(self, folder: Path) -> None:
+        """Write scores.json and predictions.jsonl."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "scores.json", [asdict(line) for line in self.lines])
+        # Half of a surrogate pair is written as JSON's own escape.
+        options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
+        with written_beside(folder / "predictions.jsonl") as beside, beside.open(**options) as file:
+            for row in self.predictions:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def main(cfg: DictConfig) -> EvalResult:
+    """Score the model that the config names on its data; print the table, write scores and predictions."""
+    from zoo.loading.build import build as build_model
+
+    accelerator = start_accelerator(cfg.device)
+    data = RunData(cfg.data, skip_broken=cfg.skip_broken)
+    datasets = data.evaluation or data.all
+    if not datasets:
+        raise ZooError("There is no data to evaluate on. Choose some with data=[...].")
+    tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
+    require_dialogs(datasets, tasks, cfg.limit)
+    model, processor = build_model(cfg, device=accelerator.device)
+    began = time.monotonic()
+    result = evaluate(
+        model,
+        processor,
+        datasets,
+        tasks,
+        batch_size=cfg.batch_size,
+        limit=cfg.limit,
+        accelerator=accelerator,
+        precision="bf16" if cfg.precision == "bf16" else "fp32",
+        skip_broken=cfg.skip_broken,
+        max_broken=cfg.max_broken,
+    )
+    if accelerator.is_main_process:
+        console = Console()
+        console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))  # seen, should the disk be full
+        name = "eval-" + Path(cfg.model.name).as_posix().removesuffix("/model").rpartition("/")[2]
+        with writing("scores", "Choose another place with run.dir=<folder>."):
+            folder = Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
+            result.save(folder)
+            if result.skipped:
+                write_text(folder / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in result.skipped))
+            OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
+        seconds = clock(time.monotonic() - began)
+        if result.skipped:
+            said = f"{len(result.skipped)} records were left out: skipped.jsonl says why."
+            console.print(said, soft_wrap=True, highlight=False)
+        console.print(
+            f"{len(result.predictions)} answers in {seconds}, all in {folder}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    accelerator.wait_for_everyone()
+    return result
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    datasets: Mapping[str, Any],
+    tasks: Mapping[str, Any] | None = None,
+    *,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    baselines: bool = True,
+    accelerator: Any = None,
+    precision: str = "fp32",
+    skip_broken: bool = False,
+    max_broken: float = 0.1,
+) -> EvalResult:
+    """Score a model.
+
+    Args:
+        model: put in eval mode.
+        processor: of the model.
+        datasets: data name -> data set.
+        tasks: task name -> task. Dialogs that name another task are left out; None scores each by its own.
+        batch_size: dialogs at once; None chooses by the size of the model. The scores do not depend on it.
+        limit: samples of each data set; None takes all.
+        baselines: also score the majority and the blind model.
+        accelerator: of a run on several processes, which then share the samples.
+        precision: fp32, or bf16 for autocast.
+        skip_broken: leave out records that cannot be used; `skipped` of the result lists them.
+        max_broken: share of the records that may be left out, from the 100th on.
+
+    Raises:
+        ZooError: nothing in the data is for these tasks, or records are broken and may not be left out.
+    """
+    fast_products()
+    model.eval()
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    batch_size = batch_size or _batch_size(model)
+    table = Tasks(tasks)
+    with torch.no_grad(), autocast(precision, model.device):
+        model.set_attention(model.config.attention)
+        sieve = Sieve(skip_broken, max_broken, "zoo eval")
+        asked = _Asked(datasets, table, limit, rank, world, sieve)
+        rows = _rows(model, processor, asked, batch_size, blind=False)
+        blind = _rows(model, processor, asked, batch_size, blind=True) if baselines else []
+    if accelerator is not None:
+        rows, blind = ([r for some in gather(accelerator, part) for r in some] for part in (rows, blind))
+        sieves = gather(accelerator, sieve)
+        sieve = sieves[0]
+        for other in sieves[1:]:
+            sieve.add(other)
+    if (error := sieve.excess()) is not None:
+        raise error
+    if not rows and sieve.broken:
+        raise ZooError(f"None of {sieve.seen} records can be scored. The first: {next(iter(sieve.lines))['reason']}")
+    if not rows:
+        raise nothing_to_score(datasets, tasks)
+    rows.sort(key=lambda r: r["order"])
+    lines = _lines(rows, table)
+    if baselines:
+        _add(lines, _lines(blind, table), "blind")
+        _add(lines, _majority(rows, datasets, table), "majority")
+    for row in rows:
+        row.pop("order"), row.pop("dialog")
+    return EvalResult(lines, rows, sieve.lines)
+
+
+def nothing_to_score(datasets: Iterable[str], tasks: Iterable[str] | None) -> ZooError:
+    """The error for data of which no dialog is for the tasks that were asked for."""
+    return ZooError(
+        f"No dialog in data {', '.join(datasets) or 'none'} is for the tasks {', '.join(tasks or ['any'])}."
+    )
+
+
+def require_dialogs(datasets: Mapping[str, Any], tasks: Mapping[str, Any] | None, limit: int | None = None) -> None:
+    """Refuse tasks that no dialog of the data is for, as far as the first samples show it, before a model is loaded.
+
+    Raises:
+        ZooError: no dialog is for them, in data that were looked through to the end or to `limit`.
+    """
+    table = Tasks(tasks)
+    whole = True
+    for name, dataset in datasets.items():
+        most = LOOKED if limit is None else min(limit, LOOKED)
+        for sample in islice(_samples(name, dataset, most, 0, 1), most):
+            if any(table.of(d) for d in getattr(sample, "dialogs", ()) if d.preference != "rejected"):
+                return
+        length = most + 1 if hasattr(dataset, "stream") else len(dataset)
+        whole = whole and (length if limit is None else min(length, limit)) <= most
+    if whole and datasets:
+        raise nothing_to_score(datasets, tasks)
+
+
+class Tasks:
+    """The tasks that were asked for, or any that a dialog names."""
+
+    def __init__(self, asked: Mapping[str, Any] | None = None) -> None:
+        self.asked = dict(asked or {})
+        self.made = dict(self.asked)
+
+    def of(self, dialog: Dialog) -> list[str]:
+        """Names of the tasks that score a dialog."""
+        if self.asked:
+            return [dialog.task] if dialog.task in self.asked else [] if dialog.task else list(self.asked)
+        return [dialog.task or DEFAULT_TASK]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.made:
+            self.made[name] = build("task", {"name": name})
+        return self.made[name]
+
+
+@dataclass
+class _Asked:
+    """Which questions are asked in a process, and what could not be: the blind model is asked what the other was."""
+
+    datasets: Mapping[str, Any]
+    tasks: Tasks
+    limit: int | None
+    rank: int
+    world: int
+    sieve: Sieve
+    without: set[tuple[Any, ...]] = field(default_factory=set)  # orders of questions that could not be asked
+
+    def questions(self, blind: bool) -> Iterator[Question]:
+        """Yield the questions, those about one image behind each other."""
+        for at, (data, dataset) in enumerate(self.datasets.items()):
+            samples = islice(_samples(data, dataset, self.limit, self.rank, self.world), self.limit)
+            for index, sample in enumerate(samples):
+                if sample is None:
+                    continue
+                if not blind:
+                    self.sieve.seen += 1
+                if isinstance(sample, RecordError):
+                    self.sieve.leave_out(sample)
+                    continue
+                for number, dialog in enumerate(sample.dialogs):
+                    if dialog.preference == "rejected" or (at, index, number) in self.without:
+                        continue
+                    modes = {(self.tasks[t].mode, self.tasks[t].max_new_tokens): None for t in self.tasks.of(dialog)}
+                    for mode, most in modes:
+                        yield Question(sample, dialog, mode, most, (at, index, number))
+
+    def leave_out(self, question: Question, error: RecordError) -> None:
+        """Take a question out."""
+        self.sieve.leave_out(error)
+        self.without.add(question.order)
+
+
+def _samples(
+    data: str, dataset: Any, limit: int | None, rank: int, world: int
+) -> Iterator[Sample | RecordError | None]:
+    """Every `world`-th sample, and None in place of those that other processes see to."""
+    if hasattr(dataset, "stream"):
+        for i, sample in enumerate(dataset.stream(0, 0)):
+            yield placed(sample, data, f"record {i} of the stream") if i % world == rank else None
+    else:
+        for i in range(len(dataset) if limit is None else min(limit, len(dataset))):
+            yield read_sample(data, dataset, i) if i % world == rank else None
+
+
+def _rows(model: Any, processor: Any, asked: _Asked, batch_size: int, *, blind: bool) -> list[dict[str, Any]]:
+    """Predict, and score each prediction by itself."""
+    names, tasks = list(asked.datasets), asked.tasks
+    rows = []
+    answers = answer(
+        model, processor, asked.questions(blind), batch_size=batch_size, blind=blind, leave_out=asked.leave_out
+    )
+    for question, text in answers:
+        dialog, data = question.dialog, names[question.order[0]]
+        for name in tasks.of(dialog):
+            task = tasks[name]
+            if (task.mode, task.max_new_tokens) != (question.mode, question.max_new_tokens):
+                continue
+            try:  # its truth may be no answer that the task can read
+                with naming(data, question.sample.where, question.sample.id):
+                    scores = task.score(dialog, text)
+            except RecordError as error:
+                asked.leave_out(question, error)
+                continue
+            rows.append(
+                {
+                    "data": data,
+                    "id": question.sample.id,
+                    "kind": dialog.kind or data,
+                    "task": name,
+                    "prompt": prompt_of(dialog),
+                    "prediction": text,
+                    "answers": dialog.answers or [reference_of(dialog)],
+                    "scores": scores,
+                    "meta": dialog.meta,
+                    "order": (*question.order, name),
+                    "dialog": dialog,
+                }
+            )
+    return rows
+
+
+Key = tuple[str, str, str, bool]  # data, kind, task, held out
+
+
+def _by_key(rows: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
+    groups: dict[Key, list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["data"], row["kind"], row["task"], bool(row["meta"].get("held_out")))
+        groups.setdefault(key, []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][3])))
+
+
+def _lines(rows: list[dict[str, Any]], tasks: Tasks) -> list[Line]:
+    return [
+        Line(data, kind, task, metric, held_out, score)
+        for (data, kind, task, held_out), some in _by_key(rows).items()
+        for metric, score in tasks[task].summarise([r["scores"] for r in some]).items()
+    ]
+
+
+def _add(lines: list[Line], others: list[Line], what: str) -> None:
+    found = {(o.data, o.kind, o.task, o.held_out, o.metric): o.score for o in others}
+    for line in lines:
+        setattr(line, what, found.get((line.data, line.kind, line.task, line.held_out, line.metric)))
+
+
+def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Tasks) -> list[Line]:
+    """Score the commonest training answer of each kind, on the dialogs that the model was scored on."""
+    from zoo.tasks.baselines import majority
+
+    lines = []
+    for data, dataset in datasets.items():
+        if not hasattr(dataset, "train_split"):
+            continue
+        train = dataset.train_split()
+        count = min(TRAIN_SAMPLES, len(train))
+        samples = (read_sample(data, train, i * len(train) // count) for i in range(count))
+        dialogs = (d for sample in samples if isinstance(sample, Sample) for d in sample.dialogs)
+        seen = [d for d in dialogs if d.preference != "rejected"]
+        for (name, kind, task, held_out), some in _by_key(rows).items():
+            if name == data:
+                asked = [r["dialog"] for r in some]
+                scores = majority(_like(seen, asked[0].kind), asked, tasks[task])
+                lines += [Line(data, kind, task, m, held_out, s) for got in scores.values() for m, s in got.items()]
+    return lines
+
+
+def _like(seen: list[Dialog], kind: str) -> list[Dialog]:
+    """The training dialogs of a kind; of the kind that its name goes on from where it occurs in evaluation only."""
+    kinds = {d.kind for d in seen}
+    base = kind if kind in kinds else max((k for k in kinds if k and kind.startswith(k + "_")), key=len, default=kind)
+    return [replace(d, kind=kind) for d in seen if d.kind == base]
+
+
+def _batch_size(model: Any) -> int:
+    parameters = sum(p.numel() for p in model.parameters())
+    return 512 if parameters < 50e6 else 64 if parameters < 1e9 else 16
+
+
+def prompt_of(dialog: Dialog) -> str:
+    """The text before the last assistant turn, images as `<image>`."""
+    turns = dialog.messages
+    turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    return "\n".join(_text(turn["content"]) for turn in turns)
+
+
+def reference_of(dialog: Dialog) -> str:
+    """The text of the last assistant turn."""
+    last = dialog.messages[-1] if dialog.messages else {"role": ""}
+    return _text(last["content"]) if last["role"] == "assistant" else ""
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join("<image> " if p["type"] == "image" else p["text"] for p in content)

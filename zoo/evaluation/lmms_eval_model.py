@@ -1,0 +1,115 @@
+"""Any model of the zoo in lmms-eval: pictures and a question in, free text or a likelihood out."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from zoo.composed.outputs import LOSS_ALONE
+from zoo.evaluation.predict import Question, answer
+from zoo.loading.build import load
+from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError
+
+
+class ZooLmms(lmms):
+    """lmms-eval's view of a composed model.
+
+    Args:
+        model: as `zoo.load` takes it: a preset, `dir:<folder>`, `hub:<org>/<name>`.
+        overrides: further options with semicolons between: `pruner=[fastervlm];pruner.fastervlm.keep_ratio=0.25`.
+        batch_size: dialogs at once.
+        device, dtype, attention: see `zoo.load`.
+        max_new_tokens: the longest answer where a task does not say.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        model: str = "scenes_tiny",
+        overrides: str = "",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        attention: str | None = None,
+        max_new_tokens: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if kwargs:
+            raise ZooError(f"Unknown model_args {', '.join(sorted(kwargs))}: model, overrides, dtype, attention, ...")
+        words = [word for word in str(overrides).split(";") if word]
+        self.model, self.processor = load(model, *words, device=device, dtype=dtype, attention=attention)
+        self.batch_size = 1 if batch_size == "auto" else int(batch_size)
+        self.max_new_tokens = int(max_new_tokens)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answer greedily; `until` cuts the answer."""
+        questions, stops = [], []
+        for number, request in enumerate(requests):
+            context, options, doc_to_visual, doc_id, task, split = request.args
+            shown = _shown(doc_to_visual, self.task_dict[task][split][doc_id])
+            most = int(options.get("max_new_tokens") or self.max_new_tokens)
+            dialog = _dialog(context, shown)
+            questions.append(Question(Sample(str(number), shown, [dialog]), dialog, "generate", most))
+            stops.append(_stops(options))
+        texts = []
+        found = answer(self.model, self.processor, questions, batch_size=self.batch_size)
+        for (_, text), stop in zip(tqdm(found, total=len(questions), desc="zoo"), stops, strict=True):
+            texts.append(_until(text, stop))
+        return texts
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Mean negative log-likelihood of each answer's tokens, and whether greedy decoding would say it."""
+        results = []
+        for request in requests:
+            context, doc_to_target, doc_to_visual, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            said = doc_to_target if isinstance(doc_to_target, str) else doc_to_target(doc)
+            shown = _shown(doc_to_visual, doc)
+            dialog = _dialog(context, shown, str(said))
+            row = self.processor.encode(Sample("one", shown, [dialog]))
+            results.append(self._likelihood(self.processor.collate([row])))
+        return results
+
+    @torch.no_grad()
+    def _likelihood(self, batch: Mapping[str, Any]) -> tuple[float, bool]:
+        device = self.model.device
+        given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        out = self.model(**given, **LOSS_ALONE)
+        wanted = out.labels[:, 1:]
+        where = wanted != IGNORE_INDEX
+        logits = self.model.llm.head(out.last_hidden_state[:, :-1][where]).float()
+        same = bool((logits.argmax(-1) == wanted[where]).all())
+        return float(F.cross_entropy(logits, wanted[where])), same
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Several rounds, each of which depends on the answer before: not supported."""
+        raise ZooError("The zoo's adapter answers one round; tasks of several rounds are not supported.")
+
+
+def _shown(doc_to_visual: Any, doc: Any) -> list[Any]:
+    found = doc_to_visual(doc) if callable(doc_to_visual) else doc_to_visual
+    return [] if found is None else list(found) if isinstance(found, Iterable) else [found]
+
+
+def _dialog(context: str, shown: Sequence[Any], said: str | None = None) -> Dialog:
+    content = [*[{"type": "image"}] * len(shown), {"type": "text", "text": context.replace("<image>", "").strip()}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if said is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+    return Dialog(messages)
+
+
+def _stops(options: Mapping[str, Any]) -> list[str]:
+    until = options.get("until") or []
+    return [until] if isinstance(until, str) else list(until)
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text

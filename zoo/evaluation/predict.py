@@ -1,0 +1,280 @@
+"""What a model answers: dialogs in, texts out, in batches that change nothing but the speed.
+
+Dialogs of like length share a batch. An image is encoded once however many dialogs ask about it, and equal questions
+about one image (all images are one where a blind model is asked) are answered once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.composed.outputs import LOSS_ALONE
+from zoo.composed.prefix_cache import PrefixCache
+from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, RecordError, Sample, naming
+from zoo.registry.versions import cache_argument
+from zoo.runs.lengths import require_room, room_for_answer
+from zoo.text.batch import EncodedSample, to_device
+from zoo.text.stops import reader_for
+from zoo.vision.images.processors import blank, stack
+
+WINDOW = 8  # batches whose dialogs are sorted by length together
+
+
+@dataclass
+class Question:
+    """One dialog to answer, as the model will see it."""
+
+    sample: Sample
+    dialog: Dialog
+    mode: str  # generate | choice
+    max_new_tokens: int
+    order: tuple[Any, ...] = ()  # place in the whole evaluation
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    questions: Iterable[Question],
+    *,
+    batch_size: int,
+    blind: bool = False,
+    leave_out: Callable[[Question, RecordError], None] | None = None,
+) -> Iterator[tuple[Question, str]]:
+    """Yield each question with the model's answer; the order is that of `questions`.
+
+    Args:
+        model: in eval mode.
+        processor: of the model.
+        questions: in any order; those about one image best together.
+        batch_size: dialogs (or options, in multiple choice) that the model sees at once.
+        blind: show the model zero pixels instead of the images.
+        leave_out: told of a question that cannot be put to the model, which is then not answered; None: it is raised.
+
+    Raises:
+        RecordError: a question cannot be put to the model: an image is broken, the template or the tokenizer refuses
+            the text, or it is longer than the model's positions.
+    """
+    source = iter(questions)
+    while window := list(islice(source, WINDOW * batch_size)):
+        pictures = _Pictures(model, processor, window, blind, batch_size)
+        texts: dict[int, str] = {}
+        broken = {i: pictures.broken[id(q.sample)] for i, q in enumerate(window) if id(q.sample) in pictures.broken}
+        for mode, write, do in (("generate", _prompts, _generate), ("choice", _options, _choose)):
+            asked = {i: q for i, q in enumerate(window) if q.mode == mode and i not in broken}
+            rows, refused = _written(write, model, processor, asked, pictures)
+            broken |= refused
+            asked = {i: q for i, q in asked.items() if i in rows}
+            texts |= do(model, processor, asked, rows, pictures, batch_size) if asked else {}
+        for i, error in sorted(broken.items()):
+            if leave_out is None:
+                raise error
+            leave_out(window[i], error)
+        yield from ((q, texts[i]) for i, q in enumerate(window) if i in texts)
+
+
+def _written(
+    write: Any, model: Any, processor: Any, questions: dict[int, Question], pictures: "_Pictures"
+) -> tuple[dict[int, Any], dict[int, RecordError]]:
+    """Write the questions as the model takes them, and say of the others why not."""
+    rows: dict[int, Any] = {}
+    broken: dict[int, RecordError] = {}
+    for i, q in questions.items():
+        try:
+            with naming(q.sample.data, q.sample.where, q.sample.id, "text"):
+                rows[i] = write(model, processor, q, pictures)
+        except RecordError as error:
+            broken[i] = error
+    return rows, broken
+
+
+class _Pictures:
+    """The images of a window of questions, each encoded once."""
+
+    def __init__(self, model: Any, processor: Any, window: Sequence[Question], blind: bool, batch_size: int) -> None:
+        self.model, self.blind = model, blind
+        self.of: dict[int, list[int]] = {}  # id of a sample -> where its images are
+        self.broken: dict[int, RecordError] = {}  # the same -> why they cannot be shown
+        self.shared = True
+        pixels: list[Any] = []
+        for question in window:
+            sample = question.sample
+            if id(sample) in self.of or id(sample) in self.broken:
+                continue
+            try:
+                with naming(sample.data, sample.where, sample.id, "image"):
+                    shown = [] if blind and pixels else processor.prepare(sample.images)
+            except RecordError as error:
+                self.broken[id(sample)] = error
+                continue
+            if blind and sample.images:
+                pixels = pixels or [blank(shown[0])]
+                self.of[id(sample)] = [0] * len(sample.images)
+            else:
+                self.of[id(sample)] = list(range(len(pixels), len(pixels) + len(shown)))
+                pixels += shown
+        self.pixels = pixels
+        self.parts = [self._encode(pixels[at : at + batch_size]) for at in range(0, len(pixels), batch_size)]
+        self.encoded = _join(self.parts) if self.parts and self.shared else None
+
+    def _encode(self, pixels: list[Any]) -> Any:
+        self.shared = self.shared and getattr(self.model, "layout", None) is None
+        if not self.shared:  # crops and frames: a row is no image, so they go in as pixels
+            return None
+        return self.model.encode_images(torch.stack(pixels).to(self.model.device))
+
+    def show(self, sample: Sample) -> list[Any]:
+        """The images of a sample as the processor gave them, where the prompt depends on them."""
+        return [] if self.shared else [self.pixels[i] for i in self.of[id(sample)]]
+
+    def batch(self, which: Sequence[int]) -> dict[str, Any]:
+        """Return what shows the model the images `which`, in this order."""
+        if not which:
+            return {}
+        if not self.shared or self.encoded is None:
+            return to_device(stack([self.pixels[i] for i in which]), self.model.device)
+        index = torch.tensor(which, device=self.model.device)
+        image, kept, tokens = self.encoded
+        return {"encoded": (_pick(image, index), _pick(kept, index), None if tokens is None else tokens[index])}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A question as the model sees it; equal ones are asked once."""
+
+    max_new_tokens: int
+    ids: bytes
+    images: tuple[int, ...]
+    shared: int  # bytes up to the last image token
+
+    @property
+    def prefix(self) -> tuple[bytes, tuple[int, ...]]:
+        return self.ids[: self.shared], self.images
+
+
+def _prompts(model: Any, processor: Any, q: Question, pictures: _Pictures) -> tuple[_Prompt, EncodedSample]:
+    """A question as a prompt, and its row."""
+    row = processor.encode_prompt(q.sample, q.dialog, pixel_values=pictures.show(q.sample))
+    row.pixel_values = []  # the batch takes them from `pictures`
+    most = min(q.max_new_tokens, room_for_answer(row, model.llm.max_positions))
+    shown = np.flatnonzero(row.input_ids == processor.image_token_id)
+    shared = row.input_ids.itemsize * (int(shown[-1]) + 1) if len(shown) else 0
+    return _Prompt(most, row.input_ids.tobytes(), tuple(pictures.of[id(q.sample)]), shared), row
+
+
+def _options(model: Any, processor: Any, q: Question, pictures: _Pictures) -> list[tuple[str, EncodedSample]]:
+    """The answers that a question leaves to choose from, and the row of each."""
+    turns = q.dialog.messages
+    turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    rows = []
+    for option in q.dialog.choices:
+        said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
+        ids, last = processor.tokenize_dialog(said, q.sample.id, pictures.show(q.sample), only_last=True)
+        rows.append((option, require_room(EncodedSample(ids, last, []), model.llm.max_positions)))
+    return rows
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    processor: Any,
+    questions: dict[int, Question],
+    written: dict[int, tuple[_Prompt, EncodedSample]],
+    pictures: _Pictures,
+    batch_size: int,
+) -> dict[int, str]:
+    """Answer in free text, greedily."""
+    groups: dict[_Prompt, list[int]] = {}
+    rows: dict[_Prompt, EncodedSample] = {}
+    for i in questions:
+        prompt, row = written[i]
+        groups.setdefault(prompt, []).append(i)
+        rows[prompt] = row
+    prefixes = PrefixCache(model, pictures, batch_size)
+    several = len({p.prefix for p in groups}) < len(groups)
+    cached = several and PrefixCache.serves(model) and prefixes.read([p.prefix for p in groups if p.shared])
+    texts: dict[int, str] = {}
+    reader = reader_for(model, processor)
+    for chunk in _batches(list(groups), batch_size, cached):
+        batch = to_device(processor.collate([rows[p] for p in chunk], padding_side="left"), model.device)
+        fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}
+        fixed |= {"tokenizer": processor.tokenizer} if model.generation_config.stop_strings else {}
+        both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
+        if cached and chunk[0].shared:
+            out = model.llm.lm.generate(**both, **cache_argument(prefixes.rows([p.prefix for p in chunk])))
+        else:
+            images = [i for p in chunk for i in p.images]
+            out = model.generate(**both, images_per_row=[len(p.images) for p in chunk], **pictures.batch(images))
+        new = out[:, batch["input_ids"].shape[1] :].tolist()
+        texts |= {i: reader.read(ids) for p, ids in zip(chunk, new, strict=True) for i in groups[p]}
+    return texts
+
+
+def _batches(prompts: list[_Prompt], batch_size: int, cached: bool) -> Iterator[list[_Prompt]]:
+    """Prompts that can share a batch: those of like length, with cached prefixes those of equal length."""
+
+    def alike(prompt: _Prompt) -> tuple[int, ...]:
+        equal = (len(prompt.ids), prompt.shared) if cached and prompt.shared else (0, 0)
+        return prompt.max_new_tokens, *equal
+
+    prompts = sorted(prompts, key=lambda p: (alike(p), len(p.ids)))
+    for _, same in groupby(prompts, key=alike):
+        some = list(same)
+        yield from (some[at : at + batch_size] for at in range(0, len(some), batch_size))
+
+
+@torch.no_grad()
+def _choose(
+    model: Any,
+    processor: Any,
+    questions: dict[int, Question],
+    written: dict[int, list[tuple[str, EncodedSample]]],
+    pictures: _Pictures,
+    batch_size: int,
+) -> dict[int, str]:
+    """Answer with the likeliest option: the one whose tokens, end of turn included, have the largest probability."""
+    options = [(i, option, row) for i in questions for option, row in written[i]]
+    options.sort(key=lambda o: len(o[2]))
+    found: dict[int, tuple[float, str]] = {}
+    for at in range(0, len(options), batch_size):
+        chunk = options[at : at + batch_size]
+        batch = to_device(processor.collate([o[2] for o in chunk]), model.device)
+        images = [pictures.of[id(questions[i].sample)] for i, _, _ in chunk]
+        batch["images_per_row"] = [len(some) for some in images]
+        out = model(**batch, **pictures.batch([i for some in images for i in some]), **LOSS_ALONE)
+        for (i, option, _), value in zip(chunk, _likelihood(model, out).tolist(), strict=True):
+            if i not in found or value > found[i][0]:
+                found[i] = (value, option)
+    return {i: option for i, (_, option) in found.items()}
+
+
+def _likelihood(model: Any, out: Any) -> Tensor:
+    """Log-probability of the labels of each row: (B,)."""
+    wanted = out.labels[:, 1:]
+    where = wanted != IGNORE_INDEX  # (B, T - 1)
+    logits = model.llm.head(out.last_hidden_state[:, :-1][where]).float()  # (S, V)
+    each = -F.cross_entropy(logits, wanted[where], reduction="none")  # (S,)
+    return torch.zeros(len(wanted), device=each.device).index_add_(0, where.nonzero()[:, 0], each)
+
+
+def _pick(image: ImageFeatures, index: Tensor) -> ImageFeatures:
+    """The rows `index` of every tensor."""
+    rows = {f.name: getattr(image, f.name) for f in fields(image)}
+    picked: dict[str, Any] = {k: v[index] for k, v in rows.items() if isinstance(v, Tensor)}
+    return replace(image, **picked)
+
+
+def _join(parts: list[tuple[ImageFeatures, ImageFeatures, Tensor | None]]) -> Any:
+    def joined(features: list[ImageFeatures]) -> ImageFeatures:
+        rows = {f.name: getattr(features[0], f.name) for f in fields(features[0])}
+        names = [k for k, v in rows.items() if isinstance(v, Tensor)]
+        whole: dict[str, Any] = {k: torch.cat([getattr(f, k) for f in features]) for k in names}
+        return replace(features[0], **whole)
+
+    images, kept, tokens = zip(*parts, strict=True)
+    return joined(list(images)), joined(list(kept)), None if tokens[0] is None else torch.cat(list(tokens))

@@ -1,0 +1,42 @@
+"""Scores as a person reads them: per cent with their standard error, beside models that do not look."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from zoo.registry import Score
+from zoo.text.markup import cell
+
+if TYPE_CHECKING:
+    from zoo.evaluation.evaluate import Line
+
+
+def score_table(lines: Sequence["Line"], title: str = "") -> Table:
+    """Make the table of an evaluation; held-out combinations stand below a rule, where there are any."""
+    table = Table(title=cell(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    with_blind, with_majority = (any(getattr(x, w) for x in lines) for w in ("blind", "majority"))
+    for name in ("data", "kind", "metric"):
+        table.add_column(name)
+    for name in ("score", "± s.e.", "n", *["majority"] * with_majority, *["blind"] * with_blind):
+        table.add_column(name, justify="right")
+    for held_out in (False, True):
+        some = [line for line in lines if line.held_out == held_out]
+        if held_out and some and len(some) < len(lines):
+            table.add_section()
+            table.add_row("[dim]never seen[/dim]")
+            table.caption, table.caption_justify = "never seen: combinations that training does not show", "left"
+        last = ""
+        for line in some:
+            names = [cell(name) for name in (line.data if line.data != last else "", line.kind, line.metric)]
+            row = [per_cent(line.score), f"{100 * line.score.stderr:.1f}", str(line.score.n)]
+            row += [per_cent(line.majority)] * with_majority + [per_cent(line.blind)] * with_blind
+            table.add_row(*names, *row)
+            last = line.data
+    return table
+
+
+def per_cent(score: Score | None) -> str:
+    """Write a score in per cent, or a dash where there is none."""
+    return "-" if score is None else f"{100 * score.value:.1f}"

@@ -1,0 +1,84 @@
+"""`zoo shift base=<model> probe=<model>`: which layers of a mixture of experts new data shifts most, and from where.
+
+The first model is the one to extend, the second a copy of it whose routers were tuned on the new data. What is printed
+are the two options of adapter `moextend`. See `zoo.fusion.adapters.expert_shift`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zoo.composed.outputs import LOSS_ALONE
+from zoo.registry import RecordError, ZooError, naming, read_sample
+from zoo.text.batch import to_device
+
+USAGE = """usage: zoo shift base=<model> probe=<model> [option=value ...]
+
+  base=<model>      the model to extend, as model= takes it: dir:runs/x
+  probe=<model>     the same after its routers were tuned, as by recipe=moextend_probe
+  samples=1000      that are counted, spread over the training data
+  share=0.5         of the layers with experts, rounded down
+  data=[...], ...   as for zoo eval; default: what the probe was trained on"""
+
+
+def main(words: Sequence[str]) -> int:
+    """Count in both models and print the options."""
+    if not words or any(w in ("-h", "--help", "help") for w in words):
+        print(USAGE)
+        return 0
+    own = {"base": "", "probe": "", "samples": "1000", "share": "0.5"}
+    rest = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            rest.append(word)
+    if not own["base"] or not own["probe"]:
+        raise ZooError("zoo shift compares two models: give base=<model> and probe=<model>.")
+    try:
+        samples, share = int(own["samples"]), float(own["share"])
+    except ValueError as error:
+        raise ZooError(f"samples and share are numbers, got {own['samples']!r} and {own['share']!r}.") from error
+    if samples < 1:
+        raise ZooError(f"samples must be at least 1, got {samples}.")
+    print(options_for(own["base"], own["probe"], rest, samples=samples, share=share))
+    return 0
+
+
+def options_for(
+    base: str, probe: str, overrides: Sequence[str] = (), *, samples: int = 1000, share: float = 0.5
+) -> str:
+    """Return the options of adapter `moextend` as words for the command line."""
+    from zoo.fusion.adapters.expert_shift import select
+    from zoo.runs.data import RunData
+    from zoo.settings import schema as configs
+
+    data = RunData(configs.compose("load", [f"model={probe}", *overrides]).data).training
+    if not data:
+        raise ZooError("There is no data to count on: give data=[...] of the train split.")
+    before, after = (_counts(name, data, samples) for name in (base, probe))
+    layers, sources = select(before, after, share)
+    return " ".join(
+        f"adapter.moextend.{n}=[{','.join(map(str, v))}]" for n, v in (("layers", layers), ("sources", sources))
+    )
+
+
+@torch.no_grad()
+def _counts(name: str, data: dict[str, Any], samples: int) -> dict[int, torch.Tensor]:
+    from zoo.fusion.adapters.expert_shift import counted
+    from zoo.loading.build import load
+
+    model, processor = load(name)
+    each = max(1, samples // len(data))
+    with counted(model.llm) as counts:
+        for data_name, dataset in data.items():
+            for index in range(0, len(dataset), max(1, len(dataset) // each)):
+                sample = read_sample(data_name, dataset, index)
+                if isinstance(sample, RecordError):
+                    raise sample
+                with naming(data_name, sample.where, sample.id, "text"):
+                    batch = processor.collate([processor.encode(sample)])
+                model(**to_device(batch, model.device), **LOSS_ALONE)
+    return counts

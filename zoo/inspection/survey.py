@@ -1,0 +1,185 @@
+"""A look through a data set ahead of a run: what is broken, how long samples are, what is learnt, what is there twice.
+
+Each record is read, and its text encoded, as in training, by the processor of the model; no weight is loaded.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.registry import IGNORE_INDEX, LengthError, RecordError, Sample, naming, placed, read_sample
+from zoo.runs.lengths import length_of
+from zoo.vision.images.decode import open_image
+from zoo.vision.images.processors import Picture
+from zoo.vision.images.video import Video
+
+CHUNK = 512  # records that are handed to a worker at once
+
+
+@dataclass
+class Tally:
+    """What was counted; tallies of parts of a data set add up."""
+
+    records: int = 0
+    images: int = 0  # that records name
+    broken: list[dict[str, str]] = field(default_factory=list)
+    dialogs: int = 0
+    turns: int = 0  # answers that are learnt
+    learnt: int = 0  # tokens of them
+    image_tokens: int = 0
+    lengths: list[int] = field(default_factory=list)  # positions of the longest dialog of each record
+    ids: list[int] = field(default_factory=list)  # hashes, in the order of records
+    contents: list[int] = field(default_factory=list)  # of words and images together
+    places: list[str] = field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        """Add what was counted further on."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value) if isinstance(value, int) else getattr(self, name).extend(
+                value
+            )
+
+    def kinds(self) -> Counter[str]:
+        """How many records are broken, by kind."""
+        return Counter(line["kind"] for line in self.broken)
+
+    def twice(self, what: str) -> list[tuple[str, str]]:
+        """Records whose `ids` or `contents` an earlier one has too: the places of both."""
+        hashes = np.array(getattr(self, what), dtype=np.uint64)
+        _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
+        again = np.flatnonzero(first[back] != np.arange(len(hashes)))
+        return [(self.places[first[back[i]]], self.places[i]) for i in again.tolist()]
+
+
+@dataclass
+class Look:
+    """How records are looked at.
+
+    Attributes:
+        processor: of the model.
+        limit: positions of the LLM; None: any number.
+        open_images: decode every picture; else it is enough that there is one of that name.
+    """
+
+    processor: Any
+    limit: int | None
+    open_images: bool
+    _cuts: dict[Any, Any] = field(default_factory=dict)  # (size, among several) -> picture of that size
+
+    def at(self, sample: Sample | RecordError, tally: Tally) -> None:
+        """Count a record."""
+        tally.records += 1
+        try:
+            if isinstance(sample, RecordError):
+                raise sample
+            with naming(sample.data, sample.where, sample.id, "image"):
+                pictures = self._pictures(sample)
+            with naming(sample.data, sample.where, sample.id, "text"):
+                row = self.processor.encode(sample, pictures)
+            tally.images += len(sample.images)
+            tally.dialogs += len(sample.dialogs)
+            tally.lengths.append(length_of(row))
+            tally.learnt += int((row.labels != IGNORE_INDEX).sum())
+            tally.turns += sum(_turns(dialog) for dialog in sample.dialogs)
+            placeholders = (self.processor.image_token_id, self.processor.video_token_id)
+            tally.image_tokens += int(np.isin(row.input_ids, placeholders).sum())
+            tally.ids.append(_hash(sample.id.encode("utf-8", "surrogatepass")))
+            tally.contents.append(_hash(_said(sample)))
+            tally.places.append(f"{sample.where} ({sample.id})")
+            if self.limit is not None and tally.lengths[-1] > self.limit:
+                why = LengthError(f"{tally.lengths[-1]} tokens, images included; the LLM's positions are {self.limit}.")
+                with naming(sample.data, sample.where, sample.id):
+                    raise why
+        except RecordError as error:
+            tally.broken.append(error.line())
+
+    def _pictures(self, sample: Sample) -> list[Any]:
+        """Something in the place of each picture, of its size where the tokens depend on it."""
+        several = len(sample.images) > 1
+        return [self._picture(source, several) for source in sample.images]
+
+    def _picture(self, source: Any, several: bool) -> Any:
+        if isinstance(source, Video):
+            return self.processor.prepare([source])[0]
+        if isinstance(source, Path) and not source.is_file():
+            raise FileNotFoundError(f"there is no file {str(source)!r}")
+        if self.processor.layout is None and not self.open_images:
+            return None
+        size = open_image(source).size
+        if self.processor.layout is None:
+            return None
+        if (size, several) not in self._cuts:
+            self._cuts[size, several] = self._cut(size, several)
+        return self._cuts[size, several]
+
+    def _cut(self, size: tuple[int, int], several: bool) -> Any:
+        from PIL import Image
+
+        blank = Image.new("RGB", size)
+        made = self.processor.prepare([blank, blank] if several else [blank])[0]
+        return Picture(made.pixels[:0], made.cut) if isinstance(made, Picture) else made
+
+
+class _Chunks(Dataset):
+    """A part of a data set -> its tally."""
+
+    def __init__(self, name: str, dataset: Any, look: Look, total: int) -> None:
+        self.name, self.dataset, self.look, self.total = name, dataset, look, total
+
+    def __len__(self) -> int:
+        return -(-self.total // CHUNK)
+
+    def __getitem__(self, number: int) -> Tally:
+        tally = Tally()
+        for index in range(number * CHUNK, min(self.total, (number + 1) * CHUNK)):
+            self.look.at(read_sample(self.name, self.dataset, index), tally)
+        return tally
+
+
+def survey(name: str, dataset: Any, look: Look, *, limit: int | None = None, workers: int = 0) -> Iterator[Tally]:
+    """Look through a data set, and yield the tally of one part after the other.
+
+    Args:
+        name: of the data.
+        dataset: indexed, or a stream, which one process reads.
+        look: how.
+        limit: first records only.
+        workers: processes that share the work; 0: this one.
+    """
+    if hasattr(dataset, "stream"):
+        samples = (
+            placed(s, name, f"record {i} of the stream") for i, s in enumerate(islice(dataset.stream(0, 0), limit))
+        )
+        while part := list(islice(samples, CHUNK)):
+            tally = Tally()
+            for sample in part:
+                look.at(sample, tally)
+            yield tally
+        return
+    chunks = _Chunks(name, dataset, look, len(dataset) if limit is None else min(limit, len(dataset)))
+    yield from DataLoader(chunks, batch_size=None, num_workers=workers)
+
+
+def _turns(dialog: Any) -> int:
+    """Answers of a dialog that are learnt: of a pair, the last one of the chosen dialog."""
+    if dialog.preference:
+        return int(dialog.preference == "chosen")
+    return sum(message["role"] == "assistant" for message in dialog.messages)
+
+
+def _said(sample: Sample) -> bytes:
+    """All that is said in a sample, and which images it shows; its id apart."""
+    shown = [s if isinstance(s, bytes) else str(s).encode("utf-8", "surrogatepass") for s in sample.images]
+    said = repr([(d.messages, d.preference) for d in sample.dialogs]).encode("utf-8", "surrogatepass")
+    return b"\0".join([said, *shown])
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

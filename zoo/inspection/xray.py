@@ -1,0 +1,291 @@
+"""`zoo inspect`: what pruners keep of one picture, side by side, in a picture and in a page that needs nothing else.
+
+zoo inspect scenes_tiny --image cat.jpg --pruner fastervlm,aim     kept and dropped patches, merged groups, answers
+zoo inspect dir:runs/last --image cat.jpg --question "A cat?"      every pruner that fits the model
+zoo inspect vision=hf llm=hf projector=mlp --image cat.jpg         parts with random weights
+
+--pruner     names, with commas between; random+aim is a chain; default: every registered one that fits
+--question   what is asked; default: "What is in the picture?"
+--out        folder for xray.png and xray.html; default: xray
+
+More words are options as everywhere: pruner.fastervlm.keep_ratio=0.1 goes to the pruners that it is of. A pruner is
+shown through its contract alone: `keep` and `groups` of the features it leaves, `kept()` of what each layer of the LLM
+saw, `scores(image)` where it ranks tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo import registry
+from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, unknown
+from zoo.text.stops import reader_for
+
+OPTIONS = ("image", "pruner", "question", "out")
+NONE = "none"  # the view without a pruner, which all others are compared with
+_NEW = 32  # tokens of an answer
+_SHOWN = 560  # pixels a side of the picture that is shown, at least
+
+
+@dataclass
+class View:
+    """One picture as one pruner leaves it."""
+
+    name: str
+    grid: tuple[int, int]  # of the encoder
+    layers: list[list[int]]  # for each layer of the LLM, for each patch: which image token it is in, -1 dropped
+    tokens: list[int]  # image tokens that each layer sees
+    answer: str
+    scores: list[float] | None = None  # by which patches were ranked before the LLM
+    layer_scores: dict[int, list[float | None]] = field(default_factory=dict)  # inside it, by layer
+    mixed: bool = False  # the projector mixes tokens, so layers say nothing of single patches
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> bool:
+        """Whether several patches share a token."""
+        return len(set(self.layers[0]) - {-1}) < sum(t >= 0 for t in self.layers[0])
+
+    @property
+    def moments(self) -> list[int]:
+        """Layers at which something changes, the first among them."""
+        return [i for i, now in enumerate(self.layers) if i == 0 or now != self.layers[i - 1]]
+
+
+@dataclass
+class Xray:
+    """All views of one picture, and the picture as the encoder sees it."""
+
+    image: Any  # PIL
+    question: str
+    model: str
+    views: list[View]
+    refused: dict[str, str] = field(default_factory=dict)  # pruner -> why it does not fit
+
+
+def main(words: Sequence[str]) -> int:
+    """Write the picture and the page."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return 0
+    given, rest = parse(words)
+    if not given.get("image"):
+        raise ZooError("zoo inspect needs a picture: --image cat.jpg")
+    model = "" if not rest or "=" in rest[0] else rest.pop(0)
+    asked = [name for name in given.get("pruner", "").split(",") if name]
+    found = inspect(model, rest, given["image"], asked, given.get("question") or "What is in the picture?")
+    from zoo.inspection.xray_page import write_page
+    from zoo.inspection.xray_picture import write_picture
+
+    folder = Path(given.get("out") or "xray")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_picture(found, folder / "xray.png")
+    write_page(found, folder / "xray.html")
+    for view in found.views:
+        kept = sum(t >= 0 for t in view.layers[0])
+        print(f"{view.name}: {kept} of {len(view.layers[0])} patches in {view.tokens[0]} tokens; {view.answer!r}")
+    for name, why in found.refused.items():
+        print(f"{name} does not fit: {why}")
+    print(f"Open {folder / 'xray.html'}; the picture is {folder / 'xray.png'}")
+    return 0
+
+
+def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Part `--option value` and `--option=value` from the other words.
+
+    Raises:
+        ZooError: there is no such option, or its value is missing.
+    """
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        if name not in OPTIONS:
+            raise unknown("option of zoo inspect", name, OPTIONS)
+        if not equals and not left:
+            raise ZooError(f"--{name} needs a value.")
+        given[name] = value if equals else left.pop(0)
+    return given, rest
+
+
+def inspect(
+    model: str, overrides: Sequence[str], image: Any, pruners: Sequence[str] = (), question: str = "", seed: int = 0
+) -> Xray:
+    """Look at one picture through a model with each of several pruners, and with none.
+
+    Args:
+        model: name as `zoo.load` takes it; empty: parts from `overrides`, with random weights.
+        overrides: options; those of a pruner are passed to that one only.
+        image: anything that `open_image` takes.
+        pruners: names, `a+b` for a chain; empty: every registered one, those that do not fit are told.
+        seed: of random weights.
+
+    Raises:
+        ZooError: a pruner that was asked for does not exist or does not fit.
+    """
+    known = registry.names("pruner")
+    for name in (part for chain in pruners for part in chain.split("+")):
+        if name not in known:
+            raise unknown("pruner", name, known)
+    of_others = [o for o in overrides if not o.startswith("pruner.")]
+    views, refused, shown = [], {}, None
+    for chain in [NONE, *(pruners or known)]:
+        names = [] if chain == NONE else chain.split("+")
+        slot = f"pruner=[{','.join(names)}]" if names else "pruner=null"
+        own = [o for o in overrides if o.startswith(tuple(f"pruner.{n}." for n in names))] if names else []
+        try:
+            built, processor = _load(model, [*of_others, slot, *own], question, seed)
+        except ZooError as error:
+            if pruners or chain == NONE:
+                raise
+            refused[chain] = str(error).splitlines()[0]
+            continue
+        view, shown = look(built, processor, image, question, chain)
+        view.options = {o.removeprefix("pruner.").partition("=")[0]: o.partition("=")[2] for o in own}
+        views.append(view)
+    return Xray(shown, question, model or "parts with random weights", views, refused)
+
+
+def _load(model: str, overrides: list[str], question: str, seed: int) -> tuple[Any, Any]:
+    from zoo.loading.build import compose, load
+
+    torch.manual_seed(seed)  # parts without weights are the same under every pruner
+    return load(model, *overrides) if model else compose(*overrides, texts=[question])
+
+
+@torch.no_grad()
+def look(model: Any, processor: Any, image: Any, question: str, name: str = "") -> tuple[View, Any]:
+    """Run one question about one picture, and follow its patches through the model.
+
+    Returns:
+        The view, and the picture as the encoder sees it, larger where the encoder is small.
+    """
+    if not model.num_image_tokens:
+        raise ZooError("zoo inspect shows image tokens, and in this model no image stands in the sequence.")
+    ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    sample = Sample("picture", [image], [Dialog(ask)])
+    batch = processor.collate([processor.encode_prompt(sample, sample.dialogs[0])], padding_side="left")
+    inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs |= {"cuts": batch["cuts"]} if "cuts" in batch else {}
+    recorded = _Recorder(model)
+    with recorded:
+        out = model(**inputs)
+    written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    before, kept = out.image, out.image_kept
+    patches = _patches(kept, before.tokens.shape[1])
+    places = (inputs["input_ids"][0] == model.image_token_id).nonzero().flatten()  # (K,) in the sequence
+    k = kept.tokens.shape[1]  # of the first row, the overview where there are crops: its tokens stand in front
+    mixed = model.projector.num_tokens(k) != k
+    seen = _seen(model, places)
+    view = View(
+        name=name,
+        grid=tuple(model.vision.grid),
+        layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in seen],
+        tokens=[int(row.sum()) for row in seen],
+        answer=reader_for(model, processor).read(written.tolist()),
+        scores=_scores(model, before),
+        mixed=mixed,
+    )
+    if not mixed:
+        view.layer_scores = {i: _at(patches, scores) for i, scores in recorded.on(places[:k]).items()}
+    return view, _picture(image, processor, inputs["pixel_values"][0])
+
+
+def _patches(kept: ImageFeatures, n: int) -> Tensor:
+    """For each of the encoder's `n` patches the token it is in, -1 where it was dropped: (N0,)."""
+    if kept.groups is not None:
+        return kept.groups[0].cpu()
+    if kept.keep is None:
+        return torch.arange(n)
+    index = torch.arange(kept.keep.shape[1])
+    return torch.full((n,), -1).scatter(0, kept.keep[0].cpu(), index)
+
+
+def _seen(model: Any, places: Tensor) -> list[Tensor]:
+    """For each layer of the LLM, which image tokens it saw of the last prompt: (K,) bool."""
+    layers = [torch.ones(len(places), dtype=torch.bool) for _ in range(model.llm.num_layers)]
+    for pruner in model.pruner.values():
+        for i, columns in enumerate(pruner.kept() if hasattr(pruner, "kept") else []):
+            layers[i] &= columns[0, places].cpu()
+    return layers
+
+
+def _hide(patches: Tensor, seen: Tensor) -> Tensor:
+    return torch.where((patches >= 0) & seen[patches.clamp(min=0)], patches, -1)
+
+
+def _scores(model: Any, image: ImageFeatures) -> list[float] | None:
+    """What the first pruner that ranks tokens before the LLM ranked them by, for each patch."""
+    n = image.tokens.shape[1]
+    for pruner in model.pruner.values():
+        if hasattr(pruner, "scores"):
+            scores = _at(_patches(image, n), pruner.scores(image)[0].cpu())
+            return [0.0 if s is None else s for s in scores]
+        image = pruner(image)
+    return None
+
+
+def _at(patches: Tensor, scores: Tensor) -> list[float | None]:
+    """Scores of tokens as scores of patches; None where a patch is in no token, or its token had no score."""
+    values = [None if s != s else float(s) for s in scores.tolist()]
+    return [values[t] if t >= 0 else None for t in patches.tolist()]
+
+
+class _Recorder:
+    """Writes down what pruners inside the LLM score, layer by layer."""
+
+    def __init__(self, model: Any) -> None:
+        self.droppers = [d for p in model.pruner.values() if (d := getattr(p, "dropper", None)) is not None]
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (columns, scores), both (L,)
+        self.undo: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> "_Recorder":
+        for dropper in self.droppers:
+            self.undo.append((dropper, dropper.score))
+            dropper.score = self._listening(dropper.score)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for dropper, score in self.undo:
+            dropper.score = score
+
+    def _listening(self, score: Any) -> Any:
+        def listening(given: Any) -> Tensor:
+            scores = score(given)
+            self.rows[given.layer] = (given.tokens.column[0].cpu(), scores[0].float().cpu())
+            return scores
+
+        return listening
+
+    def on(self, places: Tensor) -> Mapping[int, Tensor]:
+        """Scores of the image tokens by layer, (K,) each; nan for those that the layer did not see."""
+        found = {}
+        for layer, (columns, scores) in self.rows.items():
+            whole = torch.full((int(max(columns.max(), places.max())) + 1,), torch.nan)
+            found[layer] = whole.scatter(0, columns, scores)[places.cpu()]
+        return found
+
+
+def _picture(image: Any, processor: Any, pixels: Tensor) -> Any:
+    """The part of the picture that the encoder sees, in its proportions, large enough to look at."""
+    from zoo.vision.images.decode import open_image
+    from zoo.vision.images.transform import fit
+
+    transform = processor.transform
+    times = max(1, -(-_SHOWN // max(transform.size)))
+    large = replace(transform, size=(transform.size[0] * times, transform.size[1] * times))
+    if processor.pictures is None:
+        return fit(open_image(image), large)
+    shape = (3, 1, 1)  # a published processor fits it in its own way: back from what the encoder got
+    seen = pixels.cpu().float() * torch.tensor(transform.std).view(shape) + torch.tensor(transform.mean).view(shape)
+    seen = (seen.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (h, w, 3)
+    return fit(open_image(seen.numpy()), replace(large, fit="squash"))

@@ -1,0 +1,1 @@
+"""From a name or a config to a model and its processor."""

@@ -1,0 +1,1 @@
+"""What a run is made of: folder, data, batches, checkpoints, optimisers, processes."""

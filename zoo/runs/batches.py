@@ -1,0 +1,441 @@
+"""Samples in an order that is a function of (seed, position), and the batches made of them.
+
+Nothing here has a state that must be restored: position p of a stage's stream is a data set, an epoch and an index,
+whoever asks and whenever. So a run resumes at any step, with any number of worker processes, and a run on two processes
+sees the samples of a run on one. Streaming data sets, whose length is not known, are read in order by one thread of
+each process, which hands rows to the loader workers; where the order allows, a process reads the shards that it has
+rows of and no others (`zoo.data.stream_order`). The place of a stream is saved.
+"""
+
+import pickle
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.data.stream_order import StreamOrder, StreamRow, order_of
+from zoo.registry import RecordError, Sample, ZooError, naming, placed, read_sample, sample_or_error, unknown
+from zoo.runs.lengths import Room
+from zoo.settings.stage import Stage
+from zoo.text.batch import EncodedSample
+
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly at every length
+Where = tuple[int, int, int]  # which data set of the mix, epoch, index
+WINDOW = 32  # steps whose samples are sorted by length together
+
+
+def keyed(*key: int) -> np.random.Generator:
+    """Return a generator that depends on `key` alone."""
+    return np.random.default_rng([k & 0xFFFFFFFF for k in key])
+
+
+class Mix:
+    """The order in which the samples of several data sets are seen.
+
+    Args:
+        datasets: data name -> data set.
+        weights: data name -> share of the stream; empty: every sample equally often.
+        seed: of the order.
+    """
+
+    def __init__(self, datasets: Mapping[str, Any], weights: Mapping[str, float], seed: int) -> None:
+        for name in weights:
+            if name not in datasets:
+                raise unknown("data in this run", name, datasets)
+        self.names = [n for n in datasets if weights.get(n, 0.0 if weights else 1.0) > 0]
+        self.datasets = [datasets[n] for n in self.names]
+        self.lengths = [None if hasattr(d, "stream") else len(d) for d in self.datasets]
+        for name, length in zip(self.names, self.lengths, strict=True):
+            if length == 0:
+                raise ZooError(f"data {name!r} has no samples.")
+        if not weights and None in self.lengths and len(self.names) > 1:
+            raise ZooError(
+                f"A streaming data set has no length: give the mix weights, data: {{{self.names[0]}: 1.0, ...}}."
+            )
+        # Without weights the data sets are joined: where each ends in the whole.
+        known = [n for n in self.lengths if n is not None]
+        self.joined: np.ndarray | None = None if weights or len(known) < len(self.lengths) else np.cumsum(known)
+        shares = np.array([weights.get(n, 1.0) for n in self.names])
+        self.bounds = np.cumsum(shares / shares.sum())[:-1]
+        self.seed = seed
+        self._seen = (
+            0,
+            np.zeros(len(self.names), dtype=np.int64),
+        )  # a position, and how often each data set came before
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def samples_in(self, epochs: float) -> int:
+        """Return how many positions `epochs` passes are: one pass is as many as all data sets hold."""
+        if None in self.lengths:
+            name = self.names[self.lengths.index(None)]
+            raise ZooError(f"data {name!r} is a stream without a length: give the stage steps, not epochs.")
+        return round(epochs * sum(n for n in self.lengths if n is not None))
+
+    def read(self, member: int, epoch: int, index: int) -> Sample | RecordError:
+        """Read a sample by its place; the error where it is broken."""
+        return read_sample(self.names[member], self.datasets[member], index, epoch)
+
+    def members(self, start: int, stop: int) -> np.ndarray:
+        """Return which data set each position in [start, stop) belongs to."""
+        return np.searchsorted(self.bounds, np.arange(start, stop) * GOLDEN % 1.0, side="right")
+
+    def places(self, start: int, stop: int) -> list[Where]:
+        """Return (data set, epoch, index) of each position in [start, stop); for streams the last two say nothing."""
+        if self.joined is not None:
+            return [self._in_joined(self.joined, p) for p in range(start, stop)]
+        at, counts = self._seen
+        if at > start:
+            at, counts = 0, np.zeros_like(counts)
+        counts = counts.copy()
+        while at < start:  # in pieces, so that a long run costs no memory
+            until = min(start, at + 1_000_000)
+            counts += np.bincount(self.members(at, until), minlength=len(counts))
+            at = until
+        self._seen = (start, counts.copy())
+        result = []
+        for member in self.members(start, stop).tolist():
+            count, length = int(counts[member]), self.lengths[member]
+            counts[member] += 1
+            if length is None:
+                result.append((member, 0, count))
+            else:
+                epoch, offset = divmod(count, length)
+                result.append((member, epoch, int(self._order(member, epoch, length)[offset])))
+        return result
+
+    def _in_joined(self, ends: np.ndarray, position: int) -> Where:
+        """Without weights all data sets are one: an epoch sees each sample once, in one order over all."""
+        epoch, offset = divmod(position, int(ends[-1]))
+        at = int(self._order(-1, epoch, int(ends[-1]))[offset])
+        member = int(np.searchsorted(ends, at, side="right"))
+        return member, epoch, at - (int(ends[member - 1]) if member else 0)
+
+    def _order(self, member: int, epoch: int, length: int) -> np.ndarray:
+        if (member, epoch) not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != member}  # one epoch of each is enough
+            self._orders[member, epoch] = keyed(self.seed, 1, member, epoch).permutation(length)
+        return self._orders[member, epoch]
+
+
+@dataclass
+class Place:
+    """Which part of each optimiser step this process computes."""
+
+    rank: int = 0
+    world: int = 1
+    step: int = 0  # optimiser step of the stage to start at
+    streams: dict[str, Any] = field(default_factory=dict)  # of each stream: where it is at `step`, plain values
+
+
+Item = Where | tuple[int, StreamRow]  # a sample of a data set of the mix: its place, or a row that was read
+
+
+class Batches(Dataset):
+    """Forward pass j of this process -> its batch. A function of j alone, but for streams, which are read in order.
+
+    Without `text` the batch holds images and dense targets only, for stages in which the LLM does not run. A batch is
+    None where each of its samples is broken and `skip_broken` leaves them out; `info` says which.
+    """
+
+    def __init__(
+        self,
+        mix: Mix,
+        processor: Any,
+        stage: Stage,
+        steps: int,
+        place: Place,
+        *,
+        multiple_of: int = 1,
+        text: bool = True,
+        teacher: Any = None,
+        room: Room | None = None,
+    ) -> None:
+        self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
+        self.multiple_of, self.text = multiple_of, text
+        self.room = room or Room()  # for a row: what is longer is refused or cut
+        self.teacher = (
+            teacher  # adds to each row what a teacher needs (`zoo.teaching.teacher.Twins` or a store of its answers)
+        )
+        parts = place.world * stage.accumulate
+        if stage.batch_size % parts:
+            raise ZooError(
+                f"batch_size={stage.batch_size} does not split evenly over {place.world} processes with "
+                f"accumulate={stage.accumulate}; allowed are multiples of {parts}."
+            )
+        if stage.length_buckets and None in mix.lengths:
+            name = mix.names[mix.lengths.index(None)]
+            raise ZooError(f"length_buckets needs data of known length, and data {name!r} is a stream.")
+        self.size = stage.batch_size // parts  # samples of one forward pass
+        self._window: tuple[int, list[list[Where]]] = (-1, [])
+        self.has_streams = None in mix.lengths
+        self._streams: dict[int, StreamOrder] = {}  # data set -> how far it was read
+        self._step: tuple[int, dict[int, Item]] = (place.step - 1, {})  # of streams the last step read, slot -> item
+
+    def __len__(self) -> int:
+        return self.steps * self.stage.accumulate
+
+    def __getitem__(self, j: int) -> dict[str, Any]:
+        return self.make(*self.read(j))
+
+    def read(self, j: int) -> tuple[list[Item], dict[str, Any]]:
+        """Return what pass j is made of, and where streams are behind it; their rows are read, in order, by this."""
+        step, turn = divmod(j, self.stage.accumulate)
+        first = (turn * self.place.world + self.place.rank) * self.size
+        return self._items(step, range(first, first + self.size)), self._stream_places()
+
+    def make(self, items: list[Item], streams: dict[str, Any]) -> dict[str, Any]:
+        """Make the batch of what `read` gave, in any process."""
+        encode = self.processor.encode if self.text else self.processor.encode_images
+        rows: list[EncodedSample] = []
+        broken: list[dict[str, str]] = []
+        for item in items:
+            try:
+                rows += self._rows(self._sample(item), encode)
+            except RecordError as error:
+                if not self.stage.skip_broken:
+                    raise
+                broken.append(error.line())
+        if self.stage.pack_length is not None and self.text and rows:
+            rows = self.processor.pack(rows, self.stage.pack_length)
+        batch = self.processor.collate(rows, multiple_of=self.multiple_of) if rows else None
+        info = {"samples": len(items) - len(broken), "broken": broken, "streams": streams}
+        return {"batch": batch, "info": info}
+
+    def _rows(self, sample: Sample | RecordError, encode: Any) -> list[EncodedSample]:
+        """Encode a sample.
+
+        Raises:
+            RecordError: it cannot be read or encoded, for whatever reason.
+        """
+        if isinstance(sample, RecordError):
+            raise sample
+        with naming(sample.data, sample.where, sample.id, "text"):
+            pieces = self._pieces(sample)
+            encoded = [self.room.fit(encode(s)) if self.text else encode(s) for s in pieces]
+            return encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
+
+    def _pieces(self, sample: Sample) -> list[Sample]:
+        if self.stage.pack == "dialogs" or len(sample.dialogs) == 1 or not self.text:
+            return [sample]
+        return [replace(sample, dialogs=[d]) for d in sample.dialogs]
+
+    def samples(self, step: int) -> list[Sample | RecordError]:
+        """Return the samples of an optimiser step, of one process; errors for broken ones."""
+        return [self._sample(item) for item in self._items(step, range(self.stage.batch_size))]
+
+    def _sample(self, item: Item) -> Sample | RecordError:
+        if len(item) == 3:
+            return self.mix.read(*item)
+        name, dataset, row = self.mix.names[item[0]], self.mix.datasets[item[0]], item[1]
+        if row.number is None:
+            return placed(row.value, name, "a stream")
+        where = dataset.place(row.number) if hasattr(dataset, "place") else f"record {row.number} of the stream"
+        return sample_or_error(name, where, lambda: dataset.sample(row.value, row.number))
+
+    def _places(self, step: int) -> list[Where]:
+        """Return what makes up optimiser step `step`."""
+        size = self.stage.batch_size
+        if not self.stage.length_buckets:
+            return self.mix.places(step * size, (step + 1) * size)
+        window = step // WINDOW
+        if self._window[0] != window:
+            places = self.mix.places(window * WINDOW * size, min((window + 1) * WINDOW, self.steps) * size)
+            lengths = [_length(self.mix.read(*where)) for where in places]
+            ranked = np.argsort(lengths, kind="stable").reshape(-1, size)
+            shuffled = ranked[keyed(self.mix.seed, 2, window).permutation(len(ranked))]
+            self._window = (window, [[places[i] for i in row] for row in shuffled.tolist()])
+        return self._window[1][step - window * WINDOW]
+
+    # ---- streams -----------------------------------------------------------------------------------------------
+
+    def _items(self, step: int, slots: range) -> list[Item]:
+        """Return what is at `slots` of an optimiser step, of those that this process computes."""
+        if not self.has_streams:
+            return list(self._places(step)[slots.start : slots.stop])
+        if step < self._step[0]:
+            self._streams, self._step = {}, (self.place.step - 1, {})
+        while self._step[0] < step:
+            number = self._step[0] + 1
+            self._step = (number, self._read(number, number == step))
+        return [self._step[1][slot] for slot in slots]
+
+    def _read(self, step: int, wanted: bool) -> dict[int, Item]:
+        """Go on by a step in all streams; read this process's rows of it if they are wanted."""
+        items: dict[int, Item] = {}
+        first = step * self.stage.batch_size
+        for slot, place in enumerate(self.mix.places(first, first + self.stage.batch_size)):
+            mine = wanted and slot // self.size % self.place.world == self.place.rank
+            if self.mix.lengths[place[0]] is not None:
+                items[slot] = place
+            elif (row := self._stream(place[0]).next(first + slot, mine)) is not None:
+                items[slot] = (place[0], row)
+        return items
+
+    def _stream(self, member: int) -> StreamOrder:
+        if member not in self._streams:
+            name = self.mix.names[member]
+            place = self.place.streams.get(name)
+            self._streams[member] = order_of(name, self.mix.datasets[member], self.stage.batch_size, place)
+        return self._streams[member]
+
+    def _stream_places(self) -> dict[str, Any]:
+        return self.place.streams | {self.mix.names[m]: order.place for m, order in self._streams.items()}
+
+
+class _Making(Dataset):
+    """In a loader worker: makes batches, of streams from what was read.
+
+    What a worker raises would come as a traceback in the text of an error, so errors are handed over as they are.
+    """
+
+    def __init__(self, batches: Batches, streams: bool) -> None:
+        self.batches, self.streams = batches, streams
+
+    def __getitem__(self, what: Any) -> dict[str, Any] | ZooError:
+        try:
+            if not self.streams:
+                return self.batches[what]
+            read = pickle.loads(what)
+            return read if isinstance(read, ZooError) else self.batches.make(*read)
+        except ZooError as error:
+            return error
+
+
+def _length(sample: Sample | RecordError) -> int:
+    """How long a sample is, roughly: characters of its text, and a good deal for each image; 0 where it is broken."""
+    if isinstance(sample, RecordError):
+        return 0
+    parts = (m["content"] for d in sample.dialogs for m in d.messages)
+    text = sum(len(c) if isinstance(c, str) else sum(len(p.get("text", "")) for p in c) for c in parts)
+    return text + 1000 * len(sample.images)
+
+
+class Loader:
+    """Iterates over the batches of this process, read ahead by a thread or by worker processes; counts the waiting.
+
+    Of several processes each takes part in every pass: beside a batch that is None stands another one, as `spare`.
+    """
+
+    def __init__(self, batches: Batches, *, ahead: int = 3, pin_memory: bool = False) -> None:
+        self.batches, self.ahead, self.pin_memory = batches, ahead, pin_memory
+        self.waited = 0.0  # seconds the consumer has waited
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first = self.batches.place.step * self.batches.stage.accumulate
+        turns = range(first, len(self.batches))
+        batches = self.batches
+        if batches.stage.workers:
+            source = self._by_workers(turns)
+        else:
+            source = _ahead((batches[j] for j in turns), self.ahead)
+        items = _with_spares(source) if batches.place.world > 1 else source
+        try:
+            while True:
+                start = time.perf_counter()
+                item = next(items, None)
+                self.waited += time.perf_counter() - start
+                if item is None:
+                    return
+                yield item
+        finally:
+            source.close()
+
+    def _by_workers(self, turns: range) -> Generator[dict[str, Any], None, None]:
+        batches, workers = self.batches, self.batches.stage.workers
+        streams = batches.has_streams
+        # The thread that reads streams begins when the loader asks for its first message, with all workers forked.
+        feed = _ahead(_messages(batches, turns), self.ahead * workers) if streams else None
+        loader = DataLoader(
+            _Making(batches, streams),
+            sampler=feed or turns,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self.ahead,
+            pin_memory=self.pin_memory,
+        )
+        with torch.random.fork_rng(devices=[]):  # the iterator draws a seed from the model's randomness
+            source = iter(loader)
+        try:
+            for item in source:
+                if isinstance(item, ZooError):
+                    raise item
+                yield item
+        finally:
+            if feed is not None:
+                feed.close()
+
+
+def _with_spares(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Give batches that are None a `spare`: the one before, or the next that is whole."""
+    ahead: deque[dict[str, Any]] = deque()
+    spare = None
+    while (item := ahead.popleft() if ahead else next(source, None)) is not None:
+        if item["batch"] is not None:
+            spare = item["batch"]
+        elif spare is None:
+            spare = next((i["batch"] for i in ahead if i["batch"] is not None), None)
+            while spare is None and (later := next(source, None)) is not None:
+                ahead.append(later)
+                spare = later["batch"]
+            if spare is None:
+                raise ZooError(f"Every sample of this process is broken, the first: {item['info']['broken'][0]}")
+        yield {**item, "spare": spare}
+
+
+def _messages(batches: Batches, turns: Iterable[int]) -> Iterator[bytes]:
+    """Read passes and pack them for the workers; an error takes its turn, behind the batches that come before it."""
+    try:
+        for j in turns:
+            read = batches.read(j)
+            try:
+                message = pickle.dumps(read)
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                lengths = zip(batches.mix.names, batches.mix.lengths, strict=True)
+                names = ", ".join(name for name, length in lengths if length is None)
+                reason = f"The samples of data {names}, a stream, cannot be sent to a loader worker ({error})"
+                raise ZooError(f"{reason}: set workers=0.") from error
+            yield message
+    except ZooError as error:
+        yield pickle.dumps(error)
+
+
+def _ahead(items: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
+    """Make items in a thread. Most of the work of a step releases Python's lock, and the thread uses the gaps."""
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    leave = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not leave.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="zoo-loader")
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        leave.set()
+        thread.join(timeout=10)

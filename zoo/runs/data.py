@@ -1,0 +1,93 @@
+"""The data sets of a run: which are for training, which for evaluation, and the text a new tokenizer learns from."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from zoo.registry import RecordError, Sample, ZooError, build, placed, read_sample, source_options
+from zoo.runs.batches import Mix
+from zoo.settings.stage import Stage
+
+TEXTS = 2000  # samples of each data set that a new tokenizer is trained on
+
+
+class RunData:
+    """Built once per run.
+
+    A data set whose option `split` is something else than `train` is for evaluation: no stage trains on it unless it
+    says so by name. Where a run has none, training data sets that know a split to evaluate on (`eval_split`) give it.
+
+    Args:
+        nodes: data name -> node of the data set.
+        skip_broken: open data sets that hold broken records too; they are named where they are read.
+    """
+
+    def __init__(self, nodes: Mapping[str, Any], skip_broken: bool = False) -> None:
+        self.skip_broken = skip_broken
+        self.all = {str(name): build("dataset", self._lenient(node)) for name, node in nodes.items()}
+        splits = {str(name): str(node.get("split", "train") or "train") for name, node in nodes.items()}
+        self.training = {n: d for n, d in self.all.items() if splits[n] == "train"}
+        self._mixes: dict[tuple, Mix] = {}
+
+    def _lenient(self, node: Any) -> Any:
+        """Turn off the look through all records (`check`) of data sets that have one."""
+        has = any(option.name == "check" for option in source_options("dataset", str(node["name"])))
+        return {**node, "check": False} if self.skip_broken and has else node
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """Data name -> data set to evaluate on; empty if the run has none."""
+        held = {n: d for n, d in self.all.items() if n not in self.training}
+        if held:
+            return held
+        others = {n: d.eval_split() for n, d in self.training.items() if hasattr(d, "eval_split")}
+        return {n: d for n, d in others.items() if d is not None}
+
+    def mix(self, stage: Stage, seed: int) -> Mix:
+        """Return the order in which a stage sees its samples.
+
+        Raises:
+            ZooError: there is no data to train on, or the stage names some that the run does not have.
+        """
+        datasets = self.all if stage.data else self.training
+        if not datasets:
+            given = ", ".join(self.all) or "none"
+            raise ZooError(
+                f"There is no data to train on: data holds {given}. Choose some of the train split, data=[...]."
+            )
+        return Mix(datasets, stage.data, seed)
+
+    def texts(self) -> Iterator[str]:
+        """Yield the text of the training data, every message of samples spread over each data set."""
+        for name, dataset in self.training.items():
+            for sample in spread_over(name, dataset, TEXTS):
+                if isinstance(sample, RecordError):
+                    if not self.skip_broken:
+                        raise sample
+                    continue
+                for dialog in sample.dialogs:
+                    for message in dialog.messages:
+                        yield from map(_whole, _texts_of(message["content"]))
+
+
+def spread_over(name: str, dataset: Any, most: int) -> Iterator[Sample | RecordError]:
+    """Yield up to about `most` samples of a data set, spread over it; of a stream the first ones."""
+    if hasattr(dataset, "stream"):
+        yield from (
+            placed(s, name, f"record {i} of the stream") for i, s in enumerate(islice(dataset.stream(0, 0), most))
+        )
+    else:
+        size = len(dataset)
+        yield from (read_sample(name, dataset, i) for i in range(0, size, max(1, size // most)))
+
+
+def _whole(text: str) -> str:
+    """Text that a tokenizer can learn from: what is no character, half of a surrogate pair, is left out."""
+    return text.encode("utf-8", "ignore").decode()
+
+
+def _texts_of(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if part["type"] == "text"]

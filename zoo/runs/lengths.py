@@ -1,0 +1,145 @@
+"""How long a sample may be: the positions of the LLM, and less where a stage says so. Nothing is cut in silence.
+
+Length counts positions: dialogs that share their images (and samples that share a row) each begin where they would
+begin alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from zoo.registry import IGNORE_INDEX, LengthError, ZooError
+from zoo.settings.stage import Stage
+from zoo.text.batch import EncodedSample
+
+
+def length_of(row: EncodedSample) -> int:
+    """Positions that a row takes: tokens, images included, of the longest dialog in it."""
+    if row.positions is None:
+        return len(row)
+    return int(row.positions.max(initial=-1)) + 1
+
+
+def require_room(row: EncodedSample, limit: int | None, what: str = "the LLM's positions") -> EncodedSample:
+    """Return a row that is not too long.
+
+    Raises:
+        LengthError: it is.
+    """
+    if limit is not None and (length := length_of(row)) > limit:
+        raise LengthError(_too_long(length, limit, what))
+    return row
+
+
+def room_for_answer(prompt: EncodedSample, limit: int | None) -> int:
+    """How many tokens may be answered to a prompt.
+
+    Raises:
+        LengthError: none.
+    """
+    if limit is None:
+        return 1 << 30
+    if len(prompt) >= limit:
+        raise LengthError(f"the question has {len(prompt)} tokens, and the LLM's positions are {limit}: none is left.")
+    return limit - len(prompt)
+
+
+def shorten(row: EncodedSample, limit: int, images: Sequence[int], what: str = "the LLM's positions") -> EncodedSample:
+    """Cut the text behind position `limit` off a row; a dialog that is left without an answer goes whole.
+
+    Args:
+        row: of one sample, as the processor encodes it.
+        limit: positions that are left.
+        images: ids of placeholders.
+        what: sets the limit, for messages.
+
+    Raises:
+        LengthError: image tokens would be cut, one of a pair of answers would be lost, or nothing is left to learn.
+    """
+    length = length_of(row)
+    if length <= limit:
+        return row
+    positions = np.arange(len(row)) if row.positions is None else row.positions
+    kept = positions < limit  # (T,)
+    if np.isin(row.input_ids[~kept], images).any():
+        raise LengthError(f"{_too_long(length, limit, what)} Image tokens stand behind that, which are never cut.")
+    learnt = kept & (row.labels != IGNORE_INDEX)
+    if row.pairs is not None:
+        lost = set(np.unique(row.pairs)) - set(np.unique(row.pairs[kept]))
+        if lost:
+            raise LengthError(f"{_too_long(length, limit, what)} Cut there, an answer of a pair would be lost.")
+        learnt |= kept & (row.pairs >= 0)
+    if row.blocks is not None:
+        answered = np.unique(row.blocks[learnt])
+        kept &= (row.blocks == 0) | np.isin(row.blocks, answered)
+    if not learnt.any():
+        raise LengthError(f"{_too_long(length, limit, what)} Cut there, nothing would be left to learn.")
+    arrays = {n: getattr(row, n) for n in ("input_ids", "labels", "positions", "blocks", "segments", "pairs")}
+    cut: dict[str, Any] = {name: None if value is None else value[kept] for name, value in arrays.items()}
+    return replace(row, **cut)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How long the rows of a stage may be.
+
+    Attributes:
+        limit: positions; None: any number.
+        what: sets it, for messages.
+        cut: shorten rows that are longer; else they are refused.
+        images: ids of placeholders, which are never cut.
+    """
+
+    limit: int | None = None
+    what: str = "the LLM's positions"
+    cut: bool = False
+    images: tuple[int, ...] = ()
+
+    def fit(self, row: EncodedSample) -> EncodedSample:
+        """Return a row that is not too long.
+
+        Raises:
+            LengthError: it is, and it may not be cut, or cannot.
+        """
+        if self.limit is not None and self.cut:
+            return shorten(row, self.limit, self.images, self.what)
+        return require_room(row, self.limit, self.what)
+
+
+def room_of(stage: Stage, positions: int | None, processor: Any) -> Room:
+    """How long the rows of a stage may be.
+
+    Args:
+        stage: with `max_length` and `too_long`.
+        positions: of the LLM; None: any number.
+        processor: knows the placeholders.
+
+    Raises:
+        ZooError: the stage would allow more than the LLM has positions.
+    """
+    require_positions(stage, positions)
+    images = (processor.image_token_id, processor.video_token_id)
+    if stage.max_length is None:
+        return Room(positions, cut=stage.too_long == "cut", images=images)
+    return Room(stage.max_length, "the stage's max_length", stage.too_long == "cut", images)
+
+
+def require_positions(stage: Stage, positions: int | None, least: int = 0) -> None:
+    """Refuse a `max_length` that the LLM has no positions for, or that is shorter than each sample.
+
+    Raises:
+        ZooError: with both numbers.
+    """
+    if stage.max_length is None:
+        return
+    if positions is not None and stage.max_length > positions:
+        raise ZooError(f"max_length={stage.max_length} is more than the {positions} positions of the LLM.")
+    if stage.max_length <= least:
+        raise ZooError(f"max_length={stage.max_length} has no room for an image of {least} tokens and an answer.")
+
+
+def _too_long(length: int, limit: int, what: str) -> str:
+    verb = "are" if what.endswith("s") else "is"
+    return f"{length} tokens, images included, are too many: {what} {verb} {limit}."

@@ -1,0 +1,201 @@
+"""Optimisers of a stage: Muon on matrices, AdamW on the rest; who takes which parameter; the learning rate at a step.
+
+Muon: Jordan et al., https://kellerjordan.github.io/posts/muon/, as `torch.optim.Muon` computes it. Ours differs in
+speed only: matrices of one shape are orthogonalised in one batched product.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from zoo.registry import ZooError, unknown
+from zoo.settings.stage import Stage
+
+MATRIX_BYTES = 256 * 2**20  # the most that one stack of matrices may hold, in float32
+
+
+class StackedMuon(Muon):
+    """`torch.optim.Muon` with matrices of the same shape stacked.
+
+    Torch's own loop takes 131 ms for the 38 matrices of a 1.5 M-parameter model on two cores, this one 10 ms.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor] = []
+        self._init_group(group, params, grads, buffers)
+        if not params:
+            return
+        momentum, lr = group["momentum"], float(group["lr"])
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = [g.lerp(b, momentum) for g, b in zip(grads, buffers, strict=True)] if group["nesterov"] else buffers
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        for rows in _stacks(updates):
+            stack = torch.stack([_whole(updates[i]) for i in rows])  # (n, rows, columns)
+            a, b, c = group["ns_coefficients"]
+            stack = orthogonalise(stack, (a, b, c), group["ns_steps"], group["eps"])
+            height, width = stack.shape[-2:]
+            rate = lr * math.sqrt(max(1.0, height / width))  # torch's adjust_lr_fn "original"
+            for i, update in zip(rows, stack.unbind(), strict=True):
+                params[i].add_(_like(update.to(params[i].dtype), params[i]), alpha=-rate)
+
+
+def orthogonalise(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Newton-Schulz iteration on (n, rows, columns): each matrix becomes nearly orthogonal. In bfloat16, as torch's."""
+    a, b, c = coefficients
+    tall = stack.shape[-2] > stack.shape[-1]
+    x = stack.to(torch.bfloat16)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _stacks(updates: list[Tensor]) -> Iterable[list[int]]:
+    """Indices of matrices that share shape and device, in stacks that fit the memory limit."""
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for i, update in enumerate(updates):
+        alike[(update.shape, update.device)].append(i)
+    for (shape, _), rows in alike.items():
+        most = max(1, MATRIX_BYTES // (4 * shape.numel()))
+        for start in range(0, len(rows), most):
+            yield rows[start : start + most]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole matrix where FSDP2 keeps a share of it on each process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _like(update: Tensor, param: Any) -> Tensor:
+    """`update` shared out as `param` is."""
+    if not hasattr(param, "full_tensor"):
+        return update
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(update, param.device_mesh, param.placements)
+
+
+def build_optimizers(
+    modules: dict[str, nn.Module], stage: Stage, part_of: Callable[[str], Iterable[str]]
+) -> list[Optimizer]:
+    """Return the optimisers for every parameter that requires a gradient.
+
+    Args:
+        modules: prefix -> module ("" for the model, "distiller" for its loss head).
+        stage: says which optimiser, and its settings.
+        part_of: name of a parameter -> the parts it belongs to, for `lr_scale`.
+
+    Raises:
+        ZooError: nothing trains, or `lr_scale` names a part that does not train.
+    """
+    named = {
+        f"{prefix}.{name}" if prefix else name: p
+        for prefix, module in modules.items()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+    if not named:
+        raise ZooError(f"Nothing trains: no parameter is left by train={stage.train} and freeze={stage.freeze}.")
+    scales = rate_scales(list(named), stage.lr_scale, part_of)
+    matrices = _matrices(modules) if stage.optimizer == "muon_adamw" else set()
+    muon: dict[float, list[nn.Parameter]] = defaultdict(list)
+    adamw: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, p in named.items():
+        if name in matrices:
+            muon[scales[name]].append(p)
+        else:
+            adamw[scales[name], p.ndim >= 2 and "embed" not in name].append(p)
+    result: list[Optimizer] = []
+    if muon:
+        groups = [{"params": ps, "lr": stage.matrix_lr * scale} for scale, ps in muon.items()]
+        result.append(StackedMuon(groups, momentum=stage.momentum, weight_decay=stage.weight_decay))
+    if adamw:
+        groups = [
+            {"params": ps, "lr": stage.lr * scale, "weight_decay": stage.weight_decay if decay else 0.0}
+            for (scale, decay), ps in adamw.items()
+        ]
+        first, second = stage.betas
+        result.append(AdamW(groups, betas=(first, second), fused=True))
+    for optimizer in result:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return result
+
+
+def _matrices(modules: dict[str, nn.Module]) -> set[str]:
+    """Names of the weights that Muon takes: those of linear layers, except vocabulary heads and low-rank factors.
+
+    A head's rows are separate classifiers, as an embedding's are, and a low-rank factor is no map between two layers.
+    """
+    found = set()
+    for prefix, module in modules.items():
+        tables: list[Any] = [m for m in module.modules() if hasattr(m, "get_output_embeddings")]
+        heads = {id(m.get_output_embeddings()) for m in tables}
+        for name, layer in module.named_modules():
+            low_rank = isinstance(layer, nn.Linear) and min(layer.weight.shape) < 32
+            if isinstance(layer, nn.Linear) and id(layer) not in heads and not low_rank and prefix != "distiller":
+                found.add(".".join(word for word in (prefix, name, "weight") if word))
+    return found
+
+
+def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:
+    """Return what names the parts that a parameter of the model or of a distiller belongs to, the closest first."""
+
+    def parts(name: str) -> tuple[str, str]:
+        part = "distiller" if name.startswith("distiller.") else model.part_of(name)
+        return part, part.partition(".")[0]
+
+    return parts
+
+
+def rate_scales(
+    names: list[str], wanted: dict[str, float], part_of: Callable[[str], Iterable[str]]
+) -> dict[str, float]:
+    """Factor on the learning rate of each parameter: the last entry of `lr_scale` that names it or one of its parts."""
+    result = dict.fromkeys(names, 1.0)
+    for pattern, factor in wanted.items():
+        hit = [n for n in names if pattern in part_of(n) or fnmatchcase(n, pattern)]
+        if not hit:
+            raise unknown("trainable part for lr_scale", pattern, {p for n in names for p in part_of(n)})
+        result |= dict.fromkeys(hit, factor)
+    return result
+
+
+def rate_at(step: int, steps: int, stage: Stage) -> float:
+    """Return the factor on the peak learning rates at optimiser step `step` of `steps`; a function of nothing else."""
+    warmup = round(stage.warmup_ratio * steps)
+    flat = max(warmup, round(stage.flat_ratio * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < flat or stage.schedule == "constant":
+        return 1.0
+    done = (step - flat) / max(1, steps - flat)
+    fall = 1 - done if stage.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return stage.final_ratio + (1 - stage.final_ratio) * fall
+
+
+def set_rate(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Set every group's learning rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,161 @@
+"""What there is to note of optimiser steps: losses, rates and pace, averaged over processes, some steps at a time.
+
+On a GPU a loss is a number only once the device has come to it, so the losses of several steps are read together. Here
+too a loss that is not finite ends the run: before a checkpoint, an evaluation and the end of a stage all are read.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from zoo.registry import ZooError
+from zoo.runs.folder import RunFolder
+from zoo.runs.left_out import LeftOut
+from zoo.runs.processes import by_first, gather, stop_all
+from zoo.runs.progress import Display
+
+TOLD = 10  # records that were left out are shown as they come; more are listed only
+FLUSH = 10  # steps between readings on a device that would have to wait for its losses
+
+
+class StepLog:
+    """Collects the steps of a run, and writes them.
+
+    Args:
+        accelerator: of the run.
+        folder: whose metrics.jsonl the first process writes.
+        display: what a person sees.
+        left_out: counts and lists the records that could not be used.
+    """
+
+    def __init__(self, accelerator: Any, folder: RunFolder, display: Display, left_out: LeftOut) -> None:
+        self.accelerator, self.folder, self.display, self.left_out = accelerator, folder, display, left_out
+        self.newest: dict[str, Any] = {}  # the step that was noted last
+        self._told = 0  # records that were left out, and of which a person was told
+        self._pending: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
+
+    def add(self, record: dict[str, Any], losses: dict[str, torch.Tensor], *, allow_nonfinite: bool) -> None:
+        """Note a step of this process: what is known at once, and its losses, still on the device."""
+        self.newest = record
+        self._pending.append((record, losses))
+        eager = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+        if eager or len(self._pending) >= FLUSH:
+            self.flush(allow_nonfinite=allow_nonfinite)
+
+    def flush(self, *, allow_nonfinite: bool) -> None:
+        """Write the metrics of the steps since the last time, averaged over processes; every process calls this.
+
+        Raises:
+            ZooError: a loss is not finite, in whichever process; all of them leave.
+        """
+        if not self._pending:
+            return
+        own = [(record, {k: v.item() for k, v in losses.items()}) for record, losses in self._pending]
+        now, self._pending = time.perf_counter(), []
+        everyone = gather(self.accelerator, own)
+        seconds = (now - own[0][0]["start"]) / len(own)
+        lines = [_line(at, everyone, seconds) for at in range(len(own))]
+        skipped = [row for at, line in enumerate(lines) for row in self._skipped(line, at, everyone)]
+        bad = next((at for at, line in enumerate(lines) if not math.isfinite(line.get("loss", 0.0))), None)
+        if bad is not None and not allow_nonfinite:
+            lines = lines[: bad + 1]  # the steps behind it are of a model that is lost
+
+        def write() -> None:
+            self.folder.log_skipped(*skipped)
+            self.folder.log(*lines)
+
+        by_first(self.accelerator, write)
+        self._tell(skipped)
+        for (record, _), line in zip(own, lines, strict=False):
+            self._show(record["step"], line)
+        if bad is not None and not allow_nonfinite:
+            stop_all(self.accelerator, self._refusal(lines[bad]))
+        if (error := self.left_out.excess(own[-1][0]["stage"])) is not None:
+            stop_all(self.accelerator, error)
+
+    def end_stage(self, name: str, *, allow_nonfinite: bool) -> None:
+        """Write what is left of a stage.
+
+        Raises:
+            ZooError: it had nothing to learn from; all processes leave.
+        """
+        self.flush(allow_nonfinite=allow_nonfinite)
+        if (error := self.left_out.nothing_left(name)) is not None:
+            stop_all(self.accelerator, error)
+
+    def _skipped(self, line: dict[str, Any], at: int, everyone: list[Any]) -> list[dict[str, Any]]:
+        """Count what a step left out, in its line too; returns what is new, for the list."""
+        records = [ranks[at][0] for ranks in everyone]
+        broken = [row for record in records for row in record["broken"]]
+        self.left_out.add(sum(record["samples"] for record in records) + len(broken), len(broken))
+        if broken:
+            line["skipped"] = len(broken)
+        return [{"step": line["step"], "stage": line["stage"], **row} for row in self.left_out.new(broken)]
+
+    def _tell(self, skipped: list[dict[str, Any]]) -> None:
+        """Show the first records that were left out; a person reads no thousand."""
+        room, self._told = max(0, TOLD - self._told), self._told + len(skipped)
+        for row in skipped[:room]:
+            self.display.note(f"skipped {row['where']} {row['id']}: {row['reason']}")
+        if 0 < room <= len(skipped):
+            self.display.note(f"Further ones are listed in {self.folder.skipped}")
+
+    def track(self, values: Mapping[str, float], step: int) -> None:
+        """Hand figures to the trackers, where there are some."""
+        if self.accelerator.log_with:
+            self.accelerator.log(dict(values), step=step)
+
+    def _show(self, step: int, line: dict[str, Any]) -> None:
+        self.track({k: v for k, v in line.items() if isinstance(v, float)} | line["losses"], step)
+        rate, unit = line["images_per_s"], "images"
+        if not rate:
+            rate, unit = line["samples_per_s"], "samples"
+        self.display.update(line["stage_step"], line["losses"], rate, unit, line["wait"])
+
+    def _refusal(self, line: dict[str, Any]) -> ZooError:
+        bad = {name: value for name, value in line["losses"].items() if not math.isfinite(value)}
+        what = " and ".join(f"{name!r} is {value}" for name, value in (bad or {"sum": line["loss"]}).items())
+        return not_finite(f"The loss {what}", line, self.folder)
+
+
+def not_finite(what: str, at: Mapping[str, Any], folder: RunFolder) -> ZooError:
+    """The error for a run that must not go on: what is not finite, where, what is left, and what may help."""
+    there = folder.list_checkpoints()
+    left = f"the newest checkpoint, {there[-1].name}, is from before" if there else "there is no checkpoint yet"
+    return ZooError(
+        f"{what} at step {at['step']} (stage {at['stage']!r}, its step {at['stage_step']}): the run "
+        f"{str(folder.path)!r} stops, and nothing of that step is saved; {left}. What may help, in a new run: a lower "
+        f"lr, clip=1.0, precision=fp32. To go on all the same: stages.{at['stage']}.allow_nonfinite=true."
+    )
+
+
+def _line(at: int, everyone: list[list[tuple[dict[str, Any], dict[str, float]]]], seconds: float) -> dict[str, Any]:
+    """The line of metrics.jsonl for the step at this place: losses as means over the processes that had them.
+
+    A step whose records are all left out has no loss.
+    """
+    record = everyone[0][at][0]
+    losses = _mean([ranks[at][1] for ranks in everyone])
+    images, samples = (sum(ranks[at][0][key] for ranks in everyone) for key in ("images", "samples"))
+    total = {"loss": sum(record["weights"].get(n, 1.0) * v for n, v in losses.items())} if losses else {}
+    return {
+        "step": record["step"],
+        "stage": record["stage"],
+        "stage_step": record["stage_step"],
+        **total,
+        "losses": losses,
+        "lr": record["lr"],
+        "images_per_s": round(images / seconds, 1),
+        "samples_per_s": round(samples / seconds, 1),
+        "wait": round(min(1.0, record["wait"] / seconds), 4),
+    }
+
+
+def _mean(rows: list[Mapping[str, float]]) -> dict[str, float]:
+    """Average each loss over the processes that had it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {n: [row[n] for row in rows if n in row] for n in names}
+    return {n: sum(v) / len(v) for n, v in values.items()}

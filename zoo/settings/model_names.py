@@ -1,0 +1,266 @@
+"""A model that was saved, as a preset of this run: `model=dir:runs/x`, `model=hub:org/name`, `model=last`.
+
+Its config.json comes from elsewhere: it may name registered components and plain values, and nothing else. What it says
+becomes a preset with typed options, so that `pruner=...` and every other override work on it as on any preset.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from zoo.published import FAMILIES, is_published
+from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, require_revision, unknown
+from zoo.registry.foreign import read_json, read_run_config, require_model_config
+from zoo.registry.table import SLOT_KINDS, group_of
+from zoo.settings import presets
+
+SPELLINGS = "a preset, 'dir:<folder>' for a saved model, 'hub:<org>/<name>' for one on the hub, or 'last'"
+
+
+def resolve(
+    asked: Any, given: Mapping[str, Any], config_dir: str | Path | None = None, data: Collection[Any] = ()
+) -> tuple[str, dict[str, str]]:
+    """Return the name of the preset that `model=<asked>` means, and what to note about its source.
+
+    Args:
+        asked: what stands behind `model=`.
+        given: key -> value of the overrides.
+        config_dir: a user's own folder of presets.
+        data: data sets that are asked for by name: of those, presets say what they are, and not the model's run.
+
+    Raises:
+        ZooError: there is no such model, the spelling is ambiguous, or its config cannot be trusted.
+    """
+    if not isinstance(asked, str) or not asked:
+        raise ZooError(f"model={asked!r}: name {SPELLINGS}.")
+    kind, colon, place = asked.partition(":")
+    if asked == "last":
+        folder = newest(Path(str(given.get("run.dir", "runs"))))
+        return from_folder(folder, f"dir:{folder}", config_dir, data)
+    if colon and kind == "dir":
+        return from_folder(Path(place).expanduser(), asked, config_dir, data)
+    if colon and kind == "hub":
+        return from_hub(place, str(given.get("model.revision", "") or ""), config_dir)
+    if asked in presets.available("model", config_dir) or asked in presets._private["model"]:
+        return _from_cache(asked, config_dir) or (asked, {"name": asked})
+    raise ambiguous(asked, presets.available("model", config_dir))
+
+
+def ambiguous(asked: str, allowed: list[str]) -> ZooError:
+    """The error for a model name that is no preset, with the spellings that would work."""
+    meant = []
+    if Path(asked).expanduser().is_dir():
+        meant.append(f"'dir:{asked}'")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", asked) and not asked.startswith("."):
+        meant.append(f"'hub:{asked}'")
+    if not meant:
+        return ZooError(f"{unknown('model', asked, allowed)} A model is {SPELLINGS}.")
+    near = nearest(asked, allowed)
+    preset = f" The nearest preset is {near[0]!r}." if near else ""
+    return ZooError(f"model {asked!r} is no preset. Did you mean {' or '.join(meant)}?{preset}")
+
+
+def newest(root: Path) -> Path:
+    """Return the newest folder below `root` that holds a saved model."""
+    files = (f for f in root.glob("**/config.json") if not f.parent.name.startswith("."))  # half-written ones do
+    found = [file for file in files if _is_zoo_model(file)]
+    if not found:
+        raise ZooError(f"model=last: no finished run below {str(root)!r}. Train one with `zoo train`.")
+    return max(found, key=lambda file: file.stat().st_mtime).parent
+
+
+def from_folder(
+    folder: Path, asked: str, config_dir: str | Path | None = None, data: Collection[Any] = ()
+) -> tuple[str, dict[str, str]]:
+    """Make a preset of the model saved in `folder`, or in its subfolder `model` where `folder` is a run."""
+    for place in (folder, folder / "model"):
+        if _is_zoo_model(place / "config.json"):
+            content = read_json(place / "config.json")
+            content = {k: v for k, v in content.items() if v is not None}
+            content = {**_data_of_run(place.parent), **content}
+            anew = {name for name in data if name in presets.preset_files("data", config_dir)}
+            if isinstance(stated := content.get("data"), Mapping):
+                content["data"] = {key: _name_alone(node) if key in anew else node for key, node in stated.items()}
+            name = store_preset(content, asked, config_dir)
+            return name, {"name": str(place), "source": "dir"}
+    if is_published(_content(folder / "config.json")):
+        name = store_preset(published_content(folder), asked, config_dir)
+        return name, {"name": str(folder), "source": "dir"}
+    if not folder.is_dir():
+        near = nearest(folder.name, [p.name for p in folder.parent.glob("*")]) if folder.parent.is_dir() else []
+        hint = f" Did you mean 'dir:{folder.parent / near[0]}'?" if near else ""
+        raise ZooError(f"model {asked!r}: no such folder.{hint}")
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        raise ZooError(
+            f"model {asked!r}: the run in this folder has not saved its model yet. If it was stopped, "
+            f"zoo train resume={folder} goes on to the end."
+        )
+    raise ZooError(
+        f"model {asked!r}: the folder holds no saved model (a config.json with the key 'slots') and none of a "
+        f"published family ({', '.join(FAMILIES)})."
+    )
+
+
+def _data_of_run(run: Path) -> dict[str, Any]:
+    """What a model was trained and scored on, where its folder lies in a run: `zoo eval` then asks for the same.
+
+    Its paths are those of that day.
+    """
+    if not (run / "config.yaml").is_file():
+        return {}
+    content = read_run_config(run / "config.yaml")
+    return {k: content[k] for k in ("data", "task") if content.get(k)}
+
+
+def _name_alone(node: Any) -> Any:
+    """A component without the options that a run had for it: a preset that is asked for now brings its own."""
+    return {"name": node["name"]} if isinstance(node, Mapping) and "name" in node else node
+
+
+def from_hub(repository: str, revision: str = "", config_dir: str | Path | None = None) -> tuple[str, dict[str, str]]:
+    """Make a preset of the model in a repository of the hub; reads its config.json only."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or ".." in repository:
+        raise ZooError(f"model 'hub:{repository}': a repository is written <org>/<name>.")
+    require_revision(revision)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(repository, "config.json", revision=revision or None)
+    except Exception as error:  # offline, not found, no access: the library has a type for each
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ZooError(f"model 'hub:{repository}': cannot read its config.json ({first}).") from error
+    content = read_json(Path(file))
+    if is_published(content):
+        for extra in ("preprocessor_config.json", "processor_config.json"):  # they state how pixels are made
+            with suppress(Exception):
+                hf_hub_download(repository, extra, revision=revision or None)
+        content = published_content(Path(file).parent)
+    if not isinstance(content, dict) or "slots" not in content:
+        raise ZooError(
+            f"model 'hub:{repository}' is no model of this zoo: its config.json has no 'slots', and its type is none "
+            f"of {', '.join(FAMILIES)}."
+        )
+    name = store_preset(content, f"hub:{repository}", config_dir)
+    return name, {"name": repository, "source": "hub", "repository": repository}
+
+
+def published_content(folder: Path) -> dict[str, Any]:
+    """What a folder in a published layout says, as the config of a saved model would."""
+    from zoo.published.base import slots_in
+
+    return {"slots": {"pruner": {}, "adapter": {}, "layout": None, **slots_in(folder)}}
+
+
+def fetch_config(asked: str, config_dir: str | Path | None = None) -> None:
+    """Bring the config of a published preset to the hub's cache, so that it decides and not what the preset says.
+
+    What cannot be fetched is reported when weights are.
+    """
+    stated = presets.read("model", asked, config_dir).get("model") if asked in presets.available("model") else None
+    if not isinstance(stated, Mapping) or not stated.get("family"):
+        return
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    repository, revision = str(stated["repository"]), str(stated.get("revision") or "") or None
+    if not isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
+        for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+            with suppress(Exception):
+                hf_hub_download(repository, name, revision=revision)
+
+
+def _from_cache(asked: str, config_dir: str | Path | None) -> tuple[str, dict[str, str]] | None:
+    """Let the checkpoint's own config decide where a preset names a published repository that is in the cache."""
+    stated = presets.read("model", asked, config_dir).get("model") or {}
+    if not isinstance(stated, Mapping) or not stated.get("family"):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, revision = str(stated["repository"]), str(stated.get("revision") or "")
+    found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+    if not isinstance(found, str) or not is_published(_content(Path(found))):
+        return None
+    name = store_preset(published_content(Path(found).parent), asked, config_dir)
+    return name, {"name": asked, "repository": repository, "revision": revision, "family": str(stated["family"])}
+
+
+def _is_zoo_model(file: Path) -> bool:
+    content = _content(file)
+    return isinstance(content, dict) and isinstance(content.get("slots"), dict)
+
+
+def _content(file: Path) -> Any:
+    try:
+        return read_json(file)
+    except ZooError:
+        return None
+
+
+def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path | None = None) -> str:
+    """Check what a saved config says and store it as a preset; its private name is returned."""
+    where = f"The config of model {asked!r}"
+    if not isinstance(content.get("slots"), Mapping):
+        raise ZooError(f"{where} has no 'slots'.")
+    slots = {**content["slots"], **{k: content[k] for k in ("data", "task") if isinstance(content.get(k), dict)}}
+    for part in (slots, content.get("tokenizer") or {}, content.get("plugins") or []):
+        refuse_code(part, where)
+        require_model_config(part, where)
+    _ask_for_plugins(slots, content.get("plugins") or [], where)
+    defaults: list[Any] = []
+    body: dict[str, Any] = {}
+    for kind in SLOT_KINDS:
+        group = group_of(kind)
+        if group not in slots:
+            continue
+        node = slots[group]
+        if kind in MANY:
+            if not isinstance(node or {}, Mapping):
+                raise ZooError(f"{where}: {group!r} must be a mapping of names to components, got {node!r}.")
+            members = {str(key): item for key, item in (node or {}).items()}
+            for key, item in members.items():
+                _member(kind, key, item, where, config_dir)
+            defaults.append({f"override /{group}": list(members)})
+            body[group] = {key: _options(item) for key, item in members.items()}
+        elif node is None:
+            defaults.append({f"override /{group}": None})
+        else:
+            defaults.append({f"override /{group}": _member(kind, group, node, where, config_dir)})
+            body[group] = _options(node)
+    if content.get("tokenizer"):
+        body["tokenizer"] = dict(content["tokenizer"])
+    name = "saved_" + re.sub(r"\W+", "_", asked).strip("_")
+    return presets.store("model", name, {"defaults": defaults, **body})
+
+
+def _ask_for_plugins(slots: Mapping[str, Any], remembered: Any, where: str) -> None:
+    """Name the plugins to add where a slot holds a component that nobody registered."""
+    unknowns = []
+    for kind in SLOT_KINDS:
+        node = slots.get(group_of(kind)) or {}
+        members = node.values() if kind in MANY and isinstance(node, Mapping) else [node]
+        given = [m["name"] for m in members if isinstance(m, Mapping) and "name" in m]
+        unknowns += [f"{kind} {name!r}" for name in given if name not in names(kind)]
+    absent = [str(p) for p in remembered if not plugins.is_loaded(str(p))]
+    if unknowns and absent:
+        raise ZooError(
+            f"{where} needs {', '.join(unknowns)}, which the model got from a plugin that is not loaded: "
+            f"{', '.join(map(repr, absent))}. If you trust it, add plugins=[{','.join(absent)}]."
+        )
+
+
+def _member(kind: str, key: str, node: Any, where: str, config_dir: str | Path | None) -> str:
+    """Check that a saved slot names a component; a key of its own becomes an option of the group."""
+    if not isinstance(node, Mapping) or not isinstance(node.get("name"), str):
+        raise ZooError(f"{where}: the slot {key!r} must be a mapping with a 'name', got {node!r}.")
+    if node["name"] not in names(kind):
+        raise ZooError(f"{where}: {unknown(kind, node['name'], names(kind))}")
+    if not re.fullmatch(r"\w+", key):
+        raise ZooError(f"{where}: {key!r} is no name of a member; letters, digits and underscores only.")
+    if kind in MANY and presets.component_of(group_of(kind), key, config_dir) != node["name"]:
+        presets.add_member(kind, key, node["name"])
+    return node["name"]
+
+
+def _options(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in node.items() if key != "name"}

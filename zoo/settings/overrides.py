@@ -1,0 +1,265 @@
+"""From what a person typed to what Hydra can compose: plugins, names, saved models, presets trimmed to the choice.
+
+`prepare` runs once for a run and once for every job of a sweep. It looks at names only, so that most mistakes are found
+before any component is imported.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import MANY, ZooError, plugins, source_options, unknown
+from zoo.registry.table import NOBODY, SLOT_KINDS, group_of, kind_of
+from zoo.settings import model_names as saved
+from zoo.settings import presets
+from zoo.settings.override_words import quoted_where
+from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
+from zoo.settings.static_check import try_override
+from zoo.settings.text_options import TextOptions
+from zoo.text.tokenizer_files import has_template
+
+RECIPE_COMMANDS = ("train", "eval", "check", "data")  # these start from the default recipe; anything else from none
+SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
+SEVERAL = tuple(group_of(kind) for kind in SLOT_KINDS if kind in MANY)
+_OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # a stage's dicts that take any key
+_STAGE = re.compile(r"stages\.\w+(\.|$)")
+
+
+def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
+    """Load plugins, make every component an option, and rewrite overrides to what Hydra can compose.
+
+    Raises:
+        ZooError: an override cannot be read, or names something that does not exist.
+    """
+    parsed = parse(overrides)
+    for override in parsed:
+        if override.is_sweep_override():
+            line, key = override.input_line, override.key_or_group
+            several = f", or brackets for several at once: {key}=[...]" if key in SEVERAL else ""
+            raise ZooError(f"{line!r} is a sweep: add -m to run each{several}.")
+    from zoo.registry.hydra import flush
+
+    load_plugins(command, [values(parsed)], config_dir)
+    flush()
+    for override in parsed:
+        check(override, config_dir)
+    parsed = chosen_last(parsed)
+    choice = settle(command, values(parsed), config_dir)
+    texts = TextOptions(choice.chosen, config_dir)
+    parsed = parse([texts.typed(o.input_line) for o in parsed])
+    for override in parsed:
+        if not having(override.key_or_group, choice.chosen, config_dir):
+            try_override(override, choice.chosen, config_dir)
+    rest = [o for o in parsed if o.key_or_group not in ("model", "recipe")]
+    lines = [line for override in rest for line in _rewritten(override, choice, config_dir)]
+    return lines + choice.lines(config_dir)
+
+
+def chosen_last(parsed: Sequence[Any]) -> list[Any]:
+    """Leave out what was said of a slot before it was chosen a second time: that choice replaces the first.
+
+    Options of a member that both choices name stay.
+    """
+    choices = {key: [i for i, o in enumerate(parsed) if o.key_or_group == key] for key in SLOTS}
+    dropped: set[int] = set()
+    for key, places in choices.items():
+        if len(places) < 2:
+            continue
+        value = None if parsed[places[-1]].is_delete() else parsed[places[-1]].value()
+        stay = {str(name) for name in presets.as_list(value)} if key in SEVERAL else set()
+        for i, override in enumerate(parsed[: places[-1]]):
+            group, _, rest = override.key_or_group.partition(".")
+            if group == key and rest.partition(".")[0] not in stay:
+                dropped.add(i)
+    return [o for i, o in enumerate(parsed) if i not in dropped]
+
+
+def parse(overrides: Sequence[str]) -> list[Any]:
+    """Return Hydra's view of each override; a word that its grammar refuses is the text that it is.
+
+    Options of the run itself that hold text keep what was typed; those of components when it is known which they are.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, parsed, texts = OverridesParser.create(), [], TextOptions({})
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        text = key + equals + quoted_where(value, lambda word: word.strange)
+        try:
+            parsed.append(parser.parse_override(texts.typed(text)))
+        except HydraException as error:
+            hint = "" if "=" in text else f" Options are given as {text}=<value>."
+            raise ZooError(f"Cannot read {text!r}.{hint} Quote a value that holds spaces, commas or braces.") from error
+    return parsed
+
+
+def values(parsed: Iterable[Any]) -> dict[str, Any]:
+    """Key -> value of overrides that set one."""
+    return {o.key_or_group: o.value() for o in parsed if not o.is_delete()}
+
+
+def default_recipe(command: str) -> str | None:
+    """Return the recipe of a command where none is named."""
+    return DEFAULT_RECIPE if command in RECIPE_COMMANDS else None
+
+
+def load_plugins(command: str, runs: Iterable[Mapping[str, Any]], config_dir: str | Path | None = None) -> None:
+    """Load installed plugins, those that the recipes name, and those named with `plugins=`."""
+    plugins.load_installed()
+    wanted: list[str] = []
+    for given in runs:
+        recipe = given.get("recipe", default_recipe(command))
+        if isinstance(recipe, str):
+            wanted += presets.plugins_of(recipe, config_dir)
+        wanted += [str(name) for name in presets.as_list(given.get("plugins"))]
+    plugins.load(dict.fromkeys(wanted))
+
+
+def check(override: Any, config_dir: str | Path | None) -> None:
+    """Refuse keys and choices that do not exist, and Hydra's prefixes where they would slip past the schema."""
+    key, value = override.key_or_group, override.value()
+    if override.is_hydra_override() or key.startswith("hydra/"):
+        return
+    if override.package is not None:
+        raise ZooError(f"{override.input_line!r}: '@' is for files. Write {key}=<name>.")
+    if (override.is_add() or override.is_force_add() or override.is_delete()) and not _STAGE.match(key):
+        off = "[]" if key in SEVERAL else "null"
+        instead = f"{key}={off}" if override.is_delete() else override.input_line.lstrip("+")
+        raise ZooError(f"{override.input_line!r}: an option is there or it is not. Write {instead}.")
+    head = key.partition(".")[0]
+    known = {f.name for f in fields(RunRoot)} - {"defaults", "hydra"} | {"recipe"}
+    if head not in known:
+        raise unknown("option", head, known)
+    if key in SLOTS and not override.is_delete() and not isinstance(value, dict):
+        if isinstance(value, list) and key not in SEVERAL:
+            raise ZooError(f"{key}={_text(value)}: the slot {key!r} holds one component. Write {key}=<name>.")
+        for name in presets.as_list(value):
+            presets.require(key, name, config_dir)
+    elif key == "recipe" and value is not None:
+        presets.require(key, value, config_dir)
+
+
+@dataclass
+class Choice:
+    """The recipe, the model and the components that a run picks."""
+
+    recipe: str | None
+    model: str
+    own: dict[str, Any]  # group -> what recipe and model pick by themselves
+    own_of_model: dict[str, Any]
+    chosen: dict[str, Any]  # group -> what the run picks; a list where the slot holds several
+    source: dict[str, str]  # fields of ModelSource
+    without: dict[str, frozenset[str]]  # what presets state and does not hold beside a checkpoint that the run names
+
+    def lines(self, config_dir: str | Path | None = None) -> list[str]:
+        """Return the overrides that make Hydra compose this choice."""
+        texts = TextOptions(self.chosen, config_dir)
+        model = presets.trim("model", self.model, self.own_of_model, self.chosen, config_dir, texts, self.without)
+        lines = [f"model={quoted(model)}"]
+        lines += [f"++model.{key}={quoted(value)}" for key, value in self.source.items()]
+        if self.recipe is None:
+            return [*lines, f"recipe={NOBODY}"]
+        recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts, self.without)
+        return [*lines, f"recipe={quoted(recipe)}", f"run.recipe={quoted(self.recipe)}"]
+
+
+def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None = None) -> Choice:
+    """Find out what a run picks: its own overrides first, then the recipe's, then the model's."""
+    recipe = given.get("recipe", default_recipe(command))
+    from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
+    asked = given.get("model", from_recipe.get("model", _model_without_a_word({*from_recipe, *given})))
+    if command in ("train", "eval", "data") and isinstance(asked, str):
+        saved.fetch_config(asked, config_dir)
+    named = presets.as_list(given.get("data", from_recipe.get("data") if "recipe" in given else None))
+    model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir, named)
+    from_model = presets.selection("model", model, config_dir)
+    if recipe and "recipe" not in given and "data" in from_model:
+        recipe, from_recipe = None, {}  # a saved model brings its own data: the default recipe's do not apply
+    own = {**from_model, **from_recipe}
+    picked = {key: given[key] for key in SLOTS if key in given and not isinstance(given[key], dict)}
+    chosen = {key: presets.as_list(v) if key in SEVERAL else v for key, v in {**own, **picked}.items()}
+    for key in SLOTS:
+        if key in own and key not in picked:
+            for name in presets.as_list(own[key]):
+                presets.require(key, name, config_dir)
+    without = {}
+    if source.get("source", "preset") == "preset":
+        without = _of_random_parts(given, model, recipe, config_dir)
+    source = {key: value for key, value in source.items() if f"model.{key}" not in given}
+    return Choice(recipe, model, own, from_model, chosen, source, without)
+
+
+def _of_random_parts(
+    given: Mapping[str, Any], model: str, recipe: str | None, config_dir: str | Path | None
+) -> dict[str, frozenset[str]]:
+    """Name what presets say of a part with random weights where the run puts a checkpoint, or another family, there.
+
+    Sizes, fields of a family and a tokenizer for the run's own text say nothing of a checkpoint. What a preset says
+    beside a checkpoint of its own (which layer is read, say) holds for another one too.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for slot in ("vision", "llm"):
+        stated = presets.section("model", model, slot, config_dir)
+        stated |= presets.section("recipe", recipe, slot, config_dir) if recipe else {}
+        checkpoint = given.get(f"{slot}.checkpoint")
+        if (checkpoint or given.get(f"{slot}.model")) and not (stated.get("checkpoint") or stated.get("model")):
+            found[slot] = frozenset()
+            if slot == "llm":
+                found["tokenizer"] = frozenset({"checkpoint", "vocab_size", "template_options"})
+                if has_template(str(checkpoint)):
+                    found["tokenizer"] = frozenset()
+        elif given.get(f"{slot}.model_type", stated.get("model_type")) != stated.get("model_type"):
+            found[slot] = frozenset({"extra"})
+    return found
+
+
+def _model_without_a_word(picked: set[str]) -> str | None:
+    """The default model; none where the parts themselves are named, which then start as they are."""
+    return None if {"vision", "llm"} <= picked else DEFAULT_MODEL
+
+
+def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> list[str]:
+    """Spell an override the way Hydra wants it."""
+    key, value = override.key_or_group, override.value()
+    if key in SEVERAL and value is None:
+        return [f"{key}=[]"]
+    if key in SLOTS and value is None:
+        return [f"{key}={NOBODY}"]
+    if key == "data" and isinstance(value, (str, list)):
+        names = TextOptions(choice.chosen, config_dir).choice(value)
+        return [override.input_line] if names == value else [f"data={_text(presets.as_list(names))}"]
+    if key in ("plugins", "log") and not isinstance(value, list):
+        return [f"{key}={_text(presets.as_list(value))}"]
+    if _OPEN.match(key) and not override.is_delete():
+        return ["++" + override.input_line.lstrip("+")]
+    if members := having(key, choice.chosen, config_dir):
+        group, _, option = key.partition(".")
+        return [f"{group}.{member}.{option}={override.get_value_element_as_str()}" for member in members]
+    return [override.input_line]
+
+
+def quoted(text: str) -> str:
+    """Spell a string, such as a path, so that Hydra reads it as it is."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+
+
+def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> list[str]:
+    """Return the chosen members that have the option meant by a short path such as `pruner.keep_ratio`."""
+    parts = key.split(".")
+    if len(parts) != 2 or parts[0] not in SEVERAL:
+        return []
+    group, option = parts
+    kind, members = kind_of(group), chosen.get(group, [])
+    if kind is None or option in members:
+        return []
+    components = {m: presets.component_of(group, m, config_dir) for m in members}
+    return [m for m, name in components.items() if option in {o.name for o in source_options(kind, name)}]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value)

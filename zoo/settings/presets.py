@@ -1,0 +1,239 @@
+"""Named things in YAML: models, recipes, data. What is read of them before Hydra composes.
+
+Options that a preset states for a slot belong to the component that it picks there. A run that picks another component
+must not inherit them (a CLIP checkpoint makes no timm encoder), so a preset is trimmed to what a run chose.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from zoo.registry import MANY, ZooError, names, unknown
+from zoo.registry.table import SLOT_KINDS, group_of, kind_of
+
+GROUPS = ("model", "recipe", "data")  # groups that have YAML files
+KIND_WORDS = {"data": "data set"}
+
+_members: dict[str, dict[str, str]] = {}  # group -> key -> component, for keys that a saved model made up
+_private: dict[str, dict[str, dict[str, Any]]] = {group: {} for group in GROUPS}  # presets made in this process
+
+
+class Texts(Protocol):
+    """Which options hold text: `zoo.settings.text_options.TextOptions`."""
+
+    def written(self, group: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def choice(self, names: Any) -> Any: ...
+
+
+def folders(config_dir: str | Path | None = None) -> list[Path]:
+    """Return the folders that hold presets: ours, and a user's own."""
+    return [Path(str(files("zoo.conf"))), *([Path(config_dir)] if config_dir else [])]
+
+
+def preset_files(group: str, config_dir: str | Path | None = None) -> dict[str, Path]:
+    """Name -> file of the presets of a group."""
+    found: dict[str, Path] = {}
+    for folder in folders(config_dir):
+        for file in sorted((folder / group).glob("*.yaml")):
+            found.setdefault(file.stem, file)
+    return found
+
+
+def file_of(group: str, name: str, config_dir: str | Path | None = None) -> Path | None:
+    """Return the file of a preset; None for a component, and for what was made in this process."""
+    return None if name in _private[group] else preset_files(group, config_dir).get(name)
+
+
+def available(group: str, config_dir: str | Path | None = None) -> list[str]:
+    """Return what can be chosen in a group: components, presets, or both."""
+    kind = kind_of(group)
+    presets = preset_files(group, config_dir) if group in GROUPS else {}
+    return sorted({*(names(kind) if kind else ()), *presets, *_members.get(group, ())})
+
+
+def require(group: str, name: Any, config_dir: str | Path | None = None) -> str:
+    """Return `name` where the group has it.
+
+    Raises:
+        ZooError: it has not, or the name is no plain word (a path could lead anywhere).
+    """
+    allowed = available(group, config_dir)
+    if name in _private.get(group, {}):
+        return name
+    if not isinstance(name, str) or name not in allowed:
+        raise unknown(KIND_WORDS.get(group, group), str(name), allowed)
+    return name
+
+
+def read(group: str, name: str, config_dir: str | Path | None = None) -> dict[str, Any]:
+    """Return the raw content of a preset; empty for a component."""
+    if name in _private[group]:
+        return _private[group][name]
+    file = preset_files(group, config_dir).get(name)
+    if file is None:
+        return {}
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except YAMLError as error:
+        raise ZooError(f"{group} {name!r} ({file}) is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ZooError(f"{group} {name!r} ({file}) must hold a mapping.")
+    return {str(key): value for key, value in content.items()}
+
+
+def add_member(kind: str, key: str, component: str) -> None:
+    """Let a member of a slot of several be chosen under a key that is neither a component nor a preset."""
+    from zoo.registry.hydra import add_option
+
+    add_option(kind, key, component)
+    _members.setdefault(group_of(kind), {})[key] = component
+
+
+def store(group: str, name: str, content: Mapping[str, Any], package: str = "_global_") -> str:
+    """Make a preset of this process's own available to Hydra under a private name, which is returned."""
+    from hydra.core.config_store import ConfigStore
+
+    _private[group][name] = dict(content)
+    ConfigStore.instance().store(name, dict(content), group=group, package=package, provider="zoo")
+    return name
+
+
+def store_once(group: str, name: str, content: Mapping[str, Any], package: str = "_global_") -> str:
+    """Make a preset that differs from the one called `name` available; one with the same content is taken again."""
+    same = [key for key, value in _private[group].items() if value == content and key.startswith(f"{name}-")]
+    return same[0] if same else store(group, f"{name}-{len(_private[group])}", content, package)
+
+
+def component_of(group: str, key: str, config_dir: str | Path | None = None) -> str:
+    """Return the component behind a choice: itself, or the one that a data preset builds on."""
+    for entry in read(group, key, config_dir).get("defaults") or [] if group in GROUPS else []:
+        name = entry.partition("@")[0].rpartition("/")[2] if isinstance(entry, str) else ""
+        if name and name != "_self_":
+            return component_of(group, name, config_dir)
+    return _members.get(group, {}).get(key, key)
+
+
+def plugins_of(recipe: Any, config_dir: str | Path | None = None) -> list[str]:
+    """Return the plugins that a recipe, and the recipes it starts from, name."""
+    content = read("recipe", recipe, config_dir)
+    named = [str(p) for p in as_list(content.get("plugins"))]
+    return [p for base in bases(content) for p in plugins_of(base, config_dir)] + named
+
+
+def bases(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the presets of the same group that this one starts from, the one that wins first."""
+    entries = content.get("defaults") or []
+    for entry in reversed(entries):
+        if isinstance(entry, str) and entry != "_self_":
+            yield entry
+
+
+def selection(group: str, name: str, config_dir: str | Path | None = None) -> dict[str, Any]:
+    """Return group -> choice of everything that a preset, and what it starts from, overrides in its defaults list."""
+    content, chosen = read(group, name, config_dir), {}
+    for entry in content.get("defaults") or []:
+        if isinstance(entry, dict):
+            for key, value in entry.items():
+                if match := re.fullmatch(r"override\s+/(\w+)", str(key)):
+                    chosen[match[1]] = value
+    for base in bases(content):
+        if base not in {**preset_files(group, config_dir), **_private[group]}:
+            error = unknown(group, base, available(group, config_dir))
+            raise ZooError(f"{group} {name!r} starts from {base!r}. {error}")
+        for key, value in selection(group, base, config_dir).items():
+            chosen.setdefault(key, value)
+    return chosen
+
+
+def section(group: str, name: str, key: str, config_dir: str | Path | None = None) -> dict[str, Any]:
+    """Return what a preset, and what it starts from, states in a section of the run: `llm`, `tokenizer`, ..."""
+    content = read(group, name, config_dir)
+    stated: dict[str, Any] = {}
+    for base in reversed(list(bases(content))):
+        stated |= section(group, base, key, config_dir)
+    own = content.get(key)
+    return stated | (own if isinstance(own, dict) else {})
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a choice in a slot of several as a list: `null` is nobody, one name is one member."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def trim(
+    group: str,
+    name: str,
+    own: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    config_dir: str | Path | None = None,
+    texts: "Texts | None" = None,
+    without: Mapping[str, Collection[str]] | None = None,
+) -> str:
+    """Return the preset without options for components that the run does not choose, and with its texts as written.
+
+    Args:
+        group: model or recipe.
+        name: of the preset; itself, where there is nothing to leave out.
+        own: what the preset picks, with what it starts from.
+        chosen: what the run picks; a group that is absent is not known yet.
+        config_dir: a user's own folder of presets.
+        texts: knows which options hold text.
+        without: section -> options of it that do not hold in this run; none: the whole section.
+    """
+    content = read(group, name, config_dir)
+    body = {k: v for k, v in content.items() if k != "defaults"}
+    entries, changed = [], False
+    for entry in content.get("defaults") or []:
+        kept = entry
+        if isinstance(entry, str) and entry != "_self_":
+            kept = trim(group, entry, own, chosen, config_dir, texts, without)
+        elif isinstance(entry, dict) and texts:
+            kept = {k: texts.choice(v) if k.split()[-1] == "/data" else v for k, v in entry.items()}
+        changed |= kept != entry
+        entries.append(kept)
+    kept_body = _without_strangers(texts.written(group, name, body) if texts else body, own, chosen, config_dir)
+    for key, options in (without or {}).items():
+        if isinstance(stated := kept_body.get(key), dict):
+            kept_body[key] = {k: v for k, v in stated.items() if options and k not in options}
+    if not changed and kept_body == body:
+        return name
+    return store_once(group, name, {"defaults": entries, **kept_body} if entries else kept_body)
+
+
+def _without_strangers(
+    body: dict[str, Any], own: Mapping[str, Any], chosen: Mapping[str, Any], config_dir: str | Path | None
+) -> dict[str, Any]:
+    body = dict(body)
+    for kind in SLOT_KINDS:
+        group = group_of(kind)
+        options = body.get(group)
+        if group not in chosen or not isinstance(options, dict):
+            continue
+        if kind in MANY:
+            body[group] = _chosen_members(options, group, chosen, config_dir)
+        elif group in own and own[group] != chosen[group]:
+            del body[group]
+    if "data" in chosen and isinstance(body.get("stages"), dict):
+        body["stages"] = {
+            key: {**stage, "data": _chosen_members(stage["data"], "data", chosen, config_dir)}
+            if isinstance(stage, dict) and isinstance(stage.get("data"), dict)
+            else stage
+            for key, stage in body["stages"].items()
+        }
+    return body
+
+
+def _chosen_members(
+    options: dict[str, Any], group: str, chosen: Mapping[str, Any], config_dir: str | Path | None
+) -> dict[str, Any]:
+    """Keep the members that the run chose, and names that do not exist: those are errors to report."""
+    there, known = as_list(chosen[group]), set(available(group, config_dir))
+    return {key: value for key, value in options.items() if key in there or key not in known}

@@ -1,0 +1,119 @@
+"""Overrides tried on what the source text of a component says, before one is imported.
+
+Importing a component costs an import of torch, so a mistake that can be seen without it is reported without it. What
+passes here is checked again by Hydra, on the real dataclasses.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import (
+    MANY,
+    Option,
+    ZooError,
+    nearest,
+    options_of,
+    source_options,
+    unknown,
+    unknown_option,
+    wrong_value,
+)
+from zoo.registry.table import kind_of
+from zoo.settings import presets
+from zoo.settings.schema import ModelSource, RunConfig, RunRoot, TokenizerConfig
+from zoo.settings.stage import Stage
+
+SECTIONS = {"model": ModelSource, "run": RunConfig, "tokenizer": TokenizerConfig}
+
+
+def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> None:
+    """Raise what is wrong with an override, as far as that can be seen.
+
+    Args:
+        override: as Hydra parsed it.
+        chosen: group -> what the run picks.
+        config_dir: a user's own folder of presets.
+    """
+    path = override.key_or_group.split(".")
+    kind = kind_of(path[0])
+    if override.is_delete() or (len(path) == 1 and (kind or path[0] in ("model", "recipe"))):
+        return
+    if len(path) == 1 and path[0] in {*SECTIONS, "stages"}:
+        below = "<stage>.<option>" if path[0] == "stages" else "<option>"
+        raise ZooError(f"{override.input_line!r}: {path[0]!r} holds several options. Write {path[0]}.{below}=<value>.")
+    depth = depth_of(path)
+    if kind in MANY and path[1] not in chosen.get(path[0], []):
+        raise stranger(path[0], path[1], chosen.get(path[0], []), config_dir)
+    if kind and kind not in MANY and chosen.get(path[0]) is None:
+        raise ZooError(f"{path[0]!r} holds no component in this run, so it has no option {path[1]!r}.")
+    if len(path) <= depth or not (found := schema_at(path[:depth], chosen, config_dir)):
+        return
+    owner, options = found
+    name = path[depth]
+    if kind and name == "name":
+        raise ZooError(f"{override.input_line!r}: a component is chosen with {path[0]}=<name>.")
+    option = next((o for o in options if o.name == name), None)
+    if option is None:
+        raise unknown_option(owner, name, options)
+    if len(path) == depth + 1:
+        _try_value(owner, option, override.value())
+
+
+def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Path | None = None) -> ZooError:
+    """The error for `group.key` where the run chose no `key` there: not chosen, misspelt, or the option of a member."""
+    known = presets.available(group, config_dir)
+    if key in known:
+        both = ",".join([*members, key])
+        return ZooError(f"{group} {key!r} is not chosen in this run: add it with {group}=[{both}].")
+    kind = kind_of(group) or group
+    options = {o.name: o for m in members for o in source_options(kind, presets.component_of(group, m, config_dir))}
+    near = nearest(key, [*options, *members]) or nearest(key, known)
+    if near and near[0] in options:
+        return unknown_option(f"the chosen {presets.KIND_WORDS.get(group, group)}s", key, list(options.values()))
+    return unknown(presets.KIND_WORDS.get(group, group), key, members if near and near[0] in members else known)
+
+
+def depth_of(path: Sequence[str]) -> int:
+    """How many parts of a path say whose option it is."""
+    kind = kind_of(path[0])
+    return 2 if path[0] == "stages" or kind in MANY else 1 if kind or path[0] in SECTIONS else 0
+
+
+def schema_at(
+    path: Sequence[str], chosen: Mapping[str, Any], config_dir: str | Path | None
+) -> tuple[str, list[Option]] | None:
+    """Return what to call the node at `path` and its options; None where the text does not say."""
+    kind = kind_of(path[0]) if path else None
+    if not path:
+        return "the run", [o for o in options_of(RunRoot) if o.name not in ("defaults", "hydra")]
+    if kind:
+        key = path[1] if kind in MANY else str(chosen[path[0]])
+        name = presets.component_of(path[0], key, config_dir)
+        options = source_options(kind, name)
+        return (called(path[0], kind, key, name), options) if options else None
+    if path[0] == "stages":
+        return f"stage {path[1]!r}", options_of(Stage)
+    return repr(path[0]), options_of(SECTIONS[path[0]])
+
+
+def called(group: str, kind: str, key: str, name: str) -> str:
+    """Return what messages call a component: its kind and name, and its key where it has one of its own."""
+    return f"{kind} {name!r}" if key in (name, kind) else f"{group} {key!r} ({kind} {name!r})"
+
+
+def _try_value(owner: str, option: Option, value: Any) -> None:
+    from omegaconf import BooleanNode, FloatNode, IntegerNode
+    from omegaconf.errors import ValidationError
+
+    nodes: dict[str, Any] = {"int": IntegerNode, "float": FloatNode, "bool": BooleanNode}
+    plain = option.type.removesuffix(" | None")
+    if plain not in nodes or (isinstance(value, str) and "${" in value) or (value is None and plain != option.type):
+        return
+    try:
+        if value is None or isinstance(value, (list, dict)):
+            raise ValidationError("no single value")
+        nodes[plain](value)
+    except ValidationError as error:
+        shown = "null" if value is None else str(value)
+        raise wrong_value(owner, option.name, [option], f"Value '{shown}' is not") from error

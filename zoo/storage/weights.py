@@ -1,0 +1,268 @@
+"""Weights of a composed model in a folder: safetensors only, every tensor that differs from the named base weights.
+
+What a base checkpoint still gives is not written again (see `zoo.composed.bases`): the folder names the checkpoint, its
+revision and its fingerprint, and loading reads it from there. Everything else is in the folder.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.registry import ZooError, require_revision
+from zoo.registry.foreign import INDEX, read_json
+from zoo.storage.safetensors_file import listing, read
+
+WEIGHTS = "model.safetensors"
+_ENDS = 1 << 20  # bytes read from each end of a file for its fingerprint
+# What bitsandbytes keeps beside a weight in few bits. It is made from the base checkpoint, and never saved.
+_OF_BITS = re.compile(r"\.(SCB|weight_format|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)$")
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash the names, sizes and both ends of the safetensors files in a folder: cheap for any size, and telling."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_ENDS))
+            stream.seek(max(0, size - _ENDS))
+            digest.update(stream.read(_ENDS))
+    return digest.hexdigest()
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def named_weights(model: Any) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by the names that they are saved under.
+
+    What an adapter has inside the language model is there while it is detached, too; what bitsandbytes keeps beside a
+    weight in few bits is not.
+    """
+    named = {n: t for n, t in model.state_dict(keep_vars=True).items() if not _OF_BITS.search(n)}
+    for adapter in model.adapter.values():
+        if hasattr(adapter, "adapter_state_dict"):
+            named = {f"llm.lm.{n}": t for n, t in adapter.adapter_state_dict().items()} | named
+    return named
+
+
+def names_of(model: Any) -> dict[str, list[str]]:
+    """Return the names of a model's weights: the first of each tensor -> all that it has (of tied embeddings, two)."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in named_weights(model).items():
+        plain = tensor.numel() and not tensor.is_meta and not hasattr(tensor, "full_tensor")
+        key = (tensor.data_ptr(), tensor.numel()) if plain else (id(tensor),)
+        groups.setdefault(key, []).append(name)
+    return {names[0]: names for names in groups.values()}
+
+
+def state_of(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return a model's weights, whole and each once, by the first of its names.
+
+    Where processes hold shares of the weights, all of them must call this.
+
+    Args:
+        model: composed.
+        given: weights of the model, whole, to take instead of its own.
+
+    Raises:
+        ZooError: `given` lacks a weight.
+    """
+    state: dict[str, Tensor] = {}
+    source = named_weights(model) if given is None else given
+    for name, names in names_of(model).items():
+        found = next((source[n] for n in names if n in source), None)
+        if found is None:
+            raise ZooError(f"state_dict lacks {name!r}: it must hold every weight of the model.")
+        state[name] = whole(found) if hasattr(found, "full_tensor") else found.detach()
+    return state
+
+
+def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB") -> None:
+    """Write tensors as safetensors, in shards where they are large; shared tensors are written once.
+
+    Files are replaced whole, never written over: the parameters of a model that was loaded from them are their pages.
+    Pieces of a larger tensor are copied for the file that they go to, one file at a time.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    once = {(t.data_ptr(), t.shape, t.stride()) if t.numel() else (n,): n for n, t in reversed(list(state.items()))}
+    state = {name: state[name] for name in reversed(once.values())}
+    users = Counter(t.untyped_storage().data_ptr() for t in state.values() if t.numel())
+    split = split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size)
+    with TemporaryDirectory(dir=folder) as beside:
+        for file, names in (split.filename_to_tensors or {WEIGHTS: []}).items():  # without tensors a file, too
+            shard = {n: _alone(state[n], users[state[n].untyped_storage().data_ptr()] > 1) for n in names}
+            save_file(shard, Path(beside) / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (Path(beside) / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        written = {path.name: path.replace(folder / path.name) for path in sorted(Path(beside).iterdir())}
+    for old in [*folder.glob("model*.safetensors"), folder / f"{WEIGHTS}.index.json"]:
+        if old.name not in written:
+            old.unlink(missing_ok=True)
+    if (config := folder / "config.json").is_file():
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(config, path)  # safetensors leaves them readable by their owner alone
+
+
+def _alone(tensor: Tensor, shared: bool) -> Tensor:
+    """The tensor, contiguous, in memory of its own."""
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder.
+
+    Raises:
+        ZooError: there are none; a folder of pickled weights says so.
+    """
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        try:
+            listed = sorted(set(read_json(index, INDEX)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ZooError(f"{index} is no index of weights: {' '.join(str(error).split()) or type(error)}") from error
+        for name in listed:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ZooError(f"{index} names {name!r}, which is no safetensors file of its folder.")
+        return [folder / name for name in listed]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickled = sorted(f.name for f in folder.glob("*.bin")) + sorted(f.name for f in folder.glob("*.pt*"))
+    hint = f" It has {', '.join(pickled)}, but pickled weights are never read." if pickled else ""
+    raise ZooError(f"{folder} holds no {WEIGHTS}.{hint}")
+
+
+def read_weights(
+    model: Any, folder: Path, *, fresh: Iterable[str] = (), done: Mapping[int, Tensor] | None = None
+) -> list[str]:
+    """Load the tensors of a folder into a model in place.
+
+    Args:
+        model: its parts stand.
+        folder: with safetensors files.
+        fresh: parts that may start without weights (`projector`, `adapter.lora`), or `all`.
+        done: tensors that were read already, by their id.
+
+    Returns:
+        Names of the tensors that were not in the folder and did not come from a base checkpoint.
+
+    Raises:
+        ZooError: a tensor is missing, unknown or of another shape; reported by part.
+    """
+    allowed, done = set(fresh), done or {}
+    own = named_weights(model)
+    shared = {name: names for names in names_of(model).values() for name in names}
+    missing, unexpected, misshapen = set(shared) - model.bases.names, [], []
+    for name, stored in listing(weight_files(folder)).items():
+        if name not in shared:
+            if not may_start_fresh(name.partition(".")[0], allowed):
+                unexpected.append(name)
+            continue
+        if stored.shape != tuple(own[name].shape):
+            if not may_start_fresh(model.part_of(name), allowed):
+                misshapen.append(f"{name}: {stored.shape} in the file, {tuple(own[name].shape)} in the model")
+            continue
+        if id(own[name]) not in done:
+            if own[name].dtype != stored.dtype:  # as it was saved; who wants another data type casts the model
+                own[name].data = torch.empty_like(own[name], dtype=stored.dtype)
+            read(stored, own[name])
+        missing.difference_update(shared[name])
+    left = {n for n in missing if not may_start_fresh(model.part_of(n), allowed)}
+    if left or unexpected or misshapen:
+        lines = [f"The weights in {folder} do not fit the model."]
+        lines += by_part("missing", left, model.part_of) + by_part("unknown", unexpected, lambda n: n.partition(".")[0])
+        lines += [f"  other shape: {m}" for m in misshapen[:5]]
+        raise ZooError("\n".join(lines))
+    started = {model.part_of(n) for n in missing}
+    for name, adapter in getattr(model, "adapter", {}).items():
+        if f"adapter.{name}" in started and hasattr(adapter, "start"):
+            adapter.start()  # what it copies from the language model is there only now
+    return sorted(missing)
+
+
+def may_start_fresh(part: str, allowed: Iterable[str]) -> bool:
+    """Whether a part (`projector`, `adapter.lora`) is one of those that may start without weights."""
+    return bool({"all", part, part.partition(".")[0]} & set(allowed))
+
+
+def by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
+    """Say how many tensors of each part something is the matter with."""
+    parts: dict[str, list[str]] = {}
+    for name in sorted(names):
+        parts.setdefault(part_of(name), []).append(name)
+    return [f"  {what} in {part}: {len(n)} tensors, first {n[0]}" for part, n in parts.items()]
+
+
+def snapshot(checkpoint: str, revision: str | None = None) -> Path | None:
+    """Where a checkpoint lies on this machine: a folder, or one of the hub's cache, whose name is a commit."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        return None  # a word of the library that fetches it, such as `pretrained`
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (
+        try_to_load_from_cache(checkpoint, name, revision=require_revision(revision))
+        for name in ("config.json", "open_clip_config.json")
+    )
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
+
+
+def local_folder(name: str | Path, revision: str | None = None, **hub: Any) -> Path:
+    """Return the folder of a model: a local one as it is, a hub repository from the cache or downloaded.
+
+    Only configs, tokenizers, templates, cards and safetensors are fetched. `hub`: options of `snapshot_download`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or ".." in str(name).split("/") or str(name).count("/") > 1:
+        raise ZooError(f"There is no folder {str(name)!r}, and it is no hub name (org/name) either.")
+    from huggingface_hub import snapshot_download
+
+    revision = require_revision(revision)
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
+    except Exception as error:  # offline, not found, no access: the library has a type for each
+        with suppress(Exception):  # before 2.0 it asks for a list of files first, also where all are in the cache
+            hub["local_files_only"] = True
+            return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ZooError(
+            f"The hub repository {str(name)!r} is not in the cache and cannot be fetched: {first}"
+        ) from error
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a model's numbers may depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "timm", "open_clip_torch", "peft")}
+
+
+def whole(tensor: Any) -> Any:
+    """The whole tensor on the CPU, gathered where it is sharded."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    tensor = tensor.detach()
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.cpu()
+    full = tensor.full_tensor().cpu()
+    return full.clone() if full.untyped_storage().nbytes() > full.nbytes else full  # uneven shards are padded

@@ -1,0 +1,1 @@
+"""Teachers: live ones, and what they said kept in files."""

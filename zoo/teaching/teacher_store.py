@@ -1,0 +1,250 @@
+"""What a teacher said, kept in safetensors shards: the likeliest next tokens of every position, and the rest's mass.
+
+A folder holds `store.json` (teacher, data, settings) and `shard-00000.safetensors`, ...; each shard has for its samples
+
+    keys                 (n, 16) uint8, a hash of the sample's id and text
+    P.offsets            (n + 1,) int64, where the positions of each sample begin; P is `response`, `visual`, `pairs`
+    P.ids, P.log_probs   (S, K) the likeliest tokens, most likely first
+    P.log_rest           (S,) logarithm of the mass of all others
+
+Of `pairs`, the reference of a preference loss, a position is a whole answer; the one number kept, its log-probability.
+A sample is found by its hash, so the order of the data, packing, workers and epochs are free; text that has changed is
+not found, and that pictures have not changed is seen from the hash of the whole data set.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, read_sample, refuse_code
+from zoo.registry.foreign import read_json
+from zoo.storage.atomic import write_json
+from zoo.storage.safetensors_file import listing
+from zoo.text.batch import EncodedSample
+from zoo.vision.images.processors import Picture
+
+INDEX = "store.json"
+FORMAT = 2
+PROBES = 16  # pictures of each data set that its hash looks at
+RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
+WHAT = ("ids", "log_probs", "log_rest")
+
+
+def sample_key(sample: Sample) -> bytes:
+    """Hash a sample's id and everything that is said in it: 16 bytes."""
+    said = json.dumps([sample.id, len(sample.images), [d.messages for d in sample.dialogs]], default=str)
+    return hashlib.blake2b(said.encode(), digest_size=16).digest()
+
+
+def data_hash(dataset: Any) -> str:
+    """Hash a data set: its length, and text and pictures of samples spread over it.
+
+    A streaming data set has no length and no random access: its hash is empty, and only the text is verified.
+    """
+    if hasattr(dataset, "stream"):
+        return ""
+    from zoo.vision.images.decode import open_image
+
+    whole = hashlib.sha256(str(len(dataset)).encode())
+    for index in sorted({i * len(dataset) // PROBES for i in range(PROBES)}):
+        sample = read_sample("", dataset, index)
+        if isinstance(sample, RecordError):
+            whole.update(b"broken")
+            continue
+        whole.update(sample_key(sample))
+        for source in sample.images:
+            try:
+                with naming(""):
+                    pixels = open_image(source() if callable(source) else source, sample.id).tobytes()
+            except RecordError:
+                pixels = b"broken"
+            whole.update(pixels)
+    return whole.hexdigest()
+
+
+class Writer:
+    """Writes shards, and goes on after the last one that is whole.
+
+    Args:
+        folder: of the store.
+        about: settings; those of a store that is there already must be the same.
+        rank: of this process; it numbers its shards so that no other has the same.
+        world: processes that write.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
+        self.folder = folder
+        about = json.loads(json.dumps({"format": FORMAT, **about}, default=str))
+        if (folder / INDEX).is_file():
+            before = read_about(folder)
+            for key, value in about.items():
+                if before.get(key) != value:
+                    raise ZooError(
+                        f"The store {str(folder)!r} was begun with another {key}: {_short(before.get(key))}, now "
+                        f"{_short(value)}. Choose another folder, or remove this one."
+                    )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / INDEX, about)
+        there = shards_of(folder)
+        self.number = (int(there[-1].stem.rpartition("-")[2]) + 1 if there else 0) + rank  # of the next shard
+        self.world = world
+
+    def known(self) -> set[bytes]:
+        """Keys of the samples in the shards that are there."""
+        return {key for file in shards_of(self.folder) for key in _keys(file)}
+
+    def write(self, samples: Sequence[tuple[bytes, Mapping[str, Mapping[str, torch.Tensor]]]]) -> None:
+        """Write the next shard: of each sample its key, and what the teacher said at its positions."""
+        from safetensors.torch import save_file
+
+        keys = torch.from_numpy(np.frombuffer(b"".join(k for k, _ in samples), dtype=np.uint8).copy()).view(-1, 16)
+        tensors = {"keys": keys}
+        for positions in samples[0][1]:
+            parts = [said[positions] for _, said in samples]
+            counts = torch.tensor([0, *(len(p["ids"]) for p in parts)])
+            tensors[f"{positions}.offsets"] = counts.cumsum(0)
+            tensors |= {f"{positions}.{what}": torch.cat([p[what] for p in parts]).contiguous() for what in WHAT}
+        file = self.folder / f"shard-{self.number:05d}.safetensors"
+        beside = file.with_suffix(".part")
+        save_file(tensors, beside)
+        beside.replace(file)  # a shard is whole or not there
+        self.number += self.world
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return the settings of a store.
+
+    Raises:
+        ZooError: there is none, or it is of another version.
+    """
+    if not (folder / INDEX).is_file():
+        raise ZooError(f"There is no stored teacher in {str(folder)!r}: no {INDEX}. `zoo teach` writes one.")
+    about = read_json(folder / INDEX)
+    if not isinstance(about, dict):
+        raise ZooError(f"The store {str(folder)!r} is none: its {INDEX} holds a {type(about).__name__}.")
+    refuse_code(about, f"The store {str(folder)!r}")
+    if about.get("format") != FORMAT:
+        raise ZooError(f"The store {str(folder)!r} has format {about.get('format')}; this version reads {FORMAT}.")
+    return about
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The whole shards of a store, in order."""
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+class Stored:
+    """A store, open for training: adds to each row what the teacher said there.
+
+    Args:
+        folder: of the store.
+        needs: words of the distiller.
+        shared: tokens that the student's tokenizer shares with the teacher's.
+    """
+
+    def __init__(self, folder: str | Path, needs: frozenset[str] = frozenset()) -> None:
+        self.folder = Path(folder)
+        self.about = read_about(self.folder)
+        self.vocab_size = int(self.about["vocab_size"])
+        self.positions = [p for p in (RESPONSE, VISUAL, PAIRS) if f"teacher.{p}" in needs]
+        if absent := [p for p in self.positions if p not in self.about["positions"]]:
+            raise ZooError(
+                f"The store {str(self.folder)!r} holds {', '.join(self.about['positions'])} positions; "
+                f"the distiller needs {absent[0]}."
+            )
+        self.files = shards_of(self.folder)
+        self.where = {key: (f, i) for f, file in enumerate(self.files) for i, key in enumerate(_keys(file))}
+        self._open: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # a loader's worker opens the files itself
+
+    def see(self, batch: Any, student: Any) -> None:
+        """The teacher is in the batch already."""
+
+    def add(self, sample: Sample, pieces: Sequence[Sample], rows: list[EncodedSample]) -> list[EncodedSample]:
+        """Put what the teacher said into the targets of a sample's rows.
+
+        Raises:
+            ZooError: the sample is not in the store, or has other positions there: labels, or tiles of its images.
+        """
+        found = self.where.get(sample_key(sample))
+        if found is None:
+            raise ZooError(
+                f"Sample {sample.id!r} is not in the store {str(self.folder)!r}: its text differs, or zoo teach did "
+                f"not come that far. Run zoo teach again with the same data."
+            )
+        said = {p: self._read(*found, p) for p in self.positions}
+        counts = [int((row.labels[1:] != IGNORE_INDEX).sum()) for row in rows]
+        if RESPONSE in said and len(said[RESPONSE]["ids"]) != sum(counts):
+            raise ZooError(
+                f"The store {str(self.folder)!r} has {len(said[RESPONSE]['ids'])} labels for sample {sample.id!r}, "
+                f"the student {sum(counts)}: tokenizer or template differ."
+            )
+        start, first = 0, 0
+        for row, count in zip(rows, counts, strict=True):
+            row.targets = dict(row.targets)
+            answers = 0 if row.pairs is None else len(np.unique(row.pairs[row.pairs >= 0]))
+            parts = {RESPONSE: slice(start, start + count), PAIRS: slice(first, first + answers)}
+            first += answers
+            for positions, values in said.items():
+                part = parts.get(positions, slice(None))
+                row.targets |= {f"teacher.{positions}.{what}": values[what][part] for what in WHAT}
+            if VISUAL in said:
+                tiles = sum(p.cut.rows if isinstance(p, Picture) else 1 for p in row.pixel_values)
+                if len(said[VISUAL]["ids"]) != tiles * self.about["cells"]:
+                    raise ZooError(
+                        f"The store {str(self.folder)!r} has {len(said[VISUAL]['ids'])} image tokens for sample "
+                        f"{sample.id!r}, and the student cuts its images into {tiles} of {self.about['cells']} each: "
+                        "give both one image processor, or set visual_weight: 0."
+                    )
+                row.targets["teacher.visual.cells"] = np.array([self.about["cells"]])
+            start += count
+        return rows
+
+    def _read(self, file: int, index: int, positions: str) -> dict[str, np.ndarray]:
+        if file not in self._open:
+            from safetensors import safe_open
+
+            self._open[file] = safe_open(self.files[file], framework="np")
+        shard = self._open[file]
+        start, stop = shard.get_slice(f"{positions}.offsets")[index : index + 2].tolist()
+        return {what: shard.get_slice(f"{positions}.{what}")[start:stop] for what in WHAT}
+
+    def verify(self, datasets: Mapping[str, Any]) -> None:
+        """Refuse data that is not what the teacher saw.
+
+        Raises:
+            ZooError: a data set is unknown to the store, or differs.
+        """
+        for name, dataset in datasets.items():
+            known = self.about["data"].get(name)
+            if known is None:
+                raise ZooError(
+                    f"The store {str(self.folder)!r} is of {', '.join(self.about['data'])}, not of {name!r}."
+                )
+            if (now := data_hash(dataset)) != known:
+                raise ZooError(
+                    f"data {name!r} is not what the teacher of {str(self.folder)!r} saw: its hash is {now[:12]}, "
+                    f"and was {known[:12]}. Run zoo teach again into another folder."
+                )
+
+
+def _keys(file: Path) -> list[bytes]:
+    from safetensors import safe_open
+
+    if "keys" not in listing([file]):
+        raise ZooError(f"{str(file)!r} is no shard of a stored teacher: it has no keys.")
+    with safe_open(file, framework="np") as shard:
+        return [row.tobytes() for row in shard.get_tensor("keys")]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Text in: tokenizers, chat templates, the processor, batches."""

@@ -1,0 +1,217 @@
+"""Where the answers stand in a rendered conversation, and what of them is learnt.
+
+An answer begins where a prompt that asks for it ends, and it ends behind what the chat template closes the turn with.
+What is learnt is always the text that the template writes, never the content that it was given: a template may trim it,
+strip thinking from it or put an empty thought before it.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.registry import ZooError
+from zoo.text.chat_template import ChatTemplate, Messages, Span, mark, marked
+
+
+class TurnChangedError(ZooError):
+    """An answer is not written as it is asked for: what stands before it depends on what follows."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A piece of text that is learnt."""
+
+    start: int
+    end: int
+    ended: bool  # with what ends the answer
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A rendered conversation.
+
+    Attributes:
+        text: as the template writes it; with an end behind the last answer where it writes none.
+        openings: where answers begin: a prompt that asks for one ends there.
+        learnt: of each answer all of it, with what ends it; or what the template marks with `{% generation %}`.
+    """
+
+    text: str
+    openings: list[int]
+    learnt: list[Learnt]
+
+
+@dataclass
+class _Places:
+    """Where each answer begins and its content ends in a text, by turn; blanks at the end of contents do not count."""
+
+    text: str
+    starts: dict[int, int]
+    stops: dict[int, int]
+    blocks: list[Span] | None = None  # what the template marks as generated; None: it marks nothing
+
+
+class AnswerFinder:
+    """Finds answers in the text of a chat template.
+
+    Args:
+        template: of the tokenizer.
+        verbatim: templates that are known to write contents as they are, whatever these hold: what such a template
+            writes around contents is remembered, which is several times as fast as to render it.
+    """
+
+    def __init__(self, template: ChatTemplate, verbatim: Collection[str] = ()) -> None:
+        self.template, self.verbatim = template, verbatim
+        self._shapes: dict[tuple[Any, ...], tuple[list[str], dict[int, str]] | None] = {}
+
+    def openings(self, messages: Messages, text: str, sample_id: str = "") -> list[int]:
+        """Where answers of the past begin in `text`, which asks for one more."""
+        asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        prompts = [self.template.render(messages[:i], True, sample_id) for i in asked]
+        return [len(p) for p in prompts if text.startswith(p)]
+
+    def find(self, messages: Messages, sample_id: str = "", only_last: bool = False) -> Answers:
+        """Render a conversation and find its answers.
+
+        Args:
+            messages: role and content of each turn.
+            sample_id: for messages.
+            only_last: nothing but the last answer is learnt.
+
+        Raises:
+            TurnChangedError: an answer is not written as it is asked for.
+            ZooError: there is no answer, or one is empty; the template refuses the turns or does not show an answer.
+        """
+        asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if any(not messages[i]["content"].strip() for i in asked):
+            raise ZooError(f"Sample {sample_id!r} has an empty answer.")
+        if not asked:
+            shown = self.template.render(messages, sample_id=sample_id)[:200]
+            raise ZooError(f"Sample {sample_id!r} leaves nothing to learn: no assistant turn in {shown!r}.")
+        places = self._remembered(messages) or self._places(messages, asked, sample_id, only_last)
+        text = places.text
+        learnt: list[Learnt] = []
+        for i in asked[-1:] if only_last else asked:
+            end = self.template.turn_end(text, places.stops[i])
+            if end is None and i == len(messages) - 1:
+                text, end = self._closed(text, places.stops[i], sample_id)
+            learnt += _pieces(places, i, end, text)
+        if not learnt:
+            raise ZooError(
+                f"Sample {sample_id!r} leaves nothing to learn: the chat template marks none of its answers with "
+                f"{{% generation %}}: {text[:200]!r}."
+            )
+        return Answers(text, list(places.starts.values()), learnt)
+
+    def _places(self, messages: Messages, asked: list[int], sample_id: str, only_last: bool) -> _Places:
+        """Render the conversation, and again in parts: what asks for an answer, and marks behind the answers."""
+        text, blocks = self.template.render_marked(messages, sample_id=sample_id)
+        stops = self._stops(messages, asked, text, sample_id)
+        starts: dict[int, int] = {}
+        for i in asked:
+            opening = self.template.render(messages[:i], True, sample_id)
+            if text.startswith(opening) and len(opening) <= stops[i]:
+                starts[i] = len(opening)
+            elif not only_last or i == asked[-1]:
+                raise TurnChangedError(_changed(text, opening, i, sample_id, i == asked[-1]))
+        for i, start in starts.items():
+            if not text[start : stops[i]].strip():
+                raise ZooError(
+                    f"Sample {sample_id!r}: the chat template writes nothing of the answer "
+                    f"{messages[i]['content'][:80]!r}, so there is nothing to learn."
+                )
+        return _Places(text, starts, stops, blocks)
+
+    def _stops(self, messages: Messages, asked: list[int], text: str, sample_id: str) -> dict[int, int]:
+        """Where the content of each answer ends in the text: where a mark behind it stands."""
+        contents = {i: messages[i]["content"] for i in asked}
+        ends = [dict(m) for m in messages]
+        for i in asked:
+            ends[i]["content"] = contents[i].rstrip() + mark(i)
+        pieces, found = marked(self.template.render(ends, sample_id=sample_id))
+        if found != asked:
+            lost = next((contents[i] for i in asked if found.count(i) != 1), contents[asked[0]])
+            raise ZooError(f"Sample {sample_id!r}: the chat template does not show the answer {lost[:80]!r}.")
+        at, blank = 0, ""
+        stops: dict[int, int] = {}
+        for piece, number in zip(pieces, [*found, None], strict=True):
+            if blank and text.startswith(blank + piece, at):  # kept by some templates, trimmed by others
+                at += len(blank)
+            if not text.startswith(piece, at):
+                raise ZooError(
+                    f"Sample {sample_id!r}: what the chat template writes depends on how an answer ends, so where it "
+                    f"ends cannot be told. It is about {text[max(0, at - 40) : at + 40]!r}."
+                )
+            at += len(piece)
+            if number is not None:
+                stops[number], blank = at, contents[number][len(contents[number].rstrip()) :]
+        return stops
+
+    def _remembered(self, messages: Messages) -> _Places | None:
+        """Put the text together from what is known of such turns; None where the template may change contents."""
+        template = self.template.tokenizer.chat_template
+        if self.template.typed or not isinstance(template, str) or template not in self.verbatim:
+            return None
+        shape = (template, *[m["role"] for m in messages])
+        if shape not in self._shapes:
+            self._shapes[shape] = self._shape(shape[1:])
+        known = self._shapes[shape]
+        if known is None:
+            return None
+        literals, leads = known
+        places = _Places(literals[0], {}, {})
+        for i, (message, after) in enumerate(zip(messages, literals[1:], strict=True)):
+            if i in leads:
+                places.starts[i] = len(places.text) - len(leads[i])
+                places.stops[i] = len(places.text) + len(message["content"].rstrip())
+            places.text += message["content"] + after
+        return places
+
+    def _shape(self, roles: tuple[str, ...]) -> tuple[list[str], dict[int, str]] | None:
+        """What is written around the contents of such turns, and before each answer behind what asks for it."""
+        literals = self.template.around(roles)
+        leads = {i: self.template.lead(roles[: i + 1]) for i, role in enumerate(roles) if role == "assistant"}
+        known = {i: lead for i, lead in leads.items() if lead is not None}
+        return (literals, known) if literals is not None and len(known) == len(leads) else None
+
+    def _closed(self, text: str, stop: int, sample_id: str) -> tuple[str, int]:
+        """End the last answer where the template writes nothing behind it: as it ends others, or the sequence.
+
+        LLaVA's published templates are such: without it a model that trains on them would unlearn to stop.
+        """
+        if text[stop:].strip():
+            raise ZooError(
+                f"Sample {sample_id!r}: behind the last answer the chat template writes {text[stop:][:80]!r}, and "
+                f"other answers end with {' or '.join(map(repr, self.template.ends))}: where it ends cannot be told."
+            )
+        added = (self.template.closing.ends or self.template.ends)[0]
+        return text[:stop] + added, stop + len(added)
+
+
+def _pieces(places: _Places, turn: int, end: int | None, text: str) -> list[Learnt]:
+    """What is learnt of an answer whose turn ends at `end`; None: nothing there says so."""
+    start, stop = places.starts[turn], places.stops[turn]
+    last = stop if end is None else end
+    if places.blocks is None:
+        return [Learnt(start, last, end is not None)]
+    found = [[max(a, start), b] for a, b in places.blocks if a < last and b > start]
+    if found and not text[start : found[0][0]].strip():
+        found[0][0] = start  # the opening leaves it to the model to write these blanks
+    if found and found[-1][1] >= stop:  # the end belongs to it, whether the block says so or not
+        if end is None:  # what else the block holds behind the content ends the answer here
+            last = end = stop + len(text[stop : found[-1][1]].rstrip())
+        found[-1][1] = last
+    return [Learnt(a, min(b, last), end is not None and b == end) for a, b in found if a < b]
+
+
+def _changed(text: str, opening: str, turn: int, sample_id: str, last: bool) -> str:
+    pairs = enumerate(zip(text, opening, strict=False))
+    part = next((k for k, (a, b) in pairs if a != b), min(len(text), len(opening)))
+    ways = "" if last else "give each answer a dialog of its own that shows all images in its first turn, "
+    ways += "set variables of the template (tokenizer.template_options={enable_thinking: false}, if it has that one), "
+    ways += "or choose another one with tokenizer.chat_template."
+    return (
+        f"Sample {sample_id!r}: the chat template renders turn {turn} differently with and without what follows: a "
+        f"prompt that asks for it ends with {opening[-40:]!r}. They part at {text[max(0, part - 40) : part + 40]!r}. "
+        f"{ways[0].upper()}{ways[1:]}"
+    )

@@ -1,0 +1,409 @@
+"""The one processor of a composed model: chat template, image tokens, labels, pixels.
+
+It knows how many image tokens an image becomes, writes exactly that many placeholders, and marks what is learnt. A
+sample whose labels would come out empty or misaligned is an error that shows the text: nothing is masked in silence.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from transformers import ProcessorMixin
+
+from zoo.autoclasses import register_processor
+from zoo.model_config import ZooConfig
+from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, naming, unknown
+from zoo.text.answer_spans import TurnChangedError
+from zoo.text.batch import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
+from zoo.text.chat_template import ChatTemplate
+from zoo.text.processor_call import CallMixin, cut_of, flat
+from zoo.text.processor_chat import ChatMixin
+from zoo.text.tokenized_chat import Chat
+from zoo.text.tokenizer import require_token
+from zoo.vision.images.processors import Pictures, Videos, as_clip, processor_of
+from zoo.vision.images.transform import to_pixels
+from zoo.vision.images.video import Video
+
+_CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
+
+
+class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
+    """Turns text, chat messages and images into what `ZooModel` takes.
+
+    Args:
+        tokenizer: with an image token, padding, an end-of-sequence token and a chat template.
+        transform: what the encoder wants of its pixels, as `ImageTransform` or its dict; None without an encoder.
+        num_image_tokens: placeholders per image; 0 where images do not stand in the sequence.
+        image_separator: text between an image and what follows it, where images stand in the sequence.
+        pictures: the image processor of a published model, as plain values; None: images go by `transform`.
+        videos: the same for videos; None: videos are refused.
+        image_token: that stands where an image goes; None: the tokenizer says.
+        video_token: that stands where a video goes; None: the image token.
+        layout: node of the model's layout, and under `given` what it was derived from; None: each image has
+            `num_image_tokens`.
+        end_tokens: that end an answer beside what tokenizer and template say, as the model's checkpoint states.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        transform: ImageTransform | Mapping[str, Any] | None = None,
+        num_image_tokens: int = 0,
+        image_separator: str = "\n",
+        chat_template: str | None = None,
+        pictures: Mapping[str, Any] | None = None,
+        videos: Mapping[str, Any] | None = None,
+        image_token: str | None = None,
+        video_token: str | None = None,
+        layout: Mapping[str, Any] | None = None,
+        end_tokens: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(transform, Mapping):
+            stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in transform.items()}
+            transform = ImageTransform(**stated)
+        self.transform: Any = transform  # ImageTransform or None
+        self.num_image_tokens = num_image_tokens
+        self.pictures = Pictures(pictures) if pictures else None
+        self.videos = Videos(videos) if videos else None
+        self.layout_node = dict(layout) if layout else None
+        self.layout: Any = build_layout(layout) if layout else None
+        if image_token is not None:
+            tokenizer.image_token = image_token
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        super().__init__(tokenizer)
+        self.image_token = tokenizer.image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+        self.video_token = video_token
+        # Whether a video is words and images by the time that text is tokenized.
+        self.spells = bool(video_token) and getattr(self.layout, "spells", False)
+        known = video_token is not None and video_token in tokenizer.get_vocab()
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
+        self._images: dict[Cut, np.ndarray] = {}
+        self._separator = image_separator
+        self.end_tokens = list(end_tokens or ())
+        self._made: tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]] | None = None
+        self._chat_now()
+
+    def _chat_now(self) -> tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]]:
+        """Tokenizer, chat template, what follows of both, and dialogs tokenized by them; people set both at any time.
+
+        Raises:
+            ZooError: the tokenizer has no such image token as the model has.
+        """
+        made, tokenizer = self._made, self.tokenizer
+        if made is None or made[0] is not tokenizer or made[1] != tokenizer.chat_template:
+            require_token(tokenizer, self.image_token, self.image_token_id)
+            chat = Chat(tokenizer, self.video_token, self.end_tokens)
+            made = self._made = tokenizer, tokenizer.chat_template, chat, {}
+        return made
+
+    @property
+    def _chat(self) -> Chat:
+        return self._chat_now()[2]
+
+    @property
+    def image_separator(self) -> str:
+        """Text behind an image; a template that shows images says itself what stands there."""
+        return "" if self._chat.typed else self._separator
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's chat template: there is one, whichever of the two it is set on."""
+        return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
+
+    @chat_template.setter
+    def chat_template(self, value: Any) -> None:
+        tokenizer = self.__dict__.get("tokenizer")
+        if value is not None and tokenizer is not None:
+            tokenizer.chat_template = value
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template, and what it writes around an answer."""
+        return self._chat.template
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model takes of a call."""
+        return [*self.tokenizer.model_input_names, *(["pixel_values"] if self.transform else [])]
+
+    @property
+    def image_processor(self) -> Any:
+        """The image processor of transformers that prepares images as this processor does, to a step of a byte.
+
+        transformers' pipelines ask for it. None without an encoder, and where images are padded to squares.
+        """
+        if self.pictures is not None:
+            return self.pictures.processor
+        if self.transform is None or self.transform.fit == "pad":
+            return None
+        return processor_of(as_clip(self.transform))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "processor_class": type(self).__name__,
+            "transform": asdict(self.transform) if self.transform else None,
+            "num_image_tokens": self.num_image_tokens,
+            "image_separator": self.image_separator,
+            **({"pictures": self.pictures.config} if self.pictures else {}),
+            **({"videos": self.videos.config} if self.videos else {}),
+            **({"video_token": self.video_token} if self.video_token else {}),
+            "image_token": self.image_token,
+            **({"layout": self.layout_node} if self.layout_node else {}),
+            **({"end_tokens": self.end_tokens} if self.end_tokens else {}),
+        }
+
+    # ---- for training and evaluation: samples ------------------------------------------------------------------
+
+    def encode(self, sample: Sample, pixel_values: list[Any] | None = None) -> EncodedSample:
+        """Encode a sample for training. Several dialogs share the images: one prefix, then a block for each dialog.
+
+        So do the two answers of a preference.
+
+        Args:
+            sample: what to encode.
+            pixel_values: of its images, where they are there already.
+
+        Raises:
+            ZooError: images and image parts do not match, an answer is empty, or the chat template and the tokenizer
+                leave no clear border between question and answer; the message shows the text and where it broke.
+        """
+        pixels = self._images_of(sample) if pixel_values is None else pixel_values
+        rows = [(d, row) for d in sample.dialogs for row in self._learnt(d, sample, pixels)]
+        dialogs = _paired(sample.id, [d.preference for d, _ in rows], [row for _, row in rows])
+        common: dict[str, Any] = {
+            "pixel_values": pixels,
+            "targets": sample.targets,
+            "ids": [sample.id],
+        }
+        if len(dialogs) == 1:
+            return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, pairs=dialogs[0].pairs, **common)
+        row: dict[str, Any] = dict(share_prefix(dialogs, sample.id))
+        return EncodedSample(**row, **common)
+
+    def encode_images(self, sample: Sample) -> EncodedSample:
+        """Encode the images and dense targets of a sample, and none of its text."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return EncodedSample(nothing, nothing, self._images_of(sample), targets=sample.targets)
+
+    def _learnt(self, dialog: Dialog, sample: Sample, pixels: Sequence[Any]) -> list[TokenizedDialog]:
+        """Tokenize a dialog of a sample, or remember it; see `_rows`."""
+        shown = _count_images(dialog.messages)
+        if shown != len(sample.images):
+            raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
+        key: Any = bool(dialog.preference), tuple([(m["role"], _key(m["content"])) for m in dialog.messages])
+        if self.layout is not None:  # the same words with images of other shapes are other tokens
+            key = key, tuple([cut_of(p) for p in pixels])
+        dialogs = self._chat_now()[3]
+        known = dialogs.get(key)
+        if known is None:
+            if len(dialogs) >= _CACHE:
+                dialogs.clear()
+            rows = self._rows(dialog, sample.id, pixels)
+            known = [TokenizedDialog(ids, labels, self._shared(ids), shown) for ids, labels in rows]
+            dialogs[key] = known
+        return known
+
+    def _rows(self, dialog: Dialog, sample_id: str, pixels: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokenize a dialog: one row, or one for each answer where earlier ones are not written as they are asked for.
+
+        Templates of models that think are such: the thought that they open in a prompt is gone from earlier turns.
+        """
+        messages = dialog.messages
+        if dialog.preference:  # its last answer alone is compared
+            return [self.tokenize_dialog(messages, sample_id, pixels, only_last=True)]
+        try:
+            return [self.tokenize_dialog(messages, sample_id, pixels)]
+        except TurnChangedError:
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            parts = [messages[: i + 1] for i in answers]
+            if any(_count_images(p) != _count_images(messages) for p in parts):  # they share the images, or cannot be
+                raise
+            return [self.tokenize_dialog(p, sample_id, pixels, only_last=True) for p in parts]
+
+    def encode_prompt(self, sample: Sample, dialog: Dialog, pixel_values: list[Any] | None = None) -> EncodedSample:
+        """Encode one dialog up to its last assistant turn, which is left for the model to write.
+
+        Args:
+            pixel_values: the images as they came out before, or nothing where only the text is wanted and all images
+                are equally long.
+        """
+        messages = dialog.messages
+        if (shown := _count_images(messages)) != len(sample.images):
+            raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        pixels = self._images_of(sample) if pixel_values is None else pixel_values
+        tokens = self._chat.prompt(self._told(messages, pixels), sample.id)
+        ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
+        return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
+
+    def collate(
+        self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1
+    ) -> dict[str, Any]:
+        """Stack encoded samples into a batch; see `zoo.text.batch.collate`."""
+        return collate(samples, pad_id=self.tokenizer.pad_token_id, padding_side=padding_side, multiple_of=multiple_of)
+
+    @staticmethod
+    def pack(samples: Sequence[EncodedSample], length: int) -> list[EncodedSample]:
+        """Join samples into rows of at most `length` tokens; see `zoo.text.batch.pack`."""
+        return pack(samples, length)
+
+    def tokenize_dialog(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sample_id: str = "",
+        pictures: Sequence[Any] = (),
+        only_last: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize a conversation; labels are the assistant turns, each with the token or the text that ends it.
+
+        Args:
+            messages: typed or plain.
+            sample_id: for messages.
+            pictures: the images, where a layout makes them unlike long.
+            only_last: nothing but the last assistant turn is learnt.
+
+        Returns:
+            input_ids and labels, both (T,), image tokens expanded.
+        """
+        tokens, labels = self._chat.labelled(self._told(messages, pictures), sample_id, only_last)
+        labels[(tokens == self.image_token_id) | (tokens == self.video_token_id)] = IGNORE_INDEX
+        return self._expand(tokens, pictures=pictures), self._expand(labels, tokens, pictures)
+
+    def _told(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, str]]:
+        """Messages with string content, videos in words where the layout spells them."""
+        films = _films(pictures)
+        plain = [{**m, "content": self._as_text(m["content"])} for m in messages]
+        return [{**m, "content": self._spelled(m["content"], films)} for m in self.flatten(plain)]
+
+    def _as_text(self, content: Any) -> Any:
+        """What a person wrote, without tokens of control; images in a plain content are where their token stands."""
+        plain = self._chat.plain
+        if isinstance(content, str):
+            return plain.veil(content, leave=plain.placeholders)
+        return [{**part, "text": plain.veil(part["text"])} if part["type"] == "text" else part for part in content]
+
+    def _spelled(self, text: str, films: Iterator[Cut]) -> str:
+        """Put words, and an image token for each frame, in the place of each video."""
+        if not self.spells:
+            return text
+        first, *rest = text.split(self.video_token)
+        return first + "".join(self.layout.spell(next(films), self.image_token) + part for part in rest)
+
+    def _expand(self, values: np.ndarray, ids: np.ndarray | None = None, pictures: Sequence[Any] = ()) -> np.ndarray:
+        """Put the tokens of each image in the place of its image token, in `values` or wherever `ids` holds one."""
+        learnt = ids is not None  # labels: nothing of an image is learnt
+        ids = values if ids is None else ids
+        if self.layout is None:
+            return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
+        places = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
+        cuts = [c for p in pictures for c in self._marked(cut_of(p))]
+        if len(places) != len(cuts):
+            raise ZooError(f"The text shows {len(places)} images, and {len(cuts)} were given.")
+        pieces, at = [], 0
+        for place, cut in zip(places.tolist(), cuts, strict=True):
+            shown = self._image_ids(cut)
+            pieces += [values[at:place], np.full_like(shown, IGNORE_INDEX) if learnt else shown]
+            at = place + 1
+        return np.concatenate([*pieces, values[at:]]).astype(np.int64)
+
+    def _marked(self, cut: Cut) -> list[Cut]:
+        """What each image token in the text stands for: the image or video, or each frame of a video in words."""
+        if cut.kind == "frame" and self.spells:
+            return [Cut(size=cut.size)] * cut.rows
+        return [cut]
+
+    def _image_ids(self, cut: Cut) -> np.ndarray:
+        """Ids of an image that was cut so: placeholders, and what the layout writes around them."""
+        if cut not in self._images:
+            if not hasattr(self.layout, "text"):
+                token = self.video_token_id if cut.kind == "frame" else self.image_token_id
+                self._images[cut] = np.full(self.layout.count(cut), token, dtype=np.int64)
+            else:
+                ids = self.tokenizer(self._image_text(cut), add_special_tokens=False)["input_ids"]
+                self._images[cut] = np.array(ids, dtype=np.int64)
+        return self._images[cut]
+
+    def _shared(self, ids: np.ndarray) -> int:
+        """Length of the prefix that dialogs share: up to the last image placeholder; nothing for text alone."""
+        where = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
+        return int(where[-1]) + 1 if len(where) else 0
+
+    def prepare(self, sources: Sequence[Any]) -> list[Any]:
+        """Prepare images and videos, as `encode_prompt` takes them."""
+        return self._all_pixels([list(sources)])
+
+    def _images_of(self, sample: Sample) -> list[Any]:
+        """Prepare the images of a sample.
+
+        Raises:
+            RecordError: one cannot be decoded.
+        """
+        with naming(sample.data, sample.where, sample.id, "image"):
+            return self._all_pixels([sample.images])
+
+    def _all_pixels(self, images: Any, options: Mapping[str, Any] | None = None) -> list[Any]:
+        """All images of a batch; a list of lists says which belong to one sample. `options`: of the image processor."""
+        nested = isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images)
+        groups = [flat(group) for group in images] if nested else [[image] for image in flat(images)]
+        return [self._pixels(image, len(group) > 1, options) for group in groups for image in group]
+
+    def _pixels(self, source: Any, several: bool = False, options: Mapping[str, Any] | None = None) -> Any:
+        if self.transform is None:
+            raise ZooError("An image was given to a model that has no vision encoder.")
+        if isinstance(source, Video):
+            if self.videos is None or self.layout is None:
+                raise ZooError(f"Video {source.path!r} was given to a model that takes images only.")
+            return self.videos(source)
+        if self.pictures is None:
+            return to_pixels(source, self.transform)
+        picture = self.pictures(source, several=several, options=options)
+        if self.layout is not None:
+            return picture
+        if picture.cut.rows != 1:
+            raise ZooError(f"The image processor cuts an image into {picture.cut.rows}, and the model has no layout.")
+        return picture.pixels[0]
+
+
+def _paired(sample_id: str, sides: list[str], dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
+    """Number the pairs of answers of a sample; one half of a pair may stand alone, its other half in another row."""
+    if not any(sides):
+        return dialogs
+    wrong = next((s for s in sides if s not in ("", "chosen", "rejected")), None)
+    if wrong is not None:
+        raise unknown("preference of a dialog", wrong, ("chosen", "rejected"))
+    if len(sides) > 1 and [s for s in sides if s] != ["chosen", "rejected"] * (len([s for s in sides if s]) // 2):
+        raise ZooError(f"Sample {sample_id!r}: each chosen dialog must have its rejected one behind it, got {sides}.")
+    result, number = [], int(sides == ["rejected"])
+    for side, dialog in zip(sides, dialogs, strict=True):
+        result.append(as_preference(dialog, number) if side else dialog)
+        number += bool(side)
+    return result
+
+
+def _key(content: Any) -> Any:
+    return content if isinstance(content, str) else tuple([part.get("text") for part in content])
+
+
+def _films(pictures: Sequence[Any]) -> Iterator[Cut]:
+    return (cut for cut in map(cut_of, pictures) if cut.kind == "frame")
+
+
+def build_layout(given: Mapping[str, Any]) -> Any:
+    """Build a layout that only counts."""
+    node = {key: value for key, value in given.items() if key != "given"}
+    derived = {k: tuple(v) if isinstance(v, list) else v for k, v in given.get("given", {}).items()}
+    return build("layout", node, text_dim=None, **derived)
+
+
+def _count_images(messages: Sequence[Mapping[str, Any]]) -> int:
+    return sum(
+        p["type"] in ("image", "video") for m in messages if not isinstance(m["content"], str) for p in m["content"]
+    )
+
+
+register_processor(ZooConfig, ZooProcessor)

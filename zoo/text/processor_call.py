@@ -1,0 +1,242 @@
+"""What people call of a processor: text and images become what the model takes.
+
+It takes what transformers' own processors take and gives what they give. Two defaults differ: rows are padded, and come
+as tensors.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+
+from zoo.registry import Cut, ZooError
+from zoo.text.processor_options import Options, sort_options
+from zoo.vision.images.processors import Picture, stack
+from zoo.vision.images.video import Video
+
+
+class CallMixin:
+    """The call of `ZooProcessor`; samples go another way, which remembers more."""
+
+    tokenizer: Any
+    transform: Any
+    pictures: Any  # Pictures or None
+    layout: Any
+    num_image_tokens: int
+    image_token: str
+    image_token_id: int
+    video_token: str | None
+    video_token_id: int
+    spells: bool
+    _all_pixels: Callable[..., list[Any]]
+    _pixels: Callable[..., Any]
+    _spelled: Callable[[str, Iterator[Cut]], str]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tokenize text that holds the image token where an image goes, and transform the images.
+
+        Args:
+            images: one image, a list in the order of their tokens over the whole batch, or a list of the images of
+                each text.
+            text: one text or several; without any, the images alone are transformed.
+            videos: paths or `zoo.vision.images.video.Video`s, in the order of their tokens.
+            audio: refused.
+            kwargs: options as transformers' processors take them, by themselves or in `text_kwargs`, `images_kwargs`:
+                `padding` (True), `max_length`, `truncation`, `pad_to_multiple_of`, `padding_side`, `return_tensors`
+                (`pt`; lists where `padding=False`), `add_special_tokens`, `return_offsets_mapping`, ...
+
+        Returns:
+            input_ids, attention_mask (B, T) and what else was asked for; pixel_values (M, 3, h, w) if there are images,
+            with `cuts` where an image has rows of its own; images_per_row where images leave no placeholders.
+
+        Raises:
+            ZooError: images and image tokens do not match, truncation cuts an image, or an option is not known or not
+                done, with its name.
+        """
+        if audio is not None:
+            raise ZooError("The model takes no sound: leave out audio.")
+        if text is None and images is None and videos is None:
+            raise ZooError("The processor needs text, images or videos.")
+        own = self.pictures.processor if self.pictures else None
+        options = sort_options(kwargs, self, tokenizer=self.tokenizer, image_processor=own, pixels=str(self.transform))
+        shown = self._all_pixels(images, options.images)
+        films = [self._pixels(v if isinstance(v, Video) else Video(str(v))) for v in flat(videos)]
+        if options.images:
+            self._require_size(shown, options.images)
+        data: dict[str, Any] = {}
+        if text is None:
+            shown = [*shown, *films]
+        else:
+            data, shown = self._written(text, shown, films, options)
+        pixels = stack(shown)
+        if pixels and options.tensors != "pt":
+            values = pixels["pixel_values"]
+            pixels["pixel_values"] = values.numpy() if options.tensors == "np" else list(values)
+        return BatchFeature(data | pixels)
+
+    def _require_size(self, pictures: Sequence[Any], options: dict[str, Any]) -> None:
+        """Refuse options that make pixels of a size that the encoder does not take."""
+        wanted = tuple(self.transform.size)
+        for picture in pictures:
+            pixels = picture.pixels if isinstance(picture, Picture) else picture
+            if (size := tuple(pixels.shape[-2:])) != wanted:
+                raise ZooError(
+                    f"The options {', '.join(sorted(options))} make pixels of {size[0]} x {size[1]}, and the encoder "
+                    f"takes {wanted[0]} x {wanted[1]}."
+                )
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def _written(
+        self, text: str | Sequence[str], shown: list[Any], films: list[Any], options: Options
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """Tokenize texts with the tokens of their images; also give images and videos in the order of the texts."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if any(not isinstance(t, str) for t in texts):
+            kinds = ", ".join(sorted({type(t).__name__ for t in texts}))
+            raise ZooError(
+                f"text must be a string or a list of strings, got {kinds}; images come first: (images, text)."
+            )
+        given = self._matched(texts, shown, films)
+        marks = re.compile("|".join(map(re.escape, given)))
+        written, replaced, order = [], [], []
+        for one in texts:
+            pieces, spans, at, length = [], [], 0, 0
+            for found in marks.finditer(one):
+                picture = given[found.group()].pop(0)
+                order.append(picture)
+                instead = self._instead(picture, found.group())
+                pieces += [one[at : found.start()], instead]
+                length += len(pieces[-2])
+                kind = "video" if cut_of(picture).kind == "frame" else "image"
+                spans.append(
+                    {
+                        "type": kind,
+                        "span": found.span(),
+                        "new_span": (length, length + len(instead)),
+                        "text": found.group(),
+                        "replacement": instead,
+                    }
+                )
+                at, length = found.end(), length + len(instead)
+            written.append("".join([*pieces, one[at:]]))
+            replaced.append(spans)
+        data = self._tokenized(written, options)
+        self._require_whole(written, data["input_ids"], options)
+        if options.kinds:
+            data["mm_token_type_ids"] = self._kinds(data["input_ids"])
+        if options.replacements:
+            data["text_replacement_offsets"] = replaced
+        if order and not self.num_image_tokens:
+            data["images_per_row"] = [len(spans) for spans in replaced]
+        return data, order
+
+    def _matched(self, texts: Sequence[str], shown: list[Any], films: list[Any]) -> dict[str, list[Any]]:
+        """Images and videos by the token that stands for them.
+
+        Raises:
+            ZooError: there are more or fewer of them than of their tokens.
+        """
+        given = {self.image_token: ("images", shown)}
+        if self.video_token not in (None, self.image_token):
+            given[self.video_token] = "videos", films
+        elif films and shown:
+            raise ZooError(f"Images and videos have one token here, {self.image_token!r}: give one kind in a call.")
+        elif films:
+            given = {self.image_token: ("videos", films)}
+        for token, (what, some) in given.items():
+            if (wanted := sum(text.count(token) for text in texts)) != len(some):
+                raise ZooError(f"The text holds {wanted} times {token!r}, but {len(some)} {what} were given.")
+        return {token: list(some) for token, (_, some) in given.items()}
+
+    def _instead(self, picture: Any, mark: str) -> str:
+        """What stands in the text for an image or a video."""
+        if self.layout is None:
+            return self.image_token * self.num_image_tokens or mark
+        cut = cut_of(picture)
+        if cut.kind == "frame" and self.spells:
+            frame = self._image_text(Cut(size=cut.size))
+            return frame.join(self.layout.spell(cut, self.image_token).split(self.image_token))
+        return self._image_text(cut)
+
+    def _image_text(self, cut: Cut) -> str:
+        """What stands for an image that was cut so: placeholders, and what the layout writes around them."""
+        if hasattr(self.layout, "text"):
+            return self.layout.text(cut, self.image_token)
+        own = cut.kind == "frame" and self.video_token_id != self.image_token_id
+        return (self.video_token if own and self.video_token else self.image_token) * self.layout.count(cut)
+
+    def _tokenized(self, texts: list[str], options: Options) -> dict[str, Any]:
+        if self.num_image_tokens or self.layout is not None:
+            return dict(self.tokenizer(texts, **options.text, return_tensors=options.tensors))
+        # An image leaves no token: its mark goes once its neighbours are tokens, so that they do not grow together.
+        if options.text.get("return_offsets_mapping") or options.text.get("text_pair") is not None:
+            raise ZooError(
+                "return_offsets_mapping and text_pair are not done where images leave no tokens in the text."
+            )
+        padding = {n: options.text[n] for n in ("padding", "max_length", "pad_to_multiple_of") if n in options.text}
+        side = options.text.get("padding_side")
+        rows = self.tokenizer(texts, **{**options.text, "padding": False, "return_tensors": None})
+        left = [[i for i, token in enumerate(ids) if token != self.image_token_id] for ids in rows["input_ids"]]
+        kept = {
+            name: [[row[i] for i in at] for row, at in zip(values, left, strict=True)]
+            if isinstance(values[0], list)
+            else values
+            for name, values in rows.items()
+        }
+        return dict(self.tokenizer.pad(kept, **padding, padding_side=side, return_tensors=options.tensors))
+
+    def _require_whole(self, texts: Sequence[str], ids: Any, options: Options) -> None:
+        """Refuse rows that lost tokens of an image."""
+        if not options.text.get("truncation") or not (self.num_image_tokens or self.layout is not None):
+            return
+        tokens = {self.image_token: self.image_token_id}
+        if self.video_token and self.video_token_id != self.image_token_id:
+            tokens[self.video_token] = self.video_token_id
+        for number, (text, row) in enumerate(zip(texts, ids, strict=True)):
+            found = np.asarray(row)
+            for token, wanted in tokens.items():
+                if (have := int((found == wanted).sum())) != (need := text.count(token)):
+                    longest = options.text.get("max_length") or self.tokenizer.model_max_length
+                    raise ZooError(
+                        f"Truncation to {longest} tokens cuts the images of text {number}: {have} of {need} {token!r} "
+                        "would be left. Raise max_length, or leave out truncation."
+                    )
+
+    def _kinds(self, ids: Any) -> Any:
+        """Say at each token what it is of: 0 text, 1 an image, 2 a video."""
+        own = self.video_token_id if self.video_token_id != self.image_token_id else -1
+
+        def kinds(row: Any) -> Any:
+            row = np.asarray(row)
+            return (row == self.image_token_id) + 2 * (row == own)
+
+        if isinstance(ids, torch.Tensor):
+            return torch.from_numpy(kinds(ids.numpy()))
+        return kinds(ids) if isinstance(ids, np.ndarray) else [kinds(row).tolist() for row in ids]
+
+
+def flat(images: Any) -> list[Any]:
+    """All images of a nested list, or of an array of several."""
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return [i for item in images for i in flat(item)]
+    return [images]
+
+
+def cut_of(picture: Any) -> Cut:
+    """How an image was cut; one that was not is as large as its pixels."""
+    if isinstance(picture, Picture):
+        return picture.cut
+    return Cut(size=(int(picture.shape[-2]), int(picture.shape[-1])))

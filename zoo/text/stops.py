@@ -1,0 +1,186 @@
+"""Where answers stop: end tokens and end texts of a model, and the answer without them.
+
+A checkpoint states end tokens in generation_config.json (Gemma, Llama 3 and Phi-3 several), a tokenizer has its
+end-of-sequence token, and a chat template writes something behind each answer. Generation stops at all of them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError
+from zoo.registry.foreign import CONFIG, require_file
+from zoo.text.chat_template import ChatTemplate
+from zoo.text.tokenizer_files import read_tokenizer
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer: ids of single tokens, and texts of several."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...] = ()
+
+
+def stops_of(template: ChatTemplate) -> Stops:
+    """What ends the answers that a chat template writes, the tokenizer's end-of-sequence token included."""
+    ids, texts = [], []
+    for end in template.ends:
+        special = {*template.special, template.tokenizer.eos_token}
+        token = max((t for t in special if t and end.endswith(t)), key=len, default=None)
+        if token is None:
+            texts.append(end)
+        else:
+            ids.append(template.tokenizer.convert_tokens_to_ids(token))
+    return Stops(tuple(dict.fromkeys(ids)), tuple(texts))
+
+
+def listed(given: Any) -> list[Any]:
+    """A value of a generation config that may be one, several or none: end tokens, stop strings."""
+    return [] if given is None else [given] if isinstance(given, (int, str)) else list(given)
+
+
+def stated_config(model: Any, folder: Path | None) -> Any:
+    """The generation config that a checkpoint states: in its folder, or with its language model."""
+    from transformers import GenerationConfig
+
+    if folder is None or not (folder / "generation_config.json").is_file():
+        return model.llm.lm.generation_config or GenerationConfig()
+    require_file(folder / "generation_config.json", CONFIG)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ZooError(f"{folder}/generation_config.json cannot be read: {' '.join(str(error).split())}") from error
+
+
+def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str | None) -> None:
+    """Keep of the ids that a language model states those that are the same tokens in the tokenizer.
+
+    Args:
+        config: the generation config of the language model.
+        tokenizer: of the composed model.
+        llm: node of the language model.
+        source: where the tokenizer came from; None or empty: from the language model.
+    """
+    checkpoint = llm.get("checkpoint")
+    stated = listed(config.eos_token_id)
+    if not source or source == checkpoint or not (stated or config.pad_token_id is not None):
+        return
+    kept: list[int] = []
+    if checkpoint and stated:
+        with suppress(ZooError):  # it has none: what its ids mean is not known
+            theirs = read_tokenizer(checkpoint, revision=llm.get("revision") or None)
+            ours, tokens = tokenizer.convert_ids_to_tokens(stated), theirs.convert_ids_to_tokens(stated)
+            kept = [i for i, a, b in zip(stated, ours, tokens, strict=True) if a == b and a is not None]
+    config.eos_token_id, config.pad_token_id = kept or None, None
+
+
+def end_tokens(config: Any, tokenizer: Any) -> list[str]:
+    """The added tokens that a generation config states as ends, beside the end-of-sequence token."""
+    added = tokenizer.added_tokens_decoder  # words may be stated too: they end a generation, and no text
+    return [added[i].content for i in listed(config.eos_token_id) if i in added and i != tokenizer.eos_token_id]
+
+
+def set_stops(model: Any, processor: Any, config: Any) -> None:
+    """Let a model stop where its answers end.
+
+    Args:
+        model: composed.
+        processor: of the model.
+        config: the generation config that its checkpoint states; it becomes the model's.
+    """
+    stops = stops_of(processor.template)
+    ids = list(dict.fromkeys([*listed(config.eos_token_id), *stops.ids]))
+    config.eos_token_id = ids[0] if len(ids) == 1 else ids
+    config.stop_strings = list(dict.fromkeys([*listed(config.stop_strings), *stops.texts])) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = processor.tokenizer.pad_token_id
+    model.generation_config = config
+    model.config.eos_token_id = config.eos_token_id
+
+
+def keep_stops(model: Any, processor: Any) -> None:
+    """Let a model stop where the processor's template ends answers now: it may have been set after loading."""
+    config, stops = model.generation_config, stops_of(processor.template)
+    known = {*listed(config.eos_token_id)}, {*listed(config.stop_strings)}
+    if not (known[0].issuperset(stops.ids) and known[1].issuperset(stops.texts)):
+        set_stops(model, processor, config)
+
+
+def reader_for(model: Any, processor: Any) -> "AnswerReader":
+    """What reads the answers of a model; the model stops where they end."""
+    if model.generation_config is not None:
+        keep_stops(model, processor)
+    config = model.generation_config
+    return AnswerReader(processor.tokenizer, processor.template, listed(config.eos_token_id if config else None))
+
+
+class AnswerReader:
+    """Reads answers out of what a model wrote: without what ends them, and without what a template puts before them.
+
+    Args:
+        tokenizer: of the model.
+        template: its chat template.
+        ids: further end tokens, which the checkpoint states.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, ids: Iterable[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        stops = stops_of(template)
+        self.ids = {*stops.ids, *ids}
+        self.ends = stops.texts
+        lead = tokenizer(template.closing.lead, add_special_tokens=False)["input_ids"]
+        self.lead = tokenizer.decode(lead, skip_special_tokens=True).strip()
+
+    def read(self, ids: Sequence[int]) -> str:
+        """Return the answer that new tokens are."""
+        return self.visible(self.tokenizer.decode(self.before_end(ids), skip_special_tokens=True)).strip()
+
+    def before_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """The tokens in front of the first end token: decoding shows those that are not special."""
+        return ids[: next((at for at, token in enumerate(ids) if token in self.ids), len(ids))]
+
+    def visible(self, text: str, final: bool = True) -> str:
+        """The part of a text that is the answer.
+
+        Args:
+            text: what the model wrote.
+            final: nothing follows; else what may become an end, or what stands before an answer, is held back.
+        """
+        begun = text.lstrip()
+        if self.lead and begun.startswith(self.lead):
+            text = begun[len(self.lead) :]
+        elif self.lead and not final and self.lead.startswith(begun):
+            return ""
+        found = [at for end in self.ends if (at := text.find(end)) >= 0]
+        if found:
+            return text[: min(found)]
+        held = 0
+        if not final:
+            sizes = (n for end in self.ends for n in range(1, len(end)) if text.endswith(end[:n]))
+            held = max(sizes, default=0)
+        return text[: len(text) - held]
+
+
+def streamer(reader: AnswerReader, stream: Any) -> Any:
+    """A streamer for `generate` that hands each piece of the answer to `stream` as it comes."""
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):
+        text, sent = "", 0
+
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt:
+                value = value.new_tensor(reader.before_end(value.flatten().tolist()))
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+            shown = reader.visible(self.text, final=stream_end)
+            if len(shown) > self.sent:
+                stream(shown[self.sent :])
+                self.sent = len(shown)
+
+    return Pieces(reader.tokenizer, skip_prompt=True, skip_special_tokens=True)

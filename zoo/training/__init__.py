@@ -1,0 +1,1 @@
+"""The training loop, one step of it, what follows the last step; `zoo teach`."""

@@ -1,0 +1,395 @@
+"""`zoo train`: runs the stages of a recipe, one loop for one process and for many.
+
+Also `accelerate launch -m zoo.train ...` and `torchrun --nproc_per_node 2 -m zoo.train ...`. SIGTERM saves a checkpoint
+and leaves with code 143; a run that was killed goes on with `zoo train resume=last`, to the same losses, the same
+weights and the same scores.
+"""
+
+import json
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from zoo.checking.checker import check
+from zoo.checking.plan import plan_from
+from zoo.composed.assembly import build_distiller
+from zoo.loading.build import build, load_teacher
+from zoo.registry import ZooError
+from zoo.runs import checkpoint
+from zoo.runs.allocator import keep_memory
+from zoo.runs.batches import Batches, Loader, Place
+from zoo.runs.data import RunData
+from zoo.runs.folder import RunFolder
+from zoo.runs.left_out import LeftOut
+from zoo.runs.lengths import room_of
+from zoo.runs.lock import RunLock
+from zoo.runs.processes import by_first, gather, start_accelerator
+from zoo.runs.progress import Display
+from zoo.runs.resume import Beginning, begin, options_of, read_config, require_same_start
+from zoo.runs.step_log import StepLog, not_finite
+from zoo.runs.trackers import check_trackers, start_trackers
+from zoo.settings.source import tokenizer_for, weights_folder
+from zoo.settings.stage import Stage, stages_of
+from zoo.storage.atomic import written_beside
+from zoo.storage.precision import fast_products, resolve_precision
+from zoo.teaching.teacher import Teacher, Twins
+from zoo.teaching.teacher_store import Stored
+from zoo.text.tokenizer import shared_tokens, tokens_hash
+from zoo.training.finish import finish, score
+from zoo.training.step import Engine, reseed
+
+TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
+KEEP = 2  # checkpoints that stay
+
+
+def main(cfg: DictConfig) -> RunFolder:
+    """Train as the config says; evaluate, save and say what to do next.
+
+    Raises:
+        SystemExit: SIGTERM came; the code is 143, and the run can be resumed.
+    """
+    if not cfg.resume:
+        check(plan_from(cfg))  # before a folder is made or data is read
+    with Run(cfg) as run:
+        run.train()
+        finish(run)
+    return run.folder
+
+
+class Run:
+    """One run: its folder, model and data, and the loop over stages.
+
+    It holds the lock of its folder until `close`, the end of its `with` block, or the first error of `train`.
+    """
+
+    def __init__(self, cfg: DictConfig, display: Display | None = None) -> None:
+        device, self.trackers = options_of(cfg)
+        check_trackers(self.trackers)
+        self.accelerator = start_accelerator(device)
+        self.main = self.accelerator.is_main_process
+        self.display = display or Display(silent=not self.main)
+        self._lock: RunLock | None = None
+        try:
+            self._prepare(cfg)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, cfg: DictConfig) -> None:
+        began = by_first(self.accelerator, lambda: self._begin(cfg))
+        self.folder, self.progress, self.newest = RunFolder(began.path), began.progress, began.newest
+        for note in began.notes:
+            self.display.note(note)
+        self.cfg = read_config(self.folder.config, cfg, began.plugins) if cfg.resume else cfg
+        self.stages = stages_of(self.cfg)
+        if not self.stages:
+            raise ZooError("There is nothing to train: the config has no stages. Choose a recipe, recipe=<name>.")
+        fast_products()
+        if self.accelerator.device.type == "cpu":
+            keep_memory()
+        self.resumed_trained = self.is_trained  # only the model is to be saved, or to be scored
+        self.skips = self.cfg.skip_broken or any(s.skip_broken for s in self.stages.values())
+        self.data = RunData(self.cfg.data, skip_broken=self.skips)
+        self.model, self.processor = self._compose()
+        if self.newest is not None:
+            self._restore(self.newest)
+        left_out = LeftOut(self.folder, self.cfg.max_broken, self.progress.seen, self.progress.left_out)
+        self.step_log = StepLog(self.accelerator, self.folder, self.display, left_out)
+        self._distiller: tuple[Any, Any] = (None, None)  # its node, and itself
+        self._teachers: dict[str, Any] = {}
+        self._asked = False  # SIGTERM came to this process
+        self._leave = False  # it came to one of the processes, and all know it
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the run, and let trackers write what they hold."""
+        trackers, self.accelerator.trackers = self.accelerator.trackers, []
+        for tracker in trackers:
+            tracker.finish()
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether every stage is behind."""
+        return self.progress.stage >= len(self.stages)
+
+    def train(self) -> None:
+        """Run what is left of the stages."""
+        about = {"run": str(self.folder.path), "seed": self.cfg.seed}
+        start_trackers(self.accelerator, self.trackers, self.folder.path, self.progress.global_step, about)
+        self._since = time.monotonic()
+        listen = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._on_sigterm) if listen else None
+        try:
+            with self.display:
+                for index, (name, stage) in enumerate(self.stages.items()):
+                    if index >= self.progress.stage:
+                        self._run_stage(index, name, stage)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                self.display.note(f"Stopped. To go on from the newest checkpoint: zoo train resume={self.folder.path}")
+            self.close()
+            raise
+        finally:
+            if listen:
+                signal.signal(signal.SIGTERM, before)
+        if any(gather(self.accelerator, self._asked)):  # after the processes agreed on their last step
+            self._terminate()
+
+    # ---- start -------------------------------------------------------------------------------------------------
+
+    def _begin(self, cfg: DictConfig) -> Beginning:
+        found, self._lock = begin(cfg)
+        return found
+
+    def _compose(self) -> tuple[Any, Any]:
+        """Compose the model, with the tokenizer that lies in the run's folder; the first process puts it there."""
+        made = self.folder.path / "tokenizer"
+        by_first(self.accelerator, lambda: self._make_tokenizer(made))
+        model, processor = self._build(made)
+        by_first(self.accelerator, lambda: self._note_start(model))
+        return model, processor
+
+    def _make_tokenizer(self, made: Path) -> None:
+        if not made.is_dir():
+            folder = weights_folder(self.cfg) if self.cfg.model.source != "preset" else None
+            with self.folder.writing("the tokenizer"), written_beside(made, folder=True) as beside:
+                tokenizer_for(self.cfg, folder, self.data.texts()).save_pretrained(beside)
+
+    def _note_start(self, model: Any) -> None:
+        if self.folder.lock.is_file():
+            require_same_start(self.folder, model, self.facts(model))
+        else:
+            self.folder.write_lock(**self.facts(model))
+
+    def facts(self, model: Any) -> dict[str, Any]:
+        """What zoo.lock says beside versions: how many processes, which plugins, and which weights the run began on."""
+        facts: dict[str, Any] = {"processes": self.accelerator.num_processes, "plugins": list(self.cfg.plugins)}
+        facts["base"] = model.config.base
+        if self.cfg.model.source != "preset":
+            facts["started_from"] = {"model": self.cfg.model.name, "fingerprint": self._fingerprint()}
+        return facts
+
+    def _fingerprint(self) -> str:
+        from zoo.storage.weights import fingerprint
+
+        folder = weights_folder(self.cfg)
+        return fingerprint(folder) if folder is not None else ""
+
+    def _build(self, tokenizer: Path) -> tuple[Any, Any]:
+
+        reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
+        device = self.accelerator.device
+        model, processor = build(self.cfg.copy(), tokenizer_folder=tokenizer, pretrained=False, device=device)
+        model.config.tokenizer = OmegaConf.to_container(self.cfg.tokenizer, resolve=True)
+        return model, processor
+
+    def _restore(self, newest: Path) -> None:
+        """Bring the model to where it was. An adapter that had begun to act starts from what was trained before it."""
+        stage, step = self.progress.stage, self.progress.step
+        self.model.detach_only([] if self.is_trained else list(self.stages.values())[stage].detach)
+        named = self._named()
+        checkpoint.load_weights(newest, named, "model.")
+        if self._start_adapters(range(1, stage + (step > 0))):
+            checkpoint.load_weights(newest, named, "model.")
+
+    # ---- stages ------------------------------------------------------------------------------------------------
+
+    def _run_stage(self, index: int, name: str, stage: Stage) -> None:
+        mix = self.data.mix(stage, self.cfg.seed * 1000 + index)
+        steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
+        reseed(self.cfg.seed, index, -2)  # what is new in a distiller is a function of the seed and the stage
+        distiller = self._distiller_of(stage)
+        teacher, twins = self._teacher_of(stage, distiller)
+        engine = self._engine(index, stage, steps, distiller, teacher)
+        done = self.progress.step
+        if not done:
+            self.step_log.left_out.begin()
+        place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
+        options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
+        options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)
+        batches = Batches(mix, self.processor, stage, steps, place, **options)
+        loader = Loader(batches, pin_memory=self.accelerator.device.type == "cuda")
+        parts = ", ".join(f"{part} {count:,}" for part, count in engine.trainable.items())
+        self.display.note(
+            f"stage {name}: {steps} steps, trains {parts}; {engine.precision}, {engine.attention} attention"
+        )
+        self.display.begin(f"{name} ({index + 1}/{len(self.stages)})", steps, done)
+        source = iter(loader)
+        for number in range(done, steps):
+            self._step(name, number, engine, loader, source)
+            last = number + 1 == steps
+            if stage.eval_every and (number + 1) % stage.eval_every == 0 and not last:
+                self._evaluate(engine)
+            if last:
+                self.step_log.end_stage(name, allow_nonfinite=stage.allow_nonfinite)
+                self.progress.stage, self.progress.step, self.progress.streams = index + 1, 0, {}
+            if last or self._leave or (stage.checkpoint_every and (number + 1) % stage.checkpoint_every == 0):
+                self._save(engine)
+            if self._leave:
+                self._terminate()
+        self.display.end()
+
+    def _step(self, name: str, number: int, engine: Engine, loader: Loader, source: Any) -> None:
+        start, waited = time.perf_counter(), loader.waited
+        items = [next(source) for _ in range(engine.stage.accumulate)]
+        batches, spares = [i["batch"] for i in items], [i["spare"] for i in items] if "spare" in items[0] else []
+        losses, self._leave = engine.run(number, self.progress.global_step, batches, self._asked, spares)
+        self.progress.step, self.progress.streams = number + 1, items[-1]["info"]["streams"]
+        self.progress.global_step += 1
+        record = {
+            "step": self.progress.global_step,
+            "stage": name,
+            "stage_step": number + 1,
+            "lr": engine.rate,
+            "weights": engine.weights,
+            "images": sum(len(b.get("pixel_values", ())) for b in batches if b is not None),
+            "samples": sum(i["info"]["samples"] for i in items),
+            "broken": [line for i in items for line in i["info"]["broken"]],
+            "start": start,
+            "wait": loader.waited - waited,
+        }
+        self.step_log.add(record, losses, allow_nonfinite=engine.stage.allow_nonfinite)
+
+    def _engine(self, index: int, stage: Stage, steps: int, distiller: Any, teacher: Any) -> Engine:
+        """Set up the stage; the first one of a resumed run with the rest of what its checkpoint holds."""
+        reseed(self.cfg.seed, index, -2)
+        engine = Engine(
+            self.accelerator,
+            self.model,
+            stage,
+            steps,
+            seed=self.cfg.seed,
+            precision=self.cfg.precision,
+            distiller=distiller,
+            teacher=teacher,
+        )
+        self.progress.trained = sorted({*self.progress.trained, *engine.named_parameters()})
+        if not self.progress.step:
+            self._start_adapters(range(index, index + 1))
+        if self.newest is not None:
+            if self.progress.step or stage.distiller_node == list(self.stages.values())[index - 1].distiller_node:
+                checkpoint.load_weights(self.newest, self._named(engine), "distiller.")
+            if self.progress.step:
+                checkpoint.load_optimizers(self.newest, engine.optimizers)
+            self.newest = None
+        return engine
+
+    def _start_adapters(self, stages: range) -> bool:
+        """Start the adapters that begin to act in these stages, other than the first; says if there are any.
+
+        What they copy was trained by the stages before.
+        """
+        found = False
+        for name, adapter in self.model.adapter.items():
+            begins = sum(name in stage.detach for stage in self.stages.values())
+            if begins and begins in stages and hasattr(adapter, "start"):
+                reseed(self.cfg.seed, begins, -4)
+                adapter.start()
+                found = True
+        return found
+
+    def _distiller_of(self, stage: Stage) -> Any:
+        """The stage's distiller; one that goes on from the stage before keeps what it has learnt."""
+        node = stage.distiller_node
+        if node != self._distiller[0]:
+            self._distiller = (node, None if node is None else build_distiller(self.model, node))
+        return self._distiller[1]
+
+    def _teacher_of(self, stage: Stage, distiller: Any) -> tuple[Any, Any]:
+        """The stage's teacher, and what adds its rows to the student's; a model that two stages name is loaded once."""
+        node = stage.teacher_node
+        if node is None:
+            return None, None
+        needs: frozenset[str] = getattr(distiller, "needs", frozenset())
+        if node["store"]:
+            return self._stored(stage, node["store"], needs)
+        key = json.dumps(node, default=str, sort_keys=True)
+        if key not in self._teachers:
+            self._teachers.clear()  # two large models are not kept for the sake of the second one's turn
+            precision = resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device)
+            self._teachers[key] = load_teacher(node, device=self.accelerator.device, precision=precision)
+        model, processor = self._teachers[key]
+        shared = shared_tokens(self.processor.tokenizer, processor.tokenizer)
+        return Teacher(model, needs, shared), Twins(processor, self.processor, model.llm.max_positions)
+
+    def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[Stored, Stored]:
+        """What `zoo teach` wrote, once it is known to be of this data and these tokens."""
+        stored = Stored(folder, needs)
+        if stored.about["tokens"] != tokens_hash(self.processor.tokenizer):
+            teacher = stored.about["teacher"]["model"]
+            raise ZooError(
+                f"The stored teacher {teacher!r} has another tokenizer or chat template than the student. "
+                f"Set tokenizer.checkpoint=model:{teacher}."
+            )
+        mix = self.data.mix(stage, 0)
+        stored.verify(dict(zip(mix.names, mix.datasets, strict=True)))
+        return stored, stored
+
+    # ---- checkpoints and the end -------------------------------------------------------------------------------
+
+    def _named(self, engine: Engine | None = None) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: weights that were ever trained, and the model's buffers."""
+        named = {f"model.{n}": t for n, t in checkpoint.tensors_of(self.model).items()}
+        if engine is not None and isinstance(engine.distiller, nn.Module):
+            named |= {f"distiller.{n}": p for n, p in engine.distiller.named_parameters()}
+        ever = set(self.progress.trained)
+        return {n: t for n, t in named.items() if n in ever or not isinstance(t, nn.Parameter)}
+
+    def _save(self, engine: Engine) -> None:
+        """Write a checkpoint; the metrics of its steps are on the disk before it."""
+        self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
+        now = time.monotonic()
+        self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
+        self.progress.seen, self.progress.left_out = self.step_log.left_out.counts
+        optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with fresh ones
+        state = checkpoint.collect(self._named(engine), optimizers, asdict(self.progress), keep=self.main)
+
+        def write() -> None:
+            bad = [] if engine.stage.allow_nonfinite else state.not_finite(set(self.progress.trained))
+            if bad:
+                what = f"{len(bad)} weights, the first {bad[0]!r}, are not finite"
+                raise not_finite(what, self.step_log.newest, self.folder)
+            self.folder.flush_metrics()
+            with self.folder.checkpoint(self.progress.global_step, KEEP) as path:
+                state.save(path)
+
+        by_first(self.accelerator, write)
+
+    def _evaluate(self, engine: Engine) -> None:
+        """Score the model as it is, in the middle of a stage."""
+        self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
+        result = score(self, limit=100)
+        if result is not None:
+            scores, step = result.summary(), self.progress.global_step
+            by_first(self.accelerator, lambda: self.folder.log({"step": step, "scores": scores}))
+            self.step_log.track(scores, step)
+            self.display.note("  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        engine.resume_training()
+
+    def _terminate(self) -> None:
+        self.display.note(f"Saved after SIGTERM. To go on: zoo train resume={self.folder.path}")
+        raise SystemExit(TERMINATED)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._asked = True  # a signal that comes during a step is agreed upon in the next
+
+
+if __name__ == "__main__":
+    from zoo.cli.entry import main as cli
+
+    sys.exit(cli(["train", *sys.argv[1:]]))

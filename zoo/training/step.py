@@ -1,0 +1,299 @@
+"""One optimiser step of a stage: forward passes, weighted losses, gradients over all processes, optimisers.
+
+The answer loss is a mean over every label of the step, wherever it was computed, so accumulation and more processes
+change nothing but the speed; so are the losses that a distiller names in `per_label`, and those in `per_image` are
+means over every image. Other losses are means over forward passes.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.composed.outputs import LOSS_ALONE, Seen
+from zoo.registry import IGNORE_INDEX, ZooError, unknown
+from zoo.runs.batches import keyed
+from zoo.runs.checkpoint import tensors_of
+from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
+from zoo.runs.processes import launcher_alone
+from zoo.settings.stage import Stage
+from zoo.storage.precision import autocast, resolve_precision
+from zoo.teaching.teacher import options_of
+from zoo.text.batch import TWIN, to_device
+
+
+@dataclass
+class Counts:
+    """What the sums of a step are divided by: its labels, images and passes, shared out over the processes."""
+
+    labels: float
+    images: float
+    passes: float = 1.0
+
+
+class TrainStep(nn.Module):
+    """The model, the distiller and what joins them, as one module, so that DDP sees every parameter that trains."""
+
+    def __init__(self, model: Any, distiller: Any, teacher: Any, stage: Stage) -> None:
+        super().__init__()
+        self.model = model
+        self.distiller = distiller
+        self.hidden = {"teacher": teacher}  # a dict hides it: the teacher is neither trained nor saved nor sharded
+        self.loss_weights = dict(stage.loss_weights)
+        needs: frozenset[str] = getattr(distiller, "needs", frozenset())
+        inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
+        self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
+        self.student_options = LOSS_ALONE | ({} if distiller is None else options_of(needs, "student"))
+        if stage.loss_weights.get("answer", 1.0) == 0 and not self.student_options["all_logits"]:
+            self.student_options["run_head"] = False  # nothing asks for the answer loss, not even at weight 0
+        if hasattr(teacher, "look_with"):
+            teacher.look_with(model)
+
+    def forward(self, batch: Mapping[str, Any], counts: Counts) -> dict[str, Tensor]:
+        """Return the unweighted losses of one forward pass by name.
+
+        Args:
+            batch: what `ZooProcessor.collate` gives, on this device.
+            counts: what the sums of losses over labels and over images are divided by.
+        """
+        own = {key: value for key, value in batch.items() if key != TWIN}
+        out = self.model(**own, num_items_in_batch=counts.labels, run_llm=self.run_llm, **self.student_options)
+        losses = dict(out.losses or {})
+        if self.distiller is not None:
+            teacher = self.hidden["teacher"]
+            seen = None if teacher is None else teacher.see(batch, out)
+            told = {"num_labels": counts.labels, "num_images": counts.images}
+            if teacher is not None and teacher.vocab_size:
+                told["vocab_size"] = teacher.vocab_size
+            losses |= self.distiller(Seen(out, self.model.llm), seen, {**own, **told})
+        return losses
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What losses count that do not count 1: as the stage says, times what the distiller says at this step."""
+        own = weights_of(self.distiller)
+        return {n: self.loss_weights.get(n, 1.0) * own.get(n, 1.0) for n in [*self.loss_weights, *own]}
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Sum the losses, weighted."""
+        weights = self.weights
+        weighted = [weights.get(name, 1.0) * value for name, value in losses.items()]
+        if not weighted:
+            raise ZooError("The stage has no loss: the answer loss has weight 0 and no distiller gives another.")
+        return torch.stack([w.float() for w in weighted]).sum()
+
+
+class Engine:
+    """Everything of one stage that lives on the device.
+
+    Args:
+        accelerator: of the run.
+        model: the composed model; only what the stage trains will require a gradient.
+        stage: its settings.
+        steps: optimiser steps of the stage.
+        seed: of the run.
+        precision: of the run, where the stage states none.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: Any,
+        stage: Stage,
+        steps: int,
+        *,
+        seed: int = 0,
+        precision: str = "auto",
+        distiller: Any = None,
+        teacher: Any = None,
+    ) -> None:
+        accelerator.free_memory()  # lets go of what the stage before wrapped
+        self.accelerator, self.model, self.stage, self.steps, self.seed = accelerator, model, stage, steps, seed
+        self.distiller, self.device = distiller, accelerator.device
+        model.detach_only(list(stage.detach))
+        self.trainable = model.set_trainable(list(stage.train), list(stage.freeze))  # numbers by part
+        self.precision = resolve_precision(stage.precision or precision, self.device)
+        self.resume_training()
+        if distiller is not None:
+            distiller.to(self.device) if isinstance(distiller, nn.Module) else None
+        step = TrainStep(model, distiller, teacher, stage)
+        if getattr(accelerator, "is_fsdp2", False):
+            _shard(accelerator, model)
+        self.sharded = hasattr(model, "set_requires_gradient_sync")
+        if self.sharded and isinstance(distiller, nn.Module):
+            _shard_like(distiller, model)
+        with launcher_alone():
+            self.step: Any = step if self.sharded else accelerator.prepare_model(step)
+        self.whole, self.run_llm = step, step.run_llm
+        self.unseen = set(stage.loss_weights)  # weights of losses that no step has shown yet
+        self.summed = frozenset({"answer"}) | getattr(distiller, "per_label", frozenset())
+        self.summed |= getattr(distiller, "per_image", frozenset())
+        modules = {"": model}
+        if isinstance(distiller, nn.Module):
+            modules["distiller"] = distiller
+        self.optimizers = build_optimizers(modules, stage, parts_of(model))
+        self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon does not see the size of a gradient
+
+    def run(
+        self,
+        number: int,
+        global_step: int,
+        batches: Sequence[dict[str, Any] | None],
+        stop: bool,
+        spares: Sequence[dict[str, Any] | None] = (),
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Take optimiser step `number` of the stage.
+
+        Args:
+            number: counted from 0 within the stage.
+            global_step: counted over the run; the model's randomness is a function of it.
+            batches: one per forward pass, still on the CPU; None where each of its samples is left out.
+            stop: whether this process was asked to leave.
+            spares: of several processes, for each pass what is run in the place of None, so that all run as many. It
+                counts nothing.
+
+        Returns:
+            Losses by name, and whether any process was asked to leave.
+        """
+        reseed(self.seed, global_step, self.accelerator.process_index)
+        if hasattr(self.distiller, "begin_step"):
+            self.distiller.begin_step(number, self.steps)
+        whole = [b for b in batches if b is not None]
+        counts, stop = self._agree(sum(map(count_labels, whole)), sum(map(count_images, whole)), len(whole), stop)
+        if not counts.passes:
+            return {}, stop  # nothing to learn from, in any process
+        passes: list[tuple[Any, bool]] = [(b, True) for b in whole]
+        if spares:
+            passes = [(s, False) if b is None else (b, True) for b, s in zip(batches, spares, strict=True)]
+        set_rate(self.optimizers, rate_at(number, self.steps, self.stage))
+        sums: dict[str, Tensor] = {}
+        for turn, (batch, counted) in enumerate(passes):
+            last = turn + 1 == len(passes)
+            with contextlib.nullcontext() if last else self._no_sync():
+                with autocast(self.precision, self.device):
+                    losses = self.step(to_device(batch, self.device), counts)
+                self._expect(losses, batch)
+                losses = {k: v if k in self.summed else v / counts.passes for k, v in losses.items()}
+                losses = losses if counted else {k: v * 0.0 for k, v in losses.items()}
+                self.whole.total(losses).backward()  # as it is: accelerate's own would divide it by what others set
+            for name, value in losses.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        if self.stage.clip:
+            torch.nn.utils.clip_grad_norm_(self.clipped, self.stage.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return sums, stop
+
+    def _expect(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Refuse a weight for a loss that is not there; a batch of text alone may lack some, and proves nothing."""
+        if self.unseen and "pixel_values" in batch:
+            there = {*losses, *weights_of(self.distiller)}  # a term with weight 0 is not computed
+            for name in self.unseen.difference(there, ("answer",)):
+                raise unknown("loss in this stage (loss_weights)", name, there)
+            self.unseen.clear()
+
+    def resume_training(self) -> None:
+        """Set up the model's attention and modes; after an evaluation once more."""
+        with autocast(self.precision, self.device):
+            self.attention = self.model.set_attention(self.model.config.attention)
+        _set_mode(self.model, self.stage)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What losses count at this step, where that is not 1."""
+        return self.whole.weights
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of AdamW now, or of Muon where that is all there is."""
+        return self.optimizers[-1].param_groups[0]["lr"]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains in this stage, with the names that checkpoints use."""
+        named: dict[str, Any] = {f"model.{n}": p for n, p in tensors_of(self.model).items() if p.requires_grad}
+        if isinstance(self.distiller, nn.Module):
+            named |= {f"distiller.{n}": p for n, p in self.distiller.named_parameters()}
+        return named
+
+    def _no_sync(self) -> Any:
+        if self.sharded:
+            modules = [self.model, self.distiller] if isinstance(self.distiller, nn.Module) else [self.model]
+            return _unsynced(modules)
+        return self.accelerator.no_sync(self.step)
+
+    def _agree(self, labels: int, images: int, passes: int, stop: bool) -> tuple[Counts, bool]:
+        """Share out what the step counts: each process divides by the mean, as gradients are averaged over them."""
+        world = self.accelerator.num_processes
+        if world > 1:
+            all_of = torch.tensor([labels, images, passes, int(stop)], dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(all_of)
+            labels, images, passes, stop = int(all_of[0]), int(all_of[1]), int(all_of[2]), bool(all_of[3] > 0)
+        return Counts(max(1, labels) / world, max(1, images) / world, passes / world), stop
+
+
+def weights_of(distiller: Any) -> Mapping[str, float]:
+    """What a distiller's losses count now, by name, where it says so."""
+    weights = getattr(distiller, "weights", None)
+    return weights if isinstance(weights, Mapping) else {}
+
+
+def reseed(seed: int, global_step: int, rank: int) -> None:
+    """Make the model's randomness a function of (seed, step, process)."""
+    torch.manual_seed(int(keyed(seed, 3, global_step, rank).integers(2**63)))
+
+
+def count_labels(batch: Mapping[str, Any]) -> int:
+    """Count the labels that a batch's answer loss is over: the first position predicts nothing before it."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def count_images(batch: Mapping[str, Any]) -> int:
+    """Count the images of a batch."""
+    return len(batch.get("pixel_values", ()))
+
+
+def _set_mode(model: Any, stage: Stage) -> None:
+    """Train mode where something trains, eval mode in frozen parts; checkpointing and compilation as the stage says."""
+    model.train()
+    for part in model.children():
+        if not any(p.requires_grad for p in part.parameters()):
+            part.eval()
+    if stage.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    elif any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        model.activation_checkpointing_disable()
+    model.compile_parts(stage.compile)
+
+
+def _shard(accelerator: Any, model: Any) -> None:
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    with launcher_alone():
+        fsdp2_prepare_model(accelerator, model)
+
+
+def _shard_like(distiller: nn.Module, model: nn.Module) -> None:
+    """Shard the distiller over the processes that share the model, so that its gradients are averaged too."""
+    from torch.distributed.fsdp import fully_shard
+
+    if any(not hasattr(p, "device_mesh") for p in distiller.parameters()):
+        fully_shard(distiller, mesh=next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+
+
+@contextlib.contextmanager
+def _unsynced(modules: list[Any]) -> Iterator[None]:
+    for module in modules:
+        module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_requires_gradient_sync(True)
+
+
+def _params(optimizer: Any) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,296 @@
+"""`zoo teach`: run a stage's teacher once over its samples and keep what it said (`zoo.teaching.teacher_store`).
+
+    zoo teach recipe=llava_kd_tiny teach.stage=dft teach.k=32
+    zoo train recipe=llava_kd_tiny 'stages.dft.teacher={store: runs/teach/llava_kd_tiny-dft}'
+
+Stopped, it goes on where it was; under torchrun the processes share the samples and write shards of their own. At the
+end it says how much of the teacher's mass was kept, and how far the gradient of the loss with the kept tokens is from
+that with all of them.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+
+from zoo.composed.assembly import build_distiller
+from zoo.composed.outputs import Seen
+from zoo.distill.losses.chunked import AT_ONCE, Stored, value_and_gradient, with_rest
+from zoo.distill.losses.logprobs import answer_logprobs
+from zoo.loading.build import load_teacher
+from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, unknown
+from zoo.runs.batches import Batches, Mix, Place
+from zoo.runs.data import RunData
+from zoo.runs.left_out import Sieve
+from zoo.runs.lengths import require_room
+from zoo.runs.processes import gather, start_accelerator
+from zoo.runs.progress import clock
+from zoo.settings.stage import Stage, stages_of
+from zoo.storage.atomic import write_text
+from zoo.storage.precision import autocast, fast_products, resolve_precision
+from zoo.teaching.teacher import Teacher
+from zoo.teaching.teacher_store import PAIRS, RESPONSE, VISUAL, Writer, data_hash, sample_key
+from zoo.text.batch import EncodedSample, collate, to_device
+from zoo.text.tokenizer import tokens_hash
+
+SKIPPED = "skipped.jsonl"  # in the store: the records that were left out
+NOISE = 1.0  # nats between the teacher's logits and those of the student on whom the truncation's error is measured
+
+
+@dataclass
+class Truncation:
+    """What keeping K tokens costs, over the positions that were looked at."""
+
+    positions: int = 0
+    mass: float = 0.0  # sum of the mass kept
+    least: float = 1.0
+    error: list[float] = field(default_factory=list)  # |gradient kept - gradient whole| / |gradient whole|, by batch
+
+    def add(self, other: "Truncation") -> None:
+        """Count what another process saw."""
+        self.positions += other.positions
+        self.mass += other.mass
+        self.least = min(self.least, other.least)
+        self.error += other.error
+
+    def text(self, k: int) -> str:
+        """Say it."""
+        if not self.positions:
+            return "nothing new was written"
+        said = (
+            f"{self.positions:,} positions, the {k} likeliest tokens of each: {self.mass / self.positions:.4f} of the "
+            f"teacher's mass on average, {self.least:.4f} at least"
+        )
+        mean = sum(self.error) / max(1, len(self.error))
+        return said + f"; the gradient of the loss is off by {mean:.2%} (a student whose logits differ by {NOISE:g})"
+
+
+def main(cfg: DictConfig) -> Path:
+    """Store what the teacher of a stage says; returns the folder."""
+    name, stage = stage_of(cfg)
+    accelerator = start_accelerator(cfg.device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    fast_products()
+    precision = resolve_precision(stage.precision or cfg.precision, accelerator.device)
+    data = RunData(cfg.data, skip_broken=bool(stage.skip_broken))
+    mix = data.mix(stage, cfg.seed * 1000 + list(cfg.stages).index(name))
+    needs = needs_of(cfg, stage)
+    model, processor = load_teacher(stage.teacher_node or {}, device=accelerator.device, precision=precision)
+    teacher = Teacher(model, needs)
+    k = min(cfg.teach.k, len(processor.tokenizer) - 1)
+    about = {
+        "teacher": stage.teacher_node,
+        "k": k,
+        "dtype": cfg.teach.dtype,
+        "positions": [p for p in (RESPONSE, VISUAL, PAIRS) if f"teacher.{p}" in needs],
+        "vocab_size": len(processor.tokenizer),
+        "tokens": tokens_hash(processor.tokenizer),
+        "slots": dict(model.config.slots),
+        "cells": getattr(model.layout, "row_tokens", None) or model.num_image_tokens,
+        "data": {n: data_hash(d) for n, d in zip(mix.names, mix.datasets, strict=True)},
+    }
+    folder = Path(cfg.teach.folder or Path(cfg.run.dir) / "teach" / f"{cfg.run.recipe or cfg.model.name}-{name}")
+    with accelerator.main_process_first():
+        writer = Writer(folder, about, rank, world)
+    known, began, cost = writer.known(), time.monotonic(), Truncation()
+    accelerator.wait_for_everyone()  # all know the same samples before anybody writes
+    say = accelerator.print
+    say(f"{len(known):,} samples are stored already." if known else f"Writing to {folder}", flush=True)
+    kept: list[Any] = []
+    count = 0
+    sieve = Sieve(bool(stage.skip_broken), cfg.max_broken, "zoo teach")
+    groups = batches(sieve.sound(samples(mix, stage, cfg.teach.limit)), stage.batch_size, known)
+    for group in islice(groups, rank, None, world):
+        batch = encoded(processor, group, sieve, model.llm.max_positions)
+        if (error := sieve.excess()) is not None:
+            raise error
+        if not batch:
+            continue
+        with autocast(precision, accelerator.device):
+            kept += said_of(teacher, processor, batch, k, about, cost)
+        count += len(batch)
+        if len(kept) >= cfg.teach.shard:
+            writer.write(kept)
+            kept = []
+            rate = count / (time.monotonic() - began)
+            say(f"{count:,} samples, {rate:.1f} a second" + (" and process" if world > 1 else ""), flush=True)
+    if kept:
+        writer.write(kept)
+    for more, seen, sieved in gather(accelerator, (count, cost, sieve))[1:]:  # once all have written
+        count += more
+        cost.add(seen)
+        sieve.broken |= sieved.broken
+    if rank == 0 and sieve.broken:
+        write_text(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in sieve.lines))
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    say(f"{count:,} samples in {clock(time.monotonic() - began)}; {size / 1e6:.1f} MB in {folder}")
+    if sieve.broken:
+        say(f"{len(sieve.broken):,} records were left out; {folder / SKIPPED} lists them with the reasons.")
+    say(cost.text(k))
+    say(f"Train from it: 'stages.{name}.teacher={{store: {folder}}}'")
+    return folder
+
+
+def stage_of(cfg: DictConfig) -> tuple[str, Stage]:
+    """The stage whose teacher is asked: the one named, or the only one that has a teacher.
+
+    Raises:
+        ZooError: there is no such stage, or it has no teacher that is a model.
+    """
+    stages = stages_of(cfg)
+    taught = {n: s for n, s in stages.items() if s.teacher_node and s.teacher_node["model"]}
+    if cfg.teach.stage:
+        if cfg.teach.stage not in stages:
+            raise unknown("stage of this run", cfg.teach.stage, stages)
+        if cfg.teach.stage not in taught:
+            raise ZooError(f"Stage {cfg.teach.stage!r} has no teacher that is a model: set its teacher to a name.")
+        return cfg.teach.stage, taught[cfg.teach.stage]
+    if len(taught) != 1:
+        given = ", ".join(taught) or "none"
+        raise ZooError(f"zoo teach is for one stage with a teacher; those here are: {given}. Say teach.stage=<name>.")
+    return next(iter(taught.items()))
+
+
+def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
+    """Words of the stage's distiller, of which a store can serve positions alone."""
+    from types import SimpleNamespace
+
+    blank = SimpleNamespace(vision=None, llm=SimpleNamespace(hidden_size=1, vocab_size=1))
+    needs: frozenset[str] = getattr(build_distiller(blank, stage.distiller_node or {}), "needs", frozenset())
+    return needs & {f"teacher.{positions}" for positions in (RESPONSE, VISUAL, PAIRS)}
+
+
+def encoded(
+    processor: Any, batch: list[tuple[bytes, Sample]], sieve: Sieve, positions: int | None = None
+) -> list[tuple[bytes, EncodedSample]]:
+    """Encode those samples of a batch that can be, and have room in the teacher's positions."""
+    rows = []
+    for key, sample in batch:
+        try:
+            with naming(sample.data, sample.where, sample.id, "text"):
+                rows.append((key, require_room(processor.encode(sample), positions, "the teacher's positions")))
+        except RecordError as error:
+            sieve.leave_out(error)
+    return rows
+
+
+def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | RecordError]:
+    """Every sample that the stage sees, in its order, up to `limit`; of streams as many as its steps read.
+
+    What cannot be read comes as the error.
+
+    Raises:
+        ZooError: a stream, and the stage has epochs in place of steps.
+    """
+    steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
+    reader = Batches(mix, None, stage, steps, Place())
+    seen = (sample for step in range(steps) for sample in reader.samples(step))
+    return islice(seen, limit)
+
+
+def batches(source: Iterator[Sample], size: int, known: set[bytes]) -> Iterator[list[tuple[bytes, Sample]]]:
+    """Group samples that are not stored yet; each is seen once."""
+    group: list[tuple[bytes, Sample]] = []
+    for sample in source:
+        key = sample_key(sample)
+        if key in known:
+            continue
+        known.add(key)
+        group.append((key, sample))
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def said_of(
+    teacher: Teacher,
+    processor: Any,
+    batch: list[tuple[bytes, EncodedSample]],
+    k: int,
+    about: dict[str, Any],
+    cost: Truncation,
+) -> list[tuple[bytes, dict[str, dict[str, Tensor]]]]:
+    """Ask the teacher about a batch of rows: for each its key, and the tokens to keep at each position."""
+    rows = [row for _, row in batch]
+    made = collate(rows, pad_id=processor.tokenizer.pad_token_id)
+    seen = teacher.see(to_device(made, teacher.device), None)  # type: ignore[arg-type]
+    hidden, vocab = seen.last_hidden_state, about["vocab_size"]
+    result: list[dict[str, dict[str, Tensor]]] = [{} for _ in rows]
+    for positions in about["positions"]:
+        if positions == PAIRS:
+            for said, kept in zip(result, _of_answers(seen, made, rows), strict=True):
+                said[positions] = kept
+            continue
+        if positions == RESPONSE:
+            where = seen.labels[:, 1:] != IGNORE_INDEX
+            states, counts = hidden[:, :-1][where], where.sum(1).tolist()
+        else:
+            index = seen.image_index
+            assert index is not None, "visual positions are those of a model with image tokens"
+            where = index >= 0
+            states, counts = hidden[where], where.sum(1).tolist()
+        kept = likeliest(seen, states, vocab, k, about["dtype"], cost)
+        for said, *parts in zip(result, *(kept[w].split(counts) for w in kept), strict=True):
+            said[positions] = dict(zip(kept, parts, strict=True))
+    return [(key, said) for (key, _), said in zip(batch, result, strict=True)]
+
+
+def _of_answers(seen: Seen, batch: dict[str, Any], rows: list[Any]) -> Iterator[dict[str, Tensor]]:
+    """The log-probability of each answer of a row's pairs, in the form of one token kept at one position."""
+    sums = answer_logprobs(seen, to_device(batch, seen.last_hidden_state.device))[0].float().cpu()
+    counts = [0 if row.pairs is None else len(set(row.pairs.tolist()) - {-1}) for row in rows]
+    for some in sums.split(counts):
+        nothing = torch.zeros(len(some))
+        yield {"ids": nothing.int().unsqueeze(-1), "log_probs": some.unsqueeze(-1), "log_rest": nothing}
+
+
+def likeliest(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: Truncation) -> dict[str, Tensor]:
+    """The `k` likeliest tokens after each of `states` (S, C), and the logarithm of the rest's mass."""
+    chunk = max(1, AT_ONCE.get(states.device.type, AT_ONCE["cuda"]) // vocab)
+    parts = []
+    for piece in states.split(chunk):
+        logits = seen.llm.head(piece)[:, :vocab].float()  # (S, V)
+        log_probs = logits.log_softmax(-1)
+        top = log_probs.topk(k, -1)
+        rest = log_probs.scatter(1, top.indices, float("-inf")).logsumexp(-1)  # (S,) 1 - sum would cancel
+        wide = getattr(torch, dtype)
+        kept = Stored(top.indices, top.values.to(wide), rest.clamp(min=-60.0).to(wide))
+        mass = top.values.exp().sum(-1)
+        cost.positions += len(piece)
+        cost.mass += float(mass.sum())
+        cost.least = min(cost.least, float(mass.min()))
+        if len(cost.error) < 8:
+            cost.error.append(_error(log_probs[:64], kept))
+        parts.append({"ids": kept.ids.int().cpu(), "log_probs": kept.log_probs.cpu(), "log_rest": kept.log_rest.cpu()})
+    if not parts:
+        wide = getattr(torch, dtype)
+        return {"ids": torch.zeros(0, k, dtype=torch.int32), "log_probs": torch.zeros(0, k, dtype=wide),
+                "log_rest": torch.zeros(0, dtype=wide)}  # fmt: skip
+    return {what: torch.cat([p[what] for p in parts]) for what in parts[0]}
+
+
+def _error(log_probs: Tensor, kept: Stored) -> float:
+    """Relative error of the forward KL's gradient with the kept tokens, for a student near the teacher."""
+    generator = torch.Generator().manual_seed(0)
+    noise = NOISE * torch.randn(log_probs.shape, generator=generator).to(log_probs)
+    student = F.log_softmax(log_probs + noise, -1)
+    ids = kept.ids[: len(log_probs)]
+    probs = student.exp()
+    rest = probs.scatter(1, ids, 0.0).sum(-1).clamp(min=1e-30)
+    few = torch.cat([student.gather(1, ids), rest.log().unsqueeze(-1)], -1)
+    teacher = with_rest(kept.log_probs[: len(ids)], kept.log_rest[: len(ids)])
+    _, gradient = value_and_gradient(few, teacher, 0.0)
+    mine = (probs * gradient[:, -1:] / rest.unsqueeze(-1)).scatter(1, ids, gradient[:, :-1])
+    whole = student.exp() - log_probs.exp()
+    return float((mine - whole).norm() / whole.norm())
