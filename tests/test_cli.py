@@ -214,7 +214,7 @@ def test_list_and_info(capsys):
     for part in (
         "licence   Apache-2.0",
         "destroys  grid",
-        "random_pruner.py:",
+        "pruners/random.py:",
         "keep_ratio  float  0.25",
         "share of image",
     ):

@@ -9,6 +9,7 @@ import pytest
 from zoo.benches.compatibility import Options, libraries, pairs, triples
 from zoo.benches.compatibility_trial import Trial
 from zoo.cli.bench import main, parse
+from zoo.fusion.projectors.mlp import MLPProjector
 from zoo.registry import ZooError
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
@@ -59,7 +60,12 @@ def test_a_sample_of_it_is_what_comes_out(word, tmp_path):
 
 
 def test_what_the_check_lets_through_and_fails_is_called_broken(tmp_path, monkeypatch):
-    monkeypatch.setattr("zoo.fusion.projectors.mlp.MLPProjector.forward", lambda self, image: 1 / 0)
+    whole = MLPProjector.forward
+
+    def fails_on_numbers(self, image):
+        return whole(self, image) if image.tokens.is_meta else 1 / 0
+
+    monkeypatch.setattr(MLPProjector, "forward", fails_on_numbers)
     verdict = Trial(tmp_path).run([("vision", "timm"), ("projector", "mlp")])
     assert verdict.word == "broken" and verdict.reason.startswith("forward: ZeroDivisionError")
 

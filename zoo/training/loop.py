@@ -7,7 +7,6 @@ weights and the same scores.
 
 import json
 import signal
-import sys
 import threading
 import time
 from dataclasses import asdict
@@ -387,9 +386,3 @@ class Run:
 
     def _on_sigterm(self, *_: Any) -> None:
         self._asked = True  # a signal that comes during a step is agreed upon in the next
-
-
-if __name__ == "__main__":
-    from zoo.cli.entry import main as cli
-
-    sys.exit(cli(["train", *sys.argv[1:]]))
