@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -129,6 +130,13 @@ def test_cpu_time_counts_only_with_one_thread_on_a_cpu():
 def test_mistakes_are_named(words, message):
     with pytest.raises(ZooError, match=re.escape(message)):
         main(words)
+
+
+def test_without_a_checkout_the_command_says_where_benches_are(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zoo.benches", None)  # as in an installed package
+    monkeypatch.delitem(sys.modules, "zoo.benches.load", raising=False)
+    with pytest.raises(ZooError, match="zoo bench load runs from a checkout of the repository"):
+        main(["load"])
 
 
 def test_help_lists_benches_and_options():

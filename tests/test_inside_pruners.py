@@ -105,15 +105,6 @@ def test_two_pruners_inside_one_llm_are_refused(make_model, name):
         make_model(pruner=PRUNERS, llm=LLM)
 
 
-def test_the_sequence_says_which_image_a_position_shows(built, name):
-    model, processor = built
-    batch = processor.collate(rows(processor))
-    ids = model(**batch).sequence.image_ids
-    n = model.num_image_tokens
-    assert [int((ids == i).sum()) for i in range(4)] == [n, n, n, 0]
-    assert [sorted(set(r.tolist())) for r in ids] == [[-1, 0], [-1, 1, 2], [-1]]
-
-
 @pytest.mark.parametrize("words", [1, 30], ids=["pictures_are_longest", "text_is_longest"])
 @pytest.mark.parametrize("adapter", ["mole", "moextend", "upcycle"])
 def test_experts_count_the_tokens_that_are_left_and_no_padding(make_model, name, adapter, words):

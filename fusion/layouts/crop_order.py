@@ -1,14 +1,13 @@
 """The order of image tokens where an image is an overview and a grid of tiles, pruned or whole.
 
 LLaVA-NeXT reads the overview row by row, then the tiles as the one large image that they are cut from: row y of the
-left tile, row y of the right tile, row y + 1 of the left tile. Padding that was added to fill the tiles may be left
-out, and each row of the large image may end in a learnt newline token. Pruned tokens keep that order: dropping some of
-them moves none of the others.
+left tile, row y of the right tile, row y + 1 of the left tile. Each row of the large image may end in a learnt newline
+token. Pruned tokens keep that order: dropping some of them moves none of the others.
 
-Without leaving out padding the count of `stitched_order` is known beforehand: crops x kept, and a newline for each row.
-Where padding is left out, a pruned count depends on the scores: kept tokens that fall on padding are left out too, as
-in FasterVLM's code (arXiv:2412.01818) for `spatial_unpad`, which its scripts never run. `fewer` has both: a count that
-is fixed beforehand, and tokens that show the picture ahead of those that fall on padding.
+The count of `stitched_order` is known beforehand: crops x kept, and a newline for each row. FasterVLM's code
+(arXiv:2412.01818) has a branch for `spatial_unpad`, which its scripts never run: it leaves out kept tokens on padding,
+so that counts depend on scores. `fewer` has both: a count that is fixed beforehand, and tokens that show the picture
+ahead of those that fall on padding.
 """
 
 import torch
@@ -18,29 +17,11 @@ NEWLINE = -1  # in an order: a newline token stands here
 DROPPED = -2
 
 
-def unpadded(grid: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Rows and columns of a stitched grid that show the image and no padding: (top, bottom, left, right), half open.
-
-    Args:
-        grid: rows and columns of the stitched tiles.
-        size: height and width of the original image in pixels.
-    """
-    (rows, columns), (height, width) = grid, size
-    if width * rows > height * columns:  # wider than the grid: padding above and below
-        kept = int(round(height * (columns / width), 7))
-        pad = (rows - kept) // 2
-        return pad, rows - pad, 0, columns
-    kept = int(round(width * (rows / height), 7))
-    pad = (columns - kept) // 2
-    return 0, rows, pad, columns - pad
-
-
 def stitched_order(
     keep: Tensor,
     grid: tuple[int, int],
     tiles: tuple[int, int],
     *,
-    size: tuple[int, int] | None = None,
     newline: bool = False,
 ) -> Tensor:
     """Order the kept tokens of one image: overview first, then the tiles in raster order of the stitched image.
@@ -50,7 +31,6 @@ def stitched_order(
             tiles follow row by row.
         grid: rows and columns of patches of a crop.
         tiles: rows and columns of tiles.
-        size: height and width of the original image, to leave out padding; None keeps all.
         newline: end each row of the stitched image with a newline, also where none of its tokens is left.
 
     Returns:
@@ -60,9 +40,6 @@ def stitched_order(
     flat = torch.arange(keep.numel(), device=keep.device).view_as(keep)  # (crops, K)
     index = keep.new_full((keep.shape[0], h * w), DROPPED).scatter_(1, keep, flat)  # (crops, h * w)
     large = index[1:].view(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
-    if size is not None:
-        top, bottom, left, right = unpadded((rows * h, columns * w), size)
-        large = large[top:bottom, left:right]
     if newline:
         large = torch.cat([large, large.new_full((large.shape[0], 1), NEWLINE)], dim=1)
     return torch.cat([flat[0], large[large != DROPPED]])  # (L,)

@@ -1,6 +1,7 @@
 """`zoo bench <name> [option=value ...]`: measure speed on this machine, every number against something.
 
-A bench is a module of `zoo.benches` with a dataclass `Options` and a function `run(options, show) -> Report`.
+A bench is a module of `zoo.benches` with a dataclass `Options` and a function `run(options, show) -> Report`. Benches
+and claims are in the repository (`benches/`, `claims/`) and not in the installed package.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ def main(words: Sequence[str]) -> int:
     name, given = words[0], list(words[1:])
     if name not in BENCHES:
         raise unknown("bench", name, BENCHES)
-    module = import_module(BENCHES[name].module)
+    module = _module(name)
     if any(word in ("-h", "--help") for word in given):
         print(describe(name, module.Options))
         return 0
@@ -71,6 +72,17 @@ def main(words: Sequence[str]) -> int:
             raise ZooError(f"bench {name!r} draws no picture: leave png= out.")
         report.write_png(files["png"])
     return 0
+
+
+def _module(name: str) -> Any:
+    try:
+        return import_module(BENCHES[name].module)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith(("zoo.benches", "zoo.claims")):
+            raise
+        raise ZooError(
+            f"zoo bench {name} runs from a checkout of the repository: benches/ and claims/ are not in the package."
+        ) from error
 
 
 def parse(name: str, schema: type, words: Sequence[str]) -> Any:

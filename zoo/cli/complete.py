@@ -10,16 +10,9 @@ from zoo.registry import KINDS, ZooError, options_of, source_options
 from zoo.registry.table import kind_of
 from zoo.settings import presets
 from zoo.settings.overrides import SEVERAL, SLOTS, load_plugins, parse, settle, values
-from zoo.settings.schema import ModelSource, RunConfig, RunRoot, SurveyConfig, TeachConfig, TokenizerConfig
+from zoo.settings.schema import SECTIONS, RunRoot
 from zoo.settings.stage import Stage
 
-SECTIONS = {
-    "model": ModelSource,
-    "run": RunConfig,
-    "tokenizer": TokenizerConfig,
-    "teach": TeachConfig,
-    "survey": SurveyConfig,
-}
 COMPOSED = ("train", "eval", "teach", "check", "data")
 
 

@@ -118,7 +118,6 @@ class ForwardMixin(ImagesMixin):
                 position_ids = _positions(attention_mask, cache, embeds.shape[1])
             sequence = LLMSequence(slots, attention_mask, position_ids, labels, segment_ids, block_ids)
             sequence.pair_ids = pair_ids
-            sequence.tokens_per_image = 0 if self.layout is not None else self.num_image_tokens
             masks = self._masks(sequence, cache)
             now.sequence = sequence
             if kept is not None or not _goes_on(cache):

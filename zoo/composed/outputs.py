@@ -67,18 +67,9 @@ class LLMSequence:
     labels: Tensor | None  # (B, T)
     segment_ids: Tensor | None = None  # (B, T) which sample of a packed row, -1 at padding; see `zoo.text.batch`
     block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
-    tokens_per_image: int = 0
     columns: Tensor | None = None  # (B, K) position of each hidden state that is left, -1 padding; None: all, in order
     pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.text.batch`
     drafts: int = 0  # columns at the end that assisted decoding guesses, behind the prompt
-
-    @property
-    def image_ids(self) -> Tensor | None:
-        """Which image of the batch each position shows, counted over rows as `pixel_values` are: (B, T), -1 text."""
-        if self.image_mask is None or not self.tokens_per_image:
-            return None
-        count = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1
-        return (count // self.tokens_per_image).masked_fill(~self.image_mask, -1)
 
     def image_index(self) -> Tensor | None:
         """Say which image token, counted over the batch, stands at each position that is left: (B, K), else -1."""

@@ -6,7 +6,7 @@ torch; the modules of the components that a run chose do.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,10 @@ class RunRoot:
     plugins: list[str] = field(default_factory=list)  # modules and files to load first
     log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb
     run: RunConfig = field(default_factory=RunConfig)
+
+
+# Groups of options of a run, by the word in front: `tokenizer.vocab_size`.
+SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(RunRoot) if is_dataclass(f.type)}
 
 
 def store_schema() -> None:

@@ -21,10 +21,8 @@ from zoo.registry import (
 )
 from zoo.registry.table import kind_of
 from zoo.settings import presets
-from zoo.settings.schema import ModelSource, RunConfig, RunRoot, TokenizerConfig
+from zoo.settings.schema import SECTIONS, RunRoot
 from zoo.settings.stage import Stage
-
-SECTIONS = {"model": ModelSource, "run": RunConfig, "tokenizer": TokenizerConfig}
 
 
 def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> None:
