@@ -102,7 +102,8 @@ class RunLock:
         self._handle = CLOSED
 
     def __del__(self) -> None:
-        self._close()
+        if os is not None:  # it is None while the interpreter ends
+            self._close()
 
 
 def _born(pid: Any) -> float | None:
