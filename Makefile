@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FOLDERS := registry vision fusion distill conf model_cards  # part of the package `zoo`, beside its own folder
+FOLDERS := registry vision fusion distill benches claims conf model_cards  # part of the package `zoo`, beside its own folder
 # A worker per core, but at least two: half of a test's time goes into imports.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 # Tests that run no model: what they touch does not change with the versions of libraries.

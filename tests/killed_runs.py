@@ -36,7 +36,7 @@ def served() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
     os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
-        SERVER.set_forkserver_preload(["tests.killed_runs", "zoo.train", "zoo.loading.build", "pytest"])
+        SERVER.set_forkserver_preload(["tests.killed_runs", "zoo.training.loop", "zoo.loading.build", "pytest"])
         multiprocessing.forkserver.ensure_running()
         yield
     finally:

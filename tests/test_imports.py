@@ -41,9 +41,14 @@ FLOORS = (
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 COMPONENTS = ("vision", "fusion", "distill", "zoo/data", "zoo/tasks")
 TOP_LEVEL = ("registry", "vision", "fusion", "distill", "benches", "claims")
-AT_THE_TOP = {"zoo/autoclasses.py", "zoo/model_config.py"}  # what several floors need, itself without one
+AT_THE_TOP = {"zoo/autoclasses.py", "zoo/model_config.py"}  # on the ground: all floors may import them
 # Imports that go up, each with its reason.
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+EXCEPTIONS = {
+    (
+        "zoo/published/base.py",
+        "zoo.composed.assembly",
+    ): "how large the parts are, before files are read",
+}
 BACKENDS = {"transformers", "timm", "open_clip", "torchvision", "peft", "accelerate", "datasets"}
 HEAVY = {"torch", *BACKENDS}
 
@@ -136,7 +141,7 @@ def test_every_room_has_a_floor():
     at_the_top = {str(f.relative_to(ROOT)) for f in (ROOT / "zoo").glob("*.py")}
     assert at_the_top == AT_THE_TOP | {"zoo/__init__.py", "zoo/__main__.py", "zoo/lmms_eval_plugin.py", "zoo/train.py"}
     for file in AT_THE_TOP:
-        assert {room_named(name) for name in imports(ROOT / file)} <= {None}
+        assert {room_named(name) for name in imports(ROOT / file)} <= {None, "registry"}
 
 
 def file_of(module: str) -> Path:
