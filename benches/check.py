@@ -26,8 +26,8 @@ from zoo.benches.measure import Value
 from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
 from zoo.checking.checker import RefusedError, check
+from zoo.checking.data_check import check_data
 from zoo.checking.plan import Plan, plan_from
-from zoo.evaluation.data_check import check_data
 from zoo.registry import ZooError
 from zoo.settings.schema import compose
 

@@ -7,8 +7,8 @@ from zoo.benches.check import MISFITS, NAMED, Options, run, spread, tried, valid
 from zoo.benches.check_folders import write_checkpoints
 from zoo.checking.checker import RefusedError, check, for_a_shell
 from zoo.checking.plan import plan_from
-from zoo.evaluation.evaluate import require_dialogs
 from zoo.registry import Dialog, Sample, ZooError
+from zoo.runs.scored import require_dialogs
 from zoo.settings.schema import compose
 
 

@@ -252,7 +252,7 @@ def _walk_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
     """Check the words that a person typed with a fix behind them, and their data, where the plan comes from words."""
     if plan.typed is None:
         return
-    from zoo.evaluation.data_check import check_data
+    from zoo.checking.data_check import check_data
 
     cfg = plan.typed.with_one_more(override)
     tokens = {name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")}

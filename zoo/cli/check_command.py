@@ -3,8 +3,8 @@
 from typing import Any
 
 from zoo.checking.checker import check, show
+from zoo.checking.data_check import check_data
 from zoo.checking.plan import plan_from
-from zoo.evaluation.data_check import check_data
 
 
 def main(cfg: Any) -> None:

@@ -7,7 +7,7 @@ apart.
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,17 +19,16 @@ from rich.console import Console
 
 from zoo.evaluation.predict import Question, answer
 from zoo.evaluation.score_table import score_table
-from zoo.registry import Dialog, RecordError, Sample, Score, ZooError, build, naming, placed, read_sample
+from zoo.registry import Dialog, RecordError, Sample, Score, ZooError, build, naming, read_sample
 from zoo.runs.data import RunData
 from zoo.runs.folder import new_folder
 from zoo.runs.left_out import Sieve
 from zoo.runs.processes import gather, start_accelerator
 from zoo.runs.progress import clock
+from zoo.runs.scored import Tasks, nothing_to_score, require_dialogs, samples_of
 from zoo.storage.atomic import write_json, write_text, writing, written_beside
 from zoo.storage.precision import autocast, fast_products
 
-DEFAULT_TASK = "exact"  # for dialogs that name no task
-LOOKED = 2000  # samples of each data set in which a dialog for the tasks is looked for ahead
 TRAIN_SAMPLES = 2000  # samples of the training split in which the majority counts answers
 
 
@@ -189,51 +188,6 @@ def evaluate(
     return EvalResult(lines, rows, sieve.lines)
 
 
-def nothing_to_score(datasets: Iterable[str], tasks: Iterable[str] | None) -> ZooError:
-    """The error for data of which no dialog is for the tasks that were asked for."""
-    return ZooError(
-        f"No dialog in data {', '.join(datasets) or 'none'} is for the tasks {', '.join(tasks or ['any'])}."
-    )
-
-
-def require_dialogs(datasets: Mapping[str, Any], tasks: Mapping[str, Any] | None, limit: int | None = None) -> None:
-    """Refuse tasks that no dialog of the data is for, as far as the first samples show it, before a model is loaded.
-
-    Raises:
-        ZooError: no dialog is for them, in data that were looked through to the end or to `limit`.
-    """
-    table = Tasks(tasks)
-    whole = True
-    for name, dataset in datasets.items():
-        most = LOOKED if limit is None else min(limit, LOOKED)
-        for sample in islice(_samples(name, dataset, most, 0, 1), most):
-            if any(table.of(d) for d in getattr(sample, "dialogs", ()) if d.preference != "rejected"):
-                return
-        length = most + 1 if hasattr(dataset, "stream") else len(dataset)
-        whole = whole and (length if limit is None else min(length, limit)) <= most
-    if whole and datasets:
-        raise nothing_to_score(datasets, tasks)
-
-
-class Tasks:
-    """The tasks that were asked for, or any that a dialog names."""
-
-    def __init__(self, asked: Mapping[str, Any] | None = None) -> None:
-        self.asked = dict(asked or {})
-        self.made = dict(self.asked)
-
-    def of(self, dialog: Dialog) -> list[str]:
-        """Names of the tasks that score a dialog."""
-        if self.asked:
-            return [dialog.task] if dialog.task in self.asked else [] if dialog.task else list(self.asked)
-        return [dialog.task or DEFAULT_TASK]
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.made:
-            self.made[name] = build("task", {"name": name})
-        return self.made[name]
-
-
 @dataclass
 class _Asked:
     """Which questions are asked in a process, and what could not be: the blind model is asked what the other was."""
@@ -249,7 +203,7 @@ class _Asked:
     def questions(self, blind: bool) -> Iterator[Question]:
         """Yield the questions, those about one image behind each other."""
         for at, (data, dataset) in enumerate(self.datasets.items()):
-            samples = islice(_samples(data, dataset, self.limit, self.rank, self.world), self.limit)
+            samples = islice(samples_of(data, dataset, self.limit, self.rank, self.world), self.limit)
             for index, sample in enumerate(samples):
                 if sample is None:
                     continue
@@ -269,18 +223,6 @@ class _Asked:
         """Take a question out."""
         self.sieve.leave_out(error)
         self.without.add(question.order)
-
-
-def _samples(
-    data: str, dataset: Any, limit: int | None, rank: int, world: int
-) -> Iterator[Sample | RecordError | None]:
-    """Every `world`-th sample, and None in place of those that other processes see to."""
-    if hasattr(dataset, "stream"):
-        for i, sample in enumerate(dataset.stream(0, 0)):
-            yield placed(sample, data, f"record {i} of the stream") if i % world == rank else None
-    else:
-        for i in range(len(dataset) if limit is None else min(limit, len(dataset))):
-            yield read_sample(data, dataset, i) if i % world == rank else None
 
 
 def _rows(model: Any, processor: Any, asked: _Asked, batch_size: int, *, blind: bool) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from zoo.checking.checker import size_text
 from zoo.checking.stage_check import Stagecheck
-from zoo.evaluation.evaluate import require_dialogs
 from zoo.registry import Sample, ZooError, build
 from zoo.runs.data import RunData
+from zoo.runs.scored import require_dialogs
 
 _LARGE = 64 * 2**20  # bytes of a file that is not read through by a check that is to be quick
 
