@@ -70,7 +70,7 @@ def _some(chance: random.Random, known: list[str], odds: tuple[float, float, flo
 
 def _vision(chance: random.Random) -> dict[str, Any]:
     heads = chance.choice((2, 4))
-    node = {"name": chance.choice(names("vision")), **_TOWER, "heads": heads, "width": 16 * heads}
+    node: dict[str, Any] = {"name": chance.choice(names("vision")), **_TOWER, "heads": heads, "width": 16 * heads}
     node |= {"layer": chance.choice((-1, -2, 1, 2)), "norm": chance.random() < 0.2}
     if node["name"] == "hf":
         node |= {"model_type": chance.choice(_HF), "patch_size": 8}

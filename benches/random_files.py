@@ -38,6 +38,6 @@ def write_random(shapes: Mapping[str, tuple[int, ...]], file: Path, dtype: torch
             part = block if len(shape) > 1 else torch.full((left,), value, dtype=dtype)
             while left > 0:
                 piece = part[: min(left, len(part))]
-                stream.write(memoryview(piece.view(torch.uint8).numpy()))
+                stream.write(piece.view(torch.uint8).numpy().data)
                 left -= len(piece)
     return end

@@ -255,8 +255,10 @@ def _walk_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
     from zoo.checking.data_check import check_data
 
     cfg = plan.typed.with_one_more(override)
-    tokens = {name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")}
-    as_before = {"splits": candidate.splits, "origin": candidate.origin, "trained": candidate.trained}
+    tokens: dict[str, Any] = {
+        name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")
+    }
+    as_before: dict[str, Any] = {"splits": candidate.splits, "origin": candidate.origin, "trained": candidate.trained}
     walk = _walk(replace(plan_from(cfg), **tokens, **as_before))
     check_data(cfg, walk.stages)
 

@@ -123,7 +123,7 @@ def _features(parts: Parts, even: bool) -> ImageFeatures:
         "prefix": made(1, d),
     }
     words = {"pooling_attention": "pooling_head", "prefix": "prefix_tokens"}
-    known = {name: value for name, value in asked.items() if words.get(name, name) in parts.requested}
+    known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in parts.requested}
     return ImageFeatures(made(n, d), tuple(vision.grid), **known)
 
 
@@ -218,7 +218,7 @@ def _run(run: Callable[[Any, str], Any], part: Any, name: str) -> Any:
 
 
 def _on(image: ImageFeatures, device: str) -> ImageFeatures:
-    moved = {k: v.to(device) for k, v in vars(image).items() if isinstance(v, Tensor)}
+    moved: dict[str, Any] = {k: v.to(device) for k, v in vars(image).items() if isinstance(v, Tensor)}
     return replace(image, **moved)
 
 

@@ -195,9 +195,9 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         published: what read the weights of a published checkpoint, or of a zoo model's own folder; None: nothing.
     """
     bases = Bases(vocab_size=model.config.text_vocab_size)
-    for key, entry in (model.config.base or {}).items():
-        if entry.get("whole"):
-            bases.record[key], bases.given[key] = dict(entry), frozenset()
+    for key, before in (model.config.base or {}).items():
+        if before.get("whole"):
+            bases.record[key], bases.given[key] = dict(before), frozenset()
     if published is not None and published.record:
         bases.record[WHOLE] = published.record
         bases.folder, bases.dtype, bases.bits = published.folder, published.dtype, published.bits

@@ -109,7 +109,7 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         """Text behind an image; a template that shows images says itself what stands there."""
         return "" if self._chat.typed else self._separator
 
-    @property
+    @property  # type: ignore[override]  # a plain attribute there
     def chat_template(self) -> Any:
         """The tokenizer's chat template: there is one, whichever of the two it is set on."""
         return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
