@@ -1,5 +1,6 @@
 """Tiny models and samples that all tests share. Nothing here needs the network."""
 
+import copy
 import logging
 import os
 from pathlib import Path
@@ -119,6 +120,8 @@ def make_model(tokenizer):
     from zoo.loading.build import processor_for
     from zoo.model_config import ZooConfig
 
+    own = copy.deepcopy(tokenizer)  # a test may set its template
+
     def make(seed: int = 0, attention: str = "sdpa", **slots):
         torch.manual_seed(seed)
         config = ZooConfig(
@@ -132,7 +135,7 @@ def make_model(tokenizer):
         model = ZooModel(config).eval()
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        return model, processor_for(model, tokenizer)
+        return model, processor_for(model, own)
 
     return make
 

@@ -1,5 +1,6 @@
 """The table: names, entries, building, and what is refused."""
 
+import inspect
 from dataclasses import dataclass, field
 
 import pytest
@@ -36,6 +37,9 @@ class Tiny:
         self.config, self.vision_dim = config, vision_dim
 
 
+LINE = inspect.getsourcelines(Tiny)[1]
+
+
 def test_register_build_and_derived_values(table):
     registry.register("pruner", "tiny")(Tiny)
     node = {"name": "tiny", "must": "x", "rate": 1}
@@ -49,7 +53,7 @@ def test_facts_of_an_entry(table):
     entry = registry.get("pruner", "tiny")
     assert entry.needs == {"grid"} and entry.provides == frozenset()
     assert entry.summary == "The table: names, entries, building, and what is refused."
-    assert entry.file == __file__ and entry.line == 31
+    assert entry.file == __file__ and entry.line == LINE
     assert [(o.name, o.type, o.default, o.doc) for o in entry.options] == [
         ("rate", "float", 0.5, "a number"),
         ("sizes", "list[int]", [1, 2], "Above the field."),
@@ -82,7 +86,7 @@ def test_what_is_refused(table, node, message):
 def test_a_duplicate_names_file_and_line_of_the_first(table):
     registry.register("pruner", "tiny")(Tiny)
     other = type("Other", (), {"__init__": Tiny.__init__, "__module__": __name__})
-    with pytest.raises(ZooError, match=rf"pruner 'tiny' is taken: Tiny in {__file__}:31"):
+    with pytest.raises(ZooError, match=rf"pruner 'tiny' is taken: Tiny in {__file__}:{LINE}"):
         registry.register("pruner", "tiny")(other)
 
 

@@ -135,7 +135,8 @@ def test_the_page_of_an_xray_holds_any_text(name, tmp_path):
 def test_the_commands_at_the_end_of_a_run_work_as_they_are(name, tmp_path):
     from types import SimpleNamespace
 
-    run = SimpleNamespace(folder=SimpleNamespace(path=tmp_path / name), progress=SimpleNamespace(seconds=1))
+    folder = SimpleNamespace(path=tmp_path / name, skipped=tmp_path / "skipped.jsonl")
+    run = SimpleNamespace(folder=folder, progress=SimpleNamespace(seconds=1))
     file = io.StringIO()
     report(run, EvalResult(lines(name)), Console(file=file, width=500))
     said = [line.strip() for line in file.getvalue().splitlines() if line.startswith(("    zoo", "    python"))]

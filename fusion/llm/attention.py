@@ -51,7 +51,7 @@ def resolve_attention(
     if name == ZOO_EAGER:
         register_zoo_eager()
     if lm is not None:
-        require_kernel(name, lm)
+        require_kernel(name, lm, device)
     if name in _FLASH and packed:
         raise ZooError(f"attention {name!r} takes no mask, which packed rows need. Use 'sdpa', or no packing.")
     if name != "auto":
@@ -70,12 +70,13 @@ def resolve_attention(
     return "sdpa"
 
 
-def require_kernel(name: str, lm: nn.Module) -> None:
+def require_kernel(name: str, lm: nn.Module, device: torch.device | str) -> None:
     """Refuse an attention that a language model's family was not written for (Gemma 2 and GPT-OSS have no sdpa).
 
     Args:
         name: as `resolve_attention` takes it.
         lm: the transformers model, real or on the meta device.
+        device: where it is to run; heads of any width run on a CPU.
     """
     flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"} | dict.fromkeys(
         _FLASH, "_supports_flash_attn"
@@ -88,7 +89,8 @@ def require_kernel(name: str, lm: nn.Module) -> None:
             f"attention {name!r} cannot run: heads of {type(lm).__name__} are {max(sizes)} wide, and its kernels are "
             f"made for {_LARGEST_HEAD} at most. Use 'auto' or 'sdpa'."
         )
-    if name == "flex_attention" and sizes and min(sizes) < _SMALLEST_HEAD:
+    cuda = torch.device(device).type == "cuda"
+    if name == "flex_attention" and cuda and sizes and min(sizes) < _SMALLEST_HEAD:
         raise ZooError(
             f"attention {name!r} cannot run: heads of {type(lm).__name__} are {min(sizes)} wide, and it takes "
             f"{_SMALLEST_HEAD} or more. Use 'auto' or 'sdpa'."

@@ -125,7 +125,7 @@ def _walk(plan: Plan) -> Walk:
     from zoo.composed.model import ZooModel
     from zoo.model_config import ZooConfig
 
-    require_kernel(plan.attention, parts.llm.lm)
+    require_kernel(plan.attention, parts.llm.lm, _device_of(plan))
     attention = "auto" if plan.attention.startswith("flash") else plan.attention  # which run on no meta device
     with torch.device("meta"):
         model = ZooModel(ZooConfig(slots=dict(plan.slots), attention=attention), parts=parts)
@@ -172,7 +172,7 @@ def _check_machine(plan: Plan) -> None:
         raise ZooError(f"device={plan.device} was asked for, but torch {torch.__version__} finds no CUDA device here.")
     if plan.device == "mps" and not torch.backends.mps.is_available():
         raise ZooError("device=mps was asked for, but there is none here.")
-    device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device_of(plan)
     if plan.precision not in ("auto", "fp32", "bf16"):
         raise registry.unknown("precision", plan.precision, ("auto", "fp32", "bf16"))
     if plan.attention.startswith("flash_attention"):
@@ -181,6 +181,10 @@ def _check_machine(plan: Plan) -> None:
         if plan.precision == "fp32":
             raise ZooError(f"attention={plan.attention} computes in bf16 or fp16, and precision=fp32 was asked for.")
     require_attention(plan.attention, device, None)
+
+
+def _device_of(plan: Plan) -> str:
+    return plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_tokenizer(plan: Plan) -> int | None:
