@@ -41,7 +41,7 @@ FLOORS = (
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 COMPONENTS = ("vision", "fusion", "distill", "zoo/data", "zoo/tasks")
 TOP_LEVEL = ("registry", "vision", "fusion", "distill", "benches", "claims")
-AT_THE_TOP = {"zoo/autoclasses.py", "zoo/model_config.py"}  # on the ground: all floors may import them
+AT_THE_TOP = {"zoo/autoclasses.py", "zoo/model_config.py", "zoo/moved.py"}  # on the ground: all floors may import them
 # Imports that go up, each with its reason.
 EXCEPTIONS = {
     (
@@ -142,6 +142,29 @@ def test_every_room_has_a_floor():
     assert at_the_top == AT_THE_TOP | {"zoo/__init__.py", "zoo/__main__.py", "zoo/lmms_eval_plugin.py", "zoo/train.py"}
     for file in AT_THE_TOP:
         assert {room_named(name) for name in imports(ROOT / file)} <= {None, "registry"}
+
+
+def test_old_names_of_modules_give_those_of_today():
+    from zoo.moved import MOVED
+
+    assert all(file_of(today).is_file() for today in MOVED.values())
+    code = """
+import importlib, warnings
+warnings.simplefilter("error", DeprecationWarning)
+import zoo
+from zoo.loading import load
+from zoo.train import Run
+from zoo.vision.images import open_image
+try:
+    import zoo.stage
+except DeprecationWarning as warning:
+    assert str(warning) == "zoo.stage is now zoo.settings.stage."
+warnings.simplefilter("ignore", DeprecationWarning)
+from zoo.stage import Stage
+import zoo.settings.stage
+assert Stage is zoo.settings.stage.Stage and zoo.settings.stage.__spec__.name == "zoo.settings.stage"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
 
 
 def file_of(module: str) -> Path:

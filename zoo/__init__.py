@@ -10,6 +10,7 @@ if (_root / "pyproject.toml").is_file():  # a checkout, run in place or linked t
 
 from zoo import data, distill, fusion, tasks, vision  # noqa: E402  tables of the components, nothing heavy
 from zoo.autoclasses import register_when_loaded  # noqa: E402
+from zoo.moved import serve  # noqa: E402
 from zoo.registry import (  # noqa: E402
     Dialog,
     ImageFeatures,
@@ -62,6 +63,7 @@ __all__ = [
 
 
 register_when_loaded()
+serve()
 
 
 def __getattr__(name: str) -> Any:

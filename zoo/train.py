@@ -1,5 +1,9 @@
 """`python -m zoo.train`: what torchrun and accelerate launch."""
 
+from zoo.moved import attributes_of
+
+__getattr__ = attributes_of("zoo.training.loop")
+
 if __name__ == "__main__":
     import sys
 
