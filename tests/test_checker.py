@@ -10,10 +10,11 @@ from torch import nn
 
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from zoo import registry
-from zoo.checking.checker import RefusedError, check, show, size_text
+from zoo.checking.checker import RefusedError, check, show
 from zoo.checking.plan import Plan
 from zoo.registry import ImageFeatures, ZooError
 from zoo.settings.stage import Stage
+from zoo.text.sizes import size_text
 
 TIMM = tiny_slots()["vision"]
 LLM = tiny_slots()["llm"]

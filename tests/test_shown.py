@@ -16,10 +16,10 @@ from zoo.benches.measure import Value
 from zoo.benches.report import Report, Row
 from zoo.checking.checker import Row as Part
 from zoo.checking.checker import Stagecheck, Walk, show
-from zoo.evaluation.evaluate import EvalResult, Line
+from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
 from zoo.inspection.report import draw, report_table, summaries
-from zoo.inspection.xray import View, Xray
+from zoo.inspection.views import View, Xray
 from zoo.inspection.xray_page import page
 from zoo.inspection.xray_picture import write_picture
 from zoo.registry import Score

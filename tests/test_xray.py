@@ -13,7 +13,8 @@ from tests.browser import Browser
 from tests.conftest import picture
 from tests.data_places import shared
 from zoo import registry
-from zoo.inspection.xray import NONE, View, inspect, main, parse
+from zoo.inspection.views import NONE, View
+from zoo.inspection.xray import inspect, main, parse
 from zoo.inspection.xray_page import data_of, page
 from zoo.inspection.xray_picture import paint, write_picture
 from zoo.registry import ZooError

@@ -24,6 +24,7 @@ from zoo.fusion.llm.attention import require_attention, require_kernel
 from zoo.registry import ZooError
 from zoo.settings.source import tokenizer_at
 from zoo.text.markup import cell
+from zoo.text.sizes import size_text
 from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
@@ -268,15 +269,6 @@ def _walk_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
-
-
-def size_text(count: float) -> str:
-    """Bytes or parameters for people: 1.5 K, 23.4 M, 7.1 G."""
-    for unit in ("", " K", " M", " G", " T"):
-        if abs(count) < 1000 or unit == " T":
-            return f"{count:.0f}{unit}" if not unit or count >= 100 else f"{count:.1f}{unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
 
 
 def show(walk: Walk, title: str = "") -> None:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.checking.checker import size_text
 from zoo.checking.stage_check import Stagecheck
 from zoo.registry import Sample, ZooError, build
 from zoo.runs.data import RunData
 from zoo.runs.scored import require_dialogs
+from zoo.text.sizes import size_text
 
 _LARGE = 64 * 2**20  # bytes of a file that is not read through by a check that is to be quick
 

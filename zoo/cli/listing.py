@@ -57,8 +57,8 @@ def _where(words: Sequence[str]) -> tuple[list[str], str]:
 
 def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
     """The models for which a comparison holds, with their sizes; each is walked on the meta device."""
-    from zoo.checking.checker import size_text
     from zoo.inspection.model_facts import facts_of, matcher
+    from zoo.text.sizes import size_text
 
     holds = matcher(where)
     found = [(name, summary, facts_of(name)) for name, summary in rows]

@@ -8,7 +8,7 @@ apart.
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,60 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from zoo.evaluation.predict import Question, answer
+from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
-from zoo.registry import Dialog, RecordError, Sample, Score, ZooError, build, naming, read_sample
+from zoo.registry import Dialog, RecordError, Sample, ZooError, build, naming, read_sample
 from zoo.runs.data import RunData
 from zoo.runs.folder import new_folder
 from zoo.runs.left_out import Sieve
 from zoo.runs.processes import gather, start_accelerator
 from zoo.runs.progress import clock
 from zoo.runs.scored import Tasks, nothing_to_score, require_dialogs, samples_of
-from zoo.storage.atomic import write_json, write_text, writing, written_beside
+from zoo.storage.atomic import write_text, writing
 from zoo.storage.precision import autocast, fast_products
 
 TRAIN_SAMPLES = 2000  # samples of the training split in which the majority counts answers
-
-
-@dataclass
-class Line:
-    """One figure of the table."""
-
-    data: str
-    kind: str
-    task: str
-    metric: str
-    held_out: bool
-    score: Score
-    blind: Score | None = None
-    majority: Score | None = None
-
-    @property
-    def name(self) -> str:
-        kind = f"{self.kind}_held_out" if self.held_out else self.kind
-        return f"{self.data}/{kind}/{self.metric}"
-
-
-@dataclass
-class EvalResult:
-    """Scores, and every prediction behind them."""
-
-    lines: list[Line]
-    predictions: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)  # records that could not be used: where, and why
-
-    def summary(self) -> dict[str, float]:
-        """Return the value of every figure, by `data/kind/metric`."""
-        return {line.name: line.score.value for line in self.lines}
-
-    def save(self, folder: Path) -> None:
-        """Write scores.json and predictions.jsonl."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "scores.json", [asdict(line) for line in self.lines])
-        # Half of a surrogate pair is written as JSON's own escape.
-        options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
-        with written_beside(folder / "predictions.jsonl") as beside, beside.open(**options) as file:
-            for row in self.predictions:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main(cfg: DictConfig) -> EvalResult:

@@ -1,19 +1,16 @@
 """Scores as a person reads them: per cent with their standard error, beside models that do not look."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
+from zoo.evaluation.result import Line
 from zoo.registry import Score
 from zoo.text.markup import cell
 
-if TYPE_CHECKING:
-    from zoo.evaluation.evaluate import Line
 
-
-def score_table(lines: Sequence["Line"], title: str = "") -> Table:
+def score_table(lines: Sequence[Line], title: str = "") -> Table:
     """Make the table of an evaluation; held-out combinations stand below a rule, where there are any."""
     table = Table(title=cell(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     with_blind, with_majority = (any(getattr(x, w) for x in lines) for w in ("blind", "majority"))

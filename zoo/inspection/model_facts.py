@@ -98,7 +98,7 @@ def _comparison(word: str) -> Callable[[Facts], bool]:
 
 def shown(facts: Facts) -> str:
     """Facts as lines for `zoo info`."""
-    from zoo.checking.checker import size_text
+    from zoo.text.sizes import size_text
 
     rows = [
         (f"{r.kind} {r.name}", f"{size_text(r.parameters)} parameters, {r.tokens} tokens, width {r.width}")

@@ -14,7 +14,7 @@ saw, `scores(image)` where it ranks tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +22,13 @@ import torch
 from torch import Tensor
 
 from zoo import registry
+from zoo.inspection.views import NONE, View, Xray
 from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, unknown
 from zoo.text.stops import reader_for
 
 OPTIONS = ("image", "pruner", "question", "out")
-NONE = "none"  # the view without a pruner, which all others are compared with
 _NEW = 32  # tokens of an answer
 _SHOWN = 560  # pixels a side of the picture that is shown, at least
-
-
-@dataclass
-class View:
-    """One picture as one pruner leaves it."""
-
-    name: str
-    grid: tuple[int, int]  # of the encoder
-    layers: list[list[int]]  # for each layer of the LLM, for each patch: which image token it is in, -1 dropped
-    tokens: list[int]  # image tokens that each layer sees
-    answer: str
-    scores: list[float] | None = None  # by which patches were ranked before the LLM
-    layer_scores: dict[int, list[float | None]] = field(default_factory=dict)  # inside it, by layer
-    mixed: bool = False  # the projector mixes tokens, so layers say nothing of single patches
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def merged(self) -> bool:
-        """Whether several patches share a token."""
-        return len(set(self.layers[0]) - {-1}) < sum(t >= 0 for t in self.layers[0])
-
-    @property
-    def moments(self) -> list[int]:
-        """Layers at which something changes, the first among them."""
-        return [i for i, now in enumerate(self.layers) if i == 0 or now != self.layers[i - 1]]
-
-
-@dataclass
-class Xray:
-    """All views of one picture, and the picture as the encoder sees it."""
-
-    image: Any  # PIL
-    question: str
-    model: str
-    views: list[View]
-    refused: dict[str, str] = field(default_factory=dict)  # pruner -> why it does not fit
 
 
 def main(words: Sequence[str]) -> int:

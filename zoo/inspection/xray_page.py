@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zoo.inspection.xray import NONE, Xray
+from zoo.inspection.views import NONE, Xray
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #777; --warn: #c60; }

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.inspection.xray import View, Xray
+from zoo.inspection.views import View, Xray
 from zoo.text.markup import label
 
 ROWS = 4  # moments of a pruner inside the LLM that are drawn

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from zoo.evaluation.evaluate import EvalResult, evaluate
+from zoo.evaluation.evaluate import evaluate
+from zoo.evaluation.result import EvalResult
 from zoo.evaluation.score_table import score_table
 from zoo.registry import build
 from zoo.runs.consent import forget

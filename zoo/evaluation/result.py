@@ -1,0 +1,51 @@
+"""Scores of a model, and every prediction behind them."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import Score
+from zoo.storage.atomic import write_json, written_beside
+
+
+@dataclass
+class Line:
+    """One figure of the table."""
+
+    data: str
+    kind: str
+    task: str
+    metric: str
+    held_out: bool
+    score: Score
+    blind: Score | None = None
+    majority: Score | None = None
+
+    @property
+    def name(self) -> str:
+        kind = f"{self.kind}_held_out" if self.held_out else self.kind
+        return f"{self.data}/{kind}/{self.metric}"
+
+
+@dataclass
+class EvalResult:
+    """Scores, and every prediction behind them."""
+
+    lines: list[Line]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # records that could not be used: where, and why
+
+    def summary(self) -> dict[str, float]:
+        """Return the value of every figure, by `data/kind/metric`."""
+        return {line.name: line.score.value for line in self.lines}
+
+    def save(self, folder: Path) -> None:
+        """Write scores.json and predictions.jsonl."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "scores.json", [asdict(line) for line in self.lines])
+        # Half of a surrogate pair is written as JSON's own escape.
+        options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
+        with written_beside(folder / "predictions.jsonl") as beside, beside.open(**options) as file:
+            for row in self.predictions:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
