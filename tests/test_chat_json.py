@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.data_places import shared
 from zoo import registry
-from zoo.registry import ZooError
+from zoo.registry import ImageError, ZooError
 
 
 def png(color=(200, 10, 10)):
@@ -116,6 +116,20 @@ def test_reads_chat_messages_with_parts_and_images_of_their_own(folder):
     assert [getattr(i, "name", i) for i in sample.images] == ["b.png", "a.png", png()]
 
 
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"content": [{"type": "text"}]}, "turn 2: the text of a part is null"),
+        ({"content": [{"type": "text", "content": "red"}]}, "turn 2: the text of a part is null"),
+        ({"content": "", "tool_calls": [{"id": "1", "type": "function"}]}, "turn 2 has 'tool_calls'"),
+        ({"content": "", "function_call": {"name": "look"}}, "turn 2 has 'function_call'"),
+    ],
+)
+def test_what_would_be_lost_of_a_turn_is_refused(folder, turn, message):
+    with pytest.raises(ZooError, match=message):
+        load(folder, [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", **turn}]}])
+
+
 def test_reads_columns_with_a_prompt_answers_kind_task_and_meta(folder):
     record = {
         "q": "What {is} it?",
@@ -197,6 +211,15 @@ def test_names_that_lead_out_of_the_images_are_refused(folder, name):
     (folder / "secret.png").write_bytes(png())
     with pytest.raises(ZooError, match=r"train.jsonl:1 .*(leads out|is an address)"):
         load(folder, [llava("Q", image=name)]).get(0)
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 5000, "\ud800.png", "circle.png", "circle.png/a.png", "a.png/b.png", "sub", "", "x" * 300 + ".png"]
+)
+def test_a_name_that_the_file_system_rejects_is_a_missing_image(folder, name):
+    (folder / "images" / "circle.png").symlink_to("circle.png")
+    with pytest.raises(ImageError, match=r"train.jsonl:1 .*image"):
+        load(folder, [llava("Q", image=name or "sub/")]).get(0)
 
 
 def test_links_that_lead_out_of_the_images_are_refused(folder):

@@ -100,6 +100,8 @@ def test_vqa_is_the_script_of_visualqa_but_for_what_its_docstring_lists():
         ("1,5", "15"), ("B+", "B-"), ("A-", "a"), ("vitamin a", "vitamin"), ("none", "0"), ("5'", '5"'), ("10+", "10"),
         ("24/7", "247"), ("c", "c++"), ("10:30", "1030"), ("5%", "5"), ("$5", "5"), ("plan a", "plan"), ("1.5", "15"),
         (".5", "5"), ("no one", "no 0"), ("3-4", "34"), ("it's", "its"), ("men", "man"), ("a b", "b a"),
+        (">=5", "<=5"), (">=5", ">5"), ("5 < 6", "5 > 6"), ("x<y", "x>y"), ("x->y", "x<-y"), ("x -> y", "x <- y"),
+        ("x=-5", "x=5"), ("[-5]", "5"), ("AB+", "AB-"), ("ab-", "ab"), ("Na+", "Na"), ("3,-5", "3,5"),
     ],
 )  # fmt: skip
 def test_vqa_of_one_person_tells_apart_what_means_different_things(one, other):
@@ -114,6 +116,8 @@ def test_vqa_of_one_person_tells_apart_what_means_different_things(one, other):
         ("a cat", "Cat."), ("the scan", "scan"), ("two dogs", "2 dogs!"), ("1,000", "1000"), ("1,234,567", "1234567"),
         ("t-shirt", "T shirt"), ("black/white", "black white"), ("dont know", "don’t know"), ("-5", "−5"), ("(5)", "5"),
         ("zero", "0"), ('"yes"', "yes"), ("yes, it is", "yes it is"), ("right-sided", "right sided"), ("A", "a"),
+        ("caf\u00e9", "cafe\u0301"), ("CAFE\u0301 noir", "caf\u00e9-noir"), ("x = -5", "x=-5"),
+        ("black - white", "black white"),
     ],
 )  # fmt: skip
 def test_vqa_of_one_person_takes_for_equal_what_means_the_same(one, other):

@@ -56,10 +56,17 @@ class Folder:
             ZooError: the name leads out of the folder, or there is no such file; `where` says which record asked.
         """
         refuse_escape(name, where)
-        path = (self.root / name).resolve()
+        try:
+            path = (self.root / name).resolve()
+            found = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, no text, links in a circle
+            reason = getattr(error, "strerror", None) or error
+            raise ImageError(
+                f"{where}: the image {name[:80]!r} cannot be looked for in {self.root}: {reason}."
+            ) from None
         if not path.is_relative_to(self.root):
             raise ZooError(f"{where}: image {name!r} is a link that leads out of {self.root}.")
-        if not path.is_file():
+        if not found:
             raise ImageError(f"{where}: there is no image {name!r} in {self.root}.")
         return path
 

@@ -205,6 +205,8 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
         speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise ZooError(f"{at}: {unknown('speaker', str(speaker), ROLES)}")
+        if calls := next((key for key in ("tool_calls", "function_call") if turn.get(key)), None):
+            raise ZooError(f"{at} has {calls!r}, which would be lost: models here answer in text.")
         parts: list[dict[str, Any]] = []
         for part in _parts(content, at):
             if "source" in part:
@@ -230,7 +232,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for part, kind in zip(content, kinds, strict=True):
         if isinstance(part, str) or kind == "text":
-            text = part if isinstance(part, str) else part.get("text", "")
+            text = part if isinstance(part, str) else part.get("text")
             if not isinstance(text, str):
                 raise ZooError(f"{where}: the text of a part is {_shown(text)}.")
             parts += [{"type": "text", "text": text}] if shows else split_marks(text)

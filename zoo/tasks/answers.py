@@ -1,5 +1,7 @@
 """What counts as the right answer of a dialog, and the plainest way to compare two texts."""
 
+from unicodedata import normalize
+
 from zoo.registry import Dialog, ZooError
 
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "«": "»", "`": "`"}  # “ ” and single ones
@@ -31,9 +33,10 @@ def truths(dialog: Dialog, task: str) -> list[str]:
 def plain(text: str) -> str:
     """Lower case, single spaces, no full stop behind and no pair of quotes around: what a person would not tell apart.
 
-    A single quote stays, for `5'` and `5"` are feet and inches. A text of nothing but marks stays as it is.
+    Letters with an accent of their own and with one behind them are the same (NFC). A single quote stays, for `5'` and
+    `5"` are feet and inches. A text of nothing but marks stays as it is.
     """
-    found = text = " ".join(text.lower().split())
+    found = text = " ".join(normalize("NFC", text.lower()).split())
     while found:
         shorter = found.rstrip(".! ")
         if len(shorter) > 1 and QUOTES.get(shorter[0]) == shorter[-1]:

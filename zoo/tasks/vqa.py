@@ -6,8 +6,8 @@ words, articles, contractions; accepted answers lose their punctuation only wher
 
 - a prediction of which the normalisation leaves nothing ("the", "?") equals only the same text, not every other one of
   which nothing is left;
-- marks that belong to a number or a grade must be the same, which the script drops: `-5`, `<5`, `>5` and `5`; `1,5` and
-  `15`; `1/2` and `1-2`; `B+` and `B-`;
+- marks that belong to a number, a grade or a comparison must be the same, which the script drops: `-5`, `<5`, `>=5` and
+  `5`; `1,5` and `15`; `1/2` and `1-2`; `B+` and `B-`, `AB+` and `AB-`; `x<y` and `x>y`;
 - where all people gave the same answer it also counts as it was typed (`t-shirt`), as in later copies of the script;
 - contractions get a straight apostrophe; answers of people are compared in lower case, without spaces at the ends.
 
@@ -21,6 +21,7 @@ pix2struct's metric): within that share of the truth, per cent as hundredths. Wh
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -51,12 +52,13 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 HUMANS = 10  # answers to a question of VQA
 # Marks that keyboards write in two ways: curly quotes, the minus of typographers.
 ALIKE = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-"})
-# In front of a number: -5, <5, >5, +5. Between two: 1/2, 1-2, 1,5 (but 1,000). Behind one, or behind a letter that is
-# alone: 5", 5', 10+, B+.
+# In front of a number: -5, <5, >=5, x=-5. Between two: 1/2, 1-2, 1,5 (but 1,000). Behind one, or behind one or two
+# letters: 5", 5', 10+, B+, AB+, Na+. Between words, one of these alone: 5 < 6, a > b; or between letters: x<y.
 MARKS = re.compile(
-    r"(?:^|(?<=\())[-<>+=](?=[\d.$])"
+    r"(?:^|(?<=[(\[=<>,:;]))[-<>+=]+(?=[\d.$])"
     r"|(?<=\d)(?:[/-]|,(?!\d{3}(?!\d)))(?=\d)"
-    r"|(?:(?<=\d)|(?<=^[a-z]))[-+'\"]+$"
+    r"|(?:(?<=\d)|(?<=^[a-z])|(?<=^[a-z]{2}))[-+'\"]+$"
+    r"|(?:^|(?<=[\w)]))(?:[<>]=?|-+>|<-+)(?=$|[a-z\d(])"
 )
 NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
 
@@ -124,7 +126,7 @@ def alike(one: str, other: str) -> bool:
 
 def _form(text: str) -> str:
     """The normalised text, with an article that ends it."""
-    words = text.lower().translate(ALIKE).split()
+    words = unicodedata.normalize("NFC", text.lower()).translate(ALIKE).split()
     last = strip_punctuation(words[-1]).strip() if words else ""
     return " ".join([normalise(" ".join(words), none="none"), *([last] if last in ARTICLES else [])])
 
