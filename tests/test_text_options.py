@@ -166,7 +166,7 @@ def test_a_saved_run_keeps_what_was_typed(tmp_path):
     cfg = compose("train", ["pruner=words", *overrides])
     folder = RunFolder(tmp_path)
     OmegaConf.save(cfg, folder.config, resolve=True)
-    again = read_config(folder.config, compose("train", ["resume=x"]), [])
+    again = read_config(folder, compose("train", ["resume=x"]), [])
     assert pruners(again) == pruners(cfg)
     plain = OmegaConf.to_container(OmegaConf.load(folder.config))["pruner"]["words"]
     assert config_of("pruner", plain)[1] == config_of("pruner", cfg.pruner.words)[1]

@@ -31,6 +31,7 @@ FLAGS = {  # flags of ours, and of Hydra; those that take a value are True
     "--hydra-help": False,
 }
 WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
+MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # where the weights lie now that a run began on
 NONE = ("", "null")
 LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
 
@@ -93,11 +94,12 @@ def resumes_alone(overrides: Sequence[str]) -> None:
     resumed = next(
         (word for word, name in names.items() if name == "resume" and word.partition("=")[2] not in NONE), None
     )
-    extra = [word for word, name in names.items() if name not in WITH_RESUME]
+    extra = [word for word, name in names.items() if name not in WITH_RESUME | MOVED]
     if resumed and extra:
         raise ZooError(
             f"{resumed} goes on with the options that the run was started with; it cannot take {', '.join(extra)}. "
-            f"Beside it: {', '.join(sorted(WITH_RESUME - {'resume'}))}."
+            f"Beside it: {', '.join(sorted(WITH_RESUME - {'resume'}))}; and where weights lie elsewhere now, "
+            f"{', '.join(sorted(MOVED))}."
         )
 
 

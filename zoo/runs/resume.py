@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo.registry import ZooError, plugins, refuse_code
 from zoo.registry.foreign import read_json, read_run_config
-from zoo.runs import checkpoint, consent
+from zoo.runs import checkpoint, consent, moved
 from zoo.runs.folder import RunFolder
 from zoo.runs.lock import RunLock
 from zoo.storage.atomic import written_beside
@@ -140,6 +140,18 @@ def require_same_start(folder: RunFolder, model: Any, now: Mapping[str, Any]) ->
     Raises:
         ZooError: what they are read from now has another fingerprint than zoo.lock notes.
     """
+    noted = _noted(folder)
+    model.bases.require_same(noted.get("base"))
+    before, there = noted.get("started_from"), now.get("started_from")
+    if before and there and before["fingerprint"] != there["fingerprint"]:  # its folder may have been moved
+        raise ZooError(
+            f"The run {str(folder.path)!r} began on the weights of {before['model']!r}, and they are others now "
+            f"(fingerprint {there['fingerprint'][:12]}, was {before['fingerprint'][:12]}): it cannot go on from them."
+        )
+
+
+def _noted(folder: RunFolder) -> dict[str, Any]:
+    """What zoo.lock says."""
     try:
         noted = read_json(folder.lock)
         if not isinstance(noted, dict):
@@ -148,13 +160,7 @@ def require_same_start(folder: RunFolder, model: Any, now: Mapping[str, Any]) ->
         raise ZooError(
             f"{str(folder.lock)!r} is damaged ({error}): remove it to go on without what it notes."
         ) from error
-    model.bases.require_same(noted.get("base"))
-    before, there = noted.get("started_from"), now.get("started_from")
-    if before and there and before != there:
-        raise ZooError(
-            f"The run {str(folder.path)!r} began on the weights of {before['model']!r}, and they are others now "
-            f"(fingerprint {there['fingerprint'][:12]}, was {before['fingerprint'][:12]}): it cannot go on from them."
-        )
+    return noted
 
 
 def options_of(cfg: DictConfig) -> tuple[str, list[str]]:
@@ -167,12 +173,15 @@ def options_of(cfg: DictConfig) -> tuple[str, list[str]]:
     return device, log
 
 
-def read_config(path: Path, given: DictConfig, agreed: Mapping[str, str]) -> DictConfig:
-    """Return the config that a run was started with, typed; the plugins that were agreed to are loaded first."""
+def read_config(folder: RunFolder, given: DictConfig, agreed: Mapping[str, str]) -> DictConfig:
+    """Return the config that a run was started with, typed, with the places where its weights lie now.
+
+    The plugins that were agreed to are loaded first.
+    """
     from zoo.registry import config_of
     from zoo.settings.schema import RunRoot
 
-    saved = read_run_config(path)
+    path, saved = folder.config, read_run_config(folder.config)
     plugins.load(agreed)
     try:
         cfg: Any = OmegaConf.merge(OmegaConf.structured(RunRoot), saved)
@@ -181,6 +190,7 @@ def read_config(path: Path, given: DictConfig, agreed: Mapping[str, str]) -> Dic
         raise ZooError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
     for node in cfg.data.values():
         config_of("dataset", node)
+    moved.settle(cfg, given, _noted(folder) if folder.lock.is_file() else None)
     return cfg
 
 

@@ -87,7 +87,7 @@ class Run:
         self.folder, self.progress, self.newest = RunFolder(began.path), began.progress, began.newest
         for note in began.notes:
             self.display.note(note)
-        self.cfg = read_config(self.folder.config, cfg, began.plugins) if cfg.resume else cfg
+        self.cfg = read_config(self.folder, cfg, began.plugins) if cfg.resume else cfg
         self.stages = stages_of(self.cfg)
         if not self.stages:
             raise ZooError("There is nothing to train: the config has no stages. Choose a recipe, recipe=<name>.")

@@ -1,0 +1,83 @@
+"""Where the weights lie now that a run began on: a folder may be moved between two processes of a run.
+
+A new place is taken where it holds the same weights: zoo.lock has the fingerprint of what the run began on.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.registry import ZooError
+from zoo.storage.weights import fingerprint
+
+
+def settle(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] | None) -> None:
+    """Put the places that were given beside `resume` into the config of the run.
+
+    Args:
+        cfg: of the run, as it was started; it is changed.
+        given: of this process.
+        noted: content of zoo.lock; None: the run had not come so far, and nothing was trained on any weights.
+
+    Raises:
+        ZooError: the run began on no such weights, there are others in the new place, or none in the old one.
+    """
+    base = None if noted is None else noted.get("base") or {}
+    for part in ("vision", "llm"):
+        before, now = (str((OmegaConf.select(c, part) or {}).get("checkpoint") or "") for c in (cfg, given))
+        option, what = f"{part}.checkpoint", f"base weights of {part}"
+        if now and not before:
+            raise ZooError(f"{option}={now}: the run began on no checkpoint of {part}.")
+        record = None if base is None else base.get(part) or {}
+        if now and now != before:
+            _require_same(option, now, what, record)
+            if cfg.tokenizer.checkpoint == before:
+                cfg.tokenizer.checkpoint = now
+            OmegaConf.update(cfg, option, now)
+        elif before and (record or {}).get("fingerprint"):
+            _require_there(before, what, f"{option}=<folder>")
+    _settle_model(cfg, given, noted)
+
+
+def _settle_model(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] | None) -> None:
+    """The same for the saved or published model that a run began on, and for what that was made from."""
+    if place := given.model.base:
+        if cfg.model.source == "preset":
+            raise ZooError(f"model.base={place}: the run began on no saved model.")
+        cfg.model.base = place  # compared where it is read
+    if given.model.source != "preset" and cfg.model.source != "dir":
+        raise ZooError(f"model={given.model.source}:{given.model.name}: the run began on no model in a folder.")
+    if given.model.source == "hub":
+        raise ZooError(f"model=hub:{given.model.name}: the run began on a folder, {cfg.model.name!r}.")
+    if cfg.model.source != "dir":
+        return
+    if given.model.source == "dir" and given.model.name != cfg.model.name:
+        record = None if noted is None else noted.get("started_from") or {}
+        _require_same("model", given.model.name, "weights that the run began on", record)
+        cfg.model.name = given.model.name
+    _require_there(cfg.model.name, "weights that the run began on", "model=dir:<folder>")
+
+
+def _require_same(option: str, place: str, what: str, record: Mapping[str, Any] | None) -> None:
+    folder = Path(place)
+    if not folder.is_dir():
+        raise ZooError(f"{option}={place}: no such folder.")
+    if record is None:
+        return
+    was, now = str(record.get("fingerprint") or ""), fingerprint(folder)
+    if not was:
+        raise ZooError(f"{option}={place}: the run noted no fingerprint of its {what}, so they cannot be compared.")
+    if was != now:
+        raise ZooError(
+            f"{option}={place}: these are not the {what} (fingerprint {now[:12]}, was {was[:12]}), so the run cannot "
+            "go on from them."
+        )
+
+
+def _require_there(place: str, what: str, option: str) -> None:
+    if not Path(place).is_dir():
+        raise ZooError(
+            f"The {what} are not in {place!r} any more. If they lie elsewhere now: zoo train resume=<run> {option}."
+        )
