@@ -1,5 +1,7 @@
 """Chat templates, labels and placeholders: nothing is masked in silence."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from tests.conftest import ANSWERS, QUESTIONS, picture, sample
 from zoo.registry import IGNORE_INDEX, Dialog, ImageTransform, Sample, ZooError
 from zoo.text.processor import ZooProcessor
-from zoo.text.tokenizer import CHAT_TEMPLATES, fit_tokenizer, train_tokenizer
+from zoo.text.tokenizer import CHAT_TEMPLATES, _pieces, fit_tokenizer, train_tokenizer
 
 TRANSFORM = ImageTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
 TEXTS = [f"{q} {a}" for q in QUESTIONS for a in ANSWERS]
@@ -198,3 +200,16 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert (again.transform, again.num_image_tokens, again.image_separator) == (TRANSFORM, 4, "\n")
     s = sample((QUESTIONS[0], "yes"), (QUESTIONS[1], "blue"))
     assert np.array_equal(processor.encode(s).input_ids, again.encode(s).input_ids)
+
+
+def test_a_tokenizer_is_trained_in_time_where_a_word_is_a_whole_file():
+    took = time.process_time()
+    long = train_tokenizer(["what " + "w" * 200_000, *TEXTS], 400)
+    assert time.process_time() - took < 4  # 11 seconds as one word, and the square of the length beyond
+    assert long.decode(long("what ww").input_ids) == "what ww"
+    for text in (*TEXTS, "", "a" * 4096, "a" * 9000, " " * 5000 + "é b" * 4000):
+        assert "".join(_pieces(text)) == text and (len(text) >= 4096 or len(list(_pieces(text))) == 1)
+
+
+def test_a_tokenizer_is_trained_beside_a_text_that_is_none():
+    assert train_tokenizer([*TEXTS, "\ud800 and \udfff"], 300).vocab_size == train_tokenizer(TEXTS, 300).vocab_size

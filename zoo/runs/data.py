@@ -68,7 +68,7 @@ class RunData:
                     continue
                 for dialog in sample.dialogs:
                     for message in dialog.messages:
-                        yield from map(_whole, _texts_of(message["content"]))
+                        yield from _texts_of(message["content"])
 
 
 def spread_over(name: str, dataset: Any, most: int) -> Iterator[Sample | RecordError]:
@@ -80,11 +80,6 @@ def spread_over(name: str, dataset: Any, most: int) -> Iterator[Sample | RecordE
     else:
         size = len(dataset)
         yield from (read_sample(name, dataset, i) for i in range(0, size, max(1, size // most)))
-
-
-def _whole(text: str) -> str:
-    """Text that a tokenizer can learn from: what is no character, half of a surrogate pair, is left out."""
-    return text.encode("utf-8", "ignore").decode()
 
 
 def _texts_of(content: Any) -> list[str]:

@@ -5,7 +5,8 @@ templates of text-only LLMs work unchanged.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from zoo.registry import ZooError, unknown
@@ -36,6 +37,8 @@ CHAT_TEMPLATES = {
     ),
 }
 _SPECIAL = {"plain": ("<|assistant|>", "<|end|>"), "chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("<s>", "</s>")}
+
+_LONG = re.compile(r"\S{4096}|\s{4096}")  # no word, but a picture in base64, or a line of signs
 
 
 def image_separator(template: str) -> str:
@@ -70,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plai
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -80,6 +83,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plai
     )
     tokenizer.chat_template = CHAT_TEMPLATES[template][0]
     return tokenizer
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text, cut where one word of it goes on and on: the trainer's time grows with the square of a word's length.
+
+    Half of a surrogate pair is no character and is left out; a record that holds one is named where it is read.
+    """
+    text, start = text.encode("utf-8", "ignore").decode(), 0
+    for run in _LONG.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def require_vocab_size(vocab_size: int, template: str) -> None:
