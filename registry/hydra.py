@@ -6,6 +6,7 @@ component's module is imported when Hydra first reads its node, so that a run im
 """
 
 from dataclasses import is_dataclass
+from functools import lru_cache
 from typing import Any
 
 from hydra.core.config_store import ConfigNode, ConfigStore
@@ -26,13 +27,20 @@ class ComponentNode(ConfigNode):
     def __getattr__(self, attribute: str) -> Any:
         if attribute != "node":
             raise AttributeError(attribute)
-        from omegaconf import DictConfig, OmegaConf
-
-        self.node = OmegaConf.structured(get(self.kind, self.component).node)
-        for _, value in self.node.items_ex(resolve=False):
-            if isinstance(value, DictConfig) and not is_dataclass(OmegaConf.get_type(value)):
-                OmegaConf.set_struct(value, False)  # an option that is a dict takes any key
+        self.node = _structured(get(self.kind, self.component).node)
         return self.node
+
+
+@lru_cache(maxsize=512)
+def _structured(schema: Any) -> Any:
+    """The typed node of a component's options, made once: Hydra copies what it reads from the store."""
+    from omegaconf import DictConfig, OmegaConf
+
+    node = OmegaConf.structured(schema)
+    for _, value in node.items_ex(resolve=False):
+        if isinstance(value, DictConfig) and not is_dataclass(OmegaConf.get_type(value)):
+            OmegaConf.set_struct(value, False)  # an option that is a dict takes any key
+    return node
 
 
 def flush() -> None:

@@ -6,6 +6,8 @@ must not inherit them (a CLIP checkpoint makes no timm encoder), so a preset is 
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,16 +77,23 @@ def read(group: str, name: str, config_dir: str | Path | None = None) -> dict[st
     file = preset_files(group, config_dir).get(name)
     if file is None:
         return {}
-    from omegaconf import OmegaConf
     from yaml import YAMLError
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        content = deepcopy(_content(file, file.read_text("utf-8")))
     except YAMLError as error:
         raise ZooError(f"{group} {name!r} ({file}) is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ZooError(f"{group} {name!r} ({file}) must hold a mapping.")
     return {str(key): value for key, value in content.items()}
+
+
+@lru_cache(maxsize=256)
+def _content(file: Path, text: str) -> Any:
+    """Parse a file that holds this text: to compose one config reads the same presets several times."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
 
 
 def add_member(kind: str, key: str, component: str) -> None:
