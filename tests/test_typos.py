@@ -16,12 +16,24 @@ from zoo.settings.stage import Stage
 LETTERS = string.ascii_lowercase + string.digits + "_"
 
 
-def one_edit(word: str) -> set[str]:
+def one_edit(word: str, letters: str = LETTERS) -> set[str]:
     """Every string that one insertion, deletion, substitution or transposition makes of `word`."""
     cuts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
     found = {a + b[1:] for a, b in cuts if b} | {a + b[1] + b[0] + b[2:] for a, b in cuts if len(b) > 1}
-    found |= {a + c + b[1:] for a, b in cuts if b for c in LETTERS} | {a + c + b for a, b in cuts for c in LETTERS}
+    found |= {a + c + b[1:] for a, b in cuts if b for c in letters} | {a + c + b for a, b in cuts for c in letters}
     return found - {word, ""}
+
+
+def typos(word: str, words: list[str]) -> dict[str, int]:
+    """Every typo of `word` that is no other word, and how many are like it.
+
+    Letters that no word has are all alike to a count of edits: one of them is tried, and counts for each.
+    """
+    used = set("".join(words).lower())
+    others = [letter for letter in LETTERS if letter not in used]
+    tried = "".join(letter for letter in LETTERS if letter in used or letter in others[:1])
+    made = one_edit(word, tried) - set(words)
+    return {typo: len(others) if others and others[0] in typo else 1 for typo in made}
 
 
 def pools() -> dict[str, list[str]]:
@@ -52,15 +64,25 @@ def test_edits_is_what_its_definition_says():
         assert edits(a, b, most=1) == min(2, naive_edits(a, b)), (a, b)
 
 
+def test_letters_that_no_word_has_are_alike():
+    for words in (["fastv", "random", "pool"], ["depth", "dim"]):
+        for word in words:
+            every = one_edit(word) - set(words)
+            tried = typos(word, words)
+            assert sum(tried.values()) == len(every) > 2 * len(tried)
+            right = sum(times for typo, times in tried.items() if nearest(typo, words) == [word])
+            assert right == sum(nearest(typo, words) == [word] for typo in every)
+
+
 def test_one_edit_typos_of_every_name_and_option_get_the_right_suggestion():
     right = total = 0
     wrong = []
     for pool, words in pools().items():
         for word in words:
-            for typo in one_edit(word) - set(words):
-                total += 1
+            for typo, times in typos(word, words).items():
+                total += times
                 if nearest(typo, words) == [word]:
-                    right += 1
+                    right += times
                 else:
                     wrong.append((pool, typo, word))
     share = right / total
