@@ -8,7 +8,7 @@ from zoo.benches.fusion import METHODS, Options
 from zoo.cli.bench import main, parse
 from zoo.registry import ZooError
 
-TINY = ["sizes=tiny", "rounds=2", "steps=1", "device=cpu"]
+TINY = ["sizes=tiny", "rounds=1", "steps=1", "device=cpu"]
 
 
 def measured(tmp_path, only):
