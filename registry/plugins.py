@@ -9,6 +9,7 @@ is asked for, never loaded; for a run of one's own, `zoo.runs.consent` remembers
 
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -109,9 +110,15 @@ def _load(name: str, origin: str, point: EntryPoint | None = None, place: str = 
         raise
     except BaseException as error:  # a plugin may even call sys.exit: the rest must work
         first = (str(error).strip() or "no message").splitlines()[0]
-        plugin.error = f"{type(error).__name__}: {first}"
+        plugin.error = f"{type(error).__name__}: {first}{_line_of(error, plugin.place)}"
     plugin.adds = sorted(_components() - before)
     return plugin
+
+
+def _line_of(error: BaseException, place: str) -> str:
+    """Say in which line of the file at `place` an error was raised; a SyntaxError says so itself."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
+    return f" ({Path(place).name}, line {lines[-1]})" if lines else ""
 
 
 def _load_file(path: Path) -> None:

@@ -66,8 +66,13 @@ def test_help_of_a_composed_command(command, capsys):
         (["list", "pruner", "zzz*"], "Nothing matches 'pruner zzz*'."),
         (["info", "pruner/rndom"], "No pruner named 'rndom'. Did you mean 'random'?"),
         (["info", "rndom"], "Nothing is called 'rndom'. Did you mean 'pruner/random'?"),
+        (["info", "plugins=[]"], "takes the name of a component beside plugins="),
+        (["info", "pruner/mine", "plugins=[./mine.py]"], "Plugin './mine.py' does not load: FileNotFoundError"),
+        (["list", "plugins=no_such_module"], "Plugin 'no_such_module' does not load: ModuleNotFoundError"),
         (["info", "prunr/random"], "No kind named 'prunr'. Did you mean 'pruner'?"),
-        (["new", "prunr", "x"], "No template named 'prunr'. Did you mean 'pruner'?"),
+        (["new", "prunr", "x"], "No kind named 'prunr'. Did you mean 'pruner'?"),
+        (["new", "layout", "x"], "no template of a layout: start from a copy of one, `zoo info layout/anyres`"),
+        (["new", "pruner", "torch"], "torch.py would hide the module 'torch'"),
         (["new", "pruner", "My-Pruner"], "lower case letters, digits and underscores, got 'My-Pruner'"),
         (["new", "pruner", "random"], "pruner 'random' is there already"),
         (["-sc", "install=tcsh"], "shells: bash, fish, zsh"),
@@ -220,6 +225,16 @@ def test_list_and_info(capsys):
     ):
         assert part in out
     assert "override /vision:" in out
+
+
+def test_list_and_info_know_a_plugin(tmp_path, capsys):
+    assert main(["new", "pruner", "informed"]) == 0
+    assert "zoo info pruner/informed plugins=[./informed.py]" in capsys.readouterr().out
+    assert main(["info", "pruner/informed", "plugins=[./informed.py]"]) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path / "informed.py") in out and "share of image tokens kept, in (0, 1]" in out
+    assert main(["list", "pruner", "inf*", "plugins=[./informed.py]"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["pruner", "informed"]
 
 
 def test_completion_script_is_for_zoo(capsys):

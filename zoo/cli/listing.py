@@ -18,12 +18,11 @@ def list_main(words: Sequence[str]) -> int:
     """Print names and summaries: `zoo list [kind] [pattern]`."""
     if any(w in ("-h", "--help") for w in words):
         print(f"usage: zoo list [kind] [pattern]\n\nkinds: {', '.join(NOUNS)}\n\n  zoo list pruner '*pool*'")
-        print("  zoo list model '*llava*' --where 'params<8B'")
+        print("  zoo list model '*llava*' --where 'params<8B'\n  zoo list pruner plugins=[./my_pruner.py]")
         return 0
-    words, where = _where(words)
+    words, where = _where(_with_plugins(words))
     if len(words) > 2:
         raise ZooError(f"zoo list takes a kind and a pattern, got {' '.join(words)!r}.")
-    plugins.load_installed()
     nouns, pattern = _asked(words)
     if where and nouns != ("model",):
         raise ZooError("--where is for models: zoo list model '*llava*' --where 'params<8B'.")
@@ -40,6 +39,21 @@ def list_main(words: Sequence[str]) -> int:
         for name, summary in rows:
             print(f"  {name:<{width}}{summary}".rstrip())
     return 0
+
+
+def _with_plugins(words: Sequence[str]) -> list[str]:
+    """Load installed plugins and those of `plugins=[...]`, and return the other words.
+
+    Raises:
+        ZooError: one that was named here does not load.
+    """
+    plugins.load_installed()
+    wanted = [word.partition("=")[2] for word in words if word.startswith("plugins=")]
+    named = [name.strip() for value in wanted for name in value.strip("[]").split(",") if name.strip()]
+    for plugin in plugins.load(dict.fromkeys(named)):
+        if not plugin.ok:
+            raise ZooError(f"Plugin {plugin.name!r} does not load: {plugin.error}")
+    return [word for word in words if not word.startswith("plugins=")]
 
 
 def _where(words: Sequence[str]) -> tuple[list[str], str]:
@@ -103,8 +117,11 @@ def info_main(words: Sequence[str]) -> int:
     """Print all about a component or a preset: `zoo info <kind>/<name>`, `zoo info <preset>`."""
     if not words or any(w in ("-h", "--help") for w in words):
         print("usage: zoo info <kind>/<name> ...\n\n  zoo info pruner/random\n  zoo info recipe/scenes_tiny")
+        print("  zoo info pruner/my_pruner plugins=[./my_pruner.py]")
         return 0 if words else 2
-    plugins.load_installed()
+    words = _with_plugins(words)
+    if not words:
+        raise ZooError("zoo info takes the name of a component beside plugins=, such as pruner/random.")
     for i, word in enumerate(words):
         print(("\n" if i else "") + describe(word))
     return 0

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from zoo.cli import templates
-from zoo.registry import ZooError, names, unknown
+from zoo.registry import KINDS, ZooError, names, unknown
 from zoo.registry.table import group_of
 
 TEMPLATES = {
@@ -39,10 +40,14 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
     """Write the component and its test into `folder`.
 
     Raises:
-        ZooError: there is no template of that kind, the name is no plain word or is taken, or a file is in the way.
+        ZooError: there is no template of that kind, the name is no plain word or is taken, by a component, by a file
+            or by a module.
     """
     if kind not in TEMPLATES:
-        raise unknown("template", kind, TEMPLATES)
+        if kind in KINDS:
+            where = f"`zoo info {kind}/{names(kind)[0]}` says where it lies"
+            raise ZooError(f"There is no template of a {kind}: start from a copy of one, {where}.")
+        raise unknown("kind", kind, TEMPLATES)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
     if name in names(kind):
@@ -51,6 +56,8 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
     for file in files:
         if file.exists():
             raise ZooError(f"{file.name!r} exists and is not overwritten.")
+    if find_spec(name):
+        raise ZooError(f"{name}.py would hide the module {name!r} from scripts and tests in its folder: another name.")
     for file, text in files.items():
         file.write_text(text, encoding="utf-8")
     return list(files)
@@ -66,7 +73,8 @@ def next_commands(kind: str, name: str) -> list[str]:
         return [test, f"zoo eval {plugin} task={name} model=last"]
     check = f"zoo check {plugin} {group_of(kind)}={name}"
     recipe = " recipe=fashion_mnist" if kind == "dataset" else ""  # the default recipe wants the labels of scenes
-    return [test, check, check.replace("check", "train", 1) + recipe]
+    info = f"zoo info {kind}/{name} {plugin}"
+    return [test, info, check, check.replace("check", "train", 1) + recipe]
 
 
 def _filled(text: str, name: str) -> str:

@@ -23,21 +23,26 @@ class CLASSConfig:
 
 @register("pruner", "NAME")
 class CLASS(nn.Module):
-    needs = frozenset()  # add "cls_attention" or "grid" if you use them
-    provides = frozenset()
-    destroys = frozenset({"grid"})
+    needs: frozenset[str] = frozenset()  # what the encoder must give: "cls_attention", "keys", "grid"
+    provides: frozenset[str] = frozenset()
+    destroys: frozenset[str] = frozenset({"grid"})
 
     def __init__(self, config: CLASSConfig) -> None:
         super().__init__()
-        self.keep_ratio = config.keep_ratio
+        self.config = config
+        if config.keep_ratio == 1:
+            self.destroys = frozenset()  # all tokens stay, and so does their grid
 
     def num_tokens(self, n: int) -> int:
-        return max(1, round(n * self.keep_ratio))
+        return max(1, round(n * self.config.keep_ratio))
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
         m, n = image.tokens.shape[:2]
-        keep = torch.arange(self.num_tokens(n), device=image.tokens.device).expand(m, -1)  # (M, K)
-        return image.take(keep)  # (M, K, D)
+        k = self.num_tokens(n)
+        if k == n:
+            return image
+        best_first = torch.arange(k, device=image.tokens.device).expand(m, -1)  # (M, K), indices into N
+        return image.take_best(best_first)  # (M, K, D), in grid order
 '''
 
 PROJECTOR = '''"""CLASS: a norm and a linear layer from the encoder's width to the LLM's."""
