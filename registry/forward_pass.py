@@ -15,6 +15,7 @@ adapters were told before; one layer by itself, or a graph, uses that of the par
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
@@ -86,9 +87,29 @@ class Pass:
 _NOW: ContextVar[Pass | None] = ContextVar("zoo_pass", default=None)
 
 
+class _Seen(threading.local):
+    """The same for compiled graphs: Dynamo of torch 2.11 reads lists, and no context variables."""
+
+    def __init__(self) -> None:
+        self.now: list[Pass | None] = [None]
+
+
+_SEEN = _Seen()
+
+
 def current() -> Pass | None:
     """Give the pass that runs now in this thread; None where a part is run without a model."""
-    return _NOW.get()
+    return _SEEN.now[0] if _compiling() else _NOW.get()
+
+
+def _set(now: Pass | None) -> Token[Pass | None]:
+    _SEEN.now[0] = now
+    return _NOW.set(now)
+
+
+def _reset(token: Token[Pass | None]) -> None:
+    _NOW.reset(token)
+    _SEEN.now[0] = _NOW.get()
 
 
 @contextmanager
@@ -103,11 +124,11 @@ def running(sequence: Any = None, conditions: dict[str, Any] | None = None) -> I
     if _compiling():  # a graph cannot set it; parts in the graph use their own
         yield now
         return
-    token = _NOW.set(now)
+    token = _set(now)
     try:
         yield now
     finally:
-        _NOW.reset(token)
+        _reset(token)
 
 
 @contextmanager
@@ -124,14 +145,14 @@ def joined(alone: Pass) -> Iterator[Pass]:
 def begin() -> Pass:
     """Begin a pass where no block can: in a hook before a module. What is behind the module calls `end`."""
     now = Pass()
-    now.token = _NOW.set(now)
+    now.token = _set(now)
     return now
 
 
 def end(now: Pass) -> None:
     """End what `begin` began; other passes are left alone."""
     if now.token is not None:
-        _NOW.reset(now.token)
+        _reset(now.token)
         now.token = None
 
 
@@ -167,11 +188,11 @@ def put_conditions(cache: Any, conditions: dict[str, Any]) -> None:
 
 @contextmanager
 def _entered(now: Pass) -> Iterator[None]:
-    token = _NOW.set(now)
+    token = _set(now)
     try:
         yield
     finally:
-        _NOW.reset(token)
+        _reset(token)
 
 
 def _compiling() -> bool:
