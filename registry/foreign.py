@@ -32,6 +32,14 @@ _SIZES = (
     (re.compile(r"size|dim|hidden|inner|num_|n_|rank|channels|pixels"), 1 << 28),
 )
 _LABELS = ("id2label", "label2id")  # of classifiers: their keys are words of any kind
+# field of config.json -> its type, where it is not null; a truth value is no number
+_TYPES: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("slots", "tokenizer", "versions", "base", "data", "task"), (Mapping, "an object")),
+    **dict.fromkeys(("image_token_id", "video_token_id", "text_vocab_size"), (int, "a whole number")),
+    "plugins": (list, "a list of names"),
+    "attention": (str, "a text"),
+}
+_TEXTS = ("family", "checkpoint", "revision", "fingerprint")  # of each base
 _PLAUSIBLE = 32, 1 << 28  # numbers that a config may ask for: for each byte of its weights, and beside them
 
 
@@ -165,6 +173,25 @@ def require_model_config(content: Any, where: str) -> None:
             _require_name(name, item, where)
         elif isinstance(item, int | float):
             _require_size(name, item, where)
+
+
+def require_types(content: Mapping[str, Any], where: str) -> None:
+    """Refuse a config.json of a composed model whose fields are of other types than it is written with.
+
+    Raises:
+        ZooError: with `where`, the field and its value.
+    """
+    for name, (kind, words) in _TYPES.items():
+        value = content.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ZooError(f"{where} states {name}={value!r:.60}, where {words} is needed.")
+    for part, base in (content.get("base") or {}).items():
+        given = base if isinstance(base, Mapping) else {"": base}
+        wrong = [key for key in given if (key in _TEXTS and not isinstance(given[key], str | None)) or not key]
+        if base is not None and wrong:
+            raise ZooError(f"{where} states base.{part}={base!r:.60}; {', '.join(_TEXTS)} are needed, each a text.")
+    if wrong := [name for name in content.get("plugins") or [] if not isinstance(name, str)]:
+        raise ZooError(f"{where} states plugins={wrong!r:.60}, where a list of names is needed.")
 
 
 def _require_name(name: str, value: str, where: str) -> None:

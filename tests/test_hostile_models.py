@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,18 @@ def test_a_composed_model(path, value, message, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(content))
     with pytest.raises(ZooError, match=message):
         ZooModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "value", [True, 7, -1.5, float("nan"), "text", ["text"], [3], {"a": 3}, {"a": {"fingerprint": 3}}]
+)
+@pytest.mark.parametrize("field", ["base", "data", "image_token_id", "plugins", "slots", "tokenizer", "model_type"])
+def test_a_field_of_another_type(field, value, tmp_path):
+    """An error, or a model as without it; never somebody else's traceback."""
+    import zoo
+
+    shutil.copytree(MODEL, tmp_path / "model")
+    content = json.loads((MODEL / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content | {field: value}))
+    with suppress(ZooError):
+        zoo.load(f"dir:{tmp_path / 'model'}")

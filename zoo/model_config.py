@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from zoo.autoclasses import register_config
 from zoo.registry import refuse_code
-from zoo.registry.foreign import read_model_config, require_model_config
+from zoo.registry.foreign import read_model_config, require_model_config, require_types
 
 
 class ZooConfig(PreTrainedConfig):
@@ -47,8 +47,9 @@ class ZooConfig(PreTrainedConfig):
         """Make a config of what a file says, which may be somebody else's.
 
         Raises:
-            ZooError: it names code, or absurd sizes.
+            ZooError: it names code, absurd sizes, or holds values of other types.
         """
+        require_types(config_dict, "The config")
         for part in ("slots", "tokenizer"):
             refuse_code(config_dict.get(part), f"The config's {part}")
         require_model_config(config_dict, "The config")

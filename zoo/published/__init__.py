@@ -25,7 +25,8 @@ FAMILIES = {
 
 def is_published(content: Any) -> bool:
     """Whether a config.json is that of a published model of a family known here."""
-    return isinstance(content, Mapping) and content.get("model_type") in FAMILIES
+    kind = content.get("model_type") if isinstance(content, Mapping) else None
+    return isinstance(kind, str) and kind in FAMILIES
 
 
 def family_named(model_type: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from zoo.published import FAMILIES, is_published
 from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, require_revision, unknown
-from zoo.registry.foreign import read_json, read_run_config, require_model_config
+from zoo.registry.foreign import read_json, read_run_config, require_model_config, require_types
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings import presets
 
@@ -202,6 +202,7 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
     where = f"The config of model {asked!r}"
     if not isinstance(content.get("slots"), Mapping):
         raise ZooError(f"{where} has no 'slots'.")
+    require_types(content, where)
     slots = {**content["slots"], **{k: content[k] for k in ("data", "task") if isinstance(content.get(k), dict)}}
     for part in (slots, content.get("tokenizer") or {}, content.get("plugins") or []):
         refuse_code(part, where)
