@@ -62,8 +62,25 @@ class ZooConfig(PreTrainedConfig):
         return cls.from_dict(read_model_config(folder / "config.json"))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """The config of the language model, once a model stands; sizes of the text side are there."""
+        """The config of the language model, once a model stands; before, this one, see `__getattr__`."""
         return self.__dict__.get("_llm", self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes of the text side: those of the language model where one stands, else what the slots say.
+
+        Raises:
+            AttributeError: any other name; or `hidden_size` follows from a checkpoint, which is not read here.
+        """
+        if name not in ("vocab_size", "hidden_size"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if (llm := self.__dict__.get("_llm")) is not None:
+            return getattr(llm, name)
+        slot = (self.__dict__.get("slots") or {}).get("llm") or {}
+        stated = self.__dict__.get("text_vocab_size") if name == "vocab_size" else slot.get("hidden_size")
+        if stated is None or (name == "hidden_size" and slot.get("checkpoint")):
+            where = f"follows from the checkpoint {slot['checkpoint']!r}" if slot.get("checkpoint") else "is not stated"
+            raise AttributeError(f"{name} {where}: load the model, and ask model.config.get_text_config().{name}.")
+        return stated
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: not the language model's own config, which follows from the slots."""

@@ -46,7 +46,17 @@ class Talk:
             stream: is called with each piece of the answer as it comes.
             max_new_tokens: the longest answer.
             options: further ones of `generate`; greedy unless they say otherwise.
+
+        Raises:
+            ZooError: `text` is something else, such as a list of messages.
         """
+        if not isinstance(text, str):
+            raise ZooError(
+                f"A chat takes the question as a text, got {type(text).__name__}. Images go beside it (images=), "
+                "and zoo.composed.chat_session.Talk keeps earlier turns. Messages go through "
+                "processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True), "
+                "and what it gives to model.generate."
+            )
         films = [v if isinstance(v, Video) else Video(str(v)) for v in videos]
         sources = [*images, *films]
         content = [{"type": "video" if isinstance(s, Video) else "image"} for s in sources]

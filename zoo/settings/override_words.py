@@ -27,6 +27,7 @@ class Word:
         depth: how many lists and dicts it stands in.
         strange: Hydra's grammar refuses it.
         value: it is a value of the option, or of one of its choices, and not an argument of a function.
+        keys: of the dicts that it is in, the outermost first.
     """
 
     start: int
@@ -35,6 +36,7 @@ class Word:
     depth: int
     strange: bool
     value: bool
+    keys: tuple[str, ...] = ()
 
 
 def words(text: str) -> Iterator[Word]:
@@ -43,6 +45,7 @@ def words(text: str) -> Iterator[Word]:
     A word with an interpolation is none: what it will be is not known.
     """
     around: list[tuple[str, str]] = []  # brackets that are open, and the function in front of them
+    keys: list[str] = []  # in each of them, the key of the item that we are in; empty where it is no dict
     start = at = 0
     refers = False  # to something else, with ${...}
     keyed = False  # the key of a dict's item is behind us
@@ -56,7 +59,8 @@ def words(text: str) -> Iterator[Word]:
             value = all(bracket != "(" or name in OF_CHOICES for bracket, name in around)
             depth = sum(bracket != "(" for bracket, _ in around)
             strange = bool(STRANGE.search(plain))
-            yield Word(first, first + len(piece), ESCAPED.sub(r"\1", piece), depth, strange, value)
+            above = tuple(filter(None, keys))
+            yield Word(first, first + len(piece), ESCAPED.sub(r"\1", piece), depth, strange, value, above)
 
     while at < len(text):
         char, said = text[at], text[start:at].strip(" \t")
@@ -70,13 +74,16 @@ def words(text: str) -> Iterator[Word]:
             yield from word(at)
             if char != ",":
                 around.pop()
+                keys.pop()
             at = start = at + 1
             refers, keyed = False, char != ","
         elif (char in "[{" and not said) or (char == "(" and said in FUNCTIONS):
             around.append((char, said))
+            keys.append("")
             at = start = at + 1
             keyed = False
         elif char == ":" and around and around[-1][0] == "{" and not keyed:
+            keys[-1] = said
             at = start = at + 1
             keyed = True
         elif char == "=" and around and around[-1][0] == "(":

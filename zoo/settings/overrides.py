@@ -5,8 +5,9 @@ before any component is imported.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from zoo.settings import model_names as saved
 from zoo.settings import presets
 from zoo.settings.override_words import quoted_where
 from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
-from zoo.settings.static_check import try_override
+from zoo.settings.static_check import elsewhere, try_override
 from zoo.settings.text_options import TextOptions
 from zoo.text.tokenizer_files import has_template
 
@@ -24,7 +25,8 @@ RECIPE_COMMANDS = ("train", "eval", "check", "data")  # these start from the def
 SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
 SEVERAL = tuple(group_of(kind) for kind in SLOT_KINDS if kind in MANY)
 _OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # a stage's dicts that take any key
-_STAGE = re.compile(r"stages\.\w+(\.|$)")
+_TAUGHT = re.compile(r"stages\.(\w+)\.(distiller|teacher)(?=\.|$)")  # nodes that name what they hold
+_STAGE = re.compile(r"stages\.(\w+)(?:\.|$)")
 
 
 def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
@@ -45,8 +47,11 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     flush()
     for override in parsed:
         check(override, config_dir)
+    for override in parsed:
+        require_option(override, lambda: _chosen(command, parsed, config_dir), config_dir)
     parsed = chosen_last(parsed)
     choice = settle(command, values(parsed), config_dir)
+    choice.added = _added_stages(parsed, choice.recipe, config_dir)
     texts = TextOptions(choice.chosen, config_dir)
     parsed = parse([texts.typed(o.input_line) for o in parsed])
     for override in parsed:
@@ -129,10 +134,6 @@ def check(override: Any, config_dir: str | Path | None) -> None:
         off = "[]" if key in SEVERAL else "null"
         instead = f"{key}={off}" if override.is_delete() else override.input_line.lstrip("+")
         raise ZooError(f"{override.input_line!r}: an option is there or it is not. Write {instead}.")
-    head = key.partition(".")[0]
-    known = {f.name for f in fields(RunRoot)} - {"defaults", "hydra"} | {"recipe"}
-    if head not in known:
-        raise unknown("option", head, known)
     if key in SLOTS and not override.is_delete() and not isinstance(value, dict):
         if isinstance(value, list) and key not in SEVERAL:
             raise ZooError(f"{key}={_text(value)}: the slot {key!r} holds one component. Write {key}=<name>.")
@@ -140,6 +141,34 @@ def check(override: Any, config_dir: str | Path | None) -> None:
             presets.require(key, name, config_dir)
     elif key == "recipe" and value is not None:
         presets.require(key, value, config_dir)
+
+
+def require_option(
+    override: Any, chosen: Callable[[], Mapping[str, Any]], config_dir: str | Path | None = None
+) -> None:
+    """Refuse an option that the run does not have, and say where there is one of that name.
+
+    Args:
+        override: as Hydra parsed it.
+        chosen: gives group -> what the run picks.
+        config_dir: a user's own folder of presets.
+    """
+    key = override.key_or_group
+    if override.is_hydra_override() or key.startswith("hydra/"):
+        return
+    head = key.partition(".")[0]
+    known = {f.name for f in fields(RunRoot)} - {"defaults", "hydra"} | {"recipe"}
+    if head not in known:
+        if head == key and (error := elsewhere("", head, chosen(), config_dir)):
+            raise error
+        raise unknown("option", head, known)
+
+
+def _chosen(command: str, parsed: Sequence[Any], config_dir: str | Path | None) -> Mapping[str, Any]:
+    """What a run picks, in spite of options that it does not have; nothing where that is not known."""
+    with suppress(ZooError):
+        return settle(command, values(parsed), config_dir).chosen
+    return {}
 
 
 @dataclass
@@ -153,6 +182,7 @@ class Choice:
     chosen: dict[str, Any]  # group -> what the run picks; a list where the slot holds several
     source: dict[str, str]  # fields of ModelSource
     without: dict[str, frozenset[str]]  # what presets state and does not hold beside a checkpoint that the run names
+    added: list[str] = field(default_factory=list)  # stages that the run has behind those of the recipe
 
     def lines(self, config_dir: str | Path | None = None) -> list[str]:
         """Return the overrides that make Hydra compose this choice."""
@@ -163,6 +193,9 @@ class Choice:
         if self.recipe is None:
             return [*lines, f"recipe={NOBODY}"]
         recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts, self.without)
+        if self.added:  # in a preset, since Hydra types no node that an override adds
+            stages: dict[str, Any] = {name: {} for name in self.added}
+            recipe = presets.store_once("recipe", recipe, {"defaults": [recipe, "_self_"], "stages": stages})
         return [*lines, f"recipe={quoted(recipe)}", f"run.recipe={quoted(self.recipe)}"]
 
 
@@ -188,8 +221,21 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     without = {}
     if source.get("source", "preset") == "preset":
         without = _of_random_parts(given, model, recipe, config_dir)
+    else:
+        _refuse_checkpoints(given, model, str(asked), config_dir)
     source = {key: value for key, value in source.items() if f"model.{key}" not in given}
     return Choice(recipe, model, own, from_model, chosen, source, without)
+
+
+def _refuse_checkpoints(given: Mapping[str, Any], model: str, asked: str, config_dir: str | Path | None) -> None:
+    """Refuse a checkpoint for a part of a saved model that was made from none: all its weights are in the folder."""
+    for slot in ("vision", "llm"):
+        checkpoint, stated = given.get(f"{slot}.checkpoint"), presets.section("model", model, slot, config_dir)
+        if checkpoint and slot not in given and stated and not stated.get("checkpoint"):
+            raise ZooError(
+                f"{slot}.checkpoint={checkpoint}: the model {asked!r} holds all weights of its {slot}, and reads none "
+                f"from a checkpoint: leave the option out. For another {slot} in its place, choose it: {slot}=<name>."
+            )
 
 
 def _of_random_parts(
@@ -233,12 +279,40 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
         return [override.input_line] if names == value else [f"data={_text(presets.as_list(names))}"]
     if key in ("plugins", "log") and not isinstance(value, list):
         return [f"{key}={_text(presets.as_list(value))}"]
+    line = override.input_line
+    if (stage := _STAGE.match(key)) and stage[1] in choice.added:
+        line = line.lstrip("+")  # it is there by now
     if _OPEN.match(key) and not override.is_delete():
-        return ["++" + override.input_line.lstrip("+")]
+        return ["++" + line.lstrip("+")]
     if members := having(key, choice.chosen, config_dir):
         group, _, option = key.partition(".")
         return [f"{group}.{member}.{option}={override.get_value_element_as_str()}" for member in members]
-    return [override.input_line]
+    if _TAUGHT.match(key) and not override.is_delete():
+        line = "++" + line.lstrip("+")  # the recipe need not state an option that it has
+        another = isinstance(value, dict) and _names_another(key, value, choice.recipe, config_dir)
+        return [f"{key}=null", line] if another else [line]  # in the place of the recipe's, and not merged with it
+    return [line]
+
+
+def _added_stages(parsed: Sequence[Any], recipe: str | None, config_dir: str | Path | None) -> list[str]:
+    """The stages that overrides with a `+` name and the recipe does not have."""
+    if recipe is None:
+        return []
+    there = presets.section("recipe", recipe, "stages", config_dir)
+    found = [m[1] for o in parsed if (o.is_add() or o.is_force_add()) and (m := _STAGE.match(o.key_or_group))]
+    return [name for name in dict.fromkeys(found) if name not in there]
+
+
+def _names_another(key: str, value: Mapping[str, Any], recipe: str | None, config_dir: str | Path | None) -> bool:
+    """Whether a dict for a stage's distiller or teacher names another one than the recipe does."""
+    found = _TAUGHT.fullmatch(key)
+    if found is None or recipe is None:
+        return False
+    stated = presets.section("recipe", recipe, "stages", config_dir, deep=True).get(found[1])
+    before = stated.get(found[2]) if isinstance(stated, dict) else None
+    names = ("name",) if found[2] == "distiller" else ("model", "store")
+    given = {name: value[name] for name in names if value.get(name)}
+    return bool(given) and isinstance(before, dict) and any(before.get(n) != v for n, v in given.items())
 
 
 def quoted(text: str) -> str:

@@ -160,14 +160,28 @@ def selection(group: str, name: str, config_dir: str | Path | None = None) -> di
     return chosen
 
 
-def section(group: str, name: str, key: str, config_dir: str | Path | None = None) -> dict[str, Any]:
-    """Return what a preset, and what it starts from, states in a section of the run: `llm`, `tokenizer`, ..."""
+def section(
+    group: str, name: str, key: str, config_dir: str | Path | None = None, deep: bool = False
+) -> dict[str, Any]:
+    """Return what a preset, and what it starts from, states in a section of the run: `llm`, `tokenizer`, ...
+
+    `deep`: dicts in it are merged too, as Hydra does.
+    """
     content = read(group, name, config_dir)
     stated: dict[str, Any] = {}
     for base in reversed(list(bases(content))):
-        stated |= section(group, base, key, config_dir)
+        stated = _merged(stated, section(group, base, key, config_dir, deep), deep)
     own = content.get(key)
-    return stated | (own if isinstance(own, dict) else {})
+    return _merged(stated, own if isinstance(own, dict) else {}, deep)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any], deep: bool) -> dict[str, Any]:
+    both = {
+        key: _merged(below[key], value, deep)
+        for key, value in above.items()
+        if deep and isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return {**below, **above, **both}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -53,9 +53,37 @@ def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Pat
         raise ZooError(f"{override.input_line!r}: a component is chosen with {path[0]}=<name>.")
     option = next((o for o in options if o.name == name), None)
     if option is None:
-        raise unknown_option(owner, name, options)
+        home = elsewhere(path[0], name, chosen, config_dir) if path[0] in SECTIONS and len(path) == 2 else None
+        raise home or unknown_option(owner, name, options)
     if len(path) == depth + 1:
         _try_value(owner, option, override.value())
+
+
+def elsewhere(
+    given: str, name: str, chosen: Mapping[str, Any], config_dir: str | Path | None = None
+) -> ZooError | None:
+    """The error for an option that is one of something else in the run: of a stage, a group of options or a part.
+
+    Args:
+        given: group of options in front of it; empty: none.
+        name: of the option.
+        chosen: group -> what the run picks.
+        config_dir: a user's own folder of presets.
+
+    Returns:
+        None where nothing in the run has an option of that name.
+    """
+    homes = ["stages.<stage>"] if any(o.name == name for o in options_of(Stage)) else []
+    homes += [key for key, section in SECTIONS.items() if any(o.name == name for o in options_of(section))]
+    for group, picked in chosen.items():
+        kind = kind_of(group)
+        for member in presets.as_list(picked) if kind else []:
+            if any(o.name == name for o in source_options(str(kind), presets.component_of(group, member, config_dir))):
+                homes.append(f"{group}.{member}" if kind in MANY else group)
+    if not homes:
+        return None
+    places = " or ".join(f"{home}.{name}" for home in homes)
+    return ZooError(f"No option named {'.'.join(filter(None, [given, name]))!r} of the run itself. It is {places}.")
 
 
 def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Path | None = None) -> ZooError:

@@ -7,7 +7,7 @@ are put into quotes. `null` is nothing only where an option may hold nothing.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,16 @@ class TextOptions:
     def typed(self, line: str) -> str:
         """Return an override with its texts in quotes."""
         key, equals, value = line.partition("=")
-        text = self.at(key.lstrip("+~").split(".")) if equals else None
-        return key + equals + quoted_where(value, text.takes) if text else line
+        path = key.lstrip("+~").split(".")
+        return key + equals + quoted_where(value, lambda word: self._takes(path, word)) if equals else line
+
+    def _takes(self, path: list[str], word: Word) -> bool:
+        """Whether a word of an option's value is to be text; in a dict such as `{store: 1e5}` its key says so."""
+        text = self.at(path)
+        if word.keys and not (text and text.inside):
+            text = self.at([*path, *word.keys])
+            word = replace(word, depth=word.depth - len(word.keys))
+        return text is not None and text.takes(word)
 
     def written(self, group: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the body of a preset with its texts as they stand in the file."""

@@ -19,6 +19,7 @@ from zoo.text.batch import EncodedSample, TokenizedDialog, as_preference, collat
 from zoo.text.chat_template import ChatTemplate
 from zoo.text.processor_call import CallMixin, cut_of, flat
 from zoo.text.processor_chat import ChatMixin
+from zoo.text.processor_keywords import LoadedMixin, pad_id_of
 from zoo.text.tokenized_chat import Chat
 from zoo.text.tokenizer import require_token
 from zoo.vision.images.processors import Pictures, Videos, as_clip, processor_of
@@ -28,7 +29,7 @@ from zoo.vision.images.video import Video
 _CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
 
 
-class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
+class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):
     """Turns text, chat messages and images into what `ZooModel` takes.
 
     Args:
@@ -99,6 +100,14 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
             chat = Chat(tokenizer, self.video_token, self.end_tokens)
             made = self._made = tokenizer, tokenizer.chat_template, chat, {}
         return made
+
+    def require_own_tokenizer(self) -> None:
+        """Refuse a tokenizer that was set and is another model's.
+
+        Raises:
+            ZooError: it has no such image token as the model has.
+        """
+        self._chat_now()
 
     @property
     def _chat(self) -> Chat:
@@ -245,7 +254,8 @@ class ZooProcessor(CallMixin, ChatMixin, ProcessorMixin):
         self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1
     ) -> dict[str, Any]:
         """Stack encoded samples into a batch; see `zoo.text.batch.collate`."""
-        return collate(samples, pad_id=self.tokenizer.pad_token_id, padding_side=padding_side, multiple_of=multiple_of)
+        pad_id = pad_id_of(self.tokenizer, len(samples))
+        return collate(samples, pad_id=pad_id, padding_side=padding_side, multiple_of=multiple_of)
 
     @staticmethod
     def pack(samples: Sequence[EncodedSample], length: int) -> list[EncodedSample]:

@@ -13,6 +13,7 @@ import torch
 from transformers import BatchFeature
 
 from zoo.registry import Cut, ZooError
+from zoo.text.processor_keywords import pad_id_of
 from zoo.text.processor_options import Options, sort_options
 from zoo.vision.images.processors import Picture, stack
 from zoo.vision.images.video import Video
@@ -107,6 +108,9 @@ class CallMixin:
             raise ZooError(
                 f"text must be a string or a list of strings, got {kinds}; images come first: (images, text)."
             )
+        if self.tokenizer.pad_token_id is None and options.text["padding"] not in (False, None, "do_not_pad"):
+            pad_id_of(self.tokenizer, len(texts) if options.text["padding"] in (True, "longest") else 2)
+            options.text["padding"] = False  # one row is as long as itself
         given = self._matched(texts, shown, films)
         marks = re.compile("|".join(map(re.escape, given)))
         written, replaced, order = [], [], []
