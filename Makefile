@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 FOLDERS := registry vision fusion distill benches claims conf model_cards  # part of the package `zoo`, beside its own folder
 # A worker per core, but at least two: half of a test's time goes into imports.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
+# A worker has a whole file, in the order of tests/conftest.py: by numbers of tests the longest would begin last.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 # Tests that run no model: what they touch does not change with the versions of libraries.
 PLAIN := bench% browser classes% cli config data% docs hostile imports nlvr places plugins registry report scenes typos
 LIBRARY_TESTS := $(filter-out $(PLAIN:%=tests/test_%.py),$(wildcard tests/test_*.py))
@@ -32,7 +34,7 @@ quickstart: install
 	$(BIN)/zoo eval model=last
 
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) $(BY_FILE)
 
 .venv-oldest/.installed: pyproject.toml requirements/oldest.txt
 	$(call install,.venv-oldest,requirements/oldest.txt)
@@ -40,13 +42,13 @@ test: install
 # The lowest versions that pyproject.toml allows, all at once.
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/zoo doctor
-	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(LIBRARY_TESTS)
+	.venv-oldest/bin/python -m pytest -n $(JOBS) $(BY_FILE) $(LIBRARY_TESTS)
 
 # The newest versions that it allows and that are out on the day, but for torch: the pair of requirements/torch.txt.
 test-newest:
 	$(call install,.venv-newest,requirements/torch.txt,--upgrade --upgrade-strategy eager)
 	.venv-newest/bin/zoo doctor
-	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile $(LIBRARY_TESTS)
+	.venv-newest/bin/python -m pytest -n $(JOBS) $(BY_FILE) $(LIBRARY_TESTS)
 
 # Renew both lists of versions. uv knows how to find the lowest that go together.
 lock:
