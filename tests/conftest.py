@@ -26,8 +26,8 @@ ANSWERS = ["yes", "no", "blue", "red", "two", "3 7 12 19", "a red circle left of
 # Files that take more than half a minute, the longest first. A worker has a whole file: none of these is to begin last.
 LONG = (
     "roundtrip", "killed_runs", "checker", "teacher_check", "export", "saved", "two_processes", "check_bench",
-    "threads", "broken_records", "train", "resume", "xray", "teacher", "teacher_store", "published_families", "bench_claims",
-    "llava_mod", "pruned_crops", "bench", "bench_distill", "typos", "config", "docs",
+    "threads", "broken_records", "train", "resume", "xray", "teacher", "teacher_store", "published_families",
+    "bench_claims", "llava_mod", "pruned_crops", "bench", "bench_distill", "typos", "config", "docs",
 )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(name, teachers, monkeypatch):
     monkeypatch.setattr(checker, "_MOST_TRIES", 4)  # the fixes of teaching come first
     case, teacher = REFUSED[name], teachers[REFUSED[name].teacher]
     with pytest.raises(RefusedError, match=f"(?s)Stage 'dft': .*{case.reason}") as refusal:
-        check(plan(teacher, case.distiller, case.tokenizer, **case.slots))
+        check(plan(teacher, case.distiller, case.tokenizer, **case.slots), fixes=3 if case.fix else 0)
     if case.fix:
         assert case.fix.replace("{teacher}", teacher) in refusal.value.fixes
 
