@@ -18,6 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+from zoo.registry.errors import ZooError
 from zoo.registry.table import names
 from zoo.registry.values import KINDS
 
@@ -80,6 +81,21 @@ def load(wanted: Iterable[str] | Mapping[str, str], origin: str = "named") -> li
     """
     places = wanted if isinstance(wanted, Mapping) else {}
     return [_load(name, origin, place=places.get(name, "")) for name in wanted]
+
+
+def load_words(words: Iterable[str]) -> list[str]:
+    """Load what `plugins=[...]` among the words of a command names, and return the other words.
+
+    Raises:
+        ZooError: one of them does not load.
+    """
+    words = list(words)
+    values = [word.partition("=")[2] for word in words if word.startswith("plugins=")]
+    names = [name.strip(" \"'") for value in values for name in value.strip("[]").split(",")]
+    for plugin in load(dict.fromkeys(filter(None, names))):
+        if not plugin.ok:
+            raise ZooError(f"Plugin {plugin.name!r} does not load: {plugin.error}")
+    return [word for word in words if not word.startswith("plugins=")]
 
 
 def named() -> dict[str, str]:

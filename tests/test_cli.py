@@ -237,6 +237,15 @@ def test_list_and_info_know_a_plugin(tmp_path, capsys):
     assert capsys.readouterr().out.split()[:2] == ["pruner", "informed"]
 
 
+def test_what_raised_in_a_plugin_has_a_line(tmp_path, capsys):
+    (tmp_path / "early.py").write_text("import json\n\njson.loads(missing)\n")
+    assert main(["info", "pruner/early", "plugins=['./early.py']"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "zoo: Plugin './early.py' does not load: NameError: name 'missing' is not defined (early.py, line 3)\n"
+    )
+
+
 def test_completion_script_is_for_zoo(capsys):
     assert main(["-sc", "install=bash"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("hydra_bash_completion zoo")

@@ -114,3 +114,38 @@ def test_the_readme_names_the_commands_and_the_table_of_names():
     assert "make quickstart" in text and "make test" in text
     missing = [f"{kind} {name}" for kind in KINDS for name in names(kind) if f"`{name}`" not in text]
     assert not missing
+
+
+def test_paths_modules_and_links_that_documents_name_are_there():
+    """Of *.md and *.py: `fusion/pruners/pool.py`, `zoo.fusion.pruners.pool`, [text](docs/runs.md)."""
+    rooms = "registry|vision|fusion|distill|zoo|benches|claims|docs|tests|requirements"
+    mapped = (
+        "registry",
+        "vision",
+        "fusion",
+        "distill",
+        "conf",
+        "model_cards",
+        "benches",
+        "claims",
+    )  # folders below the name zoo
+    ours = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]
+    ours += [f for room in rooms.split("|") if room != "docs" for f in (ROOT / room).rglob("*.py")]
+    wrong = []
+    for file in ours:
+        text = file.read_text()
+        paths = re.findall(rf"(?<![\w/.])(?:{rooms})/[\w/]+\.(?:py|md|txt)\b", text)
+        links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", text) if file.suffix == ".md" else []
+        wrong += [f"{file.name}: {p}" for p in paths if not (ROOT / p).exists()]
+        wrong += [f"{file.name}: {p}" for p in links if not (file.parent / p).exists()]
+        for name in set(re.findall(r"(?<![\w.])zoo\.([a-z]\w*(?:\.[a-z]\w*)+)", text)):
+            top = ROOT if name.split(".")[0] in mapped else ROOT / "zoo"
+            *folders, last = name.split(".")
+            places = [top.joinpath(*folders, last), top.joinpath(*folders, f"{last}.py")]
+            defines = [top.joinpath(*folders[:-1], f"{folders[-1]}.py"), top.joinpath(*folders, "__init__.py")]
+            known = any(re.search(rf"\b{last}\b", d.read_text()) for d in defines if d.is_file())
+            if not known and not any(place.exists() for place in places):
+                wrong.append(f"{file.name}: zoo.{name}")
+    examples = {"fusion/pruners/mine.py", "zoo.fusion.pruners.mine", "tests/test_mine.py"}  # a contributor's own
+    planted = {"fusion/planted.py", "zoo.vision.video"}  # of the test of imports
+    assert [w for w in wrong if w.split(": ")[1] not in examples | planted] == []

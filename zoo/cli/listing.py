@@ -42,18 +42,9 @@ def list_main(words: Sequence[str]) -> int:
 
 
 def _with_plugins(words: Sequence[str]) -> list[str]:
-    """Load installed plugins and those of `plugins=[...]`, and return the other words.
-
-    Raises:
-        ZooError: one that was named here does not load.
-    """
+    """Load installed plugins and those of `plugins=[...]`, and return the other words."""
     plugins.load_installed()
-    wanted = [word.partition("=")[2] for word in words if word.startswith("plugins=")]
-    named = [name.strip() for value in wanted for name in value.strip("[]").split(",") if name.strip()]
-    for plugin in plugins.load(dict.fromkeys(named)):
-        if not plugin.ok:
-            raise ZooError(f"Plugin {plugin.name!r} does not load: {plugin.error}")
-    return [word for word in words if not word.startswith("plugins=")]
+    return plugins.load_words(words)
 
 
 def _where(words: Sequence[str]) -> tuple[list[str], str]:

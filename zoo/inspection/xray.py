@@ -8,9 +8,9 @@ zoo inspect vision=hf llm=hf projector=mlp --image cat.jpg         parts with ra
 --question   what is asked; default: "What is in the picture?"
 --out        folder for xray.png and xray.html; default: xray
 
-More words are options as everywhere: pruner.fastervlm.keep_ratio=0.1 goes to the pruners that it is of. A pruner is
-shown through its contract alone: `keep` and `groups` of the features it leaves, `kept()` of what each layer of the LLM
-saw, `scores(image)` where it ranks tokens.
+More words are options as everywhere: pruner.fastervlm.keep_ratio=0.1 goes to the pruners that it is of, and
+plugins=[./mine.py] brings one of your own. A pruner is shown through its contract alone: `keep` and `groups` of the
+features it leaves, `kept()` of what each layer of the LLM saw, `scores(image)` where it ranks tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.inspection.views import NONE, View, Xray
-from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, unknown
+from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, plugins, unknown
 from zoo.text.stops import reader_for
 
 OPTIONS = ("image", "pruner", "question", "out")
@@ -94,8 +94,9 @@ def inspect(
         seed: of random weights.
 
     Raises:
-        ZooError: a pruner that was asked for does not exist or does not fit.
+        ZooError: a pruner that was asked for does not exist or does not fit, or a plugin does not load.
     """
+    plugins.load_words(overrides)
     known = registry.names("pruner")
     for name in (part for chain in pruners for part in chain.split("+")):
         if name not in known:

@@ -2,11 +2,14 @@
 
 runs/2026-11-22/14-03-55-scenes_tiny/
     config.yaml          everything that was set, resolved
-    run.id               of a run with plugins: a random number, under which this machine remembers them
-    (`zoo.runs.consent`) zoo.lock             versions, weights and their hashes, commit, plugins metrics.jsonl
-    one line per step skipped.jsonl        one line per record that was left out, with the reason checkpoints/
-    step-00000500/, the newest last model/               the trained model, for `zoo.load` and `model=` scores.json
-    the table of the end summary.json         written last: the run is finished
+    run.id               of a run with plugins: the number under which this machine remembers them (`zoo.runs.consent`)
+    zoo.lock             versions, weights and their hashes, commit, plugins
+    metrics.jsonl        one line per step
+    skipped.jsonl        one line per record that was left out, with the reason
+    checkpoints/         step-00000500/, the newest last
+    model/               the trained model, for `zoo.load` and `model=`
+    scores.json          the table of the end
+    summary.json         written last: the run is finished
 runs/last -> the newest of them
 """
 

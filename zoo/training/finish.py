@@ -105,10 +105,12 @@ def report(run: "Run", result: EvalResult | None, console: Console) -> None:
     done = f"Trained in {clock(run.progress.seconds)}. Everything is in {path}"
     console.print(done, soft_wrap=True, highlight=False, markup=False)
     console.print("Try next:")
+    plugins = [f"plugins=[{','.join(run.cfg.plugins)}]"] if run.cfg.plugins else []  # a model folder only asks for them
+    given = ", ".join([named, *(json.dumps(word, ensure_ascii=False) for word in plugins)])
     for command in (
-        f"zoo eval {shlex.quote(f'model=dir:{path}')}",
+        f"zoo eval {shlex.join([f'model=dir:{path}', *plugins])}",
         "zoo report runs",
-        f"python -c {shlex.quote(f'import zoo; print(zoo.load({named}))')}",
+        f"python -c {shlex.quote(f'import zoo; print(zoo.load({given}))')}",
     ):
         console.print(f"    {command}", soft_wrap=True, highlight=False, markup=False)
 
