@@ -31,11 +31,14 @@ def test_an_option_of_nothing():
         compose("train", ["precison=fp32"])
 
 
-def test_a_stage_that_is_not_there(tmp_path):
+@pytest.mark.parametrize(
+    "option", ["steps=2", "teacher=x", "distiller.target=y", "lr_scale.llm=2", "teacher={store: a}"]
+)
+def test_a_stage_that_is_not_there(tmp_path, option):
     with pytest.raises(
         ZooError, match=r"No stage named 'aa'\. Did you mean 'a'\?.*write \+stages\.aa\.<option>=<value>"
     ):
-        config(recipe(tmp_path, STAGES), "stages.aa.steps=2")
+        config(recipe(tmp_path, STAGES), f"stages.aa.{option}")
 
 
 @pytest.mark.parametrize("added", [["+stages.c.steps=2", "+stages.c.lr=0.5"], ["++stages.c={steps: 2, lr: 0.5}"]])
@@ -43,6 +46,7 @@ def test_a_stage_that_is_added(tmp_path, added):
     stages = config(recipe(tmp_path, STAGES), *added).stages
     assert list(stages) == ["a", "b", "c"]
     assert (stages.c.steps, stages.c.lr, stages.c.batch_size) == (2, 0.5, 16)
+    assert list(compose("train", ["recipe=null", *added]).stages) == ["c"]
     with pytest.raises(ZooError, match=r"No option of stage 'c' named 'stepps'\. Did you mean 'steps'"):
         config(recipe(tmp_path, STAGES), "+stages.c.stepps=2")
     with pytest.raises(ZooError, match=r"stage 'c'.*either steps or epochs"):

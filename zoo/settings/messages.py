@@ -15,7 +15,7 @@ from zoo.registry.table import kind_of
 from zoo.settings import presets
 from zoo.settings.overrides import SEVERAL, SLOTS
 from zoo.settings.schema import RunRoot
-from zoo.settings.static_check import called, elsewhere
+from zoo.settings.static_check import called, elsewhere, no_stage
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def explain(error: BaseException) -> ZooError:
 def unknown_key(path: list[str], owner: str, options: list[Option]) -> ZooError:
     """The error for a path whose last part does not exist."""
     if path[:1] == ["stages"] and len(path) == 2:
-        return _no_stage(path[1], [o.name for o in options])
+        return no_stage(path[1], [o.name for o in options])
     if not options and path[0] in SLOTS and len(path) > 1:
         return ZooError(f"{path[0]!r} holds no component in this run, so it has no option {path[-1]!r}.")
     if not path[1:]:
@@ -65,11 +65,6 @@ def unknown_key(path: list[str], owner: str, options: list[Option]) -> ZooError:
             return home
         return unknown("option", path[0], [o.name for o in options])
     return unknown_option(owner, path[-1], options)
-
-
-def _no_stage(name: str, there: list[str]) -> ZooError:
-    """The error for a stage that the run does not have, and how one is added."""
-    return ZooError(f"{unknown('stage', name, there)} To add one behind them, write +stages.{name}.<option>=<value>.")
 
 
 def describe(path: list[str], node: Any) -> tuple[str, list[Option]]:

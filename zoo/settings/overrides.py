@@ -17,7 +17,7 @@ from zoo.settings import model_names as saved
 from zoo.settings import presets
 from zoo.settings.override_words import quoted_where
 from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
-from zoo.settings.static_check import elsewhere, try_override
+from zoo.settings.static_check import elsewhere, no_stage, try_override
 from zoo.settings.text_options import TextOptions
 from zoo.text.tokenizer_files import has_template
 
@@ -190,11 +190,12 @@ class Choice:
         model = presets.trim("model", self.model, self.own_of_model, self.chosen, config_dir, texts, self.without)
         lines = [f"model={quoted(model)}"]
         lines += [f"++model.{key}={quoted(value)}" for key, value in self.source.items()]
+        stages: dict[str, Any] = {name: {} for name in self.added}  # in a preset: Hydra types no node of an override
         if self.recipe is None:
-            return [*lines, f"recipe={NOBODY}"]
+            recipe = presets.store_once("recipe", "added", {"stages": stages}) if stages else NOBODY
+            return [*lines, f"recipe={quoted(recipe)}"]
         recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts, self.without)
-        if self.added:  # in a preset, since Hydra types no node that an override adds
-            stages: dict[str, Any] = {name: {} for name in self.added}
+        if stages:
             recipe = presets.store_once("recipe", recipe, {"defaults": [recipe, "_self_"], "stages": stages})
         return [*lines, f"recipe={quoted(recipe)}", f"run.recipe={quoted(self.recipe)}"]
 
@@ -280,8 +281,14 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
     if key in ("plugins", "log") and not isinstance(value, list):
         return [f"{key}={_text(presets.as_list(value))}"]
     line = override.input_line
-    if (stage := _STAGE.match(key)) and stage[1] in choice.added:
-        line = line.lstrip("+")  # it is there by now
+    if stage := _STAGE.match(key):
+        there = {
+            s for g, n in (("model", choice.model), ("recipe", choice.recipe)) if n for s in _stages(g, n, config_dir)
+        }
+        if stage[1] in choice.added:
+            line = line.lstrip("+")  # it is there by now
+        elif stage[1] not in there and (_OPEN.match(key) or _TAUGHT.match(key)):  # else Hydra knows better
+            raise no_stage(stage[1], [*there, *choice.added])
     if _OPEN.match(key) and not override.is_delete():
         return ["++" + line.lstrip("+")]
     if members := having(key, choice.chosen, config_dir):
@@ -296,11 +303,14 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
 
 def _added_stages(parsed: Sequence[Any], recipe: str | None, config_dir: str | Path | None) -> list[str]:
     """The stages that overrides with a `+` name and the recipe does not have."""
-    if recipe is None:
-        return []
-    there = presets.section("recipe", recipe, "stages", config_dir)
+    there = _stages("recipe", recipe, config_dir) if recipe else {}
     found = [m[1] for o in parsed if (o.is_add() or o.is_force_add()) and (m := _STAGE.match(o.key_or_group))]
     return [name for name in dict.fromkeys(found) if name not in there]
+
+
+def _stages(group: str, name: str, config_dir: str | Path | None) -> dict[str, Any]:
+    """The stages that a preset states, with those that it starts from."""
+    return presets.section(group, name, "stages", config_dir, deep=True)
 
 
 def _names_another(key: str, value: Mapping[str, Any], recipe: str | None, config_dir: str | Path | None) -> bool:
@@ -308,7 +318,7 @@ def _names_another(key: str, value: Mapping[str, Any], recipe: str | None, confi
     found = _TAUGHT.fullmatch(key)
     if found is None or recipe is None:
         return False
-    stated = presets.section("recipe", recipe, "stages", config_dir, deep=True).get(found[1])
+    stated = _stages("recipe", recipe, config_dir).get(found[1])
     before = stated.get(found[2]) if isinstance(stated, dict) else None
     names = ("name",) if found[2] == "distiller" else ("model", "store")
     given = {name: value[name] for name in names if value.get(name)}

@@ -4,7 +4,7 @@ Importing a component costs an import of torch, so a mistake that can be seen wi
 passes here is checked again by Hydra, on the real dataclasses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ def elsewhere(
         return None
     places = " or ".join(f"{home}.{name}" for home in homes)
     return ZooError(f"No option named {'.'.join(filter(None, [given, name]))!r} of the run itself. It is {places}.")
+
+
+def no_stage(name: str, there: Iterable[str]) -> ZooError:
+    """The error for a stage that the run does not have, and how one is added."""
+    return ZooError(f"{unknown('stage', name, there)} To add one behind them, write +stages.{name}.<option>=<value>.")
 
 
 def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Path | None = None) -> ZooError:
