@@ -265,8 +265,10 @@ class CLASS:
 
 TESTS = {
     "pruner": """    pruner = registry.build("pruner", {"name": "NAME"})
-    image = pruner(ImageFeatures(torch.randn(2, 16, 8), (4, 4)))
-    assert image.tokens.shape == (2, pruner.num_tokens(16), 8)
+    image = ImageFeatures(torch.randn(2, 16, 8), (4, 4))
+    assert pruner(image).tokens.shape == (2, pruner.num_tokens(16), 8)
+    keeps_all = registry.build("pruner", {"name": "NAME", "keep_ratio": 1.0})
+    assert keeps_all(image).grid == (4, 4) and "grid" not in keeps_all.destroys
 """,
     "projector": """    projector = registry.build("projector", {"name": "NAME"}, vision_dim=8, text_dim=12)
     tokens = projector(ImageFeatures(torch.randn(2, 16, 8), (4, 4)))
