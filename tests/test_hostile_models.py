@@ -258,3 +258,21 @@ def test_a_field_of_another_type(field, value, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(content | {field: value}))
     with suppress(ZooError):
         zoo.load(f"dir:{tmp_path / 'model'}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(f"{name}_token_id", value) for name in ("eos", "pad") for value in (float("nan"), "x", 1.5, True, ["x"])],
+        *[("output_hidden_states", value) for value in (float("nan"), "x", 1, [])],
+        ("use_cache", "x"), ("do_sample", 1.5), ("temperature", float("nan")), ("top_p", float("inf")),
+    ],
+)  # fmt: skip
+def test_a_field_of_a_generation_config(field, value, tmp_path):
+    import zoo
+
+    shutil.copytree(MODEL, tmp_path / "model")
+    content = json.loads((MODEL / "generation_config.json").read_text())
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(content | {field: value}))
+    with pytest.raises(ZooError, match=rf"generation_config.json (states {field}|cannot be read)"):
+        zoo.load(f"dir:{tmp_path / 'model'}")

@@ -7,6 +7,7 @@ end-of-sequence token, and a chat template writes something behind each answer. 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,25 @@ def stated_config(model: Any, folder: Path | None) -> Any:
         return model.llm.lm.generation_config or GenerationConfig()
     require_file(folder / "generation_config.json", CONFIG)
     try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+        config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ZooError(f"{folder}/generation_config.json cannot be read: {' '.join(str(error).split())}") from error
+    for name, value in vars(config).items():
+        if wrong := _wrong_type(name, value):
+            raise ZooError(f"{folder}/generation_config.json states {name}={value!r:.60}, where {wrong} is needed.")
+    return config
+
+
+def _wrong_type(name: str, value: Any) -> str:
+    """What a field of a generation config must be and is not; transformers takes what a file says as it is."""
+    if value is None:
+        return ""
+    if name.endswith("_token_id"):
+        ids = value if isinstance(value, list) else [value]
+        return "" if all(type(token) is int for token in ids) else "an id of a token, or a list of them,"
+    if name.startswith("output_") or name in ("use_cache", "do_sample", "return_dict_in_generate"):
+        return "" if isinstance(value, bool) else "true or false"
+    return "a finite number" if isinstance(value, float) and not isfinite(value) else ""
 
 
 def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str | None) -> None:
