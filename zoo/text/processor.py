@@ -29,7 +29,7 @@ from zoo.vision.images.video import Video
 _CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
 
 
-class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):
+class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: ignore[misc]  # from_pretrained's keywords
     """Turns text, chat messages and images into what `ZooModel` takes.
 
     Args:
@@ -118,8 +118,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):
         """Text behind an image; a template that shows images says itself what stands there."""
         return "" if self._chat.typed else self._separator
 
-    @property  # type: ignore[override]  # a plain attribute there
-    def chat_template(self) -> Any:
+    @property
+    def chat_template(self) -> Any:  # type: ignore[override]  # a plain attribute there
         """The tokenizer's chat template: there is one, whichever of the two it is set on."""
         return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
 
