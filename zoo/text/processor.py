@@ -114,12 +114,12 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
         return self._chat_now()[2]
 
     @property
-    def image_separator(self) -> str:
+    def image_separator(self) -> str:  # type: ignore[override]  # an attribute of the mixin
         """Text behind an image; a template that shows images says itself what stands there."""
         return "" if self._chat.typed else self._separator
 
     @property
-    def chat_template(self) -> Any:  # type: ignore[override]  # a plain attribute there
+    def chat_template(self) -> Any:
         """The tokenizer's chat template: there is one, whichever of the two it is set on."""
         return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
 
