@@ -136,7 +136,8 @@ def test_the_commands_at_the_end_of_a_run_work_as_they_are(name, tmp_path):
     from types import SimpleNamespace
 
     folder = SimpleNamespace(path=tmp_path / name, skipped=tmp_path / "skipped.jsonl")
-    run = SimpleNamespace(folder=folder, progress=SimpleNamespace(seconds=1))
+    cfg = SimpleNamespace(plugins=[])
+    run = SimpleNamespace(folder=folder, progress=SimpleNamespace(seconds=1), cfg=cfg)
     file = io.StringIO()
     report(run, EvalResult(lines(name)), Console(file=file, width=500))
     said = [line.strip() for line in file.getvalue().splitlines() if line.startswith(("    zoo", "    python"))]
