@@ -68,7 +68,7 @@ def _check_sample(stage: Stagecheck, name: str, sample: Sample) -> None:
         if found is not None and stage.grid and found.shape[1] != math.prod(stage.grid):
             raise ZooError(
                 f"{where}the targets {key!r} of data {name!r} are of {found.shape[1]} cells, and the encoder's grid "
-                f"{list(stage.grid)} has {math.prod(stage.grid)}."
+                f"{list(stage.grid)} has {math.prod(stage.grid)}. Without a recipe of one's own: recipe=null."
             )
 
 
