@@ -17,7 +17,8 @@ from zoo.data.scenes import QUESTIONS
 from zoo.evaluation.evaluate import evaluate
 from zoo.loading.build import build, load
 from zoo.registry import build as part
-from zoo.runs.batches import Batches, Mix, Place
+from zoo.runs.batches import Batches
+from zoo.runs.order import Mix, Place
 from zoo.runs.processes import start_accelerator
 from zoo.settings.stage import Stage
 from zoo.tasks.yes_no import yes_or_no

@@ -13,9 +13,10 @@ from tests.conftest import sample
 from tests.test_loader import Names, Numbers
 from tests.train_builders import config, recipe, start
 from zoo.registry import RecordError, Sample, ZooError, naming
-from zoo.runs.batches import Batches, Loader, Mix, Place
+from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
 from zoo.runs.folder import read_metrics
+from zoo.runs.order import Mix, Place
 from zoo.settings.stage import Stage
 from zoo.training.loop import Run
 

@@ -8,7 +8,8 @@ import torch
 
 from tests.conftest import sample
 from zoo.registry import Sample, ZooError
-from zoo.runs.batches import Batches, Loader, Mix, Place, keyed
+from zoo.runs.batches import Batches, Loader
+from zoo.runs.order import Mix, Place, keyed
 from zoo.settings.stage import Stage
 
 

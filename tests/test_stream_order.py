@@ -10,7 +10,8 @@ from tests.conftest import sample
 from zoo import registry
 from zoo.data.stream_order import Lanes
 from zoo.registry import Sample, ZooError
-from zoo.runs.batches import Batches, Loader, Mix, Place
+from zoo.runs.batches import Batches, Loader
+from zoo.runs.order import Mix, Place
 from zoo.settings.stage import Stage
 
 datasets = pytest.importorskip("datasets")

@@ -16,8 +16,8 @@ from zoo.checking import checker
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
 from zoo.registry import ZooError, build
-from zoo.runs.batches import Mix
 from zoo.runs.folder import read_metrics
+from zoo.runs.order import Mix
 from zoo.settings.stage import Stage
 from zoo.teaching.teacher import Teacher, Twins
 from zoo.teaching.teacher_store import Stored, Writer, data_hash, read_about, sample_key, shards_of

@@ -11,7 +11,7 @@ import torch
 import zoo
 from tests.teacher_builders import KD, save_teacher
 from tests.train_builders import REPO, config, losses, recipe, start
-from zoo.runs.batches import Mix
+from zoo.runs.order import Mix
 from zoo.training.loop import Run
 
 # The dense loss is a mean over forward passes, so it has weight 0 where figures are compared.

@@ -37,7 +37,7 @@ class Gated(torch.nn.Module):
 def sparse(seed=0, shaken=True, **options):
     torch.manual_seed(seed)
     layer = SparseFeedForward(
-        0, Gated(), WIDTH, UpcycleConfig(**options), Passes(None, "upcycle", lambda: False)
+        0, Gated(), WIDTH, UpcycleConfig(**options), Passes(None, lambda: False, "upcycle")
     ).double()
     if shaken:
         with torch.no_grad():

@@ -255,7 +255,7 @@ class MoExtend(nn.Module):
         if odd := [i for i in chosen if i not in blocks]:
             raise ZooError(f"Layer {odd[0]} has no experts to add to. Layers with experts: {_ranges(blocks)}.")
         sources = dict(zip(chosen, config.sources or [0] * len(chosen), strict=True))
-        self.passes = Passes(llm, "moextend", self._balances)
+        self.passes = Passes(llm, self._balances, "moextend")
         self.__dict__["blocks"] = blocks
         self.layers = nn.ModuleDict(
             {str(i): ExtendedLayer(config, blocks[i], sources[i], self.passes) for i in sorted(chosen)}

@@ -213,7 +213,7 @@ class MoLE(nn.Module):
             raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")
         mlps = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
         require_plain(mlps[chosen[0]], llm.hidden_size, "adapter 'mole'")
-        self.passes = Passes(llm, "mole", self._balances)
+        self.passes = Passes(llm, self._balances, "mole")
         layer = partial(MoLELayer, config, width=llm.hidden_size, passes=self.passes)
         self.layers = nn.ModuleDict({str(i): layer(i, mlp) for i, mlp in mlps.items()})
         names = {id(m): n for n, m in llm.lm.named_modules()}

@@ -19,11 +19,11 @@ class Passes:
 
     Args:
         llm: the language model.
-        name: of the adapter.
         wanted: whether a pass that begins is to note its routing.
+        name: of the adapter; what it keeps in a pass is found by it, so two on one model have different ones.
     """
 
-    def __init__(self, llm: Any, name: str, wanted: Callable[[], bool]) -> None:
+    def __init__(self, llm: Any, wanted: Callable[[], bool], name: str = "") -> None:
         self.llm, self.name, self.wanted = llm, name, wanted
         self.alone = Pass()  # of layers that are run without their decoder
         self.last: tuple[Records, int] = [], 1  # of the last pass, for reports and for losses asked for behind it

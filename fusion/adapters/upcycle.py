@@ -79,7 +79,7 @@ class Upcycle(nn.Module):
         self.starts_as_base = config.normalize
         chosen = _layers(config, llm.num_layers)
         dense = {i: _feed_forward(llm, i) for i in chosen}
-        self.passes = Passes(llm, "upcycle", lambda: True)
+        self.passes = Passes(llm, lambda: True, "upcycle")
         layer = partial(SparseFeedForward, width=llm.hidden_size, config=config, passes=self.passes)
         self.layers: Any = nn.ModuleDict({str(i): layer(i, ffn) for i, (_, ffn) in dense.items()})
         self.__dict__["_dense"] = {str(i): ffn for i, (_, ffn) in dense.items()}

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from zoo.registry import RecordError, Sample, ZooError, build, placed, read_sample, source_options
-from zoo.runs.batches import Mix
+from zoo.runs.order import Mix
 from zoo.settings.stage import Stage
 
 TEXTS = 2000  # samples of each data set that a new tokenizer is trained on

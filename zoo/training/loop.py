@@ -24,12 +24,13 @@ from zoo.loading.build import build, load_teacher
 from zoo.registry import ZooError
 from zoo.runs import checkpoint
 from zoo.runs.allocator import keep_memory
-from zoo.runs.batches import Batches, Loader, Place
+from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
 from zoo.runs.folder import RunFolder
 from zoo.runs.left_out import LeftOut
 from zoo.runs.lengths import room_of
 from zoo.runs.lock import RunLock
+from zoo.runs.order import Place
 from zoo.runs.processes import by_first, gather, start_accelerator
 from zoo.runs.progress import Display
 from zoo.runs.resume import Beginning, begin, options_of, read_config, require_same_start

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from zoo.composed.outputs import LOSS_ALONE, Seen
 from zoo.registry import IGNORE_INDEX, ZooError, unknown
-from zoo.runs.batches import keyed
 from zoo.runs.checkpoint import tensors_of
 from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
+from zoo.runs.order import keyed
 from zoo.runs.processes import launcher_alone
 from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast, resolve_precision

@@ -27,10 +27,11 @@ from zoo.distill.losses.chunked import AT_ONCE, Stored, value_and_gradient, with
 from zoo.distill.losses.logprobs import answer_logprobs
 from zoo.loading.build import load_teacher
 from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, unknown
-from zoo.runs.batches import Batches, Mix, Place
+from zoo.runs.batches import Batches
 from zoo.runs.data import RunData
 from zoo.runs.left_out import Sieve
 from zoo.runs.lengths import require_room
+from zoo.runs.order import Mix, Place
 from zoo.runs.processes import gather, start_accelerator
 from zoo.runs.progress import clock
 from zoo.settings.stage import Stage, stages_of

@@ -126,7 +126,7 @@ class VLoRA(nn.Module):
                 for t in config.types
             }
         )
-        self.passes = Passes(llm, "vlora", lambda: False)
+        self.passes = Passes(llm, lambda: False, "vlora")
         self._undo: list[Callable[[], None]] = []
         self._blocks: list[tuple[Any, int]] = []  # feed-forward blocks with the hook that comes last there
         self._merged: list[Callable[[], None]] = []

@@ -1,0 +1,120 @@
+"""The order of samples, as a function of (seed, position).
+
+Nothing here has a state that must be restored: position p of a stage's stream is a data set, an epoch and an index,
+whoever asks and whenever. So a run resumes at any step, with any number of worker processes, and a run on two processes
+sees the samples of a run on one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from zoo.registry import RecordError, Sample, ZooError, read_sample, unknown
+
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly at every length
+Where = tuple[int, int, int]  # which data set of the mix, epoch, index
+
+
+def keyed(*key: int) -> np.random.Generator:
+    """Return a generator that depends on `key` alone."""
+    return np.random.default_rng([k & 0xFFFFFFFF for k in key])
+
+
+class Mix:
+    """The order in which the samples of several data sets are seen.
+
+    Args:
+        datasets: data name -> data set.
+        weights: data name -> share of the stream; empty: every sample equally often.
+        seed: of the order.
+    """
+
+    def __init__(self, datasets: Mapping[str, Any], weights: Mapping[str, float], seed: int) -> None:
+        for name in weights:
+            if name not in datasets:
+                raise unknown("data in this run", name, datasets)
+        self.names = [n for n in datasets if weights.get(n, 0.0 if weights else 1.0) > 0]
+        self.datasets = [datasets[n] for n in self.names]
+        self.lengths = [None if hasattr(d, "stream") else len(d) for d in self.datasets]
+        for name, length in zip(self.names, self.lengths, strict=True):
+            if length == 0:
+                raise ZooError(f"data {name!r} has no samples.")
+        if not weights and None in self.lengths and len(self.names) > 1:
+            raise ZooError(
+                f"A streaming data set has no length: give the mix weights, data: {{{self.names[0]}: 1.0, ...}}."
+            )
+        # Without weights the data sets are joined: where each ends in the whole.
+        known = [n for n in self.lengths if n is not None]
+        self.joined: np.ndarray | None = None if weights or len(known) < len(self.lengths) else np.cumsum(known)
+        shares = np.array([weights.get(n, 1.0) for n in self.names])
+        self.bounds = np.cumsum(shares / shares.sum())[:-1]
+        self.seed = seed
+        self._seen = (
+            0,
+            np.zeros(len(self.names), dtype=np.int64),
+        )  # a position, and how often each data set came before
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def samples_in(self, epochs: float) -> int:
+        """Return how many positions `epochs` passes are: one pass is as many as all data sets hold."""
+        if None in self.lengths:
+            name = self.names[self.lengths.index(None)]
+            raise ZooError(f"data {name!r} is a stream without a length: give the stage steps, not epochs.")
+        return round(epochs * sum(n for n in self.lengths if n is not None))
+
+    def read(self, member: int, epoch: int, index: int) -> Sample | RecordError:
+        """Read a sample by its place; the error where it is broken."""
+        return read_sample(self.names[member], self.datasets[member], index, epoch)
+
+    def members(self, start: int, stop: int) -> np.ndarray:
+        """Return which data set each position in [start, stop) belongs to."""
+        return np.searchsorted(self.bounds, np.arange(start, stop) * GOLDEN % 1.0, side="right")
+
+    def places(self, start: int, stop: int) -> list[Where]:
+        """Return (data set, epoch, index) of each position in [start, stop); for streams the last two say nothing."""
+        if self.joined is not None:
+            return [self._in_joined(self.joined, p) for p in range(start, stop)]
+        at, counts = self._seen
+        if at > start:
+            at, counts = 0, np.zeros_like(counts)
+        counts = counts.copy()
+        while at < start:  # in pieces, so that a long run costs no memory
+            until = min(start, at + 1_000_000)
+            counts += np.bincount(self.members(at, until), minlength=len(counts))
+            at = until
+        self._seen = (start, counts.copy())
+        result = []
+        for member in self.members(start, stop).tolist():
+            count, length = int(counts[member]), self.lengths[member]
+            counts[member] += 1
+            if length is None:
+                result.append((member, 0, count))
+            else:
+                epoch, offset = divmod(count, length)
+                result.append((member, epoch, int(self._order(member, epoch, length)[offset])))
+        return result
+
+    def _in_joined(self, ends: np.ndarray, position: int) -> Where:
+        """Without weights all data sets are one: an epoch sees each sample once, in one order over all."""
+        epoch, offset = divmod(position, int(ends[-1]))
+        at = int(self._order(-1, epoch, int(ends[-1]))[offset])
+        member = int(np.searchsorted(ends, at, side="right"))
+        return member, epoch, at - (int(ends[member - 1]) if member else 0)
+
+    def _order(self, member: int, epoch: int, length: int) -> np.ndarray:
+        if (member, epoch) not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != member}  # one epoch of each is enough
+            self._orders[member, epoch] = keyed(self.seed, 1, member, epoch).permutation(length)
+        return self._orders[member, epoch]
+
+
+@dataclass
+class Place:
+    """Which part of each optimiser step this process computes."""
+
+    rank: int = 0
+    world: int = 1
+    step: int = 0  # optimiser step of the stage to start at
+    streams: dict[str, Any] = field(default_factory=dict)  # of each stream: where it is at `step`, plain values
