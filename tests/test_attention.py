@@ -207,7 +207,6 @@ def test_auto_looks_and_never_asks(monkeypatch):
     monkeypatch.setattr(import_utils, "is_flash_attn_3_available", lambda: True)
     assert resolve_attention("auto", cuda, torch.bfloat16) == "flash_attention_3"
     assert resolve_attention("auto", cuda, torch.float32) == "sdpa"
-    assert resolve_attention("auto", cuda, torch.bfloat16, packed=True) == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert resolve_attention("auto", cuda, torch.float16) == "sdpa"
     with pytest.raises(ZooError, match=r"compute capability 8.0, and the device has 7.x"):

@@ -15,16 +15,14 @@ def inputs(b=2, h=4, kv=2, length=37, d=8, seed=0):
     )
 
 
-def matrix(query, key, scaling, temperature=1.0, causal=True, visible=None, softcap=None):
+def matrix(query, key, scaling, temperature=1.0, visible=None, softcap=None):
     """P, (B, H, L, L) float64; rows that see nothing are zero."""
     key = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = query.double() @ key.mT * scaling
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     length = scores.shape[-1]
-    seen = torch.ones(len(query), length, length, dtype=torch.bool)
-    if causal:
-        seen &= torch.ones(length, length, dtype=torch.bool).tril()
+    seen = torch.ones(len(query), length, length, dtype=torch.bool).tril()
     if visible is not None:
         seen &= visible
     return (scores / temperature).masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
@@ -45,8 +43,7 @@ def walked(p, start, steps, damping=0.0):
         {},
         {"temperature": 0.1},
         {"damping": 0.15},
-        {"causal": False},
-        {"causal": False, "damping": 0.15, "temperature": 0.3},
+        {"damping": 0.15, "temperature": 0.3},
         {"softcap": 2.0, "temperature": 0.5},
     ],
     ids=str,
@@ -90,16 +87,6 @@ def test_rows_without_a_vote_change_nothing():
     start[:, :-1] = 0
     one = attention_walk(query, key, start, scaling=0.35)
     assert torch.allclose(one.double(), start[:, -1:, None].double() * matrix(query, key, 0.35)[:, :, -1], atol=1e-7)
-
-
-def test_permuted_tokens_give_permuted_scores_where_all_see_all():
-    query, key, start = inputs()
-    order = torch.randperm(37, generator=torch.Generator().manual_seed(3))
-    a = attention_walk(query, key, start, scaling=0.35, steps=5, causal=False)
-    b = attention_walk(query[:, :, order], key[:, :, order], start[:, order], scaling=0.35, steps=5, causal=False)
-    assert torch.allclose(a[:, :, order], b, atol=1e-6)
-    causal = attention_walk(query[:, :, order], key[:, :, order], start[:, order], scaling=0.35, steps=5)
-    assert not torch.allclose(attention_walk(query, key, start, scaling=0.35, steps=5)[:, :, order], causal, atol=1e-3)
 
 
 def test_bf16_inputs_are_walked_in_float32_also_under_autocast():

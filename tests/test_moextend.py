@@ -10,7 +10,7 @@ from tests.fusion_builders import VOCAB, adapter_on, features, llm_node, padded_
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
 from zoo.composed.assembly import assemble
-from zoo.fusion.adapters import expert_shift
+from zoo.fusion.adapters import expert_shift, moextend
 from zoo.registry import ZooError
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
@@ -47,15 +47,15 @@ def twin(gate, experts, layer, x):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_new": 2, "calibration_width": 0}, {"shaken": 0}])
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("counts_are_read", [True, False])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_values_and_gradients_are_those_of_the_equations(model_type, options, together):
+def test_values_and_gradients_are_those_of_the_equations(model_type, options, counts_are_read, monkeypatch):
+    monkeypatch.setattr(moextend, "_may_read_counts", lambda x: counts_are_read)
     llm = tiny_llm(model_type).double()
     llm.lm.set_experts_implementation("eager")  # grouped products of float64 do not exist
     plain = copy.deepcopy(llm.layers[0].mlp)
     adapter = extended(llm, **options)
     layer, block = adapter.layers["0"], llm.layers[0].mlp
-    layer.together = together
     x = torch.randn(17, 32, dtype=torch.float64, requires_grad=True)
     got = block.experts(x, *reversed(block.gate(x)[1:]))
     wanted = twin(plain.gate, plain.experts, layer, x)
@@ -71,21 +71,22 @@ def test_values_and_gradients_are_those_of_the_equations(model_type, options, to
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_closed_it_is_the_base_model_to_the_bit_and_open_all_kernels_agree(model_type, kernel):
+def test_detached_it_is_the_base_model_to_the_bit_and_attached_all_kernels_agree(model_type, kernel, monkeypatch):
     llm = tiny_llm(model_type)
     llm.lm.set_experts_implementation(kernel)
     ids, mask = padded_batch(2, 12)
     wanted = logits(llm, ids, mask)
     adapter = extended(llm)
-    opened = logits(llm, ids, mask)
-    adapter.layers["0"].together = False  # as on CUDA: the family's own kernel skips rows of new experts
-    assert torch.allclose(logits(llm, ids, mask), opened, atol=1e-5)
-    adapter.closed = True
+    extended_logits = logits(llm, ids, mask)
+    # As on CUDA: the family's own kernel skips rows of new experts.
+    monkeypatch.setattr(moextend, "_may_read_counts", lambda x: False)
+    assert torch.allclose(logits(llm, ids, mask), extended_logits, atol=1e-5)
+    adapter.detach()
     assert torch.equal(logits(llm, ids, mask), wanted)
-    adapter.closed = False
-    assert (opened - wanted).abs().max() > 1e-3
+    adapter.attach()
+    assert (extended_logits - wanted).abs().max() > 1e-3
     llm.lm.set_experts_implementation("eager")
-    assert torch.allclose(logits(llm, ids, mask), opened, atol=1e-5)
+    assert torch.allclose(logits(llm, ids, mask), extended_logits, atol=1e-5)
     adapter.detach()
     llm.lm.set_experts_implementation(kernel)
     assert torch.equal(logits(llm, ids, mask), wanted)
@@ -129,12 +130,12 @@ def test_only_the_new_learn_and_the_old_keep_their_bits():
     assert same_state(llm.lm.state_dict(), base) and all(p.grad is None for p in llm.parameters())
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_an_expert_that_nobody_chooses_gets_zero(together):
+@pytest.mark.parametrize("counts_are_read", [True, False])
+def test_an_expert_that_no_token_chooses_gets_zero(counts_are_read, monkeypatch):
+    monkeypatch.setattr(moextend, "_may_read_counts", lambda x: counts_are_read)
     llm = tiny_llm("mixtral")
     adapter = extended(llm)
     layer = adapter.layers["0"]
-    layer.together = together
     seen = torch.rand(1, 20, 32)  # positive, so that a row of large negative numbers is never chosen
     with torch.no_grad():
         layer.rows.weight.fill_(-100.0)
@@ -199,11 +200,11 @@ def test_the_guard_leaves_text_alone():
     adapter.condition(None, [0, 0])
     assert torch.equal(logits(llm, ids, mask), wanted)
     generated = llm.lm.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    adapter.closed = True
+    adapter.detach()
     assert torch.equal(
         llm.lm.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0), generated
     )
-    adapter.closed = False
+    adapter.attach()
     adapter.condition(image, [0, 1])
     mixed = logits(llm, ids, mask)
     assert torch.allclose(mixed[0], wanted[0], atol=1e-6) and (mixed[1] - wanted[1]).abs().max() > 1e-3

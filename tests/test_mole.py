@@ -81,12 +81,11 @@ def test_one_expert_is_lora():
     names = ["gate_proj", "up_proj", "down_proj"]
     lora = registry.build("adapter", {"name": "lora", "rank": 3, "alpha": 6.0, "targets": names}, llm=other)
     lora.attach()
-    state = {}
+    state = lora.adapter_state_dict()  # shares memory with the parameters
     for i, layer in adapter.layers.items():
         for name, e in layer.experts.items():
             for which, value in (("A", e.lora_A), ("B", e.lora_B)):
-                state[f"model.layers.{i}.mlp.{name}.lora_{which}.lora.weight"] = value[0]
-    lora.load_adapter_state_dict(state)
+                state[f"model.layers.{i}.mlp.{name}.lora_{which}.lora.weight"].copy_(value[0])
     ids, mask = padded_batch(2, 12, pad=0)
     a, b = (m.lm(ids, attention_mask=mask).logits for m in (llm, other))
     assert torch.allclose(a, b, atol=1e-5) and not list(adapter.layers["0"].router.parameters())

@@ -36,7 +36,7 @@ def compare():
     n = 21
     query, key, start = inputs(h=2, kv=1, length=n)  # two rows, two heads on one key, head size 8: tiles of 16 fit none
     start = start / n
-    for how in ({}, {"temperature": 0.1}, {"causal": False}, {"softcap": 2.0, "temperature": 0.5}):
+    for how in ({}, {"temperature": 0.1}, {"softcap": 2.0, "temperature": 0.5}):
         p = matrix(query, key, 0.35, **how)
         close(walk(query, key, start, scaling=0.35, steps=2, side=16, **how), walked(p, start, 2))
     p = matrix(query, key, 0.35, temperature=0.1)
@@ -108,7 +108,7 @@ def test_the_kernels_compile_for_cuda_devices(name, recwarn):
     from zoo.fusion.pruners.inside import attention_flow_triton as walk_kernel
 
     kernel = getattr(walk_kernel, name)
-    fixed = {"CAUSAL": True, "SIGHT": True, "CAP": True, "DIM": 128, "WIDE": 128, "SIDE": 64, "EXACT": False}
+    fixed = {"SIGHT": True, "CAP": True, "DIM": 128, "WIDE": 128, "SIDE": 64, "EXACT": False}
     kinds = dict.fromkeys(fixed, "constexpr") | dict.fromkeys(("q", "k"), "*bf16")
     kinds |= dict.fromkeys(("lse", "u", "out"), "*fp32") | dict.fromkeys(("factor", "softcap"), "fp32")
     kinds |= dict.fromkeys(("column", "row_segment", "key_segment"), "*i32")

@@ -29,7 +29,7 @@ def token_logprobs(llm: Any, rows: Tensor, wanted: Tensor, chunk: int | None = N
     return torch.cat([checkpoint(_logprobs, llm, r, w, use_reentrant=False) for r, w in pieces])  # type: ignore[misc]
 
 
-def answer_logprobs(seen: Any, batch: Mapping[str, Any], chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def answer_logprobs(seen: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Sum the log-probabilities of the tokens of each answer in the pairs of a batch.
 
     A token is known by its place in the order of all such tokens, which no pruner and no other number of image tokens
@@ -58,7 +58,7 @@ def answer_logprobs(seen: Any, batch: Mapping[str, Any], chunk: int | None = Non
     answer = pairs[pairs >= 0].to(device)  # (S,)
     if len(rows) != len(answer):
         raise ZooError(f"The batch has {len(answer)} tokens in pairs of answers, and the model sees {len(rows)}.")
-    each = token_logprobs(seen.llm, rows, batch["input_ids"][pairs >= 0].to(device), chunk)  # (S,)
+    each = token_logprobs(seen.llm, rows, batch["input_ids"][pairs >= 0].to(device))  # (S,)
     count = int(answer.max()) + 1
     sums = torch.zeros(count, device=device, dtype=each.dtype).index_add(0, answer, each)
     return sums, torch.bincount(answer, minlength=count)

@@ -8,10 +8,8 @@ follow the model where it is cast. Experts that transformers holds in one fused 
 `all-linear` leaves them out, `gate_proj` of a Qwen2-MoE means its shared expert alone, and the check says so.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,38 +129,6 @@ class LoRA(nn.Module):
             for name, weight in layer.named_parameters()
             if self.owns(f".{name}")
         }
-
-    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take weights that `adapter_state_dict` gave.
-
-        Raises:
-            ZooError: names differ, so the weights are of another model or other targets.
-        """
-        own = {
-            f"{target}.{name}": weight
-            for target, layer in self._layers.items()
-            for name, weight in layer.named_parameters()
-            if self.owns(f".{name}")
-        }
-        if odd := sorted(own.keys() ^ state.keys()):
-            raise ZooError(f"The weights are not of this LoRA: {odd[0]!r} is only on one side ({len(odd)} such names).")
-        for name, weight in own.items():
-            weight.data.copy_(state[name])
-
-    def save_peft(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, for `PeftModel.from_pretrained`."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": weight.contiguous()
-            for name, weight in self.adapter_state_dict().items()
-        }
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = self._peft_config().to_dict()
-        text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}, indent=2, default=str)
-        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
     def _unreached(self, lm: Any) -> list[str]:
         """Say what of a mixture of experts gets no term."""

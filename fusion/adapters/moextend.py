@@ -15,7 +15,7 @@ Where we differ. Old router rows are the pretrained ones: the release keeps thos
 the probe's model to have that). A family that does not renormalise its weights (Qwen-MoE with norm_topk_prob off) keeps
 q_j; there every new expert takes probability from the old ones. The balance loss scales each layer by its own number of
 experts; `official_aux` is the release's. With `guard`, sequences without images run as if nothing had been added, to
-the bit; that is ours. So is `closed`: the whole adapter off, while it stays attached.
+the bit; that is ours.
 
 New weights are float32, and stay so where the model is loaded in, or cast to, a shorter format. Products of experts run
 in the base's format: casting the adapter by itself (`model.adapter["moextend"].to(torch.bfloat16)`) halves the memory
@@ -114,8 +114,6 @@ class ExtendedLayer(nn.Module):
         self.rows = NewRows(width, self.old, config.num_new, config.calibration_width, **where)
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_new, *first.shape[1:], **where))  # (n, 2 * I, C)
         self.down_proj = nn.Parameter(torch.empty(config.num_new, *block.experts.down_proj.shape[1:], **where))
-        self.closed = False
-        self.together = True  # on a CPU the old experts and the new ones run in one loop
         self.start()
 
     @torch.no_grad()
@@ -136,9 +134,9 @@ class ExtendedLayer(nn.Module):
         """What the family's router gives: logits (S, m + n), weights (S, k) and experts (S, k)."""
         gate, n = self.gate, self.config.num_new
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (S, C)
-        if self.closed or self._base_only:
+        if self._base_only:
             logits, weights, chosen = type(gate).forward(gate, x)
-            if self.training and not self.closed and torch.is_grad_enabled():
+            if self.training and torch.is_grad_enabled():
                 # Data parallelism waits for the gradient of every parameter, on ranks with text alone too.
                 weights = weights + 0 * torch.stack([p.flatten()[0] for p in self.parameters()]).sum()
             return F.pad(logits, (0, n), value=-torch.inf), weights, chosen
@@ -162,9 +160,9 @@ class ExtendedLayer(nn.Module):
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the family's experts give, (S, C): the old ones by themselves, and the new ones beside them."""
         old = self.experts
-        if self.closed or self._base_only:
+        if self._base_only:
             return type(old).forward(old, hidden_states, top_k_index, top_k_weights)
-        if self.together and _on_host(hidden_states):
+        if _may_read_counts(hidden_states):
             return self._run_together(hidden_states, top_k_index, top_k_weights)
         taken = top_k_index >= self.old  # (S, k)
         index, weights = top_k_index.masked_fill(taken, self.old), top_k_weights.masked_fill(taken, 0)
@@ -215,7 +213,7 @@ class ExtendedLayer(nn.Module):
         return flags.repeat_interleave(len(x) // len(flags)).unsqueeze(-1)
 
 
-def _on_host(x: Tensor) -> bool:
+def _may_read_counts(x: Tensor) -> bool:
     """Whether a count may be read without waiting for a device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -264,16 +262,6 @@ class MoExtend(nn.Module):
         self.merged = False  # for good
 
     blocks: dict[int, Any]
-
-    @property
-    def closed(self) -> bool:
-        """Whether the new experts and the calibration stand aside, so that the base model answers, to the bit."""
-        return next(iter(self.layers.values())).closed
-
-    @closed.setter
-    def closed(self, value: bool) -> None:
-        for layer in self.layers.values():
-            layer.closed = value
 
     def start(self) -> None:
         """Copy the source experts anew, of base weights that were loaded since."""

@@ -31,7 +31,6 @@ def resolve_attention(
     seq_len: int | None = None,
     *,
     lm: nn.Module | None = None,
-    packed: bool = False,
 ) -> str:
     """Name the attention implementation to use; looks at what is installed and never downloads.
 
@@ -41,7 +40,6 @@ def resolve_attention(
         dtype: of the products, so bfloat16 under bf16 autocast.
         seq_len: longest row; None: not known.
         lm: the transformers model, where it is known: some families have no sdpa.
-        packed: rows will come with a mask of their own, which flash kernels do not take.
 
     Raises:
         ZooError: the name does not exist, or what it needs is not here.
@@ -52,13 +50,11 @@ def resolve_attention(
         register_zoo_eager()
     if lm is not None:
         require_kernel(name, lm, device)
-    if name in _FLASH and packed:
-        raise ZooError(f"attention {name!r} takes no mask, which packed rows need. Use 'sdpa', or no packing.")
     if name != "auto":
         return name
     if device.type == "cuda":
         flash = (3, 2) if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9 else (2,)
-        if not packed and getattr(lm, "_supports_flash_attn", True):
+        if getattr(lm, "_supports_flash_attn", True):
             for version in flash:  # 4 is a pre-release: only by name
                 if not _why_no_flash(version, device, dtype):
                     return f"flash_attention_{version}"

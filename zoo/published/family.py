@@ -124,13 +124,11 @@ def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
     return {"name": "hf", **node, "extra": {**extra, "vocab_size": text.vocab_size}}
 
 
-def vision_slot(
-    vision: Any, pixels: Mapping[str, Any], *, layer: int, norm: bool = False, model_type: str = ""
-) -> dict[str, Any]:
+def vision_slot(vision: Any, pixels: Mapping[str, Any], *, layer: int, norm: bool = False) -> dict[str, Any]:
     """Say a vision config of transformers, and the statistics of its image processor, as options of `hf`."""
     from zoo.vision.encoders.hf import FAMILIES, HFVisionConfig, _from_sizes
 
-    name = model_type or type(vision).model_type.removesuffix("_vision_model")  # files may say the whole model's type
+    name = type(vision).model_type.removesuffix("_vision_model")  # files may say the whole model's type
     if name not in FAMILIES:
         raise ZooError(f"Its encoder is of type {type(vision).model_type!r}; known are {', '.join(FAMILIES)}.")
     size, patch = (_side(getattr(vision, key)) for key in ("image_size", "patch_size"))
@@ -164,8 +162,8 @@ def statistics(pixels: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def mlp_slot(activation: str, bias: bool = True, layers: int | Sequence[int] = -1) -> dict[str, Any]:
-    """LLaVA's projector."""
+def mlp_slot(activation: str, bias: bool = True) -> dict[str, Any]:
+    """Say LLaVA's projector as options of `mlp`."""
     if activation not in ACTIVATIONS:
         raise ZooError(f"Its projector's activation is {activation!r}; known are {', '.join(ACTIVATIONS)}.")
     return {"name": "mlp", "depth": 2, "activation": ACTIVATIONS[activation], "bias": bool(bias)}

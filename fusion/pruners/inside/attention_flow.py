@@ -37,7 +37,6 @@ def attention_walk(
     steps: int = 1,
     temperature: float = 1.0,
     damping: float = 0.0,
-    causal: bool = True,
     visible: Visible | None = None,
     softcap: float | None = None,
     block: int = BLOCK,
@@ -50,8 +49,7 @@ def attention_walk(
         start: (B, L), what each query holds at first; zero: it has no vote in the first step.
         scaling: of the scores.
         temperature: the scores are divided by it before the softmax.
-        causal: query i sees keys j <= i; `visible` narrows it further.
-        visible: who sees whom beside that; a query that sees nothing gives nothing.
+        visible: narrows causality (query i attends to keys j <= i); a query without any key contributes nothing.
         softcap: cap of the scores through tanh (Gemma 2), before the temperature.
         block: rows of P at a time.
 
@@ -59,7 +57,7 @@ def attention_walk(
         (B, H, L): what each key holds at the end, in each head.
     """
     if steps > 1 and (visible is None or isinstance(visible, Sight)) and (walk := _kernel(query.device)):
-        given = {"scaling": scaling, "steps": steps, "temperature": temperature, "damping": damping, "causal": causal}
+        given = {"scaling": scaling, "steps": steps, "temperature": temperature, "damping": damping}
         found: Tensor = walk(query, key, start, **given, sight=visible, softcap=softcap)
         return found
     b, h, length, _ = query.shape
@@ -76,9 +74,9 @@ def attention_walk(
         scores = scores.view(b, h, -1, keys)  # (B, H, R, keys)
         if softcap:
             scores = torch.tanh(scores / softcap) * (softcap / temperature)
-        if causal and first is None:
+        if first is None:
             scores.masked_fill_(index[:keys] > rows[:, None], -torch.inf)
-        elif causal:
+        else:
             scores[..., first:].masked_fill_(index[first:keys] > rows[:, None], -torch.inf)
         if visible is not None:
             scores.masked_fill_(~visible(rows, keys)[:, None], -torch.inf)
@@ -86,21 +84,15 @@ def attention_walk(
         return p.nan_to_num_(0.0) if visible is not None else p
 
     with torch.autocast(query.device.type, enabled=False):
-        if steps == 1 or not causal:
-            for t in range(steps):
-                # In the first step rows without a vote need not be looked at.
-                rows = index if t else start.ne(0).any(0).nonzero()[:, 0]
-                for some in rows.split(block):
-                    u[:, :, t + 1] += (u[:, :, t, None, some] @ attention(some, length, None))[:, :, 0]
-                u[:, :, t + 1] = (1 - damping) * u[:, :, t + 1] + back
-            return u[:, :, steps]
+        if steps == 1:
+            # Rows without a vote contribute nothing, and often most rows are such: P is not computed for them.
+            for rows in start.ne(0).any(0).nonzero()[:, 0].split(block):
+                u[:, :, 1] += (u[:, :, 0, None, rows] @ attention(rows, length, None))[:, :, 0]
+            return (1 - damping) * u[:, :, 1] + back
         for first in range((length - 1) // block * block, -1, -block):
             end = min(first + block, length)
-            p = (
-                (1 - damping) * attention(index[first:end], end, first)
-                if damping
-                else attention(index[first:end], end, first)
-            )
+            p = attention(index[first:end], end, first)  # (B, H, rows, end)
+            p = (1 - damping) * p if damping else p
             for t in range(steps):
                 u[:, :, t + 1, first:end] += (u[:, :, t, None, first:end] @ p[..., first:])[:, :, 0] + back[
                     ..., first:end

@@ -32,16 +32,14 @@ def _load(base, index, stride, length, DIM: tl.constexpr, WIDE: tl.constexpr,
 
 @triton.jit
 def _scores(query, key, rows, keys, at, column, row_segment, key_segment, length, window, factor, softcap,
-            CAUSAL: tl.constexpr, SIGHT: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+            SIGHT: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Score a tile (rows, keys) in units of log 2; -inf where a key is not seen."""
     s = tl.dot(query, tl.trans(key), input_precision="ieee")
     if CAP:  # factor leads to what tanh is taken of; tanh(x) = 2 sigmoid(2 x) - 1
         s = softcap * (2 * tl.sigmoid(2 * factor * s) - 1)
     else:
         s = s * factor
-    seen = (keys < length)[None, :] & (rows < length)[:, None]
-    if CAUSAL:
-        seen = seen & (keys[None, :] <= rows[:, None])
+    seen = (keys < length)[None, :] & (rows < length)[:, None] & (keys[None, :] <= rows[:, None])
     if SIGHT:
         r = tl.load(column + at + rows, mask=rows < length, other=0)
         k = tl.load(column + at + keys, mask=keys < length, other=0)
@@ -54,7 +52,7 @@ def _scores(query, key, rows, keys, at, column, row_segment, key_segment, length
 
 @triton.jit
 def _row_lse(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse, heads, shared, length, window,
-             factor, softcap, CAUSAL: tl.constexpr, SIGHT: tl.constexpr, CAP: tl.constexpr, DIM: tl.constexpr,
+             factor, softcap, SIGHT: tl.constexpr, CAP: tl.constexpr, DIM: tl.constexpr,
              WIDE: tl.constexpr, SIDE: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Take the log-sum-exp of a block of rows; inf where a row sees nothing, so that it gives nothing."""
     first, bh = tl.program_id(0) * SIDE, tl.program_id(1).to(tl.int64)
@@ -62,14 +60,11 @@ def _row_lse(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse
     rows = first + tl.arange(0, SIDE)
     query = _load(q + b * qb + h * qh, rows, ql, length, DIM, WIDE, EXACT)
     most, total = tl.full([SIDE], float("-inf"), tl.float32), tl.zeros([SIDE], tl.float32)
-    end = length
-    if CAUSAL:
-        end = tl.minimum(first + SIDE, length)
-    for start in range(0, end, SIDE):
+    for start in range(0, tl.minimum(first + SIDE, length), SIDE):  # causal: keys behind the block are not seen
         keys = start + tl.arange(0, SIDE)
         key = _load(k + b * kb + h // shared * kh, keys, kl, length, DIM, WIDE, EXACT)
         s = _scores(query, key, rows, keys, b * length, column, row_segment, key_segment, length, window, factor,
-                    softcap, CAUSAL, SIGHT, CAP)  # fmt: skip
+                    softcap, SIGHT, CAP)  # fmt: skip
         new = tl.maximum(most, tl.max(s, 1))
         finite = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(most - finite) + tl.sum(tl.exp2(s - finite[:, None]), 1)
@@ -80,7 +75,7 @@ def _row_lse(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse
 
 @triton.jit
 def _step(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse, u, out, heads, shared, length, window,
-          factor, softcap, CAUSAL: tl.constexpr, SIGHT: tl.constexpr, CAP: tl.constexpr, DIM: tl.constexpr,
+          factor, softcap, SIGHT: tl.constexpr, CAP: tl.constexpr, DIM: tl.constexpr,
           WIDE: tl.constexpr, SIDE: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Take a step: P^T u of a block of keys, over all rows that see them."""
     first, bh = tl.program_id(0) * SIDE, tl.program_id(1).to(tl.int64)
@@ -88,14 +83,11 @@ def _step(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse, u
     keys = first + tl.arange(0, SIDE)
     key = _load(k + b * kb + h // shared * kh, keys, kl, length, DIM, WIDE, EXACT)
     total = tl.zeros([SIDE], tl.float32)
-    begin = 0
-    if CAUSAL:
-        begin = first  # blocks of rows and of keys are of one size
-    for start in range(begin, length, SIDE):
+    for start in range(first, length, SIDE):  # causal: from its own block of rows on, which is of the same size
         rows = start + tl.arange(0, SIDE)
         query = _load(q + b * qb + h * qh, rows, ql, length, DIM, WIDE, EXACT)
         s = _scores(query, key, rows, keys, b * length, column, row_segment, key_segment, length, window, factor,
-                    softcap, CAUSAL, SIGHT, CAP)  # fmt: skip
+                    softcap, SIGHT, CAP)  # fmt: skip
         norm = tl.load(lse + bh * length + rows, mask=rows < length, other=float("inf"))
         vote = tl.load(u + bh * length + rows, mask=rows < length, other=0.0)
         total += tl.sum(tl.exp2(s - norm[:, None]) * vote[:, None], 0)
@@ -112,7 +104,6 @@ def walk(
     steps: int,
     temperature: float = 1.0,
     damping: float = 0.0,
-    causal: bool = True,
     sight: Sight | None = None,
     softcap: float | None = None,
     side: int = 0,
@@ -137,7 +128,7 @@ def walk(
     sizes = (h, h // key.shape[1], length, (sight and sight.window) or _FAR)
     factor = scaling / softcap if softcap else scaling / temperature * log2e
     cap = (softcap or 0.0) / temperature * log2e
-    fixed = {"CAUSAL": causal, "SIGHT": sight is not None, "CAP": bool(softcap), "DIM": dim, "WIDE": wide, "SIDE": side}
+    fixed = {"SIGHT": sight is not None, "CAP": bool(softcap), "DIM": dim, "WIDE": wide, "SIDE": side}
     # Products of bf16 are exact in float32 on the device; Triton's interpreter would multiply their bits instead.
     fixed["EXACT"] = triton.knobs.runtime.interpret
     grid = (triton.cdiv(length, side), b * h)
