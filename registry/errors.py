@@ -71,6 +71,28 @@ def _without(reason: str, where: str, sample: str) -> tuple[str, str]:
     return rest.lstrip(",: ") or reason, named[1] if named else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Return all that an error says with line breaks and runs of blanks as one blank, or its class."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def require_at_least(low: float, **values: float | None) -> None:
+    """Refuse values below `low`, each named as the user names it; None is not checked.
+
+    Raises:
+        ZooError: with the first name and its value.
+    """
+    for name, value in values.items():
+        if value is not None and value < low:
+            must = f"must be at least {low}" if low else "must not be negative"
+            raise ZooError(f"{name} {must}, got {value}.")
+
+
 def edits(given: str, wanted: str, most: int | None = None) -> int:
     """Count the insertions, deletions, substitutions and swaps of neighbours that lead from one word to the other.
 

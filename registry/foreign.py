@@ -139,15 +139,25 @@ def read_run_config(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_object(path: Path, most: int = CONFIG) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ZooError: it cannot be read, is no JSON, or holds something else.
+    """
+    content = read_json(path, most)
+    if not isinstance(content, dict):
+        raise ZooError(f"{str(path)!r} holds a {type(content).__name__}, not an object.")
+    return content
+
+
 def read_model_config(path: Path) -> dict[str, Any]:
     """Read a config.json or the like of a model: an object that names no code and whose sizes are those of a model.
 
     Raises:
         ZooError: it cannot be read, is no object, names code, or states an absurd size.
     """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ZooError(f"{str(path)!r} holds a {type(content).__name__}, not an object.")
+    content = read_object(path)
     require_model_config(content, repr(str(path)))
     return content
 

@@ -138,3 +138,18 @@ def test_every_component_says_what_it_is():
         assert entry.licence and entry.package, where
         for option in entry.options:
             assert option.name.islower() and option.name not in {"needs", "provides"}, where
+
+
+def test_a_value_below_its_least_is_named_and_none_is_not_checked():
+    registry.require_at_least(1, rank=1, depth=None)
+    registry.require_at_least(0, weight=0.0)
+    with pytest.raises(ZooError, match=r"^depth must be at least 1, got 0\.$"):
+        registry.require_at_least(1, rank=2, depth=0)
+    with pytest.raises(ZooError, match=r"^weight must not be negative, got -0\.5\.$"):
+        registry.require_at_least(0, weight=-0.5)
+
+
+def test_an_error_in_one_line():
+    error = RuntimeError("\n  first \n\tsecond\n")
+    assert registry.first_line(error) == "first " and registry.one_line(error) == "first second"
+    assert registry.first_line(KeyError()) == registry.one_line(KeyError()) == "KeyError"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.registry import ZooError
-from zoo.registry.foreign import read_json
+from zoo.registry.foreign import read_object
 
 WEIGHTS, OPTIONS = "adapter.safetensors", "adapter.json"
 
@@ -36,9 +36,7 @@ def facts(folder: str | Path, name: str) -> dict[str, Any]:
     file = Path(folder) / OPTIONS
     if not file.is_file():
         raise ZooError(f"{str(folder)!r} holds no {OPTIONS}, so it is no saved adapter.")
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise ZooError(f"{str(file)!r} holds a {type(found).__name__}, not an object.")
+    found = read_object(file)
     if found.get("adapter") != name:
         raise ZooError(f"{str(folder)!r} holds the adapter {found.get('adapter')!r}, and {name!r} was asked for.")
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attach import find_linears, fused_experts, keep_keys, means, replace
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least
 
 _NAME = "lora"  # PEFT's name for this set of weights: `q_proj.lora_A.lora.weight`
 
@@ -30,8 +30,7 @@ class LoRAConfig:
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ZooError(f"rank must be at least 1, got {self.rank}.")
+        require_at_least(1, rank=self.rank)
         if not self.alpha > 0:
             raise ZooError(f"alpha must be more than 0, got {self.alpha}: the term is scaled by it.")
         if not 0 <= self.dropout < 1:

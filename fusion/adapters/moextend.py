@@ -38,7 +38,7 @@ from zoo.fusion.adapters.experts import skipping
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.attach import compute_by
 from zoo.fusion.llm.decoder import decoder_of
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least
 
 _COUNTS = ("num_local_experts", "num_experts")  # what families call their number of experts
 
@@ -55,11 +55,8 @@ class MoExtendConfig:
     floor: float = 0.0  # least calibrated probability, against divisions by about zero; 0: none, as released
 
     def __post_init__(self) -> None:
-        if self.num_new < 1:
-            raise ZooError(f"num_new must be at least 1, got {self.num_new}.")
-        for name in ("calibration_width", "aux", "floor"):
-            if getattr(self, name) < 0:
-                raise ZooError(f"{name} must not be negative, got {getattr(self, name)}.")
+        require_at_least(1, num_new=self.num_new)
+        require_at_least(0, calibration_width=self.calibration_width, aux=self.aux, floor=self.floor)
         if len(set(self.layers)) < len(self.layers):
             raise ZooError(f"layers names a layer twice: {list(self.layers)}.")
         if self.sources and len(self.sources) != len(self.layers):

@@ -34,7 +34,7 @@ from zoo.fusion.adapters import moe_dispatch as dispatch
 from zoo.fusion.adapters.plain_layer import require_plain
 from zoo.fusion.adapters.routing_trace import Passes, Records
 from zoo.fusion.attach import hooks_on, linears, stands_aside
-from zoo.registry import ImageFeatures, ZooError, register, unknown
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
 
 GATES = ("none", "prob", "ste", "dense")
 FEW = 16  # up to so many tokens (a decoding step) all experts in two products are faster than a sort
@@ -52,15 +52,12 @@ class MoLEConfig:
     layers: list[int] = field(default_factory=list)  # decoder layers, counted from 0; empty: all
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "rank"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        require_at_least(1, num_experts=self.num_experts, rank=self.rank)
         if not self.alpha > 0:
             raise ZooError(f"alpha must be more than 0, got {self.alpha}: a term is scaled by it.")
         if not 0 <= self.dropout < 1:
             raise ZooError(f"dropout must be in [0, 1), got {self.dropout}.")
-        if self.balance < 0:
-            raise ZooError(f"balance must not be negative, got {self.balance}.")
+        require_at_least(0, balance=self.balance)
         if self.gate not in GATES:
             raise unknown("gate", self.gate, GATES)
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from zoo.fusion.adapters.moe_dispatch import Groups, Router, expert_share, group, grouped_linear, load_balance
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.attach import compute_by
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least
 
 _NAMES = ("mlp", "feed_forward", "ffn")  # what families call the feed-forward part of a decoder layer
 
@@ -48,15 +48,10 @@ class UpcycleConfig:
     eval_capacity: float | None = None  # the same in evaluation; null: as capacity (released: 2.0, drops there too)
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ZooError(f"every must be at least 1, got {self.every}.")
-        if self.num_experts < 1:
-            raise ZooError(f"num_experts must be at least 1, got {self.num_experts}.")
+        require_at_least(1, every=self.every, num_experts=self.num_experts)
         if not 1 <= self.top_k <= self.num_experts:
             raise ZooError(f"top_k must be from 1 to num_experts={self.num_experts}, got {self.top_k}.")
-        for name in ("balance", "capacity", "eval_capacity"):
-            if (getattr(self, name) or 0) < 0:
-                raise ZooError(f"{name} must not be negative, got {getattr(self, name)}.")
+        require_at_least(0, balance=self.balance, capacity=self.capacity, eval_capacity=self.eval_capacity)
         if len(set(self.layers)) < len(self.layers):
             raise ZooError(f"layers names a layer twice: {list(self.layers)}.")
 

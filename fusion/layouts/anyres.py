@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.fusion.layouts.crop_order import fewer, shows, spread, stitched_order
-from zoo.registry import Cut, ImageFeatures, ZooError, register, unknown
+from zoo.registry import Cut, ImageFeatures, ZooError, register, require_at_least, unknown
 
 FRAMES = ("keep", "bilinear", "average", "max")
 
@@ -45,8 +45,7 @@ class AnyResConfig:
     def __post_init__(self) -> None:
         if any(len(p) != 2 or min(p) < 1 for p in self.pinpoints):
             raise ZooError(f"pinpoints must be pairs of height and width in pixels, got {self.pinpoints}.")
-        if self.max_crops < 0:
-            raise ZooError(f"max_crops must not be negative, got {self.max_crops}.")
+        require_at_least(0, max_crops=self.max_crops)
         if self.frames not in FRAMES:
             raise unknown("frames", self.frames, FRAMES)
 

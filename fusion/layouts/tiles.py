@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.registry import Cut, ZooError, register, unknown
+from zoo.registry import Cut, ZooError, register, require_at_least, unknown
 
 STYLES = ("joined", "grid")
 _SMALL = [
@@ -37,8 +37,7 @@ class TilesConfig:
     def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise unknown("style", self.style, STYLES)
-        if self.most < 1:
-            raise ZooError(f"most must be at least 1, got {self.most}.")
+        require_at_least(1, most=self.most)
 
 
 @register("layout", "tiles")

@@ -25,7 +25,7 @@ from zoo.fusion.llm.causal import require_causal, require_decoder_config
 from zoo.fusion.llm.checkpoint_config import read_config, require_filled
 from zoo.fusion.llm.decoder import decoder_of
 from zoo.fusion.llm.head_check import check_head
-from zoo.registry import LinearHead, ZooError, nearest, register, require_revision, unknown
+from zoo.registry import LinearHead, ZooError, nearest, one_line, register, require_at_least, require_revision, unknown
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, current, joined
 
@@ -68,15 +68,24 @@ class HFLanguageModelConfig:
     router_aux_coef: float = 0.0  # weight of the load-balancing loss while an MoE LLM trains; 0: none
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_heads", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        require_at_least(
+            1,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            max_positions=self.max_positions,
+        )
         for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise ZooError(f"{name} must be {most} at most, got {getattr(self, name)}.")
-        for name in ("num_kv_heads", "intermediate_size", "num_experts", "top_k", "router_aux_coef"):
-            if getattr(self, name) < 0:
-                raise ZooError(f"{name} must not be negative, got {getattr(self, name)}.")
+        require_at_least(
+            0,
+            num_kv_heads=self.num_kv_heads,
+            intermediate_size=self.intermediate_size,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            router_aux_coef=self.router_aux_coef,
+        )
         if self.hidden_size % self.num_heads and "head_dim" not in self.extra:
             raise ZooError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}.")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
@@ -285,7 +294,7 @@ def _from_checkpoint(
         raise
     except (OSError, ValueError, KeyError) as error:
         raise ZooError(
-            f"llm checkpoint {config.checkpoint!r} cannot be used: {gone(config.checkpoint) or _one_line(error)}"
+            f"llm checkpoint {config.checkpoint!r} cannot be used: {gone(config.checkpoint) or one_line(error)}"
         ) from error
     require_decoder_config(hf, _name(config))
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -304,7 +313,7 @@ def _from_checkpoint(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(config.checkpoint, config=hf, **kwargs)
     except Exception as error:  # a shape, a cut file, a package that is absent: a class of its own each
-        raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {_one_line(error)}") from error
+        raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {one_line(error)}") from error
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
         raise ZooError(f"llm checkpoint {config.checkpoint!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
@@ -333,7 +342,7 @@ def _from_sizes(
     try:
         return AutoModelForCausalLM.from_config(hf, **kwargs)
     except Exception as error:  # an activation that does not exist, heads that do not divide: a class of its own each
-        raise ZooError(f"{_name(config)} cannot be built: {_one_line(error)}") from error
+        raise ZooError(f"{_name(config)} cannot be built: {one_line(error)}") from error
 
 
 def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
@@ -387,7 +396,7 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
     try:
         hf = cls(**values)
     except Exception as error:  # transformers raises its own classes here, one per kind of check
-        raise ZooError(f"{cls.__name__} refuses these sizes: {_one_line(error)}") from error
+        raise ZooError(f"{cls.__name__} refuses these sizes: {one_line(error)}") from error
     require_decoder_config(hf, _name(config))
     _check_experts(hf.get_text_config(), _name(config), "" if config.top_k else "by default ")
     return hf
@@ -427,7 +436,3 @@ def _zero_residual_outputs(llm: HFLanguageModel) -> None:
 def _first(config: Any, names: tuple[str, ...]) -> int | None:
     values: Mapping[str, Any] = {n: getattr(config, n, None) for n in names}
     return next((v for v in values.values() if isinstance(v, int)), None)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ZooError, register, unknown
+from zoo.registry import ImageFeatures, register, require_at_least, unknown
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -27,12 +27,10 @@ class MLPProjectorConfig:
     bias: bool = True  # of the linear layers
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ZooError(f"depth must be at least 1, got {self.depth}.")
+        require_at_least(1, depth=self.depth)
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
-        if self.hidden_size < 0:
-            raise ZooError(f"hidden_size must not be negative, got {self.hidden_size}.")
+        require_at_least(0, hidden_size=self.hidden_size)
 
 
 @register("projector", "mlp")

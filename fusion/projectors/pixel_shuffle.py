@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ZooError, register, unknown
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> how GELU is approximated
 
@@ -22,8 +22,7 @@ class PixelShuffleConfig:
     bias: bool = False  # of the linear layers
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or self.depth < 1:
-            raise ZooError(f"factor and depth must be at least 1, got {self.factor} and {self.depth}.")
+        require_at_least(1, factor=self.factor, depth=self.depth)
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
 

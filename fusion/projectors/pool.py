@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least
 
 _UNEVEN = ("error", "adaptive")
 
@@ -36,8 +36,7 @@ class PoolProjectorConfig:
     norm: bool = False  # LayerNorm of the image tokens ahead of pooling, in float32
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ZooError(f"stride must be at least 1, got {self.stride}.")
+        require_at_least(1, stride=self.stride)
         if self.target and (len(self.target) != 2 or min(self.target) < 1):
             raise ZooError(f"target must be two positive numbers, rows and columns, got {list(self.target)}.")
         if self.uneven not in _UNEVEN:

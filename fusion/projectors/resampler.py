@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least
 
 
 @dataclass
@@ -27,11 +27,10 @@ class ResamplerConfig:
     input_norm: bool = True  # normalise image tokens, as published; off where their length tells what they show
 
     def __post_init__(self) -> None:
-        for name in ("num_queries", "depth"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size < 0 or self.num_heads < 0 or self.mlp_ratio <= 0:
-            raise ZooError("hidden_size and num_heads must not be negative, and mlp_ratio must be positive.")
+        require_at_least(1, num_queries=self.num_queries, depth=self.depth)
+        require_at_least(0, hidden_size=self.hidden_size, num_heads=self.num_heads)
+        if self.mlp_ratio <= 0:
+            raise ZooError(f"mlp_ratio must be more than 0, got {self.mlp_ratio}.")
 
 
 @register("projector", "resampler")

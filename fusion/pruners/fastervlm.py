@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from zoo.fusion.pruners.topk import best, check_ratio, count_kept
-from zoo.registry import ImageFeatures, ZooError, register, unknown
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
 
 SCORES = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_attention"}  # -> field
 NEEDS = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_head"}  # -> capability
@@ -32,8 +32,7 @@ class FasterVLMConfig:
 
     def __post_init__(self) -> None:
         check_ratio(self.keep_ratio)
-        if self.num_keep < 0:
-            raise ZooError(f"num_keep must not be negative, got {self.num_keep}.")
+        require_at_least(0, num_keep=self.num_keep)
         if self.score not in SCORES:
             raise unknown("score", self.score, SCORES)
 

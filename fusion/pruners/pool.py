@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least
 
 
 @dataclass
@@ -19,8 +19,7 @@ class PoolPrunerConfig:
     target: list[int] = field(default_factory=list)  # rows and columns of the grid to pool to; empty: by the stride
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ZooError(f"stride must be at least 1, got {self.stride}.")
+        require_at_least(1, stride=self.stride)
         if self.target and (len(self.target) != 2 or min(self.target) < 1):
             raise ZooError(f"target must be two positive numbers, rows and columns, got {self.target}.")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.pruners.topk import check_ratio, count_kept
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, register, require_at_least
 
 
 @dataclass
@@ -22,8 +22,7 @@ class RandomPrunerConfig:
 
     def __post_init__(self) -> None:
         check_ratio(self.keep_ratio)
-        if self.seed < 0:
-            raise ZooError(f"seed must not be negative, got {self.seed}.")
+        require_at_least(0, seed=self.seed)
 
 
 @register("pruner", "random")

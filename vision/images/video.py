@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.registry import ZooError, unknown
+from zoo.registry import ZooError, first_line, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,7 +150,7 @@ def _with_decord(path: Path, video: Video) -> Clip:
         reader = decord.VideoReader(str(path), num_threads=1)
         total, fps = len(reader), float(reader.get_avg_fps())
     except Exception as error:  # DECORDError and RuntimeError, by what is wrong
-        raise _UnreadableError(f"Video {str(path)!r} cannot be read: {_first_line(error)}") from error
+        raise _UnreadableError(f"Video {str(path)!r} cannot be read: {first_line(error)}") from error
     if not total:
         raise _UnreadableError(f"Video {str(path)!r} has no frames.")
     indices = video.choose(total, fps)
@@ -158,7 +158,7 @@ def _with_decord(path: Path, video: Video) -> Clip:
         frames = reader.get_batch(indices).asnumpy()  # never through decord's bridge, which is global
         times = [float(start) for start, _ in reader.get_frame_timestamp(indices)]
     except Exception as error:
-        raise _UnreadableError(f"Video {str(path)!r} is broken: {_first_line(error)}") from error
+        raise _UnreadableError(f"Video {str(path)!r} is broken: {first_line(error)}") from error
     return Clip(frames, indices, times, fps, total, "decord")
 
 
@@ -186,7 +186,7 @@ def _with_pyav(path: Path, video: Video) -> Clip:
             start = places[0]
             times = [float((places[i] - start) * stream.time_base) for i in indices]
     except av.error.FFmpegError as error:
-        raise _UnreadableError(f"Video {str(path)!r} is broken or no video: {_first_line(error)}") from error
+        raise _UnreadableError(f"Video {str(path)!r} is broken or no video: {first_line(error)}") from error
     frames = np.stack([found[places[i]] for i in indices])
     return Clip(frames, indices, times, fps, len(places), "pyav", decoded)
 
@@ -226,7 +226,3 @@ def _decode(container: Any, stream: Any, wanted: Sequence[int], keys: list[int])
 
 def _kinds(container: Any) -> str:
     return ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

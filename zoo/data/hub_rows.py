@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from zoo.data.image_store import MAX_BYTES, Folder, ImageStore
 from zoo.data.records import inline_image
-from zoo.registry import ZooError
+from zoo.registry import ZooError, first_line
 from zoo.registry.foreign import require_file
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -191,8 +191,7 @@ def _named(config: HubRows, doing: str = "opened") -> Iterator[None]:
     except ZooError:
         raise
     except (OSError, ValueError, RuntimeError, _library().exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ZooError(f"Data set {config.path!r} cannot be {doing}: {reason}") from error
+        raise ZooError(f"Data set {config.path!r} cannot be {doing}: {first_line(error)}") from error
 
 
 def read_rows(rows: Any, config: HubRows) -> Iterator[dict[str, Any]]:

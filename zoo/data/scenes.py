@@ -23,7 +23,7 @@ from zoo.data import scene_draw, scene_questions
 from zoo.data.scene_draw import COLORS, LEVELS, SHAPES, SIZES, Level, Objects
 from zoo.data.scene_pairs import KINDS_WITH_WRONG, scene_pairs
 from zoo.data.scene_questions import CAPTION, KINDS, TASKS
-from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError, register, unknown
+from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError, register, require_at_least, unknown
 
 SPLITS = ("train", "eval")
 BINS = 32  # words for a coordinate
@@ -70,8 +70,7 @@ class ScenesConfig:
             raise ZooError(
                 f"scenes must be at least 1 and eval_scenes {least}, got {self.scenes} and {self.eval_scenes}."
             )
-        if self.grid < 0:
-            raise ZooError(f"grid must not be negative, got {self.grid}.")
+        require_at_least(0, grid=self.grid)
         for kind, number in self.questions.items():
             if kind not in KINDS:
                 raise unknown("kind of question", kind, KINDS)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.registry import ZooError, require_revision
+from zoo.registry import ZooError, first_line, one_line, require_revision
 from zoo.registry.foreign import INDEX, read_json
 from zoo.storage.safetensors_file import listing, read
 
@@ -137,7 +137,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             listed = sorted(set(read_json(index, INDEX)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ZooError(f"{index} is no index of weights: {' '.join(str(error).split()) or type(error)}") from error
+            raise ZooError(f"{index} is no index of weights: {one_line(error)}") from error
         for name in listed:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise ZooError(f"{index} names {name!r}, which is no safetensors file of its folder.")
@@ -244,7 +244,7 @@ def local_folder(name: str | Path, revision: str | None = None, **hub: Any) -> P
         with suppress(Exception):  # before 2.0 it asks for a list of files first, also where all are in the cache
             hub["local_files_only"] = True
             return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise ZooError(
             f"The hub repository {str(name)!r} is not in the cache and cannot be fetched: {first}"
         ) from error

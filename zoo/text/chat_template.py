@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, one_line
 from zoo.text.chat_sandbox import TooMuchError, bounded, names_in
 
 Messages = Sequence[Mapping[str, str]]  # role and content, both plain text
@@ -96,7 +96,7 @@ class ChatTemplate:
     def _refusal(self, messages: Messages, opening: bool, error: Exception, sample_id: str) -> str:
         roles = [m["role"] for m in messages]
         whose = f"Sample {sample_id!r}: the" if sample_id else "The"
-        reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+        reason = one_line(error).rstrip(".")
         text = f"{whose} chat template refuses the turns [{', '.join(roles)}]: {reason}."
         if "system" in roles:
             try:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoo.registry import ZooError, unknown
+from zoo.registry import ZooError, one_line, unknown
 from zoo.text.chat_sandbox import bounded
 from zoo.text.chat_template import GENERATION, takes_parts, variables_of
 from zoo.text.processor_options import known_options
@@ -159,8 +159,7 @@ class ChatMixin:
         except ZooError:
             raise
         except Exception as error:  # a template is a program of others and may fail in any way
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ZooError(f"The chat template refuses the messages: {reason}") from error
+            raise ZooError(f"The chat template refuses the messages: {one_line(error)}") from error
         return list(texts), list(spans)  # type: ignore[arg-type]
 
     def _takes_parts(self, template: str) -> bool:

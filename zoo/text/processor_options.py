@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.registry import ZooError, unknown
+from zoo.registry import ZooError, require_at_least, unknown
 
 _TEXT, _IMAGES = "text_kwargs", "images_kwargs"
 _GROUPS = (_TEXT, _IMAGES, "videos_kwargs", "audio_kwargs")
@@ -59,9 +59,7 @@ class Options:
             self.tensors = None if self.text["padding"] in (False, None, "do_not_pad") else "pt"
         if self.tensors not in (None, "pt", "np"):
             raise ZooError(f"return_tensors must be 'pt', 'np' or None, got {self.tensors!r}.")
-        for name in ("max_length", "pad_to_multiple_of"):
-            if (value := self.text.get(name)) is not None and value < 1:
-                raise ZooError(f"{name} must be at least 1, got {value!r}.")
+        require_at_least(1, **{name: self.text.get(name) for name in ("max_length", "pad_to_multiple_of")})
         return self
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, first_line
 from zoo.registry.foreign import gone, read_json, read_model_config, require_file
 
 # Bytes that a tokenizer's files may have: the largest published tokenizer.json has 34 MB, of 262,144 tokens.
@@ -51,7 +51,7 @@ def read_tokenizer(checkpoint: str, **hub: Any) -> Any:
     except (Exception, BaseException) as error:  # tokenizers, in Rust, has an error for each kind, and panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        first = gone(checkpoint) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = gone(checkpoint) or first_line(error)
         raise ZooError(f"No tokenizer can be loaded from {checkpoint!r}: {first}") from error
 
 

@@ -41,7 +41,7 @@ from zoo.fusion.adapters.vlora.generator import WeightGenerator
 from zoo.fusion.adapters.vlora.image_memory import ImageMemory, rows_of
 from zoo.fusion.adapters.vlora.sites import Site, find_sites
 from zoo.fusion.attach import add_to_output
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
 
 _TYPES = "qkvom"
@@ -65,9 +65,15 @@ class VLoRAConfig:
     image_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("rank", "skip", "width", "depth", "num_heads", "max_images"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        require_at_least(
+            1,
+            rank=self.rank,
+            skip=self.skip,
+            width=self.width,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            max_images=self.max_images,
+        )
         if not self.types or set(self.types) - set(_TYPES) or len(set(self.types)) < len(self.types):
             raise ZooError(f"types is some of the letters {_TYPES}, each once, got {self.types!r}.")
         if self.width % self.num_heads:

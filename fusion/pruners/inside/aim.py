@@ -27,7 +27,7 @@ from zoo.fusion.pruners.inside.attention_tap import Attended
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
 from zoo.fusion.pruners.inside.sequence import VOTES
 from zoo.fusion.pruners.token_merging import merge, removals
-from zoo.registry import ImageFeatures, ZooError, register, unknown
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
 
 # Layers l1 and l2 by the depth of the LLM, in the authors' code: Qwen2 7B (LLaVA-OneVision), Vicuna 7B (LLaVA-1.5).
 RELEASED = {28: (14, 22), 32: (13, 21)}
@@ -54,8 +54,7 @@ class AIMConfig:
             raise ZooError(f"merge_ratio must be in (0, 1], got {self.merge_ratio}.")
         if not self.temperature > 0:
             raise ZooError(f"temperature must be more than 0, got {self.temperature}.")
-        if self.steps < 1:
-            raise ZooError(f"steps must be at least 1, got {self.steps}.")
+        require_at_least(1, steps=self.steps)
         if not 0 <= self.damping < 1:
             raise ZooError(f"damping must be in [0, 1), got {self.damping}.")
         for name, allowed in (

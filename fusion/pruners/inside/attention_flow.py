@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.fusion.pruners.inside.sequence import Sight
+from zoo.registry import first_line
 
 BLOCK = 128  # rows of P at a time
 
@@ -113,8 +114,8 @@ def _kernel(device: torch.device) -> Any:
         some = torch.ones(1, 1, 16, 16, device=device)
         walk(some, some, some[0, :, 0], scaling=1.0, steps=1)  # Triton wants a compiler, which may not be here
     except Exception as error:
-        why = str(error).partition("\n")[0]
-        warnings.warn(f"AIM scores without its CUDA kernel, more slowly: {type(error).__name__}: {why}", stacklevel=3)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        warnings.warn(f"AIM scores without its CUDA kernel, more slowly: {why}", stacklevel=3)
         return None
     return walk
 
