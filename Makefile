@@ -1,4 +1,5 @@
-# `make quickstart` trains and evaluates the default model; `make test` runs every test. Both install what they need.
+# `make quickstart` trains and evaluates the default model; `make test` runs every test; `make docs` builds the site of
+# docs/ in build/docs/site. All install what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,9 @@ LIBRARY_TESTS := $(filter-out $(PLAIN:%=tests/test_%.py),$(wildcard tests/test_*
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := -m pip install --quiet --quiet
 
-.PHONY: install quickstart test test-oldest test-newest lock lint format clean
+SPHINX := -m sphinx --quiet --fail-on-warning --keep-going -c docs/site
+
+.PHONY: install quickstart test docs test-oldest test-newest lock lint format clean
 
 # $(call install,FOLDER,VERSIONS): everything at the versions of a file, built by the setuptools of that file.
 define install
@@ -36,6 +39,15 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) $(BY_FILE)
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BIN)/python $(PIP) --constraint requirements/locked.txt --no-build-isolation --editable '.[docs]' --config-settings editable_mode=strict
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/stage.py build/docs/pages
+	$(BIN)/python $(SPHINX) build/docs/pages build/docs/site
+	@echo "open build/docs/site/index.html"
+
 .venv-oldest/.installed: pyproject.toml requirements/oldest.txt
 	$(call install,.venv-oldest,requirements/oldest.txt)
 
@@ -54,7 +66,7 @@ test-newest:
 lock:
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python $(PIP) --upgrade uv
-	$(UV) --constraint requirements/torch.txt --output-file requirements/locked.txt
+	$(UV) --extra docs --constraint requirements/torch.txt --output-file requirements/locked.txt
 	$(UV) --resolution lowest-direct --output-file requirements/oldest.txt
 
 UV := UV_CUSTOM_COMPILE_COMMAND='make lock' build/uv/bin/uv pip compile --quiet --upgrade --no-annotate \
