@@ -47,10 +47,11 @@ def flush() -> None:
     """Make every registered component an option of its group; add what was registered since the last time."""
     repo = ConfigStore.instance().repo
     for kind in SLOT_KINDS:
-        options = {f"{name}.yaml": ComponentNode(kind, name) for name in names(kind)}
-        repo.setdefault(group_of(kind), {}).update(options)
-    for group in ("model", "recipe", *(kind for kind in SLOT_KINDS if kind not in MANY)):
-        ConfigStore.instance().store(NOBODY, {}, group=group, package="_global_", provider="zoo")
+        group = repo.setdefault(group_of(kind), {})
+        group.update({f"{name}.yaml": ComponentNode(kind, name) for name in names(kind)})
+    for name in ("model", "recipe", *(kind for kind in SLOT_KINDS if kind not in MANY)):
+        if f"{NOBODY}.yaml" not in repo.setdefault(name, {}):
+            ConfigStore.instance().store(NOBODY, {}, group=name, package="_global_", provider="zoo")
 
 
 def add_option(kind: str, key: str, component: str) -> None:

@@ -206,11 +206,7 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
             raise unknown_option(f"{kind} {entry.name!r}", str(key), entry.options)
     owner = f"{kind} {entry.name!r}"
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(entry.node), plain)
-        missing = [f.name for f in fields(entry.node) if OmegaConf.is_missing(merged, f.name)]
-        if missing:
-            raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
-        typed = OmegaConf.to_object(merged)
+        typed = _typed(entry.node, plain)
         for f in fields(entry.node):
             require_finite(getattr(typed, f.name), f.name)
     except ZooError as error:
@@ -220,6 +216,48 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
         message = (error.msg or str(error)).splitlines()[0]
         raise wrong_value(owner, key, entry.options, message) from error
     return entry, typed
+
+
+_converted: dict[tuple[type, str], dict[str, Any]] = {}  # schema, plain values as text -> values of the right types
+
+
+def _typed(schema: type, plain: Mapping[str, Any]) -> Any:
+    """Make the dataclass of plain values, as OmegaConf converts them.
+
+    Converting takes milliseconds, and loading a model asks some twenty times for the same few nodes, so what came out
+    is kept. The dataclass is made anew each time: what its `__post_init__` looks at may have changed.
+    """
+    from omegaconf import OmegaConf
+
+    key = (schema, repr(plain)) if _is_plain(plain) else None
+    if key is not None and key in _converted:
+        return schema(**{name: _copied(value) for name, value in _converted[key].items()})
+    merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+    missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]
+    if missing:
+        raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
+    typed = OmegaConf.to_object(merged)
+    if key is not None and all(f.init for f in fields(schema)):
+        held = {f.name: merged[f.name] for f in fields(schema)}
+        values = {name: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for name, v in held.items()}
+        if _is_plain(values):
+            if len(_converted) >= 1024:
+                _converted.clear()
+            _converted[key] = values
+    return typed
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of dicts with names, lists and scalars, whose `repr` says all of it."""
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:

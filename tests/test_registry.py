@@ -153,3 +153,25 @@ def test_an_error_in_one_line():
     error = RuntimeError("\n  first \n\tsecond\n")
     assert registry.first_line(error) == "first " and registry.one_line(error) == "first second"
     assert registry.first_line(KeyError()) == registry.one_line(KeyError()) == "KeyError"
+
+
+def test_a_config_that_was_converted_before_is_the_same_and_nobody_elses(monkeypatch):
+    """What OmegaConf made of plain values is kept, by value and type; the dataclass is made and checked anew."""
+    from zoo.registry import table
+
+    monkeypatch.setattr(table, "_converted", {})
+    node = {"name": "hf", "model_type": "llama", "extra": {"rope_theta": 5}, "max_positions": 64}
+    first = table.config_of("llm", node)[1]
+    assert len(table._converted) == 1
+    again = table.config_of("llm", node)[1]
+    assert again == first and again is not first and type(again) is type(first)
+    again.extra["rope_theta"] = 6  # a copy of its own
+    assert table.config_of("llm", node)[1] == first
+    asked = []
+    monkeypatch.setattr(type(first), "__post_init__", lambda self: asked.append(self.max_positions))
+    table.config_of("llm", node)
+    assert asked == [64]
+    assert table.config_of("llm", {**node, "max_positions": "64"})[1].max_positions == 64
+    for value in (64.0, True, "many") * 2:  # equal to what is kept, of another type; and wrong each time
+        with pytest.raises(ZooError, match="max_positions"):
+            table.config_of("llm", {**node, "max_positions": value})

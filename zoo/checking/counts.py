@@ -91,7 +91,9 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
         part.eval()
         embeds = torch.zeros(1, 4, llm.hidden_size, device=device)
         places = torch.arange(4, device=device)[None]
-        return part.hidden(inputs_embeds=embeds, position_ids=places).last_hidden_state
+        # On the meta device transformers cannot look for packed sequences in the positions; beside a mask it does not.
+        mask = {"attention_mask": torch.zeros(1, 1, 4, 4, device=device)} if device == "meta" else {}
+        return part.hidden(inputs_embeds=embeds, position_ids=places, **mask).last_hidden_state
 
     for layers in sorted({min(2, llm.num_layers), llm.num_layers}):
         made = partial(registry.build, "llm", {**node, "num_layers": layers}, vocab_size=llm.vocab_size)

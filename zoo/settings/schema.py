@@ -141,10 +141,12 @@ SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(RunRoot) if is_datacl
 
 
 def store_schema() -> None:
-    """Give Hydra the root schema."""
+    """Give Hydra the root schema, once: it takes some 20 ms to make, and Hydra copies what it reads from its store."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(CONFIG_NAME, RunRoot, provider="zoo")
+    store = ConfigStore.instance()
+    if f"{CONFIG_NAME}.yaml" not in store.repo:
+        store.store(CONFIG_NAME, RunRoot, provider="zoo")
 
 
 def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
