@@ -1,29 +1,24 @@
-"""What claims about pruners show: rows with a bound, and accuracy over tokens kept and what the LLM computes."""
+"""A picture of the claims about pruners: accuracy over tokens kept, and over what the LLM computes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-
-from zoo.benches.measure import Value
-from zoo.benches.report import Row
 
 PRUNERS = ("fastervlm", "random", "visionzip", "divprune", "fastv", "aim merged to")
 
 
-def bounded(claim: str, *asked: tuple[str, float, str, float]) -> list[Row]:
-    """Rows of (what, number over all seeds, `>=` or `<=`, what is asked for)."""
-    return [Row(f"{claim}: {what}", Value(x, x, x), "", bound, side == "<=") for what, x, side, bound in asked]
-
-
-def draw_curves(found: dict[str, list[float]], path: Path, tokens: int, kept: Sequence[int], title: str) -> None:
-    """Draw all pruners; lines are means of the seeds, bands their lowest and highest.
+def curves(tokens: int, kept: Sequence[int], title: str) -> Callable[[Mapping[str, list[float]], Path], None]:
+    """Return what draws all pruners; lines are means of the seeds, bands their lowest and highest.
 
     Args:
-        found: name of an arm, and of its MFLOPs -> a number for each seed.
-        path: of the PNG.
         tokens: of a picture, whole.
         kept: of them, in the arms.
         title: what was looked at.
     """
+    return partial(_draw, tokens, kept, title)
+
+
+def _draw(tokens: int, kept: Sequence[int], title: str, found: Mapping[str, list[float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

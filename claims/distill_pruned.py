@@ -6,58 +6,60 @@ alone, which shows what is due to the teacher. All go on for as many steps, what
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-from zoo.benches.measure import Value
-from zoo.benches.report import Row
-from zoo.claims.student import FALLS, Arm, Scenes, World
+from zoo.claims.experiment import Bound, Experiment, Run, gap
+from zoo.claims.student import FALLS, Arm, Scenes, Trainer
 
-STUDENT, PRUNER, STEPS = "llava_kd_tiny", "divprune", 150
 RATIOS = (0.5, 0.25, 0.125, 0.0625)  # of image tokens
 TAUGHT, SUPERVISED, AFTER = "taught with the pruner", "supervised with the pruner", "taught, pruned afterwards"
-WAYS = (TAUGHT, SUPERVISED, AFTER)
-SETTING = [
-    f"student {STUDENT} as it ships, teacher scenes_tiny without a pruner; {STEPS} steps of 20 pictures of relations",
-    f"pruner {PRUNER}, 64 image tokens; accuracy over the questions of 100 unseen scenes, boxes left out",
-]
 
 
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Train all arms with one seed."""
-    world = Scenes(seed, share)
-    return compare(world, STUDENT, world.relations, STEPS, show)
+def measure(trainer: type[Trainer], student: str, data: str, steps: int, run: Run) -> None:
+    """Train all arms from the weights of a student; accuracy of each.
 
-
-def compare(world: World, student: str, data: Any, steps: int, show: Callable[[str], None]) -> dict[str, float]:
-    """Train all arms from the weights of the student of that name; accuracy of each."""
-    kd = {"name": "llava_kd"}
-    whole, _ = world.student(student, pretrained=True)
+    Args:
+        trainer: with teacher and pictures.
+        student: name of a model.
+        data: attribute of the trainer: what it learns from.
+        steps: of every arm.
+        run: takes the rows.
+    """
+    train, kd = trainer(run), {"name": "llava_kd"}
+    whole, _ = train.student(student, pretrained=True)
     arms = {"whole": Arm(copy.deepcopy(whole), kd)}
     for ratio in RATIOS:
-        words = [f"pruner=[{PRUNER}]", f"pruner.{PRUNER}.keep_ratio={ratio}"]
-        model, processor = world.student(student, *words, pretrained=True)
+        words = ["pruner=[divprune]", f"pruner.divprune.keep_ratio={ratio}"]
+        model, processor = train.student(student, *words, pretrained=True)
         arms[f"{TAUGHT}, {ratio}"] = Arm(model, kd, processor)
         arms[f"{SUPERVISED}, {ratio}"] = Arm(copy.deepcopy(model), None, processor)
-    world.train(list(arms.values()), data, steps, train=["all"], **FALLS)
-    found = {"whole": world.score(arms["whole"].model)["accuracy"]}
-    for ratio in RATIOS:
+    train(list(arms.values()), getattr(train, data), steps, train=["all"], **FALLS)
+    run.add({"whole": train.score(arms["whole"].model)["accuracy"]})
+    for _, ratio in run.arms({f"keep {ratio}": ratio for ratio in RATIOS}):
         taught, supervised = (arms[f"{way}, {ratio}"] for way in (TAUGHT, SUPERVISED))
-        found[f"{TAUGHT}, {ratio}"] = world.score(taught.model, taught.processor)["accuracy"]
-        found[f"{SUPERVISED}, {ratio}"] = world.score(supervised.model, taught.processor)["accuracy"]
+        run.add({f"{TAUGHT}, {ratio}": train.score(taught.model, taught.processor)["accuracy"]})
+        run.add({f"{SUPERVISED}, {ratio}": train.score(supervised.model, taught.processor)["accuracy"]})
         taught.model.load_state_dict(arms["whole"].model.state_dict())
-        found[f"{AFTER}, {ratio}"] = world.score(taught.model, taught.processor)["accuracy"]
-        show(f"  {ratio}: " + ", ".join(f"{way} {found[f'{way}, {ratio}']:.3f}" for way in WAYS))
-    return found
+        run.add({f"{AFTER}, {ratio}": train.score(taught.model, taught.processor)["accuracy"]})
 
 
-def judge(found: dict[str, list[float]], claim: str = "distill_pruned") -> list[Row]:
-    """At every ratio, in every seed: above pruning afterwards, and above learning from answers with the pruner on."""
-    rows = []
-    for other in (AFTER, SUPERVISED):
-        for ratio in RATIOS:
-            pairs = zip(found[f"{TAUGHT}, {ratio}"], found[f"{other}, {ratio}"], strict=True)
-            gaps = [a - b for a, b in pairs]
-            what = f"{claim}: keep {ratio}, {TAUGHT} over {other}, least of the seeds"
-            rows.append(Row(what, Value(min(gaps), min(gaps), max(gaps)), "", bound=0.0))
-    return rows
+# In every seed: above pruning afterwards, and above learning from answers with the pruner on.
+BOUNDS = [
+    Bound(
+        f"keep {ratio}, {TAUGHT} over {other}",
+        gap(f"{TAUGHT}, {ratio}", f"{other}, {ratio}"),
+        at_least=0.0,
+        over="least",
+    )
+    for other in (AFTER, SUPERVISED)
+    for ratio in RATIOS
+]
+EXPERIMENT = Experiment(
+    setting=(
+        "student llava_kd_tiny as it ships, teacher scenes_tiny without a pruner; 150 steps of 20 pictures of "
+        "relations",
+        "pruner divprune, 64 image tokens; accuracy over the questions of 100 unseen scenes, boxes left out",
+    ),
+    measure=partial(measure, Scenes, "llava_kd_tiny", "relations", 150),
+    bounds=BOUNDS,
+)

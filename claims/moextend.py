@@ -8,14 +8,14 @@ text runs as before by construction; the loss it does not prevent is shown besid
 
 import copy
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.benches.claims import over
-from zoo.benches.report import Row
+from zoo.claims.experiment import Bound, Experiment, Run, gap, row
 from zoo.claims.steps import train
 from zoo.fusion.adapters.expert_shift import counted, select
 from zoo.registry import build
@@ -26,14 +26,11 @@ ASK, NAME = SEPARATOR + 1, SEPARATOR + 1 + QUESTIONS
 WIDTH, DIM, PATCHES = 64, 24, 4
 TEXT_STEPS, ALIGN_STEPS, PROBE_STEPS, STEPS, BATCH, TEST = 1000, 300, 200, 400, 32, 256
 RATE = 2e-3
-NEW, FULL = "new experts in half of the layers", "every weight"
-SETTING = [
-    "a Mixtral of 4 layers, width 64, 2 of 8 experts; steps: text 1000, captions 300, routers 200, task 400 at 2e-3",
-    "text: share of right answers after the task, which has no text in it; task: the same of the questions",
-]
+NEW, FULL, GUARD = "new experts in half of the layers", "every weight", "text under the guard same to the bit"
+LOW, LOWEST = f"{FULL}, rate / 5", f"{FULL}, rate / 20"
 
 
-class World:
+class Task:
     """Permutations, prototypes of classes, and the table of answers."""
 
     num_classes, dim = CLASSES, DIM
@@ -66,51 +63,41 @@ class World:
         return torch.cat([torch.full_like(label, SEPARATOR)[:, None], pairs], dim=1)
 
 
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Drawn images."""
-    return experiment(World(seed), seed, share, show)
-
-
-def experiment(
-    world: World, seed: int, share: float, show: Callable[[str], None], only: Collection[str] = ()
-) -> dict[str, float]:
+def measure(task: Callable[[int], Task], only: Collection[str], run: Run) -> None:
     """Text, captions, the probe; then every way of learning the task on a copy, or those that `only` names."""
-    g = torch.Generator().manual_seed(seed + 1)
-    steps = {n: max(2, round(c * share)) for n, c in
-             (("text", TEXT_STEPS), ("align", ALIGN_STEPS), ("probe", PROBE_STEPS), ("task", STEPS))}  # fmt: skip
-    base = _Model(seed, world)
+    drawn, g = task(run.seed), run.generator(1)
+    base = _Model(run.seed, drawn)
     base.llm.router_aux_coef = 0.01
-    train(base.llm.parameters(), steps["text"], lambda: base.loss(world.text(BATCH, g)), rate=3e-3, warmup=20)
+    train(base.llm.parameters(), run.steps(TEXT_STEPS), lambda: base.loss(drawn.text(BATCH, g)), rate=3e-3, warmup=20)
     base.requires_grad_(False)
     base.llm.router_aux_coef = 0.0
     base.projector.requires_grad_(True)
 
     def caption() -> Tensor:
-        patches, label = world.images(BATCH, g)
+        patches, label = drawn.images(BATCH, g)
         return base.loss(torch.stack([torch.full_like(label, SEPARATOR), NAME + label], dim=1), patches)
 
-    train(base.projector.parameters(), steps["align"], caption, rate=3e-3, warmup=20)
-    layers, sources = _chosen(base, world, g, steps["probe"])
-    show(f"  layers {layers} from experts {sources}")
-    probe = torch.Generator().manual_seed(10_000 + seed)
-    test = world.text(TEST if share == 1 else 8, probe)
-    shown = world.unseen(len(test), probe)
-    asked = world.questions(shown[1], probe)
+    train(base.projector.parameters(), run.steps(ALIGN_STEPS), caption, rate=3e-3, warmup=20)
+    layers, sources = _chosen(base, drawn, g, run.steps(PROBE_STEPS))
+    run.show(f"  layers {layers} from experts {sources}")
+    probe = run.generator(10_000)
+    test = drawn.text(run.size(TEST, 8), probe)
+    shown = drawn.unseen(len(test), probe)
+    asked = drawn.questions(shown[1], probe)
     with torch.no_grad():
         before = base.eval().logits(test)
-    found = {"before, text": base.right(test), "before, task": base.right(asked, shown[0])}
+    run.add({"before, text": base.right(test), "before, task": base.right(asked, shown[0])})
     node = {"name": "moextend", "guard": True}
+    everywhere = [dict(zip(layers, sources, strict=True)).get(i, 0) for i in range(4)]  # expert 0 where none is chosen
     arms: dict[str, tuple[dict[str, Any] | None, float]] = {
         NEW: ({**node, "layers": layers, "sources": sources}, 1.0),
-        "new experts in all layers": ({**node, "layers": [0, 1, 2, 3], "sources": _sources(layers, sources)}, 1.0),
+        "new experts in all layers": ({**node, "layers": [0, 1, 2, 3], "sources": everywhere}, 1.0),
         FULL: (None, 1.0),
-        f"{FULL}, rate / 5": (None, 0.2),
-        f"{FULL}, rate / 20": (None, 0.05),
+        LOW: (None, 0.2),
+        LOWEST: (None, 0.05),
     }
-    for name, (wanted, factor) in arms.items():
-        if only and name not in only:
-            continue
-        torch.manual_seed(seed)
+    for name, (wanted, factor) in run.arms({name: arm for name, arm in arms.items() if name in (only or arms)}, g):
+        torch.manual_seed(run.seed)
         model = copy.deepcopy(base)
         model.requires_grad_(wanted is None)
         model.projector.requires_grad_(True)
@@ -119,52 +106,33 @@ def experiment(
             model.adapter = build("adapter", wanted, llm=model.llm)
             model.adapter.attach()
             if name == NEW:
-                found[f"{name}, text at the start"] = model.eval().right(test)
+                run.add({f"{name}, text at the start": model.eval().right(test)})
 
         def loss(model: Any = model) -> Tensor:
-            patches, label = world.images(BATCH, g)
-            return model.loss(world.questions(label, g), patches)
+            patches, label = drawn.images(BATCH, g)
+            return model.loss(drawn.questions(label, g), patches)
 
         model.train()
-        train(model.parameters(), steps["task"], loss, rate=RATE * factor, warmup=20, decay=0.0)
+        train(model.parameters(), run.steps(STEPS), loss, rate=RATE * factor, warmup=20, decay=0.0)
         model.eval()
-        found |= {f"{name}, text": model.right(test), f"{name}, task": model.right(asked, shown[0])}
+        run.add({f"{name}, text": model.right(test), f"{name}, task": model.right(asked, shown[0])})
         if wanted is not None:
             with torch.no_grad():
-                found[f"{name}, text under the guard same to the bit"] = float(
-                    torch.equal(model.logits(test, guarded=True), before)
-                )
-        show(f"  {name}: text {found[f'{name}, text']:.2f}, task {found[f'{name}, task']:.2f}")
-    return found
-
-
-def judge(found: dict[str, list[float]]) -> list[Row]:
-    """Less forgetting at the same rate, the task learnt, the guard exact; lower rates are shown without a bound."""
-    text, full = found[f"{NEW}, text"], found[f"{FULL}, text"]
-    low = [max(a, b) for a, b in zip(found[f"{FULL}, rate / 5, text"], found[f"{FULL}, rate / 20, text"], strict=True)]
-    guard = found[f"{NEW}, text under the guard same to the bit"]
-    return [
-        Row("moextend: text kept beyond full fine-tuning at the same rate",
-            over([a - b for a, b in zip(text, full, strict=True)]), "", bound=0.15),
-        Row("moextend: task, new experts", over(found[f"{NEW}, task"]), "", bound=0.9),
-        Row("moextend: task, every weight", over(found[f"{FULL}, task"]), "", bound=0.9),
-        Row("moextend: text under the guard, same to the bit", over(guard), "", bound=1.0),
-        Row("moextend: text kept beyond full fine-tuning at lower rates",
-            over([a - b for a, b in zip(text, low, strict=True)]), "", note="below 0: full fine-tuning forgets less"),
-    ]  # fmt: skip
+                same = torch.equal(model.logits(test, guarded=True), before)
+            run.add({f"{name}, {GUARD}": same})
 
 
 class _Model(nn.Module):
     """The language model, a projector of patches, and the adapter where there is one."""
 
-    def __init__(self, seed: int, world: World) -> None:
+    def __init__(self, seed: int, task: Task) -> None:
         super().__init__()
         self.adapter: Any = None
         torch.manual_seed(seed)
         sizes = {"hidden_size": WIDTH, "num_layers": 4, "num_heads": 4, "intermediate_size": 64, "max_positions": 64}
         node = {"name": "hf", "model_type": "mixtral", "num_experts": 8, "top_k": 2, **sizes}
-        self.llm = build("llm", node, vocab_size=NAME + world.num_classes)
-        self.projector = nn.Sequential(nn.Linear(world.dim, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.llm = build("llm", node, vocab_size=NAME + task.num_classes)
+        self.projector = nn.Sequential(nn.Linear(task.dim, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
 
     def logits(self, words: Tensor, patches: Tensor | None = None, guarded: bool = False) -> Tensor:
         """Logits behind each of `words` (B, T)."""
@@ -192,20 +160,20 @@ class _Model(nn.Module):
         return float(hits.mean())
 
 
-def _chosen(base: _Model, world: World, g: torch.Generator, steps: int) -> tuple[list[int], list[int]]:
+def _chosen(base: _Model, task: Task, g: torch.Generator, steps: int) -> tuple[list[int], list[int]]:
     """Tune the routers of a copy on the task, and choose by what that shifts."""
     probe = copy.deepcopy(base)
     probe.requires_grad_(False)
     routers = [layer.mlp.gate.weight.requires_grad_(True) for layer in probe.llm.layers]
 
-    def task() -> Tensor:
-        patches, label = world.images(BATCH, g)
-        return probe.loss(world.questions(label, g), patches)
+    def answer() -> Tensor:
+        patches, label = task.images(BATCH, g)
+        return probe.loss(task.questions(label, g), patches)
 
-    train(routers, steps, task, rate=1e-3, warmup=20, decay=0.0)
+    train(routers, steps, answer, rate=1e-3, warmup=20, decay=0.0)
     seen = torch.Generator().manual_seed(0)
-    patches, label = world.images(TEST, seen)
-    words = world.questions(label, seen)
+    patches, label = task.images(TEST, seen)
+    words = task.questions(label, seen)
     counts = []
     for model in (base, probe):
         with torch.no_grad(), counted(model.llm) as count:
@@ -214,6 +182,24 @@ def _chosen(base: _Model, world: World, g: torch.Generator, steps: int) -> tuple
     return select(counts[0], counts[1])
 
 
-def _sources(layers: list[int], sources: list[int]) -> list[int]:
-    """For all four layers: those chosen from where they were, the others from expert 0."""
-    return [dict(zip(layers, sources, strict=True)).get(i, 0) for i in range(4)]
+EXPERIMENT = Experiment(
+    setting=(
+        "a Mixtral of 4 layers, width 64, 2 of 8 experts; steps: text 1000, captions 300, routers 200, task 400 at "
+        "2e-3",
+        "text: share of right answers after the task, which has no text in it; task: the same of the questions",
+    ),
+    measure=partial(measure, Task, ()),
+    bounds=(
+        Bound("text kept beyond full fine-tuning at the same rate", gap(f"{NEW}, text", f"{FULL}, text"), 0.15,
+              over="seeds"),
+        Bound("task, new experts", row(f"{NEW}, task"), 0.9, over="seeds"),
+        Bound("task, every weight", row(f"{FULL}, task"), 0.9, over="seeds"),
+        Bound("text under the guard, same to the bit", row(f"{NEW}, {GUARD}"), 1.0, over="seeds"),
+        Bound(
+            "text kept beyond full fine-tuning at lower rates",
+            lambda found: found[f"{NEW}, text"] - max(found[f"{LOW}, text"], found[f"{LOWEST}, text"]),
+            over="seeds",
+            note="below 0: full fine-tuning forgets less",
+        ),
+    ),
+)  # fmt: skip

@@ -1,29 +1,21 @@
-"""The experiment of `claim_moextend` on photos: the task is Fashion-MNIST, the text stays the four permutations.
+"""The experiment of `moextend` on photos: the task is Fashion-MNIST, the text stays the four permutations.
 
-Four patches of 14 x 14 pixels stand for a photo; there is no encoder but the projector, so the task is learnt less well
+Four patches of 14 x 14 pixels represent a photo; the projector is the only encoder, so the task is learnt less well
 than that on drawn classes, by every arm.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from zoo.benches.claims import over
 from zoo.benches.real_data import CLOTHES, patches_of
-from zoo.benches.report import Row
-from zoo.claims import moextend as claim_moextend
-from zoo.claims.moextend import FULL, NEW
-
-DATA = ("fashion_mnist",)
-LOW = f"{FULL}, rate / 5"
-SETTING = [
-    "as moextend, the task on 24,000 photos of Fashion-MNIST in 4 patches of pixels; answers depend on the class",
-    "task: share of right answers about 256 photos of the dev split; guessing 0.03",
-]
+from zoo.claims import moextend
+from zoo.claims.experiment import Bound, Experiment, gap, row
+from zoo.claims.moextend import FULL, GUARD, LOW, NEW
 
 
-class Photos(claim_moextend.World):
+class Photos(moextend.Task):
     """Photos in place of drawn classes."""
 
     num_classes, dim = len(CLOTHES), 196
@@ -39,21 +31,17 @@ class Photos(claim_moextend.World):
         return self.images(n, g, "dev")
 
 
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """New experts, and every weight at two rates."""
-    return claim_moextend.experiment(Photos(seed), seed, share, show, (NEW, FULL, LOW))
-
-
-def judge(found: dict[str, list[float]]) -> list[Row]:
-    """The guard exact; forgetting and the task are shown as they fall."""
-
-    def beyond(other: str, what: str) -> list[float]:
-        return [a - b for a, b in zip(found[f"{NEW}, {what}"], found[f"{other}, {what}"], strict=True)]
-
-    guard = found[f"{NEW}, text under the guard same to the bit"]
-    return [
-        Row("moextend_clothes: text kept beyond full fine-tuning at the same rate", over(beyond(FULL, "text")), ""),
-        Row("moextend_clothes: text kept beyond full fine-tuning at a fifth of it", over(beyond(LOW, "text")), ""),
-        Row("moextend_clothes: task beyond full fine-tuning at a fifth of the rate", over(beyond(LOW, "task")), ""),
-        Row("moextend_clothes: text under the guard, same to the bit", over(guard), "", bound=1.0),
-    ]
+EXPERIMENT = Experiment(
+    data=("fashion_mnist",),
+    setting=(
+        "as moextend, the task on 24,000 photos of Fashion-MNIST in 4 patches of pixels; answers depend on the class",
+        "task: share of right answers about 256 photos of the dev split; guessing 0.03",
+    ),
+    measure=partial(moextend.measure, Photos, (NEW, FULL, LOW)),
+    bounds=(
+        Bound("text kept beyond full fine-tuning at the same rate", gap(f"{NEW}, text", f"{FULL}, text"), over="seeds"),
+        Bound("text kept beyond full fine-tuning at a fifth of it", gap(f"{NEW}, text", f"{LOW}, text"), over="seeds"),
+        Bound("task beyond full fine-tuning at a fifth of the rate", gap(f"{NEW}, task", f"{LOW}, task"), over="seeds"),
+        Bound("text under the guard, same to the bit", row(f"{NEW}, {GUARD}"), at_least=1.0, over="seeds"),
+    ),
+)

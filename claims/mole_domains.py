@@ -1,4 +1,4 @@
-"""The comparison of `claim_mole` on real domains: clothes, radiology, and sentences about shapes, in one frozen model.
+"""The comparison of `mole` on real domains: clothes, radiology, and sentences about shapes, in one frozen model.
 
 A small model is trained on yes-or-no questions about photos of clothes (Fashion-MNIST) and frozen. Then one update, or
 routed ones, have to name the clothes, answer clinicians' questions (VQA-RAD), and judge sentences about shapes (NLVR),
@@ -7,16 +7,14 @@ words.
 """
 
 import copy
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.benches.claims import over
 from zoo.benches.real_data import CLOTHES, folder_of
-from zoo.benches.report import Row
+from zoo.claims.experiment import Bound, Experiment, Run, ratio
 from zoo.claims.steps import train
 from zoo.composed.model import ZooModel
 from zoo.loading.build import processor_for
@@ -30,37 +28,31 @@ BASE_STEPS, STEPS, BATCH, MOST, TEST = 300, 300, 24, 1500, 256
 RATE, WARMUP, RANK = 3e-3, 20, 2
 LORA = {"name": "lora", "rank": RANK, "alpha": 2.0 * RANK, "targets": ["gate_proj", "up_proj", "down_proj"]}
 MOLE = {"name": "mole", "num_experts": 3, "rank": RANK, "alpha": 2.0 * RANK, "dropout": 0.0}
-MIX, TWICE, TOTAL, ROUTED = "one update", "one update, twice the steps", "one update of rank 6", "3 experts"
 ARMS: dict[str, tuple[dict[str, Any], int]] = {
-    MIX: (LORA, 1),
-    TWICE: (LORA, 2),
-    TOTAL: ({**LORA, "rank": 3 * RANK, "alpha": 6.0 * RANK}, 1),
-    ROUTED: (MOLE, 1),
-    f"{ROUTED}, gate prob": ({**MOLE, "gate": "prob"}, 1),
+    "one update": (LORA, 1),
+    "one update, twice the steps": (LORA, 2),
+    "one update of rank 6": ({**LORA, "rank": 3 * RANK, "alpha": 6.0 * RANK}, 1),
+    "3 experts": (MOLE, 1),
+    "3 experts, gate prob": ({**MOLE, "gate": "prob"}, 1),
 }
-SETTING = [
-    "a frozen model of 32 px, width 64, 2 layers; rank 2 on the feed-forward layers, 300 steps of 24 at 3e-3",
-    "nll: of a token of the answers of dev, mean of three domains; right: answers with every token the likeliest",
-]
 
 
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
+def measure(run: Run) -> None:
     """Teach the base, and every arm on a copy of it."""
-    tokenizer, rows = _rows(MOST if share == 1 else 20)
-    base, processor = _model(tokenizer, seed)
-    g = torch.Generator().manual_seed(seed)
+    tokenizer, rows = _rows(run.size(MOST, 20))
+    base, processor = _model(tokenizer, run.seed)
+    g = run.generator()
 
     def batch(domains: list[str]) -> dict[str, Any]:
         chosen = [rows[d, "train"] for d in domains for _ in range(BATCH // len(domains))]
         return processor.collate([some[int(torch.randint(len(some), (), generator=g))] for some in chosen])
 
     base.train().set_trainable(["all"])
-    steps = max(2, round(BASE_STEPS * share))
+    steps = run.steps(BASE_STEPS)
     train(base.parameters(), steps, lambda: base(**batch(["base"])).loss, rate=RATE, warmup=WARMUP)
     base.requires_grad_(False)
-    found: dict[str, float] = {}
-    for name, (node, times) in ARMS.items():
-        torch.manual_seed(seed)
+    for name, (node, times) in run.arms(ARMS, g):
+        torch.manual_seed(run.seed)
         model = copy.deepcopy(base)
         model.adapter[node["name"]] = build("adapter", node, llm=model.llm)
         model.adapter[node["name"]].attach()
@@ -69,24 +61,11 @@ def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, f
         def loss(model: ZooModel = model) -> Tensor:
             return model(**batch(list(DATA))).loss
 
-        train(model.parameters(), max(2, round(times * STEPS * share)), loss, rate=RATE, warmup=WARMUP, decay=0.0)
+        train(model.parameters(), run.steps(times * STEPS), loss, rate=RATE, warmup=WARMUP, decay=0.0)
         model.eval()
         scores = {d: _score(model, processor, rows[d, "dev"]) for d in DATA}
-        found |= {f"{name}, {d}, {what}": s[i] for d, s in scores.items() for i, what in enumerate(("nll", "right"))}
-        found[f"{name}, nll"] = sum(s[0] for s in scores.values()) / len(scores)
-        show(f"  {name}: {found[f'{name}, nll']:.3f}")
-    return found
-
-
-def judge(found: dict[str, list[float]]) -> list[Row]:
-    """As on symbols, without a bound."""
-    routed = found[f"{ROUTED}, nll"]
-    rows = []
-    for other, why in ((MIX, "equal weights at work"), (TWICE, "twice its steps"), (TOTAL, "equal weights in all")):
-        ratios = [a / b for a, b in zip(found[f"{other}, nll"], routed, strict=True)]
-        note = f"{why}; above 1: experts are better"
-        rows.append(Row(f"mole_domains: nll of {other} over that of experts", over(ratios), note=note))
-    return rows
+        run.add({f"{name}, {d}, {what}": s[i] for d, s in scores.items() for i, what in enumerate(("nll", "right"))})
+        run.add({f"{name}, nll": sum(s[0] for s in scores.values()) / len(scores)})
 
 
 @torch.no_grad()
@@ -138,3 +117,27 @@ def _rows(most: int) -> tuple[Any, dict[tuple[str, str], list[EncodedSample]]]:
     tokenizer = train_tokenizer(said, 1024)
     processor = _model(tokenizer, 0)[1]
     return tokenizer, {key: [processor.encode(s) for s in some] for key, some in samples.items()}
+
+
+EXPERIMENT = Experiment(
+    data=DATA,
+    setting=(
+        "a frozen model of 32 px, width 64, 2 layers; rank 2 on the feed-forward layers, 300 steps of 24 at 3e-3",
+        "nll: of a token of the answers of dev, mean of three domains; right: answers with every token the likeliest",
+    ),
+    measure=measure,
+    bounds=[
+        Bound(
+            f"nll of {other} over that of experts",
+            ratio(f"{other}, nll", "3 experts, nll"),
+            over="seeds",
+            unit="x",
+            note=f"{why}; above 1: experts are better",
+        )
+        for other, why in (
+            ("one update", "equal weights at work"),
+            ("one update, twice the steps", "twice its steps"),
+            ("one update of rank 6", "equal weights in all"),
+        )
+    ],
+)

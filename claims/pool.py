@@ -8,15 +8,15 @@ one whose presence is asked, which needs no place. Everything learns together.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.benches.measure import Value
-from zoo.benches.report import Row
-from zoo.claims.steps import train
+from zoo.claims.experiment import Bound, Experiment, Numbers, Run, gap
+from zoo.claims.steps import Parts, train
 from zoo.registry import ImageFeatures, build
 
 SIDE, DIM, CLASSES, WIDTH, TOKENS = 8, 24, 6, 48, 16
@@ -29,10 +29,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "resampler, 2 blocks": {**_QUERIES, "depth": 2},
     "pool, tokens shuffled": {"name": "pool", "stride": 2},
 }
-SETTING = [
-    "8 x 8 features of two rectangles to 16 tokens, GPT-2 of 2 layers, width 48; 1200 steps of 64, 2000 tests",
-    "acc: boxes with IoU of at least 0.5 after so many steps; shuffled: tokens in another order for each image",
-]
 
 
 class Scenes:
@@ -108,20 +104,13 @@ class Reader(nn.Module):
         return self.box(hidden[:, -1]).unflatten(-1, (4, self.bins)), self.presence(hidden[:, -2])
 
 
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Drawn scenes."""
-    return experiment(Scenes(seed), STEPS, seed, share, show)
-
-
-def experiment(scenes: Any, whole: int, seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Train every arm from the same seed and test it at a quarter, a half and the whole of the steps."""
-    found: dict[str, float] = {}
-    steps = max(4, round(whole * share))
-    test = scenes.unseen(TEST if share == 1 else 100)
-    for arm in ARMS:
-        torch.manual_seed(seed)
-        model, g = Reader(arm, scenes), torch.Generator().manual_seed(seed + 1)
-        scores: dict[int, tuple[float, float, float]] = {}
+def measure(source: Callable[[int], Any], whole: int, run: Run) -> None:
+    """Train every arm from the same seed, and test it at a quarter, a half and the whole of `whole` steps."""
+    scenes, steps = source(run.seed), run.steps(whole, least=4)
+    test = scenes.unseen(run.size(TEST, 100))
+    for name, _ in run.arms(ARMS):
+        torch.manual_seed(run.seed)
+        model, g = Reader(name, scenes), run.generator(1)
 
         def loss(model: Reader = model, g: torch.Generator = g) -> Tensor:
             batch = scenes.draw(BATCH, g)
@@ -129,16 +118,12 @@ def experiment(scenes: Any, whole: int, seed: int, share: float, show: Callable[
             boxes = F.cross_entropy(box.flatten(0, 1), batch["box"].flatten())
             return boxes + 0.5 * F.cross_entropy(presence, batch["there"])
 
-        def at(done: int, model: Reader = model, scores: dict[int, tuple[float, float, float]] = scores) -> None:
-            if done in (steps // 4, steps // 2, steps):
-                scores[done] = _score(model, test)
-
-        train(model.parameters(), steps, loss, warmup=min(50, steps // 4), last=0.05, at=at)
-        for part, done in ((4, steps // 4), (2, steps // 2), (1, steps)):
-            found[f"{arm}, acc at {whole // part}"] = scores[done][0]
-        found[f"{arm}, mean IoU at {whole}"], found[f"{arm}, presence at {whole}"] = scores[steps][1:]
-        show("  " + arm + ": " + ", ".join(f"{scores[k][0]:.2f}" for k in sorted(scores)))
-    return found
+        scores = Parts(steps, partial(_score, model, test))
+        train(model.parameters(), steps, loss, warmup=min(50, steps // 4), last=0.05, at=scores)
+        for part in (4, 2, 1):
+            run.add({f"{name}, acc at {whole // part}": scores.found[part][0]})
+        _, iou, presence = scores.found[1]
+        run.add({f"{name}, mean IoU at {whole}": iou, f"{name}, presence at {whole}": presence})
 
 
 @torch.no_grad()
@@ -153,18 +138,32 @@ def _score(model: Reader, test: dict[str, Tensor]) -> tuple[float, float, float]
     return float((iou >= 0.5).float().mean()), float(iou.mean()), float(right)
 
 
-def judge(found: dict[str, list[float]]) -> list[Row]:
-    """Compare at a quarter of the budget; presence must not tell the arms apart."""
-    mean = {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
-    early = "{}, acc at {}".format
-    best = max(mean[early(arm, STEPS // 4)] for arm in ARMS if arm.startswith("resampler"))
-    gap = mean[early("pool", STEPS // 4)] - best
-    shuffled = mean[early("pool", STEPS // 4)] - mean[early("pool, tokens shuffled", STEPS // 4)]
-    there = [mean[f"{arm}, presence at {STEPS}"] for arm in ARMS]
-    spread = max(there) - min(there)
-    one = lambda x: Value(x, x, x)  # noqa: E731
-    return [
-        Row(f"pool: acc at {STEPS // 4} above the better resampler", one(gap), "", bound=0.3),
-        Row(f"pool: acc at {STEPS // 4} above its own shuffled tokens", one(shuffled), "", bound=0.0),
-        Row(f"pool: presence at {STEPS}, between arms", one(spread), "", bound=0.02, at_most=True),
-    ]
+def above_resamplers(part: int, whole: int = STEPS) -> Callable[[Numbers], float]:
+    """How far pool is above the better resampler, after one of `part` parts of the steps."""
+    at = f", acc at {whole // part}"
+    return lambda found: found["pool" + at] - max(found[arm + at] for arm in ARMS if arm.startswith("resampler"))
+
+
+def above_shuffled(part: int, whole: int = STEPS) -> Callable[[Numbers], float]:
+    """How far it is above its own tokens in another order."""
+    at = f", acc at {whole // part}"
+    return gap("pool" + at, "pool, tokens shuffled" + at)
+
+
+def _spread(found: Numbers) -> float:
+    there = [found[f"{arm}, presence at {STEPS}"] for arm in ARMS]
+    return max(there) - min(there)
+
+
+EXPERIMENT = Experiment(
+    setting=(
+        "8 x 8 features of two rectangles to 16 tokens, GPT-2 of 2 layers, width 48; 1200 steps of 64, 2000 tests",
+        "acc: boxes with IoU of at least 0.5 after so many steps; shuffled: tokens in another order for each image",
+    ),
+    measure=partial(measure, Scenes, STEPS),
+    bounds=(
+        Bound(f"acc at {STEPS // 4} above the better resampler", above_resamplers(4), at_least=0.3),
+        Bound(f"acc at {STEPS // 4} above its own shuffled tokens", above_shuffled(4), at_least=0.0),
+        Bound(f"presence at {STEPS}, between arms", _spread, at_most=0.02),  # a control: it needs no place
+    ),
+)

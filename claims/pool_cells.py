@@ -1,4 +1,4 @@
-"""The experiment of `claim_pool` on photos: the white blood cell of a micrograph is to be boxed (BCCD).
+"""The experiment of `pool` on photos: the white blood cell of a micrograph is to be boxed (BCCD).
 
 Pictures with exactly one white cell, 64 x 64 pixels, mirrored both ways in training; two convolutions that learn along
 give 8 x 8 features, to which learnt positions are added, so that a resampler can tell places. In place of a class whose
@@ -7,34 +7,30 @@ presence is asked: whether there are platelets.
 
 import gzip
 import json
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo.benches.claims import over
 from zoo.benches.real_data import folder_of
-from zoo.benches.report import Row
-from zoo.claims import pool as claim_pool
+from zoo.claims import pool
+from zoo.claims.experiment import Bound, Experiment
 from zoo.data.image_store import open_store
 from zoo.vision.images.decode import open_image
 
-DATA = ("bccd",)
 SIZE, BINS, DIM, STEPS = 64, 8, 32, 600
 WHITE, PLATELETS = 0, 1
-SETTING = [
-    "as pool, on micrographs of BCCD at 64 x 64 pixels, two convolutions ahead; 600 steps of 64, about 190 pictures",
-    "acc: boxes of the white cell with IoU of at least 0.5, on a grid of 8 x 8, on dev pictures with exactly one",
-]
 
 
 class Cells:
     """Micrographs with one white cell."""
 
     dim, bins = DIM, BINS
+
+    def __init__(self, seed: int) -> None:  # the pictures are the same ones for every seed
+        pass
 
     def encoder(self) -> nn.Module:
         """Pixels (n, 3, 64, 64) to features (n, 64, D)."""
@@ -63,7 +59,7 @@ class _Encoder(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, DIM, 4, 4), nn.GELU(), nn.Conv2d(DIM, DIM, 2, 2), nn.GELU())
         self.norm = nn.LayerNorm(DIM)  # else the places are louder than the picture
-        self.places = nn.Parameter(0.5 * torch.randn(claim_pool.SIDE**2, DIM))
+        self.places = nn.Parameter(0.5 * torch.randn(pool.SIDE**2, DIM))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.norm(self.layers(pixels).flatten(2).mT) + self.places  # (n, 64, D)
@@ -95,18 +91,20 @@ def _pictures(split: str) -> dict[str, Tensor]:
     }
 
 
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Every arm on the micrographs."""
-    return claim_pool.experiment(Cells(), STEPS, seed, share, show)
-
-
-def judge(found: dict[str, list[float]]) -> list[Row]:
-    """The same differences as on drawn scenes, without a bound."""
-    rows = []
-    for part in (4, 2, 1):
-        pool, *resamplers, shuffled = (found[f"{arm}, acc at {STEPS // part}"] for arm in claim_pool.ARMS)
-        better = [max(scores) for scores in zip(*resamplers, strict=True)]
-        gain, order = ([a - b for a, b in zip(pool, other, strict=True)] for other in (better, shuffled))
-        rows.append(Row(f"pool_cells: acc at {STEPS // part} above the better resampler", over(gain), ""))
-        rows.append(Row(f"pool_cells: acc at {STEPS // part} above its own shuffled tokens", over(order), ""))
-    return rows
+EXPERIMENT = Experiment(
+    data=("bccd",),
+    setting=(
+        "as pool, on micrographs of BCCD at 64 x 64 pixels, two convolutions ahead; 600 steps of 64, about 190 "
+        "pictures",
+        "acc: boxes of the white cell with IoU of at least 0.5, on a grid of 8 x 8, on dev pictures with exactly one",
+    ),
+    measure=partial(pool.measure, Cells, STEPS),
+    bounds=[
+        Bound(f"acc at {STEPS // part} above {than}", number(part, STEPS), over="seeds")
+        for part in (4, 2, 1)
+        for than, number in (
+            ("the better resampler", pool.above_resamplers),
+            ("its own shuffled tokens", pool.above_shuffled),
+        )
+    ],
+)

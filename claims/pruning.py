@@ -8,30 +8,21 @@ s?" from all 64 tokens. Pruners come in afterwards: nothing is trained with one.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.benches.report import Row
-from zoo.claims.curves import bounded, draw_curves
-from zoo.claims.reader import Reader, ask_all, each_ratio, encoder, sizes
-from zoo.claims.steps import train
+from zoo.claims.curves import curves
+from zoo.claims.experiment import Bound, Experiment, Run, gap, ratio
+from zoo.claims.reader import Chains, Sizes, ask, each_ratio, encoder, learnt_reader
 from zoo.registry import build
 
 SIDE, PATCH, KINDS, TOKENS = 8, 4, 6, 64
 NOISE = 0.35
-SEEING, READING, BATCH, TEST = 300, 500, 64, 512
 RANDOM = 3  # draws that random pruning is averaged over
 KEPT = (32, 16, 6, 3)  # of 64 tokens
-SETTING = [
-    "64 patches, two objects of 4; ViT of 3 blocks, width 48, 300 steps; Llama of 6 layers, width 64, 500 steps of 64",
-    "accuracy on two questions about each of 512 unseen pictures (guessing: 0.17); pruned without training",
-    "MFLOPs: of the LLM for one picture and one question; random: mean of 3 draws",
-    "not claimed: that random tokens beat the choice of the LLM's own attention, which they do not do here either",
-]
 
 
 class Pictures:
@@ -48,7 +39,7 @@ class Pictures:
         self.shapes, self.colours = torch.randn(2, KINDS, 3 * PATCH * PATCH, generator=g)
 
     def draw(self, n: int, g: torch.Generator, shapes: Tensor | None = None) -> dict[str, Tensor]:
-        """Draw pixels (n, 3, S, S), the two shapes and colours (n, 2), and the places of objects (n, 64) bool."""
+        """Draw pixels (n, 3, S, S), two shapes to ask for, their colours (n, 2), and where objects are (n, 64) bool."""
         ground = torch.randn(n, 3 * PATCH * PATCH, 3, 3, generator=g)
         x = F.interpolate(ground, (SIDE, SIDE), mode="bilinear", align_corners=True).flatten(2).transpose(1, 2)
         x = x + NOISE * torch.randn(x.shape, generator=g)  # (n, 64, 48)
@@ -69,87 +60,57 @@ class Pictures:
         pixels = x.unflatten(-1, (3, PATCH, PATCH)).unflatten(1, (SIDE, SIDE))  # (n, h, w, 3, p, p)
         pixels = pixels.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, SIDE * PATCH, SIDE * PATCH)
         shown = torch.zeros(n, SIDE * SIDE, dtype=torch.bool).scatter(1, index, True)
-        return {"pixels": pixels, "shapes": shapes, "colours": colours, "shown": shown}
+        return {"pixels": pixels, "asked": shapes, "answers": colours, "shown": shown}
 
 
-def learnt_encoder(pictures: Pictures, seed: int, steps: int, batch: int) -> Any:
+def learnt_encoder(pictures: Pictures, run: Run, steps: int, batch: int) -> Any:
     """Train an encoder to tell from [CLS] which shapes there are, of which colour, from `batch` pictures a step."""
-    g = torch.Generator().manual_seed(seed + 1)
+    g = run.generator(1)
 
     def loss(told: Callable[[Tensor], Tensor]) -> Tensor:
         drawn = pictures.draw(batch, g)
         logits = told(drawn["pixels"]).view(-1, KINDS + 1)
-        wanted = torch.full((batch, KINDS), KINDS).scatter(1, drawn["shapes"], drawn["colours"])
+        wanted = torch.full((batch, KINDS), KINDS).scatter(1, drawn["asked"], drawn["answers"])
         return F.cross_entropy(logits, wanted.flatten())
 
-    return encoder(SIDE, PATCH, KINDS * (KINDS + 1), loss, seed, steps)
+    return encoder(SIDE, PATCH, KINDS * (KINDS + 1), loss, run.seed, steps)
 
 
-def learnt_reader(source: Any, vision: Any, seed: int, steps: int, batch: int, layers: int = 6) -> Reader:
-    """Train a reader to tell the colour of a shape.
-
-    Args:
-        source: draws pictures or films, with shapes and colours (n, objects) of each.
-        vision: the encoder.
-        seed: of weights, pictures and questions.
-        steps: of training.
-        batch: pictures or films a step.
-        layers: of the language model.
-    """
-    torch.manual_seed(seed)
-    model, g = Reader(vision, KINDS, KINDS, layers), torch.Generator().manual_seed(seed + 2)
-
-    def loss() -> Tensor:
-        drawn = source.draw(batch, g)
-        which = torch.randint(drawn["shapes"].shape[1], (batch, 1), generator=g)
-        logits = model(model.look(drawn["pixels"]), drawn["shapes"].gather(1, which)[:, 0])
-        return F.cross_entropy(logits, drawn["colours"].gather(1, which)[:, 0])
-
-    train(model.parameters(), steps, loss, warmup=min(50, steps // 4))
-    return model.eval()
-
-
-def arms() -> dict[str, list[list[dict[str, Any]]]]:
-    """Name -> chains of pruners whose scores are averaged."""
-    found = each_ratio(TOKENS, KEPT, RANDOM)
+def measure(run: Run) -> None:
+    """Train once, and answer the same questions behind every pruner."""
+    pictures, sizes = Pictures(run.seed), Sizes(seeing=300, reading=500, batch=64, test=512).of(run)
+    vision = learnt_encoder(pictures, run, sizes.seeing, sizes.batch)
+    model = learnt_reader(pictures, vision, (KINDS, KINDS), run, sizes, run.generator(2))
+    test = pictures.draw(sizes.test, run.generator(10_000))
+    image = model.look(test["pixels"])
+    arms: dict[str, Chains] = each_ratio(TOKENS, KEPT, RANDOM)
     for start, stop in ((3, 6), (2, 5), (1, 4)):
         inside = {"name": "aim", "start": start, "stop": stop}
-        found[f"aim merged to 32, none from layer {stop}"] = [[{**inside, "merge_ratio": 0.5}]]
-        found[f"aim, none from layer {stop}"] = [[{**inside, "merge_ratio": 1.0}]]
-    return found
-
-
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Train once, and answer the same questions behind every pruner."""
-    pictures = Pictures(seed)
-    seeing, reading, batch, many = sizes(share, SEEING, READING, BATCH, TEST)
-    vision = learnt_encoder(pictures, seed, seeing, batch)
-    show(f"  the encoder has learnt for {seeing} steps")
-    model = learnt_reader(pictures, vision, seed, reading, batch)
-    test = pictures.draw(many, torch.Generator().manual_seed(10_000 + seed))
-    image = model.look(test["pixels"])
-    found = ask_all(model, image, test["shapes"], test["colours"], arms(), show)
+        arms[f"aim merged to 32, none from layer {stop}"] = [[{**inside, "merge_ratio": 0.5}]]
+        arms[f"aim, none from layer {stop}"] = [[{**inside, "merge_ratio": 1.0}]]
+    ask(run, model, image, test, arms)
     for name, score in (("cls", "cls"), ("column mean", "column_mean")):
         pruner = build("pruner", {"name": "fastervlm", "num_keep": 8, "score": score}, num_tokens=TOKENS)
         shown = test["shown"].gather(1, pruner(image).keep)
-        found[f"patches of objects among the first 8 by {name}"] = float(shown.float().mean())
-    return found
+        run.add({f"patches of objects among the first 8 by {name}": float(shown.float().mean())})
 
 
-def judge(found: dict[str, list[float]]) -> list[Row]:
-    """FasterVLM against random at 75 and 90 % fewer, and AIM at a third of the work."""
-    mean = {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
-    aim = "aim merged to 32, none from layer 4"
-    return bounded(
-        "pruning",
-        ("fastervlm at 16 below all 64", mean["all 64"] - mean["fastervlm 16"], "<=", 0.02),
-        ("fastervlm above random at 16", mean["fastervlm 16"] - mean["random 16"], ">=", 0.15),
-        ("fastervlm above random at 6", mean["fastervlm 6"] - mean["random 6"], ">=", 0.30),
-        ("aim, merged to 32 and none from layer 4, below all 64", mean["all 64"] - mean[aim], "<=", 0.07),
-        ("its share of the work", mean[f"{aim}, MFLOPs"] / mean["all 64, MFLOPs"], "<=", 0.32),
-    )
-
-
-def draw(found: dict[str, list[float]], path: Path) -> None:
-    """Draw accuracy over tokens kept, and over what the LLM computes."""
-    draw_curves(found, path, TOKENS, KEPT, "two objects of 4 patches")
+AIM = "aim merged to 32, none from layer 4"  # a third of the work
+EXPERIMENT = Experiment(
+    setting=(
+        "64 patches, two objects of 4; ViT of 3 blocks, width 48, 300 steps; Llama of 6 layers, width 64, 500 steps "
+        "of 64",
+        "accuracy on two questions about each of 512 unseen pictures (guessing: 0.17); pruned without training",
+        "MFLOPs: of the LLM for one picture and one question; random: mean of 3 draws",
+        "not claimed: that random tokens beat the choice of the LLM's own attention, which they do not do here either",
+    ),
+    measure=measure,
+    bounds=(
+        Bound("fastervlm at 16 below all 64", gap("all 64", "fastervlm 16"), at_most=0.02),
+        Bound("fastervlm above random at 16", gap("fastervlm 16", "random 16"), at_least=0.15),
+        Bound("fastervlm above random at 6", gap("fastervlm 6", "random 6"), at_least=0.30),
+        Bound("aim, merged to 32 and none from layer 4, below all 64", gap("all 64", AIM), at_most=0.07),
+        Bound("its share of the work", ratio(f"{AIM}, MFLOPs", "all 64, MFLOPs"), at_most=0.32),
+    ),
+    draw=curves(TOKENS, KEPT, "two objects of 4 patches"),
+)

@@ -5,12 +5,15 @@ projector and a language model learn to answer questions from all tokens. A ques
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.benches.flops import flop_counter
+from zoo.claims.experiment import Run
 from zoo.claims.steps import train
 from zoo.composed.outputs import LLMSequence
 from zoo.registry import ImageFeatures, build
@@ -19,13 +22,19 @@ from zoo.registry.forward_pass import running
 VISION, WIDTH = 48, 64  # widths of the encoder and of the language model
 
 
-def sizes(share: float, seeing: int, reading: int, batch: int, test: int) -> tuple[int, int, int, int]:
-    """Steps of the encoder and of the reader, pictures a step, and pictures to ask about, for a share of the steps.
+@dataclass(frozen=True)
+class Sizes:
+    """How long encoder and reader learn, from how many pictures a step, and how many they are asked about."""
 
-    A run of next to no steps shows nothing, and is to be quick.
-    """
-    quick = share < 0.1
-    return max(4, round(seeing * share)), max(4, round(reading * share)), 4 if quick else batch, 6 if quick else test
+    seeing: int
+    reading: int
+    batch: int
+    test: int
+
+    def of(self, run: Run) -> "Sizes":
+        """For a share of the steps. A run of next to no steps shows nothing, and is to be quick."""
+        steps = run.steps(self.seeing, least=4), run.steps(self.reading, least=4)
+        return Sizes(*steps, *((4, 6) if run.share < 0.1 else (self.batch, self.test)))
 
 
 def encoder(
@@ -90,6 +99,32 @@ class Reader(nn.Module):
         return logits
 
 
+def learnt_reader(source: Any, vision: Any, words: tuple[int, int], run: Run, sizes: Sizes, g: torch.Generator,
+                  layers: int = 6) -> Reader:  # fmt: skip
+    """Train a reader on one question about each picture.
+
+    Args:
+        source: draws pixels, and questions and answers (n, Q) about them.
+        vision: the encoder.
+        words: how many questions and answers there are.
+        run: whose seed the weights are made with.
+        sizes: steps, and pictures a step.
+        g: draws pictures and questions.
+        layers: of the language model.
+    """
+    torch.manual_seed(run.seed)
+    model = Reader(vision, *words, layers)
+
+    def loss() -> Tensor:
+        drawn = source.draw(sizes.batch, g)
+        which = torch.randint(drawn["asked"].shape[1], (sizes.batch, 1), generator=g)
+        logits = model(model.look(drawn["pixels"]), drawn["asked"].gather(1, which)[:, 0])
+        return F.cross_entropy(logits, drawn["answers"].gather(1, which)[:, 0])
+
+    train(model.parameters(), sizes.reading, loss, warmup=min(50, sizes.reading // 4))
+    return model.eval()
+
+
 @torch.no_grad()
 def answered(
     model: Reader, image: ImageFeatures, asked: Tensor, wanted: Tensor, chain: Sequence[dict[str, Any]]
@@ -123,12 +158,15 @@ def answered(
     return torch.stack(right, 1), (at[1] - at[0]) / len(asked) / 1e6
 
 
-def each_ratio(tokens: int, kept: Sequence[int], draws: int) -> dict[str, list[list[dict[str, Any]]]]:
+Chains = list[list[dict[str, Any]]]  # of pruners; a score is the mean over chains
+
+
+def each_ratio(tokens: int, kept: Sequence[int], draws: int) -> dict[str, Chains]:
     """Chains of every pruner that ranks, merges or draws, by its name and how many of `tokens` it keeps.
 
     Random pruning has a chain for each of `draws`, whose scores are averaged.
     """
-    found: dict[str, list[list[dict[str, Any]]]] = {f"all {tokens}": [[]]}
+    found: dict[str, Chains] = {f"all {tokens}": [[]]}
     for k in kept:
         share = k / tokens
         found[f"fastervlm {k}"] = [[{"name": "fastervlm", "num_keep": k}]]
@@ -140,19 +178,9 @@ def each_ratio(tokens: int, kept: Sequence[int], draws: int) -> dict[str, list[l
     return found
 
 
-def ask_all(
-    model: Reader,
-    image: ImageFeatures,
-    asked: Tensor,
-    wanted: Tensor,
-    arms: dict[str, list[list[dict[str, Any]]]],
-    show: Callable[[str], None],
-) -> dict[str, float]:
-    """Accuracy and MFLOPs behind every arm: the mean over its chains."""
-    found: dict[str, float] = {}
-    for name, chains in arms.items():
-        runs = [answered(model, image, asked, wanted, chain) for chain in chains]
-        found[name] = sum(float(right.float().mean()) for right, _ in runs) / len(runs)
-        found[f"{name}, MFLOPs"] = runs[0][1]
-        show(f"  {name}: {found[name]:.3f}, {runs[0][1]:.1f} MFLOPs")
-    return found
+def ask(run: Run, model: Reader, image: ImageFeatures, test: dict[str, Tensor], arms: dict[str, Chains]) -> None:
+    """Add accuracy and MFLOPs behind every arm: the mean over its chains."""
+    for name, chains in run.arms(arms):
+        answers = [answered(model, image, test["asked"], test["answers"], chain) for chain in chains]
+        accuracy = sum(float(right.float().mean()) for right, _ in answers) / len(answers)
+        run.add({name: accuracy, f"{name}, MFLOPs": answers[0][1]})

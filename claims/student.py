@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zoo.claims.experiment import Run, mean
 from zoo.composed.assembly import build_distiller
 from zoo.composed.outputs import Seen
 from zoo.data.scenes import QUESTIONS
@@ -20,6 +21,7 @@ from zoo.registry import build as part
 from zoo.runs.batches import Batches
 from zoo.runs.order import Mix, Place
 from zoo.runs.processes import start_accelerator
+from zoo.settings.schema import compose
 from zoo.settings.stage import Stage
 from zoo.tasks.yes_no import yes_or_no
 from zoo.teaching.teacher import Teacher, Twins
@@ -66,8 +68,12 @@ class Shared:
         return self.seen
 
 
-class World:
-    """Teacher, pictures, and the training of students."""
+class Trainer:
+    """Trains students beside each other, with a teacher and pictures, and scores them.
+
+    Args:
+        run: whose seed the students have, and whose share of the steps they take.
+    """
 
     teacher_name: str
     batch_size: int
@@ -75,32 +81,30 @@ class World:
     test: Any  # data set to score on
     num_test: int  # pictures of it
 
-    def __init__(self, seed: int, share: float) -> None:
-        self.seed, self.share = seed, share
+    def __init__(self, run: Run) -> None:
+        self.run, self.seed = run, run.seed
         self.accelerator = start_accelerator("cpu")
         model, self.teachers_processor = load(self.teacher_name, device="cpu")
         self.teacher = Shared(model)
 
     def student(self, name: str, *words: str, pretrained: bool = False) -> tuple[Any, Any]:
         """Compose a model by name, with random weights or with its own; returns it and its processor."""
-        from zoo.settings.schema import compose
-
         torch.manual_seed(self.seed)
         if pretrained:
             return load(name, *words, device="cpu")
         return build(compose("load", [f"model={name}", *words]), pretrained=False, device="cpu")
 
-    def train(self, arms: Sequence[Arm], data: Any, steps: int, order: int = 0, **fields: Any) -> None:
+    def __call__(self, arms: Sequence[Arm], data: Any, steps: int, order: int = 0, **fields: Any) -> None:
         """Run a stage on one data set for every arm; their seconds count on.
 
         Args:
             order: of the pictures: stages of one number see the same ones first.
             fields: of `Stage`.
         """
-        steps = max(2, round(steps * self.share))
+        steps = self.run.steps(steps)
         lanes, sources = [], {}
         for arm in arms:
-            size = self.batch_size if self.share == 1 else 4
+            size = self.run.size(self.batch_size, 4)
             chosen = {"steps": steps, "batch_size": size, **fields, **arm.fields, "distiller": arm.distiller}
             stage = Stage(**chosen)
             node = stage.distiller_node
@@ -133,10 +137,8 @@ class World:
 
     def score(self, model: Any, processor: Any = None) -> dict[str, float]:
         """Accuracy over all questions, and what is said about presence."""
-        limit = self.num_test if self.share == 1 else 4
-        rows = evaluate(
-            model, processor or self.teachers_processor, {"pictures": self.test}, limit=limit, baselines=False
-        ).predictions
+        processor, limit = processor or self.teachers_processor, self.run.size(self.num_test, 4)
+        rows = evaluate(model, processor, {"pictures": self.test}, limit=limit, baselines=False).predictions
         asked = [(yes_or_no(r["prediction"]), r["answers"][0] == "yes") for r in rows if r["kind"] == self.presence]
         kinds = sorted({r["kind"] for r in rows})
         scores = {k: mean([_right(r) for r in rows if r["kind"] == k]) for k in kinds}
@@ -150,13 +152,13 @@ class World:
         }
 
 
-class Scenes(World):
+class Scenes(Trainer):
     """Drawn scenes, and what teaches on them."""
 
     teacher_name, batch_size, presence, num_test = TEACHER, 20, "exist", 100
 
-    def __init__(self, seed: int, share: float) -> None:
-        super().__init__(seed, share)
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
         self.basics = self.scenes(questions={"relation": 0, "point": 1})
         self.relations = self.scenes(questions={"exist": 2, "color": 1, "size": 0, "count": 3, "relation": 7, "box": 1})
         self.pairs = self.scenes(questions=dict.fromkeys(QUESTIONS, 0) | {"exist": 4}, pairs=True, grid=0)
@@ -166,23 +168,17 @@ class Scenes(World):
         return part("dataset", {"name": "scenes", "seed": self.seed, "scenes": 8000, **options})
 
 
-class Clothes(World):
+class Clothes(Trainer):
     """Fashion-MNIST as questions, in the words of the recipes, and what teaches on it."""
 
     teacher_name, batch_size, presence, num_test = "fashion_tiny", 64, "yes_no", 1000
 
-    def __init__(self, seed: int, share: float) -> None:
-        from zoo.settings.schema import compose
-
-        super().__init__(seed, share)
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
         nodes = compose("train", ["recipe=llava_mod_fashion"]).data
-        self.photos = part("dataset", {**nodes.fashion_mnist, "seed": seed})
-        self.pairs = part("dataset", {**nodes.fashion_pairs, "seed": seed})
+        self.photos = part("dataset", {**nodes.fashion_mnist, "seed": run.seed})
+        self.pairs = part("dataset", {**nodes.fashion_pairs, "seed": run.seed})
         self.test = part("dataset", nodes.fashion_mnist).eval_split()
-
-
-def mean(values: Sequence[Any]) -> float:
-    return sum(map(float, values)) / max(1, len(values))
 
 
 def _right(row: Mapping[str, Any]) -> float:

@@ -7,16 +7,16 @@ only that a model which never read such tokens does not begin to, not that VLoRA
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.benches.measure import Value
-from zoo.benches.report import Row
-from zoo.claims.steps import train
+from zoo.claims.experiment import Bound, Experiment, Numbers, Run, row
+from zoo.claims.steps import Parts, train
 from zoo.registry import ImageFeatures, build
 
 COLOURS, SHAPES, QUADRANTS = 6, 6, 4
@@ -32,11 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "kv, rank 4": {**SMALL, "types": "kv", "rank": 4},
     "16 image tokens": {"name": "mlp"},
 }
-SETTING = [
-    "a frozen Llama of 4 layers, width 48; generators of width 32, 2 blocks, in 2 layers; 600 steps of 48 at 2e-3",
-    "the image projection starts at 0.02 sqrt(1024 / 20): as loud beside the positions as 0.02 is at CLIP's width",
-    "all: colour, shape and quadrant right in greedy captions of 1000 new images; nll: per token",
-]
+SAME = "text and weights of the frozen model, same to the bit"
 
 
 class Pictures:
@@ -66,49 +62,37 @@ class Pictures:
         return self.draw(n, torch.Generator().manual_seed(10_000))
 
 
-def measure(seed: int, share: float, show: Callable[[str], None]) -> dict[str, float]:
-    """Drawn images, every arm."""
-    return experiment(Pictures(seed), ARMS, seed, share, show)
-
-
-def experiment(
-    pictures: Any, arms: dict[str, dict[str, Any]], seed: int, share: float, show: Callable[[str], None]
-) -> dict[str, float]:
+def measure(source: Callable[[int], Any], only: Collection[str], run: Run) -> None:
     """Teach the language model, freeze it, and train every arm on a copy."""
-    text = _text_model(pictures, seed, share)
-    test: tuple[ImageFeatures, Tensor] = pictures.unseen(TEST if share == 1 else 50)
+    pictures = source(run.seed)
+    text = _text_model(pictures, run)
+    test: tuple[ImageFeatures, Tensor] = pictures.unseen(run.size(TEST, 50))
     probe = torch.randint(pictures.vocab_size, (8, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = text.lm(input_ids=probe).logits
-    found = {"text alone, nll": float(_loss(_Arm(text, None, pictures), *test, blind=True))}
-    steps = max(4, round(pictures.steps * share))
-    same = True
-    for name, node in arms.items():
-        torch.manual_seed(seed)
-        arm, g = _Arm(copy.deepcopy(text), node, pictures), torch.Generator().manual_seed(seed + 1)
+    run.add({"text alone, nll": float(_loss(_Arm(text, None, pictures), *test, blind=True))})
+    steps = run.steps(pictures.steps, least=4)
+    for name, node in run.arms({name: ARMS[name] for name in only}):
+        torch.manual_seed(run.seed)
+        arm, g = _Arm(copy.deepcopy(text), node, pictures), run.generator(1)
         with torch.no_grad():
             fresh = _logits(arm, *test)
-            same &= node["name"] != "vlora" or torch.equal(fresh, _logits(arm, *test, blind=True))
-        scores: dict[int, float] = {}
-
-        def at(done: int, arm: "_Arm" = arm, scores: dict[int, float] = scores) -> None:
-            if done in (steps // 4, steps // 2, steps):
-                scores[done] = _caption(arm, *test)
+            same = node["name"] != "vlora" or torch.equal(fresh, _logits(arm, *test, blind=True))
 
         def loss(arm: "_Arm" = arm, g: torch.Generator = g) -> Tensor:
             return _loss(arm, *pictures.draw(BATCH, g))
 
-        train(arm.part.parameters(), steps, loss, decay=0.0, at=at)
-        for part, done in ((4, steps // 4), (2, steps // 2), (1, steps)):
-            found[f"{name}, all at {pictures.steps // part}"] = scores[done]
+        scores = Parts(steps, partial(_caption, arm, *test))
+        train(arm.part.parameters(), steps, loss, decay=0.0, at=scores)
+        run.add({f"{name}, all at {pictures.steps // part}": scores.found[part] for part in (4, 2, 1)})
         with torch.no_grad():
-            found[f"{name}, nll at {pictures.steps}"] = float(_loss(arm, *test))
+            run.add({f"{name}, nll at {pictures.steps}": float(_loss(arm, *test))})
             if node["name"] == "vlora":
                 arm.part.condition(None, [0] * len(probe))
             same &= torch.equal(arm.llm.lm(input_ids=probe).logits, before)
         same &= all(torch.equal(p, q) for p, q in zip(arm.llm.parameters(), text.parameters(), strict=True))
-        show(f"  {name}: " + ", ".join(f"{scores[k]:.2f}" for k in sorted(scores)))
-    return found | {"text and weights of the frozen model, same to the bit": float(same)}
+        run.add({f"{name}, {SAME}": same})
+    run.add({SAME: min(run.found[f"{name}, {SAME}"] for name in only)})
 
 
 class _Arm:
@@ -153,12 +137,12 @@ def _caption(arm: _Arm, image: ImageFeatures, words: Tensor) -> float:
     return float((said == words[:, :-1]).all(1).float().mean())
 
 
-def _text_model(pictures: Any, seed: int, share: float) -> Any:
+def _text_model(pictures: Any, run: Run) -> Any:
     """Teach captions without images, half of the batches behind random vectors: a prefix is then nothing new."""
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     sizes = {"hidden_size": WIDTH, "num_layers": 4, "num_heads": 4, "intermediate_size": 2 * WIDTH, "max_positions": 64}
     llm = build("llm", {"name": "hf", **sizes}, vocab_size=pictures.vocab_size)
-    g = torch.Generator().manual_seed(seed + 2)
+    g = run.generator(2)
 
     def loss() -> Tensor:
         _, words = pictures.draw(64, g)
@@ -170,20 +154,25 @@ def _text_model(pictures: Any, seed: int, share: float) -> Any:
         logits = llm.head(llm.hidden(inputs_embeds=embeds).last_hidden_state[:, 1 - words.shape[1] :])
         return F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten())
 
-    train(llm.parameters(), max(4, round(TEXT_STEPS * share)), loss)
+    train(llm.parameters(), run.steps(TEXT_STEPS, least=4), loss)
     return llm.eval().requires_grad_(False)
 
 
-def judge(found: dict[str, list[float]]) -> list[Row]:
-    """All three words right in nine of ten captions, more types better than fewer at each point, text to the bit."""
-    full, kv = "qkvom, rank 4, all at {}", "kv, rank 4, all at {}"
+def _least_above_kv(found: Numbers) -> float:
     at = (STEPS // 4, STEPS // 2, STEPS)
-    mean = {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
-    least = min(mean[full.format(k)] - mean[kv.format(k)] for k in at)
-    exact = min(found["text and weights of the frozen model, same to the bit"])
-    reached = mean[full.format(STEPS)]
-    return [
-        Row(f"vlora: qkvom, all three words right at {STEPS}", Value(reached, reached, reached), "", bound=0.9),
-        Row("vlora: qkvom above kv, least of three points", Value(least, least, least), "", bound=0.0),
-        Row("vlora: text to the bit in every run", Value(exact, exact, exact), "", bound=1.0),
-    ]
+    return min(found[f"qkvom, rank 4, all at {k}"] - found[f"kv, rank 4, all at {k}"] for k in at)
+
+
+EXPERIMENT = Experiment(
+    setting=(
+        "a frozen Llama of 4 layers, width 48; generators of width 32, 2 blocks, in 2 layers; 600 steps of 48 at 2e-3",
+        "the image projection starts at 0.02 sqrt(1024 / 20): as loud beside the positions as 0.02 is at CLIP's width",
+        "all: colour, shape and quadrant right in greedy captions of 1000 new images; nll: per token",
+    ),
+    measure=partial(measure, Pictures, tuple(ARMS)),
+    bounds=(
+        Bound(f"qkvom, all three words right at {STEPS}", row(f"qkvom, rank 4, all at {STEPS}"), at_least=0.9),
+        Bound("qkvom above kv, least of three points", _least_above_kv, at_least=0.0),
+        Bound("text to the bit in every run", row(SAME), at_least=1.0),
+    ),
+)

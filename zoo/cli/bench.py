@@ -24,7 +24,7 @@ class Bench:
 
 BENCHES = {
     "check": Bench("zoo.benches.check", "mistakes that zoo check finds before weights load, and false alarms"),
-    "claims": Bench("zoo.benches.claims", "what papers claim, as small experiments over several seeds"),
+    "claims": Bench("zoo.claims.command", "what papers claim, as small experiments over several seeds"),
     "compatibility": Bench("zoo.benches.compatibility", "which parts go together, from real runs of tiny models"),
     "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),
     "generate": Bench("zoo.benches.generate", "prefill and decode speed against transformers on the same checkpoint"),
