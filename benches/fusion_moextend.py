@@ -8,7 +8,7 @@ from zoo.benches.fusion import FusionPlace
 from zoo.benches.fusion_mole import training_step
 from zoo.benches.measure import Value, ratio
 from zoo.benches.report import Row
-from zoo.fusion.adapters import moextend
+from zoo.fusion.adapters import extended_layer
 
 SIZES: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_layers": 1, "num_heads": 16}
 MIXTURE: dict[str, Any] = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
@@ -45,7 +45,7 @@ def _without_counts(step: Callable[..., float]) -> Callable[..., float]:
     """Run a step as on an accelerator: old experts by the family's own kernel, the new one beside it."""
 
     def run(**given: Any) -> float:
-        with patch.object(moextend, "_may_read_counts", lambda x: False):
+        with patch.object(extended_layer, "_may_read_counts", lambda x: False):
             return step(**given)
 
     return run

@@ -10,7 +10,7 @@ from tests.fusion_builders import VOCAB, adapter_on, features, llm_node, padded_
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
 from zoo.composed.assembly import assemble
-from zoo.fusion.adapters import expert_shift, moextend
+from zoo.fusion.adapters import expert_shift, extended_layer
 from zoo.registry import ZooError
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
@@ -50,7 +50,7 @@ def twin(gate, experts, layer, x):
 @pytest.mark.parametrize("counts_are_read", [True, False])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_values_and_gradients_are_those_of_the_equations(model_type, options, counts_are_read, monkeypatch):
-    monkeypatch.setattr(moextend, "_may_read_counts", lambda x: counts_are_read)
+    monkeypatch.setattr(extended_layer, "_may_read_counts", lambda x: counts_are_read)
     llm = tiny_llm(model_type).double()
     llm.lm.set_experts_implementation("eager")  # grouped products of float64 do not exist
     plain = copy.deepcopy(llm.layers[0].mlp)
@@ -79,7 +79,7 @@ def test_detached_it_is_the_base_model_to_the_bit_and_attached_all_kernels_agree
     adapter = extended(llm)
     extended_logits = logits(llm, ids, mask)
     # As on CUDA: the family's own kernel skips rows of new experts.
-    monkeypatch.setattr(moextend, "_may_read_counts", lambda x: False)
+    monkeypatch.setattr(extended_layer, "_may_read_counts", lambda x: False)
     assert torch.allclose(logits(llm, ids, mask), extended_logits, atol=1e-5)
     adapter.detach()
     assert torch.equal(logits(llm, ids, mask), wanted)
@@ -132,7 +132,7 @@ def test_only_the_new_learn_and_the_old_keep_their_bits():
 
 @pytest.mark.parametrize("counts_are_read", [True, False])
 def test_an_expert_that_no_token_chooses_gets_zero(counts_are_read, monkeypatch):
-    monkeypatch.setattr(moextend, "_may_read_counts", lambda x: counts_are_read)
+    monkeypatch.setattr(extended_layer, "_may_read_counts", lambda x: counts_are_read)
     llm = tiny_llm("mixtral")
     adapter = extended(llm)
     layer = adapter.layers["0"]

@@ -1,88 +1,35 @@
 """What is saved: every weight that its base would not give again, whatever changed it, and no other."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import zoo
-from tests import published_builders, vision_builders
 from tests.conftest import ANSWERS, QUESTIONS, sample
+from tests.saved_builders import (
+    SOURCES,
+    WHERE,
+    answers,
+    by_data,
+    checkpoints,
+    composed,
+    in_place,
+    published,
+    saved,
+    weight,
+)
 from zoo.registry import ZooError
 from zoo.storage.safetensors_file import same
-
-WHERE = "llm.lm.model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Tiny checkpoints in folders: encoders of three libraries, language models, a published model."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
-    from zoo.text.tokenizer import train_tokenizer
-
-    root = tmp_path_factory.mktemp("bases")
-    vision_builders.hf_model("clip").save_pretrained(root / "hf")
-    (root / "timm").mkdir()
-    vision_builders.save_timm(vision_builders.timm_model("vit_tiny_patch16_224"), root / "timm")
-    vision_builders.save_open_clip(*vision_builders.open_clip_model(), root / "open_clip")
-    tokenizer = train_tokenizer([f"{q} {a}" for q in QUESTIONS for a in ANSWERS] * 3, 360, "plain")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    for name, more in (("llm", {}), ("tied", {"tie_word_embeddings": True}), ("small", {"vocab_size": 300})):
-        torch.manual_seed(0)
-        config = LlamaConfig(**{"vocab_size": len(tokenizer) + 8, **sizes, **more})
-        vision_builders.shake(LlamaForCausalLM(config)).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    mixtral = MixtralConfig(**sizes, vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4)
-    vision_builders.shake(MixtralForCausalLM(mixtral)).save_pretrained(root / "moe")
-    tokenizer.save_pretrained(root / "moe")
-    published_builders.llava(root / "llava")
-    return root
-
-
-def composed(places, vision="hf", llm="llm", *words):
-    """A model of parts with checkpoints of their own, and a projector without."""
-    parts = [f"vision={vision}", f"vision.checkpoint={places / vision}", f"llm.checkpoint={places / llm}"]
-    return zoo.compose(*parts, "llm=hf", "projector=linear", "device=cpu", *words)
-
-
-def published(places, *words, **options):
-    return zoo.load(f"dir:{places / 'llava'}", *words, device="cpu", **options)
-
-
-SOURCES = {"parts": composed, "published": published}
-
-
-def saved(model, folder, **options):
-    """Save, and give back the names that the folder holds."""
-    model.save_pretrained(folder, **options)
-    return set(load_file(folder / "model.safetensors"))
-
-
-def answers(model, processor):
-    batch = processor.collate([processor.encode(sample((QUESTIONS[0], ANSWERS[0])))])
-    with torch.no_grad():
-        return model(**batch, all_logits=True).logits
-
-
-def weight(model, name=WHERE):
-    return model.state_dict(keep_vars=True)[name]
+    return checkpoints(tmp_path_factory.mktemp("bases"))
 
 
 # ---- a change is what a tensor holds, not who changed it ----------------------------------------------------------
-
-
-def in_place(model):
-    with torch.no_grad():
-        weight(model).view(-1)[-1].add_(1e-3)
-
-
-def by_data(model):
-    weight(model).data.mul_(1.001)
 
 
 def other_data(model):
@@ -319,202 +266,6 @@ def test_weights_of_one_image_are_not_saved_as_the_language_model(places, tmp_pa
     with pytest.raises(ZooError, match=r"'vlora' is merged .* for one image: call unmerge\(\)"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-# ---- bases that move, change or go ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def copied(places, tmp_path):
-    for name in ("hf", "llm", "llava"):
-        shutil.copytree(places / name, tmp_path / "base" / name)
-    return tmp_path / "base"
-
-
-def other_numbers(folder):
-    file = folder / "model.safetensors"
-    state = {n: t + 1 for n, t in load_file(file).items()}
-    file.unlink()
-    save_file(state, file, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("what", [shutil.rmtree, other_numbers])
-def test_where_a_published_base_is_gone_everything_is_saved(copied, tmp_path, what):
-    model, processor = published(copied)
-    wanted = answers(model, processor)
-    what(copied / "llava")
-    with pytest.warns(UserWarning, match=r"base weights of model in .* cannot be read any more, so all weights"):
-        names = saved(model, tmp_path / "after")
-    assert names == set(model.state_dict())
-    processor.save_pretrained(tmp_path / "after")
-    again, _ = zoo.load(f"dir:{tmp_path / 'after'}", device="cpu")
-    assert torch.equal(answers(again, processor), wanted)
-    assert again.config.base["model"]["family"] == "llava", "its layout is still known"
-    assert saved(again, tmp_path / "again") == names
-
-
-@pytest.mark.parametrize(("gone", "other"), [("llm", "vision"), ("hf", "llm")])
-def test_where_a_part_is_gone_all_of_its_weights_are_saved(copied, tmp_path, gone, other):
-    model, processor = composed(copied)
-    part = "vision" if gone == "hf" else gone
-    shutil.rmtree(copied / gone)
-    with pytest.warns(UserWarning, match=f"base weights of {part} in"):
-        names = saved(model, tmp_path / "after")
-    assert {n for n in names if n.startswith(part)} == {n for n in model.state_dict() if n.startswith(part)}
-    assert not [n for n in names if n.startswith(other)]
-    processor.save_pretrained(tmp_path / "after")
-    for again in (zoo.load(f"dir:{tmp_path / 'after'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "after")):
-        assert torch.equal(answers(again, processor), answers(model, processor))
-
-
-@pytest.mark.parametrize("size", [0, 48])
-def test_a_whole_model_of_parts_needs_no_checkpoint_any_more(copied, tmp_path, size):
-    model, processor = composed(copied, "hf", "llm", *([f"vision.image_size={size}"] if size else []))
-    assert saved(model, tmp_path / "whole", include_base=True) == set(model.state_dict())
-    processor.save_pretrained(tmp_path / "whole")
-    shutil.rmtree(copied)
-    for again in (zoo.load(f"dir:{tmp_path / 'whole'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "whole")):
-        assert torch.equal(answers(again, processor), answers(model, processor))
-
-
-def test_what_was_trained_whole_needs_its_base_no_more(copied, tmp_path):
-    model, processor = published(copied)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.01)
-    assert saved(model, tmp_path / "after") == set(dict(model.named_parameters()))
-    processor.save_pretrained(tmp_path / "after")
-    shutil.rmtree(copied / "llava")
-    again, same_processor = zoo.load(f"dir:{tmp_path / 'after'}", device="cpu")
-    assert torch.equal(answers(again, processor), answers(model, processor))
-    zoo.export(again, same_processor, tmp_path / "out")
-
-
-def test_what_was_trained_whole_still_says_where_it_came_from(copied, tmp_path):
-    model, processor = composed(copied)
-    with torch.no_grad():
-        for p in model.llm.parameters():
-            p.add_(0.01)
-    model.save_pretrained(tmp_path / "after")
-    processor.save_pretrained(tmp_path / "after")
-    content = json.loads((tmp_path / "after/config.json").read_text())
-    assert content["base"]["llm"]["whole"] and not content["base"]["vision"].get("whole")
-    assert content["base"]["llm"]["checkpoint"] == str(copied / "llm") and "checkpoint" not in content["slots"]["llm"]
-    again, _ = zoo.load(f"dir:{tmp_path / 'after'}", device="cpu")
-    again.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again/config.json").read_text())["base"] == content["base"]
-    with pytest.raises(ZooError, match="is where the base weights of llm come from"):
-        again.save_pretrained(copied / "llm")
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_base_is_never_overwritten(copied, whole):
-    model, _ = published(copied)
-    before = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (copied / "llava").iterdir())
-    with pytest.raises(ZooError, match=r"is where the base weights of model come from"):
-        model.save_pretrained(copied / "llava", include_base=whole)
-    assert before == sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (copied / "llava").iterdir())
-    parts, _ = composed(copied)
-    with pytest.raises(ZooError, match=r"is where the base weights of llm come from"):
-        parts.save_pretrained(copied / "llm")
-
-
-def test_a_model_is_saved_over_the_folder_it_was_loaded_from(places, tmp_path):
-    model, processor = published(places)
-    in_place(model)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    again, _ = zoo.load(f"dir:{tmp_path}", device="cpu")
-    by_data(again)
-    wanted = answers(again, processor)
-    assert saved(again, tmp_path) == {WHERE}
-    assert torch.equal(answers(again, processor), wanted)
-    assert torch.equal(answers(zoo.load(f"dir:{tmp_path}", device="cpu")[0], processor), wanted)
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_base_that_was_named_from_here_is_found_from_anywhere(copied, tmp_path, source, monkeypatch):
-    from pathlib import Path
-
-    monkeypatch.chdir(copied.parent)
-    model, processor = SOURCES[source](Path("base"))
-    wanted = answers(model, processor)
-    model.save_pretrained("after")
-    processor.save_pretrained("after")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert torch.equal(answers(zoo.load("dir:../after", device="cpu")[0], processor), wanted)
-    assert torch.equal(answers(zoo.ZooModel.from_pretrained("../after"), processor), wanted)
-
-
-def test_a_base_that_moved_is_named_again(copied, tmp_path):
-    model, processor = published(copied)
-    in_place(model)
-    model.save_pretrained(tmp_path / "after")
-    processor.save_pretrained(tmp_path / "after")
-    wanted, moved_to = answers(model, processor), tmp_path / "moved"
-    shutil.move(copied / "llava", moved_to)
-    with pytest.raises(ZooError, match=r"no folder .*llava.* if it lies elsewhere now: model.base=<folder>"):
-        zoo.load(f"dir:{tmp_path / 'after'}", device="cpu")
-    again, _ = zoo.load(f"dir:{tmp_path / 'after'}", f"model.base={moved_to}", device="cpu")
-    for one in (again, zoo.ZooModel.from_pretrained(tmp_path / "after", base=moved_to)):
-        assert torch.equal(answers(one, processor), wanted)
-        assert one.config.base["model"]["checkpoint"] == str(moved_to)
-    other_numbers(moved_to)
-    with pytest.raises(ZooError, match="differ from those the model was saved on"):
-        zoo.load(f"dir:{tmp_path / 'after'}", f"model.base={moved_to}", device="cpu")
-
-
-def test_a_part_that_moved_is_named_again(copied, tmp_path):
-    model, processor = composed(copied)
-    in_place(model)
-    model.save_pretrained(tmp_path / "after")
-    processor.save_pretrained(tmp_path / "after")
-    wanted, moved_to = answers(model, processor), tmp_path / "moved"
-    shutil.move(copied / "llm", moved_to)
-    again, _ = zoo.load(f"dir:{tmp_path / 'after'}", f"llm.checkpoint={moved_to}", device="cpu")
-    assert torch.equal(answers(again, processor), wanted)
-    words = [f"llm.checkpoint={moved_to}", f"model.base={moved_to}"]
-    with pytest.raises(ZooError, match=r"made from no published checkpoint.*llm.checkpoint=<folder>"):
-        zoo.load(f"dir:{tmp_path / 'after'}", *words, device="cpu")
-    other_numbers(moved_to)
-    with pytest.raises(ZooError, match=r"base weights of llm in .* differ"):
-        zoo.load(f"dir:{tmp_path / 'after'}", f"llm.checkpoint={moved_to}", device="cpu")
-
-
-@pytest.fixture
-def hub(places, tmp_path, monkeypatch):
-    """A hub cache with an encoder and a language model, each in two commits; nothing else can be reached."""
-    root = tmp_path / "hub"
-    for name in ("hf", "llm"):
-        repository = root / f"models--org--{name}"
-        for commit in ("a" * 40, "b" * 40):
-            folder = repository / "snapshots" / commit
-            shutil.copytree(places / name, folder)
-            if name == "hf":
-                pixels = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-                (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
-        other_numbers(repository / "snapshots" / ("b" * 40))
-        (repository / "refs").mkdir()
-        (repository / "refs/main").write_text("a" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
-    return root
-
-
-def test_a_base_on_the_hub_is_the_commit_that_was_read(hub, tmp_path):
-    words = ["vision=hf", "vision.checkpoint=org/hf", "llm=hf", "llm.checkpoint=org/llm", "projector=linear"]
-    model, processor = zoo.compose(*words, "device=cpu")
-    wanted = answers(model, processor)
-    for name in ("hf", "llm"):
-        (hub / f"models--org--{name}" / "refs/main").write_text("b" * 40)  # somebody uploads
-    by_data(model)
-    assert {n for n in saved(model, tmp_path / "saved") if not n.startswith("projector")} == {WHERE}
-    processor.save_pretrained(tmp_path / "saved")
-    content = json.loads((tmp_path / "saved/config.json").read_text())
-    assert {content["base"][k]["revision"] for k in ("vision", "llm")} == {"a" * 40}
-    for again in (zoo.load(f"dir:{tmp_path / 'saved'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "saved")):
-        assert torch.equal(answers(again, processor), answers(model, processor))
-    assert not torch.equal(answers(model, processor), wanted)
 
 
 # ---- number formats ------------------------------------------------------------------------------------------------

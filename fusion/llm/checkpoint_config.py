@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import read_model_config, require_plausible
 
 # Ways of quantisation that need nothing but an installed package and plain values, and those for which transformers
@@ -65,7 +65,7 @@ def require_filled(hf: Any, checkpoint: str) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf)
     except Exception as error:  # an activation that does not exist, heads that do not divide: a class of its own each
-        raise ZooError(f"llm checkpoint {checkpoint!r} cannot be used: {' '.join(str(error).split())}") from error
+        raise ZooError(f"llm checkpoint {checkpoint!r} cannot be used: {one_line(error)}") from error
     numbers = sum(t.numel() for t in [*model.parameters(), *model.buffers()])
     require_plausible(numbers, files, f"The config of the llm checkpoint {checkpoint!r}")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from zoo.registry import ZooError
+from zoo.registry import ZooError, one_line
 
 
 def check_head(llm: Any) -> None:
@@ -41,7 +41,7 @@ def check_head(llm: Any) -> None:
             wanted = lm(inputs_embeds=hidden, use_cache=False).logits
             got = llm.head(hidden)
     except Exception as error:  # the head of a family may do anything
-        wanted, got, why = hidden, hidden[:1, :1], f": {' '.join(str(error).split())}"
+        wanted, got, why = hidden, hidden[:1, :1], f": {one_line(error)}"
     finally:
         if own is None:
             del decoder.forward

@@ -8,11 +8,9 @@ Input embeddings are those of `get_input_embeddings()`. Gemma scales them inside
 embeddings; its factor is applied here.
 """
 
-import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,19 @@ from zoo.fusion.llm.causal import require_causal, require_decoder_config
 from zoo.fusion.llm.checkpoint_config import read_config, require_filled
 from zoo.fusion.llm.decoder import decoder_of
 from zoo.fusion.llm.head_check import check_head
-from zoo.registry import LinearHead, ZooError, nearest, one_line, register, require_at_least, require_revision, unknown
+from zoo.fusion.llm.hf_config import (
+    EXPERTS,
+    TOP_K,
+    HFLanguageModelConfig,
+    check_experts,
+    first_of,
+    name_of,
+    transformers_config,
+)
+from zoo.registry import LinearHead, ZooError, one_line, register, require_revision
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, current, joined
 
-# What our size fields are called by the families that do not say it as Llama does.
-_INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
-_EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
-# Sizes above which no model is meant: building one would take hours, or numbers that do not fit.
-_MOST = {"hidden_size": 2**17, "intermediate_size": 2**20, "num_layers": 1000, "num_heads": 4096, "num_experts": 4096}
 # What a composed model gives every LLM by itself, or asks of it.
 _GIVEN = frozenset(
     {"self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
@@ -46,53 +46,6 @@ _FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length
 _RESIDUAL = frozenset(
     {"o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "output_linear"}
 )
-
-
-@dataclass
-class HFLanguageModelConfig:
-    checkpoint: str = ""  # hub name or folder; empty: random weights of the size below
-    revision: str = ""  # branch, tag or commit of a hub checkpoint
-    model_type: str = "llama"  # family, as transformers calls it; this and what follows: without a checkpoint
-    hidden_size: int = 128  # width
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 0  # key/value heads; 0: as many as num_heads
-    intermediate_size: int = 0  # width inside the feed-forward layers (of each expert too); 0: four times hidden_size
-    max_positions: int = 1024
-    tie_embeddings: bool = False  # one matrix for input embeddings and vocabulary projection
-    num_experts: int = 0  # of MoE families; 0: the family's default
-    top_k: int = 0  # experts that run per token; 0: the family's default
-    zero_init_residual: bool = False  # start attention and feed-forward outputs at zero: tiny models learn sooner
-    # Further fields of the family's transformers config, e.g. {rope_parameters: {rope_type: default, rope_theta: 1e4}}.
-    extra: dict[str, Any] = field(default_factory=dict)
-    router_aux_coef: float = 0.0  # weight of the load-balancing loss while an MoE LLM trains; 0: none
-
-    def __post_init__(self) -> None:
-        require_at_least(
-            1,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            max_positions=self.max_positions,
-        )
-        for name, most in _MOST.items():
-            if getattr(self, name) > most:
-                raise ZooError(f"{name} must be {most} at most, got {getattr(self, name)}.")
-        require_at_least(
-            0,
-            num_kv_heads=self.num_kv_heads,
-            intermediate_size=self.intermediate_size,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            router_aux_coef=self.router_aux_coef,
-        )
-        if self.hidden_size % self.num_heads and "head_dim" not in self.extra:
-            raise ZooError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}.")
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ZooError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}.")
-        if self.checkpoint and (self.extra or self.zero_init_residual):
-            given = "extra" if self.extra else "zero_init_residual"
-            raise ZooError(f"{given} is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
 
 
 @register("llm", "hf")
@@ -128,7 +81,7 @@ class HFLanguageModel(nn.Module):
             register_zoo_eager()
         source = _from_checkpoint if config.checkpoint else _from_sizes
         self.lm: Any = source(config, vocab_size, dtype, attention)
-        require_causal(self.lm, _name(config))
+        require_causal(self.lm, name_of(config))
         use_zoo_grouped(self.lm)
         if config.zero_init_residual:
             _zero_residual_outputs(self)
@@ -141,7 +94,7 @@ class HFLanguageModel(nn.Module):
         self.hidden_size: int = self.lm.get_input_embeddings().weight.shape[1]
         self.num_layers: int = text.num_hidden_layers
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
-        self.num_experts = _first(text, _EXPERTS) or 0
+        self.num_experts = first_of(text, EXPERTS) or 0
         self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
         self.router_aux_coef = config.router_aux_coef
         self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
@@ -277,7 +230,7 @@ class HFLanguageModel(nn.Module):
             raise ZooError(
                 "The load-balancing loss has no gradient under reentrant checkpointing: use_reentrant=False."
             )
-        top_k = _first(self.lm.config.get_text_config(), _TOP_K)
+        top_k = first_of(self.lm.config.get_text_config(), TOP_K)
         return {"router_balance": self.router_aux_coef * self._balance(logits, self.num_experts, top_k, mask)}
 
 
@@ -296,14 +249,14 @@ def _from_checkpoint(
         raise ZooError(
             f"llm checkpoint {config.checkpoint!r} cannot be used: {gone(config.checkpoint) or one_line(error)}"
         ) from error
-    require_decoder_config(hf, _name(config))
+    require_decoder_config(hf, name_of(config))
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is no causal LM.")
     kwargs: dict[str, Any] = {
         k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
     }
     text = hf.get_text_config()
-    _check_experts(text, _name(config))
+    check_experts(text, name_of(config))
     _require_safetensors(config.checkpoint)
     if torch.get_default_device().type == "meta":
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
@@ -342,75 +295,7 @@ def _from_sizes(
     try:
         return AutoModelForCausalLM.from_config(hf, **kwargs)
     except Exception as error:  # an activation that does not exist, heads that do not divide: a class of its own each
-        raise ZooError(f"{_name(config)} cannot be built: {one_line(error)}") from error
-
-
-def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
-    """Say our sizes in the words of the family's transformers config; `extra` wins.
-
-    Raises:
-        ZooError: no such family, a field of `extra` that it does not have, or a value it refuses.
-    """
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    if config.model_type not in CAUSAL or config.model_type not in CONFIG_MAPPING:
-        near = nearest(config.model_type, CAUSAL, 3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ZooError(f"No causal LM of type {config.model_type!r} in transformers.{hint}")
-    cls = CONFIG_MAPPING[config.model_type]
-    known = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
-    for name in config.extra:
-        if name not in known:
-            raise unknown(f"field of {cls.__name__}", str(name), known)
-    width = config.intermediate_size or 4 * config.hidden_size
-    values: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        # Ids of special tokens belong to the tokenizer; a family's defaults (32000) may lie outside a small vocabulary.
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    optional = {
-        "head_dim": config.hidden_size // config.num_heads,
-        "query_pre_attn_scalar": config.hidden_size // config.num_heads,
-        "num_key_value_heads": config.num_kv_heads or config.num_heads,
-        "word_embed_proj_dim": config.hidden_size,
-        **dict.fromkeys(_EXPERT_WIDTHS + _INTERMEDIATE, width),
-    }
-    values |= {name: value for name, value in optional.items() if name in known}
-    for ours, value, theirs in (("num_experts", config.num_experts, _EXPERTS), ("top_k", config.top_k, _TOP_K)):
-        found = [name for name in theirs if name in known]
-        if value and not found:
-            raise ZooError(f"{ours} is for MoE families; {config.model_type!r} has no experts.")
-        values |= dict.fromkeys(found[:1], value) if value else {}
-    if config.num_kv_heads not in (0, config.num_heads) and "num_key_value_heads" not in known:
-        raise ZooError(f"{config.model_type!r} has no separate key/value heads: leave num_kv_heads at 0.")
-    values = {cls.attribute_map.get(k, k): v for k, v in values.items()}
-    values |= {cls.attribute_map.get(str(k), str(k)): v for k, v in config.extra.items()}
-    try:
-        hf = cls(**values)
-    except Exception as error:  # transformers raises its own classes here, one per kind of check
-        raise ZooError(f"{cls.__name__} refuses these sizes: {one_line(error)}") from error
-    require_decoder_config(hf, _name(config))
-    _check_experts(hf.get_text_config(), _name(config), "" if config.top_k else "by default ")
-    return hf
-
-
-def _name(config: HFLanguageModelConfig) -> str:
-    return f"llm checkpoint {config.checkpoint!r}" if config.checkpoint else f"llm of type {config.model_type!r}"
-
-
-def _check_experts(text: Any, who: str, how: str = "") -> None:
-    """Refuse to run more experts for a token than there are: transformers would say so in its first pass."""
-    experts, top_k = _first(text, _EXPERTS), _first(text, _TOP_K)
-    if experts and top_k and top_k > experts:
-        raise ZooError(f"{who} {how}runs top_k={top_k} experts for each token and has num_experts={experts}.")
+        raise ZooError(f"{name_of(config)} cannot be built: {one_line(error)}") from error
 
 
 def _residual_outputs(layers: nn.ModuleList) -> Iterator[nn.Parameter]:
@@ -431,8 +316,3 @@ def _zero_residual_outputs(llm: HFLanguageModel) -> None:
     with torch.no_grad():
         for parameter in found:
             parameter.zero_()
-
-
-def _first(config: Any, names: tuple[str, ...]) -> int | None:
-    values: Mapping[str, Any] = {n: getattr(config, n, None) for n in names}
-    return next((v for v in values.values() if isinstance(v, int)), None)

@@ -46,7 +46,7 @@ def without_checkpoint(model: Any, part: str) -> dict[str, Any] | None:
 
 
 def _llm(model: Any) -> dict[str, Any] | None:
-    from zoo.fusion.llm.hf import HFLanguageModelConfig, transformers_config
+    from zoo.fusion.llm.hf_config import HFLanguageModelConfig, transformers_config
     from zoo.published.family import different, llm_slot
 
     config, text = model.llm.lm.config, model.llm.lm.config.get_text_config()

@@ -101,7 +101,7 @@ def _parsed(text: str) -> Any:
 
 def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
     """Say a text config of transformers as options of our `hf` language model; the rest goes to `extra`."""
-    from zoo.fusion.llm.hf import HFLanguageModelConfig, transformers_config
+    from zoo.fusion.llm.hf_config import HFLanguageModelConfig, transformers_config
 
     node = {
         "model_type": type(text).model_type,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoo.registry import IGNORE_INDEX, ZooError
+from zoo.registry import IGNORE_INDEX, ZooError, unknown
 from zoo.vision.images.processors import stack
 
 TWIN = "teacher"  # key of a batch that holds the same rows as another model's processor writes them
@@ -67,6 +67,22 @@ def as_preference(dialog: TokenizedDialog, number: int) -> TokenizedDialog:
     labels = last_turn(dialog.labels)
     pairs = np.where(labels == IGNORE_INDEX, -1, number)
     return replace(dialog, labels=np.full_like(labels, IGNORE_INDEX) if number % 2 else labels, pairs=pairs)
+
+
+def number_pairs(sample_id: str, sides: list[str], dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
+    """Number the pairs of answers of a sample; one half of a pair may stand alone, its other half in another row."""
+    if not any(sides):
+        return dialogs
+    wrong = next((s for s in sides if s not in ("", "chosen", "rejected")), None)
+    if wrong is not None:
+        raise unknown("preference of a dialog", wrong, ("chosen", "rejected"))
+    if len(sides) > 1 and [s for s in sides if s] != ["chosen", "rejected"] * (len([s for s in sides if s]) // 2):
+        raise ZooError(f"Sample {sample_id!r}: each chosen dialog must have its rejected one behind it, got {sides}.")
+    result, number = [], int(sides == ["rejected"])
+    for side, dialog in zip(sides, dialogs, strict=True):
+        result.append(as_preference(dialog, number) if side else dialog)
+        number += bool(side)
+    return result
 
 
 def last_turn(labels: np.ndarray) -> np.ndarray:

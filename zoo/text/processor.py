@@ -13,9 +13,9 @@ from transformers import ProcessorMixin
 
 from zoo.autoclasses import register_processor
 from zoo.model_config import ZooConfig
-from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, naming, unknown
+from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, naming
 from zoo.text.answer_spans import TurnChangedError
-from zoo.text.batch import EncodedSample, TokenizedDialog, as_preference, collate, pack, share_prefix
+from zoo.text.batch import EncodedSample, TokenizedDialog, collate, number_pairs, pack, share_prefix
 from zoo.text.chat_template import ChatTemplate
 from zoo.text.processor_call import CallMixin, cut_of, flat
 from zoo.text.processor_chat import ChatMixin
@@ -182,7 +182,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
         """
         pixels = self._images_of(sample) if pixel_values is None else pixel_values
         rows = [(d, row) for d in sample.dialogs for row in self._learnt(d, sample, pixels)]
-        dialogs = _paired(sample.id, [d.preference for d, _ in rows], [row for _, row in rows])
+        dialogs = number_pairs(sample.id, [d.preference for d, _ in rows], [row for _, row in rows])
         common: dict[str, Any] = {
             "pixel_values": pixels,
             "targets": sample.targets,
@@ -377,22 +377,6 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
         if picture.cut.rows != 1:
             raise ZooError(f"The image processor cuts an image into {picture.cut.rows}, and the model has no layout.")
         return picture.pixels[0]
-
-
-def _paired(sample_id: str, sides: list[str], dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
-    """Number the pairs of answers of a sample; one half of a pair may stand alone, its other half in another row."""
-    if not any(sides):
-        return dialogs
-    wrong = next((s for s in sides if s not in ("", "chosen", "rejected")), None)
-    if wrong is not None:
-        raise unknown("preference of a dialog", wrong, ("chosen", "rejected"))
-    if len(sides) > 1 and [s for s in sides if s] != ["chosen", "rejected"] * (len([s for s in sides if s]) // 2):
-        raise ZooError(f"Sample {sample_id!r}: each chosen dialog must have its rejected one behind it, got {sides}.")
-    result, number = [], int(sides == ["rejected"])
-    for side, dialog in zip(sides, dialogs, strict=True):
-        result.append(as_preference(dialog, number) if side else dialog)
-        number += bool(side)
-    return result
 
 
 def _key(content: Any) -> Any:
