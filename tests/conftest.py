@@ -1,6 +1,7 @@
 """Tiny models and samples that all tests share. Nothing here needs the network."""
 
 import copy
+import gc
 import logging
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Python looks through all objects after every 700 new ones; what torch and transformers import are a million.
+gc.set_threshold(50_000, 20, 20)
 
 QUESTIONS = [
     "is there a red circle?",
@@ -42,6 +45,7 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported so far is not looked through again
 
 
 @pytest.fixture(autouse=True)

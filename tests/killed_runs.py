@@ -1,4 +1,4 @@
-"""Runs in processes of their own that end at a chosen moment, and what their folders then hold.
+"""Runs in processes of their own, to their end or to a chosen moment, and what their folders then hold.
 
 The processes are forked from a server that has imported everything, so that a run of a few steps takes a second. The
 moments are met by means of the system: real signals, and a real limit on the size of files.
@@ -25,6 +25,13 @@ from zoo.runs.folder import read_metrics
 from zoo.training.step import Engine
 
 SERVER = multiprocessing.get_context("forkserver")
+# What a run imports when it first needs it: forked processes would each import it anew.
+PRELOADED = [
+    "tests.killed_runs", "zoo.training.loop", "zoo.loading.build", "pytest", "zoo.cli.launch", "hydra.compose",
+    "zoo.data.scenes", "zoo.tasks.answers", "zoo.tasks.exact", "zoo.tasks.groups", "zoo.distill.dense", "timm.data",
+    "zoo.vision.encoders.timm", "zoo.fusion.projectors.mlp", "zoo.fusion.llm.hf", "tqdm.contrib.logging",
+    "transformers.models.starcoder2.modeling_starcoder2",
+]  # fmt: skip
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}  # and "open" for writing
 PATIENCE = 300  # seconds, on a machine that has other things to do
 TIMED = {"images_per_s", "samples_per_s", "wait", "seconds"}
@@ -36,7 +43,7 @@ def served() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
     os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
-        SERVER.set_forkserver_preload(["tests.killed_runs", "zoo.training.loop", "zoo.loading.build", "pytest"])
+        SERVER.set_forkserver_preload(PRELOADED)
         multiprocessing.forkserver.ensure_running()
         yield
     finally:
@@ -79,10 +86,27 @@ def train(place: Path, words: list[str], *moment: Any, processes: int = 1, ranks
         if first.exitcode and first.exitcode < 0 and child is not first:
             child.kill()  # as a launcher does where one of its processes is gone
         child.join(PATIENCE)
+    return _ended(place, children)
+
+
+def call_in_two(place: Path, function: Callable[..., Any], *args: Any) -> Ended:
+    """Call a function in two processes that make up one group; `place` is their working folder."""
+    port = _free_port()
+    children = []
+    for rank in range(2):
+        env = _environment(rank, 2, port)
+        children.append(SERVER.Process(target=_call, args=(str(place), env, f"said.{rank}", function, args)))
+        children[-1].start()
+    for child in children:
+        child.join(PATIENCE)
+    return _ended(place, children)
+
+
+def _ended(place: Path, children: list[Any]) -> Ended:
     hang = [child for child in children if child.exitcode is None]
     for child in hang:
         child.kill()
-    said = "".join((place / f"said.{rank}").read_text() for rank in range(processes))
+    said = "".join((place / f"said.{rank}").read_text() for rank in range(len(children)))
     assert not hang, f"the processes hang:\n{said}"
     return Ended([c.exitcode for c in children], said)
 
@@ -187,17 +211,26 @@ def _at_writes(act: Callable[[int, str], Any]) -> None:
 
 
 def _child(place: str, words: list[str], moment: tuple[Any, ...], env: dict[str, str], said: str) -> None:
+    _settle(place, env, said)
+    if moment:
+        globals()[moment[0]](*moment[1:])
+    code = main(["train", *words])
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _call(place: str, env: dict[str, str], said: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _settle(place, env, said)
+    function(*args)
+
+
+def _settle(place: str, env: dict[str, str], said: str) -> None:
     os.chdir(place)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= env
     gc.freeze()  # what was imported is not looked through again
-    if moment:
-        globals()[moment[0]](*moment[1:])
-    code = main(["train", *words])
-    sys.stdout.flush()
-    sys.exit(code)
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:

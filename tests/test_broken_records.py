@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import killed_runs
 from tests.conftest import sample
 from tests.test_loader import Names, Numbers
-from tests.train_builders import config, recipe, start
+from tests.train_builders import config, recipe
 from zoo.registry import RecordError, Sample, ZooError, naming
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
@@ -272,9 +273,9 @@ def test_two_processes_list_what_both_left_out(broken_file):
     """Batches of one: often one of the processes has nothing to learn from, and takes part all the same."""
     more = ["skip_broken=true", "max_broken=1"]
     words = run(broken_file, "two", *more, stage="steps: 29, batch_size: 2")
-    process = start(words, processes=2)
-    out = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, out[-2000:]
+    with killed_runs.served():
+        ended = killed_runs.train(broken_file / "forked", words, processes=2)
+    assert ended.code == 0, ended.said[-2000:]
     alone = trained(run(broken_file, "one", *more, stage="steps: 29, batch_size: 2"))
     listed = [
         {(r["step"], r["where"]) for r in read_metrics(broken_file / n / "skipped.jsonl")} for n in ("one", "two")

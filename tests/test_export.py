@@ -77,7 +77,7 @@ TALKS = {
     ],
     "text only": [("user", ["describe the picture."])],
 }
-GREEDY = {"max_new_tokens": 32, "do_sample": False}
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
 
 def messages(talk, photos):
@@ -116,7 +116,7 @@ for folder in sorted(p for p in root.iterdir() if p.is_dir()):
             with torch.no_grad():
                 logits = model(**batch).logits
             torch.save(logits, folder / f"{name}.pt")
-            answer = model.generate(**batch, max_new_tokens=32, do_sample=False)
+            answer = model.generate(**batch, max_new_tokens=12, do_sample=False)
             seen[name] = [batch["input_ids"].tolist(), answer.tolist()]
         found[folder.name] = seen
     except Exception as error:

@@ -85,7 +85,7 @@ def test_logits_are_equal_with_flex_attention(family):
 def test_greedy_generation_is_equal(family, case):
     _, _, reference, processor, ours, mine = family
     texts, images, batch = made(processor, case)
-    options = {"max_new_tokens": 32, "do_sample": False}
+    options = {"max_new_tokens": 12, "do_sample": False}
     expected = reference.generate(**batch, **options)
     mine.tokenizer.padding_side = "left"
     assert torch.equal(ours.generate(**mine(images=images, text=texts), **options), expected)
@@ -256,7 +256,7 @@ def test_video_frames_are_the_familys(family, film):
         logits = ours(**got).logits
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=0)
-    options = {"max_new_tokens": 32, "do_sample": False}
+    options = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(ours.generate(**got, **options), reference.generate(**batch, **options))
 
 

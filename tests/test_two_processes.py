@@ -1,16 +1,18 @@
-"""Two CPU processes that really are two: one run folder, the losses of one process, no hang without images."""
+"""Two CPU processes that really are two: one run folder, the losses of one process, no hang without images.
+
+The first test starts them by torchrun, as a person does; the others fork them from a server that has imported all.
+"""
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 import zoo
+from tests import killed_runs, two_processes_fsdp
 from tests.teacher_builders import KD, save_teacher
-from tests.train_builders import REPO, config, losses, recipe, start
+from tests.train_builders import config, losses, recipe, start
 from zoo.runs.order import Mix
 from zoo.training.loop import Run
 
@@ -51,12 +53,24 @@ class Mixed:
 '''
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    with killed_runs.served():
+        yield
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory, tokenizer):
     """The stages, the last with a teacher, and the words that give the student its tokenizer."""
     teacher = save_teacher(tmp_path_factory.mktemp("teacher") / "model", tokenizer)
     stages = {name: fields.replace("{teacher}", teacher) for name, fields in STAGES.items()}
     return stages, f"tokenizer.checkpoint='model:{teacher}'"
+
+
+def forked(place, words):
+    """Run `zoo train` with these words in two processes, from a folder of its own."""
+    ended = killed_runs.train(place / "forked", words, processes=2)
+    assert ended.code == 0, ended.said
 
 
 def finished(process):
@@ -93,7 +107,7 @@ def test_a_rank_without_images_does_not_hang(tmp_path):
     stages = {"a": "steps: 6, batch_size: 2, lr: 0.01"}
     words = [*recipe(tmp_path, stages), f"plugins=[{tmp_path / 'mixed.py'}]", "data=[mixed]"]
     one, two = ([*words, f"run.folder={tmp_path / n}"] for n in ("one", "two"))
-    finished(start(two, processes=2))
+    forked(tmp_path, two)
     Run(config(one)).train()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
@@ -104,7 +118,7 @@ def test_an_adapter_that_reads_images_does_not_hang_on_a_rank_without(tmp_path):
     stages = {"a": "steps: 4, batch_size: 2, lr: 0.01, train: [adapter, llm]"}
     words = [*recipe(tmp_path, stages), f"plugins=[{tmp_path / 'mixed.py'}]", "data=[mixed]", "projector=null"]
     words += ["adapter=[vlora]", *(f"adapter.vlora.{size}" for size in sizes)]
-    finished(start([*words, f"run.folder={tmp_path / 'two'}"], processes=2))
+    forked(tmp_path, [*words, f"run.folder={tmp_path / 'two'}"])
     assert len(losses(tmp_path / "two")) == 4
 
 
@@ -113,11 +127,8 @@ def test_sharded_parameters_train_as_whole_ones(tmp_path, taught):
     (tmp_path / "stages.json").write_text(json.dumps(taught))
     alone = Run(config(recipe(tmp_path, stages), tokens, f"run.folder={tmp_path / 'one'}"))
     alone.train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    script = [str(REPO / "tests" / "two_processes_fsdp.py"), str(tmp_path)]
-    finished(subprocess.Popen([*command, *script], cwd=REPO, env=env, **pipe))
+    ended = killed_runs.call_in_two(tmp_path, two_processes_fsdp.main, tmp_path)
+    assert ended.code == 0, ended.said
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     sharded = torch.load(tmp_path / "weights.pt", weights_only=True)
     for name, p in alone.model.named_parameters():

@@ -1,4 +1,4 @@
-"""Run by test_idle_experts under torchrun: adapters on two processes, where experts or generators stay idle.
+"""Run by test_idle_experts in two processes: adapters, where experts or generators stay idle.
 
 Each process takes its rows, gradients are averaged, and compared with those of one process on all rows: with DDP, and
 with parameters that torch's `fully_shard` keeps in halves.
@@ -85,7 +85,3 @@ def main() -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

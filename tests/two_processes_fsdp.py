@@ -1,11 +1,10 @@
-"""Run by test_two_processes under torchrun: the engine on parameters that torch's `fully_shard` keeps in halves.
+"""Run by test_two_processes in both of them: the engine on parameters that torch's `fully_shard` keeps in halves.
 
 accelerate ignores FSDP2 on CPU and gives DDP instead, so the model is sharded here, as accelerate does on CUDA.
 """
 
 import gc
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -62,7 +61,3 @@ def main(place: Path) -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
