@@ -15,6 +15,7 @@ from zoo.benches.fusion import FusionPlace
 from zoo.benches.measure import Value, ratio
 from zoo.benches.report import Row
 from zoo.registry import build
+from zoo.registry.forward_pass import running
 
 # One layer of a 1.3 B Llama in width; tokens of a step.
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_layers": 1, "num_heads": 16}
@@ -83,8 +84,9 @@ def training_step(
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
     def losses() -> Tensor:
-        hidden = llm.hidden(inputs_embeds=x).last_hidden_state
-        aux = adapter.aux_losses().values() if adapter is not None else ()
+        with running():
+            hidden = llm.hidden(inputs_embeds=x).last_hidden_state
+            aux = adapter.aux_losses().values() if adapter is not None else ()
         return hidden.float().square().mean() + sum(aux)
 
     def step(count: bool = False) -> float:

@@ -19,6 +19,7 @@ from zoo.claims.experiment import Bound, Experiment, Run, gap, row
 from zoo.claims.steps import train
 from zoo.fusion.adapters.expert_shift import counted, select
 from zoo.registry import build
+from zoo.registry.forward_pass import running
 
 SYMBOLS, DOMAINS, CLASSES, QUESTIONS = 32, 4, 8, 8
 SEPARATOR = SYMBOLS + DOMAINS
@@ -146,10 +147,11 @@ class _Model(nn.Module):
 
     def loss(self, words: Tensor, patches: Tensor | None = None) -> Tensor:
         """Loss of the answers: every other word, from the third on; of a caption its only one."""
-        logits = self.logits(words[:, :-1], patches)
         first = 1 if words.shape[1] > 2 else 0
-        parts = [F.cross_entropy(logits[:, first::2].flatten(0, 1), words[:, first + 1 :: 2].flatten())]
-        parts += [*self.llm.aux_losses().values(), *(self.adapter.aux_losses().values() if self.adapter else ())]
+        with running():
+            logits = self.logits(words[:, :-1], patches)
+            parts = [F.cross_entropy(logits[:, first::2].flatten(0, 1), words[:, first + 1 :: 2].flatten())]
+            parts += [*self.llm.aux_losses().values(), *(self.adapter.aux_losses().values() if self.adapter else ())]
         return torch.stack(parts).sum()
 
     @torch.no_grad()

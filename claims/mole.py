@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.claims.experiment import Bound, Experiment, Run, mean, ratio
 from zoo.claims.steps import train
 from zoo.registry import build
+from zoo.registry.forward_pass import running
 
 SYMBOLS, DOMAINS, PAIRS = 64, 4, 8
 BASE_STEPS, STEPS, BATCH, TEST = 1500, 600, 32, 256
@@ -50,7 +51,8 @@ def measure(run: Run) -> None:
 
         def loss(llm: Any = llm, adapter: Any = adapter, domains: list[int] = domains) -> Tensor:
             words = torch.cat([_draw(new, [d], BATCH // len(domains), g) for d in domains])
-            return _loss(llm, words) + sum(adapter.aux_losses().values())
+            with running():
+                return _loss(llm, words) + sum(adapter.aux_losses().values())
 
         train(own, run.steps(times * STEPS), loss, rate=RATE, warmup=WARMUP, decay=0.0)
         llm.eval()

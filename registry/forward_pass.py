@@ -9,6 +9,9 @@ same before a pass as behind it, and any number of passes may run at once:
 - layers that backward runs again, in a thread of autograd's own, find the pass that they ran in first (`carried`);
 - a compiled graph reads the pass that was begun outside of it and writes into it. It cannot begin one.
 
+What is asked of a pass when it is over (which columns each layer saw, how tokens were routed) is asked of the value,
+which the model gives with its output, as `passed`. No part remembers it.
+
 What is run without a model has no pass. A language model by itself gets one where its decoder is entered, with what
 adapters were told before; one layer by itself, or a graph, uses that of the part, `alone`, and such runs take turns.
 """
@@ -21,6 +24,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from zoo.registry.errors import ZooError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +134,22 @@ def running(sequence: Any = None, conditions: dict[str, Any] | None = None) -> I
         yield now
     finally:
         _reset(token)
+
+
+def required(alone: Pass) -> Pass:
+    """Give the pass that runs, to read what its layers left; in a graph `alone`, which such layers wrote into.
+
+    Raises:
+        ZooError: no pass runs, so nothing is known of one that is over.
+    """
+    if (now := current()) is not None:
+        return now
+    if _compiling():
+        return alone
+    raise ZooError(
+        "Losses of a pass are read within it, and none runs: a model does so in its forward; around a language model "
+        "by itself, `with zoo.registry.forward_pass.running():` holds both."
+    )
 
 
 @contextmanager

@@ -343,7 +343,7 @@ class Adapter(Protocol):
         """Take the encoder's features before a forward pass; rows of the LLM's batch are repeated `expand` times."""
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Losses of the last forward pass by name, unweighted or weighted as the config says."""
+        """Losses of the pass that runs, asked behind the LLM; by name, weighted or not as the config says."""
 
 
 @runtime_checkable

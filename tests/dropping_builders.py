@@ -70,8 +70,10 @@ def embeds_of(llm, ids):
 
 def forward(llm, drop, ids, mask=None, **kwargs):
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    with nullcontext() if drop is None else running(sequence(ids, mask)):
-        return llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions, **kwargs)
+    with nullcontext() if drop is None else running(sequence(ids, mask)) as now:
+        out = llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions, **kwargs)
+    out.passed = now
+    return out
 
 
 def generate(llm, drop, ids, mask=None, **kwargs):
@@ -79,8 +81,15 @@ def generate(llm, drop, ids, mask=None, **kwargs):
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_scores": True, **kwargs}
     options |= {"return_dict_in_generate": True}
-    with torch.no_grad(), nullcontext() if drop is None else running(told):
-        return llm.lm.generate(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, **options)
+    with torch.no_grad(), nullcontext() if drop is None else running(told) as now:
+        out = llm.lm.generate(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, **options)
+    out.passed = now
+    return out
+
+
+def kept(out):
+    """Columns that each layer saw in what `forward` or `generate` ran: (B, T) bool for each layer."""
+    return out.passed.dropped.kept()
 
 
 def labelled(ids):
@@ -93,9 +102,9 @@ def labelled(ids):
 def loss_of(llm, ids, mask, labels):
     seq = sequence(ids, mask, labels)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with running(seq):
+    with running(seq) as now:
         out = llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions)
     hidden = out.last_hidden_state
     logits = llm.head(hidden)[:, :-1]
     total = F.cross_entropy(logits.flatten(0, 1), seq.labels[:, 1:].flatten(), reduction="sum", ignore_index=-100)
-    return total, seq.labels
+    return total, seq.labels, now

@@ -9,6 +9,7 @@ import torch
 from tests.fusion_builders import SMALL, VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
 from zoo import registry
 from zoo.registry import ZooError
+from zoo.registry.forward_pass import running
 from zoo.registry.values import Adapter
 from zoo.registry.versions import checkpoint_activations
 
@@ -122,10 +123,11 @@ def test_gradient_reaches_all_of_its_parameters_and_no_frozen_ones(name, dtype):
     own = shake(adapter, llm)
     assert own
     ids, mask = padded_batch(2, 40)
-    adapter.condition(features(m=2, grid=GRID, dim=DIM), [1, 1])
-    hidden = llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask).last_hidden_state
-    loss = llm.head(hidden).float().logsumexp(-1).sum()
-    (loss + sum(adapter.aux_losses().values())).backward()
+    with running():
+        adapter.condition(features(m=2, grid=GRID, dim=DIM), [1, 1])
+        hidden = llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask).last_hidden_state
+        aux = sum(adapter.aux_losses().values())
+    (llm.head(hidden).float().logsumexp(-1).sum() + aux).backward()
     assert [n for n, p in own.items() if p.grad is None or not p.grad.isfinite().all()] == []
     assert [n for n, p in llm.lm.named_parameters() if not adapter.owns(n) and p.grad is not None] == []
 
@@ -172,8 +174,9 @@ def learnt(name, prepare, **options):
     prepare(llm)
     embeds = llm.embed(padded_batch()[0]).detach().requires_grad_()
     torch.manual_seed(0)
-    loss = logits(llm, adapter, embeds, grad=True).logsumexp(-1).sum()
-    (loss + sum(adapter.aux_losses().values())).backward()
+    with running():
+        loss = logits(llm, adapter, embeds, grad=True).logsumexp(-1).sum() + sum(adapter.aux_losses().values())
+    loss.backward()
     return [embeds.grad, *(p.grad for p in own.values())]
 
 

@@ -62,11 +62,10 @@ def test_a_share_above_zero_keeps_one():
 
 
 def attended(pruner, llm, ids, mask=None):
-    """What is scored in each layer, with the score."""
+    """What is scored in each layer, with the score, and the pass."""
     found, own = [], pruner.dropper.score
     pruner.dropper.score = lambda given: found.append((given, own(given))) or found[-1][1]
-    forward(llm, pruner, ids, mask)
-    return found
+    return found, forward(llm, pruner, ids, mask).passed
 
 
 def dense(given, start, temperature=0.1, steps=5, damping=0.0, hidden=None):
@@ -82,7 +81,7 @@ def test_importance_is_that_of_the_dense_matrix(model_type):
     llm = llm_of(model_type)
     pruner = inside(llm, stop=3)
     ids, mask = padded([row("tit", 8), row("titit", 4, 1)])
-    scored = attended(pruner, llm, ids, mask)
+    scored, _ = attended(pruner, llm, ids, mask)
     assert len(scored) == 3 and [g.tokens.seen.shape[1] for g, _ in scored] == [17, 14, 11]
     for given, score in scored:
         seen = given.tokens.seen
@@ -95,7 +94,7 @@ def test_importance_is_that_of_the_dense_matrix(model_type):
 def test_options_of_the_walk(votes):
     llm = llm_of()
     pruner = inside(llm, votes=votes, temperature=1.0, steps=2, damping=0.2, heads="mean")
-    (given, score), *_ = attended(pruner, llm, row("tit", 8)[None])
+    (given, score), *_ = attended(pruner, llm, row("tit", 8)[None])[0]
     ids = row("tit", 8)
     start = {"alive": torch.ones(14), "text": (ids != IMAGE).float(), "last": torch.arange(14) == 13}[votes].float()
     wanted = dense(given, (start / start.sum())[None], 1.0, 2, 0.2).mean(1)
@@ -107,9 +106,9 @@ def test_values_have_no_part_in_it():
     llm = llm_of()
     pruner = inside(llm)
     ids = row("tit", 8)[None]
-    before = attended(pruner, llm, ids)[0][1]
+    before = attended(pruner, llm, ids)[0][0][1]
     llm.layers[0].self_attn.v_proj.weight.mul_(3)
-    assert torch.equal(attended(pruner, llm, ids)[0][1], before)
+    assert torch.equal(attended(pruner, llm, ids)[0][0][1], before)
 
 
 # ---- inside the LLM ---------------------------------------------------------------------------------------------
@@ -136,8 +135,8 @@ def test_a_batch_is_each_sample_alone():
     pruner = inside(llm)
     rows = [row("tit", 9), row("ttiitit", 4, 1), row("tt", seed=2)]
     for side in ("left", "right"):
-        together = forward(llm, pruner, *padded(rows, side)).last_hidden_state
-        seen = pruner.dropper.last.layers[-1].seen
+        out = forward(llm, pruner, *padded(rows, side))
+        together, seen = out.last_hidden_state, out.passed.dropped.layers[-1].seen
         for i, alone in enumerate(rows):
             out = forward(llm, pruner, alone[None]).last_hidden_state[0]
             assert torch.allclose(together[i][seen[i]], out, atol=1e-5)
@@ -151,13 +150,15 @@ def test_votes_of_all_is_the_released_walk_with_masks():
     ids = row("tit", 9)[None]
     n, protected = ids.shape[1], int((ids != IMAGE).sum())
     alive = torch.ones(n, dtype=torch.bool)
-    for layer, (given, _) in enumerate(attended(pruner, llm, ids)):
+    scored, passed = attended(pruner, llm, ids)
+    kept = pruner.kept(passed)
+    for layer, (given, _) in enumerate(scored):
         assert given.query.shape[2] == n and torch.equal(given.tokens.seen[0], alive)
         score = dense(given, torch.full((1, n), 1 / n)).square().mean(1).sqrt()[0]
         score = score.masked_fill(~alive, -1).masked_fill(ids[0] != IMAGE, 1.0)
         keep = int((n - protected) * max(0, 1 - (layer + 1) / 3) + protected + 1e-9)
         alive = torch.zeros(n, dtype=torch.bool).index_fill(0, score.argsort(descending=True, stable=True)[:keep], True)
-        assert torch.equal(pruner.kept()[layer + 1][0], alive)
+        assert torch.equal(kept[layer + 1][0], alive)
 
 
 @torch.no_grad()
@@ -193,11 +194,12 @@ def test_pruned_training_chooses_as_the_prompt_alone_does():
     llm = llm_of().train()
     pruner = inside(llm, stop=3)
     ids = row("titt", 9)
-    loss_of(llm, ids[None], torch.ones(1, len(ids)), labelled(ids)[None])[0].backward()
-    trained = [k[0, :-3] for k in pruner.kept()]
+    total, _, passed = loss_of(llm, ids[None], torch.ones(1, len(ids)), labelled(ids)[None])
+    total.backward()
+    trained = [k[0, :-3] for k in pruner.kept(passed)]
     with torch.no_grad():
-        forward(llm, pruner, ids[None, :-3])
-    assert all(torch.equal(a, b[0]) for a, b in zip(trained, pruner.kept(), strict=True))
+        prompt = forward(llm, pruner, ids[None, :-3]).passed
+    assert all(torch.equal(a, b[0]) for a, b in zip(trained, pruner.kept(prompt), strict=True))
 
 
 # ---- merging as a part ------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_fastv_keeps_what_the_last_prompt_token_attends_to():
     pruner = build("fastv", llm, keep_ratio=0.4, layer=2)
     out = forward(llm, pruner, ids, mask)
     score = weights[:, :, -1].mean(1).masked_fill(ids != IMAGE, -1)
-    kept = pruner.kept()
+    kept = pruner.kept(out.passed)
     for i, many in enumerate((3, 3)):  # 0.4 of 8 and of 2 * 4, rounded
         best = score[i].topk(many).indices.sort().values
         assert torch.equal((kept[2][i] & (ids[i] == IMAGE)).nonzero()[:, 0], best)

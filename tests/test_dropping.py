@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, generate, llm_of, padded, row, sequence
+from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, generate, kept, llm_of, padded, row, sequence
 from tests.fusion_builders import same_state, tiny_llm
 from zoo.registry import ZooError
 from zoo.registry.forward_pass import running
@@ -29,8 +29,8 @@ def test_dropping_is_hiding_and_caches_are_shorter(model_type):
     lengths = [cache_of(a).get_seq_length(i) for i in range(4)]
     assert lengths == [19 + 4, 9 + 7 + 4, 9 + 5 + 4, 9 + 5 + 4]
     assert [cache_of(b).get_seq_length(i) for i in range(4)] == [23] * 4
-    assert [k.sum(1).tolist() for k in drop.kept()] == [[12, 19], [10, 16], [9, 14], [9, 14]]
-    assert all(torch.equal(x, y) for x, y in zip(drop.kept(), hide.kept(), strict=True))
+    assert [k.sum(1).tolist() for k in kept(a)] == [[12, 19], [10, 16], [9, 14], [9, 14]]
+    assert all(torch.equal(x, y) for x, y in zip(kept(a), kept(b), strict=True))
     plain = generate(llm_of(model_type), None, ids, mask)
     assert not torch.allclose(plain.scores[0], a.scores[0], atol=1e-3)  # what was dropped did matter
 
@@ -43,8 +43,8 @@ def test_a_batch_is_each_sample_alone(attention, side):
     drop = dropper(llm)
     rows = [row("tit", 7), row("ttiitit", 4, 1), row("tt", seed=2), row("iit", 5, 3)]
     ids, mask = padded(rows, side)
-    together = forward(llm, drop, ids, mask).last_hidden_state
-    seen = drop.last.layers[-1].seen
+    out = forward(llm, drop, ids, mask)
+    together, seen = out.last_hidden_state, out.passed.dropped.layers[-1].seen
     for i, alone in enumerate(rows):
         out = forward(llm, drop, alone[None]).last_hidden_state[0]
         assert torch.allclose(together[i][seen[i]], out, atol=1e-5)
@@ -133,8 +133,7 @@ def test_text_padding_and_what_predicts_stay_and_sets_are_nested():
     drop = dropper(llm, {0: 0.5, 1: 0.25, 2: 0.0})
     rows = [row("tit", 8), row("ti", 8, 1), row("iti", 4, 2)]
     ids, mask = padded(rows)
-    forward(llm, drop, ids, mask)
-    layers = drop.kept()
+    layers = kept(forward(llm, drop, ids, mask))
     text = (ids != IMAGE) & mask.bool()
     assert all(bool((k & text).eq(text).all()) and not bool((k & ~mask.bool()).any()) for k in layers)
     assert all(bool((b <= a).all()) for a, b in pairwise(layers))
@@ -149,13 +148,13 @@ def test_kept_are_the_best_among_those_that_were_left():
     own = drop.score
     drop.score = lambda given: scores.append(own(given)) or scores[-1]
     ids = row("tit", 12)[None]
-    forward(llm, drop, ids)
+    layers = kept(forward(llm, drop, ids))
     left = torch.arange(ids.shape[1])
     for layer, many in ((0, 6), (1, 3)):
         images = ids[0, left] == IMAGE
         best = scores[layer][0].masked_fill(~images, -1).topk(many).indices
         left = left[(~images).index_fill(0, best, True)]
-        assert torch.equal(left, drop.kept()[layer + 1][0].nonzero()[:, 0])
+        assert torch.equal(left, layers[layer + 1][0].nonzero()[:, 0])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def test_labels_follow_the_survivors_and_gradients_are_those_of_hiding(side):
     for hide in (False, True):
         llm = llm_of().train()
         dropper(llm, hide=hide)
-        total, seen = loss_of(llm, ids, mask, labels)
+        total, seen, _ = loss_of(llm, ids, mask, labels)
         assert int((seen != IGNORE_INDEX).sum()) == 9
         total.backward()
         losses.append(total)
@@ -34,9 +34,9 @@ def test_a_label_right_after_an_image_keeps_its_predictor():
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -3:] = ids[:, -3:]
     llm = llm_of()
-    drop = dropper(llm, {0: 0.0})
-    _, seen = loss_of(llm, ids, torch.ones_like(ids), labels)
-    assert drop.kept()[-1][0].nonzero()[:, 0].tolist() == [0, 1, 2, 10, 11, 12, 13]
+    dropper(llm, {0: 0.0})
+    _, seen, passed = loss_of(llm, ids, torch.ones_like(ids), labels)
+    assert passed.dropped.kept()[-1][0].nonzero()[:, 0].tolist() == [0, 1, 2, 10, 11, 12, 13]
     assert seen.tolist() == [[IGNORE_INDEX] * 4 + ids[0, -3:].tolist()]
 
 
@@ -50,7 +50,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         if on:
             checkpoint_activations(llm.lm, {"use_reentrant": reentrant})
         dropper(llm)
-        total, _ = loss_of(llm, ids, torch.ones_like(ids), labels)
+        total, _, _ = loss_of(llm, ids, torch.ones_like(ids), labels)
         total.backward()
         grads.append([p.grad for p in llm.layers.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6 * float(a.abs().max() + 1)) for a, b in zip(*grads, strict=True))
@@ -66,12 +66,12 @@ def test_packed_samples_are_each_alone():
     positions = torch.cat([*[torch.arange(len(r)) for r in rows], torch.zeros(2, dtype=torch.long)])[None]
     mask = (segment >= 0).long()
     llm = llm_of()
-    drop = dropper(llm)
+    dropper(llm)
     embeds = torch.cat([*[embeds_of(llm, r[None]) for r in rows], llm.embed(ids[:, -2:])], 1)
     seq = sequence(ids, mask, labels, segment_ids=segment)
-    with running(seq):
+    with running(seq) as passed:
         out = llm.hidden(inputs_embeds=embeds, attention_mask=block_mask(mask, segment), position_ids=positions)
-    hidden, left = out.last_hidden_state, drop.last.layers[-1]
+    hidden, left = out.last_hidden_state, passed.dropped.layers[-1]
     for i, alone in enumerate(rows):
         one = sequence(alone[None], None, labelled(alone)[None])
         with running(one):

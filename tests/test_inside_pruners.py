@@ -87,15 +87,16 @@ def test_a_saved_model_prunes_again_and_detached_it_does_not(built, name, tmp_pa
     batch = processor.collate(rows(processor), padding_side="left")
     del batch["labels"]
     with torch.no_grad():
-        hidden = model(**batch).last_hidden_state
+        out = model(**batch)
         model.save_pretrained(tmp_path)
         again = ZooModel.from_pretrained(tmp_path)
         again.set_attention("sdpa")
-        assert torch.equal(again(**batch).last_hidden_state, hidden)
+        assert torch.equal(again(**batch).last_hidden_state, out.last_hidden_state)
         pruner = model.pruner[name]
-        assert all(k.shape == batch["input_ids"].shape for k in pruner.kept())
+        kept = pruner.kept(out.passed)
+        assert all(k.shape == batch["input_ids"].shape for k in kept)
         per_layer = pruner.tokens_per_layer(model.num_image_tokens, 4)
-        assert [int((k & (batch["input_ids"] == model.image_token_id))[0].sum()) for k in pruner.kept()] == per_layer
+        assert [int((k & (batch["input_ids"] == model.image_token_id))[0].sum()) for k in kept] == per_layer
         pruner.detach()
         assert model(**batch).last_hidden_state.shape[1] == batch["input_ids"].shape[1]
 
@@ -124,8 +125,9 @@ def test_experts_count_the_tokens_that_are_left_and_no_padding(make_model, name,
 
     def run(members):
         model.zero_grad()
-        model(**processor.collate(members)).loss.backward()
-        usage, kept = part.usage(), model.pruner[name].kept()
+        out = model(**processor.collate(members))
+        out.loss.backward()
+        usage, kept = part.usage(out.passed), model.pruner[name].kept(out.passed)
         return {i: torch.tensor(shares) * kept[i].sum() for i, shares in usage.items()}, kept
 
     alone = [run([one])[0] for one in samples]

@@ -6,6 +6,7 @@ import torch
 from tests.fusion_builders import DENSE, MOE, VOCAB, llm_node, padded_batch, tiny_llm
 from zoo import registry
 from zoo.registry import ZooError
+from zoo.registry.forward_pass import running
 from zoo.registry.versions import checkpoint_activations
 
 
@@ -171,22 +172,27 @@ def test_only_safetensors_and_causal_lms_are_read(tmp_path):
 def test_balance_loss_is_transformers_own_and_ignores_padding(model_type):
     llm = tiny_llm(model_type, router_aux_coef=0.5).train()
     ids, mask = padded_batch()
-    llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask)
-    got = llm.aux_losses()["router_balance"]
+    with running():
+        llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask)
+        got = llm.aux_losses()["router_balance"]
     wanted = llm.lm(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     assert torch.allclose(got, 0.5 * wanted)
     assert torch.autograd.grad(got, list(llm.layers[0].parameters()), allow_unused=True)[0] is not None
     four = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool() | torch.eye(9).bool()
-    llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=four, padding_mask=mask)
-    assert torch.allclose(llm.aux_losses()["router_balance"], got, atol=1e-6)
-    llm.eval().hidden(input_ids=ids)
-    assert llm.aux_losses() == {}
+    with running():
+        llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=four, padding_mask=mask)
+        assert torch.allclose(llm.aux_losses()["router_balance"], got, atol=1e-6)
+    with running():
+        llm.eval().hidden(input_ids=ids)
+        assert llm.aux_losses() == {}
+    with pytest.raises(ZooError, match="Losses of a pass are read within it"):
+        llm.aux_losses()
 
 
 def test_balance_loss_says_when_checkpointing_takes_its_gradient():
     llm = tiny_llm("mixtral", router_aux_coef=0.5).train()
     checkpoint_activations(llm.lm, {"use_reentrant": True})
     ids = padded_batch()[0]
-    llm.hidden(inputs_embeds=llm.embed(ids).detach().requires_grad_())
-    with pytest.raises(ZooError, match="use_reentrant=False"):
+    with running(), pytest.raises(ZooError, match="use_reentrant=False"):
+        llm.hidden(inputs_embeds=llm.embed(ids).detach().requires_grad_())
         llm.aux_losses()

@@ -9,7 +9,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from tests.conftest import picture, tiny_slots
-from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, row
+from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, kept, row
 from zoo import registry
 from zoo.checking.checker import check
 from zoo.checking.plan import Plan
@@ -138,11 +138,11 @@ def drops(llm):
     except ZooError as error:
         assert llm.lm.config.get_text_config().model_type in str(error) or type(llm.lm).__name__ in str(error)
         return
-    shorter = forward(llm, drop, ids).last_hidden_state[:, -1]
+    dropped = forward(llm, drop, ids)
     drop.detach()
-    hide = dropper(llm, keep, hide=True)
-    hidden = forward(llm, hide, ids).last_hidden_state[:, -1]
-    assert all(torch.equal(a, b) for a, b in zip(hide.kept(), drop.kept(), strict=False))
+    hidden = forward(llm, dropper(llm, keep, hide=True), ids)
+    assert all(torch.equal(a, b) for a, b in zip(kept(hidden), kept(dropped), strict=True))
+    shorter, hidden = (out.last_hidden_state[:, -1] for out in (dropped, hidden))
     assert torch.allclose(shorter, hidden, atol=1e-4, rtol=1e-3)
 
 

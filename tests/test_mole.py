@@ -11,6 +11,7 @@ from zoo import registry
 from zoo.composed.assembly import MisfitError, assemble
 from zoo.fusion.adapters import mole
 from zoo.registry import ZooError
+from zoo.registry.forward_pass import running
 from zoo.registry.versions import checkpoint_activations
 
 MANY, FEW = (2, 12), (1, 5)  # tokens that are sorted, tokens that are not
@@ -106,15 +107,16 @@ def test_experts_have_no_order():
 
 def losses(adapter, llm, embeds, mask):
     adapter.train()
-    hidden = llm.hidden(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-    return hidden, adapter.aux_losses()
+    with running() as passed:
+        hidden = llm.hidden(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        return hidden, adapter.aux_losses(), passed
 
 
 def test_the_gate_decides_what_the_router_learns_from():
     for gate in mole.GATES:
         llm = tiny_llm()
         adapter = mole_on(llm, gate=gate, balance=0.0, dropout=0.0)
-        hidden, aux = losses(adapter, llm, llm.embed(padded_batch(2, 12)[0]), None)
+        hidden, aux, _ = losses(adapter, llm, llm.embed(padded_batch(2, 12)[0]), None)
         hidden.square().sum().backward()
         assert not aux
         router = adapter.layers["0"].router
@@ -135,7 +137,7 @@ def test_the_released_balance_is_its_formula_and_padding_does_not_count():
         adapter = mole_on(llm, balance=0.5, official_balance=official, dropout=0.0)
         ids, mask = padded_batch(2, 12)
         embeds = llm.embed(ids).detach()
-        _, aux = losses(adapter, llm, embeds, mask)
+        _, aux, _ = losses(adapter, llm, embeds, mask)
         inputs = {}
         for i in (0, 1):
             note = lambda m, a, i=i, inputs=inputs: inputs.update({i: a[0]})  # noqa: E731
@@ -182,14 +184,15 @@ def test_experts_without_tokens_get_zero_and_padding_gets_no_expert():
     seen = {}
     llm.layers[0].mlp.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]), prepend=True)
     llm.layers[0].mlp.register_forward_hook(lambda m, a, out: seen.update(y=out))
-    losses(adapter, llm, llm.embed(ids), mask)[0].sum().backward()
+    hidden, _, passed = losses(adapter, llm, llm.embed(ids), mask)
+    hidden.sum().backward()
     grad = adapter.layers["0"].experts["up_proj"].lora_A.grad
     assert grad[1].any() and not grad[[0, 2]].any()
     adapter.detach()
     x, y = seen["x"], seen["y"]
     same = (llm.layers[0].mlp(x) == y).all(-1)
     assert torch.equal(same, mask == 0)
-    assert adapter.usage() == {0: [0.0, 1.0, 0.0], 1: [0.0, 1.0, 0.0]}
+    assert adapter.usage(passed) == {0: [0.0, 1.0, 0.0], 1: [0.0, 1.0, 0.0]}
 
 
 @torch.no_grad()
@@ -214,7 +217,7 @@ def test_two_passes_before_one_backward_under_checkpointing():
         total = 0
         for pad in (2, 7):
             ids, mask = padded_batch(2, 12, pad)
-            hidden, aux = losses(adapter, llm, llm.embed(ids), mask)
+            hidden, aux, _ = losses(adapter, llm, llm.embed(ids), mask)
             total = total + hidden.square().sum() + aux["mole_balance"]
         total.backward()
         grads.append([p.grad for p in adapter.parameters()])
@@ -244,7 +247,7 @@ def test_compiled_decoder_layers_say_the_same():
         if compiled:
             for layer in llm.layers:
                 layer.compile(fullgraph=True, backend="aot_eager")
-        hidden, aux = losses(adapter, llm, llm.embed(ids), mask)
+        hidden, aux, _ = losses(adapter, llm, llm.embed(ids), mask)
         (hidden.square().sum() + aux["mole_balance"]).backward()
         results.append([hidden, aux["mole_balance"], *(p.grad for p in adapter.parameters())])
     torch._dynamo.reset()

@@ -341,7 +341,7 @@ def test_balance_enters_the_loss_once_and_idle_layers_do_not_train(make_model):
     model.train()
     ids = torch.randint(5, 300, (2, 9))
     out = model(ids, attention_mask=torch.ones_like(ids), labels=ids)
-    balance = sum(balance_of(*record) for record in model.adapter["upcycle"].passes.records)
+    balance = sum(balance_of(*record) for record in out.passed.records["upcycle"])
     torch.testing.assert_close(out.losses["upcycle_balance"], 0.01 * balance)
     torch.testing.assert_close(out.loss, out.losses["answer"] + 0.01 * balance)
     model.eval()

@@ -72,8 +72,8 @@ def prune():
     for kernel in (lambda device: None, lambda device: lambda *a, **k: calls.append(1) or walk(*a, **k)):
         module._kernel = kernel
         with torch.no_grad():
-            hidden = forward(llm, pruner, ids, mask).last_hidden_state
-        calls.append((hidden, pruner.kept()))
+            out = forward(llm, pruner, ids, mask)
+        calls.append((out.last_hidden_state, pruner.kept(out.passed)))
     (before, kept), *scored, (after, same) = calls
     assert scored == [1, 1, 1] and torch.equal(before, after)
     assert all(torch.equal(a, b) for a, b in zip(kept, same, strict=True))

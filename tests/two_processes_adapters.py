@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.fusion_builders import SMALL, VOCAB, features, tiny_llm
 from zoo import registry
+from zoo.registry.forward_pass import running
 
 
 class Both(nn.Module):
@@ -36,9 +37,10 @@ class Both(nn.Module):
         self.train()
 
     def forward(self, ids: torch.Tensor, images: list[int]) -> torch.Tensor:
-        self.adapter.condition(features(m=1) if sum(images) else None, images)
-        hidden = self.llm.hidden(inputs_embeds=self.llm.embed(ids)).last_hidden_state
-        return hidden.sin().sum() + 0.0 * sum(self.adapter.aux_losses().values())
+        with running():
+            self.adapter.condition(features(m=1) if sum(images) else None, images)
+            hidden = self.llm.hidden(inputs_embeds=self.llm.embed(ids)).last_hidden_state
+            return hidden.sin().sum() + 0.0 * sum(self.adapter.aux_losses().values())
 
 
 def grads(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ class ZooConfig(PreTrainedConfig):
     model_type = "zoo"
     keys_to_ignore_at_inference = [  # what transformers' Trainer does not gather beside the logits
         "cache", "past_key_values", "losses", "last_hidden_state", "labels", "image", "image_kept", "image_tokens",
-        "sequence",
+        "passed",
     ]  # fmt: skip
     slots: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None

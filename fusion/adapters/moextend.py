@@ -37,6 +37,7 @@ from zoo.fusion.adapters.extended_layer import ExtendedLayer, Guarded
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.llm.decoder import decoder_of
 from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry.forward_pass import Pass
 
 _COUNTS = ("num_local_experts", "num_experts")  # what families call their number of experts
 
@@ -155,9 +156,9 @@ class MoExtend(nn.Module):
             losses = [v * max(widths) / width for v, width in zip(losses, widths, strict=True)]
         return {"moextend_balance": self.config.aux * torch.stack(losses).mean()}
 
-    def usage(self) -> dict[int, list[float]]:
-        """Say for each layer with experts how many choices per token each got in the last training pass."""
-        records = self.passes.records
+    def usage(self, passed: Pass) -> dict[int, list[float]]:
+        """Say for each layer with experts how many choices per token each got in a pass in training."""
+        records = self.passes.of(passed)
         shares = (dispatch.expert_share(chosen, raw.shape[-1], keep).tolist() for raw, chosen, keep in records)
         return dict(zip(self.blocks, shares, strict=False))
 

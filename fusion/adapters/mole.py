@@ -35,6 +35,7 @@ from zoo.fusion.adapters.plain_layer import require_plain
 from zoo.fusion.adapters.routing_trace import Passes, Records
 from zoo.fusion.attach import hooks_on, linears, stands_aside
 from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry.forward_pass import Pass
 
 GATES = ("none", "prob", "ste", "dense")
 FEW = 16  # up to so many tokens (a decoding step) all experts in two products are faster than a sort
@@ -247,7 +248,7 @@ class MoLE(nn.Module):
         """Nothing here depends on the image."""
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Load-balancing loss of the last forward pass in training, weighted; empty in evaluation or with weight 0."""
+        """Load-balancing loss of the pass in training, weighted; empty in evaluation or with weight 0."""
         records = self.passes.records
         if not records:
             return {}
@@ -258,10 +259,10 @@ class MoLE(nn.Module):
         each = [dispatch.load_balance(*record) for record in records]
         return {"mole_balance": self.config.balance * torch.stack(each).mean()}
 
-    def usage(self) -> dict[int, list[float]]:
-        """Say for each layer which share of the tokens of the last forward pass in training each expert took."""
+    def usage(self, passed: Pass) -> dict[int, list[float]]:
+        """Say for each layer which share of the tokens of a forward pass in training each expert took."""
         e = self.config.num_experts
-        shares = (dispatch.expert_share(chosen, e, keep).tolist() for _, chosen, keep in self.passes.records)
+        shares = (dispatch.expert_share(chosen, e, keep).tolist() for _, chosen, keep in self.passes.of(passed))
         return dict(zip(map(int, self.layers), shares, strict=False))
 
     def save(self, folder: str | Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.llm.decoder import decoder_of
 from zoo.registry import ZooError
-from zoo.registry.forward_pass import Pass, begin, current, end
+from zoo.registry.forward_pass import Pass, begin, current, end, required
 
 # Of each layer: what it routed by (S, E), chosen experts (S,) or (S, k), which tokens (S,) are no padding (None: all).
 Records = list[tuple[Tensor, Tensor, Tensor | None]]
@@ -26,7 +26,6 @@ class Passes:
     def __init__(self, llm: Any, wanted: Callable[[], bool], name: str = "") -> None:
         self.llm, self.name, self.wanted = llm, name, wanted
         self.alone = Pass()  # of layers that are run without their decoder
-        self.last: tuple[Records, int] = [], 1  # of the last pass, for reports and for losses asked for behind it
 
     @property
     def now(self) -> Pass:
@@ -45,15 +44,21 @@ class Passes:
 
     @property
     def records(self) -> Records:
-        """What the pass that runs has noted; outside of one, what the last one did."""
-        now = current()
-        return self.last[0] if now is None else now.records.get(self.name, [])
+        """What the pass that runs has noted.
+
+        Raises:
+            ZooError: none runs.
+        """
+        return self.of(required(self.alone))
+
+    def of(self, passed: Pass) -> Records:
+        """What a pass noted, which may be over."""
+        return passed.records.get(self.name, [])
 
     @property
     def rows(self) -> int:
-        """B of the pass whose `records` these are."""
-        now = current()
-        return self.last[1] if now is None else now.rows
+        """B of the pass that runs."""
+        return self.now.rows
 
     def attach(self) -> list[Callable[[], None]]:
         """Hook into the decoder; returns what undoes it."""
@@ -98,5 +103,4 @@ class Passes:
     def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         now = self.now
         now.left = True
-        self.last = now.records.get(self.name, []), now.rows
         end(now)

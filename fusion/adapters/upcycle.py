@@ -32,6 +32,7 @@ from zoo.fusion.adapters.moe_dispatch import Groups, Router, expert_share, group
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.attach import compute_by
 from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry.forward_pass import Pass
 
 _NAMES = ("mlp", "feed_forward", "ffn")  # what families call the feed-forward part of a decoder layer
 
@@ -127,10 +128,10 @@ class Upcycle(nn.Module):
             )
         return {"upcycle_balance": total}
 
-    def usage(self) -> dict[int, list[float]]:
-        """Say for each sparse layer how many choices per token each expert got in the last pass."""
+    def usage(self, passed: Pass) -> dict[int, list[float]]:
+        """Say for each sparse layer how many choices per token each expert got in a pass."""
         e = self.config.num_experts
-        shares = (expert_share(chosen, e, keep).tolist() for _, chosen, keep in self.passes.records)
+        shares = (expert_share(chosen, e, keep).tolist() for _, chosen, keep in self.passes.of(passed))
         return dict(zip(map(int, self.layers), shares, strict=False))
 
 

@@ -34,7 +34,7 @@ from zoo.fusion.llm.hf_config import (
 )
 from zoo.registry import LinearHead, ZooError, one_line, register, require_revision
 from zoo.registry.foreign import gone
-from zoo.registry.forward_pass import Pass, current, joined
+from zoo.registry.forward_pass import Pass, joined, required
 
 # What a composed model gives every LLM by itself, or asks of it.
 _GIVEN = frozenset(
@@ -98,7 +98,6 @@ class HFLanguageModel(nn.Module):
         self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
         self.router_aux_coef = config.router_aux_coef
         self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
-        self._last: tuple[tuple[Tensor, ...], Tensor | None] | None = None  # routing of the last pass in training
         self._alone = Pass()
         if config.router_aux_coef and (not self.provides or self._balance is None):
             raise ZooError(f"router_aux_coef is for MoE LLMs with a balance loss; {text.model_type!r} has none.")
@@ -154,7 +153,7 @@ class HFLanguageModel(nn.Module):
             if balance:
                 mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
                 routing = out.router_logits, mask if mask is not None and mask.ndim == 2 else None
-            now.notes["llm"] = self._last = routing
+            now.notes["llm"] = routing
         return out
 
     def keywords(self) -> frozenset[str]:
@@ -217,12 +216,13 @@ class HFLanguageModel(nn.Module):
         check_head(self)
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Load-balancing loss of the last forward pass in training, weighted; empty unless `router_aux_coef` asks.
+        """Load-balancing loss of the pass in training, weighted; empty unless `router_aux_coef` asks.
 
         It is transformers' own function over all layers: Fedus et al., arXiv:2101.03961, Eqs. 4-6, for top-k routing.
         """
-        now = current()
-        routing = self._last if now is None else now.notes.get("llm")
+        if not self.router_aux_coef:
+            return {}
+        routing = required(self._alone).notes.get("llm")
         if routing is None:
             return {}
         logits, mask = routing

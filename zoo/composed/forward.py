@@ -1,34 +1,24 @@
-"""The forward pass of a composed model: encode the images, merge them with the text, run the LLM, head and losses.
+"""The forward pass of a composed model, step by step: encode, merge, place, run, head, losses.
 
-It takes what transformers' own vision-language classes take and gives what they give, in their order; what it does not
-know it refuses by name. Beside that it takes what our processor writes of packed rows and of images in several rows.
+What comes in is one value (`zoo.composed.inputs`), and so is what is known of the pass while it runs
+(`zoo.registry.forward_pass`), which parts inside the LLM read and write.
 """
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.composed.answer_loss import answer_loss
-from zoo.composed.image_path import ImagesMixin
+from zoo.composed.image_path import Encoded, ImagesMixin
+from zoo.composed.inputs import Inputs, further, one_cache
 from zoo.composed.outputs import LLMSequence, ZooOutput
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask, block_mask
-from zoo.registry import IGNORE_INDEX, Cut, ImageFeatures, ZooError, unknown
-from zoo.registry.forward_pass import conditions_in, put_conditions, running
+from zoo.registry import IGNORE_INDEX, Cut, ImageFeatures, ZooError
+from zoo.registry.forward_pass import Pass, conditions_in, put_conditions, running
 from zoo.registry.versions import cache_argument, cache_of, recomputes
-
-# What transformers' classes take and a composed model does not, and what to do instead.
-_ELSEWHERE = {
-    "vision_feature_layer": "the encoder's layer belongs to the model: set vision.layer when it is composed",
-    "vision_feature_select_strategy": "which tokens of the encoder are used belongs to the model",
-    "image_sizes": "the model's own processor says how images were cut, as `cuts`: use zoo.load's processor",
-    "mm_encoder_outputs": "pass what `encode_images` gave, as `encoded`",
-    "shift_labels": "labels are shifted here: pass them as `labels`, (B, T) like the ids",
-    "num_labels": "it is called num_items_in_batch, as in transformers",
-}
 
 
 class ForwardMixin(ImagesMixin):
@@ -100,113 +90,154 @@ class ForwardMixin(ImagesMixin):
         Raises:
             ZooError: a keyword that neither the model nor its LLM knows, or inputs that do not belong together.
         """
-        more = self._known(kwargs)
-        cache = _one_cache(cache, past_key_values)
-
-        with turn_of(self), running() as now:
-            # Encode the images.
-            image, kept, image_tokens = self._encoded(pixel_values, cuts, encoded)
-            unused = self._touch_vision() if image is None and self.training and self._vision_trains() else None
+        takes = self.llm.keywords() if kwargs and hasattr(self.llm, "keywords") else frozenset()
+        given = Inputs(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=one_cache(cache, past_key_values),
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            num_items_in_batch=num_items_in_batch,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            segment_ids=segment_ids,
+            block_ids=block_ids,
+            pair_ids=pair_ids,
+            images_per_row=images_per_row,
+            cuts=cuts,
+            encoded=encoded,
+            all_logits=all_logits,
+            run_head=run_head,
+            more=further(kwargs, takes, type(self).forward) if kwargs else {},
+        )
+        with turn_of(self, self.inside_llm), running() as now:
+            seen = self._encode(pixel_values, cuts, encoded)  # tokens (M, K, C)
             if not run_llm:
-                return ZooOutput(losses={}, image=image, image_kept=kept, image_tokens=image_tokens)
-
-            # Merge their tokens with the text, and say what stands where.
-            embeds, slots = self._merged(input_ids, inputs_embeds, image_tokens, cache)  # (B, T, C), (B, T)
-            if unused is not None:
-                embeds = embeds + unused
-            if position_ids is None:
-                position_ids = _positions(attention_mask, cache, embeds.shape[1])
-            sequence = LLMSequence(slots, attention_mask, position_ids, labels, segment_ids, block_ids)
-            sequence.pair_ids = pair_ids
-            masks = self._masks(sequence, cache)
-            now.sequence = sequence
-            if kept is not None or not _goes_on(cache):
-                self._condition(kept, images_per_row, slots)
-            else:
-                now.conditions = conditions_in(cache)
-            self._tell(sequence)
-
-            # Run the LLM.
-            asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-            out = self.llm.hidden(
-                inputs_embeds=embeds,
-                position_ids=position_ids,
-                use_cache=self._makes_cache(use_cache),
-                **masks,
-                **cache_argument(cache),
-                **{name: value for name, value in asked.items() if value is not None},
-                **more,
-            )
-            hidden = out.last_hidden_state  # (B, T, C)
-            put_conditions(cache_of(out), now.conditions)
-
-            # Project to the vocabulary, and compare with the labels.
-            logits = loss = losses = None
-            if run_head and (labels is None or all_logits):
-                logits = self.llm.head(_kept(hidden, logits_to_keep, embeds.shape[1]))  # (B, T, V)
-            if (seen := labels if sequence.labels is None else sequence.labels) is not None:
-                losses = self._losses(hidden, seen, num_items_in_batch, run_head)
-                loss = _summed(losses, seen, num_items_in_batch)
+                return ZooOutput(losses={}, passed=now, **seen.named)
+            embeds, slots = self._merge(given, seen)  # (B, T, C), (B, T)
+            masks = self._place(given, seen, embeds, slots, now)  # (B, T), or (B, 1, T, T) of packed rows
+            out = self._run(given, embeds, masks, now)  # last_hidden_state (B, T, C), shorter where tokens were dropped
+            logits = self._head(given, out.last_hidden_state, embeds.shape[1])  # (B, T, V), or of chosen positions
+            losses = self._losses(given, out.last_hidden_state, now.sequence.labels)  # by name
         result = ZooOutput(
-            loss=loss,
+            loss=_summed(losses, now.sequence.labels, num_items_in_batch),
             logits=logits,
             cache=cache_of(out),
             hidden_states=getattr(out, "hidden_states", None),
             attentions=getattr(out, "attentions", None),
-            router_logits=out.router_logits if more.get("output_router_logits") else None,
+            router_logits=out.router_logits if given.more.get("output_router_logits") else None,
             losses=losses or None,
-            last_hidden_state=hidden,
-            labels=sequence.labels,
-            image=image,
-            image_kept=kept,
-            image_tokens=image_tokens,
-            sequence=sequence,
+            last_hidden_state=out.last_hidden_state,
+            labels=now.sequence.labels,
+            passed=now,
+            **seen.named,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()
 
-    def _known(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep what this LLM takes.
+    # ---- the steps; the first, `_encode`, is in `zoo.composed.image_path` --------------------------------------------
 
-        Raises:
-            ZooError: a keyword that it does not take.
-        """
-        if not kwargs:
-            return {}
-        takes = self.llm.keywords() if hasattr(self.llm, "keywords") else frozenset()
-        for name, value in kwargs.items():
-            if name in _ELSEWHERE and value is not None:
-                raise ZooError(f"A composed model takes no {name}: {_ELSEWHERE[name]}.")
-            if name not in takes and name not in _ELSEWHERE:
-                raise unknown("keyword of the model's forward", name, takes | _KEYWORDS)
-        return {name: value for name, value in kwargs.items() if name in takes}
-
-    # ---- images and text ---------------------------------------------------------------------------------------
-
-    def _merged(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_tokens: Tensor | None, cache: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def _merge(self, given: Inputs, seen: Encoded) -> tuple[Tensor, Tensor | None]:
         """Put the image tokens in place: embeddings (B, T, C), and where images stand (B, T), None if not known."""
-        if (input_ids is None) == (inputs_embeds is None):
-            given = "neither" if input_ids is None else "both"
-            raise ZooError(f"The model needs input_ids or inputs_embeds, one of them; {given} was given.")
-        if inputs_embeds is not None:
-            if image_tokens is None:
-                return inputs_embeds, None
-            slots = self._placeholders_among(inputs_embeds)
-            return self._placed(inputs_embeds, slots, image_tokens), slots
-        assert input_ids is not None, "one of the two is there"
-        if image_tokens is None and _goes_on(cache):  # what was generated: a token like all others, whatever it is
-            return self.llm.embed(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-        return self.merge(input_ids, image_tokens), self._placeholders(input_ids)
+        ids, embeds, tokens = given.input_ids, given.inputs_embeds, seen.tokens
+        slots: Tensor | None
+        if (ids is None) == (embeds is None):
+            what = "neither" if ids is None else "both"
+            raise ZooError(f"The model needs input_ids or inputs_embeds, one of them; {what} was given.")
+        if ids is None:
+            assert embeds is not None, "one of the two is there"
+            slots = None if tokens is None else self._placeholders_among(embeds)
+            embeds = embeds if slots is None else self._placed(embeds, slots, tokens)
+        elif tokens is None and given.goes_on:
+            # What was generated goes on behind the cache: a token like all others, the placeholder's id included.
+            embeds, slots = self.llm.embed(ids), torch.zeros_like(ids, dtype=torch.bool)
+        else:
+            embeds, slots = self.merge(ids, tokens), self._placeholders(ids)
+        if seen.image is None and self.training and self._vision_trains():
+            # DDP waits for a gradient of every parameter from every process, also of those whose batch has no image.
+            embeds = embeds + self._touch_vision()
+        return embeds, slots
 
-    # ---- what the LLM is given ---------------------------------------------------------------------------------
-
-    def _tell(self, sequence: LLMSequence) -> None:
-        """Tell the parts that act inside the LLM what comes."""
+    def _place(
+        self, given: Inputs, seen: Encoded, embeds: Tensor, slots: Tensor | None, now: Pass
+    ) -> dict[str, Tensor | None]:
+        """Say what stands where, to the pass and to the parts that act inside the LLM; returns the masks of the LLM."""
+        positions = given.position_ids
+        if positions is None:
+            positions = _positions(given.attention_mask, given.cache, embeds.shape[1])
+        now.sequence = LLMSequence(
+            slots,
+            given.attention_mask,
+            positions,
+            given.labels,
+            given.segment_ids,
+            given.block_ids,
+            pair_ids=given.pair_ids,
+        )
+        masks = self._masks(now.sequence, given.cache)
+        if seen.kept is not None or not given.goes_on:
+            self._condition(seen.kept, given.images_per_row, slots)
+        else:
+            # No image comes with what a cache goes on with: adapters stay with those that its beginning showed.
+            now.conditions = conditions_in(given.cache)
         for part in [*self.pruner.values(), *self.adapter.values()]:
             if hasattr(part, "begin"):
-                part.begin(sequence)
+                part.begin(now.sequence)
+        return masks
+
+    def _run(self, given: Inputs, embeds: Tensor, masks: Mapping[str, Tensor | None], now: Pass) -> Any:
+        """Run the LLM without its vocabulary projection; returns what transformers' class gives."""
+        asked = {"output_hidden_states": given.output_hidden_states, "output_attentions": given.output_attentions}
+        out = self.llm.hidden(
+            inputs_embeds=embeds,
+            position_ids=now.sequence.position_ids,
+            use_cache=self._makes_cache(given.use_cache),
+            **masks,
+            **cache_argument(given.cache),
+            **{name: value for name, value in asked.items() if value is not None},
+            **given.more,
+        )
+        put_conditions(cache_of(out), now.conditions)  # for the pass that goes on with this cache
+        return out
+
+    def _head(self, given: Inputs, hidden: Tensor, length: int) -> Tensor | None:
+        """Project to the vocabulary where logits are asked for: (B, T, V); the answer loss makes its own.
+
+        Args:
+            given: which positions get logits.
+            hidden: (B, T, C), of the tokens that are left.
+            length: of the rows before the LLM.
+        """
+        if not given.run_head or (given.labels is not None and not given.all_logits):
+            return None
+        return self.llm.head(_asked_for(hidden, given.logits_to_keep, length))
+
+    def _losses(self, given: Inputs, hidden: Tensor, labels: Tensor | None) -> dict[str, Tensor] | None:
+        """The answer loss and those of the parts, by name; None without labels.
+
+        Args:
+            given: says what the answer loss is divided by.
+            hidden: (B, T, C).
+            labels: (B, T) of the tokens that are left.
+        """
+        if labels is None:
+            return None
+        losses: dict[str, Tensor] = {}
+        own = self.__dict__.get("_loss_function")  # somebody has set `model.loss_function`
+        if given.run_head and own is not None:
+            told = {"vocab_size": self.llm.vocab_size, "num_items_in_batch": given.num_items_in_batch}
+            losses["answer"] = own(logits=self.llm.head(hidden), labels=labels, **told)
+        elif given.run_head:
+            losses["answer"] = answer_loss(self.llm, hidden, labels, given.num_items_in_batch, compiled=self.compiled)
+        for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
+            losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
+        return losses
+
+    # ---- what the LLM is given ---------------------------------------------------------------------------------------
 
     def _makes_cache(self, use_cache: bool | None) -> bool:
         """Whether this pass gives its keys and values: where nobody says, as the LLM's config does."""
@@ -220,11 +251,14 @@ class ForwardMixin(ImagesMixin):
         """Give the mask as the LLM takes it: of packed rows (B, 1, T, T), else as it came."""
         mask, segment_ids = sequence.attention_mask, sequence.segment_ids
         if self.compiled and segment_ids is None and mask is not None and self._mask_ahead(mask, cache):
-            segment_ids = sequence.segment_ids = mask - 1  # one sample, and -1 at padding
+            # Segments count from 0 and padding is -1, so a mask of 1 and 0, less one, is a row of one sample. With
+            # segments the mask is made here, once: compiled layers would work it out for every head, 2 % of a step.
+            segment_ids = sequence.segment_ids = mask - 1
         if segment_ids is None and sequence.block_ids is None:
             return {"attention_mask": mask}
         packed = self._packed_mask(mask, segment_ids, sequence.block_ids)
-        return {"attention_mask": packed, "padding_mask": mask}  # an MoE LLM's balance loss must not count padding
+        # A mask of four dimensions does not say what is padding, which the balance loss of an MoE LLM must not count.
+        return {"attention_mask": packed, "padding_mask": mask}
 
     def _compute_dtype(self) -> torch.dtype:
         """The data type of the LLM's products."""
@@ -235,7 +269,7 @@ class ForwardMixin(ImagesMixin):
         return weight.dtype
 
     def _mask_ahead(self, attention_mask: Tensor, cache: Any) -> bool:
-        """Whether the mask is better made here: compiled layers else work it out anew for every head, 2 % of a step."""
+        """Whether the mask of this pass may be made here, for compiled layers."""
         config = self.llm.lm.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         windows = getattr(config, "sliding_window", None) or kinds - {"full_attention"}
@@ -247,7 +281,7 @@ class ForwardMixin(ImagesMixin):
     ) -> Tensor:
         if segment_ids is None:
             assert block_ids is not None, "called for packed rows"
-            segment_ids = block_ids.clamp(max=0)  # one sample, and -1 at padding
+            segment_ids = block_ids.clamp(max=0)  # several dialogs of one sample: 0, and -1 at padding
         window = getattr(self.llm.lm.config.get_text_config(), "sliding_window", None)
         if window and segment_ids.shape[1] > window:
             raise ZooError(
@@ -257,25 +291,10 @@ class ForwardMixin(ImagesMixin):
         visible = block_mask(attention_mask, segment_ids, block_ids)  # (B, 1, T, T) bool
         return as_backend_mask(visible, self.llm.lm.config._attn_implementation, self._compute_dtype())
 
-    # ---- losses ------------------------------------------------------------------------------------------------
 
-    def _losses(
-        self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None, run_head: bool
-    ) -> dict[str, Tensor]:
-        """The answer loss and those of the parts, by name."""
-        losses: dict[str, Tensor] = {}
-        own = self.__dict__.get("_loss_function")  # somebody has set `model.loss_function`
-        if run_head and own is not None:
-            told = {"vocab_size": self.llm.vocab_size, "num_items_in_batch": num_items_in_batch}
-            losses["answer"] = own(logits=self.llm.head(hidden), labels=labels, **told)
-        elif run_head:
-            losses["answer"] = answer_loss(self.llm, hidden, labels, num_items_in_batch, compiled=self.compiled)
-        for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
-            losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
-        return losses
-
-
-def _summed(losses: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor | None:
+def _summed(
+    losses: Mapping[str, Tensor] | None, labels: Tensor, num_items_in_batch: Tensor | float | None
+) -> Tensor | None:
     """Sum the losses of a pass.
 
     Where the answer loss is divided by more labels than there are here, as in gradient accumulation, the other losses,
@@ -287,21 +306,6 @@ def _summed(losses: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Te
         return torch.stack(list(losses.values())).sum()
     share = (labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
     return torch.stack([v if n == "answer" else share * v for n, v in losses.items()]).sum()
-
-
-def _one_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache, by whichever of its two names it was given."""
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ZooError("cache and past_key_values are two names of one argument, and both were given.")
-    cache = past_key_values if cache is None else cache
-    if cache is not None and not hasattr(cache, "get_seq_length"):
-        raise ZooError(f"cache must be a cache of transformers, such as DynamicCache(), got {type(cache).__name__}.")
-    return cache
-
-
-def _goes_on(cache: Any) -> bool:
-    """Whether a cache holds the beginning of the sequence, and adapters go on with the image that it began with."""
-    return cache is not None and cache.get_seq_length() > 0
 
 
 def _positions(attention_mask: Any, cache: Any, length: int) -> Tensor | None:
@@ -319,7 +323,7 @@ def _positions(attention_mask: Any, cache: Any, length: int) -> Tensor | None:
     return counted.clamp_(min=0)[:, past:]
 
 
-def _kept(hidden: Tensor, logits_to_keep: int | Tensor, length: int) -> Tensor:
+def _asked_for(hidden: Tensor, logits_to_keep: int | Tensor, length: int) -> Tensor:
     """The positions that get logits, as transformers chooses them: the last ones, these of all rows, or of each.
 
     Args:
@@ -339,6 +343,3 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor, length: int) -> Tensor:
     if logits_to_keep.dtype == torch.bool:
         return hidden[logits_to_keep]  # (P, C)
     return torch.take_along_dim(hidden, logits_to_keep.unsqueeze(-1), dim=1)  # (B, P, C)
-
-
-_KEYWORDS = frozenset(signature(ForwardMixin.forward).parameters) - {"self", "kwargs"}

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.composed import generate_options
+from zoo.composed.image_path import Encoded
 from zoo.composed.prompted import Prompt, prompted, with_own_depth
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.decoder import generator_of
-from zoo.registry import Cut, ImageFeatures, ZooError
+from zoo.registry import Cut, ZooError
 from zoo.registry.versions import cache_argument
-
-Encoded = tuple[ImageFeatures, ImageFeatures, Tensor | None]  # what `encode_images` gives
 
 
 class GenerateMixin(nn.Module):
@@ -24,7 +23,8 @@ class GenerateMixin(nn.Module):
     vision: Any
     adapter: Any
     inside_pruners: Any
-    _encoded: Any
+    _encode: Any
+    inside_llm: Any
     _placeholders: Any
     image_index: Any
     name_or_path: str
@@ -49,7 +49,7 @@ class GenerateMixin(nn.Module):
         attention_mask: Tensor | None = None,
         images_per_row: Sequence[int] | None = None,
         cuts: Sequence[Cut] | None = None,
-        encoded: Encoded | None = None,
+        encoded: tuple[Any, ...] | None = None,
         generation_config: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -93,8 +93,8 @@ class GenerateMixin(nn.Module):
             past = int(given.get_seq_length())
             kwargs |= cache_argument(given)
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        shown, slots = self._encoded(pixel_values, cuts, encoded), self._placeholders(input_ids)
-        if options.get("is_assistant") and shown[1] is None:  # it drafts for a model that sees the images
+        shown, slots = self._encode(pixel_values, cuts, encoded), self._placeholders(input_ids)
+        if options.get("is_assistant") and shown.kept is None:  # it drafts for a model that sees the images
             kwargs.pop("mm_encoder_outputs", None)
             slots = torch.zeros_like(slots)
         prompt = self._prompt(slots, input_ids, shown, images_per_row, past, whole)
@@ -109,7 +109,7 @@ class GenerateMixin(nn.Module):
             kwargs["attention_mask"] = attention_mask.to(device)
         if asked.get("assistant_early_exit"):
             lm = with_own_depth(lm)
-        with turn_of(self), _own_errors():
+        with turn_of(self, self.inside_llm), _own_errors():
             return prompted(lm, prompt).generate(input_ids, generation_config=generation_config, **kwargs)
 
     def _supports_logits_to_keep(self) -> bool:
@@ -120,7 +120,7 @@ class GenerateMixin(nn.Module):
         self,
         slots: Tensor,
         input_ids: Tensor,
-        encoded: tuple[ImageFeatures | None, ImageFeatures | None, Tensor | None],
+        encoded: Encoded,
         images_per_row: Sequence[int] | None,
         past: int = 0,
         whole: bool = True,
@@ -131,10 +131,9 @@ class GenerateMixin(nn.Module):
             past: tokens that a given cache holds.
             whole: whether their ids are among the given ones.
         """
-        _, kept, image_tokens = encoded
-        index = self.image_index(slots, image_tokens, past if whole else 0)
-        unseen = 0 if whole else past
-        return Prompt(self, index, image_tokens, kept, images_per_row, input_ids, past=unseen, goes_on=past > 0)
+        index = self.image_index(slots, encoded.tokens, past if whole else 0)
+        told: dict[str, Any] = {"past": 0 if whole else past, "goes_on": past > 0}
+        return Prompt(self, index, encoded.tokens, encoded.kept, images_per_row, input_ids, **told)
 
     def _drafting(
         self,
@@ -146,7 +145,7 @@ class GenerateMixin(nn.Module):
         prompt: Prompt,
     ) -> Any:
         """Give the language model of a composed model that drafts, with the images of the prompt where it sees any."""
-        lm, nothing = generator_of(drafts.llm.lm), (None, None, None)
+        lm, nothing = generator_of(drafts.llm.lm), Encoded()
         if (prompt.index is None and prompt.image is None) or drafts.vision is None:
             return prompted(lm, drafts._prompt(torch.zeros_like(input_ids).bool(), input_ids, nothing, None))
         if drafts is self:
@@ -159,7 +158,7 @@ class GenerateMixin(nn.Module):
             )
         slots = self._placeholders(input_ids)
         seen = drafts.encode_images(pixel_values, cuts)
-        made = 0 if seen[2] is None else seen[2].shape[:-1].numel()
+        made = 0 if seen.tokens is None else seen.tokens.shape[:-1].numel()
         if made != int(slots.sum()):
             raise ZooError(
                 f"The composed model in assistant_model makes {made} tokens of the images, and the prompt has "

@@ -1,12 +1,25 @@
 """How images become tokens of a composed model: encoded, put where their placeholders are, handed to adapters."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zoo.registry import Cut, ImageFeatures, ZooError
+
+
+class Encoded(NamedTuple):
+    """What `encode_images` gives; without images, three times None."""
+
+    image: ImageFeatures | None = None  # the encoder's features
+    kept: ImageFeatures | None = None  # what the pruners left of them
+    tokens: Tensor | None = None  # (M, K, C), laid out (S, C); None: images do not stand in the sequence
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The same, as `ZooOutput` calls it."""
+        return {"image": self.image, "image_kept": self.kept, "image_tokens": self.tokens}
 
 
 class ImagesMixin(nn.Module):
@@ -33,9 +46,7 @@ class ImagesMixin(nn.Module):
         """Whether the encoder asks what each row of pixels is."""
         return bool(getattr(self.vision, "by_kind", False))
 
-    def encode_images(
-        self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None
-    ) -> tuple[ImageFeatures, ImageFeatures, Tensor | None]:
+    def encode_images(self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None) -> Encoded:
         """Run encoder, pruners, projector and layout.
 
         Args:
@@ -64,20 +75,18 @@ class ImagesMixin(nn.Module):
         for pruner in self.pruner.values():
             kept = pruner(kept)
         if self.projector is None or self.layout is None:
-            return image, kept, self.projector(kept) if self.projector is not None else None
+            return Encoded(image, kept, self.projector(kept) if self.projector is not None else None)
         ahead = getattr(self.layout, "project", None)  # what a layout does to some rows ahead of the projector
         tokens = self.projector(kept) if ahead is None else ahead(kept, self.projector, cuts)
-        return image, kept, self.layout(tokens, cuts)  # (S, C)
+        return Encoded(image, kept, self.layout(tokens, cuts))  # (S, C)
 
-    def _encoded(
-        self,
-        pixel_values: Tensor | None,
-        cuts: Sequence[Cut] | None,
-        encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None,
-    ) -> tuple[ImageFeatures | None, ImageFeatures | None, Tensor | None]:
+    def _encode(
+        self, pixel_values: Tensor | None, cuts: Sequence[Cut] | None, encoded: tuple[Any, ...] | None
+    ) -> Encoded:
+        """Encode the images of a pass, where there are any and they are not encoded yet."""
         if encoded is not None:
-            return encoded
-        return (None, None, None) if pixel_values is None else self.encode_images(pixel_values, cuts)
+            return Encoded(*encoded)
+        return Encoded() if pixel_values is None else self.encode_images(pixel_values, cuts)
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
         """Where tokens of images and videos stand: (B, T) bool."""
@@ -149,6 +158,11 @@ class ImagesMixin(nn.Module):
         """Pruners that drop tokens inside the LLM, by name."""
         return {n: p for n, p in self.pruner.items() if hasattr(p, "begin") and getattr(p, "dropper", p) is not None}
 
+    @property
+    def inside_llm(self) -> list[Any]:
+        """Parts that act inside the LLM: adapters and pruners."""
+        return [*self.adapter.values(), *self.inside_pruners.values()]
+
     def _condition(
         self,
         image: ImageFeatures | None,
@@ -200,6 +214,7 @@ class ImagesMixin(nn.Module):
             1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
         )
         _, kept, tokens = self.encode_images(pixels)
+        assert kept is not None, "images were given"
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from zoo.registry import ImageFeatures
+from zoo.registry.forward_pass import Pass
 from zoo.registry.versions import with_old_cache_name
 
 LOSS_ALONE = {"all_logits": False, "use_cache": False}  # options of a pass that nobody asks for more than a loss
@@ -28,7 +29,8 @@ class ZooOutput(ModelOutput):
         image: the encoder's features before pruning.
         image_kept: what the pruners left of them.
         image_tokens: (M, K, C) as they stand in the sequence.
-        sequence: the `LLMSequence`, as the parts inside the LLM left it.
+        passed: the pass that this is the output of: its `LLMSequence` as the parts inside the LLM left it, what they
+            kept and how they routed. `pruner.kept(out.passed)` and `adapter.usage(out.passed)` read it.
     """
 
     loss: Tensor | None = None
@@ -43,14 +45,19 @@ class ZooOutput(ModelOutput):
     image: ImageFeatures | None = None
     image_kept: ImageFeatures | None = None
     image_tokens: Tensor | None = None
-    sequence: Any = None
+    passed: Pass | None = None
+
+    @property
+    def sequence(self) -> Any:
+        """What the pass knows of the LLM's positions (`LLMSequence`); None where the LLM did not run."""
+        return None if self.passed is None else self.passed.sequence
 
     def to_tuple(self) -> tuple[Any, ...]:
         """What `return_dict=False` gives, and what an index counts: the fields of transformers' classes."""
         return tuple(self[name] for name in self if name not in _OURS)
 
 
-_OURS = frozenset({"losses", "last_hidden_state", "labels", "image", "image_kept", "image_tokens", "sequence"})
+_OURS = frozenset({"losses", "last_hidden_state", "labels", "image", "image_kept", "image_tokens", "passed"})
 
 
 @dataclass

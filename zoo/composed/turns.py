@@ -4,6 +4,7 @@ The parts that come with the zoo keep it in the pass (`zoo.registry.forward_pass
 a pruner inside the LLM that comes from elsewhere is taken to be of the other kind, unless it says `concurrent = True`.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
 from typing import Any
@@ -13,9 +14,13 @@ _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # beside the models: 
 _MAKING = RLock()
 
 
-def turn_of(model: Any) -> AbstractContextManager[Any]:
-    """Give what a pass of `model`, or a whole generation, runs within: the model's lock, or nothing."""
-    parts = [*model.adapter.values(), *model.inside_pruners.values()]
+def turn_of(model: Any, parts: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Give what a pass of `model`, or a whole generation, runs within: the model's lock, or nothing.
+
+    Args:
+        model: the lock is the model's.
+        parts: of it, that act inside the LLM.
+    """
     if all(getattr(part, "concurrent", False) for part in parts):
         return nullcontext()
     with _MAKING:

@@ -10,7 +10,7 @@ zoo inspect vision=hf llm=hf projector=mlp --image cat.jpg         parts with ra
 
 More words are options as everywhere: pruner.fastervlm.keep_ratio=0.1 goes to the pruners that it is of, and
 plugins=[./mine.py] brings one of your own. A pruner is shown through its contract alone: `keep` and `groups` of the
-features it leaves, `kept()` of what each layer of the LLM saw, `scores(image)` where it ranks tokens.
+features it leaves, `kept(passed)` of what each layer of the LLM saw in a pass, `scores(image)` where it ranks tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from torch import Tensor
 from zoo import registry
 from zoo.inspection.views import NONE, View, Xray
 from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, plugins, unknown
+from zoo.registry.forward_pass import Pass
 from zoo.text.stops import reader_for
 
 OPTIONS = ("image", "pruner", "question", "out")
@@ -150,7 +151,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     places = (inputs["input_ids"][0] == model.image_token_id).nonzero().flatten()  # (K,) in the sequence
     k = kept.tokens.shape[1]  # of the first row, the overview where there are crops: its tokens stand in front
     mixed = model.projector.num_tokens(k) != k
-    seen = _seen(model, places)
+    seen = _seen(model, places, out.passed)
     view = View(
         name=name,
         grid=tuple(model.vision.grid),
@@ -175,11 +176,11 @@ def _patches(kept: ImageFeatures, n: int) -> Tensor:
     return torch.full((n,), -1).scatter(0, kept.keep[0].cpu(), index)
 
 
-def _seen(model: Any, places: Tensor) -> list[Tensor]:
-    """For each layer of the LLM, which image tokens it saw of the last prompt: (K,) bool."""
+def _seen(model: Any, places: Tensor, passed: Pass) -> list[Tensor]:
+    """For each layer of the LLM, which image tokens it saw in a pass: (K,) bool."""
     layers = [torch.ones(len(places), dtype=torch.bool) for _ in range(model.llm.num_layers)]
     for pruner in model.pruner.values():
-        for i, columns in enumerate(pruner.kept() if hasattr(pruner, "kept") else []):
+        for i, columns in enumerate(pruner.kept(passed) if hasattr(pruner, "kept") else []):
             layers[i] &= columns[0, places].cpu()
     return layers
 

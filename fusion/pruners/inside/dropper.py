@@ -33,7 +33,7 @@ from zoo.fusion.pruners.inside.attention_tap import Attended, watch
 from zoo.fusion.pruners.inside.droppable import require_cache, require_family
 from zoo.fusion.pruners.inside.sequence import Survivors
 from zoo.registry import ZooError
-from zoo.registry.forward_pass import current
+from zoo.registry.forward_pass import Pass, current
 from zoo.registry.versions import cache_in
 
 
@@ -63,6 +63,13 @@ class Run:
         self.masks.clear()
         self.rotary.clear()
 
+    def kept(self) -> list[Tensor]:
+        """Say which columns each layer saw of the prompt: (B, T) bool for each layer."""
+        self.settle()
+        shape = len(self.layers[0].seen), self.total
+        seen = [x.column.new_zeros(shape).scatter(1, x.column, x.seen.long()) for x in self.layers]
+        return [x.bool() for x in seen]
+
 
 class Dropper:
     """Hooks on a decoder.
@@ -88,7 +95,6 @@ class Dropper:
         self.llm, self.who, self.after, self.hide = llm, who, frozenset(after), hide
         self.budget, self.score = budget, score
         self.config = llm.lm.config.get_text_config()
-        self.last: Run | None = None  # of the last prompt, for reports; nothing is computed from it
         self._undo: list[Callable[[], None]] = []
         require_family(who, llm.lm)
         if outside := sorted(x for x in self.after if not 0 <= x < llm.num_layers - 1):
@@ -119,7 +125,6 @@ class Dropper:
         """Leave the LLM as it was."""
         while self._undo:
             self._undo.pop()()
-        self.last = None
 
     def check(self, sequence: Any) -> None:
         """Refuse a pass over `sequence` (`zoo.composed.outputs.LLMSequence`) that cannot be made shorter."""
@@ -139,16 +144,6 @@ class Dropper:
         training = self.llm.training and torch.is_grad_enabled()
         if training and getattr(self.llm, "router_aux_coef", 0):
             raise ZooError(f"{self.who} shortens layers, which router_aux_coef does not know: set it to 0.")
-
-    def kept(self) -> list[Tensor]:
-        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
-        if self.last is None:
-            return []
-        self.last.settle()
-        b = len(self.last.layers[0].seen)
-        shape = b, self.last.total
-        seen = [x.column.new_zeros(shape).scatter(1, x.column, x.seen.long()) for x in self.last.layers]
-        return [x.bool() for x in seen]
 
     def _score(self, number: int, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
         """Score what layer `number` attends to, once for each prompt; recomputation in backward is no pass."""
@@ -216,7 +211,6 @@ class Dropper:
             run = self._prompt(hidden, sequence)
             if run is not None and cache is not None:
                 require_cache(self.who, cache)
-            self.last = run
         if cache is not None:
             cache.zoo_dropping = run
         if now is not None:
@@ -362,9 +356,9 @@ class DropsInside:
         if self.dropper is not None:
             self.dropper.check(sequence)
 
-    def kept(self) -> list[Tensor]:
-        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
-        return self.dropper.kept() if self.dropper is not None else []
+    def kept(self, passed: Pass) -> list[Tensor]:
+        """Say which columns each layer saw of the prompt of a pass: (B, T) bool for each layer; empty: it had none."""
+        return [] if passed.dropped is None else passed.dropped.kept()
 
 
 def _rows(table: Tensor, column: Tensor) -> Tensor:
