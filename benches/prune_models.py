@@ -177,11 +177,12 @@ def named_model(name: str, pruner: str, node: Mapping[str, Any] | None) -> tuple
     """Load a saved model with a pruner; returns its processor and the config of its evaluation too."""
     from zoo.loading.build import build
     from zoo.settings.schema import compose
+    from zoo.settings.source import source_of
 
     words = [f"model={name}", f"pruner={pruner}"]
     words += [f"pruner.{pruner}.{key}={value}" for key, value in (node or {}).items()]
     config = compose("eval", words)
-    model, processor = build(config)
+    model, processor = build(source_of(config))
     return model, processor, config
 
 

@@ -22,6 +22,7 @@ from zoo.runs.batches import Batches
 from zoo.runs.order import Mix, Place
 from zoo.runs.processes import start_accelerator
 from zoo.settings.schema import compose
+from zoo.settings.source import source_of
 from zoo.settings.stage import Stage
 from zoo.tasks.yes_no import yes_or_no
 from zoo.teaching.teacher import Teacher, Twins
@@ -92,7 +93,7 @@ class Trainer:
         torch.manual_seed(self.seed)
         if pretrained:
             return load(name, *words, device="cpu")
-        return build(compose("load", [f"model={name}", *words]), pretrained=False, device="cpu")
+        return build(source_of(compose("load", [f"model={name}", *words]), pretrained=False), device="cpu")
 
     def __call__(self, arms: Sequence[Arm], data: Any, steps: int, order: int = 0, **fields: Any) -> None:
         """Run a stage on one data set for every arm; their seconds count on.

@@ -19,6 +19,7 @@ from zoo.registry.options import MISSING, Option, options_of
 from zoo.registry.table import (
     Entry,
     build,
+    completed,
     config_of,
     declare,
     entries,
@@ -62,6 +63,7 @@ __all__ = [
     "Score",
     "ZooError",
     "build",
+    "completed",
     "config_of",
     "declare",
     "entries",

@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
 from zoo.registry.options import Option, line_in, options_in, options_of, summary_of
@@ -218,33 +219,58 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     return entry, typed
 
 
+def completed(kind: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a node with all options of its component as plain values, checked as `config_of` does."""
+    entry, _ = config_of(kind, node)
+    return converted(entry.node, node)
+
+
 _converted: dict[tuple[type, str], dict[str, Any]] = {}  # schema, plain values as text -> values of the right types
 
 
-def _typed(schema: type, plain: Mapping[str, Any]) -> Any:
-    """Make the dataclass of plain values, as OmegaConf converts them.
+def converted(schema: type, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass as OmegaConf converts plain values to their types, as plain values again.
 
     Converting takes milliseconds, and loading a model asks some twenty times for the same few nodes, so what came out
-    is kept. The dataclass is made anew each time: what its `__post_init__` looks at may have changed.
+    is kept, by the content.
     """
     from omegaconf import OmegaConf
 
     key = (schema, repr(plain)) if _is_plain(plain) else None
-    if key is not None and key in _converted:
-        return schema(**{name: _copied(value) for name, value in _converted[key].items()})
-    merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
-    missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]
-    if missing:
-        raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
-    typed = OmegaConf.to_object(merged)
-    if key is not None and all(f.init for f in fields(schema)):
-        held = {f.name: merged[f.name] for f in fields(schema)}
-        values = {name: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for name, v in held.items()}
-        if _is_plain(values):
-            if len(_converted) >= 1024:
-                _converted.clear()
-            _converted[key] = values
-    return typed
+    if key is None or key not in _converted:
+        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]
+        if missing:
+            raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
+        found: Any = OmegaConf.to_container(merged, resolve=True)
+        if key is None:
+            return found
+        if len(_converted) >= 1024:
+            _converted.clear()
+        _converted[key] = found
+    return _copied(_converted[key])
+
+
+def _typed(schema: type, plain: Mapping[str, Any]) -> Any:
+    """Make the dataclass of plain values. What its `__post_init__` looks at may have changed, so that is never kept."""
+    from omegaconf import OmegaConf
+
+    values = converted(schema, plain)
+    if _is_plain(values) and not _nested(schema) and all(f.init for f in fields(schema)):
+        return schema(**values)
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+
+
+@lru_cache(maxsize=512)
+def _nested(schema: type) -> bool:
+    """Whether a field of a dataclass, or what it holds, is a dataclass itself."""
+    rest: list[Any] = list(get_type_hints(schema).values())
+    while rest:
+        hint = rest.pop()
+        if isinstance(hint, type) and is_dataclass(hint):
+            return True
+        rest += get_args(hint)
+    return False
 
 
 def _is_plain(value: Any) -> bool:

@@ -43,12 +43,7 @@ COMPONENTS = ("vision", "fusion", "distill", "zoo/data", "zoo/tasks")
 TOP_LEVEL = ("registry", "vision", "fusion", "distill", "benches", "claims")
 AT_THE_TOP = {"zoo/autoclasses.py", "zoo/model_config.py", "zoo/moved.py"}  # on the ground: all floors may import them
 # Imports that go up, each with its reason.
-EXCEPTIONS = {
-    (
-        "zoo/published/base.py",
-        "zoo.composed.assembly",
-    ): "how large the parts are, before files are read",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 BACKENDS = {"transformers", "timm", "open_clip", "torchvision", "peft", "accelerate", "datasets"}
 HEAVY = {"torch", *BACKENDS}
 

@@ -1,6 +1,7 @@
 """Models by name, folder and parts: what loads, what is refused, and with which words."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -88,8 +89,7 @@ def test_another_part_without_weights_is_named(saved):
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(saved, monkeypatch):
     _, _, folder = saved
-    monkeypatch.setattr("zoo.loading.build.read_weights", lambda *a, **k: pytest.fail("weights were read"))
-    monkeypatch.setattr("zoo.loading.build.ZooModel", lambda *a, **k: pytest.fail("the model was built"))
+    monkeypatch.setattr("zoo.loading.build.load_model", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(ZooError, match=r"pruner 'pool' needs grid(.|\n)*fix 1: pruner=\[pool,random\]"):
         zoo.load(f"dir:{folder}", "pruner=[random,pool]")
 
@@ -131,15 +131,12 @@ def test_a_hostile_config_does_nothing(saved, tmp_path):
 
 
 def test_weights_of_another_hash_are_refused(saved, tmp_path):
-    from omegaconf import OmegaConf
-
-    from zoo.settings.source import weights_folder
+    from zoo.settings.source import Source
 
     model, _, folder = saved
-    source = {"source": "dir", "repository": "", "revision": ""}
 
     def found(folder, *stated):
-        return weights_folder(OmegaConf.create({"model": {**source, "name": str(folder), "sha256": " ".join(stated)}}))
+        return Source(str(folder), "dir", {}, {}, sha256=" ".join(stated)).folder
 
     good = sha256_of(folder / "model.safetensors")
     assert found(folder, good) == folder
@@ -169,3 +166,39 @@ def test_the_auto_classes_know_us_after_import_zoo(saved):
 def test_a_folder_that_is_not_there_is_said_so(name):
     with pytest.raises(ZooError, match="there is no such folder"):
         zoo.compose("vision=timm", "projector=mlp", "llm=hf", f"llm.checkpoint={name}", texts=["a"])
+
+
+@pytest.mark.parametrize("kind", ["saved", "run", "pruned", "published"])
+def test_a_folder_by_itself_says_what_composing_makes_of_it(saved, tmp_path, kind):
+    """`zoo.load(folder)` reads the folder's config without Hydra; what a person adds is composed on the same."""
+    from tests import published_builders
+    from zoo.settings import source as sources
+    from zoo.settings.overrides import quoted
+    from zoo.settings.schema import compose
+
+    folder = tmp_path / "model"
+    if kind == "published":
+        published_builders.llava(folder)
+    else:
+        shutil.copytree(saved[2], folder)
+        config = json.loads((folder / "config.json").read_text())
+        if kind == "run":
+            config["data"] = {"scenes": {"name": "scenes", "split": "eval"}}
+            config["task"] = {"exact": {"name": "exact"}}
+        if kind == "pruned":
+            config["slots"]["pruner"] = {"mine": {"name": "random", "keep_ratio": 1}, "pool": {"name": "pool"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    name = f"dir:{tmp_path if kind == 'run' else folder}"
+    alone, composed = sources._in_folder(name), sources.source_of(compose("load", [f"model={quoted(name)}"]))
+    assert alone is not None
+    known = {key: [repr(vars(s)[key]) for s in (alone, composed)] for key in vars(composed)}
+    assert all(a == b for a, b in known.values()), known
+    assert alone.folder == composed.folder == folder
+    content = json.loads((folder / "config.json").read_text())  # and what the folder says now, not what it said
+    key = "slots" if kind != "published" else "text_config"
+    (content[key]["llm"] if key == "slots" else content[key])["no_such_option"] = 1
+    (folder / "config.json").write_text(json.dumps(content))
+    if key == "slots":
+        assert sources._in_folder(name) is None
+        with pytest.raises(ZooError, match="no_such_option"):
+            zoo.load(name)

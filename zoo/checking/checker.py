@@ -59,6 +59,7 @@ class Walk:
     stages: list[Stagecheck] = field(default_factory=list)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)  # what fits, and may not be what a person expects
+    parts: Parts | None = None  # that were walked, on the meta device
 
 
 class RefusedError(ZooError):
@@ -139,6 +140,7 @@ def _walk(plan: Plan) -> Walk:
             f"{size_text(largest.bytes)}B: more than any machine holds. One of its sizes is wrong."
         )
     walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
+    walk.parts = parts
     walk.notes = [note for adapter in parts.adapter.values() for note in getattr(adapter, "notes", ())]
     for name, stage in plan.stages.items():
         walk.stages.append(check_stage(name, stage, model, plan, weights))

@@ -2,16 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from zoo.published import is_published
-from zoo.published.base import read_content
-from zoo.settings import schema as configs
-from zoo.settings.overrides import quoted
 from zoo.settings.schema import Typed
-from zoo.settings.source import slots_of
+from zoo.settings.source import Source, source_named, source_of
 
 
 @dataclass
@@ -35,43 +29,33 @@ class Plan:
     typed: Typed | None = None  # the words that it was composed from; fixes are tried as they would be typed
 
 
-def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
-    """Return what the check looks at in a composed config; with the tokenizer, where it is there already."""
-    from omegaconf import OmegaConf
-
-    slots = slots_of(cfg)
-    source, vocab_size = None, None if tokenizer is None else len(tokenizer)
-    if vocab_size is None:
-        folder = Path(cfg.model.name)
-        saved = cfg.model.source == "dir" and (folder / "tokenizer_config.json").is_file()
-        saved = saved and not is_published(read_content(folder))
-        source = cfg.model.name if saved else cfg.tokenizer.checkpoint or slots["llm"].get("checkpoint") or None
-        vocab_size = None if source else cfg.tokenizer.vocab_size
+def plan_for(source: Source, tokenizer: Any = None) -> Plan:
+    """Return what the check looks at in a source; with the tokenizer, where it is there already."""
+    place = source.tokenizer_source if tokenizer is None else None
+    vocab_size = len(tokenizer) if tokenizer is not None else None if place else source.tokenizer["vocab_size"]
     return Plan(
-        slots=slots,
+        slots=source.slots,
         vocab_size=vocab_size,
-        tokenizer=source,
-        template=cfg.tokenizer.chat_template,
-        stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
-        data=tuple(cfg.data),
-        attention=cfg.attention,
-        precision=cfg.precision,
-        device=cfg.device,
+        tokenizer=place,
+        template=source.tokenizer["chat_template"],
+        stages=source.stages,
+        data=tuple(source.data),
+        attention=source.attention,
+        precision=source.precision,
+        device=source.device,
         made=tokenizer,
-        origin="" if cfg.model.source == "preset" else cfg.model.name,
-        trained=cfg.model.source != "preset" or (not cfg.stages and _has_card_weights(cfg)),
-        typed=configs.typed_of(cfg),
-        splits={str(name): str(node.get("split", "train") or "train") for name, node in cfg.data.items()},
+        origin="" if source.kind == "preset" else source.name,
+        trained=source.is_trained,
+        splits=source.data,
+        typed=source.typed,
     )
 
 
-def _has_card_weights(cfg: Any) -> bool:
-    """Whether a preset comes with trained weights, here or on the hub."""
-    if cfg.model.repository:
-        return True
-    return (files("zoo.model_cards") / (cfg.model.name or "_")).joinpath("config.json").is_file()
+def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
+    """Return the plan of a composed config; one with stages trains, so a preset in it starts from its parts."""
+    return plan_for(source_of(cfg, pretrained=not cfg.stages), tokenizer)
 
 
 def plan_of(name: str, *overrides: str) -> Plan:
     """Return the plan of a model by name, for `zoo.check(name, ...)`."""
-    return plan_from(configs.compose("load", [f"model={quoted(name)}", *overrides]))
+    return plan_for(source_named(name, *overrides))

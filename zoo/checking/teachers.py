@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 
-from zoo.checking.plan import plan_from
+from zoo.checking.plan import plan_for
 from zoo.composed.assembly import Parts, assemble
 from zoo.registry import ImageFeatures, ZooError, config_of
-from zoo.settings import schema as configs
-from zoo.settings.overrides import quoted
-from zoo.settings.source import tokenizer_at
+from zoo.settings.source import source_named, tokenizer_at
 from zoo.teaching.teacher_store import read_about
 from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
 
@@ -60,10 +58,9 @@ def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) 
 @lru_cache(maxsize=4)
 def _teacher(name: str, options: tuple[str, ...]) -> tuple[Any, Any]:
     """The plan of a teacher by name, and its tokenizer; the search for fixes asks again and again."""
-    cfg = configs.compose("load", [f"model={quoted(name)}", *options])
-    template = cfg.tokenizer.chat_template
-    found = tokenizer_at(f"{OF_MODEL}{name}", template)
-    return plan_from(cfg), set_template_options(found, cfg.tokenizer.template_options)
+    source = source_named(name, *options)
+    found = tokenizer_at(f"{OF_MODEL}{name}", source.tokenizer["chat_template"])
+    return plan_for(source), set_template_options(found, source.tokenizer["template_options"])
 
 
 @lru_cache(maxsize=4)

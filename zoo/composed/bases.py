@@ -198,9 +198,10 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
     for key, before in (model.config.base or {}).items():
         if before.get("whole"):
             bases.record[key], bases.given[key] = dict(before), frozenset()
-    if published is not None and published.record:
-        bases.record[WHOLE] = published.record
-        bases.folder, bases.dtype, bases.bits = published.folder, published.dtype, published.bits
+    if published is not None and published.checkpoint.record:
+        found, held = published.checkpoint, published.placement
+        bases.record[WHOLE] = found.record
+        bases.folder, bases.dtype, bases.bits = found.folder, held.dtype, held.bits
         bases.stored = published.tensors  # by the names of the parts' modules
         read = published.filled.tensors if published.filled is not None else {}
         bases.given[WHOLE] = frozenset(n for n, t in model.state_dict(keep_vars=True).items() if id(t) in read)

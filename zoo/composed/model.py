@@ -16,14 +16,16 @@ from zoo.composed.assembly import Parts, assemble
 from zoo.composed.bases import Bases, as_whole, bases_of
 from zoo.composed.forward import ForwardMixin
 from zoo.composed.generate import GenerateMixin
-from zoo.composed.keywords import put, require_save, split_load
+from zoo.composed.keywords import require_save, split_load
 from zoo.composed.language_model import LanguageModelMixin
+from zoo.composed.loader import load_model, reader_for
 from zoo.composed.slots import slots_now, without_checkpoint
 from zoo.composed.trainable import PartsMixin
 from zoo.fusion.llm.attention import resolve_attention
 from zoo.model_config import ZooConfig
+from zoo.published.checkpoint import base_at
 from zoo.registry import ZooError, refuse_code
-from zoo.storage.weights import library_versions, local_folder, read_weights, state_of, write_weights
+from zoo.storage.weights import library_versions, local_folder, state_of, write_weights
 from zoo.text.stops import stated_config
 
 
@@ -52,16 +54,13 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         Args:
             config: what it is made of.
             parts: built already.
-            base: weights that are read into the parts while they are built (see `zoo.published.base`); found by what
+            base: weights that are read into the parts while they are built (see `zoo.published.reader`); found by what
                 the config says of them where absent.
         """
         super().__init__(config)
         built = parts is None
         if parts is None:
-            if base is None:
-                from zoo.published.base import base_for
-
-                base = base_for(config, None)
+            base = base if base is not None else reader_for(config, None)
             parts = assemble(config.slots or {}, vocab_size=config.text_vocab_size, fill=base)
         self.steps = parts.steps
         self.num_image_tokens = parts.num_image_tokens
@@ -187,8 +186,6 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         Raises:
             ZooError: a keyword that is not known or not done; the weights do not fit.
         """
-        from zoo.published.base import base_at, base_for, placed
-
         if model_args:
             raise ZooError("from_pretrained takes one argument without a name: the folder, or the repository.")
         fields, hub = split_load(kwargs, config or ZooConfig())
@@ -197,17 +194,13 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         for name, value in fields.items():
             setattr(config, name, value)
         refuse_code(config.slots, f"{folder}/config.json")
-        saved_base = config.base = base_at(config.base, str(base or ""))
+        config.base = base_at(config.base, str(base or ""))
         dtype = dtype if dtype is not None else torch_dtype
-        source = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map)
-        model = cls(config, base=source)
+        model, missing = load_model(
+            cls, config, folder, fresh=fresh, dtype=dtype, device_map=device_map, state_dict=state_dict
+        )
         model.name_or_path = str(folder)
-        model.bases.require_same(saved_base)
-        missing = set(read_weights(model, folder, fresh=fresh, done=source.read_here if source else None))
-        if state_dict is not None:
-            missing -= put(model, state_dict, "state_dict")
         model.generation_config = stated_config(model, folder)  # what ends answers
-        model = placed(model, device_map, dtype, source).eval()
         if attn_implementation is not None:
             model.set_attention(attn_implementation)
         if output_loading_info:  # what else transformers lists was an error above

@@ -36,6 +36,7 @@ TRAIN_SAMPLES = 2000  # samples of the training split in which the majority coun
 def main(cfg: DictConfig) -> EvalResult:
     """Score the model that the config names on its data; print the table, write scores and predictions."""
     from zoo.loading.build import build as build_model
+    from zoo.settings.source import source_of
 
     accelerator = start_accelerator(cfg.device)
     data = RunData(cfg.data, skip_broken=cfg.skip_broken)
@@ -44,7 +45,7 @@ def main(cfg: DictConfig) -> EvalResult:
         raise ZooError("There is no data to evaluate on. Choose some with data=[...].")
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
     require_dialogs(datasets, tasks, cfg.limit)
-    model, processor = build_model(cfg, device=accelerator.device)
+    model, processor = build_model(source_of(cfg), device=accelerator.device)
     began = time.monotonic()
     result = evaluate(
         model,

@@ -1,6 +1,7 @@
 """Models by name, by folder, from the hub, or composed from parts; each with the processor that fits it.
 
-The order is always the same: compose the config, check it on the meta device, then read weights.
+The order is always the same: a source (`zoo.settings.source`), its plan, the check on the meta device, then weights
+(`zoo.composed.loader`), and the processor that fits the parts.
 """
 
 import warnings
@@ -11,29 +12,22 @@ from typing import Any
 import torch
 
 from zoo.checking.checker import check
-from zoo.checking.plan import plan_from
+from zoo.checking.plan import plan_for
 from zoo.composed.assembly import assemble
+from zoo.composed.loader import load_model
 from zoo.composed.model import ZooModel
 from zoo.composed.quantized import quantize
 from zoo.model_config import ZooConfig
-from zoo.published import is_published
-from zoo.published.base import base_at, base_for, placed, read_content, require_same
+from zoo.published.checkpoint import base_at
 from zoo.published.composed import VIDEO, cut_by, tokens_for
+from zoo.published.folder import read_content, require_same
 from zoo.published.text import pictures_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
 from zoo.settings import schema as configs
-from zoo.settings.model_names import fetch_config
-from zoo.settings.overrides import quoted
-from zoo.settings.source import plain, slots_of, tokenizer_for, weights_folder
-from zoo.storage.weights import read_weights
+from zoo.settings.source import Source, source_named, source_of
 from zoo.text.processor import ZooProcessor
 from zoo.text.stops import end_tokens, keep_shared, set_stops, stated_config
-from zoo.text.tokenizer import (
-    CHAT_TEMPLATES,
-    add_special,
-    image_separator,
-    set_template_options,
-)
+from zoo.text.tokenizer import CHAT_TEMPLATES, image_separator
 
 
 def load(
@@ -67,11 +61,10 @@ def load(
     Example:
         >>> model, processor = zoo.load("scenes_tiny")
     """
-    fetch_config(name)
-    cfg = configs.compose("load", [f"model={quoted(name)}", *overrides])
+    source = source_named(name, *overrides)
     if (chosen := attention or attn_implementation) is not None:
-        cfg.attention = chosen
-    return build(cfg, device=device, dtype=dtype, device_map=device_map, bits=bits, fresh=fresh)
+        source.attention = chosen
+    return build(source, device=device, dtype=dtype, device_map=device_map, bits=bits, fresh=fresh)
 
 
 def compose(*overrides: str, texts: Iterable[str] = ()) -> tuple[ZooModel, ZooProcessor]:
@@ -84,81 +77,80 @@ def compose(*overrides: str, texts: Iterable[str] = ()) -> tuple[ZooModel, ZooPr
     Example:
         >>> model, processor = zoo.compose("vision=timm", "projector=mlp", "llm=hf", texts=["a red circle"])
     """
-    return build(configs.compose("load", list(overrides)), texts=texts, pretrained=False)
+    return build(source_of(configs.compose("load", list(overrides)), pretrained=False), texts=texts)
 
 
 def build(
-    cfg: Any,
+    source: Source,
     *,
     texts: Iterable[str] = (),
     tokenizer_folder: Path | None = None,
-    pretrained: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     bits: int = 0,
     fresh: Iterable[str] = (),
 ) -> tuple[ZooModel, ZooProcessor]:
-    """Build the model and processor of a composed config.
+    """Check what a source says, and build its model and processor.
 
     Args:
-        cfg: from `zoo.settings.schema.compose`.
+        source: from `zoo.settings.source`.
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
         tokenizer_folder: where the tokenizer is of a model that starts from its parts.
-        pretrained: load the trained weights of a preset that has some; False starts a preset from its parts. A model
-            that was given as a folder or a hub repository always brings its weights.
         device, dtype, device_map, bits, fresh: see `load`.
     """
-    folder = weights_folder(cfg) if pretrained or cfg.model.source != "preset" else None
-    slots = slots_of(cfg)
-    published = folder is not None and is_published(read_content(folder))
-    if folder is not None and published:
-        require_same(slots, folder, fresh)
-    tokenizer = tokenizer_for(cfg, folder, texts, tokenizer_folder)
-    set_template_options(tokenizer, cfg.tokenizer.template_options)
-    if folder is None:
-        add_special(tokenizer, tokens_for(slots["layout"]))
-    plan = plan_from(cfg, tokenizer)
+    folder = source.folder
+    if folder is not None and source.published:
+        require_same(source.slots, folder, fresh)
+    tokenizer = source.make_tokenizer(texts, tokenizer_folder)
+    plan = plan_for(source, tokenizer)
     plan.trained = folder is not None
-    plan.splits = None if pretrained else plan.splits  # what is only to be scored needs no data to train on
-    for note in check(plan).notes:
+    plan.splits = None if source.pretrained else plan.splits  # what is only to be scored needs no data to train on
+    walk = check(plan)
+    for note in walk.notes:
         warnings.warn(note, stacklevel=2)
-    special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = ZooConfig(
-        slots=slots,
-        tokenizer=plain(cfg.tokenizer),
-        plugins=sorted({*cfg.plugins, *plugins.loaded()}),
-        image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
-        text_vocab_size=len(tokenizer),
-        attention=cfg.attention,
-        **special,
+    target = device or (source.device if source.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    model, _ = load_model(
+        ZooModel,
+        _config(source, tokenizer),
+        folder,
+        fresh=fresh if folder is None or source.published else {*fresh, "adapter"},  # an override may have added it
+        dtype=dtype,
+        device_map=target if device_map is None else device_map,
+        bits=bits,
+        walked=walk.parts,
     )
-    target = device or (cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    target = device_map if device_map is not None else target
-    if folder is not None:
-        before = None if published else ZooConfig.read(folder)
-        saved = before.base if before else None
-        config.video_token_id = before.video_token_id if before else video_token_id_in(folder)
-        source = {"checkpoint": cfg.model.repository or cfg.model.name, "revision": cfg.model.revision}
-        config.base = {"model": source} if published else base_at(saved, cfg.model.base)
-    elif VIDEO in tokens_for(slots["layout"]):
-        config.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO)
-    base = base_for(config, folder, fresh=fresh, dtype=dtype, device_map=target, bits=bits)
-    model = ZooModel(config, base=base)
     if len(tokenizer) > model.llm.vocab_size:
         raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
-    if folder is not None and not published:
-        model.bases.require_same(saved)
-        started = read_weights(model, folder, fresh={*fresh, "adapter"}, done=base.read_here if base else None)
-        model.fresh_parts = sorted({model.part_of(n) for n in started})
-    elif base is not None and base.filled is not None:
-        model.fresh_parts = sorted({n.partition(".")[0] for n in base.filled.missing})
-    model = placed(model, target, None if bits else dtype, base)
-    model.set_attention(cfg.attention)
-    processor, generation = _processor(cfg, model, tokenizer, folder)
+    model.set_attention(source.attention)  # on the device where it is now
+    processor, generation = _processor(source, model, tokenizer)
     model.__dict__["processor"] = processor  # for `model.chat`
     set_stops(model, processor, generation)
-    return model.eval(), processor
+    return model, processor
+
+
+def _config(source: Source, tokenizer: Any) -> ZooConfig:
+    """The config of the model, with the checkpoint that it is on."""
+    special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = ZooConfig(
+        slots=source.slots,
+        tokenizer=source.tokenizer,
+        plugins=sorted({*source.plugins, *plugins.loaded()}),
+        image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+        text_vocab_size=len(tokenizer),
+        attention=source.attention,
+        **special,
+    )
+    if source.folder is None:
+        if VIDEO in tokens_for(source.slots["layout"]):
+            config.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO)
+    elif source.published:
+        config.video_token_id = video_token_id_in(source.folder)
+        config.base = {"model": {"checkpoint": source.repository or source.name, "revision": source.revision}}
+    else:
+        before = ZooConfig.read(source.folder)
+        config.video_token_id, config.base = before.video_token_id, base_at(before.base, source.base)
+    return config
 
 
 def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, int | None]:
@@ -168,30 +160,26 @@ def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, 
         cfg: from `zoo.settings.schema.compose`.
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
     """
-    folder, slots = weights_folder(cfg), slots_of(cfg)
-    tokenizer = tokenizer_for(cfg, folder, texts)
-    set_template_options(tokenizer, cfg.tokenizer.template_options)
-    if folder is None:
-        add_special(tokenizer, tokens_for(slots["layout"]))
+    source = source_of(cfg)
+    tokenizer = source.make_tokenizer(texts)
     with torch.device("meta"):
-        model = ZooModel(ZooConfig(slots=slots, attention="eager"), parts=assemble(slots, vocab_size=len(tokenizer)))
-    return _processor(cfg, model, tokenizer, folder)[0], model.llm.max_positions
+        parts = assemble(source.slots, vocab_size=len(tokenizer))
+        model = ZooModel(ZooConfig(slots=source.slots, attention="eager"), parts=parts)
+    return _processor(source, model, tokenizer)[0], model.llm.max_positions
 
 
-def _processor(cfg: Any, model: ZooModel, tokenizer: Any, folder: Path | None) -> tuple[ZooProcessor, Any]:
-    """The processor of a model that starts from `folder` or from its parts, and the generation config stated there."""
-    slots = model.config.slots or {}
+def _processor(source: Source, model: ZooModel, tokenizer: Any) -> tuple[ZooProcessor, Any]:
+    """The processor of a model, and the generation config stated beside its weights."""
+    folder, slots = source.folder, source.slots
     if folder is None:
         stated: dict[str, Any] = {"pictures": cut_by(slots["layout"], model.vision.transform if model.vision else None)}
-    elif is_published(read_content(folder)):
-        stated = published_options(folder, tokenizer)
     else:
-        stated = saved_options(folder)
+        stated = published_options(folder, tokenizer) if source.published else saved_options(folder)
     generation = stated_config(model, folder)
     if folder is None:
-        keep_shared(generation, tokenizer, slots["llm"] or {}, cfg.tokenizer.checkpoint)
+        keep_shared(generation, tokenizer, slots["llm"] or {}, source.tokenizer["checkpoint"])
     stated["end_tokens"] = end_tokens(generation, tokenizer)
-    return processor_for(model, tokenizer, cfg.tokenizer.chat_template, **stated), generation
+    return processor_for(model, tokenizer, source.tokenizer["chat_template"], **stated), generation
 
 
 def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated: Any) -> ZooProcessor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zoo.published import family_named
-from zoo.published.base import base_from
+from zoo.published.checkpoint import checkpoint_from
 from zoo.published.encoders import Encoder, encoder_of
 from zoo.published.family import SPARE, Family
 from zoo.published.file_names import Held, as_decoder, as_files, as_modules, head_name
@@ -259,7 +259,7 @@ def _spare(record: Mapping[str, Any] | None, known: Family, config: Any) -> Held
 def _files_of(record: Mapping[str, Any] | None) -> Held:
     """The tensors of the published checkpoint that a model came from; none where it is out of reach."""
     try:
-        return base_from(record).tensors if record else {}
+        return checkpoint_from(record).tensors if record else {}
     except (ZooError, OSError):
         return {}
 

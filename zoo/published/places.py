@@ -6,7 +6,7 @@ states at each border.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from zoo.registry import ImageFeatures, ZooError, unknown
+from zoo.storage.precision import cast_parameters, dtype_of
 
 _UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # what is not cut in two by `spread`
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights go, and as what.
+
+    Attributes:
+        fresh: parts that may start without weights.
+        device, places: where weights go; `places` has prefixes of names and wins.
+        dtype: of the parameters; None keeps that of the files.
+        bits: 8 or 4 of the language model's layers (see `zoo.published.bits`); 0: all of them.
+    """
+
+    fresh: frozenset[str] = frozenset()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    places: Mapping[str, torch.device] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    bits: int = 0
+
+    def of(self, name: str) -> torch.device:
+        """The device of a weight."""
+        if self.bits and name.partition(".")[0] == "llm":
+            return torch.device("cpu")  # made small on its way to the device
+        return place_of(name, self.places, self.device)
 
 
 def places_of(device_map: Mapping[str, Any]) -> dict[str, torch.device]:
@@ -110,3 +135,49 @@ def _moved(value: Any, device: torch.device) -> Any:
         moved: dict[str, Any] = {name: v.to(device) for name, v in known.items() if isinstance(v, Tensor)}
         return replace(value, **moved)
     return value
+
+
+def devices_of(device_map: Any, sizes: Mapping[str, int] | None = None) -> tuple[torch.device, dict[str, torch.device]]:
+    """The device of a model, or of what a map does not name, and the map; `auto` is the accelerators that are there.
+
+    Args:
+        device_map: a device, `auto`, or a dict from prefixes of names to devices; None: the CPU.
+        sizes: bytes of each weight, which `auto` shares out where there are several accelerators.
+    """
+    if isinstance(device_map, Mapping):
+        places = places_of(device_map)
+        rest = [d for d in places.values() if d.type != "cpu"] or list(places.values())
+        return places.get("", rest[0]), places
+    if device_map == "auto":
+        count = torch.cuda.device_count()
+        if count > 1 and sizes:
+            places = spread(sizes, [torch.device("cuda", i) for i in range(count)])
+            return torch.device("cuda", 0), places
+        return torch.device("cuda" if count else "cpu"), {}
+    try:
+        return torch.device("cpu" if device_map is None else device_map), {}
+    except (RuntimeError, TypeError) as error:
+        raise ZooError(f"device_map must be auto, a device or a dict, got {device_map!r}.") from error
+
+
+def placed(model: Any, device_map: Any, dtype: Any, placement: Placement | None = None) -> Any:
+    """Bring a model to its devices and data type; what enters a module follows to several devices.
+
+    Args:
+        model: composed; what was read to its place already stays there.
+        device_map: see `devices_of`; None leaves the model where it is.
+        dtype: of the parameters; None or `auto` keeps what they are.
+        placement: what a checkpoint was read by, which has the device map shared out already.
+    """
+    wanted = dtype_of(dtype)
+    if wanted is not None:
+        cast_parameters(model, wanted)
+    if device_map is None:
+        return model
+    device, places = (placement.device, placement.places) if placement is not None else devices_of(device_map)
+    require_names(device_map if isinstance(device_map, Mapping) else {}, model)
+    if len({device, *places.values()}) > 1:
+        settle(model, places, device)
+    else:
+        torch.nn.Module.to(model, device=device)
+    return model

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.published import family_of
-from zoo.published.base import pixels_of, read_content
+from zoo.published.folder import pixels_of, read_content
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_text
 from zoo.text.tokenizer import fit_tokenizer

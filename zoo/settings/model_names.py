@@ -75,19 +75,26 @@ def from_folder(
     folder: Path, asked: str, config_dir: str | Path | None = None, data: Collection[Any] = ()
 ) -> tuple[str, dict[str, str]]:
     """Make a preset of the model saved in `folder`, or in its subfolder `model` where `folder` is a run."""
+    place, content = content_of(folder, asked)
+    anew = {name for name in data if name in presets.preset_files("data", config_dir)}
+    if isinstance(stated := content.get("data"), Mapping):
+        content["data"] = {key: _name_alone(node) if key in anew else node for key, node in stated.items()}
+    return store_preset(content, asked, config_dir), {"name": str(place), "source": "dir"}
+
+
+def content_of(folder: Path, asked: str) -> tuple[Path, dict[str, Any]]:
+    """Return where the model in a folder lies, and what its config says: itself, or `model` in the folder of a run.
+
+    Raises:
+        ZooError: there is none.
+    """
     for place in (folder, folder / "model"):
         if _is_zoo_model(place / "config.json"):
             content = read_json(place / "config.json")
             content = {k: v for k, v in content.items() if v is not None}
-            content = {**_data_of_run(place.parent), **content}
-            anew = {name for name in data if name in presets.preset_files("data", config_dir)}
-            if isinstance(stated := content.get("data"), Mapping):
-                content["data"] = {key: _name_alone(node) if key in anew else node for key, node in stated.items()}
-            name = store_preset(content, asked, config_dir)
-            return name, {"name": str(place), "source": "dir"}
+            return place, {**_data_of_run(place.parent), **content}
     if is_published(_content(folder / "config.json")):
-        name = store_preset(published_content(folder), asked, config_dir)
-        return name, {"name": str(folder), "source": "dir"}
+        return folder, published_content(folder)
     if not folder.is_dir():
         near = nearest(folder.name, [p.name for p in folder.parent.glob("*")]) if folder.parent.is_dir() else []
         hint = f" Did you mean 'dir:{folder.parent / near[0]}'?" if near else ""
@@ -148,7 +155,7 @@ def from_hub(repository: str, revision: str = "", config_dir: str | Path | None 
 
 def published_content(folder: Path) -> dict[str, Any]:
     """What a folder in a published layout says, as the config of a saved model would."""
-    from zoo.published.base import slots_in
+    from zoo.published.folder import slots_in
 
     return {"slots": {"pruner": {}, "adapter": {}, "layout": None, **slots_in(folder)}}
 
@@ -197,8 +204,12 @@ def _content(file: Path) -> Any:
         return None
 
 
-def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path | None = None) -> str:
-    """Check what a saved config says and store it as a preset; its private name is returned."""
+def trusted_slots(content: Mapping[str, Any], asked: str) -> dict[str, Any]:
+    """Return the parts, data and tasks that a config names, which may be somebody else's.
+
+    Raises:
+        ZooError: it names code, absurd sizes, values of other types, or what nobody registered.
+    """
     where = f"The config of model {asked!r}"
     if not isinstance(content.get("slots"), Mapping):
         raise ZooError(f"{where} has no 'slots'.")
@@ -208,6 +219,12 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
         refuse_code(part, where)
         require_model_config(part, where)
     _ask_for_plugins(slots, content.get("plugins") or [], where)
+    return slots
+
+
+def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path | None = None) -> str:
+    """Check what a saved config says and store it as a preset; its private name is returned."""
+    slots, where = trusted_slots(content, asked), f"The config of model {asked!r}"
     defaults: list[Any] = []
     body: dict[str, Any] = {}
     for kind in SLOT_KINDS:

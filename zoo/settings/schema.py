@@ -4,14 +4,14 @@ Hydra composes; the schema below and the dataclasses of the components are the o
 torch; the modules of the components that a run chose do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from zoo.registry import MANY, ZooError, config_of, unknown
-from zoo.registry.table import SLOT_KINDS, group_of
+from zoo.registry.table import SLOT_KINDS, converted, group_of
 from zoo.settings.stage import PRECISIONS, Stage
 
 CONFIG_NAME = "zoo"
@@ -38,6 +38,15 @@ class TokenizerConfig:
     vocab_size: int = 4096  # of a tokenizer that is trained
     chat_template: str = ""  # name of a built-in template; empty: the tokenizer's own
     template_options: dict[str, Any] = field(default_factory=dict)  # of the template: {enable_thinking: false}
+
+
+def tokenizer_options(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what a config says of its tokenizer, as plain values.
+
+    Raises:
+        OmegaConfBaseException: an option that does not exist, or a value of another type.
+    """
+    return converted(TokenizerConfig, stated)
 
 
 @dataclass

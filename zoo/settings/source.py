@@ -1,51 +1,233 @@
-"""From a composed config to what it starts from: the slots, the folder of weights, the tokenizer.
+"""What a model starts from, made once of a config or a name: its parts, the folder of weights, the tokenizer.
 
-Which tokenizer a model has is decided here and nowhere else.
+The check's plan, the builder, training and teachers all read it. Which tokenizer a model has is decided here and
+nowhere else.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from zoo.published import is_published
-from zoo.published.base import read_content
+from zoo.published.composed import tokens_for
+from zoo.published.folder import read_content
 from zoo.published.text import tokenizer_in
-from zoo.registry import ZooError
+from zoo.registry import MANY, ZooError, completed, plugins
+from zoo.registry.table import SLOT_KINDS, group_of
+from zoo.settings import model_names
 from zoo.settings import schema as configs
 from zoo.settings.overrides import quoted
+from zoo.settings.schema import Typed
 from zoo.storage.weights import local_folder, sha256_of, weight_files
-from zoo.text.tokenizer import OF_MODEL, load_tokenizer, set_template_options, train_tokenizer
+from zoo.text.tokenizer import OF_MODEL, add_special, load_tokenizer, set_template_options, train_tokenizer
 
 _WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
+SLOTS = ("vision", "pruner", "projector", "layout", "llm", "adapter")  # of a model
 
 
-def slots_of(cfg: Any) -> dict[str, Any]:
-    """Return the five model slots of a composed config as plain values."""
-    return {kind: plain(cfg.get(kind)) for kind in ("vision", "pruner", "projector", "layout", "llm", "adapter")}
+@dataclass(eq=False)
+class Source:
+    """What a model starts from, and how it is to be used.
 
-
-def weights_folder(cfg: Any) -> Path | None:
-    """Return the folder of the trained weights that `cfg.model` names, fetched where it must be; None if it has none.
-
-    Raises:
-        ZooError: the weights are not those whose hash the card states.
+    Attributes:
+        name: of a preset, or the folder or repository.
+        kind: preset, dir or hub.
+        slots: the parts by slot, as plain values.
+        tokenizer: what the config says of it: checkpoint, vocab_size, chat_template, template_options.
+        pretrained: take the trained weights of a preset that has some; False starts a preset from its parts. A folder
+            or a repository always brings its weights.
+        repository, revision, sha256: of the weights on the hub, and what the card states of them.
+        base: where the published checkpoint lies now that a saved model was made from; empty: where its config says.
+        plugins: that were asked for.
+        attention, precision, device: as in the config of a run.
+        stages: name -> Stage, of a run.
+        data: name -> split of the data that stages may mix.
+        typed: the words that it was composed from.
     """
-    source, name = cfg.model.source, cfg.model.name
-    if source == "dir":
-        folder = Path(name)
-    elif cfg.model.repository:
-        folder = local_folder(cfg.model.repository, cfg.model.revision or None)
-    else:
-        folder = Path(str(files("zoo.model_cards"))) / name
-        if not (folder / "config.json").is_file():
+
+    name: str
+    kind: str
+    slots: dict[str, Any]
+    tokenizer: dict[str, Any]
+    pretrained: bool = True
+    repository: str = ""
+    revision: str = ""
+    sha256: str = ""
+    base: str = ""
+    plugins: tuple[str, ...] = ()
+    attention: str = "auto"
+    precision: str = "auto"
+    device: str = "auto"
+    stages: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    typed: Typed | None = None
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """The folder of the trained weights, fetched where it must be; None for a model that starts from its parts.
+
+        Raises:
+            ZooError: the weights are not those whose hash the card states.
+        """
+        if self.kind == "preset" and not self.pretrained:
             return None
-    if stated := cfg.model.sha256.split():
-        found = {file.name: sha256_of(file) for file in weight_files(folder)}
-        if list(found.values()) != stated:
-            shown = ", ".join(f"{file} {digest}" for file, digest in found.items())
-            raise ZooError(f"The weights of {name!r} in {folder} are {shown}; their card states {', '.join(stated)}.")
-    return folder
+        if self.kind == "dir":
+            folder = Path(self.name)
+        elif self.repository:
+            folder = local_folder(self.repository, self.revision or None)
+        else:
+            folder = Path(str(files("zoo.model_cards"))) / self.name
+            if not (folder / "config.json").is_file():
+                return None
+        if stated := self.sha256.split():
+            found = {file.name: sha256_of(file) for file in weight_files(folder)}
+            if list(found.values()) != stated:
+                shown = ", ".join(f"{file} {digest}" for file, digest in found.items())
+                raise ZooError(
+                    f"The weights of {self.name!r} in {folder} are {shown}; their card states {', '.join(stated)}."
+                )
+        return folder
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether trained weights come with it; nothing is fetched to know it."""
+        if self.kind != "preset" or not self.pretrained:
+            return self.kind != "preset"
+        return (
+            bool(self.repository) or (files("zoo.model_cards") / (self.name or "_")).joinpath("config.json").is_file()
+        )
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The config.json beside the weights; empty for a model that starts from its parts."""
+        return read_content(self.folder) if self.folder is not None else {}
+
+    @property
+    def published(self) -> bool:
+        """Whether the weights lie in the layout of a published family."""
+        return is_published(self.content)
+
+    # ---- tokenizer ---------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Hub name or folder of the tokenizer where that is known before weights are fetched; None: it is made anew."""
+        folder = Path(self.name)
+        saved = self.kind == "dir" and (folder / "tokenizer_config.json").is_file()
+        return self.name if saved and not is_published(read_content(folder)) else self._stated_tokenizer
+
+    @property
+    def _stated_tokenizer(self) -> str | None:
+        return self.tokenizer["checkpoint"] or (self.slots["llm"] or {}).get("checkpoint") or None
+
+    def find_tokenizer(self, texts: Iterable[str] = (), made: Path | None = None) -> Any:
+        """Return the tokenizer: the saved one, the config's, that of the LLM, or a new one.
+
+        Args:
+            texts: what a new tokenizer is trained on; read only then.
+            made: where the tokenizer of an interrupted run is, for a model that starts from its parts.
+        """
+        template = self.tokenizer["chat_template"]
+        if (found := self._saved_tokenizer(template)) is not None:
+            return found
+        if source := made or self._stated_tokenizer:
+            return tokenizer_at(str(source), template)
+        return train_tokenizer(_or_words(texts), self.tokenizer["vocab_size"], template or "plain")
+
+    def make_tokenizer(self, texts: Iterable[str] = (), made: Path | None = None) -> Any:
+        """Return the tokenizer as the model uses it: with the options of its template and the tokens of the layout.
+
+        Args: as `find_tokenizer`.
+        """
+        tokenizer = self.find_tokenizer(texts, made)
+        set_template_options(tokenizer, self.tokenizer["template_options"])
+        if self.folder is None:
+            add_special(tokenizer, tokens_for(self.slots["layout"]))
+        return tokenizer
+
+    def _saved_tokenizer(self, template: str) -> Any:
+        """The tokenizer beside the weights; None where there is none."""
+        if self.folder is None:
+            return None
+        if self.published:
+            return tokenizer_in(self.folder, template)
+        if (self.folder / "tokenizer_config.json").is_file():
+            return load_tokenizer(str(self.folder), template, self.content.get("image_token_id"))
+        return None
+
+
+def source_of(cfg: Any, pretrained: bool = True) -> Source:
+    """Return what the model of a config starts from.
+
+    Args:
+        cfg: from `zoo.settings.schema.compose`.
+        pretrained: see `Source`.
+    """
+    from omegaconf import OmegaConf
+
+    return Source(
+        name=cfg.model.name,
+        kind=cfg.model.source,
+        slots={slot: plain(cfg.get(slot)) for slot in SLOTS},
+        tokenizer=plain(cfg.tokenizer),
+        pretrained=pretrained,
+        **{key: cfg.model[key] for key in ("repository", "revision", "sha256", "base")},
+        plugins=tuple(cfg.plugins),
+        **{key: cfg[key] for key in ("attention", "precision", "device")},
+        stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
+        data={str(name): _split(node) for name, node in cfg.data.items()},
+        typed=configs.typed_of(cfg),
+    )
+
+
+def source_named(name: str, *overrides: str) -> Source:
+    """Return what a model by name starts from, for `zoo.load(name, ...)`."""
+    if not overrides and name.startswith("dir:"):
+        plugins.load_installed()
+        found = _in_folder(name)
+        if found is not None:
+            return found
+    model_names.fetch_config(name)
+    return source_of(configs.compose("load", [f"model={quoted(name)}", *overrides]))
+
+
+def _in_folder(name: str) -> Source | None:
+    """What a folder says by itself. Its config is whole: without a word of a person there is nothing to compose.
+
+    None where something is the matter with it: composing finds it again, and says where.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        place, content = model_names.content_of(Path(name.removeprefix("dir:")).expanduser(), name)
+        stated = model_names.trusted_slots(content, name)
+        parts: dict[str, Any] = {}
+        for kind in SLOT_KINDS:
+            node = stated.get(group_of(kind))
+            if kind in MANY:
+                parts[group_of(kind)] = {str(key): completed(kind, item) for key, item in (node or {}).items()}
+            else:
+                parts[kind] = completed(kind, node) if node is not None else None
+        tokenizer = configs.tokenizer_options(content.get("tokenizer") or {})
+    except (ZooError, OmegaConfBaseException):
+        return None
+    if not parts["vision"] or not parts["llm"]:
+        return None
+    return Source(
+        name=str(place),
+        kind="dir",
+        slots={slot: parts[slot] for slot in SLOTS},
+        tokenizer=tokenizer,
+        data={key: _split(node) for key, node in parts["data"].items()},
+        typed=Typed("load", (f"model={quoted(name)}",)),
+    )
+
+
+def _split(node: Any) -> str:
+    return str(node.get("split", "train") or "train")
 
 
 def tokenizer_at(source: str, template: str = "") -> Any:
@@ -61,43 +243,13 @@ def tokenizer_at(source: str, template: str = "") -> Any:
     if not source.startswith(OF_MODEL):
         return load_tokenizer(source, template)
     name = source.removeprefix(OF_MODEL)
-    cfg = configs.compose("load", [f"model={quoted(name)}"])
-    if (found := _saved_tokenizer(weights_folder(cfg), template)) is not None:
+    model = source_named(name)
+    if (found := model._saved_tokenizer(template)) is not None:
         return found
-    base = cfg.tokenizer.checkpoint or (cfg.llm or {}).get("checkpoint")
-    if not base:
+    if not (base := model._stated_tokenizer):
         raise ZooError(f"Model {name!r} has no trained weights here, so it has no tokenizer yet.")
-    found = tokenizer_at(base, template or cfg.tokenizer.chat_template)
-    return set_template_options(found, {} if template else cfg.tokenizer.template_options)
-
-
-def tokenizer_for(cfg: Any, folder: Path | None, texts: Iterable[str] = (), made: Path | None = None) -> Any:
-    """Return the tokenizer of a config's model: the saved one, the config's, that of the LLM, or a new one.
-
-    Args:
-        cfg: from `zoo.settings.schema.compose`.
-        folder: of the trained weights that the model starts from, where it does.
-        texts: what a new tokenizer is trained on; read only then.
-        made: where the tokenizer of an interrupted run is, for a model that starts from its parts.
-    """
-    template = cfg.tokenizer.chat_template
-    if (found := _saved_tokenizer(folder, template)) is not None:
-        return found
-    if source := made or cfg.tokenizer.checkpoint or (cfg.llm or {}).get("checkpoint"):
-        return tokenizer_at(str(source), template)
-    return train_tokenizer(_or_words(texts), cfg.tokenizer.vocab_size, template or "plain")
-
-
-def _saved_tokenizer(folder: Path | None, template: str) -> Any:
-    """The tokenizer in a folder of weights; None where there is none."""
-    if folder is None:
-        return None
-    content = read_content(folder)
-    if is_published(content):
-        return tokenizer_in(folder, template)
-    if (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(folder), template, content.get("image_token_id"))
-    return None
+    found = tokenizer_at(base, template or model.tokenizer["chat_template"])
+    return set_template_options(found, {} if template else model.tokenizer["template_options"])
 
 
 def _or_words(texts: Iterable[str]) -> Iterable[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from zoo.checking.checker import check
@@ -36,10 +36,11 @@ from zoo.runs.progress import Display
 from zoo.runs.resume import Beginning, begin, options_of, read_config, require_same_start
 from zoo.runs.step_log import StepLog, not_finite
 from zoo.runs.trackers import check_trackers, start_trackers
-from zoo.settings.source import tokenizer_for, weights_folder
+from zoo.settings.source import source_of
 from zoo.settings.stage import Stage, stages_of
 from zoo.storage.atomic import written_beside
 from zoo.storage.precision import fast_products, resolve_precision
+from zoo.storage.weights import fingerprint
 from zoo.teaching.teacher import Teacher, Twins
 from zoo.teaching.teacher_store import Stored
 from zoo.text.tokenizer import shared_tokens, tokens_hash
@@ -98,6 +99,7 @@ class Run:
         self.resumed_trained = self.is_trained  # only the model is to be saved, or to be scored
         self.skips = self.cfg.skip_broken or any(s.skip_broken for s in self.stages.values())
         self.data = RunData(self.cfg.data, skip_broken=self.skips)
+        self.source = source_of(self.cfg, pretrained=False)
         self.model, self.processor = self._compose()
         if self.newest is not None:
             self._restore(self.newest)
@@ -166,9 +168,8 @@ class Run:
 
     def _make_tokenizer(self, made: Path) -> None:
         if not made.is_dir():
-            folder = weights_folder(self.cfg) if self.cfg.model.source != "preset" else None
             with self.folder.writing("the tokenizer"), written_beside(made, folder=True) as beside:
-                tokenizer_for(self.cfg, folder, self.data.texts()).save_pretrained(beside)
+                self.source.find_tokenizer(self.data.texts()).save_pretrained(beside)
 
     def _note_start(self, model: Any) -> None:
         if self.folder.lock.is_file():
@@ -180,22 +181,14 @@ class Run:
         """What zoo.lock says beside versions: how many processes, which plugins, and which weights the run began on."""
         facts: dict[str, Any] = {"processes": self.accelerator.num_processes, "plugins": list(self.cfg.plugins)}
         facts["base"] = model.config.base
-        if self.cfg.model.source != "preset":
-            facts["started_from"] = {"model": self.cfg.model.name, "fingerprint": self._fingerprint()}
+        if self.source.folder is not None:
+            facts["started_from"] = {"model": self.source.name, "fingerprint": fingerprint(self.source.folder)}
         return facts
 
-    def _fingerprint(self) -> str:
-        from zoo.storage.weights import fingerprint
-
-        folder = weights_folder(self.cfg)
-        return fingerprint(folder) if folder is not None else ""
-
     def _build(self, tokenizer: Path) -> tuple[Any, Any]:
-
         reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
         device = self.accelerator.device
-        model, processor = build(self.cfg.copy(), tokenizer_folder=tokenizer, pretrained=False, device=device)
-        model.config.tokenizer = OmegaConf.to_container(self.cfg.tokenizer, resolve=True)
+        model, processor = build(self.source, tokenizer_folder=tokenizer, device=device)
         return model, processor
 
     def _restore(self, newest: Path) -> None:

@@ -1,0 +1,139 @@
+"""Weights into a composed model: from a published checkpoint, a folder that was saved, or the checkpoints of its parts.
+
+`zoo.load`, training and `ZooModel.from_pretrained` all come here; what they make beside it is theirs.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.composed.assembly import Parts, assemble
+from zoo.composed.keywords import put
+from zoo.published import is_published
+from zoo.published.checkpoint import Checkpoint, checkpoint_from, checkpoint_in
+from zoo.published.folder import read_content
+from zoo.published.places import Placement, devices_of, placed
+from zoo.published.reader import PARTS, Reader
+from zoo.registry import ZooError
+from zoo.registry.foreign import require_plausible
+from zoo.storage.precision import dtype_of
+from zoo.storage.safetensors_file import listing
+from zoo.storage.weights import read_weights, weight_files
+
+
+def load_model(
+    make: Any,
+    config: Any,
+    folder: Path | None,
+    *,
+    fresh: Iterable[str] = (),
+    dtype: Any = None,
+    device_map: Any = None,
+    bits: int = 0,
+    state_dict: Mapping[str, Tensor] | None = None,
+    walked: Parts | None = None,
+) -> tuple[Any, set[str]]:
+    """Build a model with its weights, on its devices, in eval mode.
+
+    Args:
+        make: `ZooModel`, or a class that is made like it.
+        config: of the model; `config.base` says where a published checkpoint lies, and becomes what the model is on.
+        folder: published, or of a saved zoo model; None for a model that starts from its parts.
+        fresh: parts that may start without weights.
+        dtype: of the parameters; None or `auto` keeps that of the files.
+        device_map: a device, `auto`, or a dict from prefixes of names to devices; None leaves the model where it is.
+        bits: 8 or 4 of the language model's layers; 0: all.
+        state_dict: weights that take the place of the folder's.
+        walked: the same parts on the meta device, where a check has made them.
+
+    Returns:
+        The model, and the names of its weights that had none.
+
+    Raises:
+        ZooError: a weight is missing, unknown or of another shape; or base weights are not those of the config.
+    """
+    saved = config.base
+    reader = reader_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map, bits=bits, walked=walked)
+    model = make(config, base=reader)
+    missing: set[str] = set()
+    if folder is not None and not is_published(read_content(folder)):
+        model.bases.require_same(saved)
+        missing = set(read_weights(model, folder, fresh=fresh, done=reader.already_loaded if reader else None))
+        model.fresh_parts = sorted({model.part_of(n) for n in missing})
+    elif reader is not None and reader.filled is not None:
+        missing = set(reader.filled.missing)
+        model.fresh_parts = sorted({n.partition(".")[0] for n in missing})
+    if state_dict is not None:
+        missing -= put(model, state_dict, "state_dict")
+    return placed(model, device_map, None if bits else dtype, reader.placement if reader else None).eval(), missing
+
+
+def reader_for(
+    config: Any,
+    folder: Path | None,
+    *,
+    fresh: Iterable[str] = (),
+    dtype: Any = None,
+    device_map: Any = None,
+    bits: int = 0,
+    walked: Parts | None = None,
+) -> Reader | None:
+    """Find the checkpoint that the base weights of a model come from; None where its parts bring their own.
+
+    Args: as `load_model`.
+
+    Raises:
+        ZooError: the checkpoint is not there or another one now; or it cannot be held in few bits, or not here.
+    """
+    record = (config.base or {}).get("model")
+    found, partial = None, False  # partial: the folder holds what the checkpoint does not
+    if folder is not None and is_published(read_content(folder)):
+        found = checkpoint_in(folder, *((record or {}).get(k) or "" for k in ("checkpoint", "revision")))
+    elif record and not record.get("whole"):  # else all weights are in the folder
+        found, partial = checkpoint_from(record), folder is not None
+    elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):
+        found, partial = Checkpoint(folder, dict(listing(weight_files(folder)))), True
+    if folder is not None:
+        files = {*weight_files(folder), *(weight_files(found.folder) if found is not None else [])}
+        _require_filled(config, files, walked)
+    if bits and (found is None or found.record is None):
+        raise ZooError(f"bits={bits} is for published checkpoints, and for models that were saved on one.")
+    if found is None:
+        return None
+    device, places = devices_of(device_map, {n: t.bytes for n, t in found.tensors.items()})
+    if bits:
+        from zoo.published.bits import require_bits
+
+        if places:
+            raise ZooError(f"bits={bits} takes one device, not a device_map of parts: device_map='cuda'.")
+        require_bits(bits, device)
+    placement = Placement(
+        fresh=frozenset(PARTS) if "all" in set(fresh) else frozenset(fresh),
+        device=device,
+        places=places,
+        dtype=dtype_of(dtype) or dtype_of(((found.record and record) or {}).get("dtype")),
+        bits=bits,
+    )
+    return Reader(found, placement, partial)
+
+
+def _require_filled(config: Any, files: set[Path], walked: Parts | None) -> None:
+    """Refuse slots that are far larger than the files beside them, before memory is taken for what is missing.
+
+    A part with a checkpoint of its own is compared with that when it is built.
+    """
+    slots, parts = config.slots or {}, walked
+    if parts is None:
+        with torch.device("meta"):
+            parts = assemble(slots, vocab_size=config.text_vocab_size)
+    own = [p for k in PARTS if (p := getattr(parts, k)) is not None and not slots[k].get("checkpoint")]
+    tensors = {
+        id(t): t.numel()
+        for part in [*own, *parts.pruner.values(), *parts.adapter.values()]
+        if isinstance(part, torch.nn.Module)
+        for t in [*part.parameters(), *part.buffers()]
+    }
+    require_plausible(sum(tensors.values()), files, "The config of the model")

@@ -1,0 +1,105 @@
+"""What the files of a published model's folder say: its config as slots, and its image processor."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from zoo.published import family_of
+from zoo.published.family import parse, plain
+from zoo.registry import ZooError, config_of
+from zoo.registry.foreign import read_model_config
+from zoo.storage.weights import may_start_fresh
+
+# Options that do not change a number where shapes are equal, or that people rightly change.
+_FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
+         ("vision", "resample"), ("llm", "revision"), ("vision", "revision"),
+         ("vision", "pooling_head"), ("layout", "kept_lines"),
+         ("llm", "tie_embeddings")}  # fmt: skip  # what the files hold decides, see `refuse_untied`
+
+
+def read_content(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a JSON file of a model's folder; empty where there is none."""
+    file = folder / name
+    if not file.is_file():
+        return {}
+    return read_model_config(file)
+
+
+def pixels_of(folder: Path) -> dict[str, Any]:
+    """The values of the image processor that a published folder states, as transformers completes them."""
+    stated = read_content(folder, "preprocessor_config.json")
+    if not stated:
+        stated = read_content(folder, "processor_config.json").get("image_processor", {})
+    if not stated:
+        return {}
+    from zoo.vision.images.processors import processor_of
+
+    if not stated.get("image_processor_type"):
+        stated["image_processor_type"] = "CLIPImageProcessor"
+    return json.loads(json.dumps(processor_of(stated).to_dict(), default=list))
+
+
+def slots_in(folder: Path) -> dict[str, Any]:
+    """Translate a published folder's config to slots."""
+    content = read_content(folder)
+    known = family_of(content, f"{folder}/config.json")
+    return known.slots(parse(content, f"{folder}/config.json"), pixels_of(folder))
+
+
+def require_same(slots: Mapping[str, Any], folder: Path, fresh: Iterable[str] = ()) -> None:
+    """Refuse options that give other numbers than the checkpoint was trained for, although every weight would fit.
+
+    Raises:
+        ZooError: with each option, what it is and what the checkpoint states.
+    """
+    content = read_content(folder)
+    hf = parse(content, f"{folder}/config.json")
+    stated = family_of(content, str(folder)).slots(hf, pixels_of(folder))
+    wrong = []
+    allowed = set(fresh)
+    for part in ("vision", "projector", "layout", "llm"):
+        ours, theirs = slots.get(part) or {}, stated.get(part) or {}
+        if may_start_fresh(part, allowed) or (part == "vision" and "projector" in allowed):
+            continue
+        if ours.get("name") != theirs.get("name"):
+            wrong.append(f"{part}={ours.get('name')}, the checkpoint has {theirs.get('name')}")
+        if not ours or ours.get("name") != theirs.get("name"):
+            continue
+        flat_ours, flat_theirs = _flat(ours, part), _flat(theirs, part)
+        config = getattr(hf, {"vision": "vision_config", "llm": "text_config"}.get(part, ""), None)
+        for key in flat_ours.keys() - flat_theirs.keys():  # the checkpoint has the default of its family
+            flat_theirs[key] = plain(getattr(config, key.removeprefix("extra."), None))
+        for key in sorted(flat_theirs):
+            if (part, key.partition(".")[0]) not in _FREE and not _same(flat_ours.get(key), flat_theirs[key]):
+                wrong.append(f"{part}.{key} is {flat_ours.get(key)!r}, the checkpoint states {flat_theirs[key]!r}")
+    if wrong:
+        raise ZooError(
+            f"The parts are not those of the checkpoint in {folder}, and would give other numbers without a word:\n"
+            + "\n".join(f"  {line}" for line in wrong[:12])
+            + "\nName the part in `fresh` where that is meant."
+        )
+
+
+def _flat(node: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Options of a slot with their defaults, nested ones as `extra.hidden_act`."""
+    _, typed = config_of(part, node)
+    flat: dict[str, Any] = {}
+    for key, value in asdict(typed).items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{k}": v for k, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) or isinstance(b, float):
+        try:
+            return abs(float(a) - float(b)) <= 1e-6 * max(1.0, abs(float(b)))
+        except (TypeError, ValueError):
+            return False
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
