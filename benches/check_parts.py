@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ImageTransform, register
+from zoo.registry import Adapter, Encoder, ImageFeatures, ImageTransform, Projector, Pruner, register
 
 
 @dataclass
@@ -14,9 +14,7 @@ class OwnConfig:
     pass
 
 
-class _Pruner(nn.Module):
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset()
+class _Pruner(Pruner, nn.Module):
     destroys = frozenset({"grid"})
 
     def __init__(self, config: OwnConfig) -> None:
@@ -79,11 +77,7 @@ class Raises(_Pruner):
         return image
 
 
-class _Projector(nn.Module):
-    needs: frozenset[str] = frozenset()
-    provides = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
-
+class _Projector(Projector, nn.Module):
     def __init__(self, config: OwnConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()
         self.net = nn.Linear(vision_dim, text_dim)
@@ -122,12 +116,10 @@ class Unbuilt(_Projector):
 
 
 @register("vision", "own_more")
-class More(nn.Module):
+class More(Encoder, nn.Module):
     """Counts patches, and gives [CLS] among them."""
 
-    needs: frozenset[str] = frozenset()
     provides = frozenset({"grid"})
-    destroys: frozenset[str] = frozenset()
     hidden_size, grid, num_tokens = 8, (4, 4), 16
     transform = ImageTransform((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -142,12 +134,20 @@ class More(nn.Module):
 
 
 @register("adapter", "own_needy")
-class Needy(nn.Module):
+class Needy(Adapter, nn.Module):
     """Wants experts of a language model that has none."""
 
     needs = frozenset({"moe"})
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: OwnConfig) -> None:
         super().__init__()
+
+    def attach(self) -> None:
+        """Do nothing."""
+
+    def detach(self) -> None:
+        """Do nothing."""
+
+    def owns(self, name: str) -> bool:
+        """Nothing in the language model."""
+        return False

@@ -11,7 +11,7 @@ from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.composed.model import ZooModel
 from zoo.composed.outputs import LLMSequence
 from zoo.model_config import ZooConfig
-from zoo.registry import ImageFeatures, get
+from zoo.registry import ImageFeatures, InsidePruner, get
 from zoo.registry.forward_pass import running
 from zoo.registry.versions import cache_argument, cache_of
 
@@ -79,7 +79,7 @@ class Variant:
     @property
     def inside(self) -> bool:
         """Whether it drops tokens inside the LLM."""
-        return hasattr(self.pruner, "tokens_per_layer")
+        return isinstance(self.pruner, InsidePruner)
 
     @torch.no_grad()
     def encode(self) -> ImageFeatures:
@@ -149,8 +149,8 @@ class Variant:
         tokens = self.layer_tokens(n)
         sizes = self.sizes
         rows = self.text.shape[0]
-        score = getattr(self.pruner, "score_flops", None)
-        scoring = score(tokens, sizes.heads, sizes.head_dim) if score is not None else 0
+        pruner = self.pruner
+        scoring = 0 if pruner is None else pruner.score_flops(tokens, sizes.heads, sizes.head_dim)
         return rows * matmul_flops(sizes, tokens, head_rows=1), rows * scoring
 
     @property

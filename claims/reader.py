@@ -139,8 +139,7 @@ def answered(
     """
     h, w = model.vision.grid
     pruners = [build("pruner", node, vision_dim=VISION, grid=(h, w), num_tokens=h * w, llm=model.llm) for node in chain]
-    inside = [p for p in pruners if hasattr(p, "attach")]
-    for pruner in inside:
+    for pruner in pruners:
         pruner.attach(model.llm)
     questions = list(zip(asked.T, wanted.T, strict=True))
     try:
@@ -153,7 +152,7 @@ def answered(
             handle.remove()
         right += [model(image, question, pruners).argmax(-1) == answer for question, answer in questions[1:]]
     finally:
-        for pruner in inside:
+        for pruner in pruners:
             pruner.detach()
     return torch.stack(right, 1), (at[1] - at[0]) / len(asked) / 1e6
 

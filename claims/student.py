@@ -110,7 +110,7 @@ class Trainer:
             stage = Stage(**chosen)
             node = stage.distiller_node
             distiller = build_distiller(arm.model, node) if node else None
-            asks = any(need.startswith("teacher.") for need in getattr(distiller, "needs", ()))
+            asks = distiller is not None and any(need.startswith("teacher.") for need in distiller.needs)
             engine = Engine(
                 self.accelerator, arm.model, stage, steps, seed=self.seed, distiller=distiller,
                 teacher=self.teacher if asks else None,

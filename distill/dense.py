@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.registry import IGNORE_INDEX, ZooError, register
+from zoo.registry import IGNORE_INDEX, Distiller, ZooError, register
 
 
 @dataclass
@@ -34,12 +34,14 @@ class DenseConfig:
 
 
 @register("distiller", "dense")
-class Dense(nn.Module):
+class Dense(Distiller, nn.Module):
     """Cross-entropy per label, averaged over the cells that have one; the loss is called `dense`."""
+
+    grid: tuple[int, int]
 
     def __init__(self, config: DenseConfig, *, vision_dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.classes, self.target, self.grid = list(config.classes), config.target, tuple(grid)
+        self.classes, self.target, self.grid = list(config.classes), config.target, (grid[0], grid[1])
         self.label_weights = list(config.weights) or [1.0] * len(self.classes)
         self.needs = frozenset({"student.image", f"batch.{config.target}"})
         self.losses = frozenset({"dense"})

@@ -92,7 +92,7 @@ class LLaVAMod(Weighed):
         self.per_label = frozenset({"mimic"} if by_label else ()) if mimic else frozenset({"anchor"})
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float]:  # type: ignore[override]
         """Of each loss, now; 0 for what is only logged."""
         logged = () if self.config.objective == "mimic" else ("margin", "accuracy", "chosen")
         return super().weights | dict.fromkeys(logged, 0.0)

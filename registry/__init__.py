@@ -1,6 +1,7 @@
 """Names to components. Imports nothing else of ours, and nothing heavy."""
 
 from zoo.registry.broken import naming, placed, read_sample, sample_or_error
+from zoo.registry.data_parts import Dataset, Records, StreamingDataset, Task
 from zoo.registry.errors import (
     KINDS_BROKEN,
     ImageError,
@@ -15,7 +16,19 @@ from zoo.registry.errors import (
     unknown_option,
     wrong_value,
 )
+from zoo.registry.hooks import whole
 from zoo.registry.options import MISSING, Option, options_of
+from zoo.registry.parts import (
+    Adapter,
+    Distiller,
+    Encoder,
+    InsidePruner,
+    LanguageModel,
+    Layout,
+    Part,
+    Projector,
+    Pruner,
+)
 from zoo.registry.table import (
     Entry,
     build,
@@ -49,18 +62,31 @@ __all__ = [
     "KINDS_BROKEN",
     "MANY",
     "MISSING",
+    "Adapter",
     "Cut",
+    "Dataset",
     "Dialog",
+    "Distiller",
+    "Encoder",
     "Entry",
     "ImageError",
     "ImageFeatures",
     "ImageTransform",
+    "InsidePruner",
+    "LanguageModel",
+    "Layout",
     "LengthError",
     "LinearHead",
     "Option",
+    "Part",
+    "Projector",
+    "Pruner",
     "RecordError",
+    "Records",
     "Sample",
     "Score",
+    "StreamingDataset",
+    "Task",
     "ZooError",
     "build",
     "completed",
@@ -84,5 +110,6 @@ __all__ = [
     "source_options",
     "unknown",
     "unknown_option",
+    "whole",
     "wrong_value",
 ]

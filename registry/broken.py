@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from zoo.registry.data_parts import Dataset
 from zoo.registry.errors import ImageError, LengthError, RecordError, ZooError
 from zoo.registry.values import Sample
 
@@ -35,10 +35,9 @@ def naming(data: str, where: str = "", sample: str = "", kind: str = "record") -
         raise RecordError(_reason(error), data=data, where=where, sample=sample, kind=kind) from error
 
 
-def read_sample(data: str, dataset: Any, index: int, epoch: int = 0) -> Sample | RecordError:
+def read_sample(data: str, dataset: Dataset, index: int, epoch: int = 0) -> Sample | RecordError:
     """Take sample `index` of a data set, and note on it where it is from; what cannot be read comes as the error."""
-    where = dataset.place(index) if hasattr(dataset, "place") else f"record {index}"
-    return sample_or_error(data, where, lambda: dataset.get(index, epoch))
+    return sample_or_error(data, dataset.place(index), lambda: dataset.get(index, epoch))
 
 
 def sample_or_error(data: str, where: str, make: Callable[[], Sample]) -> Sample | RecordError:

@@ -7,7 +7,7 @@ module *registers* its class when it is imported, which happens on first use.
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
+from zoo.registry.hooks import class_value, require_component, whole
 from zoo.registry.options import Option, line_in, options_in, options_of, summary_of
 from zoo.registry.values import KINDS
 
@@ -63,15 +64,30 @@ class Entry:
     @property
     def needs(self) -> frozenset[str]:
         """Capabilities that the class says it needs; one that depends on the config is known once it is built."""
-        return _words(self.cls, "needs")
+        return self._words("needs")
 
     @property
     def provides(self) -> frozenset[str]:
-        return _words(self.cls, "provides")
+        return self._words("provides")
 
     @property
     def destroys(self) -> frozenset[str]:
-        return _words(self.cls, "destroys")
+        return self._words("destroys")
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[Any]]:
+        """Option -> values that the check may offer."""
+        found: Mapping[str, Sequence[Any]] = class_value(self.kind, self.cls, "choices")
+        return found
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can be built on the meta device and get its weights afterwards."""
+        return bool(class_value(self.kind, self.cls, "streams"))
+
+    def _words(self, hook: str) -> frozenset[str]:
+        value: Any = class_value(self.kind, self.cls, hook)
+        return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()
 
     @property
     def file(self) -> str:
@@ -124,7 +140,8 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     it is given those that its signature names.
 
     Raises:
-        ZooError: the kind is unknown, the name is no plain word, or it is taken.
+        ZooError: the kind is unknown, the name is no plain word, or it is taken; the class lacks a method of its kind,
+            or has one that looks like a misspelt hook.
         TypeError: `__init__` does not annotate `config` with a dataclass, or that dataclass has a field `name`.
     """
     if kind not in _entries:
@@ -138,6 +155,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
             raise TypeError(f"{cls.__qualname__}.__init__ must annotate `config` with a dataclass, got {config!r}.")
         if "name" in {f.name for f in fields(config)}:
             raise TypeError(f"{config.__qualname__} must not have a field `name`: it holds the registry name.")
+        require_component(kind, name, cls)
         taken = _entries[kind].get(name)
         if taken and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ZooError(f"{kind} {name!r} is taken: {taken.cls.__qualname__} in {taken.file}:{taken.line}.")
@@ -294,7 +312,7 @@ def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     entry, typed = config_of(kind, node)
     config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})  # importable, so it pickles
     accepted = inspect.signature(entry.cls).parameters
-    return entry.cls(config, **{k: v for k, v in derived.items() if k in accepted})
+    return whole(kind, entry.cls(config, **{k: v for k, v in derived.items() if k in accepted}), entry.name)
 
 
 def require_finite(value: Any, name: str) -> None:
@@ -342,11 +360,6 @@ def require_revision(revision: str | None) -> str | None:
     if not plain or ".." in revision:
         raise ZooError(f"revision must be a branch, a tag or a commit, got {revision!r}.")
     return revision
-
-
-def _words(cls: type, attribute: str) -> frozenset[str]:
-    value: Any = getattr(cls, attribute, frozenset())
-    return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()
 
 
 def source_of(kind: str, name: str) -> Path | None:

@@ -1,35 +1,18 @@
-"""What every part promises: the kinds, one protocol for each, and the values that flow between the slots.
+"""What flows between parts: features of images, samples, scores; and the kinds of parts that there are.
 
 Letters in shapes: B sequences, M images in the batch, N image tokens per image, K kept, T positions in the LLM, D
 vision width, C LLM width, V vocabulary; `h, w` is the patch grid. Nothing here imports torch, so that names and
 configs stay cheap.
-
-Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some (an adapter may also say in
-`excludes` which must not hold, and `per_row = True` if samples must not share a row); the check walks the slots in the
-order vision -> pruner -> projector -> layout -> llm -> adapter and keeps the set of those that hold. In use:
-
-    grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by dropping tokens
-    cls_attention   the [CLS] row of one layer's attention       given by encoders that have a [CLS] token
-    key_attention   how much each patch is looked at             given by encoders whose scores are q.k and no more
-    pooling_head    the row of a learnt pooling head             given by SigLIP with `pooling_head=true`
-    keys            keys of the layer's attention                given by encoders whose scores are q.k and no more
-    prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
-    image_tokens    images stand in the LLM's sequence           given by projectors
-    moe             the LLM's feed-forward layers are experts    given by some LLMs
-    dense           they are not                                 given by the others
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
-
-    from zoo.registry.errors import RecordError
+    from torch import Tensor
 
 KINDS = ("vision", "pruner", "projector", "layout", "llm", "adapter", "distiller", "dataset", "task")
 MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold several members, keyed by name
@@ -185,71 +168,6 @@ class Score:
     stderr: float  # standard error of the mean; 0.0 where n < 2
 
 
-class Part(Protocol):
-    """What all parts of a model declare. Class attributes, or set in `__init__` where they depend on the config."""
-
-    needs: frozenset[str]
-    provides: frozenset[str]
-    destroys: frozenset[str]
-
-
-@runtime_checkable
-class Vision(Protocol):
-    """`__init__(config)`: structure only under `torch.device("meta")`, with the checkpoint's weights otherwise.
-
-    An encoder with `by_kind = True` is also told, in `kinds`, what each row is (`Cut.kind`): it may run another tower
-    for frames of videos.
-    """
-
-    hidden_size: int  # D, of the tokens it gives
-    grid: tuple[int, int]
-    num_tokens: int  # N == h * w
-    provides: frozenset[str]
-    transform: ImageTransform
-
-    def __call__(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
-        """Encode (M, 3, S, S) pixels; what `need` names (cls_attention, keys, ...) is computed as well."""
-
-
-@runtime_checkable
-class Pruner(Protocol):
-    """`__init__(config, *, vision_dim, grid, num_tokens)`, any of them. Inside the LLM: `InsidePruner` as well."""
-
-    def num_tokens(self, n: int) -> int: ...
-
-    def __call__(self, image: ImageFeatures) -> ImageFeatures: ...
-
-
-@runtime_checkable
-class InsidePruner(Protocol):
-    """What a pruner that drops tokens inside the LLM has beside `Pruner`; see `zoo.fusion.pruners.inside.dropper`."""
-
-    def attach(self, llm: Any) -> None:
-        """Take effect in the LLM, which has its base weights."""
-
-    def detach(self) -> None:
-        """Leave the LLM as it was before `attach`."""
-
-    def begin(self, sequence: Any) -> None:
-        """Take the `LLMSequence` of the next forward pass: where images, padding and labels are."""
-
-    def kept(self) -> list[Tensor]:
-        """Say which columns each layer saw of the last prompt: (B, T) bool for each layer."""
-
-    def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
-        """Count the image tokens that each layer sees of `n` that enter the LLM."""
-
-
-@runtime_checkable
-class Projector(Protocol):
-    """`__init__(config, *, vision_dim, text_dim, grid)`, any of them. `grid` is None once a pruner destroyed it."""
-
-    def num_tokens(self, n: int) -> int: ...
-
-    def __call__(self, image: ImageFeatures) -> Tensor:
-        """Give (M, K, C) with K == num_tokens(N)."""
-
-
 class LinearHead(NamedTuple):
     """A vocabulary projection in numbers: `cap * tanh(scale * (x @ weight.T + bias) / cap)`, for losses in one pass."""
 
@@ -259,152 +177,18 @@ class LinearHead(NamedTuple):
     cap: float | None = None  # None: no tanh
 
 
-@runtime_checkable
-class Layout(Protocol):
-    """How the rows of one image (crops, frames) become one run of image tokens; without one, each row is an image.
+_OF_PARTS = ("Part", "Pruner", "InsidePruner", "Projector", "Layout", "LanguageModel", "Adapter", "Distiller")
 
-    A layout may have `project(image, projector, cuts)`, called in place of the projector, for what it does to some rows
-    ahead of it; and `needs` words of the encoder.
+if not TYPE_CHECKING:
 
-    `__init__(config, *, text_dim, grid, num_tokens, image_size, encoder_grid, pruned)`, any of them: the grid and the
-    number of tokens of one row behind the projector, the encoder's image size and grid, and whether those tokens are
-    the encoder's that pruners left. `text_dim` is None where only the counts are wanted.
-    """
+    def __getattr__(name: str) -> Any:
+        """Names that were here when parts had protocols: their base classes."""
+        from zoo.registry import data_parts, parts
 
-    def num_tokens(self, n: int) -> int:
-        """The most that an image may take, of `n` tokens a row."""
-
-    def count(self, cut: Cut) -> int:
-        """Tokens of an image that was cut so."""
-
-    def __call__(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor:
-        """Lay out the rows (M, K, C) of several images as (S, C), image behind image, S the sum of their counts."""
-
-    # row_tokens: int, tokens of a row, of a layout that only puts rows behind each other, so that token s is one of row
-    # s // row_tokens; losses on image tokens need it
-    # def text(self, cut, token) -> str: what stands in the prompt for an image, where that is more than `token`s
-    # def spell(self, cut, token) -> str: with `spells = True`, what stands in the text for a video: words, and one
-    # `token` for each frame, which is then an image of one row
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """`__init__(config, *, vocab_size)`: a causal LM of transformers, unmodified, and a view of its parts."""
-
-    lm: nn.Module  # the transformers model
-    hidden_size: int  # C
-    num_layers: int
-    vocab_size: int
-    max_positions: int | None  # None: no limit
-    provides: frozenset[str]
-
-    @property
-    def layers(self) -> nn.ModuleList: ...
-
-    def hidden(self, **inputs: Any) -> Any:
-        """Run the decoder without the vocabulary projection; returns the transformers output (`last_hidden_state`)."""
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Project (..., C) to logits (..., V) exactly as the model itself does, scaling and capping included."""
-
-    def linear_head(self) -> LinearHead | None:
-        """`head` in numbers; None where it does more than they say, for example with a hook on it."""
-
-
-@runtime_checkable
-class Adapter(Protocol):
-    """`__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid)`, any of them; `llm` has its base weights.
-
-    An adapter may also have `begin(sequence)`, called before each pass with the LLM's sequence (zoo.composed.outputs);
-    `reads_image`, whether it computes something else for an image (without it: whether it needs `image`);
-    `start()`, called where it starts untrained on weights that were loaded after it was built; and `idles(name)`:
-    whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it. One that `merge()`
-    can put into the base weights says so by `merged`, for good, or until `unmerge()` where there is one.
-    `grid` is None once a pruner destroyed it; `encoder_grid` is what `ImageFeatures.keep` and `groups` point into.
-    `keeps_float32` says that its weights stay float32 where the model is loaded in, or cast to, a shorter format.
-    `notes` are sentences that the check prints: what a person may not expect of it beside these parts.
-    `exclusive` are names of modules of `llm.lm` that it wants for itself: two adapters that name the same are refused.
-    `losses` are the names that `aux_losses` may give: the check then knows a weight for a loss that is not there.
-
-    `concurrent = True` says that all it knows of a pass is in the pass (`zoo.registry.forward_pass`) and nothing on the
-    adapter, so that threads may share it. Threads that share a model take turns where an adapter does not say so.
-    """
-
-    def attach(self) -> None:
-        """Take effect in the LLM given at construction. The base weights stay where checkpoints find them."""
-
-    def detach(self) -> None:
-        """Leave the LLM bit-identical to what it was before `attach`."""
-
-    def owns(self, name: str) -> bool:
-        """Whether the parameter `name` of `llm.lm` was added by this adapter."""
-
-    def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
-        """Take the encoder's features before a forward pass; rows of the LLM's batch are repeated `expand` times."""
-
-    def aux_losses(self) -> dict[str, Tensor]:
-        """Losses of the pass that runs, asked behind the LLM; by name, weighted or not as the config says."""
-
-
-@runtime_checkable
-class Distiller(Protocol):
-    """A loss beside the answer loss; with a teacher, or with dense targets that the data set knows.
-
-    `needs` words: `student.image`, `student.hidden`, `batch.<key>`, and of a teacher `teacher.response`,
-    `teacher.visual`, `teacher.relation` (image tokens have to align for the last two), `teacher.hidden`,
-    `teacher.logits`; derived keywords of `__init__`: vision_dim, text_dim, vocab_size, grid.
-
-    A distiller may also have: `weights`, loss -> factor on it now, set by `begin_step(step, steps)`, which is called
-    before each optimiser step; `per_label` and `per_image`, names of losses that are sums already divided by
-    `batch["num_labels"]` and `batch["num_images"]`, so that they are means over the whole step; `equal_widths`, whether
-    the hidden states of student and teacher have to be of one width; `losses`, names of what it gives beside `weights`.
-
-    `student` and `teacher` are `zoo.composed.outputs.Seen`: the output of the forward pass and `llm`. `teacher` is None
-    where what it said was stored: it is then in the batch's targets (see `zoo.distill.matching.positions`).
-    """
-
-    def __call__(self, student: Any, teacher: Any | None, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
-
-
-@runtime_checkable
-class Dataset(Protocol):
-    """`__init__(config)`. Randomness is a function of (config.seed, epoch, index) and of nothing else."""
-
-    def __len__(self) -> int: ...
-
-    def get(self, index: int, epoch: int = 0) -> Sample:
-        """Return sample `index`; cheap to call in a loader worker, images still undecoded."""
-
-    # def place(self, index: int) -> str: file and line of a sample, for messages, where there is such a place
-
-
-@runtime_checkable
-class StreamingDataset(Protocol):
-    """A data set whose length is not known. One thread of each process reads it, in order.
-
-    It may also have `order(name, size, place)`, a `zoo.data.stream_order.StreamOrder` in which processes read what they
-    need alone and loader workers make samples of rows by `sample(row, number)`.
-    """
-
-    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample | RecordError]:
-        """Yield the samples of an epoch from number `start` on; the same whoever asks.
-
-        A record that cannot be read is yielded as the error, and counts: a generator that raises is at its end.
-        """
-
-
-@runtime_checkable
-class Task(Protocol):
-    """`__init__(config)`. Turns predictions into numbers; knows nothing of models."""
-
-    mode: str  # generate: free text, greedy; choice: the likeliest of `dialog.choices`
-    max_new_tokens: int
-
-    def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
-        """Metric name -> value of one prediction, each in [0, 1].
-
-        Names that begin with an underscore are no metrics: counts of any size that `summarise` needs again.
-        """
-
-    def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
-        """The table's numbers from the rows of `score`; the mean of each metric unless the metric is no mean."""
+        if name == "Vision":
+            return parts.Encoder
+        if name in _OF_PARTS:
+            return getattr(parts, name)
+        if name in ("Dataset", "StreamingDataset", "Task"):
+            return getattr(data_parts, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

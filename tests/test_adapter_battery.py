@@ -8,9 +8,8 @@ import torch
 
 from tests.fusion_builders import SMALL, VOCAB, features, llm_node, padded_batch, same_state, tiny_llm
 from zoo import registry
-from zoo.registry import ZooError
+from zoo.registry import Adapter, ZooError
 from zoo.registry.forward_pass import running
-from zoo.registry.values import Adapter
 from zoo.registry.versions import checkpoint_activations
 
 DIM, GRID = 24, (4, 4)

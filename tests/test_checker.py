@@ -51,6 +51,13 @@ def parts_with_needs():
         def __init__(self, config: NeedyConfig) -> None:
             super().__init__()
 
+        def attach(self) -> None: ...
+
+        def detach(self) -> None: ...
+
+        def owns(self, name: str) -> bool:
+            return False
+
     @registry.register("projector", "needs_grid")
     class NeedsGrid(nn.Module):
         needs, provides, destroys = frozenset({"grid"}), frozenset(), frozenset()
@@ -61,12 +68,16 @@ def parts_with_needs():
         def num_tokens(self, n: int) -> int:
             return n
 
+        def forward(self, image: ImageFeatures): ...
+
     @registry.register("distiller", "needs_teacher")
     class NeedsTeacher(nn.Module):
         needs = frozenset({"teacher.logits"})
 
         def __init__(self, config: NeedyConfig) -> None:
             super().__init__()
+
+        def forward(self, student, teacher, batch): ...
 
     yield
     for kind, name in [

@@ -11,8 +11,7 @@ from tests.test_classes import NAMES as CLASSES
 from tests.test_classes import folder as class_files
 from tests.test_nlvr import folder as nlvr_files
 from zoo import registry
-from zoo.registry import Sample, ZooError
-from zoo.registry.values import Dataset, StreamingDataset
+from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
 from zoo.vision.images.decode import open_image
 
 class_files, nlvr_files = class_files, nlvr_files  # fixtures of other files, used below

@@ -5,7 +5,7 @@ import torch
 
 from tests.fusion_builders import DENSE, MOE, VOCAB, llm_node, padded_batch, same_state
 from zoo import registry
-from zoo.registry.values import LanguageModel
+from zoo.registry import LanguageModel
 from zoo.registry.versions import checkpoint_activations
 
 NODES = [llm_node(t) for t in (DENSE[0], "qwen3", "gemma", MOE[0])]

@@ -26,6 +26,10 @@ class Mine(nn.Module):
     """Mine."""
     def __init__(self, config: Config) -> None:
         super().__init__()
+    def num_tokens(self, n: int) -> int:
+        return n
+    def forward(self, image):
+        return image
 '''
 
 

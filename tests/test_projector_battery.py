@@ -7,7 +7,7 @@ import torch
 
 from tests.fusion_builders import features, same_state
 from zoo import registry
-from zoo.registry.values import Projector
+from zoo.registry import Projector
 
 DIM, TEXT, GRID = 24, 40, (4, 6)
 pytestmark = pytest.mark.parametrize("name", registry.names("projector"))

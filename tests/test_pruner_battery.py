@@ -8,7 +8,7 @@ import torch
 
 from tests.fusion_builders import features, image_row, tiny_llm
 from zoo import registry
-from zoo.registry.values import Pruner
+from zoo.registry import Pruner
 
 DIM, GRID = 24, (4, 6)
 NAMES = registry.names("pruner")

@@ -36,6 +36,12 @@ class Tiny:
     def __init__(self, config: TinyConfig, *, vision_dim: int = 0) -> None:
         self.config, self.vision_dim = config, vision_dim
 
+    def num_tokens(self, n):
+        return n
+
+    def __call__(self, image):
+        return image
+
 
 LINE = inspect.getsourcelines(Tiny)[1]
 
@@ -85,19 +91,19 @@ def test_what_is_refused(table, node, message):
 
 def test_a_duplicate_names_file_and_line_of_the_first(table):
     registry.register("pruner", "tiny")(Tiny)
-    other = type("Other", (), {"__init__": Tiny.__init__, "__module__": __name__})
+    other = type("Other", (Tiny,), {"__init__": Tiny.__init__, "__module__": __name__})
     with pytest.raises(ZooError, match=rf"pruner 'tiny' is taken: Tiny in {__file__}:{LINE}"):
         registry.register("pruner", "tiny")(other)
 
 
 def test_a_duplicate_of_one_that_is_not_imported_yet(table):
     with pytest.raises(ZooError, match=r"projector 'linear' is taken: .*linear.py:(1\d|2\d)\."):
-        registry.register("projector", "linear")(type("Mine", (), {"__init__": Tiny.__init__}))
+        registry.register("projector", "linear")(type("Mine", (Tiny,), {"__init__": Tiny.__init__}))
 
 
 def test_the_same_class_again_is_a_reload(table):
     registry.register("pruner", "tiny")(Tiny)
-    again = type("Tiny", (), {"__init__": Tiny.__init__, "__module__": __name__})
+    again = type("Tiny", (Tiny,), {"__init__": Tiny.__init__, "__module__": __name__})
     registry.register("pruner", "tiny")(again)
     assert registry.get("pruner", "tiny").cls is again
 

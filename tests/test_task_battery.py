@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from zoo import registry
-from zoo.registry import Dialog, Score, ZooError
-from zoo.registry.values import Task
+from zoo.registry import Dialog, Score, Task, ZooError
 
 NAMES = registry.names("task")
 TRUTH = {"boxes": "1 2 30 40", "choice": "yes"}  # else: yes

@@ -54,7 +54,8 @@ def _made(name: str, config: type) -> type:
         self.config = config
 
     start.__annotations__ = {"config": config}
-    return type(name, (), {"__init__": start, "__module__": __name__})
+    calls = {"num_tokens": lambda self, n: n, "__call__": lambda self, image: image}
+    return type(name, (), {"__init__": start, "__module__": __name__, **calls})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.vision_builders import SIZED, pixels, shake
-from zoo.registry import ZooError, build, config_of, names
-from zoo.registry.values import Vision
+from zoo.registry import Encoder, ZooError, build, config_of, names
 
 
 @pytest.fixture(params=SIZED, ids=str)
@@ -29,7 +28,7 @@ def test_every_encoder_is_in_this_battery():
 
 def test_keeps_the_contract(config):
     tower = make(config)
-    assert isinstance(tower, Vision)
+    assert isinstance(tower, Encoder)
     out = tower(pixels(), need=tower.provides)
     assert tower.grid == (4, 4) and tower.num_tokens == 16 and tower.transform.size == (32, 32)
     assert out.tokens.shape == (2, 16, tower.hidden_size) and out.grid == (4, 4) and out.keep is None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.distill.matching.positions import Matched
-from zoo.registry import ZooError, unknown
+from zoo.registry import Distiller, ZooError, unknown
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -35,7 +35,7 @@ class Terms:
             self.weights[name] = weight * (min(1.0, (step + 1) / rising) if rising else 1.0)
 
 
-class Weighed:
+class Weighed(Distiller):
     """What distillers of weighed terms share: the loop sets the step, and reads the weights."""
 
     terms: Terms
@@ -45,7 +45,7 @@ class Weighed:
         self.terms.begin_step(step, steps)
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float]:  # type: ignore[override]
         """Of each loss, now."""
         return self.terms.weights
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.attach import find_linears, fused_experts, keep_keys, means, replace
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 
 _NAME = "lora"  # PEFT's name for this set of weights: `q_proj.lora_A.lora.weight`
 
@@ -40,12 +40,9 @@ class LoRAConfig:
 
 
 @register("adapter", "lora")
-class LoRA(nn.Module):
+class LoRA(Adapter, nn.Module):
     """Starts as the base model: the second factor is zero."""
 
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
     concurrent = True
     losses: frozenset[str] = frozenset()
     # What the check offers where another adapter has the linears of the feed-forward layers.

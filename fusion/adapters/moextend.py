@@ -36,7 +36,7 @@ from zoo.fusion.adapters import moe_dispatch as dispatch
 from zoo.fusion.adapters.extended_layer import ExtendedLayer, Guarded
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.llm.decoder import decoder_of
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
 
 _COUNTS = ("num_local_experts", "num_experts")  # what families call their number of experts
@@ -63,7 +63,7 @@ class MoExtendConfig:
 
 
 @register("adapter", "moextend")
-class MoExtend(nn.Module):
+class MoExtend(Adapter, nn.Module):
     """Starts with a copy of an expert in each extended layer, which is not quite the base model.
 
     A token whose likeliest expert is the copied one now chooses it and its copy, and loses its second choice.
@@ -71,8 +71,6 @@ class MoExtend(nn.Module):
 
     adds_experts = True  # a language model that it was merged into is another one than its checkpoint's
     needs: frozenset[str] = frozenset({"moe"})
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
     concurrent = True
     losses: frozenset[str] = frozenset({"moextend_balance"})
     keeps_float32 = True

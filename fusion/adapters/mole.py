@@ -34,7 +34,7 @@ from zoo.fusion.adapters import moe_dispatch as dispatch
 from zoo.fusion.adapters.plain_layer import require_plain
 from zoo.fusion.adapters.routing_trace import Passes, Records
 from zoo.fusion.attach import hooks_on, linears, stands_aside
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least, unknown
 from zoo.registry.forward_pass import Pass
 
 GATES = ("none", "prob", "ste", "dense")
@@ -189,12 +189,9 @@ class MoLELayer(nn.Module):
 
 
 @register("adapter", "mole")
-class MoLE(nn.Module):
+class MoLE(Adapter, nn.Module):
     """Starts as the base model: the second factors are zero."""
 
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
     concurrent = True
     losses: frozenset[str] = frozenset({"mole_balance"})
     keeps_float32 = True

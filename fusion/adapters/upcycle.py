@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from zoo.fusion.adapters.moe_dispatch import Groups, Router, expert_share, group, grouped_linear, load_balance
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.attach import compute_by
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
 
 _NAMES = ("mlp", "feed_forward", "ffn")  # what families call the feed-forward part of a decoder layer
@@ -58,12 +58,10 @@ class UpcycleConfig:
 
 
 @register("adapter", "upcycle")
-class Upcycle(nn.Module):
+class Upcycle(Adapter, nn.Module):
     """Starts as the dense model, whatever the router says."""
 
     needs = frozenset({"dense"})
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
     concurrent = True
     losses: frozenset[str] = frozenset({"upcycle_balance"})
 

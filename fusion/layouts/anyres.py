@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.fusion.layouts.crop_order import fewer, shows, spread, stitched_order
-from zoo.registry import Cut, ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import Cut, ImageFeatures, Layout, ZooError, register, require_at_least, unknown
 
 FRAMES = ("keep", "bilinear", "average", "max")
 
@@ -51,12 +51,8 @@ class AnyResConfig:
 
 
 @register("layout", "anyres")
-class AnyRes(nn.Module):
+class AnyRes(Layout, nn.Module):
     """Without `text_dim` it counts only."""
-
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import Cut, ImageFeatures, ZooError, register
+from zoo.registry import Cut, ImageFeatures, Layout, ZooError, register
 
 
 @dataclass
@@ -23,11 +23,8 @@ class FramesConfig:
 
 
 @register("layout", "frames")
-class Frames(nn.Module):
+class Frames(Layout, nn.Module):
     """Nothing is learnt here. With `cls` the projector must take tokens one by one, as `mlp` and `linear` do."""
-
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: FramesConfig, *, num_tokens: int) -> None:
         super().__init__()

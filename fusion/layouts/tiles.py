@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.registry import Cut, ZooError, register, require_at_least, unknown
+from zoo.registry import Cut, Layout, ZooError, register, require_at_least, unknown
 
 STYLES = ("joined", "grid")
 _SMALL = [
@@ -41,12 +41,8 @@ class TilesConfig:
 
 
 @register("layout", "tiles")
-class Tiles(nn.Module):
+class Tiles(Layout, nn.Module):
     """Rows are images of their own to the encoder; here they stand in one run."""
-
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: TilesConfig, *, num_tokens: int) -> None:
         super().__init__()

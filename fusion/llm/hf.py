@@ -32,7 +32,7 @@ from zoo.fusion.llm.hf_config import (
     name_of,
     transformers_config,
 )
-from zoo.registry import LinearHead, ZooError, one_line, register, require_revision
+from zoo.registry import LanguageModel, LinearHead, ZooError, one_line, register, require_revision
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, joined, required
 
@@ -49,13 +49,11 @@ _RESIDUAL = frozenset(
 
 
 @register("llm", "hf")
-class HFLanguageModel(nn.Module):
+class HFLanguageModel(LanguageModel, nn.Module):
     """Any causal LM that transformers builds without remote code; safetensors only."""
 
     streams = True  # it may be built on the meta device and filled afterwards
 
-    needs: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
     choices = {"model_type": ("mixtral",)}  # what the check offers where a part needs experts
 
     def __init__(
@@ -104,7 +102,7 @@ class HFLanguageModel(nn.Module):
         check_head(self)
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int:  # type: ignore[override]
         """Rows of the embedding: at least the ids of the tokenizer."""
         return self.lm.get_input_embeddings().weight.shape[0]
 
@@ -114,7 +112,7 @@ class HFLanguageModel(nn.Module):
         return decoder_of(self.lm)
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
         """The decoder's layers."""
         for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, register
+from zoo.registry import ImageFeatures, Projector, register
 
 
 @dataclass
@@ -16,12 +16,8 @@ class LinearProjectorConfig:
 
 
 @register("projector", "linear")
-class LinearProjector(nn.Module):
+class LinearProjector(Projector, nn.Module):
     """As many tokens out as in."""
-
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: LinearProjectorConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()

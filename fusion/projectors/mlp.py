@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, register, require_at_least, unknown
+from zoo.registry import ImageFeatures, Projector, register, require_at_least, unknown
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -34,12 +34,8 @@ class MLPProjectorConfig:
 
 
 @register("projector", "mlp")
-class MLPProjector(nn.Module):
+class MLPProjector(Projector, nn.Module):
     """As many tokens out as in."""
-
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: MLPProjectorConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import ImageFeatures, Projector, ZooError, register, require_at_least, unknown
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> how GELU is approximated
 
@@ -28,12 +28,10 @@ class PixelShuffleConfig:
 
 
 @register("projector", "pixel_shuffle")
-class PixelShuffle(nn.Module):
+class PixelShuffle(Projector, nn.Module):
     """Needs the grid; gives a smaller one."""
 
     needs: frozenset[str] = frozenset({"grid"})
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(
         self, config: PixelShuffleConfig, *, vision_dim: int, text_dim: int, grid: tuple[int, int] | None

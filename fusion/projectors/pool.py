@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry import ImageFeatures, Projector, ZooError, register, require_at_least
 
 _UNEVEN = ("error", "adaptive")
 
@@ -44,12 +44,10 @@ class PoolProjectorConfig:
 
 
 @register("projector", "pool")
-class PoolProjector(nn.Module):
+class PoolProjector(Projector, nn.Module):
     """A quarter of the tokens by default, in rows from the top left."""
 
     needs: frozenset[str] = frozenset({"grid"})
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
     choices = {"uneven": ("adaptive",)}  # what `zoo check` may offer
 
     def __init__(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry import ImageFeatures, Projector, ZooError, register, require_at_least
 
 
 @dataclass
@@ -34,12 +34,8 @@ class ResamplerConfig:
 
 
 @register("projector", "resampler")
-class Resampler(nn.Module):
+class Resampler(Projector, nn.Module):
     """As many tokens out as there are queries."""
-
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset({"image_tokens"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: ResamplerConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()

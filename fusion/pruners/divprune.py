@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.fusion.pruners.topk import check_ratio, count_kept
-from zoo.registry import ImageFeatures, register
+from zoo.registry import ImageFeatures, Pruner, register
 
 BLOCK = 256  # tokens that are compared with all others at once, to find the first
 
@@ -29,11 +29,9 @@ class DivPruneConfig:
 
 
 @register("pruner", "divprune")
-class DivPrune(nn.Module):
+class DivPrune(Pruner, nn.Module):
     """Training-free, for any encoder; those kept stay in grid order."""
 
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset({"grid"})
 
     def __init__(self, config: DivPruneConfig, *, num_tokens: int | None = None) -> None:

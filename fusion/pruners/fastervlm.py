@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from zoo.fusion.pruners.topk import best, check_ratio, count_kept
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import ImageFeatures, Pruner, ZooError, register, require_at_least, unknown
 
 SCORES = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_attention"}  # -> field
 NEEDS = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_head"}  # -> capability
@@ -38,11 +38,10 @@ class FasterVLMConfig:
 
 
 @register("pruner", "fastervlm")
-class FasterVLM(nn.Module):
+class FasterVLM(Pruner, nn.Module):
     """Training-free; those kept stay in grid order."""
 
     needs: frozenset[str] = frozenset({"cls_attention"})
-    provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset({"grid"})
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
 

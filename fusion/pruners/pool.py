@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry import ImageFeatures, Pruner, ZooError, register, require_at_least
 
 
 @dataclass
@@ -25,12 +25,11 @@ class PoolPrunerConfig:
 
 
 @register("pruner", "pool")
-class PoolPruner(nn.Module):
+class PoolPruner(Pruner, nn.Module):
     """Training-free; the result is a smaller grid, so what needs one may follow."""
 
     needs: frozenset[str] = frozenset({"grid"})
     provides: frozenset[str] = frozenset({"grid"})
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: PoolPrunerConfig, *, grid: tuple[int, int] | None) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.pruners.topk import check_ratio, count_kept
-from zoo.registry import ImageFeatures, register, require_at_least
+from zoo.registry import ImageFeatures, Pruner, register, require_at_least
 
 
 @dataclass
@@ -26,11 +26,9 @@ class RandomPrunerConfig:
 
 
 @register("pruner", "random")
-class RandomPruner(nn.Module):
+class RandomPruner(Pruner, nn.Module):
     """Training-free; those kept stay in grid order."""
 
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset({"grid"})
 
     def __init__(self, config: RandomPrunerConfig) -> None:

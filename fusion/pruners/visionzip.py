@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.fusion.pruners.topk import check_ratio, count_kept, top
-from zoo.registry import ImageFeatures, ZooError, register, unknown
+from zoo.registry import ImageFeatures, Pruner, ZooError, register, unknown
 
 SCORES = {"cls": "cls_attention", "column_mean": "key_attention"}
 
@@ -40,11 +40,10 @@ class VisionZipConfig:
 
 
 @register("pruner", "visionzip")
-class VisionZip(nn.Module):
+class VisionZip(Pruner, nn.Module):
     """Training-free; what is left has no grid."""
 
     needs: frozenset[str] = frozenset({"cls_attention", "keys", "prefix_tokens"})
-    provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = frozenset({"grid", "cls_attention", "key_attention", "keys", "pooling_head"})
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
 

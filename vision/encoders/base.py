@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ImageTransform, ZooError
+from zoo.registry import Encoder, ImageFeatures, ImageTransform, ZooError
 from zoo.registry.forward_pass import Pass, current, joined
 from zoo.vision.encoders.attention_scores import PoolingHead, column_mean, row
 from zoo.vision.images.transform import require_transform
@@ -97,7 +97,7 @@ class Runner:
             taken.last = (out[0] if isinstance(out, tuple) else out).detach()
 
 
-class Tower(nn.Module):
+class Tower(Encoder, nn.Module):
     """A wrapped encoder, cut behind the last block that is used. The components of this folder build one each.
 
     Args:
@@ -105,9 +105,6 @@ class Tower(nn.Module):
         transform: how it wants its pixels.
         frames: a second one of the same sizes, for frames of videos; None: the first one sees them too.
     """
-
-    needs: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, runner: Runner, transform: ImageTransform, frames: Runner | None = None) -> None:
         super().__init__()
@@ -132,7 +129,7 @@ class Tower(nn.Module):
         self.provides = frozenset(word for word, given in words.items() if given)
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self) -> int:  # type: ignore[override]
         return self.grid[0] * self.grid[1]
 
     def set_attention(self, name: str) -> None:

@@ -141,7 +141,7 @@ def _walk(plan: Plan) -> Walk:
         )
     walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
     walk.parts = parts
-    walk.notes = [note for adapter in parts.adapter.values() for note in getattr(adapter, "notes", ())]
+    walk.notes = [note for adapter in parts.adapter.values() for note in adapter.notes]
     for name, stage in plan.stages.items():
         walk.stages.append(check_stage(name, stage, model, plan, weights))
     walk.notes += _untrained(plan, walk.stages)

@@ -175,7 +175,7 @@ def _check_projector(parts: Parts, node: Mapping[str, Any], images: list[ImageFe
 def _check_layout(parts: Parts, node: Mapping[str, Any]) -> None:
     """Lay out two images of one row each, and compare with what `count` says of them."""
     name = f"layout {node['name']!r}"
-    rows = parts.layout.given.get("num_tokens") if hasattr(parts.layout, "given") else None
+    rows = parts.layout.given.get("num_tokens")
     if rows is None:
         return
     cuts = [Cut(size=parts.vision.transform.size)] * 2

@@ -41,7 +41,7 @@ def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
         mix = cfg.stages[stage.name].data
         for name, dataset in (data.all if mix else data.training).items():
             if (not mix or mix.get(name)) and (stage.one_dialog or stage.needs):
-                first = next(iter(dataset.stream(0, 0)), None) if hasattr(dataset, "stream") else dataset.get(0)
+                first = next(iter(dataset.stream(0, 0)), None) if dataset.is_stream else dataset.get(0)
                 if first is not None:
                     _check_sample(stage, str(name), first)
     return notes

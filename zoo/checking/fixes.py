@@ -72,7 +72,7 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
             ):  # the family's number may be huge
                 given = node.get(option.name, option.default)
                 values = [] if option.default in (given, MISSING) or option.name == "checkpoint" else [option.default]
-                values += [v for v in getattr(entry.cls, "choices", {}).get(option.name, ()) if v != given]
+                values += [v for v in entry.choices.get(option.name, ()) if v != given]
                 if kind == "llm" and option.name == "max_positions" and isinstance(given, int):
                     values = [given * 2**k for k in (1, 2, 3, 4)]
                 if kind == "llm" and option.name == "top_k" and node.get("num_experts"):

@@ -55,8 +55,7 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     inner = getattr(text, "intermediate_size", None) or 4 * width
     per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
     memory = weights + 12 * learnt + tokens * per_token
-    needs = frozenset(getattr(distiller, "needs", ()))
-    grid = getattr(distiller, "grid", None)
+    needs, grid = (frozenset(), None) if distiller is None else (frozenset(distiller.needs), distiller.grid)
     return Stagecheck(name, trainable, memory, _one_dialog(stage, model, plan), needs, grid)
 
 
@@ -75,7 +74,7 @@ def _check_data(stage: Any, plan: Any) -> None:
 
 def _check_rows(stage: Any, model: Any, plan: Any) -> None:
     """Refuse rows of several samples where a part, or the attention, cannot keep the samples apart."""
-    alone = next((n for n, a in model.adapter.items() if getattr(a, "per_row", False)), None)
+    alone = next((n for n, a in model.adapter.items() if a.per_row), None)
     if alone and stage.pack_length is not None:
         raise ZooError(
             f"pack_length={stage.pack_length} puts several samples into a row, and adapter {alone!r} changes the LLM "
@@ -107,13 +106,13 @@ def _check_shorter(stage: Any, model: Any) -> None:
         raise ZooError(
             f"pruner {inside!r} chooses how long layers are as it goes, which does not compile: compile=false."
         )
-    if getattr(model.llm, "router_aux_coef", 0):
+    if model.llm.router_aux_coef:
         raise ZooError(f"pruner {inside!r} shortens layers, which llm.router_aux_coef does not know: set it to 0.")
 
 
 def _drops_inside(model: Any) -> str:
     """Name the pruner that makes layers of the LLM shorter, if there is one."""
-    return next((n for n, p in model.pruner.items() if getattr(p, "dropper", None) is not None), "")
+    return next((n for n, p in model.pruner.items() if p.shortens), "")
 
 
 def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
@@ -129,16 +128,17 @@ def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
 
 def _check_losses(stage: Any, model: Any, distiller: Any) -> None:
     """Refuse weights of losses that nothing gives, where every part says what it gives; and a stage without a loss."""
-    weights = getattr(distiller, "weights", None)
+    weights = {} if distiller is None else distiller.weights
     terms = set(weights) if isinstance(weights, dict) else set()
     if stage.loss_weights.get("answer", 1.0) == 0 and not distiller:
         raise ZooError("loss_weights.answer is 0 and there is no distiller, so nothing is learnt.")
     givers = [*model.adapter.values(), *([distiller] if distiller is not None and not terms else [])]
-    if any(not hasattr(part, "losses") for part in givers):
+    if any(part.losses is None for part in givers):
         return  # the first batch shows what they give
-    known = {"answer"} | terms | set(getattr(distiller, "losses", ()))
-    known |= {name for adapter in model.adapter.values() for name in adapter.losses}
-    known |= {"router_balance"} if getattr(model.llm, "router_aux_coef", 0) else set()
+    known = {"answer"} | terms
+    for part in [*model.adapter.values(), *([] if distiller is None else [distiller])]:
+        known |= set(part.losses or ())
+    known |= {"router_balance"} if model.llm.router_aux_coef else set()
     for name in stage.loss_weights:
         if name not in known:
             raise unknown("loss in this stage (loss_weights)", name, known)
@@ -160,7 +160,7 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any,
     """Check what a stage's distiller needs, and its teacher; returns the distiller and the bytes of the teacher."""
     with torch.device("meta"):
         distiller = build_distiller(model, stage.distiller_node)
-    needs, who = frozenset(getattr(distiller, "needs", ())), stage.distiller_node["name"]
+    needs, who = frozenset(distiller.needs), stage.distiller_node["name"]
     if any(n.startswith("teacher.") for n in needs) and not stage.teacher:
         raise ZooError(f"distiller {who!r} needs a teacher: set stages.{name}.teacher to a model's name.")
     if "student.image" in needs and not model.num_image_tokens and model.vision is None:

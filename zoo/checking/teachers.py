@@ -35,7 +35,7 @@ def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) 
     node = stage.teacher_node
     theirs, tokenizer = _teacher(node["model"], tuple(node["options"]))
     itself = theirs.origin and theirs.origin == plan.origin and theirs.slots == plan.slots
-    if itself and not getattr(distiller, "own_reference", False):
+    if itself and not distiller.own_reference:
         raise ZooError(
             f"the teacher {node['model']!r} is the student itself: the same parts with the same weights have nothing "
             "to learn from each other. Give the student a pruner or other parts, or name another teacher"
@@ -43,10 +43,10 @@ def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) 
     shared = _check_tokens(node["model"], plan, tokenizer)
     with torch.device("meta"):
         parts = assemble(theirs.slots, vocab_size=shared)
-    needs: frozenset[str] = getattr(distiller, "needs", frozenset())
+    needs: frozenset[str] = distiller.needs
     if needs & ON_IMAGES:
         _check_images(name, stage, needs, model, plan.slots, parts, theirs.slots)
-    if getattr(distiller, "equal_widths", False) and parts.llm.hidden_size != model.llm.hidden_size:
+    if distiller.equal_widths and parts.llm.hidden_size != model.llm.hidden_size:
         raise ZooError(
             f"the loss on hidden states needs LLMs of one width: the student has {model.llm.hidden_size}, the teacher "
             f"{parts.llm.hidden_size}. Set stages.{name}.distiller.hidden_layers={{}}"
@@ -135,7 +135,7 @@ def _check_images(
                 f"the response only. {fix}"
             )
     for who, made in (("student", model.layout), ("teacher", parts.layout)):
-        if made is not None and not getattr(made, "row_tokens", None):
+        if made is not None and not made.row_tokens:
             name = (our_slots if who == "student" else their_slots)["layout"]["name"]
             raise ZooError(
                 f"the losses {what} compare one grid of cells for each image or tile, and the {who}'s layout "
@@ -231,7 +231,7 @@ def _after(pruner: Any, image: ImageFeatures) -> tuple[ImageFeatures | None, boo
             after = pruner(image)
         return after, set(_cells(after)) <= set(_cells(image))
     except Exception:  # whatever it needs is not here: take its word for what it does
-        return None, "grid" in getattr(pruner, "destroys", ()) and "grid" not in getattr(pruner, "provides", ())
+        return None, "grid" in pruner.destroys and "grid" not in pruner.provides
 
 
 def _cells(image: ImageFeatures) -> list[tuple[int, ...]]:

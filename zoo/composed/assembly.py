@@ -8,6 +8,7 @@ the same walk on the meta device.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -100,8 +101,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     derived: dict[str, Any]
 
     def took(kind: str, name: str, part: Any, **leaves: Any) -> None:
-        words: dict[str, Any] = {w: frozenset(getattr(part, w, frozenset())) for w in ("needs", "provides", "destroys")}
-        parts.steps.append(Step(kind, name, **leaves, **words))
+        words = {"needs": part.needs, "provides": part.provides, "destroys": part.destroys}
+        parts.steps.append(Step(kind, name, **leaves, **{w: frozenset(said) for w, said in words.items()}))
 
     if not slots.get("llm"):
         raise MisfitError(
@@ -123,12 +124,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         pruner = _build("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
         _require("pruner", name, pruner, have, f"vision {vision_name!r}", slots)
         tokens = pruner.num_tokens(tokens)
-        have = (have - getattr(pruner, "destroys", frozenset())) | getattr(pruner, "provides", frozenset())
-        grid = (
-            tuple(pruner.grid)
-            if getattr(pruner, "grid", None) and "grid" in have
-            else (grid if "grid" in have else None)
-        )
+        have = (have - frozenset(pruner.destroys)) | frozenset(pruner.provides)
+        grid = tuple(pruner.grid) if pruner.grid and "grid" in have else (grid if "grid" in have else None)
         parts.pruner[name] = pruner
         took("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
 
@@ -150,7 +147,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         before, tokens = tokens, parts.projector.num_tokens(tokens)
         have |= {"image_tokens"}
         took("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
-        grid_now = grid_now if tokens == before else getattr(parts.projector, "grid", None)
+        grid_now = grid_now if tokens == before else parts.projector.grid
         derived = {"grid": grid_now, "num_tokens": tokens, "text_dim": text_dim}
         # A projector that leaves tokens one by one leaves a pruner's choice as it is; others make new ones of it.
         derived["pruned"] = tokens == before and parts.projector.num_tokens(1) == 1
@@ -169,20 +166,19 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         _require("adapter", name, adapter, have, f"llm {slots['llm']['name']!r}", slots)
         _refuse_shared(name, adapter, parts.adapter)
         _exclude("adapter", name, adapter, have, parts.steps)
-        have = (have - getattr(adapter, "destroys", frozenset())) | getattr(adapter, "provides", frozenset())
+        have = (have - frozenset(adapter.destroys)) | frozenset(adapter.provides)
         parts.adapter[name] = adapter
         with _named(f"adapter {name!r}"):
             adapter.attach()
         took("adapter", name, adapter, tokens=parts.num_image_tokens, grid=None, width=text_dim)
     for name, pruner in parts.pruner.items():  # what a pruner needs inside the LLM holds only now
-        missing = (frozenset(getattr(pruner, "needs", ())) & LATE) - have
+        missing = (frozenset(pruner.needs) & LATE) - have
         if missing:
-            taker = next((n for n, a in parts.adapter.items() if missing & getattr(a, "excludes", frozenset())), "")
+            taker = next((n for n, a in parts.adapter.items() if missing & frozenset(a.excludes)), "")
             source = f"adapter {taker!r}, which takes the image by another way," if taker else ""
             raise _misfit("pruner", name, missing, have, source or f"llm {slots['llm']['name']!r}")
-        if hasattr(pruner, "attach"):
-            with _named(f"pruner {name!r}"):
-                pruner.attach(parts.llm)
+        with _named(f"pruner {name!r}"):
+            pruner.attach(parts.llm)
 
     if parts.vision is not None and parts.projector is None and not any(_uses_image(a) for a in parts.adapter.values()):
         raise MisfitError(
@@ -196,7 +192,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
 
 def _place(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
     """Where a part is built: on the meta device if its weights are read into it afterwards."""
-    if fill is None or kind not in fill.empty or not getattr(registry.get(kind, node["name"]).cls, "streams", False):
+    if fill is None or kind not in fill.empty or not registry.get(kind, node["name"]).streams:
         return nullcontext()
     return torch.device("meta")
 
@@ -234,10 +230,9 @@ def _named(name: str) -> Iterator[None]:
 
 def _refuse_shared(name: str, adapter: Any, others: Mapping[str, Any]) -> None:
     """Refuse an adapter that wants modules of the LLM for itself (`exclusive`) which another one has."""
-    own = getattr(adapter, "exclusive", ())
     for other, part in others.items():
-        theirs = getattr(part, "exclusive", ())
-        if both := [a for a in own for b in theirs if a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")]:
+        pairs = product(adapter.exclusive, part.exclusive)
+        if both := [a for a, b in pairs if a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")]:
             raise MisfitError(
                 ("adapter", name),
                 "same modules",
@@ -247,17 +242,15 @@ def _refuse_shared(name: str, adapter: Any, others: Mapping[str, Any]) -> None:
 
 
 def _uses_image(adapter: Any) -> bool:
-    return bool(frozenset(getattr(adapter, "needs", ())) & {"image", "grid", *ON_REQUEST})
+    return bool(frozenset(adapter.needs) & {"image", "grid", *ON_REQUEST})
 
 
 def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
-    needs = frozenset(getattr(part, "needs", frozenset())) - {"image"}
+    needs = frozenset(part.needs) - {"image"}
     missing = needs - have - (LATE if kind == "pruner" else frozenset())
     if missing:
         destroyers = [
-            n
-            for n in (slots.get("pruner") or {})
-            if n != name and missing & frozenset(getattr(registry.get("pruner", n).cls, "destroys", ()))
+            n for n in (slots.get("pruner") or {}) if n != name and missing & registry.get("pruner", n).destroys
         ]
         raise _misfit(
             kind, name, missing, have, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)
@@ -266,7 +259,7 @@ def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str,
 
 def _exclude(kind: str, name: str, part: Any, have: frozenset[str], steps: list[Step]) -> None:
     """Refuse a part beside what it does not stand."""
-    if unwanted := frozenset(getattr(part, "excludes", frozenset())) & have:
+    if unwanted := frozenset(part.excludes) & have:
         word = ", ".join(sorted(unwanted))
         giver = next((s for s in steps if unwanted & s.provides), None)
         source = f"{giver.kind} {giver.name!r} gives" if giver else "there are"

@@ -90,7 +90,7 @@ class ForwardMixin(ImagesMixin):
         Raises:
             ZooError: a keyword that neither the model nor its LLM knows, or inputs that do not belong together.
         """
-        takes = self.llm.keywords() if kwargs and hasattr(self.llm, "keywords") else frozenset()
+        takes = self.llm.keywords() if kwargs else frozenset()
         given = Inputs(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -185,8 +185,7 @@ class ForwardMixin(ImagesMixin):
             # No image comes with what a cache goes on with: adapters stay with those that its beginning showed.
             now.conditions = conditions_in(given.cache)
         for part in [*self.pruner.values(), *self.adapter.values()]:
-            if hasattr(part, "begin"):
-                part.begin(now.sequence)
+            part.begin(now.sequence)
         return masks
 
     def _run(self, given: Inputs, embeds: Tensor, masks: Mapping[str, Tensor | None], now: Pass) -> Any:
@@ -234,7 +233,7 @@ class ForwardMixin(ImagesMixin):
         elif given.run_head:
             losses["answer"] = answer_loss(self.llm, hidden, labels, given.num_items_in_batch, compiled=self.compiled)
         for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
-            losses |= part.aux_losses() if hasattr(part, "aux_losses") else {}
+            losses |= part.aux_losses()
         return losses
 
     # ---- what the LLM is given ---------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def check_parts(
         pruners: those that drop tokens inside the LLM, by name.
         adapters: by name.
     """
-    read = [n for n, a in adapters.items() if getattr(a, "reads_image", "image" in a.needs)]
+    read = [n for n, a in adapters.items() if a.reads_image]
     if options.get("guidance_scale", 1) != 1 and read:
         raise ZooError(
             f"generate(guidance_scale=...) is not possible beside adapter {read[0]!r}, which changes the LLM by the "

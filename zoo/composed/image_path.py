@@ -44,7 +44,7 @@ class ImagesMixin(nn.Module):
     @property
     def _by_kind(self) -> bool:
         """Whether the encoder asks what each row of pixels is."""
-        return bool(getattr(self.vision, "by_kind", False))
+        return self.vision is not None and bool(self.vision.by_kind)
 
     def encode_images(self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None) -> Encoded:
         """Run encoder, pruners, projector and layout.
@@ -76,8 +76,7 @@ class ImagesMixin(nn.Module):
             kept = pruner(kept)
         if self.projector is None or self.layout is None:
             return Encoded(image, kept, self.projector(kept) if self.projector is not None else None)
-        ahead = getattr(self.layout, "project", None)  # what a layout does to some rows ahead of the projector
-        tokens = self.projector(kept) if ahead is None else ahead(kept, self.projector, cuts)
+        tokens = self.layout.project(kept, self.projector, cuts)
         return Encoded(image, kept, self.layout(tokens, cuts))  # (S, C)
 
     def _encode(
@@ -156,7 +155,7 @@ class ImagesMixin(nn.Module):
     @property
     def inside_pruners(self) -> dict[str, Any]:
         """Pruners that drop tokens inside the LLM, by name."""
-        return {n: p for n, p in self.pruner.items() if hasattr(p, "begin") and getattr(p, "dropper", p) is not None}
+        return {n: p for n, p in self.pruner.items() if p.inside}
 
     @property
     def inside_llm(self) -> list[Any]:

@@ -104,13 +104,13 @@ class LanguageModelMixin(nn.Module):
             options: what transformers takes beside them.
         """
         checkpoint_activations(self.llm.lm, activation_checkpointing_kwargs, **options)
-        if hasattr(self.vision, "set_gradient_checkpointing"):
+        if self.vision is not None:
             self.vision.set_gradient_checkpointing(True)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations for backward again."""
         keep_activations(self.llm.lm)
-        if hasattr(self.vision, "set_gradient_checkpointing"):
+        if self.vision is not None:
             self.vision.set_gradient_checkpointing(False)
 
     # What transformers called them before 5.23, and PEFT and others still do.

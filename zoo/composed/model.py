@@ -86,7 +86,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         probe = next(self.llm.parameters())
         taken = resolve_attention(name, probe.device, self._compute_dtype(), lm=self.llm.lm)
         self.llm.lm.set_attn_implementation(taken)
-        if hasattr(self.vision, "set_attention"):  # rows of its own length, never packed
+        if self.vision is not None:  # rows of its own length, never packed
             self.vision.set_attention(
                 resolve_attention(name, probe.device, self._compute_dtype(), self.vision.num_tokens)
             )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.registry import InsidePruner
 from zoo.registry.versions import cache_of
 
 Prefix = tuple[bytes, tuple[int, ...]]  # token ids, and which images
@@ -33,7 +34,7 @@ class PrefixCache:
     @staticmethod
     def serves(model: Any) -> bool:
         """Whether nothing inside the LLM looks at the whole sequence or at the image: no pruner, no adapter."""
-        inside = [p for p in model.pruner.values() if hasattr(p, "begin")]
+        inside = any(isinstance(p, InsidePruner) for p in model.pruner.values())
         return bool(model.num_image_tokens) and not inside and not len(model.adapter)
 
     def read(self, prefixes: Sequence[Prefix]) -> bool:

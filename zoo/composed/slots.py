@@ -20,14 +20,14 @@ def slots_now(model: Any) -> dict[str, Any]:
     slots = {**(model.config.slots or {})}
     for part, node in model.bases.nodes.items():
         slots[part] = {**slots[part], **{k: node[k] for k in ("checkpoint", "revision") if k in node}}
-    merged = {name: adapter for name, adapter in model.adapter.items() if getattr(adapter, "merged", False)}
-    if lasting := [name for name, adapter in merged.items() if hasattr(adapter, "unmerge")]:
+    merged = {name: adapter for name, adapter in model.adapter.items() if adapter.merged}
+    if lasting := [name for name, adapter in merged.items() if not adapter.merged_for_good]:
         raise ZooError(
             f"adapter {lasting[0]!r} is merged into the language model for one image: call unmerge() before saving."
         )
     if merged:
         slots["adapter"] = {n: node for n, node in slots["adapter"].items() if n not in merged}
-    if any(getattr(adapter, "adds_experts", False) for adapter in merged.values()):
+    if any(adapter.adds_experts for adapter in merged.values()):
         slots["llm"] = _llm(model)
     return slots
 

@@ -52,7 +52,7 @@ class PartsMixin(nn.Module):
         """The ids of weights that adapters keep in float32, and of their gradients."""
         kept: set[int] = set()
         for adapter in self.adapter.values():
-            if getattr(adapter, "keeps_float32", False):
+            if adapter.keeps_float32:
                 kept |= ids_of(adapter.parameters())
                 kept |= ids_of(p for n, p in self.llm.lm.named_parameters() if adapter.owns(n))
         return kept
@@ -60,7 +60,7 @@ class PartsMixin(nn.Module):
     def _idles(self, name: str) -> bool:
         """Whether an adapter computes for the module of this parameter: it then has no effect, and no gradient."""
         inner = name.removeprefix("llm.lm.")
-        return inner != name and any(a.idles(inner) for a in self.adapter.values() if hasattr(a, "idles"))
+        return inner != name and any(a.idles(inner) for a in self.adapter.values())
 
     def set_trainable(self, train: Sequence[str], freeze: Sequence[str] = ()) -> dict[str, int]:
         """Let exactly the parameters train that match `train` and not `freeze`.

@@ -21,7 +21,7 @@ def turn_of(model: Any, parts: Iterable[Any]) -> AbstractContextManager[Any]:
         model: the lock is the model's.
         parts: of it, that act inside the LLM.
     """
-    if all(getattr(part, "concurrent", False) for part in parts):
+    if all(part.concurrent for part in parts):
         return nullcontext()
     with _MAKING:
         return _LOCKS.setdefault(model, RLock())

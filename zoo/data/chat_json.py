@@ -12,7 +12,7 @@ from typing import Any
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
-from zoo.registry import MISSING, Dialog, RecordError, Sample, ZooError, naming, register
+from zoo.registry import MISSING, Dataset, Dialog, RecordError, Sample, ZooError, naming, register
 from zoo.vision.images.video import VIDEOS, Video
 
 OTHER_SPLIT = ("",)  # in place of what a record begins with
@@ -37,7 +37,7 @@ class ChatJsonConfig(RecordFields):
 
 
 @register("dataset", "chat_json")
-class ChatJson:
+class ChatJson(Dataset):
     """A file of records, read and checked when it is opened; images are left alone until they are looked at."""
 
     def __init__(self, config: ChatJsonConfig) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from zoo.data.absent import absent
 from zoo.data.pairs import in_pairs
-from zoo.registry import MISSING, Dialog, Sample, ZooError, register
+from zoo.registry import MISSING, Dataset, Dialog, Sample, ZooError, register
 
 OPPOSITE = {"yes": "no", "no": "yes"}
 
@@ -50,7 +50,7 @@ class ClassesConfig:
 
 
 @register("dataset", "classes")
-class Classes:
+class Classes(Dataset):
     """All pictures of the files, in their order; each is asked about again, with other classes, in every epoch."""
 
     def __init__(self, config: ClassesConfig) -> None:

@@ -16,7 +16,17 @@ from zoo.data.hub_rows import open_rows, read_rows, row_image, shard_lengths
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.records import RecordFields, read_record, record_id
 from zoo.data.stream_order import InOrder, Lanes, StreamOrder, StreamRow
-from zoo.registry import MISSING, RecordError, Sample, ZooError, register, sample_or_error
+from zoo.registry import (
+    MISSING,
+    Dataset,
+    RecordError,
+    Records,
+    Sample,
+    StreamingDataset,
+    ZooError,
+    register,
+    sample_or_error,
+)
 
 LANES = 16  # of a shuffled stream
 
@@ -50,7 +60,7 @@ class HubDataConfig(RecordFields):
 
 
 @register("dataset", "hf")
-class HubData:
+class HubData(Records):
     """Builds a `MappedHubData`, or with `streaming=true` a `StreamedHubData`."""
 
     def __new__(cls, config: HubDataConfig) -> "HubData":
@@ -90,7 +100,7 @@ class HubData:
         return f"{self.config.path} ({self.config.split}), row {index}"
 
 
-class MappedHubData(HubData):
+class MappedHubData(HubData, Dataset):
     """Rows by index."""
 
     def __len__(self) -> int:
@@ -103,7 +113,7 @@ class MappedHubData(HubData):
         return self.sample(self.rows[index], index)
 
 
-class StreamedHubData(HubData):
+class StreamedHubData(HubData, StreamingDataset):
     """Rows as they come; a stream that was broken off goes on from its place."""
 
     @cached_property

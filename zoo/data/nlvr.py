@@ -23,7 +23,7 @@ from zoo.data.nlvr_draw import LAYOUTS, ORDERS, Drawing, Shape, Sprites, cell_la
 from zoo.data.nlvr_probes import KINDS as PROBE_KINDS
 from zoo.data.nlvr_probes import Probes, is_tower
 from zoo.data.record_file import RecordFile
-from zoo.registry import Dialog, Sample, ZooError, register, unknown
+from zoo.registry import Dataset, Dialog, Sample, ZooError, register, unknown
 
 SOURCES = {  # training files, in the order in which a label counts where two files label the same pair
     "official": "train_official.jsonl.gz",
@@ -73,7 +73,7 @@ class NLVRConfig:
 
 
 @register("dataset", "nlvr")
-class NLVR:
+class NLVR(Dataset):
     """Samples are pictures with all their sentences (train) or one sentence each (dev)."""
 
     def __init__(self, config: NLVRConfig) -> None:

@@ -16,7 +16,7 @@ from zoo.data.hub_rows import open_rows, row_image
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.records import ROLES, RecordFields, images_of, place_images, read_turns, record_id
-from zoo.registry import MISSING, Dialog, Sample, ZooError, register, unknown
+from zoo.registry import MISSING, Dataset, Dialog, Sample, ZooError, register, unknown
 
 PROMPTS = ("prompt", "question", "conversations", "messages")  # looked for where no column is named
 
@@ -47,7 +47,7 @@ class PreferenceConfig:
 
 
 @register("dataset", "preference")
-class Preference:
+class Preference(Dataset):
     """One sample per record: the dialogs `chosen` and `rejected`."""
 
     def __init__(self, config: PreferenceConfig) -> None:

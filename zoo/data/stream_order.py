@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zoo.registry import ZooError, naming, placed
+from zoo.registry import StreamingDataset, ZooError, naming, placed
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,11 @@ def empty(name: str) -> ZooError:
     return ZooError(f"data {name!r} is a stream without a single sample.")
 
 
-def order_of(name: str, dataset: Any, size: int, place: Any) -> StreamOrder:
+def order_of(name: str, dataset: StreamingDataset, size: int, place: Any) -> StreamOrder:
     """Return the order of a streaming data set: its own where it has one, else that of `stream`."""
     place = {"epoch": place[0], "read": place[1]} if isinstance(place, (list, tuple)) else dict(place or {})
-    if hasattr(dataset, "order"):
-        order: StreamOrder = dataset.order(name, size, place)
+    order: StreamOrder | None = dataset.order(name, size, place)
+    if order is not None:
         return order
 
     def start(epoch: int, read: int, state: Any) -> Iterator[StreamRow]:

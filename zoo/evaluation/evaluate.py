@@ -20,7 +20,7 @@ from rich.console import Console
 from zoo.evaluation.predict import Question, answer
 from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
-from zoo.registry import Dialog, RecordError, Sample, ZooError, build, naming, read_sample
+from zoo.registry import Dialog, RecordError, Sample, ZooError, build, naming, read_sample, whole
 from zoo.runs.data import RunData
 from zoo.runs.folder import new_folder
 from zoo.runs.left_out import Sieve
@@ -116,6 +116,7 @@ def evaluate(
         ZooError: nothing in the data is for these tasks, or records are broken and may not be left out.
     """
     fast_products()
+    datasets = {name: whole("dataset", dataset, name) for name, dataset in datasets.items()}
     model.eval()
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     batch_size = batch_size or _batch_size(model)
@@ -253,9 +254,9 @@ def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Ta
 
     lines = []
     for data, dataset in datasets.items():
-        if not hasattr(dataset, "train_split"):
-            continue
         train = dataset.train_split()
+        if train is None or train.is_stream:
+            continue
         count = min(TRAIN_SAMPLES, len(train))
         samples = (read_sample(data, train, i * len(train) // count) for i in range(count))
         dialogs = (d for sample in samples if isinstance(sample, Sample) for d in sample.dialogs)

@@ -153,7 +153,7 @@ def survey(name: str, dataset: Any, look: Look, *, limit: int | None = None, wor
         limit: first records only.
         workers: processes that share the work; 0: this one.
     """
-    if hasattr(dataset, "stream"):
+    if dataset.is_stream:
         samples = (
             placed(s, name, f"record {i} of the stream") for i, s in enumerate(islice(dataset.stream(0, 0), limit))
         )

@@ -60,7 +60,7 @@ def _evaluated(data: RunData) -> dict[str, Any]:
 def _looked_through(name: str, dataset: Any, look: Look, cfg: Any, display: Display) -> tuple[Tally, float, float]:
     """The tally, seconds on the clock, and seconds of cores, of workers too."""
     whole, began, before = Tally(), time.monotonic(), sum(os.times()[:4])
-    total = None if hasattr(dataset, "stream") else len(dataset)
+    total = None if dataset.is_stream else len(dataset)
     total = cfg.limit if total is None else min(total, cfg.limit or total)
     with display:
         display.begin(name, total or 0)

@@ -180,7 +180,7 @@ def _seen(model: Any, places: Tensor, passed: Pass) -> list[Tensor]:
     """For each layer of the LLM, which image tokens it saw in a pass: (K,) bool."""
     layers = [torch.ones(len(places), dtype=torch.bool) for _ in range(model.llm.num_layers)]
     for pruner in model.pruner.values():
-        for i, columns in enumerate(pruner.kept(passed) if hasattr(pruner, "kept") else []):
+        for i, columns in enumerate(pruner.kept(passed)):
             layers[i] &= columns[0, places].cpu()
     return layers
 
@@ -193,8 +193,8 @@ def _scores(model: Any, image: ImageFeatures) -> list[float] | None:
     """What the first pruner that ranks tokens before the LLM ranked them by, for each patch."""
     n = image.tokens.shape[1]
     for pruner in model.pruner.values():
-        if hasattr(pruner, "scores"):
-            scores = _at(_patches(image, n), pruner.scores(image)[0].cpu())
+        if (ranked := pruner.scores(image)) is not None:
+            scores = _at(_patches(image, n), ranked[0].cpu())
             return [0.0 if s is None else s for s in scores]
         image = pruner(image)
     return None

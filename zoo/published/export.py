@@ -149,7 +149,7 @@ def _require_plain(model: Any) -> None:
 
 def _refuse_adapters(model: Any) -> None:
     for name, adapter in model.adapter.items():
-        if not hasattr(adapter, "merge"):
+        if not adapter.can_merge:
             raise ZooError(
                 f"adapter {name!r} cannot be merged into the language model: what it adds depends on the input. "
                 f"Save it with `save_pretrained` instead, or export without it."

@@ -67,7 +67,7 @@ class Reader:
             self._require_whole(self.filled)
             still = [n for m in modules.values() for n, t in [*m.named_parameters(), *m.named_buffers()] if t.is_meta]
             assert not still, f"left on the meta device: {still[:3]}"
-            if hasattr(parts.llm, "verify") and len({p.device for p in parts.llm.parameters()}) == 1:
+            if len({p.device for p in parts.llm.parameters()}) == 1:
                 parts.llm.verify()
         if held.bits:  # what the layers hold then is still what the checkpoint gave
             self.filled.tensors.update({id(p): p for p in in_bits(parts.llm, held.bits, held.device)})

@@ -128,8 +128,7 @@ class Batches(Dataset):
         name, dataset, row = self.mix.names[item[0]], self.mix.datasets[item[0]], item[1]
         if row.number is None:
             return placed(row.value, name, "a stream")
-        where = dataset.place(row.number) if hasattr(dataset, "place") else f"record {row.number} of the stream"
-        return sample_or_error(name, where, lambda: dataset.sample(row.value, row.number))
+        return sample_or_error(name, dataset.place(row.number), lambda: dataset.sample(row.value, row.number))
 
     def _places(self, step: int) -> list[Where]:
         """Return what makes up optimiser step `step`."""

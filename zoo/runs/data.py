@@ -41,7 +41,7 @@ class RunData:
         held = {n: d for n, d in self.all.items() if n not in self.training}
         if held:
             return held
-        others = {n: d.eval_split() for n, d in self.training.items() if hasattr(d, "eval_split")}
+        others = {n: d.eval_split() for n, d in self.training.items()}
         return {n: d for n, d in others.items() if d is not None}
 
     def mix(self, stage: Stage, seed: int) -> Mix:
@@ -73,7 +73,7 @@ class RunData:
 
 def spread_over(name: str, dataset: Any, most: int) -> Iterator[Sample | RecordError]:
     """Yield up to about `most` samples of a data set, spread over it; of a stream the first ones."""
-    if hasattr(dataset, "stream"):
+    if dataset.is_stream:
         yield from (
             placed(s, name, f"record {i} of the stream") for i, s in enumerate(islice(dataset.stream(0, 0), most))
         )

@@ -37,7 +37,7 @@ class Mix:
                 raise unknown("data in this run", name, datasets)
         self.names = [n for n in datasets if weights.get(n, 0.0 if weights else 1.0) > 0]
         self.datasets = [datasets[n] for n in self.names]
-        self.lengths = [None if hasattr(d, "stream") else len(d) for d in self.datasets]
+        self.lengths = [None if d.is_stream else len(d) for d in self.datasets]
         for name, length in zip(self.names, self.lengths, strict=True):
             if length == 0:
                 raise ZooError(f"data {name!r} has no samples.")

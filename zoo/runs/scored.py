@@ -30,7 +30,7 @@ def require_dialogs(datasets: Mapping[str, Any], tasks: Mapping[str, Any] | None
         for sample in islice(samples_of(name, dataset, most, 0, 1), most):
             if any(table.of(d) for d in getattr(sample, "dialogs", ()) if d.preference != "rejected"):
                 return
-        length = most + 1 if hasattr(dataset, "stream") else len(dataset)
+        length = most + 1 if dataset.is_stream else len(dataset)
         whole = whole and (length if limit is None else min(length, limit)) <= most
     if whole and datasets:
         raise nothing_to_score(datasets, tasks)
@@ -59,7 +59,7 @@ def samples_of(
     data: str, dataset: Any, limit: int | None, rank: int, world: int
 ) -> Iterator[Sample | RecordError | None]:
     """Every `world`-th sample, and None in place of those that other processes see to."""
-    if hasattr(dataset, "stream"):
+    if dataset.is_stream:
         for i, sample in enumerate(dataset.stream(0, 0)):
             yield placed(sample, data, f"record {i} of the stream") if i % world == rank else None
     else:

@@ -55,8 +55,7 @@ def named_weights(model: Any) -> dict[str, Tensor]:
     """
     named = {n: t for n, t in model.state_dict(keep_vars=True).items() if not _OF_BITS.search(n)}
     for adapter in model.adapter.values():
-        if hasattr(adapter, "adapter_state_dict"):
-            named = {f"llm.lm.{n}": t for n, t in adapter.adapter_state_dict().items()} | named
+        named = {f"llm.lm.{n}": t for n, t in adapter.adapter_state_dict().items()} | named
     return named
 
 
@@ -192,7 +191,7 @@ def read_weights(
         raise ZooError("\n".join(lines))
     started = {model.part_of(n) for n in missing}
     for name, adapter in getattr(model, "adapter", {}).items():
-        if f"adapter.{name}" in started and hasattr(adapter, "start"):
+        if f"adapter.{name}" in started:
             adapter.start()  # what it copies from the language model is there only now
     return sorted(missing)
 

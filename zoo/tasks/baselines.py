@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from zoo.registry import Dialog, Score
-from zoo.registry.values import Task
+from zoo.registry import Dialog, Score, Task
 from zoo.tasks.answers import accepted
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from zoo.registry import Dialog, Score, ZooError, register, unknown
+from zoo.registry import Dialog, Score, Task, ZooError, register, unknown
 from zoo.tasks.answers import accepted
 from zoo.tasks.estimates import means
 
@@ -52,7 +52,7 @@ class BoxesConfig:
 
 
 @register("task", "boxes")
-class Boxes:
+class Boxes(Task):
     """iou, accuracy_50, unparsed; a prediction without four numbers has an overlap of 0."""
 
     mode = "generate"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.registry import Dialog, Score, ZooError, register
+from zoo.registry import Dialog, Score, Task, ZooError, register
 from zoo.tasks.answers import truths
 from zoo.tasks.estimates import column, means
 
@@ -33,7 +33,7 @@ class CaptionConfig:
 
 
 @register("task", "caption")
-class Caption:
+class Caption(Task):
     """bleu (of the corpus) and chrf, in [0, 1]."""
 
     mode = "generate"

@@ -8,7 +8,7 @@ not its `acc_norm`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from zoo.registry import Dialog, Score, ZooError, register
+from zoo.registry import Dialog, Score, Task, ZooError, register
 from zoo.tasks.answers import accepted, plain
 from zoo.tasks.estimates import means
 from zoo.tasks.groups import consistency_of, group_of
@@ -20,7 +20,7 @@ class ChoiceConfig:
 
 
 @register("task", "choice")
-class Choice:
+class Choice(Task):
     """accuracy, and `chance`: what choosing blindly would give."""
 
     mode = "choice"

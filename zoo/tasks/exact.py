@@ -8,7 +8,7 @@ groups in which every answer is right.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zoo.registry import Dialog, Score, ZooError, register
+from zoo.registry import Dialog, Score, Task, ZooError, register
 from zoo.tasks.answers import plain, truths
 from zoo.tasks.estimates import means
 from zoo.tasks.groups import consistency_of, group_of
@@ -25,7 +25,7 @@ class ExactConfig:
 
 
 @register("task", "exact")
-class Exact:
+class Exact(Task):
     """accuracy; consistency where dialogs belong to groups."""
 
     mode = "generate"

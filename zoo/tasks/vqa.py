@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from zoo.registry import Dialog, Score, ZooError, register
+from zoo.registry import Dialog, Score, Task, ZooError, register
 from zoo.tasks.answers import plain, truths
 from zoo.tasks.estimates import means
 
@@ -76,7 +76,7 @@ class VQAConfig:
 
 
 @register("task", "vqa")
-class VQA:
+class VQA(Task):
     """accuracy, in thirds where ten people answered."""
 
     mode = "generate"

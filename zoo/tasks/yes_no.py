@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zoo.registry import Dialog, Score, ZooError, register
+from zoo.registry import Dialog, Score, Task, ZooError, register
 from zoo.tasks.answers import accepted
 from zoo.tasks.estimates import column, mean, ratio
 from zoo.tasks.groups import consistency_of, group_of
@@ -45,7 +45,7 @@ class YesNoConfig:
 
 
 @register("task", "yes_no")
-class YesNo:
+class YesNo(Task):
     """accuracy, precision, recall, f1, yes_rate, unparsed; errors of ratios by the delta method."""
 
     mode = "generate"

@@ -46,7 +46,7 @@ def data_hash(dataset: Any) -> str:
 
     A streaming data set has no length and no random access: its hash is empty, and only the text is verified.
     """
-    if hasattr(dataset, "stream"):
+    if dataset.is_stream:
         return ""
     from zoo.vision.images.decode import open_image
 

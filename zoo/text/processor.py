@@ -79,7 +79,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
         self.video_token = video_token
         # Whether a video is words and images by the time that text is tokenized.
-        self.spells = bool(video_token) and getattr(self.layout, "spells", False)
+        self.spells = bool(video_token) and self.layout is not None and self.layout.spells
         known = video_token is not None and video_token in tokenizer.get_vocab()
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
         self._images: dict[Cut, np.ndarray] = {}
@@ -330,7 +330,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
     def _image_ids(self, cut: Cut) -> np.ndarray:
         """Ids of an image that was cut so: placeholders, and what the layout writes around them."""
         if cut not in self._images:
-            if not hasattr(self.layout, "text"):
+            if self.layout.text(cut, self.image_token) is None:
                 token = self.video_token_id if cut.kind == "frame" else self.image_token_id
                 self._images[cut] = np.full(self.layout.count(cut), token, dtype=np.int64)
             else:

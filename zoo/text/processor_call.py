@@ -175,8 +175,8 @@ class CallMixin:
 
     def _image_text(self, cut: Cut) -> str:
         """What stands for an image that was cut so: placeholders, and what the layout writes around them."""
-        if hasattr(self.layout, "text"):
-            return self.layout.text(cut, self.image_token)
+        if (written := self.layout.text(cut, self.image_token)) is not None:
+            return written
         own = cut.kind == "frame" and self.video_token_id != self.image_token_id
         return (self.video_token if own and self.video_token else self.image_token) * self.layout.count(cut)
 

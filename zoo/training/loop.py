@@ -290,7 +290,7 @@ class Run:
         found = False
         for name, adapter in self.model.adapter.items():
             begins = sum(name in stage.detach for stage in self.stages.values())
-            if begins and begins in stages and hasattr(adapter, "start"):
+            if begins and begins in stages:
                 reseed(self.cfg.seed, begins, -4)
                 adapter.start()
                 found = True
@@ -308,7 +308,7 @@ class Run:
         node = stage.teacher_node
         if node is None:
             return None, None
-        needs: frozenset[str] = getattr(distiller, "needs", frozenset())
+        needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
         if node["store"]:
             return self._stored(stage, node["store"], needs)
         key = json.dumps(node, default=str, sort_keys=True)

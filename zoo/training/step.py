@@ -43,7 +43,7 @@ class TrainStep(nn.Module):
         self.distiller = distiller
         self.hidden = {"teacher": teacher}  # a dict hides it: the teacher is neither trained nor saved nor sharded
         self.loss_weights = dict(stage.loss_weights)
-        needs: frozenset[str] = getattr(distiller, "needs", frozenset())
+        needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
         inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
         self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
         self.student_options = LOSS_ALONE | ({} if distiller is None else options_of(needs, "student"))
@@ -129,8 +129,9 @@ class Engine:
             self.step: Any = step if self.sharded else accelerator.prepare_model(step)
         self.whole, self.run_llm = step, step.run_llm
         self.unseen = set(stage.loss_weights)  # weights of losses that no step has shown yet
-        self.summed = frozenset({"answer"}) | getattr(distiller, "per_label", frozenset())
-        self.summed |= getattr(distiller, "per_image", frozenset())
+        self.summed = frozenset({"answer"})
+        if distiller is not None:
+            self.summed |= distiller.per_label | distiller.per_image
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
@@ -159,7 +160,7 @@ class Engine:
             Losses by name, and whether any process was asked to leave.
         """
         reseed(self.seed, global_step, self.accelerator.process_index)
-        if hasattr(self.distiller, "begin_step"):
+        if self.distiller is not None:
             self.distiller.begin_step(number, self.steps)
         whole = [b for b in batches if b is not None]
         counts, stop = self._agree(sum(map(count_labels, whole)), sum(map(count_images, whole)), len(whole), stop)
@@ -237,8 +238,8 @@ class Engine:
 
 def weights_of(distiller: Any) -> Mapping[str, float]:
     """What a distiller's losses count now, by name, where it says so."""
-    weights = getattr(distiller, "weights", None)
-    return weights if isinstance(weights, Mapping) else {}
+    weights = {} if distiller is None else distiller.weights
+    return weights if isinstance(weights, Mapping) else {}  # a module of somebody's own may have a parameter there
 
 
 def reseed(seed: int, global_step: int, rank: int) -> None:

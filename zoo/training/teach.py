@@ -95,7 +95,7 @@ def main(cfg: DictConfig) -> Path:
         "vocab_size": len(processor.tokenizer),
         "tokens": tokens_hash(processor.tokenizer),
         "slots": dict(model.config.slots),
-        "cells": getattr(model.layout, "row_tokens", None) or model.num_image_tokens,
+        "cells": (None if model.layout is None else model.layout.row_tokens) or model.num_image_tokens,
         "data": {n: data_hash(d) for n, d in zip(mix.names, mix.datasets, strict=True)},
     }
     folder = Path(cfg.teach.folder or Path(cfg.run.dir) / "teach" / f"{cfg.run.recipe or cfg.model.name}-{name}")
@@ -165,7 +165,7 @@ def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
     from types import SimpleNamespace
 
     blank = SimpleNamespace(vision=None, llm=SimpleNamespace(hidden_size=1, vocab_size=1))
-    needs: frozenset[str] = getattr(build_distiller(blank, stage.distiller_node or {}), "needs", frozenset())
+    needs: frozenset[str] = build_distiller(blank, stage.distiller_node or {}).needs
     return needs & {f"teacher.{positions}" for positions in (RESPONSE, VISUAL, PAIRS)}
 
 

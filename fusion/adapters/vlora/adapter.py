@@ -41,7 +41,7 @@ from zoo.fusion.adapters.vlora.generator import WeightGenerator
 from zoo.fusion.adapters.vlora.image_memory import ImageMemory, rows_of
 from zoo.fusion.adapters.vlora.sites import Site, find_sites
 from zoo.fusion.attach import add_to_output
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least
+from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
 
 _TYPES = "qkvom"
@@ -84,12 +84,10 @@ class VLoRAConfig:
 
 
 @register("adapter", "vlora")
-class VLoRA(nn.Module):
+class VLoRA(Adapter, nn.Module):
     """Starts as the base model: B is zero. Then only B has a gradient; from the second step on everything has."""
 
     needs: frozenset[str] = frozenset({"image"})
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
     concurrent = True
     losses: frozenset[str] = frozenset()
     excludes: frozenset[str] = frozenset({"image_tokens"})
@@ -353,7 +351,7 @@ class VLoRA(nn.Module):
         self.passes.alone.conditions["vlora"] = left if "m" in self.config.types else None
 
     @property
-    def merged(self) -> bool:
+    def merged(self) -> bool:  # type: ignore[override]
         """Whether the language model holds the changes of one image."""
         return bool(self._merged)
 

@@ -74,7 +74,6 @@ class AIM(DropsInside, nn.Module):
     """Training-free; adds no parameters."""
 
     needs: frozenset[str] = frozenset({"image_tokens"})
-    provides: frozenset[str] = frozenset()
     destroys: frozenset[str] = _MERGED_AWAY
 
     def __init__(self, config: AIMConfig) -> None:

@@ -32,7 +32,7 @@ from zoo.fusion.llm.decoder import decoder_of
 from zoo.fusion.pruners.inside.attention_tap import Attended, watch
 from zoo.fusion.pruners.inside.droppable import require_cache, require_family
 from zoo.fusion.pruners.inside.sequence import Survivors
-from zoo.registry import ZooError
+from zoo.registry import InsidePruner, ZooError
 from zoo.registry.forward_pass import Pass, current
 from zoo.registry.versions import cache_in
 
@@ -335,7 +335,7 @@ class Dropper:
         return int(window)
 
 
-class DropsInside:
+class DropsInside(InsidePruner):
     """What pruners that drop by a `Dropper` share: they make it in `attach`, and hand on to it."""
 
     concurrent = True  # what it knows of a prompt is in the pass and in its cache
@@ -345,6 +345,16 @@ class DropsInside:
         """Attach `dropper`; it is no child: what it holds is the language model's."""
         self.__dict__["dropper"] = dropper
         dropper.attach()
+
+    @property
+    def inside(self) -> bool:  # type: ignore[override]
+        """Whether anything is dropped, with these options."""
+        return self.dropper is not None
+
+    @property
+    def shortens(self) -> bool:  # type: ignore[override]
+        """The same: what it drops, layers no longer have."""
+        return self.dropper is not None
 
     def detach(self) -> None:
         """Leave the LLM as it was."""

@@ -37,8 +37,6 @@ class FastV(DropsInside, nn.Module):
     """Training-free; adds no parameters, and changes nothing before the LLM."""
 
     needs: frozenset[str] = frozenset({"image_tokens"})
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset()
 
     def __init__(self, config: FastVConfig) -> None:
         super().__init__()
@@ -60,7 +58,7 @@ class FastV(DropsInside, nn.Module):
     def attach(self, llm: Any) -> None:
         """Take effect in the LLM."""
         after = [] if self.config.keep_ratio == 1 else [self.config.layer - 1]
-        self.drop_by(Dropper(llm, "pruner 'fastv'", after, self.budget, self.score))
+        self.drop_by(Dropper(llm, "pruner 'fastv'", after, self.budget, self.importance))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the products of scoring, of one prompt with `tokens` in each layer: one row of attention."""
@@ -70,7 +68,7 @@ class FastV(DropsInside, nn.Module):
         """Say how many of `total` image tokens stay: the rounded share, at least one."""
         return (total * self.config.keep_ratio + 0.5).long().clamp(min=1)
 
-    def score(self, given: Attended) -> Tensor:
+    def importance(self, given: Attended) -> Tensor:
         """Score the positions of a layer by the attention of the last prompt token, the mean over heads: (B, L)."""
         return attention_walk(
             given.query,

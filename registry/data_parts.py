@@ -1,0 +1,97 @@
+"""Data sets and tasks: their base classes, with every method that the zoo calls on them. Plain Python classes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from zoo.registry.parts import Part
+
+if TYPE_CHECKING:
+    from zoo.registry.errors import RecordError
+    from zoo.registry.values import Dialog, Sample, Score
+
+
+class Records(Part):
+    """What data sets of both forms have. Randomness is a function of (config.seed, epoch, index) and of nothing else.
+
+    `__init__(config)`. Derive from `Dataset`, or from `StreamingDataset` where the length is not known.
+    """
+
+    is_stream: bool = False
+    """Whether it has `stream` in place of a length and `get`."""
+
+    def place(self, index: int) -> str:
+        """Name the place of a record for a message: file and line, row or member."""
+        return f"record {index} of the stream" if self.is_stream else f"record {index}"
+
+    def train_split(self) -> Records | None:
+        """Give the training records of the same source: what is common there is what a blind guess knows (the column
+        `majority` of an evaluation). None: not known.
+        """
+        return None
+
+    def eval_split(self) -> Records | None:
+        """Give the records to evaluate on, of the same source; None: it has none."""
+        return None
+
+
+class Dataset(Records):
+    """A data set with a length, read by index and by several workers."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the samples."""
+
+    @abstractmethod
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """Return sample `index`; cheap to call in a loader worker, images still undecoded."""
+
+
+class StreamingDataset(Records):
+    """A data set whose length is not known. One thread of each process reads it, in order."""
+
+    is_stream = True
+
+    @abstractmethod
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample | RecordError]:
+        """Yield the samples of an epoch from number `start` on; the same whoever asks.
+
+        A record that cannot be read is yielded as the error, and counts: a generator that raises is at its end.
+        """
+
+    def order(self, name: str, size: int, place: Mapping[str, Any]) -> Any | None:
+        """Give a `zoo.data.stream_order.StreamOrder`, in which processes read what they need alone and loader workers
+        make samples of rows by `sample`; None: the order of `stream`.
+
+        Args:
+            name: of the data in the run.
+            size: rows of an optimiser step.
+            place: where to begin, as `StreamOrder.place` said it.
+        """
+        return None
+
+    def sample(self, row: Any, number: Any) -> Sample:
+        """Make a sample of a row of `order`, which called it `number`."""
+        raise NotImplementedError(f"{type(self).__name__} has an `order` and no `sample`.")
+
+
+class Task(Part):
+    """Turns predictions into numbers; knows nothing of models. `__init__(config)`."""
+
+    mode: str = "generate"
+    """generate: free text, greedy; choice: the likeliest of `dialog.choices`."""
+    max_new_tokens: int
+    """Longest answer, in tokens."""
+
+    @abstractmethod
+    def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
+        """Give metric name -> value of one prediction, each in [0, 1].
+
+        Names that begin with an underscore are no metrics: counts of any size that `summarise` needs again.
+        """
+
+    @abstractmethod
+    def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
+        """Give the table's numbers from the rows of `score`; the mean of each metric unless the metric is no mean."""

@@ -1,0 +1,178 @@
+"""What holds a component to its kind's base class: misspelt hooks, methods that are missing, classes without a base.
+
+A class that does not derive from its base is completed: the hooks that it lacks are put on it, with their defaults. The
+class stays what it was, so that its pickles, copies, subclasses and names of weights do too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, TypeVar
+
+from zoo.registry.data_parts import Dataset, Records, StreamingDataset, Task
+from zoo.registry.errors import ZooError
+from zoo.registry.parts import (
+    Adapter,
+    Distiller,
+    Encoder,
+    InsidePruner,
+    LanguageModel,
+    Layout,
+    Part,
+    Projector,
+    Pruner,
+)
+
+BASES: dict[str, type[Part]] = {
+    "vision": Encoder,
+    "pruner": Pruner,
+    "projector": Projector,
+    "layout": Layout,
+    "llm": LanguageModel,
+    "adapter": Adapter,
+    "distiller": Distiller,
+    "dataset": Records,
+    "task": Task,
+}
+# Kinds of several forms, the special ones first.
+_FORMS: dict[str, tuple[type[Part], ...]] = {
+    "pruner": (InsidePruner, Pruner),
+    "dataset": (Dataset, StreamingDataset, Records),
+}
+_CALLED = frozenset({"vision", "pruner", "projector", "layout", "distiller"})  # kinds whose parts are called
+_CUTOFF = 0.8  # of difflib's ratio: num_token, excludes_, aux_loss; not `scale` for `start`
+_NEEDED = object()  # of an attribute that has no default
+P = TypeVar("P")
+
+
+def base_of(kind: str, cls: type) -> type[Part]:
+    """Return the base class that a component of a kind has, or that its methods are those of."""
+    known = [base for base in _FORMS.get(kind, (BASES[kind],)) if base in cls.__mro__]
+    if known:
+        return known[0]
+    if kind == "pruner" and (hasattr(cls, "attach") or hasattr(cls, "begin")):
+        return InsidePruner
+    if kind == "dataset":
+        return StreamingDataset if hasattr(cls, "stream") else Dataset
+    return BASES[kind]
+
+
+@cache
+def hooks_of(base: type[Part]) -> dict[str, Any]:
+    """Return the public members of a base: name -> its default, or `_NEEDED`."""
+    found: dict[str, Any] = {}
+    for cls in reversed([c for c in base.__mro__ if issubclass(c, Part)]):
+        found |= dict.fromkeys(vars(cls).get("__annotations__", ()), _NEEDED)
+        found |= vars(cls)
+    return {n: v for n, v in found.items() if not n.startswith("_")}
+
+
+def require_component(kind: str, name: str, cls: type) -> None:
+    """Refuse a class that lacks a method of its kind, or has one that looks like a misspelt hook.
+
+    Raises:
+        ZooError: it says where, what is needed, and the nearest name.
+    """
+    base = base_of(kind, cls)
+    hooks = hooks_of(base)
+    own = {n: v for c in _own_classes(cls) for n, v in vars(c).items() if not n.startswith("_")}
+    for attribute, value in own.items():
+        if attribute in hooks:
+            continue
+        alike = [n for n, v in hooks.items() if n not in own and _is_method(v) == _is_method(value)]
+        if near := get_close_matches(attribute, alike, n=1, cutoff=_CUTOFF):
+            raise ZooError(
+                f"{kind} {name!r}: {cls.__qualname__}.{attribute} ({_where(value, cls)}) looks like a misspelt hook. "
+                f"Did you mean {near[0]!r}? What is the class's own begins with an underscore, or has another name."
+            )
+    if cls.__new__ is object.__new__:  # else it chooses a class, which is looked at when one is built
+        _require_methods(kind, name, cls, base)
+
+
+def whole(kind: str, part: P, name: str = "") -> P:
+    """Return a part that has every hook of its kind; one whose class has no base of ours gets the defaults.
+
+    Raises:
+        ZooError: it lacks something that has no default, or keeps a module under the name of a hook.
+    """
+    cls: Any = type(part)
+    base = base_of(kind, cls)
+    if base in cls.__mro__:
+        modules = vars(part).get("_modules") or {}
+        if taken := next((n for n in modules if n in hooks_of(base) and hasattr(cls, n)), None):
+            raise ZooError(
+                f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)}) keeps a module as {taken!r}, which is the "
+                f"name of a hook: give it another."
+            )
+    else:
+        _require_methods(kind, name, cls, base)
+        for hook, default in hooks_of(base).items():
+            if default is not _NEEDED and not hasattr(part, hook):
+                setattr(cls, hook, default)
+        base.register(cls)
+    for hook, default in hooks_of(base).items():
+        if default is _NEEDED and not hasattr(part, hook):
+            raise ZooError(
+                f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)}) sets no {hook!r}, which every {kind} has: "
+                f"{base.__annotations__.get(hook, 'a value')}."
+            )
+    return part
+
+
+def class_value(kind: str, cls: type, hook: str) -> Any:
+    """Return what a class says for a hook that is of the class; the base's default where it says nothing."""
+    return getattr(cls, hook, getattr(base_of(kind, cls), hook, None))
+
+
+def _require_methods(kind: str, name: str, cls: type, base: type[Part]) -> None:
+    if kind == "pruner" and base not in cls.__mro__:
+        base = Pruner  # of a class without a base, `attach` is not asked for
+    missing = [n for n in sorted(base.__abstractmethods__) if n != "forward" and not _has(cls, n)]
+    if kind in _CALLED and not _is_called(cls):
+        missing.append("forward")
+    if missing:
+        first = getattr(base, missing[0])
+        raise ZooError(
+            f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)}) has no method "
+            f"{', '.join(map(repr, missing))}, which every {kind} needs. "
+            f"{missing[0]}{inspect.signature(first)}: {(inspect.getdoc(first) or '').splitlines()[0]}"
+        )
+
+
+def _has(cls: type, method: str) -> bool:
+    return not getattr(getattr(cls, method, None), "__isabstractmethod__", False) and hasattr(cls, method)
+
+
+def _is_called(cls: type) -> bool:
+    """Whether a class, or one that it derives from, defines what a call of its instances runs."""
+    of_bases = (Part, *BASES.values())
+    return any(
+        n in vars(c)
+        for c in cls.__mro__
+        if c not in of_bases and c.__module__.partition(".")[0] != "torch"
+        for n in ("forward", "__call__")
+    )
+
+
+def _own_classes(cls: type) -> list[type]:
+    """A class and those that it derives from in its own package, the most basic first; not our bases."""
+    top = cls.__module__.partition(".")[0]
+    bases = {c for base in BASES.values() for c in base.__mro__} | {InsidePruner, Dataset, StreamingDataset}
+    return [c for c in reversed(cls.__mro__) if c not in bases and c.__module__.partition(".")[0] == top]
+
+
+def _is_method(value: Any) -> bool:
+    return callable(value) or isinstance(value, (classmethod, staticmethod))
+
+
+def _where(value: Any, cls: type) -> str:
+    """File and line of a method, or of the class where it is none."""
+    found: Any
+    for found in (value, getattr(value, "fget", None), cls):
+        try:
+            return f"{inspect.getsourcefile(found)}:{inspect.getsourcelines(found)[1]}"
+        except (OSError, TypeError):
+            continue
+    return cls.__module__
