@@ -109,6 +109,8 @@ def whole(kind: str, part: P, name: str = "") -> P:
     else:
         _require_methods(kind, name, cls, base)
         for hook, default in hooks_of(base).items():
+            if getattr(default, "__isabstractmethod__", False):  # of a pruner inside the LLM: a plain one does nothing
+                default = hooks_of(BASES[kind]).get(hook, default)
             if default is not _NEEDED and not hasattr(part, hook):
                 setattr(cls, hook, default)
         base.register(cls)

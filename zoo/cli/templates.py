@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, Pruner, ZooError, register
 
 
 @dataclass
@@ -22,10 +22,9 @@ class CLASSConfig:
 
 
 @register("pruner", "NAME")
-class CLASS(nn.Module):
-    needs: frozenset[str] = frozenset()  # what the encoder must give: "cls_attention", "keys", "grid"
-    provides: frozenset[str] = frozenset()
-    destroys: frozenset[str] = frozenset({"grid"})
+class CLASS(Pruner, nn.Module):
+    # needs = frozenset({"cls_attention"})  # what the encoder must give; "keys", "grid", ... likewise
+    destroys = frozenset({"grid"})
 
     def __init__(self, config: CLASSConfig) -> None:
         super().__init__()
@@ -51,7 +50,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, register
+from zoo.registry import ImageFeatures, Projector, register
 
 
 @dataclass
@@ -60,11 +59,7 @@ class CLASSConfig:
 
 
 @register("projector", "NAME")
-class CLASS(nn.Module):
-    needs = frozenset()
-    provides = frozenset({"image_tokens"})
-    destroys = frozenset()
-
+class CLASS(Projector, nn.Module):
     def __init__(self, config: CLASSConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(vision_dim)
@@ -83,7 +78,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ImageTransform, register
+from zoo.registry import Encoder, ImageFeatures, ImageTransform, register
 
 
 @dataclass
@@ -94,7 +89,7 @@ class CLASSConfig:
 
 
 @register("vision", "NAME")
-class CLASS(nn.Module):
+class CLASS(Encoder, nn.Module):
     provides = frozenset({"grid"})
 
     def __init__(self, config: CLASSConfig) -> None:
@@ -118,7 +113,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.registry import register
+from zoo.registry import Adapter, LanguageModel, register
 
 
 @dataclass
@@ -127,13 +122,10 @@ class CLASSConfig:
 
 
 @register("adapter", "NAME")
-class CLASS(nn.Module):
-    needs = frozenset()
-    provides = frozenset()
-    destroys = frozenset()
+class CLASS(Adapter, nn.Module):
     concurrent = True  # nothing of a pass is kept on this object, so threads may share it
 
-    def __init__(self, config: CLASSConfig, *, llm: Any, text_dim: int) -> None:
+    def __init__(self, config: CLASSConfig, *, llm: LanguageModel, text_dim: int) -> None:
         super().__init__()
         self.scale = config.scale
         self.shift = nn.Parameter(torch.zeros(llm.num_layers, text_dim))
@@ -157,12 +149,6 @@ class CLASS(nn.Module):
 
     def owns(self, name: str) -> bool:
         return False  # no parameter of the language model is ours
-
-    def condition(self, image: Any, images_per_row: Any, expand: int = 1) -> None:
-        pass  # nothing here depends on the image
-
-    def aux_losses(self) -> dict[str, Any]:
-        return {}
 '''
 
 DISTILLER = '''"""CLASS: the student's last hidden states should be as long as the teacher's."""
@@ -172,7 +158,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.registry import register
+from zoo.registry import Distiller, register
 
 
 @dataclass
@@ -181,7 +167,7 @@ class CLASSConfig:
 
 
 @register("distiller", "NAME")
-class CLASS(nn.Module):
+class CLASS(Distiller, nn.Module):
     needs = frozenset({"student.hidden", "teacher.hidden"})
 
     def __init__(self, config: CLASSConfig) -> None:
@@ -199,7 +185,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zoo.registry import Dialog, Sample, register
+from zoo.registry import Dataset, Dialog, Sample, register
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 
@@ -213,7 +199,7 @@ class CLASSConfig:
 
 
 @register("dataset", "NAME")
-class CLASS:
+class CLASS(Dataset):
     def __init__(self, config: CLASSConfig) -> None:
         self.config = config
 
@@ -238,7 +224,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from zoo.registry import Dialog, Score, register
+from zoo.registry import Dialog, Score, Task, register
 
 
 @dataclass
@@ -247,7 +233,7 @@ class CLASSConfig:
 
 
 @register("task", "NAME")
-class CLASS:
+class CLASS(Task):
     mode = "generate"
 
     def __init__(self, config: CLASSConfig) -> None:
