@@ -383,7 +383,7 @@ def test_a_pruner_inside_the_llm_without_a_base():
     registry.register("pruner", "drops")(Drops)
     part = registry.build("pruner", {"name": "drops"})
     assert part.inside and not part.concurrent and not part.shortens and isinstance(part, InsidePruner)
-    assert part.attach(None) is None and part.kept() == [] and part.tokens_per_layer(5, 2) == [5, 5]
+    assert part.attach(None) is None and part.kept(None) == [] and part.tokens_per_layer(5, 2) == [5, 5]
 
 
 class Calls:
