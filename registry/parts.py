@@ -131,7 +131,7 @@ class Pruner(Part):
         return None
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Give losses of the pass that runs, asked behind the LLM: by name, unweighted or weighted as the config says."""
+        """Give losses of the pass that runs, asked behind the LLM: by name, weighted or not, as the config says."""
         return {}
 
     def attach(self, llm: LanguageModel) -> None:
@@ -356,7 +356,7 @@ class Adapter(Part):
         """Take the sequence of the pass that begins (`zoo.composed.outputs.LLMSequence`)."""
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Give losses of the pass that runs, asked behind the LLM: by name, unweighted or weighted as the config says."""
+        """Give losses of the pass that runs, asked behind the LLM: by name, weighted or not, as the config says."""
         return {}
 
     def start(self) -> None:
