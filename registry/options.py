@@ -4,6 +4,7 @@ import ast
 import inspect
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def _config_annotation(node: ast.ClassDef) -> str:
     return ""
 
 
+@cache
 def _comments_of(cls: type) -> dict[str, str]:
     try:
         return field_comments(inspect.getsource(cls).splitlines())

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from importlib.util import find_spec
@@ -101,7 +101,7 @@ class Entry:
     def package(self) -> str:
         """Name of the installed distribution that owns the component, or of its top module where there is none."""
         top = self.cls.__module__.partition(".")[0]
-        return (packages_distributions().get(top) or [top])[0]
+        return (_distributions().get(top) or [top])[0]
 
     @property
     def options(self) -> list[Option]:
@@ -360,6 +360,11 @@ def require_revision(revision: str | None) -> str | None:
     if not plain or ".." in revision:
         raise ZooError(f"revision must be a branch, a tag or a commit, got {revision!r}.")
     return revision
+
+
+@cache  # it reads what every installed distribution holds: 0.14 s
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
 
 
 def source_of(kind: str, name: str) -> Path | None:
