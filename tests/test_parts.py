@@ -16,17 +16,10 @@ from torch import nn
 from zoo import registry
 from zoo.cli import templates
 from zoo.registry import KINDS, ZooError, hooks, whole
-from zoo.registry import table as core
 from zoo.registry.data_parts import Dataset, Records, StreamingDataset
 from zoo.registry.parts import Adapter, Distiller, Encoder, InsidePruner, LanguageModel, Layout, Projector, Pruner
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def table(monkeypatch):
-    """A copy of the table, so that a test's components are gone after it."""
-    monkeypatch.setattr(core, "_entries", {kind: dict(found) for kind, found in core._entries.items()})
 
 
 @dataclass
