@@ -1,8 +1,8 @@
 """What the site's pages and notebooks show runs: in order, each page in a folder of its own, without network.
 
-Blocks of a page: `python` is run in one namespace; `sh` line by line, each a command of `zoo`; `yaml` and `python` that begin
-with the name of a file are written to it; lines of `text` must have been printed by then, `...` standing for anything.
-What cannot run here (a hub, several GPUs) is in other blocks (`console`, indented).
+Blocks of a page: `python` runs in one namespace; `sh` line by line, each a command of `zoo`; `yaml` and `python` that
+begin with the name of a file are written to it; lines of `text` must have been printed by then, `...` standing for
+anything. What cannot run here (a hub, several GPUs) is indented, and shown only.
 """
 
 import contextlib
