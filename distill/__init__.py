@@ -1,4 +1,4 @@
-"""Losses beside the answer loss: from a teacher, or from dense targets that the data set knows. One line each."""
+"""Losses beside the answer loss, from a teacher or from dense targets of the data set. One line each."""
 
 from zoo.registry import declare
 

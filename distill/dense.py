@@ -1,7 +1,7 @@
-"""Teach the encoder what stands in each cell of its grid, from labels that the data set knows; no teacher model.
+"""Dense supervision of the encoder: predict labels of each grid cell, given by the data set; no teacher model.
 
-One linear layer reads several labels off each image token: classes, or numbers cut into bins. Small encoders learn in
-seconds from this what they would need minutes for from answers alone.
+One linear layer predicts several labels from each image token: classes, or numbers in bins. Small encoders learn from
+it in seconds what takes minutes from answers alone.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from zoo.registry import IGNORE_INDEX, Distiller, ZooError, register
 
 @dataclass
 class DenseConfig:
-    # How many values each label of a cell can take, in their order; those of `scenes`: colour, shape, size (each with
-    # one more for the ground), then the box's x1, y1, x2, y2.
+    # Number of values of each label of a cell, in their order; those of `scenes`: colour, shape, size (each with one
+    # more for the ground), then the box's x1, y1, x2, y2.
     classes: list[int] = field(default_factory=lambda: [7, 5, 3, 32, 32, 32, 32])
     weights: list[float] = field(default_factory=list)  # of each label's loss; empty: 1 for each
-    target: str = "patch_labels"  # which of the batch's targets holds the labels
+    target: str = "patch_labels"  # name of the batch's target with the labels
 
     def __post_init__(self) -> None:
         if not self.classes or min(self.classes) < 2:
-            raise ZooError(f"classes must say for each label how many values it takes, 2 or more, got {self.classes}.")
+            raise ZooError(f"classes must give the number of values of each label, 2 or more, got {self.classes}.")
         if self.weights and len(self.weights) != len(self.classes):
             raise ZooError(f"weights must be as many as classes ({len(self.classes)}), got {len(self.weights)}.")
         if self.weights and min(self.weights) < 0:
@@ -35,7 +35,7 @@ class DenseConfig:
 
 @register("distiller", "dense")
 class Dense(Distiller, nn.Module):
-    """Cross-entropy per label, averaged over the cells that have one; the loss is called `dense`."""
+    """Cross-entropy per label, averaged over cells that have the label; the loss is called `dense`."""
 
     grid: tuple[int, int]
 
@@ -56,7 +56,7 @@ class Dense(Distiller, nn.Module):
             batch: `targets` holds labels (M, N, number of labels), in the order of tokens; IGNORE_INDEX: no label.
 
         Raises:
-            ZooError: the batch has no such labels, or they are of another grid, or one is out of range.
+            ZooError: the batch lacks the labels, they are of another grid, or a value is out of range.
         """
         labels = self._labels(batch, student.image.tokens.shape[1])
         logits = self.head(student.image.tokens).float()  # (M, N, sum of classes)
@@ -64,13 +64,13 @@ class Dense(Distiller, nn.Module):
         for scores, label, weight in zip(
             logits.split(self.classes, -1), labels.unbind(-1), self.label_weights, strict=True
         ):
-            cells = (label != IGNORE_INDEX).sum().clamp(min=1)  # without one, cross_entropy's own mean is nan
+            cells = (label != IGNORE_INDEX).sum().clamp(min=1)  # the mean of cross_entropy is NaN without any label
             summed = F.cross_entropy(scores.flatten(0, 1), label.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
             total = total + weight * summed / cells
         return {"dense": total}
 
     def _labels(self, batch: Mapping[str, Any], num_tokens: int) -> Tensor:
-        """The labels of the batch, checked: (M, N, number of labels) int64."""
+        """Return the checked labels of the batch: (M, N, number of labels) int64."""
         targets = batch.get("targets") or {}
         if self.target not in targets:
             given = ", ".join(sorted(targets)) or "none"

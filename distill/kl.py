@@ -1,8 +1,8 @@
-"""Teach the distribution of every answer token: forward or reverse KL, or the generalised Jensen-Shannon divergence.
+"""Distil the distribution of every answer token: forward or reverse KL, or the generalised Jensen-Shannon divergence.
 
 Paper: Hinton et al., arXiv:1503.02531 (forward); Gu et al., arXiv:2306.08543 (reverse); Agarwal, arXiv:2306.13649 (JSD)
-Only on the data's own answers: nothing is sampled from the student. The gradient is that of the divergence as it
-stands, without Hinton's factor temperature^2. Optionally the hidden states of chosen layers are compared too.
+Only on answers of the data: nothing is sampled from the student. The gradient is that of the divergence, without
+Hinton's factor temperature^2. Optionally, hidden states of chosen layers are compared too.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class KLConfig:
     beta: float = 0.5  # of jsd, in (0, 1): share of the teacher in the mixture
     temperature: float = 1.0  # of both models
     weight: float = 1.0  # of the loss
-    warmup: float = 0.0  # share of the stage over which the weight rises from 0
+    warmup: float = 0.0  # share of the stage over which the weight rises from 0, in [0, 1]
     per: str = "token"  # token: the mean over tokens; answer: over answers of the mean over an answer's tokens
     hidden_layers: dict[int, int] = field(
         default_factory=dict
@@ -54,7 +54,7 @@ class KL(Weighed):
         self.layers = {int(k): int(v) for k, v in config.hidden_layers.items()}
         hidden = {"student.hidden", "teacher.hidden"} if self.layers else set()
         self.needs = frozenset({"teacher.response", *hidden})
-        self.equal_widths = bool(self.layers)  # what the check reads
+        self.equal_widths = bool(self.layers)  # student and teacher must be equally wide; read by the check
         self.per_label = frozenset({"kl", "hidden"}) if config.per == "token" else frozenset()
 
     def __call__(self, student: Any, teacher: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -62,8 +62,8 @@ class KL(Weighed):
 
         Args:
             student: its `last_hidden_state` (B, T, C) and `labels` (B, T).
-            teacher: the same of the teacher, or None where the batch holds what it said.
-            batch: `num_labels`: what sums are divided by; absent: the labels here.
+            teacher: the same of the teacher, or None if the batch holds its stored predictions.
+            batch: `num_labels`, the divisor of sums; absent: the number of labels of this batch.
         """
         matched = match_responses(student, teacher, batch)
         weights = token_weights(matched, batch, self.config.per)  # (S,)
@@ -83,9 +83,9 @@ class KL(Weighed):
         return losses
 
     def _hidden(self, student: Any, teacher: Any, weights: Tensor) -> Tensor:
-        """1 - cosine between the hidden states of paired layers, where labels are predicted."""
+        """1 - cosine between hidden states of paired layers, at positions that predict labels."""
         if teacher is None:
-            raise ZooError("A stored teacher has no hidden states: leave hidden_layers empty, or load the teacher.")
+            raise ZooError("A stored teacher has no hidden states: leave hidden_layers empty, or use a live teacher.")
         total = weights.new_zeros(())
         for ours, theirs in self.layers.items():
             x, y = _layer(student, ours, "student"), _layer(teacher, theirs, "teacher")  # (S, C)

@@ -1,4 +1,4 @@
-"""LLaVA-KD: a small model learns from a large one on answers, on image tokens, and how image tokens relate.
+"""LLaVA-KD: distil answers, image tokens, and relations between image tokens.
 
 Paper: Cai et al., LLaVA-KD, arXiv:2410.16236. Its three terms are three losses here:
 
@@ -6,8 +6,8 @@ Paper: Cai et al., LLaVA-KD, arXiv:2410.16236. Its three terms are three losses 
     visual     the same at the positions of image tokens, whose predictions are otherwise thrown away; not shifted
     relation   1 - cosine of R_student and R_teacher, R = Y Y^T of the raw logits Y of an image's tokens
 
-The authors' repository has no training code; what is public is a copy of the project with a trainer, which seems to be
-theirs, and "the code" here. Means over positions, as in the code; the paper writes sums. Each image counts the same in
+The authors' repository has no training code; a public copy of the project has a trainer that seems to be the authors',
+called "the code" here. Means over positions, as in the code; the paper writes sums. Each image counts the same in
 `visual`, in the code each image token does. `relation_weight` is the paper's 0.5, the code adds the term with 1. The
 code flattens the relations of a whole batch into one vector, here each image has its own cosine. With one image a
 batch, as its scripts have, all of this agrees. Text alone may be mixed in, and a sample may have several images, which
@@ -57,7 +57,7 @@ class LLaVAKDConfig:
 
 @register("distiller", "llava_kd")
 class LLaVAKD(Weighed):
-    """Losses `response`, `visual` and `relation`, unweighted; `weights` says what each counts now."""
+    """Losses `response`, `visual` and `relation`, unweighted; `weights` are those of the current step."""
 
     def __init__(self, config: LLaVAKDConfig) -> None:
         self.config, self.terms = config, config.terms()
@@ -73,9 +73,9 @@ class LLaVAKD(Weighed):
 
         Args:
             student: its `last_hidden_state` (B, T, C), `labels` (B, T), and where its image tokens are.
-            teacher: the same of the teacher, or None where the batch holds what it said.
-            batch: `num_labels` and `num_images`, what sums over tokens and over images are divided by; absent: those
-                of this batch.
+            teacher: the same of the teacher, or None if the batch holds its stored predictions.
+            batch: `num_labels` and `num_images`, divisors of sums over tokens and over images; absent: those of this
+                batch.
 
         Returns:
             The losses whose weight is not 0; without an image, `response` alone.
@@ -92,11 +92,11 @@ class LLaVAKD(Weighed):
         matched = match_images(student, teacher, batch)
         if not len(matched.rows):
             return losses
-        assert matched.group is not None, "image tokens know their image"
+        assert matched.group is not None, "image tokens come with the index of their image"
         shown = num_shown(student)
         images = float(batch.get("num_images") or shown)
         if self.weights["visual"]:
-            counts = torch.bincount(matched.group, minlength=shown)  # an image's tokens weigh 1 together
+            counts = torch.bincount(matched.group, minlength=shown)  # weights of an image's tokens sum to 1
             weights = 1.0 / (counts[matched.group].float() * images)
             losses["visual"] = divergence(student.llm, matched.rows, matched.target, weights=weights, **common)
         if self.weights["relation"]:
@@ -106,8 +106,11 @@ class LLaVAKD(Weighed):
     def _relation(self, student: Any, teacher: Any, matched: Any, vocab: int, shown: int) -> Tensor:
         """Sum of 1 - cosine over images."""
         if not isinstance(matched.target, Live):
-            raise ZooError("A stored teacher has no relations of image tokens: set relation_weight=0, or load it.")
+            raise ZooError(
+                "A stored teacher has no relations of image tokens: set relation_weight=0, or use a live teacher."
+            )
         how = self.config.relation_normalise
+        # G of the teacher costs V C^2: it is kept as long as the head is the same parameter.
         head = teacher.llm.linear_head()
         if self._gram[0] is not (head and head.weight):
             with torch.no_grad():

@@ -1,18 +1,17 @@
-"""LLaVA-MoD: a small student copies a large one's answers, then prefers right ones by more than its teacher does.
+"""LLaVA-MoD: mimic distillation of answers, then preference distillation with the teacher as the reference model.
 
 Paper: Shu et al., LLaVA-MoD, arXiv:2408.15881. Two objectives, for the stages of its recipe:
 
     mimic        mean over the answers' tokens of KL(teacher || student), temperature 1; dense to dense with no other
                  loss (loss_weights: {answer: 0}), dense to sparse with the answer loss and the experts' balance
-    preference   a loss of pairs of answers (`zoo.distill.losses.preference`) with the teacher as the reference model:
-    the
-                 version of ICLR and the released default is kto_pair, the first version of the paper has DPO
+    preference   a loss of pairs of answers (`zoo.distill.losses.preference`) with the teacher as the reference model;
+                 the version of ICLR and the released default is kto_pair, the first version of the paper has DPO
 
-Where we differ from the released code: the divergence is a KL, not the cross-entropy with the same gradient; what
-predicts a label is taught (`unshifted` teaches the position of the label itself, as the release does); the balance loss
+Where we differ from the released code: the divergence is a KL, not the cross-entropy with the same gradient; positions
+that predict a label are compared (`unshifted` compares the label's own position, as the release does); the balance loss
 enters once (`double_balance`); the means of kto_pair have no gradient (`through_means`). `label_smoothing` of DPO is
-the release's, and 0 as there. Neither preference loss holds the chosen answer up: probability may leak to what is no
-answer, which `anchor`, its likelihood, prevents.
+the release's, and 0 as there. No preference loss keeps the likelihood of the chosen answer: both answers may lose
+probability to other text, which `anchor`, the chosen answer's likelihood, prevents.
 """
 
 from collections.abc import Mapping
@@ -38,13 +37,15 @@ POSITIONS = ("response", "all")
 class LLaVAModConfig:
     objective: str = "mimic"  # mimic | preference
     weight: float = 1.0  # of the objective's loss
-    warmup: float = 0.0  # share of the stage over which the weight rises from 0
+    warmup: float = 0.0  # share of the stage over which the weight rises from 0, in [0, 1]
     divergence: str = "forward"  # of mimic: forward (the paper's), reverse or jsd
     jsd_beta: float = 0.5  # of jsd, in (0, 1): share of the teacher in the mixture
     temperature: float = 1.0  # of mimic, both models
     per: str = "token"  # of mimic; token: the mean over tokens, answer: over answers
-    positions: str = "response"  # of mimic: response, or all, padding too (a switch of the release, off there as well)
-    unshifted: bool = False  # of mimic, for parity with the release: teach where a label stands, not what predicts it
+    positions: str = "response"  # of mimic: response, or all, padding included (an option of the release, off there)
+    unshifted: bool = (
+        False  # of mimic, for parity with the release: compare the position of a label, not the one before
+    )
     double_balance: bool = False  # of mimic, for parity: add the experts' balance loss a second time
     loss: str = "kto_pair"  # of preference: kto_pair (the release's), dpo, hinge or ipo
     beta: float = 0.1  # of preference: how close the student stays to the reference, more than 0
@@ -67,7 +68,7 @@ class LLaVAModConfig:
         if self.label_smoothing and (self.objective, self.loss) != ("preference", "dpo"):
             raise ZooError(f"label_smoothing is for objective=preference with loss=dpo; loss is {self.loss!r}.")
         if self.positions == "all" and self.per == "answer":
-            raise ZooError("positions=all knows no answers: per must be token.")
+            raise ZooError("positions=all does not distinguish answers: per must be token.")
 
     def terms(self) -> Terms:
         terms = {self.objective: (self.weight, self.warmup)}
@@ -76,7 +77,7 @@ class LLaVAModConfig:
 
 @register("distiller", "llava_mod")
 class LLaVAMod(Weighed):
-    """Losses `mimic`, or `preference` and `anchor`; with preference also, logged and not learnt, what pairs are like.
+    """Losses `mimic`, or `preference` and `anchor`; preference also logs three statistics of pairs with weight 0.
 
     `margin` is the mean of beta (u - d), `accuracy` the share of pairs with u > d, `chosen` the mean of beta u.
     """
@@ -86,14 +87,14 @@ class LLaVAMod(Weighed):
         self.jsd_beta = beta_of(config.divergence, config.jsd_beta)
         mimic = config.objective == "mimic"
         self.needs = frozenset({"teacher.response" if mimic else "teacher.pairs"})
-        self.own_reference = not mimic  # the teacher may be the student as it was; the check reads it
-        self.losses = frozenset({"balance_again"} if config.double_balance else ())  # beside those that it weighs
+        self.own_reference = not mimic  # the teacher may be the student before this stage; read by the check
+        self.losses = frozenset({"balance_again"} if config.double_balance else ())  # in addition to weighted ones
         by_label = config.per == "token" and config.positions == "response"
         self.per_label = frozenset({"mimic"} if by_label else ()) if mimic else frozenset({"anchor"})
 
     @property
     def weights(self) -> dict[str, float]:  # type: ignore[override]
-        """Of each loss, now; 0 for what is only logged."""
+        """Weight of each loss in the current step; 0 for statistics that are only logged."""
         logged = () if self.config.objective == "mimic" else ("margin", "accuracy", "chosen")
         return super().weights | dict.fromkeys(logged, 0.0)
 
@@ -102,8 +103,8 @@ class LLaVAMod(Weighed):
 
         Args:
             student: its `last_hidden_state` (B, T, C), `labels` (B, T) and `sequence`.
-            teacher: the same of the teacher; None where the batch holds what it said.
-            batch: `pair_ids` for preference; `num_labels`, what sums over tokens are divided by (absent: the tokens).
+            teacher: the same of the teacher; None if the batch holds its stored predictions.
+            batch: `pair_ids` for preference; `num_labels`, the divisor of sums over tokens (absent: their number).
         """
         if self.config.objective == "preference":
             return self._preference(student, teacher, batch)
@@ -151,9 +152,9 @@ class LLaVAMod(Weighed):
 
 
 def _in_place(student: Any, teacher: Any, everywhere: bool) -> Matched:
-    """Match positions by where labels stand, or all of them, as the release does."""
+    """Match positions of labels, or all positions, by their index, as the release does."""
     if teacher is None:
-        raise ZooError("A stored teacher knows what predicts a label only: unshifted=false and positions=response.")
+        raise ZooError("A stored teacher holds predictions of labels only: unshifted=false and positions=response.")
     rows, groups = [], None
     for seen in (student, teacher):
         where = torch.ones_like(seen.labels, dtype=torch.bool) if everywhere else seen.labels != IGNORE_INDEX

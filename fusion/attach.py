@@ -1,7 +1,7 @@
-"""Ways into a model that we do not own: terms on a linear's output, replaced modules, and the keys that stay.
+"""Change a model that we do not own, each with its undo: terms on a linear's output, replaced modules or forwards.
 
 Adapters attach after the base weights are loaded and undo everything in `detach`. State-dict keys of the base model
-stay what its checkpoints call them, whatever stands in between.
+stay those of its checkpoints, also where a wrapper adds a level.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,25 +14,25 @@ from torch.utils.hooks import RemovableHandle
 
 from zoo.registry import ZooError, nearest
 
-_ASIDE = "_zoo_stands_aside"  # marks a module that another one computes for
+_ASIDE = "_zoo_stands_aside"  # marks a module whose forward another module computes (`compute_by`)
 
 
 def linears(root: nn.Module, head: nn.Module | None = None) -> list[str]:
     """Name the linear layers below `root` in the order of its modules, GPT-2's `Conv1D` too.
 
-    `head` is left out, and so is what stands inside of a module that another computes for (`compute_by`).
+    `head` is left out, and so are layers inside a module whose forward was replaced (`compute_by`): they do not run.
     """
     aside = tuple(f"{n}." for n, m in root.named_modules() if _ASIDE in m.__dict__)
     return [n for n, m in root.named_modules() if m is not head and _is_linear(m) and not n.startswith(aside)]
 
 
 def fused_experts(lm: nn.Module) -> list[str]:
-    """Name the tensors that hold all experts of a layer at once, (E, ...): what no linear layer stands for."""
+    """Name the parameters that hold all experts of a layer in one tensor (E, ...), without a linear layer for each."""
     return [n for n, p in lm.named_parameters() if p.ndim == 3 and "experts" in n.split(".")[:-1]]
 
 
 def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
-    """Name the linear layers of a language model that `targets` mean.
+    """Name the linear layers of a language model that match `targets`.
 
     Args:
         lm: the transformers model, real or on the meta device.
@@ -41,7 +41,7 @@ def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
         who: the adapter, for the message.
 
     Raises:
-        ZooError: a target names nothing, or something that is no linear layer.
+        ZooError: a target matches nothing, or only modules that are not linear layers.
     """
     head = lm.get_output_embeddings()
     known = linears(lm, head)
@@ -54,13 +54,13 @@ def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
         if not hits:
             others = [n for n, m in lm.named_modules() if n and means(target, n)]
             if others:
-                kind = "the vocabulary projection" if lm.get_submodule(others[0]) is head else "no linear layer"
+                kind = "the vocabulary projection" if lm.get_submodule(others[0]) is head else "not a linear layer"
                 raise ZooError(f"{who} cannot target {target!r}: {others[0]!r} is {kind}.")
             short = sorted({n.rpartition(".")[2] for n in known})
             near = nearest(target, [*short, *known], 3)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             fused = fused_experts(lm)
-            hint += f" Its experts are fused tensors such as {fused[0]!r}, and no linear layers." if fused else ""
+            hint += f" Its experts are fused tensors such as {fused[0]!r}, not linear layers." if fused else ""
             raise ZooError(
                 f"{who} has no target {target!r} in {type(lm).__name__}.{hint} "
                 f"Linear layers: {', '.join(short)}, or 'all-linear'."
@@ -73,8 +73,8 @@ def add_to_output(lm: nn.Module, name: str, delta: Callable[[Tensor], Tensor | N
     """Add `delta(x)` to the output of the linear layer called `name`; None adds nothing.
 
     The module tree and the state-dict keys of `lm` stay as they were, so base checkpoints still load. Activation
-    checkpointing runs the hook again in backward: `delta` must be a pure function of `x` and of what it holds. Where it
-    is a method, or a `partial` of one, a deep copy of the model holds the copy of its owner.
+    checkpointing runs the hook again in backward: `delta` must be a pure function of `x` and of its own parameters.
+    Pass a method, or a `partial` of one: a deep copy of the model then calls the copied owner, unlike a closure.
     """
     return lm.get_submodule(name).register_forward_hook(partial(_add, delta))
 
@@ -85,7 +85,7 @@ def _add(delta: Callable[[Tensor], Tensor | None], module: nn.Module, args: tupl
 
 
 def replace(root: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
-    """Put `new` in the place of the module called `name`; the result puts the old one back."""
+    """Replace the module called `name` by `new`; returns a function that puts the old one back."""
     parent_name, _, leaf = name.rpartition(".")
     parent = root.get_submodule(parent_name)
     old = parent.get_submodule(leaf)
@@ -98,9 +98,10 @@ def replace(root: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
 
 
 def compute_by(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Let `forward` give what `module` gives; the result undoes it.
+    """Compute calls of `module` by `forward`; returns a function that undoes it.
 
-    The module tree, its names and its weights stay. A bound method is copied along with the model; a closure is not.
+    The module tree, its names and its weights stay. Pass a bound method: it is copied along with the model, which a
+    closure is not.
     """
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -117,7 +118,7 @@ def compute_by(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], N
 def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
     """Leave the level `inner` of a wrapper out of state-dict keys: `q_proj.base.weight` is saved as `q_proj.weight`.
 
-    Base checkpoints then load into the wrapped model, and what it saves loads into a plain one. The result undoes it.
+    Base checkpoints then load into the wrapped model, and its checkpoints into a plain one. Returns the undo.
     """
 
     def on_save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
@@ -138,12 +139,12 @@ def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
 
 
 def stands_aside(module: nn.Module) -> bool:
-    """Whether another module computes for this one (`compute_by`)."""
+    """Whether the module's forward was replaced (`compute_by`)."""
     return _ASIDE in module.__dict__
 
 
 def hooks_on(module: nn.Module) -> int:
-    """Count the hooks on a module: what looks at its input, output or gradients."""
+    """Count the hooks on a module, those on gradients included."""
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return sum(map(len, tables))
 
@@ -158,5 +159,5 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def means(target: str, name: str) -> bool:
-    """Whether `target`, the last parts of a name or a shell pattern, means the module called `name`."""
+    """Whether `target`, the last parts of a name or a shell pattern, matches the module called `name`."""
     return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)

@@ -239,7 +239,7 @@ def test_likeness_on_keys():
         ({"order": "rastr"}, "'rastr'. Did you mean 'raster'"),
         ({"votes": "alife"}, "Did you mean 'alive'"),
         ({"heads": "max"}, "heads"),
-        ({"start": 5, "stop": 5}, "stop must lie behind start, got start=5 and stop=5"),
+        ({"start": 5, "stop": 5}, "stop must be greater than start, got start=5 and stop=5"),
         ({"temperature": 0.0}, "temperature must be more than 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"damping": 1.0}, r"damping must be in \[0, 1\)"),

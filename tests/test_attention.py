@@ -53,7 +53,7 @@ def test_backend_masks():
         assert added.dtype == torch.bfloat16
         assert torch.equal(added == 0, mask)
         assert added[~mask].unique().tolist() == [torch.finfo(torch.bfloat16).min]
-    with pytest.raises(ZooError, match="'flash_attention_2' takes no mask of who sees whom"):
+    with pytest.raises(ZooError, match="'flash_attention_2' takes no block mask"):
         as_backend_mask(mask, "flash_attention_2", torch.bfloat16)
 
 
@@ -184,7 +184,7 @@ def test_zoo_eager_stays_in_bf16_under_autocast_and_near_float32():
 
 def test_zoo_eager_refuses_what_it_would_compute_wrongly():
     q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(ZooError, match="does not know 's_aux'"):
+    with pytest.raises(ZooError, match="does not implement 's_aux'"):
         attention.zoo_eager(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(2))
 
 

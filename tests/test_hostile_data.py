@@ -233,7 +233,7 @@ def test_a_video_that_is_no_file(kind, tmp_path):
         file.symlink_to("/dev/zero")
     elif kind == "folder":
         file.mkdir()
-    with pytest.raises(ZooError, match="does not exist or is no file"):
+    with pytest.raises(ZooError, match="does not exist or is not a file"):
         read_video("http://127.0.0.1:9/x.mp4" if kind == "address" else str(file))
 
 
@@ -293,7 +293,7 @@ def test_a_picture_that_is_no_file(kind, tmp_path):
         file.symlink_to("/dev/zero")
     else:
         file.mkdir()
-    with pytest.raises(ZooError, match="does not exist or is no file"):
+    with pytest.raises(ZooError, match="does not exist or is not a file"):
         open_image(file)
 
 

@@ -85,7 +85,7 @@ REFUSED = [
     ({"intermediate_size": 1 << 26}, "are not its own"),
     ({"model_type": "no_such_type"}, "cannot be used"),
     ({"model_type": "../llama"}, "cannot be used"),
-    ({"model_type": "clip"}, "no causal LM"),
+    ({"model_type": "clip"}, "not a causal LM"),
 ]
 
 
@@ -129,7 +129,7 @@ def test_what_names_code_is_left_out(values, copy):
 
 def test_an_adapter_names_no_model(copy):
     state(copy, "adapter_config.json", base_model_name_or_path="user/other", peft_type="LORA")
-    with pytest.raises(ZooError, match="is an adapter of PEFT"):
+    with pytest.raises(ZooError, match="holds a PEFT adapter"):
         load(copy)
 
 

@@ -201,7 +201,7 @@ def test_wherever_it_is_read(tmp_path, place, name):
 )
 def test_half_a_picture_is_broken(name):
     data = SOUND.get(name) or ABOUT[name][0]
-    with pytest.raises(ZooError, match=r"^Image 3 of 'x' (is broken|is no image)"):
+    with pytest.raises(ZooError, match=r"^Image 3 of 'x' (is broken|is not an image)"):
         open_image(data[: len(data) // 2], "3 of 'x'")
 
 
@@ -230,7 +230,7 @@ def test_other_formats_are_not_opened(monkeypatch, tmp_path):
         (tmp_path / f"a.{kind}").write_bytes(data)
         (tmp_path / "a.png").write_bytes(data)
         for source in (tmp_path / f"a.{kind}", tmp_path / "a.png", data, io.BytesIO(data)):
-            with pytest.raises(ZooError, match="is no image that can be decoded; allowed are JPEG, PNG, WEBP"):
+            with pytest.raises(ZooError, match="is not an image that can be decoded; allowed are JPEG, PNG, WEBP"):
                 open_image(source)
     assert not started
 

@@ -127,7 +127,7 @@ def test_the_balance_may_be_doubled_for_parity():
         ({"loss": "kto"}, "'kto'. Did you mean 'kto_pair'"),
         ({"beta": 0.0}, "beta must be more than 0, got 0.0"),
         ({"anchor": -1.0, "objective": "preference"}, "The weight of anchor must be at least 0"),
-        ({"positions": "all", "per": "answer"}, "positions=all knows no answers"),
+        ({"positions": "all", "per": "answer"}, "positions=all does not distinguish answers"),
         ({"divergence": "jsd", "jsd_beta": 1.0}, "beta of jsd must be in"),
     ],
 )

@@ -71,7 +71,7 @@ def test_targets(targets, found):
     ("options", "message"),
     [
         ({"targets": ["q_porj"]}, "adapter 'lora' has no target 'q_porj' in LlamaForCausalLM. Did you mean 'q_proj'"),
-        ({"targets": ["embed_tokens"]}, "cannot target 'embed_tokens': 'model.embed_tokens' is no linear layer"),
+        ({"targets": ["embed_tokens"]}, "cannot target 'embed_tokens': 'model.embed_tokens' is not a linear layer"),
         ({"targets": ["lm_head"]}, "is the vocabulary projection"),
         ({"targets": []}, "targets is empty"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
@@ -143,7 +143,7 @@ def test_a_checkpoint_holds_each_weight_once_by_the_name_it_has_without(make_mod
 
 
 def test_what_it_does_not_reach_of_a_mixture_is_said():
-    where = r"2 layers hold theirs in fused tensors \(model.layers.0.mlp.experts.gate_up_proj\)"
+    where = r"2 layers hold them in fused tensors \(model.layers.0.mlp.experts.gate_up_proj\)"
     shared = "gate_proj, up_proj here means the shared expert alone"
     for model_type, targets, said in [
         ("llama", ["all-linear"], ""),

@@ -98,7 +98,7 @@ def test_sine_positions_tell_all_places_apart_and_run_row_by_row():
         ("mlp", {"depth": 0}, "depth must be at least 1, got 0"),
         ("mlp", {"dept": 2}, "'dept'. Did you mean 'depth'"),
         ("resampler", {"num_queries": 0}, "num_queries must be at least 1, got 0"),
-        ("resampler", {"num_heads": 5}, "width 24 is no multiple of num_heads 5"),
+        ("resampler", {"num_heads": 5}, "width 24 is not a multiple of num_heads 5"),
     ],
 )
 def test_options_that_cannot_be_are_refused(name, options, message):

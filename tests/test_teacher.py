@@ -278,7 +278,7 @@ def test_tiles_are_compared_as_images_of_their_own(make_model):
     assert found[0].keys() == found[1].keys() == {"answer", "response", "visual", "relation"}
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     batch[TWIN]["cuts"] = [Cut(), Cut(2, "crop", grid=(2, 1))]
-    with pytest.raises(ZooError, match="cut images into other tiles"):
+    with pytest.raises(ZooError, match="cut images into different tiles"):
         run_step(step, batch)
 
 

@@ -99,7 +99,7 @@ def test_a_twin_gives_what_open_clips_tower_gives(options, kind):
         ({"reg_tokens": 2}, "2 register tokens"),
         ({"pos_embed": "none"}, "no learnt positions"),
         ({"act_layer": "mish"}, "its activation is Mish"),
-        ({"mlp_ratio": 2.5}, "40 wide, which is no multiple of 16"),
+        ({"mlp_ratio": 2.5}, "40 wide, which is not a multiple of 16"),
         ({"pre_norm": True, "class_token": False, "global_pool": "avg"}, r"no \[CLS\] token"),
         ({"img_size": (32, 16)}, "not square"),
     ],

@@ -188,5 +188,5 @@ def test_a_weights_file_goes_with_a_named_model(tmp_path):
             pixels(size=size), indices=[len(model.blocks) - 1], output_fmt="NLC", intermediates_only=True
         )
         assert torch.equal(tower(pixels(size=size)).tokens, want)
-    with pytest.raises(ZooError, match=r"has no config.json. It holds: nothing, it is no folder"):
+    with pytest.raises(ZooError, match=r"has no config.json. It holds: nothing, it is not a folder"):
         build("vision", {"name": "timm", "checkpoint": file})

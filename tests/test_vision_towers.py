@@ -132,7 +132,7 @@ def test_unused_blocks_are_not_kept(config):
 
 def test_what_is_not_provided_is_refused(config):
     tower = make(config)
-    with pytest.raises(ZooError, match=r"does not give \['moe'\]; it provides \["):
+    with pytest.raises(ZooError, match=r"does not provide \['moe'\]; it provides \["):
         tower(pixels(), need=frozenset({"moe"}))
 
 
@@ -233,10 +233,10 @@ def test_the_pooling_head_is_never_trained():
     tower = make(SIZED["hf_siglip_head"])
     assert [n for n, _ in tower.named_parameters() if "pooling" in n] == []
     assert len(tower.pooling.blocks) == 1 and "pooling.head.probe" in tower.state_dict()
-    with pytest.raises(ZooError, match="'clip' has no pooling head with a learnt probe"):
+    with pytest.raises(ZooError, match="'clip' has no pooling head with a learned probe"):
         make(SIZED["hf_clip"], pooling_head=True)
     for name in ("timm", "open_clip"):
-        with pytest.raises(ZooError, match="has no pooling head with a learnt probe"):
+        with pytest.raises(ZooError, match="has no pooling head with a learned probe"):
             make(SIZED[name], pooling_head=True)
 
 
@@ -263,7 +263,7 @@ def test_a_hub_name_that_is_not_in_the_cache_says_so(name, monkeypatch, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ZooError, match=r"json of 'nobody/nothing@v1' is not in the cache"):
         build("vision", {"name": name, "checkpoint": "nobody/nothing", "revision": "v1"})
-    with pytest.raises(ZooError, match=r"revision 'v1' is of a hub checkpoint, and checkpoint is"):
+    with pytest.raises(ZooError, match=r"revision 'v1' needs a hub checkpoint, and checkpoint is"):
         build("vision", {"name": name, "checkpoint": str(tmp_path), "revision": "v1"})
     with pytest.raises(ZooError, match=r"No checkpoint at '/no/such/place'"):
         build("vision", {"name": name, "checkpoint": "/no/such/place"})

@@ -217,7 +217,7 @@ def test_what_a_pruner_left_or_merged_is_read_at_the_positions_it_had():
         ({"types": "qx"}, "some of the letters qkvom, each once, got 'qx'"),
         ({"types": "qq"}, "each once, got 'qq'"),
         ({"types": ""}, "some of the letters"),
-        ({"num_heads": 3}, "width 16 is no multiple of num_heads 3"),
+        ({"num_heads": 3}, "width 16 is not a multiple of num_heads 3"),
         ({"mlp_ratio": 0.0}, "mlp_ratio must be more than 0"),
         ({"skip": 4}, "skip=4 is more than the 2 layers of the LLM"),
         ({"rnak": 4}, "'rnak'. Did you mean 'rank'"),

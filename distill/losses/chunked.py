@@ -9,9 +9,9 @@ student and teacher at temperature tau, and g = dD/dz:
     JSD       m = beta t + (1 - beta) s                           g = (1 - beta) s (log s - log m - KL(s || m)) / tau
               D = beta KL(t || m) + (1 - beta) KL(s || m)
 
-JSD: Agarwal et al., arXiv:2306.13649, Eq. 1; as in TRL, beta 0 stands for forward and beta 1 for reverse, although
-the limits of D itself are 0. No factor tau^2. A stored teacher knows its K likeliest tokens and the rest of the mass;
-student and teacher are then compared over K + 1 outcomes.
+JSD: Agarwal et al., arXiv:2306.13649, Eq. 1; as in TRL, beta 0 means forward and beta 1 reverse, although the limits of
+D itself are 0. No factor tau^2. A stored teacher holds its K likeliest tokens and the remaining mass; student and
+teacher are then compared over K + 1 outcomes.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _LEAST = 1e-30  # of a remainder of mass whose logarithm is taken
 
 @dataclass
 class Live:
-    """A teacher that is here: hidden states of the positions, and what makes logits of them."""
+    """A live teacher: its hidden states at the positions, and its vocabulary projection."""
 
     rows: Tensor  # (S, C)
     head: Callable[[Tensor], Tensor]  # (S, C) -> (S, V)
@@ -43,7 +43,7 @@ class Live:
 
 @dataclass
 class Stored:
-    """A teacher whose answers were kept: the likeliest tokens of each position, at temperature 1."""
+    """A stored teacher: the K likeliest tokens of each position, at temperature 1."""
 
     ids: Tensor  # (S, K) int64
     log_probs: Tensor  # (S, K)
@@ -69,8 +69,8 @@ def divergence(
         target: the teacher at the same positions.
         beta: 0 forward KL, 1 reverse KL, between them the generalised Jensen-Shannon divergence.
         temperature: both models' logits are divided by it.
-        vocab_size: tokens that both know, the first of both tables; None: all of the student's. Rows of the tables
-            beyond are padding, and left out before anything is normalised.
+        vocab_size: size of the shared vocabulary, the first rows of both tables; None: all of the student's. Rows
+            beyond it are padding, and are cut off before the softmax.
         weights: (S,) of each position's divergence, no gradient; None: 1.
         chunk: positions at once; None: by the size of the vocabulary.
 
@@ -93,7 +93,7 @@ def divergence(
     if head is not None:
         summed: Tensor = _Fused.apply(rows, head.weight, head.bias, (head, target, weights, kind, chunk))  # type: ignore
         return summed
-    # The projection does more than a product, a LoRA on it for example: autograd knows how, and computes it twice.
+    # The projection is not a single product, for example with a LoRA on it: by autograd, with recomputation.
     total = [
         checkpoint(_with_autograd, llm.head, rows[p], target, weights[p], kind, p, use_reentrant=False)
         for p in _pieces(len(rows), chunk)
@@ -113,11 +113,11 @@ class _Fused(torch.autograd.Function):
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         table = weight[:vocab].to(dtype)  # (V, C)
         grad_rows = torch.empty_like(rows) if needs_rows else None
-        # Sums over chunks lose too much in bfloat16: float32 until the end.
+        # Gradients are summed over chunks in float32: bfloat16 would round each sum to 8 bits.
         grad_weight = torch.zeros_like(weight, dtype=_at_least_float(weight)) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=_at_least_float(bias)) if needs_bias and bias is not None else None
         total = rows.new_zeros((), dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        room = rows.new_empty(min(chunk, len(rows)), vocab, dtype=dtype)  # the logits of each chunk in turn
+        room = rows.new_empty(min(chunk, len(rows)), vocab, dtype=dtype)  # one buffer for the logits of all chunks
         for piece in _pieces(len(rows), chunk):
             x = rows[piece].to(dtype)  # (S, C)
             with torch.autocast(device, enabled=False):
@@ -190,7 +190,8 @@ def _compare(
     teacher = with_rest(target.log_probs[piece], target.log_rest[piece]).to(logits.dtype)
     student, probs, rest = _outcomes(logits, ids)
     values, few = value_and_gradient(student, teacher, beta)  # (S,), (S, K + 1)
-    gradient = probs.mul_(few[:, -1:] / rest.unsqueeze(-1))  # every other token by its share of the rest
+    # The gradient of the remaining mass is distributed over its tokens by their share of it.
+    gradient = probs.mul_(few[:, -1:] / rest.unsqueeze(-1))
     return values, gradient.scatter_(1, ids, few[:, :-1])
 
 
@@ -241,26 +242,26 @@ def _with_autograd(
     kind: tuple[float, float, int],
     piece: slice,
 ) -> Tensor:
-    """The same for any projection: autograd goes through it, and the gradient at the logits is the formula's."""
+    """Compute a chunk for any projection: its gradient by autograd, the gradient at the logits by the formula."""
     beta, temperature, vocab = kind
     logits = head(rows)[:, :vocab]
     with torch.no_grad():
         values, gradient = _compare(_computed(logits).clone(), target, piece, beta, temperature)
         gradient.mul_(weights.to(gradient.dtype).unsqueeze(-1))
         total = (values * weights).sum()
-    linear = (_computed(logits) * gradient).sum()  # a function with this gradient; its value is of no use
+    linear = (_computed(logits) * gradient).sum()  # linear in the logits, with this gradient; its value cancels below
     return total + (linear - linear.detach())
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """In place."""
+    """log_softmax of logits / temperature, in place."""
     if temperature != 1.0:
         logits.div_(temperature)
     return torch.log_softmax(logits, -1, out=logits)  # each row is read whole before it is written
 
 
 def _computed(logits: Tensor) -> Tensor:
-    """In float32, or float64 where it is that."""
+    """Return logits in float32; float64 stays."""
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 

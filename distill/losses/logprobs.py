@@ -1,4 +1,4 @@
-"""Log-probabilities of given answers, without holding the logits of all their tokens at once."""
+"""Log-probabilities of given answers, computed in chunks of positions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.registry import ZooError
 
-AT_ONCE = 1 << 26  # logits of a chunk; above this they are computed again in backward
+AT_ONCE = 1 << 26  # logits of a chunk; with several chunks they are recomputed in backward
 
 
 def token_logprobs(llm: Any, rows: Tensor, wanted: Tensor, chunk: int | None = None) -> Tensor:
@@ -32,11 +32,11 @@ def token_logprobs(llm: Any, rows: Tensor, wanted: Tensor, chunk: int | None = N
 def answer_logprobs(seen: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Sum the log-probabilities of the tokens of each answer in the pairs of a batch.
 
-    A token is known by its place in the order of all such tokens, which no pruner and no other number of image tokens
-    changes; so student and teacher may have sequences of different length.
+    Tokens are matched by their order among all tokens of pairs, which does not depend on image tokens; so student and
+    teacher may have sequences of different length.
 
     Args:
-        seen: of a model (`zoo.composed.outputs.Seen`): its hidden states, and `sequence.pair_ids` beside them.
+        seen: view of a model (`zoo.composed.outputs.Seen`): its hidden states, and `sequence.pair_ids`.
         batch: `input_ids` and `pair_ids` (B, T) as the student's processor wrote them.
 
     Returns:
@@ -52,12 +52,12 @@ def answer_logprobs(seen: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor
             "data=scenes_pairs."
         )
     left, hidden = seen.sequence.pairs(), seen.last_hidden_state
-    assert left is not None and left.shape == hidden.shape[:2], "the sequence knows what is left of it"
-    rows = hidden[:, :-1][left[:, 1:] >= 0]  # (S, C), of what precedes a token of an answer
+    assert left is not None and left.shape == hidden.shape[:2], "pairs follow the tokens that a pruner left"
+    rows = hidden[:, :-1][left[:, 1:] >= 0]  # (S, C), the positions before the tokens of an answer
     device = rows.device
     answer = pairs[pairs >= 0].to(device)  # (S,)
     if len(rows) != len(answer):
-        raise ZooError(f"The batch has {len(answer)} tokens in pairs of answers, and the model sees {len(rows)}.")
+        raise ZooError(f"The batch has {len(answer)} tokens in pairs of answers, and the model has {len(rows)}.")
     each = token_logprobs(seen.llm, rows, batch["input_ids"][pairs >= 0].to(device))  # (S,)
     count = int(answer.max()) + 1
     sums = torch.zeros(count, device=device, dtype=each.dtype).index_add(0, answer, each)
@@ -65,10 +65,10 @@ def answer_logprobs(seen: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor
 
 
 def stored_logprobs(batch: Mapping[str, Any], count: int) -> Tensor:
-    """Take the log-probabilities that a stored teacher gave to the answers of a batch, (2 * P,), out of its targets.
+    """Take a stored teacher's log-probabilities of the answers, (2 * P,), from the batch's targets.
 
     Raises:
-        ZooError: there are none, or not as many as answers.
+        ZooError: there are none, or their number is not that of the answers.
     """
     kept = (batch.get("targets") or {}).get("teacher.pairs.log_probs")
     if kept is None or len(kept) != count:

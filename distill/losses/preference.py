@@ -1,4 +1,4 @@
-"""Preference losses of pairs of answers, from the log-probabilities that policy and reference give to each.
+"""Preference losses of pairs of answers, from the log-probabilities of policy and reference.
 
 For a pair, u and d are the policy's log-probability minus the reference's, of the chosen and of the rejected answer:
 sums over the tokens of an answer, or means.
@@ -12,7 +12,7 @@ With label smoothing e, dpo is (1 - e) of that and e of the same with the answer
 Mitchell's note of 2023, for pairs of which a share e is labelled the wrong way round.
 
 Sums or means: DPO, hinge, kto_pair and IPO take sums in the release of LLaVA-MoD, as the equations have it. TRL takes
-sums too, but means for IPO (and for its `sigmoid_norm`, which is dpo here): its source says that the authors of IPO
+sums too, but means for IPO (and for its `sigmoid_norm`, which is dpo here): according to its source, the authors of IPO
 used means. With answers of one token both are the same.
 
 kto_pair applies KTO (Ethayarajh et al., arXiv:2402.01306) to pairs: each half is compared with a mean over the other
@@ -36,13 +36,13 @@ def preference_loss(
     label_smoothing: float = 0.0,
     through_means: bool = False,
 ) -> Tensor:
-    """Give the loss of each pair, (P,).
+    """Compute the loss of each pair, (P,).
 
     Args:
         kind: one of `LOSSES`.
         chosen: (P,) u, policy minus reference of the chosen answers.
         rejected: (P,) d, of the rejected ones.
-        beta: how far the policy may go from the reference for a given gain; larger stays closer.
+        beta: strength of the pull to the reference; larger keeps the policy closer.
         label_smoothing: of dpo: share of pairs taken to be labelled the wrong way round.
         through_means: of kto_pair: let the gradient through the means it compares with.
     """

@@ -1,8 +1,8 @@
-"""How the image tokens of a student relate to each other, compared with a teacher's, without their logits.
+"""Relations between an image's tokens, of a student against a teacher, without holding logits.
 
 LLaVA-KD compares R = Y Y^T, where Y (N, V) are the raw logits of an image's tokens. With Y = H W^T that is H G H^T;
 G = W^T W (C, C) is made once for a frozen teacher and once a step for a student whose head trains: N C^2 + N^2 C
-operations and no array over the vocabulary. A head that caps its logits is no product; its R is summed over pieces of
+operations and no array over the vocabulary. A head that caps its logits is not linear; its R is summed over pieces of
 the vocabulary.
 """
 
@@ -51,7 +51,7 @@ def relations(llm: Any, rows: Tensor, vocab: int, normalise: str = "none", gram:
         vocab: tokens of the vocabulary that count, the first ones.
         normalise: none, the published form; unit: of logits with norm 1 for each token; centred_unit: the mean over
             the vocabulary is taken off first, so that a constant on a token's logits changes nothing.
-        gram: what `gram_of` gave for this head, where it was kept.
+        gram: result of `gram_of` for this head, if it was cached.
     """
     head = _plain_head(llm)
     device = rows.device.type
@@ -126,7 +126,7 @@ def _plain_head(llm: Any) -> LinearHead:
     head = llm.linear_head()
     if head is None:
         raise ZooError(
-            "Relations of image tokens need a vocabulary projection that is one linear layer; here a hook or an "
-            "adapter stands at it. Set relation_weight=0, or leave the projection out of the adapter's targets."
+            "Relations of image tokens need a vocabulary projection that is a plain linear layer; here it has a hook "
+            "or an adapter. Set relation_weight=0, or leave the projection out of the adapter's targets."
         )
     return head

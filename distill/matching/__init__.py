@@ -1,1 +1,1 @@
-"""Which positions of student and teacher belong together, and with what weight."""
+"""Match positions of student and teacher, and weigh them."""

@@ -1,9 +1,8 @@
-"""Which positions of student and teacher belong together. They are matched by what they are, never by where they stand.
+"""Match positions of student and teacher by their content, not by their index in the sequence.
 
-An answer's tokens are the same in both sequences, in the same order, however many image tokens stand before them. An
-image token is known by its image and by the cell of the encoder's grid it shows: so a student that keeps a quarter of
-the tokens is compared with a teacher that keeps all of them, on those that are left. Where an image is several tiles or
-frames, each of which stands whole, these are the images.
+Answer tokens are the same in both sequences, in the same order, whatever the number of image tokens before them. An
+image token is identified by its image and its cell in the encoder's grid, so that a student that keeps a quarter of
+the tokens is compared with a teacher that keeps all, on the tokens kept. Tiles and frames count as images.
 """
 
 from collections.abc import Mapping
@@ -21,36 +20,36 @@ PREFIX = "teacher"  # of the batch's targets that hold a stored teacher: teacher
 
 @dataclass
 class Matched:
-    """Hidden states of the student at some positions, and the teacher at the same ones."""
+    """Hidden states of the student at matched positions, and the teacher's target at the same ones."""
 
     rows: Tensor  # (S, C)
     target: Live | Stored
-    labels: Tensor | None = None  # (S,) the token that follows
-    group: Tensor | None = None  # (S,) which answer, or which image of the batch, a position belongs to
+    labels: Tensor | None = None  # (S,) label of each position
+    group: Tensor | None = None  # (S,) index of the answer, or of the image, that a position belongs to
 
 
 def match_responses(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matched:
     """Match the positions that predict a label, in the order of labels.
 
     Args:
-        student: what was seen of it (`zoo.composed.outputs.Seen`).
-        teacher: the same, or None: its answers are in the batch.
-        batch: with `targets`, where the teacher is a stored one.
+        student: its view (`zoo.composed.outputs.Seen`).
+        teacher: that of the teacher, or None: its stored predictions are in the batch.
+        batch: with `targets`, if the teacher is stored.
     """
     rows, labels, group = _responses(student)
     if teacher is None:
         return Matched(rows, stored(batch, "response", len(rows)), labels, group)
     theirs, same, _ = _responses(teacher)
     if len(theirs) != len(rows):
-        raise ZooError(f"The student has {len(rows)} labels and the teacher {len(same)}: they see different text.")
+        raise ZooError(f"The student has {len(rows)} labels and the teacher {len(same)}: their texts differ.")
     return Matched(rows, Live(theirs, teacher.llm.head), labels, group)
 
 
 def match_images(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matched:
-    """Match the positions of image tokens, unshifted: those that the student still has, in its order.
+    """Match the positions of image tokens, unshifted: those that the student kept, in its order.
 
     Raises:
-        ZooError: the student has a token that the teacher does not have.
+        ZooError: the teacher lacks a token of the student.
     """
     where, ours = _image_tokens(student)  # flat positions, (image, cell)
     hidden = student.last_hidden_state
@@ -64,7 +63,7 @@ def match_images(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matche
         target: Live | Stored = Stored(whole.ids[index], whole.log_probs[index], whole.log_rest[index])
     else:
         if _cuts(student) != _cuts(teacher):
-            raise ZooError("student and teacher cut images into other tiles: give both one image processor.")
+            raise ZooError("student and teacher cut images into different tiles: give both the same image processor.")
         theirs, known = _image_tokens(teacher)
         found = _find(ours.to(known.device), known)
         target = Live(teacher.last_hidden_state.flatten(0, 1)[theirs[found]], teacher.llm.head)
@@ -72,26 +71,26 @@ def match_images(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matche
 
 
 def num_shown(seen: Any) -> int:
-    """How many images stand in a batch, each tile of one by itself."""
+    """Count the images of a batch, each tile as one."""
     return len(seen.image_tokens if seen.image_kept is None else seen.image_kept.tokens)
 
 
 def shared_vocab(student: Any, teacher: Any, batch: Mapping[str, Any]) -> int:
-    """How many tokens both know: what the batch says (`vocab_size`), else the rows of the shorter table."""
+    """Size of the shared vocabulary: `vocab_size` of the batch, else the rows of the shorter embedding."""
     tables = [seen.llm.vocab_size for seen in (student, teacher) if seen is not None]
     return min([*tables, int(batch.get("vocab_size") or min(tables))])
 
 
 def stored(batch: Mapping[str, Any], positions: str, count: int | None) -> Stored:
-    """Take a stored teacher's tokens and log-probabilities out of the batch's targets.
+    """Take a stored teacher's tokens and log-probabilities from the batch's targets.
 
     Raises:
-        ZooError: there are none, or not as many as positions.
+        ZooError: there are none, or their number is not that of the positions.
     """
     targets = batch.get("targets") or {}
     key = f"{PREFIX}.{positions}."
     if f"{key}ids" not in targets:
-        raise ZooError(f"A stored teacher knows nothing of {positions} positions: run zoo teach for this stage.")
+        raise ZooError(f"The stored teacher has no {positions} positions: run zoo teach for this stage.")
     ids, log_probs, log_rest = (targets[key + name] for name in ("ids", "log_probs", "log_rest"))
     if count is not None and len(ids) != count:
         raise ZooError(f"The stored teacher has {len(ids)} {positions} positions for the batch, and it has {count}.")
@@ -99,44 +98,44 @@ def stored(batch: Mapping[str, Any], positions: str, count: int | None) -> Store
 
 
 def _responses(seen: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states that predict a label (S, C), the labels (S,), and which answer each belongs to (S,)."""
+    """Return hidden states that predict a label (S, C), the labels (S,), and the answer of each (S,)."""
     hidden, labels = seen.last_hidden_state, seen.labels
     shifted = labels[:, 1:]
     where = shifted != IGNORE_INDEX  # (B, T - 1)
-    starts = where & ~torch.nn.functional.pad(where, (1, -1))  # the first of a run of labels
+    starts = where & ~torch.nn.functional.pad(where, (1, -1))  # the first label of each answer
     answers = starts.flatten().cumsum(0).view_as(where) - 1
     return hidden[:, :-1][where], shifted[where], answers[where]
 
 
 def _image_tokens(seen: Any) -> tuple[Tensor, Tensor]:
-    """Flat positions of image tokens (P,), and the image and the encoder's cell that each shows (P, 2)."""
+    """Return flat positions of image tokens (P,), and the image and the encoder's cell of each (P, 2)."""
     index = seen.image_index
     if index is None or seen.image_tokens is None or not seen.image_tokens.numel():
         device = seen.last_hidden_state.device
         return torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, 2, dtype=torch.long, device=device)
     flat = index.flatten()
     where = (flat >= 0).nonzero().squeeze(-1)  # (P,)
-    count = seen.image_tokens.shape[:-1].numel() // num_shown(seen)  # laid out (M * K, C) as well
+    count = seen.image_tokens.shape[:-1].numel() // num_shown(seen)  # (M, K, C), or (M * K, C) from a layout
     image, place = flat[where] // count, flat[where] % count
     cells = _cells(seen.image_kept, count)
     return where, torch.stack([image, place if cells is None else cells[image, place]], -1)
 
 
 def _cuts(seen: Any) -> list[tuple[int, tuple[int, int]]]:
-    """Into how many tiles, and which rows and columns of them, each image was cut; empty: none is."""
+    """Number of tiles, and their rows and columns, of each image; empty if none was cut."""
     cuts = seen.image_kept.cuts if seen.image_kept is not None else None
     return [(cut.rows, cut.grid) for cut in cuts or ()]
 
 
 def _cells(kept: ImageFeatures | None, count: int) -> Tensor | None:
-    """The encoder's cell that each image token shows, of a merged one the first: (M, K); None: all in order."""
-    if kept is None or kept.tokens.shape[1] != count:  # a projector that mixes tokens: they are known by their place
+    """Cell of each image token in the encoder's grid, the first one of a merged token: (M, K); None: all, in order."""
+    if kept is None or kept.tokens.shape[1] != count:  # a projector changed the count: tokens are matched by index
         return None
     if kept.groups is None:
         return kept.keep
     m, n = kept.groups.shape
     cell = torch.arange(n, device=kept.groups.device).expand(m, n)
-    into = kept.groups.masked_fill(kept.groups < 0, count)  # dropped ones into a column of their own
+    into = kept.groups.masked_fill(kept.groups < 0, count)  # dropped tokens go into an extra column, cut off below
     return cell.new_full((m, count + 1), n).scatter_reduce(1, into, cell, "amin")[:, :count]
 
 

@@ -1,4 +1,4 @@
-"""What losses of several terms share: weights that warm up, names of divergences, what a mean is over."""
+"""Shared by losses of several terms: weights with warm-up, names of divergences, weights of positions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ class Terms:
 
 
 class Weighed(Distiller):
-    """What distillers of weighed terms share: the loop sets the step, and reads the weights."""
+    """Mixin of distillers with weighted terms: the training loop sets the step and reads the weights."""
 
     terms: Terms
 
@@ -46,12 +46,12 @@ class Weighed(Distiller):
 
     @property
     def weights(self) -> dict[str, float]:  # type: ignore[override]
-        """Of each loss, now."""
+        """Weight of each loss in the current step."""
         return self.terms.weights
 
 
 def beta_of(name: str, beta: float) -> float:
-    """Return what `zoo.distill.losses.chunked` calls beta: 0 forward, 1 reverse, the option itself for jsd."""
+    """Return beta of `zoo.distill.losses.chunked`: 0 for forward, 1 for reverse, the option itself for jsd."""
     if name not in DIVERGENCES:
         raise unknown("divergence", name, DIVERGENCES)
     if name == "jsd" and not 0 < beta < 1:
@@ -60,10 +60,10 @@ def beta_of(name: str, beta: float) -> float:
 
 
 def check_divergence(divergence: str, beta: float, temperature: float, per: str) -> None:
-    """Refuse options that no divergence from a teacher has.
+    """Check the options of a divergence.
 
     Raises:
-        ZooError: one of them is none.
+        ZooError: one is out of range or unknown.
     """
     beta_of(divergence, beta)
     if not temperature > 0:
@@ -76,13 +76,13 @@ def token_weights(matched: Matched, batch: Mapping[str, Any], per: str = "token"
     """Weight each position (S,) so that a sum over them is a mean.
 
     Args:
-        matched: with the answer that each position belongs to.
-        batch: `num_labels`, what a sum over tokens is divided by; absent: the number of positions.
-        per: token, or answer: an answer of one word counts as much as one of ten.
+        matched: with the answer of each position.
+        batch: `num_labels`, the divisor of a sum over tokens; absent: the number of positions.
+        per: token, or answer: all answers have the same weight, whatever their length.
     """
     count = len(matched.rows)
     if per == "token":
         return torch.full((count,), 1.0 / float(batch.get("num_labels") or max(1, count)), device=matched.rows.device)
-    assert matched.group is not None, "responses know their answers"
+    assert matched.group is not None, "responses come with the index of their answer"
     _, member, sizes = matched.group.unique(return_inverse=True, return_counts=True)
     return 1.0 / (sizes[member].float() * max(1, len(sizes)))

@@ -1,4 +1,4 @@
-"""An adapter's own weights in a folder: `adapter.safetensors`, and `adapter.json` with its name and options."""
+"""Save and load one adapter in a folder: `adapter.safetensors`, and `adapter.json` with its name and options."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ WEIGHTS, OPTIONS = "adapter.safetensors", "adapter.json"
 def write(
     folder: str | Path, name: str, config: Any, state: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the weights and the options of the adapter `name`, and plain facts beside them."""
+    """Write weights and options of the adapter `name`, and further plain values to compare when it is loaded."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -28,14 +28,14 @@ def write(
 
 
 def facts(folder: str | Path, name: str) -> dict[str, Any]:
-    """Return what `write` noted about the adapter `name`.
+    """Return the options and plain values that `write` stored for the adapter `name`.
 
     Raises:
-        ZooError: there is nothing, or another adapter.
+        ZooError: the folder holds no adapter, or another one.
     """
     file = Path(folder) / OPTIONS
     if not file.is_file():
-        raise ZooError(f"{str(folder)!r} holds no {OPTIONS}, so it is no saved adapter.")
+        raise ZooError(f"{str(folder)!r} has no {OPTIONS}: it does not hold a saved adapter.")
     found = read_object(file)
     if found.get("adapter") != name:
         raise ZooError(f"{str(folder)!r} holds the adapter {found.get('adapter')!r}, and {name!r} was asked for.")
@@ -48,9 +48,9 @@ def read(
     """Read the weights of the adapter `name`.
 
     Args:
-        config: of the adapter that is to take them.
-        same: options that must be equal.
-        state: names and shapes that are expected.
+        config: of the adapter that loads them.
+        same: options that must be equal to the saved ones.
+        state: expected names and shapes.
 
     Raises:
         ZooError: another adapter, other options, or weights of another model.

@@ -1,7 +1,8 @@
-"""Tensors from outside into a layer that reentrant checkpointing runs.
+"""Pass tensors into a layer under reentrant checkpointing without using them as arguments of the layer.
 
-The backward of such a layer is a backward of its own, which would walk into the graph behind a tensor from outside,
-once for each layer that uses it. So the layer gets copies that are leaves, and hands on what they have gathered.
+Reentrant checkpointing runs a nested backward per layer. It would traverse, and free, the graph behind a closed-over
+tensor once for each layer that uses it. So the layer gets detached copies, which are leaves, and the gradients that
+they accumulate are sent on to the originals when the layer's backward is over.
 """
 
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor
 
 
 def carry(hidden: Tensor, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Cut `tensors` off their graph for a layer whose input is `hidden`.
+    """Detach `tensors` from their graph for a layer whose input is `hidden`.
 
     Returns:
-        What goes into the layer in place of `hidden`, and of `tensors`. The layer's backward is over, and the copies'
-        gradients are full, when that of `hidden` comes: it sends them on.
+        A view of `hidden` to pass to the layer, and the detached copies. The gradient of that view arrives after the
+        layer's nested backward, so the copies' gradients are complete then, and are passed on to `tensors`.
     """
     copies = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
     return _Carry.apply(copies, hidden, *tensors), copies

@@ -28,7 +28,7 @@ def counted(llm: Any) -> Iterator[dict[int, Tensor]]:
     """
     blocks = expert_blocks(llm)
     if not blocks:
-        raise ZooError("There are no experts to count: the LLM has no layers that are mixtures.")
+        raise ZooError("There are no experts to count: no layer of the LLM is a mixture of experts.")
     passes = Passes(llm, lambda: False, "counted")
     counts = {i: torch.zeros(block.gate.weight.shape[0], dtype=torch.long) for i, block in blocks.items()}
     undo = passes.attach()

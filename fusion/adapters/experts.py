@@ -1,4 +1,4 @@
-"""Products of a mixture's experts, where torch's grouped kernel takes them and where it does not.
+"""Run the experts of a mixture by torch's grouped kernel where it supports their sizes, else by the family's own loop.
 
 transformers multiplies all experts at once (`grouped_mm`) wherever torch has such a kernel, without asking whether the
 kernel takes these rows. It wants 16 or 32 bit numbers and rows that begin at multiples of 16 bytes, and on the meta
@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-GROUPED = "grouped_mm"  # what transformers calls them, and takes where nothing else was asked for
+GROUPED = "grouped_mm"  # transformers' name of the kernel, and its default
 ZOO_GROUPED = "zoo_grouped"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_zoo_grouped(lm: Any) -> None:
-    """Let a transformers model whose experts would run as `grouped_mm` run them as `zoo_grouped`."""
+    """Switch a transformers model from `grouped_mm` to `zoo_grouped`; other choices stay."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if getattr(lm.config, "_experts_implementation", None) == GROUPED:
@@ -32,11 +32,11 @@ def zoo_grouped(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
     Args:
         experts: of a layer, as transformers builds them: their matrices in stacks (E, O, I).
         hidden: tokens (S, C).
-        chosen: which experts a token goes to (S, k).
-        weights: of their answers (S, k).
+        chosen: expert indices of each token (S, k).
+        weights: of the experts' outputs (S, k).
 
     Returns:
-        Answers (S, C).
+        Weighted sums of expert outputs (S, C).
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -57,10 +57,10 @@ def takes_grouped(experts: nn.Module) -> bool:
 
 
 def skipping(experts: Any) -> Any:
-    """The experts of a transformers model as they take index m, one past the last, for another device's expert.
+    """Return a view of a transformers model's experts that skips rows routed to index m, one past the last.
 
-    It is how transformers leaves rows out of its products. The experts themselves are not told, not even for a call,
-    since other threads may be in one: this is a second object that holds all that they hold.
+    This is how expert parallelism marks rows of another rank. The flag is set on a second object with the same
+    parameters, since other threads may be running the experts themselves.
     """
     made = object.__new__(type(experts))
     made.__dict__.update(experts.__dict__, _is_expert_parallel=True)

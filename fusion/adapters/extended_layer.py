@@ -1,4 +1,4 @@
-"""One layer of MoExtend: router rows and experts beside the frozen ones, and the functions that compute with both.
+"""One layer of MoExtend: router rows and experts beside the frozen ones, and how both are computed.
 
 The equations are in `zoo.fusion.adapters.moextend`.
 """
@@ -19,17 +19,17 @@ from zoo.registry import ZooError
 
 @dataclass
 class Guarded:
-    """Which sequences of a pass take part."""
+    """Which sequences of a pass use the new experts."""
 
-    pictured: Tensor | None = None  # (B,) whether a sequence has images; None: all take part, or none
-    none: bool = False  # no sequence takes part
+    pictured: Tensor | None = None  # (B,) whether a sequence has images; None: all sequences are treated alike
+    none: bool = False  # text only: the pass runs as the base model
 
 
 _ALL = Guarded()
 
 
 class NewRows(dispatch.KeepsFloat32):
-    """Router rows of the new experts, and the calibration of all."""
+    """Router rows of the new experts, and the calibration of all probabilities."""
 
     def __init__(self, width: int, old: int, new: int, hidden: int, **where: Any) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class NewRows(dispatch.KeepsFloat32):
 
 
 class ExtendedLayer(nn.Module):
-    """What one layer gets: rows, experts, and the two functions that stand in for the layer's own."""
+    """Router rows and experts added to one layer; `route` and `run` replace the forward of its router and experts."""
 
     gate: Any  # of the language model
     experts: Any
-    skipping: Any  # the same experts, which leave out the rows of index m
+    skipping: Any  # a view of the same experts that leaves out rows routed to index m
 
     def __init__(
         self,
@@ -65,11 +65,13 @@ class ExtendedLayer(nn.Module):
         super().__init__()
         self.num_new, self.floor = num_new, floor
         self.source, self.passes = source, passes
+        # Not registered as children: these weights are the language model's, and would be saved twice.
         self.__dict__["gate"], self.__dict__["experts"] = block.gate, block.experts
         self.old, width = block.gate.weight.shape  # m, C
         if not 0 <= source < self.old:
             raise ZooError(f"sources must be in 0 ... {self.old - 1}, got {source}.")
         first = block.experts.gate_up_proj
+        # Trained weights in float32: a step of 1e-5 relative is lost in bfloat16.
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         where: dict[str, Any] = {"device": first.device, "dtype": wide}
         self.rows = NewRows(width, self.old, num_new, calibration_width, **where)
@@ -87,12 +89,12 @@ class ExtendedLayer(nn.Module):
             self.rows.calib_out.zero_()
 
     def attach(self) -> list[Any]:
-        """Stand in for the layer's router and experts; the result undoes it."""
+        """Replace the forward of the layer's router and experts; returns the functions that undo it."""
         self.__dict__["skipping"] = skipping(self.experts)
         return [compute_by(self.gate, self.route), compute_by(self.experts, self.run)]
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the family's router gives: logits (S, m + n), weights (S, k) and experts (S, k)."""
+        """Route as the family's router does: logits (S, m + n), weights (S, k) and experts (S, k)."""
         gate, n = self.gate, self.num_new
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (S, C)
         if self._base_only:
@@ -100,37 +102,45 @@ class ExtendedLayer(nn.Module):
             if self.training and torch.is_grad_enabled():
                 # Data parallelism waits for the gradient of every parameter, on ranks with text alone too.
                 weights = weights + 0 * torch.stack([p.flatten()[0] for p in self.parameters()]).sum()
+            # The balance loss reads m + n columns: probability 0 for experts that did not run.
             return F.pad(logits, (0, n), value=-torch.inf), weights, chosen
         logits = F.linear(x, gate.weight)  # (S, m)
+        # float32 also under autocast: near ties between experts would flip with the shape of a batch.
         with torch.autocast(x.device.type, enabled=False):
             new = F.linear(x.to(self.rows.weight.dtype), self.rows.weight)  # (S, n)
             both = torch.cat([logits.to(new.dtype), new], dim=-1)  # (S, m + n)
             probs = both.softmax(-1)
-            chosen = probs.topk(gate.top_k, dim=-1).indices  # (S, k), by what the calibration does not touch
+            # Selection uses the uncalibrated probabilities; the calibration changes the weights only.
+            chosen = probs.topk(gate.top_k, dim=-1).indices  # (S, k)
             weights = self.rows.calibrated(probs, self.floor).gather(1, chosen)
             if getattr(gate, "norm_topk_prob", True):
                 weights = weights / weights.sum(-1, keepdim=True)
         if (open_rows := self._pictured(x)) is not None:
+            # The base router runs on all rows, whose choice is taken for text: `where` keeps shapes free of data.
             _, base_weights, base_chosen = type(gate).forward(gate, x)
             weights = torch.where(open_rows, weights, base_weights.to(weights.dtype))
             chosen = torch.where(open_rows, chosen, base_chosen)
             both = torch.cat([both[:, : self.old], both[:, self.old :].masked_fill(~open_rows, -torch.inf)], dim=-1)
-        kept = weights.to(logits.dtype) if hasattr(gate, "norm_topk_prob") else weights  # as the family's router does
+        # Qwen's routers cast the weights back, Mixtral's gives float32.
+        kept = weights.to(logits.dtype) if hasattr(gate, "norm_topk_prob") else weights
         return both, kept, chosen
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What the family's experts give, (S, C): the old ones by themselves, and the new ones beside them."""
+        """Sum the outputs of old and new experts, (S, C)."""
         old = self.experts
         if self._base_only:
             return type(old).forward(old, hidden_states, top_k_index, top_k_weights)
         if _may_read_counts(hidden_states):
             return self._run_together(hidden_states, top_k_index, top_k_weights)
+        # Expert parallelism treats index m as "expert on another rank" and skips the row; that is used here to route
+        # around the old experts, so that the family's own kernel (grouped, fused) still computes them.
         taken = top_k_index >= self.old  # (S, k)
         index, weights = top_k_index.masked_fill(taken, self.old), top_k_weights.masked_fill(taken, 0)
         out = type(old).forward(self.skipping, hidden_states, index, weights)
         for j in range(self.num_new):
             mine = top_k_index == self.old + j  # (S, k)
-            groups = dispatch.group(mine.any(-1).long() - 1, 1)  # expert 0 is this one
+            # 0 where this expert was chosen, -1 (no expert) elsewhere: a group of one expert, without reading counts.
+            groups = dispatch.group(mine.any(-1).long() - 1, 1)
             order = groups.order
             rows = dispatch.grouped_ffn(
                 hidden_states.index_select(0, order),
@@ -144,7 +154,10 @@ class ExtendedLayer(nn.Module):
         return out
 
     def _run_together(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """All experts in one sort, where counts may be read: nobody's rows are masked out of the old ones' products."""
+        """CPU path: one sort over old and new experts.
+
+        Reading the counts does not synchronise here, so no row is computed and then masked.
+        """
         old = self.experts
         groups = dispatch.group(chosen, self.old + self.num_new)
         dtype = old.gate_up_proj.dtype
@@ -159,21 +172,22 @@ class ExtendedLayer(nn.Module):
 
     @property
     def _base_only(self) -> bool:
-        """Whether no sequence of the pass takes part."""
+        """Whether the pass runs as the base model."""
         return self._condition.none
 
     def _pictured(self, x: Tensor) -> Tensor | None:
-        """Which tokens (S, 1) are of sequences with images; None: all take part."""
+        """Mask of the tokens of sequences with images, (S, 1); None: all tokens use the new experts."""
         if (pictured := self._condition.pictured) is None:
             return None
         flags = pictured.to(x.device)
         if len(flags) != self.passes.rows or len(x) % len(flags):
             raise ZooError(
-                f"The guard of adapter 'moextend' knows {len(flags)} sequences, and the pass has {self.passes.rows}."
+                f"The guard of adapter 'moextend' was set for {len(flags)} sequences, and the pass has "
+                f"{self.passes.rows}."
             )
         return flags.repeat_interleave(len(x) // len(flags)).unsqueeze(-1)
 
 
 def _may_read_counts(x: Tensor) -> bool:
-    """Whether a count may be read without waiting for a device."""
+    """Whether counts can be read without a synchronisation: on a CPU, outside of a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

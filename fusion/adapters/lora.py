@@ -2,10 +2,10 @@
 
 Paper: Hu et al., arXiv:2106.09685.
 
-The layers are PEFT's own; they stand in the language model where they replace the linears, and the base weights keep
-the names that checkpoints know. New weights start in float32 whatever the base has, as `get_peft_model` makes them, and
-follow the model where it is cast. Experts that transformers holds in one fused tensor are no linear layers:
-`all-linear` leaves them out, `gate_proj` of a Qwen2-MoE means its shared expert alone, and the check says so.
+PEFT's layers replace the linear layers inside the language model, and base weights keep the names that checkpoints
+have. New weights start in float32 whatever the base has, as `get_peft_model` makes them, and follow the model where it
+is cast. Experts that transformers holds in one fused tensor are not linear layers: `all-linear` leaves them out,
+`gate_proj` of a Qwen2-MoE means its shared expert alone, and the check reports it.
 """
 
 from collections.abc import Sequence
@@ -41,14 +41,14 @@ class LoRAConfig:
 
 @register("adapter", "lora")
 class LoRA(Adapter, nn.Module):
-    """Starts as the base model: the second factor is zero."""
+    """Computes the base model at the start: B is zero."""
 
     concurrent = True
     losses: frozenset[str] = frozenset()
-    # What the check offers where another adapter has the linears of the feed-forward layers.
+    # What the check proposes where another adapter already owns the linear layers of the feed-forward.
     choices = {"targets": (["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj"])}
 
-    lm: Any  # the transformers model; not a child: its parameters are the language model's
+    lm: Any  # the transformers model, held outside of the module tree: its parameters belong to the LLM
     _layers: dict[str, Any]  # target -> PEFT layer; kept while detached
 
     def __init__(self, config: LoRAConfig, *, llm: Any) -> None:
@@ -57,7 +57,7 @@ class LoRA(Adapter, nn.Module):
         self.targets = find_linears(llm.lm, config.targets, "adapter 'lora'")
         widest = max(max(llm.lm.get_submodule(name).weight.shape) for name in self.targets)
         if config.rank > widest:
-            raise ZooError(f"adapter 'lora': rank {config.rank} is no low one: the widest target has {widest} columns.")
+            raise ZooError(f"adapter 'lora': rank {config.rank} exceeds {widest}, the width of the widest target.")
         self.exclusive = list(self.targets)  # no other adapter may have these
         self.notes = self._unreached(llm.lm)
         self.__dict__["lm"] = llm.lm
@@ -66,7 +66,7 @@ class LoRA(Adapter, nn.Module):
         self.merged = False  # for good
 
     def attach(self) -> None:
-        """Put PEFT's layers in the place of the targets; the second time, those of the first."""
+        """Replace the targets by PEFT's layers; attaching again reuses the layers and weights of the first time."""
         if self._undo:
             return
         if self._layers:
@@ -77,16 +77,17 @@ class LoRA(Adapter, nn.Module):
             for name, old in base.items():
                 self._layers[name] = self.lm.get_submodule(name)
                 self._undo.append(lambda name=name, old=old: replace(self.lm, name, old))
+        # PEFT would rename `q_proj.weight` to `q_proj.base_layer.weight`, and checkpoints would no longer load.
         self._undo += [keep_keys(layer, "base_layer") for layer in self._layers.values()]
 
     def detach(self) -> None:
-        """Put the linears back; the language model is what it was, to the bit."""
+        """Put the linear layers back; the language model computes what it did before, bit for bit."""
         for undo in self._undo:
             undo()
         self._undo = []
 
     def merge(self) -> None:
-        """Add the terms to the base weights and detach for good: what is left is a plain language model."""
+        """Add B A to the base weights and detach for good; a plain language model is left."""
         if not self._undo:
             raise ZooError("adapter 'lora' is not attached: there is nothing to merge into.")
         for layer in self._layers.values():
@@ -97,14 +98,14 @@ class LoRA(Adapter, nn.Module):
         self.merged = True
 
     def owns(self, name: str) -> bool:
-        """Whether the parameter `name` of the language model is one of this adapter's."""
+        """Whether the parameter `name` inside the language model belongs to this adapter."""
         return f".lora_A.{_NAME}." in name or f".lora_B.{_NAME}." in name
 
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
-        """Nothing here depends on the image.
+        """Check that the adapter is active; it does not depend on images.
 
         Raises:
-            ZooError: PEFT has put an adapter of its own on the model, and with it switched this one off.
+            ZooError: `get_peft_model` put another adapter on the model, which deactivates this one.
         """
         on = next(iter(self._layers.values())).active_adapters if self._undo and self._layers else [_NAME]
         if on != [_NAME]:
@@ -114,11 +115,11 @@ class LoRA(Adapter, nn.Module):
             )
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """None."""
+        """Return an empty dict: there is no auxiliary loss."""
         return {}
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Give this adapter's weights alone, by their names in the language model."""
+        """Return this adapter's weights by their names in the language model; they share memory with the parameters."""
         return {
             f"{target}.{name}": weight.detach()
             for target, layer in self._layers.items()
@@ -127,17 +128,17 @@ class LoRA(Adapter, nn.Module):
         }
 
     def _unreached(self, lm: Any) -> list[str]:
-        """Say what of a mixture of experts gets no term."""
+        """Describe the experts of a mixture that the targets do not reach; empty without a mixture."""
         fused = fused_experts(lm)
         if not fused:
             return []
         meant = {word: [n for n in self.targets if means(word, n)] for word in self.config.targets}
         shared = [w for w, names in meant.items() if names and all("shared_expert" in n for n in names)]
         layers = len({name.rpartition(".")[0] for name in fused})
-        where = f"{layers} layers hold theirs in fused tensors ({fused[0]}), which are no linear layers"
+        where = f"{layers} layers hold them in fused tensors ({fused[0]}), which are not linear layers"
         note = f"adapter 'lora' reaches no routed expert: {where}"
         note += f"; {', '.join(shared)} here means the shared expert alone" if shared else ""
-        return [f"{note}. Terms on what experts give: adapter=mole; new experts: adapter=moextend."]
+        return [f"{note}. Low-rank terms around the experts: adapter=mole; new experts: adapter=moextend."]
 
     def _peft_config(self) -> Any:
         from peft import LoraConfig
@@ -146,7 +147,7 @@ class LoRA(Adapter, nn.Module):
         return LoraConfig(
             fan_in_fan_out=type(getattr(first, "base_layer", first)).__name__ == "Conv1D",  # GPT-2 keeps (in, out)
             r=self.config.rank,
-            lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # PEFT says int, and divides
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # annotated as int, used as a float
             lora_dropout=self.config.dropout,
             target_modules=list(self.targets),
             bias="none",
@@ -158,9 +159,10 @@ class LoRA(Adapter, nn.Module):
 
         trains = [(p, p.requires_grad) for p in self.lm.parameters()]
         inject_adapter_in_model(self._peft_config(), self.lm, adapter_name=_NAME)
-        del self.lm.peft_config  # else transformers takes the model for one that saves its adapter only
-        for parameter, flag in trains:  # PEFT freezes the base; what trains is the recipe's business
+        del self.lm.peft_config  # with it, save_pretrained of transformers writes the adapter only
+        for parameter, flag in trains:  # PEFT freezes the base; here the recipe decides what trains
             parameter.requires_grad_(flag)
-        for name, parameter in self.lm.named_parameters():  # injected in the base's format: see `get_peft_model`
+        # `inject_adapter_in_model` creates weights in the base's dtype; `get_peft_model` would upcast them.
+        for name, parameter in self.lm.named_parameters():
             if self.owns(name):
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

@@ -1,10 +1,10 @@
-"""Tokens to experts: the router, one sort, grouped products, and the load-balancing loss. For all routed adapters.
+"""Dispatch of tokens to experts, for all routed adapters: router, one sort, grouped products, load-balancing loss.
 
 A token's choices are S = T * k rows. `group` sorts the rows by expert once; `Groups.gather` copies each row once,
 `Groups.scatter` brings it back, and in between experts work on contiguous slices. Shapes depend on no data and nothing
 waits for the device: on CUDA the slices are known by their ends alone (`torch.nn.functional.grouped_mm`), on a CPU a
-loop over slices is as fast. Rows that no expert takes stand last and come out as zero; an expert without rows gets a
-zero gradient, not none, so data parallelism sees every parameter.
+loop over slices is as fast. Rows without an expert are sorted last and come out as zero; an expert without rows gets a
+zero gradient instead of None, which data parallelism waits for.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 class KeepsFloat32(nn.Module):
-    """Its tensors never get fewer bits than float32, whoever casts them: it computes in that format."""
+    """A module whose tensors stay float32 when the model around it is cast to 16 bits."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFloat32":
         def kept(t: Tensor) -> Tensor:
@@ -53,17 +53,17 @@ class Router(KeepsFloat32):
 class Groups:
     """Rows in the order of their experts."""
 
-    order: Tensor  # (S,) row at each sorted position; rows that no expert takes stand last
+    order: Tensor  # (S,) row at each sorted position; rows without an expert come last
     inverse: Tensor  # (S,) sorted position of each row
     ends: Tensor  # (E,) int32: where the slice of each expert ends
     top_k: int  # rows of a token; row t * top_k + j is choice j of token t
 
     def gather(self, x: Tensor) -> Tensor:
-        """Copy tokens (T, C) into sorted rows (S, C)."""
+        """Copy tokens (T, C) into rows sorted by expert (S, C)."""
         return _Gather.apply(x, self.order, self.inverse, self.top_k)
 
     def scatter(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Bring sorted rows (S, C) back and sum those of a token, weighted by (T, k): (T, C)."""
+        """Undo the sort of rows (S, C) and sum those of each token, weighted by (T, k): (T, C)."""
         rows = _Permute.apply(rows, self.inverse, self.order)  # (S, C)
         if self.top_k == 1 and weights is None:
             return rows
@@ -74,20 +74,22 @@ class Groups:
 
 
 def group(chosen: Tensor, num_experts: int, keep: Tensor | None = None) -> Groups:
-    """Sort rows by expert, those of an expert in their old order.
+    """Sort rows by expert; rows of one expert keep their order.
 
     Args:
-        chosen: (T,) or (T, k) expert of each choice; a number outside of 0 ... E - 1 is nobody.
+        chosen: (T,) or (T, k) expert of each choice; a number outside of 0 ... E - 1 means no expert.
         num_experts: E.
-        keep: (T,) tokens that are real; the others (padding) go to nobody.
+        keep: (T,) valid tokens; the others (padding) get no expert.
     """
     top_k = 1 if chosen.ndim == 1 else chosen.shape[1]
-    nobody = (chosen < 0) | (chosen >= num_experts)
+    unrouted = (chosen < 0) | (chosen >= num_experts)
     if keep is not None:
-        nobody = nobody | ~keep.view(-1, *[1] * (chosen.ndim - 1))
-    keys, order = torch.sort(chosen.masked_fill(nobody, num_experts).flatten(), stable=True)  # (S,)
+        unrouted = unrouted | ~keep.view(-1, *[1] * (chosen.ndim - 1))
+    # Rows without an expert sort behind all others, so that experts' slices begin at 0. Stable: runs are reproducible.
+    keys, order = torch.sort(chosen.masked_fill(unrouted, num_experts).flatten(), stable=True)  # (S,)
+    # The inverse permutation by a scatter, O(S), where a second argsort would be O(S log S).
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    # No bincount: on CUDA it waits for the device.
+    # searchsorted, not bincount: on CUDA bincount waits for the device. int32, as grouped_mm takes its offsets.
     experts = torch.arange(num_experts, device=keys.device)
     ends = torch.searchsorted(keys, experts, right=True, out_int32=True)  # (E,)
     return Groups(order, inverse, ends, top_k)
@@ -96,21 +98,21 @@ def group(chosen: Tensor, num_experts: int, keep: Tensor | None = None) -> Group
 def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Multiply each expert's rows by its own matrix: x (S, I), weight (E, O, I) -> (S, O).
 
-    Rows of nobody come out as zero. A frozen weight costs no memory for its gradient. Under autocast the product runs
-    in the autocast type, as a linear layer's would.
+    Rows without an expert come out as zero. A frozen weight costs no memory for its gradient. Under autocast the
+    product runs in the autocast dtype, as a linear layer's would.
     """
     dtype = compute_dtype(x)
     return _GroupedLinear.apply(x.to(dtype), weight.to(dtype), groups.ends)
 
 
 def grouped_linear_over(x: Tensor, stacks: Sequence[Tensor], groups: Groups) -> Tensor:
-    """Multiply each expert's rows by its own matrix, where the experts stand in several stacks (CPU).
+    """Multiply each expert's rows by its own matrix, with experts in several stacks (CPU).
 
-    Nothing is joined, and of the rows only those of stacks that train are kept for backward.
+    The stacks are not concatenated, and only rows of stacks that train are kept for backward.
 
     Args:
         x: (S, I), sorted.
-        stacks: (E_i, O, I), whose experts count on: together the E of `groups`.
+        stacks: (E_i, O, I); experts are numbered through, the E_i add up to the E of `groups`.
     """
     return _GroupedLinearOver.apply(x, groups.ends, *stacks)
 
@@ -119,7 +121,7 @@ def add_grouped_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, group
     """Add to each row the low-rank term of its expert: out + scale * up[e] @ down[e] @ x.
 
     Args:
-        out: (S, O), overwritten in place where that is safe for autograd: it must be nobody's saved tensor.
+        out: (S, O), overwritten in place; no operation may have saved it for backward.
         x: (S, I).
         down, up: (E, R, I) and (E, O, R).
         groups: of the rows.
@@ -127,26 +129,27 @@ def add_grouped_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, group
     """
     inner = _scaled(grouped_linear(x, down, groups), scale).to(out.dtype)  # (S, R)
     up = up.to(out.dtype)
+    # In place saves a tensor of the output's size; compiled graphs fuse the sum, and CUDA's kernel cannot accumulate.
     if torch.compiler.is_compiling() or out.device.type != "cpu":
         return out + _GroupedLinear.apply(inner, up, groups.ends)
     return _AddGroupedLinear.apply(out, inner, up, groups.ends)
 
 
 def grouped_low_rank(x: Tensor, down: Tensor, up: Tensor, groups: Groups, scale: Any = 1.0) -> Tensor:
-    """Give each row the low-rank term of its expert, (S, O): what `add_grouped_low_rank` adds."""
+    """Compute the low-rank term that `add_grouped_low_rank` adds: (S, O)."""
     return grouped_linear(_scaled(grouped_linear(x, down, groups), scale), up, groups)
 
 
 def _scaled(inner: Tensor, scale: Any) -> Tensor:
-    """Scale rows (S, R) in the format that a gate (S, 1) has, float32, and go on in their own."""
+    """Scale rows (S, R) in float32, the dtype of a gate (S, 1), and return them in their own dtype."""
     return (inner * scale).to(inner.dtype)
 
 
 def masked_low_rank(x: Tensor, down: Tensor, up: Tensor, weights: Tensor, scale: float = 1.0) -> Tensor:
     """Low-rank terms of all experts in two plain products: sum_e weights[e] * scale * up[e] @ down[e] @ x.
 
-    With one weight of a token nonzero this is what `add_grouped_low_rank` adds, for E times its products: the faster
-    way for a few tokens, one graph under `torch.compile`, and the only one where all experts of a token run.
+    With one nonzero weight per token this equals what `add_grouped_low_rank` adds, for E times its FLOPs: faster for
+    few tokens, a single graph under `torch.compile`, and the only way where all experts of a token run.
 
     Args:
         x: (S, I).
@@ -178,7 +181,7 @@ def grouped_ffn(
 def load_balance(probs: Tensor, chosen: Tensor, keep: Tensor | None = None) -> Tensor:
     """Load-balancing loss of top-k routing: E * sum_k sum_e f_ke * P_e, which is k where all share evenly.
 
-    Paper: Fedus et al., arXiv:2101.03961, Eqs. 4-6, without the factor alpha (the caller weighs it); f_ke is the share
+    Paper: Fedus et al., arXiv:2101.03961, Eqs. 4-6, without the factor alpha (the caller's); f_ke is the share
     of tokens whose k-th choice is e, and has no gradient. Not a lower bound: f and P of different tokens may differ.
 
     Args:
@@ -195,7 +198,7 @@ def load_balance(probs: Tensor, chosen: Tensor, keep: Tensor | None = None) -> T
 
 
 def expert_share(chosen: Tensor, num_experts: int, keep: Tensor | None = None) -> Tensor:
-    """Count the choices of each expert per token that counts: (E,) float32, k in sum."""
+    """Average number of choices of each expert per valid token: (E,) float32, whose sum is k."""
     hits = F.one_hot(chosen.reshape(chosen.shape[0], -1), num_experts).sum(1).float()  # (T, E)
     if keep is None:
         return hits.mean(0)
@@ -203,16 +206,16 @@ def expert_share(chosen: Tensor, num_experts: int, keep: Tensor | None = None) -
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that products of `x` run in: that of autocast where it is on."""
+    """Return the dtype that products of `x` run in: autocast's where it is enabled (float64 is never cast down)."""
     device = x.device.type
     on = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether torch's grouped product takes rows and matrices of these sizes; else CUDA waits for the host here.
+    """Whether torch's grouped product supports rows and matrices of these sizes; without it CUDA synchronises.
 
-    CUDA, 16 bit, and rows that begin at multiples of 16 bytes.
+    It needs CUDA, 16 bits, and rows aligned to 16 bytes (8 numbers).
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or any(size % 8 for size in sizes):
         return False
@@ -223,7 +226,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
 
 
 class _Permute(torch.autograd.Function):
-    """rows[order]; backward is a gather too, where torch's own would add up with an index."""
+    """rows[order]. Backward is a gather by the inverse; autograd's index_add is slower and nondeterministic on CUDA."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """x[order // top_k]."""
+    """x[order // top_k]: each token's row once per choice. Backward sums the k rows of a token without index_add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
@@ -253,6 +256,7 @@ class _Gather(torch.autograd.Function):
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        # The rows are needed for the gradient of the weight alone: a frozen expert keeps none.
         ctx.save_for_backward(x if weight.requires_grad else None, weight, ends)
         return _product(x, weight.transpose(1, 2), ends)
 
@@ -276,6 +280,7 @@ class _GroupedLinearOver(torch.autograd.Function):
         for stack in stacks:
             firsts.append(firsts[-1] + len(stack))
         spans = [(cuts[a], cuts[b]) for a, b in pairwise(firsts)]  # rows of each stack
+        # Cloned: a view would keep all rows alive, those of frozen stacks too.
         rows = [x[a:b].clone() if w.requires_grad else None for (a, b), w in zip(spans, stacks, strict=True)]
         ctx.save_for_backward(*rows, *stacks)
         ctx.cuts, ctx.spans, ctx.firsts = cuts, spans, firsts
@@ -320,12 +325,12 @@ class _AddGroupedLinear(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply rows (S, I) by (E, I, O) to (S, O), zero behind the last end; `out` (CPU) is added to in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a custom op: the loop below reads `ends`, which would break the graph
         return torch.ops.zoo.grouped_product(x, weight, ends)
     if _has_kernel(x, weight):
         y = F.grouped_mm(x, weight, offs=ends)
         behind = torch.arange(len(x), device=x.device) >= ends[-1]
-        return y.masked_fill_(behind.unsqueeze(-1), 0)  # the kernel leaves those rows as they were in memory
+        return y.masked_fill_(behind.unsqueeze(-1), 0)  # the kernel leaves those rows uninitialised
     y = x.new_empty(len(x), weight.shape[-1]) if out is None else out
     start = 0
     for e, end in enumerate(ends.tolist()):

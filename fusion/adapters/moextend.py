@@ -47,11 +47,11 @@ class MoExtendConfig:
     layers: list[int] = field(default_factory=list)  # decoder layers to extend; empty: every other one with experts
     sources: list[int] = field(default_factory=list)  # for each layer the old expert to start from; empty: expert 0
     num_new: int = 1  # new experts of each layer
-    calibration_width: int = 16  # hidden units of the calibration; 0: none, so that the model can be merged
+    calibration_width: int = 16  # hidden units of the calibration; 0: no calibration, needed for merging
     guard: bool = False  # sequences without images run as if nothing had been added
     aux: float = 0.001  # weight of the load-balancing loss over all layers with experts
-    official_aux: bool = False  # the released form: every layer scaled by the larger number of experts
-    floor: float = 0.0  # least calibrated probability, against divisions by about zero; 0: none, as released
+    official_aux: bool = False  # released form of the loss: every layer scaled by the largest number of experts
+    floor: float = 0.0  # lower bound of calibrated probabilities, which are divided by their sum; 0: none, as released
 
     def __post_init__(self) -> None:
         require_at_least(1, num_new=self.num_new)
@@ -112,10 +112,11 @@ class MoExtend(Adapter, nn.Module):
             layer.start()
 
     def attach(self) -> None:
-        """Stand in for the routers and experts of the chosen layers; no module is replaced and no key renamed."""
+        """Replace the forward of routers and experts in the chosen layers; modules and state-dict keys stay."""
         if self._undo:
             return
         self._undo = self.passes.attach()
+        # Layers that are not extended are noted too: the balance loss is over all layers with experts.
         self._undo += [b.gate.register_forward_hook(partial(self._note, i)).remove for i, b in self.blocks.items()]
         for layer in self.layers.values():
             self._undo += layer.attach()
@@ -127,17 +128,18 @@ class MoExtend(Adapter, nn.Module):
         self._undo = []
 
     def owns(self, name: str) -> bool:
-        """Nothing in the language model: rows and experts are this module's own parameters."""
+        """False for every parameter of the language model: rows and experts are this module's own."""
         return False
 
     @property
     def reads_image(self) -> bool:
-        """Whether it computes something else for a sequence with images."""
+        """Whether outputs depend on which sequences have images."""
         return self.config.guard
 
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
         """With `guard`, note which sequences have images."""
         flags = [count > 0 for count in images_per_row for _ in range(expand)] if self.config.guard else []
+        # Only a mixed batch needs a mask; a batch of images alone or text alone is one case for all rows.
         some = torch.tensor(flags) if any(flags) and not all(flags) else None
         self.passes.condition = Guarded(some, bool(flags) and not any(flags))
 
@@ -161,7 +163,7 @@ class MoExtend(Adapter, nn.Module):
         return dict(zip(self.blocks, shares, strict=False))
 
     def save(self, folder: str | Path) -> None:
-        """Write this adapter's weights alone, with its options and what they stand on."""
+        """Write the adapter's weights with its options, its layers and how many experts those had before."""
         facts = {"layers": [int(i) for i in self.layers], "old_experts": [layer.old for layer in self.layers.values()]}
         adapter_file.write(folder, "moextend", self.config, self.state_dict(), facts)
 
@@ -180,8 +182,8 @@ class MoExtend(Adapter, nn.Module):
         """Put the new experts into the language model and detach for good: what is left is a plain one, with more.
 
         Raises:
-            ZooError: some layers have fewer experts than others, or the calibration does something: no plain
-                checkpoint says that.
+            ZooError: layers would differ in their number of experts, or the calibration is not zero: a plain
+                checkpoint can hold neither.
         """
         if not self._undo:
             raise ZooError("adapter 'moextend' is not attached: there is nothing to merge.")
@@ -197,7 +199,9 @@ class MoExtend(Adapter, nn.Module):
                 "router does not. Train with adapter.moextend.calibration_width=0."
             )
         if self.config.guard:
-            raise ZooError("adapter 'moextend' cannot be merged with guard=true: a plain model does not know images.")
+            raise ZooError(
+                "adapter 'moextend' cannot be merged with guard=true: a plain model cannot tell text from images."
+            )
         self.detach()
         total = 0
         for layer in self.layers.values():
@@ -206,6 +210,8 @@ class MoExtend(Adapter, nn.Module):
             for name in ("gate_up_proj", "down_proj"):
                 setattr(layer.experts, name, _joined(getattr(layer.experts, name), getattr(layer, name)))
             layer.gate.num_experts = layer.experts.num_experts = total
+        # transformers keeps the count in four kinds of places: config, router, experts, and the model's own attribute
+        # for its balance loss.
         text = self.llm.lm.config.get_text_config()
         for name in _COUNTS:
             if hasattr(text, name):

@@ -10,13 +10,13 @@ loss gives the router no gradient: it learns from the balance loss alone, to sha
 
 Where we differ. The balance loss is that of arXiv:2101.03961 for each layer over all tokens, scaled to 1 where experts
 share evenly; `official_balance` is the release's. New weights are float32 (the release casts all to bfloat16) and stay
-so where the model is loaded in, or cast to, a shorter format; products run in the base's. Cast by itself
-(`model.adapter["mole"].to(torch.bfloat16)`) the adapter has short experts, which compute the same; its router computes
+so where the model is loaded in, or cast to, a shorter format; products run in the base's. Casting the adapter alone
+(`model.adapter["mole"].to(torch.bfloat16)`) stores its experts in 16 bits, with equal results; its router computes
 in float32 always. Padding is not routed: no expert runs there, and it does not count. Attention has no experts; the
 paper's plain LoRA there is `adapter/lora` beside this one (targets q, k, v, o). Where a layer is itself a sparse
-mixture, the low-rank experts stand around the whole of it.
+mixture, the low-rank experts are added to the output of the whole layer.
 
-It cannot be merged: which term a token gets depends on the token.
+It cannot be merged: the term depends on the token.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_
 from zoo.registry.forward_pass import Pass
 
 GATES = ("none", "prob", "ste", "dense")
-FEW = 16  # up to so many tokens (a decoding step) all experts in two products are faster than a sort
+FEW = 16  # tokens up to which (a decoding step) running all experts in two products is faster than a sort
 
 
 @dataclass
@@ -47,9 +47,9 @@ class MoLEConfig:
     rank: int = 16  # of each expert; the paper has 32, the released checkpoint 16
     alpha: float = 32.0  # a term is scaled by alpha / rank
     dropout: float = 0.05  # of a term's input, in [0, 1)
-    gate: str = "none"  # none | prob | ste | dense: what a chosen expert's term is multiplied by
+    gate: str = "none"  # factor on the chosen expert's term: none (1) | prob | ste; dense: all experts, by probability
     balance: float = 0.01  # weight of the load-balancing loss; with gate=none and 0 the router stays as it starts
-    official_balance: bool = False  # the released form: per sample, layers pooled, 1 / num_experts where even
+    official_balance: bool = False  # released form of the loss: per sample, layers pooled, 1 / num_experts when even
     layers: list[int] = field(default_factory=list)  # decoder layers, counted from 0; empty: all
 
     def __post_init__(self) -> None:
@@ -75,12 +75,12 @@ class LowRankExperts(nn.Module):
 
 @dataclass
 class _Routed:
-    """The routing of a layer's tokens, while they are in the layer."""
+    """Routing of a layer's tokens between the layer's pre-hook and its hook."""
 
     weights: Tensor | None  # (S, E), where all experts run in two products
     groups: dispatch.Groups | None
     scale: Any  # of a term; (S, 1) sorted where the gate depends on the token
-    sorted: bool  # the layer's own linears see the tokens sorted
+    sorted: bool  # the layer's own linear layers get the tokens sorted by expert
     shape: torch.Size  # (B, T, C) of the tokens
 
 
@@ -101,19 +101,21 @@ class MoLELayer(nn.Module):
             "device": first.device,
             "dtype": max(first.dtype, torch.float32, key=lambda t: t.itemsize),
         }
+        # Not registered as children: their weights are the language model's.
         self.__dict__["mlp"] = mlp
         self.__dict__["linears"] = {} if _whole(mlp) else {n: mlp.get_submodule(n) for n in linears(mlp)}
         sizes = {n.replace(".", "-"): _sizes(linear) for n, linear in self.linears.items()} or {"whole": (width, width)}
         self.experts = nn.ModuleDict(
             {n: LowRankExperts(config.num_experts, config.rank, *size, **where) for n, size in sizes.items()}
         )
+        # Without a gate and a balance loss the router has no gradient, which data parallelism would wait for.
         learns = config.gate != "none" or (config.balance > 0 and config.num_experts > 1)
         self.router = dispatch.Router(width, config.num_experts, bias=True, trainable=learns, device=first.device)
         if where["dtype"] == torch.float64:
             self.router.double()
 
     def places(self) -> list[nn.Module]:
-        """Give the modules of the language model that get a term."""
+        """Return the modules of the language model whose outputs get a term."""
         return list(self.linears.values()) or [self.mlp]
 
     def attach(self) -> list[Any]:
@@ -128,6 +130,7 @@ class MoLELayer(nn.Module):
         now = self.passes.now.notes[self.key] = self._route(args[0])
         if not now.sorted:
             return args
+        # The layer is pointwise over tokens: sorted once here, each of its linears finds its experts' rows contiguous.
         x = args[0].flatten(0, -2)  # (S, C)
         assert now.groups is not None
         return now.groups.gather(x.to(dispatch.compute_dtype(x))), *args[1:]
@@ -143,7 +146,7 @@ class MoLELayer(nn.Module):
         return out if now is None else self._add(now, out, args[0], self.experts[name])
 
     def _route(self, tokens: Tensor) -> _Routed:
-        """Choose experts for tokens (B, T, C)."""
+        """Choose an expert for each of the tokens (B, T, C)."""
         x = tokens.flatten(0, -2)  # (S, C)
         e, scale, gate = self.config.num_experts, self.config.alpha / self.config.rank, self.config.gate
         probs = self.router(x).softmax(-1)  # (S, E)
@@ -161,7 +164,7 @@ class MoLELayer(nn.Module):
         return _Routed(None, groups, factor, self._alone(), tokens.shape)
 
     def _alone(self) -> bool:
-        """Whether the layer's own modules may see the tokens sorted: no hook but ours looks at them."""
+        """Whether tokens may be sorted for the layer's own modules: no foreign hook depends on their order."""
         own = {id(linear): 1 for linear in self.linears.values()} | {id(self.mlp): 2}
         return bool(self.linears) and all(hooks_on(m) == own.get(id(m), 0) for m in self.mlp.modules())
 
@@ -233,12 +236,12 @@ class MoLE(Adapter, nn.Module):
     def merge(self) -> None:
         """Refuse."""
         raise ZooError(
-            "adapter 'mole' cannot be merged: which expert's term a token gets depends on the token, so no one weight "
-            "says the same. Keep the adapter, or train adapter=lora, which merges."
+            "adapter 'mole' cannot be merged: the expert depends on the token, so a single weight cannot replace it. "
+            "Keep the adapter, or train adapter=lora, which merges."
         )
 
     def owns(self, name: str) -> bool:
-        """Nothing in the language model: the experts are this module's own parameters."""
+        """False for every parameter of the language model: the experts are this module's own."""
         return False
 
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
@@ -312,12 +315,12 @@ def feed_forward(layer: nn.Module, who: str) -> nn.Module:
 
 
 def _whole(mlp: nn.Module) -> bool:
-    """Whether the terms stand around the layer: it is a sparse mixture, its own or another adapter's."""
+    """Whether the terms are added to the whole layer: it is a sparse mixture, its own or another adapter's."""
     return stands_aside(mlp) or any(p.ndim == 3 for p in mlp.parameters())
 
 
 def _sizes(linear: Any) -> tuple[int, int]:
-    """Widths in and out; GPT-2's Conv1D keeps its matrix turned."""
+    """Input and output width; GPT-2's Conv1D stores its weight transposed."""
     out, into = linear.weight.shape if isinstance(linear, nn.Linear) else reversed(linear.weight.shape)
     return into, out
 

@@ -6,16 +6,16 @@ them run, every second layer, balance weight 0.01). With p = softmax(W x) and th
     y = sum_e w_e FFN_e(x),   w_e = p_e / (sum of p over the chosen)
     balance = E * sum_e mean(p_e) * mean(first choice is e)                 1 where all share evenly, E at collapse
 
-All experts start as the dense layer and the weights sum to 1, so a fresh one computes what the dense model does.
+All experts start as the dense layer and the weights sum to 1, so at the start the model computes what it did before.
 
 Where we differ from the released code: no token is dropped (`capacity: 1.5` and `eval_capacity: 2.0` bring its limits
-back, in training and in evaluation; what they drop stands at the end of a sequence, where the answer is, and depends on
-what else is in the batch); the second expert is the second likeliest, in training too, instead of a
-sample with Gumbel noise even in evaluation; padding does not count in the balance; the balance enters the loss once.
+back, in training and in evaluation; they drop tokens at the end of a sequence, where the answer is, depending on the
+rest of the batch); the second expert is the second likeliest, in training too, instead of a sample with Gumbel noise
+even in evaluation; padding does not count in the balance; the balance enters the loss once.
 
-The experts are this adapter's own parameters, stacked, and the dense layer stays in the language model, where
-checkpoints find it: it stands aside while the adapter is attached. Experts have the number format of the dense layer
-and follow the model where it is cast; routers are float32 always.
+The experts are this adapter's own parameters, stacked. The dense layer stays in the language model, where checkpoints
+expect it, and is bypassed while the adapter is attached. Experts have the dtype of the dense layer and follow the model
+where it is cast; routers are float32 always.
 """
 
 import copy
@@ -39,8 +39,8 @@ _NAMES = ("mlp", "feed_forward", "ffn")  # what families call the feed-forward p
 
 @dataclass
 class UpcycleConfig:
-    every: int = 2  # every how many-th layer becomes sparse, from the first on; 1: all
-    layers: list[int] = field(default_factory=list)  # exactly these layers, counted from 0; empty: as `every` says
+    every: int = 2  # stride of the layers that become sparse, from layer 0 on; 1: all
+    layers: list[int] = field(default_factory=list)  # layers that become sparse, counted from 0; empty: by `every`
     num_experts: int = 4
     top_k: int = 2  # experts that run per token; 1 leaves the router to the balance loss alone if `normalize`
     normalize: bool = True  # weights of the chosen experts sum to 1; without, a fresh one is not the dense model
@@ -59,7 +59,7 @@ class UpcycleConfig:
 
 @register("adapter", "upcycle")
 class Upcycle(Adapter, nn.Module):
-    """Starts as the dense model, whatever the router says."""
+    """Computes the dense model at the start, whatever the router chooses."""
 
     needs = frozenset({"dense"})
     concurrent = True
@@ -82,7 +82,7 @@ class Upcycle(Adapter, nn.Module):
         self._undo: list[Any] = []
 
     def attach(self) -> None:
-        """Let the experts compute what the dense layers did."""
+        """Route the dense layers' calls to the experts."""
         if not self._undo:
             self._undo = self.passes.attach()
             self._undo += [compute_by(self._dense[i], layer.__call__) for i, layer in self.layers.items()]
@@ -99,7 +99,7 @@ class Upcycle(Adapter, nn.Module):
             layer.start(self._dense[i])
 
     def owns(self, name: str) -> bool:
-        """The language model holds nothing of this adapter."""
+        """False for every parameter of the language model: experts are this module's own."""
         return False
 
     def idles(self, name: str) -> bool:
@@ -151,7 +151,7 @@ class SparseFeedForward(nn.Module):
                 module.groups = self.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give each token (..., C) what its experts say, (..., C)."""
+        """Sum the weighted outputs of each token's experts: (..., C) to (..., C)."""
         flat = x.reshape(-1, x.shape[-1])  # (S, C)
         probs = self.router(flat).softmax(-1)  # (S, E) float32
         weights, chosen = self.route(probs)  # (S, k)
@@ -206,7 +206,7 @@ def balance_of(probs: Tensor, chosen: Tensor, keep: Tensor | None) -> Tensor:
     Args:
         probs: (S, E).
         chosen: (S, k) experts, the likeliest first.
-        keep: (S,) tokens that are no padding; None: all.
+        keep: (S,) valid tokens; None: all.
     """
     return load_balance(probs, chosen[:, 0], keep)
 
@@ -220,7 +220,7 @@ def capacity(tokens: int, num_experts: int, factor: float, top_k: int) -> int:
 
 
 class StackedLinear(nn.Module):
-    """A linear layer for each expert; rows come sorted, and `groups()` says whose they are."""
+    """A linear layer for each expert; rows come sorted, and `groups()` gives the slice of each expert."""
 
     groups: Callable[[], Groups]
 
@@ -286,6 +286,6 @@ def _feed_forward(llm: Any, index: int) -> tuple[str, nn.Module]:
         raise ZooError(
             f"adapter 'upcycle' needs a dense feed-forward layer made of plain linear layers; {found[0]!r} in {who} is "
             f"{'not one' if len(inputs) == 1 else 'given more than hidden states'}. Adapters that change these "
-            "layers, such as lora, stand behind upcycle: adapter=[upcycle,lora]."
+            "layers, such as lora, come after upcycle: adapter=[upcycle,lora]."
         )
     return found

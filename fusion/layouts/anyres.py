@@ -1,18 +1,17 @@
 """Crops of an image of any shape, joined again on the image's own grid: LLaVA-NeXT's "anyres" and LLaVA-OneVision's.
 
-An image becomes an overview and the crops of the pinpoint resolution that suits it. Behind the projector the crops'
-tokens are put together to one grid, the rows and columns that show padding only are cut off, each line ends with a
-learnt newline token, and the overview's tokens stand in front. Above `max_crops` times the tokens of one crop the grid
-is scaled down (bilinear). An image of one row ends with one newline, and so do tokens that a projector made of all.
+An image is encoded as an overview and the crops of the best matching pinpoint resolution. After the projector the
+crops' tokens are stitched to one grid, rows and columns that show only padding are cut off, each line ends with a
+learned newline token, and the overview's tokens come first. A grid of more than `max_crops` times the tokens of a crop
+is scaled down (bilinear). An image of one row ends with one newline, and so do tokens of a projector without a grid.
 
-Behind a pruner that keeps a share of each crop's tokens an image takes that share of what it takes without: of the
-overview, of the joined grid without padding and scaled down, of each frame of a video. How many that is is known before
-anything is chosen, since the prompt is written ahead: where crops kept more, those on padding go first and then, from
-every crop alike, those that the pruner chose last (`zoo.fusion.layouts.crop_order`). What stays stands in the raster
-order of the joined grid, and one newline ends it; with `kept_lines` each line of the grid ends with one, as without a
-pruner. That is ours. FasterVLM's release runs without cut padding and without newlines, pruned or not; its branch for
-unpadded grids, which nothing in it runs, cuts padding off first and keeps every newline, and as many tokens as chance
-left.
+After a pruner that keeps a share of each crop's tokens, an image takes that share of the count without a pruner: of the
+overview, of the stitched grid without padding and scaled down, of each frame of a video. The count does not depend on
+scores, since the prompt is written before them: where crops kept more, tokens on padding are dropped first and then,
+evenly over crops, those that the pruner ranked last (`zoo.fusion.layouts.crop_order`). The rest keeps the raster order
+of the stitched grid and ends with one newline; with `kept_lines` each line ends with one, as without a pruner. This is
+ours: FasterVLM's release keeps padding and has no newlines, pruned or not; its branch for unpadded grids, which its
+scripts never run, cuts padding off first, keeps every newline, and gives counts that depend on the scores.
 
 Paper: Liu et al., LLaVA-NeXT (2024, blog); Li et al., arXiv:2408.03326 (LLaVA-OneVision), section 3.2 and figure 3.
 """
@@ -34,12 +33,12 @@ FRAMES = ("keep", "bilinear", "average", "max")
 
 @dataclass
 class AnyResConfig:
-    pinpoints: list[list[int]] = field(default_factory=list)  # [height, width] in pixels that an image may be fitted to
-    max_crops: int = 0  # the joined grid holds at most about this many crops' tokens; 0: no bound
-    newline: bool = True  # a learnt token ends each line
-    kept_lines: bool = False  # also of what a pruner left of crops; else one ends them all
-    # Tokens of each frame of a video: keep | bilinear, to half of its grid behind the projector, and one newline at the
-    # end | average, max: pooled two by two ahead of the projector.
+    pinpoints: list[list[int]] = field(default_factory=list)  # resolutions [height, width] in pixels to fit images to
+    max_crops: int = 0  # bound on the stitched grid, in tokens of one crop; 0: none
+    newline: bool = True  # end each line of patches with a learned token
+    kept_lines: bool = False  # also after a pruner; else one newline ends the whole image
+    # Tokens of a video frame: keep | bilinear: half the grid after the projector, one newline at the end of the video |
+    # average, max: pooled two by two before the projector.
     frames: str = "keep"
 
     def __post_init__(self) -> None:
@@ -52,7 +51,7 @@ class AnyResConfig:
 
 @register("layout", "anyres")
 class AnyRes(Layout, nn.Module):
-    """Without `text_dim` it counts only."""
+    """Built without `text_dim`, as the processor does, it only counts tokens."""
 
     def __init__(
         self,
@@ -65,17 +64,16 @@ class AnyRes(Layout, nn.Module):
         encoder_grid: tuple[int, int] | None = None,
         pruned: bool = True,
     ) -> None:
-        """Build it.
+        """Build the newline and what counting needs.
 
         Args:
             config: how crops are joined.
             text_dim: width of the newline.
-            grid: of the tokens of a crop; None where they fill none.
-            num_tokens: of a crop, behind the projector.
+            grid: of a crop's tokens; None if they do not fill one.
+            num_tokens: of a crop, after the projector.
             image_size: of a crop in pixels.
-            encoder_grid: of the encoder itself.
-            pruned: where there is no grid, the tokens are what a pruner left of the encoder's. False: the projector
-                made them of all.
+            encoder_grid: grid of the encoder's own tokens.
+            pruned: the reason for a missing grid: a pruner dropped tokens (True), or the projector resampled them.
         """
         super().__init__()
         self.config, self.grid, self.tokens, self.image_size = config, grid, num_tokens, image_size
@@ -93,13 +91,13 @@ class AnyRes(Layout, nn.Module):
             self.newline = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
 
     def num_tokens(self, n: int) -> int:
-        """The most that an image may take."""
+        """Return the largest count over all pinpoint resolutions."""
         shapes = [(h, w) for h, w in self.config.pinpoints] or [self.image_size]
         cuts = [Cut(1 + math.prod(self._crops((h, w))), "crop", (h, w)) for h, w in shapes]
         return max(self.count(cut) for cut in cuts)
 
     def count(self, cut: Cut) -> int:
-        """Count the tokens of an image, or a video, that was cut so."""
+        """Count the tokens of an image or a video with this cut."""
         end = int(self.config.newline)
         if cut.kind == "frame":
             return cut.rows * self._per_frame() + (end if self.config.frames == "bilinear" else 0)
@@ -110,38 +108,39 @@ class AnyRes(Layout, nn.Module):
         return self.tokens + self._share(lines * columns) + ends
 
     def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
-        """Lay out rows (M, K, C), or those of each image (R, K, C), as (S, C)."""
+        """Join rows (M, K, C), or those of each image (R, K, C), to one sequence (S, C)."""
         if isinstance(tokens, Tensor):
             tokens = self._fewer(tokens, cuts) if self.pruned else tokens.split([c.rows for c in cuts])
         return torch.cat(list(self._images(tokens, cuts)))
 
     def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
-        """Run the projector; frames are pooled ahead of it if the config says so, kept tokens of crops put in order."""
+        """Run the projector; frames are pooled before it if so configured, kept tokens of crops are put in order."""
         if self.pruned:
             return self._fewer(projector(image), cuts, image)
         if self.config.kept_lines and self.grid is None and any(c.kind == "crop" and c.rows > 1 for c in cuts):
-            raise ZooError("layout.kept_lines ends lines of patches, and the projector leaves tokens that are none.")
+            raise ZooError("layout.kept_lines ends lines of patches, and the projector's tokens are not patches.")
         if self.config.frames not in ("average", "max") or image.grid is None or all(c.kind != "frame" for c in cuts):
             return projector(image)
         pool = F.avg_pool2d if self.config.frames == "average" else F.max_pool2d
         rows = []
         for cut, tokens in zip(cuts, image.tokens.split([c.rows for c in cuts]), strict=True):  # (R, N, D)
             grid = image.grid
-            if cut.kind == "frame":
+            if cut.kind == "frame":  # before the projector, as LLaVA-NeXT-Video: the two do not commute
                 pooled = pool(tokens.transpose(1, 2).unflatten(2, grid), 2)  # (R, D, h / 2, w / 2)
                 grid, tokens = (pooled.shape[2], pooled.shape[3]), pooled.flatten(2).transpose(1, 2)
             rows.append(projector(ImageFeatures(tokens, grid)))
         return rows
 
     def _fewer(self, tokens: Tensor, cuts: Sequence[Cut], image: ImageFeatures | None = None) -> list[Tensor]:
-        """Leave of what was kept of crops and frames (M, K, C) what is counted: for each image (R, k, C) or (1, L, C).
+        """Reduce the kept tokens of crops and frames (M, K, C) to the counted number: (R, k, C) or (1, L, C) per image.
 
         Args:
-            tokens: behind the projector.
+            tokens: after the projector.
             cuts: of each image.
-            image: the tokens ahead of it; None: nothing is known of their places.
+            image: the features before it, for positions and ranks of kept tokens; None: they are unknown.
         """
         known = {name: getattr(image, name, None) for name in ("keep", "groups", "rank")}
+        # A projector may have changed the number of rows; what is known per row no longer applies then.
         rows = [c.rows for c in cuts]
         parts = {n: t.split(rows) if t is not None and len(t) == len(tokens) else None for n, t in known.items()}
         left = []
@@ -159,39 +158,42 @@ class AnyRes(Layout, nn.Module):
     def _order(
         self, cut: Cut, tokens: Tensor, keep: Tensor | None, groups: Tensor | None, rank: Tensor | None
     ) -> Tensor:
-        """Choose and order the tokens (R, K, C) of an image's crops: (L,) indices over all of them, -1 a newline."""
+        """Choose and order the tokens (R, K, C) of an image's crops: (L,) indices over all rows, -1 for a newline."""
         assert self.whole is not None, "called for pruned crops"
         (window, lines, columns), tiles, k = self._shape(cut), self._tiles(cut, len(tokens) - 1), tokens.shape[1]
         shown = shows(tiles, self.whole, window, tokens.device)  # (tiles, h * w)
-        if groups is not None:
+        if groups is not None:  # merged tokens lie in several places
             shown = _any_of(shown, groups[1:], k)
         else:
             shown = shown.new_ones(len(shown), k) if keep is None else shown.gather(1, keep[1:])  # (tiles, K)
         rank = None if rank is None or rank.shape[1] != k else rank[1:]
         stays = fewer(shown, rank, self._share(lines * columns))
-        stays = torch.cat([stays.new_ones(1, k), stays]).flatten()  # the overview keeps all that it has
+        # The overview has no padding to save on: its share is what the pruner kept of it.
+        stays = torch.cat([stays.new_ones(1, k), stays]).flatten()
         order = torch.arange(len(stays), device=tokens.device)
         order = order if keep is None else stitched_order(keep, self.whole, tiles)
         order = order[stays[order]]
         if not self.config.kept_lines or self.newline is None:
             return order
         if keep is None:
-            raise ZooError("layout.kept_lines ends lines of patches, and this pruner leaves tokens that are none.")
+            raise ZooError("layout.kept_lines ends lines of patches, and this pruner's tokens are not patches.")
         return torch.cat([order[:k], self._ended(order[k:], keep, cut)])
 
     def _ended(self, joined: Tensor, keep: Tensor, cut: Cut) -> Tensor:
-        """Put a newline, -1, behind each line of the joined grid: (L,) indices of tokens in raster order."""
+        """Insert a newline, -1, after each line of the stitched grid: (L,) indices of tokens in raster order."""
         assert self.whole is not None, "called for pruned crops"
         ((top, _), lines, _), (rows, across), (h, w) = self._shape(cut), self._crops(cut.size), self.whole
         crop, place = joined // keep.shape[1] - 1, keep.flatten()[joined]
         high = rows * h - 2 * top
-        line = (crop // across * h + place // w - top).clamp(0, high - 1)  # padding that had to stay: the nearest line
+        # Tokens on padding, kept where nothing else was left, count to the nearest line.
+        line = (crop // across * h + place // w - top).clamp(0, high - 1)
         ends = torch.arange(lines, device=joined.device)
+        # Even sort keys for tokens, odd ones for the newline of their line; a scaled grid has fewer lines than `high`.
         turn = torch.cat([2 * (line * lines // high), 2 * ends + 1]).argsort(stable=True)
         return torch.cat([joined, ends.new_full((lines,), -1)])[turn]
 
     def _fewer_of_frames(self, frames: Tensor, rank: Tensor | None) -> Tensor:
-        """Leave each of the frames (F, K, C) as many tokens as are counted: (F, k, C)."""
+        """Reduce each of the frames (F, K, C) to the counted number of tokens: (F, k, C)."""
         count, (many, kept) = self._per_frame(), frames.shape[:2]
         if count == kept:
             return frames
@@ -200,11 +202,12 @@ class AnyRes(Layout, nn.Module):
         return frames.gather(1, stays.unsqueeze(-1).expand(-1, -1, frames.shape[-1]))
 
     def _share(self, n: int) -> int:
-        """Count what a pruner leaves of `n` tokens of a crop's own grid: as large a share as of a crop; else all."""
+        """Apply a pruner's share of a crop to `n` tokens of the unpruned grid; without a pruner return `n`."""
         if not self.pruned or self.whole is None:
             return n
         whole = math.prod(self.whole)
-        return (2 * n * self.tokens + whole) // (2 * whole)  # rounded, halves up
+        # In integers, halves up: the processor and the model must count alike, and floats round on their own.
+        return (2 * n * self.tokens + whole) // (2 * whole)
 
     def _per_frame(self) -> int:
         """Count the tokens of one frame of a video."""
@@ -226,7 +229,7 @@ class AnyRes(Layout, nn.Module):
         return [] if self.newline is None else [self.newline[None].to(like)]
 
     def _join(self, crops: Tensor, cut: Cut) -> Tensor:
-        """Put the crops (R - 1, K, C) together: lines of the image, each with its newline, (L, C)."""
+        """Stitch the crops (R - 1, K, C) to lines of the image, each with its newline: (L, C)."""
         assert self.grid is not None, "joined on a grid"
         (window, lines, columns), (rows, across) = self._shape(cut), self._tiles(cut, len(crops))
         whole = crops.unflatten(0, (rows, across)).unflatten(2, self.grid)  # (R, A, h, w, C)
@@ -241,7 +244,7 @@ class AnyRes(Layout, nn.Module):
         return whole.flatten(1, 2).transpose(0, 1)
 
     def _frames(self, frames: Tensor) -> Tensor:
-        """Tokens of frames (F, K, C), scaled down where the config says so, as (F * k, C)."""
+        """Scale frames (F, K, C) down if so configured, and join them: (F * k, C)."""
         small = self._frame_grid()
         if small and self.grid and self.config.frames == "bilinear":
             maps = frames.transpose(1, 2).unflatten(2, self.grid).contiguous()  # (F, C, h, w)
@@ -249,7 +252,7 @@ class AnyRes(Layout, nn.Module):
         return frames.flatten(0, 1)
 
     def _frame_grid(self) -> tuple[int, int] | None:
-        """Grid of a frame, as it stands in the sequence without a pruner."""
+        """Grid of a frame in the sequence, without a pruner."""
         if self.whole is None or self.config.frames == "keep":
             return self.whole
         if self.config.frames != "bilinear":
@@ -264,40 +267,45 @@ class AnyRes(Layout, nn.Module):
         return height // self.image_size[0], width // self.image_size[1]
 
     def _tiles(self, cut: Cut, count: int) -> tuple[int, int]:
-        """Rows and columns of the `count` crops that an image was cut to."""
+        """Rows and columns of an image's `count` crops.
+
+        Raises:
+            ZooError: the pinpoint of the image has another number of crops.
+        """
         rows, across = self._crops(cut.size)
         if rows * across != count:
             raise ZooError(f"{count} crops do not fill {rows} x {across} for an image of {list(cut.size)} pixels.")
         return rows, across
 
     def _shape(self, cut: Cut) -> tuple[tuple[int, int], int, int]:
-        """Lines and columns to cut off at each side, and how many are left behind the bound on crops."""
+        """Padding lines and columns at each side, and the lines and columns of the stitched grid after scaling."""
         assert self.whole is not None, "joined on a grid"
         (h, w), (rows, across) = self.whole, self._crops(cut.size)
         lines, columns = rows * h, across * w
         height, width = cut.size
         top = left = 0
-        if width / height > columns / lines:  # rounded to seven places, as everywhere in this family
+        # Rounded to seven places, as in transformers' `unpad_image`: counts must agree where the ratio is nearly exact.
+        if width / height > columns / lines:
             top = (lines - int(round(height * (columns / width), 7))) // 2
         else:
             left = (columns - int(round(width * (lines / height), 7))) // 2
         lines, columns = lines - 2 * top, columns - 2 * left
         if self.config.max_crops:
             ratio = math.sqrt(lines * columns / (self.config.max_crops * h**2))
-            if ratio > 1.1:
+            if ratio > 1.1:  # the released threshold: small excesses are not worth resampling
                 lines, columns = int(lines // ratio), int(columns // ratio)
         return (top, left), lines, columns
 
 
 def _any_of(shown: Tensor, groups: Tensor, k: int) -> Tensor:
-    """Say which merged tokens show the picture, (tiles, K): those with a patch that does, and those of no patch.
+    """Mask of merged tokens that show the picture, (tiles, K): those with a patch that does, and those without patches.
 
     Args:
         shown: (tiles, N0) of patches.
-        groups: (tiles, N0) which token each went into, -1 where it was dropped.
+        groups: (tiles, N0) token that each patch was merged into, -1 for a dropped one.
         k: tokens of a tile.
     """
-    into = groups % (k + 1)  # -1 is the last column
+    into = groups % (k + 1)  # -1 becomes column k, which is cut off below
     seen, all_of = (
         torch.zeros(len(groups), k + 1, device=groups.device).scatter_add(1, into, part)[:, :k]
         for part in (shown.float(), torch.ones_like(shown, dtype=torch.float))
@@ -306,7 +314,7 @@ def _any_of(shown: Tensor, groups: Tensor, k: int) -> Tensor:
 
 
 def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The resolution that shows the most of an image of `size`; among equals, the one that wastes the least."""
+    """Return the resolution with the most pixels of an image of `size`; of equal ones, that with the least padding."""
     height, width = size
 
     def merit(pinpoint: Sequence[int]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The order of image tokens where an image is an overview and a grid of tiles, pruned or whole.
 
 LLaVA-NeXT reads the overview row by row, then the tiles as the one large image that they are cut from: row y of the
-left tile, row y of the right tile, row y + 1 of the left tile. Each row of the large image may end in a learnt newline
+left tile, row y of the right tile, row y + 1 of the left tile. Each row of the large image may end in a learned newline
 token. Pruned tokens keep that order: dropping some of them moves none of the others.
 
 The count of `stitched_order` is known beforehand: crops x kept, and a newline for each row. FasterVLM's code
@@ -13,8 +13,8 @@ ahead of those that fall on padding.
 import torch
 from torch import Tensor
 
-NEWLINE = -1  # in an order: a newline token stands here
-DROPPED = -2
+NEWLINE = -1  # in an order: a newline token
+DROPPED = -2  # in a grid of indices: a token that was not kept
 
 
 def stitched_order(
@@ -46,7 +46,7 @@ def stitched_order(
 
 
 def shows(tiles: tuple[int, int], grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
-    """Say which patches of each tile show the picture and no padding: (rows * columns, h * w) bool.
+    """Mask of the patches of each tile that show the picture, not padding: (rows * columns, h * w) bool.
 
     Args:
         tiles: rows and columns of tiles.
@@ -61,14 +61,14 @@ def shows(tiles: tuple[int, int], grid: tuple[int, int], window: tuple[int, int]
 
 
 def fewer(shown: Tensor, rank: Tensor | None, count: int) -> Tensor:
-    """Choose `count` of the tokens that a pruner kept of tiles: those that show the picture, the best of each tile.
+    """Choose `count` of the tokens that a pruner kept of tiles, those that show the picture first.
 
-    Tiles give alike: the second best of any goes before the third best of another. Where nothing is known of an order,
-    those that stay are spread evenly over each tile.
+    Tiles contribute evenly: every tile's second best token comes before any tile's third best. Without ranks, the
+    chosen tokens are spread evenly over each tile.
 
     Args:
         shown: (tiles, K) bool.
-        rank: (tiles, K), the best of a tile 0; None: no order is known.
+        rank: (tiles, K), 0 for the best token of a tile; None: unknown.
         count: at most tiles * K.
 
     Returns:
@@ -82,6 +82,9 @@ def fewer(shown: Tensor, rank: Tensor | None, count: int) -> Tensor:
 
 
 def spread(n: int, device: torch.device) -> Tensor:
-    """An order of `n` places whose first ones, however many, are spread evenly: (n,) the rank of each."""
+    """Rank `n` places so that the first k are spread evenly for every k: (n,).
+
+    Multiples of the golden ratio modulo 1, the low-discrepancy sequence.
+    """
     golden = torch.arange(1, n + 1, device=device, dtype=torch.float64) * (5**0.5 - 1) / 2
     return (golden % 1).argsort().argsort()

@@ -1,4 +1,4 @@
-"""Frames of a video behind each other, each whole; an image is one row and stands alone.
+"""Frames of a video one after the other, each with all of its tokens; an image is one row.
 
 Video-LLaVA keeps the [CLS] token of frames, and not that of images: `cls` puts it in front of each frame's patches, run
 through the same projector. A pruner of patches leaves it alone.
@@ -19,12 +19,12 @@ from zoo.registry import Cut, ImageFeatures, Layout, ZooError, register
 
 @dataclass
 class FramesConfig:
-    cls: bool = False  # the [CLS] token stands in front of the patches of each frame
+    cls: bool = False  # put the [CLS] token before the patches of each video frame
 
 
 @register("layout", "frames")
 class Frames(Layout, nn.Module):
-    """Nothing is learnt here. With `cls` the projector must take tokens one by one, as `mlp` and `linear` do."""
+    """Has no parameters. With `cls` the projector must map tokens one by one, as `mlp` and `linear` do."""
 
     def __init__(self, config: FramesConfig, *, num_tokens: int) -> None:
         super().__init__()
@@ -34,15 +34,15 @@ class Frames(Layout, nn.Module):
         self.given: dict[str, Any] = {"num_tokens": num_tokens}
 
     def num_tokens(self, n: int) -> int:
-        """Of an image; a video takes as many as its frames."""
+        """Count the tokens of an image; a video takes as many for each frame."""
         return self.tokens
 
     def count(self, cut: Cut) -> int:
-        """Count the tokens of an image, or a video, that was cut so."""
+        """Count the tokens of an image or a video with this cut."""
         return cut.rows * (self.tokens + (self.cls and cut.kind == "frame"))
 
     def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
-        """Run the projector; the rows of each image or video (R, K, C), those of frames with [CLS] (R, 1 + K, C)."""
+        """Run the projector; returns rows of each image or video (R, K, C), (R, 1 + K, C) for frames with [CLS]."""
         tokens = projector(image)  # (M, K, C)
         sizes = [c.rows for c in cuts]
         if not self.cls or all(c.kind != "frame" for c in cuts):
@@ -55,5 +55,5 @@ class Frames(Layout, nn.Module):
         return [torch.cat([cls, some], 1) if cut.kind == "frame" else some for cut, cls, some in rows]
 
     def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
-        """Lay out rows (M, K, C), or those of each image (R, K, C), as (S, C)."""
+        """Join rows (M, K, C), or those of each image (R, K, C), to one sequence (S, C)."""
         return torch.cat([rows.flatten(0, 1) for rows in ([tokens] if isinstance(tokens, Tensor) else tokens)])

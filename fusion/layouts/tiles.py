@@ -1,8 +1,8 @@
-"""Tiles of an image behind each other, with tokens of the text between them: SmolVLM's and Idefics3's, or InternVL's.
+"""Tiles of an image one after the other, with text tokens around them: SmolVLM's and Idefics3's, or InternVL's.
 
-Nothing is learnt here: the model is told where a tile lies by words of the prompt. `grid` writes the row and column
-before each tile and marks the overview, `joined` puts one pair of tokens around all tiles. Of a video, `joined` numbers
-the frames; `grid` says in words how many there are and when each was seen, every frame an image that is not cut.
+There are no parameters: text tokens give the position of a tile. `grid` writes row and column before each tile and
+marks the overview, `joined` puts one pair of tokens around all tiles. Of a video, `joined` numbers the frames; `grid`
+writes their number and times in words, and each frame is an image that is not cut.
 
 Paper: Laurencon et al., arXiv:2408.12637 (Idefics3), section 3.1; Marafioti et al., arXiv:2504.05299 (SmolVLM), for
 videos in words; Chen et al., arXiv:2404.16821 (InternVL 1.5).
@@ -28,11 +28,13 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 
 @dataclass
 class TilesConfig:
-    style: str = "joined"  # joined: `begin`, all tiles, `end`; grid: `begin` and its place before each, `end` at last
-    begin: str = ""  # token that stands before
-    end: str = ""  # token that stands behind
-    overview: str = "<global-img>"  # names the overview in a grid
-    most: int = 12  # tiles of an image that the check counts with
+    style: str = (
+        "joined"  # joined: `begin`, all tiles, `end`; grid: `begin` and row/column before each tile, then `end`
+    )
+    begin: str = ""  # token before the tiles
+    end: str = ""  # token after the tiles
+    overview: str = "<global-img>"  # token that marks the overview in a grid
+    most: int = 12  # largest number of tiles of an image, for the check's token counts
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -42,7 +44,7 @@ class TilesConfig:
 
 @register("layout", "tiles")
 class Tiles(Layout, nn.Module):
-    """Rows are images of their own to the encoder; here they stand in one run."""
+    """Concatenates the tiles of an image; their positions are in the text of the prompt."""
 
     def __init__(self, config: TilesConfig, *, num_tokens: int) -> None:
         super().__init__()
@@ -52,15 +54,15 @@ class Tiles(Layout, nn.Module):
         self.spells = config.style == "grid"
 
     def num_tokens(self, n: int) -> int:
-        """The most that an image may take."""
+        """Return the count of an image with `most` tiles."""
         return self.config.most * self.tokens
 
     def count(self, cut: Cut) -> int:
-        """Count the tokens of an image that was cut so."""
+        """Count the tokens of an image with this cut."""
         return cut.rows * self.tokens
 
     def text(self, cut: Cut, token: str) -> str:
-        """What stands in the prompt for an image, `token` once for each of its tokens."""
+        """Write the prompt's text for an image, with `token` once for each image token."""
         tile, begin, end = token * self.tokens, self.config.begin, self.config.end
         if cut.kind == "frame":
             frames = (f"{begin}{tile}{end}" for _ in range(cut.rows))
@@ -72,12 +74,12 @@ class Tiles(Layout, nn.Module):
         if cut.rows == 1:
             return overview
         if cut.rows != math.prod(cut.grid) + 1:
-            raise ZooError(f"{cut.rows} tiles are no {rows} x {columns} and an overview.")
+            raise ZooError(f"{cut.rows} tiles are not a grid of {rows} x {columns} and an overview.")
         lines = ("".join(f"{begin}<row_{r}_col_{c}>{tile}" for c in range(1, columns + 1)) for r in range(1, rows + 1))
         return "".join(f"{line}\n" for line in lines) + "\n" + overview
 
     def spell(self, cut: Cut, token: str) -> str:
-        """What stands in the text for a video, `token` once for each frame; SmolVLM learnt from these very words."""
+        """Write the prompt's text for a video, with `token` once per frame, in the words SmolVLM was trained on."""
         many, length = in_words(cut.rows), str(timedelta(seconds=int(cut.duration)))
         text = f"You are provided the following series of {many} frames from a {length} [H:MM:SS] video.\n"
         for time in cut.times:
@@ -85,7 +87,7 @@ class Tiles(Layout, nn.Module):
         return text + "\n\n"
 
     def forward(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor:
-        """Lay out rows (M, K, C) as (M * K, C)."""
+        """Join rows (M, K, C) to one sequence (M * K, C)."""
         return tokens.flatten(0, 1)
 
 

@@ -1,8 +1,7 @@
-"""Which attention kernel runs, the masks that go with it, and `zoo_eager`, the fastest for short bf16 rows on CPU.
+"""Choice of the attention kernel, masks in its form, and `zoo_eager`, the fastest for short bf16 rows on CPU.
 
-A mask says who sees whom as bool, (B, 1, T, T), True where key k is visible to query q. Kernels want it in their own
-form: sdpa as it is, eager forms as a number to add, flash kernels not at all. `as_backend_mask` converts, so that
-nothing else needs to know.
+Masks are bool, (B, 1, T, T), True where key k is visible to query q. `as_backend_mask` converts them to what a kernel
+takes: bool for sdpa, an additive mask for eager forms; flash kernels take none.
 """
 
 from typing import Any
@@ -14,13 +13,13 @@ from torch.nn import functional as F
 from zoo.registry import ZooError, unknown
 
 ZOO_EAGER = "zoo_eager"
-LONG = 1024  # keys from which on `zoo_eager` calls the fused kernel: the matrix of scores no longer fits the caches
+LONG = 1024  # number of keys from which `zoo_eager` calls the fused kernel: scores no longer fit the CPU's caches
 
-_CACHED = 1 << 21  # bytes of scores computed at a time on CPU
+_CACHED = 1 << 21  # bytes of scores computed at a time on CPU, about an L2 cache
 
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-_LARGEST_HEAD = 256  # of FlashAttention: no kernel of any version is made for wider ones
-_SMALLEST_HEAD = 16  # of flex_attention: what tl.dot takes on CUDA
+_LARGEST_HEAD = 256  # head size limit of FlashAttention, in all versions
+_SMALLEST_HEAD = 16  # head size limit of flex_attention on CUDA, that of tl.dot
 _NAMES = ("auto", "eager", "sdpa", "flex_attention", ZOO_EAGER, *_FLASH)
 
 
@@ -32,17 +31,17 @@ def resolve_attention(
     *,
     lm: nn.Module | None = None,
 ) -> str:
-    """Name the attention implementation to use; looks at what is installed and never downloads.
+    """Return the name of the attention implementation to use, among installed ones; nothing is downloaded.
 
     Args:
         name: `auto`, or a name of transformers, or `zoo_eager`.
         device: where the model runs.
         dtype: of the products, so bfloat16 under bf16 autocast.
-        seq_len: longest row; None: not known.
-        lm: the transformers model, where it is known: some families have no sdpa.
+        seq_len: longest row; None: unknown.
+        lm: the transformers model, if there is one: some families have no sdpa.
 
     Raises:
-        ZooError: the name does not exist, or what it needs is not here.
+        ZooError: the name does not exist, or a package, device or dtype that it needs is missing.
     """
     device = torch.device(device)
     require_attention(name, device, dtype)
@@ -53,13 +52,14 @@ def resolve_attention(
     if name != "auto":
         return name
     if device.type == "cuda":
+        # FlashAttention 3 is written for Hopper (compute capability 9); 2 is the faster one elsewhere.
         flash = (3, 2) if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9 else (2,)
         if getattr(lm, "_supports_flash_attn", True):
-            for version in flash:  # 4 is a pre-release: only by name
+            for version in flash:  # 4 is a pre-release: used only if named
                 if not _why_no_flash(version, device, dtype):
                     return f"flash_attention_{version}"
     if lm is not None and not getattr(lm, "_supports_sdpa", True):
-        return "eager"  # the model's own; it knows its caps and sinks
+        return "eager"  # the family's own, which implements its softcaps and sinks
     if device.type == "cpu" and dtype == torch.bfloat16 and (seq_len is None or seq_len < LONG):
         register_zoo_eager()
         return ZOO_EAGER
@@ -67,23 +67,23 @@ def resolve_attention(
 
 
 def require_kernel(name: str, lm: nn.Module, device: torch.device | str) -> None:
-    """Refuse an attention that a language model's family was not written for (Gemma 2 and GPT-OSS have no sdpa).
+    """Refuse an attention that a language model's family does not support (Gemma 2 and GPT-OSS have no sdpa).
 
     Args:
-        name: as `resolve_attention` takes it.
+        name: as in `resolve_attention`.
         lm: the transformers model, real or on the meta device.
-        device: where it is to run; heads of any width run on a CPU.
+        device: where it runs; a CPU has no limits on head sizes.
     """
     flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"} | dict.fromkeys(
         _FLASH, "_supports_flash_attn"
     )
     if name in flags and not getattr(lm, flags[name], True):
-        raise ZooError(f"attention {name!r} cannot run: {type(lm).__name__} does not know it. Use 'auto' or 'eager'.")
+        raise ZooError(f"attention {name!r} cannot run: {type(lm).__name__} has none. Use 'auto' or 'eager'.")
     sizes = _head_sizes(lm) if name in flags else []
     if name in _FLASH and sizes and max(sizes) > _LARGEST_HEAD:
         raise ZooError(
-            f"attention {name!r} cannot run: heads of {type(lm).__name__} are {max(sizes)} wide, and its kernels are "
-            f"made for {_LARGEST_HEAD} at most. Use 'auto' or 'sdpa'."
+            f"attention {name!r} cannot run: heads of {type(lm).__name__} are {max(sizes)} wide, and its kernels take "
+            f"{_LARGEST_HEAD} at most. Use 'auto' or 'sdpa'."
         )
     cuda = torch.device(device).type == "cuda"
     if name == "flex_attention" and cuda and sizes and min(sizes) < _SMALLEST_HEAD:
@@ -94,9 +94,9 @@ def require_kernel(name: str, lm: nn.Module, device: torch.device | str) -> None
 
 
 def _head_sizes(lm: Any) -> list[int]:
-    """Widths of the attention heads that the config of a transformers model states; empty where it states none."""
+    """Head sizes stated by a transformers model's config; empty if it states none."""
     text = lm.config.get_text_config() if hasattr(lm, "config") else None
-    layers = list(getattr(text, "per_layer_config", None) or [text])  # layers of unlike heads have configs of their own
+    layers = list(getattr(text, "per_layer_config", None) or [text])  # families whose layers differ in heads
     stated = [getattr(layer, name, None) for layer in layers for name in ("head_dim", "global_head_dim")]
     if not any(isinstance(size, int) for size in stated):
         heads, width = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
@@ -105,12 +105,12 @@ def _head_sizes(lm: Any) -> list[int]:
 
 
 def require_attention(name: str, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Refuse an attention that does not exist, or cannot run on this machine, before there is a model.
+    """Refuse an attention that does not exist or cannot run on this machine; needs no model.
 
     Args:
-        name: as `resolve_attention` takes it.
-        device: where the model is to run.
-        dtype: of the products; None: not known yet, any.
+        name: as in `resolve_attention`.
+        device: where the model will run.
+        dtype: of the products; None: any.
     """
     if name not in _NAMES:
         raise unknown("attention", name, _NAMES)
@@ -119,10 +119,10 @@ def require_attention(name: str, device: torch.device | str, dtype: torch.dtype 
 
 
 def _why_no_flash(version: int, device: torch.device, dtype: torch.dtype) -> str:
-    """Return why FlashAttention of that version cannot run, or nothing where it can."""
+    """Return the reason why this version of FlashAttention cannot run; an empty string if it can."""
     from transformers.utils import import_utils
 
-    # Asking transformers for a kernel that is not installed may start a download, so look first.
+    # Checked first: asking transformers for a kernel that is not installed may start a download.
     if not getattr(import_utils, f"is_flash_attn_{version}_available")():
         return f"the package of FlashAttention {version} is not installed"
     if device.type != "cuda":
@@ -135,36 +135,37 @@ def _why_no_flash(version: int, device: torch.device, dtype: torch.dtype) -> str
 
 
 def block_mask(attention_mask: Tensor | None, segment_ids: Tensor, block_ids: Tensor | None = None) -> Tensor:
-    """Say who sees whom in packed rows: (B, 1, T, T), True where key k is visible to query q.
+    """Mask of packed rows: (B, 1, T, T), True where key k is visible to query q.
 
-    That is so where k <= q, both are of one segment, and the block of k is 0 (the prefix of all blocks) or that of q.
-    Every position sees itself, padding too: a row without any key would come out as NaN.
+    Key k is visible to q where k <= q, both belong to one segment, and k's block is 0 (the shared prefix) or that of q.
+    Every position attends to itself, padding too, so that softmax over a fully masked row does not return NaN.
 
     Args:
-        attention_mask: (B, T) 1 where a token is real; None: everywhere.
-        segment_ids: (B, T) which sample of the row; -1 is padding.
-        block_ids: (B, T) which block of the sample; None: one block.
+        attention_mask: (B, T) 1 for valid tokens; None: all are valid.
+        segment_ids: (B, T) index of the sample within the row; -1 is padding.
+        block_ids: (B, T) index of the block within the sample; None: one block.
     """
     t = segment_ids.shape[1]
-    real = segment_ids >= 0  # (B, T)
+    valid = segment_ids >= 0  # (B, T)
     if attention_mask is not None:
-        real = real & attention_mask.bool()
+        valid = valid & attention_mask.bool()
     mask = segment_ids[:, :, None] == segment_ids[:, None, :]  # (B, T, T)
+    # In place from here on: (B, T, T) bool is the largest tensor of a packed batch after the logits.
     if block_ids is not None:
         mask &= (block_ids[:, None, :] == 0) | (block_ids[:, :, None] == block_ids[:, None, :])
-    mask &= real[:, None, :]
+    mask &= valid[:, None, :]
     mask &= torch.ones(t, t, dtype=torch.bool, device=mask.device).tril_()
     mask |= torch.eye(t, dtype=torch.bool, device=mask.device)
     return mask[:, None]  # (B, 1, T, T)
 
 
 def as_backend_mask(mask: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:
-    """Give a bool mask (B, 1, T, T) the form that an attention implementation wants.
+    """Convert a bool mask (B, 1, T, T) to the form that an attention implementation takes.
 
     Args:
         mask: True where a key is visible.
         attn_implementation: the resolved name.
-        dtype: of the products, so bfloat16 under bf16 autocast: additive masks come in it.
+        dtype: of the products, so bfloat16 under bf16 autocast; that of additive masks.
 
     Raises:
         ZooError: the implementation takes no such mask.
@@ -174,18 +175,19 @@ def as_backend_mask(mask: Tensor, attn_implementation: str, dtype: torch.dtype) 
     if attn_implementation in ("eager", ZOO_EAGER):
         return _additive(mask, dtype)
     raise ZooError(
-        f"attention {attn_implementation!r} takes no mask of who sees whom, which packed rows need: "
+        f"attention {attn_implementation!r} takes no block mask, which packed rows need: "
         "use 'sdpa', 'eager' or 'zoo_eager', or do not pack."
     )
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     zero = torch.zeros((), dtype=dtype, device=mask.device)
+    # The smallest number, not -inf: a fully masked row is then uniform instead of NaN.
     return torch.where(mask, zero, torch.finfo(dtype).min)
 
 
 def register_zoo_eager() -> None:
-    """Make `zoo_eager` known to transformers, with its mask: without one of that name padding is lost silently."""
+    """Register `zoo_eager` with transformers, and its mask function: without one, padding would not be masked."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ZOO_EAGER, zoo_eager)
@@ -215,9 +217,9 @@ def zoo_eager(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as three plain operations, in the dtype of the products from end to end.
+    """Attention as matmul, softmax, matmul, with all tensors in the dtype of the products.
 
-    Against transformers' eager: scores, mask, softmax and weights stay bf16 under bf16 autocast (torch's softmax sums
+    Unlike transformers' eager: scores, mask, softmax and weights stay bf16 under bf16 autocast (torch's softmax sums
     in float32 inside), the mask is added in place, and grouped queries share keys without copies. From `LONG` keys
     on, the fused kernel runs instead, with the same mask.
 
@@ -230,14 +232,14 @@ def zoo_eager(
         scaling: of the scores; None: 1 / sqrt(d).
         dropout: of the weights.
         softcap: cap of the scores through tanh (Gemma 2).
-        kwargs: what else transformers passes.
+        kwargs: further arguments of transformers.
 
     Returns:
         (B, T, H, e), and no weights.
     """
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ZooError(f"attention {ZOO_EAGER!r} does not know {name!r}, which {type(module).__name__} uses.")
+            raise ZooError(f"attention {ZOO_EAGER!r} does not implement {name!r}, which {type(module).__name__} uses.")
     dtype = _product_dtype(query.device, query.dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     b, h, t, _ = query.shape
@@ -256,6 +258,7 @@ def zoo_eager(
             key, value = (x.repeat_interleave(h // kv, dim=1) for x in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # (B, T, H, e)
+    # The query is scaled, not the scores: it is the smaller tensor. Queries of a key head become rows of one product.
     query = (query * scaling).to(dtype).reshape(b, kv, h // kv * t, -1)  # (B, H_kv, H/H_kv * T, d)
     plain = softcap is not None or dropout or query.device.type != "cpu" or torch.compiler.is_compiling()
     if attention_mask is not None and not plain:

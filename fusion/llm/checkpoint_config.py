@@ -1,7 +1,7 @@
-"""What a checkpoint of a language model says of itself, looked at before transformers acts on it.
+"""Read the config of a language model's checkpoint safely, before transformers acts on it.
 
-A config.json may name kernels, adapters and ways of quantisation for which transformers would fetch code or another
-repository. The weights are what a person asked for; the rest is left out or refused.
+A config.json may name kernels, adapters and quantisation methods for which transformers would fetch code or another
+repository. The user asked for weights; everything else is ignored or refused.
 """
 
 from pathlib import Path
@@ -12,22 +12,22 @@ import torch
 from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import read_model_config, require_plausible
 
-# Ways of quantisation that need nothing but an installed package and plain values, and those for which transformers
-# fetches kernels where the package `kernels` is there.
+# Quantisation methods that need only an installed package and plain values, and those for which transformers fetches
+# kernels if the package `kernels` is installed.
 QUANTIZED = ("awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "gptq")
 _WITH_KERNELS = ("fp8", "mxfp4")
 
 
 def read_config(checkpoint: str, where: dict[str, Any]) -> Any:
-    """Return the config of transformers of a checkpoint; nothing in it chooses a kernel.
+    """Read the transformers config of a checkpoint, without its choice of kernels.
 
     Args:
         checkpoint: hub name or folder.
         where: options of `from_pretrained`: the revision.
 
     Raises:
-        ZooError: it names code, asks for absurd sizes, is an adapter, or is quantised in a way that is not read.
-        OSError, ValueError, KeyError: as transformers raises them, where there is no such checkpoint.
+        ZooError: it names code, has absurd sizes, is an adapter, or is quantised by an unsupported method.
+        OSError, ValueError, KeyError: raised by transformers if the checkpoint does not exist.
     """
     from transformers import AutoConfig
     from transformers.utils import cached_file
@@ -37,8 +37,8 @@ def read_config(checkpoint: str, where: dict[str, Any]) -> Any:
     content = read_model_config(Path(file)) if file else {}
     if cached_file(checkpoint, "adapter_config.json", **quiet):
         raise ZooError(
-            f"llm checkpoint {checkpoint!r} is an adapter of PEFT, or has one beside it, and its file names the model "
-            "that would be loaded: merge it into its model, and name that folder."
+            f"llm checkpoint {checkpoint!r} holds a PEFT adapter, whose file names the model to load: merge it into "
+            "its model, and name that folder."
         )
     _require_known_quantisation(content, checkpoint)
     hf = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **where)
@@ -47,10 +47,10 @@ def read_config(checkpoint: str, where: dict[str, Any]) -> Any:
 
 
 def require_filled(hf: Any, checkpoint: str) -> None:
-    """Refuse a config that the weights beside it are too small for: what is missing would be made up in memory.
+    """Refuse a config far larger than the folder's weights: missing ones would be allocated at random.
 
     Raises:
-        ZooError: so it is. The files of a hub repository are looked at once they are in the cache.
+        ZooError: the files are too small. Files of a hub repository are not checked.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,5 +83,5 @@ def _require_known_quantisation(content: dict[str, Any], checkpoint: str) -> Non
     if method not in known:
         raise ZooError(
             f"llm checkpoint {checkpoint!r} is quantised by {method!r}, for which transformers may run code that the "
-            f"file names or that it fetches. Read are {', '.join(known)}, and whole weights."
+            f"file names or that it fetches. Supported: {', '.join(known)}, and unquantised weights."
         )

@@ -1,4 +1,4 @@
-"""Where things are in a language model of transformers: its decoder, and what generates."""
+"""Find the decoder of a transformers language model, and the model whose `generate` runs."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ from zoo.registry import ZooError
 
 
 def decoder_of(lm: Any) -> Any:
-    """Give a language model without its vocabulary projection."""
+    """Return a language model's decoder: the model without its vocabulary projection."""
     if (base := lm.base_model) is not lm:
         return base
-    # Some families name as their base what stands around them in a larger model (Llama 4).
+    # Some families state the prefix of a larger model as theirs (Llama 4): look for the child with the embedding.
     table = lm.get_input_embeddings()
     return next((m for m in lm.children() if any(inner is table for inner in m.modules())), base)
 
 
 def generator_of(lm: Any) -> Any:
-    """Give the model whose `generate` is transformers' own: the language model, or what PEFT has wrapped.
+    """Return the model whose `generate` is transformers' own: the language model, or the one inside PEFT's wrapper.
 
     Raises:
-        ZooError: there is none, or what wraps it does more than change layers.
+        ZooError: it does not generate, or PEFT adds virtual tokens.
     """
     from transformers import GenerationMixin
 
@@ -29,7 +29,7 @@ def generator_of(lm: Any) -> Any:
         raise ZooError(f"{type(lm).__name__} does not generate as models of transformers do.")
     if inner is not lm and getattr(lm.active_peft_config, "is_prompt_learning", False):
         raise ZooError(
-            f"generate does not know the virtual tokens of PEFT's {type(lm.active_peft_config).__name__}, which stand "
-            "before a prompt: use an adapter that changes layers."
+            f"generate does not support the virtual tokens of PEFT's {type(lm.active_peft_config).__name__}: use an "
+            "adapter that changes layers."
         )
     return inner

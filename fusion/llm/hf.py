@@ -1,11 +1,11 @@
-"""A causal language model of transformers, unmodified, and a view of its parts.
+"""A causal language model of transformers, unmodified, with uniform access to its parts.
 
-Weights come from a hub name or a folder (`checkpoint`), or are drawn at random for a model of the given size. `lm` is
-the transformers model itself, so adapters, quantisers and `generate` work on it as their authors meant.
+Weights come from a hub name or a folder (`checkpoint`), or are random for a model of the given size. `lm` is the
+transformers model itself, so adapters, quantisers and `generate` apply to it as usual.
 
-Input embeddings are those of `get_input_embeddings()`. Gemma scales them inside that module, Granite inside the decoder
-(given embeddings too), so image tokens take the place of its output in both. Falcon-H1 scales ids but not given
-embeddings; its factor is applied here.
+Input embeddings are the output of `get_input_embeddings()`, which image tokens replace. Gemma scales them inside that
+module, Granite inside the decoder (given embeddings too). Falcon-H1 scales embedded ids but not given embeddings; its
+factor is applied here.
 """
 
 import inspect
@@ -36,13 +36,13 @@ from zoo.registry import LanguageModel, LinearHead, ZooError, one_line, register
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, joined, required
 
-# What a composed model gives every LLM by itself, or asks of it.
+# Arguments that a composed model passes to every LLM itself, and so does not take from its callers.
 _GIVEN = frozenset(
     {"self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
     | {"output_hidden_states", "output_attentions", "return_dict", "labels"}
 )
 _FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # rows packed without a mask
-# Modules (and fused expert parameters) whose output is added to the residual stream.
+# Last projections of attention and feed-forward (and fused expert parameters), whose output is added to the residual.
 _RESIDUAL = frozenset(
     {"o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "output_linear"}
 )
@@ -52,9 +52,9 @@ _RESIDUAL = frozenset(
 class HFLanguageModel(LanguageModel, nn.Module):
     """Any causal LM that transformers builds without remote code; safetensors only."""
 
-    streams = True  # it may be built on the meta device and filled afterwards
+    streams = True  # may be built on the meta device and filled with weights afterwards
 
-    choices = {"model_type": ("mixtral",)}  # what the check offers where a part needs experts
+    choices = {"model_type": ("mixtral",)}  # what the check proposes if a part needs experts
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class HFLanguageModel(LanguageModel, nn.Module):
 
         Args:
             config: a checkpoint, or the sizes of a model with random weights.
-            vocab_size: ids the tokenizer has; needed without a checkpoint. A checkpoint's embedding grows to it where
-                it is smaller (new rows drawn around the mean of the old ones) and never shrinks.
+            vocab_size: number of the tokenizer's ids; required without a checkpoint. A checkpoint's embedding grows to
+                it if smaller (new rows are drawn around the mean of the old ones) and never shrinks.
             dtype: of the parameters; None: float32, or the checkpoint's own.
-            attention: a name that transformers knows (see `zoo.fusion.llm.attention`); None: its default.
+            attention: name of an implementation (see `zoo.fusion.llm.attention`); None: transformers' default.
         """
         super().__init__()
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -86,8 +86,8 @@ class HFLanguageModel(LanguageModel, nn.Module):
         text = self.lm.config.get_text_config()
         if getattr(text, "hidden_size_per_layer_input", 0):
             raise ZooError(
-                f"{text.model_type!r} with hidden_size_per_layer_input > 0 embeds the ids anew for every layer, and "
-                "image tokens have none: take a checkpoint without it, or extra={hidden_size_per_layer_input: 0}."
+                f"{text.model_type!r} with hidden_size_per_layer_input > 0 embeds the ids again in every layer, and "
+                "image tokens have no ids: take a checkpoint without it, or extra={hidden_size_per_layer_input: 0}."
             )
         self.hidden_size: int = self.lm.get_input_embeddings().weight.shape[1]
         self.num_layers: int = text.num_hidden_layers
@@ -95,20 +95,21 @@ class HFLanguageModel(LanguageModel, nn.Module):
         self.num_experts = first_of(text, EXPERTS) or 0
         self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
         self.router_aux_coef = config.router_aux_coef
+        # Each MoE family of transformers has its own function of this name, for its form of router logits.
         self._balance: Any = getattr(sys.modules[type(self.lm).__module__], "load_balancing_loss_func", None)
         self._alone = Pass()
-        if config.router_aux_coef and (not self.provides or self._balance is None):
+        if config.router_aux_coef and self._balance is None:
             raise ZooError(f"router_aux_coef is for MoE LLMs with a balance loss; {text.model_type!r} has none.")
         check_head(self)
 
     @property
     def vocab_size(self) -> int:  # type: ignore[override]
-        """Rows of the embedding: at least the ids of the tokenizer."""
+        """Rows of the embedding, at least the number of the tokenizer's ids."""
         return self.lm.get_input_embeddings().weight.shape[0]
 
     @property
     def decoder(self) -> Any:
-        """The model without the vocabulary projection."""
+        """The model without its vocabulary projection."""
         return decoder_of(self.lm)
 
     @property
@@ -120,13 +121,13 @@ class HFLanguageModel(LanguageModel, nn.Module):
         raise ZooError(f"No list of {self.num_layers} decoder layers in {type(self.lm).__name__}.")
 
     def set_attention(self, name: str) -> None:
-        """Switch to another attention implementation that transformers knows."""
+        """Switch to another attention implementation."""
         if name == ZOO_EAGER:
             register_zoo_eager()
         self.lm.set_attn_implementation(name)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Give input embeddings (B, T, C) of ids (B, T), as the decoder expects them in `inputs_embeds`."""
+        """Embed ids (B, T) to (B, T, C), as the decoder expects `inputs_embeds`."""
         embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, C)
         if self.lm.config.model_type == "falcon_h1":
             embeds = embeds * self.lm.config.embedding_multiplier
@@ -136,9 +137,8 @@ class HFLanguageModel(LanguageModel, nn.Module):
         """Run the decoder without the vocabulary projection; returns the transformers output.
 
         Args:
-            padding_mask: (B, T) 1 where a token is real, for the load-balancing loss; taken from `attention_mask` where
-                that is (B, T) itself, needed beside a mask of four dimensions.
-            inputs: what the transformers model takes; no cache is made unless `use_cache=True` says so.
+            padding_mask: (B, T) 1 for valid tokens, for the load-balancing loss; needed if `attention_mask` is 4-d.
+            inputs: arguments of the transformers model; `use_cache` is False by default.
         """
         inputs.setdefault("use_cache", False)
         balance = self.router_aux_coef > 0 and self.training and torch.is_grad_enabled()
@@ -155,9 +155,9 @@ class HFLanguageModel(LanguageModel, nn.Module):
         return out
 
     def keywords(self) -> frozenset[str]:
-        """Name what a forward pass may be given for this LLM alone: `output_router_logits`, GPT-2's `token_type_ids`.
+        """Names of arguments specific to this LLM: `output_router_logits`, GPT-2's `token_type_ids`.
 
-        What every composed model gives its LLM (embeddings, mask, positions, cache) is not among them.
+        Arguments that a composed model passes to every LLM (embeddings, mask, positions, cache) are not among them.
         """
         decoder = type(self.decoder)
         parameters = inspect.signature(decoder.forward).parameters.values()
@@ -172,7 +172,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
         return frozenset(named - _GIVEN)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Project (..., C) to logits (..., V) as the model's own forward does, scaling and capping included."""
+        """Project (..., C) to logits (..., V) as the model's own forward does, with its scaling and capping."""
         scale, divisor, cap = self._logit_factors()
         logits = self.lm.get_output_embeddings()(hidden)  # (..., V)
         if scale != 1.0:
@@ -184,7 +184,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
         return logits
 
     def linear_head(self) -> LinearHead | None:
-        """`head` in numbers; None where a hook or an adapter stands at the projection, or its weight is sharded."""
+        """LM-head parameters for fused losses; None if the head is hooked, wrapped or sharded."""
         linear = self.lm.get_output_embeddings()
         if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
             return None
@@ -194,7 +194,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
         return LinearHead(linear.weight, linear.bias, scale / divisor, cap)
 
     def _logit_factors(self) -> tuple[float, float, float | None]:
-        """What logits are multiplied by, divided by, and where tanh caps them."""
+        """Return the factor on logits, their divisor, and the limit of their tanh cap (None: no cap)."""
         lm, config = self.lm, self.lm.config.get_text_config()
         scale, divisor = 1.0, 1.0
         if (given := getattr(lm, "logit_scale", None)) is not None:  # Cohere
@@ -206,10 +206,10 @@ class HFLanguageModel(LanguageModel, nn.Module):
         return scale, divisor, getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
 
     def verify(self) -> None:
-        """Compare `head` with the model's own forward, once weights were read into a structure built without them.
+        """Compare `head` with the model's own forward, after weights were loaded into a model built on meta.
 
         Raises:
-            ZooError: this family computes its logits in a way that `head` does not know.
+            ZooError: this family computes logits in a way that `head` does not implement.
         """
         check_head(self)
 
@@ -249,7 +249,7 @@ def _from_checkpoint(
         ) from error
     require_decoder_config(hf, name_of(config))
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is no causal LM.")
+        raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is not a causal LM.")
     kwargs: dict[str, Any] = {
         k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
     }
@@ -263,10 +263,10 @@ def _from_checkpoint(
     kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **where}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(config.checkpoint, config=hf, **kwargs)
-    except Exception as error:  # a shape, a cut file, a package that is absent: a class of its own each
+    except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {one_line(error)}") from error
     lm, report = loaded
-    if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
+    if missing := sorted(report["missing_keys"]):  # transformers initialises them at random, with a warning
         raise ZooError(f"llm checkpoint {config.checkpoint!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
     if vocab_size and vocab_size > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(vocab_size)
@@ -274,11 +274,11 @@ def _from_checkpoint(
 
 
 def _require_safetensors(checkpoint: str) -> None:
-    """Refuse a folder whose weights are pickles; one without any is refused where they are read."""
+    """Refuse a folder with pickled weights only; one without any weights is refused when they are read."""
     files = [p.name for p in Path(checkpoint).glob("*")] if Path(checkpoint).is_dir() else []
     pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth")) and "training_args" not in name)
     if pickles and not any(name.endswith(".safetensors") for name in files):
-        raise ZooError(f"llm checkpoint {checkpoint!r} has its weights in {pickles[0]}; safetensors alone are read.")
+        raise ZooError(f"llm checkpoint {checkpoint!r} has its weights in {pickles[0]}; only safetensors are read.")
 
 
 def _from_sizes(
@@ -287,12 +287,12 @@ def _from_sizes(
     from transformers import AutoModelForCausalLM
 
     if not vocab_size:
-        raise ZooError("llm 'hf' without a checkpoint takes its vocabulary from the tokenizer, and there is none.")
+        raise ZooError("llm 'hf' without a checkpoint takes its vocabulary size from the tokenizer: there is none.")
     hf = transformers_config(config, vocab_size)
     kwargs = {k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None}
     try:
         return AutoModelForCausalLM.from_config(hf, **kwargs)
-    except Exception as error:  # an activation that does not exist, heads that do not divide: a class of its own each
+    except Exception as error:  # an unknown activation, heads that do not divide: each raises its own class
         raise ZooError(f"{name_of(config)} cannot be built: {one_line(error)}") from error
 
 
@@ -309,7 +309,7 @@ def _zero_residual_outputs(llm: HFLanguageModel) -> None:
     found = list(_residual_outputs(layers))
     # A norm after the output divides by its size: its gradient at zero is 1/sqrt(eps).
     if not found or hasattr(layers[0], "post_feedforward_layernorm"):
-        why = "normalises what it adds to the residual stream" if found else "names its output layers in an unknown way"
+        why = "normalises the outputs added to the residual" if found else "has output layers of unknown names"
         raise ZooError(f"zero_init_residual cannot be used with {text.model_type!r}: it {why}.")
     with torch.no_grad():
         for parameter in found:

@@ -1,4 +1,4 @@
-"""Options of LLM `hf`, and the transformers config that they ask for: our size fields in the words of each family."""
+"""Options of LLM `hf`, and their translation to the transformers config of each family."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any
 from zoo.fusion.llm.causal import require_decoder_config
 from zoo.registry import ZooError, nearest, one_line, require_at_least, unknown
 
-# What our size fields are called by the families that do not say it as Llama does.
+# Names of our size fields in families that differ from Llama.
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "moe_k", "top_k_experts")
-# Sizes above which no model is meant: building one would take hours, or numbers that do not fit.
+# Upper bounds of sizes, far above every model: building a larger one would take hours or exhaust the memory.
 _MOST = {"hidden_size": 2**17, "intermediate_size": 2**20, "num_layers": 1000, "num_heads": 4096, "num_experts": 4096}
 
 
@@ -21,7 +21,7 @@ _MOST = {"hidden_size": 2**17, "intermediate_size": 2**20, "num_layers": 1000, "
 class HFLanguageModelConfig:
     checkpoint: str = ""  # hub name or folder; empty: random weights of the size below
     revision: str = ""  # branch, tag or commit of a hub checkpoint
-    model_type: str = "llama"  # family, as transformers calls it; this and what follows: without a checkpoint
+    model_type: str = "llama"  # family in transformers; this and all that follow are for random weights
     hidden_size: int = 128  # width
     num_layers: int = 4
     num_heads: int = 4
@@ -31,7 +31,7 @@ class HFLanguageModelConfig:
     tie_embeddings: bool = False  # one matrix for input embeddings and vocabulary projection
     num_experts: int = 0  # of MoE families; 0: the family's default
     top_k: int = 0  # experts that run per token; 0: the family's default
-    zero_init_residual: bool = False  # start attention and feed-forward outputs at zero: tiny models learn sooner
+    zero_init_residual: bool = False  # initialise output projections at zero: tiny models learn sooner
     # Further fields of the family's transformers config, e.g. {rope_parameters: {rope_type: default, rope_theta: 1e4}}.
     extra: dict[str, Any] = field(default_factory=dict)
     router_aux_coef: float = 0.0  # weight of the load-balancing loss while an MoE LLM trains; 0: none
@@ -56,19 +56,19 @@ class HFLanguageModelConfig:
             router_aux_coef=self.router_aux_coef,
         )
         if self.hidden_size % self.num_heads and "head_dim" not in self.extra:
-            raise ZooError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}.")
+            raise ZooError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}.")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ZooError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}.")
+            raise ZooError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
         if self.checkpoint and (self.extra or self.zero_init_residual):
             given = "extra" if self.extra else "zero_init_residual"
             raise ZooError(f"{given} is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
 
 
 def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
-    """Say our sizes in the words of the family's transformers config; `extra` wins.
+    """Translate our sizes to the family's transformers config; `extra` has precedence.
 
     Raises:
-        ZooError: no such family, a field of `extra` that it does not have, or a value it refuses.
+        ZooError: there is no such family, it lacks a field of `extra`, or it refuses a value.
     """
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -107,6 +107,7 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
         found = [name for name in theirs if name in known]
         if value and not found:
             raise ZooError(f"{ours} is for MoE families; {config.model_type!r} has no experts.")
+        # Families with several of the names read the first one; the others are aliases.
         values |= dict.fromkeys(found[:1], value) if value else {}
     if config.num_kv_heads not in (0, config.num_heads) and "num_key_value_heads" not in known:
         raise ZooError(f"{config.model_type!r} has no separate key/value heads: leave num_kv_heads at 0.")
@@ -126,7 +127,7 @@ def name_of(config: HFLanguageModelConfig) -> str:
 
 
 def check_experts(text: Any, who: str, how: str = "") -> None:
-    """Refuse to run more experts for a token than there are: transformers would say so in its first pass."""
+    """Refuse a top_k larger than the number of experts, on which transformers fails in the first pass only."""
     experts, top_k = first_of(text, EXPERTS), first_of(text, TOP_K)
     if experts and top_k and top_k > experts:
         raise ZooError(f"{who} {how}runs top_k={top_k} experts for each token and has num_experts={experts}.")

@@ -12,19 +12,19 @@ from zoo.registry import ImageFeatures, Projector, register
 
 @dataclass
 class LinearProjectorConfig:
-    bias: bool = True
+    bias: bool = True  # add a bias
 
 
 @register("projector", "linear")
 class LinearProjector(Projector, nn.Module):
-    """As many tokens out as in."""
+    """Keeps the number of tokens."""
 
     def __init__(self, config: LinearProjectorConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(vision_dim, text_dim, bias=config.bias)
 
     def num_tokens(self, n: int) -> int:
-        """Count the tokens given for `n` of an image."""
+        """Count the tokens of the output for `n` image tokens."""
         return n
 
     def forward(self, image: ImageFeatures) -> Tensor:

@@ -35,7 +35,7 @@ class MLPProjectorConfig:
 
 @register("projector", "mlp")
 class MLPProjector(Projector, nn.Module):
-    """As many tokens out as in."""
+    """Keeps the number of tokens."""
 
     def __init__(self, config: MLPProjectorConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class MLPProjector(Projector, nn.Module):
         self.net = nn.Sequential(*layers)
 
     def num_tokens(self, n: int) -> int:
-        """Count the tokens given for `n` of an image."""
+        """Count the tokens of the output for `n` image tokens."""
         return n
 
     def forward(self, image: ImageFeatures) -> Tensor:

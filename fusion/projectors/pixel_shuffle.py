@@ -29,7 +29,7 @@ class PixelShuffleConfig:
 
 @register("projector", "pixel_shuffle")
 class PixelShuffle(Projector, nn.Module):
-    """Needs the grid; gives a smaller one."""
+    """Needs the grid, and gives N / factor^2 tokens."""
 
     needs: frozenset[str] = frozenset({"grid"})
 
@@ -49,7 +49,7 @@ class PixelShuffle(Projector, nn.Module):
         self.net = nn.Sequential(*layers)
 
     def num_tokens(self, n: int) -> int:
-        """Count the tokens given for `n` of an image."""
+        """Count the tokens of the output for `n` image tokens."""
         return n // self.factor**2
 
     def forward(self, image: ImageFeatures) -> Tensor:

@@ -8,12 +8,12 @@ With patches X[r, c] on an (H, W) grid and windows of kh = H/h rows and kw = W/w
     Z[i * w + j] = W2 gelu(W1 P[i, j] + b1) + b2        W1: (C, D), W2: (C, C), exact GELU
 
 Pooling comes first, as in the authors' code; the two do not commute. Nothing else is in it: no position embedding, no
-separator of rows, so the LLM tells places by the index alone and the grid must stay the same from training on.
+separator of rows, so the index is all that the LLM knows of a place, and the grid must not change after training.
 
 Their released model pools 32 x 32 patches of EVA ViT-g at 448 px to 16 x 16 (stride 2: 256 tokens of 1024). We differ:
 their code takes the side of a square grid from the number of tokens and drops a [CLS] token itself; here the grid comes
-from the encoder, need not be square, and [CLS] is no image token. Sides that the windows do not divide are refused as
-in their code, or get adaptive windows on request (commented out in their code). Means are taken in float32. The norm
+from the encoder, need not be square, and [CLS] is not an image token. Sides that the windows do not divide are refused
+as in their code, or get adaptive windows on request (commented out in their code). Means are taken in float32. The norm
 ahead of it (`ln_vision`, saved with their model) is an option.
 """
 

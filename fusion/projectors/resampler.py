@@ -3,9 +3,9 @@
 Paper: Alayrac et al., arXiv:2204.14198 (Flamingo), section 3.1.
 
 Each layer lets the queries attend to the image tokens and to themselves at once, then comes a feed-forward. We differ
-in adding fixed sine positions of the grid to the image tokens, as Qwen-VL does; where there is no grid they have none.
-Attention is torch's fused kernel, and its weights start as those of torch's own module (Xavier). Queries start as
-loud as normalised tokens: quieter ones all read the same at first.
+in adding fixed sine positions of the grid to the image tokens, as Qwen-VL does; without a grid they have none.
+Attention is torch's fused kernel, and its weights start as those of torch's own module (Xavier). Queries start with
+the norm of normalised tokens: with smaller ones, all queries attend alike at first.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from zoo.registry import ImageFeatures, Projector, ZooError, register, require_a
 
 @dataclass
 class ResamplerConfig:
-    num_queries: int = 64  # image tokens given, whatever comes in
-    depth: int = 2  # layers
-    hidden_size: int = 0  # width inside; 0: the encoder's
-    num_heads: int = 0  # 0: one per 64 of the width
-    mlp_ratio: float = 4.0  # width of the feed-forward over the width inside
-    input_norm: bool = True  # normalise image tokens, as published; off where their length tells what they show
+    num_queries: int = 64  # image tokens of the output, at least 1
+    depth: int = 2  # layers, at least 1
+    hidden_size: int = 0  # width of the queries; 0: the encoder's
+    num_heads: int = 0  # attention heads; 0: one per 64 of the width
+    mlp_ratio: float = 4.0  # width of the feed-forward over that of the queries
+    input_norm: bool = True  # normalise image tokens, as published; false if their norm carries information
 
     def __post_init__(self) -> None:
         require_at_least(1, num_queries=self.num_queries, depth=self.depth)
@@ -35,14 +35,14 @@ class ResamplerConfig:
 
 @register("projector", "resampler")
 class Resampler(Projector, nn.Module):
-    """As many tokens out as there are queries."""
+    """Gives `num_queries` tokens for any number of image tokens."""
 
     def __init__(self, config: ResamplerConfig, *, vision_dim: int, text_dim: int) -> None:
         super().__init__()
         width = config.hidden_size or vision_dim
         heads = config.num_heads or max(1, width // 64)
         if width % heads:
-            raise ZooError(f"projector 'resampler': width {width} is no multiple of num_heads {heads}.")
+            raise ZooError(f"projector 'resampler': width {width} is not a multiple of num_heads {heads}.")
         self.num_queries = config.num_queries
         self.queries = nn.Parameter(torch.randn(config.num_queries, width))
         self.proj_in = nn.Linear(vision_dim, width)
@@ -52,7 +52,7 @@ class Resampler(Projector, nn.Module):
         self.proj_out = nn.Linear(width, text_dim)
 
     def num_tokens(self, n: int) -> int:
-        """Count the tokens given for `n` of an image."""
+        """Count the tokens of the output for `n` image tokens."""
         return self.num_queries
 
     def forward(self, image: ImageFeatures) -> Tensor:

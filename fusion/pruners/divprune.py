@@ -1,4 +1,4 @@
-"""DivPrune: keep image tokens that are as unlike each other as can be, whatever they are looked at.
+"""DivPrune: keep the most diverse image tokens, whatever the question.
 
 Paper: Alvar et al., arXiv:2503.02175. The subset with the largest smallest cosine distance, found greedily: first the
 token whose nearest other token is farthest, then again and again the token that is farthest from all chosen ones.
@@ -30,7 +30,7 @@ class DivPruneConfig:
 
 @register("pruner", "divprune")
 class DivPrune(Pruner, nn.Module):
-    """Training-free, for any encoder; those kept stay in grid order."""
+    """Training-free, for any encoder; kept tokens stay in grid order."""
 
     destroys: frozenset[str] = frozenset({"grid"})
 
@@ -45,7 +45,7 @@ class DivPrune(Pruner, nn.Module):
         return count_kept(n, self.config.keep_ratio)
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D); there is no grid any more, unless all are kept."""
+        """Keep num_tokens(N) of the tokens (M, N, D); the grid is dropped, unless all are kept."""
         n = image.tokens.shape[1]
         k = self.num_tokens(n)
         return image if k == n else image.take_best(farthest(image.tokens, k))  # (M, K, D)

@@ -1,4 +1,4 @@
-"""FasterVLM: keep the image tokens that [CLS] attends to most, before the LLM sees any.
+"""FasterVLM: keep the image tokens that [CLS] attends to most, before they enter the LLM.
 
 Paper: Zhang et al., arXiv:2412.01818 (v1; v2 is another method, VisPruner).
 
@@ -27,7 +27,7 @@ NEEDS = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooli
 @dataclass
 class FasterVLMConfig:
     keep_ratio: float = 0.25  # share of image tokens kept, in (0, 1]
-    num_keep: int = 0  # tokens kept of each image, crop or frame, as the authors' scripts say it; 0: by keep_ratio
+    num_keep: int = 0  # tokens kept of each image, crop or frame, as in the authors' scripts; 0: by keep_ratio
     score: str = "cls"  # cls | column_mean (any encoder) | probe (SigLIP with vision.pooling_head=true)
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class FasterVLMConfig:
 
 @register("pruner", "fastervlm")
 class FasterVLM(Pruner, nn.Module):
-    """Training-free; those kept stay in grid order."""
+    """Training-free; kept tokens stay in grid order."""
 
     needs: frozenset[str] = frozenset({"cls_attention"})
     destroys: frozenset[str] = frozenset({"grid"})
@@ -57,10 +57,10 @@ class FasterVLM(Pruner, nn.Module):
         return min(n, self.config.num_keep) or count_kept(n, self.config.keep_ratio)
 
     def scores(self, image: ImageFeatures) -> Tensor:
-        """Return what tokens are ranked by, (M, N) float32.
+        """Return the scores that tokens are ranked by, (M, N) float32.
 
         Raises:
-            ZooError: the encoder was not asked for it.
+            ZooError: the encoder did not compute them.
         """
         scores = getattr(image, SCORES[self.config.score])
         if scores is None:
@@ -68,7 +68,7 @@ class FasterVLM(Pruner, nn.Module):
         return scores
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D) of each row; there is no grid any more, unless all are kept."""
+        """Keep num_tokens(N) of the tokens (M, N, D) of each row; the grid is dropped, unless all are kept."""
         n = image.tokens.shape[1]
         k = self.num_tokens(n)
         return image if k == n else image.take_best(best(self.scores(image), k))  # (M, K, D)

@@ -26,7 +26,7 @@ class PoolPrunerConfig:
 
 @register("pruner", "pool")
 class PoolPruner(Pruner, nn.Module):
-    """Training-free; the result is a smaller grid, so what needs one may follow."""
+    """Training-free; the result is a smaller grid, so parts that need a grid may follow."""
 
     needs: frozenset[str] = frozenset({"grid"})
     provides: frozenset[str] = frozenset({"grid"})
@@ -35,7 +35,7 @@ class PoolPruner(Pruner, nn.Module):
         super().__init__()
         self.config = config
         self.grid_in = grid
-        self.grid = None if grid is None else self._pooled(grid)  # what leaves
+        self.grid = None if grid is None else self._pooled(grid)  # of the output
         if grid and any(a > b for a, b in zip(config.target, grid, strict=False)):
             raise ZooError(f"target {list(config.target)} is larger than the grid {list(grid)}.")
 
@@ -74,7 +74,7 @@ class PoolPruner(Pruner, nn.Module):
             image,
             tokens=pool(image.tokens),
             grid=grid,
-            keep=None,  # a mean has no place of its own; the tokens fill the new grid in order
+            keep=None,  # means have no index in the old grid
             num_patches=image.num_patches or image.tokens.shape[1],
             patch_grid=image.patch_grid or image.grid,
             groups=self._windows(image, grid),
@@ -85,7 +85,7 @@ class PoolPruner(Pruner, nn.Module):
         )
 
     def _windows(self, image: ImageFeatures, grid: tuple[int, int]) -> Tensor:
-        """The window that each token goes into; where windows share a token, one of them."""
+        """Map each token to the window that averages it (M, N0); overlapping windows: to one of them."""
         assert image.grid is not None, "asked above"
         rows, columns = (
             torch.arange(n, device=image.tokens.device) * k // n for n, k in zip(image.grid, grid, strict=True)

@@ -27,7 +27,7 @@ class RandomPrunerConfig:
 
 @register("pruner", "random")
 class RandomPruner(Pruner, nn.Module):
-    """Training-free; those kept stay in grid order."""
+    """Training-free; kept tokens stay in grid order."""
 
     destroys: frozenset[str] = frozenset({"grid"})
 
@@ -42,7 +42,7 @@ class RandomPruner(Pruner, nn.Module):
         return count_kept(n, self.config.keep_ratio)
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D); there is no grid any more, unless all are kept."""
+        """Keep num_tokens(N) of the tokens (M, N, D); the grid is dropped, unless all are kept."""
         if self.config.keep_ratio == 1:
             return image
         m, n = image.tokens.shape[:2]

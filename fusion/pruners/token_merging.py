@@ -1,4 +1,4 @@
-"""Bipartite matching of image tokens: pairs that look alike become their mean, round by round.
+"""Bipartite merging of image tokens: the most similar pairs are replaced by their mean, round by round.
 
 Paper: Bolya et al., arXiv:2210.09461 (ToMe), as AIM's public code uses it (Zhong et al., arXiv:2412.03248).
 """
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 
 def removals(n: int, ratio: float) -> list[int]:
-    """Say how many tokens each round takes away until a share `ratio` of `n` is left.
+    """Return how many tokens each round removes until a share `ratio` of `n` is left.
 
-    Halves of the first count while the share allows (196: 98, then 49), and what is missing in a last round.
+    Rounds halve the count while the ratio allows (196: 98, then 49); a last round removes the rest.
     """
     rounds: list[int] = []
     left, share = n, 1.0
@@ -36,18 +36,18 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """Merge tokens within each row of the batch, never across.
 
-    In a round, tokens at even places are sources and those at odd places destinations. Each source has the destination
-    that is nearest by cosine; the `r` sources nearest to theirs go into it, and it becomes the mean.
+    In a round, tokens at even places are sources and those at odd places destinations. Each source is matched to the
+    destination with the largest cosine similarity; the `r` best matched sources are merged into theirs by a mean.
 
     Args:
         tokens: (M, N, D).
-        rounds: how many tokens each round takes away, at most half of those there are.
-        metric: (M, N, E) that likeness is measured on, merged alongside; None: the tokens as they are in that round.
-        order: `released`: sources that are left, nearest first, then destinations; `raster`: all in their places.
-        weigh_sizes: a token weighs in a mean as many as it was made of; else each counts once a round.
+        rounds: number of tokens that each round removes, at most half of the tokens left.
+        metric: (M, N, E) features for the similarity, merged alongside; None: the tokens themselves.
+        order: `released`: unmerged sources, best matched first, then destinations; `raster`: in the order of the input.
+        weigh_sizes: weigh tokens in a mean by how many source tokens they contain; else equally in each round.
 
     Returns:
-        Tokens (M, K, D), and for each of the N tokens which of them it went into (M, N).
+        Tokens (M, K, D), and for each of the N tokens the index of the token that contains it (M, N).
     """
     m, n, _ = tokens.shape
     group = torch.arange(n, device=tokens.device).expand(m, n)
@@ -64,7 +64,8 @@ def merge(
         gone, left = rank[:, :r], rank[:, r:]
         into = nearest.gather(1, gone)  # (M, r)
         stay = left.shape[1]
-        # Where each token goes: sources that stay to the front, those that go to their destination, which come after.
+        # New index of each token: unmerged sources come first, destinations after them, merged sources to their
+        # destination.
         goes = group.new_empty(m, count)
         goes[:, 1::2] = torch.arange(stay, count - r, device=x.device)
         goes[:, ::2] = (
@@ -73,6 +74,7 @@ def merge(
             .scatter(1, left, torch.arange(stay, device=x.device).expand(m, -1))
         )
         if order == "raster":
+            # Old places of the tokens in released order; the rank of a place is the index in raster order.
             place = torch.cat([2 * left, 2 * torch.arange(count // 2, device=x.device).expand(m, -1) + 1], 1)
             goes = place.argsort(dim=1).argsort(dim=1).gather(1, goes)
         weight = size if weigh_sizes else torch.ones_like(size)
@@ -84,5 +86,5 @@ def merge(
 
 
 def _summed(x: Tensor, goes: Tensor, count: int) -> Tensor:
-    """Sum rows of (M, N, D) into (M, count, D)."""
+    """Sum the rows of (M, N, D) by their new index: (M, count, D)."""
     return x.new_zeros(len(x), count, x.shape[2]).scatter_add(1, goes.unsqueeze(-1).expand_as(x), x)

@@ -1,4 +1,4 @@
-"""What pruners that rank image tokens share: how many are kept, and which, when scores are equal too."""
+"""Shared by pruners that rank image tokens: rounding of the kept count, and top-k with a fixed order of ties."""
 
 import math
 
@@ -8,6 +8,7 @@ from zoo.registry import ZooError
 
 
 def check_ratio(keep_ratio: float) -> None:
+    """Refuse a ratio outside of (0, 1]."""
     if not 0 < keep_ratio <= 1:
         raise ZooError(f"keep_ratio must be in (0, 1], got {keep_ratio}.")
 
@@ -18,10 +19,13 @@ def count_kept(n: int, keep_ratio: float) -> int:
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """Indices (M, K) of the largest of `scores` (M, N), the largest first; of equal scores the first ones."""
+    """Indices (M, K) of the largest of `scores` (M, N), the largest first; of equal scores the first ones.
+
+    A stable sort, since `topk` leaves the order of ties open and CUDA and CPU differ in it.
+    """
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """The same, ascending."""
+    """Indices of `best` in ascending order."""
     return best(scores, k).sort(dim=1).values  # (M, K)

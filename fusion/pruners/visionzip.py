@@ -1,4 +1,4 @@
-"""VisionZip: keep the tokens that [CLS] attends to most, and let a few more stand for groups of all the others.
+"""VisionZip: keep the tokens that [CLS] attends to most, and merge the others into a few evenly spaced targets.
 
 Paper: Yang et al., arXiv:2412.04467. Scores are FasterVLM's. Of the tokens that are left over, evenly spaced ones are
 targets; every other one goes to the target whose key is most alike (cosine of keys, mean over heads), and a target
@@ -24,9 +24,9 @@ SCORES = {"cls": "cls_attention", "column_mean": "key_attention"}
 @dataclass
 class VisionZipConfig:
     keep_ratio: float = 0.25  # share of image tokens left, targets and [CLS] among them, in (0, 1]
-    target_ratio: float = 0.15625  # share of what is left that are targets, in [0, 1); 30 of 192
-    dominant: int = 0  # tokens kept as they are beside [CLS], as the authors' scripts say it; 0: by the ratios
-    targets: int = 0  # with `dominant`: tokens that stand for groups
+    target_ratio: float = 0.15625  # share of targets among the tokens left, in [0, 1); 30 of 192
+    dominant: int = 0  # tokens kept unmerged beside [CLS], as in the authors' scripts; 0: by the ratios
+    targets: int = 0  # with `dominant`: number of targets that the other tokens are merged into
     score: str = "cls"  # cls | column_mean (any encoder; no [CLS] is kept)
 
     def __post_init__(self) -> None:
@@ -34,14 +34,17 @@ class VisionZipConfig:
         if not 0 <= self.target_ratio < 1:
             raise ZooError(f"target_ratio must be in [0, 1), got {self.target_ratio}.")
         if self.dominant < 0 or self.targets < 0 or (self.targets and not self.dominant):
-            raise ZooError(f"targets needs dominant, and none is negative: got {self.dominant} and {self.targets}.")
+            raise ZooError(
+                f"dominant and targets must not be negative, and targets needs dominant: got {self.dominant} and "
+                f"{self.targets}."
+            )
         if self.score not in SCORES:
             raise unknown("score", self.score, SCORES)
 
 
 @register("pruner", "visionzip")
 class VisionZip(Pruner, nn.Module):
-    """Training-free; what is left has no grid."""
+    """Training-free; the tokens left have no grid."""
 
     needs: frozenset[str] = frozenset({"cls_attention", "keys", "prefix_tokens"})
     destroys: frozenset[str] = frozenset({"grid", "cls_attention", "key_attention", "keys", "pooling_head"})
@@ -72,14 +75,14 @@ class VisionZip(Pruner, nn.Module):
         return sum(self.counts(n))
 
     def scores(self, image: ImageFeatures) -> Tensor:
-        """Return what tokens are ranked by, (M, N) float32."""
+        """Return the scores that tokens are ranked by, (M, N) float32."""
         scores = getattr(image, SCORES[self.config.score])
         if scores is None or image.keys is None:
             raise ZooError(f"pruner 'visionzip' with score={self.config.score} needs {', '.join(sorted(self.needs))}.")
         return scores
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Leave num_tokens(N) of the tokens (M, N, D); `groups` says which went where."""
+        """Reduce the tokens (M, N, D) to num_tokens(N); `groups` maps each to the token that it was merged into."""
         m, n, d = image.tokens.shape
         kept, targets, cls = self.counts(n)
         if kept == n:
@@ -116,13 +119,17 @@ class VisionZip(Pruner, nn.Module):
 
 
 def _gathered(tokens: Tensor, keys: Tensor, targets: int) -> tuple[Tensor, Tensor]:
-    """Gather tokens (M, R, D) around evenly spaced ones by their keys (M, R, d): (M, G, D), and the group of each."""
+    """Merge tokens (M, R, D) into evenly spaced targets by their keys (M, R, d).
+
+    Returns:
+        Targets (M, G, D), and the target of each token (M, R).
+    """
     m, r, d = tokens.shape
     places = torch.arange(0, r, max(1, r // targets), device=tokens.device)[:targets]  # (G,)
     keys = F.normalize(keys, dim=-1)
     group = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (M, R)
     share = torch.ones(m, r, device=tokens.device)
-    share[:, places] = 0  # a target is no member of its group: it is added whole
+    share[:, places] = 0  # a target is not averaged with its group: it is added with weight 1
     members = torch.zeros(m, targets, device=tokens.device).scatter_add_(1, group, share).clamp(min=1)  # (M, G)
     weight = share / members.gather(1, group)  # (M, R)
     total = torch.zeros(m, targets, d, device=tokens.device, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""What pruners ask of an encoder's attention, from q and k alone: the kernel that ran stays fused, no N x N stays.
+"""Attention scores for pruners, computed from q and k beside the encoder's fused kernel; no N x N matrix is kept.
 
-One row costs O(N). The mean over all rows needs all products but never holds more than a block of them.
+A single row costs O(N). The mean over all rows needs all products but holds a block of them at a time.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from zoo.registry import ZooError
 
-BLOCK = 1 << 22  # scores that are held at once, all images and heads together
+BLOCK = 1 << 22  # scores held at once, over all images and heads
 
 
 def row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """One row of the attention matrix, mean over heads: (M, L) float32.
+    """Attention of one query, mean over heads: (M, L) float32.
 
     Args:
-        query: (M, H, 1, d) of the token that looks.
-        key: (M, H, L, d), or fewer heads where queries share keys in groups.
+        query: (M, H, 1, d).
+        key: (M, H, L, d), or fewer heads with grouped queries.
         scale: factor of q.k.
     """
     with torch.no_grad(), _float32(query):
@@ -29,7 +29,7 @@ def row(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def column_mean(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Mean attention that each token is given, over heads and over all that look: (M, L) float32; it sums to one.
+    """Mean attention received by each token, over heads and queries: (M, L) float32; rows sum to 1.
 
     Args:
         query: (M, H, L, d).
@@ -48,7 +48,7 @@ def column_mean(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _float32(like: Tensor) -> Any:
-    device = "cpu" if like.is_meta else like.device.type  # autocast knows no meta device
+    device = "cpu" if like.is_meta else like.device.type  # autocast has no meta device
     return torch.autocast(device, enabled=False)
 
 
@@ -60,20 +60,20 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 class PoolingHead(nn.Module):
-    """SigLIP's pooling by attention, down to its scores: a learnt probe looks at all patches behind the last block.
+    """Scores of SigLIP's attention pooling: the attention of its learned probe to all patches after the last block.
 
-    It runs what the tower does not: the blocks behind the tokens' layer, and the final norm where tokens go without.
-    All of it is held as buffers. Nothing here is trained, and training on several devices waits for no gradient.
+    It runs the rest of the encoder: blocks after the tokens' layer, and the final norm if tokens are taken before it.
+    Weights are buffers: nothing here is trained, and data parallelism must not wait for their gradients.
 
     Args:
         head: `SiglipMultiheadAttentionPoolingHead` of transformers, or timm's `AttentionPoolLatent`.
-        blocks: those that the tower leaves out.
+        blocks: those after the layer of the tokens.
         norm: the final norm, unless the tower keeps it.
     """
 
     def __init__(self, head: Any, blocks: list[nn.Module], norm: nn.Module | None) -> None:
         super().__init__()
-        for unused in ("layernorm", "mlp", "proj", "norm"):  # what comes after the scores
+        for unused in ("layernorm", "mlp", "proj", "norm"):  # layers after the scores
             if hasattr(head, unused):
                 setattr(head, unused, nn.Identity())
         self.head, self.blocks, self.norm = head, nn.ModuleList(blocks), norm
@@ -86,11 +86,11 @@ class PoolingHead(nn.Module):
                     module.register_buffer(name, parameter.detach())
 
     def forward(self, tokens: Tensor, norm: nn.Module) -> Tensor:
-        """Score the patches: (M, N) float32, one row that sums to one.
+        """Score the patches: (M, N) float32, rows sum to 1.
 
         Args:
-            tokens: (M, N, D) as they leave the tower's last block.
-            norm: the tower's final norm, used where this has none.
+            tokens: (M, N, D), output of the tower's last block.
+            norm: the tower's final norm, used if this module has none.
         """
         with torch.no_grad():
             for block in self.blocks:
@@ -119,13 +119,13 @@ class PoolingHead(nn.Module):
 
 
 def pooling_head(head: Any, blocks: list[nn.Module], norm: nn.Module | None, name: str) -> PoolingHead:
-    """Make it of what a library calls its pooling head.
+    """Build a `PoolingHead` from the pooling module of transformers or timm.
 
     Raises:
-        ZooError: there is none with a probe of its own.
+        ZooError: the module has no single learned probe.
     """
     if getattr(head, "probe", None) is None and getattr(head, "latent_len", 0) != 1:
         raise ZooError(
-            f"{name} has no pooling head with a learnt probe, as SigLIP has one: pooling_head must be false."
+            f"{name} has no pooling head with a learned probe, as SigLIP has one: pooling_head must be false."
         )
     return PoolingHead(head, blocks, norm)

@@ -1,7 +1,7 @@
-"""What the encoders of transformers, timm and open_clip have in common: layers, the [CLS] row, frozen running.
+"""Shared by the encoders of transformers, timm and open_clip: choice of a layer, attention scores, frozen towers.
 
-Layers are counted as in `hidden_states` of transformers, for all three libraries: 0 is what enters the first block, k
-what leaves block k, -1 what leaves the last one, always before the encoder's final norm (`norm=true` applies it).
+Layers are counted as in `hidden_states` of transformers, for all three libraries: 0 is the input of the first block, k
+the output of block k, -1 that of the last one, always before the encoder's final norm (`norm=true` applies it).
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from zoo.vision.images.transform import require_transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # what needs q and k of the last block
-HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP, and of what is trained from scratch here
+ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # capabilities that need q and k of the last block
+HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP, and of encoders trained from scratch here
 
 
 @dataclass
 class Taken:
-    """What hooks in the last block take from one pass of an encoder."""
+    """Tensors that hooks on the last block take from one pass of an encoder."""
 
-    wants: frozenset[str]  # words of `provides`
+    wants: frozenset[str]  # requested capabilities
     query: Tensor | None = None
     key: Tensor | None = None
-    position: Any = None  # what turns both, where positions are rotary
-    last: Tensor | None = None  # (M, P + N, D) as it leaves the last block, before any norm
+    position: Any = None  # rotary embedding of both, if the encoder has one
+    last: Tensor | None = None  # (M, P + N, D) output of the last block, before any norm
 
 
 class Runner:
-    """How a tower of one library is run, and what it says of itself. One subclass per library.
+    """Uniform access to a tower of one library: running it, its sizes, its attention. One subclass per library.
 
-    It is no module: the tower's weights keep the names that its library gave them.
+    Not an nn.Module, so that the tower's weights keep the names that its library gives them.
     """
 
     tower: Any
     hidden_size: int
-    num_prefix: int  # [CLS] and register tokens in front of the patches
+    num_prefix: int  # [CLS] and register tokens before the patches
     grid: tuple[int, int]
-    has_cls: bool  # whether a [CLS] token stands first
-    has_scores: bool  # whether the last block's scores are q.k and no more
+    has_cls: bool  # whether the first token is [CLS]
+    has_scores: bool  # whether the last block's scores are plain q.k, without a bias or gate
 
     def __init__(self) -> None:
-        self.alone = Pass()  # of a compiled encoder that is run without a model
+        self.alone = Pass()  # of a compiled encoder that runs outside of a composed model
         self.pooling: PoolingHead | None = None
 
     @property
     def taken(self) -> Taken | None:
-        """What the hooks take from the pass that runs; None: nothing, as where backward runs blocks again."""
+        """Where hooks of the current pass store tensors; None: they store nothing, as in recomputation for backward."""
         return (current() or self.alone).taken
 
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -62,19 +62,19 @@ class Runner:
         raise NotImplementedError
 
     def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
-        """Give what the last block's attention just saw, and the factor of q.k.
+        """Return queries and keys of the last block's attention, and the scale of q.k.
 
         Args:
-            taken: by the hooks.
+            taken: tensors that the hooks stored.
 
         Returns:
-            The queries (M, H, P + N, d), or those of [CLS] alone if nothing more is wanted; the keys (M, H, P + N, d);
+            The queries (M, H, P + N, d), or those of [CLS] alone if only they are needed; the keys (M, H, P + N, d);
             the scale.
         """
         raise NotImplementedError
 
     def final_norm(self) -> nn.Module:
-        """The final norm, or what stands in its place."""
+        """The final norm, or the identity that replaced it."""
         raise NotImplementedError
 
     def set_attention(self, name: str) -> None:
@@ -83,7 +83,7 @@ class Runner:
     def set_gradient_checkpointing(self, enable: bool) -> None:
         raise NotImplementedError
 
-    # Hooks, as bound methods so that a deep copy of the tower listens to itself. They act only on request.
+    # Hooks are bound methods, so that a deep copy of the tower calls those of the copy. They store only on request.
     def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
         if (taken := self.taken) is not None and taken.wants & ATTENTION:
             taken.query = out.detach()
@@ -98,12 +98,12 @@ class Runner:
 
 
 class Tower(Encoder, nn.Module):
-    """A wrapped encoder, cut behind the last block that is used. The components of this folder build one each.
+    """A wrapped encoder without the blocks after the chosen layer. Each component of this folder builds one.
 
     Args:
         runner: of the encoder.
-        transform: how it wants its pixels.
-        frames: a second one of the same sizes, for frames of videos; None: the first one sees them too.
+        transform: resize and normalisation of its pixels.
+        frames: runner of a second encoder of the same sizes, for video frames; None: the first one encodes them too.
     """
 
     def __init__(self, runner: Runner, transform: ImageTransform, frames: Runner | None = None) -> None:
@@ -133,7 +133,7 @@ class Tower(Encoder, nn.Module):
         return self.grid[0] * self.grid[1]
 
     def set_attention(self, name: str) -> None:
-        """Choose the attention kernel: eager, sdpa, or another one that the library knows."""
+        """Choose the attention kernel: eager, sdpa, or another one that the library supports."""
         for runner in self._runners():
             runner.set_attention(name)
 
@@ -143,7 +143,7 @@ class Tower(Encoder, nn.Module):
             runner.set_gradient_checkpointing(enable)
 
     def train(self, mode: bool = True) -> Tower:
-        """Switch to training; a frozen tower stays in evaluation (DINOv3 shakes its positions while it trains)."""
+        """Switch to training; a frozen tower stays in evaluation (DINOv3 augments its positions in training mode)."""
         super().train(mode)
         for runner in self._runners():
             if not _trains(runner):
@@ -158,21 +158,24 @@ class Tower(Encoder, nn.Module):
     ) -> ImageFeatures:
         """Encode images.
 
-        A frozen tower builds no graph and keeps no activation, unless the pixels themselves ask for a gradient.
+        A frozen tower builds no graph and keeps no activations, unless the pixels require a gradient.
 
         Args:
-            pixel_values: (M, 3, S, S), prepared as `transform` says.
-            need: words of `provides` but `grid`, which is always there; each is computed on request.
-            kinds: what each row is (image, crop, frame); None: no frame is among them.
+            pixel_values: (M, 3, S, S), prepared by `transform`.
+            need: requested capabilities of `provides`; `grid` is always given.
+            kinds: image, crop or frame for each row; None: there are no frames.
 
         Returns:
-            Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: the row of the block that made the
-            tokens, mean over heads, normalised over all P + N keys, the prefix columns dropped; key_attention (M, N):
-            the same for the mean over all rows; keys (M, N, H, d) of that block; pooling_attention (M, N); prefix
-            (M, P, D).
+            Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: attention of [CLS] in the block that
+            computed the tokens, mean over heads, normalised over all P + N keys, prefix columns dropped; key_attention
+            (M, N): the same for the mean over all queries; keys (M, N, H, d) of that block; pooling_attention (M, N);
+            prefix (M, P, D).
+
+        Raises:
+            ZooError: a capability that the encoder does not provide, or images of another size.
         """
         if missing := need - self.provides:
-            raise ZooError(f"This encoder does not give {sorted(missing)}; it provides {sorted(self.provides)}.")
+            raise ZooError(f"This encoder does not provide {sorted(missing)}; it provides {sorted(self.provides)}.")
         if tuple(pixel_values.shape[-2:]) != self.transform.size:
             given, wanted = tuple(pixel_values.shape[-2:]), self.transform.size
             raise ZooError(f"The encoder takes images of {wanted[0]} x {wanted[1]}, got {given[0]} x {given[1]}.")
@@ -184,7 +187,7 @@ class Tower(Encoder, nn.Module):
         if not films or not images:
             seen = self._encode(self.frame_runner if films else self.runner, pixel_values, need)
             other = self.runner if films else self.frame_runner
-            if self.training and _trains(other):  # processes with other kinds of rows still meet in backward
+            if self.training and _trains(other):  # zero gradients for the unused tower: other ranks may use it
                 seen.tokens = seen.tokens + 0.0 * self._encode(other, pixel_values[:1] * 0.0, need).tokens.sum()
             return seen
         halves = [
@@ -198,6 +201,7 @@ class Tower(Encoder, nn.Module):
         """Encode rows with one tower."""
         p = runner.num_prefix
         taken, learns = Taken(need), pixel_values.requires_grad or _trains(runner)
+        # `taken` is in the pass only while the tower runs, so recomputation in backward finds none and stores nothing.
         with joined(runner.alone) as now, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             now.taken = taken
             tokens = runner.encode(pixel_values)  # (M, P + N, D)
@@ -224,7 +228,7 @@ def _trains(runner: Runner) -> bool:
 
 
 def _in_order(halves: Sequence[ImageFeatures], order: Tensor) -> ImageFeatures:
-    """Join features of some rows and of the others, and put the rows in order."""
+    """Concatenate features of two towers, and restore the order of their rows."""
     joined: dict[str, Any] = {}
     for field in fields(ImageFeatures):
         values = [getattr(half, field.name) for half in halves]
@@ -233,10 +237,10 @@ def _in_order(halves: Sequence[ImageFeatures], order: Tensor) -> ImageFeatures:
 
 
 def block_count(layer: int, depth: int, lowest: int = 0) -> int:
-    """Return how many blocks run to reach `layer` of an encoder with `depth` blocks: layer -2 of 24 is 23.
+    """Return the number of blocks up to `layer` of an encoder with `depth` blocks: layer -2 of 24 is 23.
 
     Raises:
-        ZooError: there is no such layer; the allowed range is named.
+        ZooError: there is no such layer.
     """
     count = layer if layer >= 0 else depth + 1 + layer
     if not lowest <= count <= depth:
@@ -248,7 +252,7 @@ def block_count(layer: int, depth: int, lowest: int = 0) -> int:
 
 
 def on_meta() -> bool:
-    """Whether structure only is wanted: no weight is read then."""
+    """Whether modules are built on the meta device, without weights."""
     return torch.get_default_device().type == "meta"
 
 
@@ -257,12 +261,12 @@ def check_divides(patch_size: int, image_size: int) -> None:
         raise ZooError(f"patch_size {patch_size} does not divide image_size {image_size}.")
 
 
-# Sizes above which no encoder is meant: building one would take hours, or numbers that do not fit.
+# Upper bounds of sizes, far above every encoder: building a larger one would take hours or exhaust the memory.
 _MOST = {"image_size": 2**14, "width": 2**16, "depth": 1000, "registers": 1024}
 
 
 def check_sizes(config: Any) -> None:
-    """Check the size fields that the encoders share: patch_size, image_size, width, heads, depth."""
+    """Check the sizes of an encoder with random weights: patch_size, image_size, width, heads, depth."""
     for name, most in _MOST.items():
         if not 0 <= getattr(config, name, 0) <= most:
             raise ZooError(f"{name} must be from 0 to {most}, got {getattr(config, name)}.")

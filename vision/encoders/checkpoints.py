@@ -1,4 +1,4 @@
-"""Where an encoder's files come from: a local folder, or the model hub's cache. Safetensors and JSON only."""
+"""Files of an encoder's checkpoint, from a local folder or the model hub's cache. Safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ALLOWED = (
 
 
 def is_local(checkpoint: str) -> bool:
-    """Whether `checkpoint` names a folder, or a file, of this machine.
+    """Whether `checkpoint` is a local folder or file.
 
     Raises:
-        ZooError: it is written as a path, and nothing is there.
+        ZooError: it is written as a path that does not exist.
     """
     path = Path(checkpoint).expanduser()
     if path.exists():
@@ -35,18 +35,18 @@ def is_local(checkpoint: str) -> bool:
 
 
 def at(checkpoint: str, revision: str) -> str:
-    """Write a hub name and its revision as one word, `org/name@revision`, as `fetch` takes it."""
+    """Join a hub name and its revision to `org/name@revision`, as `fetch` takes it."""
     if not revision:
         return checkpoint
     if not checkpoint or is_local(checkpoint):
-        raise ZooError(f"revision {revision!r} is of a hub checkpoint, and checkpoint is {checkpoint!r}.")
+        raise ZooError(f"revision {revision!r} needs a hub checkpoint, and checkpoint is {checkpoint!r}.")
     return f"{checkpoint}@{require_revision(revision)}"
 
 
 def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
     """Return the path of one file of a checkpoint; a hub name (`org/name@revision`) is downloaded on first use.
 
-    Where weights are asked for, the checkpoint may be the file itself.
+    If weights are requested, the checkpoint may be the safetensors file itself.
 
     Raises:
         ZooError: there is no such file (None if `optional`), or the hub cannot be reached.
@@ -67,7 +67,7 @@ def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
     repository, _, revision = checkpoint.partition("@")
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
-    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is a kind
+    except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError, so caught first
         raise ZooError(
             f"{name} of {checkpoint!r} is not in the cache, and the hub cannot be reached: {error}"
         ) from error
@@ -76,13 +76,13 @@ def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
             return None
         raise ZooError(f"Hub repository {checkpoint!r} has no {name}; other weight formats are not read.") from error
     except HFValidationError as error:
-        raise ZooError(f"{checkpoint!r} is no folder here and no hub name such as 'org/name'.") from error
+        raise ZooError(f"{checkpoint!r} is neither a local folder nor a hub name such as 'org/name'.") from error
     except (HfHubHTTPError, OSError) as error:
         raise ZooError(f"{name} of {checkpoint!r} cannot be fetched: {error}") from error
 
 
 def read_json(checkpoint: str, name: str = "config.json", optional: bool = False) -> dict[str, Any]:
-    """Read one JSON file of a checkpoint; an absent optional one is empty."""
+    """Read a JSON file of a checkpoint; a missing optional file gives an empty dict."""
     path = fetch(checkpoint, name, optional)
     if path is None:
         return {}
@@ -90,12 +90,12 @@ def read_json(checkpoint: str, name: str = "config.json", optional: bool = False
 
 
 def require_filled(build: Callable[[], Any], files: Iterable[Path], what: str) -> None:
-    """Refuse a config whose encoder is far larger than its files: what is missing would be made up in memory.
+    """Refuse a config whose encoder is far larger than its files: missing weights would be allocated at random.
 
     Args:
-        build: makes the encoder; it is called on the meta device.
+        build: builds the encoder; it is called on the meta device.
         files: of its weights.
-        what: to call the config in the error.
+        what: name of the config, for messages.
     """
     with torch.device("meta"):
         model = build()
@@ -104,4 +104,6 @@ def require_filled(build: Callable[[], Any], files: Iterable[Path], what: str) -
 
 
 def _listing(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "nothing, it is no folder"
+    return (
+        ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "nothing, it is not a folder"
+    )

@@ -1,4 +1,4 @@
-"""A convolutional stem in place of the patch embedding: it learns edges and corners fast, which small encoders need.
+"""A convolutional stem in place of the patch embedding: small encoders learn faster with it.
 
 Paper: Xiao et al., arXiv:2106.14881. We leave out batch norm, so that training and evaluation compute the same.
 """
@@ -16,7 +16,7 @@ from zoo.registry import ZooError
 class ConvStem(nn.Module):
     """Convolutions 3x3 of stride 2 until one pixel is left per patch, each with a ReLU, then one of stride 1.
 
-    It stands where timm's `VisionTransformer` has its `PatchEmbed`, whose attributes and arguments it shares.
+    Replaces the `PatchEmbed` of timm's `VisionTransformer`, whose attributes and arguments it shares.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class ConvStem(nn.Module):
         steps = patch_size.bit_length() - 1
         if patch_size != 2**steps or steps < 1 or embed_dim % 2**steps:
             raise ZooError(
-                f"A conv stem halves the image step by step: patch_size must be a power of two that divides the width,"
+                f"A conv stem halves the image in each step: patch_size must be a power of two that divides the width,"
                 f" got patch_size {patch_size} and width {embed_dim}."
             )
         self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)

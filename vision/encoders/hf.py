@@ -35,18 +35,18 @@ from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, requ
 
 @dataclass(frozen=True)
 class Family:
-    """Where one family keeps what we need, and its statistics where a checkpoint has no processor file."""
+    """Names of a family's modules, and its statistics for checkpoints without a processor file."""
 
     model: str  # class of transformers
-    blocks: str
-    norm: str
-    attention: str  # inside a block
+    blocks: str  # path of the list of blocks
+    norm: str  # path of the final norm
+    attention: str  # name of the attention inside a block
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: str
     fit: str
     has_cls: bool = True
-    any_size: bool = False  # takes images of any size; the processor says which
+    any_size: bool = False  # takes images of any size; the size is that of the processor
 
 
 FAMILIES = {
@@ -91,12 +91,12 @@ RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers
 class HFVisionConfig:
     checkpoint: str = ""  # hub name or folder, of an encoder or of a model that holds one; empty: random weights
     revision: str = ""  # branch, tag or commit of a hub checkpoint
-    layer: int = -2  # 0: what enters the first block, 1: after it, -1: after the last; blocks beyond it are not kept
+    layer: int = -2  # block after which tokens are taken: 0 before the first, -1 after the last; later ones are removed
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
-    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
-    frame_tower: bool = False  # a second encoder, of the same sizes and with weights of its own, sees frames of videos
-    # Sizes, used where `checkpoint` is empty. The families: clip, siglip, siglip2, dinov2, dinov2_with_registers,
+    pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    frame_tower: bool = False  # a second encoder, of the same sizes but own weights, for video frames
+    # Sizes, used without a `checkpoint`. The families: clip, siglip, siglip2, dinov2, dinov2_with_registers,
     # dinov3_vit, idefics3_vision, smolvlm_vision, internvl_vision.
     model_type: str = "clip"  # family
     patch_size: int = 16  # pixels a side
@@ -104,7 +104,7 @@ class HFVisionConfig:
     depth: int = 12  # blocks
     heads: int = 3  # attention heads
     mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
-    registers: int = 4  # register tokens, in the families that have them
+    registers: int = 4  # register tokens, in families with registers
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the family's transformers config
     # Pixels; empty: the checkpoint's own, or the family's.
     mean: list[float] = field(default_factory=list)  # of RGB in [0, 1]
@@ -118,12 +118,12 @@ class HFVisionConfig:
         if self.checkpoint and self.extra:
             raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
         if self.frame_tower and self.pooling_head:
-            raise ZooError("pooling_head is of one encoder; with frame_tower there are two.")
+            raise ZooError("pooling_head needs a single encoder; with frame_tower there are two.")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
         if not self.checkpoint:
-            if not self.extra:  # published sizes need not divide
+            if not self.extra:  # published models may have sizes that do not divide
                 check_sizes(self)
             if self.model_type.startswith("dinov2") and self.mlp_ratio != int(self.mlp_ratio):
                 raise ZooError(f"mlp_ratio of {self.model_type} is a whole number, got {self.mlp_ratio}.")
@@ -131,10 +131,10 @@ class HFVisionConfig:
 
 @register("vision", "hf")
 class HFVision(Tower):
-    """The vision part of a composite checkpoint (a whole CLIP, say) is taken out of it."""
+    """Also takes the vision part of a composite checkpoint, such as a whole CLIP."""
 
-    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
-    streams = True  # it may be built on the meta device and filled afterwards
+    choices = {"pooling_head": (True,)}  # what the check may propose beside defaults
+    streams = True  # may be built on the meta device and filled with weights afterwards
 
     def __init__(self, config: HFVisionConfig) -> None:
         source = at(config.checkpoint, config.revision)
@@ -142,12 +142,12 @@ class HFVision(Tower):
         family = FAMILIES[_family(spec)]
         depth = block_count(config.layer, spec.num_hidden_layers)
         if not config.pooling_head:
-            spec.num_hidden_layers = depth  # later blocks are neither built nor read
+            spec.num_hidden_layers = depth  # later blocks are neither built nor loaded
         size, transform = _transform(source, config.image_size, spec, family)
         values = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit")}
         stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v}
         transform = replace(transform, **stated)
-        # Published sizes need not divide: SigLIP's 384 pixels are 27 patches of 14, and 6 over.
+        # Only a size that the user chose must divide: SigLIP's own 384 pixels are 27 patches of 14, and 6 over.
         if config.image_size and not config.extra:
             check_divides(side(spec.patch_size), config.image_size)
         runners = []
@@ -158,7 +158,7 @@ class HFVision(Tower):
 
 
 class HFRunner(Runner):
-    """Runs the tower's own forward, which ends behind the last block: its final norm and pooling head are gone."""
+    """Runs the tower's own forward, with its final norm and pooling head removed."""
 
     def __init__(self, tower: Any, family: Family, size: int, norm: bool, depth: int, pooling: bool) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class HFRunner(Runner):
         self.norm = getattr(tower, family.norm) if norm and spec.model_type.startswith("clip") else None
         if getattr(tower, "use_head", False):
             tower.use_head, tower.head = False, None
-        if hasattr(tower.embeddings, "mask_token"):  # of the pretraining task; DDP would wait for its gradient
+        if hasattr(tower.embeddings, "mask_token"):  # used in pretraining alone; DDP would wait for its gradient
             tower.embeddings.mask_token = None
         self.hidden_size = spec.hidden_size
         self.num_prefix = int(family.has_cls) * (1 + getattr(spec, "num_register_tokens", 0))
@@ -206,10 +206,10 @@ class HFRunner(Runner):
             return self._encode_patches(pixel_values)
         options = {"interpolate_pos_encoding": True} if self.interpolate else {}
         tokens = self.tower(pixel_values, **options).last_hidden_state  # (M, P + N, D)
-        return self.norm(tokens) if self.norm is not None else tokens  # CLIP's own forward norms [CLS] only
+        return self.norm(tokens) if self.norm is not None else tokens  # CLIP's forward applies its norm to [CLS] only
 
     def _encode_patches(self, pixel_values: Tensor) -> Tensor:
-        """SigLIP 2 takes patches and their number; here all images have the same, so nothing is padded."""
+        """Encode by SigLIP 2, whose forward takes padded patches: here all images have one size, without padding."""
         tower, (h, w), m = self.tower, self.grid, pixel_values.shape[0]
         p = tower.config.patch_size
         patches = (
@@ -231,7 +231,7 @@ class HFRunner(Runner):
         assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
         heads = (self.tower.config.num_attention_heads, -1)
         query, key = taken.query.unflatten(-1, heads).transpose(1, 2), taken.key.unflatten(-1, heads).transpose(1, 2)
-        if taken.position is not None:  # DINOv3 rotates patches, not the prefix
+        if taken.position is not None:  # DINOv3 rotates patches only; the hooks run before its rotation
             from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
 
             (cos, sin), p = taken.position, self.num_prefix
@@ -254,7 +254,7 @@ class HFRunner(Runner):
 
 
 def side(value: Any) -> int:
-    """A side in pixels; some families state both."""
+    """Side in pixels of a size that some families state as a pair."""
     return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 
@@ -318,7 +318,7 @@ def _load(source: str, family: Family, spec: Any) -> Any:
         require_filled(lambda: _class(family)(deepcopy(spec)), files, f"The config of {source!r}")
     name, _, revision = (source, "", "") if is_local(source) else source.partition("@")
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of every block that we leave out
+    logging.set_verbosity_error()  # transformers warns of every weight of the removed blocks
     try:
         tower, report = _class(family).from_pretrained(
             name,
@@ -328,7 +328,7 @@ def _load(source: str, family: Family, spec: Any) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # a shape, a cut file, a package that is absent: a class of its own each
+    except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
         raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
     finally:
         logging.set_verbosity(level)
@@ -338,7 +338,7 @@ def _load(source: str, family: Family, spec: Any) -> Any:
 
 
 def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple[int, ImageTransform]:
-    """Size and statistics: what the checkpoint's processor says, what its family uses where it says nothing."""
+    """Size and statistics of the checkpoint's processor; missing values are those of the family."""
     processor: dict[str, Any] = {}
     if source:
         processor = read_json(source, "preprocessor_config.json", optional=True)
@@ -346,11 +346,11 @@ def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple
             processor = read_json(source, "processor_config.json", optional=True).get("image_processor", {})
     own = processor.get("size")
     crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    if isinstance(own, int):  # processors before 2022 wrote a number
+    if isinstance(own, int):  # the form of processors saved before 2022
         own = {"shortest_edge": own}
     fit = "crop" if crop or "shortest_edge" in (own or {}) else "squash" if "height" in (own or {}) else family.fit
     asked = crop if isinstance(crop, int) else (crop or own or {}).get("height", 0)
-    if not hasattr(spec, "image_size"):  # SigLIP 2 knows its number of patches only
+    if not hasattr(spec, "image_size"):  # SigLIP 2 states its number of patches only
         size = image_size or round(spec.num_patches**0.5) * spec.patch_size
     else:
         size = image_size or (asked if family.any_size else 0) or side(spec.image_size)

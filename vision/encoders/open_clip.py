@@ -1,4 +1,4 @@
-"""Encoders of open_clip: the visual tower of any of its models that is a ViT, without the text tower."""
+"""Encoders of open_clip: the ViT visual tower of its models, without the text tower."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class OpenClipVisionConfig:
     # open_clip_model.safetensors; empty: random weights
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
-    layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
+    layer: int = -2  # block after which tokens are taken: 1 the first, -1 the last; later ones are removed
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
-    # pillow: as open_clip's own transforms | torchvision: as transformers' image processors, faster, to the byte what
-    # `zoo.export` can write; a step or two of a byte lie between them
+    # pillow: as open_clip's own transforms | torchvision: as transformers' image processors, faster, and what
+    # `zoo.export` writes; pixels differ by a step or two of a byte
     resample_by: str = "pillow"
-    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
-    # Sizes, used where `model` and `checkpoint` are empty.
+    pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    # Sizes, used without `model` and `checkpoint`.
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
     depth: int = 12  # blocks
@@ -65,9 +65,9 @@ class OpenClipVisionConfig:
 
 @register("vision", "open_clip")
 class OpenClipVision(Tower):
-    """Towers that wrap a timm ViT (SigLIP, EVA-CLIP) are run by timm's own way; ResNets are refused."""
+    """Towers that wrap a timm ViT (SigLIP, EVA-CLIP) run as timm's encoders do; ResNets are refused."""
 
-    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+    choices = {"pooling_head": (True,)}  # what the check may propose beside defaults
 
     def __init__(self, config: OpenClipVisionConfig) -> None:
         name = config.model or config.checkpoint or "the encoder"
@@ -84,7 +84,7 @@ class OpenClipVision(Tower):
             size = trunk.patch_embed.img_size
         else:
             if config.pooling_head:
-                raise ZooError(f"{name!r} has no pooling head with a learnt probe: pooling_head must be false.")
+                raise ZooError(f"{name!r} has no pooling head with a learned probe: pooling_head must be false.")
             runner = OpenClipRunner(visual, config.layer, config.norm)
             size = visual.image_size
         transform = ImageTransform(
@@ -99,7 +99,7 @@ class OpenClipVision(Tower):
 
 
 class OpenClipRunner(Runner):
-    """Cuts open_clip's own `VisionTransformer`, which always has one [CLS] token."""
+    """Runs open_clip's own `VisionTransformer` up to a layer; it always has one [CLS] token."""
 
     num_prefix, has_cls = 1, True
 
@@ -130,7 +130,7 @@ class OpenClipRunner(Runner):
         return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)  # (M, 1 + N, D)
 
     def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
-        """Project once more what enters the attention: torch's own module shows neither q nor k."""
+        """Compute q and k from the attention's input: torch's `MultiheadAttention` does not expose them."""
         if (taken := self.taken) is None or not taken.wants & ATTENTION:
             return
         looks = slice(None) if "key_attention" in taken.wants else slice(1)
@@ -150,7 +150,7 @@ class OpenClipRunner(Runner):
         return self.tower.ln_post
 
     def set_attention(self, name: str) -> None:
-        """Nothing to choose: torch's `MultiheadAttention` runs its fused kernel."""
+        """Do nothing: torch's `MultiheadAttention` runs its fused kernel."""
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         self.tower.set_grad_checkpointing(enable)
@@ -187,7 +187,7 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(config.model)
         raise unknown(f"weights of open_clip model {config.model!r}", config.checkpoint, tags)
-    # The activation is a fact of the weights, not of the name: OpenAI's were trained with another one.
+    # The activation belongs to the weights, not to the architecture: OpenAI's were trained with QuickGELU.
     architecture["quick_gelu"] = tag.get("quick_gelu", architecture.get("quick_gelu", False))
     if on_meta():
         return None, architecture, tag
@@ -206,7 +206,7 @@ def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
     if not isinstance(architecture, dict) or not isinstance(architecture.get("vision_cfg"), dict):
         raise ZooError(f"The config of {name!r} has no 'vision_cfg'.")
     vision = dict(architecture["vision_cfg"])
-    vision["timm_model_pretrained"] = False  # its weights come with the checkpoint, or not at all
+    vision["timm_model_pretrained"] = False  # weights come from the checkpoint, never from timm
     if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
         raise ZooError(f"The config of {name!r} names the repository {vision['timm_model_name']!r} as its encoder.")
     if isinstance(vision.get("layers"), list):
@@ -217,7 +217,7 @@ def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
     inner = getattr(visual, "trunk", visual)
     if image_size and (patch := getattr(getattr(inner, "patch_embed", inner), "patch_size", None)):
         check_divides(patch[0], image_size)
-    if image_size and hasattr(visual, "trunk"):  # it keeps the size of its name otherwise
+    if image_size and hasattr(visual, "trunk"):  # timm's trunk ignores `image_size` of the config
         visual.set_input_size(image_size)
     if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):
         raise ZooError(f"The visual tower of {name!r} is a {type(visual).__name__}; a ViT is needed.")
@@ -225,14 +225,14 @@ def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
 
 
 def _load(visual: Any, path: Path, name: str) -> None:
-    """Read the visual part of a checkpoint and nothing else of it."""
+    """Load the visual part of a checkpoint, without reading the text tower."""
     from open_clip.model import resize_pos_embed
     from safetensors import SafetensorError, safe_open
     from timm.models.vision_transformer import resample_abs_pos_embed
 
     try:
         with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118  it is no mapping
+            keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118  not a mapping
             state: dict[str, Tensor] = OrderedDict((key, file.get_tensor(key)) for key in keys)
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{str(path)!r} cannot be read: {error}") from error

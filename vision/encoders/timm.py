@@ -1,4 +1,4 @@
-"""Encoders of timm: any ViT that it names, a folder saved by it, or a small one from sizes, trained from scratch."""
+"""Encoders of timm: any of its ViTs by name, a folder saved by it, or random weights of given sizes."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class TimmVisionConfig:
     # pretrained: timm's weights for `model`; a hub name (timm/...) or a folder with config.json and model.safetensors
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
-    layer: int = -2  # 1: after the first block, -1: after the last; blocks beyond it are not kept
+    layer: int = -2  # block after which tokens are taken: 1 the first, -1 the last; later ones are removed
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
-    # pillow: as timm's own transforms | torchvision: as transformers' image processors, faster, to the byte what
-    # `zoo.export` can write; a step or two of a byte lie between them
+    # pillow: as timm's own transforms | torchvision: as transformers' image processors, faster, and what `zoo.export`
+    # writes; pixels differ by a step or two of a byte
     resample_by: str = "pillow"
-    pooling_head: bool = False  # SigLIP: keep its pooling head and what leads there, whose scores a pruner may ask for
-    # Sizes, used where `model` and `checkpoint` are empty.
+    pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    # Sizes, used without `model` and `checkpoint`.
     stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
     depth: int = 12  # blocks
     heads: int = 3  # attention heads
     mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
-    cls_token: bool = True  # a [CLS] token in front of the patches
-    registers: int = 0  # register tokens behind it
+    cls_token: bool = True  # a [CLS] token before the patches
+    registers: int = 0  # register tokens after [CLS]
     activation: str = "gelu"  # gelu | gelu_tanh | quick_gelu | relu | silu
     bias: bool = True  # biases in the linear layers of the blocks
-    zero_init: bool = False  # blocks start as the identity: their output layers are zero
+    zero_init: bool = False  # initialise blocks as the identity: their output layers are zero
 
     def __post_init__(self) -> None:
         if self.resample_by not in LIBRARIES:
@@ -53,7 +53,7 @@ class TimmVisionConfig:
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if self.checkpoint == "pretrained" and not self.model:
-            raise ZooError("checkpoint=pretrained loads timm's weights for a `model`, and none is named.")
+            raise ZooError("checkpoint=pretrained loads timm's weights of a `model`: name one.")
         if not self.model and not self.checkpoint:
             check_sizes(self)
 
@@ -62,7 +62,7 @@ class TimmVisionConfig:
 class TimmVision(Tower):
     """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
 
-    choices = {"pooling_head": (True,)}  # what the check may offer beside defaults
+    choices = {"pooling_head": (True,)}  # what the check may propose beside defaults
 
     def __init__(self, config: TimmVisionConfig) -> None:
         named = config.model or config.checkpoint
@@ -90,7 +90,7 @@ def _sized(config: TimmVisionConfig) -> nn.Module:
         reg_tokens=config.registers,
         qkv_bias=config.bias,
         proj_bias=config.bias,
-        act_layer=QuickGELU if config.activation == "quick_gelu" else config.activation,  # its name changed
+        act_layer=QuickGELU if config.activation == "quick_gelu" else config.activation,  # timm renamed this one
         num_classes=0,
         global_pool="",
         **stem,
@@ -109,12 +109,12 @@ def _named(config: TimmVisionConfig) -> nn.Module:
         _check_name(config.model)
         name = config.model
     else:
-        read_json(source)  # timm reads it by itself; here, what is wrong is said in our words
+        read_json(source)  # timm reads the file itself; this raises a ZooError for a broken one
         name = f"local-dir:{source}" if is_local(source) else f"hf-hub:{source}"
     if source and not on_meta():
         file = _weights(config, source)
         require_filled(lambda: _create(name, options), [file], f"The config of {source or config.model!r}")
-        # Architectures with a loader of their own (npz of JAX) would use it for safetensors too, in older timm.
+        # custom_load: older timm uses an architecture's own loader (JAX's npz) for safetensors too.
         overlay = {"source": "", "custom_load": False, "file": str(file)}
         return _create(name, {**options, "pretrained": True, "pretrained_cfg_overlay": overlay})
     return _create(name, options)
@@ -125,7 +125,7 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
 
     try:
         return timm.create_model(name, **options)
-    except Exception as error:  # a shape, a cut file, an option that is none: a class of its own each
+    except Exception as error:  # a wrong shape, a truncated file, an unknown option: each raises its own class
         raise ZooError(f"timm cannot build {name!r} with {options}: {error}") from error
 
 
@@ -154,7 +154,7 @@ def _check_name(model: str) -> None:
 
 
 def _transform(tower: Any) -> ImageTransform:
-    """Take statistics and resampling from the weights' metadata; `crop_pct`, a habit of classifiers, is left out."""
+    """Take statistics and resampling from the weights' metadata, without `crop_pct`, which is for classification."""
     known = tower.pretrained_cfg
     return ImageTransform(
         size=tuple(tower.patch_embed.img_size),

@@ -1,4 +1,4 @@
-"""How a ViT of timm is run: for the timm encoder, and for the timm trunks inside open_clip's towers."""
+"""Run a ViT of timm, for the timm encoder and for timm trunks inside open_clip's towers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers"
 
 
 class TimmRunner(Runner):
-    """Cuts a timm ViT behind `layer` and listens to the attention of its last block.
+    """Runs a timm ViT up to `layer`, with hooks on the attention of that block.
 
     Raises:
         ZooError: the model has no blocks of one width on one patch grid, or no such layer, or no final norm.
@@ -31,7 +31,7 @@ class TimmRunner(Runner):
                 " a plain ViT is needed (vit_*, deit_*, eva*, beit* of timm)."
             )
         last = block_count(layer, len(tower.blocks), lowest=1) - 1
-        if norm and isinstance(tower.norm, nn.Identity):  # models that pool first keep their norm behind the pooling
+        if norm and isinstance(tower.norm, nn.Identity):  # models with average pooling have their norm after it
             tower.norm = getattr(tower, "fc_norm", tower.norm)
             if isinstance(tower.norm, nn.Identity):
                 raise ZooError(f"{name!r} has no final norm: norm must be false.")
@@ -81,7 +81,7 @@ class TimmRunner(Runner):
 
         assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
         query, key = taken.query, taken.key  # (M, H, P + N, d)
-        if (rope := taken.position) is not None:  # patches are rotated, the prefix is not
+        if (rope := taken.position) is not None:  # only patches are rotated; the hooks run before the rotation
             p, half = self.num_prefix, getattr(self.attention, "rotate_half", False)
 
             def rotated(x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class TimmRunner(Runner):
         return self.tower.norm
 
     def set_attention(self, name: str) -> None:
-        for module in self.tower.modules():  # what is fused is torch's SDPA, whose kernels are flash kernels too
+        for module in self.tower.modules():  # timm's fused attention is torch's SDPA, flash kernels included
             if hasattr(module, "fused_attn"):
                 module.fused_attn = not name.endswith("eager")
 
@@ -103,5 +103,5 @@ class TimmRunner(Runner):
 
 
 def _gives_prefix(tower: Any) -> bool:
-    """Whether the prefix goes through the blocks with the patches, which it does not in CaiT."""
+    """Whether prefix tokens run through the blocks with the patches; in CaiT they do not."""
     return "return_prefix_tokens" in signature(tower.forward_intermediates).parameters

@@ -1,4 +1,4 @@
-"""One place where an image is decoded, as late as possible and never larger than a bound."""
+"""Decode images of any source to RGB, with a bound on their size; the only place where images are decoded."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from zoo.registry import ZooError
 if TYPE_CHECKING:
     from PIL import Image
 
-# A file of a few kilobytes can claim any size; the header is read first, and pixels only below this bound. It is the
-# size at which Pillow itself starts to warn.
+# A file of a few kilobytes can state any size: the header is read first, and pixels are decoded below this bound only.
+# It is the size from which Pillow warns.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
-# What is opened, by its first bytes; other formats of Pillow are documents and drawings (EPS starts Ghostscript).
+# Formats that are opened, by a file's first bytes; others of Pillow are documents and drawings (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-TEXT = 1 << 20  # bytes of a text in a PNG that is looked at for the orientation
+TEXT = 1 << 20  # largest text chunk of a PNG, in bytes, that is read for the orientation
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(source: Any, where: str = "") -> Image.Image:
-    """Decode `source` to an RGB image, upright as its EXIF orientation says.
+    """Decode `source` to an RGB image, rotated by its EXIF orientation.
 
-    Grey, palette and CMYK images become RGB; 16-bit values keep their high byte; what is transparent is laid on white;
-    of an animation the first frame counts. Files are of one of `FORMATS`.
+    Grey, palette and CMYK images become RGB; 16-bit values keep their high byte; transparency is composed on white; of
+    an animation the first frame is taken. Files must be of one of `FORMATS`.
 
     Args:
         source: a path, a `data:` URL, encoded bytes, a binary file, a PIL image, an array or a tensor of uint8, (h, w),
             (h, w, 3|4) or (3, h, w), or a function without arguments that returns one of these.
-        where: what to call the image in an error, e.g. `image 0 of sample 'n17'`; a path is named by itself.
+        where: name of the image in messages, e.g. `image 0 of sample 'n17'`; a path is added to it.
 
     Raises:
-        ZooError: the image does not exist, is broken, is larger than `MAX_PIXELS`, stands behind a URL (nothing is
-            fetched), or is of no kind named above.
+        ZooError: the image does not exist, is broken, is larger than `MAX_PIXELS`, is a URL (nothing is fetched), or
+            is of another type.
     """
     import numpy as np
     from PIL import Image, UnidentifiedImageError
@@ -56,7 +56,7 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         path = Path(source)
         where = f"{where} ({str(path)!r})" if where else repr(str(path))
         if not path.is_file():
-            raise ZooError(f"Image {where} does not exist or is no file.")
+            raise ZooError(f"Image {where} does not exist or is not a file.")
         source = path
     where = f"Image {where}" if where else "An image"
     while callable(source) and not isinstance(source, Image.Image):
@@ -84,8 +84,8 @@ def open_image(source: Any, where: str = "") -> Image.Image:
     except ZooError:
         raise
     except UnidentifiedImageError as error:
-        raise ZooError(f"{where} is no image that can be decoded; allowed are {', '.join(FORMATS)}.") from error
-    except Exception as error:  # what Pillow's decoders raise on broken files has no common kind
+        raise ZooError(f"{where} is not an image that can be decoded; allowed are {', '.join(FORMATS)}.") from error
+    except Exception as error:  # Pillow's decoders raise errors of many classes on broken files
         raise ZooError(f"{where} is broken: {error or type(error).__name__}") from error
 
 
@@ -96,17 +96,17 @@ _ALLOWED = (
 
 
 def base64_bytes(text: str) -> bytes:
-    """Decode base64, also where it is wrapped in lines, percent-encoded or lacks its padding.
+    """Decode base64, also if it is wrapped in lines, percent-encoded or lacks its padding.
 
     Raises:
-        ValueError: it holds anything else.
+        ValueError: it contains other characters.
     """
     text = "".join((unquote(text) if "%" in text else text).split()).rstrip("=")
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def data_url_bytes(url: str) -> bytes:
-    """Return what a `data:` URL holds.
+    """Return the content of a `data:` URL.
 
     Raises:
         ValueError: it is broken, or not in base64.
@@ -142,9 +142,9 @@ def _decoded(file: Any, where: str) -> Image.Image:
 
 
 def _png_pixels(file: Any) -> io.BytesIO:
-    """Copy a PNG file, read up to its magic, with the first frame, transparency and orientation alone.
+    """Copy a PNG file, already read up to its magic, without chunks other than pixels, transparency and orientation.
 
-    Pillow refuses a picture for the length of a text in it, and takes a text called `transparency` for a colour.
+    Pillow refuses a picture for a long text chunk, and takes a text chunk named `transparency` for a colour.
     """
     kept, names, is_wide = [PNG], {b"Raw profile type exif", b"XML:com.adobe.xmp"}, False
     while len(head := file.read(8)) == 8:
@@ -152,8 +152,8 @@ def _png_pixels(file: Any) -> io.BytesIO:
         if kind in {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"}:
             body = file.read(length + 4)
             if kind == b"IHDR":
-                is_wide = body[8:10] == b"\x10\2"  # 16 bits a colour, of which Pillow keeps the high byte
-            elif kind == b"tRNS" and is_wide and length == 6:
+                is_wide = body[8:10] == b"\x10\2"  # RGB of 16 bits, of which Pillow keeps the high byte
+            elif kind == b"tRNS" and is_wide and length == 6:  # compared with 8-bit pixels: keep the high bytes too
                 clear = bytes([0, body[0], 0, body[2], 0, body[4]])
                 body = clear + zlib.crc32(kind + clear).to_bytes(4, "big")
             kept += [head, body]
@@ -169,7 +169,7 @@ def _png_pixels(file: Any) -> io.BytesIO:
 
 
 def _is_short(kind: bytes, text: bytes) -> bool:
-    """Whether the text of a PNG, given what is behind its name, is of a length that Pillow takes."""
+    """Whether the text of a PNG chunk, given after its name, decompresses to a length that Pillow accepts."""
     if kind == b"tEXt" or (kind == b"iTXt" and text[:1] == b"\0"):
         return True
     unpack = zlib.decompressobj()
@@ -181,13 +181,13 @@ def _is_short(kind: bytes, text: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says; with metadata that cannot be read it stays as it is."""
+    """Rotate an image by its EXIF orientation; unreadable metadata is ignored."""
     from PIL.Image import Transpose
 
     image.load()
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # the picture is whole, and viewers show it
+    except Exception:  # the pixels are intact, and viewers show such images too
         return image
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT,
@@ -224,14 +224,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     clear = image.info.get("transparency")
-    if clear is not None and not isinstance(clear, (int, bytes, tuple)):  # a text of that name is no colour
+    if clear is not None and not isinstance(clear, (int, bytes, tuple)):  # a text chunk of that name, not a colour
         image, clear = image.copy(), None
         del image.info["transparency"]
     if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         high = values.max(initial=0)
         hidden = values == clear if isinstance(clear, int) else None
-        if image.mode.startswith("I;16") or high > 255:  # Pillow clips at 255 instead, which gives a white image
+        if image.mode.startswith("I;16") or high > 255:  # Pillow would clip at 255, to a white image
             values = values / 256
         elif image.mode == "F" and high <= 1:
             values = values * 255

@@ -1,7 +1,7 @@
-"""Images as a published model wants them: decoded by us, cut and normalised by the image processor that it names.
+"""Pixels for published models: decoded here, cut and normalised by the model's own image processor of transformers.
 
-The processor is one of transformers' own, built from plain values; what it gives is what the model was trained on, to
-the bit. An image may become several rows (crops), which a layout joins again behind the projector.
+The processor is built from plain values; its pixels are bit for bit those of the released model. An image may become
+several rows (crops), which a layout joins again after the projector.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from zoo.registry.versions import BY_PILLOW
 from zoo.vision.images.decode import open_image
 from zoo.vision.images.video import read_video
 
-_OURS = ("call", "whole_if_several", "processor_class")  # beside the values of a processor
+_OURS = ("call", "whole_if_several", "processor_class")  # our keys among the values of a processor
 
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
 @dataclass
 class Picture:
-    """An image, or a video, as the model will see it."""
+    """Pixels of an image or a video, and how it was cut."""
 
     pixels: Tensor  # (R, 3, h, w)
     cut: Cut
@@ -36,8 +36,8 @@ class Pictures:
     """An image processor of transformers.
 
     Args:
-        config: its values as it saves them, `image_processor_type` among them; beside them `call`, options of the call,
-            and `whole_if_several`: one of several images of a sample is not cut.
+        config: values of the processor as it saves them, with `image_processor_type`; also `call`, options of its call,
+            and `whole_if_several`: do not cut an image that is one of several of a sample.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Pictures:
 
     @cached_property
     def processor(self) -> Any:
-        """The processor itself, built on first use (loader workers build their own)."""
+        """The processor of transformers, built on first use (each data worker builds its own)."""
         return processor_of(self.config)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,14 +57,14 @@ class Pictures:
         """Decode, cut and normalise one image.
 
         Args:
-            source: what `open_image` takes.
-            where: what to call it in an error.
-            several: it is one of several of its sample.
-            options: of the processor's call, which win over those that the model states.
+            source: as in `open_image`.
+            where: name of the image in messages.
+            several: whether the sample has other images.
+            options: of the processor's call, with precedence over those in the config.
         """
         image = open_image(source, where)
         whole = several and self.config.get("whole_if_several")
-        given = [[image, image]] if whole else [image]  # such a processor counts the images of a sample
+        given = [[image, image]] if whole else [image]  # such a processor does not cut if a sample has several images
         out = self.processor(images=given, return_tensors="pt", **{**self.config.get("call", {}), **(options or {})})
         pixels = out["pixel_values"]
         pixels = pixels[0] if pixels.ndim == 5 else pixels  # (R, 3, h, w)
@@ -74,7 +74,7 @@ class Pictures:
 
 
 class Videos(Pictures):
-    """A video processor of transformers: the frames that were asked for, each prepared as an image."""
+    """A video processor of transformers: selected frames, each prepared as an image."""
 
     def __call__(
         self, source: Any, where: str = "", several: bool = False, options: Mapping[str, Any] | None = None
@@ -84,15 +84,15 @@ class Videos(Pictures):
         out = self.processor(videos=[clip.frames], do_sample_frames=False, return_tensors="pt")
         pixels = out["pixel_values_videos" if "pixel_values_videos" in out else "pixel_values"][0]  # (F, 3, h, w)
         height, width = clip.frames.shape[1:3]
-        times = tuple(i / clip.fps for i in clip.indices)  # as transformers counts them: frames are evenly spaced
+        times = tuple(i / clip.fps for i in clip.indices)  # as in transformers, which assumes a constant rate
         return Picture(pixels, Cut(len(pixels), "frame", (height, width), times=times, duration=clip.duration))
 
 
 def processor_of(config: Mapping[str, Any]) -> Any:
-    """Build the image or video processor that plain values describe.
+    """Build an image or video processor of transformers from plain values.
 
     Raises:
-        ZooError: transformers has no such class, or it does not take these values.
+        ZooError: transformers has no such class, or it refuses the values.
     """
     import transformers
     from transformers.image_processing_utils import BaseImageProcessor
@@ -112,7 +112,7 @@ def processor_of(config: Mapping[str, Any]) -> Any:
 
 
 def stack(pictures: Sequence[Tensor | Picture]) -> dict[str, Any]:
-    """Join images for the encoder: `pixel_values` (M, 3, h, w), and `cuts` where images have rows of their own."""
+    """Stack images for the encoder: `pixel_values` (M, 3, h, w), and `cuts` if images have several rows."""
     if not pictures:
         return {}
     if all(isinstance(p, Tensor) for p in pictures):
@@ -128,17 +128,17 @@ def stack(pictures: Sequence[Tensor | Picture]) -> dict[str, Any]:
 
 
 def blank(picture: Tensor | Picture) -> Tensor | Picture:
-    """The same picture with zero pixels: what a blind model is shown."""
+    """Return the picture with zero pixels, for evaluation without images."""
     if isinstance(picture, Tensor):
         return torch.zeros_like(picture)
     return Picture(torch.zeros_like(picture.pixels), picture.cut)
 
 
 def as_clip(transform: ImageTransform) -> dict[str, Any]:
-    """Say a transform as values of `CLIPImageProcessor`, which resizes and cuts as ours does.
+    """Translate a transform to values of `CLIPImageProcessor`, which resizes and crops alike.
 
     Raises:
-        ZooError: it pads images to squares.
+        ZooError: the transform pads images to squares.
     """
     if transform.fit == "pad":
         raise ZooError(

@@ -1,4 +1,4 @@
-"""Pixels as an encoder wants them, from its own `ImageTransform`."""
+"""Resize, crop and normalise images by an encoder's `ImageTransform`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LIBRARIES = ("pillow", "torchvision")
 def to_pixels(image: Any, transform: ImageTransform, where: str = "") -> Tensor:
     """Fit an image to `transform.size` and normalise it: (3, h, w) float32.
 
-    An array (h, w) or (h, w, 3) of uint8 that has the right size already is only normalised: 15 us at 64 x 64.
-    Everything else goes through `open_image` and is resampled.
+    A uint8 array (h, w) or (h, w, 3) of the target size is only normalised (15 us at 64 x 64). Other sources are
+    decoded by `open_image` and resampled.
     """
     if callable(image):
         image = image()
@@ -42,10 +42,10 @@ def normalise(image: Tensor, transform: ImageTransform) -> Tensor:
 
 
 def require_transform(transform: ImageTransform) -> None:
-    """Refuse words that no way of resampling has, and statistics that pixels cannot be divided by.
+    """Refuse an unknown fit, filter or library, and a std that is not positive.
 
     Raises:
-        ZooError: naming what is wrong.
+        ZooError: with the field and its value.
     """
     if transform.fit not in FITS or transform.resample not in RESAMPLES:
         raise ZooError(
@@ -59,10 +59,10 @@ def require_transform(transform: ImageTransform) -> None:
 
 
 def fit(image: Image.Image, transform: ImageTransform) -> Image.Image:
-    """Resize an RGB image to `transform.size` by its way of fitting.
+    """Resize an RGB image to `transform.size`.
 
-    crop: the shorter side to size (the longer one rounded down, as in transformers and torchvision), then the centre.
-    squash: both sides, the aspect ratio is lost. pad: the longer side, the rest filled with the mean colour.
+    crop: resize the shorter side (the longer one rounded down, as in transformers and torchvision), then centre crop.
+    squash: resize both sides without the aspect ratio. pad: resize the longer side, fill with the mean colour.
     """
     require_transform(transform)
     if image.size == transform.size[::-1]:
@@ -74,7 +74,7 @@ def fit(image: Image.Image, transform: ImageTransform) -> Image.Image:
 
 
 def _inner(image: Image.Image, transform: ImageTransform) -> tuple[int, int, int, int]:
-    """Width and height that an image is resized to, and where the target's corner lies in it (left, top)."""
+    """Size (width, height) that an image is resized to, and the target's corner in it (left, top)."""
     height, width = transform.size
     wide = image.width * height >= image.height * width  # at least as wide as the target, in proportion
     if transform.fit == "squash":
@@ -83,7 +83,7 @@ def _inner(image: Image.Image, transform: ImageTransform) -> tuple[int, int, int
         inner = (max(1, image.width * height // image.height), height)
     else:
         inner = (width, max(1, image.height * width // image.width))
-    # The corner's coordinates are negative where there is room to fill.
+    # The corner is negative if the target is larger, to be filled.
     return *inner, int((inner[0] - width) / 2), int((inner[1] - height) / 2)
 
 
@@ -92,7 +92,7 @@ def _by_torchvision(image: Image.Image, transform: ImageTransform) -> Image.Imag
     from torchvision.transforms.v2 import functional as F
 
     (height, width), (across, down, left, top) = transform.size, _inner(image, transform)
-    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)  # (3, h, w), its channels last in memory: half the time
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)  # (3, h, w), channels last: resizes in half the time
     kind = F.InterpolationMode("nearest-exact" if transform.resample == "nearest" else transform.resample)
     pixels = F.resize(pixels, [down, across], kind, antialias=True)
     pixels = pixels[:, top : top + height, left : left + width].movedim(0, -1)
@@ -118,7 +118,7 @@ def _fits(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
 
 @lru_cache(maxsize=64)
 def _affine(transform: ImageTransform) -> tuple[Tensor, Tensor]:
-    """`pixel * factor + offset` normalises a uint8 pixel; both are (3, 1, 1)."""
+    """Factor and offset (3, 1, 1) that normalise a uint8 pixel in one multiply-add."""
     with torch.device("cpu"):
         mean = torch.tensor(transform.mean, dtype=torch.float64).view(3, 1, 1)
         std = torch.tensor(transform.std, dtype=torch.float64).view(3, 1, 1)

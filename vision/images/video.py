@@ -1,8 +1,8 @@
-"""One place where a video is read: a few of its frames, as late as possible, by decord or PyAV behind the same call.
+"""Read frames of a video with decord or PyAV; the only place where videos are decoded.
 
-Readers are opened where frames are needed and closed again: one that lives across a fork hangs. Frames are counted in
-the order in which they are shown. PyAV finds keyframes without decoding and jumps only where one lies between what was
-read last and what is wanted next, so that a few frames of a long clip cost a few frames.
+Readers are opened per call and closed again: one that lives across a fork hangs. Frames are counted in presentation
+order. With PyAV, keyframes are located without decoding, and a seek happens only if one lies between the last frame
+read and the next one needed, so that a few frames of a long clip cost a few decoded frames.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLINGS = ("uniform", "fps", "explicit")
-READERS = {"decord": "decord", "pyav": "av"}  # name -> package; in this order where none is asked for
+READERS = {"decord": "decord", "pyav": "av"}  # name -> package, in the order of preference
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})  # endings of files
 EXACT_IN_DECORD = frozenset({"h264", "hevc", "vp8", "vp9"})  # codecs
 MAX_BYTES = 8 << 30  # of decoded frames, at once
-# Containers that are read: what a file begins with, and what FFmpeg calls it. FFmpeg would take playlists and lists of
-# segments for videos too, whatever the file is called, and open each file and address that they name.
+# Supported containers by FFmpeg's name, and the first bytes of a file. FFmpeg detects formats by content: it would also
+# open playlists, whatever their file name, and then every file and address that they list.
 CONTAINERS = {
     "mov": re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip|pnot|styp|moof|sidx)", re.DOTALL),
     "matroska": re.compile(rb"\x1a\x45\xdf\xa3"),
@@ -37,14 +37,14 @@ _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,m4a,3gp,3
 
 @dataclass(frozen=True)
 class Video:
-    """A video as a data set may give it: where it is, and which frames to show."""
+    """A video of a sample: its path, and which frames to show."""
 
     path: str
-    frames: int = 8  # uniform: how many; fps: the most
-    sampling: str = "uniform"  # uniform: evenly from the first | fps: so many a second | explicit: those of `indices`
-    fps: float = 1.0  # frames a second, for `fps`
-    indices: tuple[int, ...] = ()  # counted from 0, for `explicit`; negative from the end
-    reader: str = "auto"  # auto: decord where it is exact, else pyav | decord | pyav
+    frames: int = 8  # number of frames (uniform), or the largest number (fps)
+    sampling: str = "uniform"  # uniform: evenly from the first frame | fps: at a rate | explicit: `indices`
+    fps: float = 1.0  # frames per second, for `fps`
+    indices: tuple[int, ...] = ()  # for `explicit`, counted from 0; negative from the end
+    reader: str = "auto"  # auto: decord for codecs in which it is exact, else pyav | decord | pyav
 
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLINGS:
@@ -57,10 +57,10 @@ class Video:
             raise ZooError(f"Video {self.path!r}: explicit sampling needs indices.")
 
     def choose(self, total: int, fps: float) -> list[int]:
-        """The frames to show of `total` at `fps` a second.
+        """Choose indices of frames from a video of `total` frames at `fps` per second.
 
         Raises:
-            ZooError: an explicit index lies outside.
+            ZooError: an explicit index is out of range.
         """
         if self.sampling == "explicit":
             wrong = [i for i in self.indices if not -total <= i < total]
@@ -72,45 +72,45 @@ class Video:
             return [i * total // count for i in range(count)]
         step = max(fps / self.fps, 1.0)
         chosen = [int(i * step) for i in range(int((total - 1) / step) + 1)]
-        if len(chosen) > self.frames:  # a long one is shown whole, with larger steps
+        if len(chosen) > self.frames:  # a long video is covered whole, at a lower rate
             chosen = [chosen[i * len(chosen) // self.frames] for i in range(self.frames)]
         return chosen
 
 
 @dataclass
 class Clip:
-    """Frames that were read, and what is known of the video."""
+    """Decoded frames of a video, with their times."""
 
     frames: np.ndarray  # (F, h, w, 3) uint8 RGB
     indices: list[int]
     times: list[float]  # of each frame, in seconds
     fps: float
-    total: int  # frames of the video
+    total: int  # frames of the whole video
     reader: str
-    decoded: int | None = None  # frames that were decoded for it; None: the reader does not say
+    decoded: int | None = None  # frames decoded to get these, for measurements; None: the reader does not report it
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """Length of the video in seconds."""
         return self.total / self.fps if self.fps else 0.0
 
 
 def read_video(video: Video | str | Path) -> Clip:
-    """Read the frames that `video` asks for; a path means eight, evenly.
+    """Read the frames selected by `video`; a path alone means eight frames, evenly.
 
     Raises:
-        ZooError: the file does not exist, holds no video, has no frames or is broken; with its path.
+        ZooError: the file does not exist, is not a video, has no frames or is broken.
     """
     video = video if isinstance(video, Video) else Video(str(video))
     path = Path(video.path).expanduser()
     if not path.is_file():
-        raise ZooError(f"Video {str(path)!r} does not exist or is no file.")
+        raise ZooError(f"Video {str(path)!r} does not exist or is not a file.")
     if path.stat().st_size == 0:
         raise ZooError(f"Video {str(path)!r} is empty.")
     with path.open("rb") as file:
         begins = file.read(16)
     if not any(known.match(begins) for known in CONTAINERS.values()):
-        raise ZooError(f"Video {str(path)!r} is none of {', '.join(CONTAINERS)}, the containers that are read.")
+        raise ZooError(f"Video {str(path)!r} is in none of the supported containers: {', '.join(CONTAINERS)}.")
     there = [name for name, package in READERS.items() if find_spec(package)]
     if video.reader != "auto" and video.reader not in there:
         raise ZooError(f"The video reader {video.reader!r} is not installed: pip install 'zoo-vlm[video]'.")
@@ -129,7 +129,7 @@ def read_video(video: Video | str | Path) -> Clip:
 
 
 def _exact_in_decord(path: Path) -> bool:
-    """Whether decord gives the frames that it is asked for: of MPEG-4 with B-frames it gives others, AV1 it cannot."""
+    """Whether decord returns exact frames of this codec; not so for MPEG-4 with B-frames, and AV1 is unsupported."""
     import av
 
     try:
@@ -140,7 +140,7 @@ def _exact_in_decord(path: Path) -> bool:
 
 
 class _UnreadableError(ZooError):
-    """A reader cannot read a file; another one may."""
+    """A reader failed on a file that another one may read."""
 
 
 def _with_decord(path: Path, video: Video) -> Clip:
@@ -149,13 +149,13 @@ def _with_decord(path: Path, video: Video) -> Clip:
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         total, fps = len(reader), float(reader.get_avg_fps())
-    except Exception as error:  # DECORDError and RuntimeError, by what is wrong
+    except Exception as error:  # DECORDError or RuntimeError
         raise _UnreadableError(f"Video {str(path)!r} cannot be read: {first_line(error)}") from error
     if not total:
         raise _UnreadableError(f"Video {str(path)!r} has no frames.")
     indices = video.choose(total, fps)
     try:
-        frames = reader.get_batch(indices).asnumpy()  # never through decord's bridge, which is global
+        frames = reader.get_batch(indices).asnumpy()  # not by decord's bridge to torch, which is global state
         times = [float(start) for start, _ in reader.get_frame_timestamp(indices)]
     except Exception as error:
         raise _UnreadableError(f"Video {str(path)!r} is broken: {first_line(error)}") from error
@@ -178,7 +178,7 @@ def _with_pyav(path: Path, video: Video) -> Clip:
             indices = video.choose(len(places), fps)
             size = stream.width * stream.height * 3 * len(set(indices))
             if size > MAX_BYTES:
-                raise ZooError(f"Video {str(path)!r}: {len(indices)} frames take {size >> 20} MB; the most is 8 GB.")
+                raise ZooError(f"Video {str(path)!r}: {len(indices)} frames take {size >> 20} MB; the limit is 8 GB.")
             found, decoded = _decode(container, stream, sorted({places[i] for i in indices}), keys)
             missing = [i for i in indices if places[i] not in found]
             if missing:
@@ -186,13 +186,13 @@ def _with_pyav(path: Path, video: Video) -> Clip:
             start = places[0]
             times = [float((places[i] - start) * stream.time_base) for i in indices]
     except av.error.FFmpegError as error:
-        raise _UnreadableError(f"Video {str(path)!r} is broken or no video: {first_line(error)}") from error
+        raise _UnreadableError(f"Video {str(path)!r} is broken or not a video: {first_line(error)}") from error
     frames = np.stack([found[places[i]] for i in indices])
     return Clip(frames, indices, times, fps, len(places), "pyav", decoded)
 
 
 def _places(container: Any, stream: Any) -> tuple[list[int], list[int]]:
-    """Times of all frames and of the keyframes in units of the stream, ascending; nothing is decoded."""
+    """List the times of all frames and of keyframes in units of the stream, ascending, without decoding."""
     places, keys = [], []
     for packet in container.demux(stream):
         if packet.pts is not None and packet.size:
@@ -203,12 +203,17 @@ def _places(container: Any, stream: Any) -> tuple[list[int], list[int]]:
 
 
 def _decode(container: Any, stream: Any, wanted: Sequence[int], keys: list[int]) -> tuple[dict[int, Any], int]:
-    """Decode the frames at the times `wanted`, ascending, and as few others as keyframes allow."""
+    """Decode the frames at the times `wanted`, ascending, and as few others as keyframes allow.
+
+    Returns:
+        Time -> frame, and the number of frames decoded.
+    """
     found: dict[int, Any] = {}
     decoded, at, frames = 0, None, iter(())
     for place in wanted:
         before = bisect_right(keys, place)
         key = keys[before - 1] if before else (keys[0] if keys else place)
+        # Seek only forwards past a keyframe; otherwise the decoder is already closer than any keyframe.
         if at is None or key > at:
             container.seek(key, stream=stream, backward=True)
             frames = container.decode(stream)

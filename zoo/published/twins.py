@@ -156,7 +156,7 @@ def as_transformers(vit: PlainViT) -> tuple[Any, dict[str, Tensor]]:
         raise _no_twin("its images are not square")
     if vit.pre_norm is None and vit.cls is not None:
         if inner % width:
-            raise _no_twin(f"its feed-forward layers are {inner} wide, which is no multiple of {width}")
+            raise _no_twin(f"its feed-forward layers are {inner} wide, which is not a multiple of {width}")
         return _as_dinov2(vit, sizes, inner // width)
     return _as_clip_or_siglip(vit, {**sizes, "intermediate_size": inner})
 

@@ -10,17 +10,18 @@ factor A; the other factor B is an ordinary learned matrix that starts at zero. 
 q, k, v: added to the outputs of the projections, ahead of rotary positions; o: to the output projection's; m: to the
 output of the whole feed-forward block, from its input. The full change s B A^T is never built, except by `merge`.
 
-We differ from the authors' code: the placeholder of an image leaves the sequence (theirs stays as a position that
-nobody sees); rows without an image get zero factors without an empty picture being encoded, and a batch without any
-runs the plain LLM (theirs stops); positions go on from the prompt while generating (theirs repeat one); beams and
-several returned sequences repeat A; several images are refused unless `max_images` allows them, and are then read
-together, each but the first with an embedding of its number (theirs reads the first alone); what a pruner left of an
-image is read at the positions it had; widths follow the LLM (grouped keys, fused q/k/v); the encoder learns too where a
-recipe says so. Arguments in their training code default to a smaller model; the defaults here are those of their launch
-scripts, with width 512: one script says 1024 and the other 512, which alone fits the size that they state.
+We differ from the authors' code: the placeholder of an image leaves the sequence (in their code it stays as a masked
+position); rows without an image get zero factors without an empty picture being encoded, and a batch without images
+runs the plain LLM (their code stops); positions continue after the prompt while generating (their code repeats one);
+beams and several returned sequences repeat A; several images are refused unless `max_images` allows them, and are then
+read together, each but the first with an embedding of its number (their code reads the first alone); tokens that a
+pruner kept are read at the positions they had; widths follow the LLM (grouped keys, fused q/k/v); the encoder can be
+trained as well. Arguments of their training code default to a smaller model; the defaults here are those of their
+launch scripts, with width 512: of their two scripts, with 1024 and 512, only that one gives the parameter count that
+they report.
 
-New weights start in float32, whatever the LLM has, and follow the model where it is cast; factors are given to the LLM
-in its own format.
+New weights start in float32, whatever the LLM has, and follow the model where it is cast; factors are cast to the
+LLM's dtype.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,15 +54,15 @@ class VLoRAConfig:
     rank: int = 64
     alpha: float | None = None  # the change is scaled by alpha / rank; null: the rank, so by 1
     types: str = "qkvom"  # weights that change: some of q, k, v, o and m, a path around the feed-forward block
-    skip: int = 4  # one layer in so many changes, the last of each group
-    width: int = 512  # of the generators
+    skip: int = 4  # every skip-th layer changes, the last of each group of `skip`
+    width: int = 512  # hidden size of the generators
     depth: int = 8  # blocks of a generator
-    num_heads: int = 16  # of a generator
+    num_heads: int = 16  # attention heads of a generator
     mlp_ratio: float = 4.0  # width of a generator's feed-forward over its width
     separate: bool = True  # a generator for each type; false: one for all, where their inputs are equally wide
-    max_images: int = 1  # images (or crops, frames) that one sequence may show; they are read together
-    # Of the projection of image features at the start. Theirs is for features 1024 wide; narrow ones drown in the
-    # positions, of std 1, that are added to them: 0.02 sqrt(1024 / width) makes them as loud.
+    max_images: int = 1  # images (or crops, frames) of one sequence; they are read together
+    # Initial std of the projection of image features. The released 0.02 is for features 1024 wide; scale it by
+    # sqrt(1024 / width) for narrower ones, or positions (std 1) dominate what is added to them.
     image_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class VLoRAConfig:
         if not self.types or set(self.types) - set(_TYPES) or len(set(self.types)) < len(self.types):
             raise ZooError(f"types is some of the letters {_TYPES}, each once, got {self.types!r}.")
         if self.width % self.num_heads:
-            raise ZooError(f"width {self.width} is no multiple of num_heads {self.num_heads}.")
+            raise ZooError(f"width {self.width} is not a multiple of num_heads {self.num_heads}.")
         for name in ("mlp_ratio", "image_std"):
             if getattr(self, name) <= 0:
                 raise ZooError(f"{name} must be more than 0, got {getattr(self, name)}.")
@@ -85,16 +86,16 @@ class VLoRAConfig:
 
 @register("adapter", "vlora")
 class VLoRA(Adapter, nn.Module):
-    """Starts as the base model: B is zero. Then only B has a gradient; from the second step on everything has."""
+    """Computes the base model at the start: B is zero, so only B has a gradient in the first step."""
 
     needs: frozenset[str] = frozenset({"image"})
     concurrent = True
     losses: frozenset[str] = frozenset()
     excludes: frozenset[str] = frozenset({"image_tokens"})
-    per_row = True  # one change for a whole row: samples cannot share one
-    choices = {"skip": (1, 2)}  # what `zoo check` may offer
+    per_row = True  # weights change for a whole row, so samples with different images cannot be packed into one
+    choices = {"skip": (1, 2)}  # what `zoo check` may propose
 
-    lm: Any  # the transformers model; not a child: its parameters are the language model's
+    lm: Any  # the transformers model, held outside of the module tree: its parameters belong to the LLM
     sites: list[Site]  # layers that change, and where in them
 
     def __init__(
@@ -106,14 +107,15 @@ class VLoRA(Adapter, nn.Module):
         grid: tuple[int, int] | None,
         encoder_grid: tuple[int, int] | None = None,
     ) -> None:
-        """Build it.
+        """Build generators and factors for the sites of `llm`.
 
         Args:
             config: sizes.
-            llm: with its base weights.
+            llm: language model with its base weights.
             vision_dim: width of the image features.
             grid: of the image features; None once tokens were dropped.
-            encoder_grid: of the encoder itself, where that is known; positions are those of its tokens.
+            encoder_grid: grid of the encoder's own tokens, if known: positions are learned on it, since a pruner's
+                tokens keep their places in it.
         """
         super().__init__()
         places = encoder_grid or grid
@@ -132,7 +134,7 @@ class VLoRA(Adapter, nn.Module):
         )
         self.passes = Passes(llm, lambda: False, "vlora")
         self._undo: list[Callable[[], None]] = []
-        self._blocks: list[tuple[Any, int]] = []  # feed-forward blocks with the hook that comes last there
+        self._blocks: list[tuple[Any, int]] = []  # feed-forward blocks, and the id of our hook that must run last
         self._merged: list[Callable[[], None]] = []
 
     def _make_generators(self) -> nn.ModuleDict:
@@ -149,7 +151,7 @@ class VLoRA(Adapter, nn.Module):
     # ---- in and out of the LLM -----------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Hook into the layers that change; the tree of modules and their weights stay as they are."""
+        """Register hooks on the layers that change; the module tree and weights stay as they are."""
         if self._undo:
             return
         self._undo = self.passes.attach()
@@ -167,28 +169,30 @@ class VLoRA(Adapter, nn.Module):
                 yield add_to_output(self.lm, name, partial(self._delta, number, types))
                 continue
             block = self.lm.get_submodule(name)
+            # Our pre-hook first, our hook last: adapters between them (MoLE sorts tokens by expert) reorder the rows,
+            # and m is a path around all of that.
             yield block.register_forward_pre_hook(partial(self._before_block, number), prepend=True)
             last = block.register_forward_hook(partial(self._behind_block, number))
             self._blocks.append((block, last.id))
             yield last
 
     def detach(self) -> None:
-        """Take the hooks out; the language model is what it was, to the bit."""
+        """Remove the hooks; the language model computes what it did before, bit for bit."""
         self.unmerge()
         for undo in self._undo:
             undo()
         self._undo, self._blocks, self.passes.alone = [], [], Pass()
 
     def owns(self, name: str) -> bool:
-        """Nothing of it stands in the language model."""
+        """False for every parameter of the language model: all weights are this module's own."""
         return False
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """None."""
+        """Return an empty dict: there is no auxiliary loss."""
         return {}
 
     def save(self, folder: str | Path) -> None:
-        """Write this adapter's weights alone, with its options."""
+        """Write this adapter's weights with its options."""
         adapter_file.write(folder, "vlora", self.config, self.state_dict())
 
     def load(self, folder: str | Path) -> None:
@@ -201,7 +205,7 @@ class VLoRA(Adapter, nn.Module):
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
         """Turn the features into factors, once for a forward pass or a whole generation.
 
-        The pass that runs takes them. Without one they hold for the language model run by itself, and for `merge`.
+        The current pass keeps them. Outside of a pass they serve direct calls of the language model, and `merge`.
 
         Args:
             image: tokens (M, N, D), images in the order of the rows; None: no image.
@@ -220,8 +224,8 @@ class VLoRA(Adapter, nn.Module):
         self.passes.condition = made
 
     def _made(self, image: ImageFeatures | None, rows: Any, count: int, expand: int) -> list[Factors] | None:
-        """Factors of each site; None: the plain LLM."""
-        for block, last in self._blocks:  # others may have hooked in since
+        """Compute the factors of each site; None: the LLM runs unchanged."""
+        for block, last in self._blocks:  # hooks registered since ours must not run behind it
             if next(reversed(block._forward_hooks)) != last:
                 block._forward_hooks.move_to_end(last)
         if image is not None and rows:
@@ -230,30 +234,38 @@ class VLoRA(Adapter, nn.Module):
 
     @property
     def _given(self) -> list[Factors] | None:
-        """Factors of each site in the pass that runs; None: the plain LLM."""
+        """Factors of each site in the current pass; None: the LLM runs unchanged."""
         return self.passes.alone.conditions.get("vlora") if self._merged else self.passes.condition
 
     def _must_run(self) -> bool:
-        """Whether a batch of text must run the generators all the same: other processes wait for their gradients."""
+        """Whether a batch of text must run the generators: data parallelism waits for their gradients on each rank."""
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         return trains and several and torch.distributed.get_world_size() > 1
 
     def _factors(self, memories: list[Tensor], place: Tensor | None) -> list[Factors]:
-        """A and B of each site from the memories of the rows."""
+        """Generate A, and scale B, for each site.
+
+        Args:
+            memories: (G, S, W), one tensor for each number of images per row.
+            place: (B,) index of each row in the concatenated memories, one past the last for rows without images;
+                None: in order.
+        """
         parts = [self._generate(memory) for memory in memories]  # each: type -> (G, sites, in, R)
         autocast = torch.is_autocast_enabled(memories[0].device.type)
         made: dict[str, tuple[Tensor, Tensor]] = {}
         for t in self.config.types:
             a = parts[0][t] if len(parts) == 1 else torch.cat([p[t] for p in parts])
             if place is not None:
+                # Rows without an image index the appended zeros: their change is exactly zero.
                 a = torch.cat([a, torch.zeros_like(a[:1])])[place]  # (B, sites, in, R)
+            # The scale is applied to B, which is the same for all rows and smaller than A.
             b = self.b[t] * self.scale if self.scale != 1 else self.b[t]
             made[t] = (a, b) if autocast else (a.to(self.lm.dtype), b.to(self.lm.dtype))
         return [{t: (a[:, i], b[i]) for t, (a, b) in made.items()} for i in range(len(self.sites))]
 
     def _generate(self, memory: Tensor) -> dict[str, Tensor]:
-        """Memory (G, S, W) to the factor A of each type, (G, sites, in, R)."""
+        """Turn memory (G, S, W) into the factor A of each type, (G, sites, in, R)."""
         types, rank = self.config.types, self.config.rank
         if self.config.separate:
             return {t: self.generators[t](memory).unflatten(-1, (-1, rank)) for t in types}
@@ -268,9 +280,10 @@ class VLoRA(Adapter, nn.Module):
     # ---- inside a forward pass -----------------------------------------------------------------------------------
 
     def _enter(self, number: int, layer: Any, args: tuple[Any, ...]) -> Any:
-        """Ahead of a layer that reentrant checkpointing runs: give it factors that its own backward can reach.
+        """Give a layer under reentrant checkpointing detached copies of its factors (a forward pre-hook).
 
-        The hook is outside of what runs again, and finds the gradients that the copies gathered when it is over.
+        The hook runs outside of the checkpointed function, so the originals' graph is not traversed by the layer's
+        nested backward; `carry` passes the copies' gradients on to them afterwards.
         """
         if torch.compiler.is_compiling() or not (layer.training and getattr(layer, "gradient_checkpointing", False)):
             return None
@@ -284,7 +297,7 @@ class VLoRA(Adapter, nn.Module):
         return hidden, *args[1:]
 
     def _factors_of(self, number: int) -> Factors | None:
-        """What the layer that runs now uses."""
+        """Return the factors of the layer that runs, detached copies if `_enter` made some."""
         now = self.passes.now
         if (copies := now.notes.get(f"vlora.{number}")) is not None:
             return copies
@@ -292,7 +305,7 @@ class VLoRA(Adapter, nn.Module):
         return None if given is None else given[number]
 
     def _before_block(self, number: int, block: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the input of a block as the layer gives it: mixtures of experts reorder it in hooks of their own."""
+        """Keep a block's input in the order of the tokens, before hooks of other adapters sort it by expert."""
         self.passes.now.notes[f"vlora.{number}.input"] = args[0]
 
     def _behind_block(self, number: int, block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -300,13 +313,13 @@ class VLoRA(Adapter, nn.Module):
         return out if extra is None else out + extra
 
     def _delta(self, number: int, types: str, x: Tensor) -> Tensor | None:
-        """What is added to an output; several types: of one linear layer that makes them side by side."""
+        """Compute what is added to an output; several types belong to a fused linear layer, side by side."""
         factors = self._factors_of(number)
         if factors is None:
             return None
         terms = []
         for t in types:
-            if t not in factors:  # a part of a fused layer that does not change
+            if t not in factors:  # a part of a fused q/k/v layer without a change
                 terms.append(x.new_zeros(*x.shape[:-1], self.sites[number].widths[t][1]))
                 continue
             a, b = factors[t]
@@ -315,23 +328,25 @@ class VLoRA(Adapter, nn.Module):
                     f"The LLM runs {x.shape[0]} rows, but adapter 'vlora' took the images of {a.shape[0]}: call "
                     f"condition with the rows of this pass."
                 )
-            terms.append(F.linear(x @ a, b))  # (B, T, in) @ (B, in, R), then R to out
+            # Two thin products, (B, T, in) @ (B, in, R) and R to out: B A^T would be (B, out, in), a matrix per row.
+            terms.append(F.linear(x @ a, b))  # (B, T, out)
         return terms[0] if len(terms) == 1 else torch.cat(terms, dim=-1)
 
     # ---- merging -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merge(self, row: int = 0) -> None:
-        """Add the changes of one image to the weights of q, k, v and o: no small products any more, for that image.
+        """Add one image's changes to the weights of q, k, v and o, for many questions about that image.
 
-        The path of m leads around a block that is not linear, so no weight of the block can hold it: it stays a term of
-        its own. `unmerge` (and `detach`) bring the very weights back.
+        The path of m bypasses a nonlinear block, so it cannot be merged and stays a separate term. `unmerge` (and
+        `detach`) restore the original weights.
 
         Args:
             row: of the last `condition`.
 
         Raises:
-            ZooError: nothing was conditioned or can be merged, or the weights are no plain matrices (quantised).
+            ZooError: `condition` was not called, there is nothing to merge, or weights are not plain matrices
+                (quantised).
         """
         if self.config.types == "m":
             raise ZooError(
@@ -347,6 +362,7 @@ class VLoRA(Adapter, nn.Module):
             for name, types in site.linears:
                 if types != "m":
                     self._merged.append(_add_to_weight(self.lm, name, site.change(types, factors, row)))
+            # A batch of one row, which broadcasts over the rows of later passes.
             left.append({t: (a[row : row + 1], b) for t, (a, b) in factors.items() if t == "m"})
         self.passes.alone.conditions["vlora"] = left if "m" in self.config.types else None
 
@@ -356,7 +372,7 @@ class VLoRA(Adapter, nn.Module):
         return bool(self._merged)
 
     def unmerge(self) -> None:
-        """Put the base weights back where `merge` replaced them; the adapter then waits for `condition`."""
+        """Restore the base weights that `merge` replaced; `condition` must be called again."""
         if self._merged:
             self.passes.alone = Pass()
         for undo in reversed(self._merged):
@@ -365,7 +381,10 @@ class VLoRA(Adapter, nn.Module):
 
 
 def _add_to_weight(lm: nn.Module, name: str, change: Tensor) -> Callable[[], None]:
-    """Replace the weight of a linear layer by its sum with `change`; the result puts the old one back."""
+    """Replace the weight of a linear layer by its sum with `change`; returns a function that restores the old one.
+
+    The old parameter object is kept, so restoring is exact: subtracting the change would round.
+    """
     linear: Any = lm.get_submodule(name)
     while hasattr(linear, "base_layer"):  # PEFT's
         linear = linear.base_layer

@@ -1,7 +1,7 @@
-"""Image features as the memory that a generator of weights reads: projected, with positions, one run for each sequence.
+"""Image features as the memory that a weight generator attends to: projected, with positions, concatenated per row.
 
-Several images of a sequence stand one behind the other, each but the first with a learned embedding of its number, so
-that one image is read the same whatever the limit.
+Each image of a row but the first gets a learned embedding of its number: a row with one image is then read the same
+whatever the limit on images is.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from zoo.registry import ImageFeatures, ZooError
 
 
 def rows_of(image: ImageFeatures, images_per_row: Sequence[int], limit: int, who: str) -> list[range]:
-    """Say which rows of `image.tokens` each row of the LLM's batch shows; nothing where there are no images at all.
+    """Map each row of the LLM's batch to its rows of `image.tokens`; an empty list where the batch has no images.
 
     Args:
-        image: whose rows are images, or crops and frames of images (`rows`).
+        image: features whose rows are images, or crops and frames of images (`rows`).
         images_per_row: images of each row of the batch; empty: one each.
-        limit: the most that a row may show, crops and frames counted.
+        limit: most image rows of one sequence, crops and frames counted.
         who: name of the adapter, for messages.
     """
     views = list(image.rows or [1] * len(image.tokens))
@@ -50,21 +50,23 @@ class ImageMemory(nn.Module):
         self.numbers = nn.Parameter(torch.randn(max_images - 1, width)) if max_images > 1 else None
 
     def forward(self, image: ImageFeatures, rows: Sequence[range], expand: int) -> tuple[list[Tensor], Tensor | None]:
-        """Make a memory for each row of the batch that shows something.
+        """Build the memory of each row of the batch that has images.
 
         Args:
             image: tokens (M, N, D).
-            rows: of `image.tokens` that each row of the batch shows.
+            rows: for each row of the batch, its rows of `image.tokens`.
             expand: copies of each row of the batch, side by side.
 
         Returns:
-            Memories (G, S, W), one tensor for rows that show as many images, and the place of each row of the batch in
-            all of them behind each other (one past the last: it shows nothing). No places: all rows, in order.
+            Memories (G, S, W), one tensor for all rows with the same number of images; and for each row of the batch
+            its index in the concatenated memories, one past the last for a row without images. None instead of
+            indices: all rows, in order.
         """
         x = self._embed(image)  # (M, N, W)
         memories: list[Tensor] = []
         place = [-1] * len(rows)
         taken = 0
+        # Rows with equally many images are read as one batch: without padding, hence without masks in the generator.
         for count in sorted({len(r) for r in rows if len(r)}):
             members = [i for i, r in enumerate(rows) if len(r) == count]
             for at, i in enumerate(members, taken):
@@ -83,13 +85,16 @@ class ImageMemory(nn.Module):
         return memories, index.repeat_interleave(expand)
 
     def nothing(self, rows: int) -> tuple[list[Tensor], Tensor]:
-        """A memory of no image in which every parameter has a part, and rows that all show nothing."""
+        """Return the memory of a blank image, in which every parameter takes part, and indices of rows without images.
+
+        It gives the parameters zero gradients in a batch of text, which data parallelism waits for.
+        """
         tokens = self.proj.weight.new_zeros(1, len(self.positions), self.proj.in_features)
         memory = self.proj(tokens) + self._table()  # (1, N, W)
         return [memory], torch.ones(rows, dtype=torch.long, device=memory.device)
 
     def _table(self) -> Tensor:
-        """The positions; in training the numbers have a part in them, of nothing, so that several processes agree."""
+        """Return the positions; in training plus 0 * numbers, so that `numbers` has a gradient on every rank."""
         if self.numbers is None or not torch.is_grad_enabled():
             return self.positions
         return self.positions + 0 * self.numbers.sum()
@@ -99,7 +104,7 @@ class ImageMemory(nn.Module):
         positions = self._table().to(x.dtype)
         if image.keep is not None:
             return x + positions[image.keep]
-        if image.groups is not None:  # merged tokens stand at the mean of their places
+        if image.groups is not None:  # a merged token gets the mean of the positions that it was made of
             n = x.shape[1]
             went = F.one_hot(image.groups % (n + 1), n + 1)[..., :n].to(x.dtype)  # (M, N0, N), -1 is dropped
             return x + (went / went.sum(1, keepdim=True).clamp(min=1)).mT @ positions

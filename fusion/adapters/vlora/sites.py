@@ -1,4 +1,4 @@
-"""Where in the layers of an LLM the weights q, k, v, o and the path m around the feed-forward block are found."""
+"""Locate the weights q, k, v, o and the feed-forward block, around which m leads, in the layers of an LLM."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Site:
 
     layer: str  # name of the decoder layer in the transformers model
     attention: str  # name of its attention
-    linears: list[tuple[str, str]]  # name of a module, and the types that are added to its output
+    linears: list[tuple[str, str]]  # name of a module, and the types whose terms are added to its output
     widths: Mapping[str, tuple[int, int]]  # type -> width in and out
 
     def change(self, types: str, factors: Mapping[str, tuple[Tensor, Tensor]], row: int) -> Tensor:
-        """Give the change of a linear layer's weight (out, in) for one row of the batch, in float64."""
+        """Compute the change of a linear layer's weight (out, in) for one row of the batch, in float64."""
         parts = []
         for t in types:
             width, out = self.widths[t]
@@ -46,7 +46,7 @@ def find_sites(llm: Any, types: str, skip: int, who: str) -> list[Site]:
     Args:
         llm: a language model of the zoo.
         types: letters of q, k, v, o, m.
-        skip: one layer in so many.
+        skip: every skip-th layer.
         who: the adapter, for messages.
 
     Raises:

@@ -1,17 +1,17 @@
-"""AIM: merge image tokens that look alike before the LLM, and drop those that little attention flows to inside it.
+"""AIM: merge similar image tokens before the LLM, and drop those that receive little attention inside it.
 
 Paper: Zhong et al., arXiv:2412.03248 (ICCV 2025). Numbers that the paper does not give (temperature 0.1, five undamped
 steps, root mean square over heads) are those of the authors' code.
 
-Inside the LLM, layer l's attention is walked along five times from a uniform start, and what reaches an image token is
-its importance. At the output of layer l, from `start` on, all but a share 1 - (l - start + 1) / (stop - start) of the
-image tokens go, so layer `stop` and those behind it see text alone. Text and padding are never candidates.
+Inside the LLM, importance is a PageRank of layer l's attention: five steps from a uniform start. At the output of
+layer l, from `start` on, all but a share 1 - (l - start + 1) / (stop - start) of the image tokens are dropped, so that
+layer `stop` and later ones process text alone. Text and padding are never candidates.
 
-Where we differ from the public code: tokens are dropped, not hidden, so tokens already gone have no vote (`votes=all`
-brings that back, and hides instead of dropping); no attention matrix is made and none is read from the kernel; counts
-are those of each sample of a batch; a last prompt token stays even where it is an image token. The schedule is theirs
+Where we differ from the public code: tokens are dropped, not masked, so dropped tokens have no vote (`votes=all`
+masks as the public code does); no attention matrix is materialised or read from the kernel; counts are those of each
+sample of a batch; a last prompt token stays even where it is an image token. The schedule is that of the public code
 for LLMs of 28 and of 32 layers; for other depths that of 28 is scaled, which is ours. Merging acts on the encoder's
-features before the projector (the public code: on projected and pooled ones for video) and measures likeness on them,
+features before the projector (the public code: on projected and pooled ones for video) and measures similarity on them,
 or on the keys of the attention that made them (`metric=keys`; the public code for LLaVA-1.5: on those of the last
 block, down to 252 or 72 of 576). The walk is one pass over the scores in blocks of rows (`attention_walk`).
 """
@@ -31,23 +31,23 @@ from zoo.registry import ImageFeatures, ZooError, register, require_at_least, un
 
 # Layers l1 and l2 by the depth of the LLM, in the authors' code: Qwen2 7B (LLaVA-OneVision), Vicuna 7B (LLaVA-1.5).
 RELEASED = {28: (14, 22), 32: (13, 21)}
-_MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys"})  # not known of merged tokens
+_MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys"})  # undefined for merged tokens
 
 
 @dataclass
 class AIMConfig:
-    merge_ratio: float = 0.25  # share of the image tokens that merging leaves, in (0, 1]; 1: none are merged
-    metric: str = "tokens"  # what likeness is measured on; tokens: the features | keys: of the encoder's attention
-    order: str = "released"  # of merged tokens; released: as the public code | raster: in their places
-    weigh_sizes: bool = False  # means count a token as many as it was made of
+    merge_ratio: float = 0.25  # share of the image tokens left by merging, in (0, 1]; 1: no merging
+    metric: str = "tokens"  # features for the similarity: tokens | keys (of the encoder's attention)
+    order: str = "released"  # of merged tokens: released (as the public code) | raster
+    weigh_sizes: bool = False  # weight merged tokens by how many source tokens they contain (ToMe)
     prune: bool = True  # drop tokens inside the LLM
-    start: int = -1  # layer, 0 the first, at whose output the first go (l1); -1: 14 of 28, 13 of 32, else half
-    stop: int = -1  # layer from which on none is left (l2); -1: 22 of 28, 21 of 32, else 11/14 of the depth
-    temperature: float = 0.1  # scores are divided by it before the softmax; 1: the layer's own attention
-    steps: int = 5  # of the walk
-    damping: float = 0.0  # share of each step that starts anew, in [0, 1)
-    heads: str = "rms"  # rms | mean: over heads
-    votes: str = "alive"  # alive | text | last | all: whose attention counts; all: hides instead of dropping, slow
+    start: int = -1  # layer (from 0) after which dropping starts (l1); -1: 14 of 28, 13 of 32, else half of the depth
+    stop: int = -1  # first layer without image tokens (l2); -1: 22 of 28, 21 of 32, else 11/14 of the depth
+    temperature: float = 0.1  # divides attention scores before the softmax; 1: the layer's own attention
+    steps: int = 5  # PageRank steps along attention, at least 1
+    damping: float = 0.0  # share of each step that restarts from the uniform start, in [0, 1)
+    heads: str = "rms"  # average over heads: rms | mean
+    votes: str = "alive"  # queries whose attention counts: alive | text | last | all (masks instead of dropping; slow)
 
     def __post_init__(self) -> None:
         if not 0 < self.merge_ratio <= 1:
@@ -66,7 +66,7 @@ class AIMConfig:
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         if self.start < -1 or self.stop < -1 or (self.start >= 0 and 0 <= self.stop <= self.start):
-            raise ZooError(f"stop must lie behind start, got start={self.start} and stop={self.stop}.")
+            raise ZooError(f"stop must be greater than start, got start={self.start} and stop={self.stop}.")
 
 
 @register("pruner", "aim")
@@ -87,11 +87,11 @@ class AIM(DropsInside, nn.Module):
     # ---- before the LLM ----------------------------------------------------------------------------------------
 
     def num_tokens(self, n: int) -> int:
-        """Count the tokens that merging leaves of `n`."""
+        """Count the tokens left of `n` by merging."""
         return n - sum(removals(n, self.config.merge_ratio))
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Merge the tokens (M, N, D) of each image, crop or frame to (M, K, D); there is no grid any more."""
+        """Merge the tokens (M, N, D) of each image, crop or frame to (M, K, D), which have no grid."""
         n, c = image.tokens.shape[1], self.config
         rounds = removals(n, c.merge_ratio)
         if not rounds:
@@ -102,6 +102,7 @@ class AIM(DropsInside, nn.Module):
         tokens, group = merge(image.tokens, rounds, metric=metric, order=c.order, weigh_sizes=c.weigh_sizes)
         scores = image.cls_attention
         if scores is not None:
+            # Attention to a merged token is the sum over what it contains: the softmax's mass is kept.
             scores = scores.new_zeros(tokens.shape[:2]).scatter_add(1, group, scores)  # (M, K)
         return replace(
             image,
@@ -119,25 +120,27 @@ class AIM(DropsInside, nn.Module):
     # ---- inside the LLM ----------------------------------------------------------------------------------------
 
     def schedule(self, num_layers: int) -> tuple[int, int]:
-        """Return the layer at whose output the first tokens go, and the one from which on none is left."""
+        """Return the layer after which dropping starts, and the first layer without image tokens."""
         first, last = RELEASED.get(num_layers, (round(num_layers / 2), round(num_layers * 22 / 28)))
         start = self.config.start if self.config.start >= 0 else min(first, max(num_layers - 2, 0))
         stop = self.config.stop if self.config.stop >= 0 else max(last, start + 1)
         if stop > num_layers:
-            raise ZooError(f"stop={stop} names a layer that is not there: the LLM has {num_layers} layers.")
+            raise ZooError(f"stop={stop} exceeds the {num_layers} layers of the LLM.")
         if stop <= start:
-            raise ZooError(f"stop must lie behind start, got start={start} and stop={stop} of {num_layers} layers.")
+            raise ZooError(
+                f"stop must be greater than start, got start={start} and stop={stop} of {num_layers} layers."
+            )
         return start, stop
 
     def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
-        """Count the image tokens that each layer sees of `n` that enter the LLM."""
+        """Count the image tokens in each layer, of `n` that enter the LLM."""
         if not self.config.prune:
             return [n] * num_layers
         start, stop = self.schedule(num_layers)
         return [n] + [_left(n, layer, start, stop) for layer in range(num_layers - 1)]
 
     def attach(self, llm: Any) -> None:
-        """Take effect in the LLM."""
+        """Register the dropper's hooks on the LLM."""
         if not self.config.prune:
             return
         start, stop = self.schedule(llm.num_layers)
@@ -150,7 +153,7 @@ class AIM(DropsInside, nn.Module):
         self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, hide))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
-        """Count the products of scoring, of one prompt with `tokens` in each layer."""
+        """Count the FLOPs of scoring one prompt with `tokens` in each layer."""
         if not self.config.prune:
             return 0
         start, stop = self.schedule(len(tokens))
@@ -158,7 +161,7 @@ class AIM(DropsInside, nn.Module):
         return sum(walk_flops(tokens[i], heads, head_dim, self.config.steps) for i in after)
 
     def importance(self, given: Attended) -> Tensor:
-        """Score the positions of a layer: (B, L), from what flows to them along attention."""
+        """Score the positions of a layer by the PageRank of its attention: (B, L)."""
         c = self.config
         reached = attention_walk(
             given.query,
@@ -175,7 +178,7 @@ class AIM(DropsInside, nn.Module):
 
 
 def _left(n: Any, layer: int, start: int, stop: int) -> Any:
-    """Count what is left of `n` tokens behind `layer`: whole numbers, rounded down, at least 1 before `stop`."""
+    """Count the tokens left of `n` after `layer`: rounded down, at least 1 before `stop`."""
     if layer < start:
         return n
     if layer >= stop - 1:

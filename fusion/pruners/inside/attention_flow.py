@@ -1,14 +1,14 @@
-"""What flows along attention, without ever holding the attention matrix: P^T u, once or several times.
+"""Attention flow P^T u, once or several times, in blocks of rows: the attention matrix is never held.
 
 P is the row-wise softmax of a layer's scores, u a number for each query. One step with u = 1 / N gives column means,
 several steps a PageRank walk. Memory is one block of rows.
 
-A causal walk of any number of steps takes one pass over the scores. Row i gives to columns j <= i only, so going from
-the last block of rows to the first, every step's number of a row is complete when its block is reached, and one block
-of P serves all steps. (Pass by pass, P would be computed anew for each.)
+Causal attention lets all steps share one pass over the scores. Row i contributes to columns j <= i only, so from the
+last block of rows to the first, the values of a row at every step are complete when its block is reached, and one block
+of P serves all steps. (Step by step, P would be computed once for each.)
 
-On CUDA such passes are what a GPU is good at, and going block by block is not: there a walk of several steps runs in
-Triton kernels (`walk_kernel`), where Triton is installed and can compile. One step stays here: its votes are few rows.
+On CUDA several passes are cheap and a sequential loop over blocks is not: walks of several steps run in Triton kernels
+(`attention_flow_triton`) where Triton is installed and can compile. A single step stays here: few rows have votes.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from zoo.registry import first_line
 
 BLOCK = 128  # rows of P at a time
 
-# (rows, number of keys) -> who sees whom among them, (B, rows, keys) bool
+# (rows, number of keys) -> mask (B, rows, keys) bool, True where a row may attend to a key
 Visible = Callable[[Tensor, int], Tensor]
 
 
@@ -47,7 +47,7 @@ def attention_walk(
     Args:
         query: (B, H, L, d), after rotation.
         key: (B, H_kv, L, d), with H a multiple of H_kv.
-        start: (B, L), what each query holds at first; zero: it has no vote in the first step.
+        start: (B, L) initial value of each query; zero: no vote in the first step.
         scaling: of the scores.
         temperature: the scores are divided by it before the softmax.
         visible: narrows causality (query i attends to keys j <= i); a query without any key contributes nothing.
@@ -55,7 +55,7 @@ def attention_walk(
         block: rows of P at a time.
 
     Returns:
-        (B, H, L): what each key holds at the end, in each head.
+        (B, H, L): final value of each key, in each head.
     """
     if steps > 1 and (visible is None or isinstance(visible, Sight)) and (walk := _kernel(query.device)):
         given = {"scaling": scaling, "steps": steps, "temperature": temperature, "damping": damping}
@@ -68,8 +68,14 @@ def attention_walk(
     index = torch.arange(length, device=query.device)
 
     def attention(rows: Tensor, keys: int, first: int | None) -> Tensor:
-        """Compute rows of P, (B, H, rows, keys); the first of them is row `first`, None: they do not follow on."""
+        """Compute rows of P, (B, H, rows, keys).
+
+        Args:
+            first: index of the first of consecutive rows, so that only the diagonal block needs a causal mask; None:
+                the rows are not consecutive.
+        """
         kv = key.shape[1]
+        # The cap applies to scaled scores, the temperature to capped ones; without a cap both are one factor.
         q = query[:, :, rows].float() * (scaling if softcap else scaling / temperature)  # (B, H, R, d)
         scores = q.reshape(b, kv, -1, q.shape[-1]) @ key[:, :, :keys].float().transpose(-1, -2)
         scores = scores.view(b, h, -1, keys)  # (B, H, R, keys)
@@ -82,6 +88,7 @@ def attention_walk(
         if visible is not None:
             scores.masked_fill_(~visible(rows, keys)[:, None], -torch.inf)
         p = torch.softmax(scores, -1)
+        # A row without any visible key is softmax of -inf, NaN: it contributes nothing.
         return p.nan_to_num_(0.0) if visible is not None else p
 
     with torch.autocast(query.device.type, enabled=False):
@@ -105,7 +112,7 @@ def attention_walk(
 
 @cache
 def _kernel(device: torch.device) -> Any:
-    """Find what walks on a device in kernels of its own; None where that is to be done here."""
+    """Return the Triton implementation if it runs on this device, else None."""
     if device.type != "cuda":
         return None
     try:
@@ -121,9 +128,9 @@ def _kernel(device: torch.device) -> Any:
 
 
 def walk_flops(length: int, heads: int, head_dim: int, steps: int, block: int = BLOCK) -> int:
-    """Count the multiplications and additions of a causal walk of several steps, as torch's FLOP counter does.
+    """Count the FLOPs of a walk of several steps as torch's counter does for the blockwise form.
 
-    By blocks; the kernels on CUDA, which that counter does not see, take `steps` more passes over the scores.
+    The Triton kernels, which that counter does not count, take `steps` more passes over the scores.
     """
     total = 0
     for first in range(0, length, block):

@@ -1,9 +1,9 @@
-"""The walk along attention as two Triton kernels, for CUDA; `attention_walk` has its blockwise form and chooses.
+"""`attention_walk` as two Triton kernels, for CUDA; the caller chooses between this and its blockwise form.
 
-With the log-sum-exp of each row, P_ij = exp(s_ij - lse_i) is known wherever the scores are, so the first kernel makes
-the log-sum-exp, a program for each block of rows, and the second makes P^T u, a program for each block of keys. A walk
-is one pass of the first and `steps` of the second; beside the scores of a tile it holds numbers of tokens alone. Scores
-are in units of log 2, and sums in float32, whatever the inputs are.
+With the log-sum-exp of each row, P_ij = exp(s_ij - lse_i) follows from a score alone. The first kernel computes the
+log-sum-exp, one program per block of rows, the second P^T u, one program per block of keys. A walk is one pass of the
+first and `steps` of the second; memory is a tile of scores and vectors over tokens. Scores are in units of log 2, and
+sums in float32, whatever the inputs are.
 
 Triton is imported here and nowhere else: import this file where a kernel is about to run.
 """
@@ -33,7 +33,7 @@ def _load(base, index, stride, length, DIM: tl.constexpr, WIDE: tl.constexpr,
 @triton.jit
 def _scores(query, key, rows, keys, at, column, row_segment, key_segment, length, window, factor, softcap,
             SIGHT: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Score a tile (rows, keys) in units of log 2; -inf where a key is not seen."""
+    """Score a tile (rows, keys) in units of log 2; -inf where a key is not visible."""
     s = tl.dot(query, tl.trans(key), input_precision="ieee")
     if CAP:  # factor leads to what tanh is taken of; tanh(x) = 2 sigmoid(2 x) - 1
         s = softcap * (2 * tl.sigmoid(2 * factor * s) - 1)
@@ -54,13 +54,13 @@ def _scores(query, key, rows, keys, at, column, row_segment, key_segment, length
 def _row_lse(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse, heads, shared, length, window,
              factor, softcap, SIGHT: tl.constexpr, CAP: tl.constexpr, DIM: tl.constexpr,
              WIDE: tl.constexpr, SIDE: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Take the log-sum-exp of a block of rows; inf where a row sees nothing, so that it gives nothing."""
+    """Compute the log-sum-exp of a block of rows; inf for a row without visible keys, which then contributes 0."""
     first, bh = tl.program_id(0) * SIDE, tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     rows = first + tl.arange(0, SIDE)
     query = _load(q + b * qb + h * qh, rows, ql, length, DIM, WIDE, EXACT)
     most, total = tl.full([SIDE], float("-inf"), tl.float32), tl.zeros([SIDE], tl.float32)
-    for start in range(0, tl.minimum(first + SIDE, length), SIDE):  # causal: keys behind the block are not seen
+    for start in range(0, tl.minimum(first + SIDE, length), SIDE):  # causal: no key after the block's last row
         keys = start + tl.arange(0, SIDE)
         key = _load(k + b * kb + h // shared * kh, keys, kl, length, DIM, WIDE, EXACT)
         s = _scores(query, key, rows, keys, b * length, column, row_segment, key_segment, length, window, factor,
@@ -77,13 +77,13 @@ def _row_lse(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse
 def _step(q, k, qb, qh, ql, kb, kh, kl, column, row_segment, key_segment, lse, u, out, heads, shared, length, window,
           factor, softcap, SIGHT: tl.constexpr, CAP: tl.constexpr, DIM: tl.constexpr,
           WIDE: tl.constexpr, SIDE: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Take a step: P^T u of a block of keys, over all rows that see them."""
+    """Compute one step, P^T u, for a block of keys over all rows."""
     first, bh = tl.program_id(0) * SIDE, tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     keys = first + tl.arange(0, SIDE)
     key = _load(k + b * kb + h // shared * kh, keys, kl, length, DIM, WIDE, EXACT)
     total = tl.zeros([SIDE], tl.float32)
-    for start in range(first, length, SIDE):  # causal: from its own block of rows on, which is of the same size
+    for start in range(first, length, SIDE):  # causal: no row before the block's first key; tiles are square
         rows = start + tl.arange(0, SIDE)
         query = _load(q + b * qb + h * qh, rows, ql, length, DIM, WIDE, EXACT)
         s = _scores(query, key, rows, keys, b * length, column, row_segment, key_segment, length, window, factor,
@@ -118,7 +118,7 @@ def walk(
     wide = max(16, triton.next_power_of_2(dim))
     side = side or (64 if wide * query.element_size() <= 256 else 32)
     lse = torch.empty(b, h, length, device=query.device)
-    places = [lse] * 3  # not looked at
+    places = [lse] * 3  # placeholders, which kernels without SIGHT do not read
     if sight is not None:
         tokens = sight.tokens
         places = [tokens.column, tokens.segment, tokens.segment.masked_fill(~tokens.seen, -1)]

@@ -1,7 +1,7 @@
-"""What a layer of an unmodified decoder attends to: queries and keys as its kernel sees them, after rotation.
+"""Read queries and keys, after rotation, from one attention layer of an unmodified decoder.
 
-The layer alone runs through an attention function named `zoo_scored`, which hands them over and calls the function that
-the model was set to: flash stays flash.
+Only that layer is switched to an attention function named `zoo_scored`, which passes them to a callback and then calls
+the function that the model is set to: flash stays flash.
 """
 
 import sys
@@ -16,13 +16,13 @@ from zoo.registry import ZooError
 
 SCORED = "zoo_scored"
 
-# Told of each pass of a layer: query (B, H, L, d), key (B, H_kv, L, d), scaling and softcap of the scores.
+# Called in each pass of a layer: query (B, H, L, d), key (B, H_kv, L, d), scaling and softcap of the scores.
 Watcher = Callable[[Tensor, Tensor, float | None, float | None], None]
 
 
 @dataclass
 class Attended:
-    """What a pruner scores: a layer's queries and keys."""
+    """Input of a pruner's scores: a layer's queries and keys, and the positions that they belong to."""
 
     layer: int  # 0 the first
     query: Tensor  # (B, H, L, d), after rotation
@@ -34,16 +34,19 @@ class Attended:
 
     @property
     def visible(self) -> Sight | None:
-        """Who sees whom beside causality, for `attention_walk`; None where causality is all."""
+        """Visibility beyond causality, for `attention_walk`; None for plain causal attention."""
         plain = self.tokens.whole and not self.tokens.packed and self.window is None
         return None if plain else Sight(self.tokens, self.window)
 
 
 def watch(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], None]:
-    """Tell `watcher` what the attention of a decoder layer sees; the result undoes it.
+    """Call `watcher` in each pass of a decoder layer's attention; returns the function that undoes it.
+
+    Args:
+        who: the pruner and its model, for messages.
 
     Raises:
-        ZooError: there is no attention in it; `who` is who looked, and where.
+        ZooError: the layer has no attention module.
     """
     module: Any = next((m for m in layer.modules() if hasattr(m, "config") and "Attention" in type(m).__name__), None)
     if module is None:
@@ -54,12 +57,13 @@ def watch(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], None]:
     def undo() -> None:
         module.config = own
 
+    # transformers looks the function up by the config's name in every call, and this layer has its own config object.
     module.config = _ScoredConfig(own, watcher)
     return undo
 
 
 class _ScoredConfig:
-    """The config of one attention layer, but for the name of the attention function."""
+    """A view of an attention layer's config with another name of the attention function."""
 
     def __init__(self, real: Any, watch: Watcher) -> None:
         self.__dict__.update(real=real, watch=watch, _attn_implementation=SCORED)
@@ -71,11 +75,12 @@ class _ScoredConfig:
 
 
 def _scored(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """Hand queries and keys over, and attend as the model was set to."""
+    """Call the watcher, then the attention function that the model is set to."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config = module.config
     config.watch(query, key, kwargs.get("scaling"), kwargs.get("softcap"))
+    # "eager" is not in the registry: it is a function of the family's own module.
     homes = [sys.modules.get(c.__module__) for c in type(module).__mro__]
     own = next((f for m in homes if (f := getattr(m, "eager_attention_forward", None)) is not None), None)
     attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(config.real._attn_implementation, own)  # type: ignore[arg-type]
@@ -85,5 +90,5 @@ def _scored(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
 def _register() -> None:
     from transformers import AttentionInterface
 
-    # No mask function of this name: masks are made for the model's own config, which never says it.
+    # No mask function of this name is needed: masks are made from the model's config, which keeps its own name.
     AttentionInterface.register(SCORED, _scored)

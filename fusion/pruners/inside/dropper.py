@@ -1,21 +1,21 @@
 """Drop image tokens inside an unmodified decoder of transformers, by hooks alone: shorter sequences, shorter caches.
 
-A pruner says after which layers tokens go, how many stay and how they are scored; the rest is here. Before the first
-shorter layer the hidden states are gathered; every layer from there on gets rotary tables and a mask that fit, and its
-own cache stays shorter, through `generate` of transformers with all it can do. Tokens keep the positions they had, so
-that dropping computes what hiding them would. Text and padding are never candidates, nor is a token that predicts: the
-last one, and in training those before a label. Labels follow the survivors.
+A pruner defines after which layers tokens are dropped, how many are kept and how they are scored. Before the first
+shorter layer the hidden states are gathered; later layers get matching rotary tables and masks, and their caches stay
+shorter, through every strategy of transformers' `generate`. Tokens keep their positions, so dropping computes exactly
+what masking them as keys would. Text and padding are never candidates, nor are tokens that predict: the last one, and
+in training those before a label. Labels are gathered with the tokens.
 
-Scores see queries and keys of the layer as its kernel sees them, which stays the one that the model was set to
+Scores use the layer's queries and keys after rotation, without changing its attention kernel
 (`zoo.fusion.pruners.inside.attention_tap`).
 
-What is known of a prompt hangs on the pass that runs (`zoo.registry.forward_pass`) and on the cache that goes on from
-it, never on the pruner. Behind a prompt may stand drafts, tokens that assisted decoding guesses: they see what the last
-token of the prompt sees, and have no part in what is dropped.
+State of a prompt is kept in the current pass (`zoo.registry.forward_pass`) and on the cache that continues it, never on
+the pruner. A prompt may be followed by drafts of assisted decoding: they attend like the prompt's last token and do not
+vote on what is dropped.
 
-Nothing is dropped before layer 0, whose cache transformers counts positions by. Refused, because they would go wrong
-silently or not at all: caches of fixed size and quantised ones, several dialogs behind one image, layers that are not
-attention, flash kernels with a sliding window in effect, the balance loss of an MoE LLM, a compiled decoder.
+Nothing is dropped before layer 0, since transformers counts positions by its cache. Refused, because results would be
+wrong: caches of fixed size and quantised ones, several dialogs behind one image, layers that are not attention, flash
+kernels with a sliding window in effect, the balance loss of an MoE LLM, a compiled decoder.
 """
 
 import inspect
@@ -39,24 +39,24 @@ from zoo.registry.versions import cache_in
 
 @dataclass
 class Run:
-    """One prompt on its way through the layers, and afterwards what its cache holds."""
+    """One prompt while it passes through the layers, and later the content of its cache."""
 
-    total: int  # columns of the prompt, as they entered the LLM
-    layers: list[Survivors]  # of each layer
-    budget: Tensor  # (B, samples) image tokens that entered
-    copies: int = 1  # rows in a row that are copies of one prompt
-    drafts: int = 0  # columns behind the prompt in this pass
-    cut: int = -1  # first layer that is shorter or sees less; -1: none so far
-    labelled: Any = None  # the sequence whose labels follow the survivors
+    total: int  # length of the unshortened prompt
+    layers: list[Survivors]  # tokens of each layer
+    budget: Tensor  # (B, samples) image tokens that entered the LLM
+    copies: int = 1  # consecutive rows that are copies of one prompt (beams)
+    drafts: int = 0  # columns after the prompt in this pass
+    cut: int = -1  # first layer that is shorter or masked; -1: none so far
+    labelled: Any = None  # the sequence whose labels are gathered with the tokens
     past: int = 0  # tokens in the cache before this pass
-    new: Tensor | None = None  # (B, q) real tokens among those that a cache goes on with; None: all
-    scoring: int | None = None  # layer whose attention is scored now
-    scores: Tensor | None = None  # (B, L), of the layer before
+    new: Tensor | None = None  # (B, q) mask of non-padding tokens in this decoding step; None if there is no padding
+    scoring: int | None = None  # layer whose attention is being scored
+    scores: Tensor | None = None  # (B, L), of the previous layer
     masks: dict[Any, Any] = field(default_factory=dict)
     rotary: list[tuple[Any, Survivors, Any]] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Forget the drafts, once the prompt has passed: what was right of them is now text that came."""
+        """Remove the drafts after the prompt's pass: accepted ones are counted as decoded tokens."""
         if self.drafts:
             self.layers = [tokens.without_last(self.drafts) for tokens in self.layers]
         self.drafts, self.scoring, self.scores = 0, None, None
@@ -72,15 +72,15 @@ class Run:
 
 
 class Dropper:
-    """Hooks on a decoder.
+    """Hooks on a decoder that drop image tokens between its layers.
 
     Args:
         llm: the language model part.
         who: the pruner, for messages.
-        after: layers, 0 the first, at whose output tokens go.
-        budget: (layer, image tokens that entered (B, samples)) -> how many stay, (B, samples).
-        score: what the layer attended -> (B, L), the more the better.
-        hide: hide tokens from attention instead of dropping them: the slow reference.
+        after: layers, counted from 0, after which tokens are dropped.
+        budget: (layer, image tokens that entered (B, samples)) -> number of tokens to keep, (B, samples).
+        score: queries and keys of a layer -> scores (B, L), higher is better.
+        hide: mask tokens in attention instead of dropping them: the slow reference.
     """
 
     def __init__(
@@ -122,17 +122,17 @@ class Dropper:
                 self._undo.append(watch(layer, partial(self._score, number), f"{self.who} in {type(lm).__name__}"))
 
     def detach(self) -> None:
-        """Leave the LLM as it was."""
+        """Remove the hooks from the LLM."""
         while self._undo:
             self._undo.pop()()
 
     def check(self, sequence: Any) -> None:
-        """Refuse a pass over `sequence` (`zoo.composed.outputs.LLMSequence`) that cannot be made shorter."""
+        """Refuse a pass over `sequence` (`zoo.composed.outputs.LLMSequence`) in which tokens cannot be dropped."""
         blocks = getattr(sequence, "block_ids", None)
         if blocks is not None and int(blocks.max()) > 1:
             raise ZooError(
-                f"{self.who} chooses image tokens by the question, and here several dialogs share one image in one "
-                "row. Set pack=none in the stage."
+                f"{self.who} chooses image tokens by the question, and here several dialogs of a row share an image. "
+                "Set pack=none in the stage."
             )
         mask = sequence.attention_mask
         if mask is not None and mask.dim() != 2:
@@ -140,13 +140,13 @@ class Dropper:
         decoder = decoder_of(self.llm.lm)
         compiled = getattr(decoder, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
         if self._undo and compiled:
-            raise ZooError(f"{self.who} chooses how long layers are as it goes, which does not compile: compile=false.")
+            raise ZooError(f"{self.who} makes lengths of layers depend on data, which does not compile: compile=false.")
         training = self.llm.training and torch.is_grad_enabled()
         if training and getattr(self.llm, "router_aux_coef", 0):
-            raise ZooError(f"{self.who} shortens layers, which router_aux_coef does not know: set it to 0.")
+            raise ZooError(f"{self.who} shortens layers, and router_aux_coef needs equal lengths: set it to 0.")
 
     def _score(self, number: int, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
-        """Score what layer `number` attends to, once for each prompt; recomputation in backward is no pass."""
+        """Score the attention of layer `number` once per prompt; recomputation in backward does not score again."""
         now = current()
         run = None if now is None else now.dropped
         if run is None or run.scoring != number or run.scores is not None:
@@ -161,14 +161,14 @@ class Dropper:
     def _before(
         self, number: int, names: list[str], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Change what a layer is given, where it is one that sees fewer tokens (a forward pre-hook)."""
+        """Adapt a layer's inputs to the tokens left (a forward pre-hook)."""
         cache = cache_in(kwargs)
         if cache is None and len(args) > 1:
             cache = cache_in(dict(zip(names, args, strict=False)))
         if number:
             run = self._run_of(cache)
             if run is None or (run.past and (run.cut < 0 or number < run.cut)):
-                return None  # tokens that are decoded see all of this layer's cache
+                return None  # decoding in a layer before the cut: its cache is complete
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = given[names[0]]
         if number == 0:
@@ -184,20 +184,21 @@ class Dropper:
         changed = self._decode(run, number, hidden, cache) if run.past else self._prefill(run, number, hidden, given)
         if run.past and all(given.get(name) is value for name, value in changed.items()):
             return None
+        # Arguments go back in the form they came, positional or by keyword: checkpointing passes some positionally.
         given |= changed | {names[0]: hidden}
         first = names[: len(args)]
         return tuple(given[n] for n in first), {k: v for k, v in given.items() if k not in first}
 
     @staticmethod
     def _run_of(cache: Any) -> Run | None:
-        """Find the prompt that this pass is of, once layer 0 knows it."""
+        """Find the prompt of this pass, which layer 0 has determined."""
         if cache is not None:
             return getattr(cache, "zoo_dropping", None)
         now = current()
         return None if now is None else now.dropped
 
     def _start(self, hidden: Tensor, cache: Any) -> Run | None:
-        """Find out which prompt this is: a new one, one whose cache goes on, or none of ours."""
+        """Determine the prompt of this pass: a new one, the one that the cache continues, or None without images."""
         now = current()
         sequence = None if now is None else now.sequence
         if past := 0 if cache is None else int(cache.get_seq_length()):
@@ -218,19 +219,20 @@ class Dropper:
         return run
 
     def _prompt(self, hidden: Tensor, sequence: Any) -> Run | None:
-        """Begin with a prompt that shows images."""
+        """Describe a new prompt; None if it shows no images."""
         if sequence is None or sequence.image_mask is None:
             return None
         image, labels = sequence.image_mask, sequence.labels
         length = image.shape[1]
         if length != hidden.shape[1] or len(hidden) % len(image):
             raise ZooError(
-                f"{self.who} was told of {list(image.shape)} positions, and the LLM got {list(hidden.shape[:2])}."
+                f"{self.who} expects {list(image.shape)} positions, and the LLM got {list(hidden.shape[:2])}."
             )
         drafts = getattr(sequence, "drafts", 0)
         segments = getattr(sequence, "segment_ids", None)
         tokens = Survivors.of(image, sequence.attention_mask, segments, labels, drafts)
         count = tokens.count()
+        # `generate` repeats rows for beams and returned sequences after the sequence was described.
         copies = len(hidden) // len(image)
         if copies > 1:
             tokens, count = tokens.repeat(copies), count.repeat_interleave(copies, 0)
@@ -238,7 +240,7 @@ class Dropper:
         return Run(length - drafts, [tokens], count, copies, drafts, labelled=labelled)
 
     def _enter(self, run: Run, number: int, hidden: Tensor) -> Tensor:
-        """Note what this layer sees; where the one before was scored, choose, and gather the hidden states."""
+        """Note the tokens of this layer; after a scored layer, choose them and gather the hidden states."""
         if number == 0:
             return hidden
         tokens = run.layers[-1]
@@ -254,7 +256,7 @@ class Dropper:
                 else:
                     tokens, index = tokens.gather(keep)
                     hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, K, C)
-                    if (now := current()) is not None:
+                    if (now := current()) is not None:  # routers of later layers skip padding by this mask
                         now.valid.append((number, tokens.seen.flatten()))
                 run.masks.clear()
                 if run.labelled is not None:
@@ -271,15 +273,18 @@ class Dropper:
         changed |= {"mask": run.masks[window]} if "mask" in given else {}
         if self.hide:
             return changed
+        # Every other argument as long as the sequence would silently be misaligned with the gathered states.
         for name, value in given.items():
             if name in ("position_embeddings", "position_ids") and value is not None:
                 changed[name] = self._moved(run, tokens, value)
             elif name not in changed and name != "hidden_states" and _has_length(value, run.total + run.drafts):
-                raise ZooError(f"{self.who} does not know {name!r}, which layers of {type(self.llm.lm).__name__} take.")
+                raise ZooError(
+                    f"{self.who} cannot shorten {name!r}, an argument of {type(self.llm.lm).__name__} layers."
+                )
         return changed
 
     def _moved(self, run: Run, tokens: Survivors, value: Any) -> Any:
-        """Take the rows of rotary tables or position ids that belong to the survivors; layers share them."""
+        """Select the rows of rotary tables or position ids of the tokens left; layers share the result."""
         for whole, of, moved in run.rotary:
             if whole is value and of is tokens:
                 return moved
@@ -294,13 +299,13 @@ class Dropper:
         name = self.config._attn_implementation
         plain = tokens.whole and not tokens.packed and window is None
         if plain and (name in ("sdpa", ZOO_EAGER) or name.startswith("flash")):
-            return None  # the kernel's own causal way
+            return None  # plain causal attention: kernels are faster without a mask
         if name.startswith("flash") and not tokens.packed and window is None:
             return tokens.seen.long()
         return as_backend_mask(tokens.prefill_mask(window), name, _dtype(hidden))
 
     def _decode(self, run: Run, number: int, hidden: Tensor, cache: Any) -> dict[str, Any]:
-        """Give new tokens the mask of this layer's cache."""
+        """Build the mask of a decoding step over this layer's shorter cache."""
         tokens, name = run.layers[number], self.config._attn_implementation
         held = cache.layers[number]
         cached, past = held.keys.shape[-2], int(held.get_seq_length()) - tokens.column.shape[1]
@@ -312,7 +317,7 @@ class Dropper:
         total = run.total + past + new.shape[1]
         window = self._window(number, run, total)
         if hidden.shape[1] == 1 and tokens.whole and window is None and run.new is None:
-            return {"attention_mask": None}  # one token sees all there is
+            return {"attention_mask": None}  # a single query attends to the whole cache
         if name.startswith("flash") and window is None:
             seen = torch.cat([tokens.seen, new.new_ones(b, past), new], 1)
             return {"attention_mask": seen.long()}
@@ -320,7 +325,7 @@ class Dropper:
         return {"attention_mask": as_backend_mask(mask, name, _dtype(hidden))}
 
     def _window(self, number: int, run: Run, total: int | None = None) -> int | None:
-        """Return the sliding window of a layer, or None where the sequence fits into it."""
+        """Return the sliding window of a layer, or None if the sequence fits into it."""
         kinds = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
         if kinds and kinds[number] != "sliding_attention":
@@ -329,20 +334,20 @@ class Dropper:
             return None
         if self.config._attn_implementation.startswith("flash"):
             raise ZooError(
-                f"{self.who} shortens layers whose sliding window of {window} the sequence of {total or run.total} "
-                "exceeds; flash kernels would count the window wrongly. Set attention=sdpa."
+                f"{self.who} cannot shorten layers whose sliding window of {window} is exceeded by the sequence of "
+                f"{total or run.total}: flash kernels would count the window in the tokens left. Set attention=sdpa."
             )
         return int(window)
 
 
 class DropsInside(InsidePruner):
-    """What pruners that drop by a `Dropper` share: they make it in `attach`, and hand on to it."""
+    """Mixin of pruners that drop by a `Dropper`, which they make in `attach`."""
 
-    concurrent = True  # what it knows of a prompt is in the pass and in its cache
+    concurrent = True  # state of a prompt is in the pass and in its cache
     dropper: Dropper | None = None
 
     def drop_by(self, dropper: Dropper) -> None:
-        """Attach `dropper`; it is no child: what it holds is the language model's."""
+        """Attach `dropper`, without nn.Module registration: its references belong to the LLM."""
         self.__dict__["dropper"] = dropper
         dropper.attach()
 
@@ -357,12 +362,12 @@ class DropsInside(InsidePruner):
         return self.dropper is not None
 
     def detach(self) -> None:
-        """Leave the LLM as it was."""
+        """Remove the hooks from the LLM."""
         if self.dropper is not None:
             self.dropper.detach()
 
     def begin(self, sequence: Any) -> None:
-        """Refuse a pass over `sequence` that cannot be made shorter."""
+        """Refuse a pass over `sequence` in which tokens cannot be dropped."""
         if self.dropper is not None:
             self.dropper.check(sequence)
 
@@ -372,7 +377,7 @@ class DropsInside(InsidePruner):
 
 
 def _rows(table: Tensor, column: Tensor) -> Tensor:
-    """Take the rows `column` (B, K) of (B or 1, T, ...)."""
+    """Select the rows `column` (B, K) of a table (B or 1, T, ...)."""
     index = column.view(*column.shape, *[1] * (table.dim() - 2)).expand(-1, -1, *table.shape[2:])
     return table.expand(len(column), *table.shape[1:]).gather(1, index)
 

@@ -4,7 +4,7 @@ Paper: Chen et al., arXiv:2403.06764. A baseline: scores are the attention of th
 the cut, averaged over heads.
 
 Where we differ from the public code: the row of attention is computed beside the fused kernel, so no layer needs eager
-attention; a batch may hold unlike samples; in training the prompt is what stands before the first label.
+attention; a batch may hold unlike samples; in training the prompt ends at the first label.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from zoo.registry import ImageFeatures, ZooError, register
 
 @dataclass
 class FastVConfig:
-    keep_ratio: float = 0.5  # share of the image tokens that stays, in (0, 1]
-    layer: int = 2  # first layer that sees fewer, 0 the first of all (K); at least 1
+    keep_ratio: float = 0.5  # share of the image tokens kept, in (0, 1]
+    layer: int = 2  # first layer with fewer tokens (K), counted from 0; at least 1
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_ratio <= 1:
@@ -47,25 +47,25 @@ class FastV(DropsInside, nn.Module):
         return n
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Leave the image as it is: tokens go inside the LLM."""
+        """Return the image unchanged: tokens are dropped inside the LLM."""
         return image
 
     def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
-        """Count the image tokens that each layer sees of `n` that enter the LLM."""
+        """Count the image tokens in each layer, of `n` that enter the LLM."""
         left = int(self.budget(0, torch.tensor(n, device="cpu")))
         return [n if layer < self.config.layer else left for layer in range(num_layers)]
 
     def attach(self, llm: Any) -> None:
-        """Take effect in the LLM."""
+        """Register the dropper's hooks on the LLM."""
         after = [] if self.config.keep_ratio == 1 else [self.config.layer - 1]
         self.drop_by(Dropper(llm, "pruner 'fastv'", after, self.budget, self.importance))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
-        """Count the products of scoring, of one prompt with `tokens` in each layer: one row of attention."""
+        """Count the FLOPs of scoring one prompt with `tokens` in each layer: one row of attention."""
         return 0 if self.config.keep_ratio == 1 else 2 * tokens[self.config.layer - 1] * heads * (head_dim + 1)
 
     def budget(self, layer: int, total: Tensor) -> Tensor:
-        """Say how many of `total` image tokens stay: the rounded share, at least one."""
+        """Count the image tokens kept of `total`: the rounded share, at least one."""
         return (total * self.config.keep_ratio + 0.5).long().clamp(min=1)
 
     def importance(self, given: Attended) -> Tensor:

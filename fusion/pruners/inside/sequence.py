@@ -1,8 +1,8 @@
-"""What is known of each position of a sequence inside the LLM, and which image tokens stay.
+"""The tokens of a sequence inside the LLM as a pruner needs them: position, validity, sample, and which are kept.
 
-Positions keep the number of the column in which they entered the LLM. Who sees whom follows from these numbers alone:
-key k is visible to query q iff k's column is not behind q's, both are of one sample, k is neither padding nor hidden,
-and it lies in the layer's window, which counts columns as the unshortened sequence has them.
+Tokens keep the column in which they entered the LLM as their position. Masks follow from these columns alone: key k is
+visible to query q iff k's column is at most q's, both belong to one sample, k is neither padding nor hidden, and it is
+within the layer's sliding window, which counts columns of the unshortened sequence.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ VOTES = ("alive", "text", "last", "all")
 
 @dataclass
 class Survivors:
-    """The positions of a sequence or what is left of them; every tensor is (B, L)."""
+    """The tokens of a sequence, or those left of them; every tensor is (B, L)."""
 
-    column: Tensor  # int64, where the position stood when it entered the LLM
-    seen: Tensor  # bool, may be a key: no padding, and not hidden
+    column: Tensor  # int64, position in the unshortened sequence
+    seen: Tensor  # bool, valid as a key: neither padding nor hidden
     image: Tensor  # bool, an image token
-    segment: Tensor  # int64, which sample of a packed row
+    segment: Tensor  # int64, sample within a packed row
     fixed: Tensor  # bool, never dropped: it predicts a label or the next token
-    voter: Tensor  # bool, of the prompt: before the first label of its sample
+    voter: Tensor  # bool, belongs to the prompt: before the first label of its sample
     labels: Tensor | None
-    whole: bool = False  # every position is seen
+    whole: bool = False  # all tokens are seen
     packed: bool = False  # rows hold several samples
 
     @classmethod
@@ -39,10 +39,10 @@ class Survivors:
         labels: Tensor | None,
         drafts: int = 0,
     ) -> "Survivors":
-        """Describe a whole sequence by what the model knows of it; all (B, T).
+        """Describe an unshortened sequence; all tensors are (B, T).
 
         Args:
-            drafts: columns at the end that are guesses of what comes behind the prompt: no voters.
+            drafts: number of columns at the end that are drafts of assisted decoding: they do not vote.
         """
         seen = torch.ones_like(image) if attention_mask is None else attention_mask.bool()
         if segment_ids is not None:
@@ -54,18 +54,21 @@ class Survivors:
         fixed[:, :-1] = ~follows  # the last of its sample: what comes next is predicted there
         voter = seen
         if drafts:
+            # Each draft is verified by the logits before it, so all of them, and the prompt's last token, are needed.
             prompt = image.shape[1] - drafts
             fixed[:, prompt - 1 :] = True
             voter = seen & (column < prompt)
         if labels is not None:
             labelled = (labels != IGNORE_INDEX) & seen
-            labelled[:, 0] = False
-            # Answers ahead of the sample's last image are not learnt: which tokens stay is told by what follows them.
+            labelled[:, 0] = False  # labels are shifted: no token predicts the first one
+            # Answers before the sample's last image are not learned: the choice of kept tokens depends on text after
+            # them, which would leak into their prediction.
             last = column.new_full((len(image), int(segment.max()) + 1), -1)
             last = last.scatter_reduce(1, segment, column.masked_fill(~image, -1), "amax")
             labelled &= column > last.gather(1, segment)
             labels = labels.masked_fill(~labelled, IGNORE_INDEX)
             fixed[:, :-1] |= labelled[:, 1:]
+            # Only the prompt votes: in generation the answer is not there when tokens are dropped.
             samples = int(segment.max()) + 1
             first = column.new_full((len(image), samples), image.shape[1])
             first = first.scatter_reduce(1, segment, column.masked_fill(~labelled, image.shape[1]), "amin")
@@ -79,11 +82,11 @@ class Survivors:
         return zeros.scatter_add(1, self.segment, self.image.long())
 
     def start(self, votes: str) -> Tensor:
-        """Share one vote evenly among the voters of each sample: (B, L) float32.
+        """Distribute one vote evenly over the voters of each sample: (B, L) float32.
 
         Args:
-            votes: `alive`: every prompt token that is seen; `text`: those that are no image; `last`: the last one;
-                `all`: hidden ones too.
+            votes: `alive`: all prompt tokens that are seen; `text`: those that are not image tokens; `last`: the last
+                prompt token; `all`: hidden tokens too.
         """
         voter = self.voter if votes == "all" else self.voter & self.seen
         voter = voter & ~self.image if votes == "text" else voter
@@ -96,12 +99,12 @@ class Survivors:
         return voter / count.gather(1, self.segment).clamp(min=1)
 
     def choose(self, scores: Tensor, budget: Tensor, copies: int = 1) -> Tensor:
-        """Say which positions stay: all but the image tokens that score least.
+        """Choose the tokens to keep: all but the image tokens with the lowest scores.
 
         Args:
-            scores: (B, L) finite; of equal scores the first counts more.
-            budget: (B, samples) image tokens that each sample keeps.
-            copies: rows in a run that are beams of one sample: the first decides for all.
+            scores: (B, L) finite; of equal scores the first is kept.
+            budget: (B, samples) number of image tokens to keep in each sample.
+            copies: consecutive rows that are beams of one sample: the first row decides for all.
 
         Returns:
             (B, L) bool.
@@ -109,10 +112,11 @@ class Survivors:
         candidate = self.image & self.seen
         scores = scores.masked_fill(self.fixed, torch.inf).masked_fill(~candidate, -torch.inf)
         by_score = scores.argsort(dim=1, descending=True, stable=True)
+        # Two stable sorts rank candidates within their sample; all other tokens form a last group of their own.
         group = torch.where(candidate, self.segment, budget.shape[1]).gather(1, by_score)
         order = by_score.gather(1, group.argsort(dim=1, stable=True))  # sample by sample, best first
         sizes = group.new_zeros(len(group), budget.shape[1] + 1).scatter_add(1, group, torch.ones_like(group))
-        start = sizes.cumsum(1) - sizes  # of each sample in the order
+        start = sizes.cumsum(1) - sizes  # offset of each sample in that order
         place = torch.empty_like(order).scatter(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
@@ -121,17 +125,19 @@ class Survivors:
         return keep.unflatten(0, (-1, copies))[:, :1].expand(-1, copies, -1).flatten(0, 1) if copies > 1 else keep
 
     def hide(self, keep: Tensor) -> "Survivors":
-        """Keep all positions, and let those outside `keep` be seen by nobody."""
+        """Keep all tokens, but mask those outside `keep` as keys."""
         return self._with(lambda x: x, self.seen & keep, bool((self.seen & keep).all()))
 
     def gather(self, keep: Tensor) -> tuple["Survivors", Tensor]:
-        """Drop the positions outside `keep`; rows that keep fewer are padded on the side that has no last token.
+        """Drop the tokens outside `keep`; rows that keep fewer are padded, on the left if the batch is left-padded.
 
         Returns:
-            What is left, and the index (B, K) of each in this sequence.
+            The tokens left, and the index (B, K) of each in this sequence.
         """
         longest = int(keep.sum(1).max())
-        if bool(self.seen[:, -1].all()):  # padding, if any, is on the left, and generation reads the last column
+        # Sorting the bool mask stably moves kept tokens together in their order; generation reads the last column, so
+        # left padding must stay on the left.
+        if bool(self.seen[:, -1].all()):
             index = keep.byte().argsort(dim=1, stable=True)[:, -longest:]
         else:
             index = keep.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
@@ -148,7 +154,7 @@ class Survivors:
         return Survivors(**moved)
 
     def without_last(self, count: int) -> "Survivors":
-        """Leave out the last `count` positions."""
+        """Remove the last `count` tokens."""
         seen = self.seen[:, :-count]
         return self._with(lambda x: x[:, :-count], seen, bool(seen.all()))
 
@@ -157,7 +163,7 @@ class Survivors:
         return self._with(lambda x: x.repeat_interleave(copies, 0), self.seen.repeat_interleave(copies, 0), self.whole)
 
     def visible(self, rows: Tensor | slice, keys: int, window: int | None) -> Tensor:
-        """Say who sees whom: (B, rows, keys) bool."""
+        """Return the visibility mask (B, rows, keys), True where a row may attend to a key."""
         column, segment = self.column[:, rows, None], self.segment[:, rows, None]
         mask = (self.column[:, None, :keys] <= column) & self.seen[:, None, :keys]
         if self.packed:
@@ -167,22 +173,26 @@ class Survivors:
         return mask
 
     def prefill_mask(self, window: int | None) -> Tensor:
-        """Say who sees whom in the whole sequence, (B, 1, L, L); who sees nobody sees itself, else it would be NaN."""
+        """Return the mask of the prompt (B, 1, L, L), True where a token may attend to a key.
+
+        Fully masked rows (padding) attend to themselves, so that softmax does not return NaN.
+        """
         mask = self.visible(slice(None), self.column.shape[1], window)
         alone = ~mask.any(-1)
         mask.diagonal(dim1=1, dim2=2).logical_or_(alone)
         return mask[:, None]
 
     def decode_mask(self, new: Tensor, past: int, total: int, cached: int, window: int | None) -> Tensor:
-        """Say which keys new tokens see: (B, 1, q, cached + q).
+        """Return the mask of a decoding step (B, 1, q, cached + q), True where a new token may attend to a key.
 
         Args:
-            new: (B, q) bool, real tokens among those that come now.
-            past: tokens that came between this sequence and now.
-            total: length of the sequence when it entered the LLM.
-            cached: keys that the layer's cache still holds.
+            new: (B, q) bool, mask of non-padding tokens in this step.
+            past: number of tokens decoded before this step.
+            total: length of the unshortened prompt.
+            cached: number of keys in the layer's cache, which a sliding window may have cut.
         """
         b, q = new.shape
+        # Decoded tokens continue the columns of the unshortened prompt, as their rotary positions do.
         later = torch.arange(total, total + past + q, device=new.device).expand(b, -1)
         column = torch.cat([self.column, later], 1)[:, -cached - q :]  # (B, cached + q)
         seen = torch.cat([self.seen, new.new_ones(b, past), new], 1)[:, -cached - q :]
@@ -196,10 +206,10 @@ class Survivors:
 
 @dataclass
 class Sight:
-    """Who sees whom in a layer, as `attention_walk` asks it: called for rows and a number of keys."""
+    """Visibility in a layer as `attention_walk` asks for it: a callable of rows and a number of keys."""
 
     tokens: Survivors
-    window: int | None  # of the layer; None: it does not bind
+    window: int | None  # sliding window of the layer; None if the sequence fits
 
     def __call__(self, rows: Tensor | slice, keys: int) -> Tensor:
         return self.tokens.visible(rows, keys, self.window)
