@@ -29,7 +29,7 @@ from zoo.checking.checker import RefusedError, check
 from zoo.checking.data_check import check_data
 from zoo.checking.plan import Plan, plan_from
 from zoo.registry import ZooError
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 
 OWN = "zoo.benches.check_parts"
 NAMED = 0.95  # share of misfits that are to be refused with words that name what and where

@@ -176,7 +176,7 @@ def random_models(sizes: PruneSizes, nodes: Mapping[str, Mapping[str, Any] | Non
 def named_model(name: str, pruner: str, node: Mapping[str, Any] | None) -> tuple[ZooModel, Any, Any]:
     """Load a saved model with a pruner; returns its processor and the config of its evaluation too."""
     from zoo.loading.build import build
-    from zoo.settings.schema import compose
+    from zoo.settings.config import compose
     from zoo.settings.source import source_of
 
     words = [f"model={name}", f"pruner={pruner}"]

@@ -248,7 +248,7 @@ def _is_own(name: str, source: Source) -> bool:
 
 
 def _config(root: Path, place: Path, source: Source, optimizer: str) -> Any:
-    from zoo.settings.schema import compose
+    from zoo.settings.config import compose
 
     recipes = root / "conf" / place.name / "recipe"
     recipes.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from zoo.registry import build as part
 from zoo.runs.batches import Batches
 from zoo.runs.order import Mix, Place
 from zoo.runs.processes import start_accelerator
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 from zoo.settings.source import source_of
 from zoo.settings.stage import Stage
 from zoo.tasks.yes_no import yes_or_no

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-KINDS = ("vision", "pruner", "projector", "layout", "llm", "adapter", "distiller", "dataset", "task")
+MODEL_SLOTS = ("vision", "pruner", "projector", "layout", "llm", "adapter")  # in the order of the flow
+KINDS = (*MODEL_SLOTS, "distiller", "dataset", "task")
 MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold several members, keyed by name
+SINGLE_SLOTS = tuple(slot for slot in MODEL_SLOTS if slot not in MANY)
 
 IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
 

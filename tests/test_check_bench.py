@@ -9,7 +9,7 @@ from zoo.checking.checker import RefusedError, check, for_a_shell
 from zoo.checking.plan import plan_from
 from zoo.registry import Dialog, Sample, ZooError
 from zoo.runs.scored import require_dialogs
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from zoo import ZooError
 from zoo.registry import build
-from zoo.settings.schema import RunRoot, compose, slots_of, validate
+from zoo.settings.config import compose, slots_of, validate
+from zoo.settings.schema import RunRoot
 from zoo.settings.stage import Stage
 
 CONF = {
@@ -135,7 +136,7 @@ def test_dicts_of_a_stage_take_any_key(conf):
 def test_composing_inside_a_running_hydra_job():
     from hydra.core.global_hydra import GlobalHydra
 
-    from zoo.settings.schema import hydra_of_its_own
+    from zoo.settings.config import hydra_of_its_own
 
     with hydra_of_its_own() as outer:
         compose("load")

@@ -99,7 +99,7 @@ def test_models_of_clothes_know_photos_they_never_saw(name, monkeypatch):
     monkeypatch.setenv("ZOO_DATA", str(shared("fashion_mnist").parent))
     from zoo.evaluation.evaluate import evaluate
     from zoo.runs.data import RunData
-    from zoo.settings.schema import compose
+    from zoo.settings.config import compose
 
     data = RunData(compose("train", ["recipe=fashion_mnist"]).data).evaluation
     scores = evaluate(*zoo.load(name), data, limit=200, baselines=False).summary()

@@ -4,7 +4,7 @@ import pytest
 
 from tests.train_builders import config, recipe
 from zoo.registry import ZooError
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 from zoo.settings.text_options import TextOptions
 
 STAGES = {"a": "steps: 1, distiller: {name: dense, target: masks}", "b": "steps: 1"}

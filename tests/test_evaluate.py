@@ -204,7 +204,7 @@ def test_tasks_choose_the_dialogs(model):
 
 def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
     from tests.train_builders import config, recipe
-    from zoo.settings.schema import compose
+    from zoo.settings.config import compose
     from zoo.training.loop import main as train
 
     words = recipe(tmp_path, {"a": "steps: 1, batch_size: 4"})

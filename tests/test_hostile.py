@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from zoo import ZooError
 from zoo.registry import build, refuse_code
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 
 
 @pytest.fixture(scope="module")

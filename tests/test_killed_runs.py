@@ -21,7 +21,7 @@ from zoo.inspection.report import summarise
 from zoo.registry import ZooError
 from zoo.runs import checkpoint
 from zoo.runs.folder import RunFolder, read_metrics
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 from zoo.training.loop import Run
 
 # Dropout shows whether randomness goes on; the distiller, whether it keeps what it learnt; Muon, its state.

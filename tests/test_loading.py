@@ -173,8 +173,8 @@ def test_a_folder_by_itself_says_what_composing_makes_of_it(saved, tmp_path, kin
     """`zoo.load(folder)` reads the folder's config without Hydra; what a person adds is composed on the same."""
     from tests import published_builders
     from zoo.settings import source as sources
+    from zoo.settings.config import compose
     from zoo.settings.overrides import quoted
-    from zoo.settings.schema import compose
 
     folder = tmp_path / "model"
     if kind == "published":

@@ -7,7 +7,7 @@ import zoo
 from tests.test_loading import TEXTS, TINY
 from zoo.inspection import moextend_layers as shift
 from zoo.registry import ZooError
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 from zoo.training.loop import Run
 
 MOE = ["llm.model_type=mixtral", "llm.num_experts=4", "llm.top_k=2"]

@@ -9,7 +9,7 @@ from tests.train_builders import config, recipe
 from zoo.benches.roundtrip_trial import write_checkpoints
 from zoo.cli.launch import resumes_alone
 from zoo.registry import ZooError
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 from zoo.storage.weights import state_of
 from zoo.training.loop import Run
 

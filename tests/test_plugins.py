@@ -9,7 +9,7 @@ import pytest
 
 from zoo import ZooError
 from zoo.registry import plugins
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 PRUNER = '''

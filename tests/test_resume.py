@@ -12,7 +12,7 @@ from tests.train_builders import config, losses, recipe
 from zoo.registry import ZooError
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import options_of
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 from zoo.training.loop import Run
 
 # 40 samples in batches of 8 are 5 steps an epoch. With dropout, randomness of the model shows; `b` keeps the distiller.

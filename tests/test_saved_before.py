@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import zoo
-from zoo.settings.schema import compose
+from zoo.settings.config import compose
 from zoo.training.loop import main
 
 BEFORE = Path(__file__).with_name("saved_before")

@@ -307,7 +307,7 @@ def test_what_is_asked_stays_in_words_that_repeat():
 
 def test_the_default_recipe_is_scored_on_one_data_set_and_reads_all_of_its_words():
     from zoo.runs.data import RunData
-    from zoo.settings.schema import compose
+    from zoo.settings.config import compose
 
     config = compose("train", ["data.scenes.scenes=300"])
     data = RunData(config.data)

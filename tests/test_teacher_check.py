@@ -168,7 +168,7 @@ def test_another_tokenizer_is_refused(teachers, tmp_path):
 
 def test_a_teacher_that_is_the_student_is_refused(teachers):
     from zoo.checking.plan import plan_from
-    from zoo.settings import schema as configs
+    from zoo.settings import config as configs
 
     name = teachers["plain"]
     own = replace(plan_from(configs.compose("load", [f"model='{name}'"])), data=("scenes",))

@@ -14,10 +14,9 @@ from zoo.registry import config_of
 from zoo.registry import table as core
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import read_config
-from zoo.settings.override_words import quoted_where, words
+from zoo.settings.config import compose
 from zoo.settings.overrides import parse, prepare, values
-from zoo.settings.schema import compose
-from zoo.settings.text_options import text_of
+from zoo.settings.text_options import quoted_where, text_of, words
 
 WORDS = """695e051 1e10 12e4567 0012345 1234567 1_000 2024_01_05 0x1f 0b11 0o17 1.10 1.0 007 +5 -3 .5 5. 1e3 1E-3 nan
 NaN inf -inf .inf .nan true True FALSE on off yes No y n null NULL Null ~ 12:30 12:30:45 190:20:30 2024-01-05 é 模型

@@ -10,7 +10,8 @@ from zoo.cli.entry import COMMANDS
 from zoo.registry import KINDS, build, names, nearest, options_of, source_options
 from zoo.registry.errors import edits
 from zoo.settings import presets
-from zoo.settings.schema import ModelSource, RunConfig, RunRoot, TokenizerConfig, compose
+from zoo.settings.config import compose
+from zoo.settings.schema import ModelSource, RunConfig, RunRoot, TokenizerConfig
 from zoo.settings.stage import Stage
 
 LETTERS = string.ascii_lowercase + string.digits + "_"

@@ -35,7 +35,7 @@ def recipe(place: Path, stages: Mapping[str, str], name: str = "tiny") -> list[s
 
 def config(words: list[str], *more: str) -> Any:
     """Compose the config of `zoo train <words>`."""
-    from zoo.settings.schema import compose
+    from zoo.settings.config import compose
 
     return compose("train", [*words[2:], *more], words[1])
 

@@ -27,7 +27,7 @@ _ROOMS = {
         "prefix_cache quantized bases talk=chat_session"
     ),
     ("zoo", "zoo.settings"): (
-        "config=schema stage prepare=overrides presets saved=model_names trial=static_check explain=messages"
+        "config stage prepare=overrides presets saved=model_names trial=static_check explain=messages"
     ),
     ("zoo", "zoo.teaching"): "teacher teacher_store",
     ("zoo", "zoo.checking"): "checker fixes teacher_check=teachers",

@@ -211,7 +211,7 @@ def _check_positions(parts: Parts) -> None:
 
 
 def _row(step: Any, parts: Parts, model: Any) -> Row:
-    key = step.kind if step.kind in {"vision", "projector", "layout", "llm"} else f"{step.kind}.{step.name}"
+    key = step.kind if step.kind in registry.SINGLE_SLOTS else f"{step.kind}.{step.name}"
     own = [p for n, p in model.named_parameters() if model.part_of(n) == key]
     return Row(
         step.kind,

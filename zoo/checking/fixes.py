@@ -59,9 +59,9 @@ def _excludes_tokens(adapter: str) -> bool:
 
 def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     """Each option that differs from its default set back, and each option's other named values."""
-    for kind in ("vision", "projector", "layout", "llm", "pruner", "adapter"):
+    for kind in sorted(registry.MODEL_SLOTS, key=registry.MANY.__contains__):  # single parts first
         nodes = plan.slots.get(kind) or {}
-        many = kind in {"pruner", "adapter"}
+        many = kind in registry.MANY
         for name, node in nodes.items() if many else [(nodes.get("name"), nodes)]:
             if not name:
                 continue

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.settings.schema import Typed
+from zoo.settings.config import Typed
 from zoo.settings.source import Source, source_named, source_of
 
 

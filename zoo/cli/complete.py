@@ -3,27 +3,30 @@
 The shells' side is Hydra's (`eval "$(zoo -sc install=bash)"`); it asks with the typed line in COMP_LINE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zoo.registry import KINDS, ZooError, options_of, source_options
+from zoo.registry import KINDS, ZooError, options_of
 from zoo.registry.table import kind_of
 from zoo.settings import presets
 from zoo.settings.overrides import SEVERAL, SLOTS, load_plugins, parse, settle, values
 from zoo.settings.schema import SECTIONS, RunRoot
-from zoo.settings.stage import Stage
-
-COMPOSED = ("train", "eval", "teach", "check", "data")
+from zoo.settings.static_check import depth_of, schema_at
 
 
-def complete(line: str, commands: Sequence[str]) -> list[str]:
-    """Return what the last word of `line` can become."""
+def complete(line: str, commands: Mapping[str, bool]) -> list[str]:
+    """Return what the last word of `line` can become.
+
+    Args:
+        line: as it is typed so far.
+        commands: name -> whether it takes the config of a run.
+    """
     words = line.split(" ")
     if len(words) <= 2:
         return [c for c in commands if c.startswith(words[-1])]
     command, typed, last = words[1], words[2:-1], words[-1]
     load_plugins(command, [])
-    if command in COMPOSED:
+    if commands.get(command):
         found = _value(last) if "=" in last else _keys(command, typed, last)
     elif command == "list":
         found = [*KINDS, "model", "recipe", "data"]
@@ -61,15 +64,14 @@ def _keys(command: str, typed: Sequence[str], last: str) -> list[str]:
         plain = [o.name for o in options_of(RunRoot) if o.name not in ("defaults", "hydra", *SECTIONS, "stages")]
         held = [f"{slot}." for slot in SLOTS if chosen.get(slot)]
         return [f"{name}=" for name in (*plain, "model", "recipe")] + [f"{s}." for s in (*SECTIONS, "stages")] + held
-    head, _, member = path.partition(".")
-    if (kind := kind_of(head)) and head in chosen:
-        if head in SEVERAL and not member:
-            return [f"{head}.{name}." for name in chosen[head]]
-        name = presets.component_of(head, member if head in SEVERAL else str(chosen[head]))
-        return [f"{path}.{o.name}=" for o in source_options(kind, name)]
-    if head == "stages":
-        return [f"{path}.{o.name}=" for o in options_of(Stage)] if member else [f"stages.{s}." for s in _stages(recipe)]
-    return [f"{path}.{o.name}=" for o in options_of(SECTIONS[head])] if head in SECTIONS else []
+    head, *members = path.split(".")
+    if head in SEVERAL and head in chosen and not members:
+        return [f"{head}.{name}." for name in chosen[head]]
+    if head == "stages" and not members:
+        return [f"stages.{s}." for s in _stages(recipe)]
+    known = head in (*SECTIONS, "stages") or (kind_of(head) and head in chosen)
+    found = schema_at([head, *members], chosen, None) if known and len(members) + 1 == depth_of([head]) else None
+    return [f"{path}.{o.name}=" for o in found[1]] if found else []
 
 
 def _chosen(command: str, typed: Sequence[str]) -> tuple[dict[str, Any], str | None]:

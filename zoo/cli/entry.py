@@ -130,7 +130,7 @@ def _completion(words: list[str]) -> int:
         from zoo.cli.complete import complete
 
         try:
-            found = complete(os.environ.get("COMP_LINE", ""), list(COMMANDS))
+            found = complete(os.environ.get("COMP_LINE", ""), {name: c.composed for name, c in COMMANDS.items()})
         except ZooError:
             found = []
         print(("\n" if words[0] == "query=fish" else " ").join(found))

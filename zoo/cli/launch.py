@@ -51,10 +51,10 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
     if "--help" in flags:
         print(usage(command))
         return 0
-    from zoo.settings.messages import explained
+    from zoo.settings.config import explained
 
     if not flags:
-        from zoo.settings.schema import compose
+        from zoo.settings.config import compose
 
         resumes_alone(overrides)
         with told_of_plugins():
@@ -63,7 +63,7 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
         return result if isinstance(result, int) else 0
 
     def task(cfg: Any) -> Any:
-        from zoo.settings.schema import validate
+        from zoo.settings.config import validate
 
         validate(cfg)
         return load()(cfg)
@@ -153,8 +153,8 @@ def _hydra_main(task: Callable[[Any], Any], words: Sequence[str], config_dir: st
     """Run `hydra.main` with our schema; errors come back as exceptions, and the process is left as it was."""
     import hydra
 
-    from zoo.settings.messages import explained
-    from zoo.settings.schema import CONFIG_NAME, store_schema
+    from zoo.settings.config import explained, store_schema
+    from zoo.settings.schema import CONFIG_NAME
 
     skip_lazy_help()
     store_schema()

@@ -17,8 +17,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from zoo.registry import ZooError, source_options
 from zoo.registry.table import kind_of
 from zoo.settings import presets
+from zoo.settings.config import compose, hydra_of_its_own
 from zoo.settings.overrides import SEVERAL, having, load_plugins, parse, prepare, settle, values
-from zoo.settings.schema import CONFIG_NAME, compose, hydra_of_its_own
+from zoo.settings.schema import CONFIG_NAME
 from zoo.settings.text_options import TextOptions
 
 

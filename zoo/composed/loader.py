@@ -16,8 +16,8 @@ from zoo.published import is_published
 from zoo.published.checkpoint import Checkpoint, checkpoint_from, checkpoint_in
 from zoo.published.folder import read_content
 from zoo.published.places import Placement, devices_of, placed
-from zoo.published.reader import PARTS, Reader
-from zoo.registry import ZooError
+from zoo.published.reader import Reader
+from zoo.registry import SINGLE_SLOTS, ZooError
 from zoo.registry.foreign import require_plausible
 from zoo.storage.precision import dtype_of
 from zoo.storage.safetensors_file import listing
@@ -111,7 +111,7 @@ def reader_for(
             raise ZooError(f"bits={bits} takes one device, not a device_map of parts: device_map='cuda'.")
         require_bits(bits, device)
     placement = Placement(
-        fresh=frozenset(PARTS) if "all" in set(fresh) else frozenset(fresh),
+        fresh=frozenset(SINGLE_SLOTS) if "all" in set(fresh) else frozenset(fresh),
         device=device,
         places=places,
         dtype=dtype_of(dtype) or dtype_of(((found.record and record) or {}).get("dtype")),
@@ -129,7 +129,7 @@ def _require_filled(config: Any, files: set[Path], walked: Parts | None) -> None
     if parts is None:
         with torch.device("meta"):
             parts = assemble(slots, vocab_size=config.text_vocab_size)
-    own = [p for k in PARTS if (p := getattr(parts, k)) is not None and not slots[k].get("checkpoint")]
+    own = [p for k in SINGLE_SLOTS if (p := getattr(parts, k)) is not None and not slots[k].get("checkpoint")]
     tensors = {
         id(t): t.numel()
         for part in [*own, *parts.pruner.values(), *parts.adapter.values()]

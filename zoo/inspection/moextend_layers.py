@@ -53,7 +53,7 @@ def options_for(
     """Return the options of adapter `moextend` as words for the command line."""
     from zoo.fusion.adapters.expert_shift import select
     from zoo.runs.data import RunData
-    from zoo.settings import schema as configs
+    from zoo.settings import config as configs
 
     data = RunData(configs.compose("load", [f"model={probe}", *overrides]).data).training
     if not data:

@@ -23,7 +23,7 @@ from zoo.published.composed import VIDEO, cut_by, tokens_for
 from zoo.published.folder import read_content, require_same
 from zoo.published.text import pictures_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ZooError, plugins
-from zoo.settings import schema as configs
+from zoo.settings import config as configs
 from zoo.settings.source import Source, source_named, source_of
 from zoo.text.processor import ZooProcessor
 from zoo.text.stops import end_tokens, keep_shared, set_stops, stated_config

@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.published import family_of
 from zoo.published.family import parse, plain
-from zoo.registry import ZooError, config_of
+from zoo.registry import SINGLE_SLOTS, ZooError, config_of
 from zoo.registry.foreign import read_model_config
 from zoo.storage.weights import may_start_fresh
 
@@ -59,7 +59,7 @@ def require_same(slots: Mapping[str, Any], folder: Path, fresh: Iterable[str] = 
     stated = family_of(content, str(folder)).slots(hf, pixels_of(folder))
     wrong = []
     allowed = set(fresh)
-    for part in ("vision", "projector", "layout", "llm"):
+    for part in SINGLE_SLOTS:
         ours, theirs = slots.get(part) or {}, stated.get(part) or {}
         if may_start_fresh(part, allowed) or (part == "vision" and "projector" in allowed):
             continue

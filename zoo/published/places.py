@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import ImageFeatures, ZooError, unknown
+from zoo.registry import SINGLE_SLOTS, ImageFeatures, ZooError, unknown
 from zoo.storage.precision import cast_parameters, dtype_of
 
 _UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # what is not cut in two by `spread`
@@ -89,8 +89,8 @@ def spread(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> dict[st
 
 def _order(unit: str) -> tuple[int, int]:
     number = re.search(r"\.(\d+)$", unit)
-    first = ("vision", "projector", "layout", "llm")  # `llm` alone: what stands before and behind the layers
-    rank = first.index(unit) if unit in first else len(first)
+    # `llm` alone: what stands before and behind the layers
+    rank = SINGLE_SLOTS.index(unit) if unit in SINGLE_SLOTS else len(SINGLE_SLOTS)
     return rank, int(number[1]) if number else 10**9
 
 

@@ -11,12 +11,10 @@ from zoo.published.contradictions import refuse_untied
 from zoo.published.family import SPARE
 from zoo.published.file_names import Held, as_modules
 from zoo.published.places import Placement
-from zoo.registry import ZooError
+from zoo.registry import SINGLE_SLOTS, ZooError
 from zoo.storage.precision import kept_wide
 from zoo.storage.safetensors_file import Filled, fill
 from zoo.storage.weights import by_part, may_start_fresh
-
-PARTS = ("vision", "projector", "layout", "llm")
 
 
 class Reader:
@@ -41,7 +39,7 @@ class Reader:
     @property
     def empty(self) -> frozenset[str]:
         """Parts that are built without weights: those that may not start fresh."""
-        return frozenset(PARTS) - self.placement.fresh
+        return frozenset(SINGLE_SLOTS) - self.placement.fresh
 
     @property
     def already_loaded(self) -> dict[int, Any] | None:
@@ -55,7 +53,7 @@ class Reader:
             ZooError: a weight is missing, unknown or of another shape; reported by part.
         """
         found, held = self.checkpoint, self.placement
-        modules = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
+        modules = {name: part for name in SINGLE_SLOTS if (part := getattr(parts, name)) is not None}
         self.tensors = as_modules(found.tensors, modules)
         if found.record is not None and not may_start_fresh("llm", held.fresh):
             refuse_untied(parts.llm.lm, self.tensors, found.folder)
@@ -83,7 +81,7 @@ class Reader:
             return [n for n in names if not may_start_fresh(part_of(n), fresh)]
 
         unknown = [n for n in self.tensors if n not in done.used and not SPARE.search(n)]
-        unknown = needed(n for n in unknown if part_of(n) in PARTS)
+        unknown = needed(n for n in unknown if part_of(n) in SINGLE_SLOTS)
         missing, other = needed(done.missing), needed(done.other_shape)
         stated = [line for part in needed(found.contradictions) for line in found.contradictions[part]]
         if missing or unknown or other or found.unexpected or stated:

@@ -6,7 +6,6 @@ node that it was looked up in, which is all that a good message needs.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -16,18 +15,6 @@ from zoo.settings import presets
 from zoo.settings.overrides import SEVERAL, SLOTS
 from zoo.settings.schema import RunRoot
 from zoo.settings.static_check import called, elsewhere, no_stage
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Raise a ZooError in place of whatever Hydra says about a config."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
 
 
 def explain(error: BaseException) -> ZooError:

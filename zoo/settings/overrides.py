@@ -15,7 +15,6 @@ from zoo.registry import MANY, ZooError, plugins, source_options, unknown
 from zoo.registry.table import NOBODY, SLOT_KINDS, group_of, kind_of
 from zoo.settings import model_names as saved
 from zoo.settings import presets
-from zoo.settings.override_words import quoted_where
 from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
 from zoo.settings.static_check import elsewhere, no_stage, try_override
 from zoo.settings.text_options import TextOptions
@@ -91,8 +90,6 @@ def parse(overrides: Sequence[str]) -> list[Any]:
 
     parser, parsed, texts = OverridesParser.create(), [], TextOptions({})
     for text in overrides:
-        key, equals, value = text.partition("=")
-        text = key + equals + quoted_where(value, lambda word: word.strange)
         try:
             parsed.append(parser.parse_override(texts.typed(text)))
         except HydraException as error:

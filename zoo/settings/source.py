@@ -15,17 +15,16 @@ from zoo.published import is_published
 from zoo.published.composed import tokens_for
 from zoo.published.folder import read_content
 from zoo.published.text import tokenizer_in
-from zoo.registry import MANY, ZooError, completed, plugins
+from zoo.registry import MANY, MODEL_SLOTS, ZooError, completed, plugins
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings import model_names
-from zoo.settings import schema as configs
+from zoo.settings.config import Typed, compose, typed_of
 from zoo.settings.overrides import quoted
-from zoo.settings.schema import Typed
+from zoo.settings.schema import tokenizer_options
 from zoo.storage.weights import local_folder, sha256_of, weight_files
 from zoo.text.tokenizer import OF_MODEL, add_special, load_tokenizer, set_template_options, train_tokenizer
 
 _WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
-SLOTS = ("vision", "pruner", "projector", "layout", "llm", "adapter")  # of a model
 
 
 @dataclass(eq=False)
@@ -163,7 +162,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
     """Return what the model of a config starts from.
 
     Args:
-        cfg: from `zoo.settings.schema.compose`.
+        cfg: from `zoo.settings.config.compose`.
         pretrained: see `Source`.
     """
     from omegaconf import OmegaConf
@@ -171,7 +170,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
     return Source(
         name=cfg.model.name,
         kind=cfg.model.source,
-        slots={slot: plain(cfg.get(slot)) for slot in SLOTS},
+        slots={slot: plain(cfg.get(slot)) for slot in MODEL_SLOTS},
         tokenizer=plain(cfg.tokenizer),
         pretrained=pretrained,
         **{key: cfg.model[key] for key in ("repository", "revision", "sha256", "base")},
@@ -179,7 +178,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
         **{key: cfg[key] for key in ("attention", "precision", "device")},
         stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
         data={str(name): _split(node) for name, node in cfg.data.items()},
-        typed=configs.typed_of(cfg),
+        typed=typed_of(cfg),
     )
 
 
@@ -191,7 +190,7 @@ def source_named(name: str, *overrides: str) -> Source:
         if found is not None:
             return found
     model_names.fetch_config(name)
-    return source_of(configs.compose("load", [f"model={quoted(name)}", *overrides]))
+    return source_of(compose("load", [f"model={quoted(name)}", *overrides]))
 
 
 def _in_folder(name: str) -> Source | None:
@@ -211,7 +210,7 @@ def _in_folder(name: str) -> Source | None:
                 parts[group_of(kind)] = {str(key): completed(kind, item) for key, item in (node or {}).items()}
             else:
                 parts[kind] = completed(kind, node) if node is not None else None
-        tokenizer = configs.tokenizer_options(content.get("tokenizer") or {})
+        tokenizer = tokenizer_options(content.get("tokenizer") or {})
     except (ZooError, OmegaConfBaseException):
         return None
     if not parts["vision"] or not parts["llm"]:
@@ -219,7 +218,7 @@ def _in_folder(name: str) -> Source | None:
     return Source(
         name=str(place),
         kind="dir",
-        slots={slot: parts[slot] for slot in SLOTS},
+        slots={slot: parts[slot] for slot in MODEL_SLOTS},
         tokenizer=tokenizer,
         data={key: _split(node) for key, node in parts["data"].items()},
         typed=Typed("load", (f"model={quoted(name)}",)),

@@ -10,7 +10,7 @@ from rich.console import Console
 from zoo.evaluation.evaluate import evaluate
 from zoo.evaluation.result import EvalResult
 from zoo.evaluation.score_table import score_table
-from zoo.registry import build
+from zoo.registry import MODEL_SLOTS, build
 from zoo.runs.consent import forget
 from zoo.runs.folder import read_metrics
 from zoo.runs.processes import by_first
@@ -132,7 +132,7 @@ def _card(run: "Run", result: EvalResult | None = None) -> str:
     """A short card: what the model is made of, how to load it, what it scored."""
     slots = run.model.config.slots or {}
     rows = []
-    for slot in ("vision", "pruner", "projector", "layout", "llm", "adapter"):
+    for slot in MODEL_SLOTS:
         node = slots.get(slot) or {}
         rows.append(f"| {slot} | {markdown(node.get('name') or ', '.join(node) or '-')} |")
     lines = [

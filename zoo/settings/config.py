@@ -1,0 +1,171 @@
+"""The config of a run: how overrides, presets and recipes become one typed, checked config.
+
+Hydra composes; nothing here imports torch. The modules of the components that a run chose do.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import MANY, ZooError, config_of, unknown
+from zoo.registry.table import SLOT_KINDS, group_of
+from zoo.settings.overrides import prepare
+from zoo.settings.schema import CONFIG_NAME, RunRoot
+from zoo.settings.stage import PRECISIONS
+
+
+def store_schema() -> None:
+    """Give Hydra the root schema, once: it takes some 20 ms to make, and Hydra copies what it reads from its store."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    if f"{CONFIG_NAME}.yaml" not in store.repo:
+        store.store(CONFIG_NAME, RunRoot, provider="zoo")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise a ZooError in place of whatever Hydra says about a config."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        from zoo.settings.messages import explain
+
+        raise explain(error) from error
+
+
+def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
+    """Compose and check the config of `zoo <command> <overrides>`, also inside a running Hydra job.
+
+    Args:
+        command: train, eval and check start from the default recipe, anything else from no recipe.
+        overrides: as on the command line.
+        config_dir: folder with more models, recipes and data, laid out as `conf/`.
+
+    Returns:
+        The typed config (a DictConfig of `RunRoot`).
+
+    Raises:
+        ZooError: anything that is wrong with the config.
+    """
+    with explained():
+        prepared = prepare(command, overrides, config_dir)
+        from hydra import compose as hydra_compose
+
+        with hydra_of_its_own(config_dir):
+            cfg = hydra_compose(CONFIG_NAME, prepared)
+        validate(cfg)
+    cfg.__dict__["_typed"] = Typed(command, tuple(overrides), config_dir)  # beside the content: no file is to have it
+    return cfg
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What a config was composed from: the words of a person."""
+
+    command: str
+    overrides: tuple[str, ...]
+    config_dir: str | Path | None = None
+
+    def with_one_more(self, override: str) -> Any:
+        """Compose again, with another override behind the others."""
+        return compose(self.command, [*self.overrides, override], self.config_dir)
+
+
+def typed_of(cfg: Any) -> Typed | None:
+    """Return what `compose` made a config from; None where something else made it, or it was copied."""
+    return cfg.__dict__.get("_typed")
+
+
+@contextmanager
+def hydra_of_its_own(config_dir: str | Path | None = None) -> Iterator[Any]:
+    """Set up a Hydra of our own, and leave a job that is running as it was."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    store_schema()
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_module("zoo.conf", version_base="1.3"):
+            inner: Any = GlobalHydra.instance().hydra
+            if config_dir and inner:
+                search_path = inner.config_loader.get_search_path()
+                add_config_dir(search_path, config_dir)
+                inner.config_loader.repository.initialize_sources(search_path)
+            yield inner
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def add_config_dir(search_path: Any, config_dir: str | Path) -> None:
+    """Let Hydra look into a user's folder too, as its own `--config-dir` does."""
+    from hydra.core.config_search_path import SearchPathQuery
+
+    path = f"file://{Path(config_dir).resolve()}"
+    search_path.prepend(provider="command-line", path=path, anchor=SearchPathQuery(provider="schema"))
+
+
+def slots_of(cfg: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield kind, key and node of every component that the config chose; the key of a single slot is its kind."""
+    for kind in SLOT_KINDS:
+        node = cfg.get(group_of(kind))
+        if kind in MANY:
+            yield from ((kind, str(key), item) for key, item in (node or {}).items())
+        elif node is not None:
+            yield kind, kind, node
+
+
+def validate(cfg: Any) -> None:
+    """Check every chosen component and every stage: names, types, required values, and what their dataclasses say.
+
+    Raises:
+        ZooError: the first thing that is wrong.
+    """
+    from omegaconf import OmegaConf
+
+    for kind, key, node in slots_of(cfg):
+        if not hasattr(node, "keys") or "name" not in node:
+            slot = group_of(kind)
+            if kind in MANY:
+                raise ZooError(f"{slot} {key!r} has options but is not chosen: add it with {slot}=[...,{key}].")
+            raise ZooError(f"{slot} has options but no component is chosen: write {slot}=<name>.")
+        config_of(kind, node)
+    for kind in ("vision", "llm"):
+        if cfg[kind] is None:
+            raise ZooError(f"No {kind} is chosen. Write {kind}=<name>, or start from a preset with model=<name>.")
+    if not 0 <= cfg.max_broken <= 1:
+        raise ZooError(f"max_broken is a share of the records, from 0 to 1, got {cfg.max_broken}.")
+    if not cfg.precision or cfg.precision not in PRECISIONS:
+        raise unknown("precision", cfg.precision, filter(None, PRECISIONS))
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
+        if cfg[name] is not None and cfg[name] < least:
+            raise ZooError(f"{name} must be at least {least}, got {cfg[name]}.")
+    before: list[str] | None = None  # what the stage before detaches
+    for name, node in cfg.stages.items():
+        try:
+            stage: Any = OmegaConf.to_object(node)
+            _check_stage(stage, list(cfg.data))
+            for adapter in stage.detach:
+                if adapter not in cfg.adapter:
+                    raise unknown("adapter of this run", adapter, map(str, cfg.adapter))
+                if before is not None and adapter not in before:
+                    raise ZooError(f"detach names {adapter!r}, which the stage before has: an adapter that acts stays.")
+        except ZooError as error:
+            raise ZooError(f"stage {name!r}: {error}") from error
+        before = stage.detach
+    if before:
+        raise ZooError(f"The last stage detaches {before[0]!r}, and the model that is saved would have it.")
+
+
+def _check_stage(stage: Any, data: list[str]) -> None:
+    """Check the names in a stage: its data sets are the run's, its distiller exists and has these options."""
+    for key in stage.data:
+        if key not in data:
+            raise unknown("data set of this run", key, data)
+    if stage.distiller_node:
+        config_of("distiller", stage.distiller_node)
