@@ -215,11 +215,11 @@ def spread(items: tuple[Misfit, ...] | list[Misfit], many: int) -> list[Misfit]:
 
 
 def share(part: int, whole: int) -> Value:
-    return Value(*[part / max(1, whole)] * 3)
+    return Value.one(part / max(1, whole))
 
 
 def count(what: str, lines: list[str]) -> Row:
-    return Row(what, Value(*[float(len(lines))] * 3), "", bound=0.0, at_most=True)
+    return Row(what, Value.one(float(len(lines))), "", bound=0.0, at_most=True)
 
 
 def seconds(plan: Plan, rounds: int = 5) -> Value:

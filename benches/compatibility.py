@@ -137,7 +137,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Page:
             page.found[parts] = verdict
     words = [v.word for v in page.found.values()]
     for word, what in (("yes", "run"), ("no", "are refused with a reason"), ("broken", "pass the check and fail")):
-        value = Value(*[float(words.count(word))] * 3)
+        value = Value.one(float(words.count(word)))
         bound = 0.0 if word == "broken" else None
         page.add(Row(f"of {len(words)} compositions, {what}", value, "", bound=bound, at_most=True))
     return page

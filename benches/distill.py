@@ -18,7 +18,7 @@ from zoo.benches import divergence as kl
 from zoo.benches import llava
 from zoo.benches.distill_mod import preference_rows, upcycle_row
 from zoo.benches.llava import SIZES, Sizes
-from zoo.benches.measure import Clock, Plain, Times, Value, ratio
+from zoo.benches.measure import Clock, Plain, Times, Value
 from zoo.benches.place import StepPlace, at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, Row, machine, short
 from zoo.benches.steps import turns_of
@@ -98,7 +98,7 @@ def _upcycle(place: StepPlace) -> list[Row]:
 def _kl(place: StepPlace) -> list[Row]:
     o = place.options
     sizes = (o.positions, o.vocab, o.width)
-    peaks = {way: kl.peak(way, *sizes) for way in kl.WAYS}
+    peaks = kl.peaks(*sizes)
     x = kl.inputs(*sizes, place.accelerator.device)
     exact, mine = (kl.step(way, x) for way in ("naive", "chunked"))
     value = float((mine[0] - exact[0]).abs() / exact[0].abs())
@@ -109,11 +109,10 @@ def _kl(place: StepPlace) -> list[Row]:
     share = Value.of([peaks["chunked"] / peaks["naive"]])
     return [
         Row("divergence: peak extra memory over naive", share, bound=0.2, at_most=True, note=naive),
-        Row("divergence: time over naive", ratio(place.clock, times["chunked"], times["naive"]), bound=1.15,
-            at_most=True),
+        Row("divergence: time over naive", times.ratio("chunked", "naive"), bound=1.15, at_most=True),
         Row("divergence: difference of the loss, relative", Value.of([value]), "", bound=1e-5, at_most=True),
         Row("divergence: difference of gradients, relative", Value.of([gradient]), "", bound=1e-4, at_most=True),
-    ]  # fmt: skip
+    ]
 
 
 def _relation(place: StepPlace) -> list[Row]:
@@ -143,8 +142,7 @@ def _relation(place: StepPlace) -> list[Row]:
     gap = short(float((a[0] - b[0]).abs()))
     times = place.time({"logits": Plain(lambda: step(through_logits)), "ours": Plain(lambda: step(ours))})
     note = f"{o.image_tokens} image tokens, head trains; the losses differ by {gap}"
-    return [Row("relation: time over the same with logits held", ratio(place.clock, times["ours"], times["logits"]),
-                note=note)]  # fmt: skip
+    return [Row("relation: time over the same with logits held", times.ratio("ours", "logits"), note=note)]
 
 
 def _models(place: StepPlace) -> tuple[Sizes, Any, Any, dict[str, Any]]:
@@ -164,11 +162,18 @@ def _larger(sizes: Sizes, n: int) -> Sizes:
 
 def _trains(place: StepPlace, student: Any, batch: dict[str, Any], teacher: Any = None, **options: Any) -> Plain:
     """The step of `zoo train`, with a distiller where there are options of one."""
-    stage = Stage(steps=1_000_000, batch_size=place.options.batch, lr=1e-4, schedule="constant",
-                  distiller=options or None, teacher="the teacher" if options else "")  # fmt: skip
+    stage = Stage(
+        steps=1_000_000,
+        batch_size=place.options.batch,
+        lr=1e-4,
+        schedule="constant",
+        distiller=options or None,
+        teacher="the teacher" if options else "",
+    )
     distiller = build_distiller(student, stage.distiller_node) if stage.distiller_node else None
-    engine = Engine(place.accelerator, student, stage, 1_000_000, precision=place.precision, distiller=distiller,
-                    teacher=teacher)  # fmt: skip
+    engine = Engine(
+        place.accelerator, student, stage, 1_000_000, precision=place.precision, distiller=distiller, teacher=teacher
+    )
     return turns_of(engine, [batch])
 
 
@@ -191,15 +196,20 @@ def _step(place: StepPlace) -> list[Row]:
         "kl": _trains(place, llava.composed(sizes).to(device), batch, teacher, name="kl"),
     }
     times = place.time(variants)
-    both = Times(*([a + b for a, b in zip(getattr(times["student"], k), getattr(times["teacher"], k), strict=True)]
-                   for k in ("cpu", "wall")))  # fmt: skip
-    take = place.clock.take
-    parts = ", ".join(f"{name} {1e3 * Value.of(take(t)).median:.0f} ms" for name, t in times.items())
+    parts = ", ".join(f"{name} {times.milliseconds(name).median:.0f} ms" for name in times)
+    one, other = times["student"], times["teacher"]
+    pairs = ((one.cpu, other.cpu), (one.wall, other.wall))
+    times["both"] = Times(*([a + b for a, b in zip(*pair, strict=True)] for pair in pairs))
     return [
-        Row("llava_kd step over student step + teacher forward", ratio(place.clock, times["kd"], both), bound=1.1,
-            at_most=True, note=parts),
-        Row("kl step over student step + teacher forward", ratio(place.clock, times["kl"], both)),
-    ]  # fmt: skip
+        Row(
+            "llava_kd step over student step + teacher forward",
+            times.ratio("kd", "both"),
+            bound=1.1,
+            at_most=True,
+            note=parts,
+        ),
+        Row("kl step over student step + teacher forward", times.ratio("kl", "both")),
+    ]
 
 
 def _stored(place: StepPlace) -> list[Row]:
@@ -230,8 +240,16 @@ def _stored(place: StepPlace) -> list[Row]:
     times = place.time(variants)
     note = f"{o.k} tokens kept at each position"
     return [
-        Row("step from a stored teacher over the plain step, answers",
-            ratio(place.clock, times["answers"], times["plain"]), bound=1.15, at_most=True, note=note),
-        Row("step from a stored teacher over the plain step, answers and image tokens",
-            ratio(place.clock, times["both"], times["plain"]), note=note),
-    ]  # fmt: skip
+        Row(
+            "step from a stored teacher over the plain step, answers",
+            times.ratio("answers", "plain"),
+            bound=1.15,
+            at_most=True,
+            note=note,
+        ),
+        Row(
+            "step from a stored teacher over the plain step, answers and image tokens",
+            times.ratio("both", "plain"),
+            note=note,
+        ),
+    ]

@@ -7,7 +7,7 @@ import torch
 from zoo.benches import llava
 from zoo.benches.flops import count_flops
 from zoo.benches.llava import Sizes
-from zoo.benches.measure import Plain, Value, ratio
+from zoo.benches.measure import Plain
 from zoo.benches.report import Row, short
 from zoo.benches.steps import our_step, turns_of
 from zoo.composed.outputs import LOSS_ALONE
@@ -46,7 +46,7 @@ def preference_rows(place: Any, sizes: Sizes, teacher_sizes: Sizes) -> list[Row]
     return [
         Row(
             f"preference step over four forwards and two backwards, answers {where}",
-            ratio(place.clock, times[name], times["plain"]),
+            times.ratio(name, "plain"),
             bound=1.10,
             at_most=True,
             note=note,
@@ -73,10 +73,10 @@ def upcycle_row(place: Any, sizes: Sizes, num_experts: int = 4, top_k: int = 2) 
         for name, model in (("dense", dense), ("sparse", sparse))
     }
     times = place.time(variants)
-    slower, share = ratio(place.clock, times["sparse"], times["dense"]), 1 + extra / flops
+    slower, share = times.ratio("sparse", "dense"), 1 + extra / flops
     return Row(
         f"upcycled step, {num_experts} experts, {top_k} run: time over the dense step's, over the ratio of FLOPs",
-        Value(slower.median / share, slower.low / share, slower.high / share),
+        slower.over(share),
         bound=1.2,
         at_most=True,
         note=f"{short(slower.median)}x the time for {short(share)}x the FLOPs; {tokens} tokens",
@@ -116,9 +116,14 @@ def _preference_step(place: Any, model: Any, teacher: Teacher, batch: dict[str, 
     distiller = build("distiller", {"name": "llava_mod", "objective": "preference"})
     model = model.to(place.accelerator.device)
     engine = Engine(
-        place.accelerator, model, stage, stage.steps or 1, precision=place.precision, distiller=distiller,
+        place.accelerator,
+        model,
+        stage,
+        stage.steps or 1,
+        precision=place.precision,
+        distiller=distiller,
         teacher=teacher,
-    )  # fmt: skip
+    )
     return turns_of(engine, [batch])
 
 

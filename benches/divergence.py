@@ -1,18 +1,7 @@
-"""The forward KL of two heads, naive and in chunks: what `zoo bench distill` compares.
-
-To see its memory, it is started anew:
-
-    python -m zoo.benches.divergence naive|chunked <positions> <vocabulary> <width>
-
-prints, in MB, how far the memory of a fresh process rises while the loss and its gradients are computed.
-"""
+"""The forward KL of two heads, naive and in chunks: what `zoo bench distill` compares."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.benches.peak import forget_peak, in_process, memory
 from zoo.distill.losses.chunked import Live, divergence
 from zoo.registry import LinearHead
 
@@ -66,36 +56,31 @@ def step(way: str, x: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), x.rows.grad, x.weight.grad
 
 
-def peak(way: str, positions: int, vocab: int, width: int) -> float:
-    """MB that a fresh process needs above its inputs; on a CUDA device, that its allocator hands out."""
-    if torch.cuda.is_available():
-        x = inputs(positions, vocab, width, torch.device("cuda"))
+def peaks(positions: int, vocab: int, width: int) -> dict[str, float]:
+    """MB that each way needs above its inputs: of a fresh process; on a CUDA device, that its allocator hands out."""
+    sizes = (positions, vocab, width)
+    if not torch.cuda.is_available():
+        env = {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        return in_process("divergence", *sizes, **env)
+    found = {}
+    for way in WAYS:
+        x = inputs(*sizes, torch.device("cuda"))
         step(way, x)
         x.rows.grad = x.weight.grad = None
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step(way, x)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    words = [sys.executable, "-m", "zoo.benches.divergence", way, str(positions), str(vocab), str(width)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=env)
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["peak"])
+        found[way] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return found
 
 
-def _memory(what: str) -> float:
-    """MB of this process: VmRSS now, or VmHWM at most. What getrusage tells is the parent's peak as well."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(what))) / 1024
-
-
-def _main(way: str, positions: int, vocab: int, width: int) -> None:
-    x = inputs(positions, vocab, width)
+def measure(positions: int, vocab: int, width: int) -> None:
+    """Print in MB how far the memory of this process rises while the loss and its gradients are computed."""
+    x, found = inputs(positions, vocab, width), {}
     torch.mm(torch.randn(64, 64), torch.randn(64, 64))
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins again
-    before = _memory("VmRSS")
-    step(way, x)
-    print(json.dumps({"peak": max(0.0, _memory("VmHWM") - before)}))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], *map(int, sys.argv[2:5]))
+    for way in reversed(WAYS):  # the smaller first
+        x.rows.grad = x.weight.grad = None
+        before = forget_peak()
+        step(way, x)
+        found[way] = max(0, memory("VmHWM") - before) / 2**20
+    print(json.dumps(found))

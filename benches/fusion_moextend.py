@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 from zoo.benches.fusion import FusionPlace
 from zoo.benches.fusion_mole import training_step
-from zoo.benches.measure import Value, ratio
+from zoo.benches.measure import Value
 from zoo.benches.report import Row
 from zoo.fusion.adapters import extended_layer
 
@@ -31,14 +31,16 @@ def rows(place: FusionPlace) -> list[Row]:
     kept = {name: step(count=True) for name, step in steps.items()}
     what = f"moextend, 1 expert added to 4, {shape[0] * shape[1]} tokens"
     return [
-        Row(f"{what}: step against the unextended", ratio(place.clock, times["new"], times["base"]), bound=MOST,
-            at_most=True),
-        Row(f"{what}: step where counts cannot be read, against the unextended",
-            ratio(place.clock, times["beside"], times["base"]), note="the way on an accelerator"),
-        Row(f"{what}: step against training every weight", ratio(place.clock, times["new"], times["whole"])),
+        Row(f"{what}: step against the unextended", times.ratio("new", "base"), bound=MOST, at_most=True),
+        Row(
+            f"{what}: step where counts cannot be read, against the unextended",
+            times.ratio("beside", "base"),
+            note="the way on an accelerator",
+        ),
+        Row(f"{what}: step against training every weight", times.ratio("new", "whole")),
         Row(f"{what}: activations against the unextended", Value.of([kept["new"] / kept["base"]])),
         Row(f"{what}: activations against training every weight", Value.of([kept["new"] / kept["whole"]])),
-    ]  # fmt: skip
+    ]
 
 
 def _without_counts(step: Callable[..., float]) -> Callable[..., float]:

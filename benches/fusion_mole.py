@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.benches.fusion import FusionPlace
-from zoo.benches.measure import Value, ratio
+from zoo.benches.measure import Value
 from zoo.benches.report import Row
 from zoo.registry import build
 from zoo.registry.forward_pass import running
@@ -41,9 +41,9 @@ def rows(place: FusionPlace) -> list[Row]:
     result = []
     for count in EXPERTS:
         what = f"mole, {count} experts, rank {rank}, {shape[0] * shape[1]} tokens"
-        value = ratio(place.clock, times[f"mole {count}"], times["lora"])
+        value = times.ratio(f"mole {count}", "lora")
         result.append(Row(f"{what}: step against lora", value, bound=most, at_most=True))
-        loop = ratio(place.clock, times[f"loop {count}"], times["lora"])
+        loop = times.ratio(f"loop {count}", "lora")
         result.append(Row(f"{what}: the released loop against lora", loop))
         memory = Value.of([kept[f"mole {count}"] / kept["lora"]])
         result.append(Row(f"{what}: activations against lora", memory, bound=MOST_MEMORY, at_most=True))
@@ -123,12 +123,12 @@ def bytes_kept(run: Callable[[], object], parameters: Any) -> float:
 def as_released(adapter: Any) -> None:
     """Compute the terms as the authors' code does, expert by expert and projection by projection."""
     adapter.detach()
-    adapter._undo = adapter.passes.attach()
+    adapter.passes.attach()
     for layer in adapter.layers.values():
         loop = _Loop(layer)
-        adapter._undo.append(layer.mlp.register_forward_pre_hook(loop.route).remove)
+        layer.mlp.register_forward_pre_hook(loop.route)
         for name, linear in layer.linears.items():
-            adapter._undo.append(linear.register_forward_hook(partial(loop.add, layer.experts[name])).remove)
+            linear.register_forward_hook(partial(loop.add, layer.experts[name]))
 
 
 class _Loop:

@@ -6,7 +6,6 @@ import torch
 
 from zoo.benches.flops import count_flops
 from zoo.benches.fusion import FusionPlace
-from zoo.benches.measure import ratio
 from zoo.benches.report import Row
 from zoo.registry import ImageFeatures, build
 
@@ -42,7 +41,7 @@ def rows(place: FusionPlace) -> list[Row]:
         for before, n in zip(steps, list(steps)[1:], strict=False):
             against = f"pool, {what}, {n} tokens"
             note = f"FLOPs {flops[n] / flops['576']:.3g}x"
-            result.append(Row(f"{against}: against mlp on 576", ratio(place.clock, times[n], times["576"]), note=note))
-            falls = ratio(place.clock, times[n], times[before])
+            result.append(Row(f"{against}: against mlp on 576", times.ratio(n, "576"), note=note))
+            falls = times.ratio(n, before)
             result.append(Row(f"{against}: against {before} tokens", falls, bound=1.0, at_most=True))
     return result

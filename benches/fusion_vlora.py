@@ -14,7 +14,6 @@ import torch
 
 from zoo.benches.flops import count_flops
 from zoo.benches.fusion import FusionPlace
-from zoo.benches.measure import Value, ratio
 from zoo.benches.report import Row
 from zoo.fusion.adapters.vlora.generator import GeneratorBlock
 from zoo.registry import ImageFeatures, build
@@ -59,14 +58,19 @@ def rows(place: FusionPlace) -> list[Row]:
     with _as_published():
         published = count_flops(as_weights)
     share = published / flops["tokens"]
-    measured = ratio(place.clock, times["weights"], times["tokens"])
-    over = Value(*(v / share for v in (measured.median, measured.low, measured.high)))
+    measured = times.ratio("weights", "tokens")
     what = f"vlora prefill, {TEXT} tokens of text and {n} patches"
     note = f"{published / 1e9:.3g} GFLOP ({flops['weights'] / 1e9:.3g} done) against {flops['tokens'] / 1e9:.3g}"
     result = [
         Row(f"{what}: time against {n} image tokens", measured, note=note),
-        Row(f"{what}: that ratio over the ratio of FLOPs", over, bound=1.3, at_most=True, note=f"FLOPs {share:.3g}x"),
-        Row(f"{what}: time against text alone", ratio(place.clock, times["weights"], times["text"])),
+        Row(
+            f"{what}: that ratio over the ratio of FLOPs",
+            measured.over(share),
+            bound=1.3,
+            at_most=True,
+            note=f"FLOPs {share:.3g}x",
+        ),
+        Row(f"{what}: time against text alone", times.ratio("weights", "text")),
     ]
     return [*result, _decoding(place, adapter, (plain, text()[1]), (changed, as_weights()[1]), ids[:, -1:])]
 
@@ -102,5 +106,5 @@ def _decoding(place: FusionPlace, adapter: Any, plain: Any, changed: Any, ids: t
     times = place.time(variants, steps=8 * place.options.steps, rounds=6 * place.options.rounds)
     own = sum(p.numel() for p in adapter.b.values()) / 1e6
     note = f"B has {own:.3g} M parameters, A as many numbers for each image"
-    value = ratio(place.clock, times["vlora"], times["plain"])
+    value = times.ratio("vlora", "plain")
     return Row("vlora: a step of decoding against the plain LLM", value, bound=1.08, at_most=True, note=note)

@@ -85,14 +85,14 @@ def _rows(name: str, options: Options, device: torch.device, clock: Clock) -> li
         for new in (1, 1 + options.new)
         for who, model in (("ours", ours), ("theirs", theirs))
     }
-    times = {key: clock.take(value) for key, value in interleave(variants, clock, options.rounds, 1).items()}
+    times = interleave(variants, clock, options.rounds, 1)
     positions, rows = ids.numel(), []
     for what, tokens, take in (
-        ("prefill", positions, lambda who: times[f"{who} 1"]),
+        ("prefill", positions, lambda who: times.seconds(f"{who} 1")),
         (
             "decode",
             options.batch * options.new,
-            lambda who: _less(times[f"{who} {1 + options.new}"], times[f"{who} 1"]),
+            lambda who: _less(times.seconds(f"{who} {1 + options.new}"), times.seconds(f"{who} 1")),
         ),
     ):
         mine, others = take("ours"), take("theirs")

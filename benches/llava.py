@@ -1,5 +1,6 @@
 """LLaVA twice: transformers' `LlavaForConditionalGeneration`, and the same sizes and weights composed of our parts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +42,12 @@ class Sizes:
         )
 
 
+# Pixels and patch of the encoder, its width, depth, heads, layer; of the LLM width, depth, heads, feed-forward, words.
 SIZES = {
     "sketch": Sizes(),
-    "scenes_tiny": Sizes(
-        image_size=64, patch_size=8, vision_width=128, vision_depth=3, vision_heads=4,
-        text_width=128, text_depth=4, text_heads=4, intermediate=512, vocab=4096,
-    ),
-    "tiny": Sizes(
-        image_size=16, patch_size=8, vision_width=16, vision_depth=2, vision_heads=2,
-        text_width=16, text_depth=2, text_heads=2, intermediate=32, vocab=64,
-    ),
-}  # fmt: skip
+    "scenes_tiny": Sizes(64, 8, 128, 3, 4, -2, 128, 4, 4, 512, 4096),
+    "tiny": Sizes(16, 8, 16, 2, 2, -2, 16, 2, 2, 32, 64),
+}
 
 
 def config(sizes: Sizes, positions: int, image_token: int, eos: int | None = None, pad: int | None = None) -> Any:
@@ -95,29 +91,23 @@ def stock(sizes: Sizes, attention: str | None = None) -> Any:
     return model
 
 
-def composed(sizes: Sizes, images: bool = True) -> ZooModel:
-    """Return the composed model of the same sizes with random weights; the LLM alone without `images`."""
-    vision = {
-        "name": "hf",
-        "model_type": "clip",
-        "layer": sizes.layer,
-        "image_size": sizes.image_size,
-        "patch_size": sizes.patch_size,
-        "width": sizes.vision_width,
-        "depth": sizes.vision_depth,
-        "heads": sizes.vision_heads,
-    }
-    llm = {
-        "name": "hf",
-        "model_type": "llama",
-        "hidden_size": sizes.text_width,
-        "num_layers": sizes.text_depth,
-        "num_heads": sizes.text_heads,
-        "intermediate_size": sizes.intermediate,
-        "max_positions": 1024,
-    }
-    slots = {"vision": vision, "projector": {"name": "mlp"}} if images else {}
-    return ZooModel(ZooConfig(slots={**slots, "llm": llm}, image_token_id=IMAGE_TOKEN, text_vocab_size=sizes.vocab))
+def composed(sizes: Sizes, images: bool = True, llm: Mapping[str, Any] | None = None, **slots: Any) -> ZooModel:
+    """Return the composed model of the same sizes with random weights; the LLM alone without `images`.
+
+    Args:
+        sizes: of the parts.
+        images: whether it has an encoder and a projector.
+        llm: further options of the LLM.
+        slots: further ones, a pruner for example.
+    """
+    vision = {"name": "hf", "model_type": "clip", "layer": sizes.layer, "image_size": sizes.image_size}
+    vision |= {"patch_size": sizes.patch_size, "width": sizes.vision_width, "depth": sizes.vision_depth}
+    vision |= {"heads": sizes.vision_heads}
+    text = {"name": "hf", "model_type": "llama", "hidden_size": sizes.text_width, "num_layers": sizes.text_depth}
+    text |= {"num_heads": sizes.text_heads, "intermediate_size": sizes.intermediate, "max_positions": 1024}
+    seeing = {"vision": vision, "projector": {"name": "mlp"}} if images else {}
+    whole = {**seeing, **slots, "llm": text | dict(llm or {})}
+    return ZooModel(ZooConfig(slots=whole, image_token_id=IMAGE_TOKEN, text_vocab_size=sizes.vocab))
 
 
 def twins(sizes: Sizes) -> tuple[Any, ZooModel]:

@@ -7,8 +7,6 @@ process held before, over the bytes of the weights; a file that is mapped counts
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,10 +17,11 @@ from typing import Any
 import torch
 
 from zoo.benches.measure import Value
+from zoo.benches.peak import forget_peak, in_process, memory
 from zoo.benches.place import at_least_one
 from zoo.benches.published import SIZES, write
 from zoo.benches.report import Report, Row, machine
-from zoo.registry import ZooError, unknown
+from zoo.registry import unknown
 
 
 @dataclass
@@ -56,9 +55,10 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             f"{options.rounds} rounds, a process for each loading; model, tokenizer and image processor",
         ]
         seen: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
+        said = (options.dtype, options.device, options.threads)
         for turn in range(options.rounds + 1):
             for who, rows in seen.items():
-                found = _in_process(who, folder, tiny, options)
+                found = in_process("load", who, *map(str, (folder, tiny)), *said)
                 show(f"{who}: {found['seconds']:.2f} s, {found['peak'] / weights:.2f}x the weights")
                 rows += [found] if turn else []
     for who, bound in (("ours", 1.15), ("transformers", None)):
@@ -73,21 +73,12 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
     return report
 
 
-def _in_process(who: str, folder: Path, tiny: Path, options: Options) -> dict[str, float]:
-    words = [who, str(folder), str(tiny), options.dtype, options.device, str(options.threads)]
-    code = f"from zoo.benches.load import measure; measure(*{words!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ZooError(f"Loading by {who} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def measure(who: str, folder: str, tiny: str, dtype: str, device: str, threads: str) -> None:
+def measure(who: str, folder: str, tiny: str, dtype: str, device: str, threads: int) -> None:
     """Load once and print seconds and memory."""
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     load = {"ours": _ours, "transformers": _theirs}[who]
     load(tiny, dtype, device)
-    before = _forget_peak()
+    before = forget_peak()
     start = time.perf_counter()
     kept = load(folder, dtype, device)
     call = time.perf_counter() - start
@@ -110,17 +101,3 @@ def _theirs(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
         folder, dtype=getattr(torch, dtype), device_map=device
     )
     return model, transformers.LlavaProcessor.from_pretrained(folder)
-
-
-def _forget_peak() -> int:
-    """Start to count the highest resident memory anew; returns what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def memory(what: str) -> int:
-    """What this process holds in bytes, by a name of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1]) * 1024
-    raise ZooError(f"This system does not state {what} in /proc/self/status: memory cannot be measured here.")

@@ -7,7 +7,7 @@ on a CPU; with several threads, which wait for each other in a loop, and on an a
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,9 +30,17 @@ class Value:
     high: float
 
     @classmethod
+    def one(cls, number: float) -> "Value":
+        """A number that was measured once."""
+        return cls(number, number, number)
+
+    def over(self, other: float) -> "Value":
+        return Value(self.median / other, self.low / other, self.high / other)
+
+    @classmethod
     def of(cls, numbers: list[float]) -> "Value":
         if len(numbers) < 2:
-            return cls(numbers[0], numbers[0], numbers[0])
+            return cls.one(numbers[0])
         low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
         return cls(median, low, high)
 
@@ -84,7 +92,32 @@ class Plain:
         return (after[0] - before[0]) / steps, (after[1] - before[1]) / steps
 
 
-def interleave(variants: Mapping[str, Plain], clock: Clock, rounds: int, steps: int) -> dict[str, Times]:
+class Turns(dict[str, Times]):
+    """The times of variants that took turns.
+
+    Args:
+        clock: says which times count.
+        names: of the variants.
+    """
+
+    def __init__(self, clock: Clock, names: Iterable[str] = ()) -> None:
+        super().__init__({name: Times() for name in names})
+        self.clock = clock
+
+    def seconds(self, name: str) -> list[float]:
+        """Seconds per step that count, of each round."""
+        return self.clock.take(self[name])
+
+    def ratio(self, above: str, below: str) -> Value:
+        """How many times as long `above` takes: the median over rounds of the ratio within a round."""
+        return Value.of([a / b for a, b in zip(self.seconds(above), self.seconds(below), strict=True)])
+
+    def milliseconds(self, name: str, per: int = 1) -> Value:
+        """Milliseconds of one of `per` things that a step does."""
+        return Value.of([1e3 * t / per for t in self.seconds(name)])
+
+
+def interleave(variants: Mapping[str, Plain], clock: Clock, rounds: int, steps: int) -> Turns:
     """Time the variants in turns.
 
     Args:
@@ -94,7 +127,7 @@ def interleave(variants: Mapping[str, Plain], clock: Clock, rounds: int, steps: 
     """
     for variant in variants.values():
         variant.time(clock, 1)  # not counted: the first step may compile
-    result = {name: Times() for name in variants}
+    result = Turns(clock, variants)
     for _ in range(rounds):
         gc.collect()
         for name, variant in variants.items():
@@ -102,11 +135,6 @@ def interleave(variants: Mapping[str, Plain], clock: Clock, rounds: int, steps: 
             result[name].cpu.append(cpu)
             result[name].wall.append(wall)
     return result
-
-
-def ratio(clock: Clock, above: Times, below: Times) -> Value:
-    """How many times as long `above` takes: the median over rounds of the ratio within a round."""
-    return Value.of([a / b for a, b in zip(clock.take(above), clock.take(below), strict=True)])
 
 
 def matmul(device: torch.device, size: int = 1024, repeat: int = 10) -> tuple[Plain, float]:

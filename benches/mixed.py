@@ -50,7 +50,7 @@ def mixed_rows(place: "TrainPlace", sizes: Sizes) -> list[Row]:
         model = llava.composed(sizes, images=False)
         variants[name] = Pass(our_step(place.accelerator, model, batches, precision=place.precision), len(batches))
     times = place.time(variants, steps=1)
-    speed = {name: [useful[name] / t for t in place.clock.take(times[name])] for name in variants}
+    speed = {name: [useful[name] / t for t in times.seconds(name)] for name in variants}
     result = [Row("mixed lengths: transformers' Llama, random padding", Value.of(speed["stock"]), " tokens/s")]
     for name, batches in ways.items():
         padding = 1 - useful[name] / sum(b["input_ids"].numel() for b in batches)
@@ -63,7 +63,7 @@ def mixed_rows(place: "TrainPlace", sizes: Sizes) -> list[Row]:
             result.append(Row(f"mixed lengths: {NAMES[name]} against {words}", value, bound=bound))
     gap = _largest_gap(llava.composed(sizes, images=False).to(device), samples[: 2 * size])
     what = "mixed lengths: loss of a sample, packed against alone"
-    result.append(Row(what, Value(gap, gap, gap), "", bound=TOLERANCE, at_most=True, note="largest difference, fp32"))
+    result.append(Row(what, Value.one(gap), "", bound=TOLERANCE, at_most=True, note="largest difference, fp32"))
     return result
 
 

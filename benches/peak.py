@@ -1,9 +1,16 @@
-"""Peak memory of a piece of work, beside what was there before."""
+"""Peak memory of a piece of work, beside what was there before; and work in a process of its own."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from zoo.registry import ZooError
 
 _QUIET = "99"  # above all that the profiler's library says; it writes a line for each start and stop
 
@@ -32,3 +39,31 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+def in_process(module: str, *words: object, **env: str) -> dict[str, Any]:
+    """Run `measure` of a bench in a process of its own; returns what it prints as JSON.
+
+    Raises:
+        ZooError: the process failed.
+    """
+    code = f"from zoo.benches.{module} import measure; measure(*{words!r})"
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, **env})
+    if done.returncode:
+        raise ZooError(f"bench {module} {words[0]} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def memory(what: str) -> int:
+    """What this process holds in bytes, by a name of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise ZooError(f"This system does not state {what} in /proc/self/status: memory cannot be measured here.")
+
+
+def forget_peak() -> int:
+    """Start to count the highest resident memory, VmHWM, anew; returns what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return memory("VmRSS")

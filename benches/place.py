@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zoo.benches.measure import Clock, Plain, Times, interleave
+from zoo.benches.measure import Clock, Plain, Turns, interleave
 from zoo.registry import ZooError, unknown
 
 
@@ -56,11 +56,8 @@ class Place:
     show: Callable[[str], None]  # is told what is going on
 
     def time(
-        self,
-        variants: Mapping[str, Plain | Callable[[], object]],
-        steps: int | None = None,
-        rounds: int | None = None,
-    ) -> dict[str, Times]:
+        self, variants: Mapping[str, Plain | Callable[[], object]], steps: int | None = None, rounds: int | None = None
+    ) -> Turns:
         """Time variants in turns; functions too."""
         gc.collect()
         plain = {name: v if isinstance(v, Plain) else Plain(v) for name, v in variants.items()}

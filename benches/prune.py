@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from zoo.benches.costs import cache_bytes
 from zoo.benches.flops import count_flops
-from zoo.benches.measure import Clock, Plain, Times, Value, interleave, ratio
+from zoo.benches.measure import Clock, Plain, Turns, Value, interleave
 from zoo.benches.peak import peak_bytes
 from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.prune_card import LARGEST_GAP, PruneReport, Summary, where_counts_differ, where_it_pays
@@ -162,11 +162,8 @@ class _Bench:
     def _each(self) -> list[tuple[str, Variant]]:
         return [(name, v) for name, v in self.variants.items() if name != NONE]
 
-    def _time(self, steps: Mapping[str, Callable[[], object]], each: int = 1) -> dict[str, Times]:
+    def _time(self, steps: Mapping[str, Callable[[], object]], each: int = 1) -> Turns:
         return interleave({k: Plain(s) for k, s in steps.items()}, self.clock, self.options.rounds, each)
-
-    def _milliseconds(self, times: Times, per: int = 1) -> Value:
-        return Value.of([1e3 * t / per for t in self.clock.take(times)])
 
     # ---- sections ----------------------------------------------------------------------------------------------
 
@@ -177,16 +174,16 @@ class _Bench:
             card = self.cards[name]
             ids, embeds = v.prompt(v.features)
             card.counted_flops = count_flops(partial(v.read, ids, embeds))
-            card.prefill_ms = self._milliseconds(times[name])
+            card.prefill_ms = times.milliseconds(name)
             rows.append(Row(f"{name}: prefill, encoder output to logits", card.prefill_ms, " ms"))
             what = f"{name}: closed form of the prefill's FLOPs against torch's counter"
             note = f"{(card.flops + card.scoring_flops) / 1e9:.2f} and {card.counted_flops / 1e9:.2f} GFLOP"
             rows.append(Row(what, Value.of([card.gap]), " %", bound=LARGEST_GAP, at_most=True, note=note))
         for name, v in self._each():
             card = self.cards[name]
-            card.speed_up = ratio(self.clock, times[NONE], times[name])
+            card.speed_up = times.ratio(NONE, name)
             card.ideal = self.cards[NONE].flops / card.flops
-            share = Value(*(x / card.ideal for x in (card.speed_up.median, card.speed_up.low, card.speed_up.high)))
+            share = card.speed_up.over(card.ideal)
             scored = f", {card.scoring_flops / 1e9:.2f} GFLOP of scoring not counted" if card.scoring_flops else ""
             note = f"{card.ideal:.2f}x by FLOPs{scored}"
             rows.append(Row(f"{name}: prefill against no pruner", card.speed_up, note=note))
@@ -206,10 +203,10 @@ class _Bench:
         steps = {name: lambda v=v, name=name: v.decode(caches[name], o.new_tokens) for name, v in self.variants.items()}
         times = self._time(steps)
         for name in self.variants:
-            self.cards[name].decode_ms = value = self._milliseconds(times[name], o.new_tokens)
+            self.cards[name].decode_ms = value = times.milliseconds(name, o.new_tokens)
             rows.append(Row(f"{name}: one token of decoding", value, " ms"))
         for name, _ in self._each():
-            self.cards[name].decode_ratio = value = ratio(self.clock, times[name], times[NONE])
+            self.cards[name].decode_ratio = value = times.ratio(name, NONE)
             rows.append(Row(f"{name}: time of a token over no pruner", value, bound=1.0, at_most=True))
         return rows
 
@@ -228,11 +225,9 @@ class _Bench:
                 continue
             plain = Variant(name, self.base.model, v.pixels, v.text, v.features)
             times = self._time(
-                {"encoder": plain.encode, "scored": v.encode, "choose": partial(v.choose, v.features)},
-                each=3,
+                {"encoder": plain.encode, "scored": v.encode, "choose": partial(v.choose, v.features)}, each=3
             )
-            take = self.clock.take
-            pairs = zip(take(times["scored"]), take(times["choose"]), take(times["encoder"]), strict=True)
+            pairs = zip(*(times.seconds(name) for name in ("scored", "choose", "encoder")), strict=True)
             value = Value.of([100 * ((a + b) / c - 1) for a, b, c in pairs])
             what = f"{name}: scoring and choosing, share of the encoder's time"
             bound = 3.0 if name == "fastervlm" else None
@@ -276,11 +271,11 @@ class _Bench:
         at = f"at {o.scored_tokens} tokens, {sizes.heads} heads"
         memory = Value.of([peaks["walk"] / peaks["eager"]])
         note = f"{peaks['walk'] / 1e6:.0f} and {peaks['eager'] / 1e6:.0f} MB"
-        took = {k: f"{self._milliseconds(t).median:.0f} ms" for k, t in times.items()}
+        took = {k: f"{times.milliseconds(k).median:.0f} ms" for k in times}
         return [
             Row(
                 f"aim: scoring over eager attention, time {at}",
-                ratio(self.clock, times["walk"], times["eager"]),
+                times.ratio("walk", "eager"),
                 bound=0.8,
                 at_most=True,
                 note=f"{took['walk']} and {took['eager']}",
@@ -288,7 +283,7 @@ class _Bench:
             Row(f"aim: scoring over eager attention, memory {at}", memory, "x", 0.15, True, note),
             Row(
                 f"aim: fused attention and scoring over eager attention and dense scoring, time {at}",
-                ratio(self.clock, times["both"], times["eager scored"]),
+                times.ratio("both", "eager scored"),
                 note=f"{took['both']} and {took['eager scored']}; fused attention alone {took['fused']}",
             ),
         ]
@@ -312,7 +307,7 @@ class _Bench:
             times = self._time(steps, each=max(1, min(4, 256 // (small * small))))
             for name in steps:
                 if name != NONE:
-                    value = ratio(self.clock, times[NONE], times[name])
+                    value = times.ratio(NONE, name)
                     self.cards[name].by_size[small * small] = value
                     rows.append(Row(f"{name}: prefill against no pruner, {small * small} image tokens", value))
         return rows

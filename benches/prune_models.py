@@ -8,52 +8,17 @@ import torch
 from torch import Tensor
 
 from zoo.benches.costs import DecoderSizes, matmul_flops
+from zoo.benches.llava import Sizes, composed
 from zoo.composed.model import ZooModel
 from zoo.composed.outputs import LLMSequence
-from zoo.model_config import ZooConfig
 from zoo.registry import ImageFeatures, InsidePruner, get
 from zoo.registry.forward_pass import running
 from zoo.registry.versions import cache_argument, cache_of
 
-IMAGE_TOKEN = 3  # id of the placeholder in models with random weights
-
-
-@dataclass(frozen=True)
-class PruneSizes:
-    """Of a CLIP tower, a two-layer projector and a Llama, all with random weights."""
-
-    image_size: int = 336
-    patch_size: int = 14
-    vision_width: int = 384
-    vision_depth: int = 12
-    vision_heads: int = 6
-    text_width: int = 768
-    text_depth: int = 12
-    text_heads: int = 12
-    intermediate: int = 2048
-    vocab: int = 16384
-
-    def slots(self, pruner: Mapping[str, Any]) -> dict[str, Any]:
-        """Name the parts."""
-        vision = {"name": "hf", "model_type": "clip", "layer": -2, "image_size": self.image_size}
-        vision |= {"patch_size": self.patch_size, "width": self.vision_width, "depth": self.vision_depth}
-        llm = {"name": "hf", "hidden_size": self.text_width, "num_layers": self.text_depth}
-        llm |= {"num_heads": self.text_heads, "intermediate_size": self.intermediate, "max_positions": 8192}
-        return {
-            "vision": vision | {"heads": self.vision_heads},
-            "pruner": dict(pruner),
-            "projector": {"name": "mlp"},
-            "llm": llm | {"tie_embeddings": True},
-        }
-
-
-SIZES = {
-    "random_100m": PruneSizes(),
-    "tiny": PruneSizes(
-        image_size=32, patch_size=4, vision_width=16, vision_depth=2, vision_heads=2,
-        text_width=32, text_depth=6, text_heads=2, intermediate=64, vocab=64,
-    ),
-}  # fmt: skip
+SIZES = {  # as those of zoo.benches.llava
+    "random_100m": Sizes(336, 14, 384, 12, 6, -2, 768, 12, 12, 2048, 16384),
+    "tiny": Sizes(32, 4, 16, 2, 2, -2, 32, 6, 2, 64, 64),
+}
 
 
 @dataclass
@@ -104,7 +69,7 @@ class Variant:
     @torch.no_grad()
     def read(self, ids: Tensor, embeds: Tensor) -> tuple[Tensor, Any]:
         """Prefill: the logits of the last position (B, V), and the cache."""
-        with running(LLMSequence(self.model._placeholders(ids), None, None, None)):
+        with running(LLMSequence(ids == self.model.image_token_id, None, None, None)):
             out = self.model.llm.hidden(inputs_embeds=embeds, use_cache=True)
         return self.model.llm.head(out.last_hidden_state[:, -1]), cache_of(out)
 
@@ -158,14 +123,13 @@ class Variant:
         return DecoderSizes.of(self.model.llm.lm.config.get_text_config(), self.model.llm.layers[0])
 
 
-def random_models(sizes: PruneSizes, nodes: Mapping[str, Mapping[str, Any] | None]) -> dict[str, ZooModel]:
+def random_models(sizes: Sizes, nodes: Mapping[str, Mapping[str, Any] | None]) -> dict[str, ZooModel]:
     """Build a model for each pruner, all with the weights of the first."""
     built: dict[str, ZooModel] = {}
     for name, node in nodes.items():
         torch.manual_seed(0)
-        slots = sizes.slots({} if node is None else {name: {"name": name, **node}})
-        config = ZooConfig(slots=slots, image_token_id=IMAGE_TOKEN, text_vocab_size=sizes.vocab, attention="sdpa")
-        model = ZooModel(config).eval()
+        pruner = {} if node is None else {name: {"name": name, **node}}
+        model = composed(sizes, llm={"max_positions": 8192, "tie_embeddings": True}, pruner=pruner).eval()
         for first in list(built.values())[:1]:
             model.load_state_dict(first.state_dict(), assign=True)
             model.llm.lm.tie_weights()

@@ -8,21 +8,12 @@ import torch
 from zoo.benches.llava import Sizes, config
 from zoo.benches.random_files import write_random
 
-SIZES = {
+SIZES = {  # as those of zoo.benches.llava
     "tiny": Sizes(),
-    "100m": Sizes(
-        image_size=112, patch_size=14, vision_width=512, vision_depth=8, vision_heads=8,
-        text_width=768, text_depth=8, text_heads=12, intermediate=2048, vocab=16384,
-    ),
-    "1b": Sizes(
-        image_size=336, patch_size=14, vision_width=1024, vision_depth=12, vision_heads=16,
-        text_width=2048, text_depth=16, text_heads=16, intermediate=5504, vocab=32064,
-    ),
-    "7b": Sizes(
-        image_size=336, patch_size=14, vision_width=1024, vision_depth=24, vision_heads=16,
-        text_width=4096, text_depth=32, text_heads=32, intermediate=11008, vocab=32064,
-    ),
-}  # fmt: skip
+    "100m": Sizes(112, 14, 512, 8, 8, -2, 768, 8, 12, 2048, 16384),
+    "1b": Sizes(336, 14, 1024, 12, 16, -2, 2048, 16, 16, 5504, 32064),
+    "7b": Sizes(336, 14, 1024, 24, 16, -2, 4096, 32, 32, 11008, 32064),
+}
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}"

@@ -58,13 +58,9 @@ def _rows(root: Path, source: str, optimizer: str, how: str) -> list[Row]:
     if wrong := [f"{len(names)} {word}" for word, names in (("lost", found.lost), ("to spare", found.spare)) if names]:
         note += f", {' and '.join(wrong)}"
     far = float("inf") if wrong else max(found.loss, found.logits)
-    rows = [Row(name, _value(far), "", bound=1e-6, at_most=True, note=note)]
+    rows = [Row(name, Value.one(far), "", bound=1e-6, at_most=True, note=note)]
     if found.exported is None:
         rows[0].note += f"; not exported: {found.refusal}"
     else:
-        rows.append(Row(f"{name}, exported", _value(found.exported), "", bound=1e-5, at_most=True))
+        rows.append(Row(f"{name}, exported", Value.one(found.exported), "", bound=1e-5, at_most=True))
     return rows
-
-
-def _value(number: float) -> Value:
-    return Value(number, number, number)

@@ -7,8 +7,6 @@ file (what is held), and of files (what the system may drop).
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -19,12 +17,12 @@ from typing import Any
 
 import torch
 
-from zoo.benches.load import memory
 from zoo.benches.measure import Value
+from zoo.benches.peak import in_process, memory
 from zoo.benches.place import at_least_one
 from zoo.benches.published import SIZES, write
 from zoo.benches.report import Report, Row, machine
-from zoo.registry import ZooError, unknown
+from zoo.registry import unknown
 
 KINDS = ("published", "parts")
 
@@ -58,7 +56,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         for kind in kinds:
             seen: list[dict[str, float]] = []
             for _ in range(options.rounds):
-                seen.append(_in_process(kind, root, options))
+                seen.append(in_process("save", kind, str(root), options.dtype, options.threads, options.whole))
                 show(f"{kind}: {json.dumps({k: round(v, 4) for k, v in seen[-1].items()})}")
             _add(report, kind, seen, weights[kind], options)
     return report
@@ -114,18 +112,9 @@ def _parts(options: Options, root: Path) -> int:
 _WRITE: dict[str, Callable[[Options, Path], int]] = {"published": _published, "parts": _parts}
 
 
-def _in_process(kind: str, root: Path, options: Options) -> dict[str, float]:
-    words = [kind, str(root), options.dtype, str(options.threads), str(int(options.whole))]
-    code = f"from zoo.benches.save import measure; measure(*{words!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ZooError(f"Saving {kind} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def measure(kind: str, root: str, dtype: str, threads: str, whole: str) -> None:
+def measure(kind: str, root: str, dtype: str, threads: int, whole: bool) -> None:
     """Load a model, save it, and print seconds and memory."""
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     model = _load(kind, Path(root), dtype)
     for weight in model.state_dict().values():
         weight.reshape(-1).view(torch.uint8)[::1024].sum().item()  # at least once a page
@@ -133,7 +122,7 @@ def measure(kind: str, root: str, dtype: str, threads: str, whole: str) -> None:
         seconds, cpu = _seconds(lambda: model.save_pretrained(Path(folder) / "saved"))
         found = {"seconds": seconds, "cpu": cpu, "held": float(watch.held), "paged": float(watch.paged)}
         found["bytes"] = float(sum(f.stat().st_size for f in (Path(folder) / "saved").glob("*.safetensors")))
-        if whole == "1":
+        if whole:
             whole_at = Path(folder) / "whole"
             found["whole"], found["whole_cpu"] = _seconds(lambda: model.save_pretrained(whole_at, include_base=True))
     print(json.dumps(found))

@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.benches import llava
 from zoo.benches.flops import count_flops
 from zoo.benches.llava import SIZES, Sizes
-from zoo.benches.measure import Clock, Plain, Times, Value, matmul, ratio
+from zoo.benches.measure import Clock, Plain, Times, Value, matmul
 from zoo.benches.mixed import mixed_rows
 from zoo.benches.place import StepPlace, at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, Row, machine, short
@@ -103,8 +103,9 @@ def _step(place: TrainPlace, sizes: Sizes) -> list[Row]:
         place.show("compiling")
     variants["floor"], per_step = matmul(device)
     times = place.time(variants)
-    floor = Times(*([t * flops / per_step for t in kind] for kind in (times["floor"].cpu, times["floor"].wall)))
-    take = place.clock.take
+    peak = Value.of([per_step / t / 1e9 for t in times.seconds("floor")])
+    floor = times["floor"]
+    times["floor"] = Times(*([t * flops / per_step for t in kind] for kind in (floor.cpu, floor.wall)))
     names = {
         "a": "(a) LlavaForConditionalGeneration, its defaults, plain loop",
         "b": f"(b) the same with {place.precision} and {place.attention} attention",
@@ -113,22 +114,21 @@ def _step(place: TrainPlace, sizes: Sizes) -> list[Row]:
         "compiled": "our step, compiled",
     }
     rows = [
-        Row(name, Value.of([o.batch / t for t in take(times[key])]), " images/s", note=_milliseconds(times[key]))
+        Row(name, Value.of([o.batch / t for t in times.seconds(key)]), " images/s", note=_milliseconds(times[key]))
         for key, name in names.items()
         if key in times
     ]
-    peak = Value.of([per_step / t / 1e9 for t in take(times["floor"])])
     rows += [
         Row("matmul peak, bf16", peak, " GF/s", note=f"{flops / 1e9:.1f} GFLOP in our step"),
-        Row("against (a), not compiled", ratio(place.clock, times["a"], times["ours"]), bound=2.7),
-        Row("against (b)", ratio(place.clock, times["b"], times["ours"]), bound=1.15, note=f"vocabulary {sizes.vocab}"),
-        Row("against (c)", ratio(place.clock, times["c"], times["ours"]), bound=1.15, note=f"vocabulary {sizes.vocab}"),
-        Row("time over the floor", ratio(place.clock, times["ours"], floor)),
+        Row("against (a), not compiled", times.ratio("a", "ours"), bound=2.7),
+        Row("against (b)", times.ratio("b", "ours"), bound=1.15, note=f"vocabulary {sizes.vocab}"),
+        Row("against (c)", times.ratio("c", "ours"), bound=1.15, note=f"vocabulary {sizes.vocab}"),
+        Row("time over the floor", times.ratio("ours", "floor")),
     ]
     if o.compile:
         rows += [
-            Row("against (a), compiled", ratio(place.clock, times["a"], times["compiled"]), bound=3.6),
-            Row("time over the floor, compiled", ratio(place.clock, times["compiled"], floor), bound=1.6, at_most=True),
+            Row("against (a), compiled", times.ratio("a", "compiled"), bound=3.6),
+            Row("time over the floor, compiled", times.ratio("compiled", "floor"), bound=1.6, at_most=True),
         ]
     return rows
 
@@ -138,8 +138,8 @@ def _vocab(place: TrainPlace, sizes: Sizes) -> list[Row]:
     times = place.time(_variants(place, sizes), steps=1)
     note = f"vocabulary {sizes.vocab}"
     return [
-        Row(f"against (b), {note}", ratio(place.clock, times["b"], times["ours"]), bound=1.5, note=note),
-        Row(f"against (c), {note}", ratio(place.clock, times["c"], times["ours"]), bound=1.5, note=note),
+        Row(f"against (b), {note}", times.ratio("b", "ours"), bound=1.5, note=note),
+        Row(f"against (c), {note}", times.ratio("c", "ours"), bound=1.5, note=note),
     ]
 
 
@@ -171,7 +171,7 @@ def _forward(place: TrainPlace, sizes: Sizes) -> list[Row]:
             steps=3 * o.steps,
             rounds=2 * o.rounds,
         )
-        value = ratio(place.clock, times["ours"], times["theirs"])
+        value = times.ratio("ours", "theirs")
         note = f"{precision}, {attention}; largest difference of logits {short(gap)}"
         rows.append(
             Row(

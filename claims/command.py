@@ -80,8 +80,9 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
             runs = _seeds(claim, told, options, show)
             found = over_seeds(runs)
             report.setting += [f"{claim}: {line}" for line in told.setting]
-            report.add(*(Row(f"{claim}: {name}", Value(mean(each), min(each), max(each)), "")
-                         for name, each in found.items()))  # fmt: skip
+            report.add(
+                *(Row(f"{claim}: {name}", Value(mean(each), min(each), max(each)), "") for name, each in found.items())
+            )
             report.add(*(bound.row(claim, [run.found for run in runs]) for bound in told.bounds))
             if options.plots and told.draw is not None:
                 told.draw(found, Path(options.plots) / f"{claim}.png")

@@ -192,8 +192,12 @@ EXPERIMENT = Experiment(
     ),
     measure=partial(measure, Task, ()),
     bounds=(
-        Bound("text kept beyond full fine-tuning at the same rate", gap(f"{NEW}, text", f"{FULL}, text"), 0.15,
-              over="seeds"),
+        Bound(
+            "text kept beyond full fine-tuning at the same rate",
+            gap(f"{NEW}, text", f"{FULL}, text"),
+            0.15,
+            over="seeds",
+        ),
         Bound("task, new experts", row(f"{NEW}, task"), 0.9, over="seeds"),
         Bound("task, every weight", row(f"{FULL}, task"), 0.9, over="seeds"),
         Bound("text under the guard, same to the bit", row(f"{NEW}, {GUARD}"), 1.0, over="seeds"),
@@ -204,4 +208,4 @@ EXPERIMENT = Experiment(
             note="below 0: full fine-tuning forgets less",
         ),
     ),
-)  # fmt: skip
+)

@@ -27,7 +27,7 @@ BOUNDS = {
 
 
 def test_the_command_writes_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(divergence, "peak", lambda way, *sizes: {"naive": 10.0, "chunked": 1.0}[way])
+    monkeypatch.setattr(divergence, "peaks", lambda *sizes: {"naive": 10.0, "chunked": 1.0})
     assert main(["distill", *TINY, f"json={tmp_path / 'rows.json'}"]) == 0
     rows = {row["what"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert {what: row["bound"] for what, row in rows.items()} == BOUNDS
@@ -38,9 +38,8 @@ def test_the_command_writes_every_row(tmp_path, monkeypatch):
 
 def test_memory_is_that_of_a_fresh_process():
     """64 MB for each array of logits: in full at least three of them, in chunks less than half of that."""
-    sizes = (4096, 4096, 16)
-    naive, chunked = (divergence.peak(way, *sizes) for way in ("naive", "chunked"))
-    assert naive > 3 * 64 and chunked < 0.6 * naive
+    found = divergence.peaks(4096, 4096, 16)
+    assert found["naive"] > 3 * 64 and found["chunked"] < 0.6 * found["naive"]
 
 
 @pytest.mark.parametrize("words", [["student=tiniy"], ["only=kll"], ["rounds=0"]])

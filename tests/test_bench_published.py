@@ -5,6 +5,7 @@ import torch
 
 from zoo.benches import load
 from zoo.benches.generate import Options
+from zoo.benches.peak import in_process
 from zoo.benches.published import SIZES, write
 from zoo.cli.bench import main
 from zoo.registry import ZooError
@@ -36,5 +37,5 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     """One process that loads 440 MB; what it held before is not counted."""
     write(SIZES["tiny"], tmp_path / "tiny", torch.float32)
     weights = write(SIZES["100m"], tmp_path / "100m", torch.float32)
-    found = load._in_process("ours", tmp_path / "100m", tmp_path / "tiny", load.Options(sizes="100m"))
+    found = in_process("load", "ours", str(tmp_path / "100m"), str(tmp_path / "tiny"), "float32", "cpu", 1)
     assert found["peak"] <= 1.15 * weights and found["call"] <= found["seconds"]
