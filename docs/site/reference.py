@@ -16,7 +16,9 @@ from typing import Any
 
 import zoo
 from zoo.cli import entry, listing
-from zoo.registry import KINDS, Option, get, names, options_of
+from zoo.registry import KINDS, Option, Part, get, hooks, names, options_of
+from zoo.registry.options import field_comments
+from zoo.registry.parts import derived
 from zoo.registry.table import group_of
 from zoo.settings import presets, schema
 from zoo.settings.stage import TEACHER, Stage
@@ -118,11 +120,19 @@ def _words(words: frozenset[str]) -> str:
 
 
 def _contract(kind: str) -> str:
-    """What a part of this kind offers, from the class in the registry that says so."""
-    wanted = {"vision": "Vision", "llm": "LanguageModel", "pruner": "Pruner"}.get(kind, kind.capitalize())
-    module = import_module("zoo.registry.values")
-    found = [getattr(module, wanted, None), *([getattr(module, "InsidePruner", None)] if kind == "pruner" else [])]
-    return "\n\n".join(_class(f"zoo.registry.{cls.__name__}", cls) for cls in found if cls)
+    """What a part of this kind has, may have and is given: its base class, and the special forms of it."""
+    base = hooks.BASES[kind]
+    forms = [cls for cls in _bases() if issubclass(cls, base) and cls is not base]
+    head = f"One of your own derives from `{base.__name__}`: what is abstract it must have, the rest has defaults."
+    shown = [_class(f"zoo.registry.{base.__name__}", base, (base, Part))]
+    shown += [_class(f"zoo.registry.{cls.__name__}", cls, (cls,)) for cls in forms]
+    return "\n\n".join([head, *shown])
+
+
+def _bases() -> list[type]:
+    """The base classes of parts that the registry offers, each shown on the page of its kind."""
+    found = [getattr(zoo.registry, name) for name in zoo.registry.__all__]
+    return [cls for cls in found if inspect.isclass(cls) and issubclass(cls, Part) and cls is not Part]
 
 
 def options_table(options: Sequence[Option]) -> str:
@@ -212,11 +222,12 @@ def _module(name: str, line: str) -> str:
     public = getattr(module, "__all__", None) or [
         n for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", "") == name
     ]
-    functions, classes, values, others = [], [], [], []
+    functions, classes, values, others, bases = [], [], [], [], _bases()
     for item in public:
         value = getattr(module, item)
-        if name != "zoo" and getattr(zoo, item, None) is value:  # documented there
-            others.append(f"{{py:{'class' if inspect.isclass(value) else 'func'}}}`zoo.{item}`")
+        if value in bases or (name != "zoo" and getattr(zoo, item, None) is value):  # on another page
+            word, owner = "class" if inspect.isclass(value) else "func", "zoo.registry" if value in bases else "zoo"
+            others.append(f"{{py:{word}}}`{owner}.{item}`")
             continue
         if inspect.isclass(value):
             classes.append(_class(f"{name}.{item}", value))
@@ -237,51 +248,55 @@ def _function(name: str, value: Any) -> str:
     return directive("py:function", f"{name}{_signature(value)}", docstring(value))
 
 
-def _class(name: str, cls: type) -> str:
-    """A class with its fields, its own attributes and its methods; those of a library's classes are the library's."""
+def _class(name: str, cls: type, owners: Sequence[type] = ()) -> str:
+    """A class with its attributes and methods: of `owners`, else of itself and those of its bases that are ours."""
     shown = name.rpartition(".")[2]
+    owners = owners or [owner for owner in cls.__mro__ if owner.__module__.startswith("zoo.")]
     parts = [docstring(cls)]
     if is_dataclass(cls):
         parts.append(options_table(options_of(cls)))
-    elif notes := _attributes(cls):
-        parts.append(table(["attribute", "type", "meaning"], notes))
+    elif rows := _attributes(owners):
+        parts.append(table(["attribute", "type", "default", "meaning"], rows))
     seen: set[str] = set()
-    for owner in cls.__mro__:
-        if not owner.__module__.startswith("zoo."):
-            continue
+    for owner in owners:
         for item, value in vars(owner).items():
-            if item in seen or (item.startswith("_") and item != "__call__"):
-                continue
-            seen.add(item)
-            parts += _member(f"{shown}.{item}", value)
-    own = inspect.isfunction(vars(cls).get("__init__")) and not is_dataclass(cls)
-    made = _signature(vars(cls)["__init__"]) if own and not getattr(cls, "_is_protocol", False) else ""
+            if item not in seen and (not item.startswith("_") or item == "__call__"):
+                seen.add(item)
+                parts += _member(f"{shown}.{item}", value)
+    made = ""
+    if inspect.isfunction(vars(cls).get("__init__")) and not is_dataclass(cls) and "_is_protocol" not in vars(cls):
+        made = _signature(vars(cls)["__init__"])
     return directive("py:class", f"{name}{made}", "\n\n".join(part for part in parts if part))
 
 
 def _member(name: str, value: Any) -> list[str]:
-    if isinstance(value, property):
-        return [directive("py:property", name, docstring(value.fget))] if inspect.getdoc(value) else []
+    if isinstance(value, (property, derived)):
+        said = docstring(value)
+        return [directive("py:property", name, said)] if said else []
     inner = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
     if not inspect.isfunction(inner) or not inner.__doc__:
         return []
-    return [directive("py:method", f"{name}{_signature(inner)}", docstring(inner))]
+    mark = ":abstractmethod:\n\n" if getattr(inner, "__isabstractmethod__", False) else ""
+    return [directive("py:method", f"{name}{_signature(inner)}", mark + docstring(inner))]
 
 
-def _attributes(cls: type) -> list[list[str]]:
-    """Name, type and trailing comment of the attributes that a class annotates."""
-    from zoo.registry.options import field_comments
-
+def _attributes(owners: Sequence[type]) -> list[list[str]]:
+    """Name, type, default and meaning of what classes annotate: the text below an attribute, or the comment behind."""
     rows: dict[str, list[str]] = {}
-    for owner in reversed(cls.__mro__):
-        if not owner.__module__.startswith("zoo."):
-            continue
-        lines = inspect.getsource(owner).splitlines()
-        said = field_comments(lines)
-        for name, kind in vars(owner).get("__annotations__", {}).items():
-            if not name.startswith("_"):
-                shown = kind if isinstance(kind, str) else inspect.formatannotation(kind)
-                rows[name] = [f"`{name}`", f"`{shown}`", escaped(said.get(name, ""))]
+    for owner in reversed(owners):
+        source = inspect.cleandoc("\n" + inspect.getsource(owner))
+        said = field_comments(source.splitlines())
+        node: Any = ast.parse(source).body[0]
+        for item, below in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+                continue
+            text = getattr(getattr(below, "value", None), "value", None) if isinstance(below, ast.Expr) else None
+            meaning = " ".join(text.split()) if isinstance(text, str) else said.get(item.target.id, "")
+            default = f"`{ast.unparse(item.value)}`" if item.value is not None else ""
+            if not item.target.id.startswith("_"):
+                rows[item.target.id] = [
+                    f"`{item.target.id}`", f"`{ast.unparse(item.annotation)}`", default, escaped(meaning)
+                ]  # fmt: skip
     return list(rows.values())
 
 
@@ -326,10 +341,10 @@ def _field(head: str, item: str) -> str:
 
 
 def directive(name: str, argument: str, body: str) -> str:
-    """A directive with more colons around it than any inside."""
+    """A directive with more colons around it than any inside; its options, if any, begin the body."""
     longest = max((len(found) for found in re.findall(r"^:{3,}", body, re.MULTILINE)), default=2)
     fence = ":" * (longest + 1)
-    return f"{fence}{{{name}}} {argument}\n\n{body}\n{fence}"
+    return f"{fence}{{{name}}} {argument}\n{'' if body.startswith(':abstract') else chr(10)}{body}\n{fence}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -351,6 +366,8 @@ def prose(text: str) -> str:
 
 def _block(block: str) -> str:
     lines = block.splitlines()
+    if lines[0] == "Example:":
+        return "Example:\n\n```python\n" + inspect.cleandoc("\n" + "\n".join(lines[1:])) + "\n```"
     if all(line.startswith("    ") for line in lines):
         return "```text\n" + "\n".join(line[4:] for line in lines) + "\n```"
     return escaped("\n".join(lines))
