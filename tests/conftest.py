@@ -28,9 +28,10 @@ ANSWERS = ["yes", "no", "blue", "red", "two", "3 7 12 19", "a red circle left of
 
 # Files that take more than half a minute, the longest first. A worker has a whole file: none of these is to begin last.
 LONG = (
-    "roundtrip", "killed_runs", "checker", "teacher_check", "export", "saved", "two_processes", "check_bench",
-    "threads", "broken_records", "train", "resume", "xray", "teacher", "teacher_store", "published_families",
-    "bench_claims", "llava_mod", "pruned_crops", "bench", "bench_distill", "typos", "config", "docs",
+    "roundtrip", "killed_runs", "export", "checker", "saved", "bench_claims", "check_bench", "published_families",
+    "threads", "bench_distill", "bench", "train", "teacher_check", "docs", "two_processes", "cli", "config",
+    "bench_fusion", "plugins", "resume", "xray", "teacher", "broken_records", "teacher_store", "llava_mod",
+    "pruned_crops", "typos",
 )  # fmt: skip
 
 
@@ -64,6 +65,15 @@ def _table_as_it_was():
         core._declared[kind].update(declared[kind])
     plugins._plugins.clear()
     plugins._plugins.update(loaded)
+
+
+@pytest.fixture(autouse=True)
+def _one_fix_is_tried(request, monkeypatch):
+    """A refusal tries up to 40 fixes, in seconds. Here one, but in tests that look at them: the mark `fixes`."""
+    from zoo.checking import checker
+
+    if "fixes" not in request.keywords:
+        monkeypatch.setattr(checker, "_MOST_TRIES", 1)
 
 
 class _Deprecated(logging.Handler):

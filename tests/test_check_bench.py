@@ -48,12 +48,14 @@ def test_what_runs_is_let_through_and_what_fails_is_not(tmp_path):
     assert "7 of kind pruner" in kinds
 
 
+@pytest.mark.fixes
 def test_fixes_work_as_they_are_typed(tmp_path):
     typed = [m for m in MISFITS if "pruner=fastervlm" in m.words or "projector=null" in m.words]
     found = tried(typed[:1], tmp_path / "c", fixes=1)
     assert found.offered == 3 and not found.broken
 
 
+@pytest.mark.fixes
 def test_the_bench_says_what_it_found(capsys):
     page = run(Options(misfits=2, valid=1, fixes=1))
     rows = {row.what: row for row in page.rows}
@@ -130,6 +132,7 @@ def test_fixes_are_shown_as_a_shell_takes_them(override, typed):
     assert for_a_shell(override) == typed
 
 
+@pytest.mark.fixes
 def test_column_means_are_offered_where_there_is_no_cls():
     with pytest.raises(RefusedError) as refusal:
         checked(

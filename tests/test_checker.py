@@ -196,6 +196,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(changes, reason, monkeypat
     assert len(getattr(refusal.value, "fixes", [])) <= 3
 
 
+@pytest.mark.fixes
 @pytest.mark.parametrize(
     ("changes", "fixes"),
     [
@@ -218,6 +219,7 @@ def test_fixes_are_offered_and_fit(changes, fixes):
     assert all(f"fix {i}: {fix}" in str(refusal.value) for i, fix in enumerate(refusal.value.fixes, 1))
 
 
+@pytest.mark.fixes
 def test_tokenizers_that_cannot_end_an_answer_are_refused(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 

@@ -246,6 +246,7 @@ def siglip(**options):
     }
 
 
+@pytest.mark.fixes
 def test_an_encoder_without_cls_is_refused_with_what_would_fit():
     def plan(score, **options):
         return Plan({**siglip(**options), "pruner": {"fastervlm": {"name": "fastervlm", "score": score}}}, 360)

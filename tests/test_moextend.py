@@ -304,6 +304,7 @@ def test_options_that_cannot_be_are_refused(options, message):
         extended(tiny_llm("mixtral"), attach=False, **options)
 
 
+@pytest.mark.fixes
 def test_dense_models_and_a_second_balance_loss_are_refused():
     plan = Plan({"llm": llm_node(), "adapter": {"moextend": {}}}, vocab_size=512)
     with pytest.raises(RefusedError, match=r"adapter 'moextend' adds to experts .* 'llama' has none") as refusal:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from zoo import ZooError
-from zoo.registry import plugins
+from zoo.cli.entry import main
+from zoo.registry import plugins, table
 from zoo.settings.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,16 +148,29 @@ def test_installed_plugins_and_the_doctor(installed):
     assert report.returncode == 1
 
 
-def test_installed_plugins_are_listed_and_explained(installed):
-    listed = run("list", "pruner", path=installed)
-    assert "zoo_good" in listed.stdout and "random" in listed.stdout, listed.stderr
-    shown = run("info", "pruner/zoo_good", path=installed)
-    assert "keep_ratio  float  0.5  share kept" in shown.stdout, shown.stderr
-    assert "zoo-good" in shown.stdout
+@pytest.fixture
+def found(installed, monkeypatch):
+    """The two packages on the path of this process, which knows nothing of them afterwards."""
+    table._distributions.cache_clear()
+    monkeypatch.syspath_prepend(installed)
+    yield
+    table._distributions.cache_clear()
+    for name in ("zoo_good", "zoo_bad"):
+        sys.modules.pop(name, None)
 
 
-def test_a_missing_component_names_the_plugins_that_failed(installed):
-    done = run("train", "pruner=from_bad", path=installed)
-    assert done.returncode == 2
-    assert "No pruner named 'from_bad'." in done.stderr
-    assert "Plugins that failed to load: 'zoo-bad' (ImportError: no module named 'foo')." in done.stderr
+def test_installed_plugins_are_listed_and_explained(found, capsys):
+    assert main(["list", "pruner"]) == 0
+    listed = capsys.readouterr().out
+    assert "zoo_good" in listed and "random" in listed
+    assert main(["info", "pruner/zoo_good"]) == 0
+    shown = capsys.readouterr().out
+    assert "keep_ratio  float  0.5  share kept" in shown
+    assert "zoo-good" in shown
+
+
+def test_a_missing_component_names_the_plugins_that_failed(found, capsys):
+    assert main(["train", "pruner=from_bad"]) == 2
+    said = capsys.readouterr().err
+    assert "No pruner named 'from_bad'." in said
+    assert "Plugins that failed to load: 'zoo-bad' (ImportError: no module named 'foo')." in said

@@ -221,6 +221,7 @@ def test_tokens_without_their_grid_are_refused():
         projector.num_tokens(15)
 
 
+@pytest.mark.fixes
 def test_after_a_pruner_that_destroyed_the_grid_the_check_refuses():
     slots = tiny_slots(projector={"name": "pool"}, pruner={"random": {"keep_ratio": 0.5}})
     with pytest.raises(RefusedError, match="projector 'pool' needs grid, but pruner 'random' destroys it") as refusal:

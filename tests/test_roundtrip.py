@@ -1,7 +1,7 @@
 """Every source of weights, trained by every optimiser, saved and loaded: the same numbers.
 
-And the folder holds what changed, and no more. On two processes every source has one optimiser, in turns; `zoo bench
-roundtrip` runs all of them, and shows the same as a table.
+And the folder holds what changed, and no more. Every source has one optimiser on one process and the other on two, in
+turns; `zoo bench roundtrip` runs all of them, and shows the same as a table.
 """
 
 import json
@@ -12,7 +12,7 @@ import pytest
 from zoo.benches.roundtrip_trial import OPTIMIZERS, SOURCES, compare, train, train_in_two, write_checkpoints
 from zoo.cli.bench import main
 
-CASES = [(source, optimizer) for source in SOURCES for optimizer in OPTIMIZERS]
+CASES = [(source, OPTIMIZERS[(i + 1) % len(OPTIMIZERS)]) for i, source in enumerate(SOURCES)]
 TWO = [(source, OPTIMIZERS[i % len(OPTIMIZERS)], "two") for i, source in enumerate(SOURCES)]
 TWO += [("hf tied", "adamw", "sharded"), ("published", "muon_adamw", "sharded")]
 

@@ -156,6 +156,7 @@ def test_what_does_not_fit_is_refused(name, teachers, monkeypatch):
         assert case.fix.replace("{teacher}", teacher) in refusal.value.fixes
 
 
+@pytest.mark.fixes
 def test_another_tokenizer_is_refused(teachers, tmp_path):
     from zoo.text.tokenizer import train_tokenizer
 

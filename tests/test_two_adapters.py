@@ -82,6 +82,7 @@ def test_they_stand_in_their_order_again(make_model, tmp_path, names):
             assert torch.equal(again(**batch, all_logits=True).logits, model(**batch, all_logits=True).logits)
 
 
+@pytest.mark.fixes
 @pytest.mark.parametrize("names", [["mole", "lora"], ["lora", "mole"]])
 def test_on_the_same_linears_they_are_refused_and_the_fix_parts_them(names):
     slots = tiny_slots(**slots_of(names, lora={"targets": ["all-linear"]}))

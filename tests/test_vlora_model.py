@@ -201,22 +201,26 @@ def refused(reason, stage=None, **slots):
     return refusal.value.fixes
 
 
+@pytest.mark.fixes
 def test_beside_a_projector_it_is_refused_and_the_fix_leaves_that_out():
     fixes = refused("adapter 'vlora' excludes image_tokens, but projector 'mlp' gives them", projector={"name": "mlp"})
     assert fixes[0] == "projector=null"
 
 
+@pytest.mark.fixes
 def test_with_a_pruner_inside_the_llm_it_is_refused(inside_pruner):
     why = "pruner 'inside' needs image_tokens, but adapter 'vlora', which takes the image by another way, does not"
     assert "pruner=null" in refused(why, pruner={"inside": {"name": "inside"}})
 
 
+@pytest.mark.fixes
 def test_samples_that_share_a_row_are_refused():
     why = "pack_length=64 puts several samples into a row, and adapter 'vlora' changes the LLM for a whole row"
     fixes = refused(why, stage=Stage(train=["adapter"], steps=1, pack_length=64))
     assert "stages.main.pack_length=null" in fixes
 
 
+@pytest.mark.fixes
 def test_a_skip_beyond_the_layers_is_refused_with_one_that_fits():
     fixes = refused("skip=4 is more than the 2 layers", adapter={"vlora": {**VLORA["adapter"]["vlora"], "skip": 4}})
     assert set(fixes) >= {"adapter.vlora.skip=1", "adapter.vlora.skip=2"}

@@ -13,7 +13,6 @@ from tests.browser import Browser
 from tests.conftest import picture
 from tests.data_places import shared
 from zoo import registry
-from zoo.checking import checker
 from zoo.inspection.views import NONE, View
 from zoo.inspection.xray import inspect, main, parse
 from zoo.inspection.xray_page import data_of, page
@@ -75,8 +74,7 @@ def test_a_chain_and_its_options_and_one_that_keeps_all():
     assert whole.layers == xray.views[0].layers and whole.answer == xray.views[0].answer
 
 
-def test_one_that_does_not_fit_is_told_unless_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(checker, "_MOST_TRIES", 1)  # what is told has the reason, and no fixes
+def test_one_that_does_not_fit_is_told_unless_it_was_asked_for():
     blind = [*TINY, "vision.cls_token=false"]
     xray = inspect("", blind, picture(3), question="red?")
     assert "needs cls_attention" in xray.refused["fastervlm"] and "random" in [v.name for v in xray.views]
