@@ -114,6 +114,10 @@ class Unbuilt(_Projector):
         activations: dict[str, Any] = {"gelu": nn.GELU}
         self.act = activations["swiglu"]()
 
+    def forward(self, image: ImageFeatures) -> Tensor:
+        """Project (M, N, D) to (M, N, C)."""
+        return self.act(self.net(image.tokens))
+
 
 @register("vision", "own_more")
 class More(Encoder, nn.Module):

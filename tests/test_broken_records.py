@@ -13,7 +13,7 @@ from tests import killed_runs
 from tests.conftest import sample
 from tests.test_loader import Names, Numbers
 from tests.train_builders import config, recipe
-from zoo.registry import RecordError, Sample, ZooError, naming
+from zoo.registry import RecordError, Sample, StreamingDataset, ZooError, naming
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
 from zoo.runs.folder import read_metrics
@@ -45,7 +45,7 @@ class Raising(Numbers):
         return super().get(index, epoch)
 
 
-class RaisingStream:
+class RaisingStream(StreamingDataset):
     def __init__(self, inner):
         self.inner = inner
 

@@ -7,7 +7,7 @@ from zoo.benches.check import MISFITS, NAMED, Options, run, spread, tried, valid
 from zoo.benches.check_folders import write_checkpoints
 from zoo.checking.checker import RefusedError, check, for_a_shell
 from zoo.checking.plan import plan_from
-from zoo.registry import Dialog, Sample, ZooError
+from zoo.registry import Dataset, Dialog, Sample, ZooError
 from zoo.runs.scored import require_dialogs
 from zoo.settings.config import compose
 
@@ -145,7 +145,7 @@ def test_tasks_that_no_dialog_is_for_are_refused_before_a_model_is_loaded():
     said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
     samples = [Sample(str(i), [], [Dialog(said, task="vqa")]) for i in range(3)]
 
-    class Data(list):
+    class Data(list, Dataset):
         def get(self, index, epoch=0):
             return self[index]
 

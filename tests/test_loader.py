@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.conftest import sample
-from zoo.registry import Sample, ZooError
+from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.order import Mix, Place, keyed
 from zoo.settings.stage import Stage
 
 
-class Numbers:
+class Numbers(Dataset):
     """Sample i is named `<name><epoch>-<i>`, and its question is as long as i."""
 
     def __init__(self, length: int, name: str = "a") -> None:
@@ -26,7 +26,7 @@ class Numbers:
         return sample(("x" * (1 + index), "yes"), name=f"{self.name}{epoch}-{index}", seed=index)
 
 
-class Stream:
+class Stream(StreamingDataset):
     """As Numbers, but of a length that it does not tell."""
 
     def __init__(self, length: int, name: str = "s") -> None:
@@ -156,7 +156,7 @@ class Quiet(Names):
 def test_dialogs_apart_or_in_one_row(make_model):
     _, processor = make_model()
 
-    class Two:
+    class Two(Dataset):
         def __len__(self):
             return 4
 

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import sample
 from zoo import registry
 from zoo.data.stream_order import Lanes
-from zoo.registry import Sample, ZooError
+from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.order import Mix, Place
 from zoo.settings.stage import Stage
@@ -110,7 +110,7 @@ def test_workers_see_what_one_reader_sees(folders, shards, shuffle, workers):
 
 @pytest.mark.parametrize("shuffle", [0, 6])
 def test_a_mix_with_other_data_is_the_same_everywhere(folders, shuffle):
-    class Named:
+    class Named(Dataset):
         def __len__(self):
             return 7
 
@@ -222,7 +222,7 @@ def test_a_file_that_breaks_off_is_named_in_its_turn(folders, tmp_path, workers)
 
 
 def test_samples_that_cannot_travel_are_named():
-    class Local:
+    class Local(StreamingDataset):
         def stream(self, epoch=0, start=0):
             yield Sample("a", [lambda: b""], [])
 

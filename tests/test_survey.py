@@ -11,11 +11,11 @@ from tests.test_broken_records import broken_file as broken_file
 from zoo.cli.complete import complete
 from zoo.cli.entry import main
 from zoo.inspection.survey import Look, Tally, survey
-from zoo.registry import IGNORE_INDEX, ZooError
+from zoo.registry import IGNORE_INDEX, Dataset, ZooError
 from zoo.runs.lengths import length_of
 
 
-class Talks:
+class Talks(Dataset):
     """Samples of one or two dialogs, number 3 twice, and one that cannot be read."""
 
     def __len__(self):
@@ -98,7 +98,7 @@ def test_tokens_of_images_that_are_cut_are_those_of_training(make_model):
     processor = make_model(layout=TILES)[1]
     processor.pictures = Pictures(CUT)
 
-    class Sizes:
+    class Sizes(Dataset):
         def __len__(self):
             return 4
 

@@ -15,7 +15,7 @@ from tests.train_builders import losses
 from zoo.checking import checker
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
-from zoo.registry import ZooError, build
+from zoo.registry import Dataset, StreamingDataset, ZooError, build
 from zoo.runs.folder import read_metrics
 from zoo.runs.order import Mix
 from zoo.settings.stage import Stage
@@ -170,7 +170,7 @@ def test_processes_share_the_samples_and_write_what_one_does(tmp_path, teacher, 
 
 
 def test_a_stream_is_asked_as_far_as_the_stage_reads_it():
-    class Stream:
+    class Stream(StreamingDataset):
         def stream(self, epoch, start):
             return (sample((QUESTIONS[0], "yes"), seed=i) for i in range(start, 7))
 
@@ -209,7 +209,7 @@ def test_a_sample_is_known_by_what_it_says():
     one, same, other = (sample((QUESTIONS[0], a)) for a in ("yes", "yes", "no"))
     assert sample_key(one) == sample_key(same) != sample_key(other)
 
-    class Data:
+    class Data(Dataset):
         def __init__(self, seed):
             self.seed = seed
 

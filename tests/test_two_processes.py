@@ -12,6 +12,7 @@ import torch
 import zoo
 from tests import killed_runs, two_processes_fsdp
 from tests.teacher_builders import KD, save_teacher
+from tests.test_loader import Numbers
 from tests.train_builders import config, losses, recipe, start
 from zoo.runs.order import Mix
 from zoo.training.loop import Run
@@ -101,7 +102,7 @@ def test_two_processes_train_as_one(tmp_path, taught):
 
 def test_a_rank_without_images_does_not_hang(tmp_path):
     (tmp_path / "mixed.py").write_text(MIXED)
-    order = Mix({"mixed": range(8)}, {}, 0).places(0, 12)
+    order = Mix({"mixed": Numbers(8)}, {}, 0).places(0, 12)
     kinds = [{index % 2 for _, _, index in order[i : i + 2]} for i in range(0, 12, 2)]
     assert {0, 1} in kinds, "some step has one rank with and one without images"
     stages = {"a": "steps: 6, batch_size: 2, lr: 0.01"}
