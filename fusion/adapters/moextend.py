@@ -86,7 +86,7 @@ class MoExtend(Adapter, nn.Module):
         blocks = expert_blocks(llm)
         if not blocks:
             raise ZooError(_NO_EXPERTS.format(model_type=llm.lm.config.get_text_config().model_type))
-        if getattr(llm, "router_aux_coef", 0):
+        if llm.router_aux_coef:
             raise ZooError(
                 "router_aux_coef of the LLM takes all layers to have as many experts, and adapter 'moextend' gives "
                 "some of them more: set llm.router_aux_coef=0; adapter.moextend.aux is for all layers."

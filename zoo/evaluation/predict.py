@@ -123,7 +123,7 @@ class _Pictures:
         self.encoded = _join(self.parts) if self.parts and self.shared else None
 
     def _encode(self, pixels: list[Any]) -> Any:
-        self.shared = self.shared and getattr(self.model, "layout", None) is None
+        self.shared = self.shared and self.model.layout is None
         if not self.shared:  # crops and frames: a row is no image, so they go in as pixels
             return None
         return self.model.encode_images(torch.stack(pixels).to(self.model.device))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
+from zoo.fusion.pruners.inside.dropper import DropsInside
 from zoo.inspection.views import NONE, View, Xray
 from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, plugins, unknown
 from zoo.registry.forward_pass import Pass
@@ -210,7 +211,8 @@ class _Recorder:
     """Writes down what pruners inside the LLM score, layer by layer."""
 
     def __init__(self, model: Any) -> None:
-        self.droppers = [d for p in model.pruner.values() if (d := getattr(p, "dropper", None)) is not None]
+        inside = [p.dropper for p in model.pruner.values() if isinstance(p, DropsInside)]
+        self.droppers = [dropper for dropper in inside if dropper is not None]
         self.rows: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (columns, scores), both (L,)
         self.undo: list[tuple[Any, Any]] = []
 

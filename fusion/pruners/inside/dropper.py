@@ -142,7 +142,7 @@ class Dropper:
         if self._undo and compiled:
             raise ZooError(f"{self.who} makes lengths of layers depend on data, which does not compile: compile=false.")
         training = self.llm.training and torch.is_grad_enabled()
-        if training and getattr(self.llm, "router_aux_coef", 0):
+        if training and self.llm.router_aux_coef:
             raise ZooError(f"{self.who} shortens layers, and router_aux_coef needs equal lengths: set it to 0.")
 
     def _score(self, number: int, query: Tensor, key: Tensor, scaling: float | None, softcap: float | None) -> None:
