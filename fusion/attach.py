@@ -17,6 +17,14 @@ from zoo.registry import ZooError, nearest
 _ASIDE = "_zoo_stands_aside"  # marks a module whose forward another module computes (`compute_by`)
 
 
+def refer(module: nn.Module, **others: Any) -> None:
+    """Let a module hold others under these names without being their parent.
+
+    An attribute that is a module becomes a child: saved, moved, trained and counted once more, here.
+    """
+    module.__dict__.update(others)
+
+
 def linears(root: nn.Module, head: nn.Module | None = None) -> list[str]:
     """Name the linear layers below `root` in the order of its modules, GPT-2's `Conv1D` too.
 

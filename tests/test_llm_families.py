@@ -13,7 +13,7 @@ from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, kept, ro
 from zoo import registry
 from zoo.checking.checker import check
 from zoo.checking.plan import Plan
-from zoo.composed.prompted import Prompt, prompted
+from zoo.composed.generate import Prompt, prompted
 from zoo.fusion.llm.attention import resolve_attention
 from zoo.registry import ZooError
 

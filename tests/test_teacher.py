@@ -158,7 +158,7 @@ def test_a_pruned_student_is_compared_on_the_cells_it_kept(make_model):
     step, own, theirs = step_of(make_model, pruned=True, response_weight=0.0, relation_weight=0.0)
     batch = own.collate(rows(theirs, own, [0, 1]))
     out = step.model(**{k: v for k, v in batch.items() if k != TWIN})
-    seen = step.hidden["teacher"].see(batch, out)
+    seen = step.teacher.see(batch, out)
     keep = out.image_kept.keep
     assert keep.shape == (3, 8) and seen.image_tokens.shape[1] == 16
     from zoo.distill.matching.positions import match_images
@@ -178,11 +178,11 @@ def test_the_teacher_keeps_no_activations_and_makes_no_logits(make_model):
     step, own, theirs = step_of(make_model)
     batch = own.collate(rows(theirs, own))
     out = step.model(**{k: v for k, v in batch.items() if k != TWIN})
-    seen = step.hidden["teacher"].see(batch, out)
+    seen = step.teacher.see(batch, out)
     assert seen.logits is None and seen.losses is None
     assert not seen.last_hidden_state.requires_grad and seen.last_hidden_state.grad_fn is None
     step.train()
-    assert not step.hidden["teacher"].model.training
+    assert not step.teacher.model.training
 
 
 def test_the_teacher_has_its_own_number_format(make_model):

@@ -31,19 +31,28 @@ class Trace:
         # Bodies of modules and classes run where something is imported first, which is no part of what is traced.
         if event != "call" or not code.co_filename.startswith(OURS) or _defines(frame):
             return
+        # The caller is the nearest function of ours: between the two may lie torch, which calls `forward` and hooks.
+        above, caller = frame.f_back, None
+        while above is not None:
+            if above.f_code.co_filename.startswith("<frozen importlib"):
+                return  # so are functions that an import calls
+            if caller is None and above.f_code.co_filename.startswith(OURS) and not _defines(above):
+                caller = above
+            above = above.f_back
         here = _name(code.co_filename)
         self.functions.setdefault(here, set()).add(code.co_qualname)
-        # The caller is the nearest function of ours: between the two may lie torch, which calls `forward` and hooks.
-        caller = frame.f_back
-        while caller is not None and not (caller.f_code.co_filename.startswith(OURS) and not _defines(caller)):
-            caller = caller.f_back
         if caller is not None and (there := _name(caller.f_code.co_filename)) != here:
             self.calls.setdefault((there, here), set()).add(code.co_qualname)
 
 
-def traced(call: Callable[[], Any]) -> Trace:
-    """Run `call`, and note what of this checkout runs in it: in this thread and in those that it starts."""
-    trace, before = Trace(), sys.getprofile()
+def traced(call: Callable[[], Any], into: Trace | None = None) -> Trace:
+    """Run `call`, and note what of this checkout runs in it: in this thread and in those that it starts.
+
+    Args:
+        call: what is run.
+        into: a trace to add to; None: a new one.
+    """
+    trace, before = Trace() if into is None else into, sys.getprofile()
     threading.setprofile(trace.note)
     sys.setprofile(trace.note)
     try:

@@ -22,9 +22,9 @@ _ROOMS = {
         "processor_chat processor_options collate=batch"
     ),
     ("zoo", "zoo.composed"): (
-        "model model_forward=forward model_generate=generate generate_options prompted model_llm=language_model "
-        "model_images=image_path model_parts=trainable model_types=outputs model_slots=slots assembly answer_loss "
-        "prefix_cache quantized bases talk=chat_session"
+        "model model_forward=forward model_generate=generate generate_options prompted=generate "
+        "model_llm=language_model model_images=image_path model_parts=trainable model_types=outputs "
+        "model_slots=slots assembly answer_loss prefix_cache quantized bases talk=chat_session"
     ),
     ("zoo", "zoo.settings"): (
         "config stage prepare=overrides presets saved=model_names trial=static_check explain=messages"

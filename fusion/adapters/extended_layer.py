@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zoo.fusion.adapters import moe_dispatch as dispatch
 from zoo.fusion.adapters.experts import skipping
 from zoo.fusion.adapters.routing_trace import Passes
-from zoo.fusion.attach import compute_by
+from zoo.fusion.attach import compute_by, refer
 from zoo.registry import ZooError
 
 
@@ -65,8 +65,7 @@ class ExtendedLayer(nn.Module):
         super().__init__()
         self.num_new, self.floor = num_new, floor
         self.source, self.passes = source, passes
-        # Not registered as children: these weights are the language model's, and would be saved twice.
-        self.__dict__["gate"], self.__dict__["experts"] = block.gate, block.experts
+        refer(self, gate=block.gate, experts=block.experts)
         self.old, width = block.gate.weight.shape  # m, C
         if not 0 <= source < self.old:
             raise ZooError(f"sources must be in 0 ... {self.old - 1}, got {source}.")
@@ -90,7 +89,7 @@ class ExtendedLayer(nn.Module):
 
     def attach(self) -> list[Any]:
         """Replace the forward of the layer's router and experts; returns the functions that undo it."""
-        self.__dict__["skipping"] = skipping(self.experts)
+        refer(self, skipping=skipping(self.experts))
         return [compute_by(self.gate, self.route), compute_by(self.experts, self.run)]
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion.attach import find_linears, fused_experts, keep_keys, means, replace
+from zoo.fusion.attach import find_linears, fused_experts, keep_keys, means, refer, replace
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 
 _NAME = "lora"  # PEFT's name for this set of weights: `q_proj.lora_A.lora.weight`
@@ -60,8 +60,7 @@ class LoRA(Adapter, nn.Module):
             raise ZooError(f"adapter 'lora': rank {config.rank} exceeds {widest}, the width of the widest target.")
         self.exclusive = list(self.targets)  # no other adapter may have these
         self.notes = self._unreached(llm.lm)
-        self.__dict__["lm"] = llm.lm
-        self.__dict__["_layers"] = {}
+        refer(self, lm=llm.lm, _layers={})
         self._undo: list[Any] = []
         self.merged = False  # for good
 

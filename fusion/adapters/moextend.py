@@ -35,6 +35,7 @@ from zoo.fusion.adapters import adapter_file
 from zoo.fusion.adapters import moe_dispatch as dispatch
 from zoo.fusion.adapters.extended_layer import ExtendedLayer, Guarded
 from zoo.fusion.adapters.routing_trace import Passes
+from zoo.fusion.attach import refer
 from zoo.fusion.llm.decoder import decoder_of
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
@@ -82,7 +83,7 @@ class MoExtend(Adapter, nn.Module):
     def __init__(self, config: MoExtendConfig, *, llm: Any) -> None:
         super().__init__()
         self.config = config
-        self.__dict__["llm"] = llm
+        refer(self, llm=llm)
         blocks = expert_blocks(llm)
         if not blocks:
             raise ZooError(_NO_EXPERTS.format(model_type=llm.lm.config.get_text_config().model_type))
@@ -96,7 +97,7 @@ class MoExtend(Adapter, nn.Module):
             raise ZooError(f"Layer {odd[0]} has no experts to add to. Layers with experts: {_ranges(blocks)}.")
         sources = dict(zip(chosen, config.sources or [0] * len(chosen), strict=True))
         self.passes = Passes(llm, self._balances, "moextend")
-        self.__dict__["blocks"] = blocks
+        refer(self, blocks=blocks)
         sizes: dict[str, Any] = {name: getattr(config, name) for name in ("num_new", "calibration_width", "floor")}
         self.layers = nn.ModuleDict(
             {str(i): ExtendedLayer(blocks[i], sources[i], self.passes, **sizes) for i in sorted(chosen)}

@@ -33,7 +33,7 @@ from zoo.fusion.adapters import adapter_file
 from zoo.fusion.adapters import moe_dispatch as dispatch
 from zoo.fusion.adapters.plain_layer import require_plain
 from zoo.fusion.adapters.routing_trace import Passes, Records
-from zoo.fusion.attach import hooks_on, linears, stands_aside
+from zoo.fusion.attach import hooks_on, linears, refer, stands_aside
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least, unknown
 from zoo.registry.forward_pass import Pass
 
@@ -101,9 +101,7 @@ class MoLELayer(nn.Module):
             "device": first.device,
             "dtype": max(first.dtype, torch.float32, key=lambda t: t.itemsize),
         }
-        # Not registered as children: their weights are the language model's.
-        self.__dict__["mlp"] = mlp
-        self.__dict__["linears"] = {} if _whole(mlp) else {n: mlp.get_submodule(n) for n in linears(mlp)}
+        refer(self, mlp=mlp, linears={} if _whole(mlp) else {n: mlp.get_submodule(n) for n in linears(mlp)})
         sizes = {n.replace(".", "-"): _sizes(linear) for n, linear in self.linears.items()} or {"whole": (width, width)}
         self.experts = nn.ModuleDict(
             {n: LowRankExperts(config.num_experts, config.rank, *size, **where) for n, size in sizes.items()}
@@ -205,7 +203,7 @@ class MoLE(Adapter, nn.Module):
     def __init__(self, config: MoLEConfig, *, llm: Any) -> None:
         super().__init__()
         self.config = config
-        self.__dict__["llm"] = llm
+        refer(self, llm=llm)
         chosen = sorted(set(config.layers)) or list(range(llm.num_layers))
         if odd := [i for i in chosen if not 0 <= i < llm.num_layers]:
             raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")

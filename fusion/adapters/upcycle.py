@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.adapters.moe_dispatch import Groups, Router, expert_share, group, grouped_linear, load_balance
 from zoo.fusion.adapters.routing_trace import Passes
-from zoo.fusion.attach import compute_by
+from zoo.fusion.attach import compute_by, refer
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
 
@@ -76,7 +76,7 @@ class Upcycle(Adapter, nn.Module):
         self.passes = Passes(llm, lambda: True, "upcycle")
         layer = partial(SparseFeedForward, width=llm.hidden_size, config=config, passes=self.passes)
         self.layers: Any = nn.ModuleDict({str(i): layer(i, ffn) for i, (_, ffn) in dense.items()})
-        self.__dict__["_dense"] = {str(i): ffn for i, (_, ffn) in dense.items()}
+        refer(self, _dense={str(i): ffn for i, (_, ffn) in dense.items()})
         names = {id(m): n for n, m in llm.lm.named_modules()}
         self._aside = tuple(f"{names[id(ffn)]}." for _, ffn in dense.values())
         self._undo: list[Any] = []

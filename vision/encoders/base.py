@@ -1,100 +1,23 @@
-"""Shared by the encoders of transformers, timm and open_clip: choice of a layer, attention scores, frozen towers.
-
-Layers are counted as in `hidden_states` of transformers, for all three libraries: 0 is the input of the first block, k
-the output of block k, -1 that of the last one, always before the encoder's final norm (`norm=true` applies it).
-"""
+"""Shared by the encoders of transformers, timm and open_clip: attention scores on request, frozen towers, sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.registry import Encoder, ImageFeatures, ImageTransform, ZooError
-from zoo.registry.forward_pass import Pass, current, joined
-from zoo.vision.encoders.attention_scores import PoolingHead, column_mean, row
+from zoo.registry.forward_pass import joined
+from zoo.vision.encoders.attention_scores import column_mean, row
+from zoo.vision.encoders.runner import ATTENTION, Runner, Taken
 from zoo.vision.images.transform import require_transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # capabilities that need q and k of the last block
 HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP, and of encoders trained from scratch here
-
-
-@dataclass
-class Taken:
-    """Tensors that hooks on the last block take from one pass of an encoder."""
-
-    wants: frozenset[str]  # requested capabilities
-    query: Tensor | None = None
-    key: Tensor | None = None
-    position: Any = None  # rotary embedding of both, if the encoder has one
-    last: Tensor | None = None  # (M, P + N, D) output of the last block, before any norm
-
-
-class Runner:
-    """Uniform access to a tower of one library: running it, its sizes, its attention. One subclass per library.
-
-    Not an nn.Module, so that the tower's weights keep the names that its library gives them.
-    """
-
-    tower: Any
-    hidden_size: int
-    num_prefix: int  # [CLS] and register tokens before the patches
-    grid: tuple[int, int]
-    has_cls: bool  # whether the first token is [CLS]
-    has_scores: bool  # whether the last block's scores are plain q.k, without a bias or gate
-
-    def __init__(self) -> None:
-        self.alone = Pass()  # of a compiled encoder that runs outside of a composed model
-        self.pooling: PoolingHead | None = None
-
-    @property
-    def taken(self) -> Taken | None:
-        """Where hooks of the current pass store tensors; None: they store nothing, as in recomputation for backward."""
-        return (current() or self.alone).taken
-
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Run the blocks: (M, 3, S, S) -> (M, P + N, D), prefix tokens first."""
-        raise NotImplementedError
-
-    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
-        """Return queries and keys of the last block's attention, and the scale of q.k.
-
-        Args:
-            taken: tensors that the hooks stored.
-
-        Returns:
-            The queries (M, H, P + N, d), or those of [CLS] alone if only they are needed; the keys (M, H, P + N, d);
-            the scale.
-        """
-        raise NotImplementedError
-
-    def final_norm(self) -> nn.Module:
-        """The final norm, or the identity that replaced it."""
-        raise NotImplementedError
-
-    def set_attention(self, name: str) -> None:
-        raise NotImplementedError
-
-    def set_gradient_checkpointing(self, enable: bool) -> None:
-        raise NotImplementedError
-
-    # Hooks are bound methods, so that a deep copy of the tower calls those of the copy. They store only on request.
-    def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if (taken := self.taken) is not None and taken.wants & ATTENTION:
-            taken.query = out.detach()
-
-    def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if (taken := self.taken) is not None and taken.wants & ATTENTION:
-            taken.key = out.detach()
-
-    def keep_last(self, module: nn.Module, args: Any, out: Any) -> None:
-        if (taken := self.taken) is not None and "pooling_head" in taken.wants:
-            taken.last = (out[0] if isinstance(out, tuple) else out).detach()
 
 
 class Tower(Encoder, nn.Module):
@@ -234,21 +157,6 @@ def _in_order(halves: Sequence[ImageFeatures], order: Tensor) -> ImageFeatures:
         values = [getattr(half, field.name) for half in halves]
         joined[field.name] = torch.cat(values)[order] if isinstance(values[0], Tensor) else values[0]
     return ImageFeatures(**joined)
-
-
-def block_count(layer: int, depth: int, lowest: int = 0) -> int:
-    """Return the number of blocks up to `layer` of an encoder with `depth` blocks: layer -2 of 24 is 23.
-
-    Raises:
-        ZooError: there is no such layer.
-    """
-    count = layer if layer >= 0 else depth + 1 + layer
-    if not lowest <= count <= depth:
-        raise ZooError(
-            f"The encoder has {depth} blocks: layer must be {lowest} to {depth}, or {lowest - depth - 1} to -1"
-            f" counted from the end, got {layer}."
-        )
-    return count
 
 
 def on_meta() -> bool:

@@ -16,21 +16,18 @@ from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import pooling_head
 from zoo.vision.encoders.base import (
-    ATTENTION,
     CLIP_MEAN,
     CLIP_STD,
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Runner,
-    Taken,
     Tower,
-    block_count,
     check_divides,
     check_sizes,
     on_meta,
 )
 from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,15 @@ from torch import Tensor, nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.encoders.base import (
-    ATTENTION,
     CLIP_MEAN,
     CLIP_STD,
-    Runner,
-    Taken,
     Tower,
-    block_count,
     check_divides,
     check_sizes,
     on_meta,
 )
 from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
 from zoo.vision.encoders.vit_runner import TimmRunner
 from zoo.vision.images.transform import LIBRARIES
 

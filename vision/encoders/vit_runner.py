@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.registry import ZooError
 from zoo.vision.encoders.attention_scores import pooling_head
-from zoo.vision.encoders.base import ATTENTION, Runner, Taken, block_count
+from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
 

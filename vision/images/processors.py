@@ -163,3 +163,19 @@ def statistics(transform: ImageTransform) -> dict[str, Any]:
         "image_std": list(transform.std),
         "resample": next(number for number, name in RESAMPLES.items() if name == transform.resample),
     }
+
+
+def flat(images: Any) -> list[Any]:
+    """All images of a nested list, or of an array of several."""
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return [i for item in images for i in flat(item)]
+    return [images]
+
+
+def cut_of(picture: Any) -> Cut:
+    """How an image was cut; one that was not is as large as its pixels."""
+    if isinstance(picture, Picture):
+        return picture.cut
+    return Cut(size=(int(picture.shape[-2]), int(picture.shape[-1])))

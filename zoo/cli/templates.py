@@ -113,6 +113,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.fusion.attach import refer
 from zoo.registry import Adapter, LanguageModel, register
 
 
@@ -129,7 +130,7 @@ class CLASS(Adapter, nn.Module):
         super().__init__()
         self.scale = config.scale
         self.shift = nn.Parameter(torch.zeros(llm.num_layers, text_dim))
-        self.__dict__["layers"] = llm.layers  # not a child: the base weights stay the language model's
+        refer(self, layers=llm.layers)  # not a child: the base weights stay the language model's
         self._hooks: list[Any] = []
 
     def attach(self) -> None:

@@ -72,7 +72,7 @@ class Talk:
         given |= {k: batch[k] for k in ("cuts", "images_per_row") if k in batch}
         if "do_sample" not in options and not options.get("temperature"):
             options["do_sample"] = False
-        reader = reader_for(self.model, self.processor)
+        reader = reader_for(self.model, self.processor.template)
         if stream is not None:
             options["streamer"] = streamer(reader, stream)
         if self.model.generation_config.stop_strings:

@@ -16,6 +16,18 @@ class LanguageModelMixin(nn.Module):
     vision: Any
     llm: Any
 
+    @property
+    def generation_config(self) -> Any:
+        """Defaults of `generate`: those of the language model, which is what generates."""
+        llm: Any = self._modules.get("llm")
+        return None if llm is None else getattr(llm.lm, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        llm: Any = self._modules.get("llm")
+        if llm is not None:  # transformers sets one before there are parts
+            getattr(llm.lm, "get_base_model", lambda: llm.lm)().generation_config = config
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the ids."""
         return self.llm.lm.get_input_embeddings()

@@ -199,7 +199,7 @@ def _generate(
     several = len({p.prefix for p in groups}) < len(groups)
     cached = several and PrefixCache.serves(model) and prefixes.read([p.prefix for p in groups if p.shared])
     texts: dict[int, str] = {}
-    reader = reader_for(model, processor)
+    reader = reader_for(model, processor.template)
     for chunk in _batches(list(groups), batch_size, cached):
         batch = to_device(processor.collate([rows[p] for p in chunk], padding_side="left"), model.device)
         fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}

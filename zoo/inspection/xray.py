@@ -158,7 +158,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         grid=tuple(model.vision.grid),
         layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in seen],
         tokens=[int(row.sum()) for row in seen],
-        answer=reader_for(model, processor).read(written.tolist()),
+        answer=reader_for(model, processor.template).read(written.tolist()),
         scores=_scores(model, before),
         mixed=mixed,
     )

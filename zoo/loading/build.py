@@ -125,7 +125,7 @@ def build(
     model.set_attention(source.attention)  # on the device where it is now
     processor, generation = _processor(source, model, tokenizer)
     model.__dict__["processor"] = processor  # for `model.chat`
-    set_stops(model, processor, generation)
+    set_stops(model, processor.template, generation)
     return model, processor
 
 

@@ -73,7 +73,7 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as beside:  # what fails, fails before a file of the folder is replaced
         config.save_pretrained(beside)
-        keep_stops(model, processor)
+        keep_stops(model, processor.template)
         _stops(model).save_pretrained(beside)
         theirs.save_pretrained(beside)
         for file in sorted(Path(beside).iterdir()):

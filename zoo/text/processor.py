@@ -4,7 +4,7 @@ It knows how many image tokens an image becomes, writes exactly that many placeh
 sample whose labels would come out empty or misaligned is an error that shows the text: nothing is masked in silence.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,19 +17,20 @@ from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooE
 from zoo.text.answer_spans import TurnChangedError
 from zoo.text.batch import EncodedSample, TokenizedDialog, collate, number_pairs, pack, share_prefix
 from zoo.text.chat_template import ChatTemplate
-from zoo.text.processor_call import CallMixin, cut_of, flat
+from zoo.text.placeholders import PlaceholdersMixin, films_of
+from zoo.text.processor_call import CallMixin
 from zoo.text.processor_chat import ChatMixin
-from zoo.text.processor_keywords import LoadedMixin, pad_id_of
+from zoo.text.processor_keywords import LoadedMixin
 from zoo.text.tokenized_chat import Chat
-from zoo.text.tokenizer import require_token
-from zoo.vision.images.processors import Pictures, Videos, as_clip, processor_of
+from zoo.text.tokenizer import pad_id_of, require_token
+from zoo.vision.images.processors import Pictures, Videos, as_clip, cut_of, flat, processor_of
 from zoo.vision.images.transform import to_pixels
 from zoo.vision.images.video import Video
 
 _CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
 
 
-class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: ignore[misc]  # from_pretrained's keywords
+class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, ProcessorMixin):  # type: ignore[misc]  # from_pretrained's keywords
     """Turns text, chat messages and images into what `ZooModel` takes.
 
     Args:
@@ -286,7 +287,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
 
     def _told(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, str]]:
         """Messages with string content, videos in words where the layout spells them."""
-        films = _films(pictures)
+        films = films_of(pictures)
         plain = [{**m, "content": self._as_text(m["content"])} for m in messages]
         return [{**m, "content": self._spelled(m["content"], films)} for m in self.flatten(plain)]
 
@@ -297,46 +298,26 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
             return plain.veil(content, leave=plain.placeholders)
         return [{**part, "text": plain.veil(part["text"])} if part["type"] == "text" else part for part in content]
 
-    def _spelled(self, text: str, films: Iterator[Cut]) -> str:
-        """Put words, and an image token for each frame, in the place of each video."""
-        if not self.spells:
-            return text
-        first, *rest = text.split(self.video_token)
-        return first + "".join(self.layout.spell(next(films), self.image_token) + part for part in rest)
+    def flatten(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+        """Messages with string content, the image token in place of each image part."""
+        return [{"role": m["role"], "content": self._content(m["content"])} for m in messages]
 
-    def _expand(self, values: np.ndarray, ids: np.ndarray | None = None, pictures: Sequence[Any] = ()) -> np.ndarray:
-        """Put the tokens of each image in the place of its image token, in `values` or wherever `ids` holds one."""
-        learnt = ids is not None  # labels: nothing of an image is learnt
-        ids = values if ids is None else ids
-        if self.layout is None:
-            return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
-        places = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
-        cuts = [c for p in pictures for c in self._marked(cut_of(p))]
-        if len(places) != len(cuts):
-            raise ZooError(f"The text shows {len(places)} images, and {len(cuts)} were given.")
-        pieces, at = [], 0
-        for place, cut in zip(places.tolist(), cuts, strict=True):
-            shown = self._image_ids(cut)
-            pieces += [values[at:place], np.full_like(shown, IGNORE_INDEX) if learnt else shown]
-            at = place + 1
-        return np.concatenate([*pieces, values[at:]]).astype(np.int64)
-
-    def _marked(self, cut: Cut) -> list[Cut]:
-        """What each image token in the text stands for: the image or video, or each frame of a video in words."""
-        if cut.kind == "frame" and self.spells:
-            return [Cut(size=cut.size)] * cut.rows
-        return [cut]
-
-    def _image_ids(self, cut: Cut) -> np.ndarray:
-        """Ids of an image that was cut so: placeholders, and what the layout writes around them."""
-        if cut not in self._images:
-            if self.layout.text(cut, self.image_token) is None:
-                token = self.video_token_id if cut.kind == "frame" else self.image_token_id
-                self._images[cut] = np.full(self.layout.count(cut), token, dtype=np.int64)
+    def _content(self, content: Any) -> str:
+        if isinstance(content, str):
+            return content
+        text = ""
+        for part in content:
+            if part["type"] in ("image", "video"):
+                token = self.image_token if part["type"] == "image" else self.video_token or self.image_token
+                text += token + (self.image_separator if self.num_image_tokens else "")
+            elif part["type"] == "text":
+                held = [t for t in (self.image_token, self.video_token) if t and t in part["text"]]
+                if held:
+                    raise ZooError(f"A text part holds the image token {held[0]!r}: {part['text'][:80]!r}.")
+                text += part["text"]
             else:
-                ids = self.tokenizer(self._image_text(cut), add_special_tokens=False)["input_ids"]
-                self._images[cut] = np.array(ids, dtype=np.int64)
-        return self._images[cut]
+                raise ZooError(f"A message part has type {part['type']!r}; allowed: image, video, text.")
+        return text
 
     def _shared(self, ids: np.ndarray) -> int:
         """Length of the prefix that dialogs share: up to the last image placeholder; nothing for text alone."""
@@ -381,10 +362,6 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, ProcessorMixin):  # type: 
 
 def _key(content: Any) -> Any:
     return content if isinstance(content, str) else tuple([part.get("text") for part in content])
-
-
-def _films(pictures: Sequence[Any]) -> Iterator[Cut]:
-    return (cut for cut in map(cut_of, pictures) if cut.kind == "frame")
 
 
 def build_layout(given: Mapping[str, Any]) -> Any:

@@ -13,9 +13,9 @@ import torch
 from transformers import BatchFeature
 
 from zoo.registry import Cut, ZooError
-from zoo.text.processor_keywords import pad_id_of
 from zoo.text.processor_options import Options, sort_options
-from zoo.vision.images.processors import Picture, stack
+from zoo.text.tokenizer import pad_id_of
+from zoo.vision.images.processors import Picture, cut_of, flat, stack
 from zoo.vision.images.video import Video
 
 
@@ -163,23 +163,6 @@ class CallMixin:
                 raise ZooError(f"The text holds {wanted} times {token!r}, but {len(some)} {what} were given.")
         return {token: list(some) for token, (_, some) in given.items()}
 
-    def _instead(self, picture: Any, mark: str) -> str:
-        """What stands in the text for an image or a video."""
-        if self.layout is None:
-            return self.image_token * self.num_image_tokens or mark
-        cut = cut_of(picture)
-        if cut.kind == "frame" and self.spells:
-            frame = self._image_text(Cut(size=cut.size))
-            return frame.join(self.layout.spell(cut, self.image_token).split(self.image_token))
-        return self._image_text(cut)
-
-    def _image_text(self, cut: Cut) -> str:
-        """What stands for an image that was cut so: placeholders, and what the layout writes around them."""
-        if (written := self.layout.text(cut, self.image_token)) is not None:
-            return written
-        own = cut.kind == "frame" and self.video_token_id != self.image_token_id
-        return (self.video_token if own and self.video_token else self.image_token) * self.layout.count(cut)
-
     def _tokenized(self, texts: list[str], options: Options) -> dict[str, Any]:
         if self.num_image_tokens or self.layout is not None:
             return dict(self.tokenizer(texts, **options.text, return_tensors=options.tensors))
@@ -228,19 +211,3 @@ class CallMixin:
         if isinstance(ids, torch.Tensor):
             return torch.from_numpy(kinds(ids.numpy()))
         return kinds(ids) if isinstance(ids, np.ndarray) else [kinds(row).tolist() for row in ids]
-
-
-def flat(images: Any) -> list[Any]:
-    """All images of a nested list, or of an array of several."""
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
-        return [i for item in images for i in flat(item)]
-    return [images]
-
-
-def cut_of(picture: Any) -> Cut:
-    """How an image was cut; one that was not is as large as its pixels."""
-    if isinstance(picture, Picture):
-        return picture.cut
-    return Cut(size=(int(picture.shape[-2]), int(picture.shape[-1])))

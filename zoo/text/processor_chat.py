@@ -189,30 +189,9 @@ class ChatMixin:
         """Whether there are videos that the template does not write: their token then stands in the text."""
         return any(p["type"] == "video" for p in content) and not self._chat.template.shows_videos
 
-    def flatten(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-        """Messages with string content, the image token in place of each image part."""
-        return [{"role": m["role"], "content": self._content(m["content"])} for m in messages]
-
     def shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the chat template takes them: plain content, or typed parts."""
         return self._chat.template.shown(self.flatten(messages))
-
-    def _content(self, content: Any) -> str:
-        if isinstance(content, str):
-            return content
-        text = ""
-        for part in content:
-            if part["type"] in ("image", "video"):
-                token = self.image_token if part["type"] == "image" else self.video_token or self.image_token
-                text += token + (self.image_separator if self.num_image_tokens else "")
-            elif part["type"] == "text":
-                held = [t for t in (self.image_token, self.video_token) if t and t in part["text"]]
-                if held:
-                    raise ZooError(f"A text part holds the image token {held[0]!r}: {part['text'][:80]!r}.")
-                text += part["text"]
-            else:
-                raise ZooError(f"A message part has type {part['type']!r}; allowed: image, video, text.")
-        return text
 
 
 def _refuse(*cases: tuple[str, Any, str]) -> None:

@@ -60,19 +60,3 @@ class LoadedMixin:
             processor.tokenizer = tokenizer
             processor.require_own_tokenizer()
         return processor
-
-
-def pad_id_of(tokenizer: Any, rows: int) -> int:
-    """The id of padding; any id where there is one row, whose padding is masked.
-
-    Raises:
-        ZooError: several rows, and the tokenizer has no padding token.
-    """
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    if rows > 1:
-        raise ZooError(
-            "The tokenizer has no padding token, and several rows are padded to one length: set "
-            "processor.tokenizer.pad_token = processor.tokenizer.eos_token, or pass padding=False."
-        )
-    return 0

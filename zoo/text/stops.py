@@ -100,38 +100,38 @@ def end_tokens(config: Any, tokenizer: Any) -> list[str]:
     return [added[i].content for i in listed(config.eos_token_id) if i in added and i != tokenizer.eos_token_id]
 
 
-def set_stops(model: Any, processor: Any, config: Any) -> None:
+def set_stops(model: Any, template: ChatTemplate, config: Any) -> None:
     """Let a model stop where its answers end.
 
     Args:
         model: composed.
-        processor: of the model.
+        template: of its processor.
         config: the generation config that its checkpoint states; it becomes the model's.
     """
-    stops = stops_of(processor.template)
+    stops = stops_of(template)
     ids = list(dict.fromkeys([*listed(config.eos_token_id), *stops.ids]))
     config.eos_token_id = ids[0] if len(ids) == 1 else ids
     config.stop_strings = list(dict.fromkeys([*listed(config.stop_strings), *stops.texts])) or None
     if config.pad_token_id is None:
-        config.pad_token_id = processor.tokenizer.pad_token_id
+        config.pad_token_id = template.tokenizer.pad_token_id
     model.generation_config = config
     model.config.eos_token_id = config.eos_token_id
 
 
-def keep_stops(model: Any, processor: Any) -> None:
-    """Let a model stop where the processor's template ends answers now: it may have been set after loading."""
-    config, stops = model.generation_config, stops_of(processor.template)
+def keep_stops(model: Any, template: ChatTemplate) -> None:
+    """Let a model stop where its chat template ends answers now: it may have been set after loading."""
+    config, stops = model.generation_config, stops_of(template)
     known = {*listed(config.eos_token_id)}, {*listed(config.stop_strings)}
     if not (known[0].issuperset(stops.ids) and known[1].issuperset(stops.texts)):
-        set_stops(model, processor, config)
+        set_stops(model, template, config)
 
 
-def reader_for(model: Any, processor: Any) -> "AnswerReader":
+def reader_for(model: Any, template: ChatTemplate) -> "AnswerReader":
     """What reads the answers of a model; the model stops where they end."""
     if model.generation_config is not None:
-        keep_stops(model, processor)
+        keep_stops(model, template)
     config = model.generation_config
-    return AnswerReader(processor.tokenizer, processor.template, listed(config.eos_token_id if config else None))
+    return AnswerReader(template.tokenizer, template, listed(config.eos_token_id if config else None))
 
 
 class AnswerReader:

@@ -41,7 +41,7 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model = model
         self.distiller = distiller
-        self.hidden = {"teacher": teacher}  # a dict hides it: the teacher is neither trained nor saved nor sharded
+        self.teacher = teacher  # no module, so that its model is neither trained nor saved nor sharded with this one
         self.loss_weights = dict(stage.loss_weights)
         needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
         inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
@@ -63,11 +63,10 @@ class TrainStep(nn.Module):
         out = self.model(**own, num_items_in_batch=counts.labels, run_llm=self.run_llm, **self.student_options)
         losses = dict(out.losses or {})
         if self.distiller is not None:
-            teacher = self.hidden["teacher"]
-            seen = None if teacher is None else teacher.see(batch, out)
+            seen = None if self.teacher is None else self.teacher.see(batch, out)
             told = {"num_labels": counts.labels, "num_images": counts.images}
-            if teacher is not None and teacher.vocab_size:
-                told["vocab_size"] = teacher.vocab_size
+            if self.teacher is not None and self.teacher.vocab_size:
+                told["vocab_size"] = self.teacher.vocab_size
             losses |= self.distiller(Seen(out, self.model.llm), seen, {**own, **told})
         return losses
 
@@ -126,8 +125,9 @@ class Engine:
         if self.sharded and isinstance(distiller, nn.Module):
             _shard_like(distiller, model)
         with launcher_alone():
-            self.step: Any = step if self.sharded else accelerator.prepare_model(step)
-        self.whole, self.run_llm = step, step.run_llm
+            # DDP wraps it to average gradients; FSDP has sharded the model in place above.
+            self.wrapped: Any = step if self.sharded else accelerator.prepare_model(step)
+        self.unwrapped, self.run_llm = step, step.run_llm
         self.unseen = set(stage.loss_weights)  # weights of losses that no step has shown yet
         self.summed = frozenset({"answer"})
         if distiller is not None:
@@ -162,11 +162,11 @@ class Engine:
         reseed(self.seed, global_step, self.accelerator.process_index)
         if self.distiller is not None:
             self.distiller.begin_step(number, self.steps)
-        whole = [b for b in batches if b is not None]
-        counts, stop = self._agree(sum(map(count_labels, whole)), sum(map(count_images, whole)), len(whole), stop)
+        there = [b for b in batches if b is not None]
+        counts, stop = self._agree(sum(map(count_labels, there)), sum(map(count_images, there)), len(there), stop)
         if not counts.passes:
             return {}, stop  # nothing to learn from, in any process
-        passes: list[tuple[Any, bool]] = [(b, True) for b in whole]
+        passes: list[tuple[Any, bool]] = [(b, True) for b in there]
         if spares:
             passes = [(s, False) if b is None else (b, True) for b, s in zip(batches, spares, strict=True)]
         set_rate(self.optimizers, rate_at(number, self.steps, self.stage))
@@ -175,11 +175,12 @@ class Engine:
             last = turn + 1 == len(passes)
             with contextlib.nullcontext() if last else self._no_sync():
                 with autocast(self.precision, self.device):
-                    losses = self.step(to_device(batch, self.device), counts)
+                    losses = self.wrapped(to_device(batch, self.device), counts)
                 self._expect(losses, batch)
                 losses = {k: v if k in self.summed else v / counts.passes for k, v in losses.items()}
                 losses = losses if counted else {k: v * 0.0 for k, v in losses.items()}
-                self.whole.total(losses).backward()  # as it is: accelerate's own would divide it by what others set
+                # Not accelerator.backward, which would divide by the accumulation that `counts` divides by already.
+                self.unwrapped.total(losses).backward()
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         if self.stage.clip:
@@ -206,7 +207,7 @@ class Engine:
     @property
     def weights(self) -> dict[str, float]:
         """What losses count at this step, where that is not 1."""
-        return self.whole.weights
+        return self.unwrapped.weights
 
     @property
     def rate(self) -> float:
@@ -224,7 +225,7 @@ class Engine:
         if self.sharded:
             modules = [self.model, self.distiller] if isinstance(self.distiller, nn.Module) else [self.model]
             return _unsynced(modules)
-        return self.accelerator.no_sync(self.step)
+        return self.accelerator.no_sync(self.wrapped)
 
     def _agree(self, labels: int, images: int, passes: int, stop: bool) -> tuple[Counts, bool]:
         """Share out what the step counts: each process divides by the mean, as gradients are averaged over them."""

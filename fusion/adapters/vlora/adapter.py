@@ -41,7 +41,7 @@ from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.adapters.vlora.generator import WeightGenerator
 from zoo.fusion.adapters.vlora.image_memory import ImageMemory, rows_of
 from zoo.fusion.adapters.vlora.sites import Site, find_sites
-from zoo.fusion.attach import add_to_output
+from zoo.fusion.attach import add_to_output, refer
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
 
@@ -122,8 +122,7 @@ class VLoRA(Adapter, nn.Module):
         if vision_dim is None or places is None:
             raise ZooError("adapter 'vlora' turns image features into weights, but the slot vision is empty.")
         self.config = config
-        self.__dict__["lm"] = llm.lm
-        self.__dict__["sites"] = find_sites(llm, config.types, config.skip, "adapter 'vlora'")
+        refer(self, lm=llm.lm, sites=find_sites(llm, config.types, config.skip, "adapter 'vlora'"))
         self.memory = ImageMemory(vision_dim, places, config.width, config.max_images, config.image_std)
         self.generators = self._make_generators()
         self.b = nn.ParameterDict(

@@ -347,8 +347,8 @@ class DropsInside(InsidePruner):
     dropper: Dropper | None = None
 
     def drop_by(self, dropper: Dropper) -> None:
-        """Attach `dropper`, without nn.Module registration: its references belong to the LLM."""
-        self.__dict__["dropper"] = dropper
+        """Attach `dropper`."""
+        self.dropper = dropper
         dropper.attach()
 
     @property
