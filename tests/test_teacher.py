@@ -207,9 +207,17 @@ def test_pixels_that_both_read_alike_are_held_once(make_model):
 VISION = {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1}
 
 
-def test_an_encoder_that_both_have_runs_once(make_model):
-    student, own = make_model(seed=1, pruner={"random": {"keep_ratio": 0.5}})
-    model, theirs = make_model(seed=2)
+ANYRES = {"layout": {"name": "anyres", "pinpoints": [[32, 64], [64, 32]]}}
+
+
+@pytest.mark.parametrize(
+    ("slots", "taught_slots"),
+    [({}, {"pruner": {"random": {"keep_ratio": 0.5}}}), (ANYRES, ANYRES)],
+    ids=["pruned", "cut"],
+)
+def test_an_encoder_that_both_have_runs_once(make_model, slots, taught_slots):
+    student, own = make_model(seed=1, **taught_slots)
+    model, theirs = make_model(seed=2, **slots)
     model.vision.load_state_dict(student.vision.state_dict())
     batch = own.collate(rows(theirs, own, [0, 1, 2]))
     teacher, ran = Teacher(model), []
@@ -223,6 +231,12 @@ def test_an_encoder_that_both_have_runs_once(make_model):
     assert teacher.same_vision and len(ran) == 1
     torch.testing.assert_close(teacher.see(batch, out).last_hidden_state, apart, rtol=0, atol=0)
     assert len(ran) == 1
+    _, uncut = make_model(seed=2)
+    if slots:  # pixels of another cut are encoded again
+        other = own.collate(rows(theirs, uncut, [0]))
+        assert "pixel_values" in other[TWIN]
+        teacher.see(other, student(**{k: v for k, v in own.collate(rows(theirs, own, [0])).items() if k != TWIN}))
+        assert len(ran) == 2
     next(student.vision.parameters()).data += 1
     teacher.look_with(student)
     assert not teacher.same_vision

@@ -60,14 +60,22 @@ class ImagesMixin(nn.Module):
         """
         if self.vision is None:
             raise ZooError("The batch has images, but the model has no vision encoder.")
-        if cuts is None and self.layout is not None:
-            cuts = [Cut(size=self.vision.transform.size)] * len(pixel_values)
         if cuts and not isinstance(cuts[0], Cut):  # of each sample, as transformers' pipelines put batches together
             cuts = [cut for sample in cuts for cut in sample]
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
         told = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
-        image = self.vision(pixel_values, need=self.requested, **told)
+        return self.encode_features(self.vision(pixel_values, need=self.requested, **told), cuts)
+
+    def encode_features(self, image: ImageFeatures, cuts: Sequence[Cut] | None = None) -> Encoded:
+        """Do what `encode_images` does behind the encoder: run pruners, projector and layout on its features.
+
+        Args:
+            image: the encoder's features; with a layout it is told here which rows are one image.
+            cuts: of each image, where images have rows of their own.
+        """
+        if cuts is None and self.layout is not None:
+            cuts = [Cut(size=self.vision.transform.size)] * len(image.tokens)
         if cuts is not None and self.layout is not None:
             image.rows, image.cuts = tuple(c.rows for c in cuts), tuple(cuts)
             image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")

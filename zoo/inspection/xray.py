@@ -13,7 +13,7 @@ plugins=[./mine.py] brings one of your own. A pruner is shown through its contra
 features it leaves, `kept(passed)` of what each layer of the LLM saw in a pass, `scores(image)` where it ranks tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from zoo import registry
-from zoo.fusion.pruners.inside.dropper import DropsInside
 from zoo.inspection.views import NONE, View, Xray
 from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, plugins, unknown
 from zoo.registry.forward_pass import Pass
@@ -143,9 +142,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     batch = processor.collate([processor.encode_prompt(sample, sample.dialogs[0])], padding_side="left")
     inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
     inputs |= {"cuts": batch["cuts"]} if "cuts" in batch else {}
-    recorded = _Recorder(model)
-    with recorded:
-        out = model(**inputs)
+    out = model(**inputs)
     written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     before, kept = out.image, out.image_kept
     patches = _patches(kept, before.tokens.shape[1])
@@ -163,7 +160,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         mixed=mixed,
     )
     if not mixed:
-        view.layer_scores = {i: _at(patches, scores) for i, scores in recorded.on(places[:k]).items()}
+        view.layer_scores = {i: _at(patches, scores) for i, scores in _layer_scores(places[:k], out.passed).items()}
     return view, _picture(image, processor, inputs["pixel_values"][0])
 
 
@@ -207,40 +204,13 @@ def _at(patches: Tensor, scores: Tensor) -> list[float | None]:
     return [values[t] if t >= 0 else None for t in patches.tolist()]
 
 
-class _Recorder:
-    """Writes down what pruners inside the LLM score, layer by layer."""
-
-    def __init__(self, model: Any) -> None:
-        inside = [p.dropper for p in model.pruner.values() if isinstance(p, DropsInside)]
-        self.droppers = [dropper for dropper in inside if dropper is not None]
-        self.rows: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (columns, scores), both (L,)
-        self.undo: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> "_Recorder":
-        for dropper in self.droppers:
-            self.undo.append((dropper, dropper.score))
-            dropper.score = self._listening(dropper.score)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for dropper, score in self.undo:
-            dropper.score = score
-
-    def _listening(self, score: Any) -> Any:
-        def listening(given: Any) -> Tensor:
-            scores = score(given)
-            self.rows[given.layer] = (given.tokens.column[0].cpu(), scores[0].float().cpu())
-            return scores
-
-        return listening
-
-    def on(self, places: Tensor) -> Mapping[int, Tensor]:
-        """Scores of the image tokens by layer, (K,) each; nan for those that the layer did not see."""
-        found = {}
-        for layer, (columns, scores) in self.rows.items():
-            whole = torch.full((int(max(columns.max(), places.max())) + 1,), torch.nan)
-            found[layer] = whole.scatter(0, columns, scores)[places.cpu()]
-        return found
+def _layer_scores(places: Tensor, passed: Pass) -> dict[int, Tensor]:
+    """How pruners inside the LLM scored image tokens in a pass, by layer: (K,), nan for those that it did not see."""
+    found = {}
+    for layer, (columns, scores) in (passed.dropped.scored() if passed.dropped is not None else {}).items():
+        whole = torch.full((int(max(columns.max(), places.max())) + 1,), torch.nan)
+        found[layer] = whole.scatter(0, columns[0].cpu(), scores[0].float().cpu())[places.cpu()]
+    return found
 
 
 def _picture(image: Any, processor: Any, pixels: Tensor) -> Any:

@@ -61,21 +61,20 @@ class Teacher:
             own["pixel_values"] = batch["pixel_values"]
         own = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in own.items()}
         with self._numbers(own):
-            if self.same_vision and student.image is not None:
-                own["encoded"] = self._finish(student.image)
+            # Features of the same encoder are the same where the pixels are; a processor that cuts images in another
+            # way leaves pixels of its own in the twin batch.
+            if self.same_vision and student.image is not None and "pixel_values" not in batch.get(TWIN, {}):
+                own["encoded"] = self.model.encode_features(self._here(student.image), own.get("cuts"))
                 own.pop("pixel_values", None)
             return Seen(self.model(**own, **self.options), self.model.llm)
 
-    def _finish(self, image: ImageFeatures) -> tuple[ImageFeatures, ImageFeatures, torch.Tensor | None]:
-        """What `ZooModel.encode_images` gives, from the encoder's features on."""
+    def _here(self, image: ImageFeatures) -> ImageFeatures:
+        """The student's features on the teacher's device, in its number format, as its encoder would give them."""
         tensors = {f.name: getattr(image, f.name) for f in fields(image)}
         moved: dict[str, Any] = {n: t.to(self.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
         wide = torch.float32 if self.dtype == torch.float32 else self.dtype
         moved = {n: t.to(wide) if t.dtype in (torch.bfloat16, torch.float16, wide) else t for n, t in moved.items()}
-        image = kept = replace(image, **moved)
-        for pruner in self.model.pruner.values():
-            kept = pruner(kept)
-        return image, kept, self.model.projector(kept) if self.model.projector is not None else None
+        return replace(image, **moved, rows=None, cuts=None, row_kind="image")  # how it is cut is the teacher's to say
 
     def _numbers(self, own: dict[str, Any]) -> AbstractContextManager:
         """Its own number format where its weights have one; else the student's."""

@@ -51,7 +51,7 @@ class Run:
     past: int = 0  # tokens in the cache before this pass
     new: Tensor | None = None  # (B, q) mask of non-padding tokens in this decoding step; None if there is no padding
     scoring: int | None = None  # layer whose attention is being scored
-    scores: Tensor | None = None  # (B, L), of the previous layer
+    scores: dict[int, Tensor] = field(default_factory=dict)  # (B, L) of each layer whose attention was scored
     masks: dict[Any, Any] = field(default_factory=dict)
     rotary: list[tuple[Any, Survivors, Any]] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ class Run:
         """Remove the drafts after the prompt's pass: accepted ones are counted as decoded tokens."""
         if self.drafts:
             self.layers = [tokens.without_last(self.drafts) for tokens in self.layers]
-        self.drafts, self.scoring, self.scores = 0, None, None
+        self.drafts, self.scoring = 0, None
         self.masks.clear()
         self.rotary.clear()
 
@@ -69,6 +69,12 @@ class Run:
         shape = len(self.layers[0].seen), self.total
         seen = [x.column.new_zeros(shape).scatter(1, x.column, x.seen.long()) for x in self.layers]
         return [x.bool() for x in seen]
+
+    def scored(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Say for each layer that was scored which columns (B, L) of the prompt it saw, and their scores (B, L)."""
+        self.settle()
+        columns = {layer: self.layers[layer].column for layer in self.scores}
+        return {layer: (seen, self.scores[layer][:, : seen.shape[1]]) for layer, seen in columns.items()}
 
 
 class Dropper:
@@ -149,12 +155,13 @@ class Dropper:
         """Score the attention of layer `number` once per prompt; recomputation in backward does not score again."""
         now = current()
         run = None if now is None else now.dropped
-        if run is None or run.scoring != number or run.scores is not None:
+        if run is None or run.scoring != number or number in run.scores:
             return
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         tokens, window = run.layers[number], self._window(number, run)
         with torch.no_grad():
-            run.scores = self.score(Attended(number, query.detach(), key.detach(), scaling, softcap, tokens, window))
+            given = Attended(number, query.detach(), key.detach(), scaling, softcap, tokens, window)
+            run.scores[number] = self.score(given)
 
     # ---- layers ------------------------------------------------------------------------------------------------
 
@@ -245,10 +252,9 @@ class Dropper:
             return hidden
         tokens = run.layers[-1]
         if number - 1 in self.after and bool(run.budget.any()):
-            if run.scores is None:
+            if number - 1 not in run.scores:
                 raise ZooError(f"{self.who} cannot read the attention of {type(self.llm.lm).__name__}.")
-            keep = tokens.choose(run.scores, self.budget(number - 1, run.budget), run.copies)
-            run.scores = None
+            keep = tokens.choose(run.scores[number - 1], self.budget(number - 1, run.budget), run.copies)
             if bool((keep != tokens.seen).any()):
                 run.cut = number if run.cut < 0 else run.cut
                 if self.hide:
