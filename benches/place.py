@@ -38,7 +38,9 @@ def chosen(kind: str, words: str, allowed: Collection[str]) -> list[str]:
 
 @contextlib.contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch use some threads on the CPU, and as many as before afterwards."""
+    """Let torch use some threads on the CPU, and as many as before afterwards; set aside what was imported."""
+    gc.collect()
+    gc.freeze()  # else collections before rounds and stages go through a million objects of the libraries each time
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

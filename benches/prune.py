@@ -5,7 +5,6 @@ closed form beside torch's counter, prefill and decode times with their spread, 
 the score of a task where the model has weights worth asking. In the end it says in words where a pruner does not pay.
 """
 
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,13 +79,8 @@ def words(given: Sequence[str]) -> list[str]:
 
 def run(options: Options, show: Callable[[str], None] = print) -> PruneReport:
     """Measure what `options.only` asks for; `show` is told what is going on."""
-    gc.collect()
-    gc.freeze()  # what is here already is not looked through again before every round
-    try:
-        with torch_threads(options.threads):
-            return _Bench(options, show).run()
-    finally:
-        gc.unfreeze()
+    with torch_threads(options.threads):
+        return _Bench(options, show).run()
 
 
 class _Bench:
