@@ -20,7 +20,12 @@ from PIL import Image
 from zoo.cli.entry import main
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = [DOCS / "tutorial.md", *sorted(DOCS.glob("how_to/*.md")), *sorted(DOCS.glob("concepts/*.md"))]
+PAGES = [
+    DOCS / "index.md",
+    DOCS / "tutorial.md",
+    *sorted(DOCS.glob("how_to/*.md")),
+    *sorted(DOCS.glob("concepts/*.md")),
+]
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"(?:# @package _global_\n)?# ([\w/]+\.(?:py|yaml|sh|json))\b")

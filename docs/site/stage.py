@@ -45,11 +45,10 @@ def stage(folder: Path) -> list[str]:
     for file, place in places.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".ipynb":
-            target.with_suffix(".md").write_text(notebooks.page(file), encoding="utf-8")
-        elif file.suffix == ".md":
-            text, lost = turned(file, place, places)
-            target.write_text(text, encoding="utf-8")
+        if file.suffix in (".md", ".ipynb"):
+            text = file.read_text("utf-8") if file.suffix == ".md" else notebooks.page(file)
+            text, lost = turned(text, file, place, places)
+            target.with_suffix(".md").write_text(text, encoding="utf-8")
             wrong += [f"{file.relative_to(ROOT)}: {link}" for link in lost]
         else:
             shutil.copyfile(file, target)
@@ -60,12 +59,12 @@ def stage(folder: Path) -> list[str]:
     return wrong
 
 
-def turned(file: Path, place: str, places: dict[Path, str]) -> tuple[str, list[str]]:
+def turned(text: str, file: Path, place: str, places: dict[Path, str]) -> tuple[str, list[str]]:
     """Return the text of a page with its links as the site has them, and the links that lead nowhere."""
     lost: list[str] = []
 
     def turn(match: re.Match[str]) -> str:
-        text, link = match.groups()
+        shown, link = match.groups()
         path, mark, anchor = link.partition("#")
         if not path or re.match(r"[a-z]+:", link):
             return match.group()
@@ -75,14 +74,14 @@ def turned(file: Path, place: str, places: dict[Path, str]) -> tuple[str, list[s
         elif not target.exists() and file.is_relative_to(DOCS) and "reference/" in link:  # generated: Sphinx looks
             to = target.relative_to(DOCS).as_posix()
         elif target.exists():  # a file that is no page: its name is said, as the text of the link
-            return text[1:-1]
+            return shown[1:-1]
         else:
             lost.append(link)
             return match.group()
         to = re.sub(r"\.ipynb$", ".md", to)
-        return f"{text}({os.path.relpath(to, Path(place).parent)}{mark}{anchor})"
+        return f"{shown}({os.path.relpath(to, Path(place).parent)}{mark}{anchor})"
 
-    return "".join(part if code else LINK.sub(turn, part) for part, code in _parts(file.read_text("utf-8"))), lost
+    return "".join(part if code else LINK.sub(turn, part) for part, code in _parts(text)), lost
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:
