@@ -131,6 +131,7 @@ class _Bench:
             if not model.num_image_tokens:
                 raise ZooError(f"model {o.model!r} has no image tokens in the LLM: there is nothing to prune.")
             model.set_attention("sdpa" if self.device.type == "cpu" else "auto")
+            assert model.vision is not None, "it has image tokens"
             size = (o.batch, 3, *model.vision.transform.size)
             generator.manual_seed(0)
             pixels = torch.randn(size, generator=generator).to(self.device, getattr(torch, o.dtype))

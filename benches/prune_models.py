@@ -49,6 +49,7 @@ class Variant:
     @torch.no_grad()
     def encode(self) -> ImageFeatures:
         """Run the encoder, with what the pruner asks of it."""
+        assert self.model.vision is not None
         features: ImageFeatures = self.model.vision(self.pixels, need=self.model.requested)
         return features
 
@@ -60,6 +61,7 @@ class Variant:
     @torch.no_grad()
     def prompt(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """Return ids (B, T) and embeddings (B, T, C) of the prompt: pruner, projector, and the places of tokens."""
+        assert self.model.projector is not None
         tokens = self.model.projector(self.choose(features))  # (B, K, C)
         half = self.text.shape[1] // 2
         slots = self.text.new_full(tokens.shape[:2], self.model.image_token_id)
@@ -98,6 +100,7 @@ class Variant:
     def stages(self, n: int) -> dict[str, int]:
         """Count the image tokens behind each part before the LLM."""
         kept = n if self.pruner is None else self.pruner.num_tokens(n)
+        assert self.model.projector is not None
         return {"encoder": n, "pruner": kept, "projector": self.model.projector.num_tokens(kept)}
 
     def image_tokens(self, n: int) -> list[int]:

@@ -180,6 +180,7 @@ def _write_saved(root: Path) -> None:
     from zoo.loading.build import load
 
     model, processor = load(f"dir:{root / 'llava'}", device="cpu")
+    assert model.projector is not None
     with torch.no_grad():
         next(model.projector.parameters()).add_(0.01)
     model.save_pretrained(root / "saved")

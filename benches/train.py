@@ -159,6 +159,7 @@ def _forward(place: TrainPlace, sizes: Sizes) -> list[Row]:
         attention = place.attention if precision == place.precision else "sdpa"
         theirs.set_attn_implementation(attention)
         ours.llm.lm.set_attn_implementation(attention)
+        assert ours.vision is not None
         ours.vision.set_attention(attention)
 
         def forward(model: Any, inputs: dict[str, Any], precision: str = precision) -> Tensor:

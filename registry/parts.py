@@ -32,9 +32,12 @@ from zoo.registry.errors import ZooError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.nn import Module
 
     from zoo.registry.forward_pass import Pass
     from zoo.registry.values import Cut, ImageFeatures, ImageTransform, LinearHead
+else:
+    Module = object  # a component derives from `nn.Module` itself: nothing here imports torch
 
 
 class derived:  # used as a decorator, as `property` is
@@ -60,7 +63,11 @@ class Part(ABC):  # noqa: B024  # each kind has its own abstract methods
     """Option -> values that the check may offer in place of one that does not fit. Of the class."""
 
 
-class Encoder(Part):
+class ModelPart(Part, Module):
+    """A part that is a module of the composed model: of all kinds but distillers, data sets and tasks."""
+
+
+class Encoder(ModelPart):
     """Pixels to features: the kind `vision`.
 
     `__init__(config)`: structure only under `torch.device("meta")`, with the checkpoint's weights otherwise.
@@ -103,7 +110,7 @@ class Encoder(Part):
         ) -> ImageFeatures: ...
 
 
-class Pruner(Part):
+class Pruner(ModelPart):
     """Fewer image tokens before the LLM; one that drops tokens inside it is an `InsidePruner`.
 
     `__init__(config, *, vision_dim, grid, num_tokens)`, those of them that it names.
@@ -174,7 +181,7 @@ class InsidePruner(Pruner):
         """Leave the LLM as it was before `attach`."""
 
 
-class Projector(Part):
+class Projector(ModelPart):
     """Image tokens of the encoder's width to those of the LLM's.
 
     `__init__(config, *, vision_dim, text_dim, grid, num_tokens)`, those of them that it names. `grid` is None once a
@@ -198,7 +205,7 @@ class Projector(Part):
         def __call__(self, image: ImageFeatures) -> Tensor: ...
 
 
-class Layout(Part):
+class Layout(ModelPart):
     """How the rows of one image (crops, frames) become one run of image tokens; without one, each row is an image.
 
     `__init__(config, *, text_dim, grid, num_tokens, image_size, encoder_grid, pruned)`, those of them that it names:
@@ -248,7 +255,7 @@ class Layout(Part):
         def __call__(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor: ...
 
 
-class LanguageModel(Part):
+class LanguageModel(ModelPart):
     """A causal LM of transformers, unmodified, and a view of its parts: the kind `llm`.
 
     `__init__(config, *, vocab_size)`.
@@ -303,7 +310,7 @@ class LanguageModel(Part):
         return {}
 
 
-class Adapter(Part):
+class Adapter(ModelPart):
     """What is attached to the LLM, and trains in its place.
 
     `__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid)`, those of them that it names. `llm` has its

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.composed.assembly import Parts
-from zoo.registry import Cut, ImageFeatures, ZooError
+from zoo.registry import Cut, Encoder, ImageFeatures, Layout, ZooError
 from zoo.vision.encoders.base import Tower
 
 _SMALL = 20_000_000  # parameters of a part that is built in full where it does not run on the meta device
@@ -40,9 +40,9 @@ def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
             _check_llm(slots["llm"], parts.llm)
         if parts.vision is None:
             return
-        _check_vision(parts, slots)
-        images = [_features(parts, even) for even in (True, False)]
-        given = {"vision_dim": parts.vision.hidden_size}
+        _check_vision(parts.vision, parts.requested, slots["vision"])
+        images = [_features(parts.vision, parts.requested, even) for even in (True, False)]
+        given: dict[str, Any] = {"vision_dim": parts.vision.hidden_size}
         for name, pruner in parts.pruner.items():
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             after = _check_pruner(name, pruner, {**slots["pruner"][name], "name": name}, images, given, parts)
@@ -53,15 +53,14 @@ def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             _check_projector(parts, slots["projector"], images, given)
         if parts.layout is not None:
-            _check_layout(parts, slots["layout"])
+            _check_layout(parts.layout, parts.vision.transform.size, slots["layout"])
 
 
-def _check_vision(parts: Parts, slots: Mapping[str, Any]) -> None:
+def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str, Any]) -> None:
     """Compare the encoder's tokens with `num_tokens`, `grid` and `hidden_size`."""
-    vision, node = parts.vision, slots["vision"]
     name, size = f"vision {node['name']!r}", vision.transform.size
     pixels = torch.stack([torch.zeros(3, *size), torch.rand(3, *size)])  # (2, 3, S, S)
-    alone = vision
+    alone: Any = vision
     if isinstance(vision, Tower):  # blocks are alike, and what an image shows does not matter
         if node.get("checkpoint") or node.get("model"):
             return
@@ -71,7 +70,7 @@ def _check_vision(parts: Parts, slots: Mapping[str, Any]) -> None:
 
     def run(part: Any, device: str) -> list[ImageFeatures]:
         part.eval()
-        return [part(p[None].to(device), need=parts.requested) for p in pixels]
+        return [part(p[None].to(device), need=requested) for p in pixels]
 
     found = _tried(run, alone, lambda: registry.build("vision", node), name, node)
     for image in found or ():
@@ -108,9 +107,8 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
             return
 
 
-def _features(parts: Parts, even: bool) -> ImageFeatures:
+def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFeatures:
     """Features as the encoder would give them: of an image that is the same everywhere, or nowhere."""
-    vision = parts.vision
     n, d = vision.num_tokens, vision.hidden_size
 
     def made(*shape: int) -> Tensor:
@@ -125,8 +123,8 @@ def _features(parts: Parts, even: bool) -> ImageFeatures:
         "prefix": made(1, d),
     }
     words = {"pooling_attention": "pooling_head", "prefix": "prefix_tokens"}
-    known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in parts.requested}
-    return ImageFeatures(made(n, d), tuple(vision.grid), **known)
+    known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in requested}
+    return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]), **known)
 
 
 def _check_pruner(
@@ -172,20 +170,20 @@ def _check_projector(parts: Parts, node: Mapping[str, Any], images: list[ImageFe
         _compare(name, tokens, step.tokens, step.width, f"num_tokens({n})")
 
 
-def _check_layout(parts: Parts, node: Mapping[str, Any]) -> None:
+def _check_layout(layout: Layout, size: tuple[int, int], node: Mapping[str, Any]) -> None:
     """Lay out two images of one row each, and compare with what `count` says of them."""
     name = f"layout {node['name']!r}"
-    rows = parts.layout.given.get("num_tokens")
+    rows = layout.given.get("num_tokens")
     if rows is None:
         return
-    cuts = [Cut(size=parts.vision.transform.size)] * 2
+    cuts = [Cut(size=size)] * 2
 
     def run(part: Any, device: str) -> Tensor:
         return part(torch.randn(2, rows, _KEY), cuts)  # (S, C)
 
-    small = {"text_dim": _KEY, **parts.layout.given}
-    laid = _built(run, lambda: registry.build("layout", node, **small), name, parts.layout)
-    if laid is not None and laid.shape[0] != (said := sum(map(parts.layout.count, cuts))):
+    small = {"text_dim": _KEY, **layout.given}
+    laid = _built(run, lambda: registry.build("layout", node, **small), name, layout)
+    if laid is not None and laid.shape[0] != (said := sum(layout.count(cut) for cut in cuts)):
         raise ZooError(f"{name} gives {laid.shape[0]} tokens for two images, and its count says {said}.")
 
 

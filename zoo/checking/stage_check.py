@@ -8,7 +8,7 @@ from torch import nn
 
 from zoo.composed.assembly import build_distiller
 from zoo.fusion.llm.attention import require_attention
-from zoo.registry import ZooError, unknown
+from zoo.registry import Distiller, ZooError, unknown
 from zoo.runs.lengths import require_positions
 from zoo.runs.optim import parts_of, rate_scales
 
@@ -126,7 +126,7 @@ def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
     return ""
 
 
-def _check_losses(stage: Any, model: Any, distiller: Any) -> None:
+def _check_losses(stage: Any, model: Any, distiller: Distiller | None) -> None:
     """Refuse weights of losses that nothing gives, where every part says what it gives; and a stage without a loss."""
     weights = {} if distiller is None else distiller.weights
     terms = set(weights) if isinstance(weights, dict) else set()
@@ -146,7 +146,7 @@ def _check_losses(stage: Any, model: Any, distiller: Any) -> None:
         raise ZooError(f"all losses weigh 0 ({', '.join(sorted(known))}), so nothing is learnt.")
 
 
-def _check_rates(stage: Any, model: Any, distiller: Any) -> None:
+def _check_rates(stage: Any, model: Any, distiller: Distiller | None) -> None:
     """Refuse learning rates of parts that do not train."""
     if not stage.lr_scale:
         return

@@ -14,7 +14,7 @@ import torch
 
 from zoo.checking.plan import plan_for
 from zoo.composed.assembly import Parts, assemble
-from zoo.registry import ImageFeatures, ZooError, config_of
+from zoo.registry import Distiller, ImageFeatures, ZooError, config_of
 from zoo.settings.source import source_named, tokenizer_at
 from zoo.teaching.teacher_store import read_about
 from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
@@ -22,7 +22,7 @@ from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
 ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # words of losses on image tokens
 
 
-def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) -> int:
+def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan: Any) -> int:
     """Refuse a teacher that cannot teach this student; returns the bytes of its weights.
 
     Args:
@@ -52,7 +52,7 @@ def check_teacher(name: str, stage: Any, distiller: Any, model: Any, plan: Any) 
             f"{parts.llm.hidden_size}. Set stages.{name}.distiller.hidden_layers={{}}"
         )
     modules = [parts.vision, parts.projector, parts.llm, *parts.pruner.values(), *parts.adapter.values()]
-    return sum(p.numel() * p.element_size() for m in modules if hasattr(m, "parameters") for p in m.parameters())
+    return sum(int(p.numel()) * p.element_size() for m in modules if m is not None for p in m.parameters())
 
 
 @lru_cache(maxsize=4)

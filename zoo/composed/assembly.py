@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from zoo import registry
-from zoo.registry import ZooError
+from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Part, Projector, Pruner, ZooError
 
 # What a part may need that only holds once the LLM stands: checked after the walk has passed it.
 LATE = frozenset({"image_tokens", "moe"})
@@ -50,12 +50,12 @@ class Step:
 class Parts:
     """The modules of a composed model, and the walk that led to them."""
 
-    vision: Any = None
-    pruner: dict[str, Any] = field(default_factory=dict)
-    projector: Any = None
-    layout: Any = None
-    llm: Any = None
-    adapter: dict[str, Any] = field(default_factory=dict)
+    vision: Encoder | None = None
+    pruner: dict[str, Pruner] = field(default_factory=dict)
+    projector: Projector | None = None
+    layout: Layout | None = None
+    llm: LanguageModel = None  # type: ignore[assignment]  # until the walk has come to it
+    adapter: dict[str, Adapter] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
     @property
@@ -100,9 +100,9 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     tokens, grid, width = 0, None, 0
     derived: dict[str, Any]
 
-    def took(kind: str, name: str, part: Any, **leaves: Any) -> None:
-        words = {"needs": part.needs, "provides": part.provides, "destroys": part.destroys}
-        parts.steps.append(Step(kind, name, **leaves, **{w: frozenset(said) for w, said in words.items()}))
+    def took(kind: str, name: str, part: Part, **leaves: Any) -> None:
+        words = [frozenset(said) for said in (part.needs, part.provides, part.destroys)]
+        parts.steps.append(Step(kind, name, **leaves, needs=words[0], provides=words[1], destroys=words[2]))
 
     if not slots.get("llm"):
         raise MisfitError(
@@ -200,10 +200,11 @@ def _place(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
 def _add_layout(parts: Parts, slots: Mapping[str, Any], took: Any, **derived: Any) -> None:
     """Build what lays out the rows of an image behind the projector, where the slots name something."""
     if node := slots.get("layout"):
+        assert parts.vision is not None, "there is a projector behind it"
         derived |= {"image_size": parts.vision.transform.size, "encoder_grid": tuple(parts.vision.grid)}
-        parts.layout = _build("layout", node, **derived)
-        tokens = parts.layout.num_tokens(derived["num_tokens"])
-        took("layout", node["name"], parts.layout, tokens=tokens, grid=None, width=derived["text_dim"])
+        parts.layout = layout = _build("layout", node, **derived)
+        tokens = layout.num_tokens(derived["num_tokens"])
+        took("layout", node["name"], layout, tokens=tokens, grid=None, width=derived["text_dim"])
 
 
 def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
@@ -228,7 +229,7 @@ def _named(name: str) -> Iterator[None]:
         raise ZooError(f"{name} cannot be built with these options: {type(error).__name__}: {said}") from error
 
 
-def _refuse_shared(name: str, adapter: Any, others: Mapping[str, Any]) -> None:
+def _refuse_shared(name: str, adapter: Adapter, others: Mapping[str, Adapter]) -> None:
     """Refuse an adapter that wants modules of the LLM for itself (`exclusive`) which another one has."""
     for other, part in others.items():
         pairs = product(adapter.exclusive, part.exclusive)
@@ -241,11 +242,11 @@ def _refuse_shared(name: str, adapter: Any, others: Mapping[str, Any]) -> None:
             )
 
 
-def _uses_image(adapter: Any) -> bool:
+def _uses_image(adapter: Adapter) -> bool:
     return bool(frozenset(adapter.needs) & {"image", "grid", *ON_REQUEST})
 
 
-def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
+def _require(kind: str, name: str, part: Part, have: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
     needs = frozenset(part.needs) - {"image"}
     missing = needs - have - (LATE if kind == "pruner" else frozenset())
     if missing:
@@ -257,7 +258,7 @@ def _require(kind: str, name: str, part: Any, have: frozenset[str], source: str,
         )
 
 
-def _exclude(kind: str, name: str, part: Any, have: frozenset[str], steps: list[Step]) -> None:
+def _exclude(kind: str, name: str, part: Adapter, have: frozenset[str], steps: list[Step]) -> None:
     """Refuse a part beside what it does not stand."""
     if unwanted := frozenset(part.excludes) & have:
         word = ", ".join(sorted(unwanted))
@@ -278,10 +279,10 @@ def _misfit(
     )
 
 
-def build_distiller(model: Any, node: Mapping[str, Any]) -> Any:
+def build_distiller(model: Any, node: Mapping[str, Any]) -> Distiller:
     """Build the distiller that a stage names, for this model."""
     vision = model.vision
-    return registry.build(
+    made: Distiller = registry.build(
         "distiller",
         node,
         vision_dim=vision.hidden_size if vision is not None else None,
@@ -289,3 +290,4 @@ def build_distiller(model: Any, node: Mapping[str, Any]) -> Any:
         vocab_size=model.llm.vocab_size,
         grid=vision.grid if vision is not None else None,
     )
+    return made

@@ -16,7 +16,7 @@ from zoo.composed.inputs import Inputs, further, one_cache
 from zoo.composed.outputs import LLMSequence, ZooOutput
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask, block_mask
-from zoo.registry import IGNORE_INDEX, Cut, ImageFeatures, ZooError
+from zoo.registry import IGNORE_INDEX, Adapter, Cut, ImageFeatures, LanguageModel, Pruner, ZooError
 from zoo.registry.forward_pass import Pass, conditions_in, put_conditions, running
 from zoo.registry.versions import cache_argument, cache_of, recomputes
 
@@ -184,7 +184,8 @@ class ForwardMixin(ImagesMixin):
         else:
             # No image comes with what a cache goes on with: adapters stay with those that its beginning showed.
             now.conditions = conditions_in(given.cache)
-        for part in [*self.pruner.values(), *self.adapter.values()]:
+        inside: list[Pruner | Adapter] = [*self.pruner.values(), *self.adapter.values()]
+        for part in inside:
             part.begin(now.sequence)
         return masks
 
@@ -232,7 +233,8 @@ class ForwardMixin(ImagesMixin):
             losses["answer"] = own(logits=self.llm.head(hidden), labels=labels, **told)
         elif given.run_head:
             losses["answer"] = answer_loss(self.llm, hidden, labels, given.num_items_in_batch, compiled=self.compiled)
-        for part in [self.llm, *self.pruner.values(), *self.adapter.values()]:
+        givers: list[LanguageModel | Pruner | Adapter] = [self.llm, *self.pruner.values(), *self.adapter.values()]
+        for part in givers:
             losses |= part.aux_losses()
         return losses
 

@@ -11,7 +11,7 @@ model holds, and knows the prompt. Nothing is left on the language model, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from zoo.composed.image_path import Encoded
 from zoo.composed.outputs import LLMSequence
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.decoder import generator_of
-from zoo.registry import Cut, ImageFeatures, ZooError
+from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, ZooError
 from zoo.registry.forward_pass import conditions_in, put_conditions, running
 from zoo.registry.versions import cache_argument, cache_in
 
@@ -38,9 +38,9 @@ _SEQUENCE = "zoo_sequence"  # under which a pass's sequence travels from the inp
 class GenerateMixin(nn.Module):
     """Generates, and chats."""
 
-    llm: Any
-    vision: Any
-    adapter: Any
+    llm: LanguageModel
+    vision: Encoder | None
+    adapter: MutableMapping[str, Adapter]
     inside_pruners: Any
     _encode: Any
     inside_llm: Any
@@ -157,6 +157,7 @@ class GenerateMixin(nn.Module):
             return prompted(lm, drafts._prompt(torch.zeros_like(input_ids).bool(), input_ids, nothing, None))
         if drafts is self:
             return prompted(lm, prompt)
+        assert self.vision is not None, "the prompt has images"
         if pixel_values is None or drafts.vision.transform != self.vision.transform:
             what = "encoded= is of one encoder" if pixel_values is None else "their encoders take other pixels"
             raise ZooError(

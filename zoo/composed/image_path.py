@@ -1,12 +1,12 @@
 """How images become tokens of a composed model: encoded, put where their placeholders are, handed to adapters."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import Cut, ImageFeatures, ZooError
+from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, Layout, Projector, Pruner, ZooError
 
 
 class Encoded(NamedTuple):
@@ -27,13 +27,12 @@ class ImagesMixin(nn.Module):
 
     config: Any  # ZooConfig
     device: torch.device
-    # Parts are what their protocols in `zoo.registry.values` say, not only modules.
-    vision: Any
-    pruner: Any
-    projector: Any
-    layout: Any
-    llm: Any
-    adapter: Any
+    vision: Encoder | None
+    pruner: MutableMapping[str, Pruner]  # a ModuleDict, as `adapter` is
+    projector: Projector | None
+    layout: Layout | None
+    llm: LanguageModel
+    adapter: MutableMapping[str, Adapter]
     requested: Any
     num_image_tokens: int
 
@@ -84,6 +83,7 @@ class ImagesMixin(nn.Module):
             kept = pruner(kept)
         if self.projector is None or self.layout is None:
             return Encoded(image, kept, self.projector(kept) if self.projector is not None else None)
+        assert cuts is not None, "with a layout, images have cuts"
         tokens = self.layout.project(kept, self.projector, cuts)
         return Encoded(image, kept, self.layout(tokens, cuts))  # (S, C)
 
@@ -161,12 +161,12 @@ class ImagesMixin(nn.Module):
             )
 
     @property
-    def inside_pruners(self) -> dict[str, Any]:
+    def inside_pruners(self) -> dict[str, Pruner]:
         """Pruners that drop tokens inside the LLM, by name."""
         return {n: p for n, p in self.pruner.items() if p.inside}
 
     @property
-    def inside_llm(self) -> list[Any]:
+    def inside_llm(self) -> list[Adapter | Pruner]:
         """Parts that act inside the LLM: adapters and pruners."""
         return [*self.adapter.values(), *self.inside_pruners.values()]
 
@@ -203,6 +203,7 @@ class ImagesMixin(nn.Module):
 
     def _images_of(self, slots: Tensor, cuts: Sequence[Cut]) -> list[int]:
         """Count the images of each row by their placeholders, whose number differs from image to image."""
+        assert self.layout is not None, "each image has as many tokens without one"
         rest, rows = list(cuts), []
         for found in slots.sum(1).tolist():
             before = len(rest)
@@ -217,6 +218,7 @@ class ImagesMixin(nn.Module):
 
     def _touch_vision(self) -> Tensor:
         """Zero that depends on the encoder and the projector: ranks without images then still meet in backward."""
+        assert self.vision is not None, "it trains"
         pixels = torch.zeros(
             1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.registry import ZooError
+from zoo.registry import Encoder, LanguageModel, ZooError
 from zoo.registry.versions import checkpoint_activations, keep_activations
 
 
@@ -13,8 +13,8 @@ class LanguageModelMixin(nn.Module):
     """Passes on to the language model what concerns the text side of a composed model."""
 
     config: Any  # ZooConfig
-    vision: Any
-    llm: Any
+    vision: Encoder | None
+    llm: LanguageModel
 
     @property
     def generation_config(self) -> Any:

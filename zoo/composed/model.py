@@ -66,11 +66,11 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         self.num_image_tokens = parts.num_image_tokens
         self.requested = parts.requested
         self.vision = parts.vision
-        self.pruner = nn.ModuleDict(parts.pruner)
+        self.pruner = nn.ModuleDict(parts.pruner)  # type: ignore[assignment]
         self.projector = parts.projector
         self.layout = parts.layout
         self.llm = parts.llm
-        self.adapter = nn.ModuleDict(parts.adapter)
+        self.adapter = nn.ModuleDict(parts.adapter)  # type: ignore[assignment]
         config.__dict__["_llm"] = self.llm.lm.config.get_text_config()
         self.compiled = False
         self.fresh_parts = []

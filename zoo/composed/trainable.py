@@ -1,23 +1,23 @@
 """What a composed model does with its parts from outside: which train, which stay float32, what is compiled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import ZooError, unknown
+from zoo.registry import Adapter, Encoder, LanguageModel, Projector, ZooError, unknown
 from zoo.storage.precision import SHORT, ids_of, kept_wide
 
 
 class PartsMixin(nn.Module):
     """Names the parts that parameters belong to, and sets them up for training."""
 
-    vision: Any
-    projector: Any
-    llm: Any
-    adapter: Any
+    vision: Encoder | None
+    projector: Projector | None
+    llm: LanguageModel
+    adapter: MutableMapping[str, Adapter]
     compiled: bool
 
     def part_of(self, name: str) -> str:

@@ -10,11 +10,13 @@ from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from zoo.registry import Adapter, Pruner
+
 _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # beside the models: a lock cannot be copied along
 _MAKING = RLock()
 
 
-def turn_of(model: Any, parts: Iterable[Any]) -> AbstractContextManager[Any]:
+def turn_of(model: Any, parts: Iterable[Adapter | Pruner]) -> AbstractContextManager[Any]:
     """Give what a pass of `model`, or a whole generation, runs within: the model's lock, or nothing.
 
     Args:

@@ -21,7 +21,7 @@ from zoo.checking.checker import check
 from zoo.checking.plan import plan_from
 from zoo.composed.assembly import build_distiller
 from zoo.loading.build import build, load_teacher
-from zoo.registry import ZooError
+from zoo.registry import Distiller, ZooError
 from zoo.runs import checkpoint
 from zoo.runs.allocator import keep_memory
 from zoo.runs.batches import Batches, Loader
@@ -258,7 +258,7 @@ class Run:
         }
         self.step_log.add(record, losses, allow_nonfinite=engine.stage.allow_nonfinite)
 
-    def _engine(self, index: int, stage: Stage, steps: int, distiller: Any, teacher: Any) -> Engine:
+    def _engine(self, index: int, stage: Stage, steps: int, distiller: Distiller | None, teacher: Any) -> Engine:
         """Set up the stage; the first one of a resumed run with the rest of what its checkpoint holds."""
         reseed(self.cfg.seed, index, -2)
         engine = Engine(
@@ -303,7 +303,7 @@ class Run:
             self._distiller = (node, None if node is None else build_distiller(self.model, node))
         return self._distiller[1]
 
-    def _teacher_of(self, stage: Stage, distiller: Any) -> tuple[Any, Any]:
+    def _teacher_of(self, stage: Stage, distiller: Distiller | None) -> tuple[Any, Any]:
         """The stage's teacher, and what adds its rows to the student's; a model that two stages name is loaded once."""
         node = stage.teacher_node
         if node is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.composed.outputs import LOSS_ALONE, Seen
-from zoo.registry import IGNORE_INDEX, ZooError, unknown
+from zoo.registry import IGNORE_INDEX, Distiller, ZooError, unknown
 from zoo.runs.checkpoint import tensors_of
 from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
 from zoo.runs.order import keyed
@@ -37,7 +37,7 @@ class Counts:
 class TrainStep(nn.Module):
     """The model, the distiller and what joins them, as one module, so that DDP sees every parameter that trains."""
 
-    def __init__(self, model: Any, distiller: Any, teacher: Any, stage: Stage) -> None:
+    def __init__(self, model: Any, distiller: Distiller | None, teacher: Any, stage: Stage) -> None:
         super().__init__()
         self.model = model
         self.distiller = distiller
@@ -106,7 +106,7 @@ class Engine:
         *,
         seed: int = 0,
         precision: str = "auto",
-        distiller: Any = None,
+        distiller: Distiller | None = None,
         teacher: Any = None,
     ) -> None:
         accelerator.free_memory()  # lets go of what the stage before wrapped
@@ -237,7 +237,7 @@ class Engine:
         return Counts(max(1, labels) / world, max(1, images) / world, passes / world), stop
 
 
-def weights_of(distiller: Any) -> Mapping[str, float]:
+def weights_of(distiller: Distiller | None) -> Mapping[str, float]:
     """What a distiller's losses count now, by name, where it says so."""
     weights = {} if distiller is None else distiller.weights
     return weights if isinstance(weights, Mapping) else {}  # a module of somebody's own may have a parameter there
