@@ -74,6 +74,7 @@ class ImagesMixin(nn.Module):
             cuts: of each image, where images have rows of their own.
         """
         if cuts is None and self.layout is not None:
+            assert self.vision is not None, "the features are an encoder's"
             cuts = [Cut(size=self.vision.transform.size)] * len(image.tokens)
         if cuts is not None and self.layout is not None:
             image.rows, image.cuts = tuple(c.rows for c in cuts), tuple(cuts)
