@@ -46,7 +46,7 @@ _LARGE = {  # of a LLaVA-1.5-7B, to time the check with
 
 @dataclass
 class Options:
-    misfits: int = 0  # only so many, evenly spread; 0: all
+    misfits: int = 0  # at most this number, evenly spread; 0: all
     valid: int = 300  # compositions that run
     fixes: int = 40  # misfits whose offered fixes are typed, evenly spread
     seed: int = 0  # of the compositions
@@ -63,7 +63,7 @@ class Findings:
 
     named: int = 0  # refused, with words that name what and where
     unnamed: list[str] = field(default_factory=list)  # refused with other words
-    raw: list[str] = field(default_factory=list)  # ended in an error that is no refusal
+    raw: list[str] = field(default_factory=list)  # ended in an error other than a refusal
     passed: list[str] = field(default_factory=list)
     offered: int = 0  # fixes
     broken: list[str] = field(default_factory=list)  # fixes that are refused when they are typed
@@ -153,7 +153,7 @@ def _type_fixes(words: list[str], found: Findings) -> None:
 
 @contextmanager
 def own_parts() -> Iterator[None]:
-    """Let a plugin with parts of somebody's own be named, and leave the registry as it was."""
+    """Let words name a plugin with parts from outside the zoo, and leave the registry as it was."""
     before = {kind: dict(some) for kind, some in registry.table._entries.items()}
     loaded = dict(registry.plugins._plugins)
     sys.modules.pop(OWN, None)  # a second import registers anew

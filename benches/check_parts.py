@@ -1,4 +1,4 @@
-"""Parts of somebody's own that contradict themselves; a plugin for the misfits of `zoo bench check`."""
+"""Parts from outside the zoo that contradict themselves: a plugin for the misfits of `zoo bench check`."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,7 +69,7 @@ class Gridless(_Pruner):
 
 @register("pruner", "own_raises")
 class Raises(_Pruner):
-    """Reads a score that nobody was asked for."""
+    """Reads a score that it does not ask for in `needs`."""
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
         """Look one token too far in (M, N, D)."""

@@ -52,7 +52,7 @@ versions is known to [registry/versions.py](../registry/versions.py).
 @dataclass
 class Options:
     triples: int = 80  # sampled compositions of three parts
-    pairs: int = 0  # only so many pairs, sampled; 0: all
+    pairs: int = 0  # at most this number of pairs, sampled; 0: all
     seed: int = 0  # of the samples
     threads: int = 1  # of torch on the CPU
 

@@ -2,7 +2,7 @@
 
 Each loading runs in a process of its own, in turns, behind one of a tiny model, so that all that it imports is there.
 transformers maps files and returns before anything was read: what is compared is the time until every weight was
-touched once, and the time of the call stands beside it. Memory is the highest resident memory until then, less what the
+touched once, with the time of the call beside it. Memory is the highest resident memory until then, less what the
 process held before, over the bytes of the weights; a file that is mapped counts, as it does for the machine.
 """
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MEAN, LONGEST = 82, 192  # tokens; half of a random batch of 16 is then padding
 WINDOW = 32  # steps whose samples are sorted by length together, as in `zoo.runs.batches`
-EVERY = 4  # of the batches of a window, in the order of their lengths, one in so many is timed
+EVERY = 4  # of the batches of a window, in the order of their lengths, one in EVERY is timed
 TOLERANCE = 1e-5
 NAMES = {"padded": "random padding", "buckets": "length buckets", "packed": "packed rows"}
 

@@ -20,24 +20,10 @@ from zoo.registry import ZooError
 from zoo.storage.precision import fast_products
 
 CLAIMS = (
-    "pool",
-    "mole",
-    "moextend",
-    "pruning",
-    "pruning_fashion",
-    "pruning_film",
-    "vlora",
-    "pool_cells",
-    "mole_domains",
-    "moextend_clothes",
-    "vlora_clothes",
-    "llava_kd",
-    "llava_mod",
-    "llava_kd_clothes",
-    "llava_mod_clothes",
-    "distill_pruned",
-    "distill_pruned_clothes",
-)
+    "pool", "mole", "moextend", "pruning", "pruning_fashion", "pruning_film", "vlora", "pool_cells", "mole_domains",
+    "moextend_clothes", "vlora_clothes", "llava_kd", "llava_mod", "llava_kd_clothes", "llava_mod_clothes",
+    "distill_pruned", "distill_pruned_clothes",
+)  # fmt: skip
 
 
 @dataclass

@@ -8,7 +8,7 @@ alone, which shows what is due to the teacher. All go on for as many steps, what
 import copy
 from functools import partial
 
-from zoo.claims.experiment import Bound, Experiment, Run, gap
+from zoo.claims.experiment import Experiment, Run, gap, least_of_seeds
 from zoo.claims.student import FALLS, Arm, Scenes, Trainer
 
 RATIOS = (0.5, 0.25, 0.125, 0.0625)  # of image tokens
@@ -45,12 +45,7 @@ def measure(trainer: type[Trainer], student: str, data: str, steps: int, run: Ru
 
 # In every seed: above pruning afterwards, and above learning from answers with the pruner on.
 BOUNDS = [
-    Bound(
-        f"keep {ratio}, {TAUGHT} over {other}",
-        gap(f"{TAUGHT}, {ratio}", f"{other}, {ratio}"),
-        at_least=0.0,
-        over="least",
-    )
+    least_of_seeds(f"keep {ratio}, {TAUGHT} over {other}", gap(f"{TAUGHT}, {ratio}", f"{other}, {ratio}"), 0.0)
     for other in (AFTER, SUPERVISED)
     for ratio in RATIOS
 ]

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +55,10 @@ class Bound:
         bound = self.at_least if self.at_most is None else self.at_most
         end = ", least of the seeds" if self.over == "least" else ""
         return Row(f"{claim}: {self.what}{end}", value, self.unit, bound, self.at_most is not None, self.note)
+
+
+in_seeds = partial(Bound, over="seeds")
+least_of_seeds = partial(Bound, over="least")
 
 
 def gap(above: str, below: str) -> Callable[[Numbers], float]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from zoo.claims.experiment import Bound, Experiment, Run, gap
+from zoo.claims.experiment import Bound, Experiment, Run, gap, least_of_seeds
 from zoo.claims.student import FALLS, RATE, TEACHER, Arm, Scenes, Trainer
 
 PT, SFT, FT = 60, 60, 120  # steps
@@ -72,7 +72,7 @@ def measure(run: Run) -> None:
 
 def over(what: str, arm: str, other: str) -> Bound:
     """An arm is above another in every seed."""
-    return Bound(what, gap(arm, other), at_least=0.0, over="least")
+    return least_of_seeds(what, gap(arm, other), 0.0)
 
 
 OF_STAGES = (

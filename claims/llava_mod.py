@@ -83,36 +83,28 @@ def compare(
     score(pairs)
 
 
-# Mimic above answers at equal steps, for both kinds; fewer false positives, and answers that are still yes or no.
+def _fewer(what: str, other: str, arm: str = "kto_pair, anchor", at_least: float | None = None) -> Bound:
+    """An arm says yes to what is absent less often than another."""
+    return Bound(what, gap(f"{other}: false positives", f"{arm}: false positives"), at_least)
+
+
+def _mimic(kind: str) -> Bound:
+    """Mimic is above answers alone at equal steps."""
+    arms = f"{kind}, mimic: accuracy", f"{kind}, answers: accuracy"
+    return Bound(f"{kind}, accuracy of mimic above answers alone", gap(*arms), 0.0)
+
+
 BOUNDS = (
-    *(
-        Bound(
-            f"{kind}, accuracy of mimic above answers alone",
-            gap(f"{kind}, mimic: accuracy", f"{kind}, answers: accuracy"),
-            at_least=0.0,
-        )
-        for kind in ("dense", "sparse")
-    ),
+    _mimic("dense"),
+    _mimic("sparse"),
     Bound("sparse above dense, both mimic", gap("sparse, mimic: accuracy", "dense, mimic: accuracy")),
     *(
-        Bound(
-            f"{name}, fewer false positives than before",
-            gap("sparse, mimic: false positives", f"{name}: false positives"),
-            at_least=0.0 if "kto" in name else None,
-        )
-        for name in PAIRS
+        _fewer(f"{arm}, fewer false positives than before", "sparse, mimic", arm, 0.0 if "kto" in arm else None)
+        for arm in PAIRS
     ),
-    *(
-        Bound(f"{name}, share of valid answers", row(f"{name}: valid"), at_least=0.98)
-        for name in ("kto_pair", "kto_pair, anchor")
-    ),
-    *(
-        Bound(
-            f"kto_pair with anchor, fewer false positives than {who}",
-            gap(f"{other}: false positives", "kto_pair, anchor: false positives"),
-        )
-        for who, other in (("chosen answers alone", "chosen answers"), ("the teacher", "teacher"))
-    ),
+    *(Bound(f"{arm}, share of valid answers", row(f"{arm}: valid"), 0.98) for arm in ("kto_pair", "kto_pair, anchor")),
+    _fewer("kto_pair with anchor, fewer false positives than chosen answers alone", "chosen answers"),
+    _fewer("kto_pair with anchor, fewer false positives than the teacher", "teacher"),
 )
 EXPERIMENT = Experiment(
     setting=(

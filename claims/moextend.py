@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.claims.experiment import Bound, Experiment, Run, gap, row
+from zoo.claims.experiment import Experiment, Run, gap, in_seeds, row
 from zoo.claims.steps import train
 from zoo.fusion.adapters.expert_shift import counted, select
 from zoo.registry import build
@@ -192,19 +192,13 @@ EXPERIMENT = Experiment(
     ),
     measure=partial(measure, Task, ()),
     bounds=(
-        Bound(
-            "text kept beyond full fine-tuning at the same rate",
-            gap(f"{NEW}, text", f"{FULL}, text"),
-            0.15,
-            over="seeds",
-        ),
-        Bound("task, new experts", row(f"{NEW}, task"), 0.9, over="seeds"),
-        Bound("task, every weight", row(f"{FULL}, task"), 0.9, over="seeds"),
-        Bound("text under the guard, same to the bit", row(f"{NEW}, {GUARD}"), 1.0, over="seeds"),
-        Bound(
+        in_seeds("text kept beyond full fine-tuning at the same rate", gap(f"{NEW}, text", f"{FULL}, text"), 0.15),
+        in_seeds("task, new experts", row(f"{NEW}, task"), 0.9),
+        in_seeds("task, every weight", row(f"{FULL}, task"), 0.9),
+        in_seeds("text under the guard, same to the bit", row(f"{NEW}, {GUARD}"), 1.0),
+        in_seeds(
             "text kept beyond full fine-tuning at lower rates",
             lambda found: found[f"{NEW}, text"] - max(found[f"{LOW}, text"], found[f"{LOWEST}, text"]),
-            over="seeds",
             note="below 0: full fine-tuning forgets less",
         ),
     ),

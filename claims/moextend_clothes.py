@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.benches.real_data import CLOTHES, patches_of
 from zoo.claims import moextend
-from zoo.claims.experiment import Bound, Experiment, gap, row
+from zoo.claims.experiment import Experiment, gap, in_seeds, row
 from zoo.claims.moextend import FULL, GUARD, LOW, NEW
 
 
@@ -39,9 +39,9 @@ EXPERIMENT = Experiment(
     ),
     measure=partial(moextend.measure, Photos, (NEW, FULL, LOW)),
     bounds=(
-        Bound("text kept beyond full fine-tuning at the same rate", gap(f"{NEW}, text", f"{FULL}, text"), over="seeds"),
-        Bound("text kept beyond full fine-tuning at a fifth of it", gap(f"{NEW}, text", f"{LOW}, text"), over="seeds"),
-        Bound("task beyond full fine-tuning at a fifth of the rate", gap(f"{NEW}, task", f"{LOW}, task"), over="seeds"),
-        Bound("text under the guard, same to the bit", row(f"{NEW}, {GUARD}"), at_least=1.0, over="seeds"),
+        in_seeds("text kept beyond full fine-tuning at the same rate", gap(f"{NEW}, text", f"{FULL}, text")),
+        in_seeds("text kept beyond full fine-tuning at a fifth of it", gap(f"{NEW}, text", f"{LOW}, text")),
+        in_seeds("task beyond full fine-tuning at a fifth of the rate", gap(f"{NEW}, task", f"{LOW}, task")),
+        in_seeds("text under the guard, same to the bit", row(f"{NEW}, {GUARD}"), 1.0),
     ),
 )

@@ -2,7 +2,7 @@
 
 Features of an 8 x 8 grid, drawn without an encoder: two rectangles of different classes, the second over the first,
 noise, and a code of the position, all turned by one fixed rotation, so that a resampler can tell places too. Projectors
-give 16 tokens to a small causal transformer; behind them stands a class whose rectangle is to be boxed, and before that
+give 16 tokens to a small causal transformer; behind them comes a class whose rectangle is to be boxed, and before that
 one whose presence is asked, which needs no place. Everything learns together.
 """
 
@@ -21,7 +21,7 @@ from zoo.registry import ImageFeatures, build
 
 SIDE, DIM, CLASSES, WIDTH, TOKENS = 8, 24, 6, 48, 16
 STEPS, BATCH, TEST = 1200, 64, 2000
-# Without its norm of the tokens, which makes bare ground as loud as what stands on it: with it, it learns far later.
+# Without its norm of the tokens, which gives ground and objects the same length: with it, it learns far later.
 _QUERIES = {"name": "resampler", "num_queries": TOKENS, "hidden_size": WIDTH, "num_heads": 4, "input_norm": False}
 ARMS: dict[str, dict[str, Any]] = {
     "pool": {"name": "pool", "stride": 2},

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.benches.real_data import folder_of
 from zoo.claims import pool
-from zoo.claims.experiment import Bound, Experiment
+from zoo.claims.experiment import Experiment, in_seeds
 from zoo.data.image_store import open_store
 from zoo.vision.images.decode import open_image
 
@@ -100,7 +100,7 @@ EXPERIMENT = Experiment(
     ),
     measure=partial(pool.measure, Cells, STEPS),
     bounds=[
-        Bound(f"acc at {STEPS // part} above {than}", number(part, STEPS), over="seeds")
+        in_seeds(f"acc at {STEPS // part} above {than}", number(part, STEPS))
         for part in (4, 2, 1)
         for than, number in (
             ("the better resampler", pool.above_resamplers),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.benches.real_data import CLOTHES, patches_of
 from zoo.claims import vlora
-from zoo.claims.experiment import Bound, Experiment, gap, row
+from zoo.claims.experiment import Experiment, gap, in_seeds, row
 from zoo.registry import ImageFeatures
 
 KIND = [0, 1, 0, 1, 0, 2, 0, 2, 3, 2]  # upper, long, shoe, bag
@@ -48,8 +48,8 @@ EXPERIMENT = Experiment(
     ),
     measure=partial(vlora.measure, Photos, ("qkvom, rank 4", "kv, rank 4", "16 image tokens")),
     bounds=(
-        Bound("named rightly, q k v o m", row(FULL), over="seeds", note="guessing 0.1"),
-        Bound("above k v", gap(FULL, KV), over="seeds"),
-        Bound("text to the bit in every run", row(vlora.SAME), at_least=1.0, over="seeds"),
+        in_seeds("named rightly, q k v o m", row(FULL), note="guessing 0.1"),
+        in_seeds("above k v", gap(FULL, KV)),
+        in_seeds("text to the bit in every run", row(vlora.SAME), 1.0),
     ),
 )
