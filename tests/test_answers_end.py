@@ -187,7 +187,7 @@ def test_an_answer_of_which_nothing_is_written_is_refused():
 def test_a_template_that_looks_at_the_end_of_an_answer_is_refused():
     template = CHATML.replace("<|im_end|>", "{{ '' if m['content'].endswith('!') else '.' }}<|im_end|>")
     processor = processor_of("qwen 3", template)
-    with pytest.raises(ZooError, match=r"'s7': what the chat template writes depends on how an answer ends"):
+    with pytest.raises(ZooError, match=r"'s7': the chat template's text depends on how an answer ends"):
         processor.encode(sample_of(talk("what?", "red!")))
 
 

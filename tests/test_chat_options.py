@@ -206,7 +206,7 @@ REFUSED = [
     ({"enable_thinking": False}, "No variable of the chat template or option of the call named 'enable_thinking'"),
     ({"paddin": True, "tokenize": True}, "named 'paddin'. Did you mean 'padding'"),
     ({"padding": True}, "tokenize=False gives the text, which the option 'padding' does not change"),
-    ({"tokenize": True, "images": IMAGES[:1]}, "Images stand in the messages and in images="),
+    ({"tokenize": True, "images": IMAGES[:1]}, "Images are given in the messages and in images="),
     ({"tokenize": True, "processor_kwargs": {"truncation": True, "max_length": 20}}, "cuts the images of text 0"),
     ({"continue_final_message": "reasoning_content"}, "The chat template refuses the messages: continue_final_message"),
 ]

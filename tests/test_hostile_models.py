@@ -165,7 +165,7 @@ def test_files_of_a_tokenizer(kind, name, copy):
 
 def test_a_tokenizer_config_that_leads_elsewhere(copy):
     state(copy, "tokenizer_config.json", _commit_hash="../../x")
-    with pytest.raises(ZooError, match="is no commit"):
+    with pytest.raises(ZooError, match="is not a commit"):
         read_tokenizer(str(copy))
     state(copy, "tokenizer_config.json", _commit_hash=None, chat_template="x" * 300_000)
     with pytest.raises(ZooError, match="its chat template has 300,000 characters"):

@@ -118,5 +118,5 @@ ODD = ["../x.safetensors", "..", "/etc/passwd", 3, "x.bin"]
 @pytest.mark.parametrize("index", ["no json", "[]", "{}", {"weight_map": []}, *({"weight_map": {"a": o}} for o in ODD)])
 def test_lists_of_files_that_lead_elsewhere_are_refused(index, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))
-    with pytest.raises(ZooError, match=r"no index of weights|no safetensors file of its folder"):
+    with pytest.raises(ZooError, match=r"not an index of weights|not a safetensors file of its folder"):
         weight_files(tmp_path)

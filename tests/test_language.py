@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FINISHED = ("fusion", "vision", "distill")
+FINISHED = ("fusion", "vision", "distill", "zoo/text", "zoo/storage", "zoo/tasks")
 
 # pattern -> what to write instead
 BANNED = {
@@ -30,14 +30,15 @@ BANNED = {
 
 
 def prose(source: str) -> Iterator[tuple[int, str]]:
-    """Lines of docstrings and comments, and of the texts of errors and warnings, with their numbers."""
+    """Lines of docstrings, comments and messages, with their numbers; other texts are data."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            for number, line in enumerate(node.value.split("\n")):
-                yield node.lineno + number, line
+        if isinstance(node, ast.Expr | ast.Raise | ast.JoinedStr):  # docstrings and warnings, errors, messages
+            for text in (c for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)):
+                for number, line in enumerate(text.value.split("\n")):
+                    yield text.lineno + number, line
 
 
 @pytest.mark.parametrize("room", FINISHED)

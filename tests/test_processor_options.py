@@ -134,7 +134,7 @@ def test_what_goes_wrong_is_said(llava):
     cases = [
         ({"paddding": True}, "No option of the processor's call named 'paddding'. Did you mean 'padding'"),
         ({"text_kwargs": {"max_lenght": 3}}, "No option of text_kwargs named 'max_lenght'. Did you mean 'max_length'"),
-        ({"text_kwargs": {"padding": True}, "padding": True}, "'padding' is given twice, by itself and in text_kwargs"),
+        ({"text_kwargs": {"padding": True}, "padding": True}, "'padding' is given twice, directly and in text_kwargs"),
         ({"return_tensors": "jax"}, "return_tensors must be 'pt', 'np' or None, got 'jax'"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"audio": [1.0]}, "The model takes no sound: leave out audio"),
@@ -143,7 +143,7 @@ def test_what_goes_wrong_is_said(llava):
         ({"crop_size": {"height": 48, "width": 48}}, "make pixels of 48 x 48, and the encoder takes 32 x 32"),
         (
             {"videos_kwargs": {"fps": 3}},
-            "'fps' is not taken: a zoo.vision.images.video.Video says which frames it shows",
+            "'fps' is not taken: a zoo.vision.images.video.Video selects its frames",
         ),
         ({"images": images[:2]}, "holds 3 times '<image>', but 2 images were given"),
         ({"text": [images[0]]}, "text must be a string or a list of strings, got Image; images come first"),
@@ -240,7 +240,7 @@ def test_options_where_an_image_leaves_no_token_and_where_pixels_are_our_own(mak
             assert (mask[0] == 0) == (side == "left")
     rows = processor(images=images, text=texts, padding=False)["input_ids"]
     assert [list(r) for r in rows] == [a.tolist() for a in alone]
-    with pytest.raises(ZooError, match="'do_normalize' is not taken: pixels are made as the encoder wants them"):
+    with pytest.raises(ZooError, match="'do_normalize' is not taken: pixels are prepared for the encoder"):
         processor(images=images, text=texts, do_normalize=False)
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, whatever stops the writer; and their hashes.
+"""Write files and folders atomically, and hash them.
 
-What is written goes beside its final name first, is flushed to the disk, and takes the name in one rename. A full disk
-or a read-only folder becomes a `WriteError`, whichever library met it.
+Data is written beside its final name, flushed to the disk, and renamed in one step, so that an interrupted writer
+leaves the old file or none. A full disk or a read-only folder becomes a `WriteError`, in whichever library it occurs.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 from zoo.registry import ZooError
 
-BESIDE, ASIDE = ".writing", ".removing"  # ends of the names of what a kill may leave behind
+BESIDE, ASIDE = ".writing", ".removing"  # suffixes of temporary names, which a killed process may leave
 
 
 class WriteError(ZooError):
@@ -26,11 +26,11 @@ class WriteError(ZooError):
 
 @contextlib.contextmanager
 def writing(what: str, hint: str = "") -> Iterator[None]:
-    """Turn what libraries raise where something cannot be written into a `WriteError`.
+    """Turn errors of the disk, in any library, into a `WriteError`.
 
     Args:
-        what: is written, as the sentence "Cannot write ..." goes on.
-        hint: further sentences.
+        what: object of the message "Cannot write ...".
+        hint: further sentences of the message.
     """
     try:
         yield
@@ -43,9 +43,9 @@ def writing(what: str, hint: str = "") -> Iterator[None]:
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """Say what the system answered, where that is behind an error; None where it is not.
+    """Return the operating system's reason behind an error; None for errors of other causes.
 
-    safetensors puts the number into its text; torch raises an error of its own while it handles the system's.
+    safetensors puts the error number into its message; torch raises its own error while handling the system's.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
@@ -58,7 +58,7 @@ def disk_trouble(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def written_beside(final: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Give a file or folder to write to beside `final`; it takes that name when the block ends, whole and on disk."""
+    """Yield a temporary path to write to; when the block ends, it is flushed and renamed to `final`."""
     beside = final.with_name(f".{final.name}{BESIDE}")
     remove(beside)
     beside.parent.mkdir(parents=True, exist_ok=True)
@@ -72,14 +72,14 @@ def written_beside(final: Path, *, folder: bool = False) -> Iterator[Path]:
             beside.replace(final)
         flush(final.parent)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # report the first error
             remove(beside)
         raise
 
 
 @contextlib.contextmanager
 def moved_aside(path: Path) -> Iterator[None]:
-    """Make room for a new folder of this name: the old one is only renamed before it, and removed after it."""
+    """Rename an old folder while the block creates a new one of its name, then remove it."""
     aside = path.with_name(f".{path.name}{ASIDE}")
     remove(aside)
     with contextlib.suppress(FileNotFoundError):
@@ -94,7 +94,7 @@ def flush(path: Path) -> None:
         with contextlib.suppress(OSError):  # folders cannot be opened, or not be flushed, on every system
             _fsync(path, os.O_RDONLY)
     else:
-        # A network file system may say only here that the disk is full. Windows asks for a handle to write with.
+        # Network file systems may report a full disk only here. Windows needs a writable handle.
         _fsync(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
 
 
@@ -107,7 +107,7 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there. A folder loses its name first: half of one is never taken for it."""
+    """Remove a file or folder if it exists. A folder is renamed first, so that a partial one is never used."""
     if path.is_dir() and not path.is_symlink():
         if not path.name.startswith("."):
             path = path.rename(path.with_name(f".{path.name}{ASIDE}"))
@@ -117,7 +117,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left in a folder."""
+    """Remove temporary files that a killed writer left in a folder."""
     for path in folder.glob(".*"):
         if path.name.endswith((BESIDE, ASIDE)):
             remove(path)

@@ -1,4 +1,4 @@
-"""Which number format products run in, which weights stay float32, and the fast route for float32 products on CPU."""
+"""Precision of products, weights that stay float32, and fast float32 products on CPU."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from zoo.registry import ZooError, unknown
 
 SHORT = (torch.float16, torch.bfloat16)
-LARGEST_ERROR = 2e-6  # of a float32 product, relative; measured 3-4e-7, where operands cut to bfloat16 would give 1e-3
+LARGEST_ERROR = 2e-6  # relative, of a float32 product; measured 3-4e-7, while bfloat16 operands would give 1e-3
 
 
 @cache
 def fast_products() -> bool:
-    """Route float32 products on CPU through oneDNN where that keeps their accuracy; returns whether it is on.
+    """Route float32 products on CPU through oneDNN if that keeps their accuracy; returns whether it does.
 
-    MKL takes a slow path on some CPUs; oneDNN's is 1.5 to 2.2 times as fast. The name of the setting says bf16, but
-    without AMX the sums stay exact; with AMX they may not, hence the probe.
+    MKL takes a slow path on some CPUs, where oneDNN is 1.5 to 2.2 times as fast. The setting is named bf16, but without
+    AMX products stay exact; with AMX they may not, hence the probe.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if not torch.backends.mkldnn.is_available():
@@ -38,7 +38,7 @@ def fast_products() -> bool:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
-    """Return fp32 or bf16; `auto` is bf16 where the device multiplies it natively."""
+    """Return fp32 or bf16; `auto` is bf16 on devices with native bf16 products."""
     if wanted in ("fp32", "bf16"):
         return wanted
     if wanted not in ("auto", ""):
@@ -51,23 +51,23 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Context in which a forward pass computes its products in `precision`."""
+    """Return a context in which products run in `precision`."""
     if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=True)
 
 
 def kept_wide(modules: Iterable[nn.Module], dtype: torch.dtype) -> set[int]:
-    """Find what transformers keeps in float32 where a model is loaded in `dtype`: ids of tensors and their gradients.
+    """Find tensors that transformers keeps in float32 in a model of `dtype`: their ids, and those of their gradients.
 
-    Its classes name them: `_keep_in_fp32_modules_strict` for both short formats, `_keep_in_fp32_modules` for float16.
+    Model classes name them: `_keep_in_fp32_modules_strict` for both 16-bit dtypes, `_keep_in_fp32_modules` for float16.
     """
     found: set[int] = set()
     for model in (m for module in modules for m in module.modules()):
         patterns: list[str] = []
         for name, formats in (("_keep_in_fp32_modules_strict", SHORT), ("_keep_in_fp32_modules", (torch.float16,))):
             patterns += getattr(model, name, None) or () if dtype in formats else ()
-        if patterns:  # searched anywhere in a name, as transformers does
+        if patterns:  # matched anywhere in a name, as in transformers
             named = re.compile("|".join(p.replace("*", ".*") for p in patterns))
             tensors = [*model.named_parameters(), *model.named_buffers()]
             found |= ids_of(t for name, t in tensors if named.search(name))
@@ -75,7 +75,7 @@ def kept_wide(modules: Iterable[nn.Module], dtype: torch.dtype) -> set[int]:
 
 
 def dtype_of(dtype: Any) -> torch.dtype | None:
-    """A torch dtype from itself, its name, or `auto` (what the files hold)."""
+    """Resolve a torch dtype or its name; None for `auto`, the dtype of the files."""
     if dtype in (None, "auto"):
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -85,14 +85,14 @@ def dtype_of(dtype: Any) -> torch.dtype | None:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype, only: Collection[str] | None = None) -> None:
-    """Give the parameters of a model another number format, those excepted that stay float32; buffers stay as they are.
+    """Cast the parameters of a composed model, except those that stay float32; buffers are not cast.
 
-    What is computed from positions (rotary frequencies) and running means are buffers: they need all their bits.
+    Buffers hold rotary frequencies and running means, which lose too much in 16 bits.
 
     Args:
         model: composed.
         dtype: of floating point parameters.
-        only: names that they are saved under; None: all.
+        only: state-dict names of the parameters to cast; None: all.
     """
     named = model.state_dict(keep_vars=True)
     chosen = ids_of(named.values() if only is None else (named[name] for name in only))
@@ -102,5 +102,5 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, only: Collection[str] 
 
 
 def ids_of(tensors: Iterable[Tensor]) -> set[int]:
-    """The ids of tensors, and of their gradients where they have some."""
+    """Return the ids of tensors and of their gradients."""
     return {id(t) for tensor in tensors for t in (tensor, tensor.grad) if t is not None}

@@ -1,8 +1,8 @@
-"""Safetensors into place: each tensor goes from its file straight to the parameter that it becomes.
+"""Load safetensors directly into parameters, one tensor at a time.
 
-On the CPU and in the data type of the file the parameter is the file's pages, which are read as they are used; what is
-written to them stays in this process. Else one tensor at a time is read through one buffer. A shard never stands beside
-the parameters whole.
+On the CPU and in the dtype of the file, a parameter is a private memory map of the file: pages are read on first use,
+and writes stay in this process. Otherwise each tensor is read through one buffer. A shard is never in memory beside the
+parameters.
 """
 
 import json
@@ -25,10 +25,10 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_LONGEST_HEADER = 32 << 20  # bytes: a hundred thousand tensors take 15 MB; the library of the format takes 100 MB
-_MOST_DIMENSIONS = 64  # as in torch; the product of a million numbers takes hours
-_MAPPED = 1 << 20  # bytes; smaller tensors are read
-_COMPARED = 1 << 24  # numbers that are compared at a time
+_LONGEST_HEADER = 32 << 20  # bytes: 100 000 tensors take 15 MB; the limit of the safetensors library is 100 MB
+_MOST_DIMENSIONS = 64  # as in torch; the product of a million sizes would take hours
+_MAPPED = 1 << 20  # smallest tensor to map, in bytes; smaller ones are read
+_COMPARED = 1 << 24  # numbers compared at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
@@ -46,10 +46,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Joined:
-    """A tensor that files hold in pieces of one data type, such as a matrix for each expert."""
+    """A tensor stored in pieces of one dtype, such as a matrix per expert."""
 
     shape: tuple[int, ...]
-    pieces: tuple[tuple[Stored, tuple[int | slice, ...]], ...]  # each with its place in the whole
+    pieces: tuple[tuple[Stored, tuple[int | slice, ...]], ...]  # each with its index in the whole tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,10 +61,10 @@ class Joined:
 
 
 def listing(files: Iterable[Path]) -> dict[str, Stored]:
-    """Read the headers of safetensors files: name -> where the tensor is.
+    """Read the headers of safetensors files: name -> location of the tensor.
 
     Raises:
-        ZooError: a file is no safetensors file, is cut off, or a tensor lies outside of it.
+        ZooError: a file is not in this format, is truncated, or a tensor is out of its bounds.
     """
     found: dict[str, Stored] = {}
     for file in files:
@@ -80,15 +80,16 @@ def _header(file: Path) -> list[Stored]:
         size = require_file(file)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            # Checked before the header is read: a file of 8 bytes could state a header of any size.
             if not 0 < length <= min(_LONGEST_HEADER, size - 8):
-                raise ZooError(f"{str(file)!r} is no whole safetensors file: its header would take {length} bytes.")
+                raise ZooError(f"{str(file)!r} is not a whole safetensors file: its header would take {length} bytes.")
             content = json.loads(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ZooError):
             raise
-        raise ZooError(f"{str(file)!r} is no safetensors file: {error}") from error
+        raise ZooError(f"{str(file)!r} is not a safetensors file: {error}") from error
     if not isinstance(content, dict):
-        raise ZooError(f"{str(file)!r} is no safetensors file: its header is no object.")
+        raise ZooError(f"{str(file)!r} is not a safetensors file: its header is not an object.")
     tensors = []
     for name, entry in content.items():
         if name == "__metadata__":
@@ -99,33 +100,35 @@ def _header(file: Path) -> list[Stored]:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ZooError(f"{str(file)!r}: the entry of {name!r} cannot be read: {entry!r:.80}.") from error
         stored = Stored(file, name, dtype, shape, 8 + length + first, last - first)
+        # Offsets come from the file: without this check, a map or a read could leave the file or misread a neighbour.
         if (
             first < 0
             or any(n < 0 for n in shape)
             or stored.start + stored.bytes > size
             or stored.bytes != math.prod(shape) * dtype.itemsize
         ):
-            raise ZooError(f"{str(file)!r} is cut off or wrong: {name!r} lies at bytes {first} to {last} of {size}.")
+            raise ZooError(f"{str(file)!r} is truncated or wrong: {name!r} is at bytes {first} to {last} of {size}.")
         tensors.append(stored)
     _refuse_overlap(file, tensors)
     return tensors
 
 
 def _refuse_overlap(file: Path, tensors: Iterable[Stored]) -> None:
-    """Refuse tensors that share bytes: a small file could state any number of large ones."""
+    """Refuse tensors that share bytes: a small file could state any number of large tensors."""
     last = None
     for stored in sorted((t for t in tensors if t.bytes), key=lambda t: t.start):
         if last is not None and stored.start < last.start + last.bytes:
-            raise ZooError(f"{str(file)!r} is wrong: {stored.name!r} and {last.name!r} lie at the same bytes.")
+            raise ZooError(f"{str(file)!r} is wrong: {stored.name!r} and {last.name!r} share bytes.")
         last = stored
 
 
 def read(stored: Stored | Joined, target: Tensor) -> None:
-    """Read a tensor into `target`, which has its shape; another data type or device goes through one buffer."""
+    """Read a tensor into `target` of the same shape; another dtype or device goes through one buffer."""
     if isinstance(stored, Joined):
         for piece, at in stored.pieces:
             read(piece, target.detach()[at])
         return
+    # Into the target itself if it has the layout of the file, else through a buffer that lives for this one tensor.
     straight = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
     place = target.detach() if straight else torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     if stored.bytes:
@@ -134,7 +137,7 @@ def read(stored: Stored | Joined, target: Tensor) -> None:
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
             while len(view):
-                count = stream.readinto(view)  # at most 2 GB at once
+                count = stream.readinto(view)  # Linux reads at most 2 GB per call
                 if not count:
                     raise ZooError(f"{str(stored.file)!r} ends in the middle of {stored.name!r}.")
                 view = view[count:]
@@ -144,7 +147,10 @@ def read(stored: Stored | Joined, target: Tensor) -> None:
 
 
 def mapped(stored: Stored | Joined) -> Tensor | None:
-    """The tensor as private pages of its file; None where it is small, or lies in the file as memory may not."""
+    """Map a tensor as private pages of its file; None if it is small or not aligned to its dtype.
+
+    ACCESS_COPY: writes to the parameter copy a page and never reach the file.
+    """
     if (
         isinstance(stored, Joined)
         or stored.bytes < _MAPPED
@@ -152,7 +158,7 @@ def mapped(stored: Stored | Joined) -> Tensor | None:
         or sys.platform == "win32"
     ):
         return None
-    first = stored.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    first = stored.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY  # maps must begin at a page
     end = stored.start + stored.bytes
     with stored.file.open("rb") as stream:
         pages = mmap.mmap(stream.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
@@ -161,14 +167,14 @@ def mapped(stored: Stored | Joined) -> Tensor | None:
 
 
 def holds(tensor: Tensor, stored: Stored | Joined) -> bool:
-    """Whether `tensor` holds, bit for bit, what reading `stored` into it would give."""
+    """Whether `tensor` is bit for bit what reading `stored` into it would give."""
     if isinstance(stored, Joined):
         return tuple(tensor.shape) == stored.shape and all(holds(tensor[at], piece) for piece, at in stored.pieces)
     return same(tensor, value_of(stored))
 
 
 def value_of(stored: Stored | Joined) -> Tensor:
-    """The tensor as its file holds it, on the CPU: mapped where that can be."""
+    """Return a tensor as stored in its file, on the CPU, mapped if possible."""
     value = mapped(stored)
     if value is None:
         value = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
@@ -178,7 +184,7 @@ def value_of(stored: Stored | Joined) -> Tensor:
 
 @torch.no_grad()
 def same(tensor: Tensor, base: Tensor) -> bool:
-    """Whether `tensor` holds, bit for bit, what loading `base` in its data type gives; it may lie on any device."""
+    """Whether `tensor`, on any device, is bit for bit what loading `base` in the tensor's dtype gives."""
     if tensor.shape != base.shape or tensor.is_floating_point() != base.is_floating_point():
         return False
     mine, theirs = tensor.detach().reshape(-1), base.detach().reshape(-1)
@@ -191,21 +197,21 @@ def same(tensor: Tensor, base: Tensor) -> bool:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Compare contiguous numbers of one data type as integers: not a number is equal to itself, and 0 is not -0."""
+    """Compare contiguous tensors of one dtype as integers: NaN equals itself, and 0 differs from -0."""
     size = a.element_size()
     if all(t.numel() * size % 8 == 0 and t.storage_offset() * size % 8 == 0 for t in (a, b)):
-        size = 8  # four times as fast as numbers of two bytes
+        size = 8  # as int64, four times as fast as int16
     return torch.equal(a.view(_INTEGERS.get(size, torch.uint8)), b.view(_INTEGERS.get(size, torch.uint8)))
 
 
 @dataclass
 class Filled:
-    """What filling modules from files gave."""
+    """Result of filling modules from files."""
 
-    missing: list[str] = field(default_factory=list)
-    other_shape: list[str] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
-    tensors: dict[int, Tensor] = field(default_factory=dict)  # id -> tensor that was read
+    missing: list[str] = field(default_factory=list)  # names of parameters that no file has
+    other_shape: list[str] = field(default_factory=list)  # descriptions of mismatches
+    used: set[str] = field(default_factory=set)  # names of the files' tensors that were used
+    tensors: dict[int, Tensor] = field(default_factory=dict)  # id -> loaded tensor
 
 
 def fill(
@@ -216,19 +222,20 @@ def fill(
     dtype: torch.dtype | None,
     wide: Collection[int] = (),
 ) -> Filled:
-    """Give parameters and buffers of modules, on the meta device or not, the values that `tensors` holds.
+    """Replace parameters and buffers of modules, on the meta device or not, by the values in `tensors`.
 
     Args:
-        modules: name of a part -> module; the part's name stands before those of its parameters.
-        tensors: by full name.
+        modules: name of a part -> module; the part's name is a prefix of the names of its parameters.
+        tensors: full name -> location in a file.
         place: full name -> device.
         dtype: of floating point parameters; None keeps that of the file.
-        wide: ids of parameters and buffers that become float32 all the same.
+        wide: ids of parameters and buffers that become float32 whatever `dtype` is.
     """
     done = Filled()
     made: dict[int, Tensor] = {}
     for part, module in modules.items():
         _compute_buffers(module, place(part))
+        # All names of a tied tensor: a file may have it under any of them. It is loaded once and assigned to each slot.
         aliases: dict[int, list[str]] = {}
         slots = [s for owner in _owners(module, part) for s in owner]
         for table, key, name in slots:
@@ -272,6 +279,7 @@ def _filled(
             done.other_shape.append(f"{names[0]}: {stored.shape} in the file, {tuple(old.shape)} in the model")
         return old
     wanted = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+    # Without a cast or a transfer the file's pages are the parameter; nothing is read until it is used.
     value = mapped(stored) if device.type == "cpu" and wanted == stored.dtype else None
     if value is None:
         value = torch.empty(stored.shape, dtype=wanted, device=device)
@@ -282,9 +290,9 @@ def _filled(
 
 
 def _compute_buffers(module: nn.Module, device: torch.device) -> None:
-    """Compute what is in no file (rotary frequencies, position ids) where the structure was built on the meta device.
+    """Compute buffers that are not saved (rotary frequencies, position ids) in modules built on the meta device.
 
-    transformers does it in `_init_weights`, which leaves parameters on the meta device alone.
+    transformers computes them in `_init_weights`, which skips parameters on the meta device.
     """
     from transformers import PreTrainedModel
 

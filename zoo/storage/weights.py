@@ -1,7 +1,7 @@
 """Weights of a composed model in a folder: safetensors only, every tensor that differs from the named base weights.
 
-What a base checkpoint still gives is not written again (see `zoo.composed.bases`): the folder names the checkpoint, its
-revision and its fingerprint, and loading reads it from there. Everything else is in the folder.
+Tensors equal to those of a base checkpoint are not written (see `zoo.composed.bases`): the folder names the checkpoint,
+its revision and its fingerprint, and loading reads them from there.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from zoo.storage.safetensors_file import listing, read
 
 WEIGHTS = "model.safetensors"
 _ENDS = 1 << 20  # bytes read from each end of a file for its fingerprint
-# What bitsandbytes keeps beside a weight in few bits. It is made from the base checkpoint, and never saved.
+# Tensors that bitsandbytes keeps beside a quantised weight. They are computed from the base checkpoint, never saved.
 _OF_BITS = re.compile(r"\.(SCB|weight_format|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)$")
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash the names, sizes and both ends of the safetensors files in a folder: cheap for any size, and telling."""
+    """Hash the names, sizes and both ends of the safetensors files in a folder, at a cost independent of their size."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
@@ -48,10 +48,9 @@ def sha256_of(file: Path) -> str:
 
 
 def named_weights(model: Any) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by the names that they are saved under.
+    """Return parameters and persistent buffers by their names in saved files.
 
-    What an adapter has inside the language model is there while it is detached, too; what bitsandbytes keeps beside a
-    weight in few bits is not.
+    Weights of a detached adapter that belong inside the language model are included; state of bitsandbytes is not.
     """
     named = {n: t for n, t in model.state_dict(keep_vars=True).items() if not _OF_BITS.search(n)}
     for adapter in model.adapter.values():
@@ -60,23 +59,24 @@ def named_weights(model: Any) -> dict[str, Tensor]:
 
 
 def names_of(model: Any) -> dict[str, list[str]]:
-    """Return the names of a model's weights: the first of each tensor -> all that it has (of tied embeddings, two)."""
+    """Map the first name of each tensor to all of its names (two for tied embeddings)."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, tensor in named_weights(model).items():
         plain = tensor.numel() and not tensor.is_meta and not hasattr(tensor, "full_tensor")
+        # Equal address and size: one tensor, such as tied embeddings. Meta and sharded tensors have no address.
         key = (tensor.data_ptr(), tensor.numel()) if plain else (id(tensor),)
         groups.setdefault(key, []).append(name)
     return {names[0]: names for names in groups.values()}
 
 
 def state_of(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return a model's weights, whole and each once, by the first of its names.
+    """Return a model's unsharded weights, each once, by the first of its names.
 
-    Where processes hold shares of the weights, all of them must call this.
+    With sharded weights all processes must call this.
 
     Args:
         model: composed.
-        given: weights of the model, whole, to take instead of its own.
+        given: unsharded weights to take instead of the model's own.
 
     Raises:
         ZooError: `given` lacks a weight.
@@ -92,10 +92,10 @@ def state_of(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str,
 
 
 def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB") -> None:
-    """Write tensors as safetensors, in shards where they are large; shared tensors are written once.
+    """Write tensors as safetensors, in shards if they are large; shared tensors are written once.
 
-    Files are replaced whole, never written over: the parameters of a model that was loaded from them are their pages.
-    Pieces of a larger tensor are copied for the file that they go to, one file at a time.
+    Files are replaced, never overwritten in place: parameters of a model loaded from them may be maps of these files.
+    Views of a larger tensor are copied, for one file at a time.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -117,11 +117,11 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str
             old.unlink(missing_ok=True)
     if (config := folder / "config.json").is_file():
         for path in folder.glob("*.safetensors"):
-            shutil.copymode(config, path)  # safetensors leaves them readable by their owner alone
+            shutil.copymode(config, path)  # safetensors creates files readable by their owner only
 
 
 def _alone(tensor: Tensor, shared: bool) -> Tensor:
-    """The tensor, contiguous, in memory of its own."""
+    """Return the tensor, contiguous and in its own storage."""
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
 
 
@@ -129,17 +129,17 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder.
 
     Raises:
-        ZooError: there are none; a folder of pickled weights says so.
+        ZooError: there are none; pickled weights are named.
     """
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         try:
             listed = sorted(set(read_json(index, INDEX)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ZooError(f"{index} is no index of weights: {one_line(error)}") from error
+            raise ZooError(f"{index} is not an index of weights: {one_line(error)}") from error
         for name in listed:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise ZooError(f"{index} names {name!r}, which is no safetensors file of its folder.")
+                raise ZooError(f"{index} names {name!r}, which is not a safetensors file of its folder.")
         return [folder / name for name in listed]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -154,13 +154,13 @@ def read_weights(
     """Load the tensors of a folder into a model in place.
 
     Args:
-        model: its parts stand.
+        model: composed, with all of its parts.
         folder: with safetensors files.
         fresh: parts that may start without weights (`projector`, `adapter.lora`), or `all`.
-        done: tensors that were read already, by their id.
+        done: tensors that are already loaded, by their id.
 
     Returns:
-        Names of the tensors that were not in the folder and did not come from a base checkpoint.
+        Names of tensors that are neither in the folder nor from a base checkpoint.
 
     Raises:
         ZooError: a tensor is missing, unknown or of another shape; reported by part.
@@ -179,7 +179,7 @@ def read_weights(
                 misshapen.append(f"{name}: {stored.shape} in the file, {tuple(own[name].shape)} in the model")
             continue
         if id(own[name]) not in done:
-            if own[name].dtype != stored.dtype:  # as it was saved; who wants another data type casts the model
+            if own[name].dtype != stored.dtype:  # the model takes the dtype of the file; casting comes later
                 own[name].data = torch.empty_like(own[name], dtype=stored.dtype)
             read(stored, own[name])
         missing.difference_update(shared[name])
@@ -192,17 +192,17 @@ def read_weights(
     started = {model.part_of(n) for n in missing}
     for name, adapter in getattr(model, "adapter", {}).items():
         if f"adapter.{name}" in started:
-            adapter.start()  # what it copies from the language model is there only now
+            adapter.start()  # it copies weights of the language model, which are loaded only now
     return sorted(missing)
 
 
 def may_start_fresh(part: str, allowed: Iterable[str]) -> bool:
-    """Whether a part (`projector`, `adapter.lora`) is one of those that may start without weights."""
+    """Whether a part (`projector`, `adapter.lora`) may start without weights."""
     return bool({"all", part, part.partition(".")[0]} & set(allowed))
 
 
 def by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
-    """Say how many tensors of each part something is the matter with."""
+    """Format the number of tensors of each part that are missing or unknown."""
     parts: dict[str, list[str]] = {}
     for name in sorted(names):
         parts.setdefault(part_of(name), []).append(name)
@@ -210,11 +210,11 @@ def by_part(what: str, names: Iterable[str], part_of: Any) -> list[str]:
 
 
 def snapshot(checkpoint: str, revision: str | None = None) -> Path | None:
-    """Where a checkpoint lies on this machine: a folder, or one of the hub's cache, whose name is a commit."""
+    """Find a checkpoint on this machine: a folder, or one in the hub's cache, whose name is a commit."""
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        return None  # a word of the library that fetches it, such as `pretrained`
+        return None  # a keyword of timm or open_clip, such as `pretrained`
     from huggingface_hub import try_to_load_from_cache
 
     found = (
@@ -232,15 +232,15 @@ def local_folder(name: str | Path, revision: str | None = None, **hub: Any) -> P
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_absolute() or ".." in str(name).split("/") or str(name).count("/") > 1:
-        raise ZooError(f"There is no folder {str(name)!r}, and it is no hub name (org/name) either.")
+        raise ZooError(f"There is no folder {str(name)!r}, and it is not a hub name (org/name) either.")
     from huggingface_hub import snapshot_download
 
     revision = require_revision(revision)
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
-    except Exception as error:  # offline, not found, no access: the library has a type for each
-        with suppress(Exception):  # before 2.0 it asks for a list of files first, also where all are in the cache
+    except Exception as error:  # offline, not found, no access: each raises its own class
+        with suppress(Exception):  # huggingface_hub before 2.0 requests a list of files even if all are in the cache
             hub["local_files_only"] = True
             return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
         first = first_line(error)
@@ -257,7 +257,7 @@ def library_versions() -> dict[str, str]:
 
 
 def whole(tensor: Any) -> Any:
-    """The whole tensor on the CPU, gathered where it is sharded."""
+    """Return a tensor on the CPU, gathered from its shards."""
     if not isinstance(tensor, Tensor):
         return tensor
     tensor = tensor.detach()

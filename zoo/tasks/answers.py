@@ -1,4 +1,4 @@
-"""What counts as the right answer of a dialog, and the plainest way to compare two texts."""
+"""Accepted answers of a dialog, and a tolerant comparison of two texts."""
 
 from unicodedata import normalize
 
@@ -22,7 +22,7 @@ def truths(dialog: Dialog, task: str) -> list[str]:
     """Return the accepted answers that are not blank.
 
     Raises:
-        ZooError: there is none, so nothing that a model may say could be right.
+        ZooError: there is none, so that no prediction could be right.
     """
     found = [answer for answer in accepted(dialog) if answer.strip()]
     if not found:
@@ -31,10 +31,10 @@ def truths(dialog: Dialog, task: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Lower case, single spaces, no full stop behind and no pair of quotes around: what a person would not tell apart.
+    """Normalise a text: lower case, single spaces, no full stop at the end, no pair of quotes around it.
 
-    Letters with an accent of their own and with one behind them are the same (NFC). A single quote stays, for `5'` and
-    `5"` are feet and inches. A text of nothing but marks stays as it is.
+    Composed and decomposed accents are the same (NFC). A single quote stays, since `5'` and `5"` are feet and inches. A
+    text of punctuation only stays unchanged.
     """
     found = text = " ".join(normalize("NFC", text.lower()).split())
     while found:

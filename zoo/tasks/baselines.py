@@ -1,4 +1,4 @@
-"""What a guesser that never looks and never reads would score: the commonest answer of each kind of question."""
+"""The score of a constant guess: the commonest answer of each kind of question."""
 
 from collections import Counter
 from collections.abc import Iterable

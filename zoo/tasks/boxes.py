@@ -1,15 +1,15 @@
 """Boxes in text: mean overlap (IoU) with the truth, and the share that overlap by half or more.
 
 This is accuracy at an IoU of 0.5, as the scripts for RefCOCO count it (MDETR, Kamath et al., arXiv:2104.12763).
-Read are four numbers in brackets, two pairs as in `(12,30),(45,60)`, four numbers that stand alone, and PaliGemma's
+Read are four numbers in brackets, two pairs as in `(12,30),(45,60)`, four numbers without brackets, and PaliGemma's
 `<loc0123>` (top, left, bottom, right in 1024ths). The first box of a prediction counts, as in those scripts. Where we
 differ: a prediction without a box is counted as `unparsed`, and so is one whose numbers are too large for a float or in
 1024ths of an image whose size is not known; one whose corners are swapped, or that has no area, has an overlap of 0.
-Where the truth has several boxes the best one counts; a truth that is no box of some area is an error.
+With several true boxes the best overlap counts; a truth without area is an error.
 
-Overlap does not depend on the unit as long as the truth has the same; where they differ, `dialog.meta` gives the truth
-in pixels as `box` (x1, y1, x2, y2; or several) with `image_size` (width, height), and the option `scale` says how many
-units of the prediction make the whole image.
+Prediction and truth may be in any unit if it is the same; otherwise, `dialog.meta` gives the truth in pixels as `box`
+(x1, y1, x2, y2; or several) with `image_size` (width, height), and the option `scale` is the number of units of the
+prediction across the whole image.
 """
 
 import re
@@ -133,11 +133,6 @@ def boxes_in(text: str, order: str = "xyxy") -> Iterator[tuple[Box, float]]:
             yield box, 0.0
 
 
-def parse_box(text: str, order: str = "xyxy") -> Box | None:
-    """Return the first box in a text as x1, y1, x2, y2, or None."""
-    return next((box for box, _ in boxes_in(text, order)), None)
-
-
 def overlap(first: Box, second: Box) -> float:
     """Intersection over union of two boxes of finite numbers; 0 for a box whose corners are swapped."""
     largest = max(map(abs, (*first, *second))) or 1.0
@@ -153,7 +148,7 @@ def overlap(first: Box, second: Box) -> float:
 
 
 def _numbers(values: Any, count: int) -> Any:
-    """A tuple of so many finite numbers, or an error."""
+    """Check that `values` are `count` finite numbers, and return them as a tuple."""
     numbers = list(values) if isinstance(values, (list, tuple)) else []
     good = [v for v in numbers if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e300]
     if len(good) != count or len(numbers) != count:

@@ -1,8 +1,8 @@
 """Exact match after lower case, spaces, the full stop and quotes around are made equal.
 
-This is the string match of GQA's and CLEVR's scripts, but for what `answers.plain` forgives; `strict=true` compares as
-they do. Dialogs that share `meta["group"]` (the images of one NLVR sentence, say) also give `consistency`: the share of
-groups in which every answer is right.
+This is the string match of GQA's and CLEVR's scripts after the normalisation of `answers.plain`; `strict=true` compares
+as they do. Dialogs that share `meta["group"]` (such as the images of one NLVR sentence) also give `consistency`: the
+share of groups in which every answer is right.
 """
 
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ The script calls `vitamin a` and `vitamin` equal, and `none` and `0`; there we f
 
 With fewer answers there is no such script, and any of them is right in full. Equal are texts that `answers.plain` makes
 equal, or the normalised ones with the same marks; but an article counts as one only in front of another word, and
-`none` is no number. With `tolerance`, numbers count as in ChartQA's relaxed accuracy (Masry et al., arXiv:2203.10244;
+`none` is text. With `tolerance`, numbers count as in ChartQA's relaxed accuracy (Masry et al., arXiv:2203.10244,
 pix2struct's metric): within that share of the truth, per cent as hundredths. Where we differ from that: `1,000` and
 `$5` are numbers, numbers must be finite, a truth of 0 is compared as a number.
 """
@@ -118,7 +118,7 @@ def agreement(prediction: str, answers: Sequence[str]) -> float:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two answers mean the same, where no more than one person was asked."""
+    """Whether two answers are equal, for questions with fewer than ten human answers."""
     if plain(one) == plain(other):
         return True
     return _form(one) == _form(other) != "" and marks(one) == marks(other)
@@ -137,7 +137,7 @@ def marks(text: str) -> list[str]:
 
 
 def normalise(text: str, none: str = "0") -> str:
-    """Bring an answer into the form that the script compares; `none` is what the word none is turned into."""
+    """Normalise an answer as the script does; `none` replaces the word none."""
     text = strip_punctuation(" ".join(text.split()))
     words = [NUMBERS.get(word, none if word == "none" else word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

@@ -3,11 +3,11 @@
 Paper: Li et al., Evaluating Object Hallucination in Large Vision-Language Models, arXiv:2305.10355. As in the authors'
 script, the first sentence counts, and "no" or "not" anywhere in it means no. Where we differ:
 
-- their script takes all else for yes; here "yes" or a word like it must stand there, and an answer with neither is
-  wrong and counted as `unparsed`;
+- their script takes everything else for yes; here the sentence must have "yes" or a similar word, and an answer with
+  neither is wrong and counted as `unparsed`;
 - other negations mean no too, in any case and with any apostrophe: nope, never, none, cannot, isn't, false;
-- marks in front of the answer are no sentence: `1. Yes`, `(a) no`, `- **No**`; and `!` ends one, as the full stop does;
-- an answer that names both (`yes or no`, `Yes/No`) or says that it cannot tell (`I do not know`) is `unparsed`.
+- marks before the answer are not a sentence: `1. Yes`, `(a) no`, `- **No**`; and `!` ends one, as the full stop does;
+- an answer that names both (`yes or no`, `Yes/No`) or states that it is unsure (`I do not know`) is `unparsed`.
 """
 
 import re
@@ -20,12 +20,12 @@ from zoo.tasks.answers import accepted
 from zoo.tasks.estimates import column, mean, ratio
 from zoo.tasks.groups import consistency_of, group_of
 
-# Wherever they stand in the sentence; a negation wins. The second line: as typed without an apostrophe.
+# Anywhere in the sentence; a negation wins. The second line: as typed without an apostrophe.
 _NO = """no not nope nah nay never none neither nor cannot unable false
 isnt arent wasnt werent dont doesnt didnt cant couldnt wont wouldnt shouldnt hasnt havent hadnt aint"""
 NO = frozenset(_NO.split())
 YES = frozenset({"yes", "yeah", "yep", "yup", "true"})
-# As the first word only: further on they may say something of what is seen, as in "a wrong turn".
+# As the first word only: later they may describe the picture, as in "a wrong turn".
 FIRST = dict.fromkeys(["correct", "right", "indeed", "certainly", "definitely", "absolutely", "affirmative"], True)
 FIRST |= dict.fromkeys(["incorrect", "wrong", "negative"], False)
 APOSTROPHES = re.compile("[\u2019\u2018\u02bc`\u00b4\u2032\uff07]")  # all that is typed in the place of one
@@ -54,10 +54,10 @@ class YesNo(Task):
         self.max_new_tokens = config.max_new_tokens
 
     def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
-        """Compare with the truth, which is what most of the accepted answers say.
+        """Compare with the truth, the majority of the accepted answers.
 
         Raises:
-            ZooError: an accepted answer is neither yes nor no, or as many say the one as the other.
+            ZooError: an accepted answer is neither yes nor no, or both are equally frequent.
         """
         truth = _truth(accepted(dialog))
         said = yes_or_no(prediction)
@@ -85,7 +85,7 @@ class YesNo(Task):
 
 
 def yes_or_no(text: str) -> bool | None:
-    """Return what the first sentence of a text says, None if neither."""
+    """Return `yes` or `no` for the first sentence of a text, None if it is neither."""
     text = APOSTROPHES.sub("'", text.lower())
     text = text[NUMBERED.match(text).end() :]  # type: ignore[union-attr]  # it matches nothing, too
     sentence = SENTENCE_END.split(text, maxsplit=1)[0].replace("can't", "cannot").replace("n't", " not")

@@ -1,8 +1,8 @@
-"""Where the answers stand in a rendered conversation, and what of them is learnt.
+"""Find the answers in a rendered conversation, and the spans of them that are learned.
 
-An answer begins where a prompt that asks for it ends, and it ends behind what the chat template closes the turn with.
-What is learnt is always the text that the template writes, never the content that it was given: a template may trim it,
-strip thinking from it or put an empty thought before it.
+An answer begins where the prompt that asks for it ends, and ends after the text that closes its turn. Spans are taken
+from the template's text, not from the contents of messages: a template may trim a content, strip thinking from it or
+put an empty thought before it.
 """
 
 from collections.abc import Collection
@@ -14,16 +14,16 @@ from zoo.text.chat_template import ChatTemplate, Messages, Span, mark, marked
 
 
 class TurnChangedError(ZooError):
-    """An answer is not written as it is asked for: what stands before it depends on what follows."""
+    """The text before an answer depends on later turns, so that it differs from the prompt that asks for the answer."""
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """A piece of text that is learnt."""
+    """A learned span of the text, in characters."""
 
     start: int
     end: int
-    ended: bool  # with what ends the answer
+    ended: bool  # whether it includes the end token or text of the answer
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Answers:
     """A rendered conversation.
 
     Attributes:
-        text: as the template writes it; with an end behind the last answer where it writes none.
-        openings: where answers begin: a prompt that asks for one ends there.
-        learnt: of each answer all of it, with what ends it; or what the template marks with `{% generation %}`.
+        text: as the template writes it, with an end added after the last answer if it writes none.
+        openings: start of each answer, where the prompt that asks for it ends.
+        learnt: each answer with its end; or the spans that the template marks with `{% generation %}`.
     """
 
     text: str
@@ -43,12 +43,12 @@ class Answers:
 
 @dataclass
 class _Places:
-    """Where each answer begins and its content ends in a text, by turn; blanks at the end of contents do not count."""
+    """Start of each answer and end of its content, by turn; trailing blanks of contents are excluded."""
 
     text: str
     starts: dict[int, int]
     stops: dict[int, int]
-    blocks: list[Span] | None = None  # what the template marks as generated; None: it marks nothing
+    blocks: list[Span] | None = None  # spans that the template marks as generated; None: it marks nothing
 
 
 class AnswerFinder:
@@ -56,8 +56,8 @@ class AnswerFinder:
 
     Args:
         template: of the tokenizer.
-        verbatim: templates that are known to write contents as they are, whatever these hold: what such a template
-            writes around contents is remembered, which is several times as fast as to render it.
+        verbatim: templates that write any content unchanged: the text that they write around contents is cached, which
+            is several times as fast as rendering.
     """
 
     def __init__(self, template: ChatTemplate, verbatim: Collection[str] = ()) -> None:
@@ -65,7 +65,7 @@ class AnswerFinder:
         self._shapes: dict[tuple[Any, ...], tuple[list[str], dict[int, str]] | None] = {}
 
     def openings(self, messages: Messages, text: str, sample_id: str = "") -> list[int]:
-        """Where answers of the past begin in `text`, which asks for one more."""
+        """Return the starts of earlier answers in `text`, a prompt for another one."""
         asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         prompts = [self.template.render(messages[:i], True, sample_id) for i in asked]
         return [len(p) for p in prompts if text.startswith(p)]
@@ -76,10 +76,10 @@ class AnswerFinder:
         Args:
             messages: role and content of each turn.
             sample_id: for messages.
-            only_last: nothing but the last answer is learnt.
+            only_last: only the last answer is learned.
 
         Raises:
-            TurnChangedError: an answer is not written as it is asked for.
+            TurnChangedError: the text before an answer differs from the prompt for it.
             ZooError: there is no answer, or one is empty; the template refuses the turns or does not show an answer.
         """
         asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -93,6 +93,7 @@ class AnswerFinder:
         learnt: list[Learnt] = []
         for i in asked[-1:] if only_last else asked:
             end = self.template.turn_end(text, places.stops[i])
+            # Without an end, a model trained on the text would never stop; inside a conversation the next turn ends it.
             if end is None and i == len(messages) - 1:
                 text, end = self._closed(text, places.stops[i], sample_id)
             learnt += _pieces(places, i, end, text)
@@ -104,11 +105,12 @@ class AnswerFinder:
         return Answers(text, list(places.starts.values()), learnt)
 
     def _places(self, messages: Messages, asked: list[int], sample_id: str, only_last: bool) -> _Places:
-        """Render the conversation, and again in parts: what asks for an answer, and marks behind the answers."""
+        """Render the conversation, the prompt of each answer, and the conversation with marks after the answers."""
         text, blocks = self.template.render_marked(messages, sample_id=sample_id)
         stops = self._stops(messages, asked, text, sample_id)
         starts: dict[int, int] = {}
         for i in asked:
+            # The start of an answer is the length of its prompt, if the whole conversation begins with that prompt.
             opening = self.template.render(messages[:i], True, sample_id)
             if text.startswith(opening) and len(opening) <= stops[i]:
                 starts[i] = len(opening)
@@ -123,7 +125,11 @@ class AnswerFinder:
         return _Places(text, starts, stops, blocks)
 
     def _stops(self, messages: Messages, asked: list[int], text: str, sample_id: str) -> dict[int, int]:
-        """Where the content of each answer ends in the text: where a mark behind it stands."""
+        """Return the end of each answer's content in the text.
+
+        The conversation is rendered once more with a mark after each answer. The text between marks is then located in
+        the unmarked text, where blanks at the end of a content may be kept or trimmed.
+        """
         contents = {i: messages[i]["content"] for i in asked}
         ends = [dict(m) for m in messages]
         for i in asked:
@@ -139,8 +145,8 @@ class AnswerFinder:
                 at += len(blank)
             if not text.startswith(piece, at):
                 raise ZooError(
-                    f"Sample {sample_id!r}: what the chat template writes depends on how an answer ends, so where it "
-                    f"ends cannot be told. It is about {text[max(0, at - 40) : at + 40]!r}."
+                    f"Sample {sample_id!r}: the chat template's text depends on how an answer ends, so the end of the "
+                    f"answer cannot be located. It is about {text[max(0, at - 40) : at + 40]!r}."
                 )
             at += len(piece)
             if number is not None:
@@ -148,7 +154,7 @@ class AnswerFinder:
         return stops
 
     def _remembered(self, messages: Messages) -> _Places | None:
-        """Put the text together from what is known of such turns; None where the template may change contents."""
+        """Compose the text from cached literals of these roles; None if the template may change contents."""
         template = self.template.tokenizer.chat_template
         if self.template.typed or not isinstance(template, str) or template not in self.verbatim:
             return None
@@ -168,37 +174,37 @@ class AnswerFinder:
         return places
 
     def _shape(self, roles: tuple[str, ...]) -> tuple[list[str], dict[int, str]] | None:
-        """What is written around the contents of such turns, and before each answer behind what asks for it."""
+        """Return the texts around contents of turns with these roles, and the text between a prompt and its answer."""
         literals = self.template.around(roles)
         leads = {i: self.template.lead(roles[: i + 1]) for i, role in enumerate(roles) if role == "assistant"}
         known = {i: lead for i, lead in leads.items() if lead is not None}
         return (literals, known) if literals is not None and len(known) == len(leads) else None
 
     def _closed(self, text: str, stop: int, sample_id: str) -> tuple[str, int]:
-        """End the last answer where the template writes nothing behind it: as it ends others, or the sequence.
+        """Add an end after the last answer if the template writes none: that of other answers, or end-of-sequence.
 
-        LLaVA's published templates are such: without it a model that trains on them would unlearn to stop.
+        LLaVA's published templates write none: a model trained on them would unlearn to stop.
         """
         if text[stop:].strip():
             raise ZooError(
-                f"Sample {sample_id!r}: behind the last answer the chat template writes {text[stop:][:80]!r}, and "
-                f"other answers end with {' or '.join(map(repr, self.template.ends))}: where it ends cannot be told."
+                f"Sample {sample_id!r}: the chat template writes {text[stop:][:80]!r} after the last answer, and other "
+                f"answers end with {' or '.join(map(repr, self.template.ends))}: the end cannot be located."
             )
         added = (self.template.closing.ends or self.template.ends)[0]
         return text[:stop] + added, stop + len(added)
 
 
 def _pieces(places: _Places, turn: int, end: int | None, text: str) -> list[Learnt]:
-    """What is learnt of an answer whose turn ends at `end`; None: nothing there says so."""
+    """Return the learned spans of an answer whose turn ends at `end`; None: the turn has no end token or text."""
     start, stop = places.starts[turn], places.stops[turn]
     last = stop if end is None else end
     if places.blocks is None:
         return [Learnt(start, last, end is not None)]
     found = [[max(a, start), b] for a, b in places.blocks if a < last and b > start]
     if found and not text[start : found[0][0]].strip():
-        found[0][0] = start  # the opening leaves it to the model to write these blanks
-    if found and found[-1][1] >= stop:  # the end belongs to it, whether the block says so or not
-        if end is None:  # what else the block holds behind the content ends the answer here
+        found[0][0] = start  # blanks between prompt and block: in generation the model must write them
+    if found and found[-1][1] >= stop:  # the end is learned with the content, inside the block or not
+        if end is None:  # further text in the block, after the content, is the answer's end
             last = end = stop + len(text[stop : found[-1][1]].rstrip())
         found[-1][1] = last
     return [Learnt(a, min(b, last), end is not None and b == end) for a, b in found if a < b]

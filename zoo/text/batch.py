@@ -1,4 +1,4 @@
-"""Encoded samples -> one batch of tensors: padding, packing several samples into a row, shared prefixes.
+"""Batch encoded samples: padding, packing of several samples into a row, shared prefixes.
 
 A row may hold several samples (segments), and a sample several dialogs (blocks) behind one shared prefix that holds
 the images. Key k is visible to query q iff k <= q, both lie in the same segment, and k's block is 0 (the prefix) or
@@ -16,23 +16,23 @@ import torch
 from zoo.registry import IGNORE_INDEX, ZooError, unknown
 from zoo.vision.images.processors import stack
 
-TWIN = "teacher"  # key of a batch that holds the same rows as another model's processor writes them
+TWIN = "teacher"  # key of the same rows as encoded by a teacher's processor
 
 
 @dataclass
 class EncodedSample:
-    """One row before padding. All arrays have length T; `blocks` and `segments` are None where nothing is packed."""
+    """One row before padding. All arrays have length T; `blocks` and `segments` are None in rows without packing."""
 
     input_ids: np.ndarray  # (T,) int64
-    labels: np.ndarray  # (T,) int64, IGNORE_INDEX where nothing is learnt; not shifted
+    labels: np.ndarray  # (T,) int64, IGNORE_INDEX for tokens that are not learned; not shifted
     pixel_values: list[Any]  # for each image (3, h, w), or a `Picture` of several rows
     positions: np.ndarray | None = None  # (T,) int64; None: 0 .. T-1
-    blocks: np.ndarray | None = None  # (T,) int64, 0 the shared prefix
+    blocks: np.ndarray | None = None  # (T,) int64, 0 for the shared prefix
     segments: np.ndarray | None = None  # (T,) int64
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # dense targets, one row per image
-    ids: list[str] = field(default_factory=list)  # of the samples in it
+    ids: list[str] = field(default_factory=list)  # of its samples
     pairs: np.ndarray | None = None  # (T,) int64, see `TokenizedDialog`; numbered within the row
-    twin: "EncodedSample | None" = None  # the same, as a teacher's processor writes it
+    twin: "EncodedSample | None" = None  # the same row as encoded by a teacher's processor
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -40,29 +40,29 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class TokenizedDialog:
-    """A dialog as tokens, image tokens expanded."""
+    """A dialog as tokens, with all placeholders of its images."""
 
     input_ids: np.ndarray  # (T,) int64
     labels: np.ndarray  # (T,) int64
-    prefix: int  # length of what it shares with other dialogs about the same images: up to the last placeholder
-    images: int  # that it shows
-    head: bytes = b""  # the prefix, to compare
-    # (T,) int64 where it is one of a pair of answers: 2 * pair at the tokens of a chosen one, 2 * pair + 1 at those of
-    # a rejected one, -1 elsewhere.
+    prefix: int  # length of the prefix shared with other dialogs about the same images: up to the last placeholder
+    images: int  # number of its images
+    head: bytes = b""  # tokens of the prefix, for comparison
+    # (T,) int64 for an answer of a pair: 2 * pair at the tokens of a chosen one, 2 * pair + 1 at those of a rejected
+    # one, -1 elsewhere.
     pairs: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        # Alone, nothing predicts the token behind a prefix of nothing; in a row, the dialog before must not. Answers
-        # inside the prefix, where a later turn shows another image, are learnt once for all dialogs.
+        # A first token has no prediction; in a packed row, the dialog before must not predict it. Answers inside the
+        # prefix (a later turn shows another image) are learned once for all dialogs.
         if self.prefix == 0:
             self.labels[:1] = IGNORE_INDEX
         object.__setattr__(self, "head", self.input_ids[: self.prefix].tobytes())
 
 
 def as_preference(dialog: TokenizedDialog, number: int) -> TokenizedDialog:
-    """Make a dialog one of a pair of answers: `number` 2p for the chosen one of pair p, 2p + 1 for the rejected one.
+    """Mark a dialog as an answer of a pair: `number` is 2p for the chosen one of pair p, 2p + 1 for the rejected one.
 
-    Its last turn alone is compared. That of a chosen one may also be learnt, that of a rejected one never.
+    Only the last turn is compared. That of a chosen answer may also be learned, that of a rejected one never is.
     """
     labels = last_turn(dialog.labels)
     pairs = np.where(labels == IGNORE_INDEX, -1, number)
@@ -70,7 +70,7 @@ def as_preference(dialog: TokenizedDialog, number: int) -> TokenizedDialog:
 
 
 def number_pairs(sample_id: str, sides: list[str], dialogs: list[TokenizedDialog]) -> list[TokenizedDialog]:
-    """Number the pairs of answers of a sample; one half of a pair may stand alone, its other half in another row."""
+    """Number the pairs of answers of a sample; the two answers of a pair may be in different rows."""
     if not any(sides):
         return dialogs
     wrong = next((s for s in sides if s not in ("", "chosen", "rejected")), None)
@@ -96,14 +96,15 @@ def last_turn(labels: np.ndarray) -> np.ndarray:
 
 
 def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str, np.ndarray]:
-    """Join dialogs that begin with the same tokens into one row: the prefix once, then a block per dialog.
+    """Join dialogs with the same prefix into one row: the prefix once, then a block per dialog.
 
     Returns:
-        `input_ids`, `labels`, `positions` and `blocks` of the row, and `pairs` where there are any.
+        `input_ids`, `labels`, `positions` and `blocks` of the row, and `pairs` if there are any.
     """
     prefix = dialogs[0].prefix
     if any(d.head != dialogs[0].head for d in dialogs):
         raise ZooError(f"The dialogs of sample {sample_id!r} do not begin alike, so they cannot share their images.")
+    # Labels inside the prefix: those of a plain dialog, since a preference masks all but its last turn.
     learnt = next((d for d in dialogs if d.pairs is None), dialogs[0])
     lengths = np.array([prefix] + [len(d.input_ids) - prefix for d in dialogs])
     blocks = np.repeat(np.arange(len(lengths)), lengths)
@@ -115,6 +116,7 @@ def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str
     return pairs | {
         "input_ids": np.concatenate([dialogs[0].input_ids[:prefix]] + [d.input_ids[prefix:] for d in dialogs]),
         "labels": np.concatenate([learnt.labels[:prefix]] + [d.labels[prefix:] for d in dialogs]),
+        # Every block continues at the end of the prefix, as if the others were not there.
         "positions": np.arange(len(blocks)) - (starts - prefix * (starts > 0))[blocks],
         "blocks": blocks,
     }
@@ -125,7 +127,7 @@ def _pairs_of(row: TokenizedDialog | EncodedSample) -> np.ndarray:
 
 
 def _joined_pairs(rows: Sequence[EncodedSample]) -> list[np.ndarray]:
-    """The pairs of rows, numbered on: the n-th chosen answer belongs to the n-th rejected one, in whichever row."""
+    """Number the pairs of several rows through: the n-th chosen answer belongs to the n-th rejected one, in any row."""
     result, before = [], np.zeros(2, dtype=np.int64)
     for row in rows:
         own = _pairs_of(row)
@@ -158,7 +160,7 @@ def pack(samples: Sequence[EncodedSample], length: int) -> list[EncodedSample]:
 def _join(samples: list[EncodedSample]) -> EncodedSample:
     labels = [s.labels.copy() for s in samples]
     for one in labels:
-        one[0] = IGNORE_INDEX  # alone, nothing predicts a first token; here the sample before must not
+        one[0] = IGNORE_INDEX  # a first token has no prediction; here the sample before must not predict it
     segments = [np.full(len(s), i, dtype=np.int64) for i, s in enumerate(samples)]
     blocks = [np.zeros(len(s), dtype=np.int64) if s.blocks is None else s.blocks for s in samples]
     keys = {key for s in samples for key in s.targets}
@@ -193,8 +195,8 @@ def collate(
         there are images, with `cuts` where an image has rows of its own; segment_ids and block_ids (B, T) if a row is
         packed, -1 at padding; targets if there are any;
         pair_ids (B, T) if there are pairs of answers: 2p at the tokens of the chosen one of pair p, 2p + 1 at those of
-        the rejected one, -1 elsewhere.
-        `teacher`, the batch of the rows' twins, without pixel_values where those are the same.
+        the rejected one, -1 elsewhere;
+        `teacher`, the same rows for a teacher, without pixel_values if those are the same.
     """
     longest = -(-max(len(s) for s in samples) // multiple_of) * multiple_of
     size = (len(samples), longest)
@@ -245,7 +247,7 @@ def collate(
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch, wherever they are in it."""
+    """Move all tensors of a nested batch to a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""Chat templates of others, run within bounds of time and memory.
+"""Run foreign chat templates within bounds of time and memory.
 
-A template is a program. transformers runs it in Jinja's sandbox, which keeps it from Python's internals and lets it
-loop and grow for ever. Here each loop, call, filter and comparison is counted, what they make is added up, and widths,
-powers and repetitions are looked at before they are computed; far beyond what any dialog takes, the template is at
-fault. The same inputs take the same count on every machine; the time of the thread is a last resort.
+A template is a program. transformers runs it in Jinja's sandbox, which hides Python's internals but bounds neither
+time nor memory. Here each loop, call, filter and comparison is counted, the sizes of their results are summed, and
+widths, powers and repetitions are checked before they are computed. The limits are far above the needs of any dialog.
+The same inputs give the same count on every machine; a limit on the thread's time is a last resort.
 """
 
 import re
@@ -39,17 +39,17 @@ _budget: ContextVar["Budget | None"] = ContextVar("budget", default=None)
 
 
 class TooMuchError(Exception):
-    """A template takes more than a dialog does."""
+    """A template exceeds a limit."""
 
 
 class Budget:
-    """What is left for the texts that are rendered."""
+    """Remaining steps, characters and time for rendering."""
 
     def __init__(self, texts: int) -> None:
         self.steps, self.made, self._until = STEPS * texts, MADE * texts, time.thread_time() + SECONDS * texts
 
     def spend(self, steps: int = 1, made: int = 0) -> None:
-        """Count, and stop a template that takes too much."""
+        """Count steps and characters, and stop a template beyond its limits."""
         self.steps -= steps
         self.made -= made
         if self.steps < 0 or self.made < 0 or (not self.steps % 32 and time.thread_time() > self._until):
@@ -87,10 +87,10 @@ def _install() -> None:
 
 
 def names_in(template: str) -> frozenset[str]:
-    """Names that a template reads from outside; asking compiles it, and so computes what is constant in it.
+    """Names of the variables that a template takes; it is parsed within bounds, since parsing folds constants.
 
     Raises:
-        TemplateSyntaxError: it is no Jinja.
+        TemplateSyntaxError: it is not Jinja.
         TooMuchError: it is too long.
     """
     from transformers.utils import chat_template_utils as theirs
@@ -111,14 +111,14 @@ def _compiled(template: str, plain: Callable[[str], Any]) -> Any:
 
 @lru_cache(maxsize=1)
 def _environment(plain: Callable[[str], Any]) -> "_Environment":
-    """What transformers gives a template, with everything counted."""
+    """Copy of transformers' Jinja environment in which all operations are counted."""
     theirs = plain("").environment
     mine = _Environment(
         trim_blocks=theirs.trim_blocks,
         lstrip_blocks=theirs.lstrip_blocks,
         extensions=[type(extension) for extension in theirs.extensions.values()],
         finalize=_written,
-        optimized=False,  # else constants are computed while it compiles
+        optimized=False,  # the optimiser would compute constants while compiling, uncounted
     )
     mine.globals.update(theirs.globals)
     mine.globals.pop("lipsum", None)

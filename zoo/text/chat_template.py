@@ -1,6 +1,6 @@
-"""Chat templates: the text of messages, and what is written around an answer.
+"""Chat templates: rendering of messages, and the texts written around an answer.
 
-A template is a program, so it is asked rather than read: rendered with marks in place of contents it shows what it
+A template is a program, so it is run rather than parsed: rendered with marks as contents, it shows the text that it
 writes around them.
 """
 
@@ -18,27 +18,27 @@ Span = tuple[int, int]  # [start, end) in characters
 
 _MARKS = re.compile("\x02\\d+\x03")
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a block that transformers adds to the language
-# Markers that the tokenizer need not know as one token, and words: what two literals have in common is told in these.
+# Markers (a single token or not), words, blanks, characters: units for the common beginning of two texts.
 _ATOMS = r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]|\w+|\s+|."
 
 
 def mark(number: int) -> str:
-    """Give a content that can be found again: no template trims it or splits it."""
+    """Return a content that can be found in rendered text: templates neither trim nor split it."""
     return f"\x02{number}\x03"
 
 
 def marked(text: str) -> tuple[list[str], list[int]]:
-    """Split a text at its marks: what stands around them, and their numbers."""
+    """Split a text at its marks: the pieces around them, and their numbers."""
     return _MARKS.split(text), [int(found[1:-1]) for found in _MARKS.findall(text)]
 
 
 @dataclass(frozen=True)
 class Closing:
-    """What a template writes around an answer.
+    """Texts that a template writes around an answer.
 
     Attributes:
-        ends: behind it; several where that differs with what follows. Empty: nothing.
-        lead: between the opening of an answer, which is part of the prompt, and the answer itself.
+        ends: after it; several if they depend on what follows. Empty: none.
+        lead: between the opening of an answer, which belongs to the prompt, and the answer.
     """
 
     ends: tuple[str, ...] = ()
@@ -50,9 +50,9 @@ class ChatTemplate:
 
     Args:
         tokenizer: of transformers.
-        video_token: that stands where a video goes; None: there are no videos.
-        stated: tokens that the model's checkpoint says end an answer: where a template writes nothing behind one, the
-            token that begins the next question may do so (GLM 4).
+        video_token: placeholder of a video; None: there are no videos.
+        stated: end tokens stated by the model's checkpoint: if a template writes nothing after an answer, the token
+            that begins the next question may end it (GLM 4).
     """
 
     def __init__(self, tokenizer: Any, video_token: str | None = None, stated: Sequence[str] = ()) -> None:
@@ -63,7 +63,7 @@ class ChatTemplate:
     # ---- text ----------------------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, opening: bool = False, sample_id: str = "") -> str:
-        """Return the text of the messages, with the opening of an answer behind it if asked for.
+        """Return the text of the messages; with `opening`, a prompt for another answer.
 
         Raises:
             ZooError: the template refuses the messages; with its reason and the turns.
@@ -73,7 +73,7 @@ class ChatTemplate:
     def render_marked(
         self, messages: Messages, opening: bool = False, sample_id: str = ""
     ) -> tuple[str, list[Span] | None]:
-        """As `render`, with what stands in `{% generation %}`; None where the template has no such block."""
+        """As `render`, with the spans of `{% generation %}` blocks; None if the template has no such block."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not messages and not opening:
@@ -82,7 +82,7 @@ class ChatTemplate:
         blocks = bool(GENERATION.search(template))
         try:
             with bounded():
-                texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # it says str, returns two lists
+                texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # annotated as str, returns two lists
                     conversations=[self.shown(messages)],
                     chat_template=template,
                     add_generation_prompt=opening,
@@ -108,13 +108,13 @@ class ChatTemplate:
         return text + " Change the turns, or choose another template with tokenizer.chat_template."
 
     def shown(self, messages: Messages) -> list[dict[str, Any]]:
-        """Messages as the template takes them."""
+        """Convert messages to the form that the template takes."""
         if not self.typed:
             return [dict(m) for m in messages]
         return [{"role": m["role"], "content": self.parts(m["content"])} for m in messages]
 
     def parts(self, content: str) -> list[dict[str, str]]:
-        """Content as typed parts: an image or a video where its token stands, text in between."""
+        """Convert content to typed parts: an image or a video for each of their tokens, text in between."""
         kinds = {getattr(self.tokenizer, "image_token", None): "image"}
         if self.shows_videos:
             kinds[self.video_token] = "video"
@@ -124,27 +124,27 @@ class ChatTemplate:
 
     @cached_property
     def shows_videos(self) -> bool:
-        """Whether the template writes a token for a video; else it stands in the text, as SmolVLM's template wants."""
+        """Whether the template writes the token of a video; SmolVLM's, for one, expects it in the text."""
         if not self.video_token:
             return False
         talk = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
         try:
             with bounded():
                 return self.video_token in self.tokenizer.apply_chat_template(talk, tokenize=False)
-        except Exception:  # a template may fail in any way on what it does not know
+        except Exception:  # a template may fail in any way on parts that it does not support
             return False
 
     # ---- around contents -----------------------------------------------------------------------------------------
 
     def around(self, roles: Sequence[str]) -> list[str] | None:
-        """What is written before, between and behind the contents of such turns; None where one is not shown."""
+        """Return the texts before, between and after the contents of turns; None if a content is not written."""
         literals, found = marked(self.render(_talk(roles)))
         return literals if found == list(range(len(roles))) else None
 
     def lead(self, roles: Sequence[str]) -> str | None:
-        """What stands between the opening of the last turn, an answer, and its content.
+        """Return the text between the opening of the last turn, an answer, and its content.
 
-        None where the turn does not begin with what asks for it.
+        None if the conversation does not begin with the prompt for that turn.
         """
         talk = _talk(roles)
         whole, opening = self.render(talk), self.render(talk[:-1], True)
@@ -153,12 +153,12 @@ class ChatTemplate:
 
     @property
     def closing(self) -> Closing:
-        """What is written around an answer, whatever that holds."""
+        """Texts that the template writes around an answer."""
         return self._closing[0]
 
     @property
     def ends(self) -> list[str]:
-        """All that ends an answer: the end-of-sequence token, what the template writes behind one, what is stated."""
+        """All ends of answers: the end-of-sequence token, those that the template writes, those that are stated."""
         return self._ended_by(self.closing)
 
     def _ended_by(self, closing: Closing) -> list[str]:
@@ -166,7 +166,7 @@ class ChatTemplate:
         return list(_texts(eos or "", *closing.ends, *self.stated))
 
     def turn_end(self, text: str, at: int) -> int | None:
-        """Where what ends an answer ends, if it stands at `at`, blanks before it or not; None: it does not."""
+        """Return where an end of an answer ends, if there is one at `at`, blanks before it allowed; else None."""
         found = self._closing[1].match(text, at)
         return found.end() if found else None
 
@@ -181,9 +181,9 @@ class ChatTemplate:
         return self._closings[key]
 
     def _find_closing(self, *before: str) -> Closing | None:
-        """Compare what follows an answer at the end of a conversation and before another question.
+        """Compare the text after an answer at the end of a conversation and before another question.
 
-        None where the template does not take one question and its answer, with the turns `before` them.
+        None if the template refuses one question with its answer after the turns `before`.
         """
         roles = (*before, "user", "assistant")
         try:
@@ -194,7 +194,7 @@ class ChatTemplate:
             return None
         try:
             twice = self.around((*roles, "user", "assistant"))
-        except ZooError:  # it takes one question
+        except ZooError:  # the template takes a single question
             twice = None
         last = once[-1]
         if twice is None:
@@ -202,7 +202,7 @@ class ChatTemplate:
         between = twice[len(roles)]
         if common := self._first(self._common(last, between)):
             return Closing((common,), lead)
-        # The last answer ends in its own way. Others end with the token behind them if questions do not begin with it.
+        # The last answer has an end of its own. Others end with the next token, unless questions begin with it.
         follows = self._atoms.match(between.lstrip())
         token = follows.group() if follows and follows.group() in self.special else ""
         opens = token in twice[len(before)]
@@ -210,7 +210,7 @@ class ChatTemplate:
 
     @cached_property
     def special(self) -> frozenset[str]:
-        """The tokenizer's added tokens: text becomes them whatever stands around it."""
+        """The tokenizer's added tokens, which are recognised in any text around them."""
         return frozenset(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip())
 
     @cached_property
@@ -219,7 +219,7 @@ class ChatTemplate:
         return re.compile("|".join([*special, _ATOMS]), re.DOTALL)
 
     def _common(self, one: str, other: str) -> str:
-        """What two texts begin with alike, in whole tokens and words."""
+        """Return the common beginning of two texts, in whole tokens and words."""
         same = []
         for a, b in zip(self._atoms.findall(one), self._atoms.findall(other), strict=False):
             if a != b:
@@ -228,7 +228,7 @@ class ChatTemplate:
         return "".join(same)
 
     def _first(self, text: str) -> str:
-        """The first special token of a text with what stands before it, at which an answer ends; else all of it."""
+        """Return a text up to its first special token, at which an answer ends; without one, the whole text."""
         found = ""
         for atom in self._atoms.findall(text.strip()):
             found += atom
@@ -239,7 +239,7 @@ class ChatTemplate:
 
 @lru_cache(maxsize=32)
 def variables_of(template: str) -> frozenset[str]:
-    """Names that a template reads from outside."""
+    """Names of the variables that a template takes."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -247,7 +247,7 @@ def variables_of(template: str) -> frozenset[str]:
     except (RecursionError, TooMuchError) as error:
         raise ZooError(f"The chat template cannot be read: {error}.") from error
     except TemplateSyntaxError as error:
-        raise ZooError(f"The chat template is no Jinja: {error.message}, in line {error.lineno}.") from error
+        raise ZooError(f"The chat template is not Jinja: {error.message}, in line {error.lineno}.") from error
 
 
 def _talk(roles: Sequence[str]) -> list[dict[str, str]]:
@@ -259,7 +259,7 @@ def _texts(*found: str) -> tuple[str, ...]:
 
 
 def takes_parts(tokenizer: Any, template: str | None = None) -> bool:
-    """Whether a chat template wants typed parts, as those of vision-language models do, and shows images by itself.
+    """Whether a chat template takes typed parts, as those of vision-language models do, and writes image tokens.
 
     Args:
         tokenizer: with the token of images.
@@ -274,6 +274,6 @@ def takes_parts(tokenizer: Any, template: str | None = None) -> bool:
         talk = [{"role": "user", "content": content}]
         with bounded():
             shown = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
-    except Exception:  # a template may fail in any way on what it does not know
+    except Exception:  # a template may fail in any way on parts that it does not support
         return False
     return shown.count(image) == 1 and shown.count("\x02") == 1

@@ -1,7 +1,7 @@
-r"""Names and texts of others, shown as they are: in a table of rich, in a picture of matplotlib, in Markdown.
+r"""Escape names and texts for tables of rich, plots of matplotlib, and Markdown.
 
-Each of the three reads markup in plain strings: `[/b]` ends a colour that was never begun, `$\frac$` is a formula, `|`
-ends a cell and `<b>` is HTML. A name may hold any of it, and no table, plot or page may break by it.
+All three read markup in plain strings: `[/b]` ends a colour that was never begun, `$\frac$` is a formula, `|` ends a
+cell and `<b>` is HTML. A name may contain any of these without breaking a table, plot or page.
 """
 
 import re
@@ -17,30 +17,30 @@ MARKDOWN = re.compile(r"([\\`*\[\]|$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
 def printable(text: object) -> str:
-    r"""Return a text on one line: what would move a terminal's cursor, or cannot be written, as `\x1b` or `\ud83d`."""
+    r"""Return a text on one line, with control characters and lone surrogates escaped as `\x1b` or `\ud83d`."""
     plain = str(text).encode("utf-8", "backslashreplace").decode()
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), plain)
 
 
 def cell(text: object) -> "Text":
-    """Return a text for a table or a title of rich, which reads no markup in it."""
+    """Return a text for a table or a title of rich, without markup."""
     from rich.text import Text
 
     return Text(printable(text))
 
 
 def label(text: object) -> str:
-    """Return a text for matplotlib: without formulas, and shown in a legend whatever it begins with."""
+    """Return a text for matplotlib, without formulas; a leading `_` does not hide it from a legend."""
     plain = printable(text).replace("$", "\\$")
     return f" {plain}" if plain.startswith("_") else plain
 
 
 def markdown(text: object) -> str:
-    """Return a text for a line or a table cell of Markdown, where it shows as it is."""
+    """Return a text escaped for a line or a table cell of Markdown."""
     plain = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return MARKDOWN.sub(r"\\\1", plain)
 
 
 def in_cell(text: object) -> str:
-    """Return what may hold Markdown of ours for one cell of a table."""
+    """Return our own Markdown, escaped for a cell of a table."""
     return printable(text).replace("|", "\\|").replace("<", "&lt;")

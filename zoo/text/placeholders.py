@@ -1,4 +1,4 @@
-"""What stands in a text for an image or a video: as many placeholders as it has tokens, and what is around them."""
+"""Write images and videos into texts: a placeholder for each of their tokens, with the text that a layout adds."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from zoo.vision.images.processors import cut_of
 
 
 class PlaceholdersMixin:
-    """Writes images and videos into the texts of a `ZooProcessor`, as characters and as ids."""
+    """Writes images and videos into the texts of a `ZooProcessor`, as characters and as token ids."""
 
     tokenizer: Any
     layout: Any
@@ -20,10 +20,10 @@ class PlaceholdersMixin:
     video_token: str | None
     video_token_id: int
     spells: bool
-    _images: dict[Cut, np.ndarray]  # ids of images that were cut alike
+    _images: dict[Cut, np.ndarray]  # token ids by the cut of an image
 
     def _instead(self, picture: Any, mark: str) -> str:
-        """What stands in the text for an image or a video."""
+        """Write the text that replaces the token of an image or a video."""
         if self.layout is None:
             return self.image_token * self.num_image_tokens or mark
         cut = cut_of(picture)
@@ -33,22 +33,22 @@ class PlaceholdersMixin:
         return self._image_text(cut)
 
     def _image_text(self, cut: Cut) -> str:
-        """What stands for an image that was cut so: placeholders, and what the layout writes around them."""
+        """Write the text of an image with this cut: placeholders, and text that the layout writes around them."""
         if (written := self.layout.text(cut, self.image_token)) is not None:
             return written
         own = cut.kind == "frame" and self.video_token_id != self.image_token_id
         return (self.video_token if own and self.video_token else self.image_token) * self.layout.count(cut)
 
     def _spelled(self, text: str, films: Iterator[Cut]) -> str:
-        """Put words, and an image token for each frame, in the place of each video."""
+        """Replace each video token by words, with an image token for each frame."""
         if not self.spells:
             return text
         first, *rest = text.split(self.video_token)
         return first + "".join(self.layout.spell(next(films), self.image_token) + part for part in rest)
 
     def _expand(self, values: np.ndarray, ids: np.ndarray | None = None, pictures: Sequence[Any] = ()) -> np.ndarray:
-        """Put the tokens of each image in the place of its image token, in `values` or wherever `ids` holds one."""
-        learnt = ids is not None  # labels: nothing of an image is learnt
+        """Expand each image token to the tokens of its image, in `values`, at the places where `ids` has one."""
+        learnt = ids is not None  # labels: image tokens are not learned
         ids = values if ids is None else ids
         if self.layout is None:
             return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
@@ -64,13 +64,13 @@ class PlaceholdersMixin:
         return np.concatenate([*pieces, values[at:]]).astype(np.int64)
 
     def _marked(self, cut: Cut) -> list[Cut]:
-        """What each image token in the text stands for: the image or video, or each frame of a video in words."""
+        """Return a cut for each image token of an image or video: itself, or one per frame of a video in words."""
         if cut.kind == "frame" and self.spells:
             return [Cut(size=cut.size)] * cut.rows
         return [cut]
 
     def _image_ids(self, cut: Cut) -> np.ndarray:
-        """Ids of an image that was cut so: placeholders, and what the layout writes around them."""
+        """Token ids of an image with this cut: placeholders, and text that the layout writes around them."""
         if cut not in self._images:
             if self.layout.text(cut, self.image_token) is None:
                 token = self.video_token_id if cut.kind == "frame" else self.image_token_id

@@ -1,10 +1,9 @@
-"""Texts of people stay text: `</s>`, `<|im_end|>` or `<image>` in a message is these letters, and no token of control.
+"""Escape control tokens in messages: `</s>`, `<|im_end|>` or `<image>` typed by a user stays text.
 
-A chat template is rendered to one text in which what it writes and what people wrote look alike. So tokens of control
-in messages are veiled: each becomes one character of a private plane of Unicode, which templates leave alone, and is
-written as its letters when the text is tokenized. Tokens of control are those that begin and end a text or a turn, pad,
-or stand for images and videos. Others of a tokenizer (`<think>`, `<|box_start|>`, `<loc0123>`) are words of its
-language and stay tokens. A text without tokens of control is read as it was.
+In the text that a chat template renders, control tokens of the template and of messages look alike. So control tokens
+in messages are veiled: each becomes one character of a private plane of Unicode, which templates do not change, and is
+tokenized as plain letters later. Control tokens begin or end a text or a turn, pad, or are placeholders of images and
+videos. Other added tokens (`<think>`, `<|box_start|>`, `<loc0123>`) belong to the model's language and stay tokens.
 """
 
 import json
@@ -17,29 +16,29 @@ from typing import Any
 from zoo.registry import ZooError
 from zoo.text.chat_template import ChatTemplate
 
-FIRST, LAST = 0x10F000, 0x10FFFD  # characters that stand for tokens
+FIRST, LAST = 0x10F000, 0x10FFFD  # private characters that replace tokens
 VEILED = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 TALKS = (("user", "assistant", "user"), ("system", "user", "assistant"))
 
 
 class PlainText:
-    """Veils tokens of control in texts, and says what tokens their letters are.
+    """Veils control tokens in texts, and tokenizes veiled texts as letters.
 
     Args:
         template: chat template of the tokenizer.
-        placeholders: tokens that stand for images and videos.
+        placeholders: tokens of images and videos.
     """
 
     def __init__(self, template: ChatTemplate, placeholders: Sequence[str | None]) -> None:
         self.template, self.tokenizer = template, template.tokenizer
         self.placeholders = frozenset(token for token in placeholders if token)
-        self._characters: dict[str, str] = {}  # what is veiled -> the character in its place
-        self._texts: dict[str, str] = {}  # and back
+        self._characters: dict[str, str] = {}  # token -> character that replaces it
+        self._texts: dict[str, str] = {}  # the inverse
 
     @cached_property
     def control(self) -> frozenset[str]:
-        """Tokens that no text of a person is."""
+        """Tokens that text of a message is never read as."""
         added = {t.content: t.special for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip()}
         named = {getattr(self.tokenizer, name, None) for name in NAMED} | {*self.template.ends}
         written = "".join(self._written(roles) for roles in TALKS)
@@ -50,16 +49,16 @@ class PlainText:
     def _written(self, roles: Sequence[str]) -> str:
         try:
             return "".join(self.template.around(roles) or ())
-        except ZooError:  # it takes no such turns
+        except ZooError:  # the template refuses turns of these roles
             return ""
 
     def veil(self, text: str, leave: frozenset[str] = frozenset()) -> str:
-        """Return a text with characters in the place of tokens of control; those in `leave` stay."""
+        """Replace control tokens by private characters, except those in `leave`."""
         pattern = self._pattern
         return pattern.sub(lambda m: m[0] if m[0] in leave else self._character(m[0]), text)
 
     def unveil(self, text: str) -> str:
-        """Return a text as it was."""
+        """Undo `veil`."""
         return VEILED.sub(lambda m: self._texts.get(m[0], m[0]), text)
 
     @cached_property
@@ -74,10 +73,10 @@ class PlainText:
         return self._characters[text]
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a veiled text as letters, and the character of the veiled text at which each ends.
+        """Tokenize a veiled text as letters: its tokens, and the character of the veiled text at which each ends.
 
         Raises:
-            ZooError: this tokenizer has no other way to read it than as tokens of control.
+            ZooError: this tokenizer can only read the text as control tokens.
         """
         plain = self.unveil(text)
         if self._letters is None:
@@ -100,13 +99,13 @@ class PlainText:
 
     @cached_property
     def _letters(self) -> Any:
-        """The tokenizer, without tokens of control; None for one that is not of the library `tokenizers`."""
+        """A copy of the tokenizer without control tokens; None if it is not of the library `tokenizers`."""
         from tokenizers import Tokenizer
 
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
-        # They get names that no text has, and keep their places, so that all others keep their ids.
+        # Control tokens are renamed to noncharacters instead of removed, so that all others keep their ids.
         names = {token: f"\ufdd0{number}\ufdd1" for number, token in enumerate(sorted(self.control))}
         content = json.loads(backend.to_str())
         for token in content["added_tokens"]:

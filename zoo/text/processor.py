@@ -1,7 +1,7 @@
-"""The one processor of a composed model: chat template, image tokens, labels, pixels.
+"""The processor of a composed model: chat template, image tokens, labels, pixels.
 
-It knows how many image tokens an image becomes, writes exactly that many placeholders, and marks what is learnt. A
-sample whose labels would come out empty or misaligned is an error that shows the text: nothing is masked in silence.
+It counts the image tokens of each image, writes exactly as many placeholders, and sets labels. A sample whose labels
+would be empty or misaligned is an error that shows the text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,24 +27,24 @@ from zoo.vision.images.processors import Pictures, Videos, as_clip, cut_of, flat
 from zoo.vision.images.transform import to_pixels
 from zoo.vision.images.video import Video
 
-_CACHE = 200_000  # dialogs that are remembered as tokens: questions repeat, and a step may see hundreds
+_CACHE = 200_000  # dialogs whose tokens are cached: questions repeat, and a step may have hundreds
 
 
 class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, ProcessorMixin):  # type: ignore[misc]  # from_pretrained's keywords
-    """Turns text, chat messages and images into what `ZooModel` takes.
+    """Turns text, chat messages and images into inputs of `ZooModel`.
 
     Args:
         tokenizer: with an image token, padding, an end-of-sequence token and a chat template.
-        transform: what the encoder wants of its pixels, as `ImageTransform` or its dict; None without an encoder.
-        num_image_tokens: placeholders per image; 0 where images do not stand in the sequence.
-        image_separator: text between an image and what follows it, where images stand in the sequence.
+        transform: of the encoder's pixels, as `ImageTransform` or its dict; None without an encoder.
+        num_image_tokens: placeholders per image; 0 if images have no tokens in the sequence.
+        image_separator: text between an image and the text after it, if images have tokens.
         pictures: the image processor of a published model, as plain values; None: images go by `transform`.
         videos: the same for videos; None: videos are refused.
-        image_token: that stands where an image goes; None: the tokenizer says.
-        video_token: that stands where a video goes; None: the image token.
-        layout: node of the model's layout, and under `given` what it was derived from; None: each image has
+        image_token: placeholder of an image; None: that of the tokenizer.
+        video_token: placeholder of a video; None: the image token.
+        layout: node of the model's layout, with its derived arguments under `given`; None: each image has
             `num_image_tokens`.
-        end_tokens: that end an answer beside what tokenizer and template say, as the model's checkpoint states.
+        end_tokens: further end tokens, stated by the model's checkpoint.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
         self.video_token = video_token
-        # Whether a video is words and images by the time that text is tokenized.
+        # Whether a video is written as words and images before the text is tokenized.
         self.spells = bool(video_token) and self.layout is not None and self.layout.spells
         known = video_token is not None and video_token in tokenizer.get_vocab()
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
@@ -90,10 +90,12 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         self._chat_now()
 
     def _chat_now(self) -> tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]]:
-        """Tokenizer, chat template, what follows of both, and dialogs tokenized by them; people set both at any time.
+        """Return the tokenizer, its chat template, the `Chat` of both and the cache of dialogs, renewed after a change.
+
+        Users may set tokenizer or template at any time, which invalidates the cache.
 
         Raises:
-            ZooError: the tokenizer has no such image token as the model has.
+            ZooError: the tokenizer lacks the model's image token.
         """
         made, tokenizer = self._made, self.tokenizer
         if made is None or made[0] is not tokenizer or made[1] != tokenizer.chat_template:
@@ -103,10 +105,10 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         return made
 
     def require_own_tokenizer(self) -> None:
-        """Refuse a tokenizer that was set and is another model's.
+        """Refuse the tokenizer of another model.
 
         Raises:
-            ZooError: it has no such image token as the model has.
+            ZooError: it lacks the model's image token.
         """
         self._chat_now()
 
@@ -116,12 +118,12 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
 
     @property
     def image_separator(self) -> str:  # type: ignore[override]  # an attribute of the mixin
-        """Text behind an image; a template that shows images says itself what stands there."""
+        """Text after an image; empty for templates that write images themselves."""
         return "" if self._chat.typed else self._separator
 
     @property
     def chat_template(self) -> Any:
-        """The tokenizer's chat template: there is one, whichever of the two it is set on."""
+        """The tokenizer's chat template; setting it here sets it there."""
         return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
 
     @chat_template.setter
@@ -132,19 +134,19 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template, and what it writes around an answer."""
+        """The chat template, with the texts that it writes around an answer."""
         return self._chat.template
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes of a call."""
+        """Names of a call's results that are inputs of the model."""
         return [*self.tokenizer.model_input_names, *(["pixel_values"] if self.transform else [])]
 
     @property
     def image_processor(self) -> Any:
-        """The image processor of transformers that prepares images as this processor does, to a step of a byte.
+        """An image processor of transformers that prepares images as this processor does, up to a step of a byte.
 
-        transformers' pipelines ask for it. None without an encoder, and where images are padded to squares.
+        transformers' pipelines need it. None without an encoder, and if images are padded to squares.
         """
         if self.pictures is not None:
             return self.pictures.processor
@@ -171,15 +173,15 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
     def encode(self, sample: Sample, pixel_values: list[Any] | None = None) -> EncodedSample:
         """Encode a sample for training. Several dialogs share the images: one prefix, then a block for each dialog.
 
-        So do the two answers of a preference.
+        The two answers of a preference share them alike.
 
         Args:
-            sample: what to encode.
-            pixel_values: of its images, where they are there already.
+            sample: images and dialogs.
+            pixel_values: of its images, if they are prepared already.
 
         Raises:
             ZooError: images and image parts do not match, an answer is empty, or the chat template and the tokenizer
-                leave no clear border between question and answer; the message shows the text and where it broke.
+                leave no clear border between question and answer; the message shows the text at that place.
         """
         pixels = self._images_of(sample) if pixel_values is None else pixel_values
         rows = [(d, row) for d in sample.dialogs for row in self._learnt(d, sample, pixels)]
@@ -195,17 +197,17 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         return EncodedSample(**row, **common)
 
     def encode_images(self, sample: Sample) -> EncodedSample:
-        """Encode the images and dense targets of a sample, and none of its text."""
+        """Encode the images and dense targets of a sample, without its text."""
         nothing = np.zeros(0, dtype=np.int64)
         return EncodedSample(nothing, nothing, self._images_of(sample), targets=sample.targets)
 
     def _learnt(self, dialog: Dialog, sample: Sample, pixels: Sequence[Any]) -> list[TokenizedDialog]:
-        """Tokenize a dialog of a sample, or remember it; see `_rows`."""
+        """Tokenize a dialog of a sample, with a cache; see `_rows`."""
         shown = _count_images(dialog.messages)
         if shown != len(sample.images):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         key: Any = bool(dialog.preference), tuple([(m["role"], _key(m["content"])) for m in dialog.messages])
-        if self.layout is not None:  # the same words with images of other shapes are other tokens
+        if self.layout is not None:  # the number of placeholders depends on the cut of the images
             key = key, tuple([cut_of(p) for p in pixels])
         dialogs = self._chat_now()[3]
         known = dialogs.get(key)
@@ -218,28 +220,27 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         return known
 
     def _rows(self, dialog: Dialog, sample_id: str, pixels: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokenize a dialog: one row, or one for each answer where earlier ones are not written as they are asked for.
+        """Tokenize a dialog to one row, or to one per answer if the template writes earlier answers differently.
 
-        Templates of models that think are such: the thought that they open in a prompt is gone from earlier turns.
+        Templates of reasoning models do so: they open a thought in the prompt, and drop it from earlier turns.
         """
         messages = dialog.messages
-        if dialog.preference:  # its last answer alone is compared
+        if dialog.preference:  # only the last answer is compared
             return [self.tokenize_dialog(messages, sample_id, pixels, only_last=True)]
         try:
             return [self.tokenize_dialog(messages, sample_id, pixels)]
         except TurnChangedError:
             answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
             parts = [messages[: i + 1] for i in answers]
-            if any(_count_images(p) != _count_images(messages) for p in parts):  # they share the images, or cannot be
+            if any(_count_images(p) != _count_images(messages) for p in parts):  # rows must share all images
                 raise
             return [self.tokenize_dialog(p, sample_id, pixels, only_last=True) for p in parts]
 
     def encode_prompt(self, sample: Sample, dialog: Dialog, pixel_values: list[Any] | None = None) -> EncodedSample:
-        """Encode one dialog up to its last assistant turn, which is left for the model to write.
+        """Encode one dialog without its last assistant turn, as a prompt.
 
         Args:
-            pixel_values: the images as they came out before, or nothing where only the text is wanted and all images
-                are equally long.
+            pixel_values: prepared images; an empty list encodes the text alone, if all images have equally many tokens.
         """
         messages = dialog.messages
         if (shown := _count_images(messages)) != len(sample.images):
@@ -275,24 +276,24 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         Args:
             messages: typed or plain.
             sample_id: for messages.
-            pictures: the images, where a layout makes them unlike long.
-            only_last: nothing but the last assistant turn is learnt.
+            pictures: the images, if their number of tokens depends on a layout.
+            only_last: only the last assistant turn is learned.
 
         Returns:
-            input_ids and labels, both (T,), image tokens expanded.
+            input_ids and labels, both (T,), with all placeholders.
         """
         tokens, labels = self._chat.labelled(self._told(messages, pictures), sample_id, only_last)
         labels[(tokens == self.image_token_id) | (tokens == self.video_token_id)] = IGNORE_INDEX
         return self._expand(tokens, pictures=pictures), self._expand(labels, tokens, pictures)
 
     def _told(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, str]]:
-        """Messages with string content, videos in words where the layout spells them."""
+        """Convert messages to string content, with videos written in words if the layout does so."""
         films = films_of(pictures)
         plain = [{**m, "content": self._as_text(m["content"])} for m in messages]
         return [{**m, "content": self._spelled(m["content"], films)} for m in self.flatten(plain)]
 
     def _as_text(self, content: Any) -> Any:
-        """What a person wrote, without tokens of control; images in a plain content are where their token stands."""
+        """Veil control tokens in a content; image tokens in a plain string stay placeholders."""
         plain = self._chat.plain
         if isinstance(content, str):
             return plain.veil(content, leave=plain.placeholders)
@@ -320,7 +321,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         return text
 
     def _shared(self, ids: np.ndarray) -> int:
-        """Length of the prefix that dialogs share: up to the last image placeholder; nothing for text alone."""
+        """Length of the prefix that dialogs share: up to the last image placeholder; 0 for text alone."""
         where = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
         return int(where[-1]) + 1 if len(where) else 0
 
@@ -338,7 +339,11 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
             return self._all_pixels([sample.images])
 
     def _all_pixels(self, images: Any, options: Mapping[str, Any] | None = None) -> list[Any]:
-        """All images of a batch; a list of lists says which belong to one sample. `options`: of the image processor."""
+        """Prepare the images of a batch; nested lists group those of one sample.
+
+        Args:
+            options: of the image processor's call.
+        """
         nested = isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images)
         groups = [flat(group) for group in images] if nested else [[image] for image in flat(images)]
         return [self._pixels(image, len(group) > 1, options) for group in groups for image in group]
@@ -365,7 +370,7 @@ def _key(content: Any) -> Any:
 
 
 def build_layout(given: Mapping[str, Any]) -> Any:
-    """Build a layout that only counts."""
+    """Build a layout without parameters, for counting."""
     node = {key: value for key, value in given.items() if key != "given"}
     derived = {k: tuple(v) if isinstance(v, list) else v for k, v in given.get("given", {}).items()}
     return build("layout", node, text_dim=None, **derived)

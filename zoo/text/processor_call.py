@@ -1,7 +1,6 @@
-"""What people call of a processor: text and images become what the model takes.
+"""The call of the processor: text and images to model inputs.
 
-It takes what transformers' own processors take and gives what they give. Two defaults differ: rows are padded, and come
-as tensors.
+Arguments and results are those of transformers' processors. Two defaults differ: rows are padded, and are tensors.
 """
 
 import re
@@ -20,7 +19,7 @@ from zoo.vision.images.video import Video
 
 
 class CallMixin:
-    """The call of `ZooProcessor`; samples go another way, which remembers more."""
+    """`ZooProcessor.__call__`; samples are encoded by `encode`, which caches tokens."""
 
     tokenizer: Any
     transform: Any
@@ -52,17 +51,17 @@ class CallMixin:
             text: one text or several; without any, the images alone are transformed.
             videos: paths or `zoo.vision.images.video.Video`s, in the order of their tokens.
             audio: refused.
-            kwargs: options as transformers' processors take them, by themselves or in `text_kwargs`, `images_kwargs`:
+            kwargs: options of transformers' processors, directly or in `text_kwargs`, `images_kwargs`:
                 `padding` (True), `max_length`, `truncation`, `pad_to_multiple_of`, `padding_side`, `return_tensors`
-                (`pt`; lists where `padding=False`), `add_special_tokens`, `return_offsets_mapping`, ...
+                (`pt`; lists with `padding=False`), `add_special_tokens`, `return_offsets_mapping`, ...
 
         Returns:
-            input_ids, attention_mask (B, T) and what else was asked for; pixel_values (M, 3, h, w) if there are images,
-            with `cuts` where an image has rows of its own; images_per_row where images leave no placeholders.
+            input_ids, attention_mask (B, T) and further requested results; pixel_values (M, 3, h, w) if there are
+            images, with `cuts` if an image has several rows; images_per_row if images have no placeholders.
 
         Raises:
-            ZooError: images and image tokens do not match, truncation cuts an image, or an option is not known or not
-                done, with its name.
+            ZooError: images and image tokens do not match, truncation cuts an image, or an option is unknown or
+                unsupported.
         """
         if audio is not None:
             raise ZooError("The model takes no sound: leave out audio.")
@@ -101,7 +100,7 @@ class CallMixin:
     def _written(
         self, text: str | Sequence[str], shown: list[Any], films: list[Any], options: Options
     ) -> tuple[dict[str, Any], list[Any]]:
-        """Tokenize texts with the tokens of their images; also give images and videos in the order of the texts."""
+        """Tokenize texts with the placeholders of their images; also return the images in the order of the texts."""
         texts = [text] if isinstance(text, str) else list(text)
         if any(not isinstance(t, str) for t in texts):
             kinds = ", ".join(sorted({type(t).__name__ for t in texts}))
@@ -110,7 +109,7 @@ class CallMixin:
             )
         if self.tokenizer.pad_token_id is None and options.text["padding"] not in (False, None, "do_not_pad"):
             pad_id_of(self.tokenizer, len(texts) if options.text["padding"] in (True, "longest") else 2)
-            options.text["padding"] = False  # one row is as long as itself
+            options.text["padding"] = False  # a single row needs no padding
         given = self._matched(texts, shown, films)
         marks = re.compile("|".join(map(re.escape, given)))
         written, replaced, order = [], [], []
@@ -146,10 +145,10 @@ class CallMixin:
         return data, order
 
     def _matched(self, texts: Sequence[str], shown: list[Any], films: list[Any]) -> dict[str, list[Any]]:
-        """Images and videos by the token that stands for them.
+        """Group images and videos by their placeholder token.
 
         Raises:
-            ZooError: there are more or fewer of them than of their tokens.
+            ZooError: their number is not that of their tokens in the texts.
         """
         given = {self.image_token: ("images", shown)}
         if self.video_token not in (None, self.image_token):
@@ -166,10 +165,10 @@ class CallMixin:
     def _tokenized(self, texts: list[str], options: Options) -> dict[str, Any]:
         if self.num_image_tokens or self.layout is not None:
             return dict(self.tokenizer(texts, **options.text, return_tensors=options.tensors))
-        # An image leaves no token: its mark goes once its neighbours are tokens, so that they do not grow together.
+        # Images have no tokens here: their marks are removed after tokenization, or the text around them would merge.
         if options.text.get("return_offsets_mapping") or options.text.get("text_pair") is not None:
             raise ZooError(
-                "return_offsets_mapping and text_pair are not done where images leave no tokens in the text."
+                "return_offsets_mapping and text_pair are not supported if images have no tokens in the text."
             )
         padding = {n: options.text[n] for n in ("padding", "max_length", "pad_to_multiple_of") if n in options.text}
         side = options.text.get("padding_side")
@@ -201,7 +200,7 @@ class CallMixin:
                     )
 
     def _kinds(self, ids: Any) -> Any:
-        """Say at each token what it is of: 0 text, 1 an image, 2 a video."""
+        """Return the kind of each token: 0 text, 1 image, 2 video."""
         own = self.video_token_id if self.video_token_id != self.image_token_id else -1
 
         def kinds(row: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Chat messages of people: rendered by the chat template and, if asked for, tokenized with their images."""
+"""`apply_chat_template` of the processor: render chat messages, and tokenize them with their images."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ _SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url
 
 
 class ChatMixin:
-    """`apply_chat_template` of `ZooProcessor`, and messages as templates take them."""
+    """`apply_chat_template` of `ZooProcessor`, and conversion of messages to the form that a template takes."""
 
     tokenizer: Any
     num_image_tokens: int
@@ -58,20 +58,20 @@ class ChatMixin:
             add_generation_prompt: the text ends with the opening of an answer.
             continue_final_message: the text ends within the last message.
             return_assistant_tokens_mask: give `assistant_masks` (B, T), 1 in `{% generation %}` blocks.
-            tokenize: else the text is returned.
+            tokenize: return tokens instead of the text.
             return_tensors: as in the call.
-            return_dict: all that the call gives; else input_ids.
+            return_dict: return all results of the call; else input_ids.
             load_audio_from_video, sanitize_control_tokens: refused.
             processor_kwargs: options of the call.
-            images: of all image parts, where the parts do not hold them.
+            images: of all image parts, if the parts do not hold them.
             kwargs: variables of the template, and options of the call.
 
         Returns:
             The text, or one for each conversation; tokens with `tokenize=True`.
 
         Raises:
-            ZooError: an option that is not known or not done, what the template would not show, and what the call
-                refuses.
+            ZooError: an option that is unknown or unsupported, an argument that the template does not use, and
+                whatever the call refuses.
         """
         template = self.tokenizer.get_chat_template(chat_template, tools)
         variables = variables_of(template)
@@ -93,7 +93,7 @@ class ChatMixin:
             (
                 "return_assistant_tokens_mask",
                 return_assistant_tokens_mask and not GENERATION.search(template),
-                "the chat template has no {% generation %} block, which says what an assistant wrote",
+                "the chat template has no {% generation %} block, which marks the assistant's text",
             ),
         )
         shown = {name: value for name, value in kwargs.items() if name in variables}
@@ -114,14 +114,14 @@ class ChatMixin:
             return texts if several else texts[0]
         found = [_media(talk, "image") for talk in talks]
         if any(found) and images is not None:
-            raise ZooError("Images stand in the messages and in images=: give them once.")
+            raise ZooError("Images are given in the messages and in images=: give them once.")
         if images is None:
             images = found if any(found) else None
         elif not several and not _nested(images):
             images = [images]  # all of one conversation
-        if "add_special_tokens" not in options:  # samples are begun so too
+        if "add_special_tokens" not in options:  # as for samples: a template that writes <s> itself must not get two
             bos = self.tokenizer.bos_token
-            whole = template == self.tokenizer.chat_template and not self._chat.typed  # of text: it writes all there is
+            whole = template == self.tokenizer.chat_template and not self._chat.typed  # templates of text write it all
             options["add_special_tokens"] = not (whole or (bos and texts[0].startswith(bos)))
         if return_assistant_tokens_mask:
             options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
@@ -146,14 +146,14 @@ class ChatMixin:
     def _rendered(
         self, talks: Sequence[Sequence[Mapping[str, Any]]], template: str, **options: Any
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        """The texts of conversations, and where in each an assistant's words stand, if asked for."""
+        """Render conversations: their texts, and the spans of assistants' text in each if requested."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         typed = self._takes_parts(template)
         given = {**self.tokenizer.special_tokens_map, **options}
         try:
             with bounded(len(talks)):
-                texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # it says str, returns two lists
+                texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # annotated as str, returns two lists
                     conversations=[self._messages(talk, typed) for talk in talks], chat_template=template, **given
                 )
         except ZooError:
@@ -163,19 +163,19 @@ class ChatMixin:
         return list(texts), list(spans)  # type: ignore[arg-type]
 
     def _takes_parts(self, template: str) -> bool:
-        """Whether a template wants typed parts and shows images by itself."""
+        """Whether a template takes typed parts and writes the tokens of images."""
         own = template == self.tokenizer.chat_template
         return self._chat.typed if own else takes_parts(self.tokenizer, template)
 
     def _messages(self, talk: Sequence[Mapping[str, Any]], typed: bool) -> list[dict[str, Any]]:
-        """Messages as a template takes them; what they hold beside their content stays."""
+        """Convert messages to the form that a template takes; keys beside the content stay."""
         result = []
         for message in talk:
             content = message.get("content")
             if content is None:
                 result.append(dict(message))
                 continue
-            text = self._content(content)  # which looks at the parts
+            text = self._content(content)  # also checks the parts
             if not typed:
                 shown: Any = text
             elif isinstance(content, str) or self._videos_in_words(content):
@@ -186,11 +186,11 @@ class ChatMixin:
         return result
 
     def _videos_in_words(self, content: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether there are videos that the template does not write: their token then stands in the text."""
+        """Whether there are videos that the template does not write, so that their token must be in the text."""
         return any(p["type"] == "video" for p in content) and not self._chat.template.shows_videos
 
     def shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages as the chat template takes them: plain content, or typed parts."""
+        """Convert messages to plain content or typed parts, as the chat template takes them."""
         return self._chat.template.shown(self.flatten(messages))
 
 
@@ -202,7 +202,7 @@ def _refuse(*cases: tuple[str, Any, str]) -> None:
 
 
 def _plain(talk: Any) -> list[dict[str, Any]]:
-    """Messages without keys that hold nothing, and images by URL, as OpenAI writes them, as image parts."""
+    """Drop keys that are None, and convert OpenAI's `image_url` parts to image parts."""
     result = []
     for message in getattr(talk, "messages", talk):
         if not isinstance(message, Mapping):
@@ -224,7 +224,7 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def _media(talk: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
-    """Images or videos that stand in the messages."""
+    """Collect the images or videos of messages."""
     contents = [m["content"] for m in talk if isinstance(m.get("content"), list)]
     parts = [part for content in contents for part in content if part["type"] == kind]
     return [_decoded(key, part[key]) for part in parts for key in _SOURCES[kind] if part.get(key) is not None]
@@ -244,11 +244,11 @@ def _nested(images: Any) -> bool:
 
 
 def _written_by_assistants(batch: Any, spans: Sequence[Sequence[tuple[int, int]]]) -> Any:
-    """Mark the tokens that overlap what assistants wrote, (B, T); takes from the batch what it is found by.
+    """Mark the tokens of assistants' text, (B, T), and remove the offsets used for it from the batch.
 
     Args:
-        batch: with the characters of each token, and what stands for images in the texts.
-        spans: (start, end) in the texts as they were before images got their tokens.
+        batch: with the characters of each token, and the replacements of image tokens in the texts.
+        spans: (start, end) in the texts before image tokens were expanded.
     """
     offsets, replaced = batch.pop("offset_mapping"), batch.pop("text_replacement_offsets")
     masks = []

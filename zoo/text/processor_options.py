@@ -1,7 +1,7 @@
-"""Options of a processor's call: each is done by what it belongs to, or refused by name.
+"""Options of a processor's call: passed to the tokenizer or the image processor, or refused by name.
 
-Which options there are, the installed transformers says (`ProcessingKwargs`, and what the image processor states): a
-new one is passed on where the tokenizer or the image processor takes it, and refused where neither does.
+The known options are those of the installed transformers (`ProcessingKwargs`, and the image processor's own): a new one
+is passed on if the tokenizer or the image processor takes it, and refused otherwise.
 """
 
 import inspect
@@ -13,8 +13,8 @@ from zoo.registry import ZooError, require_at_least, unknown
 
 _TEXT, _IMAGES = "text_kwargs", "images_kwargs"
 _GROUPS = (_TEXT, _IMAGES, "videos_kwargs", "audio_kwargs")
-_ROWS = "a text is one row, which knows its images"
-_FRAMES = "a zoo.vision.images.video.Video says which frames it shows"
+_ROWS = "a text is one row, with its images"
+_FRAMES = "a zoo.vision.images.video.Video selects its frames"
 _SOUND = "the model takes no sound"
 _REFUSED = {
     "is_split_into_words": "texts are given as strings",
@@ -22,8 +22,8 @@ _REFUSED = {
     "return_overflowing_tokens": _ROWS,
     "stride": _ROWS,
     "data_format": "pixels are (M, 3, h, w)",
-    "input_data_format": "arrays are (h, w, 3) or (3, h, w), as their shape says",
-    "image_seq_length": "the model says how many tokens an image has",
+    "input_data_format": "arrays are (h, w, 3) or (3, h, w), recognised by their shape",
+    "image_seq_length": "the model defines the number of tokens of an image",
     **dict.fromkeys(("do_sample_frames", "fps", "num_frames", "video_metadata", "return_metadata"), _FRAMES),
     **dict.fromkeys(("sampling_rate", "raw_speech", "load_audio_backend"), _SOUND),
 }
@@ -38,9 +38,9 @@ class Options:
     Attributes:
         text: of the tokenizer.
         images: of the image processor.
-        tensors: `pt`, `np`, or None: lists; `auto`: `pt`, but lists where rows are not padded.
-        kinds: say at each token whether it is text, an image's or a video's.
-        replacements: say what stands for each image in the text, and where.
+        tensors: `pt`, `np`, or None: lists; `auto`: `pt`, but lists if rows are not padded.
+        kinds: return the kind of each token: text, image or video.
+        replacements: return the text that replaced each image token, and its place.
     """
 
     text: dict[str, Any] = field(default_factory=lambda: {"padding": True})
@@ -50,10 +50,10 @@ class Options:
     replacements: bool = False
 
     def settle(self) -> "Options":
-        """Decide what was left open.
+        """Resolve `auto`, and check values.
 
         Raises:
-            ZooError: a value that does not exist.
+            ZooError: a value is not allowed.
         """
         if self.tensors == "auto":
             self.tensors = None if self.text["padding"] in (False, None, "do_not_pad") else "pt"
@@ -64,7 +64,7 @@ class Options:
 
 
 def known_options(image_processor: Any = None) -> dict[str, frozenset[str]]:
-    """Name the options of each group, `text_kwargs` and the like, and under `""` those of no group."""
+    """Return the options of each group (`text_kwargs` and the like), and under `""` those without a group."""
     from transformers.processing_utils import ProcessingKwargs
 
     stated = ProcessingKwargs.__annotations__
@@ -80,14 +80,14 @@ def sort_options(
     """Sort the options of a call.
 
     Args:
-        given: as a person wrote them, by themselves or in `text_kwargs` and the like.
-        processor: may hold defaults, in attributes of these names.
-        tokenizer: takes those of the text, and may have been made with defaults.
-        image_processor: takes those of the images; None: there is none of transformers.
-        pixels: how pixels are made then, for messages.
+        given: options of the call, directly or in `text_kwargs` and the like.
+        processor: may have defaults, in attributes of these names.
+        tokenizer: takes options of text; its own init arguments are defaults.
+        image_processor: takes options of images; None: pixels are prepared by an `ImageTransform`.
+        pixels: description of that transform, for messages.
 
     Raises:
-        ZooError: an option that does not exist, is given twice, or is not done here; with the reason.
+        ZooError: an option that does not exist, is given twice, or is unsupported; with the reason.
     """
     groups = known_options(image_processor)
     options = Options()
@@ -105,19 +105,19 @@ def sort_options(
                 raise ZooError(f"The option {name!r} is not taken: {_REFUSED[name]}.")
         elif name in groups[_TEXT]:
             if name not in inspect.signature(type(tokenizer).__call__).parameters:
-                raise ZooError(f"The option {name!r} is not taken: the tokenizer does not know it.")
+                raise ZooError(f"The option {name!r} is not taken: the tokenizer has no such option.")
             options.text[name] = value
         elif name not in groups[_IMAGES]:
             raise ZooError(f"The option {name!r} is not taken: it is neither of the text nor of images.")
         elif image_processor is None:
-            raise ZooError(f"The option {name!r} is not taken: pixels are made as the encoder wants them, {pixels}.")
+            raise ZooError(f"The option {name!r} is not taken: pixels are prepared for the encoder, {pixels}.")
         else:
             options.images[name] = value
     return options.settle()
 
 
 def _each(given: Mapping[str, Any], groups: Mapping[str, frozenset[str]]) -> Iterator[tuple[str, Any]]:
-    """Each option, wherever it stands; those of `common_kwargs` first, which others override."""
+    """Iterate over options of all groups; those of `common_kwargs` first, which others override."""
     flat = {name: value for name, value in given.items() if name not in (*_GROUPS, "common_kwargs")}
     every = frozenset().union(*groups.values())
     for name, value in [*(given.get("common_kwargs") or {}).items(), *flat.items()]:
@@ -129,5 +129,5 @@ def _each(given: Mapping[str, Any], groups: Mapping[str, frozenset[str]]) -> Ite
             if name not in groups[group]:
                 raise unknown(f"option of {group}", name, groups[group])
             if name in flat:
-                raise ZooError(f"The option {name!r} is given twice, by itself and in {group}.")
+                raise ZooError(f"The option {name!r} is given twice, directly and in {group}.")
             yield name, value

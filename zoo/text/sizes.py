@@ -1,8 +1,8 @@
-"""Sizes as people read them."""
+"""Format sizes with a unit."""
 
 
 def size_text(count: float) -> str:
-    """Bytes or parameters for people: 1.5 K, 23.4 M, 7.1 G."""
+    """Format a number of bytes or parameters: 1.5 K, 23.4 M, 7.1 G."""
     for unit in ("", " K", " M", " G", " T"):
         if abs(count) < 1000 or unit == " T":
             return f"{count:.0f}{unit}" if not unit or count >= 100 else f"{count:.1f}{unit}"

@@ -1,4 +1,4 @@
-"""Where answers stop: end tokens and end texts of a model, and the answer without them.
+"""End tokens and end texts of a model's answers, and reading an answer without them.
 
 A checkpoint states end tokens in generation_config.json (Gemma, Llama 3 and Phi-3 several), a tokenizer has its
 end-of-sequence token, and a chat template writes something behind each answer. Generation stops at all of them.
@@ -19,14 +19,14 @@ from zoo.text.tokenizer_files import read_tokenizer
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends an answer: ids of single tokens, and texts of several."""
+    """Ends of an answer: ids of single tokens, and texts of several tokens."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...] = ()
 
 
 def stops_of(template: ChatTemplate) -> Stops:
-    """What ends the answers that a chat template writes, the tokenizer's end-of-sequence token included."""
+    """Return the ends of answers of a chat template, the tokenizer's end-of-sequence token included."""
     ids, texts = [], []
     for end in template.ends:
         special = {*template.special, template.tokenizer.eos_token}
@@ -39,12 +39,12 @@ def stops_of(template: ChatTemplate) -> Stops:
 
 
 def listed(given: Any) -> list[Any]:
-    """A value of a generation config that may be one, several or none: end tokens, stop strings."""
+    """Convert a value of a generation config that may be one, a list or None (end tokens, stop strings) to a list."""
     return [] if given is None else [given] if isinstance(given, (int, str)) else list(given)
 
 
 def stated_config(model: Any, folder: Path | None) -> Any:
-    """The generation config that a checkpoint states: in its folder, or with its language model."""
+    """Read the generation config of a checkpoint: that of its folder, or of its language model."""
     from transformers import GenerationConfig
 
     if folder is None or not (folder / "generation_config.json").is_file():
@@ -61,7 +61,7 @@ def stated_config(model: Any, folder: Path | None) -> Any:
 
 
 def _wrong_type(name: str, value: Any) -> str:
-    """What a field of a generation config must be and is not; transformers takes what a file says as it is."""
+    """Describe the type that a field of a generation config must have and has not; transformers does not check it."""
     if value is None:
         return ""
     if name.endswith("_token_id"):
@@ -73,7 +73,7 @@ def _wrong_type(name: str, value: Any) -> str:
 
 
 def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str | None) -> None:
-    """Keep of the ids that a language model states those that are the same tokens in the tokenizer.
+    """Keep those of a language model's end tokens that are the same tokens in the composed model's tokenizer.
 
     Args:
         config: the generation config of the language model.
@@ -87,7 +87,7 @@ def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str
         return
     kept: list[int] = []
     if checkpoint and stated:
-        with suppress(ZooError):  # it has none: what its ids mean is not known
+        with suppress(ZooError):  # without a tokenizer the meaning of its ids is unknown
             theirs = read_tokenizer(checkpoint, revision=llm.get("revision") or None)
             ours, tokens = tokenizer.convert_ids_to_tokens(stated), theirs.convert_ids_to_tokens(stated)
             kept = [i for i, a, b in zip(stated, ours, tokens, strict=True) if a == b and a is not None]
@@ -95,8 +95,8 @@ def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str
 
 
 def end_tokens(config: Any, tokenizer: Any) -> list[str]:
-    """The added tokens that a generation config states as ends, beside the end-of-sequence token."""
-    added = tokenizer.added_tokens_decoder  # words may be stated too: they end a generation, and no text
+    """Return the added tokens that a generation config states as ends, except the end-of-sequence token."""
+    added = tokenizer.added_tokens_decoder  # ordinary words may be stated as ends too: these are not marks of an answer
     return [added[i].content for i in listed(config.eos_token_id) if i in added and i != tokenizer.eos_token_id]
 
 
@@ -127,7 +127,7 @@ def keep_stops(model: Any, template: ChatTemplate) -> None:
 
 
 def reader_for(model: Any, template: ChatTemplate) -> "AnswerReader":
-    """What reads the answers of a model; the model stops where they end."""
+    """Return a reader of a model's answers, and let the model stop at their ends."""
     if model.generation_config is not None:
         keep_stops(model, template)
     config = model.generation_config
@@ -135,12 +135,12 @@ def reader_for(model: Any, template: ChatTemplate) -> "AnswerReader":
 
 
 class AnswerReader:
-    """Reads answers out of what a model wrote: without what ends them, and without what a template puts before them.
+    """Extracts answers from generated tokens, without their ends and the template's lead before them.
 
     Args:
         tokenizer: of the model.
         template: its chat template.
-        ids: further end tokens, which the checkpoint states.
+        ids: further end tokens, stated by the checkpoint.
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate, ids: Iterable[int] = ()) -> None:
@@ -152,19 +152,19 @@ class AnswerReader:
         self.lead = tokenizer.decode(lead, skip_special_tokens=True).strip()
 
     def read(self, ids: Sequence[int]) -> str:
-        """Return the answer that new tokens are."""
+        """Return the answer of generated tokens."""
         return self.visible(self.tokenizer.decode(self.before_end(ids), skip_special_tokens=True)).strip()
 
     def before_end(self, ids: Sequence[int]) -> Sequence[int]:
-        """The tokens in front of the first end token: decoding shows those that are not special."""
+        """Return the tokens before the first end token, which decoding would show if it is not special."""
         return ids[: next((at for at, token in enumerate(ids) if token in self.ids), len(ids))]
 
     def visible(self, text: str, final: bool = True) -> str:
-        """The part of a text that is the answer.
+        """Return the part of a text that is the answer.
 
         Args:
-            text: what the model wrote.
-            final: nothing follows; else what may become an end, or what stands before an answer, is held back.
+            text: generated so far.
+            final: no text follows; else a possible beginning of an end, or of the lead, is held back.
         """
         begun = text.lstrip()
         if self.lead and begun.startswith(self.lead):
@@ -182,7 +182,7 @@ class AnswerReader:
 
 
 def streamer(reader: AnswerReader, stream: Any) -> Any:
-    """A streamer for `generate` that hands each piece of the answer to `stream` as it comes."""
+    """Return a streamer for `generate` that calls `stream` with each new piece of the answer."""
     from transformers import TextStreamer
 
     class Pieces(TextStreamer):

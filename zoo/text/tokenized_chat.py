@@ -1,6 +1,6 @@
-"""Chat messages to tokens and labels, through any chat template; nothing is masked in silence.
+"""Chat messages to tokens and labels, through any chat template; a sample without labels is an error.
 
-Tokenizing takes longer than a small training step can spare, so the tokens between special tokens are remembered. Where
+Tokenizing takes long compared with a small training step, so tokens of the text between special tokens are cached. If
 a tokenizer does not allow it, the text is tokenized whole.
 """
 
@@ -21,7 +21,7 @@ from zoo.text.tokenizer import CHAT_TEMPLATES
 
 _HALVES = re.compile("[\ud800-\udfff]")
 Tokens = tuple[list[int], list[int]]  # ids, and the character at which each ends
-_CACHE = 200_000  # pieces of text whose tokens are remembered
+_CACHE = 200_000  # pieces of text whose tokens are cached
 
 
 class Chat:
@@ -29,8 +29,8 @@ class Chat:
 
     Args:
         tokenizer: of transformers, with a chat template and an end-of-sequence token.
-        video_token: that stands where a video goes; None: there are no videos.
-        end_tokens: that end an answer too, as the model's checkpoint states.
+        video_token: placeholder of a video; None: there are no videos.
+        end_tokens: further end tokens, stated by the model's checkpoint.
     """
 
     def __init__(self, tokenizer: Any, video_token: str | None = None, end_tokens: Sequence[str] = ()) -> None:
@@ -42,7 +42,7 @@ class Chat:
 
     @property
     def typed(self) -> bool:
-        """Whether the template wants typed parts and shows images by itself."""
+        """Whether the template takes typed parts and writes the tokens of images."""
         return self.template.typed
 
     def prompt(self, messages: Messages, sample_id: str = "") -> list[int]:
@@ -58,10 +58,10 @@ class Chat:
         Args:
             messages: role and content of each turn.
             sample_id: for messages.
-            only_last: nothing but the last answer is learnt.
+            only_last: only the last answer is learned.
 
         Returns:
-            Token ids and labels, both (T,) int64; IGNORE_INDEX where nothing is learnt.
+            Token ids and labels, both (T,) int64; IGNORE_INDEX for tokens that are not learned.
 
         Raises:
             ZooError: there is no answer, one is empty, or the template or the tokenizer leaves no clear border before
@@ -72,13 +72,14 @@ class Chat:
         tokens = np.array(ids, dtype=np.int64)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
         for piece in found.learnt:
-            first, last = bisect_right(ends, piece.start), bisect_right(ends, piece.end)  # those that end inside
+            # Characters to tokens: the tokens whose last character is inside the span.
+            first, last = bisect_right(ends, piece.start), bisect_right(ends, piece.end)
             if piece.ended and last < len(ends) and (ends[last - 1] if last else 0) < piece.end:
-                last += 1  # what ends the answer is one token with blanks behind it
+                last += 1  # the end token includes blanks after it
             if (ends[first - 1] if first else 0) < piece.start:
                 if piece.start in found.openings:
                     raise ZooError(self.plain.unveil(_crossed(found.text, piece.start, sample_id)))
-                first += 1  # it begins before what the template marks
+                first += 1  # a token that crosses the start of a `{% generation %}` block
             labels[first:last] = tokens[first:last]
         return tokens, labels
 
@@ -87,13 +88,13 @@ class Chat:
     def tokenize(self, text: str, borders: Sequence[int] = (), sample_id: str = "") -> tuple[list[int], list[int]]:
         """Return the token ids of a rendered text, and the character at which each ends.
 
-        In front stands what the tokenizer itself puts there (<s>) where the template leaves that to it, as those of
+        The tokenizer's own beginning (<s>) is added if the template leaves it to the tokenizer, as those of
         vision-language models do.
 
         Args:
-            text: as the template wrote it.
-            borders: characters at which one token ends and another begins, as they do where a model goes on from a
-                prompt: a text whose tokens do not is tokenized in pieces.
+            text: rendered by the template.
+            borders: characters at which a token must end, since in generation the prompt ends there: a text with a
+                token across a border is tokenized in pieces.
             sample_id: for messages.
         """
         begin = [] if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token) else self._begin
@@ -102,14 +103,14 @@ class Chat:
             crossed = [b for b in borders if b < len(text) and b not in ends[(at := bisect_left(ends, b)) : at + 1]]
             if crossed:
                 ids, ends = self._tokenize_pieces(text, crossed) or (ids, ends)
-        except (TypeError, ValueError, UnicodeError) as error:  # half of a surrogate pair, say
+        except (TypeError, ValueError, UnicodeError) as error:  # for example a lone surrogate
             whose = f"Sample {sample_id!r}: the" if sample_id else "The"
-            half = "it holds half of a surrogate pair, which is no character" if _HALVES.search(text) else ""
+            half = "it holds half of a surrogate pair, which is not a character" if _HALVES.search(text) else ""
             raise ZooError(f"{whose} tokenizer refuses the text: {half or ' '.join(str(error).split())}.") from error
         return [*begin, *ids], [*[0] * len(begin), *ends]
 
     def _tokenize_pieces(self, text: str, borders: Iterable[int]) -> tuple[list[int], list[int]] | None:
-        """As `_tokenize`, with a border between two tokens at each of `borders`; None where that cannot be had."""
+        """As `_tokenize`, with a token boundary at each of `borders`; None if the tokenizer does not allow it."""
         places = [0, *sorted(borders), len(text)]
         ids, ends = self._tokenize(text[: places[1]])
         for start, end in pairwise(places[1:]):
@@ -120,18 +121,18 @@ class Chat:
         return ids, ends
 
     def _tokenize_on(self, text: str) -> tuple[list[int], list[int]] | None:
-        """As `_tokenize`, for a text that goes on from another one: behind a letter that is taken off again."""
+        """As `_tokenize`, for a text that continues another one: tokenized after a letter whose token is removed."""
         return self._tokenize(text) if self._divisible else _behind_a_letter(text, self._tokenize)
 
     @cached_property
     def _divisible(self) -> bool:
-        """Whether tokens of two pieces of text are tokens of both together: no blank is put before a text, say."""
+        """Whether tokens of pieces can be concatenated; not so for tokenizers that put a blank before each text."""
         ids = [i for t in ("a", "\n", "b") for i in self.tokenizer(t, add_special_tokens=False)["input_ids"]]
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "a\nb"
 
     @cached_property
     def _begin(self) -> list[int]:
-        """Ids that the tokenizer puts before a text; none for a template that writes all there is."""
+        """Ids that the tokenizer puts before a text; none for templates of text, which write the whole beginning."""
         if not self.typed:
             return []
         whole, alone = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
@@ -161,7 +162,7 @@ class Chat:
         return ids, ends
 
     def _tokenize_veiled(self, text: str) -> tuple[list[int], list[int]]:
-        """As `_tokenize`, for a tokenizer that needs texts whole: in pieces, each as what goes on from another one."""
+        """As `_tokenize`, for veiled texts and tokenizers that cannot be split at special tokens: in pieces."""
         ids: list[int] = []
         ends: list[int] = []
         at = 0
@@ -179,7 +180,7 @@ class Chat:
 
     @cached_property
     def _special(self) -> re.Pattern[str] | None:
-        """Splits a text at special tokens; None where a tokenizer looks across them and needs the text whole."""
+        """Pattern that splits a text at special tokens; None if tokens depend on text across them."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         by_bytes = type(getattr(backend, "pre_tokenizer", None)).__name__ == "ByteLevel"
         added = list(self.tokenizer.added_tokens_decoder.values())
@@ -194,7 +195,7 @@ class Chat:
 
 
 def _behind_a_letter(text: str, read: Callable[[str], Tokens]) -> Tokens | None:
-    """Read a text behind a letter that is taken off again; None where none can be told from it."""
+    """Tokenize a text after a letter, and remove the letter's token; None if a token joins both."""
     for letter in ("\n", "a"):
         ids, ends = read(letter + text)
         first = bisect_right(ends, 1)
@@ -207,11 +208,11 @@ def _crossed(text: str, border: int, sample_id: str) -> str:
     where = f"{text[max(0, border - 40) : border]} >>> {text[border : border + 40]}"
     return (
         f"Sample {sample_id!r}: a token runs across the border between question and answer, so the answer cannot be "
-        f"learnt cleanly. The border is at >>>: {where!r}. Take the blanks from the beginning of the answer, or choose "
+        f"learned cleanly. The border is at >>>: {where!r}. Remove blanks from the beginning of the answer, or choose "
         f"another template with tokenizer.chat_template."
     )
 
 
 def _rising(offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """The largest end so far: bytes of one character give their tokens the same, or an empty, stretch of text."""
+    """Cumulative maximum of the ends: tokens of single bytes of a character have equal or empty spans of text."""
     return list(accumulate((end for _, end in offsets), max))

@@ -1,7 +1,7 @@
 """Tokenizers: the LLM's own, or a byte-level BPE trained on the run's text; and the zoo's chat templates.
 
-Messages reach a template with plain string content, the image token standing where an image goes, so that the
-templates of text-only LLMs work unchanged.
+Messages are given to a template with plain string content, with the image token for each image, so that the templates
+of text-only LLMs work unchanged.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from zoo.text.tokenizer_files import read_tokenizer
 IMAGE_TOKEN = "<image>"
 OF_MODEL = "model:"  # before a model's name: the tokenizer of this model (`zoo.settings.source.tokenizer_at`)
 
-# name -> (template, what stands between an image and the text after it)
+# name -> (template, text between an image and the text after it)
 CHAT_TEMPLATES = {
     "plain": (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
@@ -38,11 +38,11 @@ CHAT_TEMPLATES = {
 }
 _SPECIAL = {"plain": ("<|assistant|>", "<|end|>"), "chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("<s>", "</s>")}
 
-_LONG = re.compile(r"\S{4096}|\s{4096}")  # no word, but a picture in base64, or a line of signs
+_LONG = re.compile(r"\S{4096}|\s{4096}")  # not a word, but base64 or a line of symbols
 
 
 def image_separator(template: str) -> str:
-    """What stands between an image and the text after it; a newline, as in LLaVA, for templates that are not ours."""
+    """Return the text between an image and the text after it; for foreign templates a newline, as in LLaVA."""
     return CHAT_TEMPLATES[template][1] if template in CHAT_TEMPLATES else "\n"
 
 
@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plai
     """Train a byte-level BPE on `texts`; every byte stays representable, frequent words become one token.
 
     Args:
-        texts: user and assistant turns as they are, without special tokens.
+        texts: user and assistant turns, without special tokens.
         vocab_size: an upper bound, special tokens included; at least 256 + 4.
         template: name of one of `CHAT_TEMPLATES`; its markers become special tokens.
 
@@ -86,9 +86,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plai
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text, cut where one word of it goes on and on: the trainer's time grows with the square of a word's length.
+    """Cut a text at very long words: the trainer's time grows with the square of a word's length.
 
-    Half of a surrogate pair is no character and is left out; a record that holds one is named where it is read.
+    Lone surrogates are not characters and are left out; records with one are reported when they are read.
     """
     text, start = text.encode("utf-8", "ignore").decode(), 0
     for run in _LONG.finditer(text):
@@ -112,11 +112,11 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
     Args:
         checkpoint: hub name or folder.
         template: name of one of `CHAT_TEMPLATES` to use in place of the tokenizer's own; required if it has none.
-        image_token_id: of the token that stands for images, where it is known; None: as the tokenizer says.
+        image_token_id: of the placeholder of images, if it is known; None: that of the tokenizer.
         hub: options of `from_pretrained`.
 
     Raises:
-        ZooError: there is no chat template; or no end-of-sequence token, and none that the template ends answers with.
+        ZooError: there is no chat template; or neither an end-of-sequence token nor one at the end of answers.
     """
     tokenizer = read_tokenizer(checkpoint, **hub)
     if image_token_id is not None and 0 <= image_token_id < len(tokenizer):
@@ -125,12 +125,12 @@ def load_tokenizer(checkpoint: str, template: str = "", image_token_id: int | No
 
 
 def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
-    """Give variables of the chat template other defaults, in place: `enable_thinking: false` of Qwen 3, say.
+    """Set other defaults for variables of the chat template, in place, such as `enable_thinking: false` of Qwen 3.
 
-    They become part of the template, and so of what is saved and exported; a call may still say otherwise.
+    They become part of the template, and are saved and exported with it; a call may still override them.
 
     Raises:
-        ZooError: the template has no such variable, or the value is no plain one.
+        ZooError: the template has no such variable, or the value is not plain.
     """
     for name, value in options.items():
         if not isinstance(value, (bool, int, float, str)):
@@ -140,7 +140,7 @@ def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
         if name not in known:
             raise unknown("variable of the chat template", name, known)
         line = "{% set " + f"{name} = {name} | default({value!r})" + " %}"
-        if line not in template:  # of a saved model they are there
+        if line not in template:  # a saved template has them already
             tokenizer.chat_template = line + ("\n" if template.startswith("\n") else "") + template
     return tokenizer
 
@@ -164,7 +164,7 @@ def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         name_tokens(tokenizer, {"image_token": IMAGE_TOKEN})
     tokenizer.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
-    if tokenizer.eos_token is None:  # then what the template ends answers with, if that is one token
+    if tokenizer.eos_token is None:  # use the template's end of answers, if it is a single token
         ends = stops_of(ChatTemplate(tokenizer)).ids
         if not ends:
             raise ZooError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers could never end.")
@@ -175,7 +175,7 @@ def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
 
 
 def add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
-    """Add tokens that are kept whole wherever they stand in a text, those that the tokenizer lacks."""
+    """Add special tokens that the tokenizer lacks; they are never split, anywhere in a text."""
     known = tokenizer.get_vocab()
     if missing := [token for token in dict.fromkeys(tokens) if token not in known]:
         tokenizer.add_tokens(missing, special_tokens=True)
@@ -187,10 +187,10 @@ def name_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
 
 
 def shared_tokens(student: Any, teacher: Any) -> int:
-    """How many tokens two tokenizers share: all of the smaller one.
+    """Count the tokens that two tokenizers share: all of the smaller one.
 
     Raises:
-        ZooError: they give one id to different tokens, or lay out a conversation differently.
+        ZooError: an id has different tokens, or the chat templates differ.
     """
     ours, theirs = (t.get_vocab() for t in (student, teacher))
     size = min(len(ours), len(theirs))
@@ -213,10 +213,10 @@ def tokens_hash(tokenizer: Any) -> str:
 
 
 def require_token(tokenizer: Any, token: str, wanted: int | None) -> None:
-    """Refuse the tokenizer of another model, which would spell the image token out in letters.
+    """Refuse the tokenizer of another model, which would split the image token into letters.
 
     Raises:
-        ZooError: it has no such token, or one with another id.
+        ZooError: it lacks the token, or has it under another id.
     """
     found = tokenizer.convert_tokens_to_ids(token)
     if found is None or found == tokenizer.unk_token_id:

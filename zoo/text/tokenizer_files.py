@@ -1,6 +1,6 @@
-"""Tokenizers as their files say: transformers reads them, once they were found to be plain files of a usual size.
+"""Load tokenizers by transformers, after a check that their files are regular and of a usual size.
 
-What can be told without its library, which takes a second to import, is told without.
+Checks that need no tokenizer library, which takes a second to import, are done without it.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from zoo.registry import ZooError, first_line
 from zoo.registry.foreign import gone, read_json, read_model_config, require_file
 
-# Bytes that a tokenizer's files may have: the largest published tokenizer.json has 34 MB, of 262,144 tokens.
+# Largest sizes of a tokenizer's files in bytes: the largest published tokenizer.json has 34 MB, of 262,144 tokens.
 _WHOLE, _PART, TEMPLATE = 128 << 20, 32 << 20, 256 << 10
 _LIMITS = {"tokenizer.json": _WHOLE, "chat_template.jinja": TEMPLATE, "chat_template.json": TEMPLATE}
 _ENDINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -19,7 +19,7 @@ _ASKED = ("config.json", "tokenizer_config.json", "tokenizer.json", "chat_templa
 
 
 def has_template(checkpoint: str) -> bool:
-    """Whether a checkpoint's tokenizer has a chat template of its own; taken for granted of one on the hub."""
+    """Whether a checkpoint's tokenizer has its own chat template; assumed for one on the hub."""
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
         return True
@@ -27,7 +27,7 @@ def has_template(checkpoint: str) -> bool:
         return True
     try:
         content = read_json(folder / "tokenizer_config.json", _PART)
-    except ZooError:  # what is wrong with it is said where it is loaded
+    except ZooError:  # reported when the file is loaded
         return False
     return isinstance(content, dict) and bool(content.get("chat_template"))
 
@@ -40,7 +40,7 @@ def read_tokenizer(checkpoint: str, **hub: Any) -> Any:
         hub: options of `from_pretrained`.
 
     Raises:
-        ZooError: there is none, or a file of it is too large, no regular file, or cannot be read.
+        ZooError: there is none, or one of its files is too large, not a regular file, or cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -48,7 +48,7 @@ def read_tokenizer(checkpoint: str, **hub: Any) -> Any:
         _require_usual(file)
     try:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
-    except (Exception, BaseException) as error:  # tokenizers, in Rust, has an error for each kind, and panics
+    except (Exception, BaseException) as error:  # tokenizers, in Rust, raises various classes, and panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         first = gone(checkpoint) or first_line(error)
@@ -82,4 +82,4 @@ def _require_usual(file: Path) -> None:
             raise ZooError(f"{str(file)!r}: its chat template has {len(template):,} characters; {TEMPLATE:,} at most.")
         commit = content.get("_commit_hash") if isinstance(content, dict) else None
         if commit is not None and not re.fullmatch(r"[0-9a-f]{0,64}", str(commit)):
-            raise ZooError(f"{str(file)!r} holds '_commit_hash': {commit!r} is no commit.")
+            raise ZooError(f"{str(file)!r} holds '_commit_hash': {commit!r} is not a commit.")
