@@ -97,7 +97,7 @@ def read_json(path: Path, most: int = CONFIG) -> Any:
     """Read a JSON file.
 
     Raises:
-        ZooError: it cannot be read, or is no JSON.
+        ZooError: it cannot be read, or is not JSON.
     """
     try:
         return json.loads(read_text(path, most))
@@ -106,7 +106,7 @@ def read_json(path: Path, most: int = CONFIG) -> Any:
     except ValueError as error:
         if isinstance(error, ZooError):
             raise
-        raise ZooError(f"{str(path)!r} is no JSON: {error}") from error
+        raise ZooError(f"{str(path)!r} is not JSON: {error}") from error
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def read_object(path: Path, most: int = CONFIG) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        ZooError: it cannot be read, is no JSON, or holds something else.
+        ZooError: it cannot be read, is not JSON, or holds something else.
     """
     content = read_json(path, most)
     if not isinstance(content, dict):

@@ -94,7 +94,7 @@ def test_a_wrong_number_of_marks_names_record_and_line(folder, text, images, cou
 
 
 def test_a_mark_in_an_answer_is_refused(folder):
-    with pytest.raises(ZooError, match="turn 2: the assistant cannot say <image>"):
+    with pytest.raises(ZooError, match="turn 2: an assistant turn cannot have <image>"):
         load(folder, [{"image": "a.png", "conversations": [
             {"from": "human", "value": "Q"}, {"from": "gpt", "value": "<image>"}]}])  # fmt: skip
 
@@ -232,12 +232,12 @@ def test_links_that_lead_out_of_the_images_are_refused(folder):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.jsonl", '{"question": "q", "answer": "a"}\n\n{"question": \n', "t.jsonl:3 is no JSON"),
+        ("t.jsonl", '{"question": "q", "answer": "a"}\n\n{"question": \n', "t.jsonl:3 is not JSON"),
         ("t.jsonl", "[1]\n", "t.jsonl:1 holds a int"),
-        ("t.json", '[\n{"question": "q", "answer": "a"},\n{"question" "q"}\n]', "t.json:3 is no JSON"),
-        ("t.json", '[\n{"question": "q", "answer": "a"}\n{"question": "q"}\n]', "t.json:3 is no JSON: ',' or ']'"),
+        ("t.json", '[\n{"question": "q", "answer": "a"},\n{"question" "q"}\n]', "t.json:3 is not JSON"),
+        ("t.json", '[\n{"question": "q", "answer": "a"}\n{"question": "q"}\n]', "t.json:3 is not JSON: ',' or ']'"),
         ("t.json", "x", "t.json:1 must begin with"),
-        ("t.txt", "x", "is no file of records"),
+        ("t.txt", "x", "is not a file of records"),
         ("t.jsonl", '{"question": "q"}', "t.jsonl:1: No field named 'answer'"),
         ("t.jsonl", '{"question": "q", "answer": ""}', "t.jsonl:1: 'answer' is empty"),
         ("t.jsonl", '{"text": "q"}', "t.jsonl:1 has none of 'conversations', 'messages', 'question'"),

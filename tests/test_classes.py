@@ -122,7 +122,7 @@ def test_mistakes_are_named(folder, options, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PNG", "no IDX file"),
+        (b"PNG", "not an IDX file"),
         (idx(np.zeros((2, 2), np.uint8), zipped=False)[:-1], "is 4 values, and holds 3"),
         (idx(np.zeros(3, np.uint8))[:-9], "cannot be read"),
         (idx(np.zeros(3, np.uint8)), "do not fit"),

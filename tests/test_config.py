@@ -188,7 +188,7 @@ def test_a_preset_that_is_asked_for_has_the_paths_of_now(tmp_path, monkeypatch):
     (conf / "recipe").mkdir()
     (conf / "recipe/r.yaml").write_text("# @package _global_\ndefaults: [{override /data: [mine]}]\n")
     assert data("recipe=r").mine.file == "/now/{split}.jsonl"
-    for path, said in (("/then/train.jsonl", "stated as it is"), ("/now/train.jsonl", "Presets look")):
+    for path, said in (("/then/train.jsonl", "given explicitly"), ("/now/train.jsonl", "Presets look")):
         with pytest.raises(ZooError, match=rf"There is no file '{path}'. .*{said}.* below '/now' \(ZOO_DATA\).$"):
             build("dataset", {"name": "chat_json", "file": path})
 

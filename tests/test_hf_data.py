@@ -66,7 +66,9 @@ def test_reads_lists_of_images_and_names_of_files(places):
     assert [len(several.get(i).images) for i in range(3)] == [0, 1, 2]
     named = load(places / "saved", image_field="file", images=str(places / "images"))
     assert named.get(0).images == [(places / "images" / "a.png").resolve()]
-    with pytest.raises(ZooError, match=r"row 0: the image is the name .a[.]png.; say with images="):
+    with pytest.raises(
+        ZooError, match=r"row 0: the image is the name .a[.]png.; give the place of the files with images="
+    ):
         load(places / "saved", image_field="file").get(0)
 
 

@@ -123,7 +123,7 @@ def test_an_address_of_a_repository(address, inside):
     if inside:
         assert row_image({"path": address}, None, "row 1", "org/name") == RemoteImage(address)
     else:
-        with pytest.raises(ZooError, match="none of the data set"):
+        with pytest.raises(ZooError, match="does not belong to the data set"):
             row_image({"path": address}, None, "row 1", "org/name")
 
 

@@ -97,7 +97,7 @@ def test_names_that_lead_elsewhere_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "/etc":
         name = "/no/such/folder"
-    with pytest.raises(ZooError, match=r"neither a local folder nor a hub name|cannot be fetched"):
+    with pytest.raises(ZooError, match=r"is not a hub name|cannot be fetched"):
         local_folder(name)
 
 

@@ -1,4 +1,4 @@
-"""What is said of a data file that is not there: users look for the place where it was looked for."""
+"""The error for a missing data file, with the place where data sets are expected."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ from zoo.registry import ZooError
 
 
 def absent(path: Path | str, more: str = "", what: str = "file") -> ZooError:
-    """Return the error for a path that does not exist; `more` says what else is known."""
+    """Return the error for a path that does not exist; `more` is a further sentence."""
     root = os.environ.get("ZOO_DATA")
     if Path(path).absolute().is_relative_to(Path(root or "data").absolute()):
         where = "Presets look for data sets below"
     else:
-        where = "This path was stated as it is. Data sets named as presets, data=[<name>], are looked for below"
+        where = "This path was given explicitly. Data sets named as presets, data=[<name>], are expected below"
     where += f" {root!r} (ZOO_DATA)." if root else " 'data'; ZOO_DATA names another folder."
     return ZooError(" ".join(said for said in (f"There is no {what} {str(path)!r}.", more, where) if said))

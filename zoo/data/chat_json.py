@@ -1,7 +1,7 @@
 """Questions and dialogs in JSON files: LLaVA's format, chat messages, or columns of question and answer.
 
-How a record is read stands in `records.py`. Images are files below a folder or members of tar archives. Training can
-take all dialogs about the same images as one sample, which the model reads with the image in front once.
+Records are read by `records.py`. Images are files below a folder or members of tar archives. Training can take all
+dialogs about the same images as one sample, in which the images are encoded once.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from zoo.data.records import RecordFields, inline_image, read_record, record_id,
 from zoo.registry import MISSING, Dataset, Dialog, RecordError, Sample, ZooError, naming, register
 from zoo.vision.images.video import VIDEOS, Video
 
-OTHER_SPLIT = ("",)  # in place of what a record begins with
+OTHER_SPLIT = ("",)  # in place of a head: the record belongs to another split
 
 
 @dataclass
@@ -23,12 +23,12 @@ class ChatJsonConfig(RecordFields):
     file: str = MISSING  # .json, .jsonl or the same with .gz; {split} in the name is replaced
     images: str = ""  # folder, tar archive or pattern such as shards/*.tar; empty: the folder of the file
     split: str = "train"  # part of the file name, or the value wanted in split_field
-    eval_split: str = ""  # split to evaluate on where a run has data for training only; empty: none
-    split_field: str = ""  # column that says which split a record belongs to; empty: all records
-    frames: int = 8  # of a video (a file in the place of an image that ends in .mp4, .webm and the like), evenly
-    group_by_image: bool = False  # one sample for all records about the same images, each a dialog of its own
-    limit: int = 0  # first records only; 0: all
-    check: bool = True  # every record when the file is opened, so that a broken one is named now; skip_broken=true: off
+    eval_split: str = ""  # split for evaluation if the run has training data only; empty: none
+    split_field: str = ""  # column with the split of a record; empty: all records are taken
+    frames: int = 8  # frames of a video (a file named as an image that ends in .mp4, .webm and the like), evenly spaced
+    group_by_image: bool = False  # one sample for all records about the same images, with a dialog for each
+    limit: int = 0  # number of records, the first ones; 0: all
+    check: bool = True  # read every record when the file is opened, to report broken ones early; skip_broken=true: off
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +38,7 @@ class ChatJsonConfig(RecordFields):
 
 @register("dataset", "chat_json")
 class ChatJson(Dataset):
-    """A file of records, read and checked when it is opened; images are left alone until they are looked at."""
+    """A file of records, read and checked when it is opened; images are opened when a sample is taken."""
 
     def __init__(self, config: ChatJsonConfig) -> None:
         self.config = config
@@ -76,22 +76,22 @@ class ChatJson(Dataset):
         return self.records.where(self.groups[index][0])
 
     def train_split(self) -> "ChatJson":
-        """The training records of the same file or set: what is common there is what a blind guess knows."""
+        """Return the training records of the same file or set, for baselines of constant answers."""
         config = self.config
         if config.split == "train" or not (config.split_field or "{split}" in config.file):
             return self
         return ChatJson(replace(config, split="train", limit=0))
 
     def eval_split(self) -> "ChatJson | None":
-        """The records to evaluate on; None where the config names no such split."""
+        """Return the records for evaluation; None without an `eval_split`."""
         if not self.config.eval_split:
             return None
         return ChatJson(replace(self.config, split=self.config.eval_split, limit=0))
 
     def _groups(self) -> list[tuple[int, ...]]:
-        """Return the indices behind each sample. Every record is read once, so that the first broken one is named now.
+        """Return the indices of each sample's records. Every record is read once, to report the first broken one.
 
-        With `check` off as few as can be are read, and a broken one is a sample that says so when it is asked for.
+        Without `check` as few as possible are read, and a broken record raises when its sample is taken.
         """
         config = self.config
         number = len(self.records)
@@ -120,10 +120,10 @@ class ChatJson(Dataset):
         return sorted([*kept, *map(tuple, by_image.values())])
 
     def _head(self, index: int) -> tuple[Any, ...] | None:
-        """What a record begins with, for `group_by_image`; None: it is a sample by itself.
+        """Return the head of a record, by which `group_by_image` groups; None: the record is a sample of its own.
 
         Raises:
-            ZooError: it is broken.
+            ZooError: the record is broken.
         """
         record = self.records[index]
         where = self._where(record, index)
@@ -155,7 +155,7 @@ class ChatJson(Dataset):
 
 
 def _name_videos(dialog: Dialog, sources: list[Any]) -> None:
-    """Say `video` in the parts that show one."""
+    """Set the type of parts that show a video to `video`."""
     parts = [p for m in dialog.messages if not isinstance(m["content"], str) for p in m["content"]]
     for part, source in zip([p for p in parts if p["type"] in ("image", "video")], sources, strict=False):
         if isinstance(source, Video):

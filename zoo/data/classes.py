@@ -24,16 +24,16 @@ class ClassesConfig:
     images: str = MISSING  # IDX file of images, plain or .gz; {split} in the name is replaced
     labels: str = MISSING  # IDX file of labels, in the same order
     classes: list[str] = MISSING  # name of each label, from 0
-    split: str = "train"  # put for {split} in the names of the files
-    eval_split: str = ""  # split to evaluate on where a run has data for training only; empty: none
+    split: str = "train"  # replaces {split} in the names of the files
+    eval_split: str = ""  # split for evaluation if the run has training data only; empty: none
     name_question: str = "What is shown?"  # answered by the name of the class; empty: not asked
     yes_no_question: str = "Is this a {class}?"  # answered by yes or no; empty: not asked
-    yes_no: int = 1  # yes/no questions about each image
+    yes_no: int = 1  # number of yes/no questions about each image
     pairs: bool = False  # each question twice, with the right answer and with a wrong one: pairs for preference losses
     flip: bool = False  # show half of the training pictures mirrored
-    shift: int = 0  # move training pictures by up to so many pixels, both ways; the edge repeats
+    shift: int = 0  # largest shift of training pictures in pixels, in both directions; the edge repeats
     seed: int = 0  # of the classes asked for and of how pictures are moved, with the epoch and the index
-    limit: int = 0  # first images only; 0: all
+    limit: int = 0  # number of images, the first ones; 0: all
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) < max(2, len(self.classes)) and self.classes != MISSING:
@@ -98,14 +98,14 @@ class Classes(Dataset):
         return others[int(random.integers(len(others)))]
 
     def train_split(self) -> "Classes":
-        """The training pictures: what is common there is what a blind guess knows."""
+        """Return the training pictures, for baselines of constant answers."""
         config = self.config
         if config.split == "train" or "{split}" not in config.labels:
             return self
         return Classes(replace(config, split="train", limit=0))
 
     def eval_split(self) -> "Classes | None":
-        """The pictures to evaluate on; None where the config names no such split."""
+        """Return the pictures for evaluation; None without an `eval_split`."""
         if not self.config.eval_split:
             return None
         return Classes(replace(self.config, split=self.config.eval_split, limit=0))
@@ -138,7 +138,7 @@ def read_idx(path: Path) -> np.ndarray:
     """Read an IDX file of bytes: two zeros, type 8, the number of dimensions, their sizes, the values.
 
     Raises:
-        ZooError: the file is absent, of another kind, or shorter than it says.
+        ZooError: the file is missing, of another format, or shorter than its header states.
     """
     try:
         data = path.read_bytes()
@@ -148,9 +148,9 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise ZooError(f"{path} cannot be read: {error}") from None
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise ZooError(f"{path} is no IDX file of bytes: it begins with {data[:4].hex()}, not 000008.")
+        raise ZooError(f"{path} is not an IDX file of bytes: it begins with {data[:4].hex()}, not 000008.")
     start = 4 + 4 * data[3]
     shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))
     if len(data) - start != int(np.prod(shape)):
-        raise ZooError(f"{path} says {shape}, which is {int(np.prod(shape))} values, and holds {len(data) - start}.")
+        raise ZooError(f"{path} states {shape}, which is {int(np.prod(shape))} values, and holds {len(data) - start}.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

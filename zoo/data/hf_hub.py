@@ -1,6 +1,6 @@
 """Hugging Face datasets: from the hub, or parquet, arrow and `save_to_disk` folders on disk; whole or streamed.
 
-Needs the extra `datasets`. How a row is read stands in `records.py`. Image columns are kept as they are stored, and
+Needs the extra `datasets`. Rows are read by `records.py`. Image columns are kept as they are stored, and
 decoded where they are used.
 """
 
@@ -36,7 +36,7 @@ class HubDataConfig(RecordFields):
     path: str = MISSING  # org/name on the hub, a folder, or a .parquet, .arrow, .jsonl or .csv file (patterns allowed)
     subset: str = ""  # configuration of a hub data set, such as 2014_captions; empty: its default
     split: str = "train"  # as the hub names it
-    eval_split: str = ""  # split to evaluate on where a run has data for training only; empty: none
+    eval_split: str = ""  # split for evaluation if the run has training data only; empty: none
     revision: str = ""  # commit, tag or branch on the hub; empty: the newest
     streaming: bool = False  # read row by row, without a download in front
     shuffle_buffer: int = 0  # rows among which a stream draws the next, anew in each epoch; 0: the stored order
@@ -78,11 +78,11 @@ class HubData(Records):
         return (self.config,)
 
     def train_split(self) -> "HubData":
-        """The rows of the split called train: what is common there is what a blind guess knows."""
+        """Return the rows of the split `train`, for baselines of constant answers."""
         return self if self.config.split == "train" else HubData(replace(self.config, split="train", limit=0))
 
     def eval_split(self) -> "HubData | None":
-        """The rows to evaluate on; None where the config names no such split."""
+        """Return the rows for evaluation; None without an `eval_split`."""
         if not self.config.eval_split:
             return None
         return HubData(replace(self.config, split=self.config.eval_split, shuffle_buffer=0, limit=0))
@@ -114,7 +114,7 @@ class MappedHubData(HubData, Dataset):
 
 
 class StreamedHubData(HubData, StreamingDataset):
-    """Rows as they come; a stream that was broken off goes on from its place."""
+    """Rows in the order of the stream; an interrupted stream continues from its place."""
 
     @cached_property
     def lengths(self) -> list[int] | None:

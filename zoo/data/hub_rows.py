@@ -40,7 +40,7 @@ def row_image(image: Any, store: ImageStore | None, where: str, path: str) -> An
         path: of the data set.
 
     Raises:
-        ZooError: it is no image, or its file is not of the data set.
+        ZooError: it is not an image, or its file does not belong to the data set.
     """
     if isinstance(image, dict) and ("bytes" in image or "path" in image):
         if image.get("bytes"):
@@ -54,7 +54,7 @@ def row_image(image: Any, store: ImageStore | None, where: str, path: str) -> An
     if data is not None:
         return data
     if store is None:
-        raise ZooError(f"{where}: the image is the name {image!r}; say with images=... where the files are.")
+        raise ZooError(f"{where}: the image is the name {image!r}; give the place of the files with images=...")
     return store.find(image, where)
 
 
@@ -69,8 +69,8 @@ def _named_by_row(name: str, store: ImageStore | None, where: str, path: str) ->
         name = Path(name).relative_to(root.absolute()).as_posix()
     elif store is None and root is None:
         raise ZooError(
-            f"{where}: the image is the file {name!r}, which is none of the data set. Nothing else is read: say with "
-            "images=... where the files are."
+            f"{where}: the image is the file {name!r}, which does not belong to the data set. Only its own files are "
+            "read: give the place of others with images=..."
         )
     files = store if store is not None else Folder(root or place)
     return files.find(name, where)
@@ -167,7 +167,7 @@ def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
 
 
 def _refuse_pipes(path: Path) -> None:
-    """Refuse what the library would wait for, for ever: a pipe, a socket or a device in the place of a file."""
+    """Refuse pipes, sockets and devices, on which the library would wait without end."""
     pattern = set(path.name) & set("*?[")
     found = path.parent.glob(path.name) if pattern else path.rglob("*") if path.is_dir() else [path]
     for file in islice(found, 100_000):
@@ -185,7 +185,7 @@ def _what(config: HubRows) -> tuple[tuple[str, str | None], dict[str, Any]]:
 
 @contextmanager
 def _named(config: HubRows, doing: str = "opened") -> Iterator[None]:
-    """Name the data set in what the library and its file formats raise."""
+    """Add the data set's name to errors of the library and its file formats."""
     try:
         yield
     except ZooError:
@@ -198,8 +198,8 @@ def read_rows(rows: Any, config: HubRows) -> Iterator[dict[str, Any]]:
     """Iterate over a stream.
 
     Raises:
-        ZooError: a file breaks off or cannot be fetched, and the message says behind how many rows; or this is a
-            loader worker, to which the library would give some of the shards only.
+        ZooError: a file is truncated or cannot be fetched, with the number of rows read; or this is a loader worker, to
+            which the library would give only some of the shards.
     """
     from torch.utils.data import get_worker_info
 

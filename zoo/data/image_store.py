@@ -1,6 +1,6 @@
-"""Images by the names that records give them: files below a folder, or members of tar archives.
+"""Find images by their names in records: files below a folder, or members of tar archives.
 
-A name can never reach a file outside: absolute names, `..` and links that lead out are refused.
+Names cannot reach files outside: absolute names, `..` and links that lead out are refused.
 """
 
 import tarfile
@@ -38,7 +38,7 @@ class TarMember:
 
 
 class ImageStore(Protocol):
-    """Gives what `open_image` takes."""
+    """Maps a name to a source of `open_image`."""
 
     def find(self, name: str, where: str) -> Path | TarMember: ...
 
@@ -53,7 +53,7 @@ class Folder:
         """Return the path of an image.
 
         Raises:
-            ZooError: the name leads out of the folder, or there is no such file; `where` says which record asked.
+            ZooError: the name leads out of the folder, or there is no such file; the message begins with `where`.
         """
         refuse_escape(name, where)
         try:
@@ -61,9 +61,7 @@ class Folder:
             found = path.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # too long, no text, links in a circle
             reason = getattr(error, "strerror", None) or error
-            raise ImageError(
-                f"{where}: the image {name[:80]!r} cannot be looked for in {self.root}: {reason}."
-            ) from None
+            raise ImageError(f"{where}: the image {name[:80]!r} cannot be found in {self.root}: {reason}.") from None
         if not path.is_relative_to(self.root):
             raise ZooError(f"{where}: image {name!r} is a link that leads out of {self.root}.")
         if not found:
@@ -72,7 +70,7 @@ class Folder:
 
 
 class _NoFurther:
-    """A file whose reads end where it ends: a header may state any size, and memory is taken for what is asked for."""
+    """A file whose reads are limited to its size: a header may state any size, which a read would allocate."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
@@ -120,7 +118,7 @@ class Archives:
         """Return a member.
 
         Raises:
-            ZooError: no archive has it; `where` says which record asked.
+            ZooError: no archive has it; the message begins with `where`.
         """
         refuse_escape(name, where)
         member = self._members.get(_plain(name))

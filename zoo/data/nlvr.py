@@ -3,12 +3,12 @@
 Paper: Suhr et al., A Corpus of Natural Language for Visual Reasoning, ACL 2017. Reads the official JSON fields
 (`identifier`, `sentence`, `label`, `structured_rep`) and draws the images from the structure; no pixels are stored.
 Training files are those of our selection of the corpus: official examples, other images of the same presentations, and
-sentences paired with further training images. The last two carry labels computed by programs, so a score of a model
-trained on them stands beside published ones with a note.
+sentences paired with further training images. The last two have labels computed by programs, so the score of a model
+trained on them needs a note beside published ones.
 
-`boxes`, the default, gives three images of 100 x 100: a small encoder with patches of 10 sees the smallest shape as one
-patch, and no pixel of the gaps costs a token. `canvas` is the official 400 x 100, `square` a 224 x 224 arrangement of
-two rows for encoders that take one square image.
+`boxes`, the default, gives three images of 100 x 100: with patches of 10 pixels the smallest shape is one patch, and
+gaps between boxes cost no tokens. `canvas` is the official 400 x 100, `square` a 224 x 224 arrangement of two rows for
+encoders that take one square image.
 """
 
 import os
@@ -45,7 +45,7 @@ class NLVRConfig:
     probes: int = 0  # questions about the structure itself, made up for each training picture and epoch
     probe_kinds: list[str] = field(default_factory=lambda: list(PROBE_KINDS))  # point | list | count | statement
     most_sentences: int = 16  # of a training sample; more are drawn from in each epoch
-    prompt: str = "True or false: {sentence}"  # what the user says
+    prompt: str = "True or false: {sentence}"  # text of the user turn
     plain_text: bool = False  # sentences in lower case and without the full stop
     grid: int = 0  # cells per side of dense labels of each image, as in `scenes`; 0: none
     seed: int = 0  # of the order of boxes and the choice of sentences, with the epoch and the index
@@ -121,7 +121,7 @@ class NLVR(Dataset):
         return Sample(f"{self.config.split}-{identifier}", list[Drawing | Any](images), dialogs, targets)
 
     def train_split(self) -> "NLVR":
-        """The training examples: what is common there is what a blind guess knows."""
+        """Return the training examples, for baselines of constant answers."""
         return self if self.training else NLVR(replace(self.config, split="train", limit=0))
 
     def eval_split(self) -> "NLVR | None":

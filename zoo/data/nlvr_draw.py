@@ -70,7 +70,7 @@ class Sprites:
         except FileNotFoundError:
             raise absent(path, "It holds the coverage of each shape.") from None
         except (KeyError, ValueError) as error:
-            raise ZooError(f"{path} is no table of coverage: {error}.") from None
+            raise ZooError(f"{path} is not a table of coverage: {error}.") from None
         self.paint: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
         for s, side in enumerate(SIZES):
             for t, name in enumerate(TYPES):
@@ -114,7 +114,7 @@ def drawings(sprites: Sprites, boxes: list[list[Shape]], layout: str) -> list[Dr
 
 
 def cell_labels(images: list[Drawing], grid: int) -> np.ndarray:
-    """What stands in each cell of a grid over each image: (images, grid * grid, 7) int16.
+    """Label each cell of a grid over each image: (images, grid * grid, 7) int16.
 
     The columns are those of `scenes`: colour, shape and size (0: ground, else 1 + index), then the box as x1 y1 x2 y2
     in 32 bins (ignored on the ground). A cell belongs to the shape whose square holds its centre, or comes within a
@@ -127,7 +127,10 @@ def cell_labels(images: list[Drawing], grid: int) -> np.ndarray:
         span = np.array([width, height])
         in_boxes = zip(image.layout.corners, image.boxes, strict=True)
         placed = [(left + x, top + y, s, t, c) for (left, top), some in in_boxes for x, y, s, t, c in some]
-        for reach in (1, 0):  # shapes may stand one pixel apart: what is inside of one beats what is beside another
+        for reach in (
+            1,
+            0,
+        ):  # shapes may be one pixel apart: the inside of one has precedence over the margin of another
             for x, y, s, t, c in placed:
                 start = np.array([x, y])
                 first = np.ceil((start - reach) * grid / span - 0.5).astype(int).clip(0)

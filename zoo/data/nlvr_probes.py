@@ -1,12 +1,12 @@
-"""Questions about the structure of an NLVR picture, made up by the program: what a small model has to see first.
+"""Generated questions about the structure of an NLVR picture, as a first stage for small models.
 
-One true-or-false label for a sentence is a weak teacher: a small model that cannot read its image tokens yet stays at
-chance through three passes over the corpus. Naming what stands at a place, or the top of a tower, is learnt in minutes,
-and the words are those of the sentences.
+A true-or-false label per sentence is a weak signal: a small model that cannot read its image tokens yet stays at chance
+through three epochs of the corpus. Naming the object at a place, or the top of a tower, is learned in minutes, with the
+words of the sentences.
 
-What asks for a number or for true or false is balanced by its words: one pair of question and answer is kept the more
-often, the rarer this answer is among reference pictures. Else "there are at most 9 items" is true wherever it is asked,
-and guessing from the words pays more than looking.
+Questions for a number or for true or false are balanced by their words: a pair of question and answer is kept the more
+often, the rarer this answer is among reference pictures. Otherwise "there are at most 9 items" is always true, and
+guessing from the words gives a lower loss than reading the image.
 """
 
 from collections import Counter
@@ -80,11 +80,11 @@ class Probes:
         return least / max(counts[answer], least)
 
 
-# ---- what stands where
+# ---- objects at places
 
 
 def _point(random: Random, boxes: Boxes, tower: bool) -> Probe:
-    """Ask what stands at a place, in tenths of the box's side; one place in ten is drawn anywhere."""
+    """Ask for the object at a place, in tenths of the box's side; one place in ten is drawn uniformly."""
     number = int(random.integers(3))
     x, y = (int(v) for v in random.integers(10, size=2))
     if boxes[number] and random.random() < 0.9:
@@ -283,7 +283,7 @@ def _at_wall(item: Shape) -> bool:
 
 
 def _pick(random: Random) -> tuple[str, Callable[[Shape], bool]]:
-    """Words for some kind of object, and what tells it."""
+    """Return words for a kind of object, and a predicate for it."""
     color = int(random.integers(-1, 3))  # -1: any
     shape = int(random.integers(-1, 3))
     size = int(random.integers(3)) if random.random() < 0.15 else -1

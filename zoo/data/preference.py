@@ -1,9 +1,9 @@
 """Pairs of answers to the same prompt, one preferred: records with `prompt`, `chosen`, `rejected` and images.
 
-The forms that TRL and the published sets use are read alike: texts (RLAIF-V says `question` for the prompt), lists of
-chat turns or of LLaVA's, one such turn, or two whole conversations that begin alike and need no prompt. A sample is two
-dialogs that share the images: the chosen one, which may also be learnt as any answer, and the rejected one, which never
-is. In evaluation the chosen answer counts as the right one.
+All forms of TRL and of published sets are read: texts (RLAIF-V calls the prompt `question`), lists of chat turns or of
+LLaVA's, one such turn, or two whole conversations that begin alike and need no prompt. A sample is two dialogs that
+share the images: the chosen one, which may also be learned as any answer, and the rejected one, which never is. In
+evaluation the chosen answer is the right one.
 """
 
 from collections.abc import Mapping

@@ -1,12 +1,12 @@
-"""JSON records of a file, held as one block of bytes, and where each of them begins and ends.
+"""JSON records of a file, kept as one block of bytes with the offsets of each record.
 
-A list of a million dicts is copied page by page into every loader worker, because counting references writes to it. One
-`bytes` object and three arrays of numbers are shared as they are; a record is parsed when it is asked for. The file is
-in memory once, beside a window of some MB in which records are found, however many of them share a line.
+A list of a million dicts would be copied page by page into every loader worker, since reference counts are written. One
+`bytes` object and three arrays are shared between processes; a record is parsed when it is taken. The file is in memory
+once, beside a window of some MB in which records are located, however many of them share a line.
 
-Files are as people and tools write them: UTF-8, UTF-16 or UTF-32, with a byte order mark or without, also in the middle
-where files were joined; lines end in LF, CR or both; a list may stand in a `.jsonl` and lines in a `.json`; a comma may
-stand behind the last record. What cannot be read rightly is an error with file, line and reason.
+Files may be UTF-8, UTF-16 or UTF-32, with or without a byte order mark, also in the middle of joined files; lines end
+in LF, CR or both; a `.jsonl` may hold a list and a `.json` lines; a comma may follow the last record. Anything
+ambiguous is an error with file, line and reason.
 """
 
 import codecs
@@ -25,26 +25,26 @@ from zoo.data.absent import absent
 from zoo.registry import ZooError
 from zoo.registry.foreign import require_file
 
-WINDOW = 1 << 20  # bytes that are looked at at once; more where a record is longer
+WINDOW = 1 << 20  # bytes decoded at a time; more for longer records
 BLANK = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*")
 LINE = re.compile(rb"[^\r\n]+")
 LINES = {".jsonl", ".ndjson"}
-NEAR_THE_END = 16  # characters: an error so close to the end of a window may be one of the window
+NEAR_THE_END = 16  # characters: a parse error this close to the end of a window may come from its cut
 
 
 class RecordFile:
     """The records of a `.json` (one list), `.jsonl` or gzipped file, by index."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file and find its records; one that is broken is found when it is asked for, where it can be.
+        """Read the file and locate its records; a broken record is reported when it is taken, if possible.
 
         Raises:
-            ZooError: the file does not exist or is no such file, or its list cannot be told into records.
+            ZooError: the file does not exist, has another format, or its list cannot be split into records.
         """
         self.path = path
         suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
         if suffix not in {".json", *LINES}:
-            raise ZooError(f"{path} is no file of records: allowed are .json, .jsonl and the same with .gz.")
+            raise ZooError(f"{path} is not a file of records: allowed are .json, .jsonl and the same with .gz.")
         self._block = _read(path)
         starts, ends, lines = array("q"), array("q"), array("i")
         for start, end, line in _places(path, self._block, suffix in LINES):
@@ -69,11 +69,11 @@ class RecordFile:
             record = _DECODER.decode(text)
         except json.JSONDecodeError as error:
             place = self.where(index, error.lineno - 1)
-            raise ZooError(f"{place} is no JSON: {self._reason(index, error, text)}") from None
+            raise ZooError(f"{place} is not JSON: {self._reason(index, error, text)}") from None
         except UnicodeDecodeError as error:
             raise ZooError(f"{self.where(index)}: {_no_utf8(error)}") from None
         except (ValueError, RecursionError) as error:
-            raise ZooError(f"{self.where(index)} is no JSON: {_said(error)}.") from None
+            raise ZooError(f"{self.where(index)} is not JSON: {_said(error)}.") from None
         if not isinstance(record, dict):
             raise ZooError(f"{self.where(index)} holds a {type(record).__name__}; a record is an object with fields.")
         return record
@@ -93,7 +93,7 @@ class RecordFile:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different: of two values for one key there is no right one."""
+    """Build an object, and refuse duplicate keys: either value could be meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -104,12 +104,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 _FINDER = json.JSONDecoder()
-_UNPACKED = 200  # times that records may be longer than they are in gzip; texts are ten times as long
-_BESIDE = 1 << 28  # bytes that any may have
+_UNPACKED = 200  # largest compression ratio of gzip files; that of texts is about 10
+_BESIDE = 1 << 28  # unpacked bytes allowed for files of any ratio
 
 
 def _read(path: Path) -> bytes:
-    """The file as UTF-8."""
+    """Read a file, unpacked and converted to UTF-8."""
     packed = path.suffix == ".gz"
     try:
         size = require_file(path) if path.exists() else 0
@@ -118,7 +118,7 @@ def _read(path: Path) -> bytes:
             data = file.read(most + 1) if packed else file.read()
         if packed and len(data) > most:
             raise ZooError(
-                f"{path} unpacks to more than {_UNPACKED} times its {size:,} bytes: it is no file of records."
+                f"{path} unpacks to more than {_UNPACKED} times its {size:,} bytes: it is not a file of records."
             )
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.json*")) if path.parent.is_dir() else []
@@ -138,7 +138,7 @@ def _read(path: Path) -> bytes:
 
 
 def _places(path: Path, data: bytes, lines: bool) -> Iterator[tuple[int, int, int]]:
-    """Yield where each record begins and ends, and its line."""
+    """Yield start, end and line of each record."""
     at = _behind_blanks(data, 0)
     first = data[at : at + 1]
     if first == b"[":
@@ -170,13 +170,15 @@ def _lines(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _elements(path: Path, data: bytes, at: int, close: str) -> Iterator[tuple[int, int, int]]:
     """Yield the values of a list, up to the bracket that closes it; without one, values that follow one another."""
     line, counted, number = 1, 0, 0
-    text, offset, until, size = "", 0, 0, WINDOW  # what is decoded, how far we are in it, the byte where it ends
+    text, offset, until, size = "", 0, 0, WINDOW  # decoded window, offset in it, byte of its end, its size
     at = _behind_blanks(data, at)
     while data[at : at + 1] != close.encode() or not close:
         line, counted = line + data.count(b"\n", counted, at), at
         if at >= len(data):
             if close:
-                raise ZooError(f"{path}:{line} is no JSON: the file ends before its list is closed; it may be cut off.")
+                raise ZooError(
+                    f"{path}:{line} is not JSON: the file ends before its list is closed; it may be cut off."
+                )
             return
         if offset >= len(text):
             text, offset, until = _decoded(path, data, at, size), 0, min(at + size, len(data))
@@ -189,10 +191,10 @@ def _elements(path: Path, data: bytes, at: int, close: str) -> Iterator[tuple[in
                 below, column = text.count("\n", offset, error.pos), error.pos - text.rfind("\n", 0, error.pos)
                 reason = f"{_said(error)} at column {column}, in record {number + 1}."
                 hint = " The file may have been cut off there." if _is_cut(error, text) else ""
-                raise ZooError(f"{path}:{line + below} is no JSON: {reason}{hint}") from None
+                raise ZooError(f"{path}:{line + below} is not JSON: {reason}{hint}") from None
         except (ValueError, RecursionError) as error:
-            raise ZooError(f"{path}:{line} is no JSON: {_said(error)}, in record {number + 1}.") from None
-        if cut and until < len(data):  # more of it must be looked at
+            raise ZooError(f"{path}:{line} is not JSON: {_said(error)}, in record {number + 1}.") from None
+        if cut and until < len(data):  # the record may continue behind the window: decode a larger one
             size = size * 2 if offset == 0 else WINDOW
             offset = len(text)
             continue
@@ -203,7 +205,7 @@ def _elements(path: Path, data: bytes, at: int, close: str) -> Iterator[tuple[in
             at = _behind_blanks(data, at + 1)
         elif close and at < len(data) and data[at : at + 1] != close.encode():
             line += data.count(b"\n", counted, at)
-            raise ZooError(f"{path}:{line} is no JSON: ',' or ']' must follow a record; it is record {number}.")
+            raise ZooError(f"{path}:{line} is not JSON: ',' or ']' must follow a record; it is record {number}.")
         offset = end + len(data[last:at].decode())
     rest = _behind_blanks(data, at + 1)
     if rest < len(data):
@@ -219,7 +221,7 @@ def _decoded(path: Path, data: bytes, at: int, size: int) -> str:
 
 
 def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether JSON is right as far as it goes."""
+    """Whether a JSON text is only truncated, not wrong."""
     return error.msg.startswith("Unterminated") or error.pos >= len(text.rstrip())
 
 
@@ -233,7 +235,7 @@ def _said(error: Exception) -> str:
 
 def _no_utf8(error: UnicodeDecodeError) -> str:
     return (
-        f"the byte 0x{error.object[error.start]:02x} is no UTF-8. Save the file as UTF-8; one in Latin-1 becomes it by "
+        f"the byte 0x{error.object[error.start]:02x} is not UTF-8. Save the file as UTF-8; convert one in Latin-1 by "
         "iconv -f LATIN1 -t UTF-8."
     )
 
@@ -247,7 +249,7 @@ def _is_whole(line: bytes) -> bool:
 
 
 def _behind_blanks(data: bytes, at: int) -> int:
-    return BLANK.match(data, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+    return BLANK.match(data, at).end()  # type: ignore[union-attr]  # the pattern matches the empty text too
 
 
 def _line(data: bytes, at: int) -> int:

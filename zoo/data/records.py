@@ -2,15 +2,15 @@
 
 `<image>` in the text of a user or system turn marks where an image goes. The rules are:
 
-- as many marks as images: each takes the next image; line breaks and spaces around a mark at the edge of a turn go, the
-  chat template puts its own;
-- images but no mark: they are put in front of the first user turn, in order;
-- a turn that is a list of parts with images among them says where they go: its texts are texts, `<image>` too;
+- as many marks as images: each takes the next image; blanks around a mark at the edge of a turn are removed, since the
+  chat template writes its own;
+- images but no mark: they are put before the first user turn, in order;
+- a turn as a list of parts with images defines their places: its texts are taken literally, `<image>` too;
 - anything else is an error that names the record, as is a mark in an assistant turn.
 
-Texts are texts, numbers or truth values; what is neither (an object, NaN, null in a list) is an error and never its
-Python spelling. Braces in a column are no columns of the prompt, and tokens of control in a text are letters
-(`zoo.text.plain_text`): `</s>` in a question ends nothing.
+Texts may be texts, numbers or booleans; other values (an object, NaN, null in a list) are errors, and never converted
+to their Python representation. Braces in a column are not columns of the prompt, and control tokens in a text are
+letters (`zoo.text.plain_text`): `</s>` in a question ends nothing.
 """
 
 from collections import Counter
@@ -35,12 +35,12 @@ ROLES = {
     "system": "system",
 }
 IMAGE_PARTS = ("image", "image_url")
-IMAGE_COLUMNS = ("image", "images")  # looked for where no column is named
+IMAGE_COLUMNS = ("image", "images")  # used if no column is named
 
 
 @dataclass
 class RecordFields:
-    """Where things stand in a record."""
+    """Names of the columns of a record."""
 
     format: str = "auto"  # conversations (LLaVA) | messages | columns (question and answer) | auto: what the record has
     turns_field: str = ""  # list of turns; empty: conversations or messages
@@ -52,7 +52,7 @@ class RecordFields:
     kind_field: str = ""  # row of the score table, such as answer_type; empty: the data set's name
     task_field: str = ""  # name of the task that scores the record; empty: `task`
     task: str = ""  # name of the task that scores all records; empty: the one asked for
-    prompt: str = "{question}"  # what the user says; braces take any column of the record
+    prompt: str = "{question}"  # text of the user turn; braces take any column of the record
     system: str = ""  # system turn put before dialogs that have none
     meta_fields: list[str] = field(default_factory=list)  # columns written beside predictions
 
@@ -75,10 +75,10 @@ def _columns_of(prompt: str) -> list[str]:
 
 
 def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> tuple[list[Any], Dialog]:
-    """Return the images of a record, as it names them, and its dialog.
+    """Return the images of a record, by their names in it, and its dialog.
 
     Raises:
-        ZooError: something is missing or does not fit; the message begins with `where`.
+        ZooError: a column is missing or wrong; the message begins with `where`.
     """
     images = images_of(record, fields, where)
     turns_field = _turns_field(record, fields, where)
@@ -103,7 +103,7 @@ def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> 
 
 
 def record_id(record: Mapping[str, Any], fields: RecordFields) -> str:
-    """Return what the record calls itself, or nothing."""
+    """Return the id of a record, or an empty text."""
     for name in [fields.id_field] if fields.id_field else ["id", "qid", "question_id"]:
         if record.get(name) is not None:
             return str(record[name])
@@ -111,7 +111,7 @@ def record_id(record: Mapping[str, Any], fields: RecordFields) -> str:
 
 
 def place_images(messages: list[dict[str, Any]], num_images: int, where: str) -> None:
-    """Check the image parts of `messages` against the number of images; put all images first where there is no part.
+    """Check the image parts of `messages` against the number of images; without parts, put all images first.
 
     Raises:
         ZooError: the counts differ.
@@ -130,9 +130,9 @@ def place_images(messages: list[dict[str, Any]], num_images: int, where: str) ->
 
 
 def shared_head(dialog: Dialog) -> str | None:
-    """Return all that is said up to the last image; None where there is no image, or one behind an answer.
+    """Return the dialog up to its last image; None without an image, or with one after an answer.
 
-    Dialogs with the same head can be read behind one another with the images in front once.
+    Dialogs with the same head can share it as a prefix, so that the images are encoded once.
     """
     images = [(n, m) for n, message in enumerate(dialog.messages) for m in range(_marks(message["content"]))]
     if not images:
@@ -213,7 +213,7 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
                 queue.insert(sum(_marks(m["content"]) for m in messages) + _marks(parts), part["source"])
             parts.append({key: value for key, value in part.items() if key != "source"})
         if ROLES[speaker] == "assistant" and _marks(parts):
-            raise ZooError(f"{at}: the assistant cannot say {MARK}; images belong to the user's turns.")
+            raise ZooError(f"{at}: an assistant turn cannot have {MARK}; images belong to the user's turns.")
         messages.append({"role": ROLES[speaker], "content": parts})
     return messages, queue
 
@@ -228,7 +228,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(content, Sequence):
         raise ZooError(f"{where}: a text or a list of parts is needed, got {type(content).__name__}.")
     kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
-    shows = any(kind in IMAGE_PARTS for kind in kinds)  # then texts beside them are texts
+    shows = any(kind in IMAGE_PARTS for kind in kinds)  # then `<image>` in texts is taken literally
     parts: list[dict[str, Any]] = []
     for part, kind in zip(content, kinds, strict=True):
         if isinstance(part, str) or kind == "text":
@@ -291,7 +291,7 @@ def _choices(value: Any, where: str) -> list[str]:
 
 
 def _as_text(value: Any, where: str) -> str:
-    """A text, or a number or truth value as one."""
+    """Convert a text, number or boolean to a text."""
     if value is None or isinstance(value, (Mapping, list, tuple, bytes)):
         raise ZooError(f"{where}: a text is needed, got {_shown(value)}.")
     if isinstance(value, float) and not isfinite(value):
@@ -300,7 +300,7 @@ def _as_text(value: Any, where: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message shows it."""
+    """Format a value for a message."""
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 

@@ -1,4 +1,4 @@
-"""The world of `scenes`: which objects stand where, and how they look. Everything is drawn many scenes at a time."""
+"""Draw the objects of `scenes`, with their places and appearance, many scenes at a time."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def pair_table(level: Level) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place(rng: np.random.Generator, n: int, level: Level, size: int, held_out: bool) -> Objects:
-    """Draw the objects of n scenes. No pair of colour and shape stands twice in a scene; half the scenes repeat a
+    """Draw the objects of n scenes. No pair of colour and shape occurs twice in a scene; half the scenes repeat a
     colour or a shape on purpose, so that questions cannot be answered from one attribute.
 
     Args:
@@ -88,7 +88,7 @@ def place(rng: np.random.Generator, n: int, level: Level, size: int, held_out: b
         n: number of scenes.
         level: difficulty.
         size: side of the image in pixels.
-        held_out: let the first object of each scene be a held-out pair; otherwise none stands anywhere.
+        held_out: make the first object of each scene a held-out pair; otherwise held-out pairs do not occur.
     """
     lowest, k = level.objects
     seen, held = pair_table(level)
@@ -222,7 +222,7 @@ def _bilinear(coarse: int, fine: int) -> np.ndarray:
 
 
 def cell_labels(objects: Objects, grid: int, bins: int, size: int, ignore: int) -> np.ndarray:
-    """What stands in each cell of a grid: (n, grid * grid, 7) int16.
+    """Label each cell of a grid: (n, grid * grid, 7) int16.
 
     A cell belongs to the uppermost object whose bounding box, one pixel wider, holds its centre. The seven labels are
     colour, shape and size (0: ground, else 1 + index) and the box as bins (`ignore` on the ground).

@@ -1,9 +1,9 @@
-"""Wrong answers about drawn scenes, for pairs of answers of which one sees what is not there.
+"""Wrong answers about drawn scenes, for pairs of a true answer and a hallucinated one.
 
 The wrong answer of `exist` and `relation` is the opposite one; that of a colour, shape, size or count is another of its
-kind, one that stands in the picture where there is such a one; and a caption's names an object that the picture lacks
-in the place of one that it has. What `exist` asks about is absent half of the time and mostly close to what is there,
-as in POPE's adversarial questions (arXiv:2305.10355).
+kind, one of the picture if possible; and a caption's has an object that the picture lacks in the place of one that it
+has. The subject of `exist` is absent half of the time and mostly close to a present one, as in POPE's adversarial
+questions (arXiv:2305.10355).
 """
 
 from __future__ import annotations

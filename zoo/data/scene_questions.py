@@ -14,21 +14,21 @@ TASKS = {"box": "boxes", "caption": "caption"}  # the rest: exact
 SIDES = ("left of", "right of", "above", "below")
 CHOICES = ("left or right of", "above or below")
 
-COUNT_ODDS = (0.25, 0.3, 0.3, 0.15)  # of asking for a colour or shape that stands 0, 1, 2, 3 times in the scene
+COUNT_ODDS = (0.25, 0.3, 0.3, 0.15)  # of asking for a colour or shape that occurs 0, 1, 2, 3 times in the scene
 CHOICE_ODDS = 1 / 2  # of asking for a relation as `left or right`, not as `is it left`
-NEAR_MISS = (0.3, 1.8, 3.8)  # weight of an absent pair of which neither, one, or both halves stand in the scene
+NEAR_MISS = (0.3, 1.8, 3.8)  # weight of an absent pair of which neither, one, or both halves occur in the scene
 LEAST_OFFSET = 4 / 64  # of the image's side: relations that differ by less are not asked
 
 
 def ask(
     rng: np.random.Generator, objects: Objects, level: Level, wanted: list[int], bins: int, size: int, held_out: bool
 ) -> np.ndarray:
-    """Ask `wanted` (kinds, one for each slot) about each scene; a kind that a scene cannot be asked becomes another.
+    """Ask `wanted` (a kind for each slot) about each scene; a kind that does not apply to a scene is replaced.
 
     With `held_out`, every question is about the scene's first object, or about an absent pair of those held out.
 
     Returns:
-        (n, slots, 8) int16: the kind, three numbers that say what is asked about, and four that are the answer.
+        (n, slots, 8) int16: the kind, three numbers for the subject of the question, and four for the answer.
     """
     n, m = len(objects.count), len(wanted)
     asked = _Scenes(rng, objects, level, bins, size, held_out)
@@ -155,7 +155,7 @@ class _Scenes:
         return _three(self.pair[self.rows, chosen]), self.boxes[self.rows, chosen], valid
 
     def point(self, m: int):
-        """What stands at the centre of an object; asked only where no later object's box reaches."""
+        """Ask for the object at a point, the centre of one; not for centres inside a later object's box."""
         chosen = self.pick(m)
         x, y = self.objects.x[self.rows, chosen], self.objects.y[self.rows, chosen]  # (n, m)
         reach = self.objects.radius[:, None]
@@ -174,7 +174,7 @@ class _Scenes:
 
 
 def _tally(values: np.ndarray, exists: np.ndarray, num: int) -> np.ndarray:
-    """How often each of `num` values stands in each scene: (n, num)."""
+    """Count each of `num` values in each scene: (n, num)."""
     return ((values[..., None] == np.arange(num)) & exists[..., None]).sum(1)
 
 

@@ -1,9 +1,9 @@
 """Coloured shapes on a textured ground, drawn by the program, with questions whose answers are exactly known.
 
 Each sample is one scene and about seventeen dialogs: existence, colour, shape, size, count, spatial relation, bounding
-box, and what stands at a point. Pictures and questions are a function of (seed, split, index), questions also of the
+box, and the object at a point. Pictures and questions are a function of (seed, split, index), questions also of the
 epoch. Four pairs of colour and shape never occur in training; in the eval split a quarter of the scenes hold one, and
-all that is asked there is about it and marked `held_out`, so that it is counted apart.
+all questions there are about it and marked `held_out`, to be scored separately.
 
 Boxes are four words, x1 y1 x2 y2, each from 0 to 31: the image's side is divided into 32.
 """
@@ -27,7 +27,7 @@ from zoo.registry import IGNORE_INDEX, Dataset, Dialog, Sample, ZooError, regist
 
 SPLITS = ("train", "eval")
 BINS = 32  # words for a coordinate
-CHUNK = 16  # scenes in a chunk: drawn together, few enough that nobody waits for the first batches
+CHUNK = 16  # scenes in a chunk, drawn together; small, so that the first batches are ready soon
 
 QUESTIONS = {
     "exist": 4,
@@ -124,7 +124,7 @@ class Scenes(Dataset):
         return Scenes(replace(self.config, split="eval")) if self.config.eval_scenes else None
 
     def train_split(self) -> Scenes:
-        """The training split of the same world: what answers are common there is what a blind guess knows."""
+        """Return the training split of the same scenes, for baselines of constant answers."""
         return self if self.training else Scenes(replace(self.config, split="train"))
 
     def scene(self, index: int) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ class Scenes(Dataset):
         return made
 
     def _questions(self, chunk: Chunk, epoch: int) -> np.ndarray:
-        """What is asked about the scenes of a chunk: (CHUNK, slots, 8), see `_dialog`."""
+        """Return the questions about the scenes of a chunk: (CHUNK, slots, 8), see `_dialog`."""
         epoch = epoch if self.training else 0
         if (chunk, epoch) not in self._asked:
             self._asked[chunk, epoch] = scene_questions.ask(
@@ -238,7 +238,7 @@ _WORLDS: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 
 @lru_cache(maxsize=16384)
 def _turns(question: str, answer: str) -> list[dict[str, Any]]:
-    """The chat turns of a dialog. The same list is handed out again, so nobody may change it."""
+    """Return the chat turns of a dialog. The list is cached and shared, so callers must not modify it."""
     asked = [{"type": "image"}, {"type": "text", "text": question}]
     return [
         {"role": "user", "content": asked},

@@ -1,8 +1,8 @@
-"""The order in which the rows of a streaming data set come, and how a process reads those that it needs.
+"""The order of a streaming data set's rows, from which each process reads those that it needs.
 
-An order is asked for each row of each optimiser step, one after the other, and says where it is; whether a row is read
-or passed over changes nothing of what follows. So any number of processes sees the same order, and a run goes on from a
-place that was saved.
+An order is advanced by every row of every optimiser step and has a place that can be saved. Whether a row is read or
+skipped does not change later rows, so the order is the same for any number of processes, and a run resumes from a saved
+place.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from zoo.registry import StreamingDataset, ZooError, naming, placed
 
 @dataclass(frozen=True)
 class StreamRow:
-    """A row as it is stored, with what `sample` of its data set calls it; or a sample, with None."""
+    """A stored row with its number, for the data set's `sample`; or a sample with None."""
 
     value: Any
     number: int | str | None = None
@@ -29,7 +29,7 @@ class StreamOrder(Protocol):
     def place(self) -> dict[str, Any]: ...
 
     def next(self, position: int, wanted: bool) -> StreamRow | None:
-        """Return the next row, which is at `position` of all that the stage sees; None where it is not wanted."""
+        """Return the next row, which is at `position` of the stage's rows; None if it is not wanted."""
 
 
 class InOrder:
@@ -88,21 +88,21 @@ class InOrder:
 
 
 class Lanes:
-    """An order that lets each process read a few shards: several of them are read side by side.
+    """An order that reads several shards in parallel, so that each process reads only a few of them.
 
-    Shards are taken as they are stored, or in an order of the epoch. Up to `lanes` are open, each serves an equal part
-    of the slots of a step, and one that ends makes room for the next. A process computes neighbouring slots: with as
-    many lanes as processes, or a multiple, each shard is read by one of them. The lengths of all shards are known: who
-    reads which rows follows without reading.
+    Shards come in the stored order, or shuffled by epoch. Up to `lanes` are open, each serves an equal part of the
+    slots of a step, and a shard that ends is replaced by the next. Processes take neighbouring slots: with as many
+    lanes as processes, or a multiple, each shard is read by one process. Since the lengths of all shards are known,
+    the rows of each process follow without reading.
 
     Args:
         name: of the data, for errors.
         lengths: rows of each shard.
-        start: (epoch, shard, rows to leave out) -> the other rows of the shard, in the epoch's order.
+        start: (epoch, shard, rows to skip) -> the remaining rows of the shard, in the epoch's order.
         size: slots of a step.
-        lanes: shards that are read side by side, at most.
-        seed: of the order of shards, with the epoch; None: the stored one.
-        place: where to begin.
+        lanes: largest number of shards that are read in parallel.
+        seed: of the order of shards, with the epoch; None: the stored order.
+        place: saved place to continue from.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Published layouts of vision-language models: which family a config belongs to. One line per family.
+"""Published layouts of vision-language models: the family of a config. One line per family.
 
-A family translates the config of a published model and the names of its weights to our slots and back, and says how its
-images are prepared. Everything else (loading, checking, pruning, saving) is the same for all.
+A family translates the config of a published model and the names of its weights to our slots and back, and defines how
+its images are prepared. Everything else (loading, checking, pruning, saving) is the same for all.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ FAMILIES = {
 
 
 def is_published(content: Any) -> bool:
-    """Whether a config.json is that of a published model of a family known here."""
+    """Whether a config.json is that of a published model of a supported family."""
     kind = content.get("model_type") if isinstance(content, Mapping) else None
     return isinstance(kind, str) and kind in FAMILIES
 
 
 def family_named(model_type: str) -> Any:
-    """Return the family that `model_type` names.
+    """Return the family of a `model_type`.
 
     Raises:
         ZooError: there is none.

@@ -1,4 +1,4 @@
-"""The layers of a language model in 8 or 4 bits, by bitsandbytes on CUDA: for models that are asked, or adapted.
+"""Language model layers in 8 or 4 bits, by bitsandbytes on CUDA, for inference and for training adapters.
 
 Weights are read whole to host memory, and each layer is made small on its way to the device: LLM.int8() (Dettmers et
 al., arXiv:2208.07339) or NF4 with its scales quantised too (QLoRA, arXiv:2305.14314). Embeddings, norms, biases and the
@@ -20,7 +20,7 @@ BITS = (8, 4)
 
 
 def require_bits(bits: int, device: torch.device) -> None:
-    """Refuse what bitsandbytes cannot do.
+    """Refuse a model or device that bitsandbytes does not support.
 
     Raises:
         ZooError: no such number of bits, a device other than CUDA, or the package is not there.
@@ -57,15 +57,15 @@ def in_bits(llm: Any, bits: int, device: torch.device) -> list[nn.Parameter]:
                     small = _linear(child, bits)
                     setattr(parent, name, small)
                     made.append(small)
-        nn.Module.to(layer, device)  # here they become small
+        nn.Module.to(layer, device)  # bitsandbytes quantises when moving to CUDA
     nn.Module.to(llm, device)
-    setattr(llm.lm, f"is_loaded_in_{bits}bit", True)  # what PEFT asks
+    setattr(llm.lm, f"is_loaded_in_{bits}bit", True)  # read by PEFT
     llm.provides = frozenset(llm.provides) - {"dense", "moe"}
     return [small.weight for small in made]
 
 
 def layers_in(llm: Any) -> Iterator[Any]:
-    """Yield the layers of a language model that hold their weights in few bits."""
+    """Yield the quantised layers of a language model."""
     import bitsandbytes as bnb
 
     kinds = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
@@ -73,7 +73,7 @@ def layers_in(llm: Any) -> Iterator[Any]:
 
 
 def made_of(layer: Any, weight: torch.Tensor, bits: int) -> bool:
-    """Whether a layer in few bits is what the whole weight (out, in) becomes, to the bit."""
+    """Whether a quantised layer is bit for bit what quantising the weight (out, in) gives."""
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     whole.weight = nn.Parameter(weight, requires_grad=False)
     again = nn.Module.to(_linear(whole, bits), layer.weight.device).state_dict()
@@ -82,7 +82,7 @@ def made_of(layer: Any, weight: torch.Tensor, bits: int) -> bool:
 
 
 def _linear(linear: nn.Linear, bits: int) -> Any:
-    """The same layer as bitsandbytes has it; its weight becomes small when it is moved to CUDA."""
+    """Return the layer as one of bitsandbytes; its weight is quantised when it is moved to CUDA."""
     import bitsandbytes as bnb
 
     sizes = linear.in_features, linear.out_features

@@ -1,6 +1,6 @@
-"""A published checkpoint: its weights by our names, and what a model that is made from it notes of it.
+"""A published checkpoint: its weights by our names, and the record by which a saved model refers to it.
 
-The note is in the config of what is saved later: weights that did not change are not written again.
+The record is in a saved model's config: unchanged weights are not written again.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ class Checkpoint:
 
     Attributes:
         tensors: by our names.
-        record: what a saved model notes: family, checkpoint, revision, fingerprint; None for a zoo model's own folder.
-        unexpected: names in the files that no part has.
-        contradictions: part -> what the config says of it, and what the files hold instead.
+        record: reference in a saved model (family, checkpoint, revision, fingerprint); None: a zoo model's own folder.
+        unexpected: names in the files without a parameter in any part.
+        contradictions: part -> lines with the config's value and that of the files.
     """
 
     folder: Path
@@ -63,10 +63,10 @@ def checkpoint_in(folder: Path, checkpoint: str = "", revision: str = "") -> Che
 
 
 def checkpoint_from(record: Mapping[str, Any]) -> Checkpoint:
-    """Find again the base weights that a saved model was made from.
+    """Find the base weights that a saved model refers to.
 
     Raises:
-        ZooError: they are not there, or not those that the model was saved on.
+        ZooError: they do not exist, or differ from those the model was saved on.
     """
     family_named(str(record.get("family")))
     checkpoint = str(record.get("checkpoint"))
@@ -85,10 +85,10 @@ def checkpoint_from(record: Mapping[str, Any]) -> Checkpoint:
 
 
 def base_at(saved: Mapping[str, Any] | None, place: str) -> dict[str, Any] | None:
-    """What a saved config says of its bases, with the published checkpoint at another place, if one is given.
+    """Return the bases of a saved config, with the published checkpoint at `place` if it is given.
 
     Raises:
-        ZooError: the model was made from no published checkpoint.
+        ZooError: the model was not made from a published checkpoint.
     """
     if not place:
         return dict(saved) if saved else None

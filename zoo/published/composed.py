@@ -1,7 +1,7 @@
-"""What a model that is composed from parts needs so that its images are those of a published layout.
+"""Image processor and tokens of a published layout, for a model that is composed from parts.
 
-Its layout names tokens that stand around tiles, and asks for images that are cut: the image processor of the family
-that the layout comes from cuts them. Without a layout the encoder's own transform is said as one.
+A layout writes tokens around tiles and needs cut images: the image processor of the layout's family cuts them. Without
+a layout the encoder's own transform is translated to an image processor.
 """
 
 import math
@@ -15,7 +15,7 @@ VIDEO = "<video>"  # as the processors of all families have it
 
 
 def cut_by(layout: Mapping[str, Any] | None, transform: ImageTransform | None) -> dict[str, Any] | None:
-    """Say how images are cut for a layout, as values of the image processor of the family that it comes from.
+    """Return the values of an image processor that cuts images for a layout, of the layout's family.
 
     Args:
         layout: node of the slot.
@@ -47,7 +47,7 @@ def cut_by(layout: Mapping[str, Any] | None, transform: ImageTransform | None) -
 
 
 def frames_as(kind: str, processor: Any) -> dict[str, Any]:
-    """What a family's processor asks for that takes videos too, of a model that takes images only.
+    """Return the video arguments that a family's processor requires, for a model that takes images only.
 
     Args:
         kind: class of a video processor, which prepares frames as images that are not cut.
@@ -62,7 +62,7 @@ def frames_as(kind: str, processor: Any) -> dict[str, Any]:
 
 
 def tokens_for(layout: Mapping[str, Any] | None) -> list[str]:
-    """List the tokens that a layout writes into prompts, and those that its family's processor looks for."""
+    """List the tokens that a layout writes into prompts, and those that its family's processor needs."""
     if not layout:
         return []
     if layout["name"] == "anyres":
@@ -78,5 +78,5 @@ def tokens_for(layout: Mapping[str, Any] | None) -> list[str]:
 
 
 def _lines(most: int) -> int:
-    """Lines, and columns, of a square grid that has at most so many tiles, its overview counted."""
+    """Side of the largest square grid with at most this number of tiles, the overview included."""
     return max(1, math.isqrt(most - 1))

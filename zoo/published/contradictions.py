@@ -1,4 +1,4 @@
-"""Where a checkpoint's files hold something else than its config states: said with both values, never dropped."""
+"""Contradictions between a checkpoint's config and its files, reported with both values."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _EMBEDDING = re.compile(r"^llm\.lm\.model\.(embed_tokens|wte|embed_in|embeddings
 
 
 def between(hf: Any, tensors: Mapping[str, Stored | Joined]) -> dict[str, list[str]]:
-    """Compare counts of a config of transformers with what files hold: part -> lines with both values.
+    """Compare counts of a transformers config with those of the files: part -> lines with both values.
 
     What files lack is found when parts are filled; here, what would be left over without a word.
     """
@@ -42,13 +42,13 @@ def between(hf: Any, tensors: Mapping[str, Stored | Joined]) -> dict[str, list[s
 
 
 def _count(tensors: Mapping[str, Any], part: str, pattern: re.Pattern[str]) -> int:
-    """One more than the largest number that a pattern finds in names of a part; 0 where there is none."""
+    """Return one more than the largest number that a pattern finds in names of a part; 0 without a match."""
     found = (pattern.search(name) for name in tensors if name.startswith(f"{part}."))
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def refuse_untied(lm: Any, tensors: Mapping[str, Stored | Joined], folder: Path) -> None:
-    """Refuse two different matrices where the config says that input and output embeddings are one, and the reverse.
+    """Refuse two different matrices if the config ties input and output embeddings, and the reverse.
 
     Args:
         lm: the causal language model that was built from the config.

@@ -1,4 +1,4 @@
-"""The encoder of a composed model as published layouts hold it: a config of transformers, and weights by their names.
+"""Convert the encoder of a composed model for published layouts: a config of transformers, and weights by its names.
 
 Encoders of transformers are written as they are, those of timm and open_clip as their twins (`zoo.published.twins`). A
 composed model keeps the blocks up to the layer that it uses; so does what is written, unless a checkpoint gives the
@@ -23,14 +23,14 @@ _SAME = {"siglip_vision_model": ("idefics3_vision", "smolvlm_vision"),
 
 @dataclass
 class Encoder:
-    """An encoder as it is written.
+    """An encoder in a published layout.
 
     Attributes:
         config: of transformers.
         tensors: by our names (`vision.tower.encoder...`), inside of the tower as files or modules name them.
         layer: that image tokens are taken from, in `hidden_states`.
         norm: the final norm is applied to them.
-        num_prefix: tokens that stand in front of the patches.
+        num_prefix: number of tokens before the patches.
     """
 
     config: Any
@@ -41,7 +41,7 @@ class Encoder:
 
 
 def encoder_of(model: Any, kinds: Collection[str], depth: int = 0) -> Encoder:
-    """Say the encoder of a composed model as one of the kinds that a layout has a place for.
+    """Convert the encoder of a composed model to one of the kinds that a layout supports.
 
     Args:
         model: composed.
@@ -56,7 +56,7 @@ def encoder_of(model: Any, kinds: Collection[str], depth: int = 0) -> Encoder:
         raise ZooError("the model has no vision part")
     name = node.get("name")
     if name not in ("hf", "timm", "open_clip"):
-        raise ZooError(f"the vision part {name!r} is no encoder of transformers, timm or open_clip")
+        raise ZooError(f"the vision part {name!r} is not an encoder of transformers, timm or open_clip")
     if name == "hf":
         config, tensors = deepcopy(vision.runner.tower.config), _state(vision)
         if vision.runner.interpolate or _size(config) not in (None, vision.transform.size[0]):
@@ -74,7 +74,7 @@ def encoder_of(model: Any, kinds: Collection[str], depth: int = 0) -> Encoder:
 
 
 def _state(vision: Any) -> dict[str, Tensor]:
-    """The weights of both towers; a pooling head, whose scores only a pruner asks for, is no part of them."""
+    """Return the weights of both towers, without a pooling head, which only pruners use."""
     return {f"vision.{n}": t for n, t in vision.state_dict().items() if n.startswith(("tower.", "frame_tower."))}
 
 
@@ -84,7 +84,7 @@ def _size(config: Any) -> int | None:
 
 
 def _as_kind(config: Any, kinds: Collection[str], blocks: int) -> Any:
-    """The config of an encoder with so many blocks as one of `kinds`."""
+    """Return the config of an encoder with `depth` blocks as one of `kinds`."""
     from transformers import CONFIG_MAPPING
 
     alike = (config.model_type, *_SAME.get(config.model_type, ()))

@@ -1,4 +1,4 @@
-"""A composed model in the layout of a published family: a folder that transformers loads by itself.
+"""Export a composed model in the layout of a published family: a folder that plain transformers loads.
 
 Whatever the layout has no place for is refused before anything is written or merged, with the reason. Blocks of the
 encoder behind the layer that is used, which a composed model does not keep, are copied from the published checkpoint
@@ -27,7 +27,7 @@ from zoo.storage.safetensors_file import read
 from zoo.storage.weights import write_weights
 from zoo.text.stops import keep_stops
 
-# Layouts that a model composed from own parts may be written in, those asked first first.
+# Layouts for models composed from own parts, in the order in which they are tried.
 _ORDER = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
 # Encoders that hub repositories keep below a level of their own.
 _NESTED = ("clip_vision_model", "siglip_vision_model")
@@ -71,7 +71,7 @@ def export(
     state = _state(model, encoder, known, config, _spare(record, known, config))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as beside:  # what fails, fails before a file of the folder is replaced
+    with TemporaryDirectory(dir=folder) as beside:  # a failure leaves the files of the folder unchanged
         config.save_pretrained(beside)
         keep_stops(model, processor.template)
         _stops(model).save_pretrained(beside)
@@ -83,16 +83,16 @@ def export(
 
 
 def _stops(model: Any) -> Any:
-    """The generation config as it is written: with every end token, without end texts.
+    """Return the generation config to write: with all end tokens, without end texts.
 
-    transformers' `generate` refuses to run where its config has end texts and nobody gave it a tokenizer.
+    transformers' `generate` refuses to run with end texts in its config and without a tokenizer argument.
     """
     config = copy.deepcopy(model.generation_config)
-    config._from_model_config = False  # it is stated: nothing may derive it anew
+    config._from_model_config = False  # else transformers replaces it by one derived from the model's config
     if config.stop_strings:
         warnings.warn(
-            f"Answers of this model end with {config.stop_strings}, which are texts and no tokens: transformers stops "
-            f"there if told, generate(..., stop_strings={config.stop_strings}, tokenizer=processor.tokenizer).",
+            f"Answers of this model end with {config.stop_strings}, which are texts, not tokens: transformers stops "
+            f"there by generate(..., stop_strings={config.stop_strings}, tokenizer=processor.tokenizer).",
             stacklevel=3,
         )
         config.stop_strings = None
@@ -103,7 +103,7 @@ def _stops(model: Any) -> Any:
 
 
 def _place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple[Family, Encoder]:
-    """Find the layout that has a place for a model, or say why there is none.
+    """Find the layout that supports a model, or raise with the reasons.
 
     Args:
         name: of the layout; empty: the first of `_ORDER` that fits.
@@ -127,7 +127,7 @@ def _place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple
 
 
 def _require_plain(model: Any) -> None:
-    """Refuse what no layout has a place for."""
+    """Refuse a model that no layout supports."""
     slots, llm = model.config.slots or {}, model.llm
     if any(getattr(llm.lm, f"is_loaded_in_{bits}bit", False) for bits in (8, 4)):
         raise ZooError("the language model is held in few bits, which no published layout has: load it without bits")
@@ -168,7 +168,7 @@ def _merge_adapters(model: Any) -> None:
 
 
 def _state(model: Any, encoder: Encoder, known: Family, config: Any, spare: Held) -> dict[str, Tensor]:
-    """All weights of transformers' class, by the names that hub repositories give them.
+    """Return all weights of transformers' class, by their names in hub repositories.
 
     Raises:
         ZooError: the class has a weight that the model lacks, or the other way round, or one of another shape.
@@ -204,7 +204,7 @@ def _state(model: Any, encoder: Encoder, known: Family, config: Any, spare: Held
 
 
 def _ours(model: Any, encoder: Encoder, theirs: Any, known: Family) -> dict[str, Tensor]:
-    """The model's weights by our names; those of a twin of the encoder come by the names of files."""
+    """Return the model's weights by our names; those of a converted encoder by the names of files."""
     state = {f"llm.{n}": t for n, t in model.llm.state_dict().items()}
     for part in ("projector", "layout"):
         if (module := getattr(model, part)) is not None:
@@ -213,7 +213,7 @@ def _ours(model: Any, encoder: Encoder, theirs: Any, known: Family) -> dict[str,
 
 
 def _towers(theirs: Any, known: Family) -> dict[str, Any]:
-    """The encoders inside of transformers' model, by our names: `vision.tower`, and `vision.frame_tower`."""
+    """Return the encoders inside transformers' model, by our names: `vision.tower` and `vision.frame_tower`."""
     found = {}
     for prefix, ours in known.keys:
         if ours.startswith("vision."):
@@ -225,7 +225,7 @@ def _towers(theirs: Any, known: Family) -> dict[str, Any]:
 
 
 def _as_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Rename weights of encoders from the names of files to those of modules, where they are such."""
+    """Rename weights of encoders from names of files to names of modules."""
     for prefix, tower in towers.items():
         own = dict(tower.state_dict())
         given = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
@@ -238,12 +238,12 @@ def _as_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Any]) -> Iter
 
 
 def _depth(model: Any, record: Mapping[str, Any] | None) -> int:
-    """Blocks of the checkpoint's encoder, where its files are at hand; else 0."""
+    """Return the number of blocks of the checkpoint's encoder; 0 if its files are not available."""
     return int(model.config.slots["vision"].get("depth", 0)) if _files_of(record) else 0
 
 
 def _spare(record: Mapping[str, Any] | None, known: Family, config: Any) -> Held:
-    """What the checkpoint holds beyond what a composed model keeps, by our names of its modules."""
+    """Return weights of the checkpoint that a composed model does not keep, by our names of its modules."""
     import transformers
 
     if not (tensors := _files_of(record)):
@@ -257,7 +257,7 @@ def _spare(record: Mapping[str, Any] | None, known: Family, config: Any) -> Held
 
 
 def _files_of(record: Mapping[str, Any] | None) -> Held:
-    """The tensors of the published checkpoint that a model came from; none where it is out of reach."""
+    """Return the tensors of the published checkpoint that a model came from; none if it is not available."""
     try:
         return checkpoint_from(record).tensors if record else {}
     except (ZooError, OSError):
@@ -265,7 +265,7 @@ def _files_of(record: Mapping[str, Any] | None) -> Held:
 
 
 def _filler(key: str, like: Tensor, spare: Held, dtype: torch.dtype) -> Tensor:
-    """A weight that has no effect: the checkpoint's, else ones for a norm and zeros for the rest."""
+    """Return an unused weight: the checkpoint's, else ones for a norm and zeros for the rest."""
     if key in spare and tuple(spare[key].shape) == tuple(like.shape):
         value = torch.empty(spare[key].shape, dtype=spare[key].dtype)
         read(spare[key], value)

@@ -1,4 +1,4 @@
-"""What every family of published models does in the same way: configs of transformers to slots, names of weights."""
+"""Shared by families of published models: translation of transformers' configs to slots, and names of weights."""
 
 import json
 import re
@@ -24,14 +24,14 @@ CANONICAL = (
     (re.compile(r"^(vision_tower|image_tower|video_tower)\.vision_model\."), r"\1."),
 )
 
-# What a file may hold and a model does not: blocks and norms behind the layer that is used, and buffers of old files.
+# Weights that files may have and models do not: blocks and norms after the used layer, and buffers of old files.
 SPARE = re.compile(
     r"^vision\.(frame_)?tower\.((encoder|model)\.layers?\.\d+|post_layernorm|layernorm|norm|head)\."
     r"|^vision\.(frame_)?tower\.embeddings\.mask_token$|rotary_emb\.inv_freq$|position_ids$"
 )
 
 
-_BACKBONE = {"_out_features", "_out_indices"}  # of classes that may also be asked for feature maps
+_BACKBONE = {"_out_features", "_out_indices"}  # of classes that can also return feature maps
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Family:
         tokens: (composed model, our processor) -> names that the processor's class wants tokens to have.
         canonical: pairs of pattern and replacement, in this order.
         call: options of the image processor's call.
-        whole_if_several: one of several images of a sample is not cut.
-        videos: videos are taken too.
-        video_token: that stands in texts for a video, where neither the config nor the tokenizer names one.
+        whole_if_several: do not cut an image that is one of several of a sample.
+        videos: whether the family takes videos.
+        video_token: placeholder of a video, if neither the config nor the tokenizer names one.
     """
 
     model_type: str
@@ -73,7 +73,7 @@ class Family:
     video_token: str | None = None
 
     def ours(self, name: str) -> str | None:
-        """Return our name of a published weight; None where the family knows no such thing."""
+        """Return our name of a published weight; None if the family has no such weight."""
         for pattern, new in self.canonical:
             name = pattern.sub(new, name)
         for theirs, ours in self.keys:
@@ -86,13 +86,13 @@ def parse(content: Mapping[str, Any], where: str) -> Any:
     """Read a config.json with transformers' own class, so that its defaults are the family's."""
     try:
         return _parsed(json.dumps(content))
-    except Exception as error:  # transformers raises its own classes here, one per kind of check
+    except Exception as error:  # transformers raises a class of its own for each check
         raise ZooError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
 
 
 @lru_cache(maxsize=4)
 def _parsed(text: str) -> Any:
-    """The config is asked for several times while a model loads, and only read."""
+    """Parse a config once: it is needed several times while a model loads, and is never modified."""
     from transformers import CONFIG_MAPPING
 
     content = json.loads(text)
@@ -100,7 +100,7 @@ def _parsed(text: str) -> Any:
 
 
 def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
-    """Say a text config of transformers as options of our `hf` language model; the rest goes to `extra`."""
+    """Translate a text config of transformers to options of our `hf` language model; the rest goes to `extra`."""
     from zoo.fusion.llm.hf_config import HFLanguageModelConfig, transformers_config
 
     node = {
@@ -125,10 +125,10 @@ def llm_slot(text: Any, tie: bool) -> dict[str, Any]:
 
 
 def vision_slot(vision: Any, pixels: Mapping[str, Any], *, layer: int, norm: bool = False) -> dict[str, Any]:
-    """Say a vision config of transformers, and the statistics of its image processor, as options of `hf`."""
+    """Translate a vision config of transformers, and its image processor's statistics, to options of `hf`."""
     from zoo.vision.encoders.hf import FAMILIES, HFVisionConfig, _from_sizes
 
-    name = type(vision).model_type.removesuffix("_vision_model")  # files may say the whole model's type
+    name = type(vision).model_type.removesuffix("_vision_model")  # of the class: files may state the whole model's type
     if name not in FAMILIES:
         raise ZooError(f"Its encoder is of type {type(vision).model_type!r}; known are {', '.join(FAMILIES)}.")
     size, patch = (_side(getattr(vision, key)) for key in ("image_size", "patch_size"))
@@ -150,7 +150,7 @@ def vision_slot(vision: Any, pixels: Mapping[str, Any], *, layer: int, norm: boo
 
 
 def statistics(pixels: Mapping[str, Any]) -> dict[str, Any]:
-    """What an image processor says of mean, standard deviation and resampling."""
+    """Translate an image processor's mean, standard deviation, resampling and fit."""
     found: dict[str, Any] = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         value = pixels.get(theirs)
@@ -163,17 +163,17 @@ def statistics(pixels: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mlp_slot(activation: str, bias: bool = True) -> dict[str, Any]:
-    """Say LLaVA's projector as options of `mlp`."""
+    """Translate LLaVA's projector to options of `mlp`."""
     if activation not in ACTIVATIONS:
         raise ZooError(f"Its projector's activation is {activation!r}; known are {', '.join(ACTIVATIONS)}.")
     return {"name": "mlp", "depth": 2, "activation": ACTIVATIONS[activation], "bias": bool(bias)}
 
 
 def one_layer(layer: int | Sequence[int]) -> int:
-    """The one encoder layer that image tokens are taken from.
+    """Return the encoder layer that image tokens are taken from.
 
     Raises:
-        ZooError: there are several, which no encoder here joins.
+        ZooError: features of several layers are joined, which is not supported.
     """
     if isinstance(layer, int):
         return layer
@@ -183,7 +183,7 @@ def one_layer(layer: int | Sequence[int]) -> int:
 
 
 def refuse_odd_cls(select: str, vision: Any) -> None:
-    """Refuse a choice of tokens that our encoders, which drop [CLS] and nothing else, do not make."""
+    """Refuse a selection of tokens other than dropping [CLS]."""
     kind = type(vision).model_type
     has_cls = kind in ("clip_vision_model", "dinov2", "internvl_vision")
     if select == "full" and has_cls:
@@ -208,7 +208,7 @@ def different(config: Any, other: Any, but: set[str]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
+    """Convert tuples to lists, recursively."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -222,7 +222,7 @@ def _side(value: Any) -> int:
 
 
 def mlp_misfit(model: Any) -> str:
-    """Why a projector is not LLaVA's: two linear layers, as wide as the language model; nothing if it is."""
+    """Return why a projector is not LLaVA's (two linear layers, as wide as the language model); empty if it is."""
     _, node = config_of("projector", (model.config.slots or {})["projector"])
     name = model.config.slots["projector"]["name"]
     if name != "mlp" or node.depth != 2:
@@ -234,7 +234,7 @@ def mlp_misfit(model: Any) -> str:
 
 
 def layout_misfit(model: Any, name: str, **wanted: Any) -> str:
-    """Why a model's layout is not the one of this name with these options; nothing if it is."""
+    """Return why a model's layout is not the one of this name with these options; empty if it is."""
     node = (model.config.slots or {}).get("layout")
     if not name or not node or node["name"] != name:
         had, needs = (repr(n) if n else "none" for n in ((node or {}).get("name"), name))
@@ -248,7 +248,7 @@ def layout_misfit(model: Any, name: str, **wanted: Any) -> str:
 
 
 def text_options(model: Any) -> dict[str, Any]:
-    """What configs of all families say of the language model."""
+    """Return the fields on the language model that configs of all families have."""
     text = model.llm.lm.config
     return {
         "text_config": {**text.to_dict(), "vocab_size": model.llm.vocab_size},

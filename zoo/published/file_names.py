@@ -1,4 +1,4 @@
-"""How files name and cut the weights of transformers' modules, where that differs from how modules hold them.
+"""Names and pieces of weights in files, if they differ from those of transformers' modules.
 
 A mixture of experts is a matrix for each expert in files and one tensor for all of them in memory; some encoders have
 older names in files. transformers knows how to write a module back as its files have it, so that way is walked with
@@ -20,7 +20,7 @@ Index = tuple[int | slice, ...]
 
 
 def as_modules(tensors: Mapping[str, Stored | Joined], modules: Mapping[str, nn.Module]) -> Held:
-    """Rename what files hold to what modules hold, and put pieces together; names that no module knows stay.
+    """Rename tensors of files to those of modules, and join pieces; names without a module stay.
 
     Args:
         tensors: by our name of the part and the file's name inside of it.
@@ -43,7 +43,7 @@ def as_modules(tensors: Mapping[str, Stored | Joined], modules: Mapping[str, nn.
 
 
 def as_files(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and cut what a module holds as hub repositories do; pieces are views."""
+    """Rename and split a module's weights as in hub repositories; pieces are views."""
     from transformers.core_model_loading import revert_weight_conversion
 
     with torch.no_grad():
@@ -51,7 +51,7 @@ def as_files(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _of_transformers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost models of transformers inside of parts, with their paths."""
+    """Yield the outermost transformers models inside parts, with their paths."""
     from transformers import PreTrainedModel
 
     for part, root in modules.items():
@@ -70,13 +70,13 @@ def as_decoder(lm: Any, name: str) -> str:
 
 
 def head_name(lm: Any) -> str:
-    """What a causal language model calls its vocabulary projection."""
+    """Return the name of a causal language model's vocabulary projection."""
     head = lm.get_output_embeddings()
     return next(name for name, module in lm.named_modules() if module is head)
 
 
 def _pieces(module: nn.Module, prefix: str, absent: Iterable[str]) -> dict[str, dict[str, Index]]:
-    """Find in which pieces files hold weights: our name -> names in files, each with its place in the whole."""
+    """Find the pieces of weights in files: our name -> names in files, each with its index in the whole."""
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     found = {}
     for full in absent:
@@ -88,7 +88,7 @@ def _pieces(module: nn.Module, prefix: str, absent: Iterable[str]) -> dict[str, 
 
 
 def _places(whole: torch.Size, pieces: Mapping[str, torch.Size]) -> dict[str, Index]:
-    """Say where pieces lie in the whole; nothing where they are no cut of it that is known here.
+    """Return the index of each piece in the whole; empty if the pieces are of an unsupported form.
 
     Known are another name for all of it, and a matrix (or one for the gate and one for what is gated) for each expert.
     """
@@ -111,7 +111,7 @@ def _places(whole: torch.Size, pieces: Mapping[str, torch.Size]) -> dict[str, In
 def _joined(
     found: Sequence[Stored | Joined | None], places: Sequence[Index], shape: torch.Size
 ) -> Stored | Joined | None:
-    """Put stored pieces together; None where one is missing, or is of another shape or data type than the others."""
+    """Join stored pieces; None if one is missing, or differs from the others in shape or dtype."""
     stored = [piece for piece in found if isinstance(piece, Stored)]
     if len(stored) != len(places) or len({piece.dtype for piece in stored}) != 1:
         return None

@@ -1,4 +1,4 @@
-"""What the files of a published model's folder say: its config as slots, and its image processor."""
+"""Read the folder of a published model: its config as slots, and its image processor."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,15 +12,15 @@ from zoo.registry import SINGLE_SLOTS, ZooError, config_of
 from zoo.registry.foreign import read_model_config
 from zoo.storage.weights import may_start_fresh
 
-# Options that do not change a number where shapes are equal, or that people rightly change.
+# Options that change no result if shapes are equal, or that users may change.
 _FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
          ("vision", "resample"), ("llm", "revision"), ("vision", "revision"),
          ("vision", "pooling_head"), ("layout", "kept_lines"),
-         ("llm", "tie_embeddings")}  # fmt: skip  # what the files hold decides, see `refuse_untied`
+         ("llm", "tie_embeddings")}  # fmt: skip  # decided by the files, see `refuse_untied`
 
 
 def read_content(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """Read a JSON file of a model's folder; empty where there is none."""
+    """Read a JSON file of a model's folder; an empty dict if it does not exist."""
     file = folder / name
     if not file.is_file():
         return {}
@@ -28,7 +28,7 @@ def read_content(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def pixels_of(folder: Path) -> dict[str, Any]:
-    """The values of the image processor that a published folder states, as transformers completes them."""
+    """Return the values of a published folder's image processor, completed by transformers' defaults."""
     stated = read_content(folder, "preprocessor_config.json")
     if not stated:
         stated = read_content(folder, "processor_config.json").get("image_processor", {})
@@ -49,10 +49,10 @@ def slots_in(folder: Path) -> dict[str, Any]:
 
 
 def require_same(slots: Mapping[str, Any], folder: Path, fresh: Iterable[str] = ()) -> None:
-    """Refuse options that give other numbers than the checkpoint was trained for, although every weight would fit.
+    """Refuse options that change results although every weight fits.
 
     Raises:
-        ZooError: with each option, what it is and what the checkpoint states.
+        ZooError: with each option, its value and that of the checkpoint.
     """
     content = read_content(folder)
     hf = parse(content, f"{folder}/config.json")
@@ -65,6 +65,7 @@ def require_same(slots: Mapping[str, Any], folder: Path, fresh: Iterable[str] = 
             continue
         if ours.get("name") != theirs.get("name"):
             wrong.append(f"{part}={ours.get('name')}, the checkpoint has {theirs.get('name')}")
+        # Options can be compared within one component only.
         if not ours or ours.get("name") != theirs.get("name"):
             continue
         flat_ours, flat_theirs = _flat(ours, part), _flat(theirs, part)
@@ -83,7 +84,7 @@ def require_same(slots: Mapping[str, Any], folder: Path, fresh: Iterable[str] = 
 
 
 def _flat(node: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Options of a slot with their defaults, nested ones as `extra.hidden_act`."""
+    """Flatten the options of a slot, with defaults; nested ones become `extra.hidden_act`."""
     _, typed = config_of(part, node)
     flat: dict[str, Any] = {}
     for key, value in asdict(typed).items():

@@ -38,7 +38,7 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misfit(model: Any, encoder: Encoder) -> str:
-    """Why `Idefics3ForConditionalGeneration` has no place for a model."""
+    """Return why `Idefics3ForConditionalGeneration` does not support a model."""
     wrong = layout_misfit(
         model, "tiles", style="grid", begin=FAKE, end=FAKE, overview="<global-img>", most=lambda most: most > 1
     )
@@ -58,7 +58,7 @@ def _projector_misfit(model: Any) -> str:
 
 
 def config(model: Any, encoder: Encoder, name: str = "Idefics3Config") -> Any:
-    """Say a composed model as an `Idefics3Config` or a `SmolVLMConfig`."""
+    """Translate a composed model to an `Idefics3Config` or a `SmolVLMConfig`."""
     import transformers
 
     return getattr(transformers, name)(
@@ -70,12 +70,12 @@ def config(model: Any, encoder: Encoder, name: str = "Idefics3Config") -> Any:
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
-    """What the processors count image tokens with."""
+    """Return the arguments by which the processors count image tokens."""
     return {"image_seq_len": model.layout.tokens}
 
 
 def tokens(model: Any, processor: Any) -> dict[str, str]:
-    """What the processors look for among the tokenizer's tokens."""
+    """Return the tokens that the processors need in the tokenizer."""
     return {"image_token": processor.image_token}
 
 

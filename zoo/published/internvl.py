@@ -53,7 +53,7 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misfit(model: Any, encoder: Encoder) -> str:
-    """Why `InternVLForConditionalGeneration` has no place for a model."""
+    """Return why `InternVLForConditionalGeneration` does not support a model."""
     wrong = layout_misfit(model, "tiles", style="joined", begin=bool, end=bool)
     name, wanted = model.config.slots["projector"]["name"], {"depth": 2, "bias": True, "norm": True}
     _, node = config_of("projector", model.config.slots["projector"])
@@ -67,12 +67,12 @@ def misfit(model: Any, encoder: Encoder) -> str:
 
 
 def config(model: Any, encoder: Encoder) -> Any:
-    """Say a composed model as an `InternVLConfig`."""
+    """Translate a composed model to an `InternVLConfig`."""
     from transformers import InternVLConfig
 
     names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
     slots = model.config.slots
-    if encoder.layer == -1:  # its class takes the last layer as the encoder gives it
+    if encoder.layer == -1:  # its class takes the last layer without the final norm
         encoder.config.use_mean_pooling = not encoder.norm
     return InternVLConfig(
         vision_config=encoder.config.to_dict(),
@@ -86,12 +86,12 @@ def config(model: Any, encoder: Encoder) -> Any:
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
-    """What `InternVLProcessor` counts image tokens with; a processor for videos it must have."""
+    """Return the arguments by which `InternVLProcessor` counts image tokens; a video processor is required."""
     return {"image_seq_length": model.layout.tokens, **frames_as("InternVLVideoProcessor", processor)}
 
 
 def tokens(model: Any, processor: Any) -> dict[str, str]:
-    """What `InternVLProcessor` looks for among the tokenizer's tokens."""
+    """Return the tokens that `InternVLProcessor` needs in the tokenizer."""
     layout = model.layout.config
     return {
         "start_image_token": layout.begin,

@@ -20,7 +20,7 @@ from zoo.published.family import (
     vision_slot,
 )
 
-# Encoders that `AutoModel` builds, which take pixels alone and give hidden states.
+# Encoders that `AutoModel` builds, that take only pixels and return hidden states.
 ENCODERS = frozenset(
     {"clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision"}
     | {"idefics3_vision", "smolvlm_vision"}
@@ -46,7 +46,7 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parts(model: Any, encoder: Encoder) -> dict[str, Any]:
-    """What the configs of all LLaVA models have in common, from a composed one."""
+    """Return the fields that configs of all LLaVA models have, from a composed model."""
     projector = model.config.slots["projector"]
     return {
         "vision_config": encoder.config.to_dict(),
@@ -60,12 +60,12 @@ def parts(model: Any, encoder: Encoder) -> dict[str, Any]:
 
 
 def selection(model: Any) -> str:
-    """How LLaVA's classes drop a [CLS] token, if there is one."""
+    """Return how LLaVA's classes drop a [CLS] token, if there is one."""
     return "default" if model.vision.runner.num_prefix else "full"
 
 
 def common_misfit(model: Any, encoder: Encoder) -> str:
-    """Why an encoder or a projector is none of LLaVA's; nothing if both are."""
+    """Return why an encoder or a projector is not supported by LLaVA; empty if both are."""
     if encoder.norm:
         return "image tokens go through the encoder's final norm (vision.norm), and LLaVA's classes take them before it"
     if encoder.num_prefix > 1:
@@ -74,19 +74,19 @@ def common_misfit(model: Any, encoder: Encoder) -> str:
 
 
 def misfit(model: Any, encoder: Encoder) -> str:
-    """Why `LlavaForConditionalGeneration` has no place for a model."""
+    """Return why `LlavaForConditionalGeneration` does not support a model."""
     return layout_misfit(model, "") or common_misfit(model, encoder)
 
 
 def config(model: Any, encoder: Encoder) -> Any:
-    """Say a composed model as a `LlavaConfig`."""
+    """Translate a composed model to a `LlavaConfig`."""
     from transformers import LlavaConfig
 
     return LlavaConfig(**parts(model, encoder), image_seq_length=model.num_image_tokens)
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
-    """What `LlavaProcessor` counts image tokens with."""
+    """Return the arguments by which `LlavaProcessor` counts image tokens."""
     height, width = model.vision.transform.size
     patch = height // model.vision.grid[0]
     assert (height // patch, width // patch) == tuple(model.vision.grid), "square patches"
@@ -99,7 +99,7 @@ def processor_options(model: Any, processor: Any) -> dict[str, Any]:
 
 
 def tokens(model: Any, processor: Any) -> dict[str, str]:
-    """What LLaVA's processors look for among the tokenizer's tokens."""
+    """Return the tokens that LLaVA's processors need in the tokenizer."""
     return {"image_token": processor.image_token}
 
 

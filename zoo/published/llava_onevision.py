@@ -60,7 +60,7 @@ def processor_options(model: Any, processor: Any) -> dict[str, Any]:
 
 
 def tokens(model: Any, processor: Any) -> dict[str, str]:
-    """What `LlavaOnevisionProcessor` looks for among the tokenizer's tokens."""
+    """Return the tokens that `LlavaOnevisionProcessor` needs in the tokenizer."""
     return {"image_token": processor.image_token, "video_token": processor.video_token or VIDEO}
 
 

@@ -1,7 +1,7 @@
-"""A model on several devices: each weight where its name says, and what enters a module goes to where its weights are.
+"""Models on several devices: weights are placed by name, and a module's inputs are moved to its device.
 
-Parts on the CPU are computed there; nothing is moved back and forth, so a map of devices costs one copy of the hidden
-states at each border.
+Parts on the CPU are computed there; weights are never moved during a pass, so a device map costs one copy of the hidden
+states at each border between devices.
 """
 
 import re
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from zoo.registry import SINGLE_SLOTS, ImageFeatures, ZooError, unknown
 from zoo.storage.precision import cast_parameters, dtype_of
 
-_UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # what is not cut in two by `spread`
+_UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # units that `spread` keeps on one device
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights go, and as what.
+    """Devices and dtype of weights.
 
     Attributes:
         fresh: parts that may start without weights.
-        device, places: where weights go; `places` has prefixes of names and wins.
+        device, places: devices of weights; `places` maps prefixes of names and has precedence.
         dtype: of the parameters; None keeps that of the files.
         bits: 8 or 4 of the language model's layers (see `zoo.published.bits`); 0: all of them.
     """
@@ -39,15 +39,15 @@ class Placement:
     def of(self, name: str) -> torch.device:
         """The device of a weight."""
         if self.bits and name.partition(".")[0] == "llm":
-            return torch.device("cpu")  # made small on its way to the device
+            return torch.device("cpu")  # quantised when it is moved to the device
         return place_of(name, self.places, self.device)
 
 
 def places_of(device_map: Mapping[str, Any]) -> dict[str, torch.device]:
-    """Read a map from prefixes of names to devices, as people write it: `0`, `cuda:1`, `cpu`.
+    """Convert a map from prefixes of names to devices, written as `0`, `cuda:1` or `cpu`.
 
     Raises:
-        ZooError: a value is no device that holds weights.
+        ZooError: a value is not a device that can hold weights.
     """
     found = {}
     for prefix, place in device_map.items():
@@ -58,7 +58,7 @@ def places_of(device_map: Mapping[str, Any]) -> dict[str, torch.device]:
         except (RuntimeError, TypeError) as error:
             raise ZooError(f"device_map[{prefix!r}] must be a device, got {place!r}.") from error
     if not found:
-        raise ZooError("device_map is empty; '' stands for the whole model.")
+        raise ZooError("device_map is empty; the key '' means the whole model.")
     return found
 
 
@@ -69,7 +69,7 @@ def place_of(name: str, places: Mapping[str, torch.device], default: torch.devic
 
 
 def spread(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Share weights out to devices, about as many bytes to each, in the order in which they are used.
+    """Distribute weights over devices, about equally many bytes to each, in the order of use.
 
     Args:
         sizes: name of a weight -> bytes.
@@ -89,13 +89,13 @@ def spread(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> dict[st
 
 def _order(unit: str) -> tuple[int, int]:
     number = re.search(r"\.(\d+)$", unit)
-    # `llm` alone: what stands before and behind the layers
+    # `llm` alone: embeddings and final norm
     rank = SINGLE_SLOTS.index(unit) if unit in SINGLE_SLOTS else len(SINGLE_SLOTS)
     return rank, int(number[1]) if number else 10**9
 
 
 def require_names(places: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse a prefix that no weight of the model has."""
+    """Refuse a prefix that matches no weight of the model."""
     names = [n for n, _ in [*model.named_parameters(), *model.named_buffers()]]
     for prefix in places:
         if prefix and not any(n == prefix or n.startswith(f"{prefix}.") for n in names):
@@ -104,14 +104,14 @@ def require_names(places: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, places: Mapping[str, torch.device], default: torch.device) -> None:
-    """Bring every weight to its place, and let what enters a module follow."""
+    """Move every weight to its device, and register hooks that move inputs."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor.data = tensor.data.to(place_of(name, places, default))
     follow(model)
 
 
 def follow(model: nn.Module) -> None:
-    """Let the tensors that enter a module whose weights are on one device move there."""
+    """Register hooks that move the inputs of each module to the device of its weights."""
     for module in model.modules():
         devices = {t.device for t in [*module.parameters(), *module.buffers()]}
         if len(devices) == 1:
@@ -123,7 +123,7 @@ def _arrive(module: nn.Module, args: Any, kwargs: Any, device: torch.device) -> 
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors, also inside of tuples, lists, dicts and image features, on a device; all else as it is."""
+    """Move tensors to a device, also inside tuples, lists, dicts and image features; other values are unchanged."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
@@ -138,11 +138,11 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def devices_of(device_map: Any, sizes: Mapping[str, int] | None = None) -> tuple[torch.device, dict[str, torch.device]]:
-    """The device of a model, or of what a map does not name, and the map; `auto` is the accelerators that are there.
+    """Resolve a device map to a default device and a map of prefixes; `auto` uses all accelerators.
 
     Args:
         device_map: a device, `auto`, or a dict from prefixes of names to devices; None: the CPU.
-        sizes: bytes of each weight, which `auto` shares out where there are several accelerators.
+        sizes: bytes of each weight, for `auto` on several accelerators.
     """
     if isinstance(device_map, Mapping):
         places = places_of(device_map)
@@ -161,13 +161,13 @@ def devices_of(device_map: Any, sizes: Mapping[str, int] | None = None) -> tuple
 
 
 def placed(model: Any, device_map: Any, dtype: Any, placement: Placement | None = None) -> Any:
-    """Bring a model to its devices and data type; what enters a module follows to several devices.
+    """Move a model to its devices and cast it; on several devices, hooks move the inputs of modules.
 
     Args:
-        model: composed; what was read to its place already stays there.
-        device_map: see `devices_of`; None leaves the model where it is.
-        dtype: of the parameters; None or `auto` keeps what they are.
-        placement: what a checkpoint was read by, which has the device map shared out already.
+        model: composed; weights already on their device stay.
+        device_map: see `devices_of`; None leaves the model on its device.
+        dtype: of the parameters; None or `auto` keeps theirs.
+        placement: that a checkpoint was loaded by, with the device map resolved already.
     """
     wanted = dtype_of(dtype)
     if wanted is not None:

@@ -1,8 +1,7 @@
-"""Tokenizer and chat template of a composed model as transformers' processors take them.
+"""Convert the tokenizer and chat template of a composed model for transformers' processors.
 
-Our processor turns the parts of a message into plain text, with a token where an image goes, before a template sees
-them, so that templates of text-only language models work unchanged. What is exported does the same inside of the
-template.
+Our processor converts the parts of a message to plain text, with a token for each image, before a template is applied,
+so that templates of text-only language models work unchanged. The exported template does the same itself.
 """
 
 import copy
@@ -39,7 +38,7 @@ _FLATTEN = """\
 
 
 def template_of(processor: Any) -> str:
-    """The chat template of a processor, for messages whose content is parts."""
+    """Return the chat template of a processor, for messages with typed parts."""
     tokenizer = processor.tokenizer
     if takes_parts(tokenizer):
         return tokenizer.chat_template
@@ -48,7 +47,7 @@ def template_of(processor: Any) -> str:
 
 
 def tokenizer_of(processor: Any, names: dict[str, str]) -> Any:
-    """A copy of the tokenizer that names the tokens which the processor of a layout asks for.
+    """Copy a tokenizer, with names for the tokens that the processor of a layout needs.
 
     Where our prompts are all that a template writes, transformers' processors would put a beginning in front that the
     tokenizer adds by itself: it no longer does.
@@ -73,7 +72,7 @@ def tokenizer_of(processor: Any, names: dict[str, str]) -> Any:
 
 
 def _add_nothing(tokenizer: Any) -> None:
-    """Let a tokenizer put nothing around a text."""
+    """Remove special tokens that a tokenizer adds around a text."""
     whole, alone = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     if whole == alone:
         return

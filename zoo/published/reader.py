@@ -1,4 +1,4 @@
-"""Reads a checkpoint into the parts of a model, before adapters and pruners see them."""
+"""Load a checkpoint into the parts of a model, before adapters and pruners are attached."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,14 +21,14 @@ class Reader:
     """Fills the parts of a model from a checkpoint while they are put together (`zoo.composed.assembly.Filler`).
 
     Args:
-        checkpoint: whose weights are read.
-        placement: where they go.
-        partial: a saved zoo model is loaded, whose own folder holds the rest: what adapters and other parts brought is
-            read, and judged, later.
+        checkpoint: weights to load.
+        placement: their devices and dtype.
+        partial: a saved zoo model is being loaded: the rest of its weights, in its own folder, is loaded and checked
+            later.
 
     Attributes:
-        tensors: those of the checkpoint; once parts were filled, by the names of their modules.
-        filled: what was read; None before.
+        tensors: those of the checkpoint; after filling, by the names of the parts' modules.
+        filled: result of filling; None before.
     """
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement, partial: bool = False) -> None:
@@ -38,16 +38,16 @@ class Reader:
 
     @property
     def empty(self) -> frozenset[str]:
-        """Parts that are built without weights: those that may not start fresh."""
+        """Parts to build on the meta device: all but those that may start fresh."""
         return frozenset(SINGLE_SLOTS) - self.placement.fresh
 
     @property
     def already_loaded(self) -> dict[int, Any] | None:
-        """What was read from a zoo model's own folder, which need not be read again."""
+        """Tensors loaded from a zoo model's own folder, which need not be read again."""
         return self.filled.tensors if self.checkpoint.record is None and self.filled is not None else None
 
     def __call__(self, parts: Any) -> None:
-        """Read the weights into the parts.
+        """Load the weights into the parts.
 
         Raises:
             ZooError: a weight is missing, unknown or of another shape; reported by part.
@@ -67,11 +67,11 @@ class Reader:
             assert not still, f"left on the meta device: {still[:3]}"
             if len({p.device for p in parts.llm.parameters()}) == 1:
                 parts.llm.verify()
-        if held.bits:  # what the layers hold then is still what the checkpoint gave
+        if held.bits:  # quantised weights count as loaded: they are computed from the checkpoint's
             self.filled.tensors.update({id(p): p for p in in_bits(parts.llm, held.bits, held.device)})
 
     def _require_whole(self, done: Filled) -> None:
-        """Refuse a checkpoint that lacks weights of the parts, or has others."""
+        """Refuse a checkpoint with missing, unknown or mismatched weights."""
         found, fresh = self.checkpoint, self.placement.fresh
 
         def part_of(name: str) -> str:
@@ -93,8 +93,8 @@ class Reader:
 
 
 def _zeros(modules: Mapping[str, Any], place: Any) -> None:
-    """Give a place in memory to what no file filled; tensors that are tied stay one."""
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: the tensor that holds nothing, and its successor
+    """Allocate zeros for tensors that no file filled; tied tensors stay tied."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: the meta tensor (kept alive) and its replacement
     for part, module in modules.items():
         for owner in module.modules():
             for table in (owner._parameters, owner._buffers):

@@ -1,4 +1,4 @@
-"""SmolVLM 2: the layout of Idefics3 under names of its own, and videos, told in words and frames.
+"""SmolVLM 2: the layout of Idefics3 under its own names, and videos, written as words and frames.
 
 Its processor in transformers wants the package num2words, to spell the number of frames; ours spells it itself.
 """
@@ -11,12 +11,12 @@ from zoo.published.encoders import Encoder
 
 
 def config(model: Any, encoder: Encoder) -> Any:
-    """Say a composed model as a `SmolVLMConfig`."""
+    """Translate a composed model to a `SmolVLMConfig`."""
     return idefics3.config(model, encoder, "SmolVLMConfig")
 
 
 def processor_options(model: Any, processor: Any) -> dict[str, Any]:
-    """What `SmolVLMProcessor` takes beside the image processor; one for videos it must have."""
+    """Return the arguments of `SmolVLMProcessor` beside the image processor; a video processor is required."""
     from transformers import SmolVLMVideoProcessor
 
     more = {} if processor.videos is not None else {"video_processor": SmolVLMVideoProcessor()}

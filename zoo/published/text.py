@@ -29,7 +29,7 @@ def tokenizer_in(folder: Path, template: str = "") -> Any:
 
 
 def chat_template_in(folder: Path) -> str | None:
-    """The chat template of a processor, wherever its version of transformers kept it."""
+    """Return the chat template of a processor, from any of the files in which versions of transformers store it."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return read_text(file, TEMPLATE)
@@ -41,7 +41,7 @@ def chat_template_in(folder: Path) -> str | None:
 
 
 def pictures_in(folder: Path) -> Mapping[str, Any] | None:
-    """Values of the image processor, with the options of its call that the family wants."""
+    """Return the values of the image processor, with the family's options of its call."""
     stated = pixels_of(folder)
     if not stated:
         return None
@@ -51,14 +51,14 @@ def pictures_in(folder: Path) -> Mapping[str, Any] | None:
 
 
 def video_token_id_in(folder: Path) -> int | None:
-    """The placeholder of videos, where the family has one."""
+    """Return the placeholder of videos, if the family has one."""
     from zoo.published.family import parse
 
     return getattr(parse(read_content(folder), f"{folder}/config.json"), "video_token_id", None)
 
 
 def video_token_in(folder: Path, tokenizer: Any) -> str | None:
-    """What stands in a text for a video; None where the family takes none, or where it is the image's token."""
+    """Return the placeholder of a video in texts; None if the family takes no videos, or uses the image's token."""
     number = video_token_id_in(folder)
     if number is not None:
         return tokenizer.convert_ids_to_tokens(number)
@@ -67,13 +67,13 @@ def video_token_in(folder: Path, tokenizer: Any) -> str | None:
 
 
 def videos_in(folder: Path) -> dict[str, Any] | None:
-    """Values of the video processor that a published folder states, where the family's videos are taken."""
+    """Return the values of a published folder's video processor, if the family takes videos."""
     known = family_of(read_content(folder), f"{folder}/config.json")
     if not known.videos:
         return None
     stated = read_content(folder, "video_preprocessor_config.json")
     stated = stated or read_content(folder, "processor_config.json").get("video_processor") or {}
-    if not stated:  # older repositories: images and videos alike
+    if not stated:  # older repositories have one config for images and videos
         stated = read_content(folder, "preprocessor_config.json")
         stated.pop("image_processor_type", None)
     named = {"video_processor_type": known.model.replace("ForConditionalGeneration", "VideoProcessor")}

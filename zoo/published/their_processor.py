@@ -1,4 +1,4 @@
-"""The processor of a composed model as one of transformers, whose image processor and tokenizer do the same."""
+"""Convert the processor of a composed model to the equivalent one of transformers."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from zoo.vision.images.processors import as_clip
 
 
 def their_processor(model: Any, processor: Any, known: Family) -> Any:
-    """Say our processor as the one of a published family.
+    """Convert our processor to the one of a published family.
 
     Raises:
-        ZooError: it cannot be said so, with the reason.
+        ZooError: there is no equivalent, with the reason.
     """
     import transformers
 

@@ -1,9 +1,8 @@
-"""Encoders of timm and open_clip as the encoders of transformers that compute the same.
+"""Convert encoders of timm and open_clip to equivalent encoders of transformers.
 
-A plain ViT is read into one form, whatever its library calls its weights, and written as the class that has a place for
-all of it: CLIP's where a norm stands ahead of the blocks, DINOv2's where there is a [CLS] token, else SigLIP's. Biases
-that a ViT does not have become zeros, and what scales a residual branch becomes DINOv2's layer scale or is multiplied
-into the last matrix of the branch.
+A plain ViT is read into one form, whatever the names of its weights, and written as the class that supports all of it:
+CLIP's with a norm before the blocks, DINOv2's with a [CLS] token, else SigLIP's. Missing biases become zeros, and the
+scale of a residual branch becomes DINOv2's layer scale or is multiplied into the last matrix of the branch.
 """
 
 from collections.abc import Iterator
@@ -36,11 +35,11 @@ class Block:
 
 @dataclass
 class PlainViT:
-    """The weights of a ViT that does nothing out of the ordinary.
+    """The weights of a standard ViT.
 
     Attributes:
         patch: of the convolution that embeds patches, (D, 3, p, p) and (D,).
-        cls: (D,); None: there is no such token.
+        cls: (D,); None: without a [CLS] token.
         positions: (1 + N, D), the [CLS] token's first, or (N, D).
         pre_norm: ahead of the blocks.
         activation: by its name in transformers.
@@ -135,7 +134,7 @@ def _of_open_clip(vit: Any) -> PlainViT:
 
 
 def as_transformers(vit: PlainViT) -> tuple[Any, dict[str, Tensor]]:
-    """Say a plain ViT as a config of transformers, and its weights by the names that files give them.
+    """Convert a plain ViT to a config of transformers, and its weights by their names in files.
 
     Returns:
         The config, without the final norm's epsilon meaning anything, and the weights.
@@ -194,7 +193,7 @@ def _as_clip_or_siglip(vit: PlainViT, sizes: dict[str, Any]) -> tuple[Any, dict[
         assert vit.cls is not None, "asked above"
         state["embeddings.class_embedding"] = vit.cls
         state |= dict(_linear("pre_layrnorm", vit.pre_norm))
-        if bias is not None:  # CLIP's patches have none: their positions take it
+        if bias is not None:  # CLIP's patch embedding has none: it is added to the positions
             positions = torch.cat([positions[:1], positions[1:] + bias])
     state["embeddings.position_embedding.weight"] = positions
     for number, block in enumerate(vit.blocks):
@@ -217,7 +216,7 @@ def _linear(name: str, pair: Pair) -> Iterator[tuple[str, Tensor]]:
 
 
 def _scaled(pair: Pair, scale: Tensor | None) -> Pair:
-    """Multiply what a linear layer gives by a scale (D,)."""
+    """Fold a scale (D,) of a linear layer's output into its weights."""
     weight, bias = pair
     if scale is None:
         return pair
@@ -229,7 +228,7 @@ def _pair(module: Any) -> Pair:
 
 
 def _thirds(weight: Tensor, bias: Tensor | None) -> tuple[Pair, Pair, Pair]:
-    """Cut the joined projection of queries, keys and values."""
+    """Split the fused projection of queries, keys and values."""
     biases = [None] * 3 if bias is None else bias.chunk(3)
     one, two, three = zip(weight.chunk(3), biases, strict=True)
     return one, two, three
@@ -240,7 +239,7 @@ def _is_there(module: nn.Module | None) -> bool:
 
 
 def _activation(module: nn.Module) -> str:
-    """The name that transformers has for an activation of timm or open_clip."""
+    """Return transformers' name of an activation of timm or open_clip."""
     kind = type(module).__name__
     if kind == "GELU":
         return "gelu" if getattr(module, "approximate", "none") == "none" else "gelu_pytorch_tanh"
@@ -251,7 +250,7 @@ def _activation(module: nn.Module) -> str:
 
 
 def _eps(norms: list[Any]) -> float:
-    """The epsilon of all norms."""
+    """Return the epsilon of all norms."""
     found = {norm.eps for norm in norms if norm is not None}
     if len(found) != 1 or any(not isinstance(norm, nn.LayerNorm) for norm in norms if norm is not None):
         raise _no_twin("its norms are not all layer norms of one epsilon")

@@ -19,7 +19,7 @@ KEYS = (*(k for k in llava.KEYS if k[0] != "vision_tower."), ("image_tower.", "v
 def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a `VideoLlavaConfig`."""
     found = llava.slots(hf, pixels)
-    has_cls = hf.vision_feature_select_strategy == "default"  # else the encoder has none, see `refuse_odd_cls`
+    has_cls = hf.vision_feature_select_strategy == "default"  # "full": an encoder without [CLS], see `refuse_odd_cls`
     return {
         **found,
         "vision": {**found["vision"], "frame_tower": True},
@@ -28,15 +28,15 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misfit(model: Any, encoder: Encoder) -> str:
-    """Why `VideoLlavaForConditionalGeneration` has no place for a model."""
+    """Return why `VideoLlavaForConditionalGeneration` does not support a model."""
     wrong = layout_misfit(model, "frames", cls=model.vision.runner.num_prefix > 0)
     if not wrong and model.vision.frame_runner is None:
-        wrong = "its encoder sees images and frames alike (vision.frame_tower=false), and the layout has two"
+        wrong = "it has one encoder for images and frames (vision.frame_tower=false), and the layout has two"
     return wrong or videos_misfit(model) or llava.common_misfit(model, encoder)
 
 
 def config(model: Any, encoder: Encoder) -> Any:
-    """Say a composed model as a `VideoLlavaConfig`."""
+    """Translate a composed model to a `VideoLlavaConfig`."""
     from transformers import VideoLlavaConfig
 
     return VideoLlavaConfig(
@@ -55,6 +55,9 @@ FAMILY = replace(
     keys=KEYS,
     config=config,
     misfit=misfit,
-    call={"return_legacy_image_output": False, "input_data_format": "channels_last"},  # it guesses, wrong for one row
+    call={
+        "return_legacy_image_output": False,
+        "input_data_format": "channels_last",
+    },  # its detection is wrong for one row
     videos=True,
 )
