@@ -4,14 +4,14 @@ Arguments and results are those of transformers' processors. Two defaults differ
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature
 
-from zoo.registry import Cut, ZooError
+from zoo.registry import ZooError
 from zoo.text.processor_options import Options, sort_options
 from zoo.text.tokenizer import pad_id_of
 from zoo.vision.images.processors import Picture, cut_of, flat, stack
@@ -33,7 +33,7 @@ class CallMixin:
     spells: bool
     _all_pixels: Callable[..., list[Any]]
     _pixels: Callable[..., Any]
-    _spelled: Callable[[str, Iterator[Cut]], str]
+    _instead: Callable[[Any, str], str]
 
     def __call__(
         self,

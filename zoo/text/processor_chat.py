@@ -26,6 +26,8 @@ class ChatMixin:
     video_token: str | None
     pictures: Any
     _chat: Any
+    _content: Callable[[Any], str]
+    flatten: Callable[..., list[dict[str, str]]]
     __call__: Callable[..., Any]
 
     def apply_chat_template(
