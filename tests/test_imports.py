@@ -117,6 +117,19 @@ def test_imports_go_down():
     assert not found, "\n".join(found)
 
 
+def test_the_files_of_settings_do_not_import_each_other_in_circles():
+    """Inside functions neither: what one knows of a run's options, the next may ask, and never the other way."""
+    files = {file.stem: file for file in (ROOT / "zoo" / "settings").glob("*.py")}
+    graph = {
+        name: {parts[2] for n in imports(file) if len(parts := n.split(".")) > 2 and n.startswith("zoo.settings.")}
+        for name, file in files.items()
+    }
+    while free := [name for name, below in graph.items() if not below & graph.keys() - {name}]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"in a circle: {sorted(graph)}"
+
+
 def test_an_import_that_goes_up_is_found(tmp_path):
     """Inside a function too, and one to a neighbour on the same floor."""
     planted = tmp_path / "planted.py"

@@ -15,6 +15,7 @@ from tests.conftest import picture
 from tests.traced import ROOT, Trace, traced
 from tests.train_builders import config, recipe
 from zoo.runs.batches import Batches
+from zoo.settings.config import compose
 from zoo.training.loop import Run
 from zoo.training.step import Engine
 
@@ -42,8 +43,18 @@ SPINES = {
         "vision/encoders/base.py",
         "fusion/llm/hf.py",
     ],
+    "an override": [
+        "zoo/settings/config.py",
+        "zoo/settings/overrides.py",
+        "zoo/settings/text_options.py",
+        "zoo/settings/static_check.py",
+        "zoo/settings/model_names.py",
+        "zoo/settings/presets.py",
+        "registry/table.py",
+        "registry/hydra.py",
+    ],
 }
-LONGEST = {"a training step": 10, "a chat answer": 8}
+LONGEST = {"a training step": 10, "a chat answer": 8, "an override": 10}
 
 # Of what sort a leaf is -> files.
 LEAVES = {
@@ -89,6 +100,20 @@ LEAVES = {
     "optimisers and number formats": ["zoo/runs/optim.py", "zoo/storage/precision.py"],
     "threads, and options that are refused": ["zoo/composed/generate_options.py", "zoo/composed/turns.py"],
 }
+LEAVES["options check themselves"] = [
+    "fusion/llm/hf_config.py",
+    "fusion/pruners/random.py",
+    "fusion/pruners/topk.py",
+    "vision/encoders/sizes.py",
+    "vision/encoders/timm.py",
+    "zoo/settings/stage.py",
+]
+LEAVES["how options are read, what is loaded on the way, what is refused"] = [
+    "registry/errors.py",
+    "registry/options.py",
+    "registry/plugins.py",
+    "zoo/autoclasses.py",
+]
 LEAF = {file: sort for sort, files in LEAVES.items() for file in files}
 
 STAGE = (
@@ -119,7 +144,9 @@ def walks(tmp_path_factory) -> dict[str, Trace]:
     model = run.model.eval()
     model.__dict__["processor"] = run.processor
     traced(lambda: model.chat("what is this?", picture(), max_new_tokens=2), chat)
-    return {"a training step": step, "a chat answer": chat}
+    words = ["pruner=random", "pruner.random.keep_ratio=0.3"]
+    compose("train", words)  # what is imported once, and made once, is there
+    return {"a training step": step, "a chat answer": chat, "an override": traced(lambda: compose("train", words))}
 
 
 def ways_back(trace: Trace) -> dict[tuple[str, str], set[str]]:

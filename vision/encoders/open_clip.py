@@ -18,12 +18,11 @@ from zoo.vision.encoders.base import (
     CLIP_MEAN,
     CLIP_STD,
     Tower,
-    check_divides,
-    check_sizes,
     on_meta,
 )
 from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
 from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
+from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner
 from zoo.vision.images.transform import LIBRARIES
 

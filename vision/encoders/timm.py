@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
-from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, check_divides, check_sizes, on_meta
+from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
 from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
 from zoo.vision.encoders.conv_stem import ConvStem
+from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner
 from zoo.vision.images.transform import LIBRARIES
 
