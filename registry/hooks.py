@@ -89,6 +89,8 @@ def require_component(kind: str, name: str, cls: type) -> None:
             )
     if cls.__new__ is object.__new__:  # else it chooses a class, which is looked at when one is built
         _require_methods(kind, name, cls, base)
+    if base not in cls.__mro__ and not any(c.__module__ == "torch.nn.modules.module" for c in cls.__mro__):
+        _complete(kind, cls, base, cls)  # now: a loader worker imports it and builds nothing
 
 
 def whole(kind: str, part: P, name: str = "") -> P:
@@ -99,21 +101,15 @@ def whole(kind: str, part: P, name: str = "") -> P:
     """
     cls: Any = type(part)
     base = base_of(kind, cls)
-    if base in cls.__mro__:
-        modules = vars(part).get("_modules") or {}
-        if taken := next((n for n in modules if n in hooks_of(base) and hasattr(cls, n)), None):
-            raise ZooError(
-                f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)}) keeps a module as {taken!r}, which is the "
-                f"name of a hook: give it another."
-            )
-    else:
+    modules = getattr(part, "_modules", None) or {}
+    if taken := next((n for n in modules if n in hooks_of(base) and hasattr(cls, n)), None):
+        raise ZooError(
+            f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)}) keeps a module as {taken!r}, which is the name "
+            "of a hook: give it another."
+        )
+    if base not in cls.__mro__:
         _require_methods(kind, name, cls, base)
-        for hook, default in hooks_of(base).items():
-            if getattr(default, "__isabstractmethod__", False):  # of a pruner inside the LLM: a plain one does nothing
-                default = hooks_of(BASES[kind]).get(hook, default)
-            if default is not _NEEDED and not hasattr(part, hook):
-                setattr(cls, hook, default)
-        base.register(cls)
+        _complete(kind, cls, base, part)
     for hook, default in hooks_of(base).items():
         if default is _NEEDED and not hasattr(part, hook):
             raise ZooError(
@@ -121,6 +117,19 @@ def whole(kind: str, part: P, name: str = "") -> P:
                 f"{base.__annotations__.get(hook, 'a value')}."
             )
     return part
+
+
+def _complete(kind: str, cls: Any, base: type[Part], having: Any) -> None:
+    """Put the hooks that a class or an instance lacks on the class.
+
+    A module is completed as an instance: a child of it may have the name of a hook, which a class attribute hides.
+    """
+    for hook, default in hooks_of(base).items():
+        if getattr(default, "__isabstractmethod__", False):  # of a pruner inside the LLM: a plain one does nothing
+            default = hooks_of(BASES[kind]).get(hook, default)
+        if default is not _NEEDED and not hasattr(having, hook):
+            setattr(cls, hook, default)
+    base.register(cls)
 
 
 def class_value(kind: str, cls: type, hook: str) -> Any:

@@ -352,6 +352,38 @@ def test_plain_classes_are_made_whole(kind, cls):
         assert isinstance(part, StreamingDataset) and not hasattr(part, "get")
 
 
+def test_a_process_that_imports_a_class_and_builds_nothing_has_its_hooks():
+    """As a loader worker that was not forked does: it is handed the data set."""
+
+    class Fresh:
+        def __init__(self, config: Config) -> None: ...
+
+        def __len__(self):
+            return 1
+
+        def get(self, index, epoch=0):
+            return 1
+
+    registry.register("dataset", "fresh")(Fresh)
+    assert Fresh(Config()).place(3) == "record 3" and not Fresh(Config()).is_stream
+
+
+class Child(nn.Module):
+    """Has a module of the name of a hook."""
+
+    attach, detach, owns = Plug.attach, Plug.detach, Plug.owns
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.start = nn.Linear(1, 1)
+
+
+def test_a_module_of_the_name_of_a_hook_is_let_be_in_a_class_without_a_base():
+    registry.register("adapter", "child")(Child)
+    for _ in range(2):
+        assert isinstance(registry.build("adapter", {"name": "child"}).start, nn.Linear)
+
+
 class Drops(nn.Module):
     """A pruner inside the LLM that says `begin` and nothing else of it."""
 
