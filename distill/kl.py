@@ -1,6 +1,7 @@
 """Distil the distribution of every answer token: forward or reverse KL, or the generalised Jensen-Shannon divergence.
 
-Paper: Hinton et al., arXiv:1503.02531 (forward); Gu et al., arXiv:2306.08543 (reverse); Agarwal, arXiv:2306.13649 (JSD)
+Paper: Hinton et al., arXiv:1503.02531 (forward); Gu et al., arXiv:2306.08543 (reverse);
+Agarwal, arXiv:2306.13649 (JSD).
 Only on answers of the data: nothing is sampled from the student. The gradient is that of the divergence, without
 Hinton's factor temperature^2. Optionally, hidden states of chosen layers are compared too.
 """
@@ -27,9 +28,8 @@ class KLConfig:
     weight: float = 1.0  # of the loss
     warmup: float = 0.0  # share of the stage over which the weight rises from 0, in [0, 1]
     per: str = "token"  # token: the mean over tokens; answer: over answers of the mean over an answer's tokens
-    hidden_layers: dict[int, int] = field(
-        default_factory=dict
-    )  # student's layer -> teacher's, -1 the last; empty: none
+    # student's layer -> teacher's, -1 the last; empty: none
+    hidden_layers: dict[int, int] = field(default_factory=dict)
     hidden_weight: float = 1.0  # of the loss on hidden states
     hidden_warmup: float = 0.0  # share of the stage over which it rises from 0
 

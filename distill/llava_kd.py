@@ -30,12 +30,12 @@ from zoo.registry import ZooError, register, unknown
 
 @dataclass
 class LLaVAKDConfig:
-    response_weight: float = 1.0  # alpha
-    visual_weight: float = 1.0  # beta of the paper
-    relation_weight: float = 0.5  # gamma; 1 in the code
-    response_warmup: float = 0.0  # share of the stage over which the weight rises from 0; so the two below
-    visual_warmup: float = 0.0
-    relation_warmup: float = 0.0
+    response_weight: float = 1.0  # weight of `response`, the paper's alpha
+    visual_weight: float = 1.0  # weight of `visual`, the paper's beta
+    relation_weight: float = 0.5  # weight of `relation`, the paper's gamma; 1 in the code
+    response_warmup: float = 0.0  # share of the stage over which its weight rises from 0
+    visual_warmup: float = 0.0  # the same for `visual`
+    relation_warmup: float = 0.0  # the same for `relation`
     divergence: str = "forward"  # forward (the paper's), reverse or jsd; of response and visual
     beta: float = 0.5  # of jsd, in (0, 1)
     temperature: float = 1.0  # of response and visual; the paper has none

@@ -43,9 +43,8 @@ class LLaVAModConfig:
     temperature: float = 1.0  # of mimic, both models
     per: str = "token"  # of mimic; token: the mean over tokens, answer: over answers
     positions: str = "response"  # of mimic: response, or all, padding included (an option of the release, off there)
-    unshifted: bool = (
-        False  # of mimic, for parity with the release: compare the position of a label, not the one before
-    )
+    # of mimic, for parity with the release: compare the position of a label, not the one before
+    unshifted: bool = False
     double_balance: bool = False  # of mimic, for parity: add the experts' balance loss a second time
     loss: str = "kto_pair"  # of preference: kto_pair (the release's), dpo, hinge or ipo
     beta: float = 0.1  # of preference: how close the student stays to the reference, more than 0

@@ -56,10 +56,10 @@ class Entry:
         return facts.get("License-Expression") or facts.get("License") or ""
 
     def _stated(self, what: str) -> str:
-        for line in (inspect.getdoc(inspect.getmodule(self.cls)) or "").splitlines():
-            if line.strip().startswith(f"{what}:"):
-                return line.strip().removeprefix(f"{what}:").strip()
-        return ""
+        """The first sentence behind `what:` at the beginning of a line, without its full stop."""
+        text = inspect.getdoc(inspect.getmodule(self.cls)) or ""
+        found = re.search(rf"^{what}: +(.*?)(\.\s+(?=[A-Z])|\.?\s*\n\s*\n|\.?\s*\Z)", text, re.MULTILINE | re.DOTALL)
+        return " ".join(found[1].split()) if found else ""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import zoo
-from zoo.registry import KINDS, get, names
+from zoo.registry import KINDS, entries, get, names
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)(`{3,}|:{3,}).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
@@ -64,6 +64,11 @@ def test_the_reference_has_every_part_with_every_option(site):
             assert section, f"{kind}/{name}"
             missing += [f"{kind}/{name}: {o.name}" for o in get(kind, name).options if f"`{o.name}`" not in section[1]]
     assert missing == []
+
+
+def test_every_option_says_what_it_is():
+    """A comment behind the field, or on the lines above it, which `ruff format` can break apart."""
+    assert [f"{e.kind}/{e.name}: {o.name}" for e in entries() for o in e.options if not o.doc] == []
 
 
 def test_the_reference_has_every_public_name_and_command(site):

@@ -23,7 +23,7 @@ _NAME = "lora"  # PEFT's name for this set of weights: `q_proj.lora_A.lora.weigh
 
 @dataclass
 class LoRAConfig:
-    rank: int = 16
+    rank: int = 16  # width of the low-rank term
     alpha: float = 32.0  # the term is scaled by alpha / rank
     dropout: float = 0.0  # of the term's input, in [0, 1)
     # Linear layers: last parts of names, shell patterns, or all-linear (all but the vocabulary projection).

@@ -41,7 +41,7 @@ _NAMES = ("mlp", "feed_forward", "ffn")  # what families call the feed-forward p
 class UpcycleConfig:
     every: int = 2  # stride of the layers that become sparse, from layer 0 on; 1: all
     layers: list[int] = field(default_factory=list)  # layers that become sparse, counted from 0; empty: by `every`
-    num_experts: int = 4
+    num_experts: int = 4  # copies of a feed-forward layer
     top_k: int = 2  # experts that run per token; 1 leaves the router to the balance loss alone if `normalize`
     normalize: bool = True  # weights of the chosen experts sum to 1; without, a fresh one is not the dense model
     balance: float = 0.01  # weight of the load-balancing loss, summed over layers; 0: none

@@ -28,9 +28,8 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 
 @dataclass
 class TilesConfig:
-    style: str = (
-        "joined"  # joined: `begin`, all tiles, `end`; grid: `begin` and row/column before each tile, then `end`
-    )
+    # joined: `begin`, all tiles, `end`; grid: `begin` and row/column before each tile, then `end`
+    style: str = "joined"
     begin: str = ""  # token before the tiles
     end: str = ""  # token after the tiles
     overview: str = "<global-img>"  # token that marks the overview in a grid

@@ -23,11 +23,11 @@ class HFLanguageModelConfig:
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     model_type: str = "llama"  # family in transformers; this and all that follow are for random weights
     hidden_size: int = 128  # width
-    num_layers: int = 4
-    num_heads: int = 4
+    num_layers: int = 4  # decoder layers
+    num_heads: int = 4  # attention heads of a layer
     num_kv_heads: int = 0  # key/value heads; 0: as many as num_heads
     intermediate_size: int = 0  # width inside the feed-forward layers (of each expert too); 0: four times hidden_size
-    max_positions: int = 1024
+    max_positions: int = 1024  # longest sequence, image tokens included
     tie_embeddings: bool = False  # one matrix for input embeddings and vocabulary projection
     num_experts: int = 0  # of MoE families; 0: the family's default
     top_k: int = 0  # experts that run per token; 0: the family's default

@@ -17,7 +17,7 @@ from zoo.registry import ImageFeatures, Pruner, register, require_at_least
 @dataclass
 class RandomPrunerConfig:
     keep_ratio: float = 0.25  # share of image tokens kept, in (0, 1]
-    seed: int = 0
+    seed: int = 0  # of the choice
     resample: bool = False  # while training, draw anew for each image
 
     def __post_init__(self) -> None:

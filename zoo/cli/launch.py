@@ -210,22 +210,31 @@ def shell_script(words: Sequence[str]) -> int:
 def usage(command: str) -> str:
     """Return the text of `zoo train --help`."""
     from dataclasses import fields
+    from textwrap import fill
 
+    from zoo.cli.entry import COMMANDS
     from zoo.registry import options_of
     from zoo.settings.overrides import SEVERAL, SLOTS
     from zoo.settings.presets import available
-    from zoo.settings.schema import RunRoot
+    from zoo.settings.schema import SECTIONS, RunRoot
 
     plugins.load_installed()
     models = [*available("model"), "dir:<folder>", "hub:<org>/<name>", "last"]
     groups = [("recipe", available("recipe")), ("model", models)]
     groups += [(slot, available(slot)) for slot in SLOTS]
-    lines = [f"  {key + ('=[...]' if key in SEVERAL else '='):<16}{', '.join(found)}" for key, found in groups]
+    heads = {key: f"  {key + ('=[...]' if key in SEVERAL else '='):<16}" for key, _ in groups}
+    lines = [fill(heads[key] + ", ".join(found), 110, subsequent_indent=" " * 18) for key, found in groups]
     shown = {f.name for f in fields(RunRoot)} - {"defaults", "hydra", "model", "stages", *SLOTS}
     options = [o for o in options_of(RunRoot) if o.name in shown and o.doc]
     lines += ["", *(f"  {o.name + '=':<16}{o.doc}" for o in options)]
+    if section := {"teach": "teach", "data": "survey"}.get(command):  # options that this command alone reads
+        own = options_of(SECTIONS[section])
+        lines += ["", *(f"  {section + '.' + o.name + '=':<18}{o.doc}" for o in own if o.doc)]
     listing = "\n".join(lines)
-    return f"""usage: zoo {command} [key=value ...] [flags]
+    summary = COMMANDS[command].summary
+    return f"""zoo {command}: {summary}
+
+usage: zoo {command} [key=value ...] [flags]
 
 {listing}
 

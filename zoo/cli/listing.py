@@ -12,6 +12,7 @@ from zoo.settings import presets
 
 PRESETS = ("model", "recipe", "data")  # what YAML holds, beside the kinds of components
 NOUNS = (*KINDS, *PRESETS)
+_WIDE = 24  # letters of a type or a default; a longer one moves its own row alone
 
 
 def list_main(words: Sequence[str]) -> int:
@@ -177,10 +178,10 @@ def _component(kind: str, name: str) -> str:
     lines += [f"{key:<10}{value}" for key, value in facts.items() if value]
     rows = [(o.name, o.type, _shown(o.default), o.doc) for o in entry.options]
     if rows:
-        widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
+        widths = [max(len(row[i]) for row in rows if len(row[i]) <= _WIDE) + 2 for i in range(3)]
         lines += ["", "options"]
         for row in rows:
-            cells = "".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False))
+            cells = "".join(f"{cell + '  ':<{w}}" for cell, w in zip(row, widths, strict=False))
             lines.append(f"  {cells}{row[3]}".rstrip())
     return "\n".join(lines)
 

@@ -110,7 +110,7 @@ def shown(facts: Facts) -> str:
         "memory": f"{size_text(facts.walk.memory)}B in float32 with one image, half of it in bfloat16",
         "repository": facts.repository,
         "licence": facts.licence,
-        "of the parts": facts.licences,
+        "of its parts": facts.licences,
     }
     width = max(len(a) for a in [*(a for a, _ in rows), *more]) + 2
     lines = ["parts", *(f"  {a:<{width}}{b}" for a, b in rows), "facts"]

@@ -126,14 +126,14 @@ class RunRoot:
     teach: TeachConfig = field(default_factory=TeachConfig)
     survey: SurveyConfig = field(default_factory=SurveyConfig)
     # Evaluation
-    batch_size: int | None = None  # dialogs per batch; null: by the size of the model
+    batch_size: int | None = None  # of evaluation, in dialogs; null: by the size of the model
     limit: int | None = None  # samples of each data set; null: all
     # Machine
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
     precision: str = "auto"  # auto | fp32 | bf16
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
-    workers: int = 0  # processes that share the look of zoo data; those of training are a stage's
+    workers: int = 0  # processes of `zoo data`; those of training are stages.<stage>.workers
     # The run
     plugins: list[str] = field(default_factory=list)  # modules and files to load first
     log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb

@@ -51,7 +51,7 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]  # type -> A (B, in, R) and s * B 
 
 @dataclass
 class VLoRAConfig:
-    rank: int = 64
+    rank: int = 64  # of the change of each weight
     alpha: float | None = None  # the change is scaled by alpha / rank; null: the rank, so by 1
     types: str = "qkvom"  # weights that change: some of q, k, v, o and m, a path around the feed-forward block
     skip: int = 4  # every skip-th layer changes, the last of each group of `skip`
