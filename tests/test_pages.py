@@ -44,6 +44,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @named([page for page in PAGES if BLOCK.search(page.read_text())])
+@pytest.mark.fixes  # pages show what a refusal says
 def test_what_a_page_shows_runs(file):
     names: dict = {"__name__": "page"}
     printed = io.StringIO()
