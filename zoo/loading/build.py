@@ -157,7 +157,7 @@ def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, 
     """Make the processor of a composed config without a weight, and say how many positions its LLM has; None: any.
 
     Args:
-        cfg: from `zoo.settings.schema.compose`.
+        cfg: from `zoo.settings.config.compose`.
         texts: what a new tokenizer is trained on, where there is none to load; read only then.
     """
     source = source_of(cfg)
