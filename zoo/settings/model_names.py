@@ -267,14 +267,25 @@ def _ask_for_plugins(slots: Mapping[str, Any], remembered: Any, where: str) -> N
         )
 
 
-def _member(kind: str, key: str, node: Any, where: str, config_dir: str | Path | None) -> str:
-    """Check that a saved slot names a component; a key of its own becomes an option of the group."""
+def require_member(kind: str, key: str, node: Any, where: str) -> None:
+    """Refuse a saved slot that names no component, or has another form than a component's options.
+
+    Args:
+        kind, key: of the slot's member; in a slot of one, the key is the slot.
+        node: what the config holds there.
+        where: the config, for the message.
+    """
     if not isinstance(node, Mapping) or not isinstance(node.get("name"), str):
         raise ZooError(f"{where}: the slot {key!r} must be a mapping with a 'name', got {node!r}.")
     if node["name"] not in names(kind):
         raise ZooError(f"{where}: {unknown(kind, node['name'], names(kind))}")
     if not re.fullmatch(r"\w+", key):
         raise ZooError(f"{where}: {key!r} is no name of a member; letters, digits and underscores only.")
+
+
+def _member(kind: str, key: str, node: Any, where: str, config_dir: str | Path | None) -> str:
+    """Check that a saved slot names a component; a key of its own becomes an option of the group."""
+    require_member(kind, key, node, where)
     if kind in MANY and presets.component_of(group_of(kind), key, config_dir) != node["name"]:
         presets.add_member(kind, key, node["name"])
     return node["name"]

@@ -4,7 +4,7 @@ The check's plan, the builder, training and teachers all read it. Which tokenize
 nowhere else.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -205,11 +205,13 @@ def _in_folder(name: str) -> Source | None:
         stated = model_names.trusted_slots(content, name)
         parts: dict[str, Any] = {}
         for kind in SLOT_KINDS:
-            node = stated.get(group_of(kind))
-            if kind in MANY:
-                parts[group_of(kind)] = {str(key): completed(kind, item) for key, item in (node or {}).items()}
-            else:
-                parts[kind] = completed(kind, node) if node is not None else None
+            group = group_of(kind)
+            node = stated.get(group)
+            members = node or {} if kind in MANY else {group: node} if node is not None else {}
+            if not isinstance(members, Mapping):
+                return None
+            found = {str(key): _completed(kind, str(key), item, name) for key, item in members.items()}
+            parts[group] = found if kind in MANY else found.get(group)
         tokenizer = tokenizer_options(content.get("tokenizer") or {})
     except (ZooError, OmegaConfBaseException):
         return None
@@ -223,6 +225,11 @@ def _in_folder(name: str) -> Source | None:
         data={key: _split(node) for key, node in parts["data"].items()},
         typed=Typed("load", (f"model={quoted(name)}",)),
     )
+
+
+def _completed(kind: str, key: str, node: Any, name: str) -> dict[str, Any]:
+    model_names.require_member(kind, key, node, f"The config of model {name!r}")
+    return completed(kind, node)
 
 
 def _split(node: Any) -> str:
