@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.benches.peak import forget_peak, in_process, memory
-from zoo.distill.losses.chunked import Live, divergence
+from zoo.distill.losses.chunked import LiveTeacher, divergence
 from zoo.registry import LinearHead
 
 # Blocks above this come from the system and go back at once, so that the peak is what was needed, not what stayed.
@@ -42,7 +42,7 @@ def naive(x: Any) -> Tensor:
 def chunked(x: Any) -> Tensor:
     """Ours."""
     llm = SimpleNamespace(vocab_size=x.vocab, linear_head=lambda: LinearHead(x.weight))
-    return divergence(llm, x.rows, Live(x.theirs, lambda h: F.linear(h, x.other))) / len(x.rows)
+    return divergence(llm, x.rows, LiveTeacher(x.theirs, lambda h: F.linear(h, x.other))) / len(x.rows)
 
 
 WAYS: dict[str, Callable[[Any], Tensor]] = {"naive": naive, "chunked": chunked}

@@ -22,7 +22,7 @@ from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.prune_card import LARGEST_GAP, PruneReport, Summary, where_counts_differ, where_it_pays
 from zoo.benches.prune_models import SIZES, Variant, accepts, first_tokens, named_model, random_models
 from zoo.benches.report import Row, machine
-from zoo.fusion.pruners.inside.attention_flow import attention_walk
+from zoo.fusion.pruners.inside.attention_flow import attention_flow
 from zoo.registry import ZooError, names, unknown
 
 NONE = "null"
@@ -257,7 +257,7 @@ class _Bench:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
         def walk() -> torch.Tensor:
-            return attention_walk(query, key, start, scaling=scale, steps=5, temperature=0.1)
+            return attention_flow(query, key, start, scaling=scale, steps=5, temperature=0.1)
 
         work = {"eager": eager, "eager scored": eager_scored, "fused": fused, "walk": walk}
         with torch.no_grad():

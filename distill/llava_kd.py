@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.distill.losses.chunked import Live, divergence
+from zoo.distill.losses.chunked import LiveTeacher, divergence
 from zoo.distill.losses.relation import NORMALISE, by_image, gram_of, relation_loss, relations
 from zoo.distill.matching.positions import match_images, match_responses, num_shown, shared_vocab
 from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights
@@ -105,7 +105,7 @@ class LLaVAKD(Weighed):
 
     def _relation(self, student: Any, teacher: Any, matched: Any, vocab: int, shown: int) -> Tensor:
         """Sum of 1 - cosine over images."""
-        if not isinstance(matched.target, Live):
+        if not isinstance(matched.target, LiveTeacher):
             raise ZooError(
                 "A stored teacher has no relations of image tokens: set relation_weight=0, or use a live teacher."
             )

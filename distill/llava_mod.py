@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.distill.losses.chunked import Live, divergence
+from zoo.distill.losses.chunked import LiveTeacher, divergence
 from zoo.distill.losses.logprobs import answer_logprobs, stored_logprobs
 from zoo.distill.losses.preference import LOSSES, preference_loss
 from zoo.distill.matching.positions import Matched, match_responses, shared_vocab
@@ -166,4 +166,4 @@ def _in_place(student: Any, teacher: Any, everywhere: bool) -> Matched:
             f"The student has {len(rows[0])} positions and the teacher {len(rows[1])}: positions=all needs sequences "
             "of one length."
         )
-    return Matched(rows[0], Live(rows[1], teacher.llm.head), group=groups)
+    return Matched(rows[0], LiveTeacher(rows[1], teacher.llm.head), group=groups)

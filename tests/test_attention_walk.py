@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.fusion.pruners.inside.attention_flow import attention_walk, walk_flops
+from zoo.fusion.pruners.inside.attention_flow import attention_flow, walk_flops
 
 
 def inputs(b=2, h=4, kv=2, length=37, d=8, seed=0):
@@ -54,7 +54,7 @@ def test_the_walk_is_that_along_the_matrix(steps, how, block):
     damping = how.get("damping", 0.0)
     p = matrix(query, key, 0.35, **{k: v for k, v in how.items() if k != "damping"})
     wanted = walked(p, start, steps, damping)
-    got = attention_walk(query, key, start, scaling=0.35, steps=steps, block=block, **how)
+    got = attention_flow(query, key, start, scaling=0.35, steps=steps, block=block, **how)
     assert got.dtype == torch.float32
     assert torch.allclose(got.double(), wanted, atol=2e-6, rtol=2e-6)
 
@@ -66,7 +66,7 @@ def test_grouped_heads_and_who_sees_whom(heads, groups, steps):
     visible = torch.rand(2, 37, 37, generator=torch.Generator().manual_seed(2)) < 0.6
     visible[0, 7] = False  # a row that sees nothing gives nothing
     p = matrix(query, key, 0.3, visible=visible)
-    got = attention_walk(
+    got = attention_flow(
         query, key, start, scaling=0.3, steps=steps, visible=lambda rows, keys: visible[:, rows, :keys], block=8
     )
     assert torch.allclose(got.double(), walked(p, start, steps), atol=2e-6, rtol=2e-6)
@@ -76,16 +76,16 @@ def test_nothing_is_lost_on_the_way_and_one_step_gives_column_means():
     query, key, _ = inputs()
     start = torch.full((2, 37), 1 / 37)
     for steps in (1, 3, 5):
-        u = attention_walk(query, key, start, scaling=0.35, steps=steps, temperature=0.1)
+        u = attention_flow(query, key, start, scaling=0.35, steps=steps, temperature=0.1)
         assert torch.allclose(u.sum(-1), torch.ones(2, 4), atol=1e-5)
-    once = attention_walk(query, key, start, scaling=0.35)
+    once = attention_flow(query, key, start, scaling=0.35)
     assert torch.allclose(once.double(), matrix(query, key, 0.35).mean(2), atol=1e-7)
 
 
 def test_rows_without_a_vote_change_nothing():
     query, key, start = inputs()
     start[:, :-1] = 0
-    one = attention_walk(query, key, start, scaling=0.35)
+    one = attention_flow(query, key, start, scaling=0.35)
     assert torch.allclose(one.double(), start[:, -1:, None].double() * matrix(query, key, 0.35)[:, :, -1], atol=1e-7)
 
 
@@ -93,7 +93,7 @@ def test_bf16_inputs_are_walked_in_float32_also_under_autocast():
     query, key, start = (x.bfloat16() for x in inputs())
     wanted = walked(matrix(query, key, 0.35, temperature=0.1), start, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        got = attention_walk(query, key, start, scaling=0.35, steps=5, temperature=0.1)
+        got = attention_flow(query, key, start, scaling=0.35, steps=5, temperature=0.1)
     assert torch.allclose(got.double(), wanted, atol=5e-6, rtol=5e-6)
 
 
@@ -102,5 +102,5 @@ def test_counted_flops_are_those_of_torchs_counter():
 
     query, key, start = inputs(b=1, length=300)
     with flop_counter() as counter:
-        attention_walk(query, key, start, scaling=0.35, steps=5)
+        attention_flow(query, key, start, scaling=0.35, steps=5)
     assert counter.get_total_flops() == walk_flops(300, 4, 8, 5)

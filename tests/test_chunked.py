@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.distill.losses.chunked import Live, Stored, divergence
+from zoo.distill.losses.chunked import LiveTeacher, TopKTeacher, divergence
 from zoo.registry import LinearHead, ZooError
 
 S, C, V = 11, 6, 17
@@ -40,7 +40,7 @@ def rows(dtype=torch.float64):
 def teacher(dtype=torch.float64, vocab=V):
     torch.manual_seed(2)
     hidden, weight = torch.randn(S, 4, dtype=dtype), torch.randn(vocab, 4, dtype=dtype)
-    return hidden @ weight.T, Live(hidden, lambda x: x @ weight.T)
+    return hidden @ weight.T, LiveTeacher(hidden, lambda x: x @ weight.T)
 
 
 def naive(logits, wanted, beta, temperature=1.0):
@@ -127,7 +127,7 @@ def test_padding_rows_of_a_vocabulary_do_not_count(beta, fused):
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_student_that_is_the_teacher_loses_nothing(beta):
     model, hidden = student(dtype=torch.float32), rows(torch.float32)
-    loss = divergence(model, hidden, Live(hidden.detach(), model.head), beta=beta)
+    loss = divergence(model, hidden, LiveTeacher(hidden.detach(), model.head), beta=beta)
     assert loss.abs() < 1e-5 and gradients(loss, model, hidden)[0].abs().max() < 1e-6
 
 
@@ -135,7 +135,7 @@ def test_a_student_that_is_the_teacher_loses_nothing(beta):
 def test_a_constant_on_all_logits_of_a_position_changes_nothing(beta):
     model, hidden = student(), rows()
     _, target = teacher()
-    shifted = Live(target.rows, lambda x: target.head(x) + 5.0)
+    shifted = LiveTeacher(target.rows, lambda x: target.head(x) + 5.0)
     torch.testing.assert_close(
         divergence(model, hidden, shifted, beta=beta), divergence(model, hidden, target, beta=beta)
     )
@@ -145,7 +145,7 @@ def stored(logits, k):
     log_probs = F.log_softmax(logits, -1)
     top = log_probs.topk(k, -1)
     rest = 1 - top.values.exp().sum(-1)
-    return Stored(top.indices, top.values, rest.log())
+    return TopKTeacher(top.indices, top.values, rest.log())
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -181,7 +181,7 @@ def test_a_stored_teacher_has_no_other_temperature():
 
 def test_no_position_is_no_loss():
     model, hidden = student(), rows()
-    loss = divergence(model, hidden[:0], Live(torch.zeros(0, 4), lambda x: x))
+    loss = divergence(model, hidden[:0], LiveTeacher(torch.zeros(0, 4), lambda x: x))
     assert loss == 0 and torch.autograd.grad(loss, hidden)[0].abs().sum() == 0
 
 

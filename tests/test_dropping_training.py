@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.dropping_builders import dropper, embeds_of, labelled, llm_of, loss_of, padded, row, sequence
-from zoo.fusion.pruners.inside.sequence import Survivors
+from zoo.fusion.pruners.inside.sequence import TokenSequence
 from zoo.registry import IGNORE_INDEX
 from zoo.registry.forward_pass import running
 from zoo.registry.versions import checkpoint_activations
@@ -85,6 +85,6 @@ def test_answers_ahead_of_a_later_image_are_not_learnt_where_tokens_are_dropped(
     """Which tokens stay is told by all that stands before the last answers: an earlier one would be told of itself."""
     image = torch.tensor([[0, 1, 0, 0, 1, 0, 0]]).bool()
     labels = torch.tensor([[-100, -100, -100, 5, -100, -100, 6]])
-    tokens = Survivors.of(image, None, None, labels)
+    tokens = TokenSequence.of(image, None, None, labels)
     assert tokens.labels.tolist() == [[-100, -100, -100, -100, -100, -100, 6]]
     assert tokens.voter.tolist() == [[True] * 6 + [False]]

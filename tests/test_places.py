@@ -5,7 +5,7 @@ import torch
 
 import zoo
 from tests import published_builders as build
-from zoo.published.places import follow, place_of, spread
+from zoo.published.places import balance, move_inputs, place_of
 from zoo.registry import ZooError
 
 
@@ -29,7 +29,7 @@ def test_auto_shares_out_layers_in_their_order_and_cuts_none():
     sizes |= {f"llm.lm.model.layers.{i}.{w}": 50 for i in range(12) for w in ("a", "b")}
     sizes |= {"llm.lm.lm_head.weight": 40}
     devices = [torch.device("cuda", i) for i in range(3)]
-    found = spread(sizes, devices)
+    found = balance(sizes, devices)
     order = ["vision", "projector", "llm", *[f"llm.lm.model.layers.{i}" for i in range(12)], "llm.lm.lm_head"]
     assert list(found) == order
     numbers = [found[unit].index for unit in order]
@@ -61,7 +61,7 @@ def test_inputs_follow_the_weights(folder):
         last.to("meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         model(**batch)
-    follow(model)
+    move_inputs(model)
     logits = model(**batch).logits
     assert logits.device.type == "meta" and logits.shape == whole.shape
     before = model(**batch, output_hidden_states=True).hidden_states[2]

@@ -12,7 +12,7 @@ from zoo.registry import Cut, ZooError
 from zoo.runs.folder import read_metrics
 from zoo.settings.stage import Stage
 from zoo.teaching.teacher import Teacher, Twins
-from zoo.text.batch import TWIN
+from zoo.text.batch import TEACHER_ROWS
 from zoo.text.tokenizer import shared_tokens
 from zoo.training.loop import Run
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
@@ -157,7 +157,7 @@ def test_a_pruned_student_is_compared_on_the_cells_it_kept(make_model):
     """The same model as its own teacher, before pruning: at the survivors, in the place the teacher has them."""
     step, own, theirs = step_of(make_model, pruned=True, response_weight=0.0, relation_weight=0.0)
     batch = own.collate(rows(theirs, own, [0, 1]))
-    out = step.model(**{k: v for k, v in batch.items() if k != TWIN})
+    out = step.model(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
     seen = step.teacher.see(batch, out)
     keep = out.image_kept.keep
     assert keep.shape == (3, 8) and seen.image_tokens.shape[1] == 16
@@ -177,7 +177,7 @@ def test_a_pruned_student_is_compared_on_the_cells_it_kept(make_model):
 def test_the_teacher_keeps_no_activations_and_makes_no_logits(make_model):
     step, own, theirs = step_of(make_model)
     batch = own.collate(rows(theirs, own))
-    out = step.model(**{k: v for k, v in batch.items() if k != TWIN})
+    out = step.model(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
     seen = step.teacher.see(batch, out)
     assert seen.logits is None and seen.losses is None
     assert not seen.last_hidden_state.requires_grad and seen.last_hidden_state.grad_fn is None
@@ -199,9 +199,9 @@ def test_pixels_that_both_read_alike_are_held_once(make_model):
     _, own = make_model(seed=1)
     _, theirs = make_model(seed=2)
     batch = own.collate(rows(theirs, own))
-    assert "pixel_values" not in batch[TWIN] and "pixel_values" in batch
+    assert "pixel_values" not in batch[TEACHER_ROWS] and "pixel_values" in batch
     _, larger = make_model(vision={**VISION, "image_size": 64, "patch_size": 16})
-    assert own.collate(rows(larger, own))[TWIN]["pixel_values"].shape[-1] == 64
+    assert own.collate(rows(larger, own))[TEACHER_ROWS]["pixel_values"].shape[-1] == 64
 
 
 VISION = {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1}
@@ -222,7 +222,7 @@ def test_an_encoder_that_both_have_runs_once(make_model, slots, taught_slots):
     batch = own.collate(rows(theirs, own, [0, 1, 2]))
     teacher, ran = Teacher(model), []
     model.vision.register_forward_hook(lambda *_: ran.append(1))
-    out = student(**{k: v for k, v in batch.items() if k != TWIN})
+    out = student(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
     apart = teacher.see(batch, out).last_hidden_state
     teacher.look_with(student)
     assert not teacher.same_vision, "the student's encoder still trains"
@@ -234,8 +234,10 @@ def test_an_encoder_that_both_have_runs_once(make_model, slots, taught_slots):
     _, uncut = make_model(seed=2)
     if slots:  # pixels of another cut are encoded again
         other = own.collate(rows(theirs, uncut, [0]))
-        assert "pixel_values" in other[TWIN]
-        teacher.see(other, student(**{k: v for k, v in own.collate(rows(theirs, own, [0])).items() if k != TWIN}))
+        assert "pixel_values" in other[TEACHER_ROWS]
+        teacher.see(
+            other, student(**{k: v for k, v in own.collate(rows(theirs, own, [0])).items() if k != TEACHER_ROWS})
+        )
         assert len(ran) == 2
     next(student.vision.parameters()).data += 1
     teacher.look_with(student)
@@ -262,7 +264,7 @@ def test_a_student_that_drops_inside_the_llm_is_compared_on_what_is_left(make_mo
     student, own = make_model(seed=1, llm={**LLM, "num_layers": 3}, **fastv)
     model, theirs = make_model(seed=2, llm={**LLM, "num_layers": 3})
     batch = own.collate(rows(theirs, own, [1, 2]))
-    out = student(**{k: v for k, v in batch.items() if k != TWIN})
+    out = student(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
     seen = Teacher(model).see(batch, out)
     from zoo.distill.matching.positions import match_images, match_responses
 
@@ -287,11 +289,11 @@ def test_tiles_are_compared_as_images_of_their_own(make_model):
         step = TrainStep(student, distiller, Teacher(model, distiller.needs), Stage(**STAGE))
         batch = own.collate(rows(theirs, own, [0, 1]))
         if cut:
-            batch["cuts"] = batch[TWIN]["cuts"] = [Cut(), Cut(2, "crop", grid=(1, 2))]
+            batch["cuts"] = batch[TEACHER_ROWS]["cuts"] = [Cut(), Cut(2, "crop", grid=(1, 2))]
         found.append(run_step(step, batch))
     assert found[0].keys() == found[1].keys() == {"answer", "response", "visual", "relation"}
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-    batch[TWIN]["cuts"] = [Cut(), Cut(2, "crop", grid=(2, 1))]
+    batch[TEACHER_ROWS]["cuts"] = [Cut(), Cut(2, "crop", grid=(2, 1))]
     with pytest.raises(ZooError, match="cut images into different tiles"):
         run_step(step, batch)
 

@@ -31,7 +31,7 @@ def close(got, wanted):
 
 def compare():
     from zoo.fusion.pruners.inside.attention_flow_triton import walk
-    from zoo.fusion.pruners.inside.sequence import Sight, Survivors
+    from zoo.fusion.pruners.inside.sequence import TokenSequence, VisibilityMask
 
     n = 21
     query, key, start = inputs(h=2, kv=1, length=n)  # two rows, two heads on one key, head size 8: tiles of 16 fit none
@@ -51,9 +51,9 @@ def compare():
     seen[0, :5], seen[1, 12], segment[1, 9:] = False, False, 1
     column = torch.arange(n).expand(2, -1) * 3
     no = torch.zeros_like(seen)
-    tokens = Survivors(column, seen, no, segment, no, seen, None, packed=True)
+    tokens = TokenSequence(column, seen, no, segment, no, seen, None, packed=True)
     for window in (None, 20):
-        sight = Sight(tokens, window)
+        sight = VisibilityMask(tokens, window)
         p = matrix(query, key, 0.35, visible=sight(slice(None), n))
         assert bool((p.sum(-1) == 0).any())  # rows that see nothing give nothing
         close(walk(query, key, start, scaling=0.35, steps=3, sight=sight, side=16), walked(p, start, 3))
@@ -125,6 +125,6 @@ def test_on_cuda_the_kernels_walk_as_the_blocks_do(dtype):
     query, key, start = (x.to("cuda", dtype) for x in inputs(b=2, h=8, kv=2, length=700, d=128))
     start = (start / start.sum(1, keepdim=True)).float()
     assert module._kernel(query.device) is not None
-    got = module.attention_walk(query, key, start, scaling=0.09, steps=5, temperature=0.1)
+    got = module.attention_flow(query, key, start, scaling=0.09, steps=5, temperature=0.1)
     wanted = walked(matrix(query.cpu(), key.cpu(), 0.09, temperature=0.1), start.cpu(), 5)
     torch.testing.assert_close(got.cpu().double(), wanted, atol=5e-6, rtol=1e-4)

@@ -29,7 +29,7 @@ _LEAST = 1e-30  # of a remainder of mass whose logarithm is taken
 
 
 @dataclass
-class Live:
+class LiveTeacher:
     """A live teacher: its hidden states at the positions, and its vocabulary projection."""
 
     rows: Tensor  # (S, C)
@@ -42,7 +42,7 @@ class Live:
 
 
 @dataclass
-class Stored:
+class TopKTeacher:
     """A stored teacher: the K likeliest tokens of each position, at temperature 1."""
 
     ids: Tensor  # (S, K) int64
@@ -53,7 +53,7 @@ class Stored:
 def divergence(
     llm: Any,
     rows: Tensor,
-    target: Live | Stored,
+    target: LiveTeacher | TopKTeacher,
     *,
     beta: float = 0.0,
     temperature: float = 1.0,
@@ -80,7 +80,7 @@ def divergence(
     Raises:
         ZooError: a stored teacher and a temperature other than 1.
     """
-    if isinstance(target, Stored) and temperature != 1.0:
+    if isinstance(target, TopKTeacher) and temperature != 1.0:
         raise ZooError(f"A stored teacher's probabilities are those of temperature 1, got temperature={temperature}.")
     if not len(rows):
         return rows.sum() * 0.0
@@ -175,13 +175,13 @@ def _apply_head(logits: Tensor, head: LinearHead, bias: Tensor | None, vocab: in
 
 
 def _compare(
-    logits: Tensor, target: Live | Stored, piece: slice, beta: float, temperature: float
+    logits: Tensor, target: LiveTeacher | TopKTeacher, piece: slice, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Compare a chunk with its target: divergences (S,) and their gradient with regard to the logits (S, V).
 
     `logits` is overwritten.
     """
-    if isinstance(target, Live):
+    if isinstance(target, LiveTeacher):
         student = _log_softmax(logits, temperature)
         teacher = target.log_probs(piece, logits.shape[1], temperature).to(logits)
         values, gradient = value_and_gradient(student, teacher, beta)
@@ -237,7 +237,7 @@ def value_and_gradient(student: Tensor, teacher: Tensor, beta: float) -> tuple[T
 def _with_autograd(
     head: Callable[[Tensor], Tensor],
     rows: Tensor,
-    target: Live | Stored,
+    target: LiveTeacher | TopKTeacher,
     weights: Tensor,
     kind: tuple[float, float, int],
     piece: slice,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.distill.losses.chunked import Live, Stored
+from zoo.distill.losses.chunked import LiveTeacher, TopKTeacher
 from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError
 
 PREFIX = "teacher"  # of the batch's targets that hold a stored teacher: teacher.<positions>.<what>
@@ -23,7 +23,7 @@ class Matched:
     """Hidden states of the student at matched positions, and the teacher's target at the same ones."""
 
     rows: Tensor  # (S, C)
-    target: Live | Stored
+    target: LiveTeacher | TopKTeacher
     labels: Tensor | None = None  # (S,) label of each position
     group: Tensor | None = None  # (S,) index of the answer, or of the image, that a position belongs to
 
@@ -42,7 +42,7 @@ def match_responses(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Mat
     theirs, same, _ = _responses(teacher)
     if len(theirs) != len(rows):
         raise ZooError(f"The student has {len(rows)} labels and the teacher {len(same)}: their texts differ.")
-    return Matched(rows, Live(theirs, teacher.llm.head), labels, group)
+    return Matched(rows, LiveTeacher(theirs, teacher.llm.head), labels, group)
 
 
 def match_images(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matched:
@@ -60,13 +60,13 @@ def match_images(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matche
         whole = stored(batch, "visual", None)
         if len(index) and int(index.max()) >= len(whole.ids):
             raise ZooError(f"The stored teacher has {cells} image tokens for each image; the student has more.")
-        target: Live | Stored = Stored(whole.ids[index], whole.log_probs[index], whole.log_rest[index])
+        target: LiveTeacher | TopKTeacher = TopKTeacher(whole.ids[index], whole.log_probs[index], whole.log_rest[index])
     else:
         if _cuts(student) != _cuts(teacher):
             raise ZooError("student and teacher cut images into different tiles: give both the same image processor.")
         theirs, known = _image_tokens(teacher)
         found = _find(ours.to(known.device), known)
-        target = Live(teacher.last_hidden_state.flatten(0, 1)[theirs[found]], teacher.llm.head)
+        target = LiveTeacher(teacher.last_hidden_state.flatten(0, 1)[theirs[found]], teacher.llm.head)
     return Matched(rows, target, group=ours[:, 0])
 
 
@@ -81,7 +81,7 @@ def shared_vocab(student: Any, teacher: Any, batch: Mapping[str, Any]) -> int:
     return min([*tables, int(batch.get("vocab_size") or min(tables))])
 
 
-def stored(batch: Mapping[str, Any], positions: str, count: int | None) -> Stored:
+def stored(batch: Mapping[str, Any], positions: str, count: int | None) -> TopKTeacher:
     """Take a stored teacher's tokens and log-probabilities from the batch's targets.
 
     Raises:
@@ -94,7 +94,7 @@ def stored(batch: Mapping[str, Any], positions: str, count: int | None) -> Store
     ids, log_probs, log_rest = (targets[key + name] for name in ("ids", "log_probs", "log_rest"))
     if count is not None and len(ids) != count:
         raise ZooError(f"The stored teacher has {len(ids)} {positions} positions for the batch, and it has {count}.")
-    return Stored(ids.long(), log_probs.float(), log_rest.float())
+    return TopKTeacher(ids.long(), log_probs.float(), log_rest.float())
 
 
 def _responses(seen: Any) -> tuple[Tensor, Tensor, Tensor]:

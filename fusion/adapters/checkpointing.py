@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def carry(hidden: Tensor, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def detach_through_checkpoint(hidden: Tensor, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Detach `tensors` from their graph for a layer whose input is `hidden`.
 
     Returns:
@@ -19,10 +19,10 @@ def carry(hidden: Tensor, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         layer's nested backward, so the copies' gradients are complete then, and are passed on to `tensors`.
     """
     copies = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
-    return _Carry.apply(copies, hidden, *tensors), copies
+    return _DetachThroughCheckpoint.apply(copies, hidden, *tensors), copies
 
 
-class _Carry(torch.autograd.Function):
+class _DetachThroughCheckpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, copies: list[Tensor], hidden: Tensor, *tensors: Tensor) -> Tensor:
         ctx.copies = copies

@@ -35,7 +35,7 @@ class Router(KeepsFloat32):
         self, width: int, num_experts: int, *, bias: bool = False, trainable: bool = True, **where: Any
     ) -> None:
         super().__init__()
-        start = nn.Linear(width, num_experts, bias=bias, dtype=torch.float32, **where)  # torch's own random start
+        start = nn.Linear(width, num_experts, bias=bias, dtype=torch.float32, **where)  # for its initialisation
         self.bias: Tensor | None
         if trainable:
             self.weight, self.bias = start.weight, start.bias
@@ -189,6 +189,7 @@ def load_balance(probs: Tensor, chosen: Tensor, keep: Tensor | None = None) -> T
         chosen: (T,) or (T, k).
         keep: (T,) tokens that count; None: all.
     """
+    # Gradients flow through the mean probabilities only; the counts are not differentiable.
     share = expert_share(chosen, probs.shape[-1], keep)  # (E,)
     if keep is None:
         mean = probs.mean(0)
@@ -271,7 +272,7 @@ class _GroupedLinear(torch.autograd.Function):
 class _GroupedLinearOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ends: Tensor, *stacks: Tensor) -> Tensor:
-        cuts = [0, *ends.tolist()]
+        cuts = [0, *ends.tolist()]  # on a CPU: reading them synchronises nothing
         y = x.new_empty(len(x), stacks[0].shape[1])
         for at, weight in enumerate(w for stack in stacks for w in stack):
             torch.mm(x[cuts[at] : cuts[at + 1]], weight.t(), out=y[cuts[at] : cuts[at + 1]])
@@ -297,6 +298,7 @@ class _GroupedLinearOver(torch.autograd.Function):
             for at, weight in enumerate(w for stack in stacks for w in stack):
                 torch.mm(grad[cuts[at] : cuts[at + 1]], weight, out=back[cuts[at] : cuts[at + 1]])
             back[cuts[-1] :].zero_()
+        # Each stack gets its gradient in one tensor, from its own rows, whose ends are counted from their start.
         weights = []
         for i, (a, b) in enumerate(ctx.spans):
             ends = torch.tensor(cuts[ctx.firsts[i] + 1 : ctx.firsts[i + 1] + 1]) - a
@@ -331,6 +333,7 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, out: Tensor | None = None)
         y = F.grouped_mm(x, weight, offs=ends)
         behind = torch.arange(len(x), device=x.device) >= ends[-1]
         return y.masked_fill_(behind.unsqueeze(-1), 0)  # the kernel leaves those rows uninitialised
+    # Each row is written exactly once, so the result need not be zeroed first.
     y = x.new_empty(len(x), weight.shape[-1]) if out is None else out
     start = 0
     for e, end in enumerate(ends.tolist()):
@@ -355,7 +358,7 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     for e, end in enumerate(ends.tolist()):
         if end > start:
             torch.mm(left[start:end].t(), right[start:end], out=result[e])
-        else:
+        else:  # an expert without rows: zero, since None would make data parallelism wait
             result[e].zero_()
         start = end
     return result

@@ -151,6 +151,7 @@ class MoExtend(Adapter, nn.Module):
             return {}
         if any(layer.rows.weight.requires_grad for layer in self.layers.values()):
             self.passes.require_gradient("adapter 'moextend'")
+        # Mean over layers, each scaled by its own number of experts; -inf logits are probability 0.
         losses = [dispatch.load_balance(raw.float().softmax(-1), chosen, keep) for raw, chosen, keep in records]
         if self.config.official_aux:
             widths = [logits.shape[-1] for logits, _, _ in records]
@@ -203,6 +204,7 @@ class MoExtend(Adapter, nn.Module):
             raise ZooError(
                 "adapter 'moextend' cannot be merged with guard=true: a plain model cannot tell text from images."
             )
+        # Detached first: `compute_by` must not route through experts while their weights are replaced.
         self.detach()
         total = 0
         for layer in self.layers.values():

@@ -169,6 +169,7 @@ class MoLELayer(nn.Module):
     def _few(self, x: Tensor) -> bool:
         if len(x) <= FEW or torch.compiler.is_compiling():
             return True
+        # Without torch's grouped kernel a sort needs counts on the host: all experts at once then wait for nothing.
         sizes = [size for m in self.experts.values() for p in m.parameters() for size in p.shape[1:]]
         return x.device.type == "cuda" and not dispatch.has_kernel(x.device, dispatch.compute_dtype(x), *sizes)
 

@@ -86,6 +86,7 @@ class AnyRes(Layout, nn.Module):
             "encoder_grid": list(encoder_grid) if encoder_grid else None,
             "pruned": pruned,
         }
+        # LLaVA-NeXT's initialisation: std 1 / sqrt(C), so about unit norm.
         self.newline = None
         if config.newline and text_dim is not None:
             self.newline = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
@@ -104,6 +105,7 @@ class AnyRes(Layout, nn.Module):
         if cut.rows == 1 or self.whole is None:
             return cut.rows * self.tokens + end
         _, lines, columns = self._shape(cut)
+        # Kept tokens have no lines of their own, so that one newline ends the image.
         ends = lines * end if self.config.kept_lines or not self.pruned else end
         return self.tokens + self._share(lines * columns) + ends
 
@@ -233,6 +235,7 @@ class AnyRes(Layout, nn.Module):
         assert self.grid is not None, "joined on a grid"
         (window, lines, columns), (rows, across) = self._shape(cut), self._tiles(cut, len(crops))
         whole = crops.unflatten(0, (rows, across)).unflatten(2, self.grid)  # (R, A, h, w, C)
+        # Rows of crops and rows of patches become lines, and likewise columns: the stitched image, channels first.
         whole = whole.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (C, R * h, A * w)
         top, left = window
         whole = whole[:, top : whole.shape[1] - top, left : whole.shape[2] - left]
@@ -318,6 +321,7 @@ def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> 
     height, width = size
 
     def merit(pinpoint: Sequence[int]) -> tuple[int, int]:
+        # Pixels shown, bounded by those that the image has: enlarging it shows no more.
         scale = min(pinpoint[1] / width, pinpoint[0] / height)
         shown = min(int(width * scale) * int(height * scale), width * height)
         return shown, shown - pinpoint[0] * pinpoint[1]

@@ -58,6 +58,7 @@ def resolve_attention(
             for version in flash:  # 4 is a pre-release: used only if named
                 if not _why_no_flash(version, device, dtype):
                     return f"flash_attention_{version}"
+    # Such families add softcaps or sinks to their scores, which sdpa cannot compute.
     if lm is not None and not getattr(lm, "_supports_sdpa", True):
         return "eager"  # the family's own, which implements its softcaps and sinks
     if device.type == "cpu" and dtype == torch.bfloat16 and (seq_len is None or seq_len < LONG):
@@ -240,21 +241,23 @@ def zoo_eager(
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ZooError(f"attention {ZOO_EAGER!r} does not implement {name!r}, which {type(module).__name__} uses.")
+    # Inside autocast, q and k may still be float32 (after rotary tables): products run in the autocast dtype.
     dtype = _product_dtype(query.device, query.dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     b, h, t, _ = query.shape
     kv, s = key.shape[1], key.shape[2]
     if attention_mask is None and t > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        # The last query is aligned with the last key: with a cache, the queries are the end of the sequence.
         attention_mask = torch.ones(t, s, dtype=torch.bool, device=query.device).tril_(s - t)[None, None]
     if attention_mask is not None:
-        attention_mask = attention_mask[..., :s]
+        attention_mask = attention_mask[..., :s]  # a mask may cover more keys, as in transformers' eager
         if attention_mask.dtype == torch.bool:
             attention_mask = _additive(attention_mask, dtype)  # (B, 1, T, S)
         attention_mask = attention_mask.to(dtype)
     key, value = key.to(dtype).contiguous(), value.to(dtype).contiguous()
     if s >= LONG and softcap is None:
         query = query.to(dtype)
-        if kv != h:
+        if kv != h:  # the fused kernel takes a key head per query head
             key, value = (x.repeat_interleave(h // kv, dim=1) for x in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # (B, T, H, e)
@@ -291,7 +294,8 @@ class _Rows(torch.autograd.Function):
         """Attend: query (B, H_kv, G * T, d) with scaled entries, key (B, H_kv, S, d), mask (B, 1, T, S)."""
         b, kv, gt, _ = query.shape
         t, s = mask.shape[-2:]
-        n = max(1, _CACHED // (kv * gt * s * query.element_size()))  # rows at a time
+        # As many rows at a time as keep their scores in the cache between the three operations.
+        n = max(1, _CACHED // (kv * gt * s * query.element_size()))
         keep = any(ctx.needs_input_grad)
         weights = query.new_empty(b if keep else n, kv, gt, s)
         out = query.new_empty(b, kv, gt, value.shape[-1])

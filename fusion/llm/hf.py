@@ -115,6 +115,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
     @property
     def layers(self) -> nn.ModuleList:  # type: ignore[override]
         """The decoder's layers."""
+        # By length, not by name: families call them layers, h, blocks, ...
         for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
                 return module
@@ -129,7 +130,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed ids (B, T) to (B, T, C), as the decoder expects `inputs_embeds`."""
         embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, C)
-        if self.lm.config.model_type == "falcon_h1":
+        if self.lm.config.model_type == "falcon_h1":  # its decoder multiplies embedded ids, and skips given embeddings
             embeds = embeds * self.lm.config.embedding_multiplier
         return embeds
 
@@ -141,6 +142,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
             inputs: arguments of the transformers model; `use_cache` is False by default.
         """
         inputs.setdefault("use_cache", False)
+        # Router logits are requested only if the loss will use them: they are kept for backward.
         balance = self.router_aux_coef > 0 and self.training and torch.is_grad_enabled()
         if balance:
             inputs["output_router_logits"] = True
@@ -185,6 +187,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
 
     def linear_head(self) -> LinearHead | None:
         """LM-head parameters for fused losses; None if the head is hooked, wrapped or sharded."""
+        # A fused loss multiplies by the weight itself, and so would bypass a hook, a LoRA or a sharded gather.
         linear = self.lm.get_output_embeddings()
         if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
             return None
@@ -253,10 +256,12 @@ def _from_checkpoint(
     kwargs: dict[str, Any] = {
         k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
     }
+    # Checked before weights are read: transformers fails on these in its first forward pass.
     text = hf.get_text_config()
     check_experts(text, name_of(config))
     _require_safetensors(config.checkpoint)
     if torch.get_default_device().type == "meta":
+        # As `resize_token_embeddings` below, so that shapes on meta are those of the loaded model.
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
         return AutoModelForCausalLM.from_config(hf, **kwargs)
     require_filled(hf, config.checkpoint)
@@ -305,7 +310,7 @@ def _residual_outputs(layers: nn.ModuleList) -> Iterator[nn.Parameter]:
 
 def _zero_residual_outputs(llm: HFLanguageModel) -> None:
     text = llm.lm.config.get_text_config()
-    layers = next(m for m in llm.decoder.modules() if isinstance(m, nn.ModuleList))
+    layers = next(m for m in llm.decoder.modules() if isinstance(m, nn.ModuleList))  # `num_layers` is not set yet
     found = list(_residual_outputs(layers))
     # A norm after the output divides by its size: its gradient at zero is 1/sqrt(eps).
     if not found or hasattr(layers[0], "post_feedforward_layernorm"):

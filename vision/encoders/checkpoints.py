@@ -34,7 +34,7 @@ def is_local(checkpoint: str) -> bool:
     return False
 
 
-def at(checkpoint: str, revision: str) -> str:
+def with_revision(checkpoint: str, revision: str) -> str:
     """Join a hub name and its revision to `org/name@revision`, as `fetch` takes it."""
     if not revision:
         return checkpoint

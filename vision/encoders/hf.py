@@ -24,7 +24,7 @@ from zoo.vision.encoders.base import (
     Tower,
     on_meta,
 )
-from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 
@@ -133,7 +133,7 @@ class HFVision(Tower):
     streams = True  # may be built on the meta device and filled with weights afterwards
 
     def __init__(self, config: HFVisionConfig) -> None:
-        source = at(config.checkpoint, config.revision)
+        source = with_revision(config.checkpoint, config.revision)
         spec = _from_json(source) if source else _from_sizes(config)
         family = FAMILIES[_family(spec)]
         depth = block_count(config.layer, spec.num_hidden_layers)

@@ -20,7 +20,7 @@ from zoo.vision.encoders.base import (
     Tower,
     on_meta,
 )
-from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner
@@ -167,7 +167,7 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
         }
         return None, {"embed_dim": config.width, "vision_cfg": vision, "quick_gelu": config.quick_gelu}, {}
     hub = "/" in config.checkpoint or is_local(config.checkpoint)
-    source = at(config.checkpoint, config.revision) if hub else config.checkpoint
+    source = with_revision(config.checkpoint, config.revision) if hub else config.checkpoint
     if not config.model:
         told = read_json(source, CONFIG)
         weights = None if on_meta() else fetch(source, WEIGHTS)
@@ -191,7 +191,8 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
     if not repository:
         raise ZooError(f"open_clip has no safetensors weights {config.checkpoint!r} of {config.model!r} on the hub.")
     weights = fetch(
-        at(repository, config.revision), filename.replace("pytorch_model.bin", "model.safetensors") or WEIGHTS
+        with_revision(repository, config.revision),
+        filename.replace("pytorch_model.bin", "model.safetensors") or WEIGHTS,
     )
     return weights, architecture, tag
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
-from zoo.vision.encoders.checkpoints import at, fetch, is_local, read_json, require_filled
+from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.conv_stem import ConvStem
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner
@@ -105,7 +105,9 @@ def _sized(config: TimmVisionConfig) -> nn.Module:
 
 def _named(config: TimmVisionConfig) -> nn.Module:
     options: dict[str, Any] = {"img_size": config.image_size or None}
-    source = config.checkpoint if config.checkpoint == "pretrained" else at(config.checkpoint, config.revision)
+    source = (
+        config.checkpoint if config.checkpoint == "pretrained" else with_revision(config.checkpoint, config.revision)
+    )
     if config.model:
         _check_name(config.model)
         name = config.model
@@ -140,7 +142,7 @@ def _weights(config: TimmVisionConfig, source: str) -> Any:
     if known is None or not known.hf_hub_id:
         raise ZooError(f"timm has no safetensors weights for {config.model!r}; name a checkpoint.")
     filename = (known.hf_hub_filename or "model.safetensors").replace("pytorch_model.bin", "model.safetensors")
-    return fetch(at(known.hf_hub_id, config.revision), filename)
+    return fetch(with_revision(known.hf_hub_id, config.revision), filename)
 
 
 def _check_name(model: str) -> None:

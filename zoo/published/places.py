@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.registry import SINGLE_SLOTS, ImageFeatures, ZooError, unknown
 from zoo.storage.precision import cast_parameters, dtype_of
 
-_UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # units that `spread` keeps on one device
+_UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # units that `balance` keeps on one device
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def place_of(name: str, places: Mapping[str, torch.device], default: torch.devic
     return places[max(known, key=len)] if known else default
 
 
-def spread(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
+def balance(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
     """Distribute weights over devices, about equally many bytes to each, in the order of use.
 
     Args:
@@ -103,14 +103,14 @@ def require_names(places: Mapping[str, Any], model: nn.Module) -> None:
             raise unknown("part of the model in device_map", prefix, modules)
 
 
-def settle(model: nn.Module, places: Mapping[str, torch.device], default: torch.device) -> None:
+def dispatch_to_devices(model: nn.Module, places: Mapping[str, torch.device], default: torch.device) -> None:
     """Move every weight to its device, and register hooks that move inputs."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor.data = tensor.data.to(place_of(name, places, default))
-    follow(model)
+    move_inputs(model)
 
 
-def follow(model: nn.Module) -> None:
+def move_inputs(model: nn.Module) -> None:
     """Register hooks that move the inputs of each module to the device of its weights."""
     for module in model.modules():
         devices = {t.device for t in [*module.parameters(), *module.buffers()]}
@@ -151,7 +151,7 @@ def devices_of(device_map: Any, sizes: Mapping[str, int] | None = None) -> tuple
     if device_map == "auto":
         count = torch.cuda.device_count()
         if count > 1 and sizes:
-            places = spread(sizes, [torch.device("cuda", i) for i in range(count)])
+            places = balance(sizes, [torch.device("cuda", i) for i in range(count)])
             return torch.device("cuda", 0), places
         return torch.device("cuda" if count else "cpu"), {}
     try:
@@ -177,7 +177,7 @@ def placed(model: Any, device_map: Any, dtype: Any, placement: Placement | None 
     device, places = (placement.device, placement.places) if placement is not None else devices_of(device_map)
     require_names(device_map if isinstance(device_map, Mapping) else {}, model)
     if len({device, *places.values()}) > 1:
-        settle(model, places, device)
+        dispatch_to_devices(model, places, device)
     else:
         torch.nn.Module.to(model, device=device)
     return model

@@ -66,6 +66,7 @@ def listing(files: Iterable[Path]) -> dict[str, Stored]:
     Raises:
         ZooError: a file is not in this format, is truncated, or a tensor is out of its bounds.
     """
+    # Headers only: a few kilobytes per file, whatever the size of its tensors.
     found: dict[str, Stored] = {}
     for file in files:
         for stored in _header(file):
@@ -124,6 +125,7 @@ def _refuse_overlap(file: Path, tensors: Iterable[Stored]) -> None:
 
 def read(stored: Stored | Joined, target: Tensor) -> None:
     """Read a tensor into `target` of the same shape; another dtype or device goes through one buffer."""
+    # Pieces are read into views of the target, without a buffer of the whole.
     if isinstance(stored, Joined):
         for piece, at in stored.pieces:
             read(piece, target.detach()[at])
@@ -188,6 +190,7 @@ def same(tensor: Tensor, base: Tensor) -> bool:
     if tensor.shape != base.shape or tensor.is_floating_point() != base.is_floating_point():
         return False
     mine, theirs = tensor.detach().reshape(-1), base.detach().reshape(-1)
+    # In pieces: a whole tensor of another device or dtype would be copied beside both.
     for start in range(0, mine.numel(), _COMPARED):
         piece = mine[start : start + _COMPARED].cpu()
         other = theirs[start : start + _COMPARED].to(device="cpu", dtype=piece.dtype)
@@ -242,7 +245,7 @@ def fill(
             aliases.setdefault(id(table[key]), []).append(name)
         for table, key, _ in slots:
             old = table[key]
-            if id(old) not in made:
+            if id(old) not in made:  # a tied tensor is made once, for the first of its slots
                 names = aliases[id(old)]
                 wanted = torch.float32 if id(old) in wide else dtype
                 made[id(old)] = _filled(old, names, tensors, place(names[0]), wanted, done)
@@ -300,6 +303,7 @@ def _compute_buffers(module: nn.Module, device: torch.device) -> None:
         if not isinstance(model, PreTrainedModel):
             continue
         for owner in model.modules():
+            # Allocated first: `_init_weights` writes into buffers, and cannot move them off the meta device.
             unsaved = {k: owner._buffers.get(k) for k in owner._non_persistent_buffers_set}
             empty = {k: b for k, b in unsaved.items() if b is not None and b.is_meta}
             for key, buffer in empty.items():

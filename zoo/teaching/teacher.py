@@ -16,7 +16,7 @@ import torch
 from zoo.composed.outputs import LOSS_ALONE, Seen, ZooOutput
 from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
 from zoo.runs.lengths import require_room
-from zoo.text.batch import TWIN, EncodedSample
+from zoo.text.batch import TEACHER_ROWS, EncodedSample
 
 
 class Teacher:
@@ -53,17 +53,17 @@ class Teacher:
         """Run the teacher on a batch of the student's.
 
         Args:
-            batch: with the teacher's own rows below `zoo.text.batch.TWIN`; without them, both read the same.
+            batch: with the teacher's own rows below `zoo.text.batch.TEACHER_ROWS`; without them, both read the same.
             student: what the student gave, for image features that both share.
         """
-        own = {k: v for k, v in (batch.get(TWIN) or batch).items() if k != "targets"}
+        own = {k: v for k, v in (batch.get(TEACHER_ROWS) or batch).items() if k != "targets"}
         if "pixel_values" not in own and "pixel_values" in batch:
             own["pixel_values"] = batch["pixel_values"]
         own = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in own.items()}
         with self._numbers(own):
             # Features of the same encoder are the same where the pixels are; a processor that cuts images in another
             # way leaves pixels of its own in the twin batch.
-            if self.same_vision and student.image is not None and "pixel_values" not in batch.get(TWIN, {}):
+            if self.same_vision and student.image is not None and "pixel_values" not in batch.get(TEACHER_ROWS, {}):
                 own["encoded"] = self.model.encode_features(self._here(student.image), own.get("cuts"))
                 own.pop("pixel_values", None)
             return Seen(self.model(**own, **self.options), self.model.llm)

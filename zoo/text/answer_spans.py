@@ -114,7 +114,7 @@ class AnswerFinder:
             opening = self.template.render(messages[:i], True, sample_id)
             if text.startswith(opening) and len(opening) <= stops[i]:
                 starts[i] = len(opening)
-            elif not only_last or i == asked[-1]:
+            elif not only_last or i == asked[-1]:  # earlier answers may change if they are not learned
                 raise TurnChangedError(_changed(text, opening, i, sample_id, i == asked[-1]))
         for i, start in starts.items():
             if not text[start : stops[i]].strip():
@@ -133,6 +133,7 @@ class AnswerFinder:
         contents = {i: messages[i]["content"] for i in asked}
         ends = [dict(m) for m in messages]
         for i in asked:
+            # Trailing blanks are removed before the mark: templates that trim would trim them, and keep the mark.
             ends[i]["content"] = contents[i].rstrip() + mark(i)
         pieces, found = marked(self.template.render(ends, sample_id=sample_id))
         if found != asked:
@@ -156,6 +157,7 @@ class AnswerFinder:
     def _remembered(self, messages: Messages) -> _Places | None:
         """Compose the text from cached literals of these roles; None if the template may change contents."""
         template = self.template.tokenizer.chat_template
+        # Only for templates of ours: of others it is not known whether a content changes the text around it.
         if self.template.typed or not isinstance(template, str) or template not in self.verbatim:
             return None
         shape = (template, *[m["role"] for m in messages])
@@ -190,6 +192,7 @@ class AnswerFinder:
                 f"Sample {sample_id!r}: the chat template writes {text[stop:][:80]!r} after the last answer, and other "
                 f"answers end with {' or '.join(map(repr, self.template.ends))}: the end cannot be located."
             )
+        # Without an end written anywhere, the first stated one: end-of-sequence.
         added = (self.template.closing.ends or self.template.ends)[0]
         return text[:stop] + added, stop + len(added)
 

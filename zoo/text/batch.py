@@ -16,7 +16,7 @@ import torch
 from zoo.registry import IGNORE_INDEX, ZooError, unknown
 from zoo.vision.images.processors import stack
 
-TWIN = "teacher"  # key of the same rows as encoded by a teacher's processor
+TEACHER_ROWS = "teacher"  # key of the same rows as encoded by a teacher's processor
 
 
 @dataclass
@@ -242,7 +242,7 @@ def collate(
         )
         if all(a is b for a, b in both):
             theirs.pop("pixel_values", None)
-        batch[TWIN] = theirs
+        batch[TEACHER_ROWS] = theirs
     return batch
 
 

@@ -39,7 +39,7 @@ class PlaceholdersMixin:
         own = cut.kind == "frame" and self.video_token_id != self.image_token_id
         return (self.video_token if own and self.video_token else self.image_token) * self.layout.count(cut)
 
-    def _spelled(self, text: str, films: Iterator[Cut]) -> str:
+    def _expand_videos(self, text: str, films: Iterator[Cut]) -> str:
         """Replace each video token by words, with an image token for each frame."""
         if not self.spells:
             return text
@@ -53,7 +53,7 @@ class PlaceholdersMixin:
         if self.layout is None:
             return np.repeat(values, np.where(ids == self.image_token_id, self.num_image_tokens, 1))
         places = np.flatnonzero((ids == self.image_token_id) | (ids == self.video_token_id))
-        cuts = [c for p in pictures for c in self._marked(cut_of(p))]
+        cuts = [c for p in pictures for c in self._cuts_per_token(cut_of(p))]
         if len(places) != len(cuts):
             raise ZooError(f"The text shows {len(places)} images, and {len(cuts)} were given.")
         pieces, at = [], 0
@@ -63,7 +63,7 @@ class PlaceholdersMixin:
             at = place + 1
         return np.concatenate([*pieces, values[at:]]).astype(np.int64)
 
-    def _marked(self, cut: Cut) -> list[Cut]:
+    def _cuts_per_token(self, cut: Cut) -> list[Cut]:
         """Return a cut for each image token of an image or video: itself, or one per frame of a video in words."""
         if cut.kind == "frame" and self.spells:
             return [Cut(size=cut.size)] * cut.rows

@@ -184,7 +184,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
                 leave no clear border between question and answer; the message shows the text at that place.
         """
         pixels = self._images_of(sample) if pixel_values is None else pixel_values
-        rows = [(d, row) for d in sample.dialogs for row in self._learnt(d, sample, pixels)]
+        rows = [(d, row) for d in sample.dialogs for row in self._tokenize_cached(d, sample, pixels)]
         dialogs = number_pairs(sample.id, [d.preference for d, _ in rows], [row for _, row in rows])
         common: dict[str, Any] = {
             "pixel_values": pixels,
@@ -201,7 +201,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         nothing = np.zeros(0, dtype=np.int64)
         return EncodedSample(nothing, nothing, self._images_of(sample), targets=sample.targets)
 
-    def _learnt(self, dialog: Dialog, sample: Sample, pixels: Sequence[Any]) -> list[TokenizedDialog]:
+    def _tokenize_cached(self, dialog: Dialog, sample: Sample, pixels: Sequence[Any]) -> list[TokenizedDialog]:
         """Tokenize a dialog of a sample, with a cache; see `_rows`."""
         shown = _count_images(dialog.messages)
         if shown != len(sample.images):
@@ -248,7 +248,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         pixels = self._images_of(sample) if pixel_values is None else pixel_values
-        tokens = self._chat.prompt(self._told(messages, pixels), sample.id)
+        tokens = self._chat.prompt(self._plain_messages(messages, pixels), sample.id)
         ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
         return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
 
@@ -282,15 +282,15 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         Returns:
             input_ids and labels, both (T,), with all placeholders.
         """
-        tokens, labels = self._chat.labelled(self._told(messages, pictures), sample_id, only_last)
+        tokens, labels = self._chat.labelled(self._plain_messages(messages, pictures), sample_id, only_last)
         labels[(tokens == self.image_token_id) | (tokens == self.video_token_id)] = IGNORE_INDEX
         return self._expand(tokens, pictures=pictures), self._expand(labels, tokens, pictures)
 
-    def _told(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, str]]:
+    def _plain_messages(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Any]) -> list[dict[str, str]]:
         """Convert messages to string content, with videos written in words if the layout does so."""
         films = films_of(pictures)
         plain = [{**m, "content": self._as_text(m["content"])} for m in messages]
-        return [{**m, "content": self._spelled(m["content"], films)} for m in self.flatten(plain)]
+        return [{**m, "content": self._expand_videos(m["content"], films)} for m in self.flatten(plain)]
 
     def _as_text(self, content: Any) -> Any:
         """Veil control tokens in a content; image tokens in a plain string stay placeholders."""

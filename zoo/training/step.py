@@ -22,7 +22,7 @@ from zoo.runs.processes import launcher_alone
 from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast, resolve_precision
 from zoo.teaching.teacher import options_of
-from zoo.text.batch import TWIN, to_device
+from zoo.text.batch import TEACHER_ROWS, to_device
 
 
 @dataclass
@@ -59,7 +59,7 @@ class TrainStep(nn.Module):
             batch: what `ZooProcessor.collate` gives, on this device.
             counts: what the sums of losses over labels and over images are divided by.
         """
-        own = {key: value for key, value in batch.items() if key != TWIN}
+        own = {key: value for key, value in batch.items() if key != TEACHER_ROWS}
         out = self.model(**own, num_items_in_batch=counts.labels, run_llm=self.run_llm, **self.student_options)
         losses = dict(out.losses or {})
         if self.distiller is not None:

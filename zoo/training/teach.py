@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zoo.composed.assembly import build_distiller
 from zoo.composed.outputs import Seen
-from zoo.distill.losses.chunked import AT_ONCE, Stored, value_and_gradient, with_rest
+from zoo.distill.losses.chunked import AT_ONCE, TopKTeacher, value_and_gradient, with_rest
 from zoo.distill.losses.logprobs import answer_logprobs
 from zoo.loading.build import load_teacher
 from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, unknown
@@ -266,7 +266,7 @@ def likeliest(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: 
         top = log_probs.topk(k, -1)
         rest = log_probs.scatter(1, top.indices, float("-inf")).logsumexp(-1)  # (S,) 1 - sum would cancel
         wide = getattr(torch, dtype)
-        kept = Stored(top.indices, top.values.to(wide), rest.clamp(min=-60.0).to(wide))
+        kept = TopKTeacher(top.indices, top.values.to(wide), rest.clamp(min=-60.0).to(wide))
         mass = top.values.exp().sum(-1)
         cost.positions += len(piece)
         cost.mass += float(mass.sum())
@@ -281,7 +281,7 @@ def likeliest(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: 
     return {what: torch.cat([p[what] for p in parts]) for what in parts[0]}
 
 
-def _error(log_probs: Tensor, kept: Stored) -> float:
+def _error(log_probs: Tensor, kept: TopKTeacher) -> float:
     """Relative error of the forward KL's gradient with the kept tokens, for a student near the teacher."""
     generator = torch.Generator().manual_seed(0)
     noise = NOISE * torch.randn(log_probs.shape, generator=generator).to(log_probs)

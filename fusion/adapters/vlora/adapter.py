@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from zoo.fusion.adapters import adapter_file
-from zoo.fusion.adapters.checkpointing import carry
+from zoo.fusion.adapters.checkpointing import detach_through_checkpoint
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.adapters.vlora.generator import WeightGenerator
 from zoo.fusion.adapters.vlora.image_memory import ImageMemory, rows_of
@@ -282,7 +282,7 @@ class VLoRA(Adapter, nn.Module):
         """Give a layer under reentrant checkpointing detached copies of its factors (a forward pre-hook).
 
         The hook runs outside of the checkpointed function, so the originals' graph is not traversed by the layer's
-        nested backward; `carry` passes the copies' gradients on to them afterwards.
+        nested backward; `detach_through_checkpoint` passes the copies' gradients on to them afterwards.
         """
         if torch.compiler.is_compiling() or not (layer.training and getattr(layer, "gradient_checkpointing", False)):
             return None
@@ -291,7 +291,7 @@ class VLoRA(Adapter, nn.Module):
             return None
         factors = given[number]
         notes = self.passes.now.notes
-        hidden, copies = carry(args[0], [tensor for pair in factors.values() for tensor in pair])
+        hidden, copies = detach_through_checkpoint(args[0], [tensor for pair in factors.values() for tensor in pair])
         notes[f"vlora.{number}"] = dict(zip(factors, zip(copies[::2], copies[1::2], strict=True), strict=True))
         return hidden, *args[1:]
 

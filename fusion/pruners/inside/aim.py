@@ -13,7 +13,7 @@ sample of a batch; a last prompt token stays even where it is an image token. Th
 for LLMs of 28 and of 32 layers; for other depths that of 28 is scaled, which is ours. Merging acts on the encoder's
 features before the projector (the public code: on projected and pooled ones for video) and measures similarity on them,
 or on the keys of the attention that made them (`metric=keys`; the public code for LLaVA-1.5: on those of the last
-block, down to 252 or 72 of 576). The walk is one pass over the scores in blocks of rows (`attention_walk`).
+block, down to 252 or 72 of 576). The walk is one pass over the scores in blocks of rows (`attention_flow`).
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.fusion.pruners.inside.attention_flow import attention_walk, walk_flops
-from zoo.fusion.pruners.inside.attention_tap import Attended
+from zoo.fusion.pruners.inside.attention_flow import attention_flow, walk_flops
+from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
 from zoo.fusion.pruners.inside.sequence import VOTES
 from zoo.fusion.pruners.token_merging import merge, removals
@@ -160,10 +160,10 @@ class AIM(DropsInside, nn.Module):
         after = range(start, min(stop, len(tokens) - 1))
         return sum(walk_flops(tokens[i], heads, head_dim, self.config.steps) for i in after)
 
-    def importance(self, given: Attended) -> Tensor:
+    def importance(self, given: AttentionInputs) -> Tensor:
         """Score the positions of a layer by the PageRank of its attention: (B, L)."""
         c = self.config
-        reached = attention_walk(
+        reached = attention_flow(
             given.query,
             given.key,
             given.tokens.start(c.votes),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.fusion.pruners.inside.sequence import Sight
+from zoo.fusion.pruners.inside.sequence import VisibilityMask
 from zoo.registry import first_line
 
 BLOCK = 128  # rows of P at a time
@@ -29,7 +29,7 @@ Visible = Callable[[Tensor, int], Tensor]
 
 
 @torch.no_grad()
-def attention_walk(
+def attention_flow(
     query: Tensor,
     key: Tensor,
     start: Tensor,
@@ -57,7 +57,7 @@ def attention_walk(
     Returns:
         (B, H, L): final value of each key, in each head.
     """
-    if steps > 1 and (visible is None or isinstance(visible, Sight)) and (walk := _kernel(query.device)):
+    if steps > 1 and (visible is None or isinstance(visible, VisibilityMask)) and (walk := _kernel(query.device)):
         given = {"scaling": scaling, "steps": steps, "temperature": temperature, "damping": damping}
         found: Tensor = walk(query, key, start, **given, sight=visible, softcap=softcap)
         return found

@@ -1,4 +1,4 @@
-"""`attention_walk` as two Triton kernels, for CUDA; the caller chooses between this and its blockwise form.
+"""`attention_flow` as two Triton kernels, for CUDA; the caller chooses between this and its blockwise form.
 
 With the log-sum-exp of each row, P_ij = exp(s_ij - lse_i) follows from a score alone. The first kernel computes the
 log-sum-exp, one program per block of rows, the second P^T u, one program per block of keys. A walk is one pass of the
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.fusion.pruners.inside.sequence import Sight
+from zoo.fusion.pruners.inside.sequence import VisibilityMask
 
 _FAR = 2**31 - 1  # a window that binds nowhere
 
@@ -104,11 +104,11 @@ def walk(
     steps: int,
     temperature: float = 1.0,
     damping: float = 0.0,
-    sight: Sight | None = None,
+    sight: VisibilityMask | None = None,
     softcap: float | None = None,
     side: int = 0,
 ) -> Tensor:
-    """Walk as `attention_walk` does, whose arguments these are: (B, H, L) float32.
+    """Walk as `attention_flow` does, whose arguments these are: (B, H, L) float32.
 
     Args:
         side: rows and keys of a tile, a power of 2 from 16 on; 0: by the size of a head.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.fusion.pruners.inside.sequence import Sight, Survivors
+from zoo.fusion.pruners.inside.sequence import TokenSequence, VisibilityMask
 from zoo.registry import ZooError
 
 SCORED = "zoo_scored"
@@ -21,7 +21,7 @@ Watcher = Callable[[Tensor, Tensor, float | None, float | None], None]
 
 
 @dataclass
-class Attended:
+class AttentionInputs:
     """Input of a pruner's scores: a layer's queries and keys, and the positions that they belong to."""
 
     layer: int  # 0 the first
@@ -29,17 +29,17 @@ class Attended:
     key: Tensor  # (B, H_kv, L, d)
     scaling: float  # of the scores
     softcap: float | None
-    tokens: Survivors  # the positions
+    tokens: TokenSequence  # the positions
     window: int | None  # of the layer, None where it does not bind
 
     @property
-    def visible(self) -> Sight | None:
-        """Visibility beyond causality, for `attention_walk`; None for plain causal attention."""
+    def visible(self) -> VisibilityMask | None:
+        """Visibility beyond causality, for `attention_flow`; None for plain causal attention."""
         plain = self.tokens.whole and not self.tokens.packed and self.window is None
-        return None if plain else Sight(self.tokens, self.window)
+        return None if plain else VisibilityMask(self.tokens, self.window)
 
 
-def watch(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], None]:
+def tap_attention(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], None]:
     """Call `watcher` in each pass of a decoder layer's attention; returns the function that undoes it.
 
     Args:

@@ -29,20 +29,20 @@ from torch import Tensor, nn
 
 from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask
 from zoo.fusion.llm.decoder import decoder_of
-from zoo.fusion.pruners.inside.attention_tap import Attended, watch
+from zoo.fusion.pruners.inside.attention_tap import AttentionInputs, tap_attention
 from zoo.fusion.pruners.inside.droppable import require_cache, require_family
-from zoo.fusion.pruners.inside.sequence import Survivors
+from zoo.fusion.pruners.inside.sequence import TokenSequence
 from zoo.registry import InsidePruner, ZooError
 from zoo.registry.forward_pass import Pass, current
 from zoo.registry.versions import cache_in
 
 
 @dataclass
-class Run:
+class PrunedPrompt:
     """One prompt while it passes through the layers, and later the content of its cache."""
 
     total: int  # length of the unshortened prompt
-    layers: list[Survivors]  # tokens of each layer
+    layers: list[TokenSequence]  # tokens of each layer
     budget: Tensor  # (B, samples) image tokens that entered the LLM
     copies: int = 1  # consecutive rows that are copies of one prompt (beams)
     drafts: int = 0  # columns after the prompt in this pass
@@ -53,7 +53,7 @@ class Run:
     scoring: int | None = None  # layer whose attention is being scored
     scores: dict[int, Tensor] = field(default_factory=dict)  # (B, L) of each layer whose attention was scored
     masks: dict[Any, Any] = field(default_factory=dict)
-    rotary: list[tuple[Any, Survivors, Any]] = field(default_factory=list)
+    rotary: list[tuple[Any, TokenSequence, Any]] = field(default_factory=list)
 
     def settle(self) -> None:
         """Remove the drafts after the prompt's pass: accepted ones are counted as decoded tokens."""
@@ -95,7 +95,7 @@ class Dropper:
         who: str,
         after: list[int],
         budget: Callable[[int, Tensor], Tensor],
-        score: Callable[[Attended], Tensor],
+        score: Callable[[AttentionInputs], Tensor],
         hide: bool = False,
     ) -> None:
         self.llm, self.who, self.after, self.hide = llm, who, frozenset(after), hide
@@ -116,16 +116,20 @@ class Dropper:
         if self._undo:
             return
         lm = self.llm.lm
+        # Two droppers would gather hidden states and masks independently of each other.
         if other := lm.__dict__.get("zoo_dropping"):
             raise ZooError(f"{self.who} and {other} both drop tokens inside the LLM: use one of them.")
         lm.__dict__["zoo_dropping"] = self.who
         self._undo.append(lambda: lm.__dict__.pop("zoo_dropping", None))
         for number, layer in enumerate(self.llm.layers):
+            # Names of positional arguments, which checkpointing passes and families order differently.
             names = list(inspect.signature(layer.forward).parameters)
             handle = layer.register_forward_pre_hook(partial(self._before, number, names), with_kwargs=True)
             self._undo.append(handle.remove)
             if number in self.after:
-                self._undo.append(watch(layer, partial(self._score, number), f"{self.who} in {type(lm).__name__}"))
+                self._undo.append(
+                    tap_attention(layer, partial(self._score, number), f"{self.who} in {type(lm).__name__}")
+                )
 
     def detach(self) -> None:
         """Remove the hooks from the LLM."""
@@ -135,6 +139,7 @@ class Dropper:
     def check(self, sequence: Any) -> None:
         """Refuse a pass over `sequence` (`zoo.composed.outputs.LLMSequence`) in which tokens cannot be dropped."""
         blocks = getattr(sequence, "block_ids", None)
+        # With several dialogs behind one image prefix, a token kept for one question may be dropped for another.
         if blocks is not None and int(blocks.max()) > 1:
             raise ZooError(
                 f"{self.who} chooses image tokens by the question, and here several dialogs of a row share an image. "
@@ -147,6 +152,7 @@ class Dropper:
         compiled = getattr(decoder, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
         if self._undo and compiled:
             raise ZooError(f"{self.who} makes lengths of layers depend on data, which does not compile: compile=false.")
+        # transformers' balance loss joins router logits of all layers under one mask, assuming equal lengths.
         training = self.llm.training and torch.is_grad_enabled()
         if training and self.llm.router_aux_coef:
             raise ZooError(f"{self.who} shortens layers, and router_aux_coef needs equal lengths: set it to 0.")
@@ -159,8 +165,9 @@ class Dropper:
             return
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         tokens, window = run.layers[number], self._window(number, run)
+        # Scores only rank tokens: a gradient through them would reach no parameter, and keep q and k alive.
         with torch.no_grad():
-            given = Attended(number, query.detach(), key.detach(), scaling, softcap, tokens, window)
+            given = AttentionInputs(number, query.detach(), key.detach(), scaling, softcap, tokens, window)
             run.scores[number] = self.score(given)
 
     # ---- layers ------------------------------------------------------------------------------------------------
@@ -182,6 +189,7 @@ class Dropper:
             run = self._start(hidden, cache)
         if run is None:
             return None
+        # Cleared in every layer: recomputation of a scored layer in backward must not score again.
         run.scoring = None
         if not run.past:
             hidden = self._enter(run, number, hidden)
@@ -197,17 +205,18 @@ class Dropper:
         return tuple(given[n] for n in first), {k: v for k, v in given.items() if k not in first}
 
     @staticmethod
-    def _run_of(cache: Any) -> Run | None:
+    def _run_of(cache: Any) -> PrunedPrompt | None:
         """Find the prompt of this pass, which layer 0 has determined."""
         if cache is not None:
             return getattr(cache, "zoo_dropping", None)
         now = current()
         return None if now is None else now.dropped
 
-    def _start(self, hidden: Tensor, cache: Any) -> Run | None:
+    def _start(self, hidden: Tensor, cache: Any) -> PrunedPrompt | None:
         """Determine the prompt of this pass: a new one, the one that the cache continues, or None without images."""
         now = current()
         sequence = None if now is None else now.sequence
+        # Keys in the cache mean decoding; the prompt is then found on the cache.
         if past := 0 if cache is None else int(cache.get_seq_length()):
             run = getattr(cache, "zoo_dropping", None)
             if run is not None:
@@ -225,7 +234,7 @@ class Dropper:
             now.dropped = run
         return run
 
-    def _prompt(self, hidden: Tensor, sequence: Any) -> Run | None:
+    def _prompt(self, hidden: Tensor, sequence: Any) -> PrunedPrompt | None:
         """Describe a new prompt; None if it shows no images."""
         if sequence is None or sequence.image_mask is None:
             return None
@@ -237,16 +246,16 @@ class Dropper:
             )
         drafts = getattr(sequence, "drafts", 0)
         segments = getattr(sequence, "segment_ids", None)
-        tokens = Survivors.of(image, sequence.attention_mask, segments, labels, drafts)
+        tokens = TokenSequence.of(image, sequence.attention_mask, segments, labels, drafts)
         count = tokens.count()
         # `generate` repeats rows for beams and returned sequences after the sequence was described.
         copies = len(hidden) // len(image)
         if copies > 1:
             tokens, count = tokens.repeat(copies), count.repeat_interleave(copies, 0)
         labelled = sequence if labels is not None else None
-        return Run(length - drafts, [tokens], count, copies, drafts, labelled=labelled)
+        return PrunedPrompt(length - drafts, [tokens], count, copies, drafts, labelled=labelled)
 
-    def _enter(self, run: Run, number: int, hidden: Tensor) -> Tensor:
+    def _enter(self, run: PrunedPrompt, number: int, hidden: Tensor) -> Tensor:
         """Note the tokens of this layer; after a scored layer, choose them and gather the hidden states."""
         if number == 0:
             return hidden
@@ -271,7 +280,7 @@ class Dropper:
         run.layers.append(tokens)
         return hidden
 
-    def _prefill(self, run: Run, number: int, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    def _prefill(self, run: PrunedPrompt, number: int, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         tokens, window = run.layers[number], self._window(number, run)
         if window not in run.masks:
             run.masks[window] = self._mask(tokens, window, hidden)
@@ -289,8 +298,9 @@ class Dropper:
                 )
         return changed
 
-    def _moved(self, run: Run, tokens: Survivors, value: Any) -> Any:
+    def _moved(self, run: PrunedPrompt, tokens: TokenSequence, value: Any) -> Any:
         """Select the rows of rotary tables or position ids of the tokens left; layers share the result."""
+        # Keyed by identity: the decoder computes its tables once and passes the same objects to every layer.
         for whole, of, moved in run.rotary:
             if whole is value and of is tokens:
                 return moved
@@ -301,7 +311,7 @@ class Dropper:
         run.rotary.append((value, tokens, result))
         return result
 
-    def _mask(self, tokens: Survivors, window: int | None, hidden: Tensor) -> Tensor | None:
+    def _mask(self, tokens: TokenSequence, window: int | None, hidden: Tensor) -> Tensor | None:
         name = self.config._attn_implementation
         plain = tokens.whole and not tokens.packed and window is None
         if plain and (name in ("sdpa", ZOO_EAGER) or name.startswith("flash")):
@@ -310,15 +320,16 @@ class Dropper:
             return tokens.seen.long()
         return as_backend_mask(tokens.prefill_mask(window), name, _dtype(hidden))
 
-    def _decode(self, run: Run, number: int, hidden: Tensor, cache: Any) -> dict[str, Any]:
+    def _decode(self, run: PrunedPrompt, number: int, hidden: Tensor, cache: Any) -> dict[str, Any]:
         """Build the mask of a decoding step over this layer's shorter cache."""
         tokens, name = run.layers[number], self.config._attn_implementation
         held = cache.layers[number]
+        # Tokens decoded so far: what this layer's cache holds beyond the prompt's tokens left in this layer.
         cached, past = held.keys.shape[-2], int(held.get_seq_length()) - tokens.column.shape[1]
         new, b = run.new, hidden.shape[0]
         if new is None:
             new = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        if len(tokens.seen) != b:
+        if len(tokens.seen) != b:  # rows were repeated after the prompt's pass
             tokens = tokens.repeat(b // len(tokens.seen))
         total = run.total + past + new.shape[1]
         window = self._window(number, run, total)
@@ -330,7 +341,7 @@ class Dropper:
         mask = tokens.decode_mask(new, past, run.total, cached, window)
         return {"attention_mask": as_backend_mask(mask, name, _dtype(hidden))}
 
-    def _window(self, number: int, run: Run, total: int | None = None) -> int | None:
+    def _window(self, number: int, run: PrunedPrompt, total: int | None = None) -> int | None:
         """Return the sliding window of a layer, or None if the sequence fits into it."""
         kinds = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion.pruners.inside.attention_flow import attention_walk
-from zoo.fusion.pruners.inside.attention_tap import Attended
+from zoo.fusion.pruners.inside.attention_flow import attention_flow
+from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
 from zoo.registry import ImageFeatures, ZooError, register
 
@@ -68,9 +68,9 @@ class FastV(DropsInside, nn.Module):
         """Count the image tokens kept of `total`: the rounded share, at least one."""
         return (total * self.config.keep_ratio + 0.5).long().clamp(min=1)
 
-    def importance(self, given: Attended) -> Tensor:
+    def importance(self, given: AttentionInputs) -> Tensor:
         """Score the positions of a layer by the attention of the last prompt token, the mean over heads: (B, L)."""
-        return attention_walk(
+        return attention_flow(
             given.query,
             given.key,
             given.tokens.start("last"),

@@ -17,7 +17,7 @@ VOTES = ("alive", "text", "last", "all")
 
 
 @dataclass
-class Survivors:
+class TokenSequence:
     """The tokens of a sequence, or those left of them; every tensor is (B, L)."""
 
     column: Tensor  # int64, position in the unshortened sequence
@@ -38,7 +38,7 @@ class Survivors:
         segment_ids: Tensor | None,
         labels: Tensor | None,
         drafts: int = 0,
-    ) -> "Survivors":
+    ) -> "TokenSequence":
         """Describe an unshortened sequence; all tensors are (B, T).
 
         Args:
@@ -124,11 +124,11 @@ class Survivors:
         keep = self.seen & (~candidate | self.fixed | (rank < budget.gather(1, self.segment)))
         return keep.unflatten(0, (-1, copies))[:, :1].expand(-1, copies, -1).flatten(0, 1) if copies > 1 else keep
 
-    def hide(self, keep: Tensor) -> "Survivors":
+    def hide(self, keep: Tensor) -> "TokenSequence":
         """Keep all tokens, but mask those outside `keep` as keys."""
         return self._with(lambda x: x, self.seen & keep, bool((self.seen & keep).all()))
 
-    def gather(self, keep: Tensor) -> tuple["Survivors", Tensor]:
+    def gather(self, keep: Tensor) -> tuple["TokenSequence", Tensor]:
         """Drop the tokens outside `keep`; rows that keep fewer are padded, on the left if the batch is left-padded.
 
         Returns:
@@ -147,18 +147,18 @@ class Survivors:
             left.labels = left.labels.masked_fill(~seen, IGNORE_INDEX)
         return left, index
 
-    def _with(self, move: Callable[[Tensor], Tensor], seen: Tensor, whole: bool) -> "Survivors":
+    def _with(self, move: Callable[[Tensor], Tensor], seen: Tensor, whole: bool) -> "TokenSequence":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: move(v) if isinstance(v, Tensor) else v for k, v in moved.items()}
         moved |= {"seen": seen, "whole": whole}
-        return Survivors(**moved)
+        return TokenSequence(**moved)
 
-    def without_last(self, count: int) -> "Survivors":
+    def without_last(self, count: int) -> "TokenSequence":
         """Remove the last `count` tokens."""
         seen = self.seen[:, :-count]
         return self._with(lambda x: x[:, :-count], seen, bool(seen.all()))
 
-    def repeat(self, copies: int) -> "Survivors":
+    def repeat(self, copies: int) -> "TokenSequence":
         """Repeat every row, as beams do."""
         return self._with(lambda x: x.repeat_interleave(copies, 0), self.seen.repeat_interleave(copies, 0), self.whole)
 
@@ -205,10 +205,10 @@ class Survivors:
 
 
 @dataclass
-class Sight:
-    """Visibility in a layer as `attention_walk` asks for it: a callable of rows and a number of keys."""
+class VisibilityMask:
+    """Visibility in a layer as `attention_flow` asks for it: a callable of rows and a number of keys."""
 
-    tokens: Survivors
+    tokens: TokenSequence
     window: int | None  # sliding window of the layer; None if the sequence fits
 
     def __call__(self, rows: Tensor | slice, keys: int) -> Tensor:
