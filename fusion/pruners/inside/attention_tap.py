@@ -39,6 +39,9 @@ class AttentionInputs:
         return None if plain else VisibilityMask(self.tokens, self.window)
 
 
+Attended = AttentionInputs  # its earlier name, which plug-ins may import
+
+
 def tap_attention(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], None]:
     """Call `watcher` in each pass of a decoder layer's attention; returns the function that undoes it.
 
