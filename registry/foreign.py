@@ -37,7 +37,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("slots", "tokenizer", "versions", "base", "data", "task"), (Mapping, "an object")),
     **dict.fromkeys(("image_token_id", "video_token_id", "text_vocab_size"), (int, "a whole number")),
     "plugins": (list, "a list of names"),
-    "attention": (str, "a text"),
+    **dict.fromkeys(("attention", "positions"), (str, "a text")),
 }
 _TEXTS = ("family", "checkpoint", "revision", "fingerprint")  # of each base
 _PLAUSIBLE = 32, 1 << 28  # numbers that a config may ask for: for each byte of its weights, and beside them
@@ -202,6 +202,12 @@ def require_types(content: Mapping[str, Any], where: str) -> None:
             raise ZooError(f"{where} states base.{part}={base!r:.60}; {', '.join(_TEXTS)} are needed, each a text.")
     if wrong := [name for name in content.get("plugins") or [] if not isinstance(name, str)]:
         raise ZooError(f"{where} states plugins={wrong!r:.60}, where a list of names is needed.")
+
+
+def positions_in(content: Mapping[str, Any]) -> str:
+    """How a model counts positions, by its config; one with pruners that says nothing was made when all were dense."""
+    stated = content.get("positions")
+    return str(stated) if stated else "dense" if (content.get("slots") or {}).get("pruner") else "auto"
 
 
 def _require_name(name: str, value: str, where: str) -> None:

@@ -240,6 +240,22 @@ class Layout(ModelPart):
         """Run the projector, (M, N, D) -> (M, K, C), with what the layout does to some rows ahead of it."""
         return projector(image)
 
+    def places(self, rows: Tensor, image: ImageFeatures, cuts: Sequence[Cut], whole: Layout) -> Tensor | None:
+        """Say where the tokens stand in the runs that images would take without a pruner; None: it is not known.
+
+        A layout with `row_tokens` need not: its rows are looked at one by one.
+
+        Args:
+            rows: (M, K) where each token of a row stood among the tokens that a row would have.
+            image: what the pruners left, with `keep`, `groups`, `rank` and `places`.
+            cuts: of each image.
+            whole: this layout, as it would be without a pruner.
+
+        Returns:
+            (S,) for each token of `forward` its place in the run of its image, from 0.
+        """
+        return None
+
     def text(self, cut: Cut, token: str) -> str | None:
         """Write what stands in the prompt for an image, `token` once for each of its tokens; None: `count` of them."""
         return None

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from zoo.registry.errors import ZooError
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -19,6 +21,7 @@ KINDS = (*MODEL_SLOTS, "distiller", "dataset", "task")
 MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold several members, keyed by name
 SINGLE_SLOTS = tuple(slot for slot in MODEL_SLOTS if slot not in MANY)
 
+POSITIONS = ("auto", "kept", "dense")  # of image tokens that pruners left, see `zoo.composed.positions`
 IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
 
 
@@ -57,6 +60,8 @@ class ImageFeatures:
     num_patches: int | None = None  # N0; None: as many as there are tokens
     patch_grid: tuple[int, int] | None = None  # (h, w) of the encoder's own grid; None: `grid`
     rank: Tensor | None = None  # (M, N) in which order a pruner chose the tokens, 0 first; None: it says none
+    # (M, N) where each token stood in the encoder's own grid; ascending, all different. See `placed`.
+    places: Tensor | None = None
 
     def take_best(self, order: Tensor) -> ImageFeatures:
         """Keep some of the tokens, and remember in which order they were chosen: a layout may have room for fewer.
@@ -96,6 +101,62 @@ class ImageFeatures:
         if self.keep is None:
             return groups
         return nowhere.repeat(1, self.num_patches or groups.shape[1]).scatter(1, self.keep, groups)
+
+    def placed(self, n: int) -> ImageFeatures:
+        """Say where each token stood in the encoder's own grid (`places`), and put the tokens in that order.
+
+        A token that a pruner made of several stands where the middle one of them stood, counted row by row; one that
+        was made of no patch, such as [CLS], takes the first place that is left free. No two share a place.
+
+        Args:
+            n: tokens of the encoder's own grid.
+
+        Raises:
+            ZooError: there are fewer tokens, and neither `keep` nor `groups` says which they are; or more.
+        """
+        k = self.tokens.shape[1]
+        if self.groups is not None and k <= n:
+            places = _middles(self.groups, k)
+        elif self.keep is not None:
+            places = self.keep
+        elif k == n:
+            return replace(self, places=_counted(self.tokens, n))
+        else:
+            raise ZooError(
+                f"An image has {k} tokens of {n}, and neither `keep` nor `groups` says where they stood in the "
+                "encoder's grid, so positions cannot be kept. A pruner says it by `image.take(...)`; or set "
+                "positions=dense."
+            )
+        if self.grid is not None:  # a smaller grid, in its own order
+            return replace(self, places=places)
+        places, order = places.sort(dim=1, stable=True)  # (M, K)
+        of_tokens = ("tokens", "keep", "rank", "cls_attention", "key_attention", "pooling_attention", "keys")
+        moved: dict[str, Any] = {x: _at(getattr(self, x), order) for x in of_tokens if getattr(self, x) is not None}
+        if self.groups is not None:
+            now = _cat(order.argsort(dim=1), order.new_full((len(order), 1), -1))  # (M, K + 1): -1 stays -1
+            moved["groups"] = _at(now, self.groups % (k + 1))
+        return replace(self, places=places, **moved)
+
+
+def _counted(like: Tensor, n: int) -> Tensor:
+    """0 .. n-1 for each row of (M, ...): (M, n)."""
+    import torch
+
+    return torch.arange(n, device=like.device).expand(len(like), n)
+
+
+def _middles(groups: Tensor, k: int) -> Tensor:
+    """The middle patch of each of `k` tokens, by `groups` (M, N0): (M, K); without a patch, the first free place."""
+    dropped = groups % (k + 1)  # -1 is the last
+    members = groups.new_zeros(len(groups), k + 1).scatter_add(1, dropped, groups.new_ones(groups.shape))[:, :k]
+    by_token = dropped.argsort(dim=1, stable=True)  # (M, N0) patches token by token, row by row within each
+    middle = members.cumsum(1) - members + (members - 1).clamp(min=0) // 2
+    places = by_token.gather(1, middle.clamp(max=groups.shape[1] - 1))  # (M, K)
+    empty = members == 0
+    taken = groups.new_zeros(len(groups), groups.shape[1] + 1)
+    taken = taken.scatter(1, places.masked_fill(empty, groups.shape[1]), 1)[:, :-1]
+    free = taken.argsort(dim=1, stable=True)  # the free places first
+    return free.gather(1, (empty.cumsum(1) - 1).clamp(min=0)).where(empty, places)
 
 
 def _cat(*parts: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def tiny_slots(**slots) -> dict:
 
 @pytest.fixture
 def make_model(tokenizer):
-    """`make_model(seed=0, attention="sdpa", **slots) -> (model, processor)`, in eval mode and float32."""
+    """`make_model(seed=0, attention=, positions=, **slots) -> (model, processor)`, in eval mode and float32."""
     import torch
 
     from zoo.composed.model import ZooModel
@@ -150,13 +150,14 @@ def make_model(tokenizer):
 
     own = copy.deepcopy(tokenizer)  # a test may set its template
 
-    def make(seed: int = 0, attention: str = "sdpa", **slots):
+    def make(seed: int = 0, attention: str = "sdpa", positions: str = "auto", **slots):
         torch.manual_seed(seed)
         config = ZooConfig(
             slots=tiny_slots(**slots),
             image_token_id=tokenizer.image_token_id,
             text_vocab_size=len(tokenizer),
             attention=attention,
+            positions=positions,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )

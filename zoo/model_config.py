@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from zoo.autoclasses import register_config
 from zoo.registry import refuse_code
-from zoo.registry.foreign import read_model_config, require_model_config, require_types
+from zoo.registry.foreign import positions_in, read_model_config, require_model_config, require_types
 
 
 class ZooConfig(PreTrainedConfig):
@@ -21,6 +21,7 @@ class ZooConfig(PreTrainedConfig):
         image_token_id: the placeholder, one per image token.
         video_token_id: the placeholder of videos, where it is another one.
         text_vocab_size: ids of the tokenizer; the LLM's table may be larger.
+        positions: of image tokens that pruners left, kept or dense; auto: decided when the model is built.
         versions: of the libraries that wrote the model.
         base: for each part whose unchanged weights stay in its own checkpoint: checkpoint, revision and hash.
     """
@@ -39,6 +40,7 @@ class ZooConfig(PreTrainedConfig):
     versions: dict[str, str] | None = None
     base: dict[str, Any] | None = None
     attention: str = "auto"
+    positions: str = "auto"
     data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words
     task: dict[str, Any] | None = None
 
@@ -53,6 +55,7 @@ class ZooConfig(PreTrainedConfig):
         for part in ("slots", "tokenizer"):
             refuse_code(config_dict.get(part), f"The config's {part}")
         require_model_config(config_dict, "The config")
+        config_dict = {**config_dict, "positions": positions_in(config_dict)}
         named = ("attn_implementation", "experts_implementation")  # `attention` says it here, and the run
         return super().from_dict({k: v for k, v in config_dict.items() if k not in named}, **kwargs)
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.fusion.layouts.crop_order import fewer, shows, spread, stitched_order
+from zoo.fusion.layouts.crop_places import crop_places, stitched_places
 from zoo.registry import Cut, ImageFeatures, Layout, ZooError, register, require_at_least, unknown
 
 FRAMES = ("keep", "bilinear", "average", "max")
@@ -133,6 +134,10 @@ class AnyRes(Layout, nn.Module):
             rows.append(projector(ImageFeatures(tokens, grid)))
         return rows
 
+    def places(self, rows: Tensor, image: ImageFeatures, cuts: Sequence[Cut], whole: Layout) -> Tensor:
+        """Say where the tokens stand in the runs without a pruner, newlines among them: (S,)."""
+        return crop_places(self, rows, image, cuts, whole)
+
     def _fewer(self, tokens: Tensor, cuts: Sequence[Cut], image: ImageFeatures | None = None) -> list[Tensor]:
         """Reduce the kept tokens of crops and frames (M, K, C) to the counted number: (R, k, C) or (1, L, C) per image.
 
@@ -141,24 +146,30 @@ class AnyRes(Layout, nn.Module):
             cuts: of each image.
             image: the features before it, for positions and ranks of kept tokens; None: they are unknown.
         """
-        known = {name: getattr(image, name, None) for name in ("keep", "groups", "rank")}
+        known = {name: getattr(image, name, None) for name in ("keep", "groups", "rank", "places")}
         # A projector may have changed the number of rows; what is known per row no longer applies then.
         rows = [c.rows for c in cuts]
         parts = {n: t.split(rows) if t is not None and len(t) == len(tokens) else None for n, t in known.items()}
         left = []
         for i, (cut, some) in enumerate(zip(cuts, tokens.split(rows), strict=True)):
-            keep, groups, rank = (part[i] if (part := parts[name]) is not None else None for name in known)
+            about = {name: part[i] if (part := parts[name]) is not None else None for name in known}
             if cut.kind == "frame":
-                left.append(self._fewer_of_frames(some, rank))
+                left.append(self._fewer_of_frames(some, about["rank"]))
             elif cut.rows > 1:
-                order = self._order(cut, some, keep, groups, rank)
+                order = self._order(cut, some, **about)
                 left.append(torch.cat([some.flatten(0, 1), *self._end(some)])[order][None])  # a newline is the last row
             else:
                 left.append(some)
         return left
 
     def _order(
-        self, cut: Cut, tokens: Tensor, keep: Tensor | None, groups: Tensor | None, rank: Tensor | None
+        self,
+        cut: Cut,
+        tokens: Tensor,
+        keep: Tensor | None,
+        groups: Tensor | None,
+        rank: Tensor | None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Choose and order the tokens (R, K, C) of an image's crops: (L,) indices over all rows, -1 for a newline."""
         assert self.whole is not None, "called for pruned crops"
@@ -173,7 +184,10 @@ class AnyRes(Layout, nn.Module):
         # The overview has no padding to save on: its share is what the pruner kept of it.
         stays = torch.cat([stays.new_ones(1, k), stays]).flatten()
         order = torch.arange(len(stays), device=tokens.device)
-        order = order if keep is None else stitched_order(keep, self.whole, tiles)
+        if places is not None:  # positions are kept: merged tokens too have a line and a column
+            keep, order = places, stitched_places(self, cut, places).argsort(stable=True)
+        elif keep is not None:
+            order = stitched_order(keep, self.whole, tiles)
         order = order[stays[order]]
         if not self.config.kept_lines or self.newline is None:
             return order

@@ -54,6 +54,16 @@ class Frames(Layout, nn.Module):
         rows = zip(cuts, first.split(sizes), tokens.split(sizes), strict=True)
         return [torch.cat([cls, some], 1) if cut.kind == "frame" else some for cut, cls, some in rows]
 
+    def places(self, rows: Tensor, image: ImageFeatures, cuts: Sequence[Cut], whole: Layout) -> Tensor:
+        """Say where the tokens stand in the runs without a pruner, [CLS] in front of each frame's: (S,)."""
+        found = []
+        for cut, some in zip(cuts, rows.split([c.rows for c in cuts]), strict=True):  # (R, K)
+            first = torch.arange(cut.rows, device=some.device)[:, None] * (whole.count(cut) // cut.rows)
+            with_cls = self.cls and cut.kind == "frame"
+            places = torch.cat([torch.zeros_like(first), some + 1], 1) if with_cls else some
+            found.append((places + first).flatten())
+        return torch.cat(found)
+
     def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
         """Join rows (M, K, C), or those of each image (R, K, C), to one sequence (S, C)."""
         return torch.cat([rows.flatten(0, 1) for rows in ([tokens] if isinstance(tokens, Tensor) else tokens)])

@@ -130,7 +130,7 @@ def _walk(plan: Plan) -> Walk:
     require_kernel(plan.attention, parts.llm.lm, _device_of(plan))
     attention = "auto" if plan.attention.startswith("flash") else plan.attention  # which run on no meta device
     with torch.device("meta"):
-        model = ZooModel(ZooConfig(slots=dict(plan.slots), attention=attention), parts=parts)
+        model = ZooModel(ZooConfig(slots=dict(plan.slots), positions=plan.positions, attention=attention), parts=parts)
     rows = [_row(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
     if weights > _MOST_BYTES:

@@ -21,6 +21,8 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
         if getattr(plan, key) != "auto":
             auto: dict[str, Any] = {key: "auto"}
             yield f"{key}=auto", replace(plan, **auto)
+    if plan.positions != "dense" and plan.slots.get("pruner"):
+        yield "positions=dense", replace(plan, positions="dense")
     if plan.slots.get("projector") and any(_excludes_tokens(n) for n in plan.slots.get("adapter") or {}):
         yield "projector=null", replace(plan, slots={**plan.slots, "projector": None})
     for template in CHAT_TEMPLATES:

@@ -19,6 +19,7 @@ class Plan:
     placeholders: int | None = None  # that a saved processor writes for each image; None: it is made anew
     stages: dict[str, Any] = field(default_factory=dict)  # name -> Stage
     data: tuple[str, ...] = ()  # names of the data that stages may mix
+    positions: str = "auto"
     attention: str = "auto"
     precision: str = "auto"
     device: str = "auto"
@@ -40,6 +41,7 @@ def plan_for(source: Source, tokenizer: Any = None) -> Plan:
         template=source.tokenizer["chat_template"],
         stages=source.stages,
         data=tuple(source.data),
+        positions=source.positions,
         attention=source.attention,
         precision=source.precision,
         device=source.device,

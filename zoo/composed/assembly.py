@@ -110,7 +110,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         )
     if node := slots.get("vision"):
         with _place("vision", node, fill):
-            parts.vision = _build("vision", node)
+            parts.vision = build_part("vision", node)
         tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
         have = frozenset(parts.vision.provides)
         took("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
@@ -121,7 +121,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             raise MisfitError(
                 ("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty."
             )
-        pruner = _build("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
+        pruner = build_part("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
         _require("pruner", name, pruner, have, f"vision {vision_name!r}", slots)
         tokens = pruner.num_tokens(tokens)
         have = (have - frozenset(pruner.destroys)) | frozenset(pruner.provides)
@@ -131,7 +131,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
 
     # The LLM's width is needed by the projector, so it is built first and walked second.
     with _place("llm", slots["llm"], fill):
-        parts.llm = _build("llm", slots["llm"], vocab_size=vocab_size)
+        parts.llm = build_part("llm", slots["llm"], vocab_size=vocab_size)
     text_dim = parts.llm.hidden_size
     if node := slots.get("projector"):
         name = node["name"]
@@ -140,7 +140,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
                 ("projector", name), "no vision", f"projector {name!r} has no image tokens: the slot vision is empty."
             )
         grid_now = grid if "grid" in have else None
-        parts.projector = _build(
+        parts.projector = build_part(
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
         )
         _require("projector", name, parts.projector, have, f"vision {vision_name!r}", slots)
@@ -162,7 +162,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     for name, node in (slots.get("adapter") or {}).items():
         derived = {"vision_dim": width or None, "text_dim": text_dim, "grid": grid}
         derived["encoder_grid"] = tuple(parts.vision.grid) if parts.vision is not None else None
-        adapter = _build("adapter", {**node, "name": name}, llm=parts.llm, **derived)
+        adapter = build_part("adapter", {**node, "name": name}, llm=parts.llm, **derived)
         _require("adapter", name, adapter, have, f"llm {slots['llm']['name']!r}", slots)
         _refuse_shared(name, adapter, parts.adapter)
         _exclude("adapter", name, adapter, have, parts.steps)
@@ -202,12 +202,12 @@ def _add_layout(parts: Parts, slots: Mapping[str, Any], took: Any, **derived: An
     if node := slots.get("layout"):
         assert parts.vision is not None, "there is a projector behind it"
         derived |= {"image_size": parts.vision.transform.size, "encoder_grid": tuple(parts.vision.grid)}
-        parts.layout = layout = _build("layout", node, **derived)
+        parts.layout = layout = build_part("layout", node, **derived)
         tokens = layout.num_tokens(derived["num_tokens"])
         took("layout", node["name"], layout, tokens=tokens, grid=None, width=derived["text_dim"])
 
 
-def _build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
+def build_part(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     """Build a part; what it refuses is said with its name."""
     with _named(f"{kind} {node.get('name')!r}"):
         return registry.build(kind, node, **derived)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from zoo.composed.answer_loss import answer_loss
-from zoo.composed.image_path import Encoded, ImagesMixin
+from zoo.composed.image_path import Encoded, ImagesMixin, numbered
 from zoo.composed.inputs import Inputs, further, one_cache
 from zoo.composed.outputs import LLMSequence, ZooOutput
+from zoo.composed.positions import put_shift, shift_of, whole_row
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask, block_mask
 from zoo.registry import IGNORE_INDEX, Adapter, Cut, ImageFeatures, LanguageModel, Pruner, ZooError
@@ -62,7 +63,8 @@ class ForwardMixin(ImagesMixin):
             input_ids: (B, T) with `num_image_tokens` placeholders per image.
             pixel_values: (M, 3, S, S), images in the order of their placeholders.
             attention_mask: (B, T), 1 where a token is; padding may stand on either side. With a cache (B, past + T).
-            position_ids: (B, T); counted from the first token that is no padding where absent.
+            position_ids: (B, T) as columns count, places of image tokens that are gone left out; from the first token
+                that is no padding where absent.
             cache: keys and values of what came before; `past_key_values` is the same, by its older name.
             inputs_embeds: (B, T, C) instead of `input_ids`; images go where the embedding of the placeholder stands.
             labels: (B, T), not shifted, IGNORE_INDEX where nothing is learnt. The loss is the mean over labels.
@@ -169,14 +171,21 @@ class ForwardMixin(ImagesMixin):
         positions = given.position_ids
         if positions is None:
             positions = _positions(given.attention_mask, given.cache, embeds.shape[1])
+        mask, shift = given.attention_mask, self._shift(given, seen, embeds, slots)
+        if shift is not None:
+            columns = torch.arange(embeds.shape[1], device=embeds.device)[None] + given.past
+            positions = shift + (columns if positions is None else positions)
+            if mask is None and not given.past:  # else transformers takes gaps for borders of packed samples
+                mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         now.sequence = LLMSequence(
             slots,
-            given.attention_mask,
+            mask,
             positions,
             given.labels,
             given.segment_ids,
             given.block_ids,
             pair_ids=given.pair_ids,
+            shift=shift if seen.kept is not None else None,
         )
         masks = self._masks(now.sequence, given.cache)
         if seen.kept is not None or not given.goes_on:
@@ -192,6 +201,9 @@ class ForwardMixin(ImagesMixin):
     def _run(self, given: Inputs, embeds: Tensor, masks: Mapping[str, Tensor | None], now: Pass) -> Any:
         """Run the LLM without its vocabulary projection; returns what transformers' class gives."""
         asked = {"output_hidden_states": given.output_hidden_states, "output_attentions": given.output_attentions}
+        past = given.past  # the cache grows in the pass
+        if now.sequence.shift is not None and past:
+            asked |= whole_row(self.llm.lm, *embeds.shape[:2], past)
         out = self.llm.hidden(
             inputs_embeds=embeds,
             position_ids=now.sequence.position_ids,
@@ -202,7 +214,16 @@ class ForwardMixin(ImagesMixin):
             **given.more,
         )
         put_conditions(cache_of(out), now.conditions)  # for the pass that goes on with this cache
+        if now.sequence.shift is not None:
+            put_shift(cache_of(out), now.sequence.shift, past)
         return out
+
+    def _shift(self, given: Inputs, seen: Encoded, embeds: Tensor, slots: Tensor | None) -> Tensor | None:
+        """Say what is added to the columns for places that no token stands on, (B, T) or (B, 1); None: nothing."""
+        before = shift_of(given.cache, len(embeds)) if given.goes_on else None
+        if self.unpruned is None or seen.kept is None or slots is None:
+            return before
+        return self.unpruned.gaps(seen.kept).shift(numbered(slots), given.segment_ids, before)
 
     def _head(self, given: Inputs, hidden: Tensor, length: int) -> Tensor | None:
         """Project to the vocabulary where logits are asked for: (B, T, V); the answer loss makes its own.

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from zoo.composed import generate_options
 from zoo.composed.image_path import Encoded
 from zoo.composed.outputs import LLMSequence
+from zoo.composed.positions import put_shift, shift_of, whole_row
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.decoder import generator_of
 from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, ZooError
@@ -46,6 +47,7 @@ class GenerateMixin(nn.Module):
     inside_llm: Any
     _placeholders: Any
     image_index: Any
+    unpruned: Any
     name_or_path: str
 
     @torch.no_grad()
@@ -104,7 +106,7 @@ class GenerateMixin(nn.Module):
         if options.get("is_assistant") and shown.kept is None:  # it drafts for a model that sees the images
             kwargs.pop("mm_encoder_outputs", None)
             slots = torch.zeros_like(slots)
-        prompt = self._prompt(slots, input_ids, shown, images_per_row, past, whole)
+        prompt = self._prompt(slots, input_ids, shown, images_per_row, past, whole, given)
         asked = generate_options.options_of(self.generation_config, {}) | options
         if prompt.image is not None:
             generate_options.check_parts(asked, input_ids.shape[1], self.inside_pruners, self.adapter)
@@ -131,15 +133,22 @@ class GenerateMixin(nn.Module):
         images_per_row: Sequence[int] | None,
         past: int = 0,
         whole: bool = True,
+        cache: Any = None,
     ) -> Prompt:
         """Join ids (B, T), the places (B, T) of image tokens in them, and the images.
 
         Args:
             past: tokens that a given cache holds.
             whole: whether their ids are among the given ones.
+            cache: the given one.
         """
         index = self.image_index(slots, encoded.tokens, past if whole else 0)
         told: dict[str, Any] = {"past": 0 if whole else past, "goes_on": past > 0}
+        anew = whole and index is not None and bool((index[:, :past] >= 0).any())  # the images of the cache come again
+        shift = None if anew or not past else shift_of(cache, len(input_ids))
+        if self.unpruned is not None and encoded.kept is not None and index is not None:
+            shift = self.unpruned.gaps(encoded.kept).shift(index, before=shift)
+        told["shift"] = shift
         return Prompt(self, index, encoded.tokens, encoded.kept, images_per_row, input_ids, **told)
 
     def _drafting(
@@ -234,6 +243,7 @@ class Prompt:
         image_tokens: (S, C).
         image: what the pruners left of the encoder's features, for adapters; None: no image.
         images_per_row: images of each row.
+        shift: (B, T) what is added to the positions of the given ids, (B, 1) of all; None: nothing.
         past: tokens in the given cache whose ids are not among the given ones.
         goes_on: the cache holds a beginning, whose image adapters stay with.
     """
@@ -244,6 +254,7 @@ class Prompt:
     image: ImageFeatures | None
     images_per_row: Sequence[int] | None
     ids: Tensor
+    shift: Tensor | None = None
     past: int = 0
     goes_on: bool = False
     rows: int = field(default=0, init=False)  # of the LLM's batch that adapters were conditioned for
@@ -275,11 +286,15 @@ class Prompt:
         if rows != self.rows:
             self.condition(rows, cache)
             put_conditions(cache, self.conditions)
+            if self.shift is not None:
+                put_shift(cache, self.shift.repeat_interleave(rows // len(self.shift), 0), self.past)
         length = self.ids.shape[1]
-        if self.index is None or given.shape[1] - q >= length:
-            return inputs  # words behind the prompt
         chunk = given.shape[1] < length
         start = int(cache.get_seq_length()) - self.past if chunk else given.shape[1] - q
+        if self.shift is not None:
+            inputs = self._shifted(inputs, self.shift, start, rows, q)
+        if self.index is None or start >= length:
+            return inputs  # words behind the prompt
         index = F.pad(self.index[:, start : start + q], (0, max(0, start + q - length)), value=-1)  # (B, q)
         if not bool((index >= 0).any()):
             return inputs
@@ -293,6 +308,18 @@ class Prompt:
             inputs[_SEQUENCE] = sequence
         index = index.repeat_interleave(copies, 0) if copies > 1 else index
         return inputs | {"input_ids": None, "inputs_embeds": self.model.place(ids, index, self.image_tokens)}
+
+    def _shifted(self, inputs: dict[str, Any], shift: Tensor, start: int, rows: int, q: int) -> dict[str, Any]:
+        """Shift the positions of the columns from `start` on, and see that no gap is taken for a border."""
+        cache, columns = cache_in(inputs), torch.arange(start, start + q, device=shift.device)
+        shift = shift[:, columns.clamp(max=shift.shape[1] - 1)].repeat_interleave(rows // len(shift), 0)  # (rows, q)
+        held = 0 if cache is None else int(cache.get_seq_length())
+        told: dict[str, Any] = {"position_ids": inputs["position_ids"] + shift}
+        if cache is None and inputs.get("attention_mask") is None:
+            told["attention_mask"] = torch.ones_like(shift)
+        if held and q > 1:
+            told |= whole_row(self.model.llm.lm, rows, q, held)
+        return inputs | told
 
 
 def prompted(lm: Any, prompt: Prompt) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.composed.positions import Unpruned
 from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, Layout, Projector, Pruner, ZooError
 
 
@@ -34,6 +35,7 @@ class ImagesMixin(nn.Module):
     llm: LanguageModel
     adapter: MutableMapping[str, Adapter]
     requested: Any
+    unpruned: Unpruned | None
     num_image_tokens: int
 
     @property
@@ -82,6 +84,8 @@ class ImagesMixin(nn.Module):
         kept = image
         for pruner in self.pruner.values():
             kept = pruner(kept)
+        if self.unpruned is not None:
+            kept = self.unpruned.placed(kept)
         if self.projector is None or self.layout is None:
             return Encoded(image, kept, self.projector(kept) if self.projector is not None else None)
         assert cuts is not None, "with a layout, images have cuts"
@@ -128,7 +132,7 @@ class ImagesMixin(nn.Module):
             self._require_filled(slots, image_tokens)
         if image_tokens is None or not _count(image_tokens):
             return embeds
-        return _put(embeds, _numbered(slots), image_tokens)
+        return _put(embeds, numbered(slots), image_tokens)
 
     def place(self, input_ids: Tensor, index: Tensor, image_tokens: Tensor) -> Tensor:
         """Embed ids (B, T), and put image token `index` (B, T) of all (M, K, C) or (S, C) where it is not negative."""
@@ -149,7 +153,7 @@ class ImagesMixin(nn.Module):
         if past and int(slots[:, past:].sum()) == have:
             slots = slots & (torch.arange(slots.shape[1], device=slots.device) >= past)
         self._require_filled(slots, image_tokens)
-        return _numbered(slots) if have else None
+        return numbered(slots) if have else None
 
     def _require_filled(self, slots: Tensor, image_tokens: Tensor | None) -> None:
         have = 0 if image_tokens is None else _count(image_tokens)
@@ -232,7 +236,7 @@ def _count(image_tokens: Tensor) -> int:
     return image_tokens.shape[:-1].numel()
 
 
-def _numbered(slots: Tensor) -> Tensor:
+def numbered(slots: Tensor) -> Tensor:
     """Count the places that are true over the batch: their numbers (B, T), elsewhere -1."""
     return (slots.flatten().cumsum(0) - 1).view_as(slots).masked_fill(~slots, -1)
 

@@ -50,9 +50,14 @@ class Inputs:
     more: dict[str, Any] = field(default_factory=dict)  # what this LLM takes beside that
 
     @property
+    def past(self) -> int:
+        """Columns that the cache holds."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
+
+    @property
     def goes_on(self) -> bool:
         """Whether the cache holds the beginning of the sequence, and with it the images that adapters stay with."""
-        return self.cache is not None and self.cache.get_seq_length() > 0
+        return self.past > 0
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:

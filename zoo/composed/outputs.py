@@ -76,6 +76,7 @@ class LLMSequence:
     block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
     columns: Tensor | None = None  # (B, K) position of each hidden state that is left, -1 padding; None: all, in order
     pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.text.batch`
+    shift: Tensor | None = None  # (B, T) of `position_ids`, see `zoo.composed.positions`; None: nothing was added
     drafts: int = 0  # columns at the end that assisted decoding guesses, behind the prompt
 
     def image_index(self) -> Tensor | None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.composed.positions import put_shift, shift_of
 from zoo.registry import InsidePruner
-from zoo.registry.versions import cache_of
 
 Prefix = tuple[bytes, tuple[int, ...]]  # token ids, and which images
 
@@ -61,6 +61,9 @@ class PrefixCache:
         for number in range(len(self.parts[parts[0]].layers)):
             layers = [self.parts[p].layers[number] for p in parts]
             cache.update(_rows([x.keys for x in layers], index), _rows([x.values for x in layers], index), number)
+        shifts = [shift_of(self.parts[p], len(self.parts[p].layers[0].keys)) for p in parts]
+        if known := [shift for shift in shifts if shift is not None]:  # of all, or of none
+            put_shift(cache, _rows(known, index))
         return cache
 
     def _read(self, prefixes: list[Prefix]) -> bool:
@@ -68,11 +71,9 @@ class PrefixCache:
 
         ids = torch.stack([torch.frombuffer(bytearray(tokens), dtype=torch.int64) for tokens, _ in prefixes])
         shown = self.pictures.batch([i for _, images in prefixes for i in images])
-        image_tokens = shown["encoded"][2] if "encoded" in shown else None
-        if shown and image_tokens is None:
+        if shown and ("encoded" not in shown or shown["encoded"][2] is None):
             return False
-        embeds = self.model.merge(ids.to(self.model.device), image_tokens)
-        cache = cache_of(self.model.llm.hidden(inputs_embeds=embeds, use_cache=True))
+        cache = self.model(ids.to(self.model.device), **shown, use_cache=True, run_head=False).cache
         if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
             return False
         self.place |= {prefix: (len(self.parts), row) for row, prefix in enumerate(prefixes)}

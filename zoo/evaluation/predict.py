@@ -17,7 +17,6 @@ from torch import Tensor
 from zoo.composed.outputs import LOSS_ALONE
 from zoo.composed.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, RecordError, Sample, naming
-from zoo.registry.versions import cache_argument
 from zoo.runs.lengths import require_room, room_for_answer
 from zoo.text.batch import EncodedSample, to_device
 from zoo.text.stops import reader_for
@@ -206,7 +205,7 @@ def _generate(
         fixed |= {"tokenizer": processor.tokenizer} if model.generation_config.stop_strings else {}
         both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
         if cached and chunk[0].shared:
-            out = model.llm.lm.generate(**both, **cache_argument(prefixes.rows([p.prefix for p in chunk])))
+            out = model.generate(**both, cache=prefixes.rows([p.prefix for p in chunk]))
         else:
             images = [i for p in chunk for i in p.images]
             out = model.generate(**both, images_per_row=[len(p.images) for p in chunk], **pictures.batch(images))

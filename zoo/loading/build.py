@@ -138,6 +138,7 @@ def _config(source: Source, tokenizer: Any) -> ZooConfig:
         plugins=sorted({*source.plugins, *plugins.loaded()}),
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
         text_vocab_size=len(tokenizer),
+        positions=source.positions,
         attention=source.attention,
         **special,
     )
@@ -164,7 +165,7 @@ def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, 
     tokenizer = source.make_tokenizer(texts)
     with torch.device("meta"):
         parts = assemble(source.slots, vocab_size=len(tokenizer))
-        model = ZooModel(ZooConfig(slots=source.slots, attention="eager"), parts=parts)
+        model = ZooModel(ZooConfig(slots=source.slots, positions=source.positions, attention="eager"), parts=parts)
     return _processor(source, model, tokenizer)[0], model.llm.max_positions
 
 

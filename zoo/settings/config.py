@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import MANY, ZooError, config_of, unknown
+from zoo.registry import MANY, POSITIONS, ZooError, config_of, unknown
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings.overrides import prepare
 from zoo.settings.schema import CONFIG_NAME, RunRoot
@@ -140,6 +140,8 @@ def validate(cfg: Any) -> None:
             raise ZooError(f"No {kind} is chosen. Write {kind}=<name>, or start from a preset with model=<name>.")
     if not 0 <= cfg.max_broken <= 1:
         raise ZooError(f"max_broken is a share of the records, from 0 to 1, got {cfg.max_broken}.")
+    if cfg.positions not in POSITIONS:
+        raise unknown("positions", cfg.positions, POSITIONS)
     if not cfg.precision or cfg.precision not in PRECISIONS:
         raise unknown("precision", cfg.precision, filter(None, PRECISIONS))
     for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from zoo.published import FAMILIES, is_published
 from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, require_revision, unknown
-from zoo.registry.foreign import read_json, read_run_config, require_model_config, require_types
+from zoo.registry.foreign import positions_in, read_json, read_run_config, require_model_config, require_types
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings import presets
 
@@ -247,6 +247,7 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
             body[group] = _options(node)
     if content.get("tokenizer"):
         body["tokenizer"] = dict(content["tokenizer"])
+    body["positions"] = positions_in(content)
     name = "saved_" + re.sub(r"\W+", "_", asked).strip("_")
     return presets.store("model", name, {"defaults": defaults, **body})
 

@@ -16,6 +16,7 @@ from zoo.published.composed import tokens_for
 from zoo.published.folder import read_content
 from zoo.published.text import tokenizer_in
 from zoo.registry import MANY, MODEL_SLOTS, ZooError, completed, plugins
+from zoo.registry.foreign import positions_in
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings import model_names
 from zoo.settings.config import Typed, compose, typed_of
@@ -41,7 +42,7 @@ class Source:
         repository, revision, sha256: of the weights on the hub, and what the card states of them.
         base: where the published checkpoint lies now that a saved model was made from; empty: where its config says.
         plugins: that were asked for.
-        attention, precision, device: as in the config of a run.
+        positions, attention, precision, device: as in the config of a run.
         stages: name -> Stage, of a run.
         data: name -> split of the data that stages may mix.
         typed: the words that it was composed from.
@@ -57,6 +58,7 @@ class Source:
     sha256: str = ""
     base: str = ""
     plugins: tuple[str, ...] = ()
+    positions: str = "auto"
     attention: str = "auto"
     precision: str = "auto"
     device: str = "auto"
@@ -175,7 +177,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
         pretrained=pretrained,
         **{key: cfg.model[key] for key in ("repository", "revision", "sha256", "base")},
         plugins=tuple(cfg.plugins),
-        **{key: cfg[key] for key in ("attention", "precision", "device")},
+        **{key: cfg[key] for key in ("positions", "attention", "precision", "device")},
         stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
         data={str(name): _split(node) for name, node in cfg.data.items()},
         typed=typed_of(cfg),
@@ -222,6 +224,7 @@ def _in_folder(name: str) -> Source | None:
         kind="dir",
         slots={slot: parts[slot] for slot in MODEL_SLOTS},
         tokenizer=tokenizer,
+        positions=positions_in(content),
         data={key: _split(node) for key, node in parts["data"].items()},
         typed=Typed("load", (f"model={quoted(name)}",)),
     )
