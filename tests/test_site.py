@@ -29,8 +29,8 @@ def site(tmp_path_factory):
 def test_every_page_is_in_the_navigation_once(site):
     listed = ["index"]
     for page in listed:  # grows on the way
-        for _, names_ in TOCTREE.findall((site / f"{page}.md").read_text()):
-            below = [(site / page).parent / name for name in names_.split()]
+        for _, lines in TOCTREE.findall((site / f"{page}.md").read_text()):
+            below = [(site / page).parent / re.sub(r".*<(.+)>", r"\1", line) for line in lines.splitlines()]
             listed += [path.resolve().relative_to(site.resolve()).as_posix() for path in below]
     there = sorted(file.relative_to(site).with_suffix("").as_posix() for file in site.rglob("*.md"))
     assert sorted(listed) == there
