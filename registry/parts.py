@@ -24,7 +24,7 @@ Capabilities are plain words. A part `needs` some, `provides` some and `destroys
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ class derived:  # used as a decorator, as `property` is
         return self if part is None else self.function(part)
 
 
-class Part(ABC):  # noqa: B024  # each kind has its own abstract methods
+# Not a child of ABC: FSDP gives a sharded module another class, which Python refuses where the two have unlike bases.
+class Part(metaclass=ABCMeta):  # noqa: B024  # each kind has its own abstract methods
     """What parts of all kinds say of themselves: class attributes, or set in `__init__` where options decide."""
 
     needs: frozenset[str] = frozenset()

@@ -477,3 +477,15 @@ def test_names_from_before_still_import():
 
 def test_the_kinds_have_bases():
     assert set(hooks.BASES) == set(KINDS)
+
+
+def test_fsdp_can_exchange_the_class_of_every_part_that_is_a_module():
+    """It shards a module by giving it a class of its own, which Python allows for objects of one layout alone."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for base in (Encoder, Projector, Pruner, Adapter, Distiller):
+        own = type("Own", (base, nn.Module), {})
+        own.__abstractmethods__ = frozenset()
+        made = own()
+        made.__class__ = type("FSDPOwn", (FSDPModule, own), {})
+        assert isinstance(made, FSDPModule)
