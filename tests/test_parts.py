@@ -36,6 +36,17 @@ def test_every_component_derives_from_the_base_of_its_kind():
         hooks.require_component(entry.kind, entry.name, entry.cls)
 
 
+def test_a_part_takes_the_class_that_fsdp_gives_it():
+    """It sets `__class__` to a class made of its own and the part's, which Python allows where layouts are alike."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for entry in registry.entries():
+        if issubclass(entry.cls, nn.Module):
+            part = entry.cls.__new__(entry.cls)
+            nn.Module.__init__(part)
+            part.__class__ = type(f"FSDP{entry.cls.__name__}", (FSDPModule, entry.cls), {})
+
+
 def test_every_hook_says_what_it_is():
     for base in [*hooks.BASES.values(), InsidePruner, Dataset, StreamingDataset]:
         lines = inspect.getsource(base)
