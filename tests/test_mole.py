@@ -289,7 +289,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
             mole_on(tiny_llm(), **options).load(tmp_path)
     with pytest.raises(ZooError, match="of another model"):
         mole_on(tiny_llm("phi3")).load(tmp_path)
-    with pytest.raises(ZooError, match="holds no adapter"):
+    with pytest.raises(ZooError, match="does not hold a saved adapter"):
         mole_on(tiny_llm()).load(tmp_path / "nowhere")
 
 
