@@ -70,6 +70,7 @@ def pattern(line: str) -> str:
     return r".*".join(re.escape(" ".join(part.split())) for part in line.split("..."))
 
 
+@pytest.mark.fixes
 @named(NOTEBOOKS)
 def test_a_notebook_shows_what_is_stored_in_it(file, notebooks):
     names: dict = {"__name__": "__main__"}
