@@ -135,7 +135,7 @@ class Pruner(ModelPart):
         """Make (M, N, D) to (M, K, D) with K == num_tokens(N). A row must not depend on other rows."""
 
     def scores(self, image: ImageFeatures) -> Tensor | None:
-        """Give what it ranks the tokens by, (M, N), for pictures (`zoo xray`); None: it does not rank them."""
+        """Give what it ranks the tokens by, (M, N), for pictures (`zoo inspect`); None: it does not rank them."""
         return None
 
     def aux_losses(self) -> dict[str, Tensor]:
