@@ -204,10 +204,24 @@ def require_types(content: Mapping[str, Any], where: str) -> None:
         raise ZooError(f"{where} states plugins={wrong!r:.60}, where a list of names is needed.")
 
 
-def positions_in(content: Mapping[str, Any]) -> str:
-    """How a model counts positions, by its config; one with pruners that says nothing was made when all were dense."""
-    stated = content.get("positions")
-    return str(stated) if stated else "dense" if (content.get("slots") or {}).get("pruner") else "auto"
+def said_since(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to the config of a model what earlier versions left unsaid, as it was then.
+
+    Positions of what pruners left were counted anew (`positions: dense`), and `random` chose alike for all images.
+    """
+    slots, known = content.get("slots"), dict(content)
+    if known.get("positions"):
+        return known
+    pruners = slots.get("pruner") if isinstance(slots, Mapping) else None
+    if not pruners:
+        return known | {"positions": "auto"}
+    if isinstance(slots, Mapping) and isinstance(pruners, Mapping):
+        then = {"draw": "fixed"}
+        nodes = {
+            k: then | dict(n) if isinstance(n, Mapping) and n.get("name") == "random" else n for k, n in pruners.items()
+        }
+        known["slots"] = {**slots, "pruner": nodes}
+    return known | {"positions": "dense"}
 
 
 def _require_name(name: str, value: str, where: str) -> None:

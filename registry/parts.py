@@ -121,6 +121,8 @@ class Pruner(ModelPart):
     """(h, w) of what it leaves, where that is a grid of another size than it got."""
     inside: bool = False
     """Whether it acts inside the LLM, with the options that it has."""
+    draws: bool = False
+    """Whether it asks for `ImageFeatures.checksum`, to draw for each image the same in every batch."""
     concurrent: bool = False
     """As `Adapter.concurrent`, of one that acts inside the LLM."""
     shortens: bool = False

@@ -60,6 +60,7 @@ class ImageFeatures:
     num_patches: int | None = None  # N0; None: as many as there are tokens
     patch_grid: tuple[int, int] | None = None  # (h, w) of the encoder's own grid; None: `grid`
     rank: Tensor | None = None  # (M, N) in which order a pruner chose the tokens, 0 first; None: it says none
+    checksum: Tensor | None = None  # (M,) int64 of the pixels of each row; None unless a part draws
     # (M, N) where each token stood in the encoder's own grid; ascending, all different. See `placed`.
     places: Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""VisionZip and DivPrune against naive twins in double precision."""
+"""VisionZip and DivPrune against naive twins in double precision; what random draws by."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 
 from tests.fusion_builders import features
 from zoo import registry
+from zoo.composed.image_path import _checksum
 from zoo.fusion.pruners.divprune import farthest
 from zoo.registry import ZooError
 
@@ -155,3 +156,55 @@ def test_divprune_looks_at_directions_alone():
     image = image_of()
     scaled = image.tokens * torch.rand(3, 24, 1, generator=torch.Generator().manual_seed(2)).add(0.5)
     assert torch.equal(build("divprune")(image).keep, build("divprune")(replace(image, tokens=scaled)).keep)
+
+
+# ---- random ------------------------------------------------------------------------------------------------------
+
+
+def drawn(pixels, **options):
+    """Which tokens of 24 are kept of rows of pixels."""
+    image = features(m=len(pixels), grid=(4, 6), checksum=_checksum(pixels))
+    rows = options.pop("rows", None)
+    return build("random", **options)(replace(image, rows=rows)).keep
+
+
+def test_each_image_draws_its_own_subset_the_same_in_every_batch():
+    pixels = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    kept = drawn(pixels)
+    assert torch.equal(drawn(pixels[7:9]), kept[7:9])
+    assert len({tuple(row) for row in kept.tolist()}) > 390
+    share = torch.bincount(kept.flatten(), minlength=24) / 400  # each with 6 / 24, standard error 0.022
+    assert (share - 0.25).abs().max() < 0.08
+    assert not torch.equal(drawn(pixels, seed=1), kept)
+    half = drawn(pixels, keep_ratio=0.5)
+    assert all(set(few) <= set(many) for few, many in zip(kept.tolist(), half.tolist(), strict=True))
+
+
+def test_frames_of_a_still_draw_unlike_and_alone_as_in_a_batch():
+    still = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).expand(3, -1, -1, -1)
+    kept = drawn(torch.cat([still, still]), rows=(3, 3))
+    assert torch.equal(kept[:3], kept[3:]) and len({tuple(row) for row in kept.tolist()}) == 3
+    fixed = build("random", draw="fixed")(features(m=3, grid=(4, 6), checksum=torch.arange(3))).keep
+    assert torch.equal(fixed[:1].expand(3, -1), fixed)
+    assert torch.equal(build("random")(features(m=3, grid=(4, 6))).keep, fixed)  # without pixels
+
+
+def test_a_model_draws_by_pixels_and_one_from_before_as_it_did(make_model, tmp_path):
+    import json
+
+    from tests.conftest import picture
+    from zoo.composed.model import ZooModel
+
+    model, processor = make_model(pruner={"random": {"name": "random"}})
+    pixels = torch.stack([processor.prepare([picture(i)])[0] for i in range(4)])
+    kept = model.encode_images(pixels).kept.keep
+    assert len({tuple(row) for row in kept.tolist()}) == 4
+    assert torch.equal(model.encode_images(pixels[2:3]).kept.keep, kept[2:3])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ZooModel.from_pretrained(tmp_path).encode_images(pixels).kept.keep, kept)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["positions"]
+    content["slots"]["pruner"]["random"].pop("draw", None)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    before = ZooModel.from_pretrained(tmp_path).encode_images(pixels).kept.keep
+    assert torch.equal(before, build("random", draw="fixed")(features(m=4, grid=(4, 4))).keep)

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from zoo.autoclasses import register_config
 from zoo.registry import refuse_code
-from zoo.registry.foreign import positions_in, read_model_config, require_model_config, require_types
+from zoo.registry.foreign import read_model_config, require_model_config, require_types, said_since
 
 
 class ZooConfig(PreTrainedConfig):
@@ -55,7 +55,7 @@ class ZooConfig(PreTrainedConfig):
         for part in ("slots", "tokenizer"):
             refuse_code(config_dict.get(part), f"The config's {part}")
         require_model_config(config_dict, "The config")
-        config_dict = {**config_dict, "positions": positions_in(config_dict)}
+        config_dict = said_since(config_dict)
         named = ("attn_implementation", "experts_implementation")  # `attention` says it here, and the run
         return super().from_dict({k: v for k, v in config_dict.items() if k not in named}, **kwargs)
 

@@ -66,14 +66,17 @@ class ImagesMixin(nn.Module):
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
         told = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
-        return self.encode_features(self.vision(pixel_values, need=self.requested, **told), cuts)
+        return self.encode_features(self.vision(pixel_values, need=self.requested, **told), cuts, pixel_values)
 
-    def encode_features(self, image: ImageFeatures, cuts: Sequence[Cut] | None = None) -> Encoded:
+    def encode_features(
+        self, image: ImageFeatures, cuts: Sequence[Cut] | None = None, pixel_values: Tensor | None = None
+    ) -> Encoded:
         """Do what `encode_images` does behind the encoder: run pruners, projector and layout on its features.
 
         Args:
             image: the encoder's features; with a layout it is told here which rows are one image.
             cuts: of each image, where images have rows of their own.
+            pixel_values: (M, 3, S, S) that they are of, for pruners that draw.
         """
         if cuts is None and self.layout is not None:
             assert self.vision is not None, "the features are an encoder's"
@@ -81,6 +84,8 @@ class ImagesMixin(nn.Module):
         if cuts is not None and self.layout is not None:
             image.rows, image.cuts = tuple(c.rows for c in cuts), tuple(cuts)
             image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")
+        if pixel_values is not None and any(pruner.draws for pruner in self.pruner.values()):
+            image.checksum = _checksum(pixel_values)
         kept = image
         for pruner in self.pruner.values():
             kept = pruner(kept)
@@ -230,6 +235,13 @@ class ImagesMixin(nn.Module):
         _, kept, tokens = self.encode_images(pixels)
         assert kept is not None, "images were given"
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
+
+
+def _checksum(pixels: Tensor) -> Tensor:
+    """A number for each row of pixels (M, ...), of integers alone, so that no batch and no device changes it: (M,)."""
+    bits = pixels.detach().float().flatten(1).view(torch.int32)  # (M, P)
+    weight = torch.arange(bits.shape[1], device=bits.device) * 0x2545F4914F6CDD1D | 1  # int64 wraps around
+    return torch.stack([(row * weight).sum() for row in bits]) if len(bits) else weight[:0]
 
 
 def _count(image_tokens: Tensor) -> int:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.registry import ZooError, plugins, refuse_code
-from zoo.registry.foreign import positions_in, read_json, read_run_config
+from zoo.registry.foreign import read_json, read_run_config, said_since
 from zoo.runs import checkpoint, consent, moved
 from zoo.runs.folder import RunFolder
 from zoo.runs.lock import RunLock
@@ -184,7 +184,8 @@ def read_config(folder: RunFolder, given: DictConfig, agreed: Mapping[str, str])
     path, saved = folder.config, read_run_config(folder.config)
     plugins.load(agreed)
     try:
-        saved["positions"] = positions_in({**saved, "slots": saved})
+        then = said_since({"slots": saved, "positions": saved.get("positions")})
+        saved = {**then["slots"], "positions": then["positions"]}
         cfg: Any = OmegaConf.merge(OmegaConf.structured(RunRoot), saved)
         OmegaConf.update(cfg, "resume", given.resume)
     except OmegaConfBaseException as error:

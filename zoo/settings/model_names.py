@@ -12,7 +12,7 @@ from typing import Any
 
 from zoo.published import FAMILIES, is_published
 from zoo.registry import MANY, ZooError, names, nearest, plugins, refuse_code, require_revision, unknown
-from zoo.registry.foreign import positions_in, read_json, read_run_config, require_model_config, require_types
+from zoo.registry.foreign import read_json, read_run_config, require_model_config, require_types, said_since
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings import presets
 
@@ -92,7 +92,7 @@ def content_of(folder: Path, asked: str) -> tuple[Path, dict[str, Any]]:
         if _is_zoo_model(place / "config.json"):
             content = read_json(place / "config.json")
             content = {k: v for k, v in content.items() if v is not None}
-            return place, {**_data_of_run(place.parent), **content}
+            return place, {**_data_of_run(place.parent), **said_since(content)}
     if is_published(_content(folder / "config.json")):
         return folder, published_content(folder)
     if not folder.is_dir():
@@ -149,7 +149,7 @@ def from_hub(repository: str, revision: str = "", config_dir: str | Path | None 
             f"model 'hub:{repository}' is no model of this zoo: its config.json has no 'slots', and its type is none "
             f"of {', '.join(FAMILIES)}."
         )
-    name = store_preset(content, f"hub:{repository}", config_dir)
+    name = store_preset(said_since(content), f"hub:{repository}", config_dir)
     return name, {"name": repository, "source": "hub", "repository": repository}
 
 
@@ -247,7 +247,7 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
             body[group] = _options(node)
     if content.get("tokenizer"):
         body["tokenizer"] = dict(content["tokenizer"])
-    body["positions"] = positions_in(content)
+    body["positions"] = content.get("positions", "auto")
     name = "saved_" + re.sub(r"\W+", "_", asked).strip("_")
     return presets.store("model", name, {"defaults": defaults, **body})
 

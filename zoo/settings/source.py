@@ -16,7 +16,6 @@ from zoo.published.composed import tokens_for
 from zoo.published.folder import read_content
 from zoo.published.text import tokenizer_in
 from zoo.registry import MANY, MODEL_SLOTS, ZooError, completed, plugins
-from zoo.registry.foreign import positions_in
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings import model_names
 from zoo.settings.config import Typed, compose, typed_of
@@ -224,7 +223,7 @@ def _in_folder(name: str) -> Source | None:
         kind="dir",
         slots={slot: parts[slot] for slot in MODEL_SLOTS},
         tokenizer=tokenizer,
-        positions=positions_in(content),
+        positions=content["positions"],
         data={key: _split(node) for key, node in parts["data"].items()},
         typed=Typed("load", (f"model={quoted(name)}",)),
     )

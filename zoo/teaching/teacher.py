@@ -64,8 +64,9 @@ class Teacher:
             # Features of the same encoder are the same where the pixels are; a processor that cuts images in another
             # way leaves pixels of its own in the twin batch.
             if self.same_vision and student.image is not None and "pixel_values" not in batch.get(TEACHER_ROWS, {}):
-                own["encoded"] = self.model.encode_features(self._here(student.image), own.get("cuts"))
-                own.pop("pixel_values", None)
+                own["encoded"] = self.model.encode_features(
+                    self._here(student.image), own.get("cuts"), own.pop("pixel_values", None)
+                )
             return Seen(self.model(**own, **self.options), self.model.llm)
 
     def _here(self, image: ImageFeatures) -> ImageFeatures:
