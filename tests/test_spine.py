@@ -71,7 +71,12 @@ LEAVES = {
         "distill/dense.py",
     ],
     "pixels": ["vision/images/processors.py", "vision/images/transform.py"],
-    "what a part does where it says nothing": ["registry/data_parts.py", "registry/parts.py"],
+    "what a part does where it says nothing": [
+        "registry/data_parts.py",
+        "registry/llm_parts.py",
+        "registry/part.py",
+        "registry/parts.py",
+    ],
     "what flows, and what differs between versions": [
         "registry/forward_pass.py",
         "registry/versions.py",

@@ -203,7 +203,7 @@ class ForwardMixin(ImagesMixin):
         asked = {"output_hidden_states": given.output_hidden_states, "output_attentions": given.output_attentions}
         past = given.past  # the cache grows in the pass
         if now.sequence.shift is not None and past:
-            asked |= whole_row(self.llm.lm, *embeds.shape[:2], past)
+            asked |= whole_row(self.llm.lm, embeds.shape[0], embeds.shape[1], past)
         out = self.llm.hidden(
             inputs_embeds=embeds,
             position_ids=now.sequence.position_ids,

@@ -1,0 +1,215 @@
+"""Base classes of the language model and of what works on it: adapters and distillers. Nothing here imports torch.
+
+Letters in shapes: see `zoo.registry.parts`, which also has these names.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from zoo.registry.errors import ZooError
+from zoo.registry.part import ModelPart, Part, derived
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from zoo.registry.values import ImageFeatures, LinearHead
+
+
+class LanguageModel(ModelPart):
+    """A causal LM of transformers, unmodified, and a view of its parts: the kind `llm`.
+
+    `__init__(config, *, vocab_size)`.
+    """
+
+    lm: Any
+    """The transformers model."""
+    hidden_size: int
+    """C."""
+    num_layers: int
+    """Of the decoder."""
+    layers: nn.ModuleList
+    """Those of the decoder, in order."""
+    vocab_size: int
+    """V, rows of the embedding."""
+    max_positions: int | None = None
+    """Most positions of a sequence; None: no limit."""
+    router_aux_coef: float = 0.0
+    """Weight of the balance loss of an LLM with experts, which is then among `aux_losses`."""
+    streams: bool = False
+    """As `Encoder.streams`."""
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embed ids: (B, T) -> (B, T, C), as the model itself does, scaling included."""
+
+    @abstractmethod
+    def hidden(self, **inputs: Any) -> Any:
+        """Run the decoder without the vocabulary projection; returns the transformers output (`last_hidden_state`)."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Project (..., C) to logits (..., V) exactly as the model itself does, scaling and capping included."""
+
+    @abstractmethod
+    def linear_head(self) -> LinearHead | None:
+        """Give `head` in numbers; None where it does more than they say, for example with a hook on it."""
+
+    def keywords(self) -> frozenset[str]:
+        """Name what a forward pass may be given for this LLM alone, beside what every composed model gives."""
+        return frozenset()
+
+    def verify(self) -> None:
+        """Compare `head` and `linear_head` with the model itself, once its weights are there.
+
+        Raises:
+            ZooError: they differ.
+        """
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Give losses of the pass that runs, asked behind the LLM: by name, weighted as the config says."""
+        return {}
+
+
+class Adapter(ModelPart):
+    """What is attached to the LLM, and trains in its place.
+
+    `__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid)`, those of them that it names. `llm` has its
+    base weights; keep it, and modules of it, out of the children: `self.__dict__["llm"] = llm`. `grid` is None once a
+    pruner destroyed it; `encoder_grid` is what `ImageFeatures.keep` and `groups` point into.
+    """
+
+    excludes: frozenset[str] = frozenset()
+    """Capabilities that must not hold: it stands for them, or undoes them."""
+    exclusive: Sequence[str] = ()
+    """Names of modules of `llm.lm` that it wants for itself: two adapters that name the same are refused."""
+    per_row: bool = False
+    """Whether it changes the LLM for a whole row, so that samples must not share one."""
+    losses: frozenset[str] | None = None
+    """Names that `aux_losses` may give: the check then knows a weight for a loss that is not there. None: not said."""
+    notes: Sequence[str] = ()
+    """Sentences that the check prints: what a person may not expect of it beside these parts."""
+    keeps_float32: bool = False
+    """Whether its weights stay float32 where the model is loaded in, or cast to, a shorter format."""
+    concurrent: bool = False
+    """Whether all that it knows of a pass is in the pass (`zoo.registry.forward_pass`) and nothing on the adapter, so
+    that threads may share it. Threads that share a model take turns where an adapter does not say so."""
+    adds_experts: bool = False
+    """Whether an LLM that it was merged into is another one than its checkpoint's: it is then saved by its sizes."""
+    merged: bool = False
+    """Whether it stands in the base weights now: for good, or until `unmerge` where it has that."""
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Take effect in the LLM given at construction. The base weights stay where checkpoints find them."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the LLM bit-identical to what it was before `attach`."""
+
+    @abstractmethod
+    def owns(self, name: str) -> bool:
+        """Whether the parameter `name` of `llm.lm` was added by this adapter."""
+
+    def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
+        """Take the image features of the pass that begins.
+
+        Args:
+            image: (M, N, D), what the pruners left; None: no image.
+            images_per_row: of each row of the batch.
+            expand: copies of each row that the LLM gets, as for beams.
+        """
+
+    def begin(self, sequence: Any) -> None:
+        """Take the sequence of the pass that begins (`zoo.composed.outputs.LLMSequence`)."""
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Give losses of the pass that runs, asked behind the LLM: by name, weighted or not, as the config says."""
+        return {}
+
+    def start(self) -> None:
+        """Begin anew from the LLM's weights. Called where it starts untrained on weights that came after it was built,
+        and where a stage is the first in which it acts.
+        """
+
+    def idles(self, name: str) -> bool:
+        """Whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it."""
+        return False
+
+    @derived
+    def reads_image(self) -> bool:
+        """Whether it computes something else for an image."""
+        return "image" in self.needs
+
+    def merge(self) -> None:
+        """Put it into the base weights, and detach; `merged` then says so.
+
+        Raises:
+            ZooError: it cannot be.
+        """
+        raise ZooError(f"{type(self).__name__} cannot be merged: what it adds depends on the input.")
+
+    def unmerge(self) -> None:
+        """Take it out of the base weights again, where `merge` was for one image."""
+
+    @derived
+    def can_merge(self) -> bool:
+        """Whether it has a `merge`."""
+        return type(self).merge is not Adapter.merge
+
+    @derived
+    def merged_for_good(self) -> bool:
+        """Whether it stands in the base weights and has no `unmerge`."""
+        return bool(self.merged) and type(self).unmerge is Adapter.unmerge
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Give its weights inside the LLM, by their names there: they are saved while it is detached, too."""
+        return {}
+
+
+class Distiller(Part):
+    """A loss beside the answer loss; with a teacher, or with dense targets that the data set knows.
+
+    `__init__(config, *, vision_dim, text_dim, vocab_size, grid)`, those of them that it names. It need not be an
+    `nn.Module`: then it has `__call__` in place of `forward`.
+
+    `needs` words: `student.image`, `student.hidden`, `student.logits`, `batch.<key>`, and of a teacher
+    `teacher.response`, `teacher.visual`, `teacher.relation` (image tokens have to align for the last two),
+    `teacher.pairs`, `teacher.hidden`, `teacher.logits`.
+    """
+
+    weights: Mapping[str, float] = {}
+    """Loss -> factor on it now, as `begin_step` set it; a loss that is not named counts 1."""
+    losses: frozenset[str] | None = None
+    """Names of what it gives beside `weights`: the check then knows a weight for a loss that is not there. None: not
+    said."""
+    per_label: frozenset[str] = frozenset()
+    """Losses that are sums already divided by `batch["num_labels"]`: means over the labels of the whole step."""
+    per_image: frozenset[str] = frozenset()
+    """Losses that are sums already divided by `batch["num_images"]`: means over the images of the whole step."""
+    equal_widths: bool = False
+    """Whether the hidden states of student and teacher have to be of one width."""
+    own_reference: bool = False
+    """Whether the teacher may be the student itself, as it was."""
+    grid: tuple[int, int] | None = None
+    """(h, w) that the targets of the data have to have."""
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Set what depends on time. Called before optimiser step `step` (from 0) of the `steps` of a stage."""
+
+    def forward(self, student: Any, teacher: Any | None, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Give the losses by name, those that are not 0.
+
+        Args:
+            student: `zoo.composed.outputs.Seen`: the output of the forward pass, and `llm`.
+            teacher: the same of the teacher; None where there is none, or where what it said was stored: it is then in
+                the batch's targets (`zoo.distill.matching.positions`).
+            batch: as the model got it, with `num_labels`, `num_images`, and `vocab_size` of the shared tokens.
+        """
+        raise NotImplementedError
+
+    if TYPE_CHECKING:  # `nn.Module` has it
+
+        def __call__(self, student: Any, teacher: Any | None, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
