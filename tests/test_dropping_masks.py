@@ -69,5 +69,5 @@ def test_flash_kernels_are_given_the_masks_they_take(flash_llm):
 @torch.no_grad()
 def test_flash_kernels_with_a_window_in_effect_are_refused(flash_llm):
     llm = flash_llm("mistral", extra={"sliding_window": 8})
-    with pytest.raises(ZooError, match=r"sliding window of 8 the sequence of 24 exceeds.*attention=sdpa"):
+    with pytest.raises(ZooError, match=r"sliding window of 8 is exceeded by the sequence of 24.*attention=sdpa"):
         forward(llm, dropper(llm), row()[None])

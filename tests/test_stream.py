@@ -133,7 +133,7 @@ def test_what_is_no_such_file_is_refused(tmp_path, content):
 def test_a_file_that_was_cut_off_is_refused(file, tmp_path):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(file[0].read_bytes()[:-8])
-    with pytest.raises(ZooError, match="cut off"):
+    with pytest.raises(ZooError, match="truncated or wrong"):
         listing([path])
     with pytest.raises(ZooError, match="is missing"):
         listing([tmp_path / "nowhere.safetensors"])

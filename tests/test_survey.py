@@ -112,8 +112,8 @@ def test_tokens_of_images_that_are_cut_are_those_of_training(make_model):
 
 
 def test_it_is_completed_and_its_options_are_checked():
-    assert "survey.json=" in complete("zoo data survey.", ["data"])
-    assert "data" in complete("zoo da", ["data", "train"])
+    assert "survey.json=" in complete("zoo data survey.", {"data": True})
+    assert "data" in complete("zoo da", {"data": True, "train": True})
     with pytest.raises(ZooError, match=r"look at images \(survey.images\) named 'opne'. Did you mean 'open'"):
         from zoo.settings.schema import SurveyConfig
 

@@ -133,7 +133,7 @@ def test_wrong_options_are_refused():
     for options, message in [
         ({"stem": "cnv"}, "No stem named 'cnv'"),
         ({"activation": "gelo"}, "Did you mean 'gelu'"),
-        ({"checkpoint": "pretrained"}, "none is named"),
+        ({"checkpoint": "pretrained"}, "loads timm.s weights of a `model`: name one"),
         ({"stem": "conv", "patch_size": 14}, "power of two"),
         ({"model": "vit_tiny_patch16_224", "image_size": 100}, "patch_size 16 does not divide image_size 100"),
     ]:

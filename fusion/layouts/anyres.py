@@ -135,7 +135,7 @@ class AnyRes(Layout, nn.Module):
         return rows
 
     def places(self, rows: Tensor, image: ImageFeatures, cuts: Sequence[Cut], whole: Layout) -> Tensor:
-        """Say where the tokens stand in the runs without a pruner, newlines among them: (S,)."""
+        """Give the places of the tokens in the runs without a pruner, newlines among them: (S,)."""
         return crop_places(self, rows, image, cuts, whole)
 
     def _fewer(self, tokens: Tensor, cuts: Sequence[Cut], image: ImageFeatures | None = None) -> list[Tensor]:

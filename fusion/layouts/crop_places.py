@@ -1,8 +1,8 @@
-"""Where the tokens of crops and frames would stand without a pruner: for `anyres`, when positions are kept.
+"""Where the tokens of crops and frames would be without a pruner: for `anyres`, when positions are kept.
 
 In an unpruned run the overview's patches come first, then the lines of the stitched grid, each with its newline. A kept
 patch has its own line and column there; where the grid is scaled down, those that its line and column are scaled to,
-and on padding the nearest. Where a pruner left a smaller grid, a token stands where the corner of its window would.
+and on padding the nearest. Where a pruner left a smaller grid, a token has the place of the corner of its window.
 """
 
 import math
@@ -20,7 +20,7 @@ def crop_places(layout: Any, rows: Tensor, image: ImageFeatures, cuts: Sequence[
 
     Args:
         layout: an `AnyRes` behind a pruner.
-        rows: (M, K) where each token stood in its row.
+        rows: (M, K) the place of each token in its row.
         image: what the pruner left.
         cuts: of each image.
         whole: the same layout without a pruner.
@@ -65,7 +65,7 @@ def _of_chosen(layout: Any, cut: Cut, rows: Tensor, about: dict[str, Any]) -> Te
 
 
 def stitched_places(layout: Any, cut: Cut, rows: Tensor) -> Tensor:
-    """Where patches of an overview and of tiles (R, K) stand in an unpruned run: (R * K,)."""
+    """Where patches of an overview and of tiles (R, K) are in an unpruned run: (R * K,)."""
     (top, left), lines, columns = layout._shape(cut)
     (down, across), (h, w) = layout._tiles(cut, len(rows) - 1), layout.whole
     high, wide = down * h - 2 * top, across * w - 2 * left
@@ -83,7 +83,7 @@ def _of_grid(layout: Any, cut: Cut, rows: Tensor, whole: Any) -> Tensor:
     column = torch.arange(columns, device=rows.device)
     long = columns_0 + int(whole.config.newline)
     places = line * lines_0 // lines * long + column * columns_0 // columns  # (lines, columns)
-    if whole.config.newline:  # behind the last line that this one stands for
+    if whole.config.newline:  # behind the last line that this one is made of
         places = torch.cat([places, ((line + 1) * lines_0 // lines - 1) * long + columns_0], 1)
     return torch.cat([rows[0], whole.tokens + places.flatten()])
 

@@ -55,7 +55,7 @@ class Frames(Layout, nn.Module):
         return [torch.cat([cls, some], 1) if cut.kind == "frame" else some for cut, cls, some in rows]
 
     def places(self, rows: Tensor, image: ImageFeatures, cuts: Sequence[Cut], whole: Layout) -> Tensor:
-        """Say where the tokens stand in the runs without a pruner, [CLS] in front of each frame's: (S,)."""
+        """Give the places of the tokens in the runs without a pruner, [CLS] in front of each frame's: (S,)."""
         found = []
         for cut, some in zip(cuts, rows.split([c.rows for c in cuts]), strict=True):  # (R, K)
             first = torch.arange(cut.rows, device=some.device)[:, None] * (whole.count(cut) // cut.rows)
