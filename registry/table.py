@@ -10,16 +10,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
 from zoo.registry.hooks import class_value, require_component, whole
-from zoo.registry.options import Option, line_in, options_in, options_of, summary_of
+from zoo.registry.options import Option, options_of
+from zoo.registry.packages import licence_of, package_of
+from zoo.registry.source_text import line_in, options_in, stated, summary_of
 from zoo.registry.values import KINDS
 
 T = TypeVar("T", bound=type)
@@ -42,24 +43,16 @@ class Entry:
     @property
     def paper(self) -> str:
         """What the module's docstring says after `Paper:`, or nothing."""
-        return self._stated("Paper")
+        return stated(self._doc, "Paper")
 
     @property
     def licence(self) -> str:
         """What the module's docstring says after `Licence:`; else that of the package that owns the component."""
-        if stated := self._stated("Licence"):
-            return stated
-        try:
-            facts: Any = metadata(self.package)
-        except PackageNotFoundError:
-            return ""
-        return facts.get("License-Expression") or facts.get("License") or ""
+        return licence_of(self._doc, self.package)
 
-    def _stated(self, what: str) -> str:
-        """The first sentence behind `what:` at the beginning of a line, without its full stop."""
-        text = inspect.getdoc(inspect.getmodule(self.cls)) or ""
-        found = re.search(rf"^{what}: +(.*?)(\.\s+(?=[A-Z])|\.?\s*\n\s*\n|\.?\s*\Z)", text, re.MULTILINE | re.DOTALL)
-        return " ".join(found[1].split()) if found else ""
+    @property
+    def _doc(self) -> str:
+        return inspect.getdoc(inspect.getmodule(self.cls)) or ""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -86,8 +79,7 @@ class Entry:
         return bool(class_value(self.kind, self.cls, "streams"))
 
     def _words(self, hook: str) -> frozenset[str]:
-        value: Any = class_value(self.kind, self.cls, hook)
-        return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()
+        return capabilities(class_value(self.kind, self.cls, hook))
 
     @property
     def file(self) -> str:
@@ -100,8 +92,7 @@ class Entry:
     @property
     def package(self) -> str:
         """Name of the installed distribution that owns the component, or of its top module where there is none."""
-        top = self.cls.__module__.partition(".")[0]
-        return (_distributions().get(top) or [top])[0]
+        return package_of(self.cls.__module__)
 
     @property
     def options(self) -> list[Option]:
@@ -362,9 +353,14 @@ def require_revision(revision: str | None) -> str | None:
     return revision
 
 
-@cache  # it reads what every installed distribution holds: 0.14 s
-def _distributions() -> Mapping[str, list[str]]:
-    return packages_distributions()
+def capabilities(value: Any) -> frozenset[str]:
+    """Return what a class states as one of its capabilities; nothing where that depends on the config."""
+    return frozenset(value) if isinstance(value, (set, frozenset, tuple, list)) else frozenset()
+
+
+def module_of(kind: str, name: str) -> str:
+    """Return the module that a component is declared to be in, while it is not imported; else nothing."""
+    return "" if name in _entries[kind] else _declared[kind].get(name, "")
 
 
 def source_of(kind: str, name: str) -> Path | None:

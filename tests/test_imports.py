@@ -253,6 +253,9 @@ def probe(*words: str, **env: str) -> tuple[int, list[str], str, str, float]:
         (["list"], "random"),
         (["list", "pruner", "r*"], "random"),
         (["train", "--help"], "usage: zoo train"),
+        (["info", "pruner/random"], "destroys  grid"),
+        (["info", "vision/hf", "pruner/aim", "data/scenes", "distiller/llava_mod"], "image_tokens"),
+        (["info", "recipe/scenes_tiny"], "Train the default model"),
     ],
 )
 def test_names_and_help_import_no_torch(words, shown):

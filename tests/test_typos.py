@@ -1,7 +1,9 @@
 """One slip of a finger in any name or option, and the right one is suggested first."""
 
+import inspect
 import random
 import string
+from dataclasses import replace
 
 import pytest
 
@@ -96,12 +98,71 @@ def test_one_edit_typos_of_every_name_and_option_get_the_right_suggestion():
 def test_every_component_has_options_in_its_text_that_equal_those_of_its_dataclass():
     """The corpus and the early errors read source text; this is what they rest on."""
     from zoo.registry import entries
-    from zoo.registry.options import options_in
+    from zoo.registry.source_text import options_in
     from zoo.registry.table import source_of
 
     for entry in entries():
         read = options_in(source_of(entry.kind, entry.name), entry.kind, entry.name)
         assert [o.name for o in read] == [o.name for o in entry.options], (entry.kind, entry.name)
+
+
+def test_what_the_text_of_a_component_says_equals_what_its_class_says():
+    """`zoo info` imports nothing for it, so each of our components says all of it in plain words."""
+    from zoo.registry import entries, facts
+    from zoo.registry.table import source_of
+
+    for entry in entries():
+        read = facts.facts_in(source_of(entry.kind, entry.name), entry.cls.__module__, entry.kind, entry.name)
+        known = facts.facts_of(entry.kind, entry.name)
+        assert read is not None, f"{entry.kind}/{entry.name}: its text leaves something open"
+        assert replace(read, about="") == replace(known, about=""), (entry.kind, entry.name)
+        assert read.about == inspect.cleandoc(known.about)
+
+
+PLANTED = """
+from dataclasses import dataclass, field
+from zoo.registry import Pruner, register
+from zoo.fusion.pruners.random import RandomPruner
+
+ASKED = frozenset({{"grid"}}) | {{"keys"}}
+
+@dataclass
+class Config:
+    ratio: float = {default}
+
+@register("pruner", "planted")
+class Planted({base}):
+    needs = {needs}
+    def __init__(self, config: Config) -> None: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({}, True),
+        ({"default": "field(default_factory=lambda: 2 * 0.25)"}, True),
+        ({"base": "RandomPruner"}, True),
+        ({"needs": "ASKED"}, True),
+        ({"default": "float('0.5')"}, False),
+        ({"default": "elsewhere"}, False),
+        ({"needs": "frozenset(word for word in ())"}, False),
+        ({"base": "made()"}, False),
+        ({"base": "object"}, False),
+        ({"default": "1 + 'a'"}, False),
+    ],
+)
+def test_what_code_computes_is_not_guessed_from_the_text(words, said, tmp_path):
+    from zoo.registry.facts import facts_in
+
+    file = tmp_path / "planted.py"
+    plain = {"default": 0.5, "base": "Pruner", "needs": 'frozenset({"grid", "keys"})'}
+    file.write_text(PLANTED.format(**plain | words))
+    found = facts_in(file, "planted", "pruner", "planted")
+    assert (found is not None) == said
+    if found is not None:
+        assert [o.default for o in found.options] == [0.5] and found.needs == {"grid", "keys"}
+        assert found.destroys == ({"grid"} if words.get("base") == "RandomPruner" else frozenset())
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import KINDS, MANY, MISSING, ZooError, get, names, nearest, plugins, source_options, unknown
-from zoo.registry.options import summary_of
+from zoo.registry import KINDS, MANY, MISSING, ZooError, names, nearest, plugins, source_options, unknown
+from zoo.registry.facts import facts_of
+from zoo.registry.source_text import summary_of
 from zoo.registry.table import group_of, source_of
 from zoo.settings import presets
 
@@ -162,21 +163,21 @@ def _preset(noun: str, name: str) -> str:
 
 
 def _component(kind: str, name: str) -> str:
-    entry = get(kind, name)
+    known = facts_of(kind, name)
     facts = {
-        "about": _first_paragraph(entry.cls.__doc__),
-        "paper": entry.paper,
-        "licence": entry.licence,
-        "needs": ", ".join(sorted(entry.needs)),
-        "provides": ", ".join(sorted(entry.provides)),
-        "destroys": ", ".join(sorted(entry.destroys)),
-        "package": entry.package,
-        "source": f"{entry.file}:{entry.line}",
+        "about": _first_paragraph(known.about),
+        "paper": known.paper,
+        "licence": known.licence,
+        "needs": ", ".join(sorted(known.needs)),
+        "provides": ", ".join(sorted(known.provides)),
+        "destroys": ", ".join(sorted(known.destroys)),
+        "package": known.package,
+        "source": f"{known.file}:{known.line}",
         "use": usage(kind, name),
     }
-    lines = [f"{kind}/{name}  {entry.summary}", ""]
+    lines = [f"{kind}/{name}  {known.summary}", ""]
     lines += [f"{key:<10}{value}" for key, value in facts.items() if value]
-    rows = [(o.name, o.type, _shown(o.default), o.doc) for o in entry.options]
+    rows = [(o.name, o.type, _shown(o.default), o.doc) for o in known.options]
     if rows:
         widths = [max(len(row[i]) for row in rows if len(row[i]) <= _WIDE) + 2 for i in range(3)]
         lines += ["", "options"]
@@ -204,5 +205,5 @@ def _shown(default: Any) -> str:
     return "(required)" if default == MISSING else repr(default) if isinstance(default, str) else str(default)
 
 
-def _first_paragraph(text: str | None) -> str:
-    return " ".join((text or "").split("\n\n")[0].split())
+def _first_paragraph(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split())

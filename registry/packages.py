@@ -1,0 +1,30 @@
+"""The installed distribution behind a module, and its licence."""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
+from typing import Any
+
+from zoo.registry.source_text import stated
+
+
+@cache  # it reads what every installed distribution holds: 0.14 s
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+def package_of(module: str) -> str:
+    """Return the installed distribution that a module belongs to, or the module's first name where there is none."""
+    top = module.partition(".")[0]
+    return (_distributions().get(top) or [top])[0]
+
+
+def licence_of(doc: str, package: str) -> str:
+    """Return the licence that a module's docstring states; else that of the package."""
+    if found := stated(doc, "Licence"):
+        return found
+    try:
+        facts: Any = metadata(package)
+    except PackageNotFoundError:
+        return ""
+    return facts.get("License-Expression") or facts.get("License") or ""
