@@ -77,9 +77,9 @@ def test_an_image_is_encoded_once_and_equal_questions_are_asked_once(model):
     sample = Sample("s", [picture()], [talk(q, "yes") for q in QUESTIONS + QUESTIONS])
     seen, read, rows = [], [], []
     inner, hidden, generate = net.encode_images, net.llm.hidden, net.llm.lm.generate
-    net.encode_images = lambda pixels, *cuts: seen.append(len(pixels)) or inner(pixels, *cuts)
+    net.encode_images = lambda pixels: seen.append(len(pixels)) or inner(pixels)
     net.llm.hidden = lambda **kwargs: read.append(len(kwargs["inputs_embeds"])) or hidden(**kwargs)
-    net.llm.lm.generate = lambda **kwargs: rows.append(len(kwargs["input_ids"])) or generate(**kwargs)
+    net.llm.lm.generate = lambda ids, **kwargs: rows.append(len(ids)) or generate(ids, **kwargs)
     asked = [Question(sample, d, "generate", 4) for d in sample.dialogs]
     texts = [text for _, text in answer(net, processor, asked, batch_size=64)]
     assert seen == [1], "the encoder sees the image once"
