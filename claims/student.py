@@ -25,7 +25,7 @@ from zoo.settings.config import compose
 from zoo.settings.source import source_of
 from zoo.settings.stage import Stage
 from zoo.tasks.yes_no import yes_or_no
-from zoo.teaching.teacher import Teacher, Twins
+from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.training.step import Engine
 
 TEACHER = "scenes_tiny"
@@ -52,7 +52,7 @@ class Arm:
 
 
 class Shared:
-    """A teacher that looks at a batch once, whoever asks."""
+    """A teacher that runs once per batch, for all students."""
 
     vocab_size = None  # all have the teacher's tokenizer
 
@@ -60,11 +60,11 @@ class Shared:
         self.teacher, self.seconds = Teacher(model), 0.0
         self.seen: Seen | None = None
 
-    def see(self, batch: Mapping[str, Any], student: Any) -> Seen:
-        """Give what it saw of this step's batch; `seen = None` begins a new step."""
+    def outputs_for(self, batch: Mapping[str, Any], student: Any) -> Seen:
+        """Return its outputs for this batch; `seen = None` begins a new step."""
         if self.seen is None:
             began = time.perf_counter()
-            self.seen = self.teacher.see(batch, student)
+            self.seen = self.teacher.outputs_for(batch, student)
             self.seconds = time.perf_counter() - began
         return self.seen
 
@@ -118,7 +118,7 @@ class Trainer:
             processor = arm.processor or self.teachers_processor
             if id(processor) not in sources:
                 mix = Mix({"pictures": data}, {}, self.seed + 1000 * order)
-                twins = Twins(self.teachers_processor, processor) if arm.processor else None
+                twins = TeacherRows(self.teachers_processor, processor) if arm.processor else None
                 sources[id(processor)] = Batches(
                     mix, processor, stage, steps, Place(), text=engine.run_llm, teacher=twins
                 )

@@ -260,9 +260,9 @@ def test_students_side_by_side_learn_what_each_learns_alone():
     train = Scenes(Run(seed=1, share=0.01))
     student, _ = train.student("llava_kd_tiny")
     pruned, processor = train.student("llava_kd_tiny", "pruner=[random]", "pruner.random.keep_ratio=0.5")
-    see, kd = train.teacher.teacher.see, {"name": "llava_kd"}
+    run, kd = train.teacher.teacher.outputs_for, {"name": "llava_kd"}
     for together in (True, False):
-        train.teacher.teacher.see = lambda *args, how=together: looks.append(how) or see(*args)
+        train.teacher.teacher.outputs_for = lambda *args, how=together: looks.append(how) or run(*args)
         arms = [Arm(copy.deepcopy(student), kd), Arm(copy.deepcopy(student)), Arm(copy.deepcopy(pruned), kd, processor)]
         for group in [arms] if together else [[arm] for arm in arms]:
             train(group, train.basics, 2, train=["all"], lr=1e-3)

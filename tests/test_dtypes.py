@@ -105,7 +105,7 @@ def test_on_every_road_what_is_said_to_be_float32_is(name, family, dtype, saved)
             assert p.dtype == (torch.float32 if wide.search(n) else DTYPES[dtype]), f"{road}: {n}"
         assert {p.dtype for n, p in model.named_parameters() if n not in trained} == {DTYPES[dtype]}, road
         given = {**batch, "pixel_values": batch["pixel_values"].to(DTYPES[dtype])}
-        seen = Teacher(model).see(batch, None) if road == "teacher" else model(**given)
+        seen = Teacher(model).outputs_for(batch, None) if road == "teacher" else model(**given)
         assert same(seen.last_hidden_state, exact, dtype), road
 
 

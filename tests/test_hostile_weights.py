@@ -12,7 +12,7 @@ from zoo import ZooError
 from zoo.runs.checkpoint import DamagedError, load_optimizers, verify
 from zoo.storage.safetensors_file import listing
 from zoo.storage.weights import weight_files
-from zoo.teaching.teacher_store import Stored, read_about
+from zoo.teaching.teacher_store import TeacherStore, read_about
 
 
 def header(content: object, body: bytes = bytes(64)) -> bytes:
@@ -154,9 +154,9 @@ def test_a_stored_teacher(kind, tmp_path):
     (tmp_path / "store.json").write_text(json.dumps(about))
     shard = tmp_path / "shard-00000.safetensors"
     if kind == "a plugin":  # it is asked for by nothing
-        Stored(tmp_path)
+        TeacherStore(tmp_path)
     else:
         shard.write_bytes(os.urandom(100) if kind == "noise" else header({"a": tensor(0, 16)}, bytes(16)))
         with pytest.raises(ZooError, match="shard-00000"):
-            Stored(tmp_path)
+            TeacherStore(tmp_path)
     assert not Path(tmp_path / "ran").exists()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FINISHED = (
     *("fusion", "vision", "distill"),
     *("zoo/text", "zoo/storage", "zoo/published", "zoo/data", "zoo/tasks"),
+    *("zoo/teaching", "zoo/training"),
 )
 
 # pattern -> what to write instead

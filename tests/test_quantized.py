@@ -40,13 +40,13 @@ def test_a_teacher_in_few_bits_says_nearly_the_same(make_model, bits, error, sha
     }
     model, own = make_model(seed=3, llm=llm)
     batch = own.collate([own.encode(sample(*zip(QUESTIONS, ANSWERS, strict=False)))])
-    exact = Teacher(model).see(batch, None).last_hidden_state
+    exact = Teacher(model).outputs_for(batch, None).last_hidden_state
     before = sum(
         p.numel() * p.element_size() for m in model.llm.layers.modules() if type(m) is nn.Linear for p in [m.weight]
     )
     saved = quantize(model.llm.layers, bits)
     assert before - saved < share * before
-    mine = Teacher(model).see(batch, None).last_hidden_state
+    mine = Teacher(model).outputs_for(batch, None).last_hidden_state
     assert 0 < (mine - exact).norm() / exact.norm() < error
     assert model.llm.linear_head() is not None, "the vocabulary projection stays whole"
 
@@ -64,12 +64,12 @@ def test_what_adapters_add_is_in_a_teacher_of_few_bits_too(make_model, tmp_path,
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     batch = processor.collate([processor.encode(sample(*zip(QUESTIONS[:1], ANSWERS[:1], strict=True)))])
-    exact = Teacher(model).see(batch, None).last_hidden_state
+    exact = Teacher(model).outputs_for(batch, None).last_hidden_state
     node = TEACHER | {"model": f"dir:{tmp_path}", "bits": bits}
     teacher, _ = load_teacher(node, device=torch.device("cpu"), precision="fp32")
-    near = Teacher(teacher).see(batch, None).last_hidden_state
+    near = Teacher(teacher).outputs_for(batch, None).last_hidden_state
     teacher.adapter[name].detach()
-    without = Teacher(teacher).see(batch, None).last_hidden_state
+    without = Teacher(teacher).outputs_for(batch, None).last_hidden_state
     assert (near - exact).norm() < 0.05 * exact.norm() < 0.5 * (without - exact).norm()
 
 

@@ -11,7 +11,7 @@ from tests import killed_runs
 from tests.train_builders import config, losses, recipe
 from zoo.registry import ZooError
 from zoo.runs.folder import RunFolder
-from zoo.runs.resume import options_of
+from zoo.runs.resume import device_and_trackers
 from zoo.settings.config import compose
 from zoo.training.loop import Run
 
@@ -143,8 +143,8 @@ def test_a_run_goes_on_with_the_device_and_trackers_that_it_had(tmp_path):
     saved = path / "config.yaml"
     saved.write_text(saved.read_text().replace("log: []", "log: [tensorboard]"))
     for words, wanted in (([], ["tensorboard"]), (["log=[wandb]"], ["wandb"])):
-        assert options_of(compose("train", [f"resume={path}", *words])) == ("cpu", wanted)
-    assert options_of(compose("train", [f"resume={path}", "device=cuda"]))[0] == "cuda"
+        assert device_and_trackers(compose("train", [f"resume={path}", *words])) == ("cpu", wanted)
+    assert device_and_trackers(compose("train", [f"resume={path}", "device=cuda"]))[0] == "cuda"
 
 
 def test_weights_that_changed_since_the_start_are_not_gone_on_from(tmp_path, make_model):

@@ -11,7 +11,7 @@ from zoo.composed.outputs import Seen
 from zoo.registry import Cut, ZooError
 from zoo.runs.folder import read_metrics
 from zoo.settings.stage import Stage
-from zoo.teaching.teacher import Teacher, Twins
+from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.text.batch import TEACHER_ROWS
 from zoo.text.tokenizer import shared_tokens
 from zoo.training.loop import Run
@@ -32,7 +32,7 @@ def samples():
 
 
 def rows(processor, own, which=None):
-    twins = Twins(processor, own)
+    twins = TeacherRows(processor, own)
     chosen = samples() if which is None else [samples()[i] for i in which]
     return [row for s in chosen for row in twins.add(s, [s], [own.encode(s)])]
 
@@ -158,7 +158,7 @@ def test_a_pruned_student_is_compared_on_the_cells_it_kept(make_model):
     step, own, theirs = step_of(make_model, pruned=True, response_weight=0.0, relation_weight=0.0)
     batch = own.collate(rows(theirs, own, [0, 1]))
     out = step.model(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
-    seen = step.teacher.see(batch, out)
+    seen = step.teacher.outputs_for(batch, out)
     keep = out.image_kept.keep
     assert keep.shape == (3, 8) and seen.image_tokens.shape[1] == 16
     from zoo.distill.matching.positions import match_images
@@ -178,7 +178,7 @@ def test_the_teacher_keeps_no_activations_and_makes_no_logits(make_model):
     step, own, theirs = step_of(make_model)
     batch = own.collate(rows(theirs, own))
     out = step.model(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
-    seen = step.teacher.see(batch, out)
+    seen = step.teacher.outputs_for(batch, out)
     assert seen.logits is None and seen.losses is None
     assert not seen.last_hidden_state.requires_grad and seen.last_hidden_state.grad_fn is None
     step.train()
@@ -189,8 +189,8 @@ def test_the_teacher_has_its_own_number_format(make_model):
     _, own = make_model(seed=1)
     model, theirs = make_model(seed=2)
     batch = own.collate(rows(theirs, own))
-    exact = Teacher(model).see(batch, None).last_hidden_state
-    low = Teacher(model.to(torch.bfloat16)).see(batch, None).last_hidden_state
+    exact = Teacher(model).outputs_for(batch, None).last_hidden_state
+    low = Teacher(model.to(torch.bfloat16)).outputs_for(batch, None).last_hidden_state
     assert low.dtype == torch.bfloat16
     assert (low.float() - exact).norm() < 0.05 * exact.norm()
 
@@ -223,24 +223,24 @@ def test_an_encoder_that_both_have_runs_once(make_model, slots, taught_slots):
     teacher, ran = Teacher(model), []
     model.vision.register_forward_hook(lambda *_: ran.append(1))
     out = student(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
-    apart = teacher.see(batch, out).last_hidden_state
-    teacher.look_with(student)
+    apart = teacher.outputs_for(batch, out).last_hidden_state
+    teacher.share_vision(student)
     assert not teacher.same_vision, "the student's encoder still trains"
     student.vision.requires_grad_(False)
-    teacher.look_with(student)
+    teacher.share_vision(student)
     assert teacher.same_vision and len(ran) == 1
-    torch.testing.assert_close(teacher.see(batch, out).last_hidden_state, apart, rtol=0, atol=0)
+    torch.testing.assert_close(teacher.outputs_for(batch, out).last_hidden_state, apart, rtol=0, atol=0)
     assert len(ran) == 1
     _, uncut = make_model(seed=2)
     if slots:  # pixels of another cut are encoded again
         other = own.collate(rows(theirs, uncut, [0]))
         assert "pixel_values" in other[TEACHER_ROWS]
-        teacher.see(
+        teacher.outputs_for(
             other, student(**{k: v for k, v in own.collate(rows(theirs, own, [0])).items() if k != TEACHER_ROWS})
         )
         assert len(ran) == 2
     next(student.vision.parameters()).data += 1
-    teacher.look_with(student)
+    teacher.share_vision(student)
     assert not teacher.same_vision
 
 
@@ -265,7 +265,7 @@ def test_a_student_that_drops_inside_the_llm_is_compared_on_what_is_left(make_mo
     model, theirs = make_model(seed=2, llm={**LLM, "num_layers": 3})
     batch = own.collate(rows(theirs, own, [1, 2]))
     out = student(**{k: v for k, v in batch.items() if k != TEACHER_ROWS})
-    seen = Teacher(model).see(batch, out)
+    seen = Teacher(model).outputs_for(batch, out)
     from zoo.distill.matching.positions import match_images, match_responses
 
     index = Seen(out, student.llm).image_index

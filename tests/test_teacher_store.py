@@ -19,12 +19,12 @@ from zoo.registry import Dataset, StreamingDataset, ZooError, build
 from zoo.runs.folder import read_metrics
 from zoo.runs.order import Mix
 from zoo.settings.stage import Stage
-from zoo.teaching.teacher import Teacher, Twins
-from zoo.teaching.teacher_store import Stored, Writer, data_hash, read_about, sample_key, shards_of
+from zoo.teaching.teacher import Teacher, TeacherRows
+from zoo.teaching.teacher_store import TeacherStore, Writer, data_hash, read_about, sample_key, shards_of
 from zoo.text.tokenizer import OF_MODEL
 from zoo.training.loop import Run
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
-from zoo.training.teach import Truncation, main, said_of, samples, stage_of
+from zoo.training.teach import Truncation, main, outputs_of, samples, stage_of
 from zoo.vision.images.processors import Pictures
 
 NO_RELATION = "{name: llava_kd, relation_weight: 0}"
@@ -93,9 +93,9 @@ def test_stored_tiles_are_those_that_the_student_sees(tmp_path, make_model):
     about = {"vocab_size": len(theirs.tokenizer), "positions": ["response", "visual"], "dtype": "float32",
              "cells": model.layout.row_tokens, "data": {}}  # fmt: skip
     keyed = [(sample_key(s), theirs.encode(s)) for s in several]
-    Writer(tmp_path, about).write(said_of(teacher, theirs, keyed, len(theirs.tokenizer) - 1, about, Truncation()))
+    Writer(tmp_path, about).write(outputs_of(teacher, theirs, keyed, len(theirs.tokenizer) - 1, about, Truncation()))
     found = []
-    for who, writes in ((teacher, Twins(theirs, own)), (stored := Stored(tmp_path, distiller.needs),) * 2):
+    for who, writes in ((teacher, TeacherRows(theirs, own)), (stored := TeacherStore(tmp_path, distiller.needs),) * 2):
         batch = own.collate([row for s in several[:3] for row in writes.add(s, [s], [own.encode(s)])])
         assert [cut.rows for cut in batch["cuts"]] == [5, 3, 5]
         step = TrainStep(student, distiller, who, Stage(steps=1, distiller="llava_kd", teacher="t"))
@@ -160,7 +160,7 @@ def test_processes_share_the_samples_and_write_what_one_does(tmp_path, teacher, 
         one.main_process_first, one.wait_for_everyone = nullcontext, lambda: None
         monkeypatch.setattr("zoo.training.teach.start_accelerator", lambda device, one=one: one)
         main(taught(tmp_path, teacher, {"dft": STAGE}, *options))
-    both, alone = (Stored(folder, frozenset({"teacher.response"})) for folder in (tmp_path / "kept", store))
+    both, alone = (TeacherStore(folder, frozenset({"teacher.response"})) for folder in (tmp_path / "kept", store))
     assert both.where.keys() == alone.where.keys() and len(both.files) == 2
     for key, place in alone.where.items():
         mine, wanted = both._read(*both.where[key], "response"), alone._read(*place, "response")
@@ -186,7 +186,7 @@ def test_it_says_what_keeping_few_tokens_costs(tmp_path, teacher, capsys):
     said = capsys.readouterr().out
     assert "positions, the 4 likeliest tokens of each" in said and "gradient of the loss is off by" in said
     assert float(said.split("off by ")[1].split("%")[0]) > 0.01
-    stored = Stored(folder, frozenset({"teacher.response"}))
+    stored = TeacherStore(folder, frozenset({"teacher.response"}))
     assert stored.about["positions"] == ["response", "visual"] and stored.positions == ["response"]
     kept = stored._read(0, 0, "response")
     mass = np.exp(kept["log_probs"].astype(np.float64)).sum(-1) + np.exp(kept["log_rest"].astype(np.float64))
@@ -202,7 +202,7 @@ def test_other_data_and_other_needs_are_refused(tmp_path, teacher, store):
     with pytest.raises(ZooError, match=r"not relation. Set stages.dft.distiller={name: llava_kd, relation_weight: 0}"):
         Run(taught(tmp_path, teacher, whole, f"run.folder={tmp_path / 'b'}"))
     with pytest.raises(ZooError, match="Sample 's' is not in the store"):
-        Stored(store).add(sample((QUESTIONS[0], ANSWERS[0])), [], [])
+        TeacherStore(store).add(sample((QUESTIONS[0], ANSWERS[0])), [], [])
 
 
 def test_a_sample_is_known_by_what_it_says():
@@ -231,7 +231,7 @@ def test_half_a_shard_is_no_shard(tmp_path):
     (tmp_path / "shard-00001.part").write_bytes(b"cut off")
     again = Writer(tmp_path, about)
     assert again.known() == {b"0" * 16, b"1" * 16} and again.number == 1
-    copy = pickle.loads(pickle.dumps(Stored(tmp_path, frozenset({"teacher.response"}))))
+    copy = pickle.loads(pickle.dumps(TeacherStore(tmp_path, frozenset({"teacher.response"}))))
     assert copy._read(0, 1, "response")["ids"].shape == (1, 2)
     (tmp_path / "store.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ZooError, match="format 99"):

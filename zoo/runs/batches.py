@@ -52,9 +52,7 @@ class Batches(Dataset):
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
         self.multiple_of, self.text = multiple_of, text
         self.room = room or Room()  # for a row: what is longer is refused or cut
-        self.teacher = (
-            teacher  # adds to each row what a teacher needs (`zoo.teaching.teacher.Twins` or a store of its answers)
-        )
+        self.teacher = teacher  # `TeacherRows` or `TeacherStore`: adds the teacher's rows or outputs to each row
         parts = place.world * stage.accumulate
         if stage.batch_size % parts:
             raise ZooError(

@@ -163,7 +163,7 @@ def _noted(folder: RunFolder) -> dict[str, Any]:
     return noted
 
 
-def options_of(cfg: DictConfig) -> tuple[str, list[str]]:
+def device_and_trackers(cfg: DictConfig) -> tuple[str, list[str]]:
     """The device and the trackers of a run: as given, else as it was started with."""
     device, log = cfg.device, list(cfg.log)
     if cfg.resume:

@@ -1,1 +1,1 @@
-"""Teachers: live ones, and what they said kept in files."""
+"""Teachers: live models, and stores of their outputs."""

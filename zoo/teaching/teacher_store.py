@@ -1,15 +1,15 @@
-"""What a teacher said, kept in safetensors shards: the likeliest next tokens of every position, and the rest's mass.
+"""A teacher's outputs in safetensors shards: the top-k next tokens of every position, and the mass of the others.
 
 A folder holds `store.json` (teacher, data, settings) and `shard-00000.safetensors`, ...; each shard has for its samples
 
     keys                 (n, 16) uint8, a hash of the sample's id and text
     P.offsets            (n + 1,) int64, where the positions of each sample begin; P is `response`, `visual`, `pairs`
-    P.ids, P.log_probs   (S, K) the likeliest tokens, most likely first
+    P.ids, P.log_probs   (S, K) the top-k tokens, most likely first
     P.log_rest           (S,) logarithm of the mass of all others
 
-Of `pairs`, the reference of a preference loss, a position is a whole answer; the one number kept, its log-probability.
-A sample is found by its hash, so the order of the data, packing, workers and epochs are free; text that has changed is
-not found, and that pictures have not changed is seen from the hash of the whole data set.
+For `pairs`, the reference of a preference loss, a position is a whole answer with one number: its log-probability.
+Samples are looked up by hash, so that order, packing, workers and epochs may change. Changed text is not found; changed
+images are detected by the hash of the data set.
 """
 
 import hashlib
@@ -30,21 +30,22 @@ from zoo.vision.images.processors import Picture
 
 INDEX = "store.json"
 FORMAT = 2
-PROBES = 16  # pictures of each data set that its hash looks at
+PROBES = 16  # samples of each data set whose images are part of its hash
 RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
 WHAT = ("ids", "log_probs", "log_rest")
 
 
 def sample_key(sample: Sample) -> bytes:
-    """Hash a sample's id and everything that is said in it: 16 bytes."""
-    said = json.dumps([sample.id, len(sample.images), [d.messages for d in sample.dialogs]], default=str)
-    return hashlib.blake2b(said.encode(), digest_size=16).digest()
+    """Hash a sample's id and messages to 16 bytes."""
+    text = json.dumps([sample.id, len(sample.images), [d.messages for d in sample.dialogs]], default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def data_hash(dataset: Any) -> str:
-    """Hash a data set: its length, and text and pictures of samples spread over it.
+    """Hash a data set: its length, and the text and images of `PROBES` samples at equal distances.
 
-    A streaming data set has no length and no random access: its hash is empty, and only the text is verified.
+    A streaming data set has no length and no random access: its hash is empty, and only its text is verified, sample by
+    sample.
     """
     if dataset.is_stream:
         return ""
@@ -54,7 +55,7 @@ def data_hash(dataset: Any) -> str:
     for index in sorted({i * len(dataset) // PROBES for i in range(PROBES)}):
         sample = read_sample("", dataset, index)
         if isinstance(sample, RecordError):
-            whole.update(b"broken")
+            whole.update(b"broken")  # a record that breaks, or is mended, changes the hash too
             continue
         whole.update(sample_key(sample))
         for source in sample.images:
@@ -68,13 +69,13 @@ def data_hash(dataset: Any) -> str:
 
 
 class Writer:
-    """Writes shards, and goes on after the last one that is whole.
+    """Writes shards; continues behind the last complete one.
 
     Args:
         folder: of the store.
-        about: settings; those of a store that is there already must be the same.
-        rank: of this process; it numbers its shards so that no other has the same.
-        world: processes that write.
+        about: settings, which must be the same as those of a store that already exists.
+        rank: of this process.
+        world: number of processes that write.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
@@ -92,28 +93,33 @@ class Writer:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / INDEX, about)
         there = shards_of(folder)
+        # Rank r writes shards first + r, first + r + world, ...: file names never collide, without communication.
         self.number = (int(there[-1].stem.rpartition("-")[2]) + 1 if there else 0) + rank  # of the next shard
         self.world = world
 
     def known(self) -> set[bytes]:
-        """Keys of the samples in the shards that are there."""
+        """Return the keys of the samples that are already stored."""
         return {key for file in shards_of(self.folder) for key in _keys(file)}
 
     def write(self, samples: Sequence[tuple[bytes, Mapping[str, Mapping[str, torch.Tensor]]]]) -> None:
-        """Write the next shard: of each sample its key, and what the teacher said at its positions."""
+        """Write the next shard.
+
+        Args:
+            samples: for each sample its key, and by kind of position (`response`, ...) the tensors named in `WHAT`.
+        """
         from safetensors.torch import save_file
 
         keys = torch.from_numpy(np.frombuffer(b"".join(k for k, _ in samples), dtype=np.uint8).copy()).view(-1, 16)
         tensors = {"keys": keys}
         for positions in samples[0][1]:
-            parts = [said[positions] for _, said in samples]
+            parts = [outputs[positions] for _, outputs in samples]
             counts = torch.tensor([0, *(len(p["ids"]) for p in parts)])
             tensors[f"{positions}.offsets"] = counts.cumsum(0)
             tensors |= {f"{positions}.{what}": torch.cat([p[what] for p in parts]).contiguous() for what in WHAT}
         file = self.folder / f"shard-{self.number:05d}.safetensors"
         beside = file.with_suffix(".part")
         save_file(tensors, beside)
-        beside.replace(file)  # a shard is whole or not there
+        beside.replace(file)  # atomic: a killed process leaves no half shard
         self.number += self.world
 
 
@@ -121,13 +127,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     """Return the settings of a store.
 
     Raises:
-        ZooError: there is none, or it is of another version.
+        ZooError: the folder holds no store, or one of another version.
     """
     if not (folder / INDEX).is_file():
         raise ZooError(f"There is no stored teacher in {str(folder)!r}: no {INDEX}. `zoo teach` writes one.")
     about = read_json(folder / INDEX)
     if not isinstance(about, dict):
-        raise ZooError(f"The store {str(folder)!r} is none: its {INDEX} holds a {type(about).__name__}.")
+        raise ZooError(f"{str(folder)!r} is not a store: its {INDEX} holds a {type(about).__name__}.")
     refuse_code(about, f"The store {str(folder)!r}")
     if about.get("format") != FORMAT:
         raise ZooError(f"The store {str(folder)!r} has format {about.get('format')}; this version reads {FORMAT}.")
@@ -135,17 +141,16 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The whole shards of a store, in order."""
+    """Return the complete shards of a store, in order."""
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-class Stored:
-    """A store, open for training: adds to each row what the teacher said there.
+class TeacherStore:
+    """A store, open for training: adds the teacher's outputs to the targets of each row.
 
     Args:
         folder: of the store.
-        needs: words of the distiller.
-        shared: tokens that the student's tokenizer shares with the teacher's.
+        needs: capabilities that the distiller asks for, such as `teacher.response`.
     """
 
     def __init__(self, folder: str | Path, needs: frozenset[str] = frozenset()) -> None:
@@ -163,44 +168,47 @@ class Stored:
         self._open: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # a loader's worker opens the files itself
+        return self.__dict__ | {"_open": {}}  # open files cannot be pickled; a loader worker opens them itself
 
-    def see(self, batch: Any, student: Any) -> None:
-        """The teacher is in the batch already."""
+    def outputs_for(self, batch: Any, student: Any) -> None:
+        """Return None, unlike a live teacher: the stored outputs are targets of the batch."""
 
     def add(self, sample: Sample, pieces: Sequence[Sample], rows: list[EncodedSample]) -> list[EncodedSample]:
-        """Put what the teacher said into the targets of a sample's rows.
+        """Put the teacher's outputs into the targets of a sample's rows.
 
         Raises:
-            ZooError: the sample is not in the store, or has other positions there: labels, or tiles of its images.
+            ZooError: the store does not have the sample, or has another number of labels or image tokens for it.
         """
         found = self.where.get(sample_key(sample))
         if found is None:
             raise ZooError(
-                f"Sample {sample.id!r} is not in the store {str(self.folder)!r}: its text differs, or zoo teach did "
-                f"not come that far. Run zoo teach again with the same data."
+                f"Sample {sample.id!r} is not in the store {str(self.folder)!r}: its text differs, or zoo teach was "
+                f"stopped before it. Run zoo teach again with the same data."
             )
-        said = {p: self._read(*found, p) for p in self.positions}
+        stored = {p: self._read(*found, p) for p in self.positions}
+        # The model shifts labels by one, so the first position has no prediction.
         counts = [int((row.labels[1:] != IGNORE_INDEX).sum()) for row in rows]
-        if RESPONSE in said and len(said[RESPONSE]["ids"]) != sum(counts):
+        if RESPONSE in stored and len(stored[RESPONSE]["ids"]) != sum(counts):
             raise ZooError(
-                f"The store {str(self.folder)!r} has {len(said[RESPONSE]['ids'])} labels for sample {sample.id!r}, "
+                f"The store {str(self.folder)!r} has {len(stored[RESPONSE]['ids'])} labels for sample {sample.id!r}, "
                 f"the student {sum(counts)}: tokenizer or template differ."
             )
+        # The store has a sample's positions in one piece; with pack=none each dialog is a row of its own, so rows take
+        # consecutive slices: of labels from `start`, of pairs from `first`. Image tokens are the same for each row.
         start, first = 0, 0
         for row, count in zip(rows, counts, strict=True):
             row.targets = dict(row.targets)
             answers = 0 if row.pairs is None else len(np.unique(row.pairs[row.pairs >= 0]))
             parts = {RESPONSE: slice(start, start + count), PAIRS: slice(first, first + answers)}
             first += answers
-            for positions, values in said.items():
+            for positions, values in stored.items():
                 part = parts.get(positions, slice(None))
                 row.targets |= {f"teacher.{positions}.{what}": values[what][part] for what in WHAT}
-            if VISUAL in said:
+            if VISUAL in stored:
                 tiles = sum(p.cut.rows if isinstance(p, Picture) else 1 for p in row.pixel_values)
-                if len(said[VISUAL]["ids"]) != tiles * self.about["cells"]:
+                if len(stored[VISUAL]["ids"]) != tiles * self.about["cells"]:
                     raise ZooError(
-                        f"The store {str(self.folder)!r} has {len(said[VISUAL]['ids'])} image tokens for sample "
+                        f"The store {str(self.folder)!r} has {len(stored[VISUAL]['ids'])} image tokens for sample "
                         f"{sample.id!r}, and the student cuts its images into {tiles} of {self.about['cells']} each: "
                         "give both one image processor, or set visual_weight: 0."
                     )
@@ -218,10 +226,10 @@ class Stored:
         return {what: shard.get_slice(f"{positions}.{what}")[start:stop] for what in WHAT}
 
     def verify(self, datasets: Mapping[str, Any]) -> None:
-        """Refuse data that is not what the teacher saw.
+        """Refuse data other than the teacher's.
 
         Raises:
-            ZooError: a data set is unknown to the store, or differs.
+            ZooError: the store has no such data set, or one with another hash.
         """
         for name, dataset in datasets.items():
             known = self.about["data"].get(name)
@@ -231,8 +239,8 @@ class Stored:
                 )
             if (now := data_hash(dataset)) != known:
                 raise ZooError(
-                    f"data {name!r} is not what the teacher of {str(self.folder)!r} saw: its hash is {now[:12]}, "
-                    f"and was {known[:12]}. Run zoo teach again into another folder."
+                    f"data {name!r} is not the data that the store {str(self.folder)!r} was made from: its hash is "
+                    f"{now[:12]}, and was {known[:12]}. Run zoo teach again into another folder."
                 )
 
 
@@ -240,7 +248,7 @@ def _keys(file: Path) -> list[bytes]:
     from safetensors import safe_open
 
     if "keys" not in listing([file]):
-        raise ZooError(f"{str(file)!r} is no shard of a stored teacher: it has no keys.")
+        raise ZooError(f"{str(file)!r} is not a shard of a stored teacher: it has no keys.")
     with safe_open(file, framework="np") as shard:
         return [row.tobytes() for row in shard.get_tensor("keys")]
 

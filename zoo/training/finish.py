@@ -1,4 +1,4 @@
-"""The end of a run: the model is saved, scored, and a person is told what there is and what to try next."""
+"""The end of a run: save the model, score it, and print the scores and the next commands."""
 
 import json
 import shlex
@@ -23,17 +23,18 @@ from zoo.training.step import reseed
 if TYPE_CHECKING:
     from zoo.training.loop import Run
 
-SAMPLES = 400  # of each data set scored at the end of a run; `zoo eval` scores all
+SAMPLES = 400  # scored of each data set at the end of a run; `zoo eval` scores all
 
 
 def finish(run: "Run") -> None:
     """Save the model, score it, and print the table, the folder and three commands.
 
-    A run that was killed on the way comes back here: what it had not finished is done again, to the same bits.
+    A run that was killed in between resumes here and repeats the unfinished part, to the same bits.
     """
     if not (run.resumed_trained and run.folder.has_model):
         save_model(run)
-    run.model.compile_parts(False)  # scored as `zoo eval` does, and as a process that only scores
+    run.model.compile_parts(False)  # as in `zoo eval`, so that both give the same scores
+    # Random pruners draw from torch's generator: a process that resumes here must draw the same numbers.
     reseed(run.cfg.seed, run.progress.global_step, -5)
     result = score(run, limit=run.cfg.limit or SAMPLES, baselines=True)
     if result is not None:
@@ -42,11 +43,11 @@ def finish(run: "Run") -> None:
     if run.main:
         report(run, result, Console())
     run.close()
-    run.accelerator.end_training()  # of several processes: they part
+    run.accelerator.end_training()  # leaves the process group
 
 
 def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
-    """Evaluate the run's model on the run's evaluation data; None where it has none."""
+    """Evaluate the run's model on the run's evaluation data; None without such data."""
     datasets = run.data.evaluation
     if not datasets:
         return None
@@ -69,7 +70,7 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
 
 def save_model(run: "Run") -> None:
     """Write the final model and its processor to the run's folder."""
-    model, state = run.model, state_of(run.model)  # every process hands in its shares
+    model, state = run.model, state_of(run.model)  # gathers shards, so every process takes part
 
     def write() -> None:
         with run.folder.writing("the model"), written_beside(run.folder.model, folder=True) as beside:
@@ -82,7 +83,7 @@ def save_model(run: "Run") -> None:
 
 
 def write_report(run: "Run", result: EvalResult | None) -> None:
-    """Write what came out; the summary last, for it says that the run is finished."""
+    """Write scores, model card and summary; the summary last, since it marks the run as finished."""
     with run.folder.writing("scores"):
         if result is not None:
             result.save(run.folder.path)
@@ -92,7 +93,7 @@ def write_report(run: "Run", result: EvalResult | None) -> None:
 
 
 def report(run: "Run", result: EvalResult | None, console: Console) -> None:
-    """Print what came out."""
+    """Print scores, folder and the next commands."""
     path = _short(run.folder.path)
     named = json.dumps(f"dir:{path}", ensure_ascii=False)
     if result is not None:
@@ -100,12 +101,13 @@ def report(run: "Run", result: EvalResult | None, console: Console) -> None:
     else:
         console.print("Nothing was scored: data holds no split for evaluation, such as data=[..., scenes_eval].")
     if skipped := len(read_metrics(run.folder.skipped)):
-        said = f"{skipped} records were left out: {run.folder.skipped.name} says why."
-        console.print(said, soft_wrap=True, highlight=False)
+        text = f"{skipped} records were left out; {run.folder.skipped.name} has the reasons."
+        console.print(text, soft_wrap=True, highlight=False)
     done = f"Trained in {clock(run.progress.seconds)}. Everything is in {path}"
     console.print(done, soft_wrap=True, highlight=False, markup=False)
     console.print("Try next:")
-    plugins = [f"plugins=[{','.join(run.cfg.plugins)}]"] if run.cfg.plugins else []  # a model folder only asks for them
+    # A model folder names its plugins but does not bring their code: the commands must name them as well.
+    plugins = [f"plugins=[{','.join(run.cfg.plugins)}]"] if run.cfg.plugins else []
     given = ", ".join([named, *(json.dumps(word, ensure_ascii=False) for word in plugins)])
     for command in (
         f"zoo eval {shlex.join([f'model=dir:{path}', *plugins])}",
@@ -129,7 +131,7 @@ def _summary(run: "Run", result: EvalResult | None) -> dict[str, Any]:
 
 
 def _card(run: "Run", result: EvalResult | None = None) -> str:
-    """A short card: what the model is made of, how to load it, what it scored."""
+    """Return a short model card: parts, how to load it, scores."""
     slots = run.model.config.slots or {}
     rows = []
     for slot in MODEL_SLOTS:
@@ -160,6 +162,6 @@ def _card(run: "Run", result: EvalResult | None = None) -> str:
 
 
 def _short(path: Path) -> str:
-    """The path as seen from here, where that is shorter."""
+    """Return a path relative to the working folder, if it is below it."""
     here = Path.cwd()
     return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else str(path)

@@ -1,8 +1,8 @@
-"""`zoo train`: runs the stages of a recipe, one loop for one process and for many.
+"""`zoo train`: run the stages of a recipe, in one process or several.
 
 Also `accelerate launch -m zoo.train ...` and `torchrun --nproc_per_node 2 -m zoo.train ...`. SIGTERM saves a checkpoint
-and leaves with code 143; a run that was killed goes on with `zoo train resume=last`, to the same losses, the same
-weights and the same scores.
+and exits with code 143. `zoo train resume=last` continues a run that was killed, to the same losses, weights and
+scores.
 """
 
 import json
@@ -33,7 +33,7 @@ from zoo.runs.lock import RunLock
 from zoo.runs.order import Place
 from zoo.runs.processes import by_first, gather, start_accelerator
 from zoo.runs.progress import Display
-from zoo.runs.resume import Beginning, begin, options_of, read_config, require_same_start
+from zoo.runs.resume import Beginning, begin, device_and_trackers, read_config, require_same_start
 from zoo.runs.step_log import StepLog, not_finite
 from zoo.runs.trackers import check_trackers, start_trackers
 from zoo.settings.source import source_of
@@ -41,21 +41,21 @@ from zoo.settings.stage import Stage, stages_of
 from zoo.storage.atomic import written_beside
 from zoo.storage.precision import fast_products, resolve_precision
 from zoo.storage.weights import fingerprint
-from zoo.teaching.teacher import Teacher, Twins
-from zoo.teaching.teacher_store import Stored
+from zoo.teaching.teacher import Teacher, TeacherRows
+from zoo.teaching.teacher_store import TeacherStore
 from zoo.text.tokenizer import shared_tokens, tokens_hash
 from zoo.training.finish import finish, score
 from zoo.training.step import Engine, reseed
 
 TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
-KEEP = 2  # checkpoints that stay
+KEEP = 2  # number of checkpoints; the older one is for a newest that turns out to be damaged
 
 
 def main(cfg: DictConfig) -> RunFolder:
-    """Train as the config says; evaluate, save and say what to do next.
+    """Train, save and evaluate, and print which commands may follow.
 
     Raises:
-        SystemExit: SIGTERM came; the code is 143, and the run can be resumed.
+        SystemExit: on SIGTERM, with code 143; the run can be resumed.
     """
     if not cfg.resume:
         check(plan_from(cfg))  # before a folder is made or data is read
@@ -68,23 +68,24 @@ def main(cfg: DictConfig) -> RunFolder:
 class Run:
     """One run: its folder, model and data, and the loop over stages.
 
-    It holds the lock of its folder until `close`, the end of its `with` block, or the first error of `train`.
+    Holds the lock of its folder until `close`, the end of the `with` block, or an error in `train`.
     """
 
     def __init__(self, cfg: DictConfig, display: Display | None = None) -> None:
-        device, self.trackers = options_of(cfg)
-        check_trackers(self.trackers)
+        device, self.trackers = device_and_trackers(cfg)
+        check_trackers(self.trackers)  # before anything costs time
         self.accelerator = start_accelerator(device)
         self.main = self.accelerator.is_main_process
         self.display = display or Display(silent=not self.main)
         self._lock: RunLock | None = None
         try:
             self._prepare(cfg)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the lock must be released
             self.close()
             raise
 
     def _prepare(self, cfg: DictConfig) -> None:
+        # Several processes share one folder: the first one makes or opens it, the others are sent the result.
         began = by_first(self.accelerator, lambda: self._begin(cfg))
         self.folder, self.progress, self.newest = RunFolder(began.path), began.progress, began.newest
         for note in began.notes:
@@ -96,7 +97,7 @@ class Run:
         fast_products()
         if self.accelerator.device.type == "cpu":
             keep_memory()
-        self.resumed_trained = self.is_trained  # only the model is to be saved, or to be scored
+        self.resumed_trained = self.is_trained  # killed after the last stage: saving or scoring is left
         self.skips = self.cfg.skip_broken or any(s.skip_broken for s in self.stages.values())
         self.data = RunData(self.cfg.data, skip_broken=self.skips)
         self.source = source_of(self.cfg, pretrained=False)
@@ -105,10 +106,10 @@ class Run:
             self._restore(self.newest)
         left_out = LeftOut(self.folder, self.cfg.max_broken, self.progress.seen, self.progress.left_out)
         self.step_log = StepLog(self.accelerator, self.folder, self.display, left_out)
-        self._distiller: tuple[Any, Any] = (None, None)  # its node, and itself
+        self._distiller: tuple[Any, Any] = (None, None)  # node and distiller
         self._teachers: dict[str, Any] = {}
-        self._asked = False  # SIGTERM came to this process
-        self._leave = False  # it came to one of the processes, and all know it
+        self._asked = False  # this process received SIGTERM
+        self._leave = False  # one of the processes received SIGTERM, and all agreed to stop after this step
 
     def __enter__(self) -> "Run":
         return self
@@ -117,7 +118,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Let another process have the run, and let trackers write what they hold."""
+        """Release the lock and flush the trackers."""
         trackers, self.accelerator.trackers = self.accelerator.trackers, []
         for tracker in trackers:
             tracker.finish()
@@ -126,15 +127,15 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """Whether every stage is behind."""
+        """Whether all stages are finished."""
         return self.progress.stage >= len(self.stages)
 
     def train(self) -> None:
-        """Run what is left of the stages."""
+        """Run the remaining stages."""
         about = {"run": str(self.folder.path), "seed": self.cfg.seed}
         start_trackers(self.accelerator, self.trackers, self.folder.path, self.progress.global_step, about)
         self._since = time.monotonic()
-        listen = threading.current_thread() is threading.main_thread()
+        listen = threading.current_thread() is threading.main_thread()  # Python allows handlers in this thread only
         before = signal.signal(signal.SIGTERM, self._on_sigterm) if listen else None
         try:
             with self.display:
@@ -149,7 +150,7 @@ class Run:
         finally:
             if listen:
                 signal.signal(signal.SIGTERM, before)
-        if any(gather(self.accelerator, self._asked)):  # after the processes agreed on their last step
+        if any(gather(self.accelerator, self._asked)):  # SIGTERM after the processes agreed on the last step
             self._terminate()
 
     # ---- start -------------------------------------------------------------------------------------------------
@@ -159,7 +160,10 @@ class Run:
         return found
 
     def _compose(self) -> tuple[Any, Any]:
-        """Compose the model, with the tokenizer that lies in the run's folder; the first process puts it there."""
+        """Compose the model, with the tokenizer of the run's folder, which the first process saves there.
+
+        A trained tokenizer depends on the data; a resumed run must not train it again.
+        """
         made = self.folder.path / "tokenizer"
         by_first(self.accelerator, lambda: self._make_tokenizer(made))
         model, processor = self._build(made)
@@ -178,7 +182,7 @@ class Run:
             self.folder.write_lock(**self.facts(model))
 
     def facts(self, model: Any) -> dict[str, Any]:
-        """What zoo.lock says beside versions: how many processes, which plugins, and which weights the run began on."""
+        """Return what zoo.lock holds beside versions: number of processes, plugins, and weights the run began on."""
         facts: dict[str, Any] = {"processes": self.accelerator.num_processes, "plugins": list(self.cfg.plugins)}
         facts["base"] = model.config.base
         if self.source.folder is not None:
@@ -192,11 +196,14 @@ class Run:
         return model, processor
 
     def _restore(self, newest: Path) -> None:
-        """Bring the model to where it was. An adapter that had begun to act starts from what was trained before it."""
+        """Load the checkpoint's weights into the model."""
         stage, step = self.progress.stage, self.progress.step
+        # Names of weights depend on which adapters are attached, so the stage's adapters come first.
         self.model.detach_only([] if self.is_trained else list(self.stages.values())[stage].detach)
         named = self._named()
         checkpoint.load_weights(newest, named, "model.")
+        # `start` copies weights of the LLM (into upcycled experts, say), which must be the trained ones; it overwrites
+        # those of the adapter, so the checkpoint is loaded once more.
         if self._start_adapters(range(1, stage + (step > 0))):
             checkpoint.load_weights(newest, named, "model.")
 
@@ -205,14 +212,15 @@ class Run:
     def _run_stage(self, index: int, name: str, stage: Stage) -> None:
         mix = self.data.mix(stage, self.cfg.seed * 1000 + index)
         steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
-        reseed(self.cfg.seed, index, -2)  # what is new in a distiller is a function of the seed and the stage
+        reseed(self.cfg.seed, index, -2)  # new weights of a distiller are a function of the seed and the stage
         distiller = self._distiller_of(stage)
         teacher, twins = self._teacher_of(stage, distiller)
         engine = self._engine(index, stage, steps, distiller, teacher)
         done = self.progress.step
         if not done:
-            self.step_log.left_out.begin()
+            self.step_log.left_out.begin()  # max_broken is a share of each stage's records
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
+        # Padding to multiples of 32 bounds the number of shapes that torch.compile specialises on.
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
         options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)
         batches = Batches(mix, self.processor, stage, steps, place, **options)
@@ -230,6 +238,7 @@ class Run:
                 self._evaluate(engine)
             if last:
                 self.step_log.end_stage(name, allow_nonfinite=stage.allow_nonfinite)
+                # Before saving, so that a resumed run begins the next stage.
                 self.progress.stage, self.progress.step, self.progress.streams = index + 1, 0, {}
             if last or self._leave or (stage.checkpoint_every and (number + 1) % stage.checkpoint_every == 0):
                 self._save(engine)
@@ -238,6 +247,7 @@ class Run:
         self.display.end()
 
     def _step(self, name: str, number: int, engine: Engine, loader: Loader, source: Any) -> None:
+        """Take one optimiser step and note its losses, which stay on the device until the log reads several at once."""
         start, waited = time.perf_counter(), loader.waited
         items = [next(source) for _ in range(engine.stage.accumulate)]
         batches, spares = [i["batch"] for i in items], [i["spare"] for i in items] if "spare" in items[0] else []
@@ -259,7 +269,7 @@ class Run:
         self.step_log.add(record, losses, allow_nonfinite=engine.stage.allow_nonfinite)
 
     def _engine(self, index: int, stage: Stage, steps: int, distiller: Distiller | None, teacher: Any) -> Engine:
-        """Set up the stage; the first one of a resumed run with the rest of what its checkpoint holds."""
+        """Set up the stage; in the first one after a resume, load distiller and optimisers from the checkpoint."""
         reseed(self.cfg.seed, index, -2)
         engine = Engine(
             self.accelerator,
@@ -275,6 +285,8 @@ class Run:
         if not self.progress.step:
             self._start_adapters(range(index, index + 1))
         if self.newest is not None:
+            # At the beginning of a stage the checkpoint holds the previous stage's distiller, which continues only if
+            # both stages configure it alike, as in a run that was not interrupted.
             if self.progress.step or stage.distiller_node == list(self.stages.values())[index - 1].distiller_node:
                 checkpoint.load_weights(self.newest, self._named(engine), "distiller.")
             if self.progress.step:
@@ -283,12 +295,13 @@ class Run:
         return engine
 
     def _start_adapters(self, stages: range) -> bool:
-        """Start the adapters that begin to act in these stages, other than the first; says if there are any.
+        """Start the adapters whose first stage is among these, other than stage 0; return whether there are any.
 
-        What they copy was trained by the stages before.
+        Such adapters copy weights that earlier stages trained.
         """
         found = False
         for name, adapter in self.model.adapter.items():
+            # An adapter that is detached in the first n stages begins in stage n.
             begins = sum(name in stage.detach for stage in self.stages.values())
             if begins and begins in stages:
                 reseed(self.cfg.seed, begins, -4)
@@ -297,14 +310,17 @@ class Run:
         return found
 
     def _distiller_of(self, stage: Stage) -> Any:
-        """The stage's distiller; one that goes on from the stage before keeps what it has learnt."""
+        """Return the stage's distiller: the previous stage's, with its trained weights, if the options are the same."""
         node = stage.distiller_node
         if node != self._distiller[0]:
             self._distiller = (node, None if node is None else build_distiller(self.model, node))
         return self._distiller[1]
 
     def _teacher_of(self, stage: Stage, distiller: Distiller | None) -> tuple[Any, Any]:
-        """The stage's teacher, and what adds its rows to the student's; a model that two stages name is loaded once."""
+        """Return the stage's teacher and what adds its rows to the student's.
+
+        A model that consecutive stages share is loaded once.
+        """
         node = stage.teacher_node
         if node is None:
             return None, None
@@ -313,16 +329,16 @@ class Run:
             return self._stored(stage, node["store"], needs)
         key = json.dumps(node, default=str, sort_keys=True)
         if key not in self._teachers:
-            self._teachers.clear()  # two large models are not kept for the sake of the second one's turn
+            self._teachers.clear()  # frees the previous teacher before the next one is loaded
             precision = resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device)
             self._teachers[key] = load_teacher(node, device=self.accelerator.device, precision=precision)
         model, processor = self._teachers[key]
         shared = shared_tokens(self.processor.tokenizer, processor.tokenizer)
-        return Teacher(model, needs, shared), Twins(processor, self.processor, model.llm.max_positions)
+        return Teacher(model, needs, shared), TeacherRows(processor, self.processor, model.llm.max_positions)
 
-    def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[Stored, Stored]:
-        """What `zoo teach` wrote, once it is known to be of this data and these tokens."""
-        stored = Stored(folder, needs)
+    def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[TeacherStore, TeacherStore]:
+        """Open a store of `zoo teach`; refuse one of other data or another tokenizer."""
+        stored = TeacherStore(folder, needs)
         if stored.about["tokens"] != tokens_hash(self.processor.tokenizer):
             teacher = stored.about["teacher"]["model"]
             raise ZooError(
@@ -336,7 +352,7 @@ class Run:
     # ---- checkpoints and the end -------------------------------------------------------------------------------
 
     def _named(self, engine: Engine | None = None) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: weights that were ever trained, and the model's buffers."""
+        """Return the tensors of a checkpoint: weights that any stage trained so far, and the model's buffers."""
         named = {f"model.{n}": t for n, t in checkpoint.tensors_of(self.model).items()}
         if engine is not None and isinstance(engine.distiller, nn.Module):
             named |= {f"distiller.{n}": p for n, p in engine.distiller.named_parameters()}
@@ -344,15 +360,18 @@ class Run:
         return {n: t for n, t in named.items() if n in ever or not isinstance(t, nn.Parameter)}
 
     def _save(self, engine: Engine) -> None:
-        """Write a checkpoint; the metrics of its steps are on the disk before it."""
+        """Write a checkpoint."""
+        # The metrics of its steps first: a resumed run removes lines after the checkpoint, and cannot restore others.
         self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
         now = time.monotonic()
         self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
         self.progress.seen, self.progress.left_out = self.step_log.left_out.counts
-        optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with fresh ones
+        optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with new ones
+        # Gathering shards is a collective operation: every process takes part, the first one writes.
         state = checkpoint.collect(self._named(engine), optimizers, asdict(self.progress), keep=self.main)
 
         def write() -> None:
+            # A checkpoint with NaN would replace the last good one.
             bad = [] if engine.stage.allow_nonfinite else state.not_finite(set(self.progress.trained))
             if bad:
                 what = f"{len(bad)} weights, the first {bad[0]!r}, are not finite"
@@ -364,7 +383,7 @@ class Run:
         by_first(self.accelerator, write)
 
     def _evaluate(self, engine: Engine) -> None:
-        """Score the model as it is, in the middle of a stage."""
+        """Score the model during a stage."""
         self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
         result = score(self, limit=100)
         if result is not None:
@@ -379,4 +398,4 @@ class Run:
         raise SystemExit(TERMINATED)
 
     def _on_sigterm(self, *_: Any) -> None:
-        self._asked = True  # a signal that comes during a step is agreed upon in the next
+        self._asked = True  # only noted: all processes must stop after the same step, which `Engine.run` agrees on

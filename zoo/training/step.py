@@ -1,8 +1,8 @@
 """One optimiser step of a stage: forward passes, weighted losses, gradients over all processes, optimisers.
 
-The answer loss is a mean over every label of the step, wherever it was computed, so accumulation and more processes
-change nothing but the speed; so are the losses that a distiller names in `per_label`, and those in `per_image` are
-means over every image. Other losses are means over forward passes.
+The answer loss is a mean over all labels of the step, in every pass and process, so that accumulation and the number of
+processes change only the speed. The same holds for losses that a distiller names in `per_label`; those in `per_image`
+are means over all images. Other losses are means over forward passes.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from zoo.runs.order import keyed
 from zoo.runs.processes import launcher_alone
 from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast, resolve_precision
-from zoo.teaching.teacher import options_of
+from zoo.teaching.teacher import Teacher, forward_options
 from zoo.text.batch import TEACHER_ROWS, to_device
 
 
 @dataclass
 class Counts:
-    """What the sums of a step are divided by: its labels, images and passes, shared out over the processes."""
+    """Denominators of the losses of a step: its labels, images and passes, divided by the number of processes."""
 
     labels: float
     images: float
@@ -35,44 +35,46 @@ class Counts:
 
 
 class TrainStep(nn.Module):
-    """The model, the distiller and what joins them, as one module, so that DDP sees every parameter that trains."""
+    """Model, distiller and the sum of their losses as one module, so that DDP averages every trained parameter."""
 
     def __init__(self, model: Any, distiller: Distiller | None, teacher: Any, stage: Stage) -> None:
         super().__init__()
         self.model = model
         self.distiller = distiller
-        self.teacher = teacher  # no module, so that its model is neither trained nor saved nor sharded with this one
+        self.teacher = teacher  # not an nn.Module, so that it is neither trained nor saved nor sharded with the student
         self.loss_weights = dict(stage.loss_weights)
         needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
+        # A stage that trains an encoder on dense targets alone skips the LLM, and its batches have no text.
         inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
         self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
-        self.student_options = LOSS_ALONE | ({} if distiller is None else options_of(needs, "student"))
+        self.student_options = LOSS_ALONE | ({} if distiller is None else forward_options(needs, "student"))
         if stage.loss_weights.get("answer", 1.0) == 0 and not self.student_options["all_logits"]:
-            self.student_options["run_head"] = False  # nothing asks for the answer loss, not even at weight 0
-        if hasattr(teacher, "look_with"):
-            teacher.look_with(model)
+            self.student_options["run_head"] = False  # the vocabulary's logits are the largest tensor of a pass
+        if isinstance(teacher, Teacher):
+            teacher.share_vision(model)
 
     def forward(self, batch: Mapping[str, Any], counts: Counts) -> dict[str, Tensor]:
         """Return the unweighted losses of one forward pass by name.
 
         Args:
-            batch: what `ZooProcessor.collate` gives, on this device.
-            counts: what the sums of losses over labels and over images are divided by.
+            batch: of `ZooProcessor.collate`, on this device.
+            counts: denominators of the losses over labels and over images.
         """
         own = {key: value for key, value in batch.items() if key != TEACHER_ROWS}
         out = self.model(**own, num_items_in_batch=counts.labels, run_llm=self.run_llm, **self.student_options)
         losses = dict(out.losses or {})
         if self.distiller is not None:
-            seen = None if self.teacher is None else self.teacher.see(batch, out)
-            told = {"num_labels": counts.labels, "num_images": counts.images}
+            seen = None if self.teacher is None else self.teacher.outputs_for(batch, out)
+            # Distillers sum over the tokens of one pass; they divide by the counts of the whole step.
+            numbers = {"num_labels": counts.labels, "num_images": counts.images}
             if self.teacher is not None and self.teacher.vocab_size:
-                told["vocab_size"] = self.teacher.vocab_size
-            losses |= self.distiller(Seen(out, self.model.llm), seen, {**own, **told})
+                numbers["vocab_size"] = self.teacher.vocab_size
+            losses |= self.distiller(Seen(out, self.model.llm), seen, {**own, **numbers})
         return losses
 
     @property
     def weights(self) -> dict[str, float]:
-        """What losses count that do not count 1: as the stage says, times what the distiller says at this step."""
+        """Loss weights other than 1: those of the stage, times those of the distiller at this step."""
         own = weights_of(self.distiller)
         return {n: self.loss_weights.get(n, 1.0) * own.get(n, 1.0) for n in [*self.loss_weights, *own]}
 
@@ -82,19 +84,20 @@ class TrainStep(nn.Module):
         weighted = [weights.get(name, 1.0) * value for name, value in losses.items()]
         if not weighted:
             raise ZooError("The stage has no loss: the answer loss has weight 0 and no distiller gives another.")
+        # Summed in float32: terms of 1e-3 beside one of 10 would be rounded away in bfloat16.
         return torch.stack([w.float() for w in weighted]).sum()
 
 
 class Engine:
-    """Everything of one stage that lives on the device.
+    """The state of one stage on the device: trained parameters, optimisers, precision, wrapped modules.
 
     Args:
         accelerator: of the run.
-        model: the composed model; only what the stage trains will require a gradient.
+        model: the composed model; only parameters that the stage trains will require a gradient.
         stage: its settings.
         steps: optimiser steps of the stage.
         seed: of the run.
-        precision: of the run, where the stage states none.
+        precision: of the run; used if the stage does not set one.
     """
 
     def __init__(
@@ -109,9 +112,10 @@ class Engine:
         distiller: Distiller | None = None,
         teacher: Any = None,
     ) -> None:
-        accelerator.free_memory()  # lets go of what the stage before wrapped
+        accelerator.free_memory()  # releases the model wrapped by the previous stage
         self.accelerator, self.model, self.stage, self.steps, self.seed = accelerator, model, stage, steps, seed
         self.distiller, self.device = distiller, accelerator.device
+        # Before set_trainable: attaching wraps layers, and so changes the names that `train` and `freeze` match.
         model.detach_only(list(stage.detach))
         self.trainable = model.set_trainable(list(stage.train), list(stage.freeze))  # numbers by part
         self.precision = resolve_precision(stage.precision or precision, self.device)
@@ -119,6 +123,7 @@ class Engine:
         if distiller is not None:
             distiller.to(self.device) if isinstance(distiller, nn.Module) else None
         step = TrainStep(model, distiller, teacher, stage)
+        # FSDP2 replaces parameters by sharded ones, so it comes before the optimisers are built.
         if getattr(accelerator, "is_fsdp2", False):
             _shard(accelerator, model)
         self.sharded = hasattr(model, "set_requires_gradient_sync")
@@ -128,15 +133,15 @@ class Engine:
             # DDP wraps it to average gradients; FSDP has sharded the model in place above.
             self.wrapped: Any = step if self.sharded else accelerator.prepare_model(step)
         self.unwrapped, self.run_llm = step, step.run_llm
-        self.unseen = set(stage.loss_weights)  # weights of losses that no step has shown yet
-        self.summed = frozenset({"answer"})
+        self.unseen = set(stage.loss_weights)  # weights whose loss has not occurred yet; see `_expect`
+        self.summed = frozenset({"answer"})  # losses that are divided by `Counts` inside the pass
         if distiller is not None:
             self.summed |= distiller.per_label | distiller.per_image
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
         self.optimizers = build_optimizers(modules, stage, parts_of(model))
-        self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon does not see the size of a gradient
+        self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon's update does not depend on the gradient's norm
 
     def run(
         self,
@@ -151,21 +156,23 @@ class Engine:
         Args:
             number: counted from 0 within the stage.
             global_step: counted over the run; the model's randomness is a function of it.
-            batches: one per forward pass, still on the CPU; None where each of its samples is left out.
-            stop: whether this process was asked to leave.
-            spares: of several processes, for each pass what is run in the place of None, so that all run as many. It
-                counts nothing.
+            batches: one per forward pass, still on the CPU; None if each of its samples is left out.
+            stop: whether this process received SIGTERM.
+            spares: with several processes, a batch per pass that replaces None, so that all processes run the same
+                number of passes; its losses are multiplied by 0.
 
         Returns:
-            Losses by name, and whether any process was asked to leave.
+            Losses by name, and whether any process received SIGTERM.
         """
+        # Dropout and router noise depend on (seed, step, process) only, so that a resumed run draws the same numbers.
         reseed(self.seed, global_step, self.accelerator.process_index)
         if self.distiller is not None:
             self.distiller.begin_step(number, self.steps)
         there = [b for b in batches if b is not None]
         counts, stop = self._agree(sum(map(count_labels, there)), sum(map(count_images, there)), len(there), stop)
         if not counts.passes:
-            return {}, stop  # nothing to learn from, in any process
+            return {}, stop  # every sample of the step is left out, in all processes
+        # FSDP and DDP communicate in every pass: a process with fewer passes would leave the others waiting.
         passes: list[tuple[Any, bool]] = [(b, True) for b in there]
         if spares:
             passes = [(s, False) if b is None else (b, True) for b, s in zip(batches, spares, strict=True)]
@@ -173,13 +180,14 @@ class Engine:
         sums: dict[str, Tensor] = {}
         for turn, (batch, counted) in enumerate(passes):
             last = turn + 1 == len(passes)
+            # Gradients add up locally; only the last pass averages them over the processes.
             with contextlib.nullcontext() if last else self._no_sync():
                 with autocast(self.precision, self.device):
                     losses = self.wrapped(to_device(batch, self.device), counts)
                 self._expect(losses, batch)
                 losses = {k: v if k in self.summed else v / counts.passes for k, v in losses.items()}
                 losses = losses if counted else {k: v * 0.0 for k, v in losses.items()}
-                # Not accelerator.backward, which would divide by the accumulation that `counts` divides by already.
+                # Not accelerator.backward, which would divide by the number of passes; `counts` has done so.
                 self.unwrapped.total(losses).backward()
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
@@ -191,31 +199,34 @@ class Engine:
         return sums, stop
 
     def _expect(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Refuse a weight for a loss that is not there; a batch of text alone may lack some, and proves nothing."""
+        """Refuse a weight whose loss does not exist.
+
+        Checked on the first batch with images: a batch of text alone lacks losses over images.
+        """
         if self.unseen and "pixel_values" in batch:
-            there = {*losses, *weights_of(self.distiller)}  # a term with weight 0 is not computed
+            there = {*losses, *weights_of(self.distiller)}  # a distiller does not compute a term of weight 0
             for name in self.unseen.difference(there, ("answer",)):
                 raise unknown("loss in this stage (loss_weights)", name, there)
             self.unseen.clear()
 
     def resume_training(self) -> None:
-        """Set up the model's attention and modes; after an evaluation once more."""
+        """Set attention kernels and train mode, at the beginning and after an evaluation, which changes both."""
         with autocast(self.precision, self.device):
             self.attention = self.model.set_attention(self.model.config.attention)
         _set_mode(self.model, self.stage)
 
     @property
     def weights(self) -> dict[str, float]:
-        """What losses count at this step, where that is not 1."""
+        """Loss weights at this step, other than 1."""
         return self.unwrapped.weights
 
     @property
     def rate(self) -> float:
-        """The learning rate of AdamW now, or of Muon where that is all there is."""
+        """The current learning rate of AdamW, or of Muon if no parameter is left for AdamW."""
         return self.optimizers[-1].param_groups[0]["lr"]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What trains in this stage, with the names that checkpoints use."""
+        """Return the parameters that the stage trains, by the names that checkpoints use."""
         named: dict[str, Any] = {f"model.{n}": p for n, p in tensors_of(self.model).items() if p.requires_grad}
         if isinstance(self.distiller, nn.Module):
             named |= {f"distiller.{n}": p for n, p in self.distiller.named_parameters()}
@@ -228,7 +239,11 @@ class Engine:
         return self.accelerator.no_sync(self.wrapped)
 
     def _agree(self, labels: int, images: int, passes: int, stop: bool) -> tuple[Counts, bool]:
-        """Share out what the step counts: each process divides by the mean, as gradients are averaged over them."""
+        """Add up counts and stop requests over the processes.
+
+        Each process divides its losses by the mean count, since DDP and FSDP average gradients over processes: the
+        result is the gradient of the loss over the whole step.
+        """
         world = self.accelerator.num_processes
         if world > 1:
             all_of = torch.tensor([labels, images, passes, int(stop)], dtype=torch.float64, device=self.device)
@@ -238,9 +253,9 @@ class Engine:
 
 
 def weights_of(distiller: Distiller | None) -> Mapping[str, float]:
-    """What a distiller's losses count now, by name, where it says so."""
+    """Return the current weights of a distiller's losses, by name."""
     weights = {} if distiller is None else distiller.weights
-    return weights if isinstance(weights, Mapping) else {}  # a module of somebody's own may have a parameter there
+    return weights if isinstance(weights, Mapping) else {}  # a plug-in's module may have a parameter of that name
 
 
 def reseed(seed: int, global_step: int, rank: int) -> None:
@@ -249,7 +264,7 @@ def reseed(seed: int, global_step: int, rank: int) -> None:
 
 
 def count_labels(batch: Mapping[str, Any]) -> int:
-    """Count the labels that a batch's answer loss is over: the first position predicts nothing before it."""
+    """Count the labels of a batch's answer loss. Labels are shifted by 1, so the first position has no prediction."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
@@ -259,11 +274,11 @@ def count_images(batch: Mapping[str, Any]) -> int:
 
 
 def _set_mode(model: Any, stage: Stage) -> None:
-    """Train mode where something trains, eval mode in frozen parts; checkpointing and compilation as the stage says."""
+    """Set train mode in parts that train and eval mode in frozen ones; set checkpointing and compilation."""
     model.train()
     for part in model.children():
         if not any(p.requires_grad for p in part.parameters()):
-            part.eval()
+            part.eval()  # no dropout, and running statistics stay those of the checkpoint
     if stage.gradient_checkpointing:
         model.activation_checkpointing_enable()
     elif any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
@@ -282,12 +297,14 @@ def _shard_like(distiller: nn.Module, model: nn.Module) -> None:
     """Shard the distiller over the processes that share the model, so that its gradients are averaged too."""
     from torch.distributed.fsdp import fully_shard
 
+    # A distiller that continues from the previous stage is sharded already.
     if any(not hasattr(p, "device_mesh") for p in distiller.parameters()):
         fully_shard(distiller, mesh=next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
 
 
 @contextlib.contextmanager
 def _unsynced(modules: list[Any]) -> Iterator[None]:
+    """Postpone the reduction of FSDP's gradients, as `no_sync` does for DDP."""
     for module in modules:
         module.set_requires_gradient_sync(False)
     try:

@@ -1,11 +1,11 @@
-"""`zoo teach`: run a stage's teacher once over its samples and keep what it said (`zoo.teaching.teacher_store`).
+"""`zoo teach`: run a stage's teacher once over its samples and store its outputs (`zoo.teaching.teacher_store`).
 
     zoo teach recipe=llava_kd_tiny teach.stage=dft teach.k=32
     zoo train recipe=llava_kd_tiny 'stages.dft.teacher={store: runs/teach/llava_kd_tiny-dft}'
 
-Stopped, it goes on where it was; under torchrun the processes share the samples and write shards of their own. At the
-end it says how much of the teacher's mass was kept, and how far the gradient of the loss with the kept tokens is from
-that with all of them.
+An interrupted command continues behind the stored samples; under torchrun the processes divide the samples and write
+separate shards. At the end it prints how much of the teacher's probability mass was kept, and the error of the loss
+gradient that the truncation to K tokens causes.
 """
 
 import json
@@ -43,39 +43,39 @@ from zoo.text.batch import EncodedSample, collate, to_device
 from zoo.text.tokenizer import tokens_hash
 
 SKIPPED = "skipped.jsonl"  # in the store: the records that were left out
-NOISE = 1.0  # nats between the teacher's logits and those of the student on whom the truncation's error is measured
+NOISE = 1.0  # standard deviation of the student's logits around the teacher's, where the truncation error is measured
 
 
 @dataclass
 class Truncation:
-    """What keeping K tokens costs, over the positions that were looked at."""
+    """The cost of keeping K tokens, over all stored positions."""
 
     positions: int = 0
-    mass: float = 0.0  # sum of the mass kept
+    mass: float = 0.0  # sum of the kept probability mass
     least: float = 1.0
     error: list[float] = field(default_factory=list)  # |gradient kept - gradient whole| / |gradient whole|, by batch
 
     def add(self, other: "Truncation") -> None:
-        """Count what another process saw."""
+        """Add the positions of another process."""
         self.positions += other.positions
         self.mass += other.mass
         self.least = min(self.least, other.least)
         self.error += other.error
 
     def text(self, k: int) -> str:
-        """Say it."""
+        """Return the cost in one line."""
         if not self.positions:
             return "nothing new was written"
-        said = (
+        line = (
             f"{self.positions:,} positions, the {k} likeliest tokens of each: {self.mass / self.positions:.4f} of the "
             f"teacher's mass on average, {self.least:.4f} at least"
         )
         mean = sum(self.error) / max(1, len(self.error))
-        return said + f"; the gradient of the loss is off by {mean:.2%} (a student whose logits differ by {NOISE:g})"
+        return line + f"; the gradient of the loss is off by {mean:.2%} (a student whose logits differ by {NOISE:g})"
 
 
 def main(cfg: DictConfig) -> Path:
-    """Store what the teacher of a stage says; returns the folder."""
+    """Store the outputs of a stage's teacher; return the folder."""
     name, stage = stage_of(cfg)
     accelerator = start_accelerator(cfg.device)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -86,7 +86,8 @@ def main(cfg: DictConfig) -> Path:
     needs = needs_of(cfg, stage)
     model, processor = load_teacher(stage.teacher_node or {}, device=accelerator.device, precision=precision)
     teacher = Teacher(model, needs)
-    k = min(cfg.teach.k, len(processor.tokenizer) - 1)
+    k = min(cfg.teach.k, len(processor.tokenizer) - 1)  # at least one token is left for `log_rest`
+    # What the stored numbers depend on; training refuses a store whose data or tokenizer differs.
     about = {
         "teacher": stage.teacher_node,
         "k": k,
@@ -102,12 +103,13 @@ def main(cfg: DictConfig) -> Path:
     with accelerator.main_process_first():
         writer = Writer(folder, about, rank, world)
     known, began, cost = writer.known(), time.monotonic(), Truncation()
-    accelerator.wait_for_everyone()  # all know the same samples before anybody writes
+    accelerator.wait_for_everyone()  # every process must have listed the stored samples before the first shard is added
     say = accelerator.print
     say(f"{len(known):,} samples are stored already." if known else f"Writing to {folder}", flush=True)
     kept: list[Any] = []
     count = 0
     sieve = Sieve(bool(stage.skip_broken), cfg.max_broken, "zoo teach")
+    # Each process iterates over all samples and takes every `world`-th batch, so that no communication is needed.
     groups = batches(sieve.sound(samples(mix, stage, cfg.teach.limit)), stage.batch_size, known)
     for group in islice(groups, rank, None, world):
         batch = encoded(processor, group, sieve, model.llm.max_positions)
@@ -116,7 +118,7 @@ def main(cfg: DictConfig) -> Path:
         if not batch:
             continue
         with autocast(precision, accelerator.device):
-            kept += said_of(teacher, processor, batch, k, about, cost)
+            kept += outputs_of(teacher, processor, batch, k, about, cost)
         count += len(batch)
         if len(kept) >= cfg.teach.shard:
             writer.write(kept)
@@ -125,7 +127,7 @@ def main(cfg: DictConfig) -> Path:
             say(f"{count:,} samples, {rate:.1f} a second" + (" and process" if world > 1 else ""), flush=True)
     if kept:
         writer.write(kept)
-    for more, seen, sieved in gather(accelerator, (count, cost, sieve))[1:]:  # once all have written
+    for more, seen, sieved in gather(accelerator, (count, cost, sieve))[1:]:  # also waits until all have written
         count += more
         cost.add(seen)
         sieve.broken |= sieved.broken
@@ -136,15 +138,15 @@ def main(cfg: DictConfig) -> Path:
     if sieve.broken:
         say(f"{len(sieve.broken):,} records were left out; {folder / SKIPPED} lists them with the reasons.")
     say(cost.text(k))
-    say(f"Train from it: 'stages.{name}.teacher={{store: {folder}}}'")
+    say(f"To train from it: 'stages.{name}.teacher={{store: {folder}}}'")
     return folder
 
 
 def stage_of(cfg: DictConfig) -> tuple[str, Stage]:
-    """The stage whose teacher is asked: the one named, or the only one that has a teacher.
+    """Return the stage of `teach.stage`, or the only one with a teacher.
 
     Raises:
-        ZooError: there is no such stage, or it has no teacher that is a model.
+        ZooError: there is no such stage, or its teacher is not a model.
     """
     stages = stages_of(cfg)
     taught = {n: s for n, s in stages.items() if s.teacher_node and s.teacher_node["model"]}
@@ -152,18 +154,19 @@ def stage_of(cfg: DictConfig) -> tuple[str, Stage]:
         if cfg.teach.stage not in stages:
             raise unknown("stage of this run", cfg.teach.stage, stages)
         if cfg.teach.stage not in taught:
-            raise ZooError(f"Stage {cfg.teach.stage!r} has no teacher that is a model: set its teacher to a name.")
+            raise ZooError(f"Stage {cfg.teach.stage!r} has no model as its teacher: set its teacher to a model's name.")
         return cfg.teach.stage, taught[cfg.teach.stage]
     if len(taught) != 1:
         given = ", ".join(taught) or "none"
-        raise ZooError(f"zoo teach is for one stage with a teacher; those here are: {given}. Say teach.stage=<name>.")
+        raise ZooError(f"zoo teach needs one stage with a teacher; this run has: {given}. Set teach.stage=<name>.")
     return next(iter(taught.items()))
 
 
 def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
-    """Words of the stage's distiller, of which a store can serve positions alone."""
+    """Return the capabilities that the stage's distiller needs, as far as a store can provide them."""
     from types import SimpleNamespace
 
+    # A distiller's needs follow from its options; building it takes a model's widths only.
     blank = SimpleNamespace(vision=None, llm=SimpleNamespace(hidden_size=1, vocab_size=1))
     needs: frozenset[str] = build_distiller(blank, stage.distiller_node or {}).needs
     return needs & {f"teacher.{positions}" for positions in (RESPONSE, VISUAL, PAIRS)}
@@ -172,7 +175,7 @@ def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
 def encoded(
     processor: Any, batch: list[tuple[bytes, Sample]], sieve: Sieve, positions: int | None = None
 ) -> list[tuple[bytes, EncodedSample]]:
-    """Encode those samples of a batch that can be, and have room in the teacher's positions."""
+    """Encode the samples of a batch; those that are broken or exceed the teacher's positions go to the sieve."""
     rows = []
     for key, sample in batch:
         try:
@@ -184,21 +187,19 @@ def encoded(
 
 
 def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | RecordError]:
-    """Every sample that the stage sees, in its order, up to `limit`; of streams as many as its steps read.
-
-    What cannot be read comes as the error.
+    """Iterate over the samples of a stage in its order, up to `limit`; samples that cannot be read are errors.
 
     Raises:
-        ZooError: a stream, and the stage has epochs in place of steps.
+        ZooError: the data is a stream, and the stage has epochs instead of steps.
     """
     steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
     reader = Batches(mix, None, stage, steps, Place())
-    seen = (sample for step in range(steps) for sample in reader.samples(step))
-    return islice(seen, limit)
+    found = (sample for step in range(steps) for sample in reader.samples(step))
+    return islice(found, limit)
 
 
 def batches(source: Iterator[Sample], size: int, known: set[bytes]) -> Iterator[list[tuple[bytes, Sample]]]:
-    """Group samples that are not stored yet; each is seen once."""
+    """Group samples that are not stored yet, without repetitions in later epochs."""
     group: list[tuple[bytes, Sample]] = []
     for sample in source:
         key = sample_key(sample)
@@ -214,7 +215,7 @@ def batches(source: Iterator[Sample], size: int, known: set[bytes]) -> Iterator[
 
 
 @torch.no_grad()
-def said_of(
+def outputs_of(
     teacher: Teacher,
     processor: Any,
     batch: list[tuple[bytes, EncodedSample]],
@@ -222,33 +223,33 @@ def said_of(
     about: dict[str, Any],
     cost: Truncation,
 ) -> list[tuple[bytes, dict[str, dict[str, Tensor]]]]:
-    """Ask the teacher about a batch of rows: for each its key, and the tokens to keep at each position."""
+    """Run the teacher on a batch of rows; return for each row its key and the tokens to store, by kind of position."""
     rows = [row for _, row in batch]
     made = collate(rows, pad_id=processor.tokenizer.pad_token_id)
-    seen = teacher.see(to_device(made, teacher.device), None)  # type: ignore[arg-type]
+    seen = teacher.outputs_for(to_device(made, teacher.device), None)  # type: ignore[arg-type]
     hidden, vocab = seen.last_hidden_state, about["vocab_size"]
     result: list[dict[str, dict[str, Tensor]]] = [{} for _ in rows]
     for positions in about["positions"]:
         if positions == PAIRS:
-            for said, kept in zip(result, _of_answers(seen, made, rows), strict=True):
-                said[positions] = kept
+            for row, kept in zip(result, _of_answers(seen, made, rows), strict=True):
+                row[positions] = kept
             continue
         if positions == RESPONSE:
-            where = seen.labels[:, 1:] != IGNORE_INDEX
+            where = seen.labels[:, 1:] != IGNORE_INDEX  # the state at t predicts the label at t + 1
             states, counts = hidden[:, :-1][where], where.sum(1).tolist()
         else:
             index = seen.image_index
             assert index is not None, "visual positions are those of a model with image tokens"
             where = index >= 0
             states, counts = hidden[where], where.sum(1).tolist()
-        kept = likeliest(seen, states, vocab, k, about["dtype"], cost)
-        for said, *parts in zip(result, *(kept[w].split(counts) for w in kept), strict=True):
-            said[positions] = dict(zip(kept, parts, strict=True))
-    return [(key, said) for (key, _), said in zip(batch, result, strict=True)]
+        kept = top_tokens(seen, states, vocab, k, about["dtype"], cost)
+        for row, *parts in zip(result, *(kept[w].split(counts) for w in kept), strict=True):
+            row[positions] = dict(zip(kept, parts, strict=True))
+    return [(key, row) for (key, _), row in zip(batch, result, strict=True)]
 
 
 def _of_answers(seen: Seen, batch: dict[str, Any], rows: list[Any]) -> Iterator[dict[str, Tensor]]:
-    """The log-probability of each answer of a row's pairs, in the form of one token kept at one position."""
+    """Yield the log-probabilities of a row's answers, in the form of one token per position."""
     sums = answer_logprobs(seen, to_device(batch, seen.last_hidden_state.device))[0].float().cpu()
     counts = [0 if row.pairs is None else len(set(row.pairs.tolist()) - {-1}) for row in rows]
     for some in sums.split(counts):
@@ -256,22 +257,24 @@ def _of_answers(seen: Seen, batch: dict[str, Any], rows: list[Any]) -> Iterator[
         yield {"ids": nothing.int().unsqueeze(-1), "log_probs": some.unsqueeze(-1), "log_rest": nothing}
 
 
-def likeliest(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: Truncation) -> dict[str, Tensor]:
-    """The `k` likeliest tokens after each of `states` (S, C), and the logarithm of the rest's mass."""
+def top_tokens(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: Truncation) -> dict[str, Tensor]:
+    """Return the `k` most likely tokens after each of `states` (S, C), and the logarithm of the others' mass."""
+    # Logits of all positions at once would not fit: 2 000 positions of 150 000 tokens are 1.2 GB in float32.
     chunk = max(1, AT_ONCE.get(states.device.type, AT_ONCE["cuda"]) // vocab)
     parts = []
     for piece in states.split(chunk):
         logits = seen.llm.head(piece)[:, :vocab].float()  # (S, V)
         log_probs = logits.log_softmax(-1)
         top = log_probs.topk(k, -1)
-        rest = log_probs.scatter(1, top.indices, float("-inf")).logsumexp(-1)  # (S,) 1 - sum would cancel
+        # log(1 - sum of the top) would cancel where the top holds nearly all mass.
+        rest = log_probs.scatter(1, top.indices, float("-inf")).logsumexp(-1)  # (S,)
         wide = getattr(torch, dtype)
-        kept = TopKTeacher(top.indices, top.values.to(wide), rest.clamp(min=-60.0).to(wide))
+        kept = TopKTeacher(top.indices, top.values.to(wide), rest.clamp(min=-60.0).to(wide))  # -inf times 0 is NaN
         mass = top.values.exp().sum(-1)
         cost.positions += len(piece)
         cost.mass += float(mass.sum())
         cost.least = min(cost.least, float(mass.min()))
-        if len(cost.error) < 8:
+        if len(cost.error) < 8:  # a sample of chunks: the error takes a second pass over the vocabulary
             cost.error.append(_error(log_probs[:64], kept))
         parts.append({"ids": kept.ids.int().cpu(), "log_probs": kept.log_probs.cpu(), "log_rest": kept.log_rest.cpu()})
     if not parts:
@@ -282,7 +285,7 @@ def likeliest(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: 
 
 
 def _error(log_probs: Tensor, kept: TopKTeacher) -> float:
-    """Relative error of the forward KL's gradient with the kept tokens, for a student near the teacher."""
+    """Return the relative error of the forward KL's gradient with the kept tokens, for a student near the teacher."""
     generator = torch.Generator().manual_seed(0)
     noise = NOISE * torch.randn(log_probs.shape, generator=generator).to(log_probs)
     student = F.log_softmax(log_probs + noise, -1)
@@ -292,6 +295,7 @@ def _error(log_probs: Tensor, kept: TopKTeacher) -> float:
     few = torch.cat([student.gather(1, ids), rest.log().unsqueeze(-1)], -1)
     teacher = with_rest(kept.log_probs[: len(ids)], kept.log_rest[: len(ids)])
     _, gradient = value_and_gradient(few, teacher, 0.0)
+    # The gradient by the rest's mass is divided over the tokens in it, in proportion to the student's probabilities.
     mine = (probs * gradient[:, -1:] / rest.unsqueeze(-1)).scatter(1, ids, gradient[:, :-1])
     whole = student.exp() - log_probs.exp()
     return float((mine - whole).norm() / whole.norm())
