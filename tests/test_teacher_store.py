@@ -196,7 +196,7 @@ def test_it_says_what_keeping_few_tokens_costs(tmp_path, teacher, capsys):
 
 def test_other_data_and_other_needs_are_refused(tmp_path, teacher, store):
     other = taught(tmp_path, teacher, {"dft": from_store(store)}, "data.scenes.seed=1", f"run.folder={tmp_path / 'a'}")
-    with pytest.raises(ZooError, match="data 'scenes' is not what the teacher"):
+    with pytest.raises(ZooError, match="data 'scenes' is not the data that the store"):
         Run(other).train()
     whole = {"dft": from_store(store).replace(NO_RELATION, "llava_kd")}
     with pytest.raises(ZooError, match=r"not relation. Set stages.dft.distiller={name: llava_kd, relation_weight: 0}"):
@@ -243,7 +243,7 @@ def test_half_a_shard_is_no_shard(tmp_path):
 def test_the_stage_is_the_one_with_a_teacher(tmp_path, teacher):
     stages = {"pt": "steps: 1", "dft": STAGE}
     assert stage_of(taught(tmp_path, teacher, stages))[0] == "dft"
-    for option, message in (("pt", "'pt' has no teacher"), ("dtf", "Did you mean 'dft'")):
+    for option, message in (("pt", "'pt' has no model as its teacher"), ("dtf", "Did you mean 'dft'")):
         with pytest.raises(ZooError, match=message):
             stage_of(taught(tmp_path, teacher, stages, f"teach.stage={option}"))
     with pytest.raises(ZooError, match="those here are: a, b"):
