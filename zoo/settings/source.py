@@ -223,7 +223,7 @@ def _in_folder(name: str) -> Source | None:
         kind="dir",
         slots={slot: parts[slot] for slot in MODEL_SLOTS},
         tokenizer=tokenizer,
-        positions=content["positions"],
+        positions=content.get("positions", "auto"),
         data={key: _split(node) for key, node in parts["data"].items()},
         typed=Typed("load", (f"model={quoted(name)}",)),
     )
