@@ -12,8 +12,8 @@ from zoo.registry.values import Sample
 def naming(data: str, where: str = "", sample: str = "", kind: str = "record") -> Iterator[None]:
     """Turn what is raised about one record into a `RecordError` that names it; the original is its cause.
 
-    Data sets, templates, tokenizers, decoders and file systems raise what they like. What is not the record's fault
-    passes as it is: no memory, an interrupt.
+    Data sets, templates, tokenizers, decoders and file systems raise errors of many classes. What is not the record's
+    fault is raised unchanged: memory errors, interrupts.
 
     Args:
         data: name of the data set in the run.
@@ -36,12 +36,12 @@ def naming(data: str, where: str = "", sample: str = "", kind: str = "record") -
 
 
 def read_sample(data: str, dataset: Dataset, index: int, epoch: int = 0) -> Sample | RecordError:
-    """Take sample `index` of a data set, and note on it where it is from; what cannot be read comes as the error."""
+    """Return sample `index` of a data set with its place noted; or the error, for one that cannot be read."""
     return sample_or_error(data, dataset.place(index), lambda: dataset.get(index, epoch))
 
 
 def sample_or_error(data: str, where: str, make: Callable[[], Sample]) -> Sample | RecordError:
-    """What `make` gives, with where it is from; or what it raises, as an error that says so."""
+    """Return the sample that `make` returns, with its place noted; or the error that it raises, with the place too."""
     try:
         with naming(data, where):
             return placed(make(), data, where)
@@ -50,10 +50,10 @@ def sample_or_error(data: str, where: str, make: Callable[[], Sample]) -> Sample
 
 
 def placed(sample: Sample | RecordError, data: str, where: str) -> Sample | RecordError:
-    """Note on a sample, or on the error in its place, which data set it is of, and where it is if it does not say."""
+    """Note the data set on a sample, or on the error that replaces it; and the place, where it has none yet."""
     if isinstance(sample, RecordError):
         error = _completed(sample, data, where)
-        error.__cause__ = sample.__cause__
+        error.__cause__ = sample.__cause__  # the traceback of the library that failed
         return error
     sample.data, sample.where = data, sample.where or where
     return sample
@@ -65,8 +65,8 @@ def _completed(error: RecordError, data: str, where: str, sample: str = "") -> R
 
 
 def _of_record(error: BaseException) -> bool:
-    """Whether an error says something about the record; a panic of a Rust library (a tokenizer) is no Exception."""
-    if type(error).__name__ == "PanicException":
+    """Whether an error is about the record, rather than about the process."""
+    if type(error).__name__ == "PanicException":  # of a Rust library, a tokenizer say: a BaseException, no Exception
         return True
     return isinstance(error, Exception) and not isinstance(error, MemoryError)
 

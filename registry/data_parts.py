@@ -27,13 +27,13 @@ class Records(Part):
         return f"record {index} of the stream" if self.is_stream else f"record {index}"
 
     def train_split(self) -> Records | None:
-        """Give the training records of the same source: what is common there is what a blind guess knows (the column
-        `majority` of an evaluation). None: not known.
+        """Return the training records of the same source, whose most common answers make the column `majority` of an
+        evaluation. None: not known.
         """
         return None
 
     def eval_split(self) -> Records | None:
-        """Give the records to evaluate on, of the same source; None: it has none."""
+        """Return the records to evaluate on, of the same source; None: there are none."""
         return None
 
 
@@ -56,24 +56,24 @@ class StreamingDataset(Records):
 
     @abstractmethod
     def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample | RecordError]:
-        """Yield the samples of an epoch from number `start` on; the same whoever asks.
+        """Yield the samples of an epoch from number `start` on; the same in every process.
 
-        A record that cannot be read is yielded as the error, and counts: a generator that raises is at its end.
+        A record that cannot be read is yielded as the error, and counts as a sample: a generator that raises has ended.
         """
 
     def order(self, name: str, size: int, place: Mapping[str, Any]) -> Any | None:
-        """Give a `zoo.data.stream_order.StreamOrder`, in which processes read what they need alone and loader workers
-        make samples of rows by `sample`; None: the order of `stream`.
+        """Return a `zoo.data.stream_order.StreamOrder`: each process reads only its own rows, and loader workers turn
+        them into samples by `sample`. None: the order of `stream`, which every process reads in full.
 
         Args:
             name: of the data in the run.
             size: rows of an optimiser step.
-            place: where to begin, as `StreamOrder.place` said it.
+            place: where to begin, as `StreamOrder.place` returned it.
         """
         return None
 
     def sample(self, row: Any, number: Any) -> Sample:
-        """Make a sample of a row of `order`, which called it `number`."""
+        """Make a sample of a row of `order`, which numbered it `number`."""
         raise NotImplementedError(f"{type(self).__name__} has an `order` and no `sample`.")
 
 
@@ -89,9 +89,9 @@ class Task(Part):
     def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
         """Give metric name -> value of one prediction, each in [0, 1].
 
-        Names that begin with an underscore are no metrics: counts of any size that `summarise` needs again.
+        Names that begin with an underscore are not metrics but counts of any size, which `summarise` needs.
         """
 
     @abstractmethod
     def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
-        """Give the table's numbers from the rows of `score`; the mean of each metric unless the metric is no mean."""
+        """Aggregate the rows of `score` into reported metrics: the mean of each, unless it is defined otherwise."""

@@ -11,11 +11,11 @@ KINDS_BROKEN = ("record", "missing image", "image", "text", "length")
 
 
 class ZooError(ValueError):
-    """A mistake in a config or a call: the message says what was wrong, what was given and what is allowed."""
+    """A mistake in a config or a call: the message names what was wrong, what was given and what is allowed."""
 
 
 class ImageError(ZooError):
-    """There is no such image, or no such member of an archive."""
+    """An image, or a member of an archive, does not exist."""
 
 
 class LengthError(ZooError):
@@ -23,7 +23,7 @@ class LengthError(ZooError):
 
 
 class RecordError(ZooError):
-    """A record of a data set cannot be used; the message says which one and why.
+    """A record of a data set cannot be used; the message names the record and the reason.
 
     Args:
         reason: what is wrong.
@@ -46,7 +46,7 @@ class RecordError(ZooError):
         return _again, (self.reason, self.data, self.where, self.sample, self.kind)
 
     def line(self) -> dict[str, str]:
-        """What a list of records that were left out says of this one."""
+        """Return the row of this record in a list of records that were left out."""
         return {"data": self.data, "where": self.where, "id": self.sample, "kind": self.kind, "reason": self.reason}
 
 
@@ -55,34 +55,34 @@ def _again(reason: str, data: str, where: str, sample: str, kind: str) -> Record
 
 
 def _plain(text: str) -> str:
-    """Text that can be printed and written: half of a surrogate pair cannot."""
+    """Escape what UTF-8 cannot hold, half of a surrogate pair, so that the text can be printed and written."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _without(reason: str, where: str, sample: str) -> tuple[str, str]:
-    """Take from a reason what the message says in front of it; and the id that it names, if it does."""
+    """Remove place and id from the beginning of a reason, where the message repeats them; return the id it had, too."""
     named = re.search(r" \(record '(.*?)'\)", reason)
     rest = reason
     if where and rest.startswith(where):
         rest = rest[len(where) :]
         rest = rest.removeprefix(named[0]) if named else rest
-    for said in (f"Sample {sample!r}: ", f"Sample {sample!r} "):
-        rest = rest.removeprefix(said) if sample else rest
+    for prefix in (f"Sample {sample!r}: ", f"Sample {sample!r} "):
+        rest = rest.removeprefix(prefix) if sample else rest
     return rest.lstrip(",: ") or reason, named[1] if named else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its class where it says nothing."""
+    """Return the first line of an error's message, or its class where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_line(error: BaseException) -> str:
-    """Return all that an error says with line breaks and runs of blanks as one blank, or its class."""
+    """Return an error's message with line breaks and runs of blanks as one blank, or its class."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def require_at_least(low: float, **values: float | None) -> None:
-    """Refuse values below `low`, each named as the user names it; None is not checked.
+    """Refuse values below `low`, each named as the user names it; values of None are not checked.
 
     Raises:
         ZooError: with the first name and its value.
@@ -103,7 +103,7 @@ def edits(given: str, wanted: str, most: int | None = None) -> int:
     letters, others = set(given), set(wanted)
     if max(abs(len(given) - len(wanted)), len(letters - others), len(others - letters)) > most:
         return most + 1  # each letter that the other word lacks costs an edit
-    before: list[int] = []
+    before: list[int] = []  # the row above: only two rows of the table are ever needed, and a third for swaps
     row = list(range(len(wanted) + 1))
     for i, a in enumerate(given, 1):
         before, row, above = row, [i], before
@@ -152,7 +152,7 @@ def unknown_option(owner: str, given: str, options: Sequence[Option]) -> ZooErro
 
 
 def wrong_value(owner: str, option: str, options: Sequence[Option], message: str) -> ZooError:
-    """The error for a value that OmegaConf refused with `message`, saying what the option takes."""
+    """The error for a value that OmegaConf refused with `message`, with the type that the option takes."""
     takes = next((f"{o.type} ({_default(o)})" for o in options if o.name == option), "another type")
     given = re.match(r"Value '(.*?)' (?:of type|could not|is not)", message, re.DOTALL)
     got = f"got {given[1]!r}." if given else f"and: {message}"

@@ -1,4 +1,4 @@
-"""What there is to say about a component: from its text where that says all of it, else from its imported class."""
+"""Facts of a component for lists and pages: from its source text where that suffices, else from its imported class."""
 
 import ast
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Facts:
     about: str  # the docstring of its class
     paper: str
     licence: str
-    needs: frozenset[str]  # as the class says: what depends on the options is known once it is built
+    needs: frozenset[str]  # as the class declares them: those that depend on options are known once it is built
     provides: frozenset[str]
     destroys: frozenset[str]
     package: str

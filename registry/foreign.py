@@ -1,7 +1,7 @@
-"""Files that travel: configs, indexes and lists that somebody else may have written, read as plain values.
+"""Files of unknown origin: configs, indexes and lists that may have been downloaded, read as plain values.
 
-Each is a regular file (a FIFO or a device could be read for ever), of a size that such a file has, and holds no more
-than text, numbers, lists and mappings. What names code or reads the environment is refused before anything acts on it.
+Each has to be a regular file (reading a FIFO or a device may never end) of a plausible size, and to hold nothing but
+text, numbers, lists and mappings. What names code or reads the environment is refused before anything acts on it.
 """
 
 import json
@@ -21,8 +21,8 @@ RUN = 1 << 20  # of a run's config.yaml, which a few kilobytes are usual for
 
 # Fields of model configs whose value may name a kernel in a repository of the hub, which transformers fetches and runs.
 _KERNELS = re.compile(r"(attn|attention|experts|kernel)_implementation(_internal)?$")
-# (part of a field's name, the most that it may say): far above every published model, far below what fills a machine
-# before a single weight is compared with its file.
+# (part of a field's name, its largest value): far above every published model, far below what exhausts a machine's
+# memory before a single weight is compared with its file.
 _SIZES = (
     (re.compile(r"layers?$|layers?_|depth|n_layer|blocks?$"), 256),
     (re.compile(r"experts?"), 4096),
@@ -32,7 +32,7 @@ _SIZES = (
     (re.compile(r"size|dim|hidden|inner|num_|n_|rank|channels|pixels"), 1 << 28),
 )
 _LABELS = ("id2label", "label2id")  # of classifiers: their keys are words of any kind
-# field of config.json -> its type, where it is not null; a truth value is no number
+# field of config.json -> its type, where it is not null; `true` is not accepted as a number
 _TYPES: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("slots", "tokenizer", "versions", "base", "data", "task"), (Mapping, "an object")),
     **dict.fromkeys(("image_token_id", "video_token_id", "text_vocab_size"), (int, "a whole number")),
@@ -40,11 +40,12 @@ _TYPES: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("attention", "positions"), (str, "a text")),
 }
 _TEXTS = ("family", "checkpoint", "revision", "fingerprint")  # of each base
-_PLAUSIBLE = 32, 1 << 28  # numbers that a config may ask for: for each byte of its weights, and beside them
+# Most numbers that a config may describe: for each byte of its weights (4 bits: 2), and in any case.
+_PLAUSIBLE = 32, 1 << 28
 
 
 def gone(checkpoint: str) -> str:
-    """Say that a checkpoint is a folder that is not there, where its name is a path; else nothing."""
+    """Return why a checkpoint named by a path is not found; empty where it exists, and for names of the hub."""
     path = checkpoint.startswith(("./", "../", "/", "~")) or checkpoint.count("/") > 1
     return "there is no such folder." if path and not Path(checkpoint).exists() else ""
 
@@ -53,7 +54,7 @@ def require_file(path: Path, most: int | None = None) -> int:
     """Return the bytes of a file.
 
     Raises:
-        ZooError: it is not there, is no regular file, or is longer than `most`.
+        ZooError: it does not exist, is not a regular file, or is longer than `most`.
     """
     try:
         found = path.stat()
@@ -77,20 +78,20 @@ def read_text(path: Path, most: int = CONFIG) -> str:
     """Read a text file in UTF-8.
 
     Raises:
-        ZooError: it is not there, is no regular file, is too long, or is no text.
+        ZooError: it does not exist, is not a regular file, is too long, or is not text.
     """
     try:
-        # Without O_NONBLOCK, opening a pipe waits for somebody who writes to it.
+        # Without O_NONBLOCK, opening a pipe waits for a process that writes to it.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(handle, "rb") as file:  # noqa: PTH123  a handle has no path
             _plain_size(path, os.fstat(handle), most)
-            data = file.read(most + 1)
+            data = file.read(most + 1)  # the file may have grown since fstat
     except OSError as error:
         raise ZooError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ZooError(f"{str(path)!r} is no text in UTF-8: {error}.") from error
+        raise ZooError(f"{str(path)!r} is not text in UTF-8: {error}.") from error
 
 
 def read_json(path: Path, most: int = CONFIG) -> Any:
@@ -110,16 +111,16 @@ def read_json(path: Path, most: int = CONFIG) -> Any:
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
-    """Read the config.yaml of a run, which holds resolved values: no alias, no tag, no interpolation, no code.
+    """Read the config.yaml of a run, which holds resolved values: aliases, tags, interpolations and code are refused.
 
     Raises:
-        ZooError: it cannot be read, or holds one of these.
+        ZooError: the file cannot be read, or holds one of these.
     """
     import yaml
     from omegaconf._utils import get_yaml_loader
 
     class Plain(get_yaml_loader()):  # type: ignore[misc]
-        """Aliases are refused: nine of nine of nine make a few lines fill the memory."""
+        """OmegaConf's loader without aliases: nested aliases let a few lines expand until memory is full."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
@@ -143,7 +144,7 @@ def read_object(path: Path, most: int = CONFIG) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        ZooError: it cannot be read, is not JSON, or holds something else.
+        ZooError: the file cannot be read, is not JSON, or holds something else.
     """
     content = read_json(path, most)
     if not isinstance(content, dict):
@@ -152,10 +153,10 @@ def read_object(path: Path, most: int = CONFIG) -> dict[str, Any]:
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read a config.json or the like of a model: an object that names no code and whose sizes are those of a model.
+    """Read a config.json or the like of a model, checked by `require_model_config`.
 
     Raises:
-        ZooError: it cannot be read, is no object, names code, or states an absurd size.
+        ZooError: the file cannot be read, is not an object, names code, or states an absurd size.
     """
     content = read_object(path)
     require_model_config(content, repr(str(path)))
@@ -165,13 +166,13 @@ def read_model_config(path: Path) -> dict[str, Any]:
 def require_model_config(content: Any, where: str) -> None:
     """Refuse a model's config that names kernels in repositories, or sizes that no model has.
 
-    `auto_map` and the like are left alone: they stand in the configs of many models that need no code of their own, and
-    every loader is told not to run it.
+    `auto_map` and the like are accepted: many models that need no code of their own have them, and every loader is
+    called with `trust_remote_code=False`.
 
     Raises:
         ZooError: with `where`, the field and its value.
     """
-    rest: list[tuple[str, Any]] = [("", content)]
+    rest: list[tuple[str, Any]] = [("", content)]  # a list in place of recursion: a config may be nested very deep
     while rest:
         name, item = rest.pop()
         if isinstance(item, Mapping):
@@ -228,7 +229,7 @@ def _require_name(name: str, value: str, where: str) -> None:
     if _KERNELS.search(name.partition(".")[0]) and not re.fullmatch(r"[\w|]*", value):
         raise ZooError(f"{where} names the kernel {value!r} in {name!r}, which would be fetched and run: remove it.")
     if name == "_commit_hash" and not re.fullmatch(r"[0-9a-f]{0,64}", value):
-        raise ZooError(f"{where} holds {name!r}: {value!r} is no commit.")
+        raise ZooError(f"{where} holds {name!r}: {value!r} is not a commit.")
 
 
 def _require_size(name: str, value: float, where: str) -> None:
@@ -240,12 +241,12 @@ def _require_size(name: str, value: float, where: str) -> None:
 
 
 def require_plausible(numbers: int, files: Iterable[Path], what: str) -> None:
-    """Refuse a config that asks for far more numbers than its files could fill: they would be made up, in memory.
+    """Refuse a config that describes far more numbers than its files could hold: they would be initialised, in memory.
 
     Args:
         numbers: parameters and buffers of what the config describes.
         files: of its weights.
-        what: to call it in the error.
+        what: the name of the model in the error.
 
     Raises:
         ZooError: there are too few bytes.

@@ -1,19 +1,20 @@
 """One forward pass as a value: what the model knows of it, and what parts note in it while it runs.
 
-A hook inside an encoder or a language model that we do not own is given tensors and nothing else. It finds the pass
-that it belongs to by `current()`, and keeps in it what it would otherwise have to keep on a module. So a module is the
-same before a pass as behind it, and any number of passes may run at once:
+A hook inside an encoder or a language model of another library gets tensors and nothing else. It finds its pass by
+`current()`, and keeps there what it would otherwise have to keep on a module. So no pass leaves a trace on modules,
+and any number of passes may run at once:
 
 - threads share a model, and each has the pass that it began;
-- a pass may run inside of another: a teacher's, or that of a model that drafts;
+- a pass may run inside another: a teacher's, or that of a draft model;
 - layers that backward runs again, in a thread of autograd's own, find the pass that they ran in first (`carried`);
-- a compiled graph reads the pass that was begun outside of it and writes into it. It cannot begin one.
+- a compiled graph reads the pass that was begun outside it and writes into it. It cannot begin one.
 
-What is asked of a pass when it is over (which columns each layer saw, how tokens were routed) is asked of the value,
-which the model gives with its output, as `passed`. No part remembers it.
+Which columns each layer attended to, or how tokens were routed, is read from the pass when it is over: the model
+returns it with its output, as `passed`.
 
-What is run without a model has no pass. A language model by itself gets one where its decoder is entered, with what
-adapters were told before; one layer by itself, or a graph, uses that of the part, `alone`, and such runs take turns.
+A part that runs without a composed model has no pass. A language model by itself gets one where its decoder is
+entered, with the conditions that adapters were given before; one layer by itself, or a graph, uses a pass kept on the
+part, `alone`, and such runs take turns.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ _CONDITIONS = "zoo_conditions"  # under which a cache holds what adapters made o
 
 @dataclass
 class Pass:
-    """A pass of the model, from the pixels to the losses. A copy of it is empty: it holds tensors of a graph.
+    """A pass of the model, from the pixels to the losses. A copy or pickle of it is empty: it holds tensors of a graph.
 
     Attributes:
         sequence: what the model knows of the positions (`zoo.composed.outputs.LLMSequence`); None: nothing.
-        conditions: what adapters made of the images, by adapter. All passes of one generation share it.
-        dropped: what a pruner inside the LLM has done so far (`zoo.fusion.pruners.inside.dropper.Run`); None: nothing.
-        padding_mask: (B, T) 1 where a token is real, beside an attention mask of four dimensions.
+        conditions: what adapters made of the images, by adapter. All passes of one generation share the dict.
+        dropped: state of a pruner inside the LLM in this pass (`zoo.fusion.pruners.inside.dropper`); None: nothing.
+        padding_mask: (B, T) 1 for valid tokens, given beside an attention mask of four dimensions.
         rows: B, as the decoder was given it.
-        valid: from which layer on, and which of the tokens (S,) are no padding there, S = B * length.
+        valid: pairs of a layer and the tokens (S,) that are valid from it on, S = B * length.
         records: how tokens were routed, layer by layer, by adapter (`zoo.fusion.adapters.routing_trace`).
-        taken: what hooks take from the encoder that runs (`zoo.vision.encoders.base.Taken`); None: nothing.
-        notes: what hooks hand on to each other, by a key of their part.
-        left: the decoder is through: layers that run now are run again, for backward.
+        taken: what hooks captured in the encoder that runs (`zoo.vision.encoders.base.Taken`); None: nothing.
+        notes: what hooks of a part pass to each other, by a key of the part.
+        left: the decoder has returned: layers that run from now on are recomputed for backward.
     """
 
     sequence: Any = None
@@ -66,10 +67,10 @@ class Pass:
         return Pass, ()
 
     def again(self) -> Pass:
-        """Give what a layer needs of the pass when backward runs it again.
+        """Return a copy with what a layer needs of the pass when backward recomputes it.
 
-        Not the records: their tensors hold the graph, and the graph holds what runs again, a circle that Python's
-        collector does not see.
+        Records are left out: their tensors hold the graph, and the graph holds the recomputed function, a reference
+        cycle through C++ that Python's garbage collector cannot find.
         """
         return Pass(
             self.sequence,
@@ -82,39 +83,39 @@ class Pass:
         )
 
     def valid_in(self, layer: int) -> Tensor | None:
-        """Which of the tokens (S,) of a layer are no padding; None: all, as far as is known."""
+        """Return which of the tokens (S,) of a layer are valid; None: all, as far as is known."""
         for first, valid in reversed(self.valid):
             if first <= layer:
                 return valid
         return None
 
 
-_NOW: ContextVar[Pass | None] = ContextVar("zoo_pass", default=None)
+_CURRENT: ContextVar[Pass | None] = ContextVar("zoo_pass", default=None)
 
 
-class _Seen(threading.local):
-    """The same for compiled graphs: Dynamo of torch 2.11 reads lists, and no context variables."""
+class _GraphState(threading.local):
+    """The current pass for compiled graphs: Dynamo of torch 2.11 traces lists, but not context variables."""
 
     def __init__(self) -> None:
         self.now: list[Pass | None] = [None]
 
 
-_SEEN = _Seen()
+_GRAPH = _GraphState()
 
 
 def current() -> Pass | None:
-    """Give the pass that runs now in this thread; None where a part is run without a model."""
-    return _SEEN.now[0] if _compiling() else _NOW.get()
+    """Return the pass that runs now in this thread; None where a part runs without a model."""
+    return _GRAPH.now[0] if _compiling() else _CURRENT.get()
 
 
 def _set(now: Pass | None) -> Token[Pass | None]:
-    _SEEN.now[0] = now
-    return _NOW.set(now)
+    _GRAPH.now[0] = now
+    return _CURRENT.set(now)
 
 
 def _reset(token: Token[Pass | None]) -> None:
-    _NOW.reset(token)
-    _SEEN.now[0] = _NOW.get()
+    _CURRENT.reset(token)
+    _GRAPH.now[0] = _CURRENT.get()
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def running(sequence: Any = None, conditions: dict[str, Any] | None = None) -> I
         conditions: of the generation that the pass is one of; None: none yet.
     """
     now = Pass(sequence, {} if conditions is None else conditions)
-    if _compiling():  # a graph cannot set it; parts in the graph use their own
+    if _compiling():  # a graph cannot set a context variable; parts in the graph use their own pass
         yield now
         return
     token = _set(now)
@@ -137,10 +138,10 @@ def running(sequence: Any = None, conditions: dict[str, Any] | None = None) -> I
 
 
 def required(alone: Pass) -> Pass:
-    """Give the pass that runs, to read what its layers left; in a graph `alone`, which such layers wrote into.
+    """Return the pass that runs, to read what its layers noted; in a graph `alone`, which such layers wrote into.
 
     Raises:
-        ZooError: no pass runs, so nothing is known of one that is over.
+        ZooError: no pass runs, and one that is over leaves nothing on the part.
     """
     if (now := current()) is not None:
         return now
@@ -164,21 +165,24 @@ def joined(alone: Pass) -> Iterator[Pass]:
 
 
 def begin() -> Pass:
-    """Begin a pass where no block can: in a hook before a module. What is behind the module calls `end`."""
+    """Begin a pass where a `with` block is impossible: in a pre-hook of a module, whose forward hook calls `end`."""
     now = Pass()
     now.token = _set(now)
     return now
 
 
 def end(now: Pass) -> None:
-    """End what `begin` began; other passes are left alone."""
+    """End a pass that `begin` began; others are not changed."""
     if now.token is not None:
         _reset(now.token)
         now.token = None
 
 
 def carried(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make of what checkpointing runs, and runs again in backward, a function that finds the pass of now each time."""
+    """Wrap a function that checkpointing runs, and recomputes in backward, so that it finds the current pass each time.
+
+    Autograd recomputes in a thread of its own, whose context variables are not those of the forward pass.
+    """
     now = current()
     if now is None or _compiling():
         return function
@@ -197,13 +201,13 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def conditions_in(cache: Any) -> dict[str, Any]:
-    """Give what adapters made of the images that a cache begins with."""
+    """Return what adapters made of the images at the beginning of a cache."""
     return getattr(cache, _CONDITIONS, None) or {}
 
 
 def put_conditions(cache: Any, conditions: dict[str, Any]) -> None:
-    """Let a cache hold what adapters made of its images, for the passes that go on with it."""
-    if conditions and hasattr(cache, "__dict__"):
+    """Keep what adapters made of the images on their cache, for the passes that continue it."""
+    if conditions and hasattr(cache, "__dict__"):  # the cache may come back in another `generate`, or another thread
         setattr(cache, _CONDITIONS, conditions)
 
 

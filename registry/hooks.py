@@ -1,7 +1,7 @@
-"""What holds a component to its kind's base class: misspelt hooks, methods that are missing, classes without a base.
+"""Hold a component to the base class of its kind: misspelt hooks, missing methods, classes without a base.
 
-A class that does not derive from its base is completed: the hooks that it lacks are put on it, with their defaults. The
-class stays what it was, so that its pickles, copies, subclasses and names of weights do too.
+A class that does not derive from its base is completed: the hooks that it lacks are put on it, with their defaults. It
+is not wrapped or replaced, so pickles, copies, subclasses and names of weights stay as they were.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _FORMS: dict[str, tuple[type[Part], ...]] = {
 }
 _CALLED = frozenset({"vision", "pruner", "projector", "layout", "distiller"})  # kinds whose parts are called
 _CUTOFF = 0.8  # of difflib's ratio: num_token, excludes_, aux_loss; not `scale` for `start`
-_NEEDED = object()  # of an attribute that has no default
+_REQUIRED = object()  # of an attribute that has no default
 P = TypeVar("P")
 
 
 def base_of(kind: str, cls: type) -> type[Part]:
-    """Return the base class that a component of a kind has, or that its methods are those of."""
+    """Return the base class of a component; for a class without one, the base whose methods it has."""
     known = [base for base in _FORMS.get(kind, (BASES[kind],)) if base in cls.__mro__]
     if known:
         return known[0]
@@ -61,10 +61,10 @@ def base_of(kind: str, cls: type) -> type[Part]:
 
 @cache
 def hooks_of(base: type[Part]) -> dict[str, Any]:
-    """Return the public members of a base: name -> its default, or `_NEEDED`."""
+    """Return the public members of a base: name -> its default, or `_REQUIRED`."""
     found: dict[str, Any] = {}
     for cls in reversed([c for c in base.__mro__ if issubclass(c, Part)]):
-        found |= dict.fromkeys(vars(cls).get("__annotations__", ()), _NEEDED)
+        found |= dict.fromkeys(vars(cls).get("__annotations__", ()), _REQUIRED)
         found |= vars(cls)
     return {n: v for n, v in found.items() if not n.startswith("_")}
 
@@ -73,7 +73,7 @@ def require_component(kind: str, name: str, cls: type) -> None:
     """Refuse a class that lacks a method of its kind, or has one that looks like a misspelt hook.
 
     Raises:
-        ZooError: it says where, what is needed, and the nearest name.
+        ZooError: with file and line, what is needed, and the nearest name.
     """
     base = base_of(kind, cls)
     hooks = hooks_of(base)
@@ -87,17 +87,18 @@ def require_component(kind: str, name: str, cls: type) -> None:
                 f"{kind} {name!r}: {cls.__qualname__}.{attribute} ({_where(value, cls)}) looks like a misspelt hook. "
                 f"Did you mean {near[0]!r}? What is the class's own begins with an underscore, or has another name."
             )
-    if cls.__new__ is object.__new__:  # else it chooses a class, which is looked at when one is built
+    if cls.__new__ is object.__new__:  # else `__new__` may return another class, which is checked when it is built
         _require_methods(kind, name, cls, base)
     if base not in cls.__mro__ and not any(c.__module__ == "torch.nn.modules.module" for c in cls.__mro__):
-        _complete(kind, cls, base, cls)  # now: a loader worker imports it and builds nothing
+        # At registration, not when built: a loader worker unpickles an instance and never builds one.
+        _complete(kind, cls, base, cls)
 
 
 def whole(kind: str, part: P, name: str = "") -> P:
-    """Return a part that has every hook of its kind; one whose class has no base of ours gets the defaults.
+    """Check that a part has every hook of its kind, and give a class without our base the defaults; return the part.
 
     Raises:
-        ZooError: it lacks something that has no default, or keeps a module under the name of a hook.
+        ZooError: an attribute without a default is missing, or a child module has the name of a hook.
     """
     cls: Any = type(part)
     base = base_of(kind, cls)
@@ -111,7 +112,7 @@ def whole(kind: str, part: P, name: str = "") -> P:
         _require_methods(kind, name, cls, base)
         _complete(kind, cls, base, part)
     for hook, default in hooks_of(base).items():
-        if default is _NEEDED and not hasattr(part, hook):
+        if default is _REQUIRED and not hasattr(part, hook):
             raise ZooError(
                 f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)}) sets no {hook!r}, which every {kind} has: "
                 f"{base.__annotations__.get(hook, 'a value')}."
@@ -120,20 +121,20 @@ def whole(kind: str, part: P, name: str = "") -> P:
 
 
 def _complete(kind: str, cls: Any, base: type[Part], having: Any) -> None:
-    """Put the hooks that a class or an instance lacks on the class.
+    """Set on a class the hooks that it lacks, or that an instance of it lacks.
 
-    A module is completed as an instance: a child of it may have the name of a hook, which a class attribute hides.
+    A module is completed by its instance: a child module may have the name of a hook, and a class attribute hides it.
     """
     for hook, default in hooks_of(base).items():
         if getattr(default, "__isabstractmethod__", False):  # of a pruner inside the LLM: a plain one does nothing
             default = hooks_of(BASES[kind]).get(hook, default)
-        if default is not _NEEDED and not hasattr(having, hook):
+        if default is not _REQUIRED and not hasattr(having, hook):
             setattr(cls, hook, default)
-    base.register(cls)
+    base.register(cls)  # isinstance(part, Pruner) then holds for it too
 
 
 def class_value(kind: str, cls: type, hook: str) -> Any:
-    """Return what a class says for a hook that is of the class; the base's default where it says nothing."""
+    """Return the value of a hook of the class; where it sets none, the default of the base."""
     return getattr(cls, hook, getattr(base_of(kind, cls), hook, None))
 
 
@@ -179,7 +180,7 @@ def _is_method(value: Any) -> bool:
 
 
 def _where(value: Any, cls: type) -> str:
-    """File and line of a method, or of the class where it is none."""
+    """File and line of a method, or of the class for other values."""
     found: Any
     for found in (value, getattr(value, "fget", None), cls):
         try:

@@ -1,7 +1,7 @@
-"""Components as options of Hydra's config groups, put there just before a config is composed.
+"""Components as options of Hydra's config groups, stored just before a config is composed.
 
-The group of a kind is its name, but data sets are chosen with `data=`. A member of a slot that holds several stands
-below its own name (`pruner.random.keep_ratio`), so that several can be chosen and each keeps its typed options. A
+The group of a kind is its name, but data sets are chosen with `data=`. A member of a slot that holds several has a key
+of its own (`pruner.random.keep_ratio`), so that several can be chosen and each keeps its typed options. A
 component's module is imported when Hydra first reads its node, so that a run imports only what it chose.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigNode, ConfigStore
 
-from zoo.registry.table import NOBODY, SLOT_KINDS, get, group_of, names
+from zoo.registry.table import EMPTY_SLOT, SLOT_KINDS, get, group_of, names
 from zoo.registry.values import MANY
 
 
@@ -25,7 +25,7 @@ class ComponentNode(ConfigNode):
         self.package = f"{group}.{key}" if kind in MANY else None
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute != "node":
+        if attribute != "node":  # the only field that needs the component's module, hence an import
             raise AttributeError(attribute)
         self.node = _structured(get(self.kind, self.component).node)
         return self.node
@@ -50,10 +50,10 @@ def flush() -> None:
         group = repo.setdefault(group_of(kind), {})
         group.update({f"{name}.yaml": ComponentNode(kind, name) for name in names(kind)})
     for name in ("model", "recipe", *(kind for kind in SLOT_KINDS if kind not in MANY)):
-        if f"{NOBODY}.yaml" not in repo.setdefault(name, {}):
-            ConfigStore.instance().store(NOBODY, {}, group=name, package="_global_", provider="zoo")
+        if f"{EMPTY_SLOT}.yaml" not in repo.setdefault(name, {}):
+            ConfigStore.instance().store(EMPTY_SLOT, {}, group=name, package="_global_", provider="zoo")
 
 
 def add_option(kind: str, key: str, component: str) -> None:
-    """Let a member of a slot of several be chosen under a key that is not the component's own name."""
+    """Allow a member of a slot of several to be chosen under a key other than the component's name."""
     ConfigStore.instance().repo[group_of(kind)][f"{key}.yaml"] = ComponentNode(kind, component, key)

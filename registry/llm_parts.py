@@ -35,9 +35,9 @@ class LanguageModel(ModelPart):
     vocab_size: int
     """V, rows of the embedding."""
     max_positions: int | None = None
-    """Most positions of a sequence; None: no limit."""
+    """Longest sequence, in positions; None: no limit."""
     router_aux_coef: float = 0.0
-    """Weight of the balance loss of an LLM with experts, which is then among `aux_losses`."""
+    """Weight of the balance loss of an LLM with experts; `aux_losses` returns that loss."""
     streams: bool = False
     """As `Encoder.streams`."""
 
@@ -55,51 +55,51 @@ class LanguageModel(ModelPart):
 
     @abstractmethod
     def linear_head(self) -> LinearHead | None:
-        """Give `head` in numbers; None where it does more than they say, for example with a hook on it."""
+        """Return the parameters of `head` for fused losses; None if it is hooked, wrapped or sharded."""
 
     def keywords(self) -> frozenset[str]:
-        """Name what a forward pass may be given for this LLM alone, beside what every composed model gives."""
+        """Name the arguments that this LLM's forward takes beside those that every composed model passes."""
         return frozenset()
 
     def verify(self) -> None:
-        """Compare `head` and `linear_head` with the model itself, once its weights are there.
+        """Compare `head` and `linear_head` with the model itself. Called once its weights are loaded.
 
         Raises:
             ZooError: they differ.
         """
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Give losses of the pass that runs, asked behind the LLM: by name, weighted as the config says."""
+        """Return losses of the current pass by name, weighted as configured. Called after the LLM."""
         return {}
 
 
 class Adapter(ModelPart):
-    """What is attached to the LLM, and trains in its place.
+    """New weights attached to the LLM, which train in place of its own.
 
     `__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid)`, those of them that it names. `llm` has its
     base weights; keep it, and modules of it, out of the children: `self.__dict__["llm"] = llm`. `grid` is None once a
-    pruner destroyed it; `encoder_grid` is what `ImageFeatures.keep` and `groups` point into.
+    pruner destroyed it; `encoder_grid` is the grid that `ImageFeatures.keep` and `groups` index.
     """
 
     excludes: frozenset[str] = frozenset()
-    """Capabilities that must not hold: it stands for them, or undoes them."""
+    """Capabilities that must not hold: it replaces them, or undoes them."""
     exclusive: Sequence[str] = ()
-    """Names of modules of `llm.lm` that it wants for itself: two adapters that name the same are refused."""
+    """Names of modules of `llm.lm` that no other adapter may change: two adapters that name the same are refused."""
     per_row: bool = False
-    """Whether it changes the LLM for a whole row, so that samples must not share one."""
+    """Whether it changes the LLM for a whole row, so that samples must not be packed into one."""
     losses: frozenset[str] | None = None
-    """Names that `aux_losses` may give: the check then knows a weight for a loss that is not there. None: not said."""
+    """Names that `aux_losses` may return, so that the check refuses a weight for any other. None: not declared."""
     notes: Sequence[str] = ()
-    """Sentences that the check prints: what a person may not expect of it beside these parts."""
+    """Sentences that the check prints: what may surprise beside these parts."""
     keeps_float32: bool = False
     """Whether its weights stay float32 where the model is loaded in, or cast to, a shorter format."""
     concurrent: bool = False
-    """Whether all that it knows of a pass is in the pass (`zoo.registry.forward_pass`) and nothing on the adapter, so
-    that threads may share it. Threads that share a model take turns where an adapter does not say so."""
+    """Whether all state of a pass is in the pass (`zoo.registry.forward_pass`) and not on the adapter, so that threads
+    may run it at once. With an adapter that does not set it, threads that share a model take turns."""
     adds_experts: bool = False
-    """Whether an LLM that it was merged into is another one than its checkpoint's: it is then saved by its sizes."""
+    """Whether merging it changes the LLM's architecture, so that the LLM is saved with its own config."""
     merged: bool = False
-    """Whether it stands in the base weights now: for good, or until `unmerge` where it has that."""
+    """Whether it is in the base weights now: for good, or until `unmerge` where it has one."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -117,21 +117,21 @@ class Adapter(ModelPart):
         """Take the image features of the pass that begins.
 
         Args:
-            image: (M, N, D), what the pruners left; None: no image.
+            image: (M, N, D), output of the pruners; None: no image.
             images_per_row: of each row of the batch.
-            expand: copies of each row that the LLM gets, as for beams.
+            expand: copies of each row in the LLM's batch, as for beams.
         """
 
     def begin(self, sequence: Any) -> None:
         """Take the sequence of the pass that begins (`zoo.composed.outputs.LLMSequence`)."""
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Give losses of the pass that runs, asked behind the LLM: by name, weighted or not, as the config says."""
+        """Return losses of the current pass by name, weighted as configured. Called after the LLM."""
         return {}
 
     def start(self) -> None:
-        """Begin anew from the LLM's weights. Called where it starts untrained on weights that came after it was built,
-        and where a stage is the first in which it acts.
+        """Initialise again from the LLM's weights. Called where they were loaded after it was built, and before the
+        first stage in which it acts.
         """
 
     def idles(self, name: str) -> bool:
@@ -140,19 +140,19 @@ class Adapter(ModelPart):
 
     @derived
     def reads_image(self) -> bool:
-        """Whether it computes something else for an image."""
+        """Whether its output depends on the image."""
         return "image" in self.needs
 
     def merge(self) -> None:
-        """Put it into the base weights, and detach; `merged` then says so.
+        """Add it to the base weights, detach, and set `merged`.
 
         Raises:
-            ZooError: it cannot be.
+            ZooError: it cannot be merged.
         """
         raise ZooError(f"{type(self).__name__} cannot be merged: what it adds depends on the input.")
 
     def unmerge(self) -> None:
-        """Take it out of the base weights again, where `merge` was for one image."""
+        """Restore the base weights, where `merge` was for one image."""
 
     @derived
     def can_merge(self) -> bool:
@@ -161,16 +161,16 @@ class Adapter(ModelPart):
 
     @derived
     def merged_for_good(self) -> bool:
-        """Whether it stands in the base weights and has no `unmerge`."""
+        """Whether it is in the base weights and has no `unmerge`."""
         return bool(self.merged) and type(self).unmerge is Adapter.unmerge
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Give its weights inside the LLM, by their names there: they are saved while it is detached, too."""
+        """Return its weights inside the LLM, by their names there: they are saved while it is detached, too."""
         return {}
 
 
 class Distiller(Part):
-    """A loss beside the answer loss; with a teacher, or with dense targets that the data set knows.
+    """A loss beside the answer loss; with a teacher, or with dense targets of the data set.
 
     `__init__(config, *, vision_dim, text_dim, vocab_size, grid)`, those of them that it names. It need not be an
     `nn.Module`: then it has `__call__` in place of `forward`.
@@ -181,31 +181,31 @@ class Distiller(Part):
     """
 
     weights: Mapping[str, float] = {}
-    """Loss -> factor on it now, as `begin_step` set it; a loss that is not named counts 1."""
+    """Loss -> its current factor, as `begin_step` set it; 1 for losses that are not named."""
     losses: frozenset[str] | None = None
-    """Names of what it gives beside `weights`: the check then knows a weight for a loss that is not there. None: not
-    said."""
+    """Names of its losses beside those of `weights`, so that the check refuses a weight for any other. None: not
+    declared."""
     per_label: frozenset[str] = frozenset()
     """Losses that are sums already divided by `batch["num_labels"]`: means over the labels of the whole step."""
     per_image: frozenset[str] = frozenset()
     """Losses that are sums already divided by `batch["num_images"]`: means over the images of the whole step."""
     equal_widths: bool = False
-    """Whether the hidden states of student and teacher have to be of one width."""
+    """Whether the hidden states of student and teacher must have the same width."""
     own_reference: bool = False
-    """Whether the teacher may be the student itself, as it was."""
+    """Whether the teacher may be the student itself, with its weights from before the stage."""
     grid: tuple[int, int] | None = None
-    """(h, w) that the targets of the data have to have."""
+    """(h, w) that the data's targets must have."""
 
     def begin_step(self, step: int, steps: int) -> None:
         """Set what depends on time. Called before optimiser step `step` (from 0) of the `steps` of a stage."""
 
     def forward(self, student: Any, teacher: Any | None, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Give the losses by name, those that are not 0.
+        """Return the losses by name, those that are not 0.
 
         Args:
-            student: `zoo.composed.outputs.Seen`: the output of the forward pass, and `llm`.
-            teacher: the same of the teacher; None where there is none, or where what it said was stored: it is then in
-                the batch's targets (`zoo.distill.matching.positions`).
+            student: `zoo.composed.outputs.DistillView`: the output of the forward pass, and `llm`.
+            teacher: the same of the teacher; None without one, and where its outputs were stored: they are then in the
+                batch's targets (`zoo.distill.matching.positions`).
             batch: as the model got it, with `num_labels`, `num_images`, and `vocab_size` of the shared tokens.
         """
         raise NotImplementedError

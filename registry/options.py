@@ -46,7 +46,7 @@ def _comments_of(cls: type) -> dict[str, str]:
 
 
 def field_comments(lines: list[str]) -> dict[str, str]:
-    """Field name -> trailing comment, or the comment lines right above it, in the source lines of a class."""
+    """Map field names to their trailing comments, or the comment lines right above, in the source lines of a class."""
     docs, above = {}, []
     for line in lines:
         text = line.strip()
@@ -57,5 +57,5 @@ def field_comments(lines: list[str]) -> dict[str, str]:
         if head.isidentifier() and ":" in text:
             _, hash_, tail = text.partition("  # ")
             docs[head] = tail.strip() if hash_ else " ".join(above)
-        above = []
+        above = []  # a comment describes the next line alone
     return docs

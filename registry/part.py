@@ -1,16 +1,16 @@
-"""What the base classes of all kinds of parts have in common: capabilities, and attributes whose default follows.
+"""What the base classes of all kinds of parts have in common: capabilities, and attributes with a derived default.
 
-Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some (an adapter may also say in
-`excludes` which must not hold); the check walks the slots in the order vision -> pruner -> projector -> layout -> llm
--> adapter and keeps the set of those that hold. In use:
+Capabilities are plain words. A part `needs` some, `provides` some and `destroys` some (an adapter may also list in
+`excludes` those that must not hold); the check goes through the slots in the order vision -> pruner -> projector ->
+layout -> llm -> adapter and keeps the set of those that hold. In use:
 
     grid            tokens fill an (h, w) grid row by row        given by encoders, destroyed by dropping tokens
     cls_attention   the [CLS] row of one layer's attention       given by encoders that have a [CLS] token
-    key_attention   how much each patch is looked at             given by encoders whose scores are q.k and no more
+    key_attention   attention that each patch receives           given by encoders whose scores are plain q.k
     pooling_head    the row of a learnt pooling head             given by SigLIP with `pooling_head=true`
-    keys            keys of the layer's attention                given by encoders whose scores are q.k and no more
+    keys            keys of the layer's attention                given by encoders whose scores are plain q.k
     prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
-    image_tokens    images stand in the LLM's sequence           given by projectors
+    image_tokens    images are tokens of the LLM's sequence      given by projectors
     moe             the LLM's feed-forward layers are experts    given by some LLMs
     dense           they are not                                 given by the others
 """
@@ -28,7 +28,7 @@ else:
 
 
 class derived:  # used as a decorator, as `property` is
-    """The default of an attribute that follows from others; unlike a property, an instance may set its own."""
+    """A default computed from other attributes; unlike a property, an instance may set its own value."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function, self.__doc__ = function, function.__doc__
@@ -39,17 +39,17 @@ class derived:  # used as a decorator, as `property` is
 
 # Not a child of ABC: FSDP gives a sharded module another class, which Python refuses where the two have unlike bases.
 class Part(metaclass=ABCMeta):  # noqa: B024  # each kind has its own abstract methods
-    """What parts of all kinds say of themselves: class attributes, or set in `__init__` where options decide."""
+    """What parts of all kinds declare: as class attributes, or in `__init__` where options decide."""
 
     needs: frozenset[str] = frozenset()
-    """Capabilities that must hold where the part stands."""
+    """Capabilities that must hold in front of the part."""
     provides: frozenset[str] = frozenset()
     """Capabilities that hold behind it."""
     destroys: frozenset[str] = frozenset()
     """Capabilities that no longer hold behind it."""
     choices: Mapping[str, Sequence[Any]] = {}
-    """Option -> values that the check may offer in place of one that does not fit. Of the class."""
+    """Option -> values that the check may suggest in place of one that does not fit. A class attribute."""
 
 
 class ModelPart(Part, Module):
-    """A part that is a module of the composed model: of all kinds but distillers, data sets and tasks."""
+    """A part that is a module of the composed model: all kinds but distillers, data sets and tasks."""

@@ -46,19 +46,19 @@ class Encoder(ModelPart):
     """
 
     hidden_size: int
-    """D, of the tokens it gives."""
+    """D, width of its tokens."""
     grid: tuple[int, int]
     """(h, w) of its patches."""
     num_tokens: int
     """N == h * w, of one image."""
     transform: ImageTransform
-    """How it wants its pixels."""
+    """How images become its pixels."""
     by_kind: bool = False
-    """Whether `forward` also takes `kinds`, what each row of pixels is (`Cut.kind`): it may have another tower for
-    frames of videos."""
+    """Whether `forward` also takes `kinds`, the `Cut.kind` of each row of pixels: it may have another tower for frames
+    of videos."""
     streams: bool = False
-    """Whether it can be built on the meta device and get its weights afterwards, so that no memory is taken twice. Of
-    the class."""
+    """Whether it can be built on the meta device and get its weights afterwards, so that memory is not taken twice. A
+    class attribute."""
 
     @abstractmethod
     def forward(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
@@ -70,7 +70,7 @@ class Encoder(ModelPart):
         """
 
     def set_attention(self, name: str) -> None:
-        """Choose the attention kernel, a name that transformers knows. Called when a model is built or changed."""
+        """Choose the attention kernel, by its name in transformers. Called when a model is built or changed."""
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in backward, or no longer. Called at the beginning of a stage."""
@@ -89,30 +89,30 @@ class Pruner(ModelPart):
     """
 
     grid: tuple[int, int] | None = None
-    """(h, w) of what it leaves, where that is a grid of another size than it got."""
+    """(h, w) of the tokens kept, where they form a grid of another size than the input."""
     inside: bool = False
-    """Whether it acts inside the LLM, with the options that it has."""
+    """Whether it acts inside the LLM, with its options."""
     draws: bool = False
     """Whether it asks for `ImageFeatures.checksum`, to draw for each image the same in every batch."""
     concurrent: bool = False
-    """As `Adapter.concurrent`, of one that acts inside the LLM."""
+    """As `Adapter.concurrent`, for one that acts inside the LLM."""
     shortens: bool = False
-    """Whether it makes layers of the LLM shorter as it goes: what does not go with that is refused."""
+    """Whether it shortens the sequence between layers of the LLM: what is incompatible with that is refused."""
 
     @abstractmethod
     def num_tokens(self, n: int) -> int:
-        """Count what is left of `n` tokens: exactly, and before any tensor exists."""
+        """Count the tokens kept of `n`: exactly, and before any tensor exists."""
 
     @abstractmethod
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Make (M, N, D) to (M, K, D) with K == num_tokens(N). A row must not depend on other rows."""
+        """Prune (M, N, D) to (M, K, D) with K == num_tokens(N). A row must not depend on other rows."""
 
     def scores(self, image: ImageFeatures) -> Tensor | None:
-        """Give what it ranks the tokens by, (M, N), for pictures (`zoo inspect`); None: it does not rank them."""
+        """Return the scores that tokens are ranked by, (M, N), for pictures (`zoo inspect`); None: no ranking."""
         return None
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Give losses of the pass that runs, asked behind the LLM: by name, weighted or not, as the config says."""
+        """Return losses of the current pass by name, weighted as configured. Called after the LLM."""
         return {}
 
     def attach(self, llm: LanguageModel) -> None:
@@ -125,15 +125,15 @@ class Pruner(ModelPart):
         """Take the sequence of the pass that begins (`zoo.composed.outputs.LLMSequence`): images, padding, labels."""
 
     def kept(self, passed: Pass) -> list[Tensor]:
-        """Say which columns each layer saw of the prompt of a pass: (B, T) bool for each; empty: all of them."""
+        """Return which positions of the prompt each layer of a pass kept: (B, T) bool for each; empty: all."""
         return []
 
     def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
-        """Count the image tokens that each layer sees of `n` that enter the LLM."""
+        """Count the image tokens in each layer, of `n` that enter the LLM."""
         return [n] * num_layers
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
-        """Count the products that scoring inside the LLM costs, of one prompt with `tokens` in each layer."""
+        """Count the multiplications that scoring inside the LLM costs, for one prompt with `tokens` in each layer."""
         return 0
 
     if TYPE_CHECKING:  # `nn.Module` has it
@@ -156,7 +156,7 @@ class InsidePruner(Pruner):
 
 
 class Projector(ModelPart):
-    """Image tokens of the encoder's width to those of the LLM's.
+    """Image tokens of the encoder's width to image tokens of the LLM's width.
 
     `__init__(config, *, vision_dim, text_dim, grid, num_tokens)`, those of them that it names. `grid` is None once a
     pruner destroyed it.
@@ -164,7 +164,7 @@ class Projector(ModelPart):
 
     provides = frozenset({"image_tokens"})
     grid: tuple[int, int] | None = None
-    """(h, w) of what it gives, where that is a grid of another size than it got."""
+    """(h, w) of its output, where that is a grid of another size than the input."""
 
     @abstractmethod
     def num_tokens(self, n: int) -> int:
@@ -172,7 +172,7 @@ class Projector(ModelPart):
 
     @abstractmethod
     def forward(self, image: ImageFeatures) -> Tensor:
-        """Make (M, N, D) to (M, K, C) with K == num_tokens(N)."""
+        """Project (M, N, D) to (M, K, C) with K == num_tokens(N)."""
 
     if TYPE_CHECKING:  # `nn.Module` has it
 
@@ -189,12 +189,12 @@ class Layout(ModelPart):
 
     provides = frozenset({"image_tokens"})
     row_tokens: int | None = None
-    """Tokens of a row, of a layout that only puts rows behind each other, so that token s is one of row
-    s // row_tokens. Losses on image tokens need it."""
+    """Tokens of a row, for a layout that only concatenates rows, so that token s belongs to row s // row_tokens. Losses
+    on image tokens need it."""
     given: Mapping[str, Any] = {}
-    """What it was built with beside its options: the processor builds the same one for its counts."""
+    """Arguments it was built with beside its options: the processor builds the same layout for its counts."""
     spells: bool = False
-    """Whether a video is written as words, with `spell`."""
+    """Whether a video is written as text, by `spell`."""
 
     @abstractmethod
     def num_tokens(self, n: int) -> int:
@@ -202,7 +202,7 @@ class Layout(ModelPart):
 
     @abstractmethod
     def count(self, cut: Cut) -> int:
-        """Count the tokens of an image that was cut so."""
+        """Count the tokens of an image divided as `cut`."""
 
     @abstractmethod
     def forward(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor:
@@ -211,34 +211,34 @@ class Layout(ModelPart):
     def project(
         self, image: ImageFeatures, projector: Callable[[ImageFeatures], Tensor], cuts: Sequence[Cut]
     ) -> Tensor:
-        """Run the projector, (M, N, D) -> (M, K, C), with what the layout does to some rows ahead of it."""
+        """Run the projector, (M, N, D) -> (M, K, C), after what the layout does to some rows before it."""
         return projector(image)
 
     def places(self, rows: Tensor, image: ImageFeatures, cuts: Sequence[Cut], whole: Layout) -> Tensor | None:
-        """Say where the tokens stand in the runs that images would take without a pruner; None: it is not known.
+        """Return the position of each token in the sequence that its image would have without a pruner; None: unknown.
 
-        A layout with `row_tokens` need not: its rows are looked at one by one.
+        A layout with `row_tokens` need not implement it: its rows are handled one by one.
 
         Args:
-            rows: (M, K) where each token of a row stood among the tokens that a row would have.
-            image: what the pruners left, with `keep`, `groups`, `rank` and `places`.
+            rows: (M, K) position of each token among the tokens that its row would have.
+            image: output of the pruners, with `keep`, `groups`, `rank` and `places`.
             cuts: of each image.
             whole: this layout, as it would be without a pruner.
 
         Returns:
-            (S,) for each token of `forward` its place in the run of its image, from 0.
+            (S,) for each token of `forward` its position in the sequence of its image, from 0.
         """
         return None
 
     def text(self, cut: Cut, token: str) -> str | None:
-        """Write what stands in the prompt for an image, `token` once for each of its tokens; None: `count` of them."""
+        """Write an image in the prompt, with `token` once for each of its tokens; None: `count` times `token`."""
         return None
 
     def spell(self, cut: Cut, token: str) -> str:
-        """Write what stands in the text for a video, with `spells`: words, and one `token` for each frame, which is
-        then an image of one row.
+        """Write a video in the text, where `spells` is true: words, and one `token` for each frame, which is then an
+        image of one row.
         """
-        raise NotImplementedError(f"{type(self).__name__} says `spells` and has no `spell`.")
+        raise NotImplementedError(f"{type(self).__name__} sets `spells` but has no `spell`.")
 
     if TYPE_CHECKING:  # `nn.Module` has it
 

@@ -1,9 +1,9 @@
-"""Components from outside: bring them in before a config is composed, and keep one that breaks from breaking the rest.
+"""Components from other packages and files, loaded before a config is composed; one that fails leaves the rest usable.
 
 A plugin is an installed package with an entry point in the group `zoo.plugins`, a module by its dotted name, or a
 Python file (`./my_pruner.py`). Loading it runs its code, so a plugin is only ever named by a person: on the command
-line, in a recipe, in `ZOO_PLUGINS`, or by installing it. What a saved model or the folder of a run says about plugins
-is asked for, never loaded; for a run of one's own, `zoo.runs.consent` remembers what was named. A package that
+line, in a recipe, in `ZOO_PLUGINS`, or by installing it. Plugins that a saved model or a run's folder lists are never
+loaded on that account: the user is asked to name them; for own runs, `zoo.runs.consent` remembers. A package that
 `declare`s its components, as our own folders do, costs no import of torch when names are listed.
 """
 
@@ -27,7 +27,7 @@ ENTRY_POINT_GROUP = "zoo.plugins"
 
 @dataclass
 class Plugin:
-    """A plugin and how loading it went."""
+    """A plugin, and the outcome of loading it."""
 
     name: str  # as a person writes it: package, module or file
     origin: str  # installed | ZOO_PLUGINS | named
@@ -44,7 +44,7 @@ _plugins: dict[str, Plugin] = {}
 
 
 def status() -> list[Plugin]:
-    """Return every plugin that was looked at in this process, in order."""
+    """Return every plugin that was tried in this process, in order."""
     return list(_plugins.values())
 
 
@@ -54,12 +54,12 @@ def failed() -> list[Plugin]:
 
 
 def loaded() -> list[str]:
-    """Return the names of the plugins that loaded, for a saved model to remember."""
+    """Return the names of the plugins that loaded; a saved model lists them."""
     return [p.name for p in _plugins.values() if p.ok]
 
 
 def is_loaded(name: str) -> bool:
-    """Whether a plugin that a saved model remembers is here, by its name or as a file of the same name."""
+    """Whether a plugin that a saved model lists is loaded, by its name or as a file of the same name."""
     return any(p.ok and (p.name == name or Path(p.name).name == Path(name).name) for p in _plugins.values())
 
 
@@ -132,21 +132,21 @@ def _load(name: str, origin: str, point: EntryPoint | None = None, place: str = 
 
 
 def _line_of(error: BaseException, place: str) -> str:
-    """Say in which line of the file at `place` an error was raised; a SyntaxError says so itself."""
+    """Return the line of the file at `place` that raised; empty for a SyntaxError, whose message has it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
     return f" ({Path(place).name}, line {lines[-1]})" if lines else ""
 
 
 def _load_file(path: Path) -> None:
-    """Run a Python file as a module of its own, so that two files of the same name do not meet."""
+    """Run a Python file as a module of its own, so that two files of the same name do not collide."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     name = f"zoo_plugin_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
+    if name in sys.modules:  # registering its components twice would clash with themselves
         return
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = sys.modules[name] = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""What the source text of a component says about it, read without importing it.
+"""Names, options and attributes of a component, read from its source text without importing it.
 
 Names and options of components are shown, completed and checked before torch is imported. What code computes is not
 guessed: it is a LookupError here, and known once the file is imported.

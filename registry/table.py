@@ -1,4 +1,4 @@
-"""The table of components. The dataclass of a component is its only schema: Hydra sees the same one.
+"""The table of components. The dataclass of a component is its only schema: Hydra uses the same one.
 
 Two steps keep names cheap: each folder *declares* a line per component (kind, name, module: three strings), and the
 module *registers* its class when it is imported, which happens on first use.
@@ -42,12 +42,12 @@ class Entry:
 
     @property
     def paper(self) -> str:
-        """What the module's docstring says after `Paper:`, or nothing."""
+        """The sentence behind `Paper:` in the module's docstring, or nothing."""
         return stated(self._doc, "Paper")
 
     @property
     def licence(self) -> str:
-        """What the module's docstring says after `Licence:`; else that of the package that owns the component."""
+        """The sentence behind `Licence:` in the module's docstring; else that of the component's package."""
         return licence_of(self._doc, self.package)
 
     @property
@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Capabilities that the class says it needs; one that depends on the config is known once it is built."""
+        """Capabilities that the class declares; those that depend on the config are known once it is built."""
         return self._words("needs")
 
     @property
@@ -99,7 +99,7 @@ class Entry:
         return options_of(self.config)
 
 
-NOBODY = "_none_"  # the option behind `projector=null`: Hydra has no way to say it on a command line
+EMPTY_SLOT = "_none_"  # the option behind `projector=null`: Hydra's command line cannot choose null from a group
 SLOT_KINDS = tuple(kind for kind in KINDS if kind != "distiller")  # a distiller belongs to a stage, not to the run
 
 _declared: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}  # kind -> name -> module
@@ -107,7 +107,7 @@ _entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
 
 def group_of(kind: str) -> str:
-    """Return the config group, and key in the config of a run, of a kind: its name; data sets stand under `data`."""
+    """Return the config group of a kind, also its key in the config of a run: its name, but `data` for data sets."""
     return "data" if kind == "dataset" else kind
 
 
@@ -118,7 +118,7 @@ def kind_of(group: str) -> str | None:
 
 
 def declare(kind: str, name: str, module: str) -> None:
-    """Say where the component `name` lives without importing it; its module registers it on first use."""
+    """Name the module of a component without importing it; the module registers the component on first use."""
     if kind not in _declared:
         raise unknown("kind of component", kind, KINDS)
     _declared[kind][name] = module
@@ -131,8 +131,8 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     it is given those that its signature names.
 
     Raises:
-        ZooError: the kind is unknown, the name is no plain word, or it is taken; the class lacks a method of its kind,
-            or has one that looks like a misspelt hook.
+        ZooError: the kind is unknown, the name is not a plain word, or is taken; the class lacks a method of its
+            kind, or has one that looks like a misspelt hook.
         TypeError: `__init__` does not annotate `config` with a dataclass, or that dataclass has a field `name`.
     """
     if kind not in _entries:
@@ -148,6 +148,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
             raise TypeError(f"{config.__qualname__} must not have a field `name`: it holds the registry name.")
         require_component(kind, name, cls)
         taken = _entries[kind].get(name)
+        # The same class again is a module that was reloaded, as notebooks do.
         if taken and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ZooError(f"{kind} {name!r} is taken: {taken.cls.__qualname__} in {taken.file}:{taken.line}.")
         owner = _declared[kind].get(name)
@@ -196,7 +197,7 @@ def entries() -> list[Entry]:
 def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     """Check `node` against the schema of the component it names; the typed config is the result.
 
-    A plain mapping may come from a file of somebody else: it cannot hold interpolations.
+    A plain mapping may come from a downloaded file, so interpolations in it are refused.
 
     Raises:
         ZooError: the name or a field does not exist, a value has the wrong type, or a required one is missing.
@@ -240,8 +241,8 @@ _converted: dict[tuple[type, str], dict[str, Any]] = {}  # schema, plain values 
 def converted(schema: type, plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a dataclass as OmegaConf converts plain values to their types, as plain values again.
 
-    Converting takes milliseconds, and loading a model asks some twenty times for the same few nodes, so what came out
-    is kept, by the content.
+    Converting takes milliseconds, and loading a model converts the same few nodes some twenty times, so results are
+    cached by content.
     """
     from omegaconf import OmegaConf
 
@@ -254,14 +255,14 @@ def converted(schema: type, plain: Mapping[str, Any]) -> dict[str, Any]:
         found: Any = OmegaConf.to_container(merged, resolve=True)
         if key is None:
             return found
-        if len(_converted) >= 1024:
+        if len(_converted) >= 1024:  # a sweep must not fill memory; models of one process have a few dozen nodes
             _converted.clear()
         _converted[key] = found
     return _copied(_converted[key])
 
 
 def _typed(schema: type, plain: Mapping[str, Any]) -> Any:
-    """Make the dataclass of plain values. What its `__post_init__` looks at may have changed, so that is never kept."""
+    """Make the dataclass of plain values. Never cached: `__post_init__` may check files or versions that change."""
     from omegaconf import OmegaConf
 
     values = converted(schema, plain)
@@ -283,7 +284,7 @@ def _nested(schema: type) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is made of dicts with names, lists and scalars, whose `repr` says all of it."""
+    """Whether a value is made of dicts with text keys, lists and scalars, so that equal `repr`s mean equal values."""
     if type(value) is dict:
         return all(type(key) is str and _is_plain(item) for key, item in value.items())
     return all(map(_is_plain, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
@@ -296,21 +297,22 @@ def _copied(value: Any) -> Any:
 
 
 def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
-    """Build the component that `node` names; `derived` carries what the config never does (widths, grids).
+    """Build the component that `node` names; `derived` has what follows from other parts (widths, grids).
 
     A component is given the derived values that its `__init__` names, and no others.
     """
     entry, typed = config_of(kind, node)
-    config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})  # importable, so it pickles
+    # The component's own dataclass rather than `entry.node`, which is made at run time and so cannot be pickled.
+    config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})
     accepted = inspect.signature(entry.cls).parameters
     return whole(kind, entry.cls(config, **{k: v for k, v in derived.items() if k in accepted}), entry.name)
 
 
 def require_finite(value: Any, name: str) -> None:
-    """Refuse a number that is none, or has no end: it passes every comparison with a range.
+    """Refuse NaN and infinities, which pass checks such as `if value < low`.
 
     Raises:
-        ZooError: it is NaN or infinite, or such a number stands in a list or a mapping.
+        ZooError: the value, or one in its lists and mappings, is NaN or infinite.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise ZooError(f"{name} must be a finite number, got {value}.")
@@ -325,7 +327,7 @@ def refuse_code(value: Any, where: str) -> None:
     Raises:
         ZooError: a key such as `_target_`, or a string with an interpolation.
     """
-    rest = [value]  # a list of what is still to be looked at: files may be nested deeper than calls can be
+    rest = [value]  # a list in place of recursion: files may be nested deeper than Python's stack
     while rest:
         item = rest.pop()
         if isinstance(item, Mapping):
@@ -340,10 +342,10 @@ def refuse_code(value: Any, where: str) -> None:
 
 
 def require_revision(revision: str | None) -> str | None:
-    """Return the branch, tag or commit of a hub repository; nothing for the newest.
+    """Return the branch, tag or commit of a hub repository; None for the newest.
 
     Raises:
-        ZooError: it is none: it would be part of a path in the hub's cache, and could lead out of it.
+        ZooError: it is neither. It becomes part of a path in the hub's cache, which `..` would leave.
     """
     if not revision:
         return None

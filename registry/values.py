@@ -1,4 +1,4 @@
-"""What flows between parts: features of images, samples, scores; and the kinds of parts that there are.
+"""What flows between parts: features of images, samples, scores; and the kinds of parts.
 
 Letters in shapes: B sequences, M images in the batch, N image tokens per image, K kept, T positions in the LLM, D
 vision width, C LLM width, V vocabulary; `h, w` is the patch grid. Nothing here imports torch, so that names and
@@ -27,7 +27,7 @@ IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformer
 
 @dataclass(frozen=True)
 class Cut:
-    """How an image, or a video, became the rows that the encoder sees."""
+    """How an image, or a video, was divided into the rows that the encoder gets."""
 
     rows: int = 1
     kind: str = "image"  # image | crop | frame
@@ -59,16 +59,16 @@ class ImageFeatures:
     groups: Tensor | None = None
     num_patches: int | None = None  # N0; None: as many as there are tokens
     patch_grid: tuple[int, int] | None = None  # (h, w) of the encoder's own grid; None: `grid`
-    rank: Tensor | None = None  # (M, N) in which order a pruner chose the tokens, 0 first; None: it says none
+    rank: Tensor | None = None  # (M, N) in which order a pruner chose the tokens, 0 first; None: not known
     checksum: Tensor | None = None  # (M,) int64 of the pixels of each row; None unless a part draws
-    # (M, N) where each token stood in the encoder's own grid; ascending, all different. See `placed`.
+    # (M, N) position of each token in the encoder's own grid; ascending, all different. See `placed`.
     places: Tensor | None = None
 
     def take_best(self, order: Tensor) -> ImageFeatures:
-        """Keep some of the tokens, and remember in which order they were chosen: a layout may have room for fewer.
+        """Keep some of the tokens, and the order in which they were chosen: a layout may have room for fewer.
 
         Args:
-            order: (M, K) indices of tokens, the one to be given up last first. Those kept stand in the order of tokens.
+            order: (M, K) indices of tokens, most important first. The tokens kept stay in grid order.
         """
         keep = order.sort(dim=1)
         return replace(self.take(keep.values), rank=keep.indices)
@@ -80,7 +80,7 @@ class ImageFeatures:
             keep: (M, K) indices of tokens, ascending in each row.
         """
         of_tokens = ("cls_attention", "key_attention", "pooling_attention", "keys")
-        known: dict[str, Any] = {n: _at(getattr(self, n), keep) for n in of_tokens if getattr(self, n) is not None}
+        known: dict[str, Any] = {n: _gather(getattr(self, n), keep) for n in of_tokens if getattr(self, n) is not None}
         n = self.tokens.shape[1]
         if self.groups is None:
             known["keep"] = keep if self.keep is None else self.keep.gather(1, keep)  # (M, K)
@@ -88,7 +88,7 @@ class ImageFeatures:
             places = keep.new_full((keep.shape[0], n), -1)
             known["groups"] = self.regrouped(places.scatter(1, keep, keep.new_ones(keep.shape).cumsum(1) - 1))
         known |= {"num_patches": self.num_patches or n, "patch_grid": self.patch_grid or self.grid}
-        return replace(self, tokens=_at(self.tokens, keep), grid=None, rank=None, **known)
+        return replace(self, tokens=_gather(self.tokens, keep), grid=None, rank=None, **known)
 
     def regrouped(self, groups: Tensor) -> Tensor:
         """Follow the encoder's tokens through a merge: (M, N0), what a pruner that merges returns as `groups`.
@@ -98,55 +98,55 @@ class ImageFeatures:
         """
         nowhere = groups.new_full((groups.shape[0], 1), -1)
         if self.groups is not None:
-            return _at(_cat(groups, nowhere), self.groups % (groups.shape[1] + 1))  # -1 is the last column
+            return _gather(_cat(groups, nowhere), self.groups % (groups.shape[1] + 1))  # -1 is the last column
         if self.keep is None:
             return groups
         return nowhere.repeat(1, self.num_patches or groups.shape[1]).scatter(1, self.keep, groups)
 
     def placed(self, n: int) -> ImageFeatures:
-        """Say where each token stood in the encoder's own grid (`places`), and put the tokens in that order.
+        """Find the position of each token in the encoder's own grid (`places`), and sort the tokens by it.
 
-        A token that a pruner made of several stands where the middle one of them stood, counted row by row; one that
-        was made of no patch, such as [CLS], takes the first place that is left free. No two share a place.
+        A merged token gets the position of the middle one of its patches, counted row by row; a token made of no
+        patch, such as [CLS], the first free position. Positions are unique.
 
         Args:
             n: tokens of the encoder's own grid.
 
         Raises:
-            ZooError: there are fewer tokens, and neither `keep` nor `groups` says which they are; or more.
+            ZooError: there are fewer tokens without `keep` or `groups` to identify them; or more.
         """
         k = self.tokens.shape[1]
         if self.groups is not None and k <= n:
-            places = _middles(self.groups, k)
+            places = _middle_patches(self.groups, k)
         elif self.keep is not None:
             places = self.keep
         elif k == n:
-            return replace(self, places=_counted(self.tokens, n))
+            return replace(self, places=_indices(self.tokens, n))
         else:
             raise ZooError(
-                f"An image has {k} tokens of {n}, and neither `keep` nor `groups` says where they stood in the "
-                "encoder's grid, so positions cannot be kept. A pruner says it by `image.take(...)`; or set "
+                f"An image has {k} tokens of {n} and neither `keep` nor `groups`, so their positions in the encoder's "
+                "grid are not known and cannot be kept. A pruner sets them by `image.take(...)`; or set "
                 "positions=dense."
             )
         if self.grid is not None:  # a smaller grid, in its own order
             return replace(self, places=places)
         places, order = places.sort(dim=1, stable=True)  # (M, K)
         of_tokens = ("tokens", "keep", "rank", "cls_attention", "key_attention", "pooling_attention", "keys")
-        moved: dict[str, Any] = {x: _at(getattr(self, x), order) for x in of_tokens if getattr(self, x) is not None}
+        moved: dict[str, Any] = {x: _gather(getattr(self, x), order) for x in of_tokens if getattr(self, x) is not None}
         if self.groups is not None:
             now = _cat(order.argsort(dim=1), order.new_full((len(order), 1), -1))  # (M, K + 1): -1 stays -1
-            moved["groups"] = _at(now, self.groups % (k + 1))
+            moved["groups"] = _gather(now, self.groups % (k + 1))
         return replace(self, places=places, **moved)
 
 
-def _counted(like: Tensor, n: int) -> Tensor:
+def _indices(like: Tensor, n: int) -> Tensor:
     """0 .. n-1 for each row of (M, ...): (M, n)."""
     import torch
 
     return torch.arange(n, device=like.device).expand(len(like), n)
 
 
-def _middles(groups: Tensor, k: int) -> Tensor:
+def _middle_patches(groups: Tensor, k: int) -> Tensor:
     """The middle patch of each of `k` tokens, by `groups` (M, N0): (M, K); without a patch, the first free place."""
     dropped = groups % (k + 1)  # -1 is the last
     members = groups.new_zeros(len(groups), k + 1).scatter_add(1, dropped, groups.new_ones(groups.shape))[:, :k]
@@ -166,7 +166,7 @@ def _cat(*parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _at(values: Tensor, index: Tensor) -> Tensor:
+def _gather(values: Tensor, index: Tensor) -> Tensor:
     """Rows (M, K, ...) of (M, N, ...) at (M, K)."""
     wide = index.view(*index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])  # (M, K, ...)
     return values.gather(1, wide)
@@ -181,8 +181,8 @@ class ImageTransform:
     std: tuple[float, float, float]
     resample: str = "bicubic"  # nearest | bilinear | bicubic | lanczos
     fit: str = "crop"  # crop: shortest side to size, then centre; squash: both sides; pad: longest side, mean colour
-    # Who resamples, pillow or torchvision: they round differently, by a step or two of a byte. torchvision is what
-    # transformers' image processors use, Pillow what timm's and open_clip's transforms do. Padding is always Pillow's.
+    # Library that resamples, pillow or torchvision: they round differently, by 1 or 2 of 255. transformers' image
+    # processors use torchvision, the transforms of timm and open_clip Pillow. Padding always uses Pillow.
     resample_by: str = "pillow"
 
 
@@ -196,7 +196,7 @@ class Dialog:
     """One conversation about the images of a sample.
 
     `messages` are chat turns: `{"role": "system" | "user" | "assistant", "content": [part, ...]}` with parts
-    `{"type": "text", "text": ...}` and `{"type": "image"}`; image parts stand for the sample's images in order.
+    `{"type": "text", "text": ...}` and `{"type": "image"}`; the n-th image part means the sample's n-th image.
     For evaluation the last assistant turn is held back and compared.
     """
 
@@ -207,7 +207,7 @@ class Dialog:
     choices: list[str] = field(default_factory=list)  # for multiple choice
     meta: dict[str, Any] = field(default_factory=dict)  # plain values, written beside predictions
     # chosen | rejected: one of a pair of answers to the same prompt, the rejected dialog behind its chosen one. Their
-    # last turns are compared; a rejected one is never learnt, and nothing is asked of it in evaluation.
+    # last turns are compared; the rejected one is never a target of the answer loss, and evaluation skips it.
     preference: str = ""
 
 
@@ -225,7 +225,7 @@ class Sample:
 
 @dataclass
 class Score:
-    """A number that carries how far it can be trusted."""
+    """A metric with its uncertainty."""
 
     value: float
     n: int  # samples behind it

@@ -1,7 +1,7 @@
-"""What differs between the versions of libraries that the project runs on; nothing else asks for a version.
+"""What differs between the versions of libraries that the project runs on; no other module asks for a version.
 
-`TESTED` says which versions were run: `pyproject.toml` states the same ranges, `zoo doctor` compares them with what is
-installed, docs/compatibility.md#libraries lists them, and tests hold them together.
+`TESTED` lists the versions that were run: `pyproject.toml` states the same ranges, `zoo doctor` compares them with what
+is installed, docs/compatibility.md#libraries lists them, and tests hold them together.
 
     transformers 5.24   `past_key_values` is called `cache`: in the arguments of models and decoder layers, and in
                         outputs. The old name works there until 5.40, with a warning.
@@ -70,7 +70,7 @@ TESTED = {
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Give the leading numbers of a version: `2.14.1+cpu` -> (2, 14, 1), `5.25.0.dev0` -> (5, 25, 0)."""
+    """Return the leading numbers of a version: `2.14.1+cpu` -> (2, 14, 1), `5.25.0.dev0` -> (5, 25, 0)."""
     found: list[int] = []
     for part in text.partition("+")[0].split("."):
         if not part.isdigit():
@@ -83,11 +83,11 @@ def at_least(package: str, least: str) -> bool:
     """Whether the installed version of a package is `least` or newer; not where it is missing."""
     try:
         return numbers(version(package)) >= numbers(least)
-    except PackageNotFoundError:  # `zoo doctor` says so
+    except PackageNotFoundError:  # `zoo doctor` reports it
         return False
 
 
-# Asked once and for all, as this is imported: what runs inside of compiled models must not look for packages.
+# Asked once, at import: code inside compiled models must not search for packages.
 _ACTIVATION_CHECKPOINTING = at_least("transformers", "5.23")
 TORCHVISION_HAS_LANCZOS = at_least("torchvision", "0.27")  # for tensors
 # Image processors that transformers' Auto class builds by Pillow: they want lanczos.
@@ -100,22 +100,22 @@ CACHE = "cache" if at_least("transformers", "5.24") else "past_key_values"
 
 
 def cache_argument(value: Any) -> dict[str, Any]:
-    """Give the keyword argument that hands a key/value cache to a model of transformers."""
+    """Return the keyword argument that passes a key/value cache to a model of transformers."""
     return {CACHE: value}
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """Find the key/value cache among the keyword arguments of a decoder layer; None where there is none."""
+    """Find the key/value cache among the keyword arguments of a decoder layer; None without one."""
     return next((given[n] for n in (CACHE, "layer_past") if given.get(n) is not None), None)
 
 
 def cache_of(output: Any) -> Any:
-    """Give the key/value cache of a model's output; None where it has none."""
+    """Return the key/value cache of a model's output; None without one."""
     return getattr(output, CACHE, None)
 
 
 def with_old_cache_name(output: type) -> type:
-    """Let an output class with a field `cache` answer to `past_key_values` too, where transformers does not do so."""
+    """Give an output class with a field `cache` the name `past_key_values` too, where transformers lacks it."""
     if CACHE != "cache":
         output.past_key_values = property(lambda self: self.cache)  # type: ignore[attr-defined]
     return output
@@ -125,7 +125,7 @@ def with_old_cache_name(output: type) -> type:
 
 
 def checkpoint_activations(model: Any, given: Mapping[str, Any] | None = None, **options: Any) -> None:
-    """Let a transformers model recompute its activations in backward: what layers compute, not what hooks on them do.
+    """Enable activation checkpointing of a transformers model: layers are recomputed in backward, hooks on them not.
 
     Args:
         model: of transformers.
@@ -175,7 +175,7 @@ def _recomputed(layer: Any, inner: Any, checkpoint: Any, *args: Any, **kwargs: A
 
 
 def _checkpoint_in_pass(checkpoint: Any, function: Any, *args: Any, **_: Any) -> Any:
-    """Checkpoint a function that finds the forward pass of now when backward runs it again (`keywords` say how)."""
+    """Checkpoint a function so that it finds its forward pass when backward recomputes it."""
     return checkpoint(carried(function), *args)
 
 

@@ -69,7 +69,7 @@ REFUSED = [
     *(({"experts_implementation": name}, "names the kernel") for name in KERNELS[:2]),
     ({"attn_implementation": {"": "eager", "text_config": "user/kernel"}}, "names the kernel"),
     ({"text_config": {"attn_implementation": "user/kernel"}}, "names the kernel"),
-    ({"_commit_hash": "../../../etc"}, "is no commit"),
+    ({"_commit_hash": "../../../etc"}, "is not a commit"),
     *(
         ({"quantization_config": {"quant_method": method}}, "is quantised by")
         for method in ("torchao", "auto-round", "quark", "fbgemm_fp8", "metal", "user/method", "", None)

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FINISHED = (
-    *("fusion", "vision", "distill"),
+    *("fusion", "vision", "distill", "registry"),
     *("zoo/text", "zoo/storage", "zoo/published", "zoo/data", "zoo/tasks"),
     *("zoo/teaching", "zoo/training"),
 )

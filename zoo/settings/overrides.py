@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import MANY, ZooError, plugins, source_options, unknown
-from zoo.registry.table import NOBODY, SLOT_KINDS, group_of, kind_of
+from zoo.registry.table import EMPTY_SLOT, SLOT_KINDS, group_of, kind_of
 from zoo.settings import model_names as saved
 from zoo.settings import presets
 from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
@@ -189,7 +189,7 @@ class Choice:
         lines += [f"++model.{key}={quoted(value)}" for key, value in self.source.items()]
         stages: dict[str, Any] = {name: {} for name in self.added}  # in a preset: Hydra types no node of an override
         if self.recipe is None:
-            recipe = presets.store_once("recipe", "added", {"stages": stages}) if stages else NOBODY
+            recipe = presets.store_once("recipe", "added", {"stages": stages}) if stages else EMPTY_SLOT
             return [*lines, f"recipe={quoted(recipe)}"]
         recipe = presets.trim("recipe", self.recipe, self.own, self.chosen, config_dir, texts, self.without)
         if stages:
@@ -205,7 +205,7 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     if command in ("train", "eval", "data") and isinstance(asked, str):
         saved.fetch_config(asked, config_dir)
     named = presets.as_list(given.get("data", from_recipe.get("data") if "recipe" in given else None))
-    model, source = (NOBODY, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir, named)
+    model, source = (EMPTY_SLOT, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir, named)
     from_model = presets.selection("model", model, config_dir)
     if recipe and "recipe" not in given and "data" in from_model:
         recipe, from_recipe = None, {}  # a saved model brings its own data: the default recipe's do not apply
@@ -271,7 +271,7 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
     if key in SEVERAL and value is None:
         return [f"{key}=[]"]
     if key in SLOTS and value is None:
-        return [f"{key}={NOBODY}"]
+        return [f"{key}={EMPTY_SLOT}"]
     if key == "data" and isinstance(value, (str, list)):
         names = TextOptions(choice.chosen, config_dir).choice(value)
         return [override.input_line] if names == value else [f"data={_text(presets.as_list(names))}"]
