@@ -9,7 +9,7 @@ import pytest
 
 from zoo import ZooError
 from zoo.cli.entry import main
-from zoo.registry import plugins, table
+from zoo.registry import packages, plugins
 from zoo.settings.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,10 +151,10 @@ def test_installed_plugins_and_the_doctor(installed):
 @pytest.fixture
 def found(installed, monkeypatch):
     """The two packages on the path of this process, which knows nothing of them afterwards."""
-    table._distributions.cache_clear()
+    packages._distributions.cache_clear()
     monkeypatch.syspath_prepend(installed)
     yield
-    table._distributions.cache_clear()
+    packages._distributions.cache_clear()
     for name in ("zoo_good", "zoo_bad"):
         sys.modules.pop(name, None)
 
