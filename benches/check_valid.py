@@ -91,6 +91,8 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         "fastv": {**ratio, "layer": chance.randint(1, layers - 1)},
         "fastervlm": {**ratio, "score": chance.choice(("cls", "column_mean", "probe"))},
         "visionzip": {**ratio, "score": chance.choice(("cls", "column_mean"))},
+        "vispruner": {**ratio, "score": chance.choice(("cls", "column_mean", "probe"))}
+        | {"important_ratio": chance.choice((0.0, 0.5, 1.0)), "order": chance.choice(("score", "released"))},
         "pool": chance.choice(({"stride": 1}, {"stride": 2}, {"stride": 3}, {"target": [2, 2]})),
         "random": {**ratio, "seed": chance.randint(0, 9), "resample": chance.random() < 0.3},
     }

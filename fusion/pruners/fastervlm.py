@@ -17,11 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
 from zoo.fusion.pruners.topk import best, check_ratio, count_kept
-from zoo.registry import ImageFeatures, Pruner, ZooError, register, require_at_least, unknown
-
-SCORES = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_attention"}  # -> field
-NEEDS = {"cls": "cls_attention", "column_mean": "key_attention", "probe": "pooling_head"}  # -> capability
+from zoo.registry import ImageFeatures, Pruner, register, require_at_least
 
 
 @dataclass
@@ -33,8 +31,7 @@ class FasterVLMConfig:
     def __post_init__(self) -> None:
         check_ratio(self.keep_ratio)
         require_at_least(0, num_keep=self.num_keep)
-        if self.score not in SCORES:
-            raise unknown("score", self.score, SCORES)
+        check_score(self.score)
 
 
 @register("pruner", "fastervlm")
@@ -62,10 +59,7 @@ class FasterVLM(Pruner, nn.Module):
         Raises:
             ZooError: the encoder did not compute them.
         """
-        scores = getattr(image, SCORES[self.config.score])
-        if scores is None:
-            raise ZooError(f"pruner 'fastervlm' with score={self.config.score} needs {NEEDS[self.config.score]}.")
-        return scores
+        return scores_of(image, self.config.score, "fastervlm")
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
         """Keep num_tokens(N) of the tokens (M, N, D) of each row; the grid is dropped, unless all are kept."""
