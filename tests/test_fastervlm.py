@@ -125,9 +125,9 @@ def test_permuted_patches_are_kept_wherever_they_stand():
         assert set(order[new].tolist()) == set(old.tolist())
 
 
-def model_with(make_model, **options):
+def model_with(make_model, positions="auto", **options):
     pruner = {"fastervlm": {"name": "fastervlm", **options}} if options else {}
-    model, processor = make_model(vision=CLIP, pruner=pruner)
+    model, processor = make_model(vision=CLIP, pruner=pruner, positions=positions)
     return shake(model), processor
 
 
@@ -150,7 +150,7 @@ def test_keeping_all_is_no_pruner_bit_for_bit(make_model):
 
 def test_the_whole_model_is_the_formula_spelt_out(make_model):
     """Encoder, eager matrix, topk, projector, LLM: each by itself, as the paper's text has it."""
-    model, processor = model_with(make_model, num_keep=6)
+    model, processor = model_with(make_model, "dense", num_keep=6)
     inputs = ask(processor, "is there a red circle?")
     tower = model.vision.tower
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_the_whole_model_is_the_formula_spelt_out(make_model):
 
 
 def test_dropping_equals_masking_where_positions_leave_no_gap(make_model):
-    model, processor = model_with(make_model, num_keep=6)
+    model, processor = model_with(make_model, "dense", num_keep=6)
     full, wide = model_with(make_model)
     inputs, long = ask(processor, "what color is the square?"), ask(wide, "what color is the square?")
     with torch.no_grad():

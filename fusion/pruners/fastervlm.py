@@ -5,7 +5,7 @@ Paper: Zhang et al., arXiv:2412.01818 (v1; v2 is another method, VisPruner).
 score_j = mean over heads of softmax_j(q_cls . k_j / sqrt(d)) in the block that made the features, over all keys, [CLS]
 among them; the patches' share is not normalised again, so a head that looks at [CLS] has a smaller vote. The encoder
 gives that row without leaving its fused kernel. Each crop and each frame keeps the same number of its own tokens, in
-raster order, and positions in the LLM are counted over what is left.
+raster order; in their code positions in the LLM are counted over what is left, which is `positions=dense` of a model.
 
 Departures. Equal scores are decided in favour of the first token, where the authors' `topk` leaves it open. We drop
 before the projector, as the paper writes and the video branch of the code does; the main branch projects first, which

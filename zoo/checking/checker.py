@@ -58,6 +58,7 @@ class Walk:
     memory: int  # bytes, inference with one image and the KV cache of a full prompt
     stages: list[Stagecheck] = field(default_factory=list)
     seconds: float = 0.0
+    places: int = 0  # positions that an image stands on, where they are kept; 0: as many as it has tokens
     notes: list[str] = field(default_factory=list)  # what fits, and may not be what a person expects
     parts: Parts | None = None  # that were walked, on the meta device
 
@@ -144,6 +145,8 @@ def _walk(plan: Plan) -> Walk:
     walk.notes = [note for adapter in parts.adapter.values() for note in adapter.notes]
     for name, stage in plan.stages.items():
         walk.stages.append(check_stage(name, stage, model, plan, weights))
+    walk.places = model.unpruned.longest if model.unpruned is not None else 0
+    walk.notes += filter(None, [model.decided.why])
     walk.notes += _untrained(plan, walk.stages)
     return walk
 
@@ -293,8 +296,9 @@ def show(walk: Walk, title: str = "") -> None:
     console = Console()
     console.print(table)
     total = sum(r.parameters for r in walk.rows)
+    on = f", on {walk.places} positions (kept)" if walk.places else ""
     console.print(
-        f"{walk.num_image_tokens} image tokens = placeholders per image; {size_text(total)} parameters; "
+        f"{walk.num_image_tokens} image tokens = placeholders per image{on}; {size_text(total)} parameters; "
         f"inference takes about {size_text(walk.memory)}B; checked in {walk.seconds:.1f} s",
         highlight=False,
         soft_wrap=True,

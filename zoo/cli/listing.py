@@ -171,6 +171,7 @@ def _component(kind: str, name: str) -> str:
         "needs": ", ".join(sorted(known.needs)),
         "provides": ", ".join(sorted(known.provides)),
         "destroys": ", ".join(sorted(known.destroys)),
+        "positions": "kept or dense, by the model's option: positions=dense" if kind == "pruner" else "",
         "package": known.package,
         "source": f"{known.file}:{known.line}",
         "use": usage(kind, name),

@@ -19,7 +19,7 @@ from zoo.composed.generate import GenerateMixin
 from zoo.composed.keywords import require_save, split_load
 from zoo.composed.language_model import LanguageModelMixin
 from zoo.composed.loader import load_model, reader_for
-from zoo.composed.positions import unpruned_of
+from zoo.composed.positions import decided
 from zoo.composed.slots import slots_now, without_checkpoint
 from zoo.composed.trainable import PartsMixin
 from zoo.fusion.llm.attention import resolve_attention
@@ -66,7 +66,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         self.steps = parts.steps
         self.num_image_tokens = parts.num_image_tokens
         self.requested = parts.requested
-        config.positions, self.unpruned = unpruned_of(parts, config.slots or {}, config.positions)
+        self.decided = decided(parts, config.slots or {}, config.positions)
+        config.positions, self.unpruned = self.decided.positions, self.decided.unpruned
         self.vision = parts.vision
         self.pruner = nn.ModuleDict(parts.pruner)  # type: ignore[assignment]
         self.projector = parts.projector

@@ -5,6 +5,9 @@ token has the place that it had in the prompt without a pruner, and what follows
 there (EVS, DART). So a kept prompt computes what the whole prompt computes with the dropped tokens hidden from
 attention. Tokens that are dropped between layers of the LLM keep their places with either.
 
+Kept is the default: without training, shipped models of clothes lose a fraction of what they lose with dense positions,
+those of scenes as much (`zoo bench positions`, docs/efficiency.md).
+
 Positions are then columns and what is added to them, the shift: in front of an image token the places of its image
 that are empty, behind an image those that all of it saved. `Unpruned` knows how long a run of image tokens would be and
 where in it each token stood; pruners only say which tokens they left (`ImageFeatures.keep`, `groups`). Of a projector
@@ -27,7 +30,6 @@ from zoo.composed.assembly import build_part
 from zoo.fusion.layouts.crop_places import scaled
 from zoo.registry import POSITIONS, Cut, ImageFeatures, Layout, ZooError, unknown
 
-DEFAULT = "dense"  # what `auto` means for a model with pruners, where it can be
 _SHIFT = "zoo_shift"  # under which a cache holds the shift of its columns
 
 
@@ -146,17 +148,21 @@ def _gaps(places: Tensor, counts: Sequence[int], wholes: Sequence[int]) -> Gaps:
     return Gaps(places - column, behind)
 
 
-def unpruned_of(parts: Any, slots: Mapping[str, Any], positions: str) -> tuple[str, Unpruned | None]:
+class Decided(NamedTuple):
+    """How the positions of a model are counted."""
+
+    positions: str  # kept or dense; `auto` for a model without pruners
+    unpruned: Unpruned | None = None  # what places are counted by; None: what is left
+    why: str = ""  # the default is not possible
+
+
+def decided(parts: Any, slots: Mapping[str, Any], positions: str) -> Decided:
     """Decide how positions are counted, and by what.
 
     Args:
         parts: of the model.
         slots: that they were made of.
-        positions: kept, dense, or auto: the default where it can be.
-
-    Returns:
-        The word that holds, `auto` for a model without pruners; and what places are counted by, None where that is what
-        is left.
+        positions: kept, dense, or auto: kept where it can be.
 
     Raises:
         ZooError: `kept` was asked for, and cannot be.
@@ -164,24 +170,24 @@ def unpruned_of(parts: Any, slots: Mapping[str, Any], positions: str) -> tuple[s
     if positions not in POSITIONS:
         raise unknown("positions", positions, POSITIONS)
     if not parts.pruner:
-        return positions, None
-    wanted = DEFAULT if positions == "auto" else positions
-    if wanted == "dense" or parts.projector is None:
-        return wanted, None
+        return Decided(positions)
+    if positions == "dense" or parts.projector is None:
+        return Decided(positions if positions != "auto" else "kept")
     try:
         found = Unpruned(parts, slots)
         if not found.drops:
-            return wanted, None
+            return Decided("kept")
         limit = parts.llm.max_positions
         if (why := _without_positions(parts.llm)) is not None:
             raise ZooError(why)
         if limit is not None and found.longest > limit:
             raise ZooError(f"an image would stand on {found.longest} places, and the LLM has {limit} positions")
     except ZooError as error:
+        why = str(error).rstrip(".")
         if positions == "auto":
-            return "dense", None
-        raise ZooError(f"positions=kept is not possible: {str(error).rstrip('.')}. Set positions=dense.") from error
-    return wanted, found
+            return Decided("dense", why=f"positions are dense: {why}.")
+        raise ZooError(f"positions=kept is not possible: {why}. Set positions=dense.") from error
+    return Decided("kept", found)
 
 
 def _without_positions(llm: Any) -> str | None:

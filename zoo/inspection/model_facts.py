@@ -106,7 +106,8 @@ def shown(facts: Facts) -> str:
     ]
     more = {
         "parameters": size_text(facts.value("params")),
-        "image tokens": f"{facts.walk.num_image_tokens} at most for an image",
+        "image tokens": f"{facts.walk.num_image_tokens} at most for an image"
+        + (f", on {facts.walk.places} positions" if facts.walk.places else ""),
         "memory": f"{size_text(facts.walk.memory)}B in float32 with one image, half of it in bfloat16",
         "repository": facts.repository,
         "licence": facts.licence,

@@ -132,7 +132,7 @@ class RunRoot:
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
     precision: str = "auto"  # auto | fp32 | bf16
-    positions: str = "auto"  # of image tokens that pruners left: auto | kept, where they stood | dense, counted anew
+    positions: str = "auto"  # of image tokens that pruners left: kept, where they stood | dense, counted anew | auto
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
     workers: int = 0  # processes of `zoo data`; those of training are stages.<stage>.workers
     # The run
