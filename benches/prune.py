@@ -6,6 +6,7 @@ the score of a task where the model has weights worth asking. In the end it says
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from zoo.registry import ZooError, names, unknown
 
 NONE = "null"
 SECTIONS = ("prefill", "decode", "memory", "encoder", "scoring", "sizes", "task")
+OWN_TIME = {"divprune": 5.0}  # bounds, in per cent of the prefill saved, that differ from the others' 3
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -164,7 +166,8 @@ class _Bench:
 
     def _prefill(self) -> list[Row]:
         rows: list[Row] = []
-        times = self._time({name: v.after for name, v in self.variants.items()})
+        before = {f"{name} alone": partial(v.choose, v.features) for name, v in self._each() if not v.inside}
+        times = self._time({**{name: v.after for name, v in self.variants.items()}, **before})
         for name, v in self.variants.items():
             card = self.cards[name]
             ids, embeds = v.prompt(v.features)
@@ -185,6 +188,8 @@ class _Bench:
             rows.append(
                 Row(f"{name}: share of that ratio of FLOPs", share, "", bound=0.75 if v.inside else 0.85, note=note)
             )
+            if f"{name} alone" in before:
+                rows += own_time(name, times)
         return rows
 
     def _decode(self) -> list[Row]:
@@ -316,6 +321,16 @@ class _Bench:
             self.show(f"measuring: task, {name}")
             self.cards[name].task = score()
         return []
+
+
+def own_time(name: str, times: Turns) -> list[Row]:
+    """What a pruner before the LLM takes by itself, beside what it saves; scores of the encoder are not in it."""
+    saved = statistics.median(a - b for a, b in zip(times.seconds(NONE), times.seconds(name), strict=True))
+    if saved <= 0:
+        return []
+    alone, what = times.milliseconds(f"{name} alone"), f"{name}: its own time, share of the prefill that it saves"
+    note = f"{alone.median:.3g} of {1e3 * saved:.3g} ms"
+    return [Row(what, alone.over(10 * saved), " %", bound=OWN_TIME.get(name, 3.0), at_most=True, note=note)]
 
 
 def _task(model: Any, processor: Any, config: Any, options: Options) -> Callable[[], str]:

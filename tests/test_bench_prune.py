@@ -9,7 +9,7 @@ from tests.fusion_builders import tiny_llm
 from zoo.benches import prune
 from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.benches.flops import count_flops
-from zoo.benches.measure import Value
+from zoo.benches.measure import Clock, Turns, Value
 from zoo.benches.peak import peak_bytes
 from zoo.benches.prune import Options, words
 from zoo.benches.prune_card import Summary, where_counts_differ, where_it_pays
@@ -108,6 +108,17 @@ def test_words_follow_from_the_numbers():
         "d pays at the one number of image tokens measured (1.4x at 64). "
         "A decoded token takes 1.3x as long as without.",
     ]
+
+
+def test_own_time_is_a_share_of_what_a_pruner_saves():
+    seconds = {"null": [0.5, 0.9, 0.6], "divprune": [0.1, 0.4, 0.2], "divprune alone": [0.01, 0.02, 0.016]}
+    times = Turns(Clock(torch.device("cpu"), 1), seconds)
+    for name, taken in seconds.items():
+        times[name].cpu, times[name].wall = taken, taken
+    (row,) = prune.own_time("divprune", times)  # 16 ms of 0.4 s
+    assert row.value.median == pytest.approx(4) and row.bound == 5 and row.reached and row.note == "16 of 400 ms"
+    times["random"] = times["random alone"] = times["null"]
+    assert not prune.own_time("random", times)  # it saved nothing
 
 
 def test_costs_that_the_counter_does_not_confirm_are_warned_of():
