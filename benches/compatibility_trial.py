@@ -17,7 +17,7 @@ from zoo.loading.build import load, processor_for
 from zoo.model_config import ZooConfig
 from zoo.registry import Dialog, Sample, ZooError, names
 from zoo.settings.stage import Stage
-from zoo.teaching.teacher import Teacher, Twins
+from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.text.tokenizer import train_tokenizer
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
 
@@ -181,8 +181,8 @@ class Trial:
             if stage.teacher:
                 taught_by, theirs = self._loaded(stage.teacher)
                 teacher = Teacher(taught_by, distiller.needs, len(self.tokenizer))
-                twins = Twins(theirs, processor)
-                rows = [row for s, r in zip(samples, rows, strict=True) for row in twins.add(s, [s], [r])]
+                beside = TeacherRows(theirs, processor)
+                rows = [row for s, r in zip(samples, rows, strict=True) for row in beside.add(s, [s], [r])]
         seen["batch"] = processor.collate(rows)
         model.train().set_trainable(["all"])
         step = TrainStep(model, distiller, teacher, stage or Stage(steps=1))
