@@ -292,7 +292,7 @@ def test_unknown_words_are_refused_with_the_nearest(llava):
         ({"dola_layers": "low"}, "dola_layers='low'.*downloads"),
         ({"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups=2.*groups of beams"),
         ({"force_words_ids": [[5]], "num_beams": 2}, "force_words_ids.*prefix_allowed_tokens_fn"),
-        ({"cache_implementation": "paged"}, "'paged'.*words alone"),
+        ({"cache_implementation": "paged"}, "'paged'.*text only"),
         ({"decoder_start_token_id": 1}, "decoder_start_token_id=1"),
         ({"custom_generate": "someone/repository"}, "no downloaded code"),
         ({"trust_remote_code": True}, "no downloaded code"),

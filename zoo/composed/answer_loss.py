@@ -21,9 +21,9 @@ def answer_loss(
 
     Args:
         llm: the language model, for its vocabulary projection.
-        hidden: (B, T, C), what the decoder gives before that projection.
-        labels: (B, T), not shifted; IGNORE_INDEX where nothing is learnt.
-        num_labels: what the sum is divided by; None: the labels there are.
+        hidden: (B, T, C), output of the decoder before that projection.
+        labels: (B, T), not shifted; IGNORE_INDEX where no target is.
+        num_labels: divisor of the sum; None: the labels of this batch.
         compiled: run the projection and the loss as one compiled function.
     """
     shifted = labels[:, 1:]

@@ -1,8 +1,8 @@
 """Slots -> parts. The one place that knows how parts fit together.
 
-The walk goes vision -> pruners -> projector -> layout -> llm -> adapters. It carries the number of image tokens, the
-grid, the width and the set of capabilities that hold, and refuses the first thing that does not fit. `zoo check` does
-the same walk on the meta device.
+Parts are built in the order vision -> pruners -> projector -> layout -> llm -> adapters. Along the way the number of
+image tokens, the grid, the width and the set of capabilities that hold are kept, and the first part that does not fit
+is refused. `zoo check` does the same on the meta device.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,11 +16,11 @@ import torch
 from zoo import registry
 from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Part, Projector, Pruner, ZooError
 
-# What a part may need that only holds once the LLM stands: checked after the walk has passed it.
-LATE = frozenset({"image_tokens", "moe"})
-# What a library or a part of somebody's own raises where nobody thought of these options.
+# Capabilities that a pruner may need and that hold only once the LLM is built: checked after the adapters.
+CHECKED_AFTER_LLM = frozenset({"image_tokens", "moe"})
+# What a library or a plug-in raises for options that it does not check itself.
 _UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
-# What an encoder computes only when somebody needs it.
+# What an encoder computes only where a part needs it: attention scores of every image cost memory.
 ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens"})
 
 
@@ -34,7 +34,7 @@ class MisfitError(ZooError):
 
 @dataclass
 class Step:
-    """One row of the walk: a part, and what leaves it."""
+    """A part, with the shape of its output and its capabilities: one row of what `zoo check` prints."""
 
     kind: str
     name: str
@@ -48,24 +48,24 @@ class Step:
 
 @dataclass
 class Parts:
-    """The modules of a composed model, and the walk that led to them."""
+    """The modules of a composed model, and a `Step` for each in the order of building."""
 
     vision: Encoder | None = None
     pruner: dict[str, Pruner] = field(default_factory=dict)
     projector: Projector | None = None
     layout: Layout | None = None
-    llm: LanguageModel = None  # type: ignore[assignment]  # until the walk has come to it
+    llm: LanguageModel = None  # type: ignore[assignment]  # until it is built
     adapter: dict[str, Adapter] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders per image in the LLM's sequence, with a layout the most; 0 where images do not stand in it."""
+        """Placeholders per image in the LLM's sequence, with a layout the most; 0 where images take none."""
         return next((s.tokens for s in reversed(self.steps) if s.kind in ("projector", "layout")), 0)
 
     @property
     def requested(self) -> frozenset[str]:
-        """What the encoder must compute beside tokens."""
+        """Capabilities that the encoder must compute beside tokens."""
         needed = frozenset().union(*(s.needs for s in self.steps)) if self.steps else frozenset()
         return needed & ON_REQUEST
 
@@ -75,7 +75,7 @@ class Parts:
 
 
 class Filler(Protocol):
-    """Reads weights into the base parts, once they stand and before an adapter sees them."""
+    """Reads weights into the base parts, once they are built and before adapters are built on them."""
 
     empty: frozenset[str]  # kinds of parts that are built without weights, where they can be
 
@@ -83,37 +83,37 @@ class Filler(Protocol):
 
 
 def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler | None = None) -> Parts:
-    """Build the parts that `slots` names, in the order of the walk; structure only under `torch.device("meta")`.
+    """Build the parts that `slots` names and fit them together; structure only under `torch.device("meta")`.
 
     Args:
         slots: `vision`, `projector`, `layout`, `llm` a node or None; `pruner`, `adapter` a dict of nodes keyed by
             component name.
-        vocab_size: of the tokenizer; an LLM built from sizes takes it, one from a checkpoint grows to it.
-        fill: gives the parts their weights before an adapter sees them; encoder and LLM are then built on the meta
-            device where they can be, so that no memory is taken twice.
+        vocab_size: of the tokenizer; an LLM built from sizes gets it, the embedding of a checkpoint is enlarged to it.
+        fill: reads weights into the parts before adapters are built; encoder and LLM are then built on the meta device
+            where they can be, so that memory is not taken twice.
 
     Raises:
-        MisfitError: two parts do not fit together; the message says which, why, and what is there instead.
+        MisfitError: two parts do not fit together; the message names them, the reason, and what is there instead.
     """
     parts = Parts()
-    have: frozenset[str] = frozenset()
+    holds: frozenset[str] = frozenset()
     tokens, grid, width = 0, None, 0
     derived: dict[str, Any]
 
-    def took(kind: str, name: str, part: Part, **leaves: Any) -> None:
-        words = [frozenset(said) for said in (part.needs, part.provides, part.destroys)]
-        parts.steps.append(Step(kind, name, **leaves, needs=words[0], provides=words[1], destroys=words[2]))
+    def record_step(kind: str, name: str, part: Part, **output: Any) -> None:
+        needs, provides, destroys = (frozenset(words) for words in (part.needs, part.provides, part.destroys))
+        parts.steps.append(Step(kind, name, **output, needs=needs, provides=provides, destroys=destroys))
 
     if not slots.get("llm"):
         raise MisfitError(
             ("llm", ""), "empty", "The slot llm is empty: a model needs a language model, llm=hf for example."
         )
     if node := slots.get("vision"):
-        with _place("vision", node, fill):
+        with _device_of("vision", node, fill):
             parts.vision = build_part("vision", node)
         tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
-        have = frozenset(parts.vision.provides)
-        took("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
+        holds = frozenset(parts.vision.provides)
+        record_step("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
     vision_name = parts.steps[0].name if parts.steps else ""
 
     for name, node in (slots.get("pruner") or {}).items():
@@ -122,15 +122,15 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
                 ("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty."
             )
         pruner = build_part("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
-        _require("pruner", name, pruner, have, f"vision {vision_name!r}", slots)
+        _require("pruner", name, pruner, holds, f"vision {vision_name!r}", slots)
         tokens = pruner.num_tokens(tokens)
-        have = (have - frozenset(pruner.destroys)) | frozenset(pruner.provides)
-        grid = tuple(pruner.grid) if pruner.grid and "grid" in have else (grid if "grid" in have else None)
+        holds = (holds - frozenset(pruner.destroys)) | frozenset(pruner.provides)
+        grid = tuple(pruner.grid) if pruner.grid and "grid" in holds else (grid if "grid" in holds else None)
         parts.pruner[name] = pruner
-        took("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
+        record_step("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
 
-    # The LLM's width is needed by the projector, so it is built first and walked second.
-    with _place("llm", slots["llm"], fill):
+    # The projector needs the LLM's width, so the LLM is built here; its step is recorded behind the layout.
+    with _device_of("llm", slots["llm"], fill):
         parts.llm = build_part("llm", slots["llm"], vocab_size=vocab_size)
     text_dim = parts.llm.hidden_size
     if node := slots.get("projector"):
@@ -139,44 +139,46 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             raise MisfitError(
                 ("projector", name), "no vision", f"projector {name!r} has no image tokens: the slot vision is empty."
             )
-        grid_now = grid if "grid" in have else None
+        grid_now = grid if "grid" in holds else None
         parts.projector = build_part(
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
         )
-        _require("projector", name, parts.projector, have, f"vision {vision_name!r}", slots)
+        _require("projector", name, parts.projector, holds, f"vision {vision_name!r}", slots)
         before, tokens = tokens, parts.projector.num_tokens(tokens)
-        have |= {"image_tokens"}
-        took("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
+        holds |= {"image_tokens"}
+        record_step("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
         grid_now = grid_now if tokens == before else parts.projector.grid
         derived = {"grid": grid_now, "num_tokens": tokens, "text_dim": text_dim}
-        # A projector that leaves tokens one by one leaves a pruner's choice as it is; others make new ones of it.
+        # Behind a projector of single tokens the layout still gets the encoder's tokens that a pruner kept, with their
+        # indices; others (pool, resampler) make new tokens, to which the indices do not apply.
         derived["pruned"] = tokens == before and parts.projector.num_tokens(1) == 1
-        _add_layout(parts, slots, took, **derived)
+        _add_layout(parts, slots, record_step, **derived)
         if parts.layout is not None:
-            _require("layout", slots["layout"]["name"], parts.layout, have, f"vision {vision_name!r}", slots)
+            _require("layout", slots["layout"]["name"], parts.layout, holds, f"vision {vision_name!r}", slots)
     if fill is not None:
         fill(parts)
 
-    have |= frozenset(parts.llm.provides)
-    took("llm", slots["llm"]["name"], parts.llm, tokens=parts.num_image_tokens, grid=None, width=text_dim)
+    holds |= frozenset(parts.llm.provides)
+    record_step("llm", slots["llm"]["name"], parts.llm, tokens=parts.num_image_tokens, grid=None, width=text_dim)
     for name, node in (slots.get("adapter") or {}).items():
         derived = {"vision_dim": width or None, "text_dim": text_dim, "grid": grid}
         derived["encoder_grid"] = tuple(parts.vision.grid) if parts.vision is not None else None
         adapter = build_part("adapter", {**node, "name": name}, llm=parts.llm, **derived)
-        _require("adapter", name, adapter, have, f"llm {slots['llm']['name']!r}", slots)
+        _require("adapter", name, adapter, holds, f"llm {slots['llm']['name']!r}", slots)
         _refuse_shared(name, adapter, parts.adapter)
-        _exclude("adapter", name, adapter, have, parts.steps)
-        have = (have - frozenset(adapter.destroys)) | frozenset(adapter.provides)
+        _exclude("adapter", name, adapter, holds, parts.steps)
+        holds = (holds - frozenset(adapter.destroys)) | frozenset(adapter.provides)
         parts.adapter[name] = adapter
         with _named(f"adapter {name!r}"):
             adapter.attach()
-        took("adapter", name, adapter, tokens=parts.num_image_tokens, grid=None, width=text_dim)
-    for name, pruner in parts.pruner.items():  # what a pruner needs inside the LLM holds only now
-        missing = (frozenset(pruner.needs) & LATE) - have
+        record_step("adapter", name, adapter, tokens=parts.num_image_tokens, grid=None, width=text_dim)
+    for name, pruner in parts.pruner.items():  # what a pruner needs inside the LLM is known only now
+        missing = (frozenset(pruner.needs) & CHECKED_AFTER_LLM) - holds
         if missing:
+            # VLoRA, say, feeds the image by weights: the LLM's sequence then has no image tokens to prune.
             taker = next((n for n, a in parts.adapter.items() if missing & frozenset(a.excludes)), "")
             source = f"adapter {taker!r}, which takes the image by another way," if taker else ""
-            raise _misfit("pruner", name, missing, have, source or f"llm {slots['llm']['name']!r}")
+            raise _misfit("pruner", name, missing, holds, source or f"llm {slots['llm']['name']!r}")
         with _named(f"pruner {name!r}"):
             pruner.attach(parts.llm)
 
@@ -190,47 +192,47 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     return parts
 
 
-def _place(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
-    """Where a part is built: on the meta device if its weights are read into it afterwards."""
+def _device_of(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
+    """Return the device context to build a part in: the meta device if its weights are read afterwards."""
     if fill is None or kind not in fill.empty or not registry.get(kind, node["name"]).streams:
         return nullcontext()
     return torch.device("meta")
 
 
-def _add_layout(parts: Parts, slots: Mapping[str, Any], took: Any, **derived: Any) -> None:
-    """Build what lays out the rows of an image behind the projector, where the slots name something."""
+def _add_layout(parts: Parts, slots: Mapping[str, Any], record_step: Any, **derived: Any) -> None:
+    """Build the layout behind the projector, where the slots name one."""
     if node := slots.get("layout"):
         assert parts.vision is not None, "there is a projector behind it"
         derived |= {"image_size": parts.vision.transform.size, "encoder_grid": tuple(parts.vision.grid)}
         parts.layout = layout = build_part("layout", node, **derived)
         tokens = layout.num_tokens(derived["num_tokens"])
-        took("layout", node["name"], layout, tokens=tokens, grid=None, width=derived["text_dim"])
+        record_step("layout", node["name"], layout, tokens=tokens, grid=None, width=derived["text_dim"])
 
 
 def build_part(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
-    """Build a part; what it refuses is said with its name."""
+    """Build a part; its errors are raised with its name."""
     with _named(f"{kind} {node.get('name')!r}"):
         return registry.build(kind, node, **derived)
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say the name of a part with what is wrong with it."""
+    """Put the name of a part in front of its errors."""
     try:
         yield
     except ZooError as error:
-        if str(error).startswith((name, "No ", "A ")):
+        if str(error).startswith((name, "No ", "A ")):  # the message names the part already
             raise
         raise ZooError(f"{name}: {error}") from error
     except _UNFORESEEN as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError that options do not explain
             raise
-        said = " ".join(str(error).split()) or "no more was said"
-        raise ZooError(f"{name} cannot be built with these options: {type(error).__name__}: {said}") from error
+        reason = " ".join(str(error).split()) or "no message"
+        raise ZooError(f"{name} cannot be built with these options: {type(error).__name__}: {reason}") from error
 
 
 def _refuse_shared(name: str, adapter: Adapter, others: Mapping[str, Adapter]) -> None:
-    """Refuse an adapter that wants modules of the LLM for itself (`exclusive`) which another one has."""
+    """Refuse two adapters whose modules of the LLM (`exclusive`) are the same, or inside one another."""
     for other, part in others.items():
         pairs = product(adapter.exclusive, part.exclusive)
         if both := [a for a, b in pairs if a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")]:
@@ -246,21 +248,21 @@ def _uses_image(adapter: Adapter) -> bool:
     return bool(frozenset(adapter.needs) & {"image", "grid", *ON_REQUEST})
 
 
-def _require(kind: str, name: str, part: Part, have: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
+def _require(kind: str, name: str, part: Part, holds: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
     needs = frozenset(part.needs) - {"image"}
-    missing = needs - have - (LATE if kind == "pruner" else frozenset())
+    missing = needs - holds - (CHECKED_AFTER_LLM if kind == "pruner" else frozenset())
     if missing:
         destroyers = [
             n for n in (slots.get("pruner") or {}) if n != name and missing & registry.get("pruner", n).destroys
         ]
         raise _misfit(
-            kind, name, missing, have, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)
+            kind, name, missing, holds, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)
         )
 
 
-def _exclude(kind: str, name: str, part: Adapter, have: frozenset[str], steps: list[Step]) -> None:
-    """Refuse a part beside what it does not stand."""
-    if unwanted := frozenset(part.excludes) & have:
+def _exclude(kind: str, name: str, part: Adapter, holds: frozenset[str], steps: list[Step]) -> None:
+    """Refuse a part where a capability holds that it excludes."""
+    if unwanted := frozenset(part.excludes) & holds:
         word = ", ".join(sorted(unwanted))
         giver = next((s for s in steps if unwanted & s.provides), None)
         source = f"{giver.kind} {giver.name!r} gives" if giver else "there are"
@@ -268,19 +270,19 @@ def _exclude(kind: str, name: str, part: Adapter, have: frozenset[str], steps: l
 
 
 def _misfit(
-    kind: str, name: str, missing: frozenset[str], have: frozenset[str], source: str, destroyed: bool = False
+    kind: str, name: str, missing: frozenset[str], holds: frozenset[str], source: str, destroyed: bool = False
 ) -> MisfitError:
     what = ", ".join(sorted(missing))
     how = f"{source} destroys it" if destroyed else f"{source} does not give it"
     return MisfitError(
         (kind, name),
         f"{'destroyed' if destroyed else 'missing'}: {what}",
-        f"{kind} {name!r} needs {what}, but {how}. What holds there: {', '.join(sorted(have)) or 'nothing'}.",
+        f"{kind} {name!r} needs {what}, but {how}. What holds there: {', '.join(sorted(holds)) or 'nothing'}.",
     )
 
 
 def build_distiller(model: Any, node: Mapping[str, Any]) -> Distiller:
-    """Build the distiller that a stage names, for this model."""
+    """Build a stage's distiller for this model."""
     vision = model.vision
     made: Distiller = registry.build(
         "distiller",

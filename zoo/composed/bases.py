@@ -1,13 +1,13 @@
-"""Which weights a saved model need not hold: those that its base checkpoints still give, bit for bit.
+"""Which weights a saved model need not hold: those that equal its base checkpoints, bit for bit.
 
 Weights come from a checkpoint of the encoder, of the language model, or from a published model as a whole. A saved
-model names those and holds what differs. What differs is found when it is saved: the bases are loaded once more, and
-each weight is compared with what they give. Nothing has to be noticed while weights change, so it does not matter what
-changes them (a fused optimiser, `.data`, a merge, another process); and what loading would draw anew, such as rows for
-new tokens, differs and is saved.
+model names those and holds what differs. Differences are found when it is saved: the bases are loaded once more, and
+each weight is compared with theirs. No bookkeeping is needed while weights change, so any change is found (a fused
+optimiser, `.data`, a merge, another process); and weights that loading would initialise at random, such as rows for new
+tokens, differ and are saved.
 
-Files are mapped where their layout and data type allow it: a comparison takes the time of reading them and next to no
-memory, and the first difference in a weight ends it.
+Files are memory-mapped where their layout and data type allow it: a comparison costs the time of reading them and next
+to no memory, and stops at the first difference in a weight.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
 from zoo.storage.weights import fingerprint, names_of, snapshot
 
 OWN = ("vision", "llm")  # parts that may have a checkpoint of their own
-WHOLE = "model"  # a published checkpoint that gave all parts their weights
+WHOLE = "model"  # key of a published checkpoint that all parts have their weights from
 
 
 @dataclass
@@ -37,16 +37,16 @@ class Bases:
     """The checkpoints that a model's weights came from, each by the part it is for, or `model`.
 
     Attributes:
-        record: what config.json says: checkpoint, revision, fingerprint; `dtype` where the weights are held in another
-            than the checkpoint gives; `whole: true` where it is named for people, and for the layout of exports, and
-            every weight is in the model's folder.
-        given: names of the weights that the checkpoint gave.
+        record: the entries of config.json: checkpoint, revision, fingerprint; `dtype` where the weights are held in
+            another than the checkpoint's; `whole: true` where every weight is in the model's folder, and the checkpoint
+            is named only as a source, and for the layout of exports.
+        given: names of the weights that came from the checkpoint.
         nodes: options of the part, to load it again.
         vocab_size: of the tokenizer that the language model was built for.
         folder: of the published checkpoint.
-        stored: where its files have the weights that it gave.
+        stored: slices of its files that hold those weights.
         dtype: that its weights were read as; None: that of the files.
-        bits: in which the layers of its language model are held; 0: all.
+        bits: of each weight in the layers of its language model; 0: not quantised.
     """
 
     record: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -78,10 +78,10 @@ class Bases:
                 )
 
     def require_elsewhere(self, folder: Path) -> None:
-        """Refuse to write where weights come from: what would be written names them.
+        """Refuse to write into the folder of a base, whose files the saved config would refer to.
 
         Raises:
-            ZooError: `folder` is that of a base.
+            ZooError: `folder` is the folder of a base.
         """
         for key, entry in self.record.items():
             place = self.folder if key == WHOLE and self.folder is not None else Path(entry["checkpoint"])
@@ -89,7 +89,7 @@ class Bases:
                 raise ZooError(f"{str(folder)!r} is where the base weights of {key} come from: save to another folder.")
 
     def require_whole(self, model: Any) -> None:
-        """Refuse to write all weights where some have no form of their own.
+        """Refuse to write all weights where some exist only in few bits.
 
         Raises:
             ZooError: the language model is held in few bits.
@@ -100,15 +100,16 @@ class Bases:
     def changed(
         self, model: Any, state: Mapping[str, Tensor], slots: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the weights of `state` that the bases do not give any more, and what a config is to say of the bases.
+        """Return the weights of `state` that differ from the bases, and the record of the bases for the config.
 
         Args:
             model: whose weights these are.
             state: whole tensors, each by the first of its names.
-            slots: the parts' options as they are saved: one that names no checkpoint any more has all its weights.
+            slots: the parts' options as they are saved: a part that no longer names a checkpoint has all its weights
+                saved.
 
         Raises:
-            ZooError: a weight that is held in few bits changed.
+            ZooError: a weight that exists only in few bits changed.
         """
         aliases, few = names_of(model), self._in_few_bits(model)
         unchanged: set[str] = set()
@@ -120,15 +121,15 @@ class Bases:
             try:
                 again = self._again(key) if given else {}
                 found = {n for n in given if self._still(state[n], again, aliases[n], few.get(n))}
-            except Exception as error:  # each library has its own; what was trained is saved, whatever the reason
+            except Exception as error:  # of any library: a base that is gone must not lose what was trained
                 why = " ".join(str(error).split()) or type(error).__name__
                 warnings.warn(
                     f"The base weights of {key} in {entry['checkpoint']!r} cannot be read any more, so all weights "
                     f"that came from there are saved: {why}",
                     stacklevel=3,
                 )
-                again, found = {}, set(given & few.keys())  # they have no form of their own to be saved in
-            else:
+                again, found = {}, set(given & few.keys())  # weights in few bits cannot be written, only named
+            else:  # only where the base was read: without it, equality is not known
                 if given and (lost := sorted(few.keys() - found)):
                     raise ZooError(
                         f"{lost[0]!r} is held in few bits and is no longer what {entry['checkpoint']!r} gives "
@@ -143,7 +144,7 @@ class Bases:
         return {n: t for n, t in state.items() if n not in unchanged}, record
 
     def _again(self, key: str) -> Mapping[str, Stored | Joined | Tensor]:
-        """What a base gives, read once more from where it was found."""
+        """Read the weights of a base once more, from where they were read first."""
         if key == WHOLE:
             assert self.folder is not None, "a published checkpoint was read from a folder"
             now = fingerprint(self.folder)
@@ -151,14 +152,15 @@ class Bases:
                 raise ZooError(f"its files are others now, with fingerprint {now[:12]}")
             return self.stored
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), _no_progress():
-            torch.default_generator.seed()  # what is drawn shall be another thing than it was
+            # A random seed: weights that the checkpoint lacks, drawn from the seed of the run, would compare equal.
+            torch.default_generator.seed()
             part = registry.build(key, self.nodes[key], vocab_size=self.vocab_size)
         return {f"{key}.{name}": tensor for name, tensor in part.state_dict().items()}
 
     def _still(
         self, tensor: Tensor, again: Mapping[str, Stored | Joined | Tensor], names: Sequence[str], few: Any = None
     ) -> bool:
-        """Whether a weight, under any of its names, is what its base gives; `few`: the layer that holds it in bits."""
+        """Whether a weight, under any of its names, equals its base's; `few`: the layer that holds it in few bits."""
         found = next((again[name] for name in names if name in again), None)
         if found is None:
             return False
@@ -168,11 +170,11 @@ class Bases:
             return holds(tensor, found)
         from zoo.published.bits import made_of
 
-        value = value_of(found)
+        value = value_of(found)  # quantised again, by the same code, and compared in bits
         return made_of(few, value if self.dtype is None else value.to(self.dtype), self.bits)
 
     def _in_few_bits(self, model: Any) -> dict[str, Any]:
-        """Names of the weights that are held in few bits, and the layers that hold them."""
+        """Return the names of weights in few bits, each with the layer that holds it."""
         if not self.bits:
             return {}
         from zoo.published.bits import layers_in
@@ -182,17 +184,17 @@ class Bases:
 
 
 def as_whole(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a base that gives nothing: it says where a model came from, and no more."""
+    """Return the record of a base that no weight is read from: it documents the source of the model."""
     return {k: v for k, v in entry.items() if k != "dtype"} | {"whole": True}
 
 
 def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bases:
-    """Note where the weights of a model, which have just been read, came from.
+    """Record where the weights of a model, which have just been read, came from.
 
     Args:
         model: composed.
         slots: its parts' options.
-        published: what read the weights of a published checkpoint, or of a zoo model's own folder; None: nothing.
+        published: the reader of a published checkpoint, or of a zoo model's own folder; None: there was none.
     """
     bases = Bases(vocab_size=model.config.text_vocab_size)
     for key, before in (model.config.base or {}).items():
@@ -216,10 +218,11 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
             entry |= {"checkpoint": str(folder.absolute()), "fingerprint": fingerprint(folder)}
             node = {**node, "checkpoint": entry["checkpoint"]}
         elif folder is not None and "revision" in node:
-            entry["revision"] = folder.name  # a commit of the hub, so that nothing newer is taken for it
+            entry["revision"] = folder.name  # the commit: a branch may have moved on when the model is loaded
             node = {**node, "revision": folder.name}
         bases.record[part], bases.nodes[part] = entry, dict(node)
         names = (f"{part}.{name}" for name in getattr(model, part).state_dict())
+        # Adapters may own parameters inside the LLM, and a published checkpoint comes before a part's own.
         bases.given[part] = frozenset(n for n in names if model.part_of(n) == part) - bases.names
         if dtype := dtype_of(((model.config.base or {}).get(part) or {}).get("dtype")):  # as it was saved
             cast_parameters(model, dtype, only=bases.given[part])
@@ -227,13 +230,13 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
 
 
 def _other_dtype(unchanged: Sequence[Tensor], again: Mapping[str, Stored | Joined | Tensor]) -> dict[str, str]:
-    """Say the data type that unchanged weights are held in, where it is another one than the base gives them in."""
+    """Return the data type of unchanged weights for the record, where it differs from the base's."""
     held, given = (_usual_dtype(tensors) for tensors in (unchanged, again.values()))
     return {} if held == given or given is None else {"dtype": str(held).removeprefix("torch.")}
 
 
 def _usual_dtype(tensors: Iterable[Stored | Joined | Tensor]) -> torch.dtype | None:
-    """The data type of most floating point numbers; routers and the like may have another."""
+    """Return the data type of most floating point numbers; routers and norms may have another."""
     numbers: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         if tensor.dtype.is_floating_point:
@@ -243,7 +246,7 @@ def _usual_dtype(tensors: Iterable[Stored | Joined | Tensor]) -> torch.dtype | N
 
 @contextlib.contextmanager
 def _no_progress() -> Iterator[None]:
-    """Let transformers draw no bar for what is loaded to be compared."""
+    """Suppress transformers' progress bar: a load for comparison only would look like a second load."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Talking to a model: turns of a conversation, with images and videos in any of them."""
+"""A chat with a model: turns of a conversation, with images and videos in any of them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,12 +9,12 @@ from zoo.vision.images.video import Video
 
 
 class Talk:
-    """A conversation that goes on: what was said and shown before is kept.
+    """A conversation that keeps its earlier turns and images.
 
     Args:
         model: composed.
-        processor: of the model; None: the one that `zoo.load` gave with it.
-        system: text that stands before the conversation.
+        processor: of the model; None: the one that `zoo.load` returned with it.
+        system: text before the conversation.
     """
 
     def __init__(self, model: Any, processor: Any = None, system: str = "") -> None:
@@ -37,15 +37,15 @@ class Talk:
         max_new_tokens: int = 256,
         **options: Any,
     ) -> str:
-        """Say something, show something, and return the answer.
+        """Add a turn of the user, with images and videos, and return the answer.
 
         Args:
             text: the question.
             images: paths, PIL images, arrays or bytes.
             videos: paths, or `zoo.vision.images.video.Video`s.
-            stream: is called with each piece of the answer as it comes.
+            stream: is called with each piece of the answer as soon as it is generated.
             max_new_tokens: the longest answer.
-            options: further ones of `generate`; greedy unless they say otherwise.
+            options: further ones of `generate`; greedy by default.
 
         Raises:
             ZooError: `text` is something else, such as a list of messages.
@@ -55,7 +55,7 @@ class Talk:
                 f"A chat takes the question as a text, got {type(text).__name__}. Images go beside it (images=), "
                 "and zoo.composed.chat_session.Talk keeps earlier turns. Messages go through "
                 "processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True), "
-                "and what it gives to model.generate."
+                "and their output to model.generate."
             )
         films = [v if isinstance(v, Video) else Video(str(v)) for v in videos]
         sources = [*images, *films]
@@ -70,6 +70,7 @@ class Talk:
         given = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values") if k in batch}
         given = {k: v.to(self.model.device) for k, v in given.items()}
         given |= {k: batch[k] for k in ("cuts", "images_per_row") if k in batch}
+        # A checkpoint's generation_config may sample; answers of a chat are to be reproducible unless asked otherwise.
         if "do_sample" not in options and not options.get("temperature"):
             options["do_sample"] = False
         reader = reader_for(self.model, self.processor.template)
@@ -79,6 +80,6 @@ class Talk:
             options.setdefault("tokenizer", self.processor.tokenizer)
         out = self.model.generate(**given, max_new_tokens=max_new_tokens, **options)
         answer = reader.read(out[0, row.input_ids.shape[0] :].tolist())
-        self.shown = shown
+        self.shown = shown  # only now: a refused turn leaves the conversation as it was
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer or "..."}]}]
         return answer

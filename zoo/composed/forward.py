@@ -1,7 +1,7 @@
 """The forward pass of a composed model, step by step: encode, merge, place, run, head, losses.
 
-What comes in is one value (`zoo.composed.inputs`), and so is what is known of the pass while it runs
-(`zoo.registry.forward_pass`), which parts inside the LLM read and write.
+The keywords are one value (`zoo.composed.inputs`), and so is the state of the pass (`zoo.registry.forward_pass`), which
+parts inside the LLM read and write.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,35 +62,34 @@ class ForwardMixin(ImagesMixin):
         Args:
             input_ids: (B, T) with `num_image_tokens` placeholders per image.
             pixel_values: (M, 3, S, S), images in the order of their placeholders.
-            attention_mask: (B, T), 1 where a token is; padding may stand on either side. With a cache (B, past + T).
-            position_ids: (B, T) as columns count, places of image tokens that are gone left out; from the first token
-                that is no padding where absent.
-            cache: keys and values of what came before; `past_key_values` is the same, by its older name.
-            inputs_embeds: (B, T, C) instead of `input_ids`; images go where the embedding of the placeholder stands.
-            labels: (B, T), not shifted, IGNORE_INDEX where nothing is learnt. The loss is the mean over labels.
+            attention_mask: (B, T), 1 for valid tokens; padding on either side. With a cache (B, past + T).
+            position_ids: (B, T) counted over columns, without positions of image tokens that were pruned; where absent,
+                counted from the first valid token.
+            cache: keys and values of the sequence so far; `past_key_values` is the same, by its older name.
+            inputs_embeds: (B, T, C) instead of `input_ids`; images replace the embeddings of placeholders.
+            labels: (B, T), not shifted, IGNORE_INDEX where no target is. The loss is the mean over labels.
             logits_to_keep: how many of the last positions get logits, 0 all; or which positions, as a tensor.
-            num_items_in_batch: what the summed answer loss is divided by (gradient accumulation); default: labels in
-                the batch.
-            use_cache: give the cache of this pass; None: as the LLM's config says.
-            output_hidden_states: give (B, T, C) of the embeddings and of each layer.
-            output_attentions: give (B, H, T, T) of each layer, where the LLM's attention can.
-            return_dict: False gives a tuple: loss if there are labels, logits, and what else was asked for.
+            num_items_in_batch: divisor of the summed answer loss (gradient accumulation); default: labels in the batch.
+            use_cache: return the cache of this pass; None: as the LLM's config.
+            output_hidden_states: return (B, T, C) of the embeddings and of each layer.
+            output_attentions: return (B, H, T, T) of each layer, where the LLM's attention supports it.
+            return_dict: False returns a tuple: loss if there are labels, logits, and what else was asked for.
             segment_ids, block_ids: (B, T) of packed rows, see `zoo.text.batch`.
             images_per_row: images of each row; counted from the placeholders where absent.
             cuts: of each image, where images have rows of their own (crops, frames).
-            encoded: what `encode_images` gave, instead of `pixel_values`.
-            all_logits: give logits beside a loss; without them the head runs where labels are, and nowhere else.
+            encoded: output of `encode_images`, instead of `pixel_values`.
+            all_logits: return logits beside a loss; False runs the head only where labels are.
             run_llm: False stops after the projector.
-            run_head: False leaves out logits and the answer loss; those of the parts are there.
-            targets: ignored here; dense targets for distillers travel in the same batch.
+            run_head: False leaves out logits and the answer loss; losses of parts are computed.
+            targets: ignored here; dense targets for distillers are part of the same batch.
             pair_ids: (B, T) which of a pair's answers a token belongs to; for distillers, see `zoo.text.batch`.
-            kwargs: what this LLM takes beside that, such as `output_router_logits` of one with experts.
+            kwargs: further arguments of this LLM, such as `output_router_logits` of one with experts.
 
         Returns:
             `ZooOutput`, or a tuple with `return_dict=False`.
 
         Raises:
-            ZooError: a keyword that neither the model nor its LLM knows, or inputs that do not belong together.
+            ZooError: a keyword that neither the model nor its LLM has, or inputs that do not fit together.
         """
         takes = self.llm.keywords() if kwargs else frozenset()
         given = Inputs(
@@ -117,11 +116,11 @@ class ForwardMixin(ImagesMixin):
             more=further(kwargs, takes, type(self).forward) if kwargs else {},
         )
         with turn_of(self, self.inside_llm), running() as now:
-            seen = self._encode(pixel_values, cuts, encoded)  # tokens (M, K, C)
+            images = self._encode(pixel_values, cuts, encoded)  # tokens (M, K, C)
             if not run_llm:
-                return ZooOutput(losses={}, passed=now, **seen.named)
-            embeds, slots = self._merge(given, seen)  # (B, T, C), (B, T)
-            masks = self._place(given, seen, embeds, slots, now)  # (B, T), or (B, 1, T, T) of packed rows
+                return ZooOutput(losses={}, passed=now, **images.named)
+            embeds, slots = self._merge(given, images)  # (B, T, C), (B, T)
+            masks = self._place(given, images, embeds, slots, now)  # (B, T), or (B, 1, T, T) of packed rows
             out = self._run(given, embeds, masks, now)  # last_hidden_state (B, T, C), shorter where tokens were dropped
             logits = self._head(given, out.last_hidden_state, embeds.shape[1])  # (B, T, V), or of chosen positions
             losses = self._losses(given, out.last_hidden_state, now.sequence.labels)  # by name
@@ -136,16 +135,16 @@ class ForwardMixin(ImagesMixin):
             last_hidden_state=out.last_hidden_state,
             labels=now.sequence.labels,
             passed=now,
-            **seen.named,
+            **images.named,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()
 
     # ---- the steps; the first, `_encode`, is in `zoo.composed.image_path` --------------------------------------------
 
-    def _merge(self, given: Inputs, seen: Encoded) -> tuple[Tensor, Tensor | None]:
-        """Put the image tokens in place: embeddings (B, T, C), and where images stand (B, T), None if not known."""
-        ids, embeds, tokens = given.input_ids, given.inputs_embeds, seen.tokens
+    def _merge(self, given: Inputs, images: Encoded) -> tuple[Tensor, Tensor | None]:
+        """Insert the image tokens: embeddings (B, T, C), and where images are (B, T), None if not known."""
+        ids, embeds, tokens = given.input_ids, given.inputs_embeds, images.tokens
         slots: Tensor | None
         if (ids is None) == (embeds is None):
             what = "neither" if ids is None else "both"
@@ -155,23 +154,23 @@ class ForwardMixin(ImagesMixin):
             slots = None if tokens is None else self._placeholders_among(embeds)
             embeds = embeds if slots is None else self._placed(embeds, slots, tokens)
         elif tokens is None and given.goes_on:
-            # What was generated goes on behind the cache: a token like all others, the placeholder's id included.
+            # A token that was generated, and is appended to the cache, is text even where its id is the placeholder's.
             embeds, slots = self.llm.embed(ids), torch.zeros_like(ids, dtype=torch.bool)
         else:
             embeds, slots = self.merge(ids, tokens), self._placeholders(ids)
-        if seen.image is None and self.training and self._vision_trains():
+        if images.image is None and self.training and self._vision_trains():
             # DDP waits for a gradient of every parameter from every process, also of those whose batch has no image.
             embeds = embeds + self._touch_vision()
         return embeds, slots
 
     def _place(
-        self, given: Inputs, seen: Encoded, embeds: Tensor, slots: Tensor | None, now: Pass
+        self, given: Inputs, images: Encoded, embeds: Tensor, slots: Tensor | None, now: Pass
     ) -> dict[str, Tensor | None]:
-        """Say what stands where, to the pass and to the parts that act inside the LLM; returns the masks of the LLM."""
+        """Set the sequence of the pass, pass it to the parts inside the LLM, and return the LLM's masks."""
         positions = given.position_ids
         if positions is None:
             positions = _positions(given.attention_mask, given.cache, embeds.shape[1])
-        mask, shift = given.attention_mask, self._shift(given, seen, embeds, slots)
+        mask, shift = given.attention_mask, self._shift(given, images, embeds, slots)
         if shift is not None:
             columns = torch.arange(embeds.shape[1], device=embeds.device)[None] + given.past
             positions = shift + (columns if positions is None else positions)
@@ -185,13 +184,13 @@ class ForwardMixin(ImagesMixin):
             given.segment_ids,
             given.block_ids,
             pair_ids=given.pair_ids,
-            shift=shift if seen.kept is not None else None,
+            shift=shift if images.kept is not None else None,
         )
         masks = self._masks(now.sequence, given.cache)
-        if seen.kept is not None or not given.goes_on:
-            self._condition(seen.kept, given.images_per_row, slots)
+        if images.kept is not None or not given.goes_on:
+            self._condition(images.kept, given.images_per_row, slots)
         else:
-            # No image comes with what a cache goes on with: adapters stay with those that its beginning showed.
+            # A continued cache comes without images: adapters keep the condition of its beginning.
             now.conditions = conditions_in(given.cache)
         inside: list[Pruner | Adapter] = [*self.pruner.values(), *self.adapter.values()]
         for part in inside:
@@ -199,9 +198,9 @@ class ForwardMixin(ImagesMixin):
         return masks
 
     def _run(self, given: Inputs, embeds: Tensor, masks: Mapping[str, Tensor | None], now: Pass) -> Any:
-        """Run the LLM without its vocabulary projection; returns what transformers' class gives."""
+        """Run the LLM without its vocabulary projection; returns the output of transformers' class."""
         asked = {"output_hidden_states": given.output_hidden_states, "output_attentions": given.output_attentions}
-        past = given.past  # the cache grows in the pass
+        past = given.past  # read before the pass, in which the cache grows
         if now.sequence.shift is not None and past:
             asked |= whole_row(self.llm.lm, embeds.shape[0], embeds.shape[1], past)
         out = self.llm.hidden(
@@ -213,45 +212,45 @@ class ForwardMixin(ImagesMixin):
             **{name: value for name, value in asked.items() if value is not None},
             **given.more,
         )
-        put_conditions(cache_of(out), now.conditions)  # for the pass that goes on with this cache
+        put_conditions(cache_of(out), now.conditions)  # for the pass that continues this cache
         if now.sequence.shift is not None:
             put_shift(cache_of(out), now.sequence.shift, past)
         return out
 
-    def _shift(self, given: Inputs, seen: Encoded, embeds: Tensor, slots: Tensor | None) -> Tensor | None:
-        """Say what is added to the columns for places that no token stands on, (B, T) or (B, 1); None: nothing."""
+    def _shift(self, given: Inputs, images: Encoded, embeds: Tensor, slots: Tensor | None) -> Tensor | None:
+        """Return what is added to columns for positions of pruned tokens, (B, T) or (B, 1); None: nothing."""
         before = shift_of(given.cache, len(embeds)) if given.goes_on else None
-        if self.unpruned is None or seen.kept is None or slots is None:
+        if self.unpruned is None or images.kept is None or slots is None:
             return before
-        return self.unpruned.gaps(seen.kept).shift(numbered(slots), given.segment_ids, before)
+        return self.unpruned.gaps(images.kept).shift(numbered(slots), given.segment_ids, before)
 
     def _head(self, given: Inputs, hidden: Tensor, length: int) -> Tensor | None:
         """Project to the vocabulary where logits are asked for: (B, T, V); the answer loss makes its own.
 
         Args:
-            given: which positions get logits.
-            hidden: (B, T, C), of the tokens that are left.
-            length: of the rows before the LLM.
+            given: with the positions that get logits.
+            hidden: (B, T, C), of the tokens kept.
+            length: T before the LLM.
         """
         if not given.run_head or (given.labels is not None and not given.all_logits):
             return None
         return self.llm.head(_asked_for(hidden, given.logits_to_keep, length))
 
     def _losses(self, given: Inputs, hidden: Tensor, labels: Tensor | None) -> dict[str, Tensor] | None:
-        """The answer loss and those of the parts, by name; None without labels.
+        """Return the answer loss and the losses of parts, by name; None without labels.
 
         Args:
-            given: says what the answer loss is divided by.
+            given: with the divisor of the answer loss.
             hidden: (B, T, C).
-            labels: (B, T) of the tokens that are left.
+            labels: (B, T) of the tokens kept.
         """
         if labels is None:
             return None
         losses: dict[str, Tensor] = {}
-        own = self.__dict__.get("_loss_function")  # somebody has set `model.loss_function`
+        own = self.__dict__.get("_loss_function")  # set by the user through transformers' `model.loss_function`
         if given.run_head and own is not None:
-            told = {"vocab_size": self.llm.vocab_size, "num_items_in_batch": given.num_items_in_batch}
-            losses["answer"] = own(logits=self.llm.head(hidden), labels=labels, **told)
+            sizes = {"vocab_size": self.llm.vocab_size, "num_items_in_batch": given.num_items_in_batch}
+            losses["answer"] = own(logits=self.llm.head(hidden), labels=labels, **sizes)
         elif given.run_head:
             losses["answer"] = answer_loss(self.llm, hidden, labels, given.num_items_in_batch, compiled=self.compiled)
         givers: list[LanguageModel | Pruner | Adapter] = [self.llm, *self.pruner.values(), *self.adapter.values()]
@@ -262,28 +261,29 @@ class ForwardMixin(ImagesMixin):
     # ---- what the LLM is given ---------------------------------------------------------------------------------------
 
     def _makes_cache(self, use_cache: bool | None) -> bool:
-        """Whether this pass gives its keys and values: where nobody says, as the LLM's config does."""
+        """Whether this pass returns its keys and values: as given, else as the LLM's config."""
         if use_cache is not None:
             return use_cache
         lm = self.llm.lm
+        # Checkpointed layers run twice, and would append their keys to the cache twice.
         recomputed = self.training and torch.is_grad_enabled() and recomputes(lm)
         return bool(getattr(lm.config.get_text_config(), "use_cache", False)) and not recomputed
 
     def _masks(self, sequence: LLMSequence, cache: Any) -> dict[str, Any]:
-        """Give the mask as the LLM takes it: of packed rows (B, 1, T, T), else as it came."""
+        """Return the masks for the LLM: of packed rows (B, 1, T, T), else as given."""
         mask, segment_ids = sequence.attention_mask, sequence.segment_ids
         if self.compiled and segment_ids is None and mask is not None and self._mask_ahead(mask, cache):
             # Segments count from 0 and padding is -1, so a mask of 1 and 0, less one, is a row of one sample. With
-            # segments the mask is made here, once: compiled layers would work it out for every head, 2 % of a step.
+            # segments the mask is made here, once: compiled layers would compute it for every head, 2 % of a step.
             segment_ids = sequence.segment_ids = mask - 1
         if segment_ids is None and sequence.block_ids is None:
             return {"attention_mask": mask}
         packed = self._packed_mask(mask, segment_ids, sequence.block_ids)
-        # A mask of four dimensions does not say what is padding, which the balance loss of an MoE LLM must not count.
+        # Padding cannot be read from a mask of four dimensions, and the balance loss of an MoE LLM must not count it.
         return {"attention_mask": packed, "padding_mask": mask}
 
     def _compute_dtype(self) -> torch.dtype:
-        """The data type of the LLM's products."""
+        """Return the data type of the LLM's matrix products."""
         weight = next(self.llm.parameters())
         device = weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -291,7 +291,7 @@ class ForwardMixin(ImagesMixin):
         return weight.dtype
 
     def _mask_ahead(self, attention_mask: Tensor, cache: Any) -> bool:
-        """Whether the mask of this pass may be made here, for compiled layers."""
+        """Whether the mask of this pass may be made ahead of compiled layers, which is once for all of them."""
         config = self.llm.lm.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         windows = getattr(config, "sliding_window", None) or kinds - {"full_attention"}
@@ -320,7 +320,7 @@ def _summed(
     """Sum the losses of a pass.
 
     Where the answer loss is divided by more labels than there are here, as in gradient accumulation, the other losses,
-    which are means of this pass, count by the share of labels that they saw.
+    which are means of this pass, are weighted by its share of those labels.
     """
     if not losses:
         return None
@@ -331,9 +331,9 @@ def _summed(
 
 
 def _positions(attention_mask: Any, cache: Any, length: int) -> Tensor | None:
-    """Count the positions of (B, T) from the first token that is no padding; None: the LLM counts them by itself.
+    """Count the positions of (B, T) from the first valid token; None: the LLM counts them by itself.
 
-    So a row means the same however much padding stands before it, and what goes on with a cache goes on counting.
+    So a row's result does not depend on its padding, and the positions behind a cache continue its own.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
@@ -346,7 +346,7 @@ def _positions(attention_mask: Any, cache: Any, length: int) -> Tensor | None:
 
 
 def _asked_for(hidden: Tensor, logits_to_keep: int | Tensor, length: int) -> Tensor:
-    """The positions that get logits, as transformers chooses them: the last ones, these of all rows, or of each.
+    """Select the positions that get logits, as transformers does: the last ones, those named for all rows, or for each.
 
     Args:
         hidden: (B, T, C).
@@ -358,7 +358,7 @@ def _asked_for(hidden: Tensor, logits_to_keep: int | Tensor, length: int) -> Ten
     if hidden.shape[1] != length:
         raise ZooError(
             f"logits_to_keep names positions among {length}, and a pruner inside the LLM left {hidden.shape[1]}: "
-            "say how many of the last ones."
+            "give the number of last positions instead."
         )
     if logits_to_keep.dim() < 2:
         return hidden[:, logits_to_keep]

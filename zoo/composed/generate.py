@@ -1,12 +1,12 @@
-"""How a composed model answers: transformers' `generate` on its language model, for a prompt with images.
+"""Generation of a composed model: transformers' `generate` on its language model, for a prompt with images.
 
-The language model is what generates, so that each strategy, cache and habit of its family is its own. It is given ids
-as any language model, placeholders of images among them; the image tokens take their places where the inputs of a pass
-are made of the ids. So whatever looks at ids (penalties, lookups, drafts), splits them (chunks of a prefill) or goes
-back in them (assisted decoding) needs to know nothing of images.
+`generate` runs on the language model itself, so strategies, caches and peculiarities of its family are those of
+transformers. Its ids include the placeholders of images; image tokens replace them only where a pass makes its inputs
+from ids. So whatever reads ids (penalties, lookups, drafts), splits them (chunked prefill) or rolls them back (assisted
+decoding) works without knowing of images.
 
-For one call there is one object: of a subclass of the language model's own class, which shares all that the language
-model holds, and knows the prompt. Nothing is left on the language model, and threads do not meet.
+Each call makes one object of a subclass of the language model's own class, which shares everything with the language
+model and holds the prompt. Nothing is set on the language model, so threads cannot interfere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, Zo
 from zoo.registry.forward_pass import conditions_in, put_conditions, running
 from zoo.registry.versions import cache_argument, cache_in
 
-_SEQUENCE = "zoo_sequence"  # under which a pass's sequence travels from the inputs to the call
+_SEQUENCE = "zoo_sequence"  # key of a pass's sequence among the inputs that transformers passes on to the call
 
 
 class GenerateMixin(nn.Module):
@@ -64,21 +64,21 @@ class GenerateMixin(nn.Module):
     ) -> Any:
         """Generate with transformers' own `generate`: greedy, sampling, beams, drafts of another model, and so on.
 
-        What of it is refused, and why, stands in `zoo.composed.generate_options`.
+        What is refused, and why, is listed in `zoo.composed.generate_options`.
 
         Args:
             input_ids: (B, T), padded on the left where lengths differ.
             pixel_values: (M, 3, S, S).
-            attention_mask: (B, T); worked out from the ids where absent, as transformers does.
+            attention_mask: (B, T); where absent, derived from the ids as transformers does.
             images_per_row: needed only where images have no placeholders and rows do not hold one image each.
             cuts: of each image, where images have rows of their own (crops, frames).
-            encoded: what `encode_images` gave, instead of `pixel_values`.
+            encoded: output of `encode_images`, instead of `pixel_values`.
             generation_config: of transformers.
-            kwargs: its fields, and what else transformers' `generate` takes: `cache` (or `past_key_values`), a
+            kwargs: its fields, and further arguments of transformers' `generate`: `cache` (or `past_key_values`), a
                 `streamer`, an `assistant_model` (a causal LM, or a composed model of the same tokenizer), ...
 
         Returns:
-            What transformers returns: prompt and new ids (B * num_return_sequences, T + new), or a dict if asked for.
+            As transformers: prompt and new ids (B * num_return_sequences, T + new), or a dict if asked for.
         """
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
         if input_ids is None:
@@ -103,7 +103,7 @@ class GenerateMixin(nn.Module):
             kwargs |= cache_argument(given)
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
         shown, slots = self._encode(pixel_values, cuts, encoded), self._placeholders(input_ids)
-        if options.get("is_assistant") and shown.kept is None:  # it drafts for a model that sees the images
+        if options.get("is_assistant") and shown.kept is None:  # a draft model without images: placeholders are text
             kwargs.pop("mm_encoder_outputs", None)
             slots = torch.zeros_like(slots)
         prompt = self._prompt(slots, input_ids, shown, images_per_row, past, whole, given)
@@ -116,13 +116,13 @@ class GenerateMixin(nn.Module):
             kwargs["tokenizer"] = self._tokenizer()
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask.to(device)
-        if asked.get("assistant_early_exit"):
+        if asked.get("assistant_early_exit"):  # transformers sets `num_hidden_layers` on the config for each draft
             lm = with_own_depth(lm)
         with turn_of(self, self.inside_llm), _own_errors():
             return prompted(lm, prompt).generate(input_ids, generation_config=generation_config, **kwargs)
 
     def _supports_logits_to_keep(self) -> bool:
-        """What transformers asks of a model that drafts."""
+        """Whether a draft model may compute logits of the last positions only; called by transformers."""
         return bool(generator_of(self.llm.lm)._supports_logits_to_keep())
 
     def _prompt(
@@ -135,21 +135,21 @@ class GenerateMixin(nn.Module):
         whole: bool = True,
         cache: Any = None,
     ) -> Prompt:
-        """Join ids (B, T), the places (B, T) of image tokens in them, and the images.
+        """Join ids (B, T), the placeholders (B, T) among them, and the images.
 
         Args:
-            past: tokens that a given cache holds.
-            whole: whether their ids are among the given ones.
+            past: tokens in the given cache.
+            whole: whether `input_ids` include theirs.
             cache: the given one.
         """
         index = self.image_index(slots, encoded.tokens, past if whole else 0)
-        told: dict[str, Any] = {"past": 0 if whole else past, "goes_on": past > 0}
-        anew = whole and index is not None and bool((index[:, :past] >= 0).any())  # the images of the cache come again
+        more: dict[str, Any] = {"past": 0 if whole else past, "goes_on": past > 0}
+        anew = whole and index is not None and bool((index[:, :past] >= 0).any())  # with the images of the cache
         shift = None if anew or not past else shift_of(cache, len(input_ids))
         if self.unpruned is not None and encoded.kept is not None and index is not None:
             shift = self.unpruned.gaps(encoded.kept).shift(index, before=shift)
-        told["shift"] = shift
-        return Prompt(self, index, encoded.tokens, encoded.kept, images_per_row, input_ids, **told)
+        more["shift"] = shift
+        return Prompt(self, index, encoded.tokens, encoded.kept, images_per_row, input_ids, **more)
 
     def _drafting(
         self,
@@ -160,7 +160,7 @@ class GenerateMixin(nn.Module):
         images_per_row: Sequence[int] | None,
         prompt: Prompt,
     ) -> Any:
-        """Give the language model of a composed model that drafts, with the images of the prompt where it sees any."""
+        """Return the language model of a composed draft model, with the prompt's images where it has an encoder."""
         lm, nothing = generator_of(drafts.llm.lm), Encoded()
         if (prompt.index is None and prompt.image is None) or drafts.vision is None:
             return prompted(lm, drafts._prompt(torch.zeros_like(input_ids).bool(), input_ids, nothing, None))
@@ -170,19 +170,19 @@ class GenerateMixin(nn.Module):
         if pixel_values is None or drafts.vision.transform != self.vision.transform:
             what = "encoded= is of one encoder" if pixel_values is None else "their encoders take other pixels"
             raise ZooError(
-                f"The composed model in assistant_model cannot see the images of this one: {what}. Pass its language "
+                f"The composed model in assistant_model cannot take the images of this one: {what}. Pass its language "
                 "model instead (assistant_model=other.llm.lm), which drafts without them."
             )
         slots = self._placeholders(input_ids)
-        seen = drafts.encode_images(pixel_values, cuts)
-        made = 0 if seen.tokens is None else seen.tokens.shape[:-1].numel()
+        images = drafts.encode_images(pixel_values, cuts)
+        made = 0 if images.tokens is None else images.tokens.shape[:-1].numel()
         if made != int(slots.sum()):
             raise ZooError(
                 f"The composed model in assistant_model makes {made} tokens of the images, and the prompt has "
                 f"{int(slots.sum())} placeholders. Pass its language model instead (assistant_model=other.llm.lm), "
                 "which drafts without images."
             )
-        return prompted(lm, drafts._prompt(slots, input_ids, seen, images_per_row))
+        return prompted(lm, drafts._prompt(slots, input_ids, images, images_per_row))
 
     def _tokenizer(self) -> Any:
         """The tokenizer, where an answer ends with text: that of the processor, or in the folder of the model."""
@@ -215,13 +215,13 @@ class GenerateMixin(nn.Module):
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Say what transformers' `generate` refuses, not what fails in a model, as errors that a user can fix."""
+    """Raise what transformers' `generate` refuses as a `ZooError`; errors from inside a model stay as they are."""
     try:
         yield
     except ZooError:
         raise
     except (ValueError, ImportError, NotImplementedError) as error:
-        trace = error.__traceback__
+        trace = error.__traceback__  # the innermost frame tells a refusal from a failure: both are ValueErrors
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
@@ -235,17 +235,17 @@ def _own_errors() -> Iterator[None]:
 
 @dataclass
 class Prompt:
-    """What one call of `generate` begins with.
+    """The prompt of one call of `generate`.
 
     Args:
         model: the composed model.
-        index: (B, T) which image token stands in each column of the given ids, -1 a word; None: words alone.
+        index: (B, T) image token of each column of the given ids, -1 text; None: text only.
         image_tokens: (S, C).
-        image: what the pruners left of the encoder's features, for adapters; None: no image.
+        image: features after pruning, for adapters; None: no image.
         images_per_row: images of each row.
-        shift: (B, T) what is added to the positions of the given ids, (B, 1) of all; None: nothing.
-        past: tokens in the given cache whose ids are not among the given ones.
-        goes_on: the cache holds a beginning, whose image adapters stay with.
+        shift: (B, T) added to the positions of the given ids, (B, 1) to all; None: nothing.
+        past: tokens in the given cache whose ids are not given.
+        goes_on: the given cache has a beginning, whose condition adapters keep.
     """
 
     model: Any
@@ -257,11 +257,11 @@ class Prompt:
     shift: Tensor | None = None
     past: int = 0
     goes_on: bool = False
-    rows: int = field(default=0, init=False)  # of the LLM's batch that adapters were conditioned for
-    conditions: dict[str, Any] = field(default_factory=dict, init=False)  # what they made of the images
+    rows: int = field(default=0, init=False)  # of the LLM's batch when adapters were conditioned; 0: not yet
+    conditions: dict[str, Any] = field(default_factory=dict, init=False)  # what adapters made of the images
 
     def condition(self, rows: int, cache: Any) -> None:
-        """Hand the images to the adapters, once it is known how many copies of each row there are."""
+        """Pass the images to the adapters, once the number of copies of each row (beams) is known."""
         if self.goes_on and self.image is None:
             self.conditions = conditions_in(cache)
         else:
@@ -272,11 +272,11 @@ class Prompt:
         self.rows = rows
 
     def place(self, inputs: dict[str, Any], given: Tensor) -> dict[str, Any]:
-        """Put image tokens into the inputs of one pass.
+        """Insert image tokens into the inputs of one pass.
 
         Args:
-            inputs: what the language model's class made of `given`.
-            given: (rows, L) ids: the prompt and what came after, or a chunk of the prompt.
+            inputs: made of `given` by the language model's class.
+            given: (rows, L) ids: the prompt and the tokens after it, or a chunk of the prompt.
         """
         ids = inputs.get("input_ids")
         if ids is None:
@@ -289,19 +289,19 @@ class Prompt:
             if self.shift is not None:
                 put_shift(cache, self.shift.repeat_interleave(rows // len(self.shift), 0), self.past)
         length = self.ids.shape[1]
-        chunk = given.shape[1] < length
+        chunk = given.shape[1] < length  # of a chunked prefill: its place follows from what the cache holds
         start = int(cache.get_seq_length()) - self.past if chunk else given.shape[1] - q
         if self.shift is not None:
             inputs = self._shifted(inputs, self.shift, start, rows, q)
         if self.index is None or start >= length:
-            return inputs  # words behind the prompt
+            return inputs  # behind the prompt: text only
         index = F.pad(self.index[:, start : start + q], (0, max(0, start + q - length)), value=-1)  # (B, q)
         if not bool((index >= 0).any()):
             return inputs
         copies = rows // len(index)
         if inside := self.model.inside_pruners:
             mask = inputs.get("attention_mask")
-            mask = mask if mask is None else mask[::copies]
+            mask = mask if mask is None else mask[::copies]  # beams of a row share its mask
             sequence = LLMSequence(index >= 0, mask, None, None, drafts=max(0, start + q - length))
             for pruner in inside.values():
                 pruner.begin(sequence)
@@ -310,34 +310,34 @@ class Prompt:
         return inputs | {"input_ids": None, "inputs_embeds": self.model.place(ids, index, self.image_tokens)}
 
     def _shifted(self, inputs: dict[str, Any], shift: Tensor, start: int, rows: int, q: int) -> dict[str, Any]:
-        """Shift the positions of the columns from `start` on, and see that no gap is taken for a border."""
+        """Shift the positions of the columns from `start` on; a mask keeps gaps from being taken for packed samples."""
         cache, columns = cache_in(inputs), torch.arange(start, start + q, device=shift.device)
         shift = shift[:, columns.clamp(max=shift.shape[1] - 1)].repeat_interleave(rows // len(shift), 0)  # (rows, q)
         held = 0 if cache is None else int(cache.get_seq_length())
-        told: dict[str, Any] = {"position_ids": inputs["position_ids"] + shift}
+        more: dict[str, Any] = {"position_ids": inputs["position_ids"] + shift}
         if cache is None and inputs.get("attention_mask") is None:
-            told["attention_mask"] = torch.ones_like(shift)
+            more["attention_mask"] = torch.ones_like(shift)
         if held and q > 1:
-            told |= whole_row(self.model.llm.lm, rows, q, held)
-        return inputs | told
+            more |= whole_row(self.model.llm.lm, rows, q, held)
+        return inputs | more
 
 
 def prompted(lm: Any, prompt: Prompt) -> Any:
-    """Give the language model as it is to generate from `prompt`."""
+    """Return an object that shares all of the language model and inserts the images of `prompt` into its passes."""
     cls: Any = type(lm)
     made: Any = object.__new__(_class_of(cls))
-    object.__setattr__(made, "__dict__", lm.__dict__)
+    object.__setattr__(made, "__dict__", lm.__dict__)  # the same dict: modules, hooks and config are shared
     object.__setattr__(made, "zoo_lm", lm)
     object.__setattr__(made, "zoo_prompt", prompt)
     return made
 
 
 def with_own_depth(lm: Any) -> Any:
-    """Give a language model that shares all but its config, where early exit changes the depth for each draft."""
+    """Return a language model that shares all but its config, whose depth early exit changes for each draft."""
     decoder = getattr(lm, lm.base_model_prefix)
     config = copy(decoder.config)
     inner: Any = object.__new__(type(decoder))
-    inner.__dict__.update(decoder.__dict__, config=config, _compiled_call_impl=None)  # a graph is of one depth
+    inner.__dict__.update(decoder.__dict__, config=config, _compiled_call_impl=None)  # a graph has a fixed depth
     made: Any = object.__new__(type(lm))
     made.__dict__.update(lm.__dict__, config=config, _modules={**lm._modules, lm.base_model_prefix: inner})
     return made
@@ -345,7 +345,7 @@ def with_own_depth(lm: Any) -> Any:
 
 @once
 def _class_of(cls: Any) -> type:
-    """The subclass of a language model's class that knows a prompt."""
+    """Make the subclass of a language model's class that holds a prompt."""
 
     class Prompted(cls):
         __slots__ = ("zoo_lm", "zoo_prompt")  # beside the `__dict__` that is the language model's
@@ -359,7 +359,7 @@ def _class_of(cls: Any) -> type:
             return _run(self.zoo_lm, self.zoo_prompt, *args, **kwargs)
 
         def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
-            call = self.zoo_lm.get_compiled_call(compile_config)  # kept there from one call to the next
+            call = self.zoo_lm.get_compiled_call(compile_config)  # cached on the LLM, so that it compiles once
             return lambda *args, **kwargs: _run(call, self.zoo_prompt, *args, **kwargs)
 
     Prompted.__name__, Prompted.__qualname__, Prompted.__module__ = cls.__name__, cls.__qualname__, cls.__module__

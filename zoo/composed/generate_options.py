@@ -1,7 +1,7 @@
-"""Which options of transformers' `generate` a composed model takes, which it refuses and why.
+"""Options of transformers' `generate` that a composed model takes, and those that it refuses, with reasons.
 
-Every field of the installed `GenerationConfig` stands in one of the two tables. A field that a newer transformers
-brings is refused where it is used, until it was tried; a test says which are missing.
+Every field of the installed `GenerationConfig` is in one of the two tables. A field of a newer transformers is refused
+until it was tried; a test lists the missing ones.
 """
 
 import inspect
@@ -40,7 +40,7 @@ SUPPORTED = frozenset(
 )  # fmt: skip
 
 _ELSEWHERE = "transformers moved it into code that it downloads, and no downloaded code is run here"
-# Field -> why it is refused, and which of its values ask for something.
+# Field -> why it is refused, and which of its values are refused: others mean that it is off.
 REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "penalty_alpha": (f"contrastive search: {_ELSEWHERE}; sample, or use beams", lambda v: v > 0),
     "low_memory": (f"it is of contrastive search: {_ELSEWHERE}", bool),
@@ -50,9 +50,9 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "constraints": (f"constrained beams: {_ELSEWHERE}; see prefix_allowed_tokens_fn and sequence_bias", bool),
     "force_words_ids": (f"constrained beams: {_ELSEWHERE}; see prefix_allowed_tokens_fn and sequence_bias", bool),
     "decoder_start_token_id": ("it is for models with an encoder of text", lambda v: True),
-    "continuous_batching_config": ("continuous batching takes prompts of words alone", bool),
+    "continuous_batching_config": ("continuous batching takes prompts of text only", bool),
 }
-_NO_FIELDS = frozenset({"transformers_version"})  # beside those that begin with an underscore
+_NO_FIELDS = frozenset({"transformers_version"})  # beside attributes with an underscore
 
 # Arguments of `generate` that transformers takes out of its keywords.
 _TAKEN_OUT = frozenset({"tokenizer", "assistant_tokenizer", "trust_remote_code"})
@@ -68,18 +68,18 @@ def fields() -> set[str]:
 
 
 def options_of(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Join what a call asks for: the fields of its `generation_config` that are set, and its keywords."""
+    """Join the options of a call: the fields of its `generation_config` that are set, and its keywords."""
     named = {} if config is None else {n: v for n, v in vars(config).items() if not n.startswith("_")}
     return {n: v for n, v in (named | dict(given)).items() if v is not None and n not in _NO_FIELDS}
 
 
 def check_names(lm: Any, given: Mapping[str, Any], drafts: bool = False) -> None:
-    """Refuse keywords that nothing knows, with the nearest name that something does.
+    """Refuse unknown keywords, with the nearest known name.
 
     Args:
         lm: the language model that generates.
         given: keywords of a call.
-        drafts: they come from transformers, for a model that drafts for another.
+        drafts: the call is transformers' own, to the draft model of another.
     """
     from transformers import GenerationMixin
 
@@ -96,10 +96,10 @@ def check_names(lm: Any, given: Mapping[str, Any], drafts: bool = False) -> None
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse what no composed model can do.
+    """Refuse options that no composed model supports.
 
     Args:
-        options: what a call asks for (`options_of`).
+        options: of the call (`options_of`).
     """
     for name, value in options.items():
         if name in REFUSED and REFUSED[name][1](value):
@@ -110,7 +110,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ZooError("generate runs no downloaded code: give custom_generate a function.")
     kind = options.get("cache_implementation") or ""
     if kind == "paged":
-        raise ZooError("generate(cache_implementation='paged') is not possible: it takes prompts of words alone.")
+        raise ZooError("generate(cache_implementation='paged') is not possible: it takes prompts of text only.")
     if "offloaded" in kind and not torch.accelerator.is_available():
         raise ZooError(f"generate(cache_implementation={kind!r}) is not possible: there is no device to offload from.")
     if options.get("use_cache") is False and (drafted := _drafting(options)):
@@ -122,10 +122,10 @@ def check_options(options: Mapping[str, Any]) -> None:
 def check_parts(
     options: Mapping[str, Any], length: int, pruners: Mapping[str, Any], adapters: Mapping[str, Any]
 ) -> None:
-    """Refuse what the parts inside the LLM cannot do, for a prompt with images.
+    """Refuse options that parts inside the LLM do not support, for a prompt with images.
 
     Args:
-        options: what a call asks for (`options_of`).
+        options: of the call (`options_of`).
         length: columns of the prompt.
         pruners: those that drop tokens inside the LLM, by name.
         adapters: by name.
@@ -134,10 +134,10 @@ def check_parts(
     if options.get("guidance_scale", 1) != 1 and read:
         raise ZooError(
             f"generate(guidance_scale=...) is not possible beside adapter {read[0]!r}, which changes the LLM by the "
-            "image: the pass without the prompt would see the image too."
+            "image: the pass without the prompt would depend on the image too."
         )
     if options.get("token_healing"):
-        raise ZooError("generate(token_healing=True) spells the prompt anew, and an image cannot be spelt.")
+        raise ZooError("generate(token_healing=True) decodes the prompt to text, and an image has none.")
     if not pruners:
         return
     who = f"pruner {next(iter(pruners))!r}, which chooses image tokens by the whole prompt"

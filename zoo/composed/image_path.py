@@ -1,4 +1,4 @@
-"""How images become tokens of a composed model: encoded, put where their placeholders are, handed to adapters."""
+"""How images become tokens of a composed model: encoded, inserted at their placeholders, passed to adapters."""
 
 from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -11,20 +11,20 @@ from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, La
 
 
 class Encoded(NamedTuple):
-    """What `encode_images` gives; without images, three times None."""
+    """Output of `encode_images`; without images, None for each."""
 
     image: ImageFeatures | None = None  # the encoder's features
-    kept: ImageFeatures | None = None  # what the pruners left of them
-    tokens: Tensor | None = None  # (M, K, C), laid out (S, C); None: images do not stand in the sequence
+    kept: ImageFeatures | None = None  # the features after pruning
+    tokens: Tensor | None = None  # (M, K, C), laid out (S, C); None: images are not in the sequence
 
     @property
     def named(self) -> dict[str, Any]:
-        """The same, as `ZooOutput` calls it."""
+        """The same, under the names of `ZooOutput`."""
         return {"image": self.image, "image_kept": self.kept, "image_tokens": self.tokens}
 
 
 class ImagesMixin(nn.Module):
-    """Runs encoder, pruners, projector and layout, and merges what they give with the text."""
+    """Runs encoder, pruners, projector and layout, and inserts their tokens in the text."""
 
     config: Any  # ZooConfig
     device: torch.device
@@ -44,7 +44,7 @@ class ImagesMixin(nn.Module):
 
     @property
     def _by_kind(self) -> bool:
-        """Whether the encoder asks what each row of pixels is."""
+        """Whether the encoder takes the kind of each row of pixels."""
         return self.vision is not None and bool(self.vision.by_kind)
 
     def encode_images(self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None) -> Encoded:
@@ -56,8 +56,7 @@ class ImagesMixin(nn.Module):
                 is an image.
 
         Returns:
-            The encoder's features, what the pruners left of them, and the image tokens (M, K, C), laid out (S, C), or
-            None.
+            The encoder's features, these after pruning, and the image tokens (M, K, C), laid out (S, C), or None.
         """
         if self.vision is None:
             raise ZooError("The batch has images, but the model has no vision encoder.")
@@ -65,18 +64,18 @@ class ImagesMixin(nn.Module):
             cuts = [cut for sample in cuts for cut in sample]
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
-        told = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
-        return self.encode_features(self.vision(pixel_values, need=self.requested, **told), cuts, pixel_values)
+        more = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
+        return self.encode_features(self.vision(pixel_values, need=self.requested, **more), cuts, pixel_values)
 
     def encode_features(
         self, image: ImageFeatures, cuts: Sequence[Cut] | None = None, pixel_values: Tensor | None = None
     ) -> Encoded:
-        """Do what `encode_images` does behind the encoder: run pruners, projector and layout on its features.
+        """Run pruners, projector and layout on the encoder's features: `encode_images` without its first step.
 
         Args:
-            image: the encoder's features; with a layout it is told here which rows are one image.
+            image: the encoder's features; a layout's grouping of rows into images is set on it.
             cuts: of each image, where images have rows of their own.
-            pixel_values: (M, 3, S, S) that they are of, for pruners that draw.
+            pixel_values: (M, 3, S, S) of the features, for pruners that draw at random.
         """
         if cuts is None and self.layout is not None:
             assert self.vision is not None, "the features are an encoder's"
@@ -106,68 +105,68 @@ class ImagesMixin(nn.Module):
         return Encoded() if pixel_values is None else self.encode_images(pixel_values, cuts)
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
-        """Where tokens of images and videos stand: (B, T) bool."""
+        """Return where placeholders of images and videos are: (B, T) bool."""
         slots = input_ids == self.image_token_id
         if self.config.video_token_id is not None:
             slots = slots | (input_ids == self.config.video_token_id)
         return slots
 
     def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
-        """Embed `input_ids` (B, T) and put the image tokens (M, K, C) or (S, C) where the placeholders are.
+        """Embed `input_ids` (B, T) and replace placeholders by the image tokens (M, K, C) or (S, C).
 
         Raises:
             ZooError: the placeholders and the image tokens are not equally many.
         """
-        slots = self._placeholders(input_ids)  # (B, T)
+        slots = self._placeholders(input_ids)  # (B, T); their ids may have no row in the embedding, so 0 is embedded
         return self._placed(self.llm.embed(input_ids.masked_fill(slots, 0)), slots, image_tokens)
 
     def _placeholders_among(self, embeds: Tensor) -> Tensor:
-        """Where tokens of images and videos stand among embeddings (B, T, C): (B, T) bool."""
+        """Return where embeddings (B, T, C) are those of a placeholder: (B, T) bool."""
         ids = [i for i in (self.image_token_id, self.config.video_token_id) if i is not None]
         shown = self.llm.embed(torch.tensor(ids, device=embeds.device)).to(embeds)  # (1 or 2, C)
         return (embeds.unsqueeze(-2) == shown).all(-1).any(-1)
 
     def _placed(self, embeds: Tensor, slots: Tensor, image_tokens: Tensor | None) -> Tensor:
-        """Put the image tokens (M, K, C) or (S, C) among the embeddings (B, T, C), where `slots` (B, T) says.
+        """Insert the image tokens (M, K, C) or (S, C) in the embeddings (B, T, C), where `slots` (B, T) is true.
 
         Raises:
             ZooError: the placeholders and the image tokens are not equally many.
         """
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # counting placeholders depends on data, and would break the graph
             self._require_filled(slots, image_tokens)
         if image_tokens is None or not _count(image_tokens):
             return embeds
         return _put(embeds, numbered(slots), image_tokens)
 
     def place(self, input_ids: Tensor, index: Tensor, image_tokens: Tensor) -> Tensor:
-        """Embed ids (B, T), and put image token `index` (B, T) of all (M, K, C) or (S, C) where it is not negative."""
+        """Embed ids (B, T), and insert image token `index` (B, T) of (M, K, C) or (S, C) where it is not negative."""
         return _put(self.llm.embed(input_ids.masked_fill(index >= 0, 0)), index, image_tokens)  # (B, T, C)
 
     def image_index(self, slots: Tensor, image_tokens: Tensor | None, past: int = 0) -> Tensor | None:
-        """Say which image token stands in each column, counted over the batch: (B, T), -1 a word; None: no image.
+        """Return the image token of each column, counted over the batch: (B, T), -1 for text; None: no image.
 
         Args:
             slots: (B, T) where placeholders are.
             image_tokens: (M, K, C) or (S, C): of all placeholders, or of those from column `past` on.
-            past: columns that a cache holds already.
+            past: columns in the cache.
 
         Raises:
             ZooError: the placeholders and the image tokens are not equally many.
         """
-        have = 0 if image_tokens is None else _count(image_tokens)
-        if past and int(slots[:, past:].sum()) == have:
+        count = 0 if image_tokens is None else _count(image_tokens)
+        if past and int(slots[:, past:].sum()) == count:  # the images of this turn only: the cache has the others
             slots = slots & (torch.arange(slots.shape[1], device=slots.device) >= past)
         self._require_filled(slots, image_tokens)
-        return numbered(slots) if have else None
+        return numbered(slots) if count else None
 
     def _require_filled(self, slots: Tensor, image_tokens: Tensor | None) -> None:
-        have = 0 if image_tokens is None else _count(image_tokens)
-        if (found := int(slots.sum())) != have:
+        count = 0 if image_tokens is None else _count(image_tokens)
+        if (found := int(slots.sum())) != count:
             each = "" if self.layout is not None else f" of {self.num_image_tokens} tokens"
             images = 0 if image_tokens is None else "laid out" if each == "" else len(image_tokens)
             raise ZooError(
                 f"The batch has {found} image placeholders (id {self.image_token_id}) for {images} images{each}; "
-                f"{have} are needed."
+                f"{count} are needed."
             )
 
     @property
@@ -187,13 +186,13 @@ class ImagesMixin(nn.Module):
         slots: Tensor | None,
         expand: int = 1,
     ) -> None:
-        """Hand the image features to the adapters that want them, with the number of images of each row.
+        """Pass the image features to the adapters, with the number of images of each row.
 
         Args:
-            image: what the pruners left of the encoder's features; None: no image.
+            image: the features after pruning; None: no image.
             images_per_row: None: counted from the placeholders.
-            slots: (B, T) bool, where placeholders stand; None: not known.
-            expand: copies of each row that the LLM gets.
+            slots: (B, T) bool, where placeholders are; None: not known.
+            expand: copies of each row in the LLM's batch.
         """
         if not len(self.adapter):
             return
@@ -205,7 +204,7 @@ class ImagesMixin(nn.Module):
             elif self.num_image_tokens:
                 images_per_row = (slots.sum(1) // self.num_image_tokens).tolist()
             elif (count := len(image.rows or image.tokens)) == len(slots):
-                images_per_row = [1] * len(slots)
+                images_per_row = [1] * len(slots)  # prompts without placeholders: adapters alone take the image
             else:
                 raise ZooError(f"{count} images for {len(slots)} rows without placeholders: pass images_per_row.")
         for adapter in self.adapter.values():
@@ -227,7 +226,7 @@ class ImagesMixin(nn.Module):
         return any(p.requires_grad for part in parts if part is not None for p in part.parameters())
 
     def _touch_vision(self) -> Tensor:
-        """Zero that depends on the encoder and the projector: ranks without images then still meet in backward."""
+        """Return a zero that depends on encoder and projector: DDP's all-reduce then has gradients of every rank."""
         assert self.vision is not None, "it trains"
         pixels = torch.zeros(
             1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
@@ -238,7 +237,7 @@ class ImagesMixin(nn.Module):
 
 
 def _checksum(pixels: Tensor) -> Tensor:
-    """A number for each row of pixels (M, ...), of integers alone, so that no batch and no device changes it: (M,)."""
+    """Compute a checksum of each row of pixels (M, ...) in integers, equal in every batch and on every device: (M,)."""
     bits = pixels.detach().float().flatten(1).view(torch.int32)  # (M, P)
     weight = torch.arange(bits.shape[1], device=bits.device) * 0x2545F4914F6CDD1D | 1  # int64 wraps around
     return torch.stack([(row * weight).sum() for row in bits]) if len(bits) else weight[:0]
@@ -249,11 +248,12 @@ def _count(image_tokens: Tensor) -> int:
 
 
 def numbered(slots: Tensor) -> Tensor:
-    """Count the places that are true over the batch: their numbers (B, T), elsewhere -1."""
+    """Number the true positions over the batch: (B, T), elsewhere -1."""
     return (slots.flatten().cumsum(0) - 1).view_as(slots).masked_fill(~slots, -1)
 
 
 def _put(embeds: Tensor, index: Tensor, image_tokens: Tensor) -> Tensor:
-    """Put image token `index` (B, T) among the embeddings (B, T, C) where it is not negative."""
+    """Replace embeddings (B, T, C) by image token `index` (B, T) where it is not negative."""
+    # Without boolean indexing, whose shape depends on data and would break a compiled graph.
     flat, index = image_tokens.reshape(-1, embeds.shape[-1]).to(embeds), index.to(embeds.device)  # (M * K, C)
     return torch.where((index >= 0).unsqueeze(-1), flat[index.clamp(min=0)], embeds)

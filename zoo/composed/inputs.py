@@ -1,6 +1,6 @@
-"""What a forward pass is given: one value of the keywords of `ZooModel.forward`, and which keywords those are.
+"""The inputs of a forward pass: the keywords of `ZooModel.forward` as one value.
 
-A composed model takes what transformers' own vision-language classes take; what it does not know it refuses by name.
+A composed model takes the keywords of transformers' own vision-language classes; others are refused by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from zoo.registry import Cut, ZooError, unknown
 
-# What transformers' classes take and a composed model does not, and what to do instead.
+# Keywords of transformers' classes that a composed model does not take, and what to do instead.
 _ELSEWHERE = {
     "vision_feature_layer": "the encoder's layer belongs to the model: set vision.layer when it is composed",
     "vision_feature_select_strategy": "which tokens of the encoder are used belongs to the model",
-    "image_sizes": "the model's own processor says how images were cut, as `cuts`: use zoo.load's processor",
-    "mm_encoder_outputs": "pass what `encode_images` gave, as `encoded`",
+    "image_sizes": "the model's own processor returns how images were cut, as `cuts`: use zoo.load's processor",
+    "mm_encoder_outputs": "pass the output of `encode_images`, as `encoded`",
     "shift_labels": "labels are shifted here: pass them as `labels`, (B, T) like the ids",
     "num_labels": "it is called num_items_in_batch, as in transformers",
 }
@@ -25,7 +25,7 @@ _ELSEWHERE = {
 
 @dataclass
 class Inputs:
-    """The keywords of `ZooModel.forward`, which says what each is; its steps hand this value on."""
+    """The keywords of `ZooModel.forward`, which documents them; its steps pass this value on."""
 
     input_ids: Tensor | None = None  # (B, T)
     pixel_values: Tensor | None = None  # (M, 3, S, S)
@@ -47,21 +47,21 @@ class Inputs:
     encoded: tuple[Any, ...] | None = None
     all_logits: bool = True
     run_head: bool = True
-    more: dict[str, Any] = field(default_factory=dict)  # what this LLM takes beside that
+    more: dict[str, Any] = field(default_factory=dict)  # further arguments of this LLM
 
     @property
     def past(self) -> int:
-        """Columns that the cache holds."""
+        """Columns in the cache."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
 
     @property
     def goes_on(self) -> bool:
-        """Whether the cache holds the beginning of the sequence, and with it the images that adapters stay with."""
+        """Whether the cache has the beginning of the sequence, whose images adapters are conditioned on."""
         return self.past > 0
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache, by whichever of its two names it was given.
+    """Return the cache, given by either of its two names.
 
     Raises:
         ZooError: two caches, or something else.
@@ -75,15 +75,15 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
 
 
 def further(given: Mapping[str, Any], takes: frozenset[str], forward: Callable[..., Any]) -> dict[str, Any]:
-    """Keep what the LLM takes of the keywords that `forward` does not name.
+    """Return those of the further keywords that the LLM takes.
 
     Args:
-        given: those keywords.
-        takes: names that this LLM knows.
-        forward: the model's, for the names that it knows itself.
+        given: keywords that `forward` does not name.
+        takes: names that this LLM takes.
+        forward: the model's, for the names that it takes itself.
 
     Raises:
-        ZooError: a keyword that neither knows, with the nearest name or with what to do instead.
+        ZooError: a keyword that neither takes, with the nearest name or with what to do instead.
     """
     for name, value in given.items():
         if name in _ELSEWHERE and value is not None:

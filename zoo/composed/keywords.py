@@ -1,6 +1,6 @@
 """Keywords of transformers' `from_pretrained` and `save_pretrained`: those that a composed model takes, and the others.
 
-Each is acted on or refused: one that is dropped in silence loads other weights than a person asked for.
+Each is used or refused: a keyword that is ignored silently loads other weights than were asked for.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.registry import ZooError, unknown
 
 HUB = ("cache_dir", "force_download", "local_files_only", "token")  # where and how a repository is fetched
-# What changes nothing here: weights are safetensors that are mapped already, no code is ever fetched.
+# Without effect here: weights are safetensors that are memory-mapped anyway, and code is never fetched.
 _LOAD_IDLE = {
     "adapter_kwargs", "allow_all_kernels", "code_revision", "disable_mmap", "low_cpu_mem_usage", "mirror", "proxies",
     "resume_download", "tqdm_class", "trust_remote_code", "weights_only",
@@ -29,7 +29,7 @@ _LOAD_REFUSED = {
     "key_mapping": "names are those of the parts; give renamed weights as state_dict=",
     "load_in_4bit": "zoo.load(..., bits=4)",
     "load_in_8bit": "zoo.load(..., bits=8)",
-    "max_memory": "device_map= as a dict says what goes where",
+    "max_memory": "device_map= as a dict assigns parts to devices",
     "offload_buffers": "nothing is offloaded",
     "offload_folder": "nothing is offloaded",
     "offload_state_dict": "nothing is offloaded",
@@ -59,7 +59,7 @@ def split_load(given: Mapping[str, Any], config: Any) -> tuple[dict[str, Any], d
         Fields of the config, and how a repository is fetched.
 
     Raises:
-        ZooError: one that is not known, or that is not done here.
+        ZooError: a keyword is unknown, or not supported here.
     """
     rest = {k: v for k, v in given.items() if not k.startswith("_") and k not in _LOAD_IDLE and k not in HUB}
     if rest.pop("use_safetensors", None) is False:
@@ -72,10 +72,10 @@ def split_load(given: Mapping[str, Any], config: Any) -> tuple[dict[str, Any], d
 
 
 def require_save(given: Mapping[str, Any], pushed: bool) -> None:
-    """Refuse keywords of `save_pretrained` that are not known, or not done here.
+    """Refuse keywords of `save_pretrained` that are unknown, or not supported here.
 
     Raises:
-        ZooError: it names the keyword, and the nearest one or the reason.
+        ZooError: with the keyword, and the nearest one or the reason.
     """
     rest = dict(given)
     if rest.pop("safe_serialization", True) is False:
@@ -86,13 +86,13 @@ def require_save(given: Mapping[str, Any], pushed: bool) -> None:
 
 
 def put(model: nn.Module, state: Mapping[str, Tensor], where: str) -> set[str]:
-    """Put the tensors of a state dict into a model that stands, each in the data type that the model has.
+    """Load a state dict into a built model, each tensor in the data type of the model.
 
     Returns:
-        The names that the state dict holds, those that are tied to one of them included.
+        The names in the state dict, and those tied to one of them.
 
     Raises:
-        ZooError: a name that the model does not have, or another shape.
+        ZooError: a name that the model does not have, or a different shape.
     """
     own = model.state_dict()
     for name, tensor in state.items():
@@ -110,7 +110,7 @@ def _is_field(config: Any, name: str) -> bool:
 
 
 def _require(method: str, given: Mapping[str, Any], refused: Mapping[str, str], named: set[str]) -> None:
-    """Raise for the first keyword that asks for something; a default of transformers (None, False, empty) does not."""
+    """Raise for the first unknown keyword, or refused one with a value other than transformers' default."""
     for name, value in given.items():
         if name not in refused:
             raise unknown(f"keyword of {method}", name, named)

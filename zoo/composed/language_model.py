@@ -1,4 +1,4 @@
-"""What a person asks a transformers model and its language model answers: embeddings, tied weights, checkpointing."""
+"""Methods of a transformers model that its language model implements: embeddings, tied weights, checkpointing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from zoo.registry.versions import checkpoint_activations, keep_activations
 
 
 class LanguageModelMixin(nn.Module):
-    """Passes on to the language model what concerns the text side of a composed model."""
+    """Delegates to the language model what concerns the text side of a composed model."""
 
     config: Any  # ZooConfig
     vision: Encoder | None
@@ -18,38 +18,38 @@ class LanguageModelMixin(nn.Module):
 
     @property
     def generation_config(self) -> Any:
-        """Defaults of `generate`: those of the language model, which is what generates."""
+        """Defaults of `generate`: those of the language model, which runs it."""
         llm: Any = self._modules.get("llm")
         return None if llm is None else getattr(llm.lm, "generation_config", None)
 
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
         llm: Any = self._modules.get("llm")
-        if llm is not None:  # transformers sets one before there are parts
+        if llm is not None:  # transformers sets one before parts are built
             getattr(llm.lm, "get_base_model", lambda: llm.lm)().generation_config = config
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the ids."""
+        """Return the embedding of the ids."""
         return self.llm.lm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another embedding in the place of that of the ids."""
+        """Replace the embedding of the ids."""
         self.llm.lm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The vocabulary projection."""
+        """Return the vocabulary projection."""
         return self.llm.lm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Put another layer in the place of the vocabulary projection."""
+        """Replace the vocabulary projection."""
         self.llm.lm.set_output_embeddings(new_embeddings)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Make embedding and vocabulary projection one tensor again, where the LLM's config says so."""
+        """Make embedding and vocabulary projection one tensor again, where the LLM's config ties them."""
         self.llm.lm.tie_weights(*args, **kwargs)
 
     def get_decoder(self) -> nn.Module:
-        """The decoder, without the vocabulary projection."""
+        """Return the decoder, without the vocabulary projection."""
         return self.llm.lm.get_decoder()
 
     def resize_token_embeddings(
@@ -66,8 +66,8 @@ class LanguageModelMixin(nn.Module):
             The embedding.
 
         Raises:
-            ZooError: an adapter stands in the place of one of the two, the placeholder of images would have no row, or
-                a saved model could not be loaded.
+            ZooError: an adapter has replaced one of the two, the placeholder of images would have no row, or a saved
+                model could not be loaded.
         """
         lm = self.llm.lm
         before = self.llm.vocab_size
@@ -75,7 +75,7 @@ class LanguageModelMixin(nn.Module):
             ("embedding", lm.get_input_embeddings(), nn.Embedding),
             ("vocabulary projection", lm.get_output_embeddings(), nn.Linear),
         ):
-            if not isinstance(layer, kind):
+            if not isinstance(layer, kind):  # wrapped by PEFT, say: transformers would drop the wrapper
                 kind_of = f"{type(layer).__name__} of {type(layer).__module__.partition('.')[0]}"
                 raise ZooError(f"The {what} is a {kind_of}, whose rows cannot be changed: resize before it is there.")
         wanted = before if new_num_tokens is None else new_num_tokens
@@ -96,7 +96,7 @@ class LanguageModelMixin(nn.Module):
 
     @property
     def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
-        """What the next step of generation is given: the language model chooses, which runs the steps."""
+        """The language model's method, as `generate` runs on the language model."""
         return self.llm.lm.prepare_inputs_for_generation
 
     @prepare_inputs_for_generation.setter
@@ -125,7 +125,7 @@ class LanguageModelMixin(nn.Module):
         if self.vision is not None:
             self.vision.set_gradient_checkpointing(False)
 
-    # What transformers called them before 5.23, and PEFT and others still do.
+    # The names in transformers before 5.23, which PEFT and others still use.
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any

@@ -1,6 +1,6 @@
-"""Weights into a composed model: from a published checkpoint, a folder that was saved, or the checkpoints of its parts.
+"""Build a composed model with its weights: of a published checkpoint, a saved folder, or the checkpoints of its parts.
 
-`zoo.load`, training and `ZooModel.from_pretrained` all come here; what they make beside it is theirs.
+Used by `zoo.load`, by training and by `ZooModel.from_pretrained`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,18 +39,18 @@ def load_model(
     """Build a model with its weights, on its devices, in eval mode.
 
     Args:
-        make: `ZooModel`, or a class that is made like it.
-        config: of the model; `config.base` says where a published checkpoint lies, and becomes what the model is on.
+        make: `ZooModel`, or a class with the same constructor.
+        config: of the model; `config.base` names a published checkpoint, and is set to the bases of the result.
         folder: published, or of a saved zoo model; None for a model that starts from its parts.
         fresh: parts that may start without weights.
         dtype: of the parameters; None or `auto` keeps that of the files.
         device_map: a device, `auto`, or a dict from prefixes of names to devices; None leaves the model where it is.
-        bits: 8 or 4 of the language model's layers; 0: all.
-        state_dict: weights that take the place of the folder's.
-        walked: the same parts on the meta device, where a check has made them.
+        bits: 8 or 4 for each weight of the language model's layers; 0: not quantised.
+        state_dict: weights that replace the folder's.
+        walked: the same parts on the meta device, if a check has built them.
 
     Returns:
-        The model, and the names of its weights that had none.
+        The model, and the names of its weights that were found nowhere.
 
     Raises:
         ZooError: a weight is missing, unknown or of another shape; or base weights are not those of the config.
@@ -81,22 +81,22 @@ def reader_for(
     bits: int = 0,
     walked: Parts | None = None,
 ) -> Reader | None:
-    """Find the checkpoint that the base weights of a model come from; None where its parts bring their own.
+    """Return the reader of the checkpoint of a model's base weights; None where parts have checkpoints of their own.
 
     Args: as `load_model`.
 
     Raises:
-        ZooError: the checkpoint is not there or another one now; or it cannot be held in few bits, or not here.
+        ZooError: the checkpoint is missing or has changed; or `bits` is not possible with it, or on this machine.
     """
     record = (config.base or {}).get("model")
-    found, partial = None, False  # partial: the folder holds what the checkpoint does not
+    found, partial = None, False  # partial: the checkpoint lacks weights, which the folder has
     if folder is not None and is_published(read_content(folder)):
         found = checkpoint_in(folder, *((record or {}).get(k) or "" for k in ("checkpoint", "revision")))
     elif record and not record.get("whole"):  # else all weights are in the folder
         found, partial = checkpoint_from(record), folder is not None
     elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):
         found, partial = Checkpoint(folder, dict(listing(weight_files(folder)))), True
-    if folder is not None:
+    if folder is not None:  # a downloaded config must not fill memory: its sizes are compared with its files first
         files = {*weight_files(folder), *(weight_files(found.folder) if found is not None else [])}
         _require_filled(config, files, walked)
     if bits and (found is None or found.record is None):
@@ -121,16 +121,16 @@ def reader_for(
 
 
 def _require_filled(config: Any, files: set[Path], walked: Parts | None) -> None:
-    """Refuse slots that are far larger than the files beside them, before memory is taken for what is missing.
+    """Refuse slots that are far larger than the files beside them, before memory is allocated for missing weights.
 
-    A part with a checkpoint of its own is compared with that when it is built.
+    A part with a checkpoint of its own is compared with it when it is built.
     """
     slots, parts = config.slots or {}, walked
     if parts is None:
         with torch.device("meta"):
             parts = assemble(slots, vocab_size=config.text_vocab_size)
     own = [p for k in SINGLE_SLOTS if (p := getattr(parts, k)) is not None and not slots[k].get("checkpoint")]
-    tensors = {
+    tensors = {  # by id: tied weights count once
         id(t): t.numel()
         for part in [*own, *parts.pruner.values(), *parts.adapter.values()]
         if isinstance(part, torch.nn.Module)

@@ -1,7 +1,7 @@
-"""The composed model, in the shape people of this ecosystem know: a transformers model with `generate`.
+"""The composed model as a transformers model: `from_pretrained`, `forward`, `generate`, `save_pretrained`.
 
-`ZooModel` owns no modelling code: it runs the encoder, the pruners and the projector, puts image tokens where the
-placeholders are, runs an unmodified causal LM, and computes the loss only where labels are.
+`ZooModel` has no modelling code of its own: it runs the encoder, the pruners and the projector, replaces placeholders
+by image tokens, runs an unmodified causal LM, and computes the loss only where labels are.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,16 +47,16 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
     _supports_attention_backend = True
     _supports_flex_attn = True
 
-    fresh_parts: list[str]  # that started without trained weights
+    fresh_parts: list[str]  # that have untrained weights
 
     def __init__(self, config: ZooConfig, parts: Parts | None = None, base: Any = None) -> None:
         """Build the parts of `config.slots`, or take them.
 
         Args:
-            config: what it is made of.
-            parts: built already.
-            base: weights that are read into the parts while they are built (see `zoo.published.reader`); found by what
-                the config says of them where absent.
+            config: with the options of the parts.
+            parts: already built; None: built here.
+            base: reader of weights for the parts while they are built (see `zoo.published.reader`); where absent, of
+                the checkpoint that the config names.
         """
         super().__init__(config)
         built = parts is None
@@ -77,7 +77,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         config.__dict__["_llm"] = self.llm.lm.config.get_text_config()
         self.compiled = False
         self.fresh_parts = []
-        self.loss_type = "ForCausalLM"  # labels are shifted here: transformers' Trainer counts those behind the first
+        self.loss_type = "ForCausalLM"  # transformers' Trainer then counts labels from the second position on
         self.set_attention(config.attention)
         self.bases = bases_of(self, config.slots or {}, base) if built else Bases()
         config.base = self.bases.record or None
@@ -85,7 +85,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
     # ---- what it is --------------------------------------------------------------------------------------------
 
     def set_attention(self, name: str) -> str:
-        """Choose the LLM's attention: `auto` or a name that transformers knows; returns the one taken."""
+        """Choose the LLM's attention: `auto` or a name in transformers; returns the one used."""
         probe = next(self.llm.parameters())
         taken = resolve_attention(name, probe.device, self._compute_dtype(), lm=self.llm.lm)
         self.llm.lm.set_attn_implementation(taken)
@@ -121,7 +121,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             kwargs: of `push_to_hub`.
 
         Raises:
-            ZooError: a keyword that is not known or not done; weights or the folder cannot be saved so.
+            ZooError: a keyword is unknown or not supported; or the weights cannot be saved so, or not in this folder.
         """
         require_save(kwargs, push_to_hub)
         state = state_of(self, state_dict) if is_main_process or state_dict is None else {}
@@ -140,7 +140,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             if node := without_checkpoint(self, part):
                 config.slots[part] = node
             else:
-                del record[part]  # it is built by its checkpoint all the same, whatever weights that has
+                del record[part]  # only its checkpoint can build it; its fingerprint must not be required any more
         config.base = record or None
         folder.mkdir(parents=True, exist_ok=True)
         config.architectures = [type(self).__name__]
@@ -176,18 +176,18 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         Args:
             config: of the same parts, or of other ones: those without weights in the folder must be in `fresh`.
             fresh: parts that may start without weights.
-            dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
+            dtype: of the parameters, a torch dtype or its name; None: as saved.
             device_map: a device, None for the CPU, `auto`, or a dict from prefixes of names (`vision`, `llm`, ...) to
                 devices.
-            attn_implementation: `auto` or a name that transformers knows; None: as it was saved.
-            base: where the published checkpoint lies now that the model was made from; empty: where the config says.
-            state_dict: weights that take the place of the folder's.
-            output_loading_info: also return what was missing, as transformers does.
-            kwargs: fields of the config, and how a repository is fetched (`cache_dir`, `force_download`,
+            attn_implementation: `auto` or a name in transformers; None: as saved.
+            base: present folder of the published checkpoint that the model was made from; empty: as in the config.
+            state_dict: weights that replace the folder's.
+            output_loading_info: also return the names of missing weights, as transformers does.
+            kwargs: fields of the config, and options of fetching a repository (`cache_dir`, `force_download`,
                 `local_files_only`, `token`).
 
         Raises:
-            ZooError: a keyword that is not known or not done; the weights do not fit.
+            ZooError: a keyword is unknown or not supported; or the weights do not fit.
         """
         if model_args:
             raise ZooError("from_pretrained takes one argument without a name: the folder, or the repository.")
@@ -206,7 +206,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         model.generation_config = stated_config(model, folder)  # what ends answers
         if attn_implementation is not None:
             model.set_attention(attn_implementation)
-        if output_loading_info:  # what else transformers lists was an error above
+        if output_loading_info:  # unexpected and mismatched weights were errors above
             return model, {
                 "missing_keys": missing,
                 "unexpected_keys": set(),

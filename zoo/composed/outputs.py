@@ -1,4 +1,4 @@
-"""What a composed model is made of (its config), what it gives, and what parts inside the LLM see of a forward pass."""
+"""The output of a composed model, the LLM's sequence as parts inside it read it, and a distiller's view of both."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,27 +10,27 @@ from zoo.registry import ImageFeatures
 from zoo.registry.forward_pass import Pass
 from zoo.registry.versions import with_old_cache_name
 
-LOSS_ALONE = {"all_logits": False, "use_cache": False}  # options of a pass that nobody asks for more than a loss
+LOSS_ALONE = {"all_logits": False, "use_cache": False}  # options of a pass of which only the loss is used
 
 
 @with_old_cache_name
 @dataclass
 class ZooOutput(ModelOutput):
-    """What a forward pass gives: first what transformers' own classes give, in their order, then what is ours.
+    """The output of a forward pass: first the fields of transformers' own classes, in their order, then further ones.
 
     Attributes:
         loss: sum of `losses`; None without labels.
-        logits: (B, T, V), or those of the positions that `logits_to_keep` names; None where nobody asked.
+        logits: (B, T, V), or those of the positions that `logits_to_keep` names; None where they were not asked for.
         cache: keys and values of the layers; `past_key_values` is the same, by its older name.
         hidden_states, attentions, router_logits: of each layer, where they were asked for.
         losses: by name: `answer`, the auxiliary losses of adapters and of the LLM.
         last_hidden_state: (B, T, C), before the vocabulary projection.
-        labels: (B, T) as the loss saw them; shorter than the input's where tokens were dropped inside the LLM.
+        labels: (B, T) of the loss; shorter than the input's where tokens were dropped inside the LLM.
         image: the encoder's features before pruning.
-        image_kept: what the pruners left of them.
-        image_tokens: (M, K, C) as they stand in the sequence.
-        passed: the pass that this is the output of: its `LLMSequence` as the parts inside the LLM left it, what they
-            kept and how they routed. `pruner.kept(out.passed)` and `adapter.usage(out.passed)` read it.
+        image_kept: the features after pruning.
+        image_tokens: (M, K, C) as inserted in the sequence.
+        passed: the pass of this output: its `LLMSequence` after the parts inside the LLM, what they kept and how they
+            routed. `pruner.kept(out.passed)` and `adapter.usage(out.passed)` read it.
     """
 
     loss: Tensor | None = None
@@ -49,11 +49,11 @@ class ZooOutput(ModelOutput):
 
     @property
     def sequence(self) -> Any:
-        """What the pass knows of the LLM's positions (`LLMSequence`); None where the LLM did not run."""
+        """The `LLMSequence` of the pass; None where the LLM did not run."""
         return None if self.passed is None else self.passed.sequence
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """What `return_dict=False` gives, and what an index counts: the fields of transformers' classes."""
+        """Return the fields of transformers' classes, for `return_dict=False` and for indices such as `out[0]`."""
         return tuple(self[name] for name in self if name not in _OURS)
 
 
@@ -74,31 +74,31 @@ class LLMSequence:
     labels: Tensor | None  # (B, T)
     segment_ids: Tensor | None = None  # (B, T) which sample of a packed row, -1 at padding; see `zoo.text.batch`
     block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
-    columns: Tensor | None = None  # (B, K) position of each hidden state that is left, -1 padding; None: all, in order
+    columns: Tensor | None = None  # (B, K) original column of each hidden state kept, -1 padding; None: all, in order
     pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.text.batch`
     shift: Tensor | None = None  # (B, T) of `position_ids`, see `zoo.composed.positions`; None: nothing was added
-    drafts: int = 0  # columns at the end that assisted decoding guesses, behind the prompt
+    drafts: int = 0  # columns at the end, behind the prompt, that are guesses of assisted decoding
 
     def image_index(self) -> Tensor | None:
-        """Say which image token, counted over the batch, stands at each position that is left: (B, K), else -1."""
+        """Return the image token, counted over the batch, at each column kept: (B, K), -1 for text."""
         if self.image_mask is None:
             return None
         index = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1  # (B, T)
-        return self._left_of(index.masked_fill(~self.image_mask, -1))
+        return self._of_kept(index.masked_fill(~self.image_mask, -1))
 
     def pairs(self) -> Tensor | None:
-        """Say which of a pair's answers each position that is left belongs to: (B, K), -1 none."""
-        return None if self.pair_ids is None else self._left_of(self.pair_ids)
+        """Return which of a pair's answers each column kept belongs to: (B, K), -1 none."""
+        return None if self.pair_ids is None else self._of_kept(self.pair_ids)
 
-    def _left_of(self, index: Tensor) -> Tensor:
-        """What (B, T) says of the positions that are left: (B, K), -1 at padding."""
+    def _of_kept(self, index: Tensor) -> Tensor:
+        """Gather (B, T) at the columns kept: (B, K), -1 at padding."""
         if self.columns is None:
             return index
         return index.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, -1)
 
 
-class Seen:
-    """What a distiller sees of a model: the output of its forward pass, and the LLM whose head makes logits of it."""
+class DistillView:
+    """What a distiller gets of a model: the output of its forward pass, and the LLM whose head makes logits of it."""
 
     def __init__(self, out: ZooOutput, llm: Any) -> None:
         self.out, self.llm = out, llm
@@ -109,3 +109,6 @@ class Seen:
     @property
     def image_index(self) -> Tensor | None:
         return self.out.sequence.image_index() if self.out.sequence is not None else None
+
+
+Seen = DistillView  # its earlier name, for plug-ins

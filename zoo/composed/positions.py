@@ -1,21 +1,21 @@
-"""Where image tokens stand in the LLM's sequence when pruners have left fewer of them: `positions` of a model.
+"""Positions of image tokens in the LLM's sequence behind pruners: the setting `positions` of a model.
 
-`dense`: positions are counted over what is left, as FasterVLM, VisPruner and PyramidDrop release it. `kept`: each image
-token has the place that it had in the prompt without a pruner, and what follows an image goes on where it would stand
-there (EVS, DART). So a kept prompt computes what the whole prompt computes with the dropped tokens hidden from
-attention. Tokens that are dropped between layers of the LLM keep their places with either.
+`dense`: positions count the tokens kept, as in the releases of FasterVLM, VisPruner and PyramidDrop. `kept`: each image
+token has its position in the prompt without a pruner, and the text behind an image continues from there (EVS, DART). So
+the result equals that of the unpruned prompt with the dropped tokens hidden from attention. Tokens that are dropped
+between layers of the LLM keep their positions with either.
 
 Kept is the default: without training, shipped models of clothes lose a fraction of what they lose with dense positions,
 those of scenes as much (`zoo bench positions`, docs/efficiency.md).
 
-Positions are then columns and what is added to them, the shift: in front of an image token the places of its image
-that are empty, behind an image those that all of it saved. `Unpruned` knows how long a run of image tokens would be and
-where in it each token stood; pruners only say which tokens they left (`ImageFeatures.keep`, `groups`). Of a projector
-that makes other tokens of a grid, a token stands where its corner of the grid would; one that makes as many tokens with
-a pruner as without leaves no gap. A sliding window of the LLM counts the tokens that are there.
+A position is a column plus a shift: at an image token the number of pruned tokens of its image before it, behind an
+image the number of all its pruned tokens. `Unpruned` has the number of tokens that images would have, and the position
+of each token among them; pruners only name the tokens kept (`ImageFeatures.keep`, `groups`). Where a projector makes
+new tokens of a grid, a token has the position of its corner of the grid; a projector that makes as many tokens with a
+pruner as without leaves no gap. A sliding window of the LLM counts columns, not positions.
 
-Positions with gaps go to the LLM with a mask or a cache beside them: without either, transformers takes each gap for
-the border of a packed sample and lets nothing attend across it.
+Positions with gaps are given to the LLM together with a mask or a cache: without either, transformers takes a gap for
+the border of a packed sample, and no token attends across it.
 """
 
 import inspect
@@ -30,22 +30,22 @@ from zoo.composed.assembly import build_part
 from zoo.fusion.layouts.crop_places import scaled
 from zoo.registry import POSITIONS, Cut, ImageFeatures, Layout, ZooError, unknown
 
-_SHIFT = "zoo_shift"  # under which a cache holds the shift of its columns
+_SHIFT = "zoo_shift"  # attribute of a cache that holds the shift of its columns
 
 
 class Gaps(NamedTuple):
-    """What is added to the columns around each image token, counted over the batch; both (S,) int64."""
+    """Shifts at each image token of the batch; both (S,) int64."""
 
-    ahead: Tensor  # to its own
-    behind: Tensor  # to all columns behind it: at the last token of a run, else 0
+    ahead: Tensor  # of its own column
+    behind: Tensor  # of all columns behind it: at the last token of an image, else 0
 
     def shift(self, index: Tensor, segment_ids: Tensor | None = None, before: Tensor | None = None) -> Tensor:
-        """Say what is added to each column: (B, T).
+        """Return the shift of each column: (B, T).
 
         Args:
-            index: (B, T) which image token stands there, -1 none.
-            segment_ids: (B, T) the sample of a packed row, each of which counts from 0.
-            before: (B, 1) of what goes on behind a cache.
+            index: (B, T) image token of each column, -1 for text.
+            segment_ids: (B, T) sample of a packed row; positions of each sample count from 0.
+            before: (B, 1) shift of the last column of a cache that is continued.
         """
         none = self.behind.new_zeros(1)  # index -1 reads the last entry
         behind, ahead = torch.cat([self.behind, none])[index], torch.cat([self.ahead, none])[index]  # (B, T)
@@ -58,14 +58,14 @@ class Gaps(NamedTuple):
 
 
 class Unpruned:
-    """The runs of image tokens of a model as they would be without its pruners.
+    """The tokens that images of a model would have without its pruners.
 
     Args:
         parts: of the model.
         slots: that they were made of.
 
     Raises:
-        ZooError: there is no such prompt, or nothing says where tokens stood in it.
+        ZooError: there is no such prompt, or positions in it are not known.
     """
 
     def __init__(self, parts: Any, slots: Mapping[str, Any]) -> None:
@@ -77,8 +77,8 @@ class Unpruned:
         with torch.device("meta"):
             alone = build_part("projector", slots["projector"], vision_dim=vision.hidden_size, **given)
         self.row_tokens = alone.num_tokens(self.patches)  # of an image, crop or frame
-        self.tokens = projector.num_tokens(left.tokens)  # that are left of them
-        self.fixed: Tensor | None = None  # (K,) where tokens of a row stand, whatever is kept
+        self.tokens = projector.num_tokens(left.tokens)  # of these, with the pruners
+        self.fixed: Tensor | None = None  # (K,) positions of a row's tokens, where they do not depend on `keep`
         if not self.drops:
             return
         one_by_one = self.tokens == left.tokens and self.row_tokens == self.patches and projector.num_tokens(1) == 1
@@ -86,8 +86,8 @@ class Unpruned:
             grids = projector.grid, alone.grid
             if not all(grids):
                 raise ZooError(
-                    f"projector {slots['projector']['name']!r} makes new tokens of those that a pruner leaves, so "
-                    "nothing says where they would stand without one"
+                    f"projector {slots['projector']['name']!r} makes new tokens of those that a pruner keeps, so "
+                    "their positions without a pruner are not known"
                 )
             self.fixed = scaled(torch.arange(math.prod(grids[0]), device="cpu"), *grids)
         if self.layout is not None:
@@ -97,8 +97,7 @@ class Unpruned:
             self.whole = build_part("layout", slots["layout"], **given)
             if self.layout.row_tokens is None and type(self.layout).places is Layout.places:
                 raise ZooError(
-                    f"layout {slots['layout']['name']!r} does not say where its tokens would stand without a pruner "
-                    "(`places`)"
+                    f"layout {slots['layout']['name']!r} has no `places`, the positions of its tokens without a pruner"
                 )
         self.longest = self.whole.num_tokens(self.row_tokens) if self.whole is not None else self.row_tokens
 
@@ -108,7 +107,7 @@ class Unpruned:
         return self.tokens != self.row_tokens
 
     def saved(self, cut: Cut | None = None) -> int:
-        """Count the places of an image that no token stands on; those of a layout by how it was cut."""
+        """Count the pruned tokens of an image; with a layout, of one divided as `cut`."""
         if self.layout is None or self.whole is None:
             return max(0, self.row_tokens - self.tokens)
         if self.layout.row_tokens is not None and cut is not None:
@@ -116,18 +115,18 @@ class Unpruned:
         return 0 if cut is None else max(0, self.whole.count(cut) - self.layout.count(cut))
 
     def placed(self, kept: ImageFeatures) -> ImageFeatures:
-        """Put what the pruners left in the order of its places."""
+        """Sort the tokens kept by their positions."""
         return kept if self.fixed is not None else kept.placed(self.patches)
 
     def gaps(self, kept: ImageFeatures) -> Gaps:
-        """Say what is added to the columns around each token that was made of the features.
+        """Return the shifts at each token that was made of the features.
 
         Raises:
             ZooError: they were not made by this model.
         """
         rows = kept.places if self.fixed is None else self.fixed.to(kept.tokens.device).expand(len(kept.tokens), -1)
         if rows is None:
-            raise ZooError("The encoded images do not say where their tokens stood: encode them with this model.")
+            raise ZooError("The encoded images have no positions of their tokens: encode them with this model.")
         if self.layout is None or self.whole is None or self.layout.row_tokens is not None:
             counts, wholes = [rows.shape[1]] * len(rows), [self.row_tokens] * len(rows)
             places = rows.flatten()
@@ -139,7 +138,7 @@ class Unpruned:
 
 
 def _gaps(places: Tensor, counts: Sequence[int], wholes: Sequence[int]) -> Gaps:
-    """Gaps of runs of `counts` tokens that would have `wholes`, by the places (S,) of tokens in their runs."""
+    """Compute the gaps of images of `counts` tokens that would have `wholes`, from the tokens' positions (S,)."""
     many, full = (torch.tensor(list(x), device=places.device) for x in (counts, wholes))
     ends = many.cumsum(0)
     column = torch.arange(len(places), device=places.device) - (ends - many).repeat_interleave(many)
@@ -152,20 +151,20 @@ class Decided(NamedTuple):
     """How the positions of a model are counted."""
 
     positions: str  # kept or dense; `auto` for a model without pruners
-    unpruned: Unpruned | None = None  # what places are counted by; None: what is left
-    why: str = ""  # the default is not possible
+    unpruned: Unpruned | None = None  # for kept; None: positions count the tokens kept
+    why: str = ""  # reason where the default is not possible
 
 
 def decided(parts: Any, slots: Mapping[str, Any], positions: str) -> Decided:
-    """Decide how positions are counted, and by what.
+    """Decide how positions are counted.
 
     Args:
         parts: of the model.
         slots: that they were made of.
-        positions: kept, dense, or auto: kept where it can be.
+        positions: kept, dense, or auto: kept where it is possible.
 
     Raises:
-        ZooError: `kept` was asked for, and cannot be.
+        ZooError: `kept` was asked for, and is not possible.
     """
     if positions not in POSITIONS:
         raise unknown("positions", positions, POSITIONS)
@@ -181,7 +180,7 @@ def decided(parts: Any, slots: Mapping[str, Any], positions: str) -> Decided:
         if (why := _without_positions(parts.llm)) is not None:
             raise ZooError(why)
         if limit is not None and found.longest > limit:
-            raise ZooError(f"an image would stand on {found.longest} places, and the LLM has {limit} positions")
+            raise ZooError(f"an image would take {found.longest} positions, and the LLM has {limit}")
     except ZooError as error:
         why = str(error).rstrip(".")
         if positions == "auto":
@@ -191,7 +190,7 @@ def decided(parts: Any, slots: Mapping[str, Any], positions: str) -> Decided:
 
 
 def _without_positions(llm: Any) -> str | None:
-    """Why positions make no difference to a language model; None: they do."""
+    """Return why positions cannot be given to a language model; None: they can."""
     takes = inspect.signature(type(getattr(llm, "decoder", llm.lm)).forward).parameters
     if "position_ids" in takes and not getattr(llm.lm.config.get_text_config(), "alibi", False):
         return None
@@ -202,7 +201,7 @@ def _without_positions(llm: Any) -> str | None:
 
 
 def shift_of(cache: Any, rows: int) -> Tensor | None:
-    """What is added to the columns that go on behind a cache: (B, 1); None: nothing."""
+    """Return the shift of columns that continue a cache: (B, 1); None: nothing."""
     shift = getattr(cache, _SHIFT, None)
     if shift is None or not (past := int(cache.get_seq_length())):
         return None
@@ -211,7 +210,7 @@ def shift_of(cache: Any, rows: int) -> Tensor | None:
 
 
 def put_shift(cache: Any, shift: Tensor, past: int = 0) -> None:
-    """Let a cache hold what is added to its columns from `past` on, (B, T); those before are noted there already."""
+    """Store the shift of a cache's columns from `past` on, (B, T), behind those that it has."""
     if cache is None or not hasattr(cache, "__dict__"):
         return
     if past:
@@ -222,10 +221,10 @@ def put_shift(cache: Any, shift: Tensor, past: int = 0) -> None:
 
 
 def whole_row(lm: Any, rows: int, columns: int, past: int) -> dict[str, Any]:
-    """What a flash kernel needs to be told of a row with gaps, which it takes for packed samples."""
+    """Return the sequence lengths for a flash kernel, which would take a row with gaps for packed samples."""
     if rows != 1 or not str(lm.config._attn_implementation).startswith("flash"):
         return {}
     device = next(lm.parameters()).device
     ends = {"q": columns, "k": past + columns}
-    told: dict[str, Any] = {f"max_length_{x}": n for x, n in ends.items()}
-    return told | {f"cu_seq_lens_{x}": torch.tensor([0, n], dtype=torch.int32, device=device) for x, n in ends.items()}
+    sizes: dict[str, Any] = {f"max_length_{x}": n for x, n in ends.items()}
+    return sizes | {f"cu_seq_lens_{x}": torch.tensor([0, n], dtype=torch.int32, device=device) for x, n in ends.items()}

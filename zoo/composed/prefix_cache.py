@@ -1,8 +1,8 @@
-"""Many questions about one image: the LLM reads the image once, and each question goes on from there.
+"""Prefix caching for many questions about one image: the LLM computes the image's keys and values once.
 
-What stands before the last image token of a prompt, images included, is the same for all questions about it. Its keys
-and values are computed once and copied to the rows of a batch. With 64 image tokens and questions of ten words this
-saves five sixths of the work.
+The prompt up to its last image token is the same for all questions about an image. Its keys and values are computed
+once and copied to the rows of a batch. With 64 image tokens and questions of ten words this saves five sixths of the
+work.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ Prefix = tuple[bytes, tuple[int, ...]]  # token ids, and which images
 
 
 class PrefixCache:
-    """Keys and values of prefixes, by prefix; `None` in place of a cache where the LLM keeps more than keys and values.
+    """Keys and values of prefixes, by prefix.
 
     Args:
         model: a composed model.
-        pictures: gives the encoded images of a prefix (see `zoo.evaluation.predict`).
-        batch_size: prefixes that the LLM reads at once.
+        pictures: returns the encoded images of a prefix (see `zoo.evaluation.predict`).
+        batch_size: prefixes in one pass of the LLM.
     """
 
     def __init__(self, model: Any, pictures: Any, batch_size: int) -> None:
@@ -33,14 +33,14 @@ class PrefixCache:
 
     @staticmethod
     def serves(model: Any) -> bool:
-        """Whether nothing inside the LLM looks at the whole sequence or at the image: no pruner, no adapter."""
+        """Whether keys and values of a prefix depend on the prefix alone: no pruner inside the LLM, no adapter."""
         inside = any(isinstance(p, InsidePruner) for p in model.pruner.values())
         return bool(model.num_image_tokens) and not inside and not len(model.adapter)
 
     def read(self, prefixes: Sequence[Prefix]) -> bool:
-        """Let the LLM read prefixes that it has not read; returns whether it works for this LLM."""
+        """Compute the prefixes that are not cached yet; returns whether this LLM can be cached."""
         new = [p for p in dict.fromkeys(prefixes) if p not in self.place]
-        lengths: dict[int, list[Prefix]] = {}
+        lengths: dict[int, list[Prefix]] = {}  # prefixes of one length need no padding, which a copy would carry along
         for prefix in new:
             lengths.setdefault(len(prefix[0]), []).append(prefix)
         for some in lengths.values():
@@ -57,7 +57,7 @@ class PrefixCache:
         cache = DynamicCache()
         parts = sorted({part for part, _ in where})
         start = dict(zip(parts, _starts([self.parts[p].layers[0].keys.shape[0] for p in parts]), strict=True))
-        index = torch.tensor([start[part] + row for part, row in where], device=self.model.device)
+        index = torch.tensor([start[part] + row for part, row in where], device=self.model.device)  # (B,)
         for number in range(len(self.parts[parts[0]].layers)):
             layers = [self.parts[p].layers[number] for p in parts]
             cache.update(_rows([x.keys for x in layers], index), _rows([x.values for x in layers], index), number)
@@ -71,9 +71,10 @@ class PrefixCache:
 
         ids = torch.stack([torch.frombuffer(bytearray(tokens), dtype=torch.int64) for tokens, _ in prefixes])
         shown = self.pictures.batch([i for _, images in prefixes for i in images])
-        if shown and ("encoded" not in shown or shown["encoded"][2] is None):
+        if shown and ("encoded" not in shown or shown["encoded"][2] is None):  # images are not in the sequence
             return False
         cache = self.model(ids.to(self.model.device), **shown, use_cache=True, run_head=False).cache
+        # Sliding windows and states of linear attention cannot be cut or copied row by row as keys and values can.
         if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
             return False
         self.place |= {prefix: (len(self.parts), row) for row, prefix in enumerate(prefixes)}
@@ -82,6 +83,7 @@ class PrefixCache:
 
 
 def _starts(sizes: list[int]) -> list[int]:
+    """Return where each part begins in the concatenation of all."""
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 

@@ -1,7 +1,7 @@
-"""Weights of a frozen model in 8 or 4 bits, products in the number format of their input: less memory, not less time.
+"""Weight-only quantisation of a frozen model to 8 or 4 bits, products in the input's dtype: saves memory, not time.
 
-Symmetric, around zero: 8 bits with one scale for each row, 4 bits with one for each 64 numbers of a row, two numbers in
-a byte. Only the linear layers of the decoder; embeddings, norms and the vocabulary projection stay as they are.
+Symmetric: 8 bits with a scale per row, 4 bits with a scale per group of 64 numbers of a row, two numbers in a byte.
+Only the linear layers of the decoder; embeddings, norms and the vocabulary projection are not quantised.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight is made anew, from a few bits a number, each time that it is used."""
+    """A linear layer whose weight is dequantised in each forward."""
 
     def __init__(self, linear: nn.Linear, bits: int) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.weight_in(x.dtype), self.bias)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight (O, I) in a number format."""
+        """Return the weight (O, I), dequantised to a dtype."""
         bits, scale = self.get_buffer("weight_bits"), self.get_buffer("scale")
         if self.bits == 4:
-            low = (bits << 4) >> 4  # the shift back brings the sign
+            low = (bits << 4) >> 4  # int8: the shift back extends the sign of the low four bits
             bits = torch.stack([low, bits >> 4], -1).flatten(1)
         parts = bits.view(len(bits), scale.shape[1], -1).to(dtype) * scale.unsqueeze(-1).to(dtype)
         return parts.flatten(1)[:, : self.shape[1]]
@@ -54,12 +54,12 @@ class QuantizedLinear(nn.Module):
 def quantize(root: nn.Module, bits: int, keep: Callable[[str], bool] = lambda name: False) -> int:
     """Replace the linear layers below `root`, in place; returns the bytes saved.
 
-    What adapters have hooked into a layer stays: their terms are added to what the small one gives.
+    Hooks of adapters on a layer move to its replacement, so their terms are added to its output.
 
     Args:
-        root: whose linear layers become small.
+        root: module whose linear layers are replaced.
         bits: 8 or 4.
-        keep: says by its name which weight stays whole: those that adapters have put in.
+        keep: whether the weight of a name is left as it is: those of adapters.
 
     Raises:
         ZooError: no such number of bits.

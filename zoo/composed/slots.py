@@ -1,4 +1,4 @@
-"""What a saved folder says of a model's parts: their options as they are now, and not as they were composed."""
+"""Options of a model's parts for a saved folder: as they are now, after merges and with checkpoints pinned."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from zoo.registry import ZooError, build
 def slots_now(model: Any) -> dict[str, Any]:
     """Return the options of a model's parts as they are now.
 
-    Adapters that were merged for good are gone. Folders of checkpoints are named so that they are found from anywhere,
-    repositories of the hub by the commit that was read.
+    Adapters that were merged for good are left out. Folders of checkpoints get absolute paths, repositories of the hub
+    the commit that was read.
 
     Raises:
-        ZooError: the language model's weights are those of one image for the moment.
+        ZooError: an adapter is merged into the language model for one image.
     """
     slots = {**(model.config.slots or {})}
     for part, node in model.bases.nodes.items():
@@ -33,9 +33,9 @@ def slots_now(model: Any) -> dict[str, Any]:
 
 
 def without_checkpoint(model: Any, part: str) -> dict[str, Any] | None:
-    """Say a part (vision, llm) by its sizes, so that a folder with all of its weights needs no checkpoint of its own.
+    """Describe a part (vision, llm) by its sizes, so that a folder with all of its weights needs no other checkpoint.
 
-    None where its options cannot say them: towers of timm and open_clip whose architecture is in their checkpoint only.
+    None where options cannot describe it: towers of timm and open_clip whose architecture is in their checkpoint only.
     """
     node = (model.config.slots or {})[part]
     make = {("vision", "hf"): _vision, ("llm", "hf"): _llm}.get((part, node["name"]))
@@ -51,6 +51,7 @@ def _llm(model: Any) -> dict[str, Any] | None:
 
     config, text = model.llm.lm.config, model.llm.lm.config.get_text_config()
     node = llm_slot(text, bool(config.tie_word_embeddings)) | {"router_aux_coef": model.llm.router_aux_coef}
+    # Built from the options again, the config has to be the same: what options cannot express would be lost.
     again = transformers_config(HFLanguageModelConfig(**_options(node)), text.vocab_size)
     same = type(again) is type(config) and not different(config, again, set())
     return node if same else None
@@ -61,7 +62,7 @@ def _vision(model: Any) -> dict[str, Any] | None:
 
     given, tower, transform = model.config.slots["vision"], model.vision.runner.tower, model.vision.transform
     if given.get("pooling_head"):
-        return None  # blocks behind the layer are part of it, and the config no longer counts them
+        return None  # the head needs blocks behind the chosen layer, which num_hidden_layers no longer counts
     node = vision_slot(tower.config, {}, layer=tower.config.num_hidden_layers, norm=bool(given.get("norm")))
     pixels = {"mean": list(transform.mean), "std": list(transform.std), "resample": transform.resample}
     node |= {"image_size": transform.size[0], "fit": transform.fit, **pixels}

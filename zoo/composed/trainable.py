@@ -1,4 +1,4 @@
-"""What a composed model does with its parts from outside: which train, which stay float32, what is compiled."""
+"""Which parameters of a composed model train, which stay float32, and which parts are compiled or detached."""
 
 from collections.abc import Callable, MutableMapping, Sequence
 from fnmatch import fnmatchcase
@@ -34,17 +34,18 @@ class PartsMixin(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or cast the model, as `to`, `half`, `dtype=` of loading and every wrapper does.
 
-        What is said to stay float32 does: new weights of adapters (`keeps_float32`), and what transformers keeps so. A
-        part that is cast by itself (`model.adapter["mole"].to(torch.bfloat16)`) is cast.
+        Weights that must stay float32 do: new weights of adapters (`keeps_float32`), and those that transformers keeps.
+        A part that is cast by itself (`model.adapter["mole"].to(torch.bfloat16)`) is cast.
         """
         parts = [part for part in (self.vision, self.llm) if part is not None]
+        # By id, not by name: `_apply` of torch gets tensors, and tied weights have several names.
         wide = {dtype: kept_wide(parts, dtype) | self._kept_by_adapters() for dtype in SHORT}
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             if new.dtype not in SHORT or new.dtype == tensor.dtype or id(tensor) not in wide[new.dtype]:
                 return new
-            return tensor.to(new.device, torch.float32)
+            return tensor.to(new.device, torch.float32)  # from the old tensor: `new` has lost bits already
 
         return super()._apply(moved, recurse)
 
@@ -58,16 +59,16 @@ class PartsMixin(nn.Module):
         return kept
 
     def _idles(self, name: str) -> bool:
-        """Whether an adapter computes for the module of this parameter: it then has no effect, and no gradient."""
+        """Whether an adapter replaces the module of this parameter, which then has no effect and no gradient."""
         inner = name.removeprefix("llm.lm.")
         return inner != name and any(a.idles(inner) for a in self.adapter.values())
 
     def set_trainable(self, train: Sequence[str], freeze: Sequence[str] = ()) -> dict[str, int]:
-        """Let exactly the parameters train that match `train` and not `freeze`.
+        """Make exactly the parameters trainable that match `train` and not `freeze`.
 
         Args:
             train: parts (`vision`, `projector`, `llm`, `adapter`, `adapter.lora`, `all`) or globs over parameter names.
-            freeze: the same; wins over `train`.
+            freeze: the same; has precedence over `train`.
 
         Returns:
             Number of trainable parameters by part.
@@ -88,7 +89,7 @@ class PartsMixin(nn.Module):
         count: dict[str, int] = {}
         for name, parameter in named.items():
             on = any(matches(p, name) for p in train) and not any(matches(p, name) for p in freeze)
-            on = on and not self._idles(name)
+            on = on and not self._idles(name)  # DDP would wait for a gradient that never comes
             parameter.requires_grad_(on)
             if on:
                 count[parts[name]] = count.get(parts[name], 0) + parameter.numel()
@@ -97,7 +98,7 @@ class PartsMixin(nn.Module):
         return count
 
     def detach_only(self, names: Sequence[str]) -> None:
-        """Detach the adapters that `names` says, and attach all others.
+        """Detach the adapters in `names`, and attach all others.
 
         Raises:
             ZooError: the model has no such adapter.
@@ -109,17 +110,17 @@ class PartsMixin(nn.Module):
         self._detached = frozenset(names)
         if before == self._detached:
             return
-        for adapter in reversed(list(self.adapter.values())):  # the last one in is the first one out
+        # All of them, in reverse: each puts back what it found, which is right only if later ones are gone.
+        for adapter in reversed(list(self.adapter.values())):
             adapter.detach()
         for name, adapter in self.adapter.items():
             if name not in self._detached:
                 adapter.attach()
 
     def compile_parts(self, on: bool = True) -> None:
-        """Run encoder, projector, decoder and loss through `torch.compile`, or no longer.
+        """Compile encoder, projector, decoder and loss with `torch.compile`, or undo it.
 
-        Each is a graph of its own: between them stand the placeholder check and the number of labels, which depend
-        on data.
+        Each is a graph of its own: the placeholder check and the number of labels between them depend on data.
         """
         self.compiled = on
         decoder = self.llm.lm.get_decoder() if hasattr(self.llm.lm, "get_decoder") else self.llm.lm
@@ -127,4 +128,4 @@ class PartsMixin(nn.Module):
             if part is not None and on:
                 part.compile()
             elif part is not None:
-                part._compiled_call_impl = None
+                part._compiled_call_impl = None  # torch has no public way back from `Module.compile`

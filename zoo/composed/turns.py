@@ -1,7 +1,7 @@
-"""Turns: threads that share a model wait for each other where a part of it keeps what it knows of a pass on itself.
+"""A lock per model, for parts that keep state of a pass on themselves: threads that share the model then take turns.
 
-The parts that come with the zoo keep it in the pass (`zoo.registry.forward_pass`), and no thread waits. An adapter or
-a pruner inside the LLM that comes from elsewhere is taken to be of the other kind, unless it says `concurrent = True`.
+The zoo's own parts keep that state in the pass (`zoo.registry.forward_pass`), and no thread waits. An adapter or a
+pruner inside the LLM from a plug-in is assumed to need the lock, unless it sets `concurrent = True`.
 """
 
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ _MAKING = RLock()
 
 
 def turn_of(model: Any, parts: Iterable[Adapter | Pruner]) -> AbstractContextManager[Any]:
-    """Give what a pass of `model`, or a whole generation, runs within: the model's lock, or nothing.
+    """Return the context of a pass of `model`, or of a whole generation: the model's lock, or nothing.
 
     Args:
-        model: the lock is the model's.
-        parts: of it, that act inside the LLM.
+        model: that owns the lock.
+        parts: its parts that act inside the LLM.
     """
     if all(part.concurrent for part in parts):
         return nullcontext()
