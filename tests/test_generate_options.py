@@ -299,7 +299,7 @@ def test_unknown_words_are_refused_with_the_nearest(llava):
         ({"max_new_tokens": 0}, "generate: .*max_new_tokens"),
         ({"cache_implementation": "sttic"}, "generate: .*cache_implementation"),
         ({"cache_implementation": "quantized", "cache_config": {"backend": "hqq"}}, "generate: .*hqq"),
-        ({"token_healing": True}, "an image cannot be spelt"),
+        ({"token_healing": True}, "an image has none"),
         ({"inputs_embeds": torch.zeros(1, 3, 48)}, "no inputs_embeds"),
         ({"prompt_lookup_num_tokens": 3, "use_cache": False}, "use_cache"),
         ({"prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True},
