@@ -10,7 +10,7 @@ from zoo.benches.report import Row
 from zoo.loading.build import processor_for
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
-from zoo.runs.order import Place as Share
+from zoo.runs.order import ShardPosition as Share
 from zoo.settings.stage import Stage
 from zoo.text.tokenizer import train_tokenizer
 from zoo.training.step import Engine

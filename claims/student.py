@@ -19,7 +19,7 @@ from zoo.evaluation.evaluate import evaluate
 from zoo.loading.build import build, load
 from zoo.registry import build as part
 from zoo.runs.batches import Batches
-from zoo.runs.order import Mix, Place
+from zoo.runs.order import Mix, ShardPosition
 from zoo.runs.processes import start_accelerator
 from zoo.settings.config import compose
 from zoo.settings.source import source_of
@@ -120,7 +120,7 @@ class Trainer:
                 mix = Mix({"pictures": data}, {}, self.seed + 1000 * order)
                 twins = TeacherRows(self.teachers_processor, processor) if arm.processor else None
                 sources[id(processor)] = Batches(
-                    mix, processor, stage, steps, Place(), text=engine.run_llm, teacher=twins
+                    mix, processor, stage, steps, ShardPosition(), text=engine.run_llm, teacher=twins
                 )
             lanes.append((arm, engine, asks, id(processor)))
         for number in range(steps):

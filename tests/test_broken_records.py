@@ -17,7 +17,7 @@ from zoo.registry import RecordError, Sample, StreamingDataset, ZooError, naming
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
 from zoo.runs.folder import read_metrics
-from zoo.runs.order import Mix, Place
+from zoo.runs.order import Mix, ShardPosition
 from zoo.settings.stage import Stage
 from zoo.training.loop import Run
 
@@ -61,7 +61,7 @@ class RaisingStream(StreamingDataset):
 
 def items(data, *, workers=0, skip=True, size=4, steps=3, start=0, streams=None, **stage):
     made = Stage(steps=steps, batch_size=size, workers=workers, skip_broken=skip, **stage)
-    place = Place(0, 1, start, streams or {})
+    place = ShardPosition(0, 1, start, streams or {})
     return list(Loader(Batches(Mix({"mine": data}, {}, 0), Names(), made, steps, place)))
 
 
@@ -113,12 +113,12 @@ def test_batches_of_one_are_none_and_the_others_what_they_were(buckets):
 def test_of_several_processes_each_has_a_spare_batch():
     data, stage = Raising(8), Stage(steps=8, batch_size=2, skip_broken=True)
     for rank in (0, 1):
-        made = list(Loader(Batches(Mix({"m": data}, {}, 0), Names(), stage, 8, Place(rank, 2))))
+        made = list(Loader(Batches(Mix({"m": data}, {}, 0), Names(), stage, 8, ShardPosition(rank, 2))))
         assert all(i["spare"] is not None for i in made if i["batch"] is None)
     data.error = ZooError("no")
     data.get = lambda index, epoch=0: (_ for _ in ()).throw(data.error)
     with pytest.raises(ZooError, match="Every sample of this process is broken"):
-        list(Loader(Batches(Mix({"m": data}, {}, 0), Names(), stage, 8, Place(0, 2))))
+        list(Loader(Batches(Mix({"m": data}, {}, 0), Names(), stage, 8, ShardPosition(0, 2))))
 
 
 def test_an_error_can_be_printed_written_and_sent_to_another_process():
@@ -200,7 +200,7 @@ def test_every_kind_of_broken_record_is_left_out(broken_file, make_model, images
         RunData({"d": node})  # the first one, when the file is opened
     data = RunData({"d": node}, skip_broken=True)
     stage = Stage(epochs=1, batch_size=1, skip_broken=True, workers=workers)
-    batches = Batches(data.mix(stage, 0), processor, stage, 29, Place())
+    batches = Batches(data.mix(stage, 0), processor, stage, 29, ShardPosition())
     found = list(Loader(batches))
     names = dict(enumerate([*BROKEN, "half a line"], 13))  # by line
     lines = {names[int(line["where"].rpartition(":")[2])]: line for i in found for line in i["info"]["broken"]}

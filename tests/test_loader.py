@@ -9,7 +9,7 @@ import torch
 from tests.conftest import sample
 from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
 from zoo.runs.batches import Batches, Loader
-from zoo.runs.order import Mix, Place, keyed
+from zoo.runs.order import Mix, ShardPosition, keyed
 from zoo.settings.stage import Stage
 
 
@@ -53,7 +53,7 @@ def mix(weights=None, seed=0, **datasets) -> Mix:
 
 def seen(some_mix, *, start=0, steps=6, rank=0, world=1, streams=None, **stage) -> list[list[str]]:
     stage = Stage(steps=steps, **{"batch_size": 4, **stage})
-    place = Place(rank, world, start, streams or {})
+    place = ShardPosition(rank, world, start, streams or {})
     return [item["batch"]["ids"] for item in Loader(Batches(some_mix, Names(), stage, steps, place))]
 
 
@@ -99,7 +99,7 @@ def test_starting_in_the_middle_gives_the_rest(workers, buckets, kind):
 
     options = {"workers": workers, "length_buckets": buckets, "accumulate": 2}
     stage = Stage(steps=40, batch_size=4, **options)
-    items = list(Loader(Batches(fresh(), Names(), stage, 40, Place())))
+    items = list(Loader(Batches(fresh(), Names(), stage, 40, ShardPosition())))
     whole = [i["batch"]["ids"] for i in items]
     assert len(whole) == 80
     for start in (1, 17, 33):
@@ -138,7 +138,7 @@ def test_buckets_put_like_lengths_together():
 def test_reading_data_leaves_the_models_randomness_alone():
     def state_after(workers):
         torch.manual_seed(0)
-        source = iter(Loader(Batches(mix(a=Numbers(9)), Quiet(), Stage(steps=3, workers=workers), 3, Place())))
+        source = iter(Loader(Batches(mix(a=Numbers(9)), Quiet(), Stage(steps=3, workers=workers), 3, ShardPosition())))
         next(source)
         return torch.rand(3).tolist()
 
@@ -165,7 +165,7 @@ def test_dialogs_apart_or_in_one_row(make_model):
 
     def batch(**stage):
         stage = Stage(steps=1, batch_size=4, **stage)
-        return next(iter(Loader(Batches(mix(a=Two()), processor, stage, 1, Place()))))["batch"]
+        return next(iter(Loader(Batches(mix(a=Two()), processor, stage, 1, ShardPosition()))))["batch"]
 
     together, apart, packed = batch(), batch(pack="none"), batch(pack_length=200)
     assert together["input_ids"].shape[0] == 4 and apart["input_ids"].shape[0] == 8
@@ -186,9 +186,9 @@ class Broken(Names):
 def test_a_broken_sample_stops_the_run_or_is_skipped(workers):
     stage = Stage(steps=3, batch_size=4, workers=workers)
     with pytest.raises(Exception, match=r"cannot read cat.png"):
-        list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, Place())))
+        list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, ShardPosition())))
     stage = Stage(steps=3, batch_size=4, workers=workers, skip_broken=True)
-    items = list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, Place())))
+    items = list(Loader(Batches(mix(a=Numbers(12)), Broken(), stage, 3, ShardPosition())))
     assert sum(i["info"]["samples"] for i in items) == 11
     assert [line for i in items for line in i["info"]["broken"]] == [
         {"data": "a", "where": "record 3", "id": "a0-3", "kind": "text", "reason": "cannot read cat.png"}
@@ -201,7 +201,7 @@ def test_waiting_is_counted():
             time.sleep(0.05)
             return {"ids": []}
 
-    loader = Loader(Batches(mix(a=Numbers(12)), Slow(), Stage(steps=3), 3, Place()))
+    loader = Loader(Batches(mix(a=Numbers(12)), Slow(), Stage(steps=3), 3, ShardPosition()))
     assert len(list(loader)) == 3
     assert 0.1 < loader.waited < 2
 
@@ -209,7 +209,7 @@ def test_waiting_is_counted():
 def test_leaving_early_stops_the_thread():
     import threading
 
-    source = iter(Loader(Batches(mix(a=Numbers(12)), Names(), Stage(steps=1000), 1000, Place())))
+    source = iter(Loader(Batches(mix(a=Numbers(12)), Names(), Stage(steps=1000), 1000, ShardPosition())))
     next(source)
     source.close()
     assert not [t for t in threading.enumerate() if t.name == "zoo-loader"]

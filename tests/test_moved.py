@@ -57,7 +57,7 @@ def test_checkpoints_of_parts(tmp_path, checkpoints):
         resumed(folder, f"llm.checkpoint={checkpoints / 'qwen2'}")
     with pytest.raises(ZooError, match=r"llm\.checkpoint=.*nowhere: no such folder"):
         resumed(folder, f"llm.checkpoint={tmp_path / 'nowhere'}")
-    with pytest.raises(ZooError, match=r"the run began on no saved model"):
+    with pytest.raises(ZooError, match=r"the run did not begin on a saved model"):
         resumed(folder, "model.base=there", f"llm.checkpoint={tmp_path / 'moved'}")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.train_builders import config, recipe
 from zoo.registry import ZooError
-from zoo.runs.processes import IGNORED, NOT_OURS, by_first, launcher_alone, start_accelerator
+from zoo.runs.processes import IGNORED, UNSUPPORTED, by_first, launcher_alone, start_accelerator
 from zoo.training.loop import Run
 
 SOURCES = [p.read_text() for p in Path(accelerate.__file__).parent.rglob("*.py")]
@@ -41,7 +41,7 @@ def as_it_was(monkeypatch):
 
 
 def test_there_are_variables_to_try():
-    assert {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", *NOT_OURS} <= set(VARIABLES)
+    assert {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", *UNSUPPORTED} <= set(VARIABLES)
 
 
 @pytest.mark.parametrize("value", ["true", "4"])
@@ -56,7 +56,7 @@ def test_no_variable_wraps_what_is_trained(name, value, monkeypatch, as_it_was):
         accelerator = start_accelerator("cpu")
     except ZooError as error:
         assert f"{name}={value}" in str(error)
-        assert name in NOT_OURS or not name.startswith(IGNORED)
+        assert name in UNSUPPORTED or not name.startswith(IGNORED)
         return
     module = torch.nn.Linear(2, 2)
     with launcher_alone():
@@ -80,7 +80,7 @@ def test_accumulation_of_the_environment_changes_no_weight(tmp_path, monkeypatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ZooError, match="device=cuda was asked for, and this process would compute on cpu"):
+    with pytest.raises(ZooError, match="device=cuda was asked for, but this process would run on cpu"):
         start_accelerator("cuda")
 
 

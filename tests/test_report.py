@@ -63,7 +63,7 @@ def test_runs_can_be_chosen(place, tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ZooError, match="There is no folder"):
         main([str(tmp_path / "nothing")])
-    with pytest.raises(ZooError, match="No run lies in"):
+    with pytest.raises(ZooError, match="There is no run in"):
         main([str(tmp_path)])
     with pytest.raises(ZooError, match=r"'ot'. Did you mean 'out'"):
         main([str(tmp_path), "ot=x.png"])

@@ -58,7 +58,7 @@ def test_last_works_without_links(tmp_path, monkeypatch):
 
 def test_opening_what_is_no_run_names_those_there_are(tmp_path):
     RunFolder.create(tmp_path, "a", now=NOON).config.write_text("seed: 0\n")
-    with pytest.raises(ZooError, match=r"is no run.*12-00-00-a"):
+    with pytest.raises(ZooError, match=r"is not a run.*12-00-00-a"):
         RunFolder.open(str(tmp_path / "nothing"), tmp_path)
 
 

@@ -11,7 +11,7 @@ from zoo import registry
 from zoo.data.stream_order import Lanes
 from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
 from zoo.runs.batches import Batches, Loader
-from zoo.runs.order import Mix, Place
+from zoo.runs.order import Mix, ShardPosition
 from zoo.settings.stage import Stage
 
 datasets = pytest.importorskip("datasets")
@@ -55,7 +55,7 @@ def stream(folders, shards, **options):
 def batches(data, *, batch=8, steps=16, rank=0, world=1, start=0, streams=None, **stage):
     stage = Stage(steps=steps, batch_size=batch, **stage)
     mix = data if isinstance(data, Mix) else Mix({"s": data}, {"s": 1.0}, 0)
-    return Batches(mix, Ids(), stage, steps, Place(rank, world, start, streams or {}))
+    return Batches(mix, Ids(), stage, steps, ShardPosition(rank, world, start, streams or {}))
 
 
 def ids(items):

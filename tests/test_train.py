@@ -171,7 +171,7 @@ def test_sigterm_saves_and_leaves(made, tmp_path):
         ({"a": "steps: 1, loss_weights: {answer: 0.0}"}, [], "answer is 0 and there is no distiller"),
         ({"a": "steps: 1, distiller: dense, loss_weights: {dens: 0.1}"}, [], r"'dens'. Did you mean 'dense'"),
         ({"a": "steps: 1"}, ["data.scenes.split=eval"], "no data to train on"),
-        ({"a": "steps: 1"}, ["resume=nowhere"], "is no run"),
+        ({"a": "steps: 1"}, ["resume=nowhere"], "is not a run"),
     ],
 )
 def test_mistakes_are_named(made, stages, more, message):

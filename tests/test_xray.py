@@ -176,7 +176,7 @@ def test_words_of_the_command():
     for words, message in [
         (["m", "--imag=a"], "No option of zoo inspect named 'imag'. Did you mean 'image'"),
         (["m", "--image"], "--image needs a value"),
-        (["m"], "zoo inspect needs a picture"),
+        (["m"], "zoo inspect needs an image"),
         (["--image=/no/such.jpg", *TINY, "--pruner=random"], "does not exist"),
     ]:
         with pytest.raises(ZooError, match=message):
@@ -184,7 +184,7 @@ def test_words_of_the_command():
 
 
 def test_a_model_without_image_tokens_is_refused():
-    with pytest.raises(ZooError, match="in this model no image stands in the sequence"):
+    with pytest.raises(ZooError, match="this model has none in the LLM.s sequence"):
         inspect("", [w.replace("projector=mlp", "projector=null") for w in TINY] + ["adapter=[vlora]"], picture(3))
 
 

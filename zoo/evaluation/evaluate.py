@@ -1,8 +1,8 @@
-"""`zoo eval`: what a model scores on data sets, with the number of samples and the standard error of every figure.
+"""`zoo eval`: scores of a model on data sets, each with the number of samples and the standard error.
 
-Beside it stand two models that do not look: the majority, which gives the commonest training answer of each kind of
-question, and the model itself, shown zero pixels. What the training split never showed (`meta["held_out"]`) is counted
-apart.
+Two baselines without images are scored as well: the majority, which gives the most frequent training answer of each
+kind of question, and the blind model, which is the model with images of zeros. Combinations that the training split
+does not contain (`meta["held_out"]`) are scored separately.
 """
 
 import json
@@ -30,11 +30,11 @@ from zoo.runs.scored import Tasks, nothing_to_score, require_dialogs, samples_of
 from zoo.storage.atomic import write_text, writing
 from zoo.storage.precision import autocast, fast_products
 
-TRAIN_SAMPLES = 2000  # samples of the training split in which the majority counts answers
+TRAIN_SAMPLES = 2000  # samples of the training split whose answers the majority baseline counts
 
 
 def main(cfg: DictConfig) -> EvalResult:
-    """Score the model that the config names on its data; print the table, write scores and predictions."""
+    """Score the model of the config on its data, print the table, and write scores and predictions."""
     from zoo.loading.build import build as build_model
     from zoo.settings.source import source_of
 
@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> EvalResult:
     data = RunData(cfg.data, skip_broken=cfg.skip_broken)
     datasets = data.evaluation or data.all
     if not datasets:
-        raise ZooError("There is no data to evaluate on. Choose some with data=[...].")
+        raise ZooError("There is no data to evaluate on. Set it with data=[...].")
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
     require_dialogs(datasets, tasks, cfg.limit)
     model, processor = build_model(source_of(cfg), device=accelerator.device)
@@ -61,7 +61,8 @@ def main(cfg: DictConfig) -> EvalResult:
     )
     if accelerator.is_main_process:
         console = Console()
-        console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))  # seen, should the disk be full
+        # Printed before writing, since the disk may be full.
+        console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))
         name = "eval-" + Path(cfg.model.name).as_posix().removesuffix("/model").rpartition("/")[2]
         with writing("scores", "Choose another place with run.dir=<folder>."):
             folder = Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
@@ -71,8 +72,8 @@ def main(cfg: DictConfig) -> EvalResult:
             OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
         seconds = clock(time.monotonic() - began)
         if result.skipped:
-            said = f"{len(result.skipped)} records were left out: skipped.jsonl says why."
-            console.print(said, soft_wrap=True, highlight=False)
+            text = f"{len(result.skipped)} records were left out; skipped.jsonl has the reasons."
+            console.print(text, soft_wrap=True, highlight=False)
         console.print(
             f"{len(result.predictions)} answers in {seconds}, all in {folder}",
             soft_wrap=True,
@@ -103,17 +104,17 @@ def evaluate(
         model: put in eval mode.
         processor: of the model.
         datasets: data name -> data set.
-        tasks: task name -> task. Dialogs that name another task are left out; None scores each by its own.
+        tasks: task name -> task. Dialogs that name another task are left out; None scores each by the task it names.
         batch_size: dialogs at once; None chooses by the size of the model. The scores do not depend on it.
         limit: samples of each data set; None takes all.
         baselines: also score the majority and the blind model.
-        accelerator: of a run on several processes, which then share the samples.
+        accelerator: of a run with several processes, which divide the samples.
         precision: fp32, or bf16 for autocast.
-        skip_broken: leave out records that cannot be used; `skipped` of the result lists them.
-        max_broken: share of the records that may be left out, from the 100th on.
+        skip_broken: leave out broken records; `skipped` of the result lists them.
+        max_broken: share of the records that may be left out, checked from the 100th on.
 
     Raises:
-        ZooError: nothing in the data is for these tasks, or records are broken and may not be left out.
+        ZooError: no dialog is for these tasks, or records are broken and may not be left out.
     """
     fast_products()
     datasets = {name: whole("dataset", dataset, name) for name, dataset in datasets.items()}
@@ -124,7 +125,7 @@ def evaluate(
     with torch.no_grad(), autocast(precision, model.device):
         model.set_attention(model.config.attention)
         sieve = Sieve(skip_broken, max_broken, "zoo eval")
-        asked = _Asked(datasets, table, limit, rank, world, sieve)
+        asked = _Questions(datasets, table, limit, rank, world, sieve)
         rows = _rows(model, processor, asked, batch_size, blind=False)
         blind = _rows(model, processor, asked, batch_size, blind=True) if baselines else []
     if accelerator is not None:
@@ -139,7 +140,7 @@ def evaluate(
         raise ZooError(f"None of {sieve.seen} records can be scored. The first: {next(iter(sieve.lines))['reason']}")
     if not rows:
         raise nothing_to_score(datasets, tasks)
-    rows.sort(key=lambda r: r["order"])
+    rows.sort(key=lambda r: r["order"])  # the same predictions.jsonl for any number of processes
     lines = _lines(rows, table)
     if baselines:
         _add(lines, _lines(blind, table), "blind")
@@ -150,8 +151,8 @@ def evaluate(
 
 
 @dataclass
-class _Asked:
-    """Which questions are asked in a process, and what could not be: the blind model is asked what the other was."""
+class _Questions:
+    """The questions of this process; those that the model could not answer are left out for the blind model too."""
 
     datasets: Mapping[str, Any]
     tasks: Tasks
@@ -159,16 +160,16 @@ class _Asked:
     rank: int
     world: int
     sieve: Sieve
-    without: set[tuple[Any, ...]] = field(default_factory=set)  # orders of questions that could not be asked
+    without: set[tuple[Any, ...]] = field(default_factory=set)  # `order` of the questions that are left out
 
     def questions(self, blind: bool) -> Iterator[Question]:
-        """Yield the questions, those about one image behind each other."""
+        """Yield the questions, grouped by sample, so that its images are encoded once."""
         for at, (data, dataset) in enumerate(self.datasets.items()):
             samples = islice(samples_of(data, dataset, self.limit, self.rank, self.world), self.limit)
             for index, sample in enumerate(samples):
                 if sample is None:
                     continue
-                if not blind:
+                if not blind:  # the second pass reads the same records
                     self.sieve.seen += 1
                 if isinstance(sample, RecordError):
                     self.sieve.leave_out(sample)
@@ -176,18 +177,19 @@ class _Asked:
                 for number, dialog in enumerate(sample.dialogs):
                     if dialog.preference == "rejected" or (at, index, number) in self.without:
                         continue
+                    # Tasks with the same mode and length share one answer.
                     modes = {(self.tasks[t].mode, self.tasks[t].max_new_tokens): None for t in self.tasks.of(dialog)}
                     for mode, most in modes:
                         yield Question(sample, dialog, mode, most, (at, index, number))
 
     def leave_out(self, question: Question, error: RecordError) -> None:
-        """Take a question out."""
+        """Leave out a question."""
         self.sieve.leave_out(error)
         self.without.add(question.order)
 
 
-def _rows(model: Any, processor: Any, asked: _Asked, batch_size: int, *, blind: bool) -> list[dict[str, Any]]:
-    """Predict, and score each prediction by itself."""
+def _rows(model: Any, processor: Any, asked: _Questions, batch_size: int, *, blind: bool) -> list[dict[str, Any]]:
+    """Answer the questions, and score each answer."""
     names, tasks = list(asked.datasets), asked.tasks
     rows = []
     answers = answer(
@@ -199,7 +201,7 @@ def _rows(model: Any, processor: Any, asked: _Asked, batch_size: int, *, blind: 
             task = tasks[name]
             if (task.mode, task.max_new_tokens) != (question.mode, question.max_new_tokens):
                 continue
-            try:  # its truth may be no answer that the task can read
+            try:  # the reference may not be an answer that the task can parse
                 with naming(data, question.sample.where, question.sample.id):
                     scores = task.score(dialog, text)
             except RecordError as error:
@@ -249,7 +251,7 @@ def _add(lines: list[Line], others: list[Line], what: str) -> None:
 
 
 def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Tasks) -> list[Line]:
-    """Score the commonest training answer of each kind, on the dialogs that the model was scored on."""
+    """Score the most frequent training answer of each kind on the dialogs that the model was scored on."""
     from zoo.tasks.baselines import majority
 
     lines = []
@@ -260,20 +262,23 @@ def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Ta
         count = min(TRAIN_SAMPLES, len(train))
         samples = (read_sample(data, train, i * len(train) // count) for i in range(count))
         dialogs = (d for sample in samples if isinstance(sample, Sample) for d in sample.dialogs)
-        seen = [d for d in dialogs if d.preference != "rejected"]
+        trained = [d for d in dialogs if d.preference != "rejected"]
         for (name, kind, task, held_out), some in _by_key(rows).items():
             if name == data:
                 asked = [r["dialog"] for r in some]
-                scores = majority(_like(seen, asked[0].kind), asked, tasks[task])
+                scores = majority(_of_kind(trained, asked[0].kind), asked, tasks[task])
                 lines += [Line(data, kind, task, m, held_out, s) for got in scores.values() for m, s in got.items()]
     return lines
 
 
-def _like(seen: list[Dialog], kind: str) -> list[Dialog]:
-    """The training dialogs of a kind; of the kind that its name goes on from where it occurs in evaluation only."""
-    kinds = {d.kind for d in seen}
+def _of_kind(dialogs: list[Dialog], kind: str) -> list[Dialog]:
+    """Return the training dialogs of a kind.
+
+    For a kind of evaluation only, those of the longest kind that its name continues (count_big -> count).
+    """
+    kinds = {d.kind for d in dialogs}
     base = kind if kind in kinds else max((k for k in kinds if k and kind.startswith(k + "_")), key=len, default=kind)
-    return [replace(d, kind=kind) for d in seen if d.kind == base]
+    return [replace(d, kind=kind) for d in dialogs if d.kind == base]
 
 
 def _batch_size(model: Any) -> int:
@@ -282,14 +287,14 @@ def _batch_size(model: Any) -> int:
 
 
 def prompt_of(dialog: Dialog) -> str:
-    """The text before the last assistant turn, images as `<image>`."""
+    """Return the text before the last assistant turn, with images as `<image>`."""
     turns = dialog.messages
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     return "\n".join(_text(turn["content"]) for turn in turns)
 
 
 def reference_of(dialog: Dialog) -> str:
-    """The text of the last assistant turn."""
+    """Return the text of the last assistant turn."""
     last = dialog.messages[-1] if dialog.messages else {"role": ""}
     return _text(last["content"]) if last["role"] == "assistant" else ""
 

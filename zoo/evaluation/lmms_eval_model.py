@@ -1,4 +1,4 @@
-"""Any model of the zoo in lmms-eval: pictures and a question in, free text or a likelihood out."""
+"""Models of the zoo in lmms-eval: images and a question in, free text or a likelihood out."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError
 
 
 class ZooLmms(lmms):
-    """lmms-eval's view of a composed model.
+    """A composed model as an lmms-eval model.
 
     Args:
-        model: as `zoo.load` takes it: a preset, `dir:<folder>`, `hub:<org>/<name>`.
-        overrides: further options with semicolons between: `pruner=[fastervlm];pruner.fastervlm.keep_ratio=0.25`.
+        model: as for `zoo.load`: a preset, `dir:<folder>`, `hub:<org>/<name>`.
+        overrides: further options, separated by semicolons: `pruner=[fastervlm];pruner.fastervlm.keep_ratio=0.25`.
         batch_size: dialogs at once.
         device, dtype, attention: see `zoo.load`.
-        max_new_tokens: the longest answer where a task does not say.
+        max_new_tokens: of tasks that do not set it.
     """
 
     is_simple = True
@@ -41,13 +41,13 @@ class ZooLmms(lmms):
         super().__init__()
         if kwargs:
             raise ZooError(f"Unknown model_args {', '.join(sorted(kwargs))}: model, overrides, dtype, attention, ...")
-        words = [word for word in str(overrides).split(";") if word]
+        words = [word for word in str(overrides).split(";") if word]  # lmms-eval splits model_args at commas
         self.model, self.processor = load(model, *words, device=device, dtype=dtype, attention=attention)
         self.batch_size = 1 if batch_size == "auto" else int(batch_size)
         self.max_new_tokens = int(max_new_tokens)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer greedily; `until` cuts the answer."""
+        """Answer by greedy decoding; answers end before the strings of `until`."""
         questions, stops = [], []
         for number, request in enumerate(requests):
             context, options, doc_to_visual, doc_id, task, split = request.args
@@ -63,14 +63,14 @@ class ZooLmms(lmms):
         return texts
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Mean negative log-likelihood of each answer's tokens, and whether greedy decoding would say it."""
+        """Return the mean negative log-likelihood of each answer's tokens, and whether greedy decoding gives it."""
         results = []
         for request in requests:
             context, doc_to_target, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
-            said = doc_to_target if isinstance(doc_to_target, str) else doc_to_target(doc)
+            target = doc_to_target if isinstance(doc_to_target, str) else doc_to_target(doc)
             shown = _shown(doc_to_visual, doc)
-            dialog = _dialog(context, shown, str(said))
+            dialog = _dialog(context, shown, str(target))
             row = self.processor.encode(Sample("one", shown, [dialog]))
             results.append(self._likelihood(self.processor.collate([row])))
         return results
@@ -87,7 +87,7 @@ class ZooLmms(lmms):
         return float(F.cross_entropy(logits, wanted[where])), same
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Several rounds, each of which depends on the answer before: not supported."""
+        """Refuse tasks of several rounds, each of which depends on the previous answer."""
         raise ZooError("The zoo's adapter answers one round; tasks of several rounds are not supported.")
 
 
@@ -96,11 +96,12 @@ def _shown(doc_to_visual: Any, doc: Any) -> list[Any]:
     return [] if found is None else list(found) if isinstance(found, Iterable) else [found]
 
 
-def _dialog(context: str, shown: Sequence[Any], said: str | None = None) -> Dialog:
+def _dialog(context: str, shown: Sequence[Any], target: str | None = None) -> Dialog:
+    # Tasks mark images in the text in different ways, or not at all: images come first.
     content = [*[{"type": "image"}] * len(shown), {"type": "text", "text": context.replace("<image>", "").strip()}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if said is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+    if target is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": target}]})
     return Dialog(messages)
 
 

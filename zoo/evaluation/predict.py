@@ -1,7 +1,7 @@
-"""What a model answers: dialogs in, texts out, in batches that change nothing but the speed.
+"""Answers of a model: dialogs in, texts out, in batches that change only the speed.
 
-Dialogs of like length share a batch. An image is encoded once however many dialogs ask about it, and equal questions
-about one image (all images are one where a blind model is asked) are answered once.
+Dialogs of similar length share a batch. An image is encoded once for all dialogs about it, and equal questions about
+the same image (a blind model has one image for all) are answered once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,13 +27,13 @@ WINDOW = 8  # batches whose dialogs are sorted by length together
 
 @dataclass
 class Question:
-    """One dialog to answer, as the model will see it."""
+    """One dialog to answer."""
 
     sample: Sample
     dialog: Dialog
     mode: str  # generate | choice
     max_new_tokens: int
-    order: tuple[Any, ...] = ()  # place in the whole evaluation
+    order: tuple[Any, ...] = ()  # sort key in the evaluation: data set, sample, dialog
 
 
 def answer(
@@ -45,28 +45,29 @@ def answer(
     blind: bool = False,
     leave_out: Callable[[Question, RecordError], None] | None = None,
 ) -> Iterator[tuple[Question, str]]:
-    """Yield each question with the model's answer; the order is that of `questions`.
+    """Yield each question with the model's answer, in the order of `questions`.
 
     Args:
         model: in eval mode.
         processor: of the model.
-        questions: in any order; those about one image best together.
-        batch_size: dialogs (or options, in multiple choice) that the model sees at once.
-        blind: show the model zero pixels instead of the images.
-        leave_out: told of a question that cannot be put to the model, which is then not answered; None: it is raised.
+        questions: in any order; best grouped by sample.
+        batch_size: dialogs (or options, in multiple choice) per batch.
+        blind: replace the images by zeros.
+        leave_out: called with each question that cannot be answered, and the reason; None: the reason is raised.
 
     Raises:
-        RecordError: a question cannot be put to the model: an image is broken, the template or the tokenizer refuses
-            the text, or it is longer than the model's positions.
+        RecordError: an image is broken, the template or the tokenizer refuses the text, or it is longer than the
+            model's positions.
     """
     source = iter(questions)
+    # Windows bound the memory for images, and are long enough to sort by length and to share images.
     while window := list(islice(source, WINDOW * batch_size)):
         pictures = _Pictures(model, processor, window, blind, batch_size)
         texts: dict[int, str] = {}
         broken = {i: pictures.broken[id(q.sample)] for i, q in enumerate(window) if id(q.sample) in pictures.broken}
         for mode, write, do in (("generate", _prompts, _generate), ("choice", _options, _choose)):
             asked = {i: q for i, q in enumerate(window) if q.mode == mode and i not in broken}
-            rows, refused = _written(write, model, processor, asked, pictures)
+            rows, refused = _encoded(write, model, processor, asked, pictures)
             broken |= refused
             asked = {i: q for i, q in asked.items() if i in rows}
             texts |= do(model, processor, asked, rows, pictures, batch_size) if asked else {}
@@ -77,10 +78,10 @@ def answer(
         yield from ((q, texts[i]) for i, q in enumerate(window) if i in texts)
 
 
-def _written(
+def _encoded(
     write: Any, model: Any, processor: Any, questions: dict[int, Question], pictures: "_Pictures"
 ) -> tuple[dict[int, Any], dict[int, RecordError]]:
-    """Write the questions as the model takes them, and say of the others why not."""
+    """Encode the questions; return the rows, and the errors of questions that cannot be encoded."""
     rows: dict[int, Any] = {}
     broken: dict[int, RecordError] = {}
     for i, q in questions.items():
@@ -97,9 +98,9 @@ class _Pictures:
 
     def __init__(self, model: Any, processor: Any, window: Sequence[Question], blind: bool, batch_size: int) -> None:
         self.model, self.blind = model, blind
-        self.of: dict[int, list[int]] = {}  # id of a sample -> where its images are
-        self.broken: dict[int, RecordError] = {}  # the same -> why they cannot be shown
-        self.shared = True
+        self.of: dict[int, list[int]] = {}  # id of a sample -> indices of its images
+        self.broken: dict[int, RecordError] = {}  # id of a sample -> why its images cannot be used
+        self.shared = True  # features can be selected by image
         pixels: list[Any] = []
         for question in window:
             sample = question.sample
@@ -107,6 +108,7 @@ class _Pictures:
                 continue
             try:
                 with naming(sample.data, sample.where, sample.id, "image"):
+                    # The blind model's image is one picture of zeros, of the shape of the first.
                     shown = [] if blind and pixels else processor.prepare(sample.images)
             except RecordError as error:
                 self.broken[id(sample)] = error
@@ -123,16 +125,16 @@ class _Pictures:
 
     def _encode(self, pixels: list[Any]) -> Any:
         self.shared = self.shared and self.model.layout is None
-        if not self.shared:  # crops and frames: a row is no image, so they go in as pixels
+        if not self.shared:  # with a layout an image has several rows (crops, frames), so pixels are passed on
             return None
         return self.model.encode_images(torch.stack(pixels).to(self.model.device))
 
     def show(self, sample: Sample) -> list[Any]:
-        """The images of a sample as the processor gave them, where the prompt depends on them."""
+        """Return the processed images of a sample if its number of placeholders depends on them, else none."""
         return [] if self.shared else [self.pixels[i] for i in self.of[id(sample)]]
 
     def batch(self, which: Sequence[int]) -> dict[str, Any]:
-        """Return what shows the model the images `which`, in this order."""
+        """Return the model's arguments for the images `which`, in this order."""
         if not which:
             return {}
         if not self.shared or self.encoded is None:
@@ -144,12 +146,12 @@ class _Pictures:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A question as the model sees it; equal ones are asked once."""
+    """The key of a question: questions with equal tokens, images and length have equal answers."""
 
     max_new_tokens: int
     ids: bytes
     images: tuple[int, ...]
-    shared: int  # bytes up to the last image token
+    shared: int  # bytes of `ids` up to the last image token
 
     @property
     def prefix(self) -> tuple[bytes, tuple[int, ...]]:
@@ -157,7 +159,7 @@ class _Prompt:
 
 
 def _prompts(model: Any, processor: Any, q: Question, pictures: _Pictures) -> tuple[_Prompt, EncodedSample]:
-    """A question as a prompt, and its row."""
+    """Encode a question for free generation; return its key and row."""
     row = processor.encode_prompt(q.sample, q.dialog, pixel_values=pictures.show(q.sample))
     row.pixel_values = []  # the batch takes them from `pictures`
     most = min(q.max_new_tokens, room_for_answer(row, model.llm.max_positions))
@@ -167,13 +169,13 @@ def _prompts(model: Any, processor: Any, q: Question, pictures: _Pictures) -> tu
 
 
 def _options(model: Any, processor: Any, q: Question, pictures: _Pictures) -> list[tuple[str, EncodedSample]]:
-    """The answers that a question leaves to choose from, and the row of each."""
+    """Encode a question once for each option."""
     turns = q.dialog.messages
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     rows = []
     for option in q.dialog.choices:
-        said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
-        ids, last = processor.tokenize_dialog(said, q.sample.id, pictures.show(q.sample), only_last=True)
+        answered = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
+        ids, last = processor.tokenize_dialog(answered, q.sample.id, pictures.show(q.sample), only_last=True)
         rows.append((option, require_room(EncodedSample(ids, last, []), model.llm.max_positions)))
     return rows
 
@@ -187,13 +189,15 @@ def _generate(
     pictures: _Pictures,
     batch_size: int,
 ) -> dict[int, str]:
-    """Answer in free text, greedily."""
+    """Answer in free text by greedy decoding."""
     groups: dict[_Prompt, list[int]] = {}
     rows: dict[_Prompt, EncodedSample] = {}
     for i in questions:
         prompt, row = written[i]
         groups.setdefault(prompt, []).append(i)
         rows[prompt] = row
+    # Questions about the same images share the prompt up to the last image token: its keys and values are computed once
+    # and copied to the rows of a batch.
     prefixes = PrefixCache(model, pictures, batch_size)
     several = len({p.prefix for p in groups}) < len(groups)
     cached = several and PrefixCache.serves(model) and prefixes.read([p.prefix for p in groups if p.shared])
@@ -201,6 +205,7 @@ def _generate(
     reader = reader_for(model, processor.template)
     for chunk in _batches(list(groups), batch_size, cached):
         batch = to_device(processor.collate([rows[p] for p in chunk], padding_side="left"), model.device)
+        # Overrides the checkpoint's generation config, which may sample.
         fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}
         fixed |= {"tokenizer": processor.tokenizer} if model.generation_config.stop_strings else {}
         both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
@@ -215,7 +220,10 @@ def _generate(
 
 
 def _batches(prompts: list[_Prompt], batch_size: int, cached: bool) -> Iterator[list[_Prompt]]:
-    """Prompts that can share a batch: those of like length, with cached prefixes those of equal length."""
+    """Group prompts that can share a batch: of similar length, and with cached prefixes of equal length.
+
+    A cached prefix has no padding, so its rows must begin and end at the same positions.
+    """
 
     def alike(prompt: _Prompt) -> tuple[int, ...]:
         equal = (len(prompt.ids), prompt.shared) if cached and prompt.shared else (0, 0)
@@ -236,7 +244,7 @@ def _choose(
     pictures: _Pictures,
     batch_size: int,
 ) -> dict[int, str]:
-    """Answer with the likeliest option: the one whose tokens, end of turn included, have the largest probability."""
+    """Answer with the most likely option: the one whose tokens, end of turn included, have the largest probability."""
     options = [(i, option, row) for i in questions for option, row in written[i]]
     options.sort(key=lambda o: len(o[2]))
     found: dict[int, tuple[float, str]] = {}
@@ -253,16 +261,17 @@ def _choose(
 
 
 def _likelihood(model: Any, out: Any) -> Tensor:
-    """Log-probability of the labels of each row: (B,)."""
+    """Return the log-probability of the labels of each row: (B,)."""
     wanted = out.labels[:, 1:]
     where = wanted != IGNORE_INDEX  # (B, T - 1)
+    # Logits at labelled positions only: those of whole prompts would take (B, T, V).
     logits = model.llm.head(out.last_hidden_state[:, :-1][where]).float()  # (S, V)
     each = -F.cross_entropy(logits, wanted[where], reduction="none")  # (S,)
     return torch.zeros(len(wanted), device=each.device).index_add_(0, where.nonzero()[:, 0], each)
 
 
 def _pick(image: ImageFeatures, index: Tensor) -> ImageFeatures:
-    """The rows `index` of every tensor."""
+    """Select rows of every tensor."""
     rows = {f.name: getattr(image, f.name) for f in fields(image)}
     picked: dict[str, Any] = {k: v[index] for k, v in rows.items() if isinstance(v, Tensor)}
     return replace(image, **picked)

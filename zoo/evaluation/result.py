@@ -1,4 +1,4 @@
-"""Scores of a model, and every prediction behind them."""
+"""Scores of a model, and its predictions."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -30,11 +30,11 @@ class Line:
 
 @dataclass
 class EvalResult:
-    """Scores, and every prediction behind them."""
+    """Scores, and the predictions that they are computed from."""
 
     lines: list[Line]
     predictions: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)  # records that could not be used: where, and why
+    skipped: list[dict[str, str]] = field(default_factory=list)  # records that were left out, with reasons
 
     def summary(self) -> dict[str, float]:
         """Return the value of every figure, by `data/kind/metric`."""
@@ -44,7 +44,7 @@ class EvalResult:
         """Write scores.json and predictions.jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "scores.json", [asdict(line) for line in self.lines])
-        # Half of a surrogate pair is written as JSON's own escape.
+        # A lone surrogate cannot be encoded in UTF-8; backslashreplace gives JSON's own escape, \udc00.
         options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
         with written_beside(folder / "predictions.jsonl") as beside, beside.open(**options) as file:
             for row in self.predictions:

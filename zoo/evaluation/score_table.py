@@ -1,4 +1,4 @@
-"""Scores as a person reads them: per cent with their standard error, beside models that do not look."""
+"""The printed table of scores: per cent with standard errors, beside the baselines without images."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from zoo.text.markup import cell
 
 
 def score_table(lines: Sequence[Line], title: str = "") -> Table:
-    """Make the table of an evaluation; held-out combinations stand below a rule, where there are any."""
+    """Make the table of an evaluation; held-out combinations come last, below a rule."""
     table = Table(title=cell(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     with_blind, with_majority = (any(getattr(x, w) for x in lines) for w in ("blind", "majority"))
     for name in ("data", "kind", "metric"):
@@ -35,5 +35,5 @@ def score_table(lines: Sequence[Line], title: str = "") -> Table:
 
 
 def per_cent(score: Score | None) -> str:
-    """Write a score in per cent, or a dash where there is none."""
+    """Write a score in per cent; None is a dash."""
     return "-" if score is None else f"{100 * score.value:.1f}"

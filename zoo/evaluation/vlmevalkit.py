@@ -1,4 +1,4 @@
-"""Any model of the zoo in VLMEvalKit: a class with `generate_inner`, for its table of models.
+"""Models of the zoo in VLMEvalKit: a class with `generate_inner`, for its table of models.
 
 from functools import partial
 from zoo.evaluation.vlmevalkit import ZooVLM
@@ -13,7 +13,7 @@ from zoo.registry import Dialog, Sample, ZooError
 
 
 def _base() -> type:
-    """VLMEvalKit's base class where it is installed; it adds `generate`, which calls `generate_inner`."""
+    """Return VLMEvalKit's base class if it is installed; it adds `generate`, which calls `generate_inner`."""
     if find_spec("vlmeval") is None:
         return object
     from vlmeval.vlm.base import BaseModel
@@ -22,12 +22,12 @@ def _base() -> type:
 
 
 class ZooVLM(_base()):  # type: ignore[misc]
-    """VLMEvalKit's view of a composed model.
+    """A composed model as a VLMEvalKit model.
 
     Args:
-        model_path: as `zoo.load` takes it: a preset, `dir:<folder>`, `hub:<org>/<name>`.
-        overrides: further options, `pruner=[fastervlm]` and the like.
-        max_new_tokens: the longest answer.
+        model_path: as for `zoo.load`: a preset, `dir:<folder>`, `hub:<org>/<name>`.
+        overrides: further options, such as `pruner=[fastervlm]`.
+        max_new_tokens: maximum length of an answer.
         options: `device`, `dtype`, `attention` of `zoo.load`.
     """
 

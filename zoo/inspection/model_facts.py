@@ -1,4 +1,4 @@
-"""What is known of a named model before a weight is read: sizes from the meta device, licences from its card."""
+"""Facts about a named model without reading weights: sizes from the meta device, licences from its card."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ FIELDS = ("params", "vision", "llm", "tokens", "memory", "licence", "family")
 
 @dataclass
 class Facts:
-    """Numbers are plain: parameters, tokens, bytes."""
+    """Facts about a model, as plain numbers of parameters, tokens and bytes."""
 
     name: str
     walk: Any  # of `zoo.checking.checker`
@@ -34,7 +34,7 @@ class Facts:
     licences: str  # of each part, a sentence of the card
 
     def value(self, field: str) -> Any:
-        """The value of one of `FIELDS`."""
+        """Return the value of one of `FIELDS`."""
         if field == "params":
             return sum(row.parameters for row in self.walk.rows)
         if field in ("vision", "llm"):
@@ -53,28 +53,28 @@ def facts_of(name: str) -> Facts:
     stated = presets.read("model", name).get("model") or {}
     text = card_of(name)
     front = re.search(r"^license: *(\S+)", text, re.MULTILINE)
-    said = re.search(r"\*\*Licence\.\*\* *(.+?)(?:\n\n|\Z)", text, re.DOTALL)
+    sentence = re.search(r"\*\*Licence\.\*\* *(.+?)(?:\n\n|\Z)", text, re.DOTALL)
     return Facts(
         name,
         check(name),
         str(stated.get("repository", "")),
         str(stated.get("family", "")),
         front[1] if front else "",
-        " ".join(said[1].split()) if said else "",
+        " ".join(sentence[1].split()) if sentence else "",
     )
 
 
 def card_of(name: str) -> str:
-    """The text of a model's card, or nothing."""
+    """Return the text of a model's card; empty if it has none."""
     file = Path(str(files("zoo.model_cards"))) / f"{name}.md"
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def matcher(where: str) -> Callable[[Facts], bool]:
-    """Make a test of facts from words such as `params<8B`, several joined by commas.
+    """Make a filter of models from comparisons such as `params<8B`, separated by commas.
 
     Raises:
-        ZooError: a word that is no comparison, or a field that does not exist.
+        ZooError: a word is not a comparison, or a field does not exist.
     """
     tests = [_comparison(word.strip()) for word in where.split(",") if word.strip()]
     return lambda facts: all(test(facts) for test in tests)
@@ -91,13 +91,13 @@ def _comparison(word: str) -> Callable[[Facts], bool]:
     if field in ("licence", "family"):
         return lambda facts: compare(facts.value(field), given)
     if number is None:
-        raise ZooError(f"--where {word!r}: {field} is a number, such as 8B or 500M.")
+        raise ZooError(f"--where {word!r}: {field} is a number, such as 8B or 500M.")  # also refuses `vision=timm`
     wanted = float(number[1]) * _UNITS[number[2].upper()]
     return lambda facts: compare(facts.value(field), wanted)
 
 
 def shown(facts: Facts) -> str:
-    """Facts as lines for `zoo info`."""
+    """Write facts as lines for `zoo info`."""
     from zoo.text.sizes import size_text
 
     rows = [

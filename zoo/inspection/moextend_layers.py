@@ -1,7 +1,7 @@
-"""`zoo shift base=<model> probe=<model>`: which layers of a mixture of experts new data shifts most, and from where.
+"""`zoo shift base=<model> probe=<model>`: find the layers of a mixture of experts whose routing new data shifts most.
 
-The first model is the one to extend, the second a copy of it whose routers were tuned on the new data. What is printed
-are the two options of adapter `moextend`. See `zoo.fusion.adapters.expert_shift`.
+The first model is the one to extend, the second a copy whose routers were tuned on the new data. Prints the two options
+of adapter `moextend` that follow: layers to extend, and experts to copy. See `zoo.fusion.adapters.expert_shift`.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ USAGE = """usage: zoo shift base=<model> probe=<model> [option=value ...]
 
   base=<model>      the model to extend, as model= takes it: dir:runs/x
   probe=<model>     the same after its routers were tuned, as by recipe=moextend_probe
-  samples=1000      that are counted, spread over the training data
+  samples=1000      number of samples, at equal distances in the training data
   share=0.5         of the layers with experts, rounded down
-  data=[...], ...   as for zoo eval; default: what the probe was trained on"""
+  data=[...], ...   as for zoo eval; default: the data of the probe"""
 
 
 def main(words: Sequence[str]) -> int:
-    """Count in both models and print the options."""
+    """Count routed tokens in both models and print the options."""
     if not words or any(w in ("-h", "--help", "help") for w in words):
         print(USAGE)
         return 0
@@ -57,7 +57,7 @@ def options_for(
 
     data = RunData(configs.compose("load", [f"model={probe}", *overrides]).data).training
     if not data:
-        raise ZooError("There is no data to count on: give data=[...] of the train split.")
+        raise ZooError("There is no data to count tokens on: give data=[...] of the train split.")
     before, after = (_counts(name, data, samples) for name in (base, probe))
     layers, sources = select(before, after, share)
     return " ".join(

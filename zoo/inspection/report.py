@@ -1,4 +1,4 @@
-"""`zoo report runs/...`: runs side by side, in one table and one picture.
+"""`zoo report runs/...`: compare runs in one table and one picture.
 
 zoo report                      every run below runs/
 zoo report runs/2026-11-22      those of a day, or of a sweep
@@ -27,11 +27,11 @@ SMOOTH = 0.02  # share of a run's steps that its loss curve is averaged over
 
 @dataclass
 class Summary:
-    """What a report says of one run."""
+    """The figures of one run."""
 
     name: str
     path: Path
-    state: str  # done, or how far it is
+    state: str  # done, or the last step
     parameters: int | None
     steps: int
     seconds: float | None
@@ -64,19 +64,19 @@ def summaries(folders: Sequence[Path]) -> list[Summary]:
     """Return a summary of every run in or below the folders, oldest first.
 
     Raises:
-        ZooError: a folder does not exist, or there is no run at all.
+        ZooError: a folder does not exist, or there are no runs.
     """
     for folder in folders:
         if not folder.exists():
-            raise ZooError(f"There is no folder {str(folder)!r}. Train something first with `zoo train`.")
+            raise ZooError(f"There is no folder {str(folder)!r}. Train a model first with `zoo train`.")
     found = list(dict.fromkeys(path for folder in folders for path in runs(folder.resolve())))
     if not found:
-        raise ZooError(f"No run lies in {', '.join(map(repr, map(str, folders)))}: a run's folder has a config.yaml.")
+        raise ZooError(f"There is no run in {', '.join(map(repr, map(str, folders)))}: none has a config.yaml.")
     return [summarise(path) for path in found]
 
 
 def summarise(path: Path) -> Summary:
-    """Read what a run wrote, finished or not."""
+    """Read the files of a run, finished or not."""
     rows = [r for r in read_metrics(path / "metrics.jsonl") if "loss" in r]
     done = _json(path / "summary.json") or {}
     lines = _json(path / "scores.json") or []
@@ -96,7 +96,7 @@ def summarise(path: Path) -> Summary:
 
 
 def report_table(found: Sequence[Summary]) -> Table:
-    """One row per figure and one column per run, so that runs stand beside each other."""
+    """Make a table with one row per figure and one column per run."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     best = _best(found)
@@ -152,7 +152,7 @@ def draw(found: Sequence[Summary], path: Path) -> None:
 
 
 def smoothed(curve: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Average a curve over neighbours; the ends over as many as there are."""
+    """Average a curve over neighbours; at its ends over fewer."""
     steps, values = (np.array(column, dtype=float) for column in zip(*curve, strict=True))
     width = max(1, round(len(values) * SMOOTH))
     kernel = np.ones(width)
@@ -175,7 +175,7 @@ def _bars(axis: Any, found: Sequence[tuple[Summary, Any]], names: Sequence[str])
 
 
 def _score_names(found: Sequence[Summary]) -> list[str]:
-    """Every figure that a run has, those that most runs have first."""
+    """Return the names of all scores, those that most runs have first."""
     count: dict[str, int] = {}
     for run in found:
         for name in run.scores:
@@ -184,7 +184,7 @@ def _score_names(found: Sequence[Summary]) -> list[str]:
 
 
 def _best(found: Sequence[Summary]) -> dict[str, float]:
-    """The largest value of each figure; only where there is something to compare."""
+    """Return the largest value of each score; nothing for a single run."""
     names = _score_names(found) if len(found) > 1 else []
     return {n: max(r.scores[n] for r in found if n in r.scores) for n in names}
 

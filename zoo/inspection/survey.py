@@ -1,6 +1,6 @@
-"""A look through a data set ahead of a run: what is broken, how long samples are, what is learnt, what is there twice.
+"""Survey of a data set before a run: broken records, lengths, numbers of labels, duplicates.
 
-Each record is read, and its text encoded, as in training, by the processor of the model; no weight is loaded.
+Each record is read and its text encoded as in training, with the processor of the model; no weights are loaded.
 """
 
 import hashlib
@@ -20,38 +20,39 @@ from zoo.vision.images.decode import open_image
 from zoo.vision.images.processors import Picture
 from zoo.vision.images.video import Video
 
-CHUNK = 512  # records that are handed to a worker at once
+CHUNK = 512  # records that a worker reads at once
 
 
 @dataclass
 class Tally:
-    """What was counted; tallies of parts of a data set add up."""
+    """Counts of a part of a data set; tallies add up."""
 
     records: int = 0
-    images: int = 0  # that records name
+    images: int = 0  # named by records
     broken: list[dict[str, str]] = field(default_factory=list)
     dialogs: int = 0
-    turns: int = 0  # answers that are learnt
-    learnt: int = 0  # tokens of them
+    turns: int = 0  # answers with labels
+    learnt: int = 0  # labels
     image_tokens: int = 0
     lengths: list[int] = field(default_factory=list)  # positions of the longest dialog of each record
     ids: list[int] = field(default_factory=list)  # hashes, in the order of records
-    contents: list[int] = field(default_factory=list)  # of words and images together
+    contents: list[int] = field(default_factory=list)  # hashes of words and images together
     places: list[str] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
-        """Add what was counted further on."""
+        """Add the counts of a later part."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value) if isinstance(value, int) else getattr(self, name).extend(
                 value
             )
 
     def kinds(self) -> Counter[str]:
-        """How many records are broken, by kind."""
+        """Return the number of broken records by kind."""
         return Counter(line["kind"] for line in self.broken)
 
     def twice(self, what: str) -> list[tuple[str, str]]:
-        """Records whose `ids` or `contents` an earlier one has too: the places of both."""
+        """Return the places of records with the same `ids` or `contents` as an earlier one, each with the earlier."""
+        # On hashes of 8 bytes, since texts of a large data set do not fit into memory.
         hashes = np.array(getattr(self, what), dtype=np.uint64)
         _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
         again = np.flatnonzero(first[back] != np.arange(len(hashes)))
@@ -60,18 +61,18 @@ class Tally:
 
 @dataclass
 class Look:
-    """How records are looked at.
+    """Reads and counts records.
 
     Attributes:
         processor: of the model.
-        limit: positions of the LLM; None: any number.
-        open_images: decode every picture; else it is enough that there is one of that name.
+        limit: positions of the LLM; None: no limit.
+        open_images: decode every image; else only check that its file exists.
     """
 
     processor: Any
     limit: int | None
     open_images: bool
-    _cuts: dict[Any, Any] = field(default_factory=dict)  # (size, among several) -> picture of that size
+    _cuts: dict[Any, Any] = field(default_factory=dict)  # (size, whether of several images) -> image without pixels
 
     def at(self, sample: Sample | RecordError, tally: Tally) -> None:
         """Count a record."""
@@ -91,7 +92,7 @@ class Look:
             placeholders = (self.processor.image_token_id, self.processor.video_token_id)
             tally.image_tokens += int(np.isin(row.input_ids, placeholders).sum())
             tally.ids.append(_hash(sample.id.encode("utf-8", "surrogatepass")))
-            tally.contents.append(_hash(_said(sample)))
+            tally.contents.append(_hash(_content(sample)))
             tally.places.append(f"{sample.where} ({sample.id})")
             if self.limit is not None and tally.lengths[-1] > self.limit:
                 why = LengthError(f"{tally.lengths[-1]} tokens, images included; the LLM's positions are {self.limit}.")
@@ -101,7 +102,7 @@ class Look:
             tally.broken.append(error.line())
 
     def _pictures(self, sample: Sample) -> list[Any]:
-        """Something in the place of each picture, of its size where the tokens depend on it."""
+        """Return a placeholder for each image, with its division into crops if the number of tokens depends on it."""
         several = len(sample.images) > 1
         return [self._picture(source, several) for source in sample.images]
 
@@ -111,7 +112,7 @@ class Look:
         if isinstance(source, Path) and not source.is_file():
             raise FileNotFoundError(f"there is no file {str(source)!r}")
         if self.processor.layout is None and not self.open_images:
-            return None
+            return None  # every image has the same number of tokens
         size = open_image(source).size
         if self.processor.layout is None:
             return None
@@ -123,12 +124,13 @@ class Look:
         from PIL import Image
 
         blank = Image.new("RGB", size)
+        # Crops depend on the size alone, so a blank image is divided instead of resizing each image.
         made = self.processor.prepare([blank, blank] if several else [blank])[0]
         return Picture(made.pixels[:0], made.cut) if isinstance(made, Picture) else made
 
 
 class _Chunks(Dataset):
-    """A part of a data set -> its tally."""
+    """Maps a part of a data set to its tally."""
 
     def __init__(self, name: str, dataset: Any, look: Look, total: int) -> None:
         self.name, self.dataset, self.look, self.total = name, dataset, look, total
@@ -144,14 +146,14 @@ class _Chunks(Dataset):
 
 
 def survey(name: str, dataset: Any, look: Look, *, limit: int | None = None, workers: int = 0) -> Iterator[Tally]:
-    """Look through a data set, and yield the tally of one part after the other.
+    """Read a data set, and yield the tallies of its parts.
 
     Args:
         name: of the data.
         dataset: indexed, or a stream, which one process reads.
-        look: how.
-        limit: first records only.
-        workers: processes that share the work; 0: this one.
+        look: reads and counts records.
+        limit: number of records; None: all.
+        workers: number of processes; 0: this one.
     """
     if dataset.is_stream:
         samples = (
@@ -168,17 +170,17 @@ def survey(name: str, dataset: Any, look: Look, *, limit: int | None = None, wor
 
 
 def _turns(dialog: Any) -> int:
-    """Answers of a dialog that are learnt: of a pair, the last one of the chosen dialog."""
+    """Count the answers of a dialog that have labels: in a pair, the last one of the chosen dialog."""
     if dialog.preference:
         return int(dialog.preference == "chosen")
     return sum(message["role"] == "assistant" for message in dialog.messages)
 
 
-def _said(sample: Sample) -> bytes:
-    """All that is said in a sample, and which images it shows; its id apart."""
-    shown = [s if isinstance(s, bytes) else str(s).encode("utf-8", "surrogatepass") for s in sample.images]
-    said = repr([(d.messages, d.preference) for d in sample.dialogs]).encode("utf-8", "surrogatepass")
-    return b"\0".join([said, *shown])
+def _content(sample: Sample) -> bytes:
+    """Return the messages and image names of a sample, without its id."""
+    images = [s if isinstance(s, bytes) else str(s).encode("utf-8", "surrogatepass") for s in sample.images]
+    text = repr([(d.messages, d.preference) for d in sample.dialogs]).encode("utf-8", "surrogatepass")
+    return b"\0".join([text, *images])
 
 
 def _hash(data: bytes) -> int:

@@ -1,8 +1,8 @@
-"""`zoo data`: what a data set holds, as the model of a run would see it, ahead of the run.
+"""`zoo data`: survey data sets before a run, as the run's model would read them.
 
     zoo data data=[chat_json] data.chat_json.file=train.json data.chat_json.images=images/ model=llava15_7b workers=8
 
-A table for people, and all of it as JSON with `survey.json=FILE`. The exit status is 1 where a record is broken.
+Prints a table, and writes all figures as JSON with `survey.json=FILE`. The exit status is 1 if a record is broken.
 """
 
 import os
@@ -30,9 +30,9 @@ PERCENTILES = (50, 90, 99, 100)
 
 
 def main(cfg: DictConfig) -> int:
-    """Look through the data of a config; returns 1 where a record cannot be used."""
+    """Survey the data of a config; return 1 if a record is broken."""
     if not cfg.data:
-        raise ZooError("There is no data to look through. Choose some with data=[...].")
+        raise ZooError("There is no data to survey. Set it with data=[...].")
     data = RunData(cfg.data, skip_broken=True)
     processor, positions = processor_alone(cfg, data.texts())
     look = Look(processor, positions, cfg.survey.images == "open")
@@ -42,23 +42,23 @@ def main(cfg: DictConfig) -> int:
     display, console = Display(), Console()
     reports = {}
     for name, dataset in {**data.all, **{f"{n} (eval)": d for n, d in _evaluated(data).items()}}.items():
-        tally, seconds, cores = _looked_through(name, dataset, look, cfg, display)
+        tally, seconds, cores = _surveyed(name, dataset, look, cfg, display)
         reports[name] = report = summary(tally, seconds, cores, limits)
         _show(console, f"{name}, as {cfg.model.name or 'the model'} reads it", report, tally, cfg.survey.examples)
     if cfg.survey.json:
         with writing(repr(cfg.survey.json), "Choose another place with survey.json=<file>."):
             write_json(Path(cfg.survey.json), reports)
-        console.print(f"All of it is in {cfg.survey.json}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"All figures are in {cfg.survey.json}", soft_wrap=True, highlight=False, markup=False)
     return int(any(report["broken"]["records"] for report in reports.values()))
 
 
 def _evaluated(data: RunData) -> dict[str, Any]:
-    """Splits for evaluation that are no data set of the config by themselves."""
+    """Return the splits for evaluation that belong to training data of the config."""
     return {n: d for n, d in data.evaluation.items() if data.all.get(n) is not d}
 
 
-def _looked_through(name: str, dataset: Any, look: Look, cfg: Any, display: Display) -> tuple[Tally, float, float]:
-    """The tally, seconds on the clock, and seconds of cores, of workers too."""
+def _surveyed(name: str, dataset: Any, look: Look, cfg: Any, display: Display) -> tuple[Tally, float, float]:
+    """Return the tally, wall-clock seconds, and CPU seconds including those of workers."""
     whole, began, before = Tally(), time.monotonic(), sum(os.times()[:4])
     total = None if dataset.is_stream else len(dataset)
     total = cfg.limit if total is None else min(total, cfg.limit or total)
@@ -72,13 +72,13 @@ def _looked_through(name: str, dataset: Any, look: Look, cfg: Any, display: Disp
 
 
 def summary(tally: Tally, seconds: float, cores: float, limits: dict[str, int]) -> dict[str, Any]:
-    """All figures as plain values.
+    """Return all figures as plain values.
 
     Args:
         tally: of a data set.
-        seconds: that the look took.
-        cores: seconds of one core that it took.
-        limits: what sets a limit of length -> positions.
+        seconds: of the survey, on the clock.
+        cores: CPU seconds of the survey.
+        limits: name of a limit -> positions.
     """
     lengths = np.array(tally.lengths or [0])
     quantiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
@@ -138,7 +138,7 @@ def _show(console: Console, title: str, report: dict[str, Any], tally: Tally, ex
 
 
 def _alike(reason: str) -> str:
-    """A reason without names and numbers: those that say the same are counted together."""
+    """Replace names and numbers in a reason, so that equal kinds of fault are counted together."""
     return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+", "*", reason)
 
 

@@ -1,23 +1,23 @@
-"""One picture as pruners leave it: what the X-ray looks for, and its page and picture show."""
+"""One image after several pruners: the content of an X-ray, which its page and its picture show."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-NONE = "none"  # the view without a pruner, which all others are compared with
+NONE = "none"  # the view without a pruner, with which all others are compared
 
 
 @dataclass
 class View:
-    """One picture as one pruner leaves it."""
+    """One image after one pruner."""
 
     name: str
     grid: tuple[int, int]  # of the encoder
-    layers: list[list[int]]  # for each layer of the LLM, for each patch: which image token it is in, -1 dropped
-    tokens: list[int]  # image tokens that each layer sees
+    layers: list[list[int]]  # for each layer of the LLM and each patch: index of its image token, -1 if dropped
+    tokens: list[int]  # number of image tokens in each layer
     answer: str
-    scores: list[float] | None = None  # by which patches were ranked before the LLM
-    layer_scores: dict[int, list[float | None]] = field(default_factory=dict)  # inside it, by layer
-    mixed: bool = False  # the projector mixes tokens, so layers say nothing of single patches
+    scores: list[float] | None = None  # of patches, by which a pruner before the LLM ranks
+    layer_scores: dict[int, list[float | None]] = field(default_factory=dict)  # the same inside the LLM, by layer
+    mixed: bool = False  # the projector mixes tokens, so tokens of a layer have no single patch
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -27,13 +27,13 @@ class View:
 
     @property
     def moments(self) -> list[int]:
-        """Layers at which something changes, the first among them."""
+        """Layers at which tokens change, and the first layer."""
         return [i for i, now in enumerate(self.layers) if i == 0 or now != self.layers[i - 1]]
 
 
 @dataclass
 class Xray:
-    """All views of one picture, and the picture as the encoder sees it."""
+    """All views of one image, and the image after the encoder's preprocessing."""
 
     image: Any  # PIL
     question: str

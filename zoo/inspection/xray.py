@@ -1,16 +1,16 @@
-"""`zoo inspect`: what pruners keep of one picture, side by side, in a picture and in a page that needs nothing else.
+"""`zoo inspect`: compare which patches of an image pruners keep, in a picture and a self-contained HTML page.
 
 zoo inspect scenes_tiny --image cat.jpg --pruner fastervlm,aim     kept and dropped patches, merged groups, answers
 zoo inspect dir:runs/last --image cat.jpg --question "A cat?"      every pruner that fits the model
 zoo inspect vision=hf llm=hf projector=mlp --image cat.jpg         parts with random weights
 
---pruner     names, with commas between; random+aim is a chain; default: every registered one that fits
---question   what is asked; default: "What is in the picture?"
+--pruner     names, separated by commas; random+aim is a chain; default: every registered one that fits
+--question   text of the prompt; default: "What is in the picture?"
 --out        folder for xray.png and xray.html; default: xray
 
-More words are options as everywhere: pruner.fastervlm.keep_ratio=0.1 goes to the pruners that it is of, and
-plugins=[./mine.py] brings one of your own. A pruner is shown through its contract alone: `keep` and `groups` of the
-features it leaves, `kept(passed)` of what each layer of the LLM saw in a pass, `scores(image)` where it ranks tokens.
+Further words are options as for other commands: pruner.fastervlm.keep_ratio=0.1 is passed to that pruner alone, and
+plugins=[./mine.py] loads one of your own. The page uses only the interface of pruners: `keep` and `groups` of the
+features that they return, `kept(passed)` for the tokens in each layer of the LLM, `scores(image)` if they rank tokens.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from zoo.text.stops import reader_for
 
 OPTIONS = ("image", "pruner", "question", "out")
 _NEW = 32  # tokens of an answer
-_SHOWN = 560  # pixels a side of the picture that is shown, at least
+_SHOWN = 560  # minimum side of the shown image, in pixels
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     given, rest = parse(words)
     if not given.get("image"):
-        raise ZooError("zoo inspect needs a picture: --image cat.jpg")
+        raise ZooError("zoo inspect needs an image: --image cat.jpg")
     model = "" if not rest or "=" in rest[0] else rest.pop(0)
     asked = [name for name in given.get("pruner", "").split(",") if name]
     found = inspect(model, rest, given["image"], asked, given.get("question") or "What is in the picture?")
@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Part `--option value` and `--option=value` from the other words.
+    """Separate `--option value` and `--option=value` from the other words.
 
     Raises:
         ZooError: there is no such option, or its value is missing.
@@ -85,17 +85,18 @@ def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def inspect(
     model: str, overrides: Sequence[str], image: Any, pruners: Sequence[str] = (), question: str = "", seed: int = 0
 ) -> Xray:
-    """Look at one picture through a model with each of several pruners, and with none.
+    """Run one image through a model with each of several pruners, and without one.
 
     Args:
-        model: name as `zoo.load` takes it; empty: parts from `overrides`, with random weights.
+        model: name as for `zoo.load`; empty: parts from `overrides`, with random weights.
         overrides: options; those of a pruner are passed to that one only.
-        image: anything that `open_image` takes.
-        pruners: names, `a+b` for a chain; empty: every registered one, those that do not fit are told.
+        image: a source for `open_image`.
+        pruners: names, `a+b` for a chain; empty: every registered one, with a list of those that do not fit.
+        question: text of the prompt.
         seed: of random weights.
 
     Raises:
-        ZooError: a pruner that was asked for does not exist or does not fit, or a plugin does not load.
+        ZooError: a named pruner does not exist or does not fit, or a plugin does not load.
     """
     plugins.load_words(overrides)
     known = registry.names("pruner")
@@ -112,7 +113,7 @@ def inspect(
             built, processor = _load(model, [*of_others, slot, *own], question, seed)
         except ZooError as error:
             if pruners or chain == NONE:
-                raise
+                raise  # without names, pruners that do not fit the model are only listed
             refused[chain] = str(error).splitlines()[0]
             continue
         view, shown = look(built, processor, image, question, chain)
@@ -124,19 +125,19 @@ def inspect(
 def _load(model: str, overrides: list[str], question: str, seed: int) -> tuple[Any, Any]:
     from zoo.loading.build import compose, load
 
-    torch.manual_seed(seed)  # parts without weights are the same under every pruner
+    torch.manual_seed(seed)  # new weights are the same with every pruner
     return load(model, *overrides) if model else compose(*overrides, texts=[question])
 
 
 @torch.no_grad()
 def look(model: Any, processor: Any, image: Any, question: str, name: str = "") -> tuple[View, Any]:
-    """Run one question about one picture, and follow its patches through the model.
+    """Run one question about one image, and follow its patches through the model.
 
     Returns:
-        The view, and the picture as the encoder sees it, larger where the encoder is small.
+        The view, and the image after preprocessing, enlarged for small encoders.
     """
     if not model.num_image_tokens:
-        raise ZooError("zoo inspect shows image tokens, and in this model no image stands in the sequence.")
+        raise ZooError("zoo inspect shows image tokens, and this model has none in the LLM's sequence.")
     ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     sample = Sample("picture", [image], [Dialog(ask)])
     batch = processor.collate([processor.encode_prompt(sample, sample.dialogs[0])], padding_side="left")
@@ -146,15 +147,15 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     before, kept = out.image, out.image_kept
     patches = _patches(kept, before.tokens.shape[1])
-    places = (inputs["input_ids"][0] == model.image_token_id).nonzero().flatten()  # (K,) in the sequence
-    k = kept.tokens.shape[1]  # of the first row, the overview where there are crops: its tokens stand in front
-    mixed = model.projector.num_tokens(k) != k
-    seen = _seen(model, places, out.passed)
+    places = (inputs["input_ids"][0] == model.image_token_id).nonzero().flatten()  # (K,) positions in the sequence
+    k = kept.tokens.shape[1]  # of the first image row, which is the overview with crops; its tokens come first
+    mixed = model.projector.num_tokens(k) != k  # a pooling projector
+    alive = _alive(model, places, out.passed)
     view = View(
         name=name,
         grid=tuple(model.vision.grid),
-        layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in seen],
-        tokens=[int(row.sum()) for row in seen],
+        layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in alive],
+        tokens=[int(row.sum()) for row in alive],
         answer=reader_for(model, processor.template).read(written.tolist()),
         scores=_scores(model, before),
         mixed=mixed,
@@ -165,7 +166,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
 
 
 def _patches(kept: ImageFeatures, n: int) -> Tensor:
-    """For each of the encoder's `n` patches the token it is in, -1 where it was dropped: (N0,)."""
+    """Return for each of the encoder's `n` patches the index of its token, -1 if it was dropped: (N0,)."""
     if kept.groups is not None:
         return kept.groups[0].cpu()
     if kept.keep is None:
@@ -174,8 +175,8 @@ def _patches(kept: ImageFeatures, n: int) -> Tensor:
     return torch.full((n,), -1).scatter(0, kept.keep[0].cpu(), index)
 
 
-def _seen(model: Any, places: Tensor, passed: Pass) -> list[Tensor]:
-    """For each layer of the LLM, which image tokens it saw in a pass: (K,) bool."""
+def _alive(model: Any, places: Tensor, passed: Pass) -> list[Tensor]:
+    """Return for each layer of the LLM which image tokens it had in a pass: (K,) bool."""
     layers = [torch.ones(len(places), dtype=torch.bool) for _ in range(model.llm.num_layers)]
     for pruner in model.pruner.values():
         for i, columns in enumerate(pruner.kept(passed)):
@@ -183,29 +184,29 @@ def _seen(model: Any, places: Tensor, passed: Pass) -> list[Tensor]:
     return layers
 
 
-def _hide(patches: Tensor, seen: Tensor) -> Tensor:
-    return torch.where((patches >= 0) & seen[patches.clamp(min=0)], patches, -1)
+def _hide(patches: Tensor, alive: Tensor) -> Tensor:
+    return torch.where((patches >= 0) & alive[patches.clamp(min=0)], patches, -1)
 
 
 def _scores(model: Any, image: ImageFeatures) -> list[float] | None:
-    """What the first pruner that ranks tokens before the LLM ranked them by, for each patch."""
+    """Return the scores of the first pruner before the LLM that ranks tokens, for each patch."""
     n = image.tokens.shape[1]
     for pruner in model.pruner.values():
         if (ranked := pruner.scores(image)) is not None:
             scores = _at(_patches(image, n), ranked[0].cpu())
             return [0.0 if s is None else s for s in scores]
-        image = pruner(image)
+        image = pruner(image)  # a later pruner of the chain scores what is left
     return None
 
 
 def _at(patches: Tensor, scores: Tensor) -> list[float | None]:
-    """Scores of tokens as scores of patches; None where a patch is in no token, or its token had no score."""
-    values = [None if s != s else float(s) for s in scores.tolist()]
+    """Convert scores of tokens to scores of patches; None for patches without a token or a score."""
+    values = [None if s != s else float(s) for s in scores.tolist()]  # NaN: no score
     return [values[t] if t >= 0 else None for t in patches.tolist()]
 
 
 def _layer_scores(places: Tensor, passed: Pass) -> dict[int, Tensor]:
-    """How pruners inside the LLM scored image tokens in a pass, by layer: (K,), nan for those that it did not see."""
+    """Return the scores of image tokens by pruners inside the LLM, by layer: (K,), NaN for dropped tokens."""
     found = {}
     for layer, (columns, scores) in (passed.dropped.scored() if passed.dropped is not None else {}).items():
         whole = torch.full((int(max(columns.max(), places.max())) + 1,), torch.nan)
@@ -214,7 +215,7 @@ def _layer_scores(places: Tensor, passed: Pass) -> dict[int, Tensor]:
 
 
 def _picture(image: Any, processor: Any, pixels: Tensor) -> Any:
-    """The part of the picture that the encoder sees, in its proportions, large enough to look at."""
+    """Return the part of the image that the encoder receives, enlarged to `_SHOWN` pixels."""
     from zoo.vision.images.decode import open_image
     from zoo.vision.images.transform import fit
 
@@ -223,7 +224,7 @@ def _picture(image: Any, processor: Any, pixels: Tensor) -> Any:
     large = replace(transform, size=(transform.size[0] * times, transform.size[1] * times))
     if processor.pictures is None:
         return fit(open_image(image), large)
-    shape = (3, 1, 1)  # a published processor fits it in its own way: back from what the encoder got
-    seen = pixels.cpu().float() * torch.tensor(transform.std).view(shape) + torch.tensor(transform.mean).view(shape)
-    seen = (seen.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (h, w, 3)
-    return fit(open_image(seen.numpy()), replace(large, fit="squash"))
+    shape = (3, 1, 1)  # a published processor crops in its own way, so the encoder's input is converted back
+    shown = pixels.cpu().float() * torch.tensor(transform.std).view(shape) + torch.tensor(transform.mean).view(shape)
+    shown = (shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (h, w, 3)
+    return fit(open_image(shown.numpy()), replace(large, fit="squash"))

@@ -1,7 +1,7 @@
-"""The X-ray as one self-contained HTML file: no script, font or picture from elsewhere, so it opens anywhere.
+"""The X-ray as one self-contained HTML file, without scripts, fonts or images from elsewhere.
 
-The page holds its data as JSON in `#data`. Its script draws each view on a canvas, and says in `data-kept` and
-`data-tokens` of each figure what is drawn. `#layer=3` in the address opens it at layer 3.
+The page holds its data as JSON in `#data`. Its script draws each view on a canvas, and sets `data-kept` and
+`data-tokens` of each figure to the drawn counts, for tests. `#layer=3` in the address opens it at layer 3.
 """
 
 import base64
@@ -82,7 +82,7 @@ const draw = panel => {
 };
 
 const tip = document.getElementById("tip");
-const tell = (panel, event) => {
+const describe = (panel, event) => {
   const {view, canvas, state} = panel, [h, w] = view.grid, box = canvas.getBoundingClientRect();
   const c = Math.floor((event.clientX - box.left) / box.width * w);
   const r = Math.floor((event.clientY - box.top) / box.height * h);
@@ -115,7 +115,7 @@ for (const view of data.views) {
   figure.append(make("p", view.answer || "(nothing)", plain && plain.answer !== view.answer ? "differs" : ""));
   const panel = {view, figure, canvas, count};
   panels.push(panel);
-  canvas.addEventListener("pointermove", event => tell(panel, event));
+  canvas.addEventListener("pointermove", event => describe(panel, event));
   canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
   document.getElementById("views").append(figure);
 }
@@ -148,7 +148,7 @@ def page(xray: Xray) -> str:
         f'<p class="soft">{html.escape(name)} does not fit: {html.escape(why)}</p>'
         for name, why in xray.refused.items()
     )
-    # A text may hold anything, also what would end the script element.
+    # Questions and answers may contain "</script>", which would end the element.
     held = json.dumps(data_of(xray), separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
@@ -177,7 +177,7 @@ score. An answer in orange differs from that without a pruner.</p>
 
 
 def data_of(xray: Xray) -> dict[str, Any]:
-    """Return what the page holds: the picture as a data address, and the views."""
+    """Return the data of the page: the image as a data URL, and the views."""
     buffer = io.BytesIO()
     xray.image.save(buffer, "JPEG", quality=88)
     views = [

@@ -1,4 +1,4 @@
-"""The X-ray as one picture: a column for each pruner, a row for each moment inside the LLM."""
+"""The X-ray as one picture: a column for each pruner, a row for each layer at which tokens change."""
 
 import textwrap
 from pathlib import Path
@@ -9,8 +9,8 @@ import numpy as np
 from zoo.inspection.views import View, Xray
 from zoo.text.markup import label
 
-ROWS = 4  # moments of a pruner inside the LLM that are drawn
-DIM = 0.22  # what is left of the brightness of a dropped patch
+ROWS = 4  # maximum number of drawn layers
+DIM = 0.22  # factor on the brightness of a dropped patch
 
 
 def write_picture(xray: Xray, path: Path) -> None:
@@ -35,8 +35,8 @@ def write_picture(xray: Xray, path: Path) -> None:
             axis.imshow(paint(xray.image, view, layer))
             axis.set_title(_title(view, layer), fontsize=9)
             if row == 0:
-                said = "".join(c for c in view.answer if c.isprintable())  # what a font has no sign for
-                answer = "\n".join(textwrap.wrap(said.strip() or "(nothing)", 44)[:3]).replace("$", "\\$")
+                printable = "".join(c for c in view.answer if c.isprintable())  # fonts lack control characters
+                answer = "\n".join(textwrap.wrap(printable.strip() or "(nothing)", 44)[:3]).replace("$", "\\$")
                 axis.text(0.5, -0.02, answer, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     figure.suptitle(label(f"{xray.model}: {xray.question}"), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def paint(image: Any, view: View, layer: int) -> np.ndarray:
         for token in ids[sizes > 1]:
             here = at == token
             painted[here] = 0.55 * picture[here] + 0.45 * np.array(colour(int(token)))
-    area = at if view.merged else gone  # where nothing is merged, borders between kept patches say nothing
+    area = at if view.merged else gone  # without merging, borders between kept patches mean nothing
     borders = np.zeros(at.shape, dtype=bool)
     borders[1:] |= area[1:] != area[:-1]
     borders[:, 1:] |= area[:, 1:] != area[:, :-1]
@@ -70,9 +70,10 @@ def paint(image: Any, view: View, layer: int) -> np.ndarray:
 
 
 def colour(token: int) -> tuple[float, float, float]:
-    """A colour for a token, far from those of its neighbours."""
+    """Return a colour for a token, different from those of its neighbours."""
     import colorsys
 
+    # Steps of the golden ratio spread the hues of consecutive indices.
     return colorsys.hsv_to_rgb(token * 0.61803399 % 1, 0.75, 1.0)
 
 
@@ -83,7 +84,7 @@ def _title(view: View, layer: int) -> str:
 
 
 def _some(moments: list[int]) -> list[int]:
-    """At most `ROWS` of the moments, the first and the last among them."""
+    """Return at most `ROWS` of the layers, including the first and the last."""
     if len(moments) <= ROWS:
         return moments
     return [moments[round(i * (len(moments) - 1) / (ROWS - 1))] for i in range(ROWS)]

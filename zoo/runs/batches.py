@@ -1,8 +1,8 @@
 """Batches of a stage, made from samples in the order of `zoo.runs.order`, by this process or by loader workers.
 
-Streaming data sets, whose length is not known, are read in order by one thread of each process, which hands rows to the
-loader workers; where the order allows, a process reads the shards that it has rows of and no others
-(`zoo.data.stream_order`). The place of a stream is saved.
+Streaming data sets, whose length is not known, are read in order by one thread of each process, which sends rows to the
+loader workers. If the order allows, a process reads only the shards that hold its rows (`zoo.data.stream_order`). The
+state of a stream is saved in checkpoints.
 """
 
 import pickle
@@ -21,19 +21,19 @@ from torch.utils.data import DataLoader, Dataset
 from zoo.data.stream_order import StreamOrder, StreamRow, order_of
 from zoo.registry import RecordError, Sample, ZooError, naming, placed, sample_or_error
 from zoo.runs.lengths import Room
-from zoo.runs.order import Mix, Place, Where, keyed
+from zoo.runs.order import Mix, ShardPosition, Where, keyed
 from zoo.settings.stage import Stage
 from zoo.text.batch import EncodedSample
 
-Item = Where | tuple[int, StreamRow]  # a sample of a data set of the mix: its place, or a row that was read
+Item = Where | tuple[int, StreamRow]  # a sample: its (data set, epoch, index), or data set and row of a stream
 WINDOW = 32  # steps whose samples are sorted by length together
 
 
 class Batches(Dataset):
-    """Forward pass j of this process -> its batch. A function of j alone, but for streams, which are read in order.
+    """Maps forward pass j of this process to its batch: a function of j alone, except for streams.
 
-    Without `text` the batch holds images and dense targets only, for stages in which the LLM does not run. A batch is
-    None where each of its samples is broken and `skip_broken` leaves them out; `info` says which.
+    Without `text` a batch holds only images and dense targets, for stages in which the LLM does not run. A batch is
+    None if all its samples are broken and `skip_broken` leaves them out; `info` lists them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Batches(Dataset):
         processor: Any,
         stage: Stage,
         steps: int,
-        place: Place,
+        place: ShardPosition,
         *,
         multiple_of: int = 1,
         text: bool = True,
@@ -51,7 +51,7 @@ class Batches(Dataset):
     ) -> None:
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
         self.multiple_of, self.text = multiple_of, text
-        self.room = room or Room()  # for a row: what is longer is refused or cut
+        self.room = room or Room()  # for a row; longer ones are refused or cut
         self.teacher = teacher  # `TeacherRows` or `TeacherStore`: adds the teacher's rows or outputs to each row
         parts = place.world * stage.accumulate
         if stage.batch_size % parts:
@@ -65,8 +65,8 @@ class Batches(Dataset):
         self.size = stage.batch_size // parts  # samples of one forward pass
         self._window: tuple[int, list[list[Where]]] = (-1, [])
         self.has_streams = None in mix.lengths
-        self._streams: dict[int, StreamOrder] = {}  # data set -> how far it was read
-        self._step: tuple[int, dict[int, Item]] = (place.step - 1, {})  # of streams the last step read, slot -> item
+        self._streams: dict[int, StreamOrder] = {}  # data set -> its reader
+        self._step: tuple[int, dict[int, Item]] = (place.step - 1, {})  # last step read from streams, slot -> item
 
     def __len__(self) -> int:
         return self.steps * self.stage.accumulate
@@ -75,13 +75,14 @@ class Batches(Dataset):
         return self.make(*self.read(j))
 
     def read(self, j: int) -> tuple[list[Item], dict[str, Any]]:
-        """Return what pass j is made of, and where streams are behind it; their rows are read, in order, by this."""
+        """Return the items of pass j, and the state of the streams after it. Reads rows of streams, in order."""
         step, turn = divmod(j, self.stage.accumulate)
+        # Consecutive slots for consecutive processes: while world * accumulate stays the same, so do the batches.
         first = (turn * self.place.world + self.place.rank) * self.size
         return self._items(step, range(first, first + self.size)), self._stream_places()
 
     def make(self, items: list[Item], streams: dict[str, Any]) -> dict[str, Any]:
-        """Make the batch of what `read` gave, in any process."""
+        """Make a batch of the items of `read`, in any process."""
         encode = self.processor.encode if self.text else self.processor.encode_images
         rows: list[EncodedSample] = []
         broken: list[dict[str, str]] = []
@@ -102,7 +103,7 @@ class Batches(Dataset):
         """Encode a sample.
 
         Raises:
-            RecordError: it cannot be read or encoded, for whatever reason.
+            RecordError: it cannot be read or encoded.
         """
         if isinstance(sample, RecordError):
             raise sample
@@ -117,7 +118,7 @@ class Batches(Dataset):
         return [replace(sample, dialogs=[d]) for d in sample.dialogs]
 
     def samples(self, step: int) -> list[Sample | RecordError]:
-        """Return the samples of an optimiser step, of one process; errors for broken ones."""
+        """Return the samples of an optimiser step, with one process; errors for broken ones."""
         return [self._sample(item) for item in self._items(step, range(self.stage.batch_size))]
 
     def _sample(self, item: Item) -> Sample | RecordError:
@@ -129,10 +130,12 @@ class Batches(Dataset):
         return sample_or_error(name, dataset.place(row.number), lambda: dataset.sample(row.value, row.number))
 
     def _places(self, step: int) -> list[Where]:
-        """Return what makes up optimiser step `step`."""
+        """Return the samples of optimiser step `step`, as (data set, epoch, index)."""
         size = self.stage.batch_size
         if not self.stage.length_buckets:
             return self.mix.places(step * size, (step + 1) * size)
+        # Sorting within windows, aligned at multiples of WINDOW steps, keeps a step a function of its number: a resumed
+        # run sorts its window again. The steps of a window are shuffled, else lengths would rise within each window.
         window = step // WINDOW
         if self._window[0] != window:
             places = self.mix.places(window * WINDOW * size, min((window + 1) * WINDOW, self.steps) * size)
@@ -145,10 +148,10 @@ class Batches(Dataset):
     # ---- streams -----------------------------------------------------------------------------------------------
 
     def _items(self, step: int, slots: range) -> list[Item]:
-        """Return what is at `slots` of an optimiser step, of those that this process computes."""
+        """Return the items at `slots` of an optimiser step, all of which this process computes."""
         if not self.has_streams:
             return list(self._places(step)[slots.start : slots.stop])
-        if step < self._step[0]:
+        if step < self._step[0]:  # streams cannot go back: read again from the checkpoint's state
             self._streams, self._step = {}, (self.place.step - 1, {})
         while self._step[0] < step:
             number = self._step[0] + 1
@@ -156,10 +159,11 @@ class Batches(Dataset):
         return [self._step[1][slot] for slot in slots]
 
     def _read(self, step: int, wanted: bool) -> dict[int, Item]:
-        """Go on by a step in all streams; read this process's rows of it if they are wanted."""
+        """Advance all streams by a step; read this process's rows of it if they are wanted."""
         items: dict[int, Item] = {}
         first = step * self.stage.batch_size
         for slot, place in enumerate(self.mix.places(first, first + self.stage.batch_size)):
+            # Streams advance by every slot, in all processes, so that their states agree; rows are read for own slots.
             mine = wanted and slot // self.size % self.place.world == self.place.rank
             if self.mix.lengths[place[0]] is not None:
                 items[slot] = place
@@ -179,9 +183,9 @@ class Batches(Dataset):
 
 
 class _Making(Dataset):
-    """In a loader worker: makes batches, of streams from what was read.
+    """Makes batches in a loader worker; rows of streams arrive pickled.
 
-    What a worker raises would come as a traceback in the text of an error, so errors are handed over as they are.
+    DataLoader turns an exception of a worker into text with a traceback, so errors are returned instead of raised.
     """
 
     def __init__(self, batches: Batches, streams: bool) -> None:
@@ -198,7 +202,7 @@ class _Making(Dataset):
 
 
 def _length(sample: Sample | RecordError) -> int:
-    """How long a sample is, roughly: characters of its text, and a good deal for each image; 0 where it is broken."""
+    """Estimate a sample's length: characters of its text and 1000 per image; 0 if it is broken."""
     if isinstance(sample, RecordError):
         return 0
     parts = (m["content"] for d in sample.dialogs for m in d.messages)
@@ -207,14 +211,14 @@ def _length(sample: Sample | RecordError) -> int:
 
 
 class Loader:
-    """Iterates over the batches of this process, read ahead by a thread or by worker processes; counts the waiting.
+    """Iterates over the batches of this process, read ahead by a thread or by worker processes.
 
-    Of several processes each takes part in every pass: beside a batch that is None stands another one, as `spare`.
+    Several processes must run the same number of passes: an item whose batch is None has another one, as `spare`.
     """
 
     def __init__(self, batches: Batches, *, ahead: int = 3, pin_memory: bool = False) -> None:
         self.batches, self.ahead, self.pin_memory = batches, ahead, pin_memory
-        self.waited = 0.0  # seconds the consumer has waited
+        self.waited = 0.0  # seconds that the consumer has waited for batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first = self.batches.place.step * self.batches.stage.accumulate
@@ -249,7 +253,7 @@ class Loader:
             prefetch_factor=self.ahead,
             pin_memory=self.pin_memory,
         )
-        with torch.random.fork_rng(devices=[]):  # the iterator draws a seed from the model's randomness
+        with torch.random.fork_rng(devices=[]):  # the iterator draws a seed from torch's global generator
             source = iter(loader)
         try:
             for item in source:
@@ -262,7 +266,7 @@ class Loader:
 
 
 def _with_spares(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Give batches that are None a `spare`: the one before, or the next that is whole."""
+    """Add to items whose batch is None a `spare`: the previous batch, or the next one if there is none before."""
     ahead: deque[dict[str, Any]] = deque()
     spare = None
     while (item := ahead.popleft() if ahead else next(source, None)) is not None:
@@ -279,7 +283,7 @@ def _with_spares(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _messages(batches: Batches, turns: Iterable[int]) -> Iterator[bytes]:
-    """Read passes and pack them for the workers; an error takes its turn, behind the batches that come before it."""
+    """Read passes and pickle them for the workers; errors are sent in order, behind the batches before them."""
     try:
         for j in turns:
             read = batches.read(j)

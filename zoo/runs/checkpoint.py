@@ -1,13 +1,13 @@
-"""The state of a run between two steps: weights that were ever trained, optimisers, and how far it is.
+"""The state of a run between two steps: weights trained so far, optimiser states, and progress.
 
 Everything else is a function of the config and of the step (see `zoo.runs.batches` and `zoo.training.step`). Frozen
-weights are not written again: they come from where the model was composed from. Works for whole and for sharded
+weights are not written again: they are read from the model's base checkpoints. Works for whole and for sharded
 parameters.
 
-A checkpoint ends with SHA256SUMS, a hash of each of its files as `sha256sum -c` reads it. That costs 0.6 s a GB on a
-core with SHA extensions (1.7 GB/s), weights and optimisers side by side, when it is written and when a run is resumed:
-on paper 33 s for a 7B model that trains in full, with 28 GB of weights and 56 GB of AdamW's, which a disk of 1 GB/s
-takes 84 s to write.
+A checkpoint ends with SHA256SUMS, a hash of each of its files in the format of `sha256sum -c`. Hashing takes 0.6 s a GB
+on a core with SHA extensions (1.7 GB/s), weights and optimisers side by side, when a checkpoint is written and when a
+run is resumed: by calculation 33 s for a 7B model that trains in full, with 28 GB of weights and 56 GB of AdamW states,
+which a disk of 1 GB/s takes 84 s to write.
 """
 
 import json
@@ -27,23 +27,23 @@ from zoo.storage.safetensors_file import listing
 from zoo.storage.weights import whole
 
 WEIGHTS, OPTIMIZERS, STATE, SUMS = "weights.safetensors", "optimizers.pt", "state.json", "SHA256SUMS"
-FORMAT = 2  # from 2 on with hashes
+FORMAT = 2  # with hashes since 2
 
 
 class DamagedError(ZooError):
-    """A checkpoint is not what was written."""
+    """A checkpoint differs from what was written."""
 
 
 @dataclass
 class State:
-    """What a checkpoint holds, whole and on the CPU."""
+    """The content of a checkpoint, unsharded and on the CPU."""
 
     weights: dict[str, Tensor]
     optimizers: list[dict[str, Any]]
     progress: Mapping[str, Any]
 
     def not_finite(self, names: set[str]) -> list[str]:
-        """Those of the weights `names` that hold a NaN or an infinity."""
+        """Return those of the weights `names` that hold a NaN or an infinity."""
         return [n for n, t in self.weights.items() if n in names and not _is_finite(t)]
 
     def save(self, folder: Path) -> None:
@@ -52,37 +52,40 @@ class State:
 
         save_file({k: v.contiguous() for k, v in self.weights.items()}, folder / WEIGHTS)
         if self.optimizers:
-            with (folder / OPTIMIZERS).open("wb") as file:  # torch names the system's error where it has a file
+            # Given a path, torch.save hides a full disk behind an error of its zip writer; given a file, it raises
+            # OSError.
+            with (folder / OPTIMIZERS).open("wb") as file:
                 torch.save(self.optimizers, file)
         state = {"format": FORMAT, **self.progress}
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         lines = [f"{digest}  {name}\n" for name, digest in hashes(folder.iterdir()).items()]
+        # Last, so that it covers all files.
         (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def collect(
     named: Mapping[str, Tensor], optimizers: list[Any], progress: Mapping[str, Any], *, keep: bool = True
 ) -> State:
-    """Gather what a checkpoint holds.
+    """Gather the content of a checkpoint on the CPU. A collective operation: every process calls it.
 
     Args:
         named: weights and buffers by the names that checkpoints use.
-        optimizers: whose states belong to it.
-        progress: how far the run is.
-        keep: False in processes that do not write: they hand in their shards, and get nothing.
+        optimizers: whose states are saved.
+        progress: of the run.
+        keep: False in processes that do not write: they send their shards and hold no copy.
     """
-    take: Callable[[Any], Any] = whole if keep else _hand_in
+    take: Callable[[Any], Any] = whole if keep else _send_shard
     weights = {name: take(tensor) for name, tensor in named.items()}
     return State(weights, [_map(o.state_dict(), take) for o in optimizers], progress)
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read every file of a checkpoint, and return how far the run was.
+    """Check the hash of every file of a checkpoint, and return the run's progress.
 
-    Checkpoints of before there were hashes are taken as they are.
+    Checkpoints of format 1 have no hashes and are not checked.
 
     Raises:
-        DamagedError: a file is missing, cannot be read, or is another than was written.
+        DamagedError: a file is missing, cannot be read, or has another hash than when it was written.
     """
     try:
         state = read_json(folder / STATE)
@@ -92,10 +95,11 @@ def verify(folder: Path) -> dict[str, Any]:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         stated = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         for name in stated:
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} is no file of the checkpoint")
+            if Path(name).name != name:  # the list may come from elsewhere, and could name files outside the folder
+                raise ValueError(f"{name!r} is not a file of the checkpoint")
             if (folder / name).exists():
                 require_file(folder / name)
+        # A list without the two files that every checkpoint has is damaged as well.
         found = hashes(folder / name for name in {WEIGHTS, STATE, *stated})
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
@@ -108,7 +112,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Put the checkpoint's weights into `named`; names that it does not hold stay as they are.
+    """Copy the checkpoint's weights into `named`; tensors that it does not hold keep their values.
 
     Args:
         folder: of the checkpoint.
@@ -120,7 +124,7 @@ def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") ->
     """
     from safetensors import safe_open
 
-    listing([folder / WEIGHTS])  # what is wrong with it is said in our words
+    listing([folder / WEIGHTS])  # raises a ZooError with file and reason, where the library's error has neither
     with safe_open(folder / WEIGHTS, "pt") as file:
         for name in filter(lambda n: n.startswith(prefix), file.keys()):
             tensor = file.get_tensor(name)
@@ -135,15 +139,15 @@ def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") ->
 
 
 def load_optimizers(folder: Path, optimizers: list[Any]) -> None:
-    """Put the checkpoint's optimiser states back.
+    """Restore the checkpoint's optimiser states.
 
     Raises:
-        ZooError: they are not those of these optimisers, or the file is none that torch wrote.
+        ZooError: they belong to other optimisers, or the file was not written by torch.
     """
     file = folder / OPTIMIZERS
-    _refuse_packed(file)
+    _refuse_compressed(file)
     try:
-        states = torch.load(file, weights_only=True, map_location="cpu")  # tensors, numbers and lists alone
+        states = torch.load(file, weights_only=True, map_location="cpu")  # tensors, numbers and lists; no code runs
     except Exception as error:  # of pickle, of zip, of torch
         raise ZooError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if len(states) != len(optimizers):
@@ -151,42 +155,44 @@ def load_optimizers(folder: Path, optimizers: list[Any]) -> None:
             f"The checkpoint {str(folder)!r} is of {len(states)} optimisers, the stage has {len(optimizers)}."
         )
     for optimizer, saved in zip(optimizers, states, strict=True):
+        # States are saved unsharded; each is sharded as its parameter is now, so the number of processes may change.
         params = [p for g in optimizer.param_groups for p in g["params"]]
         for index, values in saved["state"].items():
             saved["state"][index] = {k: _placed(v, params[index]) for k, v in values.items()}
         optimizer.load_state_dict(saved)
 
 
-def _refuse_packed(file: Path) -> None:
-    """Refuse an archive whose members are more than its bytes: torch packs nothing, so it would be a bomb."""
+def _refuse_compressed(file: Path) -> None:
+    """Refuse an archive that unpacks to more than its own size: torch never compresses, so it may be a zip bomb."""
     size = require_file(file)
     try:
         with zipfile.ZipFile(file) as members:
             stated = sum(member.file_size for member in members.infolist())
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ZooError(f"{str(file)!r} is no file that torch wrote: {error}") from error
+        raise ZooError(f"{str(file)!r} was not written by torch: {error}") from error
     if stated > size:
         raise ZooError(f"{str(file)!r} has {size:,} bytes and states {stated:,}: torch did not write it.")
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once, by the names they are saved under.
+    """Return parameters and persistent buffers, each once, by the names they are saved under.
 
-    Those of a wrapped layer (LoRA's) are the names it has without, so that they are the same while an adapter is
-    detached. Buffers are running statistics and the like, which train without being parameters.
+    A wrapped layer (LoRA's) has the names that it has without the wrapper, so that they do not change while an adapter
+    is detached. Buffers hold running statistics, for example, which change during training.
     """
     named = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    first = {id(t): n for n, t in reversed(named.items())}  # of tied ones
+    first = {id(t): n for n, t in reversed(named.items())}  # tied tensors keep their first name
     return {n: t for n, t in named.items() if first[id(t)] == n}
 
 
-def _hand_in(tensor: Any) -> None:
+def _send_shard(tensor: Any) -> None:
+    """Take part in the gathering of a sharded tensor without keeping the result."""
     if hasattr(tensor, "full_tensor"):
         tensor.full_tensor()
 
 
 def shared_as(tensor: Tensor, like: Any) -> Tensor:
-    """`tensor` sharded as `like` is."""
+    """Return `tensor` sharded as `like` is."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -195,7 +201,7 @@ def shared_as(tensor: Tensor, like: Any) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are. A sum that is finite says so at once, with nothing allocated."""
+    """Return whether all values are finite. If their sum is, they are, and no mask is allocated."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 

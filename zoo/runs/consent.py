@@ -1,9 +1,9 @@
-"""Which plugins a person named for a run, remembered on the machine where the run was started.
+"""Remember which plugins the user named for a run, on the machine where the run was started.
 
-A plugin is code, and the folder of a run can come from anywhere, so its config.yaml asks for plugins and never brings
-them. Starting a run notes what was named for it outside of the folder: in the person's own state folder, under the
-place of the run and a random number that the run holds. A folder that was copied, or put in the place of another one,
-has no note, and asks again.
+A plugin is code, and the folder of a run may come from elsewhere, so that plugins are never loaded for its config.yaml
+alone. Starting a run notes their names outside of the folder: in the user's state folder, under the path of the run and
+a random number that the run holds. A folder that was copied, or that replaced another one, has no note, and its plugins
+must be named again.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def remember(run: Path, named: Mapping[str, str]) -> str | None:
         named: name of a plugin -> where its file lies; empty for a module.
 
     Returns:
-        What a person should know: that resuming will ask, and why; None where there is nothing to say.
+        A note for the user if the names could not be stored, so that resuming will ask for them; else None.
     """
     if not named:
         return None
@@ -52,21 +52,21 @@ def agreed(run: Path, wanted: Iterable[str]) -> dict[str, str]:
         wanted: the names in its config.yaml.
 
     Raises:
-        ZooError: one was neither named when the run was started here, nor for this process.
+        ZooError: one was named neither when the run was started here, nor for this process.
     """
     absent = [name for name in wanted if not plugins.is_loaded(name)]
     known = _noted(run) if absent else {}
-    if strangers := [name for name in absent if name not in known]:
+    if unknown := [name for name in absent if name not in known]:
         raise ZooError(
-            f"The run {str(run)!r} asks for the plugins {', '.join(map(repr, strangers))}. That is code, and this run "
+            f"The run {str(run)!r} asks for the plugins {', '.join(map(repr, unknown))}. That is code, and this run "
             "was not started with it here. If you trust it, name it: "
-            f"zoo train resume={run} plugins=[{','.join(strangers)}]."
+            f"zoo train resume={run} plugins=[{','.join(unknown)}]."
         )
     return {name: known[name] for name in absent}
 
 
 def forget(run: Path) -> None:
-    """Remove the note of a run that needs it no more."""
+    """Remove the note of a finished run."""
     with suppress(OSError, ZooError):
         _note(run, _number(run)).unlink(missing_ok=True)
 
@@ -82,13 +82,14 @@ def _noted(run: Path) -> dict[str, str]:
 def _number(run: Path) -> str:
     number = read_text(run / ID, 100).strip()
     if not re.fullmatch(r"[0-9a-f]{32}", number):
-        raise ZooError(f"{str(run / ID)!r} holds no number of a run.")
+        raise ZooError(f"{str(run / ID)!r} does not hold the number of a run.")
     return number
 
 
 def _note(run: Path, number: str) -> Path:
-    """Where the note of a run is, in the person's state folder."""
+    """Return the path of a run's note in the user's state folder."""
     state = os.environ.get("XDG_STATE_HOME", "")
     root = Path(state) if Path(state).is_absolute() else Path("~/.local/state").expanduser()
+    # The path alone would trust a folder that was moved there; the number alone, a copy of the folder.
     key = hashlib.sha256(f"{run.resolve()}\n{number}".encode()).hexdigest()
     return root / "zoo" / "runs" / f"{key[:40]}.json"

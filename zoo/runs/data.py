@@ -1,4 +1,4 @@
-"""The data sets of a run: which are for training, which for evaluation, and the text a new tokenizer learns from."""
+"""The data sets of a run: those for training, those for evaluation, and the text that a new tokenizer is trained on."""
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -13,14 +13,14 @@ TEXTS = 2000  # samples of each data set that a new tokenizer is trained on
 
 
 class RunData:
-    """Built once per run.
+    """The data sets of a run, built once.
 
-    A data set whose option `split` is something else than `train` is for evaluation: no stage trains on it unless it
-    says so by name. Where a run has none, training data sets that know a split to evaluate on (`eval_split`) give it.
+    A data set whose option `split` is not `train` is for evaluation: a stage trains on it only if it names it. In a run
+    without such data, training data sets that have an `eval_split` are evaluated on that split.
 
     Args:
         nodes: data name -> node of the data set.
-        skip_broken: open data sets that hold broken records too; they are named where they are read.
+        skip_broken: accept data sets with broken records, which are reported when they are read.
     """
 
     def __init__(self, nodes: Mapping[str, Any], skip_broken: bool = False) -> None:
@@ -31,7 +31,7 @@ class RunData:
         self._mixes: dict[tuple, Mix] = {}
 
     def _lenient(self, node: Any) -> Any:
-        """Turn off the look through all records (`check`) of data sets that have one."""
+        """Turn off the option `check`, which validates all records, of data sets that have it."""
         has = any(option.name == "check" for option in source_options("dataset", str(node["name"])))
         return {**node, "check": False} if self.skip_broken and has else node
 
@@ -45,21 +45,21 @@ class RunData:
         return {n: d for n, d in others.items() if d is not None}
 
     def mix(self, stage: Stage, seed: int) -> Mix:
-        """Return the order in which a stage sees its samples.
+        """Return the order of a stage's samples.
 
         Raises:
-            ZooError: there is no data to train on, or the stage names some that the run does not have.
+            ZooError: there is no data to train on, or the stage names data that the run does not have.
         """
         datasets = self.all if stage.data else self.training
         if not datasets:
             given = ", ".join(self.all) or "none"
             raise ZooError(
-                f"There is no data to train on: data holds {given}. Choose some of the train split, data=[...]."
+                f"There is no data to train on: data holds {given}. Choose data of the train split, data=[...]."
             )
         return Mix(datasets, stage.data, seed)
 
     def texts(self) -> Iterator[str]:
-        """Yield the text of the training data, every message of samples spread over each data set."""
+        """Yield the messages of `TEXTS` samples of each training data set, at equal distances."""
         for name, dataset in self.training.items():
             for sample in spread_over(name, dataset, TEXTS):
                 if isinstance(sample, RecordError):
@@ -72,7 +72,7 @@ class RunData:
 
 
 def spread_over(name: str, dataset: Any, most: int) -> Iterator[Sample | RecordError]:
-    """Yield up to about `most` samples of a data set, spread over it; of a stream the first ones."""
+    """Yield about `most` samples of a data set at equal distances; of a stream the first ones."""
     if dataset.is_stream:
         yield from (
             placed(s, name, f"record {i} of the stream") for i, s in enumerate(islice(dataset.stream(0, 0), most))

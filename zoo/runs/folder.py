@@ -1,16 +1,16 @@
-"""The folder of a run: resolved config, versions, metrics, checkpoints, final model. A kill never harms it.
+"""The folder of a run: resolved config, versions, metrics, checkpoints, final model. Safe to kill at any time.
 
 runs/2026-11-22/14-03-55-scenes_tiny/
-    config.yaml          everything that was set, resolved
-    run.id               of a run with plugins: the number under which this machine remembers them (`zoo.runs.consent`)
+    config.yaml          the resolved config
+    run.id               of a run with plugins: the key of the user's note of them (`zoo.runs.consent`)
     zoo.lock             versions, weights and their hashes, commit, plugins
     metrics.jsonl        one line per step
     skipped.jsonl        one line per record that was left out, with the reason
-    checkpoints/         step-00000500/, the newest last
+    checkpoints/         step-00000500/, ...
     model/               the trained model, for `zoo.load` and `model=`
-    scores.json          the table of the end
-    summary.json         written last: the run is finished
-runs/last -> the newest of them
+    scores.json          the final scores
+    summary.json         written last; marks the run as finished
+runs/last -> the newest run
 """
 
 import contextlib
@@ -43,7 +43,7 @@ LIBRARIES = (
 
 
 class RunFolder:
-    """Paths of one run, and the ways to write there."""
+    """Paths of one run, and functions that write its files."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -58,20 +58,20 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end: its model is saved, and scored where there was something to score."""
+        """Whether the run ended: its model is saved, and scored if the run has data for evaluation."""
         return self.summary.is_file()
 
     @property
     def has_model(self) -> bool:
-        """Whether the final model is there; it is whole then."""
+        """Whether the final model is saved. The folder appears only when it is complete."""
         return (self.model / "config.json").is_file()
 
     @classmethod
     def create(cls, root: Path | str, name: str, exact: str = "", now: datetime | None = None) -> "RunFolder":
-        """Make root/<date>/<time>-<name>, with a number where two runs start in the same second; or the folder `exact`.
+        """Make root/<date>/<time>-<name>, numbered if two runs start in the same second; or the folder `exact`.
 
         Raises:
-            ZooError: `exact` holds a run already, or a folder cannot be made there.
+            ZooError: `exact` holds a run, or a folder cannot be made there.
         """
         folder = cls(exact) if exact else None
         if folder is not None:
@@ -103,22 +103,22 @@ class RunFolder:
         path = last(root) if name == "last" else Path(name)
         if not (path / "config.yaml").is_file():
             known = ", ".join(str(p) for p in sorted(runs(root))[-5:]) or "none"
-            raise ZooError(f"{str(path)!r} is no run: it has no config.yaml. Newest runs in {str(root)!r}: {known}.")
+            raise ZooError(f"{str(path)!r} is not a run: no config.yaml. Newest runs in {str(root)!r}: {known}.")
         return cls(path)
 
     def point_last(self, root: Path | str) -> None:
-        """Let `last` mean this run: a link, or a file with the path where links are not allowed."""
+        """Let `last` point to this run: a link, or a file with the path if links are not allowed."""
         here, beside = Path(root) / "last", Path(root) / f".last.{os.getpid()}"
         here.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.symlink_to(os.path.relpath(self.path, root), target_is_directory=True)
         except OSError:
             beside.write_text(str(self.path.resolve()), encoding="utf-8")
-        beside.replace(here)
+        beside.replace(here)  # a link cannot be changed in place
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Where something of the run is written: a full disk or a read-only folder is an error with a way on."""
+        """Turn a full disk or a read-only folder into an error that names what is safe and how to continue."""
         try:
             with writing(f"{what} to {str(self.path)!r}"):
                 yield
@@ -132,13 +132,13 @@ class RunFolder:
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def list_checkpoints(self) -> list[Path]:
-        """Return the complete checkpoints, oldest first. While one is being written it has another name."""
+        """Return the complete checkpoints, oldest first. Unfinished ones have another name."""
         found = [p for p in self.checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
-        """Give a folder to write to; when the block ends it becomes the newest checkpoint, and all but `keep` go."""
+        """Yield a folder to write to; after the block it is the newest checkpoint, and all but `keep` are removed."""
         final = self.checkpoints / f"step-{step:08d}"
         with self.writing(f"the checkpoint of step {step}"):
             with written_beside(final, folder=True) as beside:
@@ -147,13 +147,13 @@ class RunFolder:
                 remove(old)
 
     def set_aside(self, checkpoint: Path) -> Path:
-        """Give a damaged checkpoint another name, so that it is in the way of none and a person can look at it."""
+        """Rename a damaged checkpoint, so that it is not loaded again and can be inspected."""
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         remove(aside)
         return checkpoint.rename(aside)
 
     def clean(self) -> None:
-        """Remove what a killed process was in the middle of writing."""
+        """Remove unfinished files of a killed process."""
         with self.writing("anything"):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
@@ -161,7 +161,7 @@ class RunFolder:
     # ---- metrics -----------------------------------------------------------------------------------------------
 
     def log(self, *records: Mapping[str, Any]) -> None:
-        """Append lines to metrics.jsonl; what a kill left of a line before them stays a line of its own."""
+        """Append lines to metrics.jsonl."""
         self._append(self.metrics, records)
 
     def log_skipped(self, *records: Mapping[str, Any]) -> None:
@@ -173,21 +173,22 @@ class RunFolder:
         with self.writing(path.stem), path.open("ab+") as file:
             text = "".join(json.dumps(record) + "\n" for record in records).encode()
             if file.tell():
+                # A kill may leave half a line: a line break in front keeps it from damaging the next one.
                 file.seek(-1, os.SEEK_END)
                 text = text if file.read(1) == b"\n" else b"\n" + text
             file.write(text)
 
     def flush_metrics(self) -> None:
-        """Wait until the metrics, and the list of what was left out, are on the disk."""
+        """Wait until metrics and skipped records are on the disk."""
         for path in filter(Path.is_file, (self.metrics, self.skipped)):
             with self.writing(path.stem):
                 flush(path)
 
     def rewind(self, step: int) -> int:
-        """Drop what was logged after `step`, for those steps are run again, and what is no line or is there twice.
+        """Remove the lines after `step`, since those steps run again, unreadable lines, and duplicates.
 
         Returns:
-            How many lines of metrics.jsonl could not be read; a kill leaves half a line at most.
+            The number of unreadable lines of metrics.jsonl.
         """
         self._rewind(self.skipped, step, lambda row: (row["step"], *(str(row.get(k)) for k in ("data", "where", "id"))))
         return self._rewind(self.metrics, step, lambda row: (row["step"], *sorted(row)))
@@ -201,18 +202,19 @@ class RunFolder:
         return broken
 
     def write_lock(self, **more: Any) -> None:
-        """Write zoo.lock: what this run ran on."""
+        """Write zoo.lock: versions, machine and commit of this run, and `more`."""
         with self.writing("zoo.lock"):
             write_json(self.lock, environment() | more)
 
 
 def new_folder(root: Path | str, name: str, now: datetime | None = None) -> Path:
-    """Make root/<date>/<time>-<name>, with a number where that is taken."""
+    """Make root/<date>/<time>-<name>, numbered if the name exists."""
     now = now or datetime.now()
     label = re.sub(r"[^A-Za-z0-9_.=,+-]+", "_", name).strip("._") or "run"
     day = Path(root) / now.strftime("%Y-%m-%d")
     for number in range(1, 1000):
         path = day / (now.strftime("%H-%M-%S-") + label + (f"-{number}" if number > 1 else ""))
+        # mkdir fails if the folder exists: of two processes that start at once, each gets its own.
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
@@ -226,11 +228,11 @@ def last(root: Path | str) -> Path:
         return pointer.resolve()
     if pointer.is_file():
         return Path(pointer.read_text(encoding="utf-8").strip())
-    raise ZooError(f"There is no last run: {str(pointer)!r} does not exist. Train one, or give the path of a run.")
+    raise ZooError(f"There is no last run: {str(pointer)!r} does not exist. Train a model, or give the path of a run.")
 
 
 def runs(root: Path | str) -> list[Path]:
-    """Return every run below `root`, oldest first; `root` itself where it is one."""
+    """Return the runs below `root`, oldest first; `root` itself if it is a run."""
     root = Path(root)
     if (root / "config.yaml").is_file():
         return [root]
@@ -240,16 +242,17 @@ def runs(root: Path | str) -> list[Path]:
 
 
 def _own(root: Path, path: Path) -> bool:
+    """Return whether a path is reached without links: `last` would list its run twice."""
     return not any(p.is_symlink() for p in path.parents if p != root and root in p.parents)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, also of a run in progress; one that cannot be read costs itself alone."""
+    """Return the lines of a metrics.jsonl, also during a run, without unreadable ones."""
     return _rows(path)[0]
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that can be read, and how many others there are."""
+    """Return the readable lines, and the number of others."""
     rows: list[dict[str, Any]] = []
     broken = 0
     if path.is_file():
@@ -264,7 +267,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions of the libraries, the machine, and the commit of the working folder if it is in git."""
+    """Return versions of libraries, the machine, and the commit of the working folder if it is in git."""
     import torch
 
     versions = {}

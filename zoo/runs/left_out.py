@@ -1,4 +1,4 @@
-"""Records that are left out because they cannot be used: counted, listed once each, and never too many."""
+"""Broken records that a run leaves out: counted, listed once each, up to a maximum share."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from zoo.registry import RecordError, Sample, ZooError
 from zoo.runs.folder import RunFolder, read_metrics
 
-PATIENCE = 100  # records that are seen before their share is looked at
+PATIENCE = 100  # records read before the share of broken ones is checked
 
 
 class LeftOut:
-    """What the stages of a run left out.
+    """Counts and lists the records that the stages of a run leave out.
 
     Args:
         folder: whose skipped.jsonl the first process writes.
         most: share of the records of a stage that may be left out.
-        seen, left_out: records of the stage so far, where a run goes on.
+        seen, left_out: records of the stage so far, in a run that is resumed.
     """
 
     def __init__(self, folder: RunFolder, most: float, seen: int = 0, left_out: int = 0) -> None:
@@ -23,7 +23,7 @@ class LeftOut:
         self._known = {_key(row) for row in read_metrics(folder.skipped)}
 
     def begin(self) -> None:
-        """Start counting anew, for a stage."""
+        """Reset the counts at the beginning of a stage."""
         self.counts = 0, 0
 
     def add(self, seen: int, left_out: int) -> None:
@@ -31,7 +31,7 @@ class LeftOut:
         self.counts = self.counts[0] + seen, self.counts[1] + left_out
 
     def new(self, broken: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return those records that were not left out before."""
+        """Return the records that were not listed before."""
         new = []
         for line in broken:
             if _key(line) not in self._known:
@@ -40,12 +40,12 @@ class LeftOut:
         return new
 
     def excess(self, stage: str) -> ZooError | None:
-        """The error of a stage that leaves out too many; None: it does not."""
+        """Return an error if the stage leaves out too many records."""
         seen, left_out = self.counts
         return excess(left_out, seen, self.most, f"Stage {stage!r}", str(self.folder.skipped))
 
     def nothing_left(self, stage: str) -> ZooError | None:
-        """The error of a stage that was left with nothing to learn from."""
+        """Return an error if the stage left out all records."""
         seen, left_out = self.counts
         if not seen or left_out < seen:
             return None
@@ -56,12 +56,12 @@ class LeftOut:
 
 
 class Sieve:
-    """Leaves out records that cannot be used, where it may, outside of the steps of a run.
+    """Leaves out broken records outside of training steps.
 
     Args:
-        skip: whether it may; else the first one is raised.
+        skip: leave them out; else the first one is raised.
         most: share of the records that may be left out.
-        what: leaves them out, for messages.
+        what: name of the command, for messages.
     """
 
     def __init__(self, skip: bool, most: float, what: str) -> None:
@@ -70,7 +70,7 @@ class Sieve:
         self.broken: dict[tuple[str, ...], dict[str, str]] = {}
 
     def sound(self, source: Iterable[Sample | RecordError]) -> Iterator[Sample]:
-        """Yield the samples that could be read."""
+        """Yield the samples that can be read."""
         for sample in source:
             self.seen += 1
             if isinstance(sample, RecordError):
@@ -79,34 +79,34 @@ class Sieve:
                 yield sample
 
     def leave_out(self, error: RecordError) -> None:
-        """Note a record.
+        """Note a broken record.
 
         Raises:
-            RecordError: none may be left out.
+            RecordError: records may not be left out.
         """
         if not self.skip:
             raise error
         self.broken.setdefault(_key(error.line()), error.line())
 
     def add(self, other: "Sieve") -> None:
-        """Count what another process saw."""
+        """Add the counts of another process."""
         self.seen += other.seen
         self.broken = other.broken | self.broken
 
     @property
     def lines(self) -> list[dict[str, str]]:
-        """What was left out, for a list of it."""
+        """The records that were left out, with reasons."""
         return list(self.broken.values())
 
     def excess(self) -> ZooError | None:
-        """The error where too many were left out; None: they were not."""
+        """Return an error if too many records were left out."""
         first = next(iter(self.broken.values()), {})
         example = f"{first.get('where')}, {first.get('id')}: {first.get('reason')}"
         return excess(len(self.broken), self.seen, self.most, self.what, example=example)
 
 
 def excess(left_out: int, seen: int, most: float, what: str, listed: str = "", example: str = "") -> ZooError | None:
-    """The error where more records are broken than may be left out; None where they are not."""
+    """Return an error if more than `most` of the records are left out; None below `PATIENCE` records."""
     if seen < PATIENCE or left_out <= most * seen:
         return None
     more = f"{listed!r} lists them with the reasons." if listed else f"The first: {example}"

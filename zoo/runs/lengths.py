@@ -1,7 +1,7 @@
-"""How long a sample may be: the positions of the LLM, and less where a stage says so. Nothing is cut in silence.
+"""The maximum length of a sample: the LLM's positions, or a stage's `max_length`. Nothing is cut silently.
 
-Length counts positions: dialogs that share their images (and samples that share a row) each begin where they would
-begin alone.
+Length counts positions: dialogs that share images, and samples that share a row, each begin at the position at which
+they would begin alone.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from zoo.text.batch import EncodedSample
 
 
 def length_of(row: EncodedSample) -> int:
-    """Positions that a row takes: tokens, images included, of the longest dialog in it."""
+    """Return the number of positions of a row: the tokens, images included, of its longest dialog."""
     if row.positions is None:
         return len(row)
     return int(row.positions.max(initial=-1)) + 1
 
 
 def require_room(row: EncodedSample, limit: int | None, what: str = "the LLM's positions") -> EncodedSample:
-    """Return a row that is not too long.
+    """Return the row.
 
     Raises:
-        LengthError: it is.
+        LengthError: it is longer than `limit`.
     """
     if limit is not None and (length := length_of(row)) > limit:
         raise LengthError(_too_long(length, limit, what))
@@ -34,29 +34,31 @@ def require_room(row: EncodedSample, limit: int | None, what: str = "the LLM's p
 
 
 def room_for_answer(prompt: EncodedSample, limit: int | None) -> int:
-    """How many tokens may be answered to a prompt.
+    """Return the number of positions behind a prompt.
 
     Raises:
-        LengthError: none.
+        LengthError: 0.
     """
     if limit is None:
         return 1 << 30
     if len(prompt) >= limit:
-        raise LengthError(f"the question has {len(prompt)} tokens, and the LLM's positions are {limit}: none is left.")
+        raise LengthError(
+            f"the question has {len(prompt)} tokens, and the LLM has {limit} positions: no room for an answer."
+        )
     return limit - len(prompt)
 
 
 def shorten(row: EncodedSample, limit: int, images: Sequence[int], what: str = "the LLM's positions") -> EncodedSample:
-    """Cut the text behind position `limit` off a row; a dialog that is left without an answer goes whole.
+    """Cut the text behind position `limit` off a row; dialogs that lose their whole answer are removed.
 
     Args:
         row: of one sample, as the processor encodes it.
-        limit: positions that are left.
+        limit: number of positions to keep.
         images: ids of placeholders.
-        what: sets the limit, for messages.
+        what: name of the limit, for messages.
 
     Raises:
-        LengthError: image tokens would be cut, one of a pair of answers would be lost, or nothing is left to learn.
+        LengthError: image tokens would be cut, one of a pair of answers would be lost, or no label is left.
     """
     length = length_of(row)
     if length <= limit:
@@ -64,14 +66,16 @@ def shorten(row: EncodedSample, limit: int, images: Sequence[int], what: str = "
     positions = np.arange(len(row)) if row.positions is None else row.positions
     kept = positions < limit  # (T,)
     if np.isin(row.input_ids[~kept], images).any():
-        raise LengthError(f"{_too_long(length, limit, what)} Image tokens stand behind that, which are never cut.")
+        raise LengthError(f"{_too_long(length, limit, what)} Image tokens come after that, which are never cut.")
     learnt = kept & (row.labels != IGNORE_INDEX)
     if row.pairs is not None:
+        # A preference loss compares both answers of a pair; one alone has no loss.
         lost = set(np.unique(row.pairs)) - set(np.unique(row.pairs[kept]))
         if lost:
             raise LengthError(f"{_too_long(length, limit, what)} Cut there, an answer of a pair would be lost.")
         learnt |= kept & (row.pairs >= 0)
     if row.blocks is not None:
+        # Block 0 is the prefix of images that all dialogs share.
         answered = np.unique(row.blocks[learnt])
         kept &= (row.blocks == 0) | np.isin(row.blocks, answered)
     if not learnt.any():
@@ -83,12 +87,12 @@ def shorten(row: EncodedSample, limit: int, images: Sequence[int], what: str = "
 
 @dataclass(frozen=True)
 class Room:
-    """How long the rows of a stage may be.
+    """The maximum length of a stage's rows.
 
     Attributes:
-        limit: positions; None: any number.
-        what: sets it, for messages.
-        cut: shorten rows that are longer; else they are refused.
+        limit: number of positions; None: no limit.
+        what: name of the limit, for messages.
+        cut: shorten longer rows; else they are refused.
         images: ids of placeholders, which are never cut.
     """
 
@@ -98,10 +102,10 @@ class Room:
     images: tuple[int, ...] = ()
 
     def fit(self, row: EncodedSample) -> EncodedSample:
-        """Return a row that is not too long.
+        """Return the row, cut if it is too long.
 
         Raises:
-            LengthError: it is, and it may not be cut, or cannot.
+            LengthError: it is too long, and may not or cannot be cut.
         """
         if self.limit is not None and self.cut:
             return shorten(row, self.limit, self.images, self.what)
@@ -109,12 +113,12 @@ class Room:
 
 
 def room_of(stage: Stage, positions: int | None, processor: Any) -> Room:
-    """How long the rows of a stage may be.
+    """Return the maximum length of a stage's rows.
 
     Args:
         stage: with `max_length` and `too_long`.
-        positions: of the LLM; None: any number.
-        processor: knows the placeholders.
+        positions: of the LLM; None: no limit.
+        processor: of the model.
 
     Raises:
         ZooError: the stage would allow more than the LLM has positions.
@@ -127,10 +131,12 @@ def room_of(stage: Stage, positions: int | None, processor: Any) -> Room:
 
 
 def require_positions(stage: Stage, positions: int | None, least: int = 0) -> None:
-    """Refuse a `max_length` that the LLM has no positions for, or that is shorter than each sample.
+    """Refuse a `max_length` above the LLM's positions, or too small for any sample.
 
-    Raises:
-        ZooError: with both numbers.
+    Args:
+        stage: with `max_length`.
+        positions: of the LLM; None: no limit.
+        least: tokens of an image.
     """
     if stage.max_length is None:
         return

@@ -1,8 +1,8 @@
-"""One process at a time trains in a run's folder: a lock that the system takes back when its holder ends, however.
+"""The lock of a run's folder: one process trains in it at a time. The system releases it when its holder ends.
 
-The lock is `flock` on a small file that says who holds it. Linux carries it over NFS; where a file system has no locks
-(Lustre without `-o flock`, say), what the file says is believed of processes of this machine, and a note tells so.
-Of several processes of a run the first one holds it. Readers, such as `zoo report`, never ask for it.
+The lock is `flock` on a small file that names its holder. Linux supports it over NFS; on file systems without locks
+(Lustre without `-o flock`, say) only the process named in the file is checked, if it is of this machine, and a note
+states so. With several processes the first one holds the lock. Readers, such as `zoo report`, never take it.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from zoo.registry import ZooError
 
 NAME = ".running"
 CLOSED = -1  # in place of a handle
-HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # errors of a lock that is held; others: no locks here
 
 
 class RunLock:
-    """The lock of a run's folder, held from the moment it is made until `release` or the end of the process.
+    """The lock of a run's folder, held from construction until `release` or the end of the process.
 
     Args:
         folder: of the run.
@@ -39,7 +39,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        self.note = ""  # what a person should know of this lock
+        self.note = ""  # for the user, if the folder cannot be locked
         self._handle = CLOSED
         try:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -56,7 +56,8 @@ class RunLock:
         _taken.add(self)
 
     def release(self) -> None:
-        """Let others have the run. The file stays: whoever waits for a lock must find the same file."""
+        """Release the lock."""
+        # The file stays: if it were removed, two processes could each lock a file of that name, one of them deleted.
         if self._handle != CLOSED:
             self._write({})
             self._close()
@@ -73,15 +74,15 @@ class RunLock:
         if owner.get("host") == platform.node() and _lives(owner.get("pid"), owner.get("born")):
             raise self._refusal(owner)
         self.note = (
-            f"{self.path.parent} lies where files cannot be locked: that this run is resumed only once is checked "
-            "among the processes of this machine alone."
+            f"Files in {self.path.parent} cannot be locked: only processes of this machine are checked for resuming "
+            "the run twice."
         )
 
     def _refusal(self, owner: dict[str, Any]) -> ZooError:
         who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
         return ZooError(
             f"The run {str(self.path.parent)!r} is alive: {who} trains in it. Wait for it to end, or end it: it saves "
-            f"a checkpoint on SIGTERM. (Held by a machine that is gone for good: remove {str(self.path)!r}.)"
+            f"a checkpoint on SIGTERM. (If its machine no longer exists, remove {str(self.path)!r}.)"
         )
 
     def _owner(self) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class RunLock:
         return {}
 
     def _write(self, owner: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # who holds it is told as far as a full disk lets us
+        with contextlib.suppress(OSError):  # the content serves messages; the lock holds on a full disk too
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps(owner).encode(), 0)
 
@@ -107,7 +108,10 @@ class RunLock:
 
 
 def _born(pid: Any) -> float | None:
-    """When a process of this machine began; None if there is none. A number is given to one process after the other."""
+    """Return the start time of a process of this machine; None if it does not exist.
+
+    Process ids are reused; with the start time they are unique.
+    """
     import psutil
 
     try:
@@ -117,7 +121,7 @@ def _born(pid: Any) -> float | None:
 
 
 def _lives(pid: Any, born: Any) -> bool:
-    """Whether the process that wrote this is still there, and not another one of the same number."""
+    """Return whether the process that wrote the file still runs."""
     now = _born(pid)
     return now is not None and isinstance(born, float) and abs(now - born) < 2.0  # seconds: the clock may be set
 
@@ -130,7 +134,7 @@ _taken: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 def _forget() -> None:
-    """A loader's worker that outlives a killed run must not go on holding its lock."""
+    """Close the locks in a forked child: a loader worker that outlives a killed run would keep the run locked."""
     for lock in list(_taken):
         lock._close()
 

@@ -1,6 +1,6 @@
-"""Where the weights lie now that a run began on: a folder may be moved between two processes of a run.
+"""New locations of the weights that a run began on, which may be moved before the run is resumed.
 
-A new place is taken where it holds the same weights: zoo.lock has the fingerprint of what the run began on.
+A new location is accepted if it holds the same weights: zoo.lock has the fingerprint of those that the run began on.
 """
 
 from collections.abc import Mapping
@@ -13,42 +13,42 @@ from zoo.registry import ZooError
 from zoo.storage.weights import fingerprint
 
 
-def settle(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] | None) -> None:
-    """Put the places that were given beside `resume` into the config of the run.
+def locate_weights(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] | None) -> None:
+    """Put the locations that were given with `resume` into the config of the run.
 
     Args:
-        cfg: of the run, as it was started; it is changed.
+        cfg: of the run, as it was started; changed in place.
         given: of this process.
-        noted: content of zoo.lock; None: the run had not come so far, and nothing was trained on any weights.
+        noted: content of zoo.lock; None: the run was stopped before it, and has trained nothing.
 
     Raises:
-        ZooError: the run began on no such weights, there are others in the new place, or none in the old one.
+        ZooError: the run did not begin on such weights, the new location has others, or the old one has none.
     """
     base = None if noted is None else noted.get("base") or {}
     for part in ("vision", "llm"):
         before, now = (str((OmegaConf.select(c, part) or {}).get("checkpoint") or "") for c in (cfg, given))
         option, what = f"{part}.checkpoint", f"base weights of {part}"
         if now and not before:
-            raise ZooError(f"{option}={now}: the run began on no checkpoint of {part}.")
+            raise ZooError(f"{option}={now}: the run did not begin on a checkpoint of {part}.")
         record = None if base is None else base.get(part) or {}
         if now and now != before:
             _require_same(option, now, what, record)
-            if cfg.tokenizer.checkpoint == before:
+            if cfg.tokenizer.checkpoint == before:  # the tokenizer was read from the same folder
                 cfg.tokenizer.checkpoint = now
             OmegaConf.update(cfg, option, now)
         elif before and (record or {}).get("fingerprint"):
             _require_there(before, what, f"{option}=<folder>")
-    _settle_model(cfg, given, noted)
+    _locate_model(cfg, given, noted)
 
 
-def _settle_model(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] | None) -> None:
-    """The same for the saved or published model that a run began on, and for what that was made from."""
+def _locate_model(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] | None) -> None:
+    """Do the same for the saved or published model that a run began on, and for the base of that model."""
     if place := given.model.base:
         if cfg.model.source == "preset":
-            raise ZooError(f"model.base={place}: the run began on no saved model.")
-        cfg.model.base = place  # compared where it is read
+            raise ZooError(f"model.base={place}: the run did not begin on a saved model.")
+        cfg.model.base = place  # its fingerprint is compared when it is read
     if given.model.source != "preset" and cfg.model.source != "dir":
-        raise ZooError(f"model={given.model.source}:{given.model.name}: the run began on no model in a folder.")
+        raise ZooError(f"model={given.model.source}:{given.model.name}: the run did not begin on a model in a folder.")
     if given.model.source == "hub":
         raise ZooError(f"model=hub:{given.model.name}: the run began on a folder, {cfg.model.name!r}.")
     if cfg.model.source != "dir":
@@ -79,5 +79,5 @@ def _require_same(option: str, place: str, what: str, record: Mapping[str, Any] 
 def _require_there(place: str, what: str, option: str) -> None:
     if not Path(place).is_dir():
         raise ZooError(
-            f"The {what} are not in {place!r} any more. If they lie elsewhere now: zoo train resume=<run> {option}."
+            f"The {what} are not in {place!r} any more. If they were moved: zoo train resume=<run> {option}."
         )

@@ -1,4 +1,4 @@
-"""Optimisers of a stage: Muon on matrices, AdamW on the rest; who takes which parameter; the learning rate at a step.
+"""Optimisers of a stage: Muon on matrices, AdamW on other parameters; learning rates by part and by step.
 
 Muon: Jordan et al., https://kellerjordan.github.io/posts/muon/, as `torch.optim.Muon` computes it. Ours differs in
 speed only: matrices of one shape are orthogonalised in one batched product.
@@ -47,6 +47,7 @@ class StackedMuon(Muon):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = [g.lerp(b, momentum) for g, b in zip(grads, buffers, strict=True)] if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        # Newton-Schulz mixes all rows and columns of a matrix, so sharded updates are gathered first.
         for rows in _stacks(updates):
             stack = torch.stack([_whole(updates[i]) for i in rows])  # (n, rows, columns)
             a, b, c = group["ns_coefficients"]
@@ -58,8 +59,9 @@ class StackedMuon(Muon):
 
 
 def orthogonalise(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Newton-Schulz iteration on (n, rows, columns): each matrix becomes nearly orthogonal. In bfloat16, as torch's."""
+    """Make each matrix of (n, rows, columns) nearly orthogonal by Newton-Schulz iteration, in bfloat16 like torch."""
     a, b, c = coefficients
+    # The Gram matrix is the smaller one if rows <= columns.
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.to(torch.bfloat16)
     x = x.mT if tall else x
@@ -82,12 +84,12 @@ def _stacks(updates: list[Tensor]) -> Iterable[list[int]]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The whole matrix where FSDP2 keeps a share of it on each process."""
+    """Return the unsharded matrix."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _like(update: Tensor, param: Any) -> Tensor:
-    """`update` shared out as `param` is."""
+    """Return `update` sharded as `param` is."""
     if not hasattr(param, "full_tensor"):
         return update
     from torch.distributed.tensor import distribute_tensor
@@ -102,7 +104,7 @@ def build_optimizers(
 
     Args:
         modules: prefix -> module ("" for the model, "distiller" for its loss head).
-        stage: says which optimiser, and its settings.
+        stage: with the optimiser and its settings.
         part_of: name of a parameter -> the parts it belongs to, for `lr_scale`.
 
     Raises:
@@ -124,6 +126,7 @@ def build_optimizers(
         if name in matrices:
             muon[scales[name]].append(p)
         else:
+            # No decay of biases, norms and embeddings: a token that does not occur would shrink without a gradient.
             adamw[scales[name], p.ndim >= 2 and "embed" not in name].append(p)
     result: list[Optimizer] = []
     if muon:
@@ -138,14 +141,15 @@ def build_optimizers(
         result.append(AdamW(groups, betas=(first, second), fused=True))
     for optimizer in result:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = group["lr"]  # `set_rate` multiplies this one
     return result
 
 
 def _matrices(modules: dict[str, nn.Module]) -> set[str]:
-    """Names of the weights that Muon takes: those of linear layers, except vocabulary heads and low-rank factors.
+    """Return the names of the weights for Muon: those of linear layers, except vocabulary heads and low-rank factors.
 
-    A head's rows are separate classifiers, as an embedding's are, and a low-rank factor is no map between two layers.
+    The rows of a head are separate classifiers, like those of an embedding, and a low-rank factor is only
+    half of a map between two layers.
     """
     found = set()
     for prefix, module in modules.items():
@@ -159,7 +163,7 @@ def _matrices(modules: dict[str, nn.Module]) -> set[str]:
 
 
 def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:
-    """Return what names the parts that a parameter of the model or of a distiller belongs to, the closest first."""
+    """Return a function from a parameter's name to the parts it belongs to, the innermost first."""
 
     def parts(name: str) -> tuple[str, str]:
         part = "distiller" if name.startswith("distiller.") else model.part_of(name)
@@ -171,7 +175,7 @@ def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:
 def rate_scales(
     names: list[str], wanted: dict[str, float], part_of: Callable[[str], Iterable[str]]
 ) -> dict[str, float]:
-    """Factor on the learning rate of each parameter: the last entry of `lr_scale` that names it or one of its parts."""
+    """Return the factor on each parameter's learning rate: the last entry of `lr_scale` that matches name or part."""
     result = dict.fromkeys(names, 1.0)
     for pattern, factor in wanted.items():
         hit = [n for n in names if pattern in part_of(n) or fnmatchcase(n, pattern)]
@@ -182,7 +186,8 @@ def rate_scales(
 
 
 def rate_at(step: int, steps: int, stage: Stage) -> float:
-    """Return the factor on the peak learning rates at optimiser step `step` of `steps`; a function of nothing else."""
+    """Return the factor on the peak learning rates at optimiser step `step` of `steps`."""
+    # No state of a scheduler: a resumed run computes the rate of its step.
     warmup = round(stage.warmup_ratio * steps)
     flat = max(warmup, round(stage.flat_ratio * steps))
     if step < warmup:

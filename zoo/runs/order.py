@@ -1,8 +1,8 @@
 """The order of samples, as a function of (seed, position).
 
-Nothing here has a state that must be restored: position p of a stage's stream is a data set, an epoch and an index,
-whoever asks and whenever. So a run resumes at any step, with any number of worker processes, and a run on two processes
-sees the samples of a run on one.
+Nothing here has state to restore: position p of a stage's order is a data set, an epoch and an index, in every process
+and at any time. A run can resume at any step with any number of loader workers, and a run with two processes has the
+samples of a run with one.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import numpy as np
 
 from zoo.registry import RecordError, Sample, ZooError, read_sample, unknown
 
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly at every length
+GOLDEN = 0.6180339887498949  # golden ratio: its multiples modulo 1 are evenly spread over [0, 1), however many
 Where = tuple[int, int, int]  # which data set of the mix, epoch, index
 
 
@@ -23,11 +23,11 @@ def keyed(*key: int) -> np.random.Generator:
 
 
 class Mix:
-    """The order in which the samples of several data sets are seen.
+    """The order of the samples of several data sets.
 
     Args:
         datasets: data name -> data set.
-        weights: data name -> share of the stream; empty: every sample equally often.
+        weights: data name -> share of the samples; empty: every sample equally often.
         seed: of the order.
     """
 
@@ -45,46 +45,46 @@ class Mix:
             raise ZooError(
                 f"A streaming data set has no length: give the mix weights, data: {{{self.names[0]}: 1.0, ...}}."
             )
-        # Without weights the data sets are joined: where each ends in the whole.
+        # Without weights the data sets are joined; these are the ends of each in the joined index.
         known = [n for n in self.lengths if n is not None]
         self.joined: np.ndarray | None = None if weights or len(known) < len(self.lengths) else np.cumsum(known)
+        # With weights, position p belongs to the data set in whose share of [0, 1) the p-th multiple of GOLDEN falls:
+        # shares are met within a sample or two at every position, where random draws would fluctuate.
         shares = np.array([weights.get(n, 1.0) for n in self.names])
         self.bounds = np.cumsum(shares / shares.sum())[:-1]
         self.seed = seed
-        self._seen = (
-            0,
-            np.zeros(len(self.names), dtype=np.int64),
-        )  # a position, and how often each data set came before
+        # A position, and the number of samples of each data set before it: where the last call ended.
+        self._counted = (0, np.zeros(len(self.names), dtype=np.int64))
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def samples_in(self, epochs: float) -> int:
-        """Return how many positions `epochs` passes are: one pass is as many as all data sets hold."""
+        """Return the number of positions of `epochs` epochs; one epoch is the total length of the data sets."""
         if None in self.lengths:
             name = self.names[self.lengths.index(None)]
             raise ZooError(f"data {name!r} is a stream without a length: give the stage steps, not epochs.")
         return round(epochs * sum(n for n in self.lengths if n is not None))
 
     def read(self, member: int, epoch: int, index: int) -> Sample | RecordError:
-        """Read a sample by its place; the error where it is broken."""
+        """Read a sample; return the error if it is broken."""
         return read_sample(self.names[member], self.datasets[member], index, epoch)
 
     def members(self, start: int, stop: int) -> np.ndarray:
-        """Return which data set each position in [start, stop) belongs to."""
+        """Return the data set of each position in [start, stop)."""
         return np.searchsorted(self.bounds, np.arange(start, stop) * GOLDEN % 1.0, side="right")
 
     def places(self, start: int, stop: int) -> list[Where]:
-        """Return (data set, epoch, index) of each position in [start, stop); for streams the last two say nothing."""
+        """Return (data set, epoch, index) of each position in [start, stop); for streams only the first is defined."""
         if self.joined is not None:
             return [self._in_joined(self.joined, p) for p in range(start, stop)]
-        at, counts = self._seen
-        if at > start:
+        at, counts = self._counted
+        if at > start:  # count again from the beginning
             at, counts = 0, np.zeros_like(counts)
         counts = counts.copy()
-        while at < start:  # in pieces, so that a long run costs no memory
+        while at < start:  # in pieces, so that a resumed long run needs little memory
             until = min(start, at + 1_000_000)
             counts += np.bincount(self.members(at, until), minlength=len(counts))
             at = until
-        self._seen = (start, counts.copy())
+        self._counted = (start, counts.copy())
         result = []
         for member in self.members(start, stop).tolist():
             count, length = int(counts[member]), self.lengths[member]
@@ -97,7 +97,7 @@ class Mix:
         return result
 
     def _in_joined(self, ends: np.ndarray, position: int) -> Where:
-        """Without weights all data sets are one: an epoch sees each sample once, in one order over all."""
+        """Return the sample at a position without weights: an epoch has each sample once, in one order over all."""
         epoch, offset = divmod(position, int(ends[-1]))
         at = int(self._order(-1, epoch, int(ends[-1]))[offset])
         member = int(np.searchsorted(ends, at, side="right"))
@@ -105,16 +105,16 @@ class Mix:
 
     def _order(self, member: int, epoch: int, length: int) -> np.ndarray:
         if (member, epoch) not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k[0] != member}  # one epoch of each is enough
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != member}  # keep one epoch of each data set
             self._orders[member, epoch] = keyed(self.seed, 1, member, epoch).permutation(length)
         return self._orders[member, epoch]
 
 
 @dataclass
-class Place:
-    """Which part of each optimiser step this process computes."""
+class ShardPosition:
+    """This process's share of each optimiser step, and the step to start at."""
 
     rank: int = 0
     world: int = 1
     step: int = 0  # optimiser step of the stage to start at
-    streams: dict[str, Any] = field(default_factory=dict)  # of each stream: where it is at `step`, plain values
+    streams: dict[str, Any] = field(default_factory=dict)  # data name -> state of the stream at `step`, plain values

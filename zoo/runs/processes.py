@@ -1,4 +1,4 @@
-"""Starting on one process or many, and the few things that processes say to each other."""
+"""Start in one process or several, and exchange values between them."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ import torch
 from zoo.registry import ZooError
 
 T = TypeVar("T")
-# What `accelerate launch` may ask for and this loop does not run on, by the variable that the launcher sets.
-NOT_OURS = {
+# Modes of `accelerate launch` that the training loop does not support, by the variable that the launcher sets.
+UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-# What is computed, which the config says. Beginnings of names.
+# Variables of settings that belong to the config, by their prefix.
 IGNORED = (
     "ACCELERATE_GRADIENT_",
     "ACCELERATE_MIXED_PRECISION",
@@ -28,7 +28,7 @@ IGNORED = (
 
 @contextlib.contextmanager
 def launcher_alone() -> Iterator[None]:
-    """Hide from accelerate what the environment says of numbers; it reads some of it whenever it is asked something."""
+    """Hide variables of numerical settings from accelerate, which reads some of them at every call."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(IGNORED)}
     try:
         yield
@@ -37,31 +37,32 @@ def launcher_alone() -> Iterator[None]:
 
 
 def start_accelerator(device: str = "auto") -> Any:
-    """Make the accelerator for the processes that are there.
+    """Make the accelerator of this process group.
 
-    Where a run computes is the launcher's business, what it computes is the config's: accumulation, number format and
-    compilation are said stage by stage, whatever `ACCELERATE_*` the environment holds or another user of accelerate in
-    this process (a transformers Trainer in bf16, say) left behind.
+    The launcher sets devices and processes; the config sets accumulation, precision and compilation, stage by stage,
+    regardless of `ACCELERATE_*` variables or of the state that another user of accelerate in this process (a
+    transformers Trainer in bf16, say) left.
 
     Args:
         device: auto, cpu, cuda, ...
 
     Raises:
-        ZooError: a launcher started several processes and they did not find each other, asks for a way of sharing the
-            work that this loop does not know, or the device is not there.
+        ZooError: the processes of the launcher did not connect, it asks for an unsupported kind of parallelism, or the
+            device does not exist.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
-    for variable, what in NOT_OURS.items():
+    for variable, what in UNSUPPORTED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
             raise ZooError(
                 f"The launcher asks for {what} ({variable}={os.environ[variable]}); this loop runs on one process, DDP "
                 "or FSDP2. Choose one of them with `accelerate config`, or unset the variable."
             )
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    # A rank whose batch has no image, or whose experts stay idle, leaves parameters without gradient.
+    # On a rank whose batch has no image, or where an expert gets no token, parameters have no gradient.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # accelerate keeps settings in a singleton; the process group, in PartialState, stays.
     AcceleratorState._reset_state(reset_partial_state=False)
     try:
         with launcher_alone():
@@ -74,18 +75,18 @@ def start_accelerator(device: str = "auto") -> Any:
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise ZooError(
-            f"The launcher started {wanted} processes, but this one sees {accelerator.num_processes}. "
+            f"The launcher started {wanted} processes, but this one is in a group of {accelerator.num_processes}. "
             "On CPU use: torchrun --nproc_per_node <n> -m zoo.train ..."
         )
     if device != "auto" and accelerator.device.type != device.partition(":")[0]:
-        raise ZooError(f"device={device} was asked for, and this process would compute on {accelerator.device.type}.")
+        raise ZooError(f"device={device} was asked for, but this process would run on {accelerator.device.type}.")
     return accelerator
 
 
 def by_first(accelerator: Any, function: Callable[[], T]) -> T:
-    """Let the first process do something, and give every process the result.
+    """Call a function in the first process, and return its result in every process.
 
-    What it raises there ends all of them: the others leave in silence, for the first one says why.
+    An error ends all processes: it is raised in the first one, the others exit without a message.
     """
     if accelerator.num_processes == 1:
         return function()
@@ -94,7 +95,7 @@ def by_first(accelerator: Any, function: Callable[[], T]) -> T:
         if accelerator.is_main_process:
             result = function()
         done = True
-    finally:
+    finally:  # also after an error, since the others wait for this message
         done, result = broadcast(accelerator, (done, result))
     if not done:
         raise SystemExit(2)
@@ -102,7 +103,7 @@ def by_first(accelerator: Any, function: Callable[[], T]) -> T:
 
 
 def stop_all(accelerator: Any, error: ZooError) -> None:
-    """End all processes, which know that they must, and let the first one say why.
+    """End all processes with one message. Each of them calls this, after they agreed on the error.
 
     Raises:
         ZooError: in the first process.
@@ -114,7 +115,7 @@ def stop_all(accelerator: Any, error: ZooError) -> None:
 
 
 def broadcast(accelerator: Any, value: Any) -> Any:
-    """Give every process the value of the first."""
+    """Return the first process's value in every process."""
     if accelerator.num_processes == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -123,7 +124,7 @@ def broadcast(accelerator: Any, value: Any) -> Any:
 
 
 def gather(accelerator: Any, value: Any) -> list[Any]:
-    """Give every process the values of all, in order."""
+    """Return the values of all processes, by rank."""
     if accelerator.num_processes == 1:
         return [value]
     result: list[Any] = [None] * accelerator.num_processes

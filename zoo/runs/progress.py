@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, a plain line every few seconds elsewhere."""
+"""Progress of a run: a bar in a terminal, otherwise a plain line every few seconds."""
 
 import sys
 import time
@@ -15,11 +15,11 @@ MEMORY = 0.95  # share of the old value in the losses shown
 
 
 class Display:
-    """Progress of one stage after the other; silent on all processes but the first.
+    """Shows the progress of the stages, in the first process only.
 
     Args:
         silent: show nothing.
-        console: where to; stderr if None, so that tables on stdout can be piped.
+        console: to print to; stderr if None, so that tables on stdout can be piped.
     """
 
     def __init__(self, silent: bool = False, console: Console | None = None) -> None:
@@ -46,7 +46,7 @@ class Display:
             self._bar.start()
 
     def update(self, done: int, losses: Mapping[str, float], rate: float, unit: str, wait: float) -> None:
-        """Show where the stage is.
+        """Show the progress of the stage.
 
         Args:
             done: steps run.
@@ -57,7 +57,7 @@ class Display:
         """
         for name, value in losses.items():
             old = self._smooth.get(name, value)
-            self._smooth[name] = value if old != old else MEMORY * old + (1 - MEMORY) * value
+            self._smooth[name] = value if old != old else MEMORY * old + (1 - MEMORY) * value  # NaN: start again
         now = time.monotonic()
         if not (self._bar or now - self.shown >= EVERY or done == self.steps):
             return
@@ -69,7 +69,7 @@ class Display:
             self.console.print(f"{self.stage} {text}", markup=False, soft_wrap=True)
 
     def end(self) -> None:
-        """Close the bar, leaving its last state."""
+        """Close the bar; its last state remains visible."""
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
@@ -89,7 +89,7 @@ class Display:
 
 
 def _column(text: str) -> TextColumn:
-    return TextColumn(text, markup=False)  # stages and losses may have any name
+    return TextColumn(text, markup=False)  # names of stages and losses may contain brackets
 
 
 def clock(seconds: float) -> str:

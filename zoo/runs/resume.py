@@ -1,7 +1,7 @@
-"""Where a run begins: in a folder of its own, or where an earlier process of it was stopped.
+"""Start a run in a new folder, or resume one that was stopped.
 
-Of a run that was stopped, the newest checkpoint whose hashes are right says how far it is. Behind the last step that
-may be the saving of the model or its scoring, which are then done again.
+A run resumes from its newest checkpoint with correct hashes. If it was stopped after the last step, only saving and
+scoring are repeated.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,35 +22,35 @@ from zoo.storage.atomic import written_beside
 
 @dataclass
 class Progress:
-    """How far a run is: all that a checkpoint needs beside weights and optimisers."""
+    """The progress of a run: what a checkpoint holds beside weights and optimiser states."""
 
-    stage: int = 0  # index of the stage to run next
-    step: int = 0  # steps of it that were taken
-    global_step: int = 0  # steps of the run that were taken
-    streams: dict[str, Any] = field(default_factory=dict)  # of each streaming data set: where it is
-    trained: list[str] = field(default_factory=list)  # weights that were ever trained
+    stage: int = 0  # index of the current stage
+    step: int = 0  # finished steps of the stage
+    global_step: int = 0  # finished steps of the run
+    streams: dict[str, Any] = field(default_factory=dict)  # data name -> state of the stream
+    trained: list[str] = field(default_factory=list)  # names of weights that any stage trained
     seen: int = 0  # samples of the stage, over all processes
-    left_out: int = 0  # of them, because they are broken
-    seconds: float = 0.0  # that training took, in all processes one after the other that did a part of it
+    left_out: int = 0  # broken ones of these
+    seconds: float = 0.0  # of training, summed over the times that the run was resumed
 
 
 @dataclass
 class Beginning:
-    """What the first process finds, and tells the others."""
+    """The start of a run, which the first process determines and sends to the others."""
 
     path: str
     progress: Progress = field(default_factory=Progress)
     newest: Path | None = None  # checkpoint to start from
-    notes: list[str] = field(default_factory=list)  # for a person
-    plugins: dict[str, str] = field(default_factory=dict)  # of a run that is resumed: name -> where its file lies
+    notes: list[str] = field(default_factory=list)  # for the user
+    plugins: dict[str, str] = field(default_factory=dict)  # of a run that is resumed: name -> path of its file
 
 
 def begin(cfg: DictConfig) -> tuple[Beginning, RunLock]:
-    """Make a run's folder, or open the one of `resume`; only the first process does, and holds the lock.
+    """Make a run's folder, or open the one of `resume`, and lock it. Only the first process calls this.
 
     Raises:
-        ZooError: there is no such run, it is finished, it is alive, its checkpoints are damaged, or its folder cannot
-            be written.
+        ZooError: there is no such run, it is finished, another process trains in it, its checkpoints are damaged, or
+            its folder cannot be written.
     """
     root = Path(cfg.run.dir)
     if cfg.resume:
@@ -58,15 +58,16 @@ def begin(cfg: DictConfig) -> tuple[Beginning, RunLock]:
         if folder.is_finished:
             raise ZooError(f"The run {str(folder.path)!r} is finished: its model is in {str(folder.model)!r}.")
         agreed = consent.agreed(folder.path, _plugins_of(read_run_config(folder.config), folder))
-        found, lock = _locked(folder, _go_on)
+        found, lock = _locked(folder, _resume)
         found.plugins = agreed
         return found, lock
-    refuse_code(OmegaConf.to_container(cfg, resolve=True), "The config of a run")  # it could not be resumed
+    # Reading config.yaml refuses such values, so a run with them could not be resumed.
+    refuse_code(OmegaConf.to_container(cfg, resolve=True), "The config of a run")
     name = cfg.run.name or cfg.run.recipe or cfg.model.name
     folder = RunFolder.create(root, name, cfg.run.folder)
 
     def start(folder: RunFolder) -> Beginning:
-        folder.require_empty()  # since the lock is ours
+        folder.require_empty()  # again, with the lock: another process may have started a run here since
         named = plugins.named()
         mine = {name: named[name] for name in cfg.plugins if name in named}
         cfg.plugins = list(mine)
@@ -76,7 +77,7 @@ def begin(cfg: DictConfig) -> tuple[Beginning, RunLock]:
             notes = list(filter(None, [consent.remember(folder.path, mine)]))
         try:
             folder.point_last(root)
-        except OSError as error:  # a name for it, and no more
+        except OSError as error:  # the run itself does not need it
             notes.append(f"{str(root / 'last')!r} does not point to this run: {error.strerror}.")
         return Beginning(str(folder.path), notes=notes)
 
@@ -94,7 +95,8 @@ def _locked(folder: RunFolder, then: Callable[[RunFolder], Beginning]) -> tuple[
     return found, lock
 
 
-def _go_on(folder: RunFolder) -> Beginning:
+def _resume(folder: RunFolder) -> Beginning:
+    """Find the newest intact checkpoint, and bring the folder to its step."""
     folder.clean()
     found = Beginning(str(folder.path))
     damaged: dict[Path, str] = {}
@@ -104,23 +106,24 @@ def _go_on(folder: RunFolder) -> Beginning:
         except checkpoint.DamagedError as error:
             damaged[path] = str(error)
             continue
-        known = {f.name for f in fields(Progress)}
+        known = {f.name for f in fields(Progress)}  # checkpoints of other versions may hold more
         found.newest, found.progress = path, Progress(**{k: v for k, v in state.items() if k in known})
         break
     if found.newest is None:
         _require_start(folder, damaged)
+    # Only after another checkpoint was found: a run whose checkpoints are all damaged stays as it is.
     for path, reason in damaged.items():
         with folder.writing("the new name of a damaged checkpoint"):
             aside = folder.set_aside(path)
         found.notes.append(f"The checkpoint {path.name} is damaged ({reason}); it is now {aside.name}.")
     if broken := folder.rewind(found.progress.global_step):
-        found.notes.append(f"{broken} line(s) of {folder.metrics.name} could not be read, and are left out.")
+        found.notes.append(f"{broken} line(s) of {folder.metrics.name} could not be read, and were removed.")
     found.notes.append(f"Resuming {folder.path} after step {found.progress.global_step}.")
     return found
 
 
 def _require_start(folder: RunFolder, damaged: dict[Path, str]) -> None:
-    """Refuse to train all over again where that would lose something."""
+    """Refuse to train from the start if that would discard checkpoints or a model."""
     if damaged:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise ZooError(
@@ -129,16 +132,16 @@ def _require_start(folder: RunFolder, damaged: dict[Path, str]) -> None:
         )
     if folder.has_model:
         raise ZooError(
-            f"The run {str(folder.path)!r} has its model but no checkpoint, so it would train all over again. Score "
+            f"The run {str(folder.path)!r} has its model but no checkpoint, so it would train from the start. Score "
             f"the model with zoo eval model=dir:{folder.path}, or remove {str(folder.model)!r} to train again."
         )
 
 
 def require_same_start(folder: RunFolder, model: Any, now: Mapping[str, Any]) -> None:
-    """Refuse to go on where the weights that the run began on were changed since.
+    """Refuse to resume if the weights that the run began on were changed.
 
     Raises:
-        ZooError: what they are read from now has another fingerprint than zoo.lock notes.
+        ZooError: their files have another fingerprint than zoo.lock records.
     """
     noted = _noted(folder)
     model.bases.require_same(noted.get("base"))
@@ -151,20 +154,20 @@ def require_same_start(folder: RunFolder, model: Any, now: Mapping[str, Any]) ->
 
 
 def _noted(folder: RunFolder) -> dict[str, Any]:
-    """What zoo.lock says."""
+    """Read zoo.lock."""
     try:
         noted = read_json(folder.lock)
         if not isinstance(noted, dict):
-            raise ZooError("it holds no object")
+            raise ZooError("it does not hold an object")
     except ZooError as error:
         raise ZooError(
-            f"{str(folder.lock)!r} is damaged ({error}): remove it to go on without what it notes."
+            f"{str(folder.lock)!r} is damaged ({error}): remove it to resume without comparing weights."
         ) from error
     return noted
 
 
 def device_and_trackers(cfg: DictConfig) -> tuple[str, list[str]]:
-    """The device and the trackers of a run: as given, else as it was started with."""
+    """Return the device and the trackers of a run: those of this process, else those that it was started with."""
     device, log = cfg.device, list(cfg.log)
     if cfg.resume:
         saved = read_run_config(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config)
@@ -174,9 +177,12 @@ def device_and_trackers(cfg: DictConfig) -> tuple[str, list[str]]:
 
 
 def read_config(folder: RunFolder, given: DictConfig, agreed: Mapping[str, str]) -> DictConfig:
-    """Return the config that a run was started with, typed, with the places where its weights lie now.
+    """Return the config that a run was started with, typed, with the current locations of its weights.
 
-    The plugins that were agreed to are loaded first.
+    Args:
+        folder: of the run.
+        given: config of this process, with `resume`.
+        agreed: plugins of the run, name -> path, which are loaded first.
     """
     from zoo.registry import config_of
     from zoo.settings.schema import RunRoot
@@ -192,7 +198,7 @@ def read_config(folder: RunFolder, given: DictConfig, agreed: Mapping[str, str])
         raise ZooError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
     for node in cfg.data.values():
         config_of("dataset", node)
-    moved.settle(cfg, given, _noted(folder) if folder.lock.is_file() else None)
+    moved.locate_weights(cfg, given, _noted(folder) if folder.lock.is_file() else None)
     return cfg
 
 

@@ -1,7 +1,7 @@
-"""What there is to note of optimiser steps: losses, rates and pace, averaged over processes, some steps at a time.
+"""Log of optimiser steps: losses, learning rates and speed, averaged over processes, several steps at a time.
 
-On a GPU a loss is a number only once the device has come to it, so the losses of several steps are read together. Here
-too a loss that is not finite ends the run: before a checkpoint, an evaluation and the end of a stage all are read.
+Reading a loss waits for the GPU, so the losses of several steps are read together; before a checkpoint, an evaluation
+and the end of a stage all are. A loss that is not finite ends the run here.
 """
 
 import math
@@ -17,8 +17,8 @@ from zoo.runs.left_out import LeftOut
 from zoo.runs.processes import by_first, gather, stop_all
 from zoo.runs.progress import Display
 
-TOLD = 10  # records that were left out are shown as they come; more are listed only
-FLUSH = 10  # steps between readings on a device that would have to wait for its losses
+SHOWN = 10  # records that were left out are printed; further ones are only listed in the file
+FLUSH = 10  # steps between readings of losses on a GPU or with several processes
 
 
 class StepLog:
@@ -27,18 +27,24 @@ class StepLog:
     Args:
         accelerator: of the run.
         folder: whose metrics.jsonl the first process writes.
-        display: what a person sees.
-        left_out: counts and lists the records that could not be used.
+        display: for messages to the user.
+        left_out: counts and lists broken records.
     """
 
     def __init__(self, accelerator: Any, folder: RunFolder, display: Display, left_out: LeftOut) -> None:
         self.accelerator, self.folder, self.display, self.left_out = accelerator, folder, display, left_out
-        self.newest: dict[str, Any] = {}  # the step that was noted last
-        self._told = 0  # records that were left out, and of which a person was told
+        self.newest: dict[str, Any] = {}  # record of the last step
+        self._shown = 0  # number of records printed as left out
         self._pending: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
 
     def add(self, record: dict[str, Any], losses: dict[str, torch.Tensor], *, allow_nonfinite: bool) -> None:
-        """Note a step of this process: what is known at once, and its losses, still on the device."""
+        """Add a step of this process.
+
+        Args:
+            record: figures of the step.
+            losses: still on the device.
+            allow_nonfinite: continue if a loss is not finite.
+        """
         self.newest = record
         self._pending.append((record, losses))
         eager = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
@@ -49,7 +55,7 @@ class StepLog:
         """Write the metrics of the steps since the last time, averaged over processes; every process calls this.
 
         Raises:
-            ZooError: a loss is not finite, in whichever process; all of them leave.
+            ZooError: a loss of any process is not finite; all processes end.
         """
         if not self._pending:
             return
@@ -61,33 +67,33 @@ class StepLog:
         skipped = [row for at, line in enumerate(lines) for row in self._skipped(line, at, everyone)]
         bad = next((at for at, line in enumerate(lines) if not math.isfinite(line.get("loss", 0.0))), None)
         if bad is not None and not allow_nonfinite:
-            lines = lines[: bad + 1]  # the steps behind it are of a model that is lost
+            lines = lines[: bad + 1]  # later steps are of a model whose weights are not finite
 
         def write() -> None:
             self.folder.log_skipped(*skipped)
             self.folder.log(*lines)
 
         by_first(self.accelerator, write)
-        self._tell(skipped)
+        self._show_skipped(skipped)
         for (record, _), line in zip(own, lines, strict=False):
             self._show(record["step"], line)
         if bad is not None and not allow_nonfinite:
-            stop_all(self.accelerator, self._refusal(lines[bad]))
+            stop_all(self.accelerator, self._not_finite(lines[bad]))
         if (error := self.left_out.excess(own[-1][0]["stage"])) is not None:
             stop_all(self.accelerator, error)
 
     def end_stage(self, name: str, *, allow_nonfinite: bool) -> None:
-        """Write what is left of a stage.
+        """Write the remaining steps of a stage.
 
         Raises:
-            ZooError: it had nothing to learn from; all processes leave.
+            ZooError: all records of the stage were left out; all processes end.
         """
         self.flush(allow_nonfinite=allow_nonfinite)
         if (error := self.left_out.nothing_left(name)) is not None:
             stop_all(self.accelerator, error)
 
     def _skipped(self, line: dict[str, Any], at: int, everyone: list[Any]) -> list[dict[str, Any]]:
-        """Count what a step left out, in its line too; returns what is new, for the list."""
+        """Count the records that a step left out, and return those that are not listed yet."""
         records = [ranks[at][0] for ranks in everyone]
         broken = [row for record in records for row in record["broken"]]
         self.left_out.add(sum(record["samples"] for record in records) + len(broken), len(broken))
@@ -95,16 +101,16 @@ class StepLog:
             line["skipped"] = len(broken)
         return [{"step": line["step"], "stage": line["stage"], **row} for row in self.left_out.new(broken)]
 
-    def _tell(self, skipped: list[dict[str, Any]]) -> None:
-        """Show the first records that were left out; a person reads no thousand."""
-        room, self._told = max(0, TOLD - self._told), self._told + len(skipped)
+    def _show_skipped(self, skipped: list[dict[str, Any]]) -> None:
+        """Print the first `SHOWN` records that were left out."""
+        room, self._shown = max(0, SHOWN - self._shown), self._shown + len(skipped)
         for row in skipped[:room]:
             self.display.note(f"skipped {row['where']} {row['id']}: {row['reason']}")
         if 0 < room <= len(skipped):
             self.display.note(f"Further ones are listed in {self.folder.skipped}")
 
     def track(self, values: Mapping[str, float], step: int) -> None:
-        """Hand figures to the trackers, where there are some."""
+        """Send figures to the trackers, if there are any."""
         if self.accelerator.log_with:
             self.accelerator.log(dict(values), step=step)
 
@@ -115,14 +121,14 @@ class StepLog:
             rate, unit = line["samples_per_s"], "samples"
         self.display.update(line["stage_step"], line["losses"], rate, unit, line["wait"])
 
-    def _refusal(self, line: dict[str, Any]) -> ZooError:
+    def _not_finite(self, line: dict[str, Any]) -> ZooError:
         bad = {name: value for name, value in line["losses"].items() if not math.isfinite(value)}
         what = " and ".join(f"{name!r} is {value}" for name, value in (bad or {"sum": line["loss"]}).items())
         return not_finite(f"The loss {what}", line, self.folder)
 
 
 def not_finite(what: str, at: Mapping[str, Any], folder: RunFolder) -> ZooError:
-    """The error for a run that must not go on: what is not finite, where, what is left, and what may help."""
+    """Return the error that ends a run: what is not finite, at which step, the newest checkpoint, what may help."""
     there = folder.list_checkpoints()
     left = f"the newest checkpoint, {there[-1].name}, is from before" if there else "there is no checkpoint yet"
     return ZooError(
@@ -133,7 +139,7 @@ def not_finite(what: str, at: Mapping[str, Any], folder: RunFolder) -> ZooError:
 
 
 def _line(at: int, everyone: list[list[tuple[dict[str, Any], dict[str, float]]]], seconds: float) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step at this place: losses as means over the processes that had them.
+    """Return the line of metrics.jsonl for a step: losses are means over the processes that computed them.
 
     A step whose records are all left out has no loss.
     """
@@ -155,7 +161,7 @@ def _line(at: int, everyone: list[list[tuple[dict[str, Any], dict[str, float]]]]
 
 
 def _mean(rows: list[Mapping[str, float]]) -> dict[str, float]:
-    """Average each loss over the processes that had it."""
+    """Average each loss over the processes that computed it."""
     names = dict.fromkeys(name for row in rows for name in row)
     values = {n: [row[n] for row in rows if n in row] for n in names}
     return {n: sum(v) / len(v) for n, v in values.items()}

@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl (`log=[tensorboard,wandb]`): accelerate's, checked before anything costs time."""
+"""Trackers of accelerate beside metrics.jsonl (`log=[tensorboard,wandb]`), checked before a run starts."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.registry import ZooError, unknown
 
-# Names that accelerate knows, and the packages of which one must be there; the first is what pip is asked for.
+# Names in accelerate -> packages, one of which must be installed; messages recommend the first.
 PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "trackio": ("trackio",),
@@ -23,10 +23,10 @@ FOLDER = "trackers"  # in the run folder, for those that write files
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that would not write anything.
+    """Refuse trackers that would log nothing.
 
     Raises:
-        ZooError: there is none of that name, or its package is not installed.
+        ZooError: the tracker does not exist, or its package is not installed.
     """
     for name in names:
         if name not in PACKAGES:
@@ -39,7 +39,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(accelerator: Any, names: Sequence[str], folder: Path, step: int, config: Mapping[str, Any]) -> None:
-    """Start the trackers of a run that goes on after `step`; TensorBoard hides what an earlier try drew behind it."""
+    """Start the trackers of a run that continues after `step`."""
     from accelerate.tracking import filter_trackers
 
     if not names:
@@ -49,6 +49,7 @@ def start_trackers(accelerator: Any, names: Sequence[str], folder: Path, step: i
     accelerator.project_configuration.logging_dir = str(directory)
     accelerator.log_with = filter_trackers(list(names), str(directory))
     own = {
+        # A run that was killed after its last checkpoint runs those steps again: TensorBoard hides the first ones.
         "tensorboard": {"purge_step": step + 1},
         "wandb": {"name": folder.name, "dir": str(folder)},
         "trackio": {"name": folder.name},
@@ -57,6 +58,7 @@ def start_trackers(accelerator: Any, names: Sequence[str], folder: Path, step: i
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a package can be imported; a folder of that name, which `wandb` leaves behind, is none."""
+    """Return whether a package can be imported."""
+    # A folder of that name in the working folder, as `wandb` makes, is found as a namespace package without an origin.
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

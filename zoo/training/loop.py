@@ -30,7 +30,7 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.left_out import LeftOut
 from zoo.runs.lengths import room_of
 from zoo.runs.lock import RunLock
-from zoo.runs.order import Place
+from zoo.runs.order import ShardPosition
 from zoo.runs.processes import by_first, gather, start_accelerator
 from zoo.runs.progress import Display
 from zoo.runs.resume import Beginning, begin, device_and_trackers, read_config, require_same_start
@@ -219,7 +219,9 @@ class Run:
         done = self.progress.step
         if not done:
             self.step_log.left_out.begin()  # max_broken is a share of each stage's records
-        place = Place(self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams)
+        place = ShardPosition(
+            self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams
+        )
         # Padding to multiples of 32 bounds the number of shapes that torch.compile specialises on.
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
         options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)

@@ -31,7 +31,7 @@ from zoo.runs.batches import Batches
 from zoo.runs.data import RunData
 from zoo.runs.left_out import Sieve
 from zoo.runs.lengths import require_room
-from zoo.runs.order import Mix, Place
+from zoo.runs.order import Mix, ShardPosition
 from zoo.runs.processes import gather, start_accelerator
 from zoo.runs.progress import clock
 from zoo.settings.stage import Stage, stages_of
@@ -193,7 +193,7 @@ def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | Reco
         ZooError: the data is a stream, and the stage has epochs instead of steps.
     """
     steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
-    reader = Batches(mix, None, stage, steps, Place())
+    reader = Batches(mix, None, stage, steps, ShardPosition())
     found = (sample for step in range(steps) for sample in reader.samples(step))
     return islice(found, limit)
 
