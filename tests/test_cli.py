@@ -74,7 +74,7 @@ def test_help_of_a_composed_command(command, capsys):
         (["new", "layout", "x"], "no template of a layout: start from a copy of one, `zoo info layout/anyres`"),
         (["new", "pruner", "torch"], "torch.py would hide the module 'torch'"),
         (["new", "pruner", "My-Pruner"], "lower case letters, digits and underscores, got 'My-Pruner'"),
-        (["new", "pruner", "random"], "pruner 'random' is there already"),
+        (["new", "pruner", "random"], "pruner 'random' exists already"),
         (["-sc", "install=tcsh"], "shells: bash, fish, zsh"),
     ],
 )
@@ -189,7 +189,7 @@ def test_a_failing_job_stops_no_other_of_a_sweep(monkeypatch, capsys):
 def test_a_resumed_run_takes_no_options_that_it_would_ignore(words, ran, capsys):
     assert main(["train", *words]) == 2
     said = capsys.readouterr().err
-    assert "goes on with the options that the run was started with" in said and "Beside it: device, log" in said
+    assert "goes on with the options that the run was started with" in said and "Allowed beside it: device, log" in said
     assert ran == []
     assert main(["train", "resume=last", "device=cpu"]) == 0 and main(["train", "resume=null", "seed=1"]) == 0
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FINISHED = (
     *("fusion", "vision", "distill", "registry", "zoo/composed"),
     *("zoo/text", "zoo/storage", "zoo/published", "zoo/data", "zoo/tasks"),
-    *("zoo/teaching", "zoo/training", "zoo/evaluation", "zoo/inspection", "zoo/runs"),
+    *("zoo/teaching", "zoo/training", "zoo/evaluation", "zoo/inspection", "zoo/runs", "zoo/cli"),
 )
 
 # pattern -> what to write instead

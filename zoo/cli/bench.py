@@ -1,4 +1,4 @@
-"""`zoo bench <name> [option=value ...]`: measure speed on this machine, every number against something.
+"""`zoo bench <name> [option=value ...]`: measure on this machine, each number beside a reference.
 
 A bench is a module of `zoo.benches` with a dataclass `Options` and a function `run(options, show) -> Report`. Benches
 and claims are in the repository (`benches/`, `claims/`) and not in the installed package.
@@ -16,7 +16,7 @@ from zoo.registry import ZooError, unknown
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a bench is, and what it is for."""
+    """Module and one-line description of a bench."""
 
     module: str
     summary: str
@@ -47,7 +47,7 @@ OUTPUTS = {
 
 
 def main(words: Sequence[str]) -> int:
-    """Run a bench and print its rows; 0 also where a bound is missed, which the rows say."""
+    """Run a bench and print its rows. Returns 0 even if a bound is missed, which the rows show."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -70,7 +70,7 @@ def main(words: Sequence[str]) -> int:
         report.write_markdown(files["markdown"])
     if "png" in files:
         if not hasattr(report, "write_png"):
-            raise ZooError(f"bench {name!r} draws no picture: leave png= out.")
+            raise ZooError(f"bench {name!r} does not draw a picture: omit png=.")
         report.write_png(files["png"])
     return 0
 
@@ -90,7 +90,7 @@ def parse(name: str, schema: type, words: Sequence[str]) -> Any:
     """Make the options of a bench from `option=value` words.
 
     Raises:
-        ZooError: no such option, or a value of another type.
+        ZooError: the option does not exist, or its value has another type.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -106,8 +106,9 @@ def parse(name: str, schema: type, words: Sequence[str]) -> Any:
             raise ZooError(f"bench {name!r} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
         if option.partition(".")[0] not in known:
             raise unknown(f"option of bench {name!r}", option, known | set(OUTPUTS))
-    said = {key: value for key, _, value in (word.partition("=") for word in words) if key in texts}
-    kept = {key: None if value == "null" and texts[key].optional else value for key, value in said.items()}
+    # Options of type str take the word as it is: YAML would read 1e3 or [a] as something else.
+    typed = {key: value for key, _, value in (word.partition("=") for word in words) if key in texts}
+    kept = {key: None if value == "null" and texts[key].optional else value for key, value in typed.items()}
     try:
         given = OmegaConf.from_dotlist([word for word in words if word.partition("=")[0] not in texts])
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given, kept))

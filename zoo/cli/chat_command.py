@@ -8,16 +8,16 @@ from typing import Any
 
 from zoo.registry import ZooError
 
-HELP = "/image PATH and /video PATH show something with the next question, /new starts again, /quit leaves."
+HELP = "/image PATH and /video PATH add a file to the next question, /new starts a new conversation, /quit exits."
 
 
 def main(words: Sequence[str]) -> int:
-    """Load the model, show what was named, and answer: the question given, or each line that is typed."""
+    """Load the model and answer the question of `--question`, or each line of the input."""
     args = _parsed(words)
     for path in [*args.image, *args.video]:
         if not Path(path).expanduser().is_file():
             raise ZooError(f"There is no file {path!r}.")
-    from zoo.composed.chat_session import Talk
+    from zoo.composed.chat_session import Talk  # after the checks above, which need no torch
     from zoo.loading.build import load
 
     model, processor = load(args.model, *args.options, device=args.device, dtype=args.dtype, bits=args.bits)
@@ -80,13 +80,13 @@ def _parsed(words: Sequence[str]) -> Any:
     parser = argparse.ArgumentParser(prog="zoo chat", description=__doc__, epilog=HELP)
     parser.add_argument("model", help="a preset, dir:<folder> or hub:<org>/<name>")
     parser.add_argument("options", nargs="*", help="options as for zoo.load: pruner=[pool], ...")
-    parser.add_argument("-q", "--question", default="", help="answer this and leave; else questions are read by line")
-    parser.add_argument("--image", action="append", default=[], help="file to show with the first question; repeatable")
+    parser.add_argument("-q", "--question", default="", help="answer this and exit; else read a question per line")
+    parser.add_argument("--image", action="append", default=[], help="file for the first question; repeatable")
     parser.add_argument("--video", action="append", default=[], help="the same for videos")
     parser.add_argument("--frames", type=int, default=8, help="frames of each video")
-    parser.add_argument("--system", default="", help="text that stands before the conversation")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer")
-    parser.add_argument("--dtype", default=None, help="of the parameters, e.g. bfloat16; that of the files")
-    parser.add_argument("--bits", type=int, default=0, help="8 or 4 for the language model, on CUDA; 0: as it is")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0, mps; CUDA where there is one")
+    parser.add_argument("--system", default="", help="system message before the conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer")
+    parser.add_argument("--dtype", default=None, help="of the parameters, e.g. bfloat16; default: that of the files")
+    parser.add_argument("--bits", type=int, default=0, help="8 or 4 for the language model, on CUDA; 0: not quantized")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0, mps; default: CUDA if available")
     return parser.parse_args(list(words))

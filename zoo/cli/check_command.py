@@ -1,4 +1,4 @@
-"""`zoo check`: say whether the parts of a run fit, and its data with them."""
+"""`zoo check`: check whether the parts and data of a run fit together."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from zoo.checking.plan import plan_from
 
 
 def main(cfg: Any) -> None:
-    """Show the walk, or the reason why there is none."""
+    """Print the walk; a misfit is raised as an error."""
     walk = check(plan_from(cfg))
     walk.notes += check_data(cfg, walk.stages)
     show(walk, "The composition fits.")

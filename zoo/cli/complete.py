@@ -1,6 +1,6 @@
-"""What the shell offers after TAB: subcommands, slots, names, options. Reads source text, imports no component.
+"""Shell completion of subcommands, slots, names and options. Reads source text and imports no component.
 
-The shells' side is Hydra's (`eval "$(zoo -sc install=bash)"`); it asks with the typed line in COMP_LINE.
+The scripts in the shell are Hydra's (`eval "$(zoo -sc install=bash)"`); they pass the typed line in COMP_LINE.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from zoo.settings.static_check import depth_of, schema_at
 
 
 def complete(line: str, commands: Mapping[str, bool]) -> list[str]:
-    """Return what the last word of `line` can become.
+    """Return the completions of the last word of `line`.
 
     Args:
-        line: as it is typed so far.
-        commands: name -> whether it takes the config of a run.
+        line: as typed so far.
+        commands: name -> whether the command takes the config of a run.
     """
     words = line.split(" ")
     if len(words) <= 2:
@@ -43,7 +43,7 @@ def complete(line: str, commands: Mapping[str, bool]) -> list[str]:
 
 
 def _value(last: str) -> list[str]:
-    """Names for `pruner=`, `pruner=[a,`, `model=` and `recipe=`."""
+    """Return names for `pruner=`, `pruner=[a,`, `model=` and `recipe=`."""
     key, _, typed = last.partition("=")
     if key == "model":
         return [f"model={name}" for name in (*presets.available("model"), "dir:", "hub:", "last")]
@@ -57,7 +57,7 @@ def _value(last: str) -> list[str]:
 
 
 def _keys(command: str, typed: Sequence[str], last: str) -> list[str]:
-    """Options below the last dot of a key, or the slots and options of the run."""
+    """Return the options below the last dot of a key, or the slots and options of the run."""
     path, dot, _ = last.rpartition(".")
     chosen, recipe = _chosen(command, typed)
     if not dot:
@@ -75,7 +75,7 @@ def _keys(command: str, typed: Sequence[str], last: str) -> list[str]:
 
 
 def _chosen(command: str, typed: Sequence[str]) -> tuple[dict[str, Any], str | None]:
-    """Return what the words before pick, as far as they make sense."""
+    """Return the components that earlier words choose, and the recipe; nothing if those words are incomplete."""
     try:
         choice = settle(command, values(o for o in parse([w for w in typed if "=" in w]) if not o.is_sweep_override()))
     except ZooError:

@@ -1,4 +1,4 @@
-"""`zoo doctor`: what this machine has, what a run would use, and which plugins work."""
+"""`zoo doctor`: print versions, devices and attention backends of this machine, and which plugins load."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ LIBRARIES = tuple(name for name in TESTED if name not in OPTIONAL)
 
 
 def main(words: Sequence[str] = ()) -> int:
-    """Print the report; the status is 1 where something that should work does not."""
+    """Print the report; return 1 if a library is missing or a plugin fails."""
     if words:
         print("usage: zoo doctor\n\nVersions, devices, attention backends and plugins.")
         return 0 if words[0] in ("-h", "--help") else 2
@@ -38,13 +38,13 @@ def _version(package: str) -> str:
 
 def _libraries() -> Iterator[tuple[str, str]]:
     for package in LIBRARIES:
-        yield package, _told(package) or "MISSING"
+        yield package, _version_text(package) or "MISSING"
     for package, extra in OPTIONAL.items():
-        yield package, _told(package) or f"not installed (pip install 'zoo-vlm[{extra}]')"
+        yield package, _version_text(package) or f"not installed (pip install 'zoo-vlm[{extra}]')"
 
 
-def _told(package: str) -> str:
-    """The installed version, and whether it is outside of those that were tested; nothing where there is none."""
+def _version_text(package: str) -> str:
+    """Return the installed version, with a remark if it is outside the tested range; empty if not installed."""
     found = _version(package)
     return f"{found:<12}NOT TESTED: {TESTED[package].range} is" if _is_outside(package) else found
 
@@ -93,7 +93,7 @@ def _plugins() -> int:
         print(f"\nzoo: missing: {', '.join(missing)}", file=sys.stderr)
     if outside := [f"{p}{TESTED[p].range}" for p in TESTED if _is_outside(p)]:
         asked = " ".join(f"'{p}'" for p in outside)
-        print(f"\nzoo: what was not tested may fail. Versions that were: pip install {asked}", file=sys.stderr)
+        print(f"\nzoo: versions that were not tested may fail. Tested: pip install {asked}", file=sys.stderr)
     return 1 if bad or missing else 0
 
 

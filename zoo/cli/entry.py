@@ -1,4 +1,4 @@
-"""The command `zoo`: finds the subcommand, and imports only what it needs."""
+"""The command `zoo`: find the subcommand, and import only its modules."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ class Command:
 
     target: str
     summary: str
-    composed: bool = False  # takes the config of a run, made from overrides; else the words as they are
+    composed: bool = False  # takes a config composed from overrides; else the words unchanged
 
     def load(self) -> Callable[..., Any]:
         module, _, function = self.target.partition(":")
@@ -31,20 +31,20 @@ COMMANDS = {
         "zoo.evaluation.evaluate:main", "score a model: model=last, model=dir:runs/x, or a preset", composed=True
     ),
     "chat": Command("zoo.cli.chat_command:main", "talk to a model: zoo chat MODEL --image photo.jpg"),
-    "teach": Command("zoo.training.teach:main", "store what the teacher of a stage says, to train from", composed=True),
+    "teach": Command("zoo.training.teach:main", "store the outputs of a stage's teacher, to train from", composed=True),
     "check": Command(
-        "zoo.cli.check_command:main", "say whether the parts fit, before a weight is loaded", composed=True
+        "zoo.cli.check_command:main", "check whether the parts fit, before weights are loaded", composed=True
     ),
     "data": Command(
         "zoo.inspection.survey_report:main",
-        "look through data ahead of a run: what is broken, long or there twice",
+        "survey data before a run: broken records, lengths, duplicates",
         composed=True,
     ),
     "report": Command("zoo.inspection.report:main", "compare runs in one table and a picture"),
     "bench": Command("zoo.cli.bench:main", "measure speed: zoo bench train"),
     "shift": Command(
         "zoo.inspection.moextend_layers:main",
-        "say which layers of a mixture of experts new data shifts most, for moextend",
+        "find the layers of a mixture of experts whose routing new data shifts most, for moextend",
     ),
     "inspect": Command(
         "zoo.inspection.xray:main", "show what pruners keep of a picture: zoo inspect MODEL --image cat.jpg"
@@ -52,7 +52,7 @@ COMMANDS = {
     "list": Command(
         "zoo.cli.listing:list_main", "list components, models, recipes and data: zoo list [kind] [pattern]"
     ),
-    "info": Command("zoo.cli.listing:info_main", "say all about one of them: zoo info pruner/random"),
+    "info": Command("zoo.cli.listing:info_main", "show everything about one of them: zoo info pruner/random"),
     "new": Command("zoo.cli.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
     "doctor": Command("zoo.cli.doctor:main", "show versions, devices, attention backends and plugins"),
     "version": Command("zoo.cli.entry:version", "print the version"),
@@ -62,10 +62,10 @@ HELP_FLAGS = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `zoo <argv>` and return the exit status: 0, or 2 for a mistake in what was asked."""
+    """Run `zoo <argv>` and return the exit status: 0, or 2 for an error of the user."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Samples are made beside the step, whose cores threads for numpy's small products would take: `look` of the default
-    # recipe ran at half its speed. Read when numpy is imported, so before anything else.
+    # Loader threads prepare samples while a step runs; OpenBLAS threads for numpy's small products would take the
+    # step's cores: stage `look` of the default recipe ran at half its speed. numpy reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         return _run(words)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of a pipe has gone, as in `zoo list | head`
+    except BrokenPipeError:  # the reader of a pipe has exited, as in `zoo list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -116,16 +116,16 @@ usage: zoo <command> [key=value ...]
 
 {commands}
 
-  zoo train pruner=random pruner.random.keep_ratio=0.25      one part in a slot, and an option of it
+  zoo train pruner=random pruner.random.keep_ratio=0.25      a part in a slot, and an option of it
   zoo train adapter=[lora] adapter.lora.rank=8               several parts in a slot
-  zoo train -m pruner=null,random,pool                       a sweep: a run for each
-  zoo eval model=last                                        the newest run, on the data it was trained for
+  zoo train -m pruner=null,random,pool                       a sweep: a run for each value
+  zoo eval model=last                                        the newest run, on its evaluation data
 
-zoo <command> --help says more. Completion: eval "$(zoo -sc install=bash)" """.rstrip()
+zoo <command> --help lists its options. Completion: eval "$(zoo -sc install=bash)" """.rstrip()
 
 
 def _completion(words: list[str]) -> int:
-    """Answer the shell: our own suggestions, Hydra's scripts around them."""
+    """Answer a completion script of the shell, or install one."""
     if words[:1] and words[0].startswith("query="):
         from zoo.cli.complete import complete
 

@@ -1,7 +1,7 @@
-"""From the words after `zoo train` to a running command: one run, a sweep, or one of Hydra's own views of the config.
+"""Run a command with the words after `zoo train`: one run, a sweep, or one of Hydra's views of the config.
 
-A plain run is composed as `zoo.load` composes and handed to its command. A sweep goes through Hydra's launcher, `--cfg`
-and `--info` through `hydra.main`, all with the same schema and the same prepared overrides.
+A single run is composed as in `zoo.load` and passed to its command. A sweep goes through Hydra's launcher, `--cfg` and
+`--info` through `hydra.main`, all with the same schema and the same prepared overrides.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 from zoo.registry import ZooError, nearest, plugins
 
-FLAGS = {  # flags of ours, and of Hydra; those that take a value are True
+FLAGS = {  # our flags and Hydra's; True if the flag takes a value
     "-h": False,
     "--help": False,
     "-m": False,
@@ -31,7 +31,7 @@ FLAGS = {  # flags of ours, and of Hydra; those that take a value are True
     "--hydra-help": False,
 }
 WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
-MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # where the weights lie now that a run began on
+MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # new locations of the run's initial weights
 NONE = ("", "null")
 LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
 
@@ -41,7 +41,7 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
 
     Args:
         command: its name.
-        load: imports and returns it; called after the config was found to be right.
+        load: imports and returns it; called after the config was validated, so that mistakes are reported fast.
         words: overrides and flags.
     """
     overrides, flags = split(words)
@@ -57,7 +57,7 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
         from zoo.settings.config import compose
 
         resumes_alone(overrides)
-        with told_of_plugins():
+        with naming_failed_plugins():
             cfg = compose(command, overrides, config_dir)
         result = load()(cfg)
         return result if isinstance(result, int) else 0
@@ -72,23 +72,23 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
         from zoo.cli.sweep import plan, run
 
         with explained():
-            with told_of_plugins():
+            with naming_failed_plugins():
                 sweep = plan(command, overrides, config_dir)
             run(sweep, task, config_dir)
         return 0
     from zoo.settings.overrides import prepare
 
-    with explained(), told_of_plugins():
+    with explained(), naming_failed_plugins():
         prepared = prepare(command, overrides, config_dir)
     _hydra_main(task, [*_as_words(flags), *prepared], config_dir)
     return 0
 
 
 def resumes_alone(overrides: Sequence[str]) -> None:
-    """Refuse options beside `resume`: a run goes on with those it was started with.
+    """Refuse options beside `resume`, since a run keeps those that it was started with.
 
     Raises:
-        ZooError: there are some that would be ignored.
+        ZooError: an option would be ignored.
     """
     names = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
     resumed = next(
@@ -98,16 +98,16 @@ def resumes_alone(overrides: Sequence[str]) -> None:
     if resumed and extra:
         raise ZooError(
             f"{resumed} goes on with the options that the run was started with; it cannot take {', '.join(extra)}. "
-            f"Beside it: {', '.join(sorted(WITH_RESUME - {'resume'}))}; and where weights lie elsewhere now, "
+            f"Allowed beside it: {', '.join(sorted(WITH_RESUME - {'resume'}))}; and for weights that were moved, "
             f"{', '.join(sorted(MOVED))}."
         )
 
 
 def split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Tell overrides from flags.
+    """Separate overrides from flags.
 
     Raises:
-        ZooError: a flag that does not exist, or has no value.
+        ZooError: a flag does not exist, or has no value.
     """
     overrides: list[str] = []
     flags: dict[str, str] = {}
@@ -136,8 +136,8 @@ def _as_words(flags: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def told_of_plugins() -> Iterator[None]:
-    """Warn of plugins that failed, and name them in an error that they may explain."""
+def naming_failed_plugins() -> Iterator[None]:
+    """Warn of plugins that failed to load; add them to an error, which they may have caused."""
     try:
         yield
     except ZooError as error:
@@ -150,7 +150,7 @@ def told_of_plugins() -> Iterator[None]:
 
 
 def _hydra_main(task: Callable[[Any], Any], words: Sequence[str], config_dir: str | None) -> None:
-    """Run `hydra.main` with our schema; errors come back as exceptions, and the process is left as it was."""
+    """Run `hydra.main` with our schema. Errors are raised, and the process's state is restored."""
     import hydra
 
     from zoo.settings.config import explained, store_schema
@@ -160,7 +160,7 @@ def _hydra_main(task: Callable[[Any], Any], words: Sequence[str], config_dir: st
     store_schema()
     directory = ["--config-dir", config_dir] if config_dir else []
     full_error, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and exiting
     sys.argv = ["zoo", *words, *directory]
     try:
         with explained():
@@ -174,7 +174,7 @@ def _hydra_main(task: Callable[[Any], Any], words: Sequence[str], config_dir: st
 
 
 def skip_lazy_help() -> None:
-    """Let Python 3.14's argparse accept the help object of Hydra 1.3 that is no string (hydra issue 3121)."""
+    """Let Python 3.14's argparse accept the lazy help object of Hydra 1.3, which is not a string (hydra issue 3121)."""
     check = getattr(argparse.ArgumentParser, "_check_help", None)
     if check is None or getattr(check, "skips_lazy_help", False):
         return
@@ -227,7 +227,7 @@ def usage(command: str) -> str:
     shown = {f.name for f in fields(RunRoot)} - {"defaults", "hydra", "model", "stages", *SLOTS}
     options = [o for o in options_of(RunRoot) if o.name in shown and o.doc]
     lines += ["", *(f"  {o.name + '=':<16}{o.doc}" for o in options)]
-    if section := {"teach": "teach", "data": "survey"}.get(command):  # options that this command alone reads
+    if section := {"teach": "teach", "data": "survey"}.get(command):  # options of this command alone
         own = options_of(SECTIONS[section])
         lines += ["", *(f"  {section + '.' + o.name + '=':<18}{o.doc}" for o in own if o.doc)]
     listing = "\n".join(lines)
@@ -238,9 +238,9 @@ usage: zoo {command} [key=value ...] [flags]
 
 {listing}
 
-  <slot>.<option>=, <slot>.<name>.<option>=     an option of what a slot holds; zoo info <kind>/<name> lists them
+  <slot>.<option>=, <slot>.<name>.<option>=     an option of a slot's component; zoo info <kind>/<name> lists them
   stages.<stage>.<option>=                      an option of a stage of the recipe
 
-  -m, --multirun          run every combination of values with commas
+  -m, --multirun          run every combination of comma-separated values
   --cfg job [-p KEY]      print the config and stop
   --config-dir DIR        a folder of your own with model/, recipe/ and data/"""

@@ -1,4 +1,4 @@
-"""`zoo list` and `zoo info`: what there is, and all that is known about one of it."""
+"""`zoo list` and `zoo info`: list components and presets, and show everything about one of them."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,9 +11,9 @@ from zoo.registry.source_text import summary_of
 from zoo.registry.table import group_of, source_of
 from zoo.settings import presets
 
-PRESETS = ("model", "recipe", "data")  # what YAML holds, beside the kinds of components
+PRESETS = ("model", "recipe", "data")  # kinds of YAML files
 NOUNS = (*KINDS, *PRESETS)
-_WIDE = 24  # letters of a type or a default; a longer one moves its own row alone
+_WIDE = 24  # characters of a type or a default; longer ones do not widen the column
 
 
 def list_main(words: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def _with_plugins(words: Sequence[str]) -> list[str]:
 
 
 def _where(words: Sequence[str]) -> tuple[list[str], str]:
-    """Take `--where X` or `--where=X` out of the words."""
+    """Remove `--where X` or `--where=X` from the words; return both."""
     rest, where = list(words), ""
     for i, word in enumerate(words):
         if word == "--where":
@@ -63,7 +63,7 @@ def _where(words: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
-    """The models for which a comparison holds, with their sizes; each is walked on the meta device."""
+    """Return the models for which a comparison holds, with their sizes; each is built on the meta device."""
     from zoo.inspection.model_facts import facts_of, matcher
     from zoo.text.sizes import size_text
 
@@ -90,13 +90,13 @@ def _rows(noun: str, pattern: str) -> list[tuple[str, str]]:
 
 
 def component_summary(kind: str, name: str) -> str:
-    """First sentence of a component's file, read without importing it."""
+    """Return the first sentence of a component's file, without importing it."""
     file = source_of(kind, name)
     return summary_of(file) if file and file.is_file() else "(its file is missing)"
 
 
 def yaml_summary(file: Path) -> str:
-    """First comment of a YAML file that is no directive."""
+    """Return the first comment of a YAML file, apart from directives such as `@package`."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
@@ -107,7 +107,7 @@ def yaml_summary(file: Path) -> str:
 
 
 def info_main(words: Sequence[str]) -> int:
-    """Print all about a component or a preset: `zoo info <kind>/<name>`, `zoo info <preset>`."""
+    """Print everything about components or presets: `zoo info <kind>/<name>`, `zoo info <preset>`."""
     if not words or any(w in ("-h", "--help") for w in words):
         print("usage: zoo info <kind>/<name> ...\n\n  zoo info pruner/random\n  zoo info recipe/scenes_tiny")
         print("  zoo info pruner/my_pruner plugins=[./my_pruner.py]")
@@ -121,7 +121,7 @@ def info_main(words: Sequence[str]) -> int:
 
 
 def describe(word: str) -> str:
-    """Return what there is to say about what `word` names: `kind/name`, or a name where it is clear."""
+    """Return the description of `kind/name`, or of each preset or component with an unambiguous name."""
     found = _find(word)
     return "\n\n".join(_component(*where) if where[0] in KINDS else _preset(*where) for where in found)
 
@@ -142,7 +142,7 @@ def _find(word: str) -> list[tuple[str, str]]:
         near = nearest(word, [n for _, n in everything])
         meant = [f"{k}/{n}" for k, n in everything if near and n == near[0]]
         hint = f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
-        raise ZooError(f"Nothing is called {word!r}.{hint} `zoo list` shows every name.")
+        raise ZooError(f"Nothing is called {word!r}.{hint} `zoo list` shows all names.")
     if len({k for k, _ in found if k in KINDS}) > 1:
         raise ZooError(f"{word!r} is ambiguous: {', '.join(f'{k}/{n}' for k, n in found)}.")
     return found

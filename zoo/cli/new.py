@@ -1,4 +1,4 @@
-"""`zoo new`: a component of your own to start from, with a test, and the command that tries it."""
+"""`zoo new`: write a working component to start from, with a test, and print the commands that try it."""
 
 import re
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ TEMPLATES = {
     "vision": templates.VISION,
     "distiller": templates.DISTILLER,
 }
-_STANDARD = {"distiller": ["from types import SimpleNamespace"]}  # what a kind's test imports: standard library,
-_TORCH = {"pruner", "projector", "vision", "adapter", "distiller"}  # torch,
-_CONTRACTS = {"pruner": "ImageFeatures, ", "projector": "ImageFeatures, ", "task": "Dialog, "}  # and values of ours
+# Imports of a kind's test: from the standard library, whether torch, from zoo.registry.
+_STANDARD = {"distiller": ["from types import SimpleNamespace"]}
+_TORCH = {"pruner", "projector", "vision", "adapter", "distiller"}
+_CONTRACTS = {"pruner": "ImageFeatures, ", "projector": "ImageFeatures, ", "task": "Dialog, "}
 
 
 def main(words: Sequence[str]) -> int:
@@ -40,31 +41,33 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
     """Write the component and its test into `folder`.
 
     Raises:
-        ZooError: there is no template of that kind, the name is no plain word or is taken, by a component, by a file
-            or by a module.
+        ZooError: the kind has no template, the name is not an identifier in lower case, or a component, file or module
+            has that name.
     """
     if kind not in TEMPLATES:
         if kind in KINDS:
-            where = f"`zoo info {kind}/{names(kind)[0]}` says where it lies"
-            raise ZooError(f"There is no template of a {kind}: start from a copy of one, {where}.")
+            where = f"`zoo info {kind}/{names(kind)[0]}` shows its file"
+            raise ZooError(f"There is no template of a {kind}: start from a copy of one; {where}.")
         raise unknown("kind", kind, TEMPLATES)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
     if name in names(kind):
-        raise ZooError(f"{kind} {name!r} is there already: `zoo info {kind}/{name}` shows it.")
+        raise ZooError(f"{kind} {name!r} exists already: `zoo info {kind}/{name}` shows it.")
     files = {folder / f"{name}.py": _filled(TEMPLATES[kind], name), folder / f"test_{name}.py": _test(kind, name)}
     for file in files:
         if file.exists():
             raise ZooError(f"{file.name!r} exists and is not overwritten.")
     if find_spec(name):
-        raise ZooError(f"{name}.py would hide the module {name!r} from scripts and tests in its folder: another name.")
+        raise ZooError(
+            f"{name}.py would hide the module {name!r} from scripts and tests in its folder: choose another name."
+        )
     for file, text in files.items():
         file.write_text(text, encoding="utf-8")
     return list(files)
 
 
 def next_commands(kind: str, name: str) -> list[str]:
-    """Return what to run after `zoo new`."""
+    """Return the commands to run after `zoo new`."""
     plugin = f"plugins=[./{name}.py]"
     test = f"python -m pytest test_{name}.py"
     if kind == "distiller":
@@ -72,7 +75,7 @@ def next_commands(kind: str, name: str) -> list[str]:
     if kind == "task":
         return [test, f"zoo eval {plugin} task={name} model=last"]
     check = f"zoo check {plugin} {group_of(kind)}={name}"
-    recipe = " recipe=fashion_mnist" if kind == "dataset" else ""  # the default recipe wants the labels of scenes
+    recipe = " recipe=fashion_mnist" if kind == "dataset" else ""  # the default recipe needs the labels of scenes
     info = f"zoo info {kind}/{name} {plugin}"
     return [test, info, check, check.replace("check", "train", 1) + recipe]
 

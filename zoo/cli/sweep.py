@@ -1,7 +1,7 @@
-"""`zoo train -m`: every combination as a run of its own, each with the options that fit what it chose.
+"""`zoo train -m`: run every combination of values, each with the options of the components that it chooses.
 
-A shared option such as `pruner.random.keep_ratio=0.5` is left out of the jobs that do not choose `random`; jobs that
-are then equal run once. All jobs are planned, and their values checked, before the first one starts.
+An option such as `pruner.random.keep_ratio=0.5` is left out of the jobs that do not choose `random`; jobs that are then
+equal run once. All jobs are planned, and their values checked, before the first one starts.
 """
 
 import sys
@@ -25,7 +25,7 @@ from zoo.settings.text_options import TextOptions
 
 @dataclass(frozen=True)
 class Sweep:
-    """The jobs of a sweep, as overrides that Hydra can compose, and where they write."""
+    """The jobs of a sweep, as overrides that Hydra can compose, and their folder."""
 
     jobs: list[list[str]]
     folder: Path
@@ -36,7 +36,7 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
     """Prepare every job of a sweep.
 
     Raises:
-        ZooError: a mistake in any of the jobs.
+        ZooError: one of the jobs has a mistake.
     """
     parsed = parse(overrides)
     for_hydra = [o.input_line for o in parsed if o.is_hydra_override()]
@@ -47,21 +47,23 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
     fitted: dict[tuple[str, ...], None] = {}
     left_out: dict[str, int] = {}
     picks = [settle(command, values(parse(job)), config_dir).chosen for job in product]
+    # Whether a value is text depends on the chosen components, which are known only after a first split.
     if (typed := _typed(parsed, picks, config_dir)) is not None:
         product = _split(typed)
         picks = [settle(command, values(parse(job)), config_dir).chosen for job in product]
     for job, chosen in zip(product, picks, strict=True):
         stays = []
         for line in job:
+            # An option that fits no job fully stays in those that it fits best, where composing reports the mistake.
             if _fit(line, chosen, config_dir) == max(_fit(line, other, config_dir) for other in picks):
-                stays.append(line)  # what fits no job well is a mistake, and reported where it fits best
+                stays.append(line)
             else:
                 left_out[line] = left_out.get(line, 0) + 1
         fitted[tuple(stays)] = None
     folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
     jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
     for lines in fitted:
-        compose(command, list(lines), config_dir)  # a wrong value is found now, not when its turn comes
+        compose(command, list(lines), config_dir)  # finds wrong values before any job runs
     for line, times in left_out.items():
         print(f"sweep: {line} is left out of {times} of {len(product)} runs that have no such option", file=sys.stderr)
     if len(fitted) < len(product):
@@ -72,10 +74,10 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
 
 
 def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None = None) -> None:
-    """Run the jobs with Hydra's launcher: one after the other, or as `hydra/launcher=` says; all, whichever fail.
+    """Run all jobs with Hydra's launcher: one after the other, or as set by `hydra/launcher=`.
 
     Raises:
-        ZooError: jobs failed; each is named with its reason.
+        ZooError: after all jobs, if some failed; each is printed with its reason.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.plugins import Plugins
@@ -97,14 +99,14 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
 
 
 def _split(parsed: Sequence[Any]) -> list[list[str]]:
-    """Every combination of the values of a sweep, as overrides."""
+    """Return every combination of the values of a sweep, as overrides."""
     return BasicSweeper.split_arguments(list(parsed), None)[0]
 
 
 def _typed(
     parsed: Sequence[Any], picks: Sequence[Mapping[str, Any]], config_dir: str | Path | None
 ) -> list[Any] | None:
-    """The overrides with words in quotes that are texts to a run which has the option; None where there are none."""
+    """Return the overrides with quotes around values that are text in a run with that option; None without any."""
     runs = [TextOptions(chosen, config_dir) for chosen in picks]
     lines = []
     for override in parsed:
@@ -115,7 +117,7 @@ def _typed(
 
 def _error_of(result: Any) -> Exception | None:
     try:
-        _ = result.return_value  # raises what the job raised
+        _ = result.return_value  # raises the error of the job
     except Exception as error:
         return error
     return None
@@ -137,7 +139,7 @@ def _folder(root: Path) -> Path:
 
 
 def _fit(line: str, chosen: Mapping[str, Any], config_dir: str | Path | None) -> int:
-    """Return 2 where a run that picks `chosen` has the option, 1 where only its component is there, and 0 otherwise."""
+    """Return 2 if a run that picks `chosen` has the option, 1 if it has only its component, else 0."""
     path = line.partition("=")[0].lstrip("+~").split(".")
     group, kind = path[0], kind_of(path[0])
     if len(path) < 2 or kind is None:

@@ -1,6 +1,6 @@
-"""What `zoo new` writes: for each kind a small component that works, to change from there."""
+"""Templates of `zoo new`: for each kind a small working component."""
 
-# NAME stands for the component's name and CLASS for its class.
+# NAME is replaced by the component's name, and CLASS by the name of its class.
 
 PRUNER = '''"""CLASS: keep the first image tokens of each image, in grid order."""
 
@@ -23,14 +23,14 @@ class CLASSConfig:
 
 @register("pruner", "NAME")
 class CLASS(Pruner, nn.Module):
-    # needs = frozenset({"cls_attention"})  # what the encoder must give; "keys", "grid", ... likewise
+    # needs = frozenset({"cls_attention"})  # what the encoder must provide; also "keys", "grid", ...
     destroys = frozenset({"grid"})
 
     def __init__(self, config: CLASSConfig) -> None:
         super().__init__()
         self.config = config
         if config.keep_ratio == 1:
-            self.destroys = frozenset()  # all tokens stay, and so does their grid
+            self.destroys = frozenset()  # all tokens are kept, and their grid
 
     def num_tokens(self, n: int) -> int:
         return max(1, round(n * self.config.keep_ratio))
@@ -72,7 +72,7 @@ class CLASS(Projector, nn.Module):
         return self.proj(self.norm(image.tokens))  # (M, N, C)
 '''
 
-VISION = '''"""CLASS: one projection per patch, and nothing else."""
+VISION = '''"""CLASS: a linear projection of each patch."""
 
 from dataclasses import dataclass
 
@@ -105,7 +105,7 @@ class CLASS(Encoder, nn.Module):
         return ImageFeatures(tokens, self.grid)
 '''
 
-ADAPTER = '''"""CLASS: a learned vector is added to what each decoder layer gives. It starts at zero: the base model."""
+ADAPTER = '''"""CLASS: add a learned vector to the output of each decoder layer, at first zero: the base model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -124,13 +124,13 @@ class CLASSConfig:
 
 @register("adapter", "NAME")
 class CLASS(Adapter, nn.Module):
-    concurrent = True  # nothing of a pass is kept on this object, so threads may share it
+    concurrent = True  # this object keeps no state of a pass, so threads may share it
 
     def __init__(self, config: CLASSConfig, *, llm: LanguageModel, text_dim: int) -> None:
         super().__init__()
         self.scale = config.scale
         self.shift = nn.Parameter(torch.zeros(llm.num_layers, text_dim))
-        refer(self, layers=llm.layers)  # not a child: the base weights stay the language model's
+        refer(self, layers=llm.layers)  # not a child module: the base weights belong to the language model
         self._hooks: list[Any] = []
 
     def attach(self) -> None:
@@ -149,7 +149,7 @@ class CLASS(Adapter, nn.Module):
         return (out[0] + shift, *out[1:]) if isinstance(out, tuple) else out + shift
 
     def owns(self, name: str) -> bool:
-        return False  # no parameter of the language model is ours
+        return False  # no parameter of the language model belongs to this adapter
 '''
 
 DISTILLER = '''"""CLASS: the student's last hidden states should be as long as the teacher's."""
@@ -230,7 +230,7 @@ from zoo.registry import Dialog, Score, Task, register
 
 @dataclass
 class CLASSConfig:
-    max_new_tokens: int = 32  # longest answer
+    max_new_tokens: int = 32  # maximum length of an answer
 
 
 @register("task", "NAME")

@@ -35,5 +35,5 @@ def score_table(lines: Sequence[Line], title: str = "") -> Table:
 
 
 def per_cent(score: Score | None) -> str:
-    """Write a score in per cent; None is a dash."""
+    """Write a score in per cent, and None as a dash."""
     return "-" if score is None else f"{100 * score.value:.1f}"
