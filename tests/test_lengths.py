@@ -136,7 +136,7 @@ def test_evaluation_names_what_is_too_long_and_stays_within_the_positions(make_m
         def get(self, index, epoch=0):
             return sample(("what? " * (1, 30)[index], "yes"), name=f"n{index}", seed=index)
 
-    with pytest.raises(RecordError, match=r"data 'two', record 1, sample 'n1': the question has .* positions are 40"):
+    with pytest.raises(RecordError, match=r"data 'two', record 1, sample 'n1': the question has .* has 40 positions"):
         evaluate(model, processor, {"two": Two()}, baselines=False)
     result = evaluate(model, processor, {"two": Two()}, skip_broken=True)
     assert [r["id"] for r in result.predictions] == ["n0"] and [r["id"] for r in result.skipped] == ["n1"]
