@@ -184,7 +184,7 @@ def test_words_of_the_command():
 
 
 def test_a_model_without_image_tokens_is_refused():
-    with pytest.raises(ZooError, match="this model has none in the LLM.s sequence"):
+    with pytest.raises(ZooError, match="this model has none in the LLM"):
         inspect("", [w.replace("projector=mlp", "projector=null") for w in TINY] + ["adapter=[vlora]"], picture(3))
 
 
