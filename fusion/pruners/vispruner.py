@@ -7,9 +7,10 @@ even places are A, its odd ones B, and each a in A is compared with the most ali
     c(a) = max over b in B of cos(x_a, x_b),    x: features of the encoder, before the projector.
 
 The k = min(step, surplus) tokens of A with the largest c are dropped, and R is what is left of A together with B.
-Kept tokens stay in raster order; each crop and each frame keeps the same number of its own. The authors' settings for
-LLaVA-1.5 are num_keep=128, 64 and 32 with important_ratio=0.5 (0.75 for 64 tokens on MME), for LLaVA-NeXT the same of
-each of five crops.
+Kept tokens stay in raster order; each crop and each frame keeps the same number of its own; in their code positions in
+the LLM are counted over what is left, which is `positions=dense` of a model. The authors' settings for LLaVA-1.5 are
+num_keep=128, 64 and 32 with important_ratio=0.5 (0.75 for 64 tokens on MME), for LLaVA-NeXT the same of each of five
+crops.
 
 Departures. `order=released` puts R together as the authors' code does, A from the largest c down, ahead of B: one pair
 that rounding swaps changes the places in all later rounds. Relative noise of 1e-6 on the features changed 13 images of
