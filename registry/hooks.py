@@ -7,6 +7,8 @@ is not wrapped or replaced, so pickles, copies, subclasses and names of weights 
 from __future__ import annotations
 
 import inspect
+import reprlib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from zoo.registry.parts import (
     InsidePruner,
     LanguageModel,
     Layout,
+    ModelPart,
     Part,
     Projector,
     Pruner,
@@ -77,6 +80,7 @@ def require_component(kind: str, name: str, cls: type) -> None:
     """
     base = base_of(kind, cls)
     hooks = hooks_of(base)
+    _require_base(kind, name, cls)
     own = {n: v for c in _own_classes(cls) for n, v in vars(c).items() if not n.startswith("_")}
     for attribute, value in own.items():
         if attribute in hooks:
@@ -89,7 +93,8 @@ def require_component(kind: str, name: str, cls: type) -> None:
             )
     if cls.__new__ is object.__new__:  # else `__new__` may return another class, which is checked when it is built
         _require_methods(kind, name, cls, base)
-    if base not in cls.__mro__ and not any(c.__module__ == "torch.nn.modules.module" for c in cls.__mro__):
+    _require_forms(kind, name, cls, base, own)
+    if base not in cls.__mro__ and not _is_module(cls):
         # At registration, not when built: a loader worker unpickles an instance and never builds one.
         _complete(kind, cls, base, cls)
 
@@ -98,11 +103,19 @@ def whole(kind: str, part: P, name: str = "") -> P:
     """Check that a part has every hook of its kind, and give a class without our base the defaults; return the part.
 
     Raises:
-        ZooError: an attribute without a default is missing, or a child module has the name of a hook.
+        ZooError: an attribute without a default is missing, a hook has another form or is hidden by a child module, or
+            an attribute looks like a misspelt hook.
     """
     cls: Any = type(part)
     base = base_of(kind, cls)
-    modules = getattr(part, "_modules", None) or {}
+    set_by_init: dict[str, Any] = getattr(part, "__dict__", {})
+    if _is_module(cls) and "_modules" not in set_by_init:
+        raise ZooError(
+            f"{kind} {name!r}: {cls.__qualname__}.__init__ ({_where(cls, cls)}) calls no super().__init__()."
+        )
+    _require_forms(kind, name, cls, base, set_by_init)
+    _refuse_misspelt(kind, name, cls, base, set_by_init)
+    modules = set_by_init.get("_modules") or {}
     if taken := next((n for n in modules if n in hooks_of(base) and hasattr(cls, n)), None):
         raise ZooError(
             f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)}) keeps a module as {taken!r}, which is the name "
@@ -151,6 +164,62 @@ def _require_methods(kind: str, name: str, cls: type, base: type[Part]) -> None:
             f"{', '.join(map(repr, missing))}, which every {kind} needs. "
             f"{missing[0]}{inspect.signature(first)}: {(inspect.getdoc(first) or '').splitlines()[0]}"
         )
+
+
+def _require_base(kind: str, name: str, cls: type) -> None:
+    """Refuse the base class of another kind, and a part of the model without `nn.Module`."""
+    said = f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)})"
+    others = [base.__name__ for other, base in BASES.items() if other != kind and base in cls.__mro__]
+    if others and BASES[kind] not in cls.__mro__:
+        raise ZooError(f"{said} derives from {others[0]}; the base class of a {kind} is {BASES[kind].__name__}.")
+    if BASES[kind] in cls.__mro__ and issubclass(BASES[kind], ModelPart) and not _is_module(cls):
+        raise ZooError(f"{said} is not a torch module. Write: class {cls.__name__}({BASES[kind].__name__}, nn.Module).")
+
+
+def _require_forms(kind: str, name: str, cls: type, base: type[Part], values: Mapping[str, Any]) -> None:
+    """Refuse a value where the zoo calls a method, a method where it reads a value, and text for a set."""
+    for hook, default in hooks_of(base).items():
+        if hook not in values:
+            continue
+        value, said = values[hook], f"{kind} {name!r}: {cls.__qualname__}.{hook} ({_where(values[hook], cls)})"
+        if _is_method(default):
+            if not _is_method(value) and not hasattr(value, "__get__"):  # a slot or a property: checked when built
+                raise ZooError(
+                    f"{said} is {reprlib.repr(value)}, and has to be a method, {hook}{inspect.signature(default)}: "
+                    "what is kept under its name hides it."
+                )
+        elif inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, (classmethod, staticmethod)):
+            wanted = _annotation(base, hook) or "a value"
+            raise ZooError(f"{said} is a method, and is read as a value: {wanted}. Put @property above it.")
+        elif isinstance(value, str) and _annotation(base, hook).startswith(("frozenset[str]", "Sequence[str]")):
+            raise ZooError(f"{said} is the text {value!r}, and has to be a set of words: {{{value!r}}}.")
+
+
+def _refuse_misspelt(kind: str, name: str, cls: type, base: type[Part], set_by_init: Mapping[str, Any]) -> None:
+    """Refuse `self.need = frozenset(...)`: an attribute with nearly the name of a hook, and its type."""
+    hooks = hooks_of(base)
+    for attribute, value in set_by_init.items():
+        if attribute.startswith("_") or attribute in hooks or not isinstance(value, (bool, set, frozenset)):
+            continue
+        of_type = "bool" if isinstance(value, bool) else "frozenset[str]"
+        alike = [n for n in hooks if n not in set_by_init and _annotation(base, n).startswith(of_type)]
+        if near := get_close_matches(attribute, alike, n=1, cutoff=_CUTOFF):
+            raise ZooError(
+                f"{kind} {name!r}: {cls.__qualname__}.{attribute} ({_where(cls, cls)}) looks like a misspelt hook. "
+                f"Did you mean {near[0]!r}? What is the class's own begins with an underscore, or has another name."
+            )
+
+
+@cache
+def _annotation(base: type[Part], hook: str) -> str:
+    """The type of an attribute as its base class has it in writing; nothing of a method."""
+    of_classes = (vars(c).get("__annotations__", {}) for c in base.__mro__)
+    return next((str(found[hook]) for found in of_classes if hook in found), "")
+
+
+def _is_module(cls: type) -> bool:
+    """Whether a class derives from `nn.Module`, of torch, which is not imported for it."""
+    return any(c.__module__ == "torch.nn.modules.module" for c in cls.__mro__)
 
 
 def _has(cls: type, method: str) -> bool:

@@ -305,7 +305,13 @@ def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     # The component's own dataclass rather than `entry.node`, which is made at run time and so cannot be pickled.
     config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})
     accepted = inspect.signature(entry.cls).parameters
-    return whole(kind, entry.cls(config, **{k: v for k, v in derived.items() if k in accepted}), entry.name)
+    named = {k: v for k, v in derived.items() if k in accepted}
+    for wanted in list(accepted.values())[1:]:
+        of_name = wanted.kind in (wanted.POSITIONAL_OR_KEYWORD, wanted.KEYWORD_ONLY)
+        if of_name and wanted.default is wanted.empty and wanted.name not in named:
+            what = f"value for {entry.cls.__qualname__}.__init__ of {kind} {entry.name!r}"
+            raise unknown(what, wanted.name, derived)
+    return whole(kind, entry.cls(config, **named), entry.name)
 
 
 def require_finite(value: Any, name: str) -> None:

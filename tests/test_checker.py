@@ -13,7 +13,7 @@ from zoo import registry
 from zoo.checking import checker
 from zoo.checking.checker import RefusedError, check, show
 from zoo.checking.plan import Plan
-from zoo.registry import ImageFeatures, ZooError
+from zoo.registry import ImageFeatures, Pruner, ZooError
 from zoo.settings.stage import Stage
 from zoo.text.sizes import size_text
 
@@ -323,6 +323,33 @@ def test_what_passes_really_runs_a_step(make_model, tokenizer):
         assert loss.isfinite(), composition
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not [n for n in without if "experts" not in n], (composition, without)
+
+
+@pytest.mark.parametrize(
+    ("count", "gives", "said"),
+    [
+        (lambda self, n: n * 0.5, None, r"its num_tokens\(16\) gives 8.0, and has to give a whole number"),
+        (lambda self, n, grid: n, None, r"fails in num_tokens\(16\): TypeError: .*'grid'"),
+        (lambda self, n: n, lambda image: image.tokens, "gives a Tensor, and has to give ImageFeatures"),
+        (lambda self, n: n, lambda image: None, "gives nothing, and has to give ImageFeatures"),
+    ],
+)
+def test_a_part_that_breaks_its_kind_is_named(count, gives, said):
+    class Wrong(Pruner, nn.Module):
+        num_tokens = count
+
+        def __init__(self, config: NeedyConfig) -> None:
+            super().__init__()
+
+        def forward(self, image: ImageFeatures):
+            return gives(image)
+
+    registry.register("pruner", "wrong")(Wrong)
+    try:
+        with pytest.raises(RefusedError, match=f"pruner 'wrong'.*{said}"):
+            check(plan_with({"pruner": {"wrong": {}}}), fixes=0)
+    finally:
+        del registry.table._entries["pruner"]["wrong"]
 
 
 def test_the_walk_is_shown(capsys):

@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,93 @@ def test_a_module_under_the_name_of_a_hook_is_refused():
 
     with pytest.raises(ZooError, match=r"Hidden .* keeps a module as 'scores', which is the name of a hook"):
         registry.build("pruner", {"name": "hidden"})
+
+
+PLAIN = {"num_tokens": lambda self, n: n}
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "said"),
+    [
+        ("pruner", {"num_tokens": 32}, "is 32, and has to be a method, num_tokens"),
+        ("pruner", {**PLAIN, "scores": None}, "is None, and has to be a method, scores"),
+        ("pruner", {**PLAIN, "needs": lambda self: {"grid"}}, "is a method, and is read as a value: frozenset"),
+        ("adapter", {**ADAPTER, "can_merge": lambda self: True}, "is a method, and is read as a value: a value"),
+        ("pruner", {**PLAIN, "destroys": "grid"}, "is the text 'grid', and has to be a set of words: {'grid'}"),
+        ("adapter", {**ADAPTER, "notes": "mind the gap"}, "is the text 'mind the gap', and has to be a set of words"),
+    ],
+)
+def test_a_hook_of_another_form_is_refused(kind, members, said):
+    with pytest.raises(ZooError, match=re.escape(said)) as error:
+        registry.register(kind, "mine")(_module(**members))
+    assert str(error.value).startswith(f"{kind} 'mine': Mine.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "name", "value", "said"),
+    [
+        ("pruner", PLAIN, "num_tokens", 16, "is 16, and has to be a method"),  # as `__init__` is given it
+        ("pruner", PLAIN, "need", frozenset({"keys"}), "misspelt hook. Did you mean 'needs'?"),
+        ("adapter", ADAPTER, "concurent", True, "misspelt hook. Did you mean 'concurrent'?"),
+        ("pruner", PLAIN, "destroys", "grid", "is the text 'grid'"),
+    ],
+)
+def test_what_init_sets_is_held_to_the_base_too(kind, members, name, value, said):
+    def begin(self: Any, config: Config) -> None:
+        nn.Module.__init__(self)
+        setattr(self, name, value)
+
+    registry.register(kind, "mine")(_module(**members, __init__=begin))
+    with pytest.raises(ZooError, match=re.escape(said)):
+        registry.build(kind, {"name": "mine"})
+
+
+def test_attributes_of_ones_own_are_let_be():
+    """Near a hook by name, and of another type; or beside the hook itself."""
+
+    def begin(self: Any, config: Config) -> None:
+        nn.Module.__init__(self)
+        self.need, self.note, self.concurrent, self.concurrently = 3, "x", True, True
+
+    registry.register("adapter", "mine")(_module(**ADAPTER, __init__=begin))
+    assert registry.build("adapter", {"name": "mine"}).need == 3
+
+
+class _Counts:
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+
+    def num_tokens(self, n: int) -> int:
+        return n
+
+    def forward(self, image):
+        return image
+
+
+@pytest.mark.parametrize(
+    ("bases", "said"),
+    [
+        ((Pruner,), r"is not a torch module. Write: class Mine\(Pruner, nn.Module\)"),
+        ((Projector, nn.Module), "derives from Projector; the base class of a pruner is Pruner"),
+    ],
+)
+def test_bases_that_are_not_enough_are_refused(bases, said):
+    with pytest.raises(ZooError, match=said):
+        registry.register("pruner", "mine")(type("Mine", (_Counts, *bases), {}))
+
+
+def test_an_init_that_forgets_its_parents_or_asks_for_what_is_not_given():
+    def forgets(self: Any, config: Config) -> None: ...
+
+    registry.register("pruner", "forgets")(_module(**PLAIN, __init__=forgets))
+    with pytest.raises(ZooError, match=r"Mine.__init__ .* calls no super\(\).__init__\(\)"):
+        registry.build("pruner", {"name": "forgets"})
+
+    def asks(self: Any, config: Config, vision_dims: int) -> None: ...
+
+    registry.register("projector", "asks")(_module(**PLAIN, __init__=asks))
+    with pytest.raises(ZooError, match=r"No value for .*Mine.__init__ .*'vision_dims'. Did you mean 'vision_dim'\?"):
+        registry.build("projector", {"name": "asks"}, vision_dim=3, text_dim=4)
 
 
 def test_the_templates_and_their_tests_use_the_bases():

@@ -142,6 +142,12 @@ def _check_pruner(
         found = _built(run, lambda: registry.build("pruner", node, **given), name, pruner)
     else:
         found = _run(run, pruner, name)
+    for given_back in found or ():
+        if not isinstance(given_back, ImageFeatures):
+            raise ZooError(
+                f"{name} gives {_named_type(given_back)}, and has to give ImageFeatures: `image.take(keep)` keeps "
+                "tokens, `dataclasses.replace(image, tokens=...)` changes them."
+            )
     counts = [image.tokens.shape[1] for image in found or ()]
     if len(set(counts)) > 1:
         raise ZooError(
@@ -167,6 +173,8 @@ def _check_projector(parts: Parts, node: Mapping[str, Any], images: list[ImageFe
     given = {**given, "text_dim": step.width}
     found = _tried(run, parts.projector, lambda: registry.build("projector", node, **given), name, node)
     for tokens in found or ():
+        if not isinstance(tokens, Tensor):
+            raise ZooError(f"{name} gives {_named_type(tokens)}, and has to give a Tensor (M, K, {step.width}).")
         _compare(name, tokens, step.tokens, step.width, f"num_tokens({n})")
 
 
@@ -222,7 +230,13 @@ def _on(image: ImageFeatures, device: str) -> ImageFeatures:
     return replace(image, **moved)
 
 
+def _named_type(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
 def _compare(name: str, tokens: Tensor, count: int, width: int, where: str) -> None:
+    if tokens.ndim != 3:
+        raise ZooError(f"{name} gives tokens of the shape {list(tokens.shape)}, and has to give (M, K, {width}).")
     if tokens.shape[1] != count:
         raise ZooError(f"{name} gives {tokens.shape[1]} tokens of an image, and its {where} says {count}.")
     if tokens.shape[2] != width:

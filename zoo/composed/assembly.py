@@ -123,7 +123,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             )
         pruner = build_part("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
         _require("pruner", name, pruner, holds, f"vision {vision_name!r}", slots)
-        tokens = pruner.num_tokens(tokens)
+        tokens = _count("pruner", name, pruner, tokens)
         holds = (holds - frozenset(pruner.destroys)) | frozenset(pruner.provides)
         grid = tuple(pruner.grid) if pruner.grid and "grid" in holds else (grid if "grid" in holds else None)
         parts.pruner[name] = pruner
@@ -144,7 +144,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
         )
         _require("projector", name, parts.projector, holds, f"vision {vision_name!r}", slots)
-        before, tokens = tokens, parts.projector.num_tokens(tokens)
+        before, tokens = tokens, _count("projector", name, parts.projector, tokens)
         holds |= {"image_tokens"}
         record_step("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
         grid_now = grid_now if tokens == before else parts.projector.grid
@@ -205,7 +205,7 @@ def _add_layout(parts: Parts, slots: Mapping[str, Any], record_step: Any, **deri
         assert parts.vision is not None, "there is a projector behind it"
         derived |= {"image_size": parts.vision.transform.size, "encoder_grid": tuple(parts.vision.grid)}
         parts.layout = layout = build_part("layout", node, **derived)
-        tokens = layout.num_tokens(derived["num_tokens"])
+        tokens = _count("layout", node["name"], layout, derived["num_tokens"])
         record_step("layout", node["name"], layout, tokens=tokens, grid=None, width=derived["text_dim"])
 
 
@@ -215,8 +215,17 @@ def build_part(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
         return registry.build(kind, node, **derived)
 
 
+def _count(kind: str, name: str, part: Pruner | Projector | Layout, n: int) -> int:
+    """Count the tokens that a part makes of `n`, by its `num_tokens`."""
+    with _named(f"{kind} {name!r}", f"fails in num_tokens({n})"):
+        count = part.num_tokens(n)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ZooError(f"its num_tokens({n}) gives {count!r}, and has to give a whole number of tokens.")
+        return count
+
+
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _named(name: str, fails: str = "cannot be built with these options") -> Iterator[None]:
     """Put the name of a part in front of its errors."""
     try:
         yield
@@ -228,7 +237,7 @@ def _named(name: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError that options do not explain
             raise
         reason = " ".join(str(error).split()) or "no message"
-        raise ZooError(f"{name} cannot be built with these options: {type(error).__name__}: {reason}") from error
+        raise ZooError(f"{name} {fails}: {type(error).__name__}: {reason}") from error
 
 
 def _refuse_shared(name: str, adapter: Adapter, others: Mapping[str, Adapter]) -> None:
