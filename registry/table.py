@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
+from zoo.registry.conversion import converted, made
 from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
 from zoo.registry.hooks import class_value, require_component, whole
 from zoo.registry.options import Option, options_of
@@ -217,7 +217,7 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
             raise unknown_option(f"{kind} {entry.name!r}", str(key), entry.options)
     owner = f"{kind} {entry.name!r}"
     try:
-        typed = _typed(entry.node, plain)
+        typed = made(entry.node, plain)
         for f in fields(entry.node):
             require_finite(getattr(typed, f.name), f.name)
     except ZooError as error:
@@ -233,67 +233,6 @@ def completed(kind: str, node: Mapping[str, Any]) -> dict[str, Any]:
     """Return a node with all options of its component as plain values, checked as `config_of` does."""
     entry, _ = config_of(kind, node)
     return converted(entry.node, node)
-
-
-_converted: dict[tuple[type, str], dict[str, Any]] = {}  # schema, plain values as text -> values of the right types
-
-
-def converted(schema: type, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a dataclass as OmegaConf converts plain values to their types, as plain values again.
-
-    Converting takes milliseconds, and loading a model converts the same few nodes some twenty times, so results are
-    cached by content.
-    """
-    from omegaconf import OmegaConf
-
-    key = (schema, repr(plain)) if _is_plain(plain) else None
-    if key is None or key not in _converted:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]
-        if missing:
-            raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
-        found: Any = OmegaConf.to_container(merged, resolve=True)
-        if key is None:
-            return found
-        if len(_converted) >= 1024:  # a sweep must not fill memory; models of one process have a few dozen nodes
-            _converted.clear()
-        _converted[key] = found
-    return _copied(_converted[key])
-
-
-def _typed(schema: type, plain: Mapping[str, Any]) -> Any:
-    """Make the dataclass of plain values. Never cached: `__post_init__` may check files or versions that change."""
-    from omegaconf import OmegaConf
-
-    values = converted(schema, plain)
-    if _is_plain(values) and not _nested(schema) and all(f.init for f in fields(schema)):
-        return schema(**values)
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
-
-
-@lru_cache(maxsize=512)
-def _nested(schema: type) -> bool:
-    """Whether a field of a dataclass, or what it holds, is a dataclass itself."""
-    rest: list[Any] = list(get_type_hints(schema).values())
-    while rest:
-        hint = rest.pop()
-        if isinstance(hint, type) and is_dataclass(hint):
-            return True
-        rest += get_args(hint)
-    return False
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is made of dicts with text keys, lists and scalars, so that equal `repr`s mean equal values."""
-    if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    return all(map(_is_plain, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:

@@ -369,3 +369,34 @@ def test_the_walk_is_shown(capsys):
 @pytest.mark.parametrize(("count", "text"), [(7, "7"), (1500, "1.5 K"), (23_400_000, "23.4 M"), (7.1e9, "7.1 G")])
 def test_sizes_for_people(count, text):
     assert size_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layers"),
+    [
+        ("llama", {}, [1]),
+        ("mixtral", {}, [1]),
+        ("gemma2", {}, [2]),  # sliding and full attention in turns
+        ("qwen2_moe", {"extra": {"mlp_only_layers": [0]}}, [2]),
+        ("llama", {"num_layers": 1}, [1]),
+    ],
+)
+def test_as_many_layers_are_run_as_tell_something(family, options, layers, monkeypatch):
+    from tests.fusion_builders import llm_node
+    from zoo.checking import counts
+
+    node, run, inner = llm_node(family, **{"num_layers": 4, **options}), [], counts._tried
+
+    def tried(run_it, part, *args):
+        run.append(part.num_layers)
+        return inner(run_it, part, *args)
+
+    monkeypatch.setattr(counts, "_tried", tried)
+    with torch.device("meta"):
+        llm = registry.build("llm", node, vocab_size=300)
+    counts._check_llm(node, llm)
+    assert run == layers
+    monkeypatch.setattr(type(llm.layers[-1]), "forward", None)
+    with pytest.raises(ZooError, match=f"llm 'hf' of type '{family}' fails when it is run"):
+        counts._check_llm(node, llm)
+    assert run[len(layers) :] == sorted({*layers, llm.num_layers})

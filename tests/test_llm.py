@@ -43,19 +43,39 @@ def test_a_head_with_a_hook_is_not_in_numbers():
     assert llm.linear_head() is not None
 
 
-def test_a_head_that_is_not_known_is_refused(monkeypatch):
+def _without_last(logits):
+    logits[..., 298] = -1e9  # as families do with ids that are never to be written
+    return logits
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x + 1, lambda x: x * 1.05, lambda x: torch.tanh(x / 2) * 2, lambda x: x[..., :-1], _without_last],
+    ids=["shifted", "scaled", "capped", "cut", "one of the vocabulary"],
+)
+def test_a_head_that_is_not_known_is_refused(monkeypatch, change):
+    """Also one that shows only in the whole vocabulary: some rows are compared first."""
     from transformers import LlamaForCausalLM
 
-    own = LlamaForCausalLM.forward
+    own, node = LlamaForCausalLM.forward, llm_node("llama", extra={"initializer_range": 0.2})
+    registry.build("llm", node, vocab_size=300)
 
-    def shifted(self, *args, **kwargs):
+    def changed(self, *args, **kwargs):
         out = own(self, *args, **kwargs)
-        out.logits = out.logits + 1
+        out.logits = change(out.logits)
         return out
 
-    monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", changed)
     with pytest.raises(ZooError, match="cannot be reproduced from its hidden states"):
-        tiny_llm()
+        registry.build("llm", node, vocab_size=300)
+
+
+def test_the_head_is_whole_after_it_was_compared():
+    llm = registry.build("llm", llm_node("llama"), vocab_size=300)
+    assert llm.lm.lm_head.weight.shape[0] == llm.vocab_size == llm.lm.lm_head.out_features > 128
+    assert llm.lm.lm_head.weight.requires_grad and not llm.lm.lm_head.weight.is_meta
+    tied = registry.build("llm", llm_node("llama", tie_embeddings=True), vocab_size=300)
+    assert tied.lm.lm_head.weight is tied.lm.get_input_embeddings().weight
 
 
 def test_scaled_embeddings_are_not_scaled_twice():

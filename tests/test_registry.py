@@ -1,7 +1,7 @@
 """The table: names, entries, building, and what is refused."""
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 
@@ -163,12 +163,12 @@ def test_an_error_in_one_line():
 
 def test_a_config_that_was_converted_before_is_the_same_and_nobody_elses(monkeypatch):
     """What OmegaConf made of plain values is kept, by value and type; the dataclass is made and checked anew."""
-    from zoo.registry import table
+    from zoo.registry import conversion, table
 
-    monkeypatch.setattr(table, "_converted", {})
-    node = {"name": "hf", "model_type": "llama", "extra": {"rope_theta": 5}, "max_positions": 64}
+    monkeypatch.setattr(conversion, "_converted", {})
+    node = {"name": "hf", "model_type": "llama", "extra": {"rope_theta": 5}, "max_positions": "64"}
     first = table.config_of("llm", node)[1]
-    assert len(table._converted) == 1
+    assert len(conversion._converted) == 1
     again = table.config_of("llm", node)[1]
     assert again == first and again is not first and type(again) is type(first)
     again.extra["rope_theta"] = 6  # a copy of its own
@@ -181,3 +181,32 @@ def test_a_config_that_was_converted_before_is_the_same_and_nobody_elses(monkeyp
     for value in (64.0, True, "many") * 2:  # equal to what is kept, of another type; and wrong each time
         with pytest.raises(ZooError, match="max_positions"):
             table.config_of("llm", {**node, "max_positions": value})
+
+
+def test_values_that_are_taken_as_they_are_equal_what_omegaconf_makes_of_them():
+    """For every type of an option that there is, with values of its own type and of others."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from zoo.registry.conversion import exact
+
+    values = (0, 1, 0.5, 1.0, True, None, "", "x", "1", "${x}", "???", [], [1], [0.5, 2], ["x"], ["${x}"], [[1, 2]], {},
+              {"a": 1}, {"a": {"b": "???"}}, {"a": 0.5})  # fmt: skip
+    seen, taken = {}, 0
+    for entry in registry.entries():
+        for f in fields(entry.config):
+            seen.setdefault(str((f.type, entry.config.__dict__.get(f.name))), (entry, f.name))
+    for entry, name in seen.values():
+        least = {f.name: "x" for f in fields(entry.config) if f.default == registry.MISSING}
+        for value in values:
+            plain = {**least, name: value}
+            if (found := exact(entry.node, plain)) is None:
+                continue
+            taken += 1
+            try:
+                theirs = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(entry.node), plain), resolve=True)
+            except OmegaConfBaseException as error:
+                pytest.fail(f"{entry.kind}/{entry.name}: {name}={value!r} is refused: {error}")
+            assert repr(found) == repr(theirs), (entry.kind, entry.name, name, value)
+    assert len(seen) > 30 and taken > 100
+    assert exact(registry.get("pruner", "random").node, {"none": 1}) is None

@@ -64,7 +64,7 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
     if isinstance(vision, Tower):  # blocks are alike, and what an image shows does not matter
         if node.get("checkpoint") or node.get("model"):
             return
-        node, pixels = {**node, "depth": min(2, node.get("depth", 2)), "layer": -1}, pixels[:1]
+        node, pixels = {**node, "depth": min(1, node.get("depth", 1)), "layer": -1}, pixels[:1]
         with torch.device("meta"):
             alone = registry.build("vision", node)
 
@@ -82,7 +82,8 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
 def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
     """Run a language model of given sizes on a few embeddings: rotary positions want even heads, for one.
 
-    Two of its layers show that; all of them run where two do not, as in families whose layers differ.
+    One of its layers shows that, two where the second is of another kind; all of them run where those do not, as in
+    families whose later layers differ.
     """
     name = f"llm {node['name']!r}" + (f" of type {node['model_type']!r}" if node.get("model_type") else "")
 
@@ -94,7 +95,8 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
         mask = {"attention_mask": torch.zeros(1, 1, 4, 4, device=device)} if device == "meta" else {}
         return part.hidden(inputs_embeds=embeds, position_ids=places, **mask).last_hidden_state
 
-    for layers in sorted({min(2, llm.num_layers), llm.num_layers}):
+    first = 1 if llm.num_layers < 2 or _begins_alike(llm) else 2
+    for layers in sorted({first, llm.num_layers}):
         made = partial(registry.build, "llm", {**node, "num_layers": layers}, vocab_size=llm.vocab_size)
         try:
             with torch.device("meta"):
@@ -105,6 +107,33 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
                 raise
         else:
             return
+
+
+def _begins_alike(llm: Any) -> bool:
+    """Whether the first two layers compute the same with other weights: equal classes, sizes and plain attributes."""
+
+    def said(layer: nn.Module) -> list[Any]:
+        return [
+            (
+                path,
+                type(part),
+                {key: value for key, value in vars(part).items() if key != "layer_idx" and _is_simple(value)},
+                {key: t.shape for key, t in (*part._parameters.items(), *part._buffers.items()) if t is not None},
+            )
+            for path, part in layer.named_modules()
+        ]
+
+    try:
+        first, second = llm.layers[:2]
+    except ZooError:  # its layers are not one list
+        return False
+    return said(first) == said(second)
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_simple, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFeatures:

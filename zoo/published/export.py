@@ -20,7 +20,7 @@ from zoo.published import family_named
 from zoo.published.checkpoint import checkpoint_from
 from zoo.published.encoders import Encoder, encoder_of
 from zoo.published.family import SPARE, Family
-from zoo.published.file_names import Held, as_decoder, as_files, as_modules, head_name
+from zoo.published.file_names import DecoderNames, Held, as_files, as_modules
 from zoo.published.their_processor import their_processor
 from zoo.registry import ZooError
 from zoo.storage.safetensors_file import read
@@ -177,14 +177,14 @@ def _state(model: Any, encoder: Encoder, known: Family, config: Any, spare: Held
 
     with torch.device("meta"):
         theirs = getattr(transformers, known.model)(config)
-    lm, tied = model.llm.lm, config.tie_word_embeddings
+    names, tied = DecoderNames(model.llm.lm), config.tie_word_embeddings
     ours = _ours(model, encoder, theirs, known)
     state, wrong = {}, []
     for name, like in theirs.state_dict().items():
         key = known.ours(name)
         assert key is not None, f"{known.model} has a weight of an unknown part, {name}"
-        key = as_decoder(lm, key)
-        if tied and key == f"llm.lm.{head_name(lm)}.weight":
+        key = names.ours(key)
+        if tied and key == f"llm.lm.{names.head}.weight":
             ours.pop(key, None)
         elif key in ours:
             state[name] = ours.pop(key).detach()

@@ -29,7 +29,8 @@ def as_modules(tensors: Mapping[str, Stored | Joined], modules: Mapping[str, nn.
     held = dict(tensors)
     for prefix, module in _of_transformers(modules):
         if prefix == "llm.lm":
-            held = {as_decoder(module, name): tensor for name, tensor in held.items()}
+            names = DecoderNames(module)
+            held = {names.ours(name): tensor for name, tensor in held.items()}
         own = {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
         absent = [name for name in own if name not in held]
         if not absent or all(name in own for name in held if name.startswith(f"{prefix}.")):
@@ -61,18 +62,26 @@ def _of_transformers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn
                 yield f"{part}.{path}", root.get_submodule(path)
 
 
-def as_decoder(lm: Any, name: str) -> str:
-    """Files of vision-language models call every decoder `model` and its projection `lm_head`."""
-    for theirs, ours in (("model", lm.base_model_prefix), ("lm_head", head_name(lm))):
-        if theirs != ours and name.startswith(f"llm.lm.{theirs}."):
-            return f"llm.lm.{ours}.{name.removeprefix(f'llm.lm.{theirs}.')}"
-    return name
+class DecoderNames:
+    """Names of a language model's weights: files of vision-language models call every decoder `model` and its
+    projection `lm_head`.
+    """
 
+    def __init__(self, lm: Any) -> None:
+        head = lm.get_output_embeddings()
+        self.head = next(name for name, module in lm.named_modules() if module is head)  # the vocabulary projection
+        self._ours = {
+            f"llm.lm.{theirs}.": f"llm.lm.{ours}."
+            for theirs, ours in (("model", lm.base_model_prefix), ("lm_head", self.head))
+            if theirs != ours
+        }
 
-def head_name(lm: Any) -> str:
-    """Return the name of a causal language model's vocabulary projection."""
-    head = lm.get_output_embeddings()
-    return next(name for name, module in lm.named_modules() if module is head)
+    def ours(self, name: str) -> str:
+        """Return a name in files as the module has it."""
+        for theirs, ours in self._ours.items():
+            if name.startswith(theirs):
+                return f"{ours}{name.removeprefix(theirs)}"
+        return name
 
 
 def _pieces(module: nn.Module, prefix: str, absent: Iterable[str]) -> dict[str, dict[str, Index]]:

@@ -175,9 +175,10 @@ def placed(model: Any, device_map: Any, dtype: Any, placement: Placement | None 
     if device_map is None:
         return model
     device, places = (placement.device, placement.places) if placement is not None else devices_of(device_map)
-    require_names(device_map if isinstance(device_map, Mapping) else {}, model)
+    if isinstance(device_map, Mapping):
+        require_names(device_map, model)
     if len({device, *places.values()}) > 1:
         dispatch_to_devices(model, places, device)
-    else:
+    elif any(tensor.device != device for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
         torch.nn.Module.to(model, device=device)
     return model

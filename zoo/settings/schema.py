@@ -6,7 +6,8 @@ from typing import Any
 
 from zoo.moved import attributes_of
 from zoo.registry import MANY, ZooError, unknown
-from zoo.registry.table import SLOT_KINDS, converted, group_of
+from zoo.registry.conversion import converted
+from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings.stage import Stage
 
 CONFIG_NAME = "zoo"

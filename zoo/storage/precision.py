@@ -94,6 +94,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, only: Collection[str] 
         dtype: of floating point parameters.
         only: state-dict names of the parameters to cast; None: all.
     """
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        return
     named = model.state_dict(keep_vars=True)
     chosen = ids_of(named.values() if only is None else (named[name] for name in only))
     model._apply(

@@ -1,0 +1,144 @@
+"""Plain values, converted to the types of a dataclass's fields as OmegaConf converts them.
+
+OmegaConf takes milliseconds for a node, and loading a model asks some twenty times. Values that have exactly the types
+of their fields are taken as they are; what OmegaConf makes of others is cached by content.
+"""
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields, is_dataclass
+from functools import lru_cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from zoo.registry.errors import ZooError
+
+_SCALARS = (str, int, float, bool, type(None))
+_converted: dict[tuple[type, str], dict[str, Any]] = {}  # schema, plain values as text -> values of the right types
+
+
+def converted(schema: type, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass as OmegaConf converts plain values to their types, as plain values again.
+
+    Raises:
+        ZooError: a required value is missing.
+        OmegaConfBaseException: a field does not exist, or a value does not have its type.
+    """
+    if (found := exact(schema, plain)) is not None:
+        return _copied(found)
+    key = (schema, repr(plain)) if _is_plain(plain) else None
+    if key is None or key not in _converted:
+        found = _by_omegaconf(schema, plain)
+        if key is None:
+            return found
+        if len(_converted) >= 1024:  # a sweep must not fill memory; models of one process have a few dozen nodes
+            _converted.clear()
+        _converted[key] = found
+    return _copied(_converted[key])
+
+
+def made(schema: type, plain: Mapping[str, Any]) -> Any:
+    """Return the dataclass of plain values. Never cached: `__post_init__` may check files or versions that change.
+
+    Raises: as `converted`; and what the dataclass itself raises.
+    """
+    from omegaconf import OmegaConf
+
+    values = converted(schema, plain)
+    if _is_plain(values) and not _nested(schema) and all(f.init for f in fields(schema)):
+        return schema(**values)
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+
+
+def exact(schema: type, plain: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the fields where all values, given or default, have exactly their types; None where there is work to do.
+
+    A number to be made of a text, an interpolation, a missing value, a mapping that is merged with its default: that is
+    OmegaConf's.
+    """
+    hints = _hints(schema)
+    if type(plain) is not dict or not plain.keys() <= hints.keys():
+        return None
+    found: dict[str, Any] = {}
+    for f in fields(schema):
+        value = default = _default(f)
+        if f.name in plain:
+            value = plain[f.name]
+            if default and type(default) is dict:
+                return None
+        if (default is NO_DEFAULT and f.name not in plain) or not _is_exactly(value, hints[f.name]):
+            return None
+        found[f.name] = value
+    return found
+
+
+def _by_omegaconf(schema: type, plain: Mapping[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+
+    merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+    missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]
+    if missing:
+        raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
+    return OmegaConf.to_container(merged, resolve=True)
+
+
+def _default(f: Field) -> Any:
+    return f.default_factory() if f.default_factory is not NO_DEFAULT else f.default
+
+
+def _is_exactly(value: Any, hint: Any) -> bool:
+    """Whether OmegaConf leaves a value of a field of this type alone."""
+    if hint is Any:
+        return _is_plain(value) and _is_final(value)
+    if hint in _SCALARS or hint is None:
+        return type(value) is (type(None) if hint is None else hint) and _is_final(value)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_is_exactly(value, one) for one in inner)
+    if origin is list:
+        return type(value) is list and all(_is_exactly(item, inner[0]) for item in value)
+    if origin is dict and inner[0] is str:
+        return type(value) is dict and all(
+            type(key) is str and _is_exactly(item, inner[1]) for key, item in value.items()
+        )
+    return False
+
+
+def _is_final(value: Any) -> bool:
+    """Whether no text in a value means something else: an interpolation, or a value that is missing."""
+    if type(value) is dict:
+        return all(map(_is_final, value.values()))
+    if type(value) is list:
+        return all(map(_is_final, value))
+    return type(value) is not str or ("${" not in value and value != "???")
+
+
+@lru_cache(maxsize=512)
+def _hints(schema: type) -> dict[str, Any]:
+    names = {f.name for f in fields(schema)}
+    return {name: hint for name, hint in get_type_hints(schema).items() if name in names}
+
+
+@lru_cache(maxsize=512)
+def _nested(schema: type) -> bool:
+    """Whether a field of a dataclass, or what it holds, is a dataclass itself."""
+    rest: list[Any] = list(get_type_hints(schema).values())
+    while rest:
+        hint = rest.pop()
+        if isinstance(hint, type) and is_dataclass(hint):
+            return True
+        rest += get_args(hint)
+    return False
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of dicts with text keys, lists and scalars, so that equal `repr`s mean equal values."""
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if type(value) is list else type(value) in _SCALARS
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
