@@ -333,3 +333,36 @@ def test_what_cannot_be_kept_is_refused_or_is_dense(make_model):
     assert made(make_model, family="bloom", positions="auto", attention="eager")[0].config.positions == "dense"
     with pytest.raises(ZooError, match="positions"):
         made(make_model, positions="kep")
+
+
+# ---- lengths -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_too_long_counts_the_places_of_images(make_model, tmp_path):
+    """GPT-2 has a table of positions: one more than it has would be an index out of range."""
+    from zoo.evaluation.predict import Question, answer
+    from zoo.registry import Dialog, LengthError, RecordError
+    from zoo.runs.lengths import length_of, require_room, shorten
+
+    model, processor = made(make_model, family="gpt2")
+    s = sample((QUESTIONS[0], "yes"), images=2)
+    row = processor.encode(s)
+    assert row.gap == 2 * (16 - model.num_image_tokens) and length_of(row) == len(row) + row.gap
+    prompt = processor.encode_prompt(s, s.dialogs[0])
+    assert prompt.gap == row.gap
+    with pytest.raises(LengthError):
+        require_room(row, length_of(row) - 1)
+    cut = shorten(row, length_of(row) - 1, (processor.image_token_id,))
+    assert len(cut) == len(row) - 1
+    own = made(make_model, family="gpt2", positions="dense")[1]
+    assert own.encode(s).gap == 0 and "unpruned" not in own.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert type(processor).from_pretrained(tmp_path).encode(s).gap == row.gap
+    model.generation_config.eos_token_id = None
+    limit = length_of(prompt) + 3
+    model.llm.max_positions = limit  # of the 256 that it has
+    asked = [Question(s, Dialog(s.dialogs[0].messages), "generate", 50)]
+    list(answer(model, processor, asked, batch_size=1))
+    model.llm.max_positions = length_of(prompt)
+    with pytest.raises(RecordError, match=r"tokens on .* positions, and the LLM has"):
+        list(answer(model, processor, asked, batch_size=1))

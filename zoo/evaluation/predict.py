@@ -175,8 +175,10 @@ def _options(model: Any, processor: Any, q: Question, pictures: _Pictures) -> li
     rows = []
     for option in q.dialog.choices:
         answered = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
-        ids, last = processor.tokenize_dialog(answered, q.sample.id, pictures.show(q.sample), only_last=True)
-        rows.append((option, require_room(EncodedSample(ids, last, []), model.llm.max_positions)))
+        shown = pictures.show(q.sample)
+        ids, last = processor.tokenize_dialog(answered, q.sample.id, shown, only_last=True)
+        row = EncodedSample(ids, last, [], gap=processor.gap_of(ids, shown))
+        rows.append((option, require_room(row, model.llm.max_positions)))
     return rows
 
 

@@ -199,6 +199,7 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
         num_image_tokens=model.num_image_tokens,
         image_separator=image_separator(known),
         layout=layout_for(model),
+        unpruned=unpruned_for(model),
         **stated,
     )
 
@@ -208,6 +209,15 @@ def layout_for(model: ZooModel) -> dict[str, Any] | None:
     if model.layout is None:
         return None
     return {**(model.config.slots or {})["layout"], "given": dict(model.layout.given)}
+
+
+def unpruned_for(model: ZooModel) -> dict[str, Any] | None:
+    """What the processor needs to count the positions of images whose tokens keep their places; None: their tokens."""
+    if (unpruned := model.unpruned) is None:
+        return None
+    whole, slots = unpruned.whole, model.config.slots or {}
+    layout = None if whole is None else {**slots["layout"], "given": dict(whole.given)}
+    return {"num_image_tokens": unpruned.row_tokens, "layout": layout}
 
 
 def published_options(folder: Path, tokenizer: Any) -> dict[str, Any]:

@@ -17,9 +17,7 @@ from zoo.text.batch import EncodedSample
 
 def length_of(row: EncodedSample) -> int:
     """Return the number of positions of a row: the tokens, images included, of its longest dialog."""
-    if row.positions is None:
-        return len(row)
-    return int(row.positions.max(initial=-1)) + 1
+    return row.gap + (len(row) if row.positions is None else int(row.positions.max(initial=-1)) + 1)
 
 
 def require_room(row: EncodedSample, limit: int | None, what: str = "the LLM's positions") -> EncodedSample:
@@ -41,11 +39,12 @@ def room_for_answer(prompt: EncodedSample, limit: int | None) -> int:
     """
     if limit is None:
         return 1 << 30
-    if len(prompt) >= limit:
+    if (length := length_of(prompt)) >= limit:
+        on = f" on {length} positions" if prompt.gap else ""
         raise LengthError(
-            f"the question has {len(prompt)} tokens, and the LLM has {limit} positions: no room for an answer."
+            f"the question has {len(prompt)} tokens{on}, and the LLM has {limit} positions: no room for an answer."
         )
-    return limit - len(prompt)
+    return limit - length
 
 
 def shorten(row: EncodedSample, limit: int, images: Sequence[int], what: str = "the LLM's positions") -> EncodedSample:
@@ -64,7 +63,7 @@ def shorten(row: EncodedSample, limit: int, images: Sequence[int], what: str = "
     if length <= limit:
         return row
     positions = np.arange(len(row)) if row.positions is None else row.positions
-    kept = positions < limit  # (T,)
+    kept = positions < limit - row.gap  # (T,)
     if np.isin(row.input_ids[~kept], images).any():
         raise LengthError(f"{_too_long(length, limit, what)} Image tokens come after that, which are never cut.")
     learnt = kept & (row.labels != IGNORE_INDEX)

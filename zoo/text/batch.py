@@ -32,6 +32,7 @@ class EncodedSample:
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # dense targets, one row per image
     ids: list[str] = field(default_factory=list)  # of its samples
     pairs: np.ndarray | None = None  # (T,) int64, see `TokenizedDialog`; numbered within the row
+    gap: int = 0  # positions that its images take beyond their tokens, see `zoo.composed.positions`
     twin: "EncodedSample | None" = None  # the same row as encoded by a teacher's processor
 
     def __len__(self) -> int:

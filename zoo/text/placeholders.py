@@ -20,6 +20,8 @@ class PlaceholdersMixin:
     video_token: str | None
     video_token_id: int
     spells: bool
+    unpruned: dict[str, Any] | None
+    _whole: Any  # the layout without pruners
     _images: dict[Cut, np.ndarray]  # token ids by the cut of an image
 
     def _instead(self, picture: Any, mark: str) -> str:
@@ -62,6 +64,21 @@ class PlaceholdersMixin:
             pieces += [values[at:place], np.full_like(shown, IGNORE_INDEX) if learnt else shown]
             at = place + 1
         return np.concatenate([*pieces, values[at:]]).astype(np.int64)
+
+    def gap_of(self, ids: np.ndarray, pictures: Sequence[Any]) -> int:
+        """Count the positions that the images of a row take beyond their tokens, where these keep their places.
+
+        Args:
+            ids: (T,), image tokens expanded.
+            pictures: the images, where a layout makes them unlike long.
+        """
+        if self.unpruned is None:
+            return 0
+        if self.layout is None:
+            images = int((ids == self.image_token_id).sum()) // self.num_image_tokens
+            return images * (int(self.unpruned["num_image_tokens"]) - self.num_image_tokens)
+        cuts = (c for p in pictures for c in self._cuts_per_token(cut_of(p)))
+        return sum(max(0, self._whole.count(c) - self.layout.count(c)) for c in cuts)
 
     def _cuts_per_token(self, cut: Cut) -> list[Cut]:
         """Return a cut for each image token of an image or video: itself, or one per frame of a video in words."""

@@ -45,6 +45,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         layout: node of the model's layout, with its derived arguments under `given`; None: each image has
             `num_image_tokens`.
         end_tokens: further end tokens, stated by the model's checkpoint.
+        unpruned: `num_image_tokens` and `layout` as they would be without pruners, where image tokens keep their
+            positions; None: positions are those of the tokens.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         video_token: str | None = None,
         layout: Mapping[str, Any] | None = None,
         end_tokens: Sequence[str] | None = None,
+        unpruned: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(transform, Mapping):
@@ -86,6 +89,9 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         self._images: dict[Cut, np.ndarray] = {}
         self._separator = image_separator
         self.end_tokens = list(end_tokens or ())
+        self.unpruned = dict(unpruned) if unpruned else None
+        whole = (unpruned or {}).get("layout")
+        self._whole: Any = build_layout(whole) if whole else None
         self._made: tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]] | None = None
         self._chat_now()
 
@@ -166,6 +172,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
             "image_token": self.image_token,
             **({"layout": self.layout_node} if self.layout_node else {}),
             **({"end_tokens": self.end_tokens} if self.end_tokens else {}),
+            **({"unpruned": self.unpruned} if self.unpruned else {}),
         }
 
     # ---- for training and evaluation: samples ------------------------------------------------------------------
@@ -191,6 +198,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
             "targets": sample.targets,
             "ids": [sample.id],
         }
+        common["gap"] = self.gap_of(dialogs[0].input_ids, pixels) if dialogs else 0
         if len(dialogs) == 1:
             return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, pairs=dialogs[0].pairs, **common)
         row: dict[str, Any] = dict(share_prefix(dialogs, sample.id))
@@ -250,7 +258,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         pixels = self._images_of(sample) if pixel_values is None else pixel_values
         tokens = self._chat.prompt(self._plain_messages(messages, pixels), sample.id)
         ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
-        return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int64), pixels, ids=[sample.id])
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
+        return EncodedSample(ids, labels, pixels, ids=[sample.id], gap=self.gap_of(ids, pixels))
 
     def collate(
         self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1
