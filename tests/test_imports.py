@@ -160,9 +160,29 @@ def test_old_names_of_modules_give_those_of_today():
 import importlib, warnings
 warnings.simplefilter("error", DeprecationWarning)
 import zoo
-from zoo.loading import load
-from zoo.train import Run
-from zoo.vision.images import open_image
+import zoo.train, zoo.fusion.llm, zoo.vision.images
+from zoo.loading import build
+from zoo.cli import entry
+from zoo.fusion.llm import attention, decoder, hf
+from zoo.vision.images import decode, transform, video
+from zoo.fusion.attach import refer
+for package, name, today in (
+    ("zoo.loading", "load", "zoo.loading.build"),
+    ("zoo.train", "Run", "zoo.training.loop"),
+    ("zoo.cli", "main", "zoo.cli.entry"),
+    ("zoo.fusion.llm", "HFLanguageModel", "zoo.fusion.llm.hf"),
+    ("zoo.vision.images", "open_image", "zoo.vision.images.decode"),
+):
+    try:
+        exec(f"from {package} import {name}")
+    except DeprecationWarning as warning:
+        assert str(warning) == f"{name} is now in {today}.", warning
+    else:
+        raise AssertionError(package)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        exec(f"from {package} import {name} as found")
+        assert found is getattr(importlib.import_module(today), name) and given[0].filename == "<string>"
 try:
     import zoo.stage
 except DeprecationWarning as warning:

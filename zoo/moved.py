@@ -95,12 +95,17 @@ class _Alias(Loader):
 
 
 def attributes_of(module: str) -> Callable[[str], Any]:
-    """Give the `__getattr__` of a package that has the name of a module of before: what it held is in `module`."""
+    """Return the `__getattr__` of a package with the name of an earlier module, whose contents are in `module` now.
+
+    Like an import by an old name, it gives a DeprecationWarning.
+    """
 
     def find(name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name == module.rpartition(".")[2]:  # the last: an import of the module itself
             raise AttributeError(name)
-        return getattr(import_module(module), name)
+        found = getattr(import_module(module), name)
+        warnings.warn(f"{name} is now in {module}.", DeprecationWarning, stacklevel=2)
+        return found
 
     return find
 
