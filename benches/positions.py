@@ -23,6 +23,8 @@ MODELS = (
 # What pruners need that score by [CLS], which no shipped encoder has; and what asks about the layers of the LLM.
 GIVEN = {
     "fastervlm": ["score=column_mean"],
+    "holov": ["score=column_mean"],
+    "vispruner": ["score=column_mean"],
     "visionzip": ["score=column_mean"],
     "aim": ["prune=false"],
 }

@@ -15,8 +15,9 @@ the factor 1000. By default (`spread=image`) V and the mean beside it are means 
 Their crops are runs of tokens, 1.5 lines of 24 (`shape=run`), ours windows as square as the grid allows. What a full
 crop cannot take goes to the others, one each in the order of c, round by round; their code appends rows of zeros, which
 the LLM would read as tokens. Where their code appends none, `spread=crop shape=run` keeps its set. Its order, by a
-within a crop, is not offered: indices that `take` gets ascend. Shares are computed in float64, and equal scores are
-decided in favour of the first token. We drop before the projector, which changes nothing where variety cancels.
+within a crop, is not offered: indices that `take` gets ascend. Their code counts positions in the LLM over what is
+left, which is `positions=dense` of a model. Shares are computed in float64, and equal scores are decided in favour of
+the first token. We drop before the projector, which changes nothing where variety cancels.
 Encoders without [CLS]: `score`, as in FasterVLM. The paper's second half, refetching what was pruned, is not released.
 """
 
