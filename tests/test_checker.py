@@ -180,7 +180,7 @@ def plan_with(changes: dict) -> Plan:
 
 @pytest.mark.parametrize(("changes", "reason"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
 def test_what_does_not_fit_is_refused_with_its_reason(changes, reason, monkeypatch):
-    walk, walked = checker._walk, []
+    walk, walked = checker._report_of, []
 
     def first(plan):
         walked.append(plan)
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(changes, reason, monkeypat
             raise ZooError("whether a fix fits is what the next test asks")
         return walk(plan)
 
-    monkeypatch.setattr(checker, "_walk", first)
+    monkeypatch.setattr(checker, "_report_of", first)
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(ZooError, match=f"(?s){reason}") as refusal:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FINISHED = (
-    *("fusion", "vision", "distill", "registry", "zoo/composed"),
+    *("fusion", "vision", "distill", "registry", "zoo/composed", "zoo/checking"),
     *("zoo/text", "zoo/storage", "zoo/published", "zoo/data", "zoo/tasks"),
     *("zoo/teaching", "zoo/training", "zoo/evaluation", "zoo/inspection", "zoo/runs", "zoo/cli"),
 )

@@ -115,7 +115,7 @@ HALF = {"pruner": {"random": {"name": "random", "keep_ratio": 0.5}}}
     [
         ({"layout": TILES}, {}, "layout is TilesConfig.* the teacher's none"),
         ({"pruner": {"pool": {}}}, {}, "'pool' makes new tokens"),
-        (HALF, HALF, r"has pruners \[random\], and a store knows image tokens by their place"),  # live it may
+        (HALF, HALF, r"has pruners \[random\], and a store has image tokens by their position"),  # live it may
     ],
     ids=["tiles", "pool", "both drop"],
 )

@@ -1,7 +1,7 @@
-"""The check before anything is loaded: walk the composition on the meta device, and refuse what does not fit.
+"""The check before anything is loaded: build the composition on the meta device, and refuse what does not fit.
 
-A refusal says which part, why, what is there instead, and up to three changes that do fit: each of them was tried by
-this very check. The same check runs inside `zoo train` and `zoo.load`, before a weight is read.
+A refusal names the part, the reason, what is there instead, and up to three changes that do fit: each of them passed
+this check. `zoo train` and `zoo.load` run the same check before a weight is read.
 """
 
 import re
@@ -28,13 +28,13 @@ from zoo.text.sizes import size_text
 from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
 _MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
+_SECONDS = 8.0  # of computing after which it gives up, too
 _MOST_BYTES = 64e12  # of weights; above it a size is mistyped
-_SECONDS = 8.0  # and how long it may compute
 
 
 @dataclass
-class Row:
-    """A part in the walk, and what leaves it."""
+class PartSummary:
+    """A part with the shape of its output, its capabilities and its size."""
 
     kind: str
     name: str
@@ -50,17 +50,17 @@ class Row:
 
 
 @dataclass
-class Walk:
-    """The result of a check that found nothing wrong."""
+class CheckReport:
+    """The report of a check that found nothing wrong."""
 
-    rows: list[Row]
+    rows: list[PartSummary]
     num_image_tokens: int
     memory: int  # bytes, inference with one image and the KV cache of a full prompt
     stages: list[Stagecheck] = field(default_factory=list)
     seconds: float = 0.0
-    places: int = 0  # positions that an image stands on, where they are kept; 0: as many as it has tokens
-    notes: list[str] = field(default_factory=list)  # what fits, and may not be what a person expects
-    parts: Parts | None = None  # that were walked, on the meta device
+    places: int = 0  # positions that an image takes, where they are kept; 0: as many as it has tokens
+    notes: list[str] = field(default_factory=list)  # what fits, and may surprise
+    parts: Parts | None = None  # on the meta device
 
 
 class RefusedError(ZooError):
@@ -73,17 +73,17 @@ class RefusedError(ZooError):
 
 
 def for_a_shell(override: str) -> str:
-    """Quote an override that a shell would take apart; brackets alone stay as the docs have them."""
+    """Quote an override that a shell would split or expand; brackets alone stay unquoted, as in the docs."""
     return shlex.quote(override) if re.search(r"[^\w@%+=:,./\[\]-]", override) else override
 
 
-def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
-    """Walk a composition without reading a weight.
+def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> CheckReport:
+    """Check a composition without reading a weight.
 
     Args:
-        plan: what to check, or the name of a model as `zoo.load` takes it.
+        plan: what to check, or the name of a model as for `zoo.load`.
         overrides: with a name, further options such as `pruner=random`.
-        fixes: how many to look for where something does not fit; the search takes longer than the check.
+        fixes: how many to search for where something does not fit; the search takes longer than the check.
 
     Raises:
         RefusedError: something does not fit; the message has the reason and fixes that were tried.
@@ -93,16 +93,16 @@ def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> Walk:
     start = time.perf_counter()
     with _quiet():
         try:
-            walk = _walk(plan)
+            report = _report_of(plan)
         except ZooError as error:
             raise RefusedError(str(error), list(_fixes(plan, fixes))) from error
-    walk.seconds = time.perf_counter() - start
-    return walk
+    report.seconds = time.perf_counter() - start
+    return report
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what transformers warns of for the model that is really built."""
+    """Suppress warnings of transformers, which come again when the model is built with weights."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -113,7 +113,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _walk(plan: Plan) -> Walk:
+def _report_of(plan: Plan) -> CheckReport:
     _check_machine(plan)
     vocab_size = _check_tokenizer(plan)
     with torch.device("meta"):
@@ -129,10 +129,10 @@ def _walk(plan: Plan) -> Walk:
     from zoo.model_config import ZooConfig
 
     require_kernel(plan.attention, parts.llm.lm, _device_of(plan))
-    attention = "auto" if plan.attention.startswith("flash") else plan.attention  # which run on no meta device
+    attention = "auto" if plan.attention.startswith("flash") else plan.attention  # flash kernels refuse meta tensors
     with torch.device("meta"):
         model = ZooModel(ZooConfig(slots=dict(plan.slots), positions=plan.positions, attention=attention), parts=parts)
-    rows = [_row(step, parts, model) for step in parts.steps]
+    rows = [_summary(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
     if weights > _MOST_BYTES:
         largest = max(rows, key=lambda row: row.bytes)
@@ -140,26 +140,26 @@ def _walk(plan: Plan) -> Walk:
             f"{largest.kind} {largest.name!r} has {size_text(largest.parameters)} parameters, "
             f"{size_text(largest.bytes)}B: more than any machine holds. One of its sizes is wrong."
         )
-    walk = Walk(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
-    walk.parts = parts
-    walk.notes = [note for adapter in parts.adapter.values() for note in adapter.notes]
+    report = CheckReport(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
+    report.parts = parts
+    report.notes = [note for adapter in parts.adapter.values() for note in adapter.notes]
     for name, stage in plan.stages.items():
-        walk.stages.append(check_stage(name, stage, model, plan, weights))
-    walk.places = model.unpruned.longest if model.unpruned is not None else 0
-    walk.notes += filter(None, [model.decided.why])
-    walk.notes += _untrained(plan, walk.stages)
-    return walk
+        report.stages.append(check_stage(name, stage, model, plan, weights))
+    report.places = model.unpruned.longest if model.unpruned is not None else 0
+    report.notes += filter(None, [model.decided.why])
+    report.notes += _untrained(plan, report.stages)
+    return report
 
 
 def _untrained(plan: Plan, stages: list[Stagecheck]) -> Iterator[str]:
-    """Say that the encoder has random weights, where a person may not know and nothing is to change it."""
+    """Note that the encoder has random weights, where that may be a mistake and no stage trains it."""
     node = plan.slots.get("vision")
     if not node or node.get("checkpoint") or plan.trained or any("vision" in s.trainable for s in stages):
         return
     if "checkpoint" not in {option.name for option in registry.get("vision", node["name"]).options}:
         return
     if not stages and not node.get("model") and not plan.slots["llm"].get("checkpoint"):
-        return  # all is random here, and meant to be
+        return  # everything is random, so it is intended: a test, or a model to look at
     named = f" ({node['model']})" if node.get("model") else ""
     source = "pretrained" if node["name"] == "timm" and named else "<name>"
     trains = ", and no stage trains it" if stages else ""
@@ -194,7 +194,7 @@ def _device_of(plan: Plan) -> str:
 
 
 def _check_tokenizer(plan: Plan) -> int | None:
-    """Refuse a tokenizer that lacks what answers need; returns how many ids it has, if that is known."""
+    """Refuse a tokenizer without the tokens of its template; returns its number of ids, if known."""
     if plan.template and plan.template not in CHAT_TEMPLATES:
         raise registry.unknown("chat template", plan.template, CHAT_TEMPLATES)
     if plan.tokenizer is not None:
@@ -213,10 +213,10 @@ def _check_positions(parts: Parts) -> None:
         )
 
 
-def _row(step: Any, parts: Parts, model: Any) -> Row:
+def _summary(step: Any, parts: Parts, model: Any) -> PartSummary:
     key = step.kind if step.kind in registry.SINGLE_SLOTS else f"{step.kind}.{step.name}"
     own = [p for n, p in model.named_parameters() if model.part_of(n) == key]
-    return Row(
+    return PartSummary(
         step.kind,
         step.name,
         step.tokens,
@@ -244,22 +244,22 @@ def _cache_bytes(parts: Parts, tokens: int) -> int:
 
 
 def _fixes(plan: Plan, most: int) -> Iterator[str]:
-    """Yield overrides that make the plan fit, smallest change first; each was walked."""
-    found, start = 0, time.thread_time()
+    """Yield overrides that make the plan fit, smallest change first; each was checked."""
+    found, start = 0, time.thread_time()  # of this thread: time that other processes take must not change the answer
     for tries, (override, candidate) in enumerate(candidates(plan)):
         if found == most or tries >= _MOST_TRIES or time.thread_time() - start > _SECONDS:
             return
         try:
-            _walk(candidate)
-            _walk_as_typed(plan, candidate, override)
-        except Exception:  # a candidate may fail in any way; it is then no fix
+            _report_of(candidate)
+            _check_as_typed(plan, candidate, override)
+        except Exception:  # of any kind: the candidate is then not a fix
             continue
         yield override
         found += 1
 
 
-def _walk_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
-    """Check the words that a person typed with a fix behind them, and their data, where the plan comes from words."""
+def _check_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
+    """Check the user's words with a fix appended, and their data, where the plan comes from a command line."""
     if plan.typed is None:
         return
     from zoo.checking.data_check import check_data
@@ -269,15 +269,15 @@ def _walk_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
         name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")
     }
     as_before: dict[str, Any] = {"splits": candidate.splits, "origin": candidate.origin, "trained": candidate.trained}
-    walk = _walk(replace(plan_from(cfg), **tokens, **as_before))
-    check_data(cfg, walk.stages)
+    report = _report_of(replace(plan_from(cfg), **tokens, **as_before))
+    check_data(cfg, report.stages)
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
 
 
-def show(walk: Walk, title: str = "") -> None:
-    """Print the walk as a table."""
+def show(report: CheckReport, title: str = "") -> None:
+    """Print a report as a table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -287,7 +287,7 @@ def show(walk: Walk, title: str = "") -> None:
     for column in ("tokens", "grid", "width", "params", "memory"):
         table.add_column(column, justify="right")
     table.add_column("capabilities", overflow="fold")
-    for r in walk.rows:
+    for r in report.rows:
         grid = f"{r.grid[0]}x{r.grid[1]}" if r.grid else "-"
         words = (("needs", r.needs), ("gives", r.provides), ("destroys", r.destroys))
         what = "; ".join(f"{word} {', '.join(sorted(some))}" for word, some in words if some)
@@ -295,17 +295,17 @@ def show(walk: Walk, title: str = "") -> None:
         table.add_row(cell(f"{r.kind} {r.name}"), str(r.tokens), grid, str(r.width), *sizes, cell(what or "-"))
     console = Console()
     console.print(table)
-    total = sum(r.parameters for r in walk.rows)
-    on = f", on {walk.places} positions (kept)" if walk.places else ""
+    total = sum(r.parameters for r in report.rows)
+    on = f", on {report.places} positions (kept)" if report.places else ""
     console.print(
-        f"{walk.num_image_tokens} image tokens = placeholders per image{on}; {size_text(total)} parameters; "
-        f"inference takes about {size_text(walk.memory)}B; checked in {walk.seconds:.1f} s",
+        f"{report.num_image_tokens} image tokens = placeholders per image{on}; {size_text(total)} parameters; "
+        f"inference takes about {size_text(report.memory)}B; checked in {report.seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )
-    for stage in walk.stages:
+    for stage in report.stages:
         parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
         line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    for note in walk.notes:
+    for note in report.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)

@@ -1,10 +1,10 @@
-"""Whether parts give as many tokens as they say, tried on two unlike images before a weight is read.
+"""Whether parts return as many tokens as their `num_tokens`, tried on two different images before a weight is read.
 
-The processor writes as many placeholders as the parts' `num_tokens` say; a part that contradicts itself would be found
-out by the first batch. Encoders, projectors and language models run on the meta device, where they have no weights to
-read; towers of `zoo.vision` and language models that have a checkpoint are left out, since their sizes were run before.
-Pruners look at what an image shows, so they run on made-up features: an even image, and one in which no two patches are
-alike. A part that cannot be run so is left to the first batch.
+The processor writes `num_tokens` placeholders; without this check a part that returns another number would fail at the
+first batch. Encoders, projectors and language models run on the meta device, without weights; towers of `zoo.vision`
+and language models with a checkpoint are skipped, since their sizes are known to work. What pruners keep depends on the
+image, so they run on synthetic features: of a uniform image, and of one whose patches are all different. A part that
+cannot be run so is left to the first batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,20 +21,20 @@ from zoo.registry import Cut, Encoder, ImageFeatures, Layout, ZooError
 from zoo.vision.encoders.base import Tower
 
 _SMALL = 20_000_000  # parameters of a part that is built in full where it does not run on the meta device
-_HEADS, _KEY = 2, 8  # of the keys that features come with
+_HEADS, _KEY = 2, 8  # sizes of the synthetic keys
 
 
 def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
-    """Run encoder, pruners, projector and layout, and compare the tokens that come out with those announced.
+    """Run encoder, pruners, projector and layout, and compare their outputs with the declared counts.
 
     Args:
-        parts: on the meta device, as `zoo.composed.assembly.assemble` gives them.
-        slots: that they were made of.
+        parts: on the meta device, from `zoo.composed.assembly.assemble`.
+        slots: that they were built from.
 
     Raises:
-        ZooError: a part gives other counts, widths or grids than it says; the message names it.
+        ZooError: a part returns other counts, widths or grids than it declares; the message names it.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a check must not move the seed of a run
         torch.manual_seed(0)
         if not slots["llm"].get("checkpoint"):
             _check_llm(slots["llm"], parts.llm)
@@ -47,7 +47,7 @@ def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             after = _check_pruner(name, pruner, {**slots["pruner"][name], "name": name}, images, given, parts)
             if after is None:
-                return  # what follows would be given what nobody knows
+                return  # the input of later parts is not known
             images = after
         if parts.projector is not None:
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
@@ -61,7 +61,7 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
     name, size = f"vision {node['name']!r}", vision.transform.size
     pixels = torch.stack([torch.zeros(3, *size), torch.rand(3, *size)])  # (2, 3, S, S)
     alone: Any = vision
-    if isinstance(vision, Tower):  # blocks are alike, and what an image shows does not matter
+    if isinstance(vision, Tower):  # one block and one image show the shapes: all blocks have them
         if node.get("checkpoint") or node.get("model"):
             return
         node, pixels = {**node, "depth": min(1, node.get("depth", 1)), "layer": -1}, pixels[:1]
@@ -76,14 +76,14 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
     for image in found or ():
         _compare(name, image.tokens, vision.num_tokens, vision.hidden_size, "num_tokens")
         if image.grid is not None and tuple(image.grid) != tuple(vision.grid):
-            raise ZooError(f"{name} says grid {list(vision.grid)}, and gives tokens on {list(image.grid)}.")
+            raise ZooError(f"{name} declares grid {list(vision.grid)}, and returns tokens on {list(image.grid)}.")
 
 
 def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
-    """Run a language model of given sizes on a few embeddings: rotary positions want even heads, for one.
+    """Run a language model of given sizes on a few embeddings: rotary positions need an even head size, for example.
 
-    One of its layers shows that, two where the second is of another kind; all of them run where those do not, as in
-    families whose later layers differ.
+    One layer suffices, two where the second is of another kind; all of them run where those fail, as in families whose
+    later layers differ.
     """
     name = f"llm {node['name']!r}" + (f" of type {node['model_type']!r}" if node.get("model_type") else "")
 
@@ -91,7 +91,7 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
         part.eval()
         embeds = torch.zeros(1, 4, llm.hidden_size, device=device)
         places = torch.arange(4, device=device)[None]
-        # On the meta device transformers cannot look for packed sequences in the positions; beside a mask it does not.
+        # transformers searches positions for packed sequences, which needs data, unless a mask is given.
         mask = {"attention_mask": torch.zeros(1, 1, 4, 4, device=device)} if device == "meta" else {}
         return part.hidden(inputs_embeds=embeds, position_ids=places, **mask).last_hidden_state
 
@@ -100,7 +100,7 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
         made = partial(registry.build, "llm", {**node, "num_layers": layers}, vocab_size=llm.vocab_size)
         try:
             with torch.device("meta"):
-                alone = made()  # the one of the parts has adapters, which wait for images
+                alone = made()  # anew: `llm` has adapters attached, which need images
             _tried(run, alone, made, name, node)
         except ZooError:
             if layers == llm.num_layers:
@@ -112,7 +112,7 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
 def _begins_alike(llm: Any) -> bool:
     """Whether the first two layers compute the same with other weights: equal classes, sizes and plain attributes."""
 
-    def said(layer: nn.Module) -> list[Any]:
+    def described(layer: nn.Module) -> list[Any]:
         return [
             (
                 path,
@@ -127,7 +127,7 @@ def _begins_alike(llm: Any) -> bool:
         first, second = llm.layers[:2]
     except ZooError:  # its layers are not one list
         return False
-    return said(first) == said(second)
+    return described(first) == described(second)
 
 
 def _is_simple(value: Any) -> bool:
@@ -137,7 +137,7 @@ def _is_simple(value: Any) -> bool:
 
 
 def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFeatures:
-    """Features as the encoder would give them: of an image that is the same everywhere, or nowhere."""
+    """Make synthetic features of the encoder's sizes: `even`, with all patches equal, or else all different."""
     n, d = vision.num_tokens, vision.hidden_size
 
     def made(*shape: int) -> Tensor:
@@ -159,7 +159,7 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
 def _check_pruner(
     key: str, pruner: Any, node: Mapping[str, Any], images: list[ImageFeatures], given: dict[str, Any], parts: Parts
 ) -> list[ImageFeatures] | None:
-    """Run a pruner on each image by itself; returns what it leaves of them, None where it cannot be run here."""
+    """Run a pruner on each image by itself; returns the features kept, None where it cannot be run here."""
     name, n = f"pruner {key!r}", images[0].tokens.shape[1]
     step = next(s for s in parts.steps if s.kind == "pruner" and s.name == key)
 
@@ -180,14 +180,14 @@ def _check_pruner(
     counts = [image.tokens.shape[1] for image in found or ()]
     if len(set(counts)) > 1:
         raise ZooError(
-            f"{name} leaves {counts[0]} tokens of one image and {counts[1]} of another, of {n} each; every image has "
-            f"the same number of placeholders, and its num_tokens({n}) says {step.tokens}."
+            f"{name} keeps {counts[0]} tokens of one image and {counts[1]} of another, of {n} each; every image has "
+            f"the same number of placeholders, and its num_tokens({n}) is {step.tokens}."
         )
     for image in found or ():
         _compare(name, image.tokens, step.tokens, step.width, f"num_tokens({n})")
         if step.grid is not None and (image.grid is None or tuple(image.grid) != tuple(step.grid)):
-            left = "no grid" if image.grid is None else f"a grid {list(image.grid)}"
-            raise ZooError(f"{name} leaves {left}, and does not say that it destroys the grid {list(step.grid)}.")
+            kept = "no grid" if image.grid is None else f"a grid {list(image.grid)}"
+            raise ZooError(f"{name} returns {kept}, and does not declare that it destroys the grid {list(step.grid)}.")
     return found
 
 
@@ -208,7 +208,7 @@ def _check_projector(parts: Parts, node: Mapping[str, Any], images: list[ImageFe
 
 
 def _check_layout(layout: Layout, size: tuple[int, int], node: Mapping[str, Any]) -> None:
-    """Lay out two images of one row each, and compare with what `count` says of them."""
+    """Lay out two images of one row each, and compare with `count`."""
     name = f"layout {node['name']!r}"
     rows = layout.given.get("num_tokens")
     if rows is None:
@@ -220,8 +220,8 @@ def _check_layout(layout: Layout, size: tuple[int, int], node: Mapping[str, Any]
 
     small = {"text_dim": _KEY, **layout.given}
     laid = _built(run, lambda: registry.build("layout", node, **small), name, layout)
-    if laid is not None and laid.shape[0] != (said := sum(layout.count(cut) for cut in cuts)):
-        raise ZooError(f"{name} gives {laid.shape[0]} tokens for two images, and its count says {said}.")
+    if laid is not None and laid.shape[0] != (count := sum(layout.count(cut) for cut in cuts)):
+        raise ZooError(f"{name} returns {laid.shape[0]} tokens for two images, and its count is {count}.")
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -230,15 +230,15 @@ def _check_layout(layout: Layout, size: tuple[int, int], node: Mapping[str, Any]
 def _tried(
     run: Callable[[Any, str], Any], part: Any, build: Callable[[], Any], name: str, node: Mapping[str, Any]
 ) -> Any:
-    """Run a part on the meta device; where it does not run there, run a small one that is built anew."""
+    """Run a part on the meta device; where that fails, build a small one and run it on the CPU."""
     try:
         return run(part, "meta")
-    except Exception:  # much can fail without data: what it is, shows where there is some
+    except Exception:  # much fails without data, `item()` say: on the CPU it is either right or a clear error
         return None if node.get("checkpoint") else _built(run, build, name, part)
 
 
 def _built(run: Callable[[Any, str], Any], build: Callable[[], Any], name: str, part: Any) -> Any:
-    """Build a small part with random weights and run it; None of a large one."""
+    """Build a part with random weights and run it; None for a large one, which would take seconds."""
     if sum(p.numel() for p in part.parameters()) > _SMALL:
         return None
     return _run(run, build(), name)
@@ -250,8 +250,8 @@ def _run(run: Callable[[Any, str], Any], part: Any, name: str) -> Any:
     except ZooError as error:
         raise ZooError(f"{name} does not run: {error}") from error
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise ZooError(f"{name} fails when it is run, with {type(error).__name__}: {said}") from error
+        reason = " ".join(str(error).split())
+        raise ZooError(f"{name} fails when it is run, with {type(error).__name__}: {reason}") from error
 
 
 def _on(image: ImageFeatures, device: str) -> ImageFeatures:
@@ -267,6 +267,6 @@ def _compare(name: str, tokens: Tensor, count: int, width: int, where: str) -> N
     if tokens.ndim != 3:
         raise ZooError(f"{name} gives tokens of the shape {list(tokens.shape)}, and has to give (M, K, {width}).")
     if tokens.shape[1] != count:
-        raise ZooError(f"{name} gives {tokens.shape[1]} tokens of an image, and its {where} says {count}.")
+        raise ZooError(f"{name} returns {tokens.shape[1]} tokens of an image, and its {where} is {count}.")
     if tokens.shape[2] != width:
-        raise ZooError(f"{name} gives tokens {tokens.shape[2]} wide, where {width} are expected.")
+        raise ZooError(f"{name} returns tokens of width {tokens.shape[2]}, where {width} is expected.")

@@ -1,4 +1,4 @@
-"""Whether the data of a run are there, and hold what the stages and tasks of the run ask for; no image is looked at."""
+"""Whether the data of a run exist and have what its stages and tasks need; images are not opened."""
 
 import math
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ from zoo.runs.data import RunData
 from zoo.runs.scored import require_dialogs
 from zoo.text.sizes import size_text
 
-_LARGE = 64 * 2**20  # bytes of a file that is not read through by a check that is to be quick
+_LARGE = 64 * 2**20  # bytes; a larger file is not read by the check, which is to be quick
 
 
 def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
-    """Open the data sets of a run, and look for dialogs that its tasks are for.
+    """Open the data sets of a run, and look for dialogs of its tasks.
 
     Args:
         cfg: of the run.
-        stages: what the check of its parts found of each.
+        stages: results of `zoo.checking.stage_check`.
 
     Returns:
-        What was not looked at, and why: large files, and what lies on the hub.
+        What was not opened, and why: large files, and data sets of the hub.
 
     Raises:
-        ZooError: a data set cannot be opened, or no dialog is for the tasks.
+        ZooError: a data set cannot be opened, or the tasks have no dialog.
     """
     notes, nodes = [], {}
     for name, node in cfg.data.items():
@@ -40,7 +40,7 @@ def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
     for stage in stages:
         mix = cfg.stages[stage.name].data
         for name, dataset in (data.all if mix else data.training).items():
-            if (not mix or mix.get(name)) and (stage.one_dialog or stage.needs):
+            if (not mix or mix.get(name)) and (stage.one_dialog or stage.needs):  # one sample shows its form
                 first = next(iter(dataset.stream(0, 0)), None) if dataset.is_stream else dataset.get(0)
                 if first is not None:
                     _check_sample(stage, str(name), first)
@@ -48,7 +48,7 @@ def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
 
 
 def _check_sample(stage: Stagecheck, name: str, sample: Sample) -> None:
-    """Refuse data whose first sample is none that the stage can learn from."""
+    """Refuse data whose first sample lacks what the stage needs."""
     where = f"Stage {stage.name!r}: "
     if stage.one_dialog and len(sample.dialogs) > 1:
         raise ZooError(
@@ -73,7 +73,7 @@ def _check_sample(stage: Stagecheck, name: str, sample: Sample) -> None:
 
 
 def _unread(node: Any) -> str:
-    """Why a data set is left alone; empty where it is not."""
+    """Return why a data set is not opened; empty where it is."""
     if node.get("name") == "hf" and not Path(str(node.get("path"))).expanduser().exists():
         return f"{node.get('path')} is not on this machine"
     texts = [str(value).replace("{split}", str(node.get("split", ""))) for value in node.values() if value]

@@ -1,4 +1,4 @@
-"""Changes of a composition that may make it fit, smallest first: what a refusal tries before it suggests."""
+"""Changes of a composition that may make it fit, smallest first: each is tried before a refusal suggests it."""
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
-    """Yield overrides as a user would write them, each with the plan that they make; none was tried."""
+    """Yield overrides as a user would write them, each with the plan that they make; not tried yet."""
     for name, stage in plan.stages.items():
         yield from _other_teaching(plan, name, stage)
     for key in ("device", "precision", "attention"):
@@ -26,13 +26,14 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     if plan.slots.get("projector") and any(_excludes_tokens(n) for n in plan.slots.get("adapter") or {}):
         yield "projector=null", replace(plan, slots={**plan.slots, "projector": None})
     for template in CHAT_TEMPLATES:
+        # A tokenizer's own template may lack what answers need: then a built-in one is worth a try.
         if template != plan.template and (plan.template or plan.tokenizer):
             yield f"tokenizer.chat_template={template}", replace(plan, template=template)
     if plan.tokenizer is None and plan.vocab_size is not None and plan.vocab_size < 512:
         yield "tokenizer.vocab_size=512", replace(plan, vocab_size=512)
     for kind in ("pruner", "adapter"):
         members = plan.slots.get(kind) or {}
-        if len(members) > 1:
+        if len(members) > 1:  # of two pruners, the first may destroy what the second needs
             turned = dict(reversed(members.items()))
             yield f"{kind}={_shown(turned)}", replace(plan, slots={**plan.slots, kind: turned})
     yield from _other_options(plan)
@@ -60,8 +61,8 @@ def _excludes_tokens(adapter: str) -> bool:
 
 
 def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
-    """Each option that differs from its default set back, and each option's other named values."""
-    for kind in sorted(registry.MODEL_SLOTS, key=registry.MANY.__contains__):  # single parts first
+    """Yield each option that differs from its default set back to it, and the other values of options with choices."""
+    for kind in sorted(registry.MODEL_SLOTS, key=registry.MANY.__contains__):  # a slot's only part first
         nodes = plan.slots.get(kind) or {}
         many = kind in registry.MANY
         for name, node in nodes.items() if many else [(nodes.get("name"), nodes)]:
@@ -76,7 +77,7 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
                 values = [] if option.default in (given, MISSING) or option.name == "checkpoint" else [option.default]
                 values += [v for v in entry.choices.get(option.name, ()) if v != given]
                 if kind == "llm" and option.name == "max_positions" and isinstance(given, int):
-                    values = [given * 2**k for k in (1, 2, 3, 4)]
+                    values = [given * 2**k for k in (1, 2, 3, 4)]  # the smallest that fits comes first
                 if kind == "llm" and option.name == "top_k" and node.get("num_experts"):
                     values = [k for k in (2, 1) if k <= node["num_experts"] and k != given]
                 for value in values:
@@ -87,12 +88,12 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
 
 def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     for name, stage in plan.stages.items():
-        for field_name in ("data", "loss_weights", "lr_scale"):  # a mapping is merged with what is there: take one out
+        for field_name in ("data", "loss_weights", "lr_scale"):  # overrides merge mappings: only `~` removes a key
             for key in (given := dict(getattr(stage, field_name))):
                 less = {k: v for k, v in given.items() if k != key}
                 try:
                     changed = replace(stage, **{field_name: less})
-                except ZooError:
+                except ZooError:  # the stage refuses it by itself
                     continue
                 yield f"~stages.{name}.{field_name}.{key}", replace(plan, stages={**plan.stages, name: changed})
         for field_name, value in (
@@ -116,7 +117,7 @@ def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
 
 
 def _other_teaching(plan: "Plan", name: str, stage: Any) -> Iterator[tuple[str, "Plan"]]:
-    """The teacher's tokenizer, and the distiller without its losses on image tokens or on hidden states."""
+    """Yield the teacher's tokenizer, and the distiller without its losses on image tokens or on hidden states."""
     node = stage.teacher_node
     if node is None:
         return
@@ -130,7 +131,7 @@ def _other_teaching(plan: "Plan", name: str, stage: Any) -> Iterator[tuple[str, 
         known = {option.name for option in registry.get("distiller", own["name"]).options}
     except ZooError:
         return
-    less: tuple[dict[str, Any], ...] = (
+    less: tuple[dict[str, Any], ...] = (  # losses with the strictest demands on a teacher
         {"visual_weight": 0.0, "relation_weight": 0.0},
         {"relation_weight": 0.0},
         {"hidden_layers": {}},
@@ -143,7 +144,7 @@ def _other_teaching(plan: "Plan", name: str, stage: Any) -> Iterator[tuple[str, 
 
 
 def _shown(value: Any) -> str:
-    """A value as an override spells it; of a mapping, its names."""
+    """Format a value as in an override; of a mapping, its names."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if value == "":
@@ -154,7 +155,7 @@ def _shown(value: Any) -> str:
 
 
 def _default_node(kind: str, name: str) -> dict[str, Any] | None:
-    """A component with its default options, or None where one is required or the component cannot be imported."""
+    """Return the node of a component by default, or None where an option is required or it cannot be imported."""
     try:
         options = registry.get(kind, name).options
     except ZooError:

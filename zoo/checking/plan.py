@@ -10,10 +10,10 @@ from zoo.settings.source import Source, source_named, source_of
 
 @dataclass
 class Plan:
-    """All that a check looks at, as plain values: the slots, and how they are to be used."""
+    """The input of a check, as plain values: the slots, and how they are to be used."""
 
     slots: dict[str, Any]
-    vocab_size: int | None = None  # of the tokenizer, where it is there or its size is known
+    vocab_size: int | None = None  # of the tokenizer, where it is loaded or its size is known
     tokenizer: str | None = None  # hub name or folder of one that is still to be loaded
     template: str = ""  # name of a built-in chat template; empty: the tokenizer's own
     placeholders: int | None = None  # that a saved processor writes for each image; None: it is made anew
@@ -23,15 +23,15 @@ class Plan:
     attention: str = "auto"
     precision: str = "auto"
     device: str = "auto"
-    made: Any = None  # the tokenizer itself, where it is there
-    origin: str = ""  # folder or repository that the weights come from, if from one
-    trained: bool = False  # the model comes with trained weights, whatever its parts come with
+    made: Any = None  # the tokenizer itself, where it is loaded
+    origin: str = ""  # folder or repository that all weights come from, if from one
+    trained: bool = False  # the model has trained weights, even if its parts name no checkpoint
     splits: Mapping[str, str] | None = None  # of the data, by name; None: not known
-    typed: Typed | None = None  # the words that it was composed from; fixes are tried as they would be typed
+    typed: Typed | None = None  # the command line that it was composed from; fixes are tried as further words of it
 
 
 def plan_for(source: Source, tokenizer: Any = None) -> Plan:
-    """Return what the check looks at in a source; with the tokenizer, where it is there already."""
+    """Return the plan of a source; with the tokenizer, where it is loaded already."""
     place = source.tokenizer_source if tokenizer is None else None
     vocab_size = len(tokenizer) if tokenizer is not None else None if place else source.tokenizer["vocab_size"]
     return Plan(

@@ -1,4 +1,4 @@
-"""Whether a stage of a recipe can be run, said before a weight is loaded: what trains, data, losses, rates, teacher."""
+"""Whether a stage of a recipe can run, checked before a weight is loaded: what trains, data, losses, rates, teacher."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +12,24 @@ from zoo.registry import Distiller, ZooError, unknown
 from zoo.runs.lengths import require_positions
 from zoo.runs.optim import parts_of, rate_scales
 
-TEXT = 64  # tokens of text beside the images that a sequence must have room for
-_MASKED = ("eager", "sdpa", "zoo_eager", "auto")  # kernels that take a mask of who sees whom
+TEXT = 64  # tokens of text, beside images, for which a sequence must have room
+_MASKED = ("eager", "sdpa", "zoo_eager", "auto")  # kernels that take a mask (B, 1, T, T), which packed rows need
 
 
 @dataclass
 class Stagecheck:
-    """What a stage of the recipe trains, and the memory it takes."""
+    """What a stage of the recipe trains, and its memory."""
 
     name: str
     trainable: dict[str, int]
     memory: int  # bytes
-    one_dialog: str = ""  # why a row can hold one dialog only, where that is so
+    one_dialog: str = ""  # why a row can hold one dialog only; empty: it can hold several
     needs: frozenset[str] = frozenset()  # words of the distiller
-    grid: tuple[int, int] | None = None  # that the distiller's targets are to have
+    grid: tuple[int, int] | None = None  # of the distiller's targets
 
 
 def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> Stagecheck:
-    """What a stage trains, by part; the memory of weights, gradients, two moments, and activations of one pass."""
+    """Check a stage; estimate the memory of weights, gradients, two moments, and activations of one pass."""
     where = f"Stage {name!r}: "
     try:
         _check_data(stage, plan)
@@ -54,13 +54,13 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     tokens = rows * (model.num_image_tokens + TEXT)
     inner = getattr(text, "intermediate_size", None) or 4 * width
     per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
-    memory = weights + 12 * learnt + tokens * per_token
+    memory = weights + 12 * learnt + tokens * per_token  # 12 bytes: a gradient and Adam's two moments in float32
     needs, grid = (frozenset(), None) if distiller is None else (frozenset(distiller.needs), distiller.grid)
     return Stagecheck(name, trainable, memory, _one_dialog(stage, model, plan), needs, grid)
 
 
 def _check_data(stage: Any, plan: Any) -> None:
-    """Refuse data sets that the run does not have, and a stage for which none is left."""
+    """Refuse data sets that the run does not have, and a stage without data to train on."""
     for key in stage.data:
         if key not in plan.data:
             raise unknown("data", key, plan.data)
@@ -88,7 +88,7 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
     if stage.pack_length is not None and plan.attention not in _MASKED:
         raise ZooError(
             f"pack_length={stage.pack_length} puts several samples into a row, and attention={plan.attention} takes no "
-            "mask of who sees whom: set pack_length=null, or attention=auto."
+            "mask that keeps them apart: set pack_length=null, or attention=auto."
         )
     device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if plan.attention == "flex_attention" and not device.startswith("cuda"):
@@ -98,43 +98,43 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
 
 
 def _check_shorter(stage: Any, model: Any) -> None:
-    """Refuse what does not go with layers that become shorter while the model trains."""
+    """Refuse what is incompatible with a pruner that shortens the sequence between layers."""
     inside = _drops_inside(model)
     if not inside:
         return
     if stage.compile:
         raise ZooError(
-            f"pruner {inside!r} chooses how long layers are as it goes, which does not compile: compile=false."
+            f"pruner {inside!r} chooses the length of layers from data, which does not compile: set compile=false."
         )
     if model.llm.router_aux_coef:
-        raise ZooError(f"pruner {inside!r} shortens layers, which llm.router_aux_coef does not know: set it to 0.")
+        raise ZooError(f"pruner {inside!r} shortens layers, which llm.router_aux_coef cannot follow: set it to 0.")
 
 
 def _drops_inside(model: Any) -> str:
-    """Name the pruner that makes layers of the LLM shorter, if there is one."""
+    """Return the name of the pruner that shortens the sequence between layers, or nothing."""
     return next((n for n, p in model.pruner.items() if p.shortens), "")
 
 
 def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
-    """Why a row of this stage can hold one dialog only; empty where it can hold several."""
+    """Return why a row of this stage can hold one dialog only; empty where it can hold several."""
     if stage.pack != "dialogs" or (stage.loss_weights.get("answer", 1.0) == 0 and not stage.teacher):
-        return ""  # it does not, or the LLM does not run
+        return ""  # rows hold one dialog anyway, or the LLM does not run
     if inside := _drops_inside(model):
         return f"pruner {inside!r} chooses image tokens by the question"
     if plan.attention not in _MASKED:
-        return f"attention={plan.attention} takes no mask of who sees whom"
+        return f"attention={plan.attention} takes no mask that keeps dialogs apart"
     return ""
 
 
 def _check_losses(stage: Any, model: Any, distiller: Distiller | None) -> None:
-    """Refuse weights of losses that nothing gives, where every part says what it gives; and a stage without a loss."""
+    """Refuse weights of losses that no part has, where all parts declare theirs; and a stage without a loss."""
     weights = {} if distiller is None else distiller.weights
     terms = set(weights) if isinstance(weights, dict) else set()
     if stage.loss_weights.get("answer", 1.0) == 0 and not distiller:
         raise ZooError("loss_weights.answer is 0 and there is no distiller, so nothing is learnt.")
     givers = [*model.adapter.values(), *([distiller] if distiller is not None and not terms else [])]
     if any(part.losses is None for part in givers):
-        return  # the first batch shows what they give
+        return  # not declared: the first batch shows the names
     known = {"answer"} | terms
     for part in [*model.adapter.values(), *([] if distiller is None else [distiller])]:
         known |= set(part.losses or ())
@@ -157,7 +157,7 @@ def _check_rates(stage: Any, model: Any, distiller: Distiller | None) -> None:
 
 
 def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any, int]:
-    """Check what a stage's distiller needs, and its teacher; returns the distiller and the bytes of the teacher."""
+    """Check the needs of a stage's distiller, and its teacher; returns the distiller and the bytes of the teacher."""
     with torch.device("meta"):
         distiller = build_distiller(model, stage.distiller_node)
     needs, who = frozenset(distiller.needs), stage.distiller_node["name"]

@@ -1,8 +1,8 @@
-"""Whether a teacher can teach a student, said before a weight is loaded: tokenizers, image tokens, widths, identity.
+"""Whether a teacher fits a student, checked before a weight is loaded: tokenizers, image tokens, widths, identity.
 
-Losses on answers need the same tokens. Losses on image tokens need more: each of the student's must show what one of
-the teacher's shows. That is so where both encoders lay the same grid over the same part of the picture, what is dropped
-is known (`ImageFeatures.keep`), and what merges tokens merges alike on both sides.
+Losses on answers need the same vocabulary. Losses on image tokens need more: each image token of the student must cover
+the same patches as one of the teacher. That holds where both encoders have the same grid over the same part of the
+picture, dropped tokens are known (`ImageFeatures.keep`), and tokens are merged alike on both sides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from zoo.settings.source import source_named, tokenizer_at
 from zoo.teaching.teacher_store import read_about
 from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
 
-ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # words of losses on image tokens
+ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # needs of losses on image tokens
 
 
 def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan: Any) -> int:
@@ -30,10 +30,11 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
         stage: its settings, with a teacher that is a model.
         distiller: built for the student.
         model: the student on the meta device.
-        plan: what is checked (`zoo.checking.checker.Plan`).
+        plan: of the student (`zoo.checking.plan.Plan`).
     """
     node = stage.teacher_node
     theirs, tokenizer = _teacher(node["model"], tuple(node["options"]))
+    # Equal parts with equal weights give equal outputs: every loss would be 0, and the stage train nothing.
     itself = theirs.origin and theirs.origin == plan.origin and theirs.slots == plan.slots
     if itself and not distiller.own_reference:
         raise ZooError(
@@ -57,7 +58,7 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
 
 @lru_cache(maxsize=4)
 def _teacher(name: str, options: tuple[str, ...]) -> tuple[Any, Any]:
-    """The plan of a teacher by name, and its tokenizer; the search for fixes asks again and again."""
+    """Return the plan of a teacher by name, and its tokenizer; cached, since each fix that is tried needs them."""
     source = source_named(name, *options)
     found = tokenizer_at(f"{OF_MODEL}{name}", source.tokenizer["chat_template"])
     return plan_for(source), set_template_options(found, source.tokenizer["template_options"])
@@ -71,7 +72,7 @@ def _tokenizer(source: str, template: str) -> Any:
 def check_store(
     name: str, stage: Any, folder: str, needs: frozenset[str], model: Any, slots: Mapping[str, Any]
 ) -> None:
-    """Refuse a stored teacher that does not hold what the distiller needs, or holds other image tokens.
+    """Refuse a stored teacher without the outputs that the distiller needs, or with other image tokens.
 
     Args:
         name: of the stage.
@@ -96,13 +97,13 @@ def check_store(
         _check_images(name, stage, needs, model, slots, parts, about["slots"])
         if steps := _layout(parts.vision, parts.pruner, parts.projector, about["slots"])[1]:
             raise ZooError(
-                f"the teacher stored in {folder!r} has pruners {_names(steps)}, and a store knows image tokens by "
-                f"their place in the whole grid. {_without_images(name, stage, needs)}, or load the teacher"
+                f"the teacher stored in {folder!r} has pruners {_names(steps)}, and a store has image tokens by "
+                f"their position in the whole grid. {_without_images(name, stage, needs)}, or load the teacher"
             )
 
 
 def _check_tokens(name: str, plan: Any, theirs: Any) -> int:
-    """Refuse a tokenizer that is not the teacher's; returns how many tokens both know."""
+    """Refuse a tokenizer other than the teacher's; returns the number of tokens in common."""
     ours = plan.made
     if ours is None and plan.tokenizer is not None:
         ours = _tokenizer(plan.tokenizer, plan.template)
@@ -141,27 +142,27 @@ def _check_images(
                 f"the losses {what} compare one grid of cells for each image or tile, and the {who}'s layout "
                 f"{name!r} makes something else of it. {fix}"
             )
-    said = [
+    layouts = [
         _options("layout", slots["layout"]) if slots.get("layout") else "none" for slots in (our_slots, their_slots)
     ]
-    if said[0] != said[1]:
+    if layouts[0] != layouts[1]:
         raise ZooError(
-            f"image tokens of student and teacher do not align: the student's layout is {said[0]}, the teacher's "
-            f"{said[1]}. {fix}, or give both one layout"
+            f"image tokens of student and teacher do not align: the student's layout is {layouts[0]}, the teacher's "
+            f"{layouts[1]}. {fix}, or give both one layout"
         )
     ours = _layout(model.vision, model.pruner, model.projector, our_slots)
     theirs = _layout(parts.vision, parts.pruner, parts.projector, their_slots)
     if ours[0] != theirs[0]:
         raise ZooError(
-            f"image tokens of student and teacher do not align: the student's encoder lays {_seen(ours[0])} over the "
-            f"picture, the teacher's {_seen(theirs[0])}. {fix}, or give both encoders one grid"
+            f"image tokens of student and teacher do not align: the student's encoder lays {_grid_text(ours[0])} over "
+            f"the picture, the teacher's {_grid_text(theirs[0])}. {fix}, or give both encoders one grid"
         )
     if ours[2] != theirs[2]:
         raise ZooError(
             f"image tokens of student and teacher do not align: projector {_projector(our_slots)!r} and projector "
             f"{_projector(their_slots)!r} make other tokens of them. {fix}, or give both one projector"
         )
-    steps, before = ours[1], theirs[1]
+    steps, before = ours[1], theirs[1]  # the student may drop more: its tokens are looked up among the teacher's
     if before != steps[: len(before)]:
         raise ZooError(
             f"image tokens of student and teacher do not align: the teacher's pruners {_names(before)} are not those "
@@ -189,13 +190,13 @@ Layout = tuple[tuple[Any, str], list[tuple[str, bool, str]], str]
 
 
 def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any]) -> Layout:
-    """What an image token stands for: grid and fit, each pruner with whether it only drops, and how they are mixed.
+    """Return what image tokens consist of: grid and fit, pruners with whether they only drop, a projector that mixes.
 
-    Pruners that leave the tokens as they are, and projectors that map each token by itself, say nothing here.
+    Pruners that keep all tokens and projectors that map each token by itself change nothing, and are left out.
     """
     h, w = vision.grid
     n = h * w
-    score = torch.linspace(0, 9, n).sin().abs()[None]  # features that no two tokens share, as no two of a picture do
+    score = torch.linspace(0, 9, n).sin().abs()[None]  # all tokens different, so that a pruner's choice is unique
     tokens = score.unsqueeze(-1) + torch.linspace(0, 5, n * vision.hidden_size).cos().view(1, n, -1)
     image = ImageFeatures(
         tokens,
@@ -212,30 +213,30 @@ def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any])
         if after is None or after.tokens.shape[1] != image.tokens.shape[1] or _cells(after) != _cells(image):
             steps.append((key, drops, _options("pruner", {**slots["pruner"][key], "name": key})))
         if after is None:
-            break  # nothing is known of what follows; it has to be the same on both sides
+            break  # the input of later pruners is not known: they have to be equal on both sides
         image = after
     mixed = "" if _one_to_one(projector, image.tokens.shape[1]) else _options("projector", slots["projector"])
     return ((h, w), vision.transform.fit), steps, mixed
 
 
 def _options(kind: str, node: Mapping[str, Any]) -> str:
-    """A node with the options that it leaves out, to compare."""
+    """Return a node with its defaults filled in, for comparison."""
     _, typed = config_of(kind, node)
     return repr(typed)
 
 
 def _after(pruner: Any, image: ImageFeatures) -> tuple[ImageFeatures | None, bool]:
-    """What leaves a pruner, and whether it only drops; None where it has weights, which are not there."""
+    """Run a pruner, and return whether it only drops; None for its output where it has weights, which are on meta."""
     try:
         with torch.no_grad():
             after = pruner(image)
         return after, set(_cells(after)) <= set(_cells(image))
-    except Exception:  # whatever it needs is not here: take its word for what it does
+    except Exception:  # it needs more than these features: what it declares is taken
         return None, "grid" in pruner.destroys and "grid" not in pruner.provides
 
 
 def _cells(image: ImageFeatures) -> list[tuple[int, ...]]:
-    """The encoder's cells in each token."""
+    """Return the encoder's patches in each token."""
     count = image.tokens.shape[1]
     if image.groups is None:
         return [(int(i),) for i in (range(count) if image.keep is None else image.keep[0])]
@@ -253,7 +254,7 @@ def _one_to_one(projector: Any, count: int) -> bool:
         return False
 
 
-def _seen(layout: tuple[Any, str]) -> str:
+def _grid_text(layout: tuple[Any, str]) -> str:
     (h, w), fit = layout
     return f"{h} x {w} cells ({fit})"
 

@@ -8,7 +8,7 @@ from zoo.checking.plan import plan_from
 
 
 def main(cfg: Any) -> None:
-    """Print the walk; a misfit is raised as an error."""
-    walk = check(plan_from(cfg))
-    walk.notes += check_data(cfg, walk.stages)
-    show(walk, "The composition fits.")
+    """Print the report; a misfit is raised as an error."""
+    report = check(plan_from(cfg))
+    report.notes += check_data(cfg, report.stages)
+    show(report, "The composition fits.")

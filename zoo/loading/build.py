@@ -106,8 +106,8 @@ def build(
     plan = plan_for(source, tokenizer)
     plan.trained = folder is not None
     plan.splits = None if source.pretrained else plan.splits  # what is only to be scored needs no data to train on
-    walk = check(plan)
-    for note in walk.notes:
+    report = check(plan)
+    for note in report.notes:
         warnings.warn(note, stacklevel=2)
     target = device or (source.device if source.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_model(
@@ -118,7 +118,7 @@ def build(
         dtype=dtype,
         device_map=target if device_map is None else device_map,
         bits=bits,
-        walked=walk.parts,
+        walked=report.parts,
     )
     if len(tokenizer) > model.llm.vocab_size:
         raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
