@@ -168,31 +168,40 @@ def _require_methods(kind: str, name: str, cls: type, base: type[Part]) -> None:
 
 def _require_base(kind: str, name: str, cls: type) -> None:
     """Refuse the base class of another kind, and a part of the model without `nn.Module`."""
-    said = f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)})"
+
+    def said() -> str:  # finding the line reads and parses the file: only for an error
+        return f"{kind} {name!r}: {cls.__qualname__} ({_where(cls, cls)})"
+
     others = [base.__name__ for other, base in BASES.items() if other != kind and base in cls.__mro__]
     if others and BASES[kind] not in cls.__mro__:
-        raise ZooError(f"{said} derives from {others[0]}; the base class of a {kind} is {BASES[kind].__name__}.")
+        raise ZooError(f"{said()} derives from {others[0]}; the base class of a {kind} is {BASES[kind].__name__}.")
     if BASES[kind] in cls.__mro__ and issubclass(BASES[kind], ModelPart) and not _is_module(cls):
-        raise ZooError(f"{said} is not a torch module. Write: class {cls.__name__}({BASES[kind].__name__}, nn.Module).")
+        raise ZooError(
+            f"{said()} is not a torch module. Write: class {cls.__name__}({BASES[kind].__name__}, nn.Module)."
+        )
 
 
 def _require_forms(kind: str, name: str, cls: type, base: type[Part], values: Mapping[str, Any]) -> None:
     """Refuse a value where the zoo calls a method, a method where it reads a value, and text for a set."""
+
+    def said(hook: str) -> str:  # finding the line reads and parses the file: only for an error
+        return f"{kind} {name!r}: {cls.__qualname__}.{hook} ({_where(values[hook], cls)})"
+
     for hook, default in hooks_of(base).items():
         if hook not in values:
             continue
-        value, said = values[hook], f"{kind} {name!r}: {cls.__qualname__}.{hook} ({_where(values[hook], cls)})"
+        value = values[hook]
         if _is_method(default):
             if not _is_method(value) and not hasattr(value, "__get__"):  # a slot or a property: checked when built
                 raise ZooError(
-                    f"{said} is {reprlib.repr(value)}, and has to be a method, {hook}{inspect.signature(default)}: "
-                    "what is kept under its name hides it."
+                    f"{said(hook)} is {reprlib.repr(value)}, and has to be a method, "
+                    f"{hook}{inspect.signature(default)}: what is kept under its name hides it."
                 )
         elif inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, (classmethod, staticmethod)):
             wanted = _annotation(base, hook) or "a value"
-            raise ZooError(f"{said} is a method, and is read as a value: {wanted}. Put @property above it.")
+            raise ZooError(f"{said(hook)} is a method, and is read as a value: {wanted}. Put @property above it.")
         elif isinstance(value, str) and _annotation(base, hook).startswith(("frozenset[str]", "Sequence[str]")):
-            raise ZooError(f"{said} is the text {value!r}, and has to be a set of words: {{{value!r}}}.")
+            raise ZooError(f"{said(hook)} is the text {value!r}, and has to be a set of words: {{{value!r}}}.")
 
 
 def _refuse_misspelt(kind: str, name: str, cls: type, base: type[Part], set_by_init: Mapping[str, Any]) -> None:

@@ -588,3 +588,11 @@ def test_fsdp_can_exchange_the_class_of_every_part_that_is_a_module():
         made = own()
         made.__class__ = type("FSDPOwn", (FSDPModule, own), {})
         assert isinstance(made, FSDPModule)
+
+
+def test_no_source_is_read_for_a_part_that_is_right(monkeypatch):
+    """Finding the line of a method takes milliseconds, and a model is loaded with some eight parts."""
+    monkeypatch.setattr(hooks, "_where", lambda *args: pytest.fail("a source file was read"))
+    for kind, node in (("pruner", {"name": "random"}), ("task", {"name": "vqa"})):
+        part = registry.build(kind, node)
+        hooks.require_component(kind, node["name"], type(part))
