@@ -166,4 +166,5 @@ def first_tokens(features: ImageFeatures, side: int) -> ImageFeatures:
     assert h * w == n, "no pruner has been here"
     cut = {f.name: getattr(features, f.name) for f in fields(features) if f.name != "prefix"}
     known: dict[str, Any] = {k: v[:, index] for k, v in cut.items() if isinstance(v, Tensor) and v.shape[1] == n}
+    known["block_attention"] = {word: scores[:, index] for word, scores in features.block_attention.items()}
     return replace(features, grid=(side, side), **known)

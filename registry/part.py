@@ -13,6 +13,9 @@ layout -> llm -> adapter and keeps the set of those that hold. In use:
     image_tokens    images are tokens of the LLM's sequence      given by projectors
     moe             the LLM's feed-forward layers are experts    given by some LLMs
     dense           they are not                                 given by the others
+
+`cls_attention` and `key_attention` are those of the block that made the features. `key_attention@9` is that of block 9,
+counted from 1 as in `hidden_states` of transformers; it holds where `key_attention` does, for each block that runs.
 """
 
 from __future__ import annotations
@@ -21,10 +24,37 @@ from abc import ABCMeta
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from zoo.registry.errors import ZooError
+
 if TYPE_CHECKING:
     from torch.nn import Module
 else:
     Module = object  # a component derives from `nn.Module` itself: nothing here imports torch
+
+
+OF_BLOCKS = ("cls_attention", "key_attention")  # words that may name a block
+
+
+def base_of(word: str) -> str:
+    """The capability without its block: key_attention of key_attention@9."""
+    return word.partition("@")[0]
+
+
+def block_of(word: str) -> int | None:
+    """The block that a capability names: 9 of key_attention@9; None: it names no block.
+
+    Raises:
+        ZooError: the capability is not given by block, or the block is not a whole number.
+    """
+    base, at, block = word.partition("@")
+    if not at:
+        return None
+    if base not in OF_BLOCKS or not block.isdecimal():
+        raise ZooError(
+            f"The capability {word!r} is unknown: {' and '.join(OF_BLOCKS)} may name a block, by a whole number, as in "
+            "key_attention@9."
+        )
+    return int(block)
 
 
 class derived:  # used as a decorator, as `property` is

@@ -53,6 +53,10 @@ class Encoder(ModelPart):
     """N == h * w, of one image."""
     transform: ImageTransform
     """How images become its pixels."""
+    depth: int = 0
+    """Blocks of the whole encoder, those behind its features included; 0: not known."""
+    attention_blocks: int = 0
+    """Blocks, counted from the first, whose attention `need` may name, as in key_attention@9; 0: of none."""
     by_kind: bool = False
     """Whether `forward` also takes `kinds`, the `Cut.kind` of each row of pixels: it may have another tower for frames
     of videos."""
@@ -66,8 +70,12 @@ class Encoder(ModelPart):
 
         Args:
             pixel_values: (M, 3, S, S).
-            need: words of `provides` to compute beside the tokens (M, N, D): cls_attention, keys, ...
+            need: words of `provides` to compute beside the tokens (M, N, D): cls_attention, keys, ...; and with
+                `attention_blocks` those of other blocks, which go into `ImageFeatures.block_attention`.
         """
+
+    def prepare(self, need: frozenset[str]) -> None:
+        """Get ready to compute `need` in `forward`. Called when a model is built, ahead of compilation."""
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel, by its name in transformers. Called when a model is built or changed."""
@@ -85,7 +93,7 @@ class Encoder(ModelPart):
 class Pruner(ModelPart):
     """Fewer image tokens before the LLM; one that drops tokens inside it is an `InsidePruner`.
 
-    `__init__(config, *, vision_dim, grid, num_tokens)`, those of them that it names.
+    `__init__(config, *, vision_dim, vision_depth, grid, num_tokens)`, those of them that it names.
     """
 
     grid: tuple[int, int] | None = None

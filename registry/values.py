@@ -63,6 +63,9 @@ class ImageFeatures:
     checksum: Tensor | None = None  # (M,) int64 of the pixels of each row; None unless a part draws
     # (M, N) position of each token in the encoder's own grid; ascending, all different. See `placed`.
     places: Tensor | None = None
+    # Attention of other blocks than the one that made the tokens, each (M, N) float32, by the word that a part needs:
+    # key_attention@9. Empty unless a part needs it.
+    block_attention: dict[str, Tensor] = field(default_factory=dict)
 
     def take_best(self, order: Tensor) -> ImageFeatures:
         """Keep some of the tokens, and the order in which they were chosen: a layout may have room for fewer.
@@ -87,6 +90,7 @@ class ImageFeatures:
         else:
             places = keep.new_full((keep.shape[0], n), -1)
             known["groups"] = self.regrouped(places.scatter(1, keep, keep.new_ones(keep.shape).cumsum(1) - 1))
+        known["block_attention"] = {word: _gather(scores, keep) for word, scores in self.block_attention.items()}
         known |= {"num_patches": self.num_patches or n, "patch_grid": self.patch_grid or self.grid}
         return replace(self, tokens=_gather(self.tokens, keep), grid=None, rank=None, **known)
 
@@ -133,6 +137,7 @@ class ImageFeatures:
         places, order = places.sort(dim=1, stable=True)  # (M, K)
         of_tokens = ("tokens", "keep", "rank", "cls_attention", "key_attention", "pooling_attention", "keys")
         moved: dict[str, Any] = {x: _gather(getattr(self, x), order) for x in of_tokens if getattr(self, x) is not None}
+        moved["block_attention"] = {word: _gather(scores, order) for word, scores in self.block_attention.items()}
         if self.groups is not None:
             now = _cat(order.argsort(dim=1), order.new_full((len(order), 1), -1))  # (M, K + 1): -1 stays -1
             moved["groups"] = _gather(now, self.groups % (k + 1))

@@ -115,6 +115,7 @@ class VisionZip(Pruner, nn.Module):
             key_attention=None,
             pooling_attention=None,
             keys=None,
+            block_attention={},
         )
 
 

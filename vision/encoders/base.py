@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from zoo.registry import Encoder, ImageFeatures, ImageTransform, ZooError
 from zoo.registry.forward_pass import joined
+from zoo.registry.part import OF_BLOCKS, base_of, block_of
 from zoo.vision.encoders.attention_scores import column_mean, row
-from zoo.vision.encoders.runner import ATTENTION, Runner, Taken
+from zoo.vision.encoders.runner import Runner, Taken
 from zoo.vision.images.transform import require_transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,10 +51,18 @@ class Tower(Encoder, nn.Module):
             "pooling_head": runner.pooling is not None,
         }
         self.provides = frozenset(word for word, given in words.items() if given)
+        self.depth = runner.depth
+        every = runner.has_scores and all(runner.gives_scores(1 + i) for i in range(runner.num_blocks))
+        self.attention_blocks = runner.num_blocks if every else 0
 
     @property
     def num_tokens(self) -> int:  # type: ignore[override]
         return self.grid[0] * self.grid[1]
+
+    def prepare(self, need: frozenset[str]) -> None:
+        """Put hooks on the blocks that `need` names; `forward` does so too, but a compiled graph cannot."""
+        for runner in self._runners():
+            runner.listen(need)
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel: eager, sdpa, or another one that the library supports."""
@@ -85,23 +94,26 @@ class Tower(Encoder, nn.Module):
 
         Args:
             pixel_values: (M, 3, S, S), prepared by `transform`.
-            need: requested capabilities of `provides`; `grid` is always given.
+            need: requested capabilities of `provides`; `grid` is always given. Those of another block, up to
+                `attention_blocks`, name it: key_attention@9.
             kinds: image, crop or frame for each row; None: there are no frames.
 
         Returns:
             Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: attention of [CLS] in the block that
             computed the tokens, mean over heads, normalised over all P + N keys, prefix columns dropped; key_attention
             (M, N): the same for the mean over all queries; keys (M, N, H, d) of that block; pooling_attention (M, N);
-            prefix (M, P, D).
+            prefix (M, P, D); block_attention, scores (M, N) of other blocks by their words.
 
         Raises:
             ZooError: a capability that the encoder does not provide, or images of another size.
         """
-        if missing := need - self.provides:
-            raise ZooError(f"This encoder does not provide {sorted(missing)}; it provides {sorted(self.provides)}.")
+        if missing := [word for word in sorted(need - self.provides) if not self._gives_block(word)]:
+            blocks = f", and attention of the blocks 1 to {self.attention_blocks}" if self.attention_blocks else ""
+            raise ZooError(f"This encoder does not provide {missing}; it provides {sorted(self.provides)}{blocks}.")
         if tuple(pixel_values.shape[-2:]) != self.transform.size:
             given, wanted = tuple(pixel_values.shape[-2:]), self.transform.size
             raise ZooError(f"The encoder takes images of {wanted[0]} x {wanted[1]}, got {given[0]} x {given[1]}.")
+        self.prepare(need)
         if self.frame_runner is None:
             return self._encode(self.runner, pixel_values, need)
         kinds = kinds if kinds is not None else ["image"] * len(pixel_values)
@@ -120,24 +132,36 @@ class Tower(Encoder, nn.Module):
         order = torch.tensor(images + films, device=pixel_values.device).argsort()
         return _in_order(halves, order)
 
+    def _gives_block(self, word: str) -> bool:
+        block = block_of(word)
+        return block is not None and 1 <= block <= self.attention_blocks and base_of(word) in self.provides
+
     def _encode(self, runner: Runner, pixel_values: Tensor, need: frozenset[str]) -> ImageFeatures:
         """Encode rows with one tower."""
         p = runner.num_prefix
-        taken, learns = Taken(need), pixel_values.requires_grad or _trains(runner)
+        taken, learns = Taken(need, runner.num_blocks), pixel_values.requires_grad or _trains(runner)
         # `taken` is in the pass only while the tower runs, so recomputation in backward finds none and stores nothing.
         with joined(runner.alone) as now, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             now.taken = taken
             tokens = runner.encode(pixel_values)  # (M, P + N, D)
             now.taken = None
         asked: dict[str, Any] = {}
-        if need & ATTENTION:
-            query, key, scale = runner.query_key(taken)
-            if "cls_attention" in need:
-                asked["cls_attention"] = row(query[:, :, :1], key, scale)[:, p:]  # (M, N)
-            if "key_attention" in need:
-                asked["key_attention"] = column_mean(query, key, scale)[:, p:]  # (M, N)
-            if "keys" in need:
+        scores: dict[tuple[str, int], Tensor] = {}  # by capability and block
+        for block, found in taken.blocks.items():
+            query, key, scale = runner.query_key(block, found)
+            if "cls_attention" in found.wants:
+                scores["cls_attention", block] = row(query[:, :, :1], key, scale)[:, p:]  # (M, N)
+            if "key_attention" in found.wants:
+                scores["key_attention", block] = column_mean(query, key, scale)[:, p:]  # (M, N)
+            if "keys" in found.wants:
                 asked["keys"] = key[:, :, p:].transpose(1, 2)  # (M, N, H, d)
+        named: dict[str, Tensor] = {}
+        for word in need:
+            if (of := block_of(word)) is not None:
+                named[word] = scores[base_of(word), of]
+            elif word in OF_BLOCKS:
+                asked[word] = scores[word, runner.num_blocks]
+        asked["block_attention"] = named
         if "pooling_head" in need:
             assert runner.pooling is not None and taken.last is not None, "the hook of the last block did not fire"
             asked["pooling_attention"] = runner.pooling(taken.last, runner.final_norm())[:, p:]  # (M, N)
@@ -155,7 +179,10 @@ def _in_order(halves: Sequence[ImageFeatures], order: Tensor) -> ImageFeatures:
     joined: dict[str, Any] = {}
     for field in fields(ImageFeatures):
         values = [getattr(half, field.name) for half in halves]
-        joined[field.name] = torch.cat(values)[order] if isinstance(values[0], Tensor) else values[0]
+        if isinstance(values[0], dict):
+            joined[field.name] = {word: torch.cat([half[word] for half in values])[order] for word in values[0]}
+        else:
+            joined[field.name] = torch.cat(values)[order] if isinstance(values[0], Tensor) else values[0]
     return ImageFeatures(**joined)
 
 

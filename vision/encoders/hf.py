@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from zoo.vision.encoders.base import (
     on_meta,
 )
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
-from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
+from zoo.vision.encoders.runner import QueryKey, Runner, block_count
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 
 
@@ -136,7 +136,8 @@ class HFVision(Tower):
         source = with_revision(config.checkpoint, config.revision)
         spec = _from_json(source) if source else _from_sizes(config)
         family = FAMILIES[_family(spec)]
-        depth = block_count(config.layer, spec.num_hidden_layers)
+        whole = spec.num_hidden_layers
+        depth = block_count(config.layer, whole)
         if not config.pooling_head:
             spec.num_hidden_layers = depth  # later blocks are neither built nor loaded
         size, transform = _transform(source, config.image_size, spec, family)
@@ -149,16 +150,18 @@ class HFVision(Tower):
         runners = []
         for _ in range(1 + config.frame_tower):
             tower = _load(source, family, spec) if source and not on_meta() else _class(family)(deepcopy(spec))
-            runners.append(HFRunner(tower, family, size, config.norm, depth, config.pooling_head))
+            runners.append(HFRunner(tower, family, size, config.norm, depth, whole, config.pooling_head))
         super().__init__(runners[0], transform, *runners[1:])
 
 
 class HFRunner(Runner):
     """Runs the tower's own forward, with its final norm and pooling head removed."""
 
-    def __init__(self, tower: Any, family: Family, size: int, norm: bool, depth: int, pooling: bool) -> None:
+    def __init__(
+        self, tower: Any, family: Family, size: int, norm: bool, depth: int, whole: int, pooling: bool
+    ) -> None:
         super().__init__()
-        spec = tower.config
+        spec, self.depth = tower.config, whole
         self.tower, self.family = tower, family
         holder, _, blocks_name = family.blocks.rpartition(".")
         holder = reduce(getattr, holder.split("."), tower)
@@ -182,14 +185,24 @@ class HFRunner(Runner):
         patch = side(spec.patch_size)
         self.grid = (size // patch, size // patch)
         self.interpolate = not family.any_size and size != side(getattr(spec, "image_size", size))
-        self.has_cls, self.has_scores = family.has_cls, len(blocks) > 0 and not getattr(spec, "use_qk_norm", False)
+        self.num_blocks = len(blocks)
+        self.has_cls, self.has_scores = family.has_cls, self.num_blocks > 0 and self.gives_scores(self.num_blocks)
         if self.has_scores:
-            self.attention = getattr(blocks[-1], family.attention)
-            self.attention.register_forward_pre_hook(self._keep_position, with_kwargs=True)
-            self.attention.q_proj.register_forward_hook(self.keep_query)
-            self.attention.k_proj.register_forward_hook(self.keep_key)
+            self.listen_to(self.num_blocks)
         if self.pooling is not None:
             self.final_norm().register_forward_pre_hook(self._keep_before_norm)
+
+    def attention(self, block: int) -> Any:
+        blocks = reduce(getattr, self.family.blocks.split("."), self.tower)
+        return getattr(blocks[block - 1], self.family.attention)
+
+    def gives_scores(self, block: int) -> bool:
+        return not getattr(self.tower.config, "use_qk_norm", False)
+
+    def hook(self, block: int) -> None:
+        attention = self.attention(block)
+        attention.register_forward_pre_hook(partial(self._keep_position, block), with_kwargs=True)
+        self.hook_query_key(block, attention.q_proj, attention.k_proj)
 
     def final_norm(self) -> nn.Module:
         return getattr(self.tower, self.family.norm)
@@ -219,12 +232,12 @@ class HFRunner(Runner):
         x = x + positions.flatten(2).transpose(1, 2).to(x.dtype)  # (M, N, D)
         return getattr(tower, self.family.norm)(tower.encoder(inputs_embeds=x).last_hidden_state)
 
-    def _keep_position(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+    def _keep_position(self, block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if (taken := self.wanted(block)) is not None:
             taken.position = kwargs.get("position_embeddings")
 
-    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
-        assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
+    def query_key(self, block: int, taken: QueryKey) -> tuple[Tensor, Tensor, float]:
+        assert taken.query is not None and taken.key is not None, f"the hooks of block {block} did not fire"
         heads = (self.tower.config.num_attention_heads, -1)
         query, key = taken.query.unflatten(-1, heads).transpose(1, 2), taken.key.unflatten(-1, heads).transpose(1, 2)
         if taken.position is not None:  # DINOv3 rotates patches only; the hooks run before its rotation

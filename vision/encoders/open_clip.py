@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from zoo.vision.encoders.base import (
     on_meta,
 )
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
-from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
+from zoo.vision.encoders.runner import QueryKey, Runner, block_count
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner
 from zoo.vision.images.transform import LIBRARIES
@@ -101,6 +102,7 @@ class OpenClipRunner(Runner):
 
     def __init__(self, tower: Any, layer: int, norm: bool) -> None:
         super().__init__()
+        self.depth = len(tower.transformer.resblocks)
         self.index = block_count(layer, len(tower.transformer.resblocks), lowest=1) - 1
         tower.prune_intermediate_layers([self.index], prune_norm=not norm, prune_head=True)
         tower.attn_pool = None
@@ -109,10 +111,10 @@ class OpenClipRunner(Runner):
         self.tower, self.norm = tower, norm
         self.hidden_size = tower.transformer.width
         self.grid = tuple(tower.grid_size)
-        self.attention = tower.transformer.resblocks[-1].attn
-        self.has_scores = type(self.attention) is nn.MultiheadAttention
+        self.num_blocks = len(tower.transformer.resblocks)
+        self.has_scores = self.gives_scores(self.num_blocks)
         if self.has_scores:
-            self.attention.register_forward_pre_hook(self._keep)
+            self.listen_to(self.num_blocks)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         out = self.tower.forward_intermediates(
@@ -125,9 +127,18 @@ class OpenClipRunner(Runner):
         )
         return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)  # (M, 1 + N, D)
 
-    def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
+    def attention(self, block: int) -> Any:
+        return self.tower.transformer.resblocks[block - 1].attn
+
+    def gives_scores(self, block: int) -> bool:
+        return type(self.attention(block)) is nn.MultiheadAttention
+
+    def hook(self, block: int) -> None:
+        self.attention(block).register_forward_pre_hook(partial(self._keep, block))
+
+    def _keep(self, block: int, module: Any, args: tuple[Tensor, ...]) -> None:
         """Compute q and k from the attention's input: torch's `MultiheadAttention` does not expose them."""
-        if (taken := self.taken) is None or not taken.wants & ATTENTION:
+        if (taken := self.wanted(block)) is None:
             return
         looks = slice(None) if "key_attention" in taken.wants else slice(1)
         x, width = args[0], module.embed_dim  # (M, 1 + N, D)
@@ -136,9 +147,9 @@ class OpenClipRunner(Runner):
             taken.query = F.linear(x[:, looks], weight[:width], bias[:width])  # (M, 1 or 1 + N, D)
             taken.key = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])  # (M, 1 + N, D)
 
-    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
-        assert taken.query is not None and taken.key is not None, "the hook of the last block did not fire"
-        heads = (self.attention.num_heads, -1)
+    def query_key(self, block: int, taken: QueryKey) -> tuple[Tensor, Tensor, float]:
+        assert taken.query is not None and taken.key is not None, f"the hook of block {block} did not fire"
+        heads = (self.attention(block).num_heads, -1)
         query = taken.query.unflatten(-1, heads).transpose(1, 2)  # (M, H, 1 or 1 + N, d)
         return query, taken.key.unflatten(-1, heads).transpose(1, 2), query.shape[-1] ** -0.5
 

@@ -1,4 +1,4 @@
-"""Running a tower of one library up to a layer, and what hooks take from its last block.
+"""Running a tower of one library up to a layer, and what hooks take from its blocks.
 
 Layers are counted as in `hidden_states` of transformers, for all three libraries: 0 is the input of the first block, k
 the output of block k, -1 that of the last one, always before the encoder's final norm (`norm=true` applies it).
@@ -7,26 +7,45 @@ the output of block k, -1 that of the last one, always before the encoder's fina
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from zoo.registry import ZooError
 from zoo.registry.forward_pass import Pass, current
+from zoo.registry.part import base_of, block_of
 from zoo.vision.encoders.attention_scores import PoolingHead
 
-ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # capabilities that need q and k of the last block
+ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # capabilities that need q and k of a block
 
 
 @dataclass
-class Taken:
-    """Tensors that hooks on the last block take from one pass of an encoder."""
+class QueryKey:
+    """Queries and keys of one block's attention in one pass, for the capabilities that `wants` names."""
 
-    wants: frozenset[str]  # requested capabilities
+    wants: frozenset[str]
     query: Tensor | None = None
     key: Tensor | None = None
     position: Any = None  # rotary embedding of both, if the encoder has one
-    last: Tensor | None = None  # (M, P + N, D) output of the last block, before any norm
+
+
+class Taken:
+    """Tensors that hooks take from one pass of an encoder.
+
+    Args:
+        need: requested capabilities, such as cls_attention, of the last block, and key_attention@9.
+        last: number of the last block that runs; blocks are counted from 1.
+    """
+
+    def __init__(self, need: frozenset[str], last: int) -> None:
+        wants: dict[int, set[str]] = {}
+        for word in need:
+            if base_of(word) in ATTENTION:
+                wants.setdefault(block_of(word) or last, set()).add(base_of(word))
+        self.blocks = {block: QueryKey(frozenset(words)) for block, words in wants.items()}
+        self.pools = "pooling_head" in need
+        self.last: Tensor | None = None  # (M, P + N, D) output of the last block, before any norm
 
 
 class Runner:
@@ -41,25 +60,53 @@ class Runner:
     grid: tuple[int, int]
     has_cls: bool  # whether the first token is [CLS]
     has_scores: bool  # whether the last block's scores are plain q.k, without a bias or gate
+    depth: int  # blocks of the whole encoder
+    num_blocks: int  # of them, those that run
 
     def __init__(self) -> None:
         self.alone = Pass()  # of a compiled encoder that runs outside of a composed model
         self.pooling: PoolingHead | None = None
+        self.heard: set[int] = set()  # blocks with hooks, counted from 1; the others run as they are
 
     @property
     def taken(self) -> Taken | None:
         """Where hooks of the current pass store tensors; None: they store nothing, as in recomputation for backward."""
         return (current() or self.alone).taken
 
+    def attention(self, block: int) -> Any:
+        """The attention of a block, counted from 1."""
+        raise NotImplementedError
+
+    def gives_scores(self, block: int) -> bool:
+        """Whether the scores of a block's attention are q.k, and its q and k can be taken."""
+        raise NotImplementedError
+
+    def hook(self, block: int) -> None:
+        """Put hooks on the attention of a block that take its q and k."""
+        raise NotImplementedError
+
+    def listen(self, need: frozenset[str]) -> None:
+        """Put hooks on the blocks that `need` names."""
+        for word in need:
+            if (block := block_of(word)) is not None:
+                self.listen_to(block)
+
+    def listen_to(self, block: int) -> None:
+        """Put hooks on a block, unless it has them."""
+        if block not in self.heard:
+            self.heard.add(block)
+            self.hook(block)
+
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Run the blocks: (M, 3, S, S) -> (M, P + N, D), prefix tokens first."""
         raise NotImplementedError
 
-    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
-        """Return queries and keys of the last block's attention, and the scale of q.k.
+    def query_key(self, block: int, taken: QueryKey) -> tuple[Tensor, Tensor, float]:
+        """Return queries and keys of a block's attention, and the scale of q.k.
 
         Args:
-            taken: tensors that the hooks stored.
+            block: counted from 1.
+            taken: tensors that its hooks stored.
 
         Returns:
             The queries (M, H, P + N, d), or those of [CLS] alone if only they are needed; the keys (M, H, P + N, d);
@@ -78,16 +125,25 @@ class Runner:
         raise NotImplementedError
 
     # Hooks are bound methods, so that a deep copy of the tower calls those of the copy. They store only on request.
-    def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+    def wanted(self, block: int) -> QueryKey | None:
+        """Where hooks on this block store its q and k; None: the current pass does not ask for them."""
+        return None if (taken := self.taken) is None else taken.blocks.get(block)
+
+    def hook_query_key(self, block: int, query: nn.Module, key: nn.Module) -> None:
+        """Take q and k of a block from the outputs of two modules."""
+        query.register_forward_hook(partial(self.keep_query, block))
+        key.register_forward_hook(partial(self.keep_key, block))
+
+    def keep_query(self, block: int, module: nn.Module, args: Any, out: Tensor) -> None:
+        if (taken := self.wanted(block)) is not None:
             taken.query = out.detach()
 
-    def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+    def keep_key(self, block: int, module: nn.Module, args: Any, out: Tensor) -> None:
+        if (taken := self.wanted(block)) is not None:
             taken.key = out.detach()
 
     def keep_last(self, module: nn.Module, args: Any, out: Any) -> None:
-        if (taken := self.taken) is not None and "pooling_head" in taken.wants:
+        if (taken := self.taken) is not None and taken.pools:
             taken.last = (out[0] if isinstance(out, tuple) else out).detach()
 
 

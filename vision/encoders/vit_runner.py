@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.registry import ZooError
 from zoo.vision.encoders.attention_scores import pooling_head
-from zoo.vision.encoders.runner import ATTENTION, Runner, Taken, block_count
+from zoo.vision.encoders.runner import QueryKey, Runner, block_count
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
 
@@ -38,14 +39,17 @@ class TimmRunner(Runner):
         if pooling:
             later, head = list(tower.blocks[last + 1 :]), getattr(tower, "attn_pool", None)
             self.pooling = pooling_head(head, later, None if norm else tower.norm, repr(name))
+        self.depth = len(tower.blocks)
         tower.prune_intermediate_layers([last], prune_norm=not norm, prune_head=True)
         self.tower, self.index, self.norm = tower, last, norm
         self.hidden_size = tower.embed_dim
         self.num_prefix = tower.num_prefix_tokens
         self.grid = (grid[0], grid[1])
-        self.attention: Any = getattr(tower.blocks[-1], "attn", None)
+        self.num_blocks = len(tower.blocks)
         self.has_cls = getattr(tower, "cls_token", None) is not None and self.num_prefix > 0
-        self.has_scores = self._listen()
+        self.has_scores = self.gives_scores(self.num_blocks)
+        if self.has_scores:
+            self.listen_to(self.num_blocks)
         if self.pooling is not None:
             tower.blocks[-1].register_forward_hook(self.keep_last)
 
@@ -60,35 +64,38 @@ class TimmRunner(Runner):
         )
         return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out  # (M, P + N, D)
 
-    def _listen(self) -> bool:
-        """Take q and k behind their norms, from the attentions whose scores are q.k and no more."""
+    def attention(self, block: int) -> Any:
+        return getattr(self.tower.blocks[block - 1], "attn", None)
+
+    def gives_scores(self, block: int) -> bool:
         from timm.layers import Attention, AttentionRope
         from timm.models.eva import EvaAttention
 
-        if type(self.attention) not in (Attention, AttentionRope, EvaAttention):
-            return False
-        self.attention.register_forward_pre_hook(self._keep_rope, with_kwargs=True)
-        self.attention.q_norm.register_forward_hook(self.keep_query)
-        self.attention.k_norm.register_forward_hook(self.keep_key)
-        return True
+        return type(self.attention(block)) in (Attention, AttentionRope, EvaAttention)  # scores are q.k and no more
 
-    def _keep_rope(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if (taken := self.taken) is not None and taken.wants & ATTENTION:
+    def hook(self, block: int) -> None:
+        attention = self.attention(block)
+        attention.register_forward_pre_hook(partial(self._keep_rope, block), with_kwargs=True)
+        self.hook_query_key(block, attention.q_norm, attention.k_norm)  # q and k behind their norms
+
+    def _keep_rope(self, block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if (taken := self.wanted(block)) is not None:
             taken.position = kwargs.get("rope")
 
-    def query_key(self, taken: Taken) -> tuple[Tensor, Tensor, float]:
+    def query_key(self, block: int, taken: QueryKey) -> tuple[Tensor, Tensor, float]:
         from timm.layers import apply_rot_embed_cat
 
-        assert taken.query is not None and taken.key is not None, "the hooks of the last block did not fire"
+        assert taken.query is not None and taken.key is not None, f"the hooks of block {block} did not fire"
+        attention = self.attention(block)
         query, key = taken.query, taken.key  # (M, H, P + N, d)
         if (rope := taken.position) is not None:  # only patches are rotated; the hooks run before the rotation
-            p, half = self.num_prefix, getattr(self.attention, "rotate_half", False)
+            p, half = self.num_prefix, getattr(attention, "rotate_half", False)
 
             def rotated(x: Tensor) -> Tensor:
                 return torch.cat([x[:, :, :p], apply_rot_embed_cat(x[:, :, p:], rope, half=half)], dim=2)
 
             query, key = rotated(query), rotated(key)
-        return query, key, self.attention.scale
+        return query, key, attention.scale
 
     def final_norm(self) -> nn.Module:
         return self.tower.norm

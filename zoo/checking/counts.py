@@ -42,7 +42,7 @@ def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
             return
         _check_vision(parts.vision, parts.requested, slots["vision"])
         images = [_features(parts.vision, parts.requested, even) for even in (True, False)]
-        given: dict[str, Any] = {"vision_dim": parts.vision.hidden_size}
+        given: dict[str, Any] = {"vision_dim": parts.vision.hidden_size, "vision_depth": parts.vision.depth}
         for name, pruner in parts.pruner.items():
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             after = _check_pruner(name, pruner, {**slots["pruner"][name], "name": name}, images, given, parts)
@@ -64,6 +64,7 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
     if isinstance(vision, Tower):  # one block and one image show the shapes: all blocks have them
         if node.get("checkpoint") or node.get("model"):
             return
+        requested = frozenset(word for word in requested if "@" not in word)  # those of further blocks
         node, pixels = {**node, "depth": min(1, node.get("depth", 1)), "layer": -1}, pixels[:1]
         with torch.device("meta"):
             alone = registry.build("vision", node)
@@ -153,6 +154,7 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
     }
     words = {"pooling_attention": "pooling_head", "prefix": "prefix_tokens"}
     known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in requested}
+    known["block_attention"] = {word: score for word in requested if "@" in word}
     return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]), **known)
 
 
@@ -256,6 +258,7 @@ def _run(run: Callable[[Any, str], Any], part: Any, name: str) -> Any:
 
 def _on(image: ImageFeatures, device: str) -> ImageFeatures:
     moved: dict[str, Any] = {k: v.to(device) for k, v in vars(image).items() if isinstance(v, Tensor)}
+    moved["block_attention"] = {word: scores.to(device) for word, scores in image.block_attention.items()}
     return replace(image, **moved)
 
 

@@ -206,6 +206,7 @@ def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any])
         key_attention=score,
         pooling_attention=score,
         keys=tokens.unsqueeze(2),
+        block_attention={word: score for p in pruners.values() for word in p.needs if "@" in word},
     )
     steps = []
     for key, pruner in pruners.items():

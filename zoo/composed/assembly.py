@@ -15,6 +15,7 @@ import torch
 
 from zoo import registry
 from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Part, Projector, Pruner, ZooError
+from zoo.registry.part import base_of, block_of
 
 # Capabilities that a pruner may need and that hold only once the LLM is built: checked after the adapters.
 CHECKED_AFTER_LLM = frozenset({"image_tokens", "moe"})
@@ -67,7 +68,7 @@ class Parts:
     def requested(self) -> frozenset[str]:
         """Capabilities that the encoder must compute beside tokens."""
         needed = frozenset().union(*(s.needs for s in self.steps)) if self.steps else frozenset()
-        return needed & ON_REQUEST
+        return frozenset(word for word in needed if base_of(word) in ON_REQUEST)
 
     def name_of(self, kind: str) -> str:
         """Registry name of the first part of a kind, or nothing."""
@@ -121,8 +122,10 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             raise MisfitError(
                 ("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty."
             )
-        pruner = build_part("pruner", {**node, "name": name}, vision_dim=width, grid=grid, num_tokens=tokens)
+        derived = {"vision_dim": width, "vision_depth": parts.vision.depth, "grid": grid, "num_tokens": tokens}
+        pruner = build_part("pruner", {**node, "name": name}, **derived)
         _require("pruner", name, pruner, holds, f"vision {vision_name!r}", slots)
+        _require_blocks("pruner", name, pruner, parts.vision, vision_name)
         tokens = _count("pruner", name, pruner, tokens)
         holds = (holds - frozenset(pruner.destroys)) | frozenset(pruner.provides)
         grid = tuple(pruner.grid) if pruner.grid and "grid" in holds else (grid if "grid" in holds else None)
@@ -144,6 +147,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
         )
         _require("projector", name, parts.projector, holds, f"vision {vision_name!r}", slots)
+        _require_blocks("projector", name, parts.projector, parts.vision, vision_name)
         before, tokens = tokens, _count("projector", name, parts.projector, tokens)
         holds |= {"image_tokens"}
         record_step("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
@@ -155,6 +159,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         _add_layout(parts, slots, record_step, **derived)
         if parts.layout is not None:
             _require("layout", slots["layout"]["name"], parts.layout, holds, f"vision {vision_name!r}", slots)
+            _require_blocks("layout", slots["layout"]["name"], parts.layout, parts.vision, vision_name)
     if fill is not None:
         fill(parts)
 
@@ -165,6 +170,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         derived["encoder_grid"] = tuple(parts.vision.grid) if parts.vision is not None else None
         adapter = build_part("adapter", {**node, "name": name}, llm=parts.llm, **derived)
         _require("adapter", name, adapter, holds, f"llm {slots['llm']['name']!r}", slots)
+        if parts.vision is not None:
+            _require_blocks("adapter", name, adapter, parts.vision, vision_name)
         _refuse_shared(name, adapter, parts.adapter)
         _exclude("adapter", name, adapter, holds, parts.steps)
         holds = (holds - frozenset(adapter.destroys)) | frozenset(adapter.provides)
@@ -189,6 +196,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             f"The image reaches nothing: vision {vision_name!r} has no projector, and no adapter takes image features. "
             f"Set projector={registry.names('projector')[0]} for example.",
         )
+    if parts.vision is not None:
+        parts.vision.prepare(parts.requested)
     return parts
 
 
@@ -254,19 +263,38 @@ def _refuse_shared(name: str, adapter: Adapter, others: Mapping[str, Adapter]) -
 
 
 def _uses_image(adapter: Adapter) -> bool:
-    return bool(frozenset(adapter.needs) & {"image", "grid", *ON_REQUEST})
+    return not {base_of(word) for word in adapter.needs}.isdisjoint({"image", "grid", *ON_REQUEST})
 
 
 def _require(kind: str, name: str, part: Part, holds: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
-    needs = frozenset(part.needs) - {"image"}
+    # A need of a block holds where its base does; `_require_blocks` asks whether the block runs.
+    needs = frozenset(word for word in part.needs if block_of(word) is None or base_of(word) not in holds) - {"image"}
     missing = needs - holds - (CHECKED_AFTER_LLM if kind == "pruner" else frozenset())
     if missing:
         destroyers = [
-            n for n in (slots.get("pruner") or {}) if n != name and missing & registry.get("pruner", n).destroys
+            n
+            for n in (slots.get("pruner") or {})
+            if n != name and {base_of(word) for word in missing} & registry.get("pruner", n).destroys
         ]
         raise _misfit(
             kind, name, missing, holds, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)
         )
+
+
+def _require_blocks(kind: str, name: str, part: Part, vision: Encoder, source: str) -> None:
+    """Refuse a need of a block that the encoder does not run, or whose attention it cannot compute."""
+    most = vision.attention_blocks
+    for word in sorted(frozenset(part.needs) - frozenset(vision.provides)):
+        block = block_of(word)
+        if block is None or 1 <= block <= most:
+            continue
+        base, given = base_of(word), f"vision {source!r}"
+        if not most:
+            reason = f"{given} gives the attention of one block alone, that which made the features."
+        else:
+            of_all = f" of its {vision.depth}" if vision.depth > most else ""
+            reason = f"{given} runs {most} blocks{of_all}: {base}@1 to {base}@{most} are given."
+        raise MisfitError((kind, name), f"missing: {word}", f"{kind} {name!r} needs {word}, but {reason}")
 
 
 def _exclude(kind: str, name: str, part: Adapter, holds: frozenset[str], steps: list[Step]) -> None:

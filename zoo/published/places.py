@@ -133,6 +133,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, ImageFeatures):
         known = {f.name: getattr(value, f.name) for f in fields(value)}
         moved: dict[str, Any] = {name: v.to(device) for name, v in known.items() if isinstance(v, Tensor)}
+        moved["block_attention"] = _moved(value.block_attention, device)
         return replace(value, **moved)
     return value
 

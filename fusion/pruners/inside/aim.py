@@ -115,6 +115,7 @@ class AIM(DropsInside, nn.Module):
             key_attention=None,
             pooling_attention=None,
             keys=None,
+            block_attention={},
         )
 
     # ---- inside the LLM ----------------------------------------------------------------------------------------
