@@ -367,3 +367,35 @@ def test_what_is_too_long_counts_the_places_of_images(make_model, tmp_path):
     model.llm.max_positions = length_of(prompt)
     with pytest.raises(RecordError, match=r"tokens on .* positions, and the LLM has"):
         list(answer(model, processor, asked, batch_size=1))
+
+
+# ---- beside pruners inside the LLM -------------------------------------------------------------------------------
+
+INSIDE = {
+    "merged, then dropped inside": {"aim": {"name": "aim", "merge_ratio": 0.5, "start": 0, "stop": 2}},
+    "two pruners": {
+        "divprune": {"name": "divprune", "keep_ratio": 0.5},
+        "fastv": {"name": "fastv", "keep_ratio": 0.5, "layer": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_tokens_dropped_inside_the_llm_stand_on_kept_places(make_model, name):
+    """Text ends where it would without pruners, a row of a batch is the row alone, generation begins as forward."""
+    model, processor = made(make_model, INSIDE[name])
+    batch = batch_of(processor)
+    out = pruned(model, batch)
+    positions = out.passed.sequence.position_ids
+    for i in range(len(positions)):
+        assert int(positions[i, -1]) + 1 == int(batch["attention_mask"][i].sum()) + (2, 1, 1)[i] * 8  # 8 of 16 entered
+    for i, n in enumerate((2, 1, 1)):
+        row = processor.encode(sample((QUESTIONS[i], ANSWERS[i]), images=n, seed=3 * i))
+        alone = pruned(model, processor.collate([row])).logits[0, -1]
+        torch.testing.assert_close(out.logits[i, -1], alone, atol=1e-5, rtol=1e-4)
+    model.generation_config.eos_token_id = None
+    s = sample((QUESTIONS[0], "yes"), images=2)
+    given = processor.collate([processor.encode_prompt(s, s.dialogs[0])])
+    said = model.generate(given["input_ids"], given["pixel_values"], max_new_tokens=1, do_sample=False)
+    with torch.no_grad():
+        assert int(said[0, -1]) == int(model(given["input_ids"], given["pixel_values"]).logits[0, -1].argmax())
