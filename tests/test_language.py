@@ -17,6 +17,7 @@ FINISHED = (
     *("fusion", "vision", "distill", "registry", "zoo/composed", "zoo/checking"),
     *("zoo/text", "zoo/storage", "zoo/published", "zoo/data", "zoo/tasks"),
     *("zoo/teaching", "zoo/training", "zoo/evaluation", "zoo/inspection", "zoo/runs", "zoo/cli"),
+    *("zoo/loading", "zoo/settings"),
 )
 
 # pattern -> what to write instead

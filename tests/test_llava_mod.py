@@ -222,7 +222,7 @@ def test_a_stored_reference_gives_the_losses_of_a_live_one(tmp_path, tokenizer):
     ("first", "last", "message"),
     [
         ("detach: [upcycel]", "", "'upcycel'. Did you mean 'upcycle'"),
-        ("", "detach: [upcycle]", "the stage before has: an adapter that acts stays"),
+        ("", "detach: [upcycle]", "the previous stage attached: it cannot be detached again"),
         ("detach: [upcycle]", "detach: [upcycle]", "The last stage detaches 'upcycle'"),
     ],
 )

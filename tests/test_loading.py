@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(saved, monkeypatch
         ("{folder}", "Did you mean 'dir:{folder}'"),
         ("dir:{folder}/nowhere", "no such folder"),
         ("someone/something", "Did you mean 'hub:someone/something'"),
-        ("hub:../etc", "a repository is written <org>/<name>"),
+        ("hub:../etc", "write a repository as <org>/<name>"),
     ],
 )
 def test_names_that_are_wrong_or_ambiguous_are_refused_with_what_works(saved, name, words):

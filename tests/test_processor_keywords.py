@@ -81,5 +81,5 @@ def test_sizes_of_the_text_side_before_there_is_a_model(pair, folder):
 
 
 def test_a_checkpoint_beside_a_model_that_holds_all_weights(folder):
-    with pytest.raises(ZooError, match=r"holds all weights of its llm.*leave the option out"):
+    with pytest.raises(ZooError, match=r"has all weights of its llm.*omit the option"):
         zoo.load(f"dir:{folder}", "llm.checkpoint=./moved", device="cpu")

@@ -9,7 +9,7 @@ from typing import Any
 from zoo.registry import KINDS, ZooError, options_of
 from zoo.registry.table import kind_of
 from zoo.settings import presets
-from zoo.settings.overrides import SEVERAL, SLOTS, load_plugins, parse, settle, values
+from zoo.settings.overrides import SEVERAL, SLOTS, choose, load_plugins, parse, values
 from zoo.settings.schema import SECTIONS, RunRoot
 from zoo.settings.static_check import depth_of, schema_at
 
@@ -77,7 +77,7 @@ def _keys(command: str, typed: Sequence[str], last: str) -> list[str]:
 def _chosen(command: str, typed: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     """Return the components that earlier words choose, and the recipe; nothing if those words are incomplete."""
     try:
-        choice = settle(command, values(o for o in parse([w for w in typed if "=" in w]) if not o.is_sweep_override()))
+        choice = choose(command, values(o for o in parse([w for w in typed if "=" in w]) if not o.is_sweep_override()))
     except ZooError:
         return {}, None
     return choice.chosen, choice.recipe

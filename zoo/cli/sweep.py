@@ -18,7 +18,7 @@ from zoo.registry import ZooError, source_options
 from zoo.registry.table import kind_of
 from zoo.settings import presets
 from zoo.settings.config import compose, hydra_of_its_own
-from zoo.settings.overrides import SEVERAL, having, load_plugins, parse, prepare, settle, values
+from zoo.settings.overrides import SEVERAL, choose, having, load_plugins, parse, prepare, values
 from zoo.settings.schema import CONFIG_NAME
 from zoo.settings.text_options import TextOptions
 
@@ -46,11 +46,11 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
 
     fitted: dict[tuple[str, ...], None] = {}
     left_out: dict[str, int] = {}
-    picks = [settle(command, values(parse(job)), config_dir).chosen for job in product]
+    picks = [choose(command, values(parse(job)), config_dir).chosen for job in product]
     # Whether a value is text depends on the chosen components, which are known only after a first split.
     if (typed := _typed(parsed, picks, config_dir)) is not None:
         product = _split(typed)
-        picks = [settle(command, values(parse(job)), config_dir).chosen for job in product]
+        picks = [choose(command, values(parse(job)), config_dir).chosen for job in product]
     for job, chosen in zip(product, picks, strict=True):
         stays = []
         for line in job:

@@ -1,4 +1,4 @@
-"""From a name or a config to a model and its processor."""
+"""Build a model and its processor from a name or a config."""
 
 from zoo.moved import attributes_of
 

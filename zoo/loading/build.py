@@ -1,7 +1,7 @@
-"""Models by name, by folder, from the hub, or composed from parts; each with the processor that fits it.
+"""Load models by name, from a folder or from the hub, or compose them from parts, with their processors.
 
-The order is always the same: a source (`zoo.settings.source`), its plan, the check on the meta device, then weights
-(`zoo.composed.loader`), and the processor that fits the parts.
+The steps are always the same: a source (`zoo.settings.source`), its plan, the check on the meta device, weights
+(`zoo.composed.loader`), and the processor for the parts.
 """
 
 import warnings
@@ -46,14 +46,14 @@ def load(
     Args:
         name: a preset (`scenes_tiny`), a folder (`dir:runs/x`) or a hub repository (`hub:org/name`).
         overrides: options as on the command line: `pruner=random`, `pruner.random.keep_ratio=0.5`.
-        device: where it goes; None: CUDA where there is one.
+        device: of the model; None: CUDA if available.
         dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
         device_map: a device, `auto`, or a dict from prefixes of names (`vision`, `llm`, `llm.lm.model.layers.0`) to
             devices; instead of `device`.
-        bits: 8 or 4: the layers of a published language model, on CUDA, by bitsandbytes; 0: as they are.
-        attention: a name that transformers knows, or `auto`.
-        attn_implementation: the same, by the name that it has in transformers.
-        fresh: parts that may start without trained weights; adapters that an override adds always may.
+        bits: 8 or 4: quantize the layers of a published language model with bitsandbytes, on CUDA; 0: do not.
+        attention: a kernel's name in transformers, or `auto`.
+        attn_implementation: the same; transformers' name of the option.
+        fresh: parts that may start without trained weights; adapters added by an override always may.
 
     Raises:
         ZooError: the name is unknown or ambiguous, something does not fit, or weights are missing.
@@ -68,11 +68,11 @@ def load(
 
 
 def compose(*overrides: str, texts: Iterable[str] = ()) -> tuple[ZooModel, ZooProcessor]:
-    """Compose a model from parts, without trained weights other than those of the parts' own checkpoints.
+    """Compose a model from parts; the only trained weights are those of the parts' checkpoints.
 
     Args:
         overrides: options as on the command line: `vision=timm`, `llm=hf`, `projector=mlp`, ...
-        texts: what a new tokenizer is trained on, where neither the LLM nor an option names one.
+        texts: to train a new tokenizer on, if neither the LLM nor an option names one.
 
     Example:
         >>> model, processor = zoo.compose("vision=timm", "projector=mlp", "llm=hf", texts=["a red circle"])
@@ -91,12 +91,12 @@ def build(
     bits: int = 0,
     fresh: Iterable[str] = (),
 ) -> tuple[ZooModel, ZooProcessor]:
-    """Check what a source says, and build its model and processor.
+    """Check a source, and build its model and processor.
 
     Args:
         source: from `zoo.settings.source`.
-        texts: what a new tokenizer is trained on, where there is none to load; read only then.
-        tokenizer_folder: where the tokenizer is of a model that starts from its parts.
+        texts: to train a new tokenizer on, if there is none to load; read only then.
+        tokenizer_folder: of the tokenizer, for a model that starts from its parts.
         device, dtype, device_map, bits, fresh: see `load`.
     """
     folder = source.folder
@@ -105,7 +105,7 @@ def build(
     tokenizer = source.make_tokenizer(texts, tokenizer_folder)
     plan = plan_for(source, tokenizer)
     plan.trained = folder is not None
-    plan.splits = None if source.pretrained else plan.splits  # what is only to be scored needs no data to train on
+    plan.splits = None if source.pretrained else plan.splits  # a model that is only scored needs no training data
     report = check(plan)
     for note in report.notes:
         warnings.warn(note, stacklevel=2)
@@ -114,7 +114,8 @@ def build(
         ZooModel,
         _config(source, tokenizer),
         folder,
-        fresh=fresh if folder is None or source.published else {*fresh, "adapter"},  # an override may have added it
+        # A saved model may have a new adapter, added by an override.
+        fresh=fresh if folder is None or source.published else {*fresh, "adapter"},
         dtype=dtype,
         device_map=target if device_map is None else device_map,
         bits=bits,
@@ -122,7 +123,7 @@ def build(
     )
     if len(tokenizer) > model.llm.vocab_size:
         raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
-    model.set_attention(source.attention)  # on the device where it is now
+    model.set_attention(source.attention)  # after moving: kernels depend on the device
     processor, generation = _processor(source, model, tokenizer)
     model.__dict__["processor"] = processor  # for `model.chat`
     set_stops(model, processor.template, generation)
@@ -130,7 +131,7 @@ def build(
 
 
 def _config(source: Source, tokenizer: Any) -> ZooConfig:
-    """The config of the model, with the checkpoint that it is on."""
+    """Return the config of the model, with its base checkpoint."""
     special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ZooConfig(
         slots=source.slots,
@@ -155,11 +156,11 @@ def _config(source: Source, tokenizer: Any) -> ZooConfig:
 
 
 def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, int | None]:
-    """Make the processor of a composed config without a weight, and say how many positions its LLM has; None: any.
+    """Make the processor of a composed config without weights, and return the LLM's positions; None: no limit.
 
     Args:
         cfg: from `zoo.settings.config.compose`.
-        texts: what a new tokenizer is trained on, where there is none to load; read only then.
+        texts: to train a new tokenizer on, if there is none to load; read only then.
     """
     source = source_of(cfg)
     tokenizer = source.make_tokenizer(texts)
@@ -170,7 +171,7 @@ def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, 
 
 
 def _processor(source: Source, model: ZooModel, tokenizer: Any) -> tuple[ZooProcessor, Any]:
-    """The processor of a model, and the generation config stated beside its weights."""
+    """Return the processor of a model, and the generation config beside its weights."""
     folder, slots = source.folder, source.slots
     if folder is None:
         stated: dict[str, Any] = {"pictures": cut_by(slots["layout"], model.vision.transform if model.vision else None)}
@@ -184,13 +185,13 @@ def _processor(source: Source, model: ZooModel, tokenizer: Any) -> tuple[ZooProc
 
 
 def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated: Any) -> ZooProcessor:
-    """Make the processor that writes exactly the placeholders that the model's parts make image tokens for.
+    """Make the processor of a model: it writes one placeholder per image token of the model's parts.
 
     Args:
-        model: whose parts say how many.
+        model: with the parts that set the number of image tokens.
         tokenizer: with a chat template.
-        template: name of a built-in chat template, where the tokenizer's is none of them.
-        stated: `pictures`, `videos`, `video_token` of a published model, and the `end_tokens` of any.
+        template: name of a built-in chat template, for a tokenizer with another one.
+        stated: `pictures`, `videos`, `video_token` of a published model, and `end_tokens`.
     """
     known = next((name for name, (text, _) in CHAT_TEMPLATES.items() if text == tokenizer.chat_template), template)
     return ZooProcessor(
@@ -205,7 +206,7 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
 
 
 def layout_for(model: ZooModel) -> dict[str, Any] | None:
-    """What the processor needs to count the tokens of an image that was cut: the layout's node and what it knows."""
+    """Return what the processor needs to count the tokens of a cut image: the layout's node and its arguments."""
     if model.layout is None:
         return None
     return {**(model.config.slots or {})["layout"], "given": dict(model.layout.given)}
@@ -221,7 +222,7 @@ def unpruned_for(model: ZooModel) -> dict[str, Any] | None:
 
 
 def published_options(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """How a published folder prepares images and videos."""
+    """Return the image and video processors of a published folder."""
     return {
         "pictures": pictures_in(folder),
         "videos": videos_in(folder),
@@ -230,25 +231,25 @@ def published_options(folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
-    """The published image and video processors that a saved model goes on using."""
+    """Return the published image and video processors that a saved model uses."""
     content = read_content(folder, "processor_config.json")
     return {key: content.get(key) for key in ("pictures", "videos", "video_token")}
 
 
 def load_teacher(node: Mapping[str, Any], *, device: torch.device, precision: str) -> tuple[Any, Any]:
-    """Load the model and the processor that a stage's teacher names.
+    """Load the model and the processor of a stage's teacher.
 
     Args:
         node: `Stage.teacher_node`.
-        device: of the run, where the teacher names none.
-        precision: of the stage: a bf16 stage holds the teacher's weights in bf16, unless it names a dtype.
+        device: of the run; used if the teacher does not set one.
+        precision: of the stage; a bf16 stage holds the teacher's weights in bf16, unless the teacher sets a dtype.
     """
     dtype = node["dtype"] or ("bfloat16" if precision == "bf16" else None)
     where = torch.device(node["device"]) if node["device"] else device
     if not node["bits"]:
         return load(node["model"], *node["options"], device=where, dtype=dtype, attention=node["attention"])
     model, processor = load(node["model"], *node["options"], device="cpu", dtype=dtype, attention=node["attention"])
-    # Where there is room for the whole; what is left of it then moves.
+    # On the CPU, which has room for the whole model in 16 bits; the device then holds only the quantized one.
     quantize(model.llm.layers, int(node["bits"]), lambda name: any(a.owns(name) for a in model.adapter.values()))
     torch.nn.Module.to(model, where)
     model.set_attention(node["attention"])

@@ -1,6 +1,6 @@
-"""The config of a run: how overrides, presets and recipes become one typed, checked config.
+"""Compose overrides, presets and recipes into the typed, checked config of a run.
 
-Hydra composes; nothing here imports torch. The modules of the components that a run chose do.
+Hydra composes. Nothing here imports torch, except for the modules of the components that a run chooses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from zoo.settings.stage import PRECISIONS
 
 
 def store_schema() -> None:
-    """Give Hydra the root schema, once: it takes some 20 ms to make, and Hydra copies what it reads from its store."""
+    """Store the root schema in Hydra, once: making it takes about 20 ms, and Hydra copies what it reads."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -27,7 +27,7 @@ def store_schema() -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Raise a ZooError in place of whatever Hydra says about a config."""
+    """Turn errors of Hydra and OmegaConf into a ZooError."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -51,7 +51,7 @@ def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: st
         The typed config (a DictConfig of `RunRoot`).
 
     Raises:
-        ZooError: anything that is wrong with the config.
+        ZooError: the config has a mistake.
     """
     with explained():
         prepared = prepare(command, overrides, config_dir)
@@ -60,31 +60,32 @@ def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: st
         with hydra_of_its_own(config_dir):
             cfg = hydra_compose(CONFIG_NAME, prepared)
         validate(cfg)
-    cfg.__dict__["_typed"] = Typed(command, tuple(overrides), config_dir)  # beside the content: no file is to have it
+    # As an attribute and not in the content, so that config.yaml does not contain it.
+    cfg.__dict__["_typed"] = Typed(command, tuple(overrides), config_dir)
     return cfg
 
 
 @dataclass(frozen=True)
 class Typed:
-    """What a config was composed from: the words of a person."""
+    """The words of the command line that a config was composed from."""
 
     command: str
     overrides: tuple[str, ...]
     config_dir: str | Path | None = None
 
     def with_one_more(self, override: str) -> Any:
-        """Compose again, with another override behind the others."""
+        """Compose again, with another override appended."""
         return compose(self.command, [*self.overrides, override], self.config_dir)
 
 
 def typed_of(cfg: Any) -> Typed | None:
-    """Return what `compose` made a config from; None where something else made it, or it was copied."""
+    """Return the words that `compose` made a config from; None for other configs and copies."""
     return cfg.__dict__.get("_typed")
 
 
 @contextmanager
 def hydra_of_its_own(config_dir: str | Path | None = None) -> Iterator[Any]:
-    """Set up a Hydra of our own, and leave a job that is running as it was."""
+    """Set up a Hydra of our own, and restore that of a running job afterwards."""
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
@@ -103,7 +104,7 @@ def hydra_of_its_own(config_dir: str | Path | None = None) -> Iterator[Any]:
 
 
 def add_config_dir(search_path: Any, config_dir: str | Path) -> None:
-    """Let Hydra look into a user's folder too, as its own `--config-dir` does."""
+    """Add a user's folder to Hydra's search path, as its own `--config-dir` does."""
     from hydra.core.config_search_path import SearchPathQuery
 
     path = f"file://{Path(config_dir).resolve()}"
@@ -111,7 +112,7 @@ def add_config_dir(search_path: Any, config_dir: str | Path) -> None:
 
 
 def slots_of(cfg: Any) -> Iterator[tuple[str, str, Any]]:
-    """Yield kind, key and node of every component that the config chose; the key of a single slot is its kind."""
+    """Yield kind, key and node of every chosen component; the key of a single slot is its kind."""
     for kind in SLOT_KINDS:
         node = cfg.get(group_of(kind))
         if kind in MANY:
@@ -121,10 +122,10 @@ def slots_of(cfg: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def validate(cfg: Any) -> None:
-    """Check every chosen component and every stage: names, types, required values, and what their dataclasses say.
+    """Check every chosen component and every stage: names, types, required values, and their dataclasses' rules.
 
     Raises:
-        ZooError: the first thing that is wrong.
+        ZooError: the first mistake.
     """
     from omegaconf import OmegaConf
 
@@ -133,11 +134,11 @@ def validate(cfg: Any) -> None:
             slot = group_of(kind)
             if kind in MANY:
                 raise ZooError(f"{slot} {key!r} has options but is not chosen: add it with {slot}=[...,{key}].")
-            raise ZooError(f"{slot} has options but no component is chosen: write {slot}=<name>.")
+            raise ZooError(f"{slot} has options but no component: write {slot}=<name>.")
         config_of(kind, node)
     for kind in ("vision", "llm"):
         if cfg[kind] is None:
-            raise ZooError(f"No {kind} is chosen. Write {kind}=<name>, or start from a preset with model=<name>.")
+            raise ZooError(f"The run has no {kind}. Write {kind}=<name>, or start from a preset with model=<name>.")
     if not 0 <= cfg.max_broken <= 1:
         raise ZooError(f"max_broken is a share of the records, from 0 to 1, got {cfg.max_broken}.")
     if cfg.positions not in POSITIONS:
@@ -147,7 +148,7 @@ def validate(cfg: Any) -> None:
     for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
         if cfg[name] is not None and cfg[name] < least:
             raise ZooError(f"{name} must be at least {least}, got {cfg[name]}.")
-    before: list[str] | None = None  # what the stage before detaches
+    before: list[str] | None = None  # adapters that the previous stage detaches
     for name, node in cfg.stages.items():
         try:
             stage: Any = OmegaConf.to_object(node)
@@ -156,16 +157,18 @@ def validate(cfg: Any) -> None:
                 if adapter not in cfg.adapter:
                     raise unknown("adapter of this run", adapter, map(str, cfg.adapter))
                 if before is not None and adapter not in before:
-                    raise ZooError(f"detach names {adapter!r}, which the stage before has: an adapter that acts stays.")
+                    raise ZooError(
+                        f"detach names {adapter!r}, which the previous stage attached: it cannot be detached again."
+                    )
         except ZooError as error:
             raise ZooError(f"stage {name!r}: {error}") from error
         before = stage.detach
     if before:
-        raise ZooError(f"The last stage detaches {before[0]!r}, and the model that is saved would have it.")
+        raise ZooError(f"The last stage detaches {before[0]!r}, but the saved model would have it attached.")
 
 
 def _check_stage(stage: Any, data: list[str]) -> None:
-    """Check the names in a stage: its data sets are the run's, its distiller exists and has these options."""
+    """Check the names in a stage: its data sets are those of the run, its distiller exists and has these options."""
     for key in stage.data:
         if key not in data:
             raise unknown("data set of this run", key, data)

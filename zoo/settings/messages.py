@@ -1,7 +1,7 @@
-"""Hydra's and OmegaConf's errors, said in our words: what was given, what is allowed, what was probably meant.
+"""Turn errors of Hydra and OmegaConf into messages with the given value, the allowed ones and the nearest match.
 
-Both report from the place where they noticed; the OmegaConf error at the root of the chain knows the full key and the
-node that it was looked up in, which is all that a good message needs.
+Both libraries report the place where an error surfaced; the OmegaConf error at the root of the chain has the full key
+and the node in which it was looked up, from which a message is made.
 """
 
 import re
@@ -18,7 +18,7 @@ from zoo.settings.static_check import called, elsewhere, no_stage
 
 
 def explain(error: BaseException) -> ZooError:
-    """Return the ZooError that says what `error` means."""
+    """Return the ZooError for an error of Hydra or OmegaConf."""
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -42,12 +42,12 @@ def explain(error: BaseException) -> ZooError:
 
 
 def unknown_key(path: list[str], owner: str, options: list[Option]) -> ZooError:
-    """The error for a path whose last part does not exist."""
+    """Return the error for a path whose last part does not exist."""
     if path[:1] == ["stages"] and len(path) == 2:
         return no_stage(path[1], [o.name for o in options])
     if not options and path[0] in SLOTS and len(path) > 1:
         return ZooError(f"{path[0]!r} holds no component in this run, so it has no option {path[-1]!r}.")
-    if not path[1:]:
+    if not path[1:]:  # a word of the run itself, which is often an option of a stage or part
         if home := elsewhere("", path[0], {}):
             return home
         return unknown("option", path[0], [o.name for o in options])
@@ -55,7 +55,7 @@ def unknown_key(path: list[str], owner: str, options: list[Option]) -> ZooError:
 
 
 def describe(path: list[str], node: Any) -> tuple[str, list[Option]]:
-    """Return what to call the node at `path`, and its options.
+    """Return a name for the node at `path`, and its options.
 
     >>> describe(["pruner", "random"], node)
     ("pruner 'random'", [Option("keep_ratio", ...), ...])
@@ -86,9 +86,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _where(message: str) -> str:
-    """Return the preset that Hydra says the error is in, or nothing."""
+    """Return the preset that Hydra's message names, as the beginning of ours; empty without one."""
     found = re.match(r"In '(\w+)/([\w-]+)'", message)
-    return f"{found[1]} {found[2].partition('-')[0]!r}: " if found else ""
+    return f"{found[1]} {found[2].partition('-')[0]!r}: " if found else ""  # trimmed presets are called NAME-3
 
 
 def _at(where: str, error: ZooError) -> ZooError:

@@ -1,7 +1,7 @@
-"""A model that was saved, as a preset of this run: `model=dir:runs/x`, `model=hub:org/name`, `model=last`.
+"""Make presets of saved models: `model=dir:runs/x`, `model=hub:org/name`, `model=last`.
 
-Its config.json comes from elsewhere: it may name registered components and plain values, and nothing else. What it says
-becomes a preset with typed options, so that `pruner=...` and every other override work on it as on any preset.
+Their config.json may come from elsewhere: it may contain names of registered components and plain values only. It is
+stored as a preset with typed options, so that `pruner=...` and other overrides work as on any preset.
 """
 
 import re
@@ -22,16 +22,16 @@ SPELLINGS = "a preset, 'dir:<folder>' for a saved model, 'hub:<org>/<name>' for 
 def resolve(
     asked: Any, given: Mapping[str, Any], config_dir: str | Path | None = None, data: Collection[Any] = ()
 ) -> tuple[str, dict[str, str]]:
-    """Return the name of the preset that `model=<asked>` means, and what to note about its source.
+    """Return the name of the preset that `model=<asked>` means, and the fields of its `ModelSource`.
 
     Args:
-        asked: what stands behind `model=`.
+        asked: value of `model=`.
         given: key -> value of the overrides.
         config_dir: a user's own folder of presets.
-        data: data sets that are asked for by name: of those, presets say what they are, and not the model's run.
+        data: names of data sets that the run chooses; their options are those of presets, not of the model's run.
 
     Raises:
-        ZooError: there is no such model, the spelling is ambiguous, or its config cannot be trusted.
+        ZooError: there is no such model, the name is ambiguous, or its config is refused.
     """
     if not isinstance(asked, str) or not asked:
         raise ZooError(f"model={asked!r}: name {SPELLINGS}.")
@@ -49,7 +49,7 @@ def resolve(
 
 
 def ambiguous(asked: str, allowed: list[str]) -> ZooError:
-    """The error for a model name that is no preset, with the spellings that would work."""
+    """Return the error for a model name that is not a preset, with the spellings that would work."""
     meant = []
     if Path(asked).expanduser().is_dir():
         meant.append(f"'dir:{asked}'")
@@ -59,12 +59,12 @@ def ambiguous(asked: str, allowed: list[str]) -> ZooError:
         return ZooError(f"{unknown('model', asked, allowed)} A model is {SPELLINGS}.")
     near = nearest(asked, allowed)
     preset = f" The nearest preset is {near[0]!r}." if near else ""
-    return ZooError(f"model {asked!r} is no preset. Did you mean {' or '.join(meant)}?{preset}")
+    return ZooError(f"model {asked!r} is not a preset. Did you mean {' or '.join(meant)}?{preset}")
 
 
 def newest(root: Path) -> Path:
     """Return the newest folder below `root` that holds a saved model."""
-    files = (f for f in root.glob("**/config.json") if not f.parent.name.startswith("."))  # half-written ones do
+    files = (f for f in root.glob("**/config.json") if not f.parent.name.startswith("."))  # names of unfinished folders
     found = [file for file in files if _is_zoo_model(file)]
     if not found:
         raise ZooError(f"model=last: no finished run below {str(root)!r}. Train one with `zoo train`.")
@@ -74,7 +74,7 @@ def newest(root: Path) -> Path:
 def from_folder(
     folder: Path, asked: str, config_dir: str | Path | None = None, data: Collection[Any] = ()
 ) -> tuple[str, dict[str, str]]:
-    """Make a preset of the model saved in `folder`, or in its subfolder `model` where `folder` is a run."""
+    """Make a preset of the model saved in `folder`, or in `folder`/model if `folder` is a run."""
     place, content = content_of(folder, asked)
     anew = {name for name in data if name in presets.preset_files("data", config_dir)}
     if isinstance(stated := content.get("data"), Mapping):
@@ -83,10 +83,10 @@ def from_folder(
 
 
 def content_of(folder: Path, asked: str) -> tuple[Path, dict[str, Any]]:
-    """Return where the model in a folder lies, and what its config says: itself, or `model` in the folder of a run.
+    """Return the folder of a saved model (the folder itself, or `model` in the folder of a run), and its config.
 
     Raises:
-        ZooError: there is none.
+        ZooError: the folder holds no model.
     """
     for place in (folder, folder / "model"):
         if _is_zoo_model(place / "config.json"):
@@ -111,9 +111,9 @@ def content_of(folder: Path, asked: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _data_of_run(run: Path) -> dict[str, Any]:
-    """What a model was trained and scored on, where its folder lies in a run: `zoo eval` then asks for the same.
+    """Return the data and tasks of a model's run, if its folder is in a run, so that `zoo eval` uses the same.
 
-    Its paths are those of that day.
+    Paths in it are those at the time of the run.
     """
     if not (run / "config.yaml").is_file():
         return {}
@@ -122,14 +122,14 @@ def _data_of_run(run: Path) -> dict[str, Any]:
 
 
 def _name_alone(node: Any) -> Any:
-    """A component without the options that a run had for it: a preset that is asked for now brings its own."""
+    """Return a component without options: those of the preset with its name apply."""
     return {"name": node["name"]} if isinstance(node, Mapping) and "name" in node else node
 
 
 def from_hub(repository: str, revision: str = "", config_dir: str | Path | None = None) -> tuple[str, dict[str, str]]:
-    """Make a preset of the model in a repository of the hub; reads its config.json only."""
+    """Make a preset of the model in a repository of the hub; only its configs are read."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or ".." in repository:
-        raise ZooError(f"model 'hub:{repository}': a repository is written <org>/<name>.")
+        raise ZooError(f"model 'hub:{repository}': write a repository as <org>/<name>.")
     require_revision(revision)
     from huggingface_hub import hf_hub_download
 
@@ -140,30 +140,30 @@ def from_hub(repository: str, revision: str = "", config_dir: str | Path | None 
         raise ZooError(f"model 'hub:{repository}': cannot read its config.json ({first}).") from error
     content = read_json(Path(file))
     if is_published(content):
-        for extra in ("preprocessor_config.json", "processor_config.json"):  # they state how pixels are made
+        for extra in ("preprocessor_config.json", "processor_config.json"):  # size and normalisation of images
             with suppress(Exception):
                 hf_hub_download(repository, extra, revision=revision or None)
         content = published_content(Path(file).parent)
     if not isinstance(content, dict) or "slots" not in content:
         raise ZooError(
-            f"model 'hub:{repository}' is no model of this zoo: its config.json has no 'slots', and its type is none "
-            f"of {', '.join(FAMILIES)}."
+            f"model 'hub:{repository}' is not a model of this zoo: its config.json has no 'slots', and its type is not "
+            f"one of {', '.join(FAMILIES)}."
         )
     name = store_preset(said_since(content), f"hub:{repository}", config_dir)
     return name, {"name": repository, "source": "hub", "repository": repository}
 
 
 def published_content(folder: Path) -> dict[str, Any]:
-    """What a folder in a published layout says, as the config of a saved model would."""
+    """Return the config of a published folder, in the form of a saved model's."""
     from zoo.published.folder import slots_in
 
     return {"slots": {"pruner": {}, "adapter": {}, "layout": None, **slots_in(folder)}}
 
 
 def fetch_config(asked: str, config_dir: str | Path | None = None) -> None:
-    """Bring the config of a published preset to the hub's cache, so that it decides and not what the preset says.
+    """Fetch the config of a published preset into the hub's cache; it has precedence over the preset's own options.
 
-    What cannot be fetched is reported when weights are.
+    Errors are ignored here: fetching the weights will report them.
     """
     stated = presets.read("model", asked, config_dir).get("model") if asked in presets.available("model") else None
     if not isinstance(stated, Mapping) or not stated.get("family"):
@@ -178,7 +178,7 @@ def fetch_config(asked: str, config_dir: str | Path | None = None) -> None:
 
 
 def _from_cache(asked: str, config_dir: str | Path | None) -> tuple[str, dict[str, str]] | None:
-    """Let the checkpoint's own config decide where a preset names a published repository that is in the cache."""
+    """Make a preset of the checkpoint's own config, if a preset names a published repository that is in the cache."""
     stated = presets.read("model", asked, config_dir).get("model") or {}
     if not isinstance(stated, Mapping) or not stated.get("family"):
         return None
@@ -205,10 +205,10 @@ def _content(file: Path) -> Any:
 
 
 def trusted_slots(content: Mapping[str, Any], asked: str) -> dict[str, Any]:
-    """Return the parts, data and tasks that a config names, which may be somebody else's.
+    """Return the parts, data and tasks of a config, which may come from elsewhere.
 
     Raises:
-        ZooError: it names code, absurd sizes, values of other types, or what nobody registered.
+        ZooError: it contains code, absurd sizes, values of other types, or components that are not registered.
     """
     where = f"The config of model {asked!r}"
     if not isinstance(content.get("slots"), Mapping):
@@ -223,7 +223,7 @@ def trusted_slots(content: Mapping[str, Any], asked: str) -> dict[str, Any]:
 
 
 def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path | None = None) -> str:
-    """Check what a saved config says and store it as a preset; its private name is returned."""
+    """Check a saved config and store it as a preset; return its private name."""
     slots, where = trusted_slots(content, asked), f"The config of model {asked!r}"
     defaults: list[Any] = []
     body: dict[str, Any] = {}
@@ -253,7 +253,7 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
 
 
 def _ask_for_plugins(slots: Mapping[str, Any], remembered: Any, where: str) -> None:
-    """Name the plugins to add where a slot holds a component that nobody registered."""
+    """Raise an error that names the plugins to add, if a slot holds a component that is not registered."""
     unknowns = []
     for kind in SLOT_KINDS:
         node = slots.get(group_of(kind)) or {}
@@ -269,23 +269,23 @@ def _ask_for_plugins(slots: Mapping[str, Any], remembered: Any, where: str) -> N
 
 
 def require_member(kind: str, key: str, node: Any, where: str) -> None:
-    """Refuse a saved slot that names no component, or has another form than a component's options.
+    """Refuse a saved slot without a registered component, or in another form than a component's options.
 
     Args:
-        kind, key: of the slot's member; in a slot of one, the key is the slot.
-        node: what the config holds there.
-        where: the config, for the message.
+        kind, key: of the slot's member; in a slot for a single part, the key is the slot.
+        node: content of the config there.
+        where: names the config, for the message.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("name"), str):
         raise ZooError(f"{where}: the slot {key!r} must be a mapping with a 'name', got {node!r}.")
     if node["name"] not in names(kind):
         raise ZooError(f"{where}: {unknown(kind, node['name'], names(kind))}")
     if not re.fullmatch(r"\w+", key):
-        raise ZooError(f"{where}: {key!r} is no name of a member; letters, digits and underscores only.")
+        raise ZooError(f"{where}: {key!r} is not a valid name; allowed are letters, digits and underscores.")
 
 
 def _member(kind: str, key: str, node: Any, where: str, config_dir: str | Path | None) -> str:
-    """Check that a saved slot names a component; a key of its own becomes an option of the group."""
+    """Check that a saved slot names a component; make a key other than its name available in the group."""
     require_member(kind, key, node, where)
     if kind in MANY and presets.component_of(group_of(kind), key, config_dir) != node["name"]:
         presets.add_member(kind, key, node["name"])

@@ -1,7 +1,7 @@
-"""From what a person typed to what Hydra can compose: plugins, names, saved models, presets trimmed to the choice.
+"""Turn typed overrides into overrides that Hydra can compose: plugins, names, saved models, trimmed presets.
 
-`prepare` runs once for a run and once for every job of a sweep. It looks at names only, so that most mistakes are found
-before any component is imported.
+`prepare` is called once for a run and once for every job of a sweep. It works on names only, so that most mistakes are
+found before components are imported.
 """
 
 import re
@@ -20,11 +20,11 @@ from zoo.settings.static_check import elsewhere, no_stage, try_override
 from zoo.settings.text_options import TextOptions
 from zoo.text.tokenizer_files import has_template
 
-RECIPE_COMMANDS = ("train", "eval", "check", "data")  # these start from the default recipe; anything else from none
+RECIPE_COMMANDS = ("train", "eval", "check", "data")  # commands that start from the default recipe
 SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
 SEVERAL = tuple(group_of(kind) for kind in SLOT_KINDS if kind in MANY)
-_OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # a stage's dicts that take any key
-_TAUGHT = re.compile(r"stages\.(\w+)\.(distiller|teacher)(?=\.|$)")  # nodes that name what they hold
+_OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # dicts of a stage with arbitrary keys
+_TEACHING = re.compile(r"stages\.(\w+)\.(distiller|teacher)(?=\.|$)")  # untyped nodes of a stage
 _STAGE = re.compile(r"stages\.(\w+)(?:\.|$)")
 
 
@@ -43,14 +43,15 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     from zoo.registry.hydra import flush
 
     load_plugins(command, [values(parsed)], config_dir)
-    flush()
+    flush()  # components of plugins become options of Hydra
     for override in parsed:
         check(override, config_dir)
     for override in parsed:
         require_option(override, lambda: _chosen(command, parsed, config_dir), config_dir)
     parsed = chosen_last(parsed)
-    choice = settle(command, values(parsed), config_dir)
+    choice = choose(command, values(parsed), config_dir)
     choice.added = _added_stages(parsed, choice.recipe, config_dir)
+    # Which options are text depends on the chosen components, so overrides are parsed a second time.
     texts = TextOptions(choice.chosen, config_dir)
     parsed = parse([texts.typed(o.input_line) for o in parsed])
     for override in parsed:
@@ -62,9 +63,9 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
 
 
 def chosen_last(parsed: Sequence[Any]) -> list[Any]:
-    """Leave out what was said of a slot before it was chosen a second time: that choice replaces the first.
+    """Remove the first choice of a slot that is chosen twice, and its options.
 
-    Options of a member that both choices name stay.
+    Options of members that both choices name are kept. So a command can be extended by appending words, as fixes are.
     """
     choices = {key: [i for i, o in enumerate(parsed) if o.key_or_group == key] for key in SLOTS}
     dropped: set[int] = set()
@@ -81,9 +82,9 @@ def chosen_last(parsed: Sequence[Any]) -> list[Any]:
 
 
 def parse(overrides: Sequence[str]) -> list[Any]:
-    """Return Hydra's view of each override; a word that its grammar refuses is the text that it is.
+    """Parse overrides by Hydra's grammar, with words that it would refuse as quoted text.
 
-    Options of the run itself that hold text keep what was typed; those of components when it is known which they are.
+    Text options of the run itself keep the typed word; those of components do once the components are known.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -99,12 +100,12 @@ def parse(overrides: Sequence[str]) -> list[Any]:
 
 
 def values(parsed: Iterable[Any]) -> dict[str, Any]:
-    """Key -> value of overrides that set one."""
+    """Return key -> value of the overrides that set a value."""
     return {o.key_or_group: o.value() for o in parsed if not o.is_delete()}
 
 
 def default_recipe(command: str) -> str | None:
-    """Return the recipe of a command where none is named."""
+    """Return the recipe of a command without `recipe=`."""
     return DEFAULT_RECIPE if command in RECIPE_COMMANDS else None
 
 
@@ -121,7 +122,7 @@ def load_plugins(command: str, runs: Iterable[Mapping[str, Any]], config_dir: st
 
 
 def check(override: Any, config_dir: str | Path | None) -> None:
-    """Refuse keys and choices that do not exist, and Hydra's prefixes where they would slip past the schema."""
+    """Refuse choices that do not exist, and Hydra's prefixes, which would bypass the schema."""
     key, value = override.key_or_group, override.value()
     if override.is_hydra_override() or key.startswith("hydra/"):
         return
@@ -130,7 +131,7 @@ def check(override: Any, config_dir: str | Path | None) -> None:
     if (override.is_add() or override.is_force_add() or override.is_delete()) and not _STAGE.match(key):
         off = "[]" if key in SEVERAL else "null"
         instead = f"{key}={off}" if override.is_delete() else override.input_line.lstrip("+")
-        raise ZooError(f"{override.input_line!r}: an option is there or it is not. Write {instead}.")
+        raise ZooError(f"{override.input_line!r}: options cannot be added or removed. Write {instead}.")
     if key in SLOTS and not override.is_delete() and not isinstance(value, dict):
         if isinstance(value, list) and key not in SEVERAL:
             raise ZooError(f"{key}={_text(value)}: the slot {key!r} holds one component. Write {key}=<name>.")
@@ -143,11 +144,11 @@ def check(override: Any, config_dir: str | Path | None) -> None:
 def require_option(
     override: Any, chosen: Callable[[], Mapping[str, Any]], config_dir: str | Path | None = None
 ) -> None:
-    """Refuse an option that the run does not have, and say where there is one of that name.
+    """Refuse an option that the run does not have, with the paths of options of that name.
 
     Args:
         override: as Hydra parsed it.
-        chosen: gives group -> what the run picks.
+        chosen: returns group -> choice of the run; called for the message only.
         config_dir: a user's own folder of presets.
     """
     key = override.key_or_group
@@ -162,24 +163,24 @@ def require_option(
 
 
 def _chosen(command: str, parsed: Sequence[Any], config_dir: str | Path | None) -> Mapping[str, Any]:
-    """What a run picks, in spite of options that it does not have; nothing where that is not known."""
+    """Return the choices of a run that has unknown options; empty if they cannot be determined."""
     with suppress(ZooError):
-        return settle(command, values(parsed), config_dir).chosen
+        return choose(command, values(parsed), config_dir).chosen
     return {}
 
 
 @dataclass
 class Choice:
-    """The recipe, the model and the components that a run picks."""
+    """The recipe, the model and the components of a run."""
 
     recipe: str | None
     model: str
-    own: dict[str, Any]  # group -> what recipe and model pick by themselves
+    own: dict[str, Any]  # group -> choice of recipe and model, without the overrides
     own_of_model: dict[str, Any]
-    chosen: dict[str, Any]  # group -> what the run picks; a list where the slot holds several
+    chosen: dict[str, Any]  # group -> choice of the run; a list for slots that hold several
     source: dict[str, str]  # fields of ModelSource
-    without: dict[str, frozenset[str]]  # what presets state and does not hold beside a checkpoint that the run names
-    added: list[str] = field(default_factory=list)  # stages that the run has behind those of the recipe
+    without: dict[str, frozenset[str]]  # section -> options of presets that do not apply to a checkpoint of the run
+    added: list[str] = field(default_factory=list)  # stages that the run adds to those of the recipe
 
     def lines(self, config_dir: str | Path | None = None) -> list[str]:
         """Return the overrides that make Hydra compose this choice."""
@@ -187,7 +188,8 @@ class Choice:
         model = presets.trim("model", self.model, self.own_of_model, self.chosen, config_dir, texts, self.without)
         lines = [f"model={quoted(model)}"]
         lines += [f"++model.{key}={quoted(value)}" for key, value in self.source.items()]
-        stages: dict[str, Any] = {name: {} for name in self.added}  # in a preset: Hydra types no node of an override
+        # Added stages go into a preset, since Hydra does not apply the schema to nodes that an override adds.
+        stages: dict[str, Any] = {name: {} for name in self.added}
         if self.recipe is None:
             recipe = presets.store_once("recipe", "added", {"stages": stages}) if stages else EMPTY_SLOT
             return [*lines, f"recipe={quoted(recipe)}"]
@@ -197,18 +199,18 @@ class Choice:
         return [*lines, f"recipe={quoted(recipe)}", f"run.recipe={quoted(self.recipe)}"]
 
 
-def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None = None) -> Choice:
-    """Find out what a run picks: its own overrides first, then the recipe's, then the model's."""
+def choose(command: str, given: Mapping[str, Any], config_dir: str | Path | None = None) -> Choice:
+    """Determine recipe, model and components of a run: overrides first, then the recipe, then the model."""
     recipe = given.get("recipe", default_recipe(command))
     from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
-    asked = given.get("model", from_recipe.get("model", _model_without_a_word({*from_recipe, *given})))
+    asked = given.get("model", from_recipe.get("model", _default_model({*from_recipe, *given})))
     if command in ("train", "eval", "data") and isinstance(asked, str):
         saved.fetch_config(asked, config_dir)
     named = presets.as_list(given.get("data", from_recipe.get("data") if "recipe" in given else None))
     model, source = (EMPTY_SLOT, {"name": ""}) if asked is None else saved.resolve(asked, given, config_dir, named)
     from_model = presets.selection("model", model, config_dir)
     if recipe and "recipe" not in given and "data" in from_model:
-        recipe, from_recipe = None, {}  # a saved model brings its own data: the default recipe's do not apply
+        recipe, from_recipe = None, {}  # a saved model names its own data, which replaces the default recipe's
     own = {**from_model, **from_recipe}
     picked = {key: given[key] for key in SLOTS if key in given and not isinstance(given[key], dict)}
     chosen = {key: presets.as_list(v) if key in SEVERAL else v for key, v in {**own, **picked}.items()}
@@ -226,23 +228,26 @@ def settle(command: str, given: Mapping[str, Any], config_dir: str | Path | None
 
 
 def _refuse_checkpoints(given: Mapping[str, Any], model: str, asked: str, config_dir: str | Path | None) -> None:
-    """Refuse a checkpoint for a part of a saved model that was made from none: all its weights are in the folder."""
+    """Refuse a checkpoint for a part of a saved model that was made without one: its weights are in the folder."""
     for slot in ("vision", "llm"):
         checkpoint, stated = given.get(f"{slot}.checkpoint"), presets.section("model", model, slot, config_dir)
         if checkpoint and slot not in given and stated and not stated.get("checkpoint"):
             raise ZooError(
-                f"{slot}.checkpoint={checkpoint}: the model {asked!r} holds all weights of its {slot}, and reads none "
-                f"from a checkpoint: leave the option out. For another {slot} in its place, choose it: {slot}=<name>."
+                f"{slot}.checkpoint={checkpoint}: the folder of model {asked!r} has all weights of its {slot}, so no "
+                f"checkpoint is read: omit the option. To replace its {slot}, choose another: {slot}=<name>."
             )
 
 
 def _of_random_parts(
     given: Mapping[str, Any], model: str, recipe: str | None, config_dir: str | Path | None
 ) -> dict[str, frozenset[str]]:
-    """Name what presets say of a part with random weights where the run puts a checkpoint, or another family, there.
+    """Return the options that presets state for a part with random weights, if the run gives it a checkpoint or family.
 
-    Sizes, fields of a family and a tokenizer for the run's own text say nothing of a checkpoint. What a preset says
-    beside a checkpoint of its own (which layer is read, say) holds for another one too.
+    Sizes, fields of a family and a tokenizer for the run's own text do not apply to a checkpoint. Options that a preset
+    states beside a checkpoint of its own (which layer is read, say) apply to another checkpoint too.
+
+    Returns:
+        Section -> options that do not apply; an empty set: the whole section.
     """
     found: dict[str, frozenset[str]] = {}
     for slot in ("vision", "llm"):
@@ -252,6 +257,7 @@ def _of_random_parts(
         if (checkpoint or given.get(f"{slot}.model")) and not (stated.get("checkpoint") or stated.get("model")):
             found[slot] = frozenset()
             if slot == "llm":
+                # A tokenizer without a chat template of its own keeps the preset's.
                 found["tokenizer"] = frozenset({"checkpoint", "vocab_size", "template_options"})
                 if has_template(str(checkpoint)):
                     found["tokenizer"] = frozenset()
@@ -260,13 +266,13 @@ def _of_random_parts(
     return found
 
 
-def _model_without_a_word(picked: set[str]) -> str | None:
-    """The default model; none where the parts themselves are named, which then start as they are."""
+def _default_model(picked: set[str]) -> str | None:
+    """Return the model of a run without `model=`; None if encoder and LLM are named, which do not need a preset."""
     return None if {"vision", "llm"} <= picked else DEFAULT_MODEL
 
 
 def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> list[str]:
-    """Spell an override the way Hydra wants it."""
+    """Return an override in the form that Hydra accepts."""
     key, value = override.key_or_group, override.value()
     if key in SEVERAL and value is None:
         return [f"{key}=[]"]
@@ -283,36 +289,36 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
             s for g, n in (("model", choice.model), ("recipe", choice.recipe)) if n for s in _stages(g, n, config_dir)
         }
         if stage[1] in choice.added:
-            line = line.lstrip("+")  # it is there by now
-        elif stage[1] not in there and (_OPEN.match(key) or _TAUGHT.match(key)):  # else Hydra knows better
+            line = line.lstrip("+")  # exists by now
+        elif stage[1] not in there and (_OPEN.match(key) or _TEACHING.match(key)):  # Hydra reports others
             raise no_stage(stage[1], [*there, *choice.added])
     if _OPEN.match(key) and not override.is_delete():
         return ["++" + line.lstrip("+")]
     if members := having(key, choice.chosen, config_dir):
         group, _, option = key.partition(".")
         return [f"{group}.{member}.{option}={override.get_value_element_as_str()}" for member in members]
-    if _TAUGHT.match(key) and not override.is_delete():
-        line = "++" + line.lstrip("+")  # the recipe need not state an option that it has
+    if _TEACHING.match(key) and not override.is_delete():
+        line = "++" + line.lstrip("+")  # the recipe may not state the option
         another = isinstance(value, dict) and _names_another(key, value, choice.recipe, config_dir)
-        return [f"{key}=null", line] if another else [line]  # in the place of the recipe's, and not merged with it
+        return [f"{key}=null", line] if another else [line]  # replaces the recipe's instead of merging with it
     return [line]
 
 
 def _added_stages(parsed: Sequence[Any], recipe: str | None, config_dir: str | Path | None) -> list[str]:
-    """The stages that overrides with a `+` name and the recipe does not have."""
+    """Return the stages that overrides add with `+` and the recipe does not have."""
     there = _stages("recipe", recipe, config_dir) if recipe else {}
     found = [m[1] for o in parsed if (o.is_add() or o.is_force_add()) and (m := _STAGE.match(o.key_or_group))]
     return [name for name in dict.fromkeys(found) if name not in there]
 
 
 def _stages(group: str, name: str, config_dir: str | Path | None) -> dict[str, Any]:
-    """The stages that a preset states, with those that it starts from."""
+    """Return the stages of a preset and of the presets that it starts from."""
     return presets.section(group, name, "stages", config_dir, deep=True)
 
 
 def _names_another(key: str, value: Mapping[str, Any], recipe: str | None, config_dir: str | Path | None) -> bool:
-    """Whether a dict for a stage's distiller or teacher names another one than the recipe does."""
-    found = _TAUGHT.fullmatch(key)
+    """Return whether a dict for a stage's distiller or teacher names another one than the recipe does."""
+    found = _TEACHING.fullmatch(key)
     if found is None or recipe is None:
         return False
     stated = _stages("recipe", recipe, config_dir).get(found[1])
@@ -323,12 +329,12 @@ def _names_another(key: str, value: Mapping[str, Any], recipe: str | None, confi
 
 
 def quoted(text: str) -> str:
-    """Spell a string, such as a path, so that Hydra reads it as it is."""
+    """Quote a string, such as a path, for Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
 
 
 def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> list[str]:
-    """Return the chosen members that have the option meant by a short path such as `pruner.keep_ratio`."""
+    """Return the chosen members that have the option of a short path such as `pruner.keep_ratio`."""
     parts = key.split(".")
     if len(parts) != 2 or parts[0] not in SEVERAL:
         return []

@@ -1,7 +1,7 @@
-"""Named things in YAML: models, recipes, data. What is read of them before Hydra composes.
+"""Presets in YAML: models, recipes, data; read and trimmed before Hydra composes.
 
-Options that a preset states for a slot belong to the component that it picks there. A run that picks another component
-must not inherit them (a CLIP checkpoint makes no timm encoder), so a preset is trimmed to what a run chose.
+Options that a preset states for a slot belong to the component that it chooses there. A run with another component must
+not inherit them (a CLIP checkpoint does not fit a timm encoder), so presets are trimmed to the choices of the run.
 """
 
 import re
@@ -18,12 +18,12 @@ from zoo.registry.table import SLOT_KINDS, group_of, kind_of
 GROUPS = ("model", "recipe", "data")  # groups that have YAML files
 KIND_WORDS = {"data": "data set"}
 
-_members: dict[str, dict[str, str]] = {}  # group -> key -> component, for keys that a saved model made up
+_members: dict[str, dict[str, str]] = {}  # group -> key -> component, for keys of saved models
 _private: dict[str, dict[str, dict[str, Any]]] = {group: {} for group in GROUPS}  # presets made in this process
 
 
 class Texts(Protocol):
-    """Which options hold text: `zoo.settings.text_options.TextOptions`."""
+    """Interface of `zoo.settings.text_options.TextOptions`, which knows the options that hold text."""
 
     def written(self, group: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]: ...
 
@@ -31,12 +31,12 @@ class Texts(Protocol):
 
 
 def folders(config_dir: str | Path | None = None) -> list[Path]:
-    """Return the folders that hold presets: ours, and a user's own."""
+    """Return the folders of presets: ours, and a user's own."""
     return [Path(str(files("zoo.conf"))), *([Path(config_dir)] if config_dir else [])]
 
 
 def preset_files(group: str, config_dir: str | Path | None = None) -> dict[str, Path]:
-    """Name -> file of the presets of a group."""
+    """Return name -> file of the presets of a group."""
     found: dict[str, Path] = {}
     for folder in folders(config_dir):
         for file in sorted((folder / group).glob("*.yaml")):
@@ -45,22 +45,22 @@ def preset_files(group: str, config_dir: str | Path | None = None) -> dict[str, 
 
 
 def file_of(group: str, name: str, config_dir: str | Path | None = None) -> Path | None:
-    """Return the file of a preset; None for a component, and for what was made in this process."""
+    """Return the file of a preset; None for components and for presets made in this process."""
     return None if name in _private[group] else preset_files(group, config_dir).get(name)
 
 
 def available(group: str, config_dir: str | Path | None = None) -> list[str]:
-    """Return what can be chosen in a group: components, presets, or both."""
+    """Return the choices of a group: components, presets, or both."""
     kind = kind_of(group)
     presets = preset_files(group, config_dir) if group in GROUPS else {}
     return sorted({*(names(kind) if kind else ()), *presets, *_members.get(group, ())})
 
 
 def require(group: str, name: Any, config_dir: str | Path | None = None) -> str:
-    """Return `name` where the group has it.
+    """Return `name` if the group has it.
 
     Raises:
-        ZooError: it has not, or the name is no plain word (a path could lead anywhere).
+        ZooError: it does not; paths are refused too.
     """
     allowed = available(group, config_dir)
     if name in _private.get(group, {}):
@@ -82,7 +82,7 @@ def read(group: str, name: str, config_dir: str | Path | None = None) -> dict[st
     try:
         content = deepcopy(_content(file, file.read_text("utf-8")))
     except YAMLError as error:
-        raise ZooError(f"{group} {name!r} ({file}) is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ZooError(f"{group} {name!r} ({file}) is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ZooError(f"{group} {name!r} ({file}) must hold a mapping.")
     return {str(key): value for key, value in content.items()}
@@ -90,14 +90,14 @@ def read(group: str, name: str, config_dir: str | Path | None = None) -> dict[st
 
 @lru_cache(maxsize=256)
 def _content(file: Path, text: str) -> Any:
-    """Parse a file that holds this text: to compose one config reads the same presets several times."""
+    """Parse a file with this text. Cached, since composing one config reads the same presets several times."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
 
 
 def add_member(kind: str, key: str, component: str) -> None:
-    """Let a member of a slot of several be chosen under a key that is neither a component nor a preset."""
+    """Make a component available under a key of its own, in a slot that holds several."""
     from zoo.registry.hydra import add_option
 
     add_option(kind, key, component)
@@ -105,7 +105,7 @@ def add_member(kind: str, key: str, component: str) -> None:
 
 
 def store(group: str, name: str, content: Mapping[str, Any], package: str = "_global_") -> str:
-    """Make a preset of this process's own available to Hydra under a private name, which is returned."""
+    """Store a preset in Hydra under a name of this process, and return the name."""
     from hydra.core.config_store import ConfigStore
 
     _private[group][name] = dict(content)
@@ -114,13 +114,13 @@ def store(group: str, name: str, content: Mapping[str, Any], package: str = "_gl
 
 
 def store_once(group: str, name: str, content: Mapping[str, Any], package: str = "_global_") -> str:
-    """Make a preset that differs from the one called `name` available; one with the same content is taken again."""
+    """Store a changed version of preset `name`; reuse one with the same content."""
     same = [key for key, value in _private[group].items() if value == content and key.startswith(f"{name}-")]
     return same[0] if same else store(group, f"{name}-{len(_private[group])}", content, package)
 
 
 def component_of(group: str, key: str, config_dir: str | Path | None = None) -> str:
-    """Return the component behind a choice: itself, or the one that a data preset builds on."""
+    """Return the component of a choice: itself, or the one that a data preset builds on."""
     for entry in read(group, key, config_dir).get("defaults") or [] if group in GROUPS else []:
         name = entry.partition("@")[0].rpartition("/")[2] if isinstance(entry, str) else ""
         if name and name != "_self_":
@@ -129,14 +129,14 @@ def component_of(group: str, key: str, config_dir: str | Path | None = None) -> 
 
 
 def plugins_of(recipe: Any, config_dir: str | Path | None = None) -> list[str]:
-    """Return the plugins that a recipe, and the recipes it starts from, name."""
+    """Return the plugins named by a recipe and the recipes that it starts from."""
     content = read("recipe", recipe, config_dir)
     named = [str(p) for p in as_list(content.get("plugins"))]
     return [p for base in bases(content) for p in plugins_of(base, config_dir)] + named
 
 
 def bases(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the presets of the same group that this one starts from, the one that wins first."""
+    """Yield the presets of the same group that this one starts from, highest precedence first."""
     entries = content.get("defaults") or []
     for entry in reversed(entries):
         if isinstance(entry, str) and entry != "_self_":
@@ -144,7 +144,7 @@ def bases(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def selection(group: str, name: str, config_dir: str | Path | None = None) -> dict[str, Any]:
-    """Return group -> choice of everything that a preset, and what it starts from, overrides in its defaults list."""
+    """Return group -> choice of the overrides in the defaults lists of a preset and of its bases."""
     content, chosen = read(group, name, config_dir), {}
     for entry in content.get("defaults") or []:
         if isinstance(entry, dict):
@@ -163,9 +163,13 @@ def selection(group: str, name: str, config_dir: str | Path | None = None) -> di
 def section(
     group: str, name: str, key: str, config_dir: str | Path | None = None, deep: bool = False
 ) -> dict[str, Any]:
-    """Return what a preset, and what it starts from, states in a section of the run: `llm`, `tokenizer`, ...
+    """Return the content of a preset and of its bases in a section of the run: `llm`, `tokenizer`, ...
 
-    `deep`: dicts in it are merged too, as Hydra does.
+    Args:
+        group, name: of the preset.
+        key: of the section.
+        config_dir: a user's own folder of presets.
+        deep: merge dicts in it too, as Hydra does.
     """
     content = read(group, name, config_dir)
     stated: dict[str, Any] = {}
@@ -185,7 +189,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any], deep: bool) -> d
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a choice in a slot of several as a list: `null` is nobody, one name is one member."""
+    """Return a choice in a slot that holds several as a list: empty for `null`, one member for a name."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -204,12 +208,12 @@ def trim(
 
     Args:
         group: model or recipe.
-        name: of the preset; itself, where there is nothing to leave out.
-        own: what the preset picks, with what it starts from.
-        chosen: what the run picks; a group that is absent is not known yet.
+        name: of the preset; returned unchanged if nothing has to be removed.
+        own: choices of the preset and its bases.
+        chosen: choices of the run; absent groups are not known yet.
         config_dir: a user's own folder of presets.
         texts: knows which options hold text.
-        without: section -> options of it that do not hold in this run; none: the whole section.
+        without: section -> options of it that do not apply in this run; empty: the whole section.
     """
     content = read(group, name, config_dir)
     body = {k: v for k, v in content.items() if k != "defaults"}
@@ -222,7 +226,7 @@ def trim(
             kept = {k: texts.choice(v) if k.split()[-1] == "/data" else v for k, v in entry.items()}
         changed |= kept != entry
         entries.append(kept)
-    kept_body = _without_strangers(texts.written(group, name, body) if texts else body, own, chosen, config_dir)
+    kept_body = _without_unchosen(texts.written(group, name, body) if texts else body, own, chosen, config_dir)
     for key, options in (without or {}).items():
         if isinstance(stated := kept_body.get(key), dict):
             kept_body[key] = {k: v for k, v in stated.items() if options and k not in options}
@@ -231,7 +235,7 @@ def trim(
     return store_once(group, name, {"defaults": entries, **kept_body} if entries else kept_body)
 
 
-def _without_strangers(
+def _without_unchosen(
     body: dict[str, Any], own: Mapping[str, Any], chosen: Mapping[str, Any], config_dir: str | Path | None
 ) -> dict[str, Any]:
     body = dict(body)
@@ -243,7 +247,7 @@ def _without_strangers(
         if kind in MANY:
             body[group] = _chosen_members(options, group, chosen, config_dir)
         elif group in own and own[group] != chosen[group]:
-            del body[group]
+            del body[group]  # the options are of another component
     if "data" in chosen and isinstance(body.get("stages"), dict):
         body["stages"] = {
             key: {**stage, "data": _chosen_members(stage["data"], "data", chosen, config_dir)}
@@ -257,6 +261,6 @@ def _without_strangers(
 def _chosen_members(
     options: dict[str, Any], group: str, chosen: Mapping[str, Any], config_dir: str | Path | None
 ) -> dict[str, Any]:
-    """Keep the members that the run chose, and names that do not exist: those are errors to report."""
+    """Keep the members that the run chose, and names that do not exist, which are reported as mistakes."""
     there, known = as_list(chosen[group]), set(available(group, config_dir))
     return {key: value for key, value in options.items() if key in there or key not in known}

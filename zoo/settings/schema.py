@@ -1,4 +1,4 @@
-"""The schema of a run's config: with the dataclasses of the components, the only one that Hydra sees."""
+"""The schema of a run's config. With the dataclasses of the components it is the only one that Hydra gets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -17,15 +17,15 @@ DEFAULT_MODEL = "scenes_tiny"
 
 @dataclass
 class ModelSource:
-    """Where the composed model and its weights come from; filled in by `model=`."""
+    """The source of the model and its weights; set by `model=`."""
 
     name: str = ""  # preset, or the folder or repository
     source: str = "preset"  # preset | dir | hub
     repository: str = ""  # on the hub, of the preset's trained weights or of the model itself
     revision: str = ""  # commit or tag of `repository`
-    sha256: str = ""  # of the weights, where the card states it; of several files, by name, with blanks between
+    sha256: str = ""  # of the weights, from the card; of several files, ordered by name and separated by spaces
     family: str = ""  # published layout of the repository (llava, llava_next, ...); empty: the zoo's own
-    base: str = ""  # where the published checkpoint lies now that a saved model was made from; empty: where it says
+    base: str = ""  # new location of the published checkpoint of a saved model; empty: as saved
 
 
 @dataclass
@@ -37,24 +37,24 @@ class TokenizerConfig:
 
 
 def tokenizer_options(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in what a config says of its tokenizer, as plain values.
+    """Add defaults to the tokenizer options of a config, as plain values.
 
     Raises:
-        OmegaConfBaseException: an option that does not exist, or a value of another type.
+        OmegaConfBaseException: an option does not exist, or a value has another type.
     """
     return converted(TokenizerConfig, stated)
 
 
 @dataclass
 class TeachConfig:
-    """What `zoo teach` keeps, and where."""
+    """Options of `zoo teach`."""
 
-    stage: str = ""  # whose teacher is asked; empty: the only one that has a teacher
+    stage: str = ""  # stage with the teacher; empty: the only one that has a teacher
     folder: str = ""  # of the store; empty: <run.dir>/teach/<recipe>-<stage>
-    k: int = 64  # likeliest tokens kept of each position
+    k: int = 64  # most likely tokens stored of each position
     dtype: str = "float16"  # of their log-probabilities: float16 | float32
     shard: int = 2000  # samples in a file
-    limit: int | None = None  # samples of the stage; null: all that it sees
+    limit: int | None = None  # samples of the stage; null: all
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.shard < 1:
@@ -65,45 +65,45 @@ class TeachConfig:
 
 @dataclass
 class SurveyConfig:
-    """How `zoo data` looks through data."""
+    """Options of `zoo data`."""
 
-    images: str = "exists"  # exists: there is one of that name | open: decode each; models that cut images open them
+    images: str = "exists"  # exists: check that the file exists | open: decode each; models that cut images open them
     examples: int = 3  # broken records shown of each kind
     json: str = ""  # file for all figures, and every broken record
 
     def __post_init__(self) -> None:
         if self.images not in ("exists", "open"):
-            raise unknown("look at images (survey.images)", self.images, ("exists", "open"))
+            raise unknown("check of images (survey.images)", self.images, ("exists", "open"))
         if self.examples < 0:
             raise ZooError(f"survey.examples must be 0 or more, got {self.examples}.")
 
 
 @dataclass
 class RunConfig:
-    """Where a run writes: `dir/<date>/<name, or the time>`."""
+    """The folder of a run: `dir/<date>/<time>-<name>`."""
 
-    dir: str = "runs"  # under which run folders are made
-    name: str = ""  # of the run folder; empty: the time
+    dir: str = "runs"  # parent of run folders
+    name: str = ""  # end of the folder's name; empty: recipe or model
     folder: str = ""  # exactly this folder, instead of one made from `dir` and `name`
-    recipe: str = ""  # filled in by `recipe=`
+    recipe: str = ""  # set by `recipe=`
 
 
 def _defaults() -> list[Any]:
-    """A later entry's `override` beats an earlier one's, and its body is merged later: the recipe has the last word."""
+    """Return the defaults list. Later entries have precedence: the recipe overrides the model, the model the slots."""
     slots: list[Any] = [{group_of(kind): [] if kind in MANY else None} for kind in SLOT_KINDS]
     hydra = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     return ["_self_", *slots, {"model": DEFAULT_MODEL}, {"recipe": DEFAULT_RECIPE}, *hydra]
 
 
 def _hydra() -> dict[str, Any]:
-    """Hydra itself writes nothing but what a sweep was; the folders are ours (`zoo.cli.sweep`, `zoo.runs.folder`)."""
+    """Return Hydra's own options: it writes only the config of a sweep, since folders are made by zoo.runs.folder."""
     sweep = {"dir": "${run.dir}/sweeps", "subdir": "${hydra.job.num}"}
     return {"run": {"dir": "."}, "sweep": sweep, "output_subdir": None, "job": {"chdir": False}}
 
 
 @dataclass
 class RunRoot:
-    """Everything a run knows, for `zoo train`, `zoo eval`, `zoo check` and `zoo.load` alike."""
+    """The config of a run, for `zoo train`, `zoo eval`, `zoo check` and `zoo.load`."""
 
     defaults: list[Any] = field(default_factory=_defaults)
     hydra: Any = field(default_factory=_hydra)
@@ -119,7 +119,7 @@ class RunRoot:
     # Data and tasks, by name
     data: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
-    skip_broken: bool = False  # leave out records that cannot be used, and list them in skipped.jsonl; else stop
+    skip_broken: bool = False  # leave out broken records, and list them in skipped.jsonl; else stop
     max_broken: float = 0.1  # share of the records that may be left out, from the 100th on; more stops the run
     # Training
     stages: dict[str, Stage] = field(default_factory=dict)
@@ -133,9 +133,9 @@ class RunRoot:
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
     precision: str = "auto"  # auto | fp32 | bf16
-    positions: str = "auto"  # of image tokens that pruners left: kept, where they stood | dense, counted anew | auto
+    positions: str = "auto"  # of image tokens behind pruners: kept: as without a pruner | dense: consecutive | auto
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
-    workers: int = 0  # processes of `zoo data`; those of training are stages.<stage>.workers
+    workers: int = 0  # processes of `zoo data`; for training: stages.<stage>.workers
     # The run
     plugins: list[str] = field(default_factory=list)  # modules and files to load first
     log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb
@@ -146,4 +146,4 @@ class RunRoot:
 SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(RunRoot) if is_dataclass(f.type)}
 
 
-__getattr__ = attributes_of("zoo.settings.config")  # which composes; it was here before
+__getattr__ = attributes_of("zoo.settings.config")  # `compose` and others were here before

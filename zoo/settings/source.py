@@ -1,7 +1,6 @@
-"""What a model starts from, made once of a config or a name: its parts, the folder of weights, the tokenizer.
+"""The source of a model: its parts, the folder of its weights, and its tokenizer, from a config or a name.
 
-The check's plan, the builder, training and teachers all read it. Which tokenizer a model has is decided here and
-nowhere else.
+The check's plan, the builder, training and teachers use it. Only this file decides which tokenizer a model has.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,26 +23,26 @@ from zoo.settings.schema import tokenizer_options
 from zoo.storage.weights import local_folder, sha256_of, weight_files
 from zoo.text.tokenizer import OF_MODEL, add_special, load_tokenizer, set_template_options, train_tokenizer
 
-_WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # what an empty corpus still gives a tokenizer
+_WORDS = " yes no 0 1 2 3 4 5 6 7 8 9"  # text for a tokenizer that is trained without data
 
 
 @dataclass(eq=False)
 class Source:
-    """What a model starts from, and how it is to be used.
+    """Parts, weights and tokenizer of a model, and how it is used.
 
     Attributes:
         name: of a preset, or the folder or repository.
         kind: preset, dir or hub.
-        slots: the parts by slot, as plain values.
-        tokenizer: what the config says of it: checkpoint, vocab_size, chat_template, template_options.
-        pretrained: take the trained weights of a preset that has some; False starts a preset from its parts. A folder
-            or a repository always brings its weights.
-        repository, revision, sha256: of the weights on the hub, and what the card states of them.
-        base: where the published checkpoint lies now that a saved model was made from; empty: where its config says.
-        plugins: that were asked for.
+        slots: nodes of the parts, by slot.
+        tokenizer: options: checkpoint, vocab_size, chat_template, template_options.
+        pretrained: use the trained weights of a preset that has some; False starts a preset from its parts. A folder
+            or a repository always has its weights.
+        repository, revision, sha256: of the weights on the hub; the hash is from the card.
+        base: new location of the published checkpoint of a saved model; empty: as saved.
+        plugins: named in the config.
         positions, attention, precision, device: as in the config of a run.
         stages: name -> Stage, of a run.
-        data: name -> split of the data that stages may mix.
+        data: data name -> split.
         typed: the words that it was composed from.
     """
 
@@ -67,10 +66,10 @@ class Source:
 
     @cached_property
     def folder(self) -> Path | None:
-        """The folder of the trained weights, fetched where it must be; None for a model that starts from its parts.
+        """The folder of the trained weights, downloaded if needed; None for a model that starts from its parts.
 
         Raises:
-            ZooError: the weights are not those whose hash the card states.
+            ZooError: the weights have another hash than the card states.
         """
         if self.kind == "preset" and not self.pretrained:
             return None
@@ -93,7 +92,7 @@ class Source:
 
     @property
     def is_trained(self) -> bool:
-        """Whether trained weights come with it; nothing is fetched to know it."""
+        """Whether the model has trained weights; does not download anything."""
         if self.kind != "preset" or not self.pretrained:
             return self.kind != "preset"
         return (
@@ -107,14 +106,14 @@ class Source:
 
     @property
     def published(self) -> bool:
-        """Whether the weights lie in the layout of a published family."""
+        """Whether the weights are in the layout of a published family."""
         return is_published(self.content)
 
     # ---- tokenizer ---------------------------------------------------------------------------------------------
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Hub name or folder of the tokenizer where that is known before weights are fetched; None: it is made anew."""
+        """Hub name or folder of the tokenizer, as known before weights are downloaded; None: a new one is trained."""
         folder = Path(self.name)
         saved = self.kind == "dir" and (folder / "tokenizer_config.json").is_file()
         return self.name if saved and not is_published(read_content(folder)) else self._stated_tokenizer
@@ -127,8 +126,8 @@ class Source:
         """Return the tokenizer: the saved one, the config's, that of the LLM, or a new one.
 
         Args:
-            texts: what a new tokenizer is trained on; read only then.
-            made: where the tokenizer of an interrupted run is, for a model that starts from its parts.
+            texts: to train a new tokenizer on; read only then.
+            made: folder of the tokenizer of an interrupted run, for a model that starts from its parts.
         """
         template = self.tokenizer["chat_template"]
         if (found := self._saved_tokenizer(template)) is not None:
@@ -149,7 +148,7 @@ class Source:
         return tokenizer
 
     def _saved_tokenizer(self, template: str) -> Any:
-        """The tokenizer beside the weights; None where there is none."""
+        """Return the tokenizer beside the weights; None without one."""
         if self.folder is None:
             return None
         if self.published:
@@ -160,7 +159,7 @@ class Source:
 
 
 def source_of(cfg: Any, pretrained: bool = True) -> Source:
-    """Return what the model of a config starts from.
+    """Return the source of a config's model.
 
     Args:
         cfg: from `zoo.settings.config.compose`.
@@ -184,7 +183,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
 
 
 def source_named(name: str, *overrides: str) -> Source:
-    """Return what a model by name starts from, for `zoo.load(name, ...)`."""
+    """Return the source of a model by name, for `zoo.load(name, ...)`."""
     if not overrides and name.startswith("dir:"):
         plugins.load_installed()
         found = _in_folder(name)
@@ -195,9 +194,9 @@ def source_named(name: str, *overrides: str) -> Source:
 
 
 def _in_folder(name: str) -> Source | None:
-    """What a folder says by itself. Its config is whole: without a word of a person there is nothing to compose.
+    """Return the source of a saved model without overrides, whose config is complete, so that Hydra is not needed.
 
-    None where something is the matter with it: composing finds it again, and says where.
+    None if its config has a mistake: composing finds it again, and raises an error with its place.
     """
     from omegaconf.errors import OmegaConfBaseException
 
@@ -239,14 +238,14 @@ def _split(node: Any) -> str:
 
 
 def tokenizer_at(source: str, template: str = "") -> Any:
-    """Load the tokenizer of a checkpoint, or of a model of the zoo (`model:NAME`), fit for a vision-language model.
+    """Load the tokenizer of a checkpoint, or of a model of the zoo (`model:NAME`), with the tokens for images.
 
     Args:
         source: hub name or folder; `model:NAME` for the tokenizer of a model by name.
-        template: name of a built-in chat template, in place of the tokenizer's own.
+        template: name of a built-in chat template, instead of the tokenizer's own.
 
     Raises:
-        ZooError: there is none; or the model trains its own tokenizer, and has no trained weights yet.
+        ZooError: there is no tokenizer; or the model trains its own, and has no trained weights yet.
     """
     if not source.startswith(OF_MODEL):
         return load_tokenizer(source, template)
@@ -270,7 +269,7 @@ def _or_words(texts: Iterable[str]) -> Iterable[str]:
 
 
 def plain(node: Any) -> Any:
-    """A node of a config as dicts, lists and scalars."""
+    """Return a node of a config as dicts, lists and scalars."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

@@ -1,8 +1,8 @@
-"""One stage of a recipe: what trains, on which data, for how long, and how. Plain values, no torch.
+"""One stage of a recipe: trained parts, data, length, optimiser, losses. Plain values, without torch.
 
-A recipe is a dict of named stages that run one after the other; each starts with a fresh optimiser on the weights that
-the one before left. `batch_size` counts the samples of one optimiser step over all processes and forward passes, so
-that the same recipe trains the same model on one process and on eight.
+A recipe is a dict of named stages that run one after the other; each starts with a new optimiser on the weights of the
+previous stage. `batch_size` counts the samples of one optimiser step over all processes and forward passes, so that a
+recipe trains the same model with one process and with eight.
 """
 
 from collections.abc import Iterable
@@ -17,15 +17,15 @@ PRECISIONS = ("", "auto", "fp32", "bf16")
 PACKS = ("dialogs", "none")
 TOO_LONG = ("refuse", "cut")
 _DTYPES = ("", "float32", "bfloat16", "float16")
-# What a teacher may be told, and the defaults.
+# Options of a teacher, and their defaults.
 TEACHER: dict[str, Any] = {
     "model": "",  # as in `model=`
     "options": [],  # further options of it, as on the command line: ["pruner=null"]
     "dtype": "",  # of its weights: float32, bfloat16, float16; empty: bfloat16 in bf16 stages, else as saved
     "device": "",  # empty: that of the run
     "attention": "auto",
-    "bits": 0,  # 8 or 4: of the weights of its decoder; 0: as they are
-    "store": "",  # folder that `zoo teach` wrote, in place of a model
+    "bits": 0,  # 8 or 4: quantize the weights of its decoder; 0: do not
+    "store": "",  # folder of `zoo teach`, instead of a model
 }
 
 
@@ -33,22 +33,22 @@ TEACHER: dict[str, Any] = {
 class Stage:
     # What trains
     train: list[str] = field(default_factory=lambda: ["all"])  # parts (vision, adapter.lora, ..., all) or globs
-    freeze: list[str] = field(default_factory=list)  # parts or globs taken out of `train` again
-    # Adapters that have no effect yet; one that copies base weights, as upcycle does, copies what they are by then
+    freeze: list[str] = field(default_factory=list)  # parts or globs excluded from `train`
+    # Adapters without effect in this stage; one that copies base weights, as upcycle, copies them when it is attached
     detach: list[str] = field(default_factory=list)
     # Data and length
-    data: dict[str, float] = field(default_factory=dict)  # data name -> weight in the mix; empty: every sample as often
+    data: dict[str, float] = field(default_factory=dict)  # data name -> weight in the mix; empty: all samples equally
     steps: int | None = None  # optimiser steps; give this or `epochs`
     epochs: float | None = None  # passes over the data; give this or `steps`
     batch_size: int = 16  # samples of one optimiser step, over all processes and forward passes
     accumulate: int = 1  # forward passes per optimiser step and process
     pack: str = "dialogs"  # dialogs: those of a sample share its images in one sequence; none: one sequence for each
-    pack_length: int | None = None  # several samples share a row of up to so many tokens; null: a row for each
-    length_buckets: bool = False  # batch samples of like length, so that little is padding
+    pack_length: int | None = None  # maximum tokens of a row that several samples share; null: a row for each sample
+    length_buckets: bool = False  # batch samples of similar length, to reduce padding
     workers: int = 0  # processes that read data; 0: one thread, best for small images
-    skip_broken: bool | None = None  # leave out records that cannot be used, and list them; null: as the run says
+    skip_broken: bool | None = None  # leave out broken records, and list them; null: as the run
     max_length: int | None = None  # tokens of a dialog, its images included; null: the LLM's positions
-    too_long: str = "refuse"  # refuse: such a record cannot be used | cut: the text behind the last position goes
+    too_long: str = "refuse"  # refuse: such a record is broken | cut: remove the text behind the last position
     # Optimiser
     optimizer: str = "adamw"  # adamw, or muon_adamw: Muon on the matrices, AdamW on the rest
     lr: float = 1e-3  # peak learning rate of AdamW
@@ -56,7 +56,7 @@ class Stage:
     momentum: float = 0.95  # of Muon
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # of AdamW
     weight_decay: float = 0.01  # decoupled; not on norms, biases and embeddings
-    clip: float = 1.0  # largest norm of the gradient that AdamW sees; 0: no clipping
+    clip: float = 1.0  # maximum norm of the gradient of AdamW's parameters; 0: no clipping
     lr_scale: dict[str, float] = field(default_factory=dict)  # part or glob -> factor on its learning rate
     schedule: str = "linear"  # constant | linear | cosine: how the rate falls after the flat part
     warmup_ratio: float = 0.03  # share of the steps over which the rate rises from 0
@@ -64,11 +64,11 @@ class Stage:
     final_ratio: float = 0.0  # rate at the end as a share of the peak
     # Losses
     loss_weights: dict[str, float] = field(default_factory=dict)  # loss -> weight, else 1; answer: 0 skips the LLM
-    allow_nonfinite: bool = False  # go on where a loss is NaN or infinite; else the run stops, and keeps what was good
+    allow_nonfinite: bool = False  # continue if a loss is NaN or infinite; else the run stops, with its last checkpoint
     distiller: Any = None  # null, the name of a distiller, or {name: ..., options}
-    teacher: Any = ""  # model name, as in `model=`; {store: folder} that `zoo teach` wrote; {model:, ...}; empty: none
+    teacher: Any = ""  # model name, as in `model=`; {store: folder} of `zoo teach`; {model:, ...}; empty: none
     # Speed and memory
-    precision: str = ""  # auto | fp32 | bf16; empty: as the run says
+    precision: str = ""  # auto | fp32 | bf16; empty: as the run
     compile: bool = False  # torch.compile; pays after a few hundred steps
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     # Intervals, in optimiser steps
@@ -84,7 +84,7 @@ class Stage:
         if (self.steps is None) == (self.epochs is None):
             raise ZooError(f"A stage needs either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
         if not self.train:
-            raise ZooError("A stage needs something to train: 'train' is empty. Allowed: parts, globs, or [all].")
+            raise ZooError("A stage must train something: 'train' is empty. Allowed: parts, globs, or [all].")
         if self.distiller is not None and not (
             isinstance(self.distiller, str) or (hasattr(self.distiller, "keys") and "name" in self.distiller)
         ):
@@ -92,8 +92,8 @@ class Stage:
         _check_teacher(self.teacher)
         if self.too_long == "cut" and self.teacher:
             raise ZooError(
-                "too_long=cut would leave student and teacher with other answers: with a teacher, too_long=refuse and "
-                "skip_broken=true leave long records out."
+                "too_long=cut would cut the answers of student and teacher differently: with a teacher, set "
+                "too_long=refuse and skip_broken=true, which leave long records out."
             )
         self._check_counts()
         self._check_numbers()
@@ -130,7 +130,7 @@ class Stage:
             if low := {k: v for k, v in getattr(self, name).items() if not v >= 0}:
                 raise ZooError(f"Values of {name} must be at least 0, got {low}.")
         if self.data and not any(self.data.values()):
-            raise ZooError(f"The mix has no data left: all weights are 0 in {dict(self.data)}.")
+            raise ZooError(f"The mix has no data: all weights are 0 in {dict(self.data)}.")
 
     @property
     def distiller_node(self) -> dict[str, Any] | None:
@@ -149,7 +149,7 @@ class Stage:
 
 
 def stages_of(cfg: Any) -> dict[str, Any]:
-    """The stages of a composed config, by name, each with what the run says where it says nothing."""
+    """Return the stages of a composed config, by name, with the run's `skip_broken` where a stage does not set it."""
     from omegaconf import OmegaConf
 
     stages: dict[str, Any] = {str(name): OmegaConf.to_object(node) for name, node in cfg.stages.items()}
@@ -167,11 +167,11 @@ def _check_teacher(given: Any) -> None:
         if key not in TEACHER:
             raise unknown("option of a teacher", str(key), TEACHER)
     if given.get("bits", 0) not in (0, 4, 8):
-        raise ZooError(f"A teacher's bits are 8, 4 or 0 (as its weights are), got {given['bits']!r}.")
+        raise ZooError(f"A teacher's bits are 8, 4 or 0 (not quantized), got {given['bits']!r}.")
     if given.get("dtype") not in (None, *_DTYPES):
         raise unknown("dtype of a teacher", str(given["dtype"]), _DTYPES[1:])
     if bool(given.get("model")) == bool(given.get("store")):
-        raise ZooError("A teacher is either a model (model: NAME) or what zoo teach wrote (store: FOLDER): give one.")
+        raise ZooError("A teacher is either a model (model: NAME) or a store of zoo teach (store: FOLDER): give one.")
 
 
 def _one_of(field_name: str, given: str, allowed: Iterable[str]) -> None:

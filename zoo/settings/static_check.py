@@ -1,7 +1,7 @@
-"""Overrides tried on what the source text of a component says, before one is imported.
+"""Check overrides against the source text of components, before any is imported.
 
-Importing a component costs an import of torch, so a mistake that can be seen without it is reported without it. What
-passes here is checked again by Hydra, on the real dataclasses.
+Importing a component imports torch, which takes seconds, so mistakes are reported without it if possible. Overrides
+that pass are checked again by Hydra, with the dataclasses themselves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,11 +26,11 @@ from zoo.settings.stage import Stage
 
 
 def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> None:
-    """Raise what is wrong with an override, as far as that can be seen.
+    """Refuse an override of an option that does not exist, or with a value of another type.
 
     Args:
         override: as Hydra parsed it.
-        chosen: group -> what the run picks.
+        chosen: group -> choice of the run.
         config_dir: a user's own folder of presets.
     """
     path = override.key_or_group.split(".")
@@ -42,7 +42,7 @@ def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Pat
         raise ZooError(f"{override.input_line!r}: {path[0]!r} holds several options. Write {path[0]}.{below}=<value>.")
     depth = depth_of(path)
     if kind in MANY and path[1] not in chosen.get(path[0], []):
-        raise stranger(path[0], path[1], chosen.get(path[0], []), config_dir)
+        raise not_chosen(path[0], path[1], chosen.get(path[0], []), config_dir)
     if kind and kind not in MANY and chosen.get(path[0]) is None:
         raise ZooError(f"{path[0]!r} holds no component in this run, so it has no option {path[1]!r}.")
     if len(path) <= depth or not (found := schema_at(path[:depth], chosen, config_dir)):
@@ -62,16 +62,16 @@ def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Pat
 def elsewhere(
     given: str, name: str, chosen: Mapping[str, Any], config_dir: str | Path | None = None
 ) -> ZooError | None:
-    """The error for an option that is one of something else in the run: of a stage, a group of options or a part.
+    """Return the error for an option that a stage, a group of options or a part has, but not the run itself.
 
     Args:
         given: group of options in front of it; empty: none.
         name: of the option.
-        chosen: group -> what the run picks.
+        chosen: group -> choice of the run.
         config_dir: a user's own folder of presets.
 
     Returns:
-        None where nothing in the run has an option of that name.
+        None if nothing in the run has an option of that name.
     """
     homes = ["stages.<stage>"] if any(o.name == name for o in options_of(Stage)) else []
     homes += [key for key, section in SECTIONS.items() if any(o.name == name for o in options_of(section))]
@@ -87,12 +87,15 @@ def elsewhere(
 
 
 def no_stage(name: str, there: Iterable[str]) -> ZooError:
-    """The error for a stage that the run does not have, and how one is added."""
+    """Return the error for a stage that the run does not have, with the way to add it."""
     return ZooError(f"{unknown('stage', name, there)} To add one behind them, write +stages.{name}.<option>=<value>.")
 
 
-def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Path | None = None) -> ZooError:
-    """The error for `group.key` where the run chose no `key` there: not chosen, misspelt, or the option of a member."""
+def not_chosen(group: str, key: str, members: Sequence[str], config_dir: str | Path | None = None) -> ZooError:
+    """Return the error for `group.key` if the run has no such member.
+
+    It is a component that is not chosen, a misspelt member, or an option of a member, whose name is missing.
+    """
     known = presets.available(group, config_dir)
     if key in known:
         both = ",".join([*members, key])
@@ -106,7 +109,7 @@ def stranger(group: str, key: str, members: Sequence[str], config_dir: str | Pat
 
 
 def depth_of(path: Sequence[str]) -> int:
-    """How many parts of a path say whose option it is."""
+    """Return the number of leading words of a path that name the owner of the option."""
     kind = kind_of(path[0])
     return 2 if path[0] == "stages" or kind in MANY else 1 if kind or path[0] in SECTIONS else 0
 
@@ -114,7 +117,7 @@ def depth_of(path: Sequence[str]) -> int:
 def schema_at(
     path: Sequence[str], chosen: Mapping[str, Any], config_dir: str | Path | None
 ) -> tuple[str, list[Option]] | None:
-    """Return what to call the node at `path` and its options; None where the text does not say."""
+    """Return a name for the node at `path`, and its options; None if the source text does not show them."""
     kind = kind_of(path[0]) if path else None
     if not path:
         return "the run", [o for o in options_of(RunRoot) if o.name not in ("defaults", "hydra")]
@@ -129,7 +132,7 @@ def schema_at(
 
 
 def called(group: str, kind: str, key: str, name: str) -> str:
-    """Return what messages call a component: its kind and name, and its key where it has one of its own."""
+    """Return the name of a component in messages: its kind and name, and its key if that differs."""
     return f"{kind} {name!r}" if key in (name, kind) else f"{group} {key!r} ({kind} {name!r})"
 
 
@@ -143,7 +146,7 @@ def _try_value(owner: str, option: Option, value: Any) -> None:
         return
     try:
         if value is None or isinstance(value, (list, dict)):
-            raise ValidationError("no single value")
+            raise ValidationError("not a single value")
         nodes[plain](value)
     except ValidationError as error:
         shown = "null" if value is None else str(value)

@@ -1,8 +1,8 @@
-"""Options whose type is text keep what was typed: `revision=12e4567`, `run.name=0012345`, `split=on`, `12:30`.
+"""Options of type str keep the typed word: `revision=12e4567`, `run.name=0012345`, `split=on`, `12:30`.
 
-Hydra's grammar and YAML turn words that look like numbers, truth values or nothing into these before they know what an
-option takes, and `12e4567` comes out as `inf`. So words are looked at here before that: where the schema says text they
-are put into quotes. `null` is nothing only where an option may hold nothing.
+Hydra's grammar and YAML convert words that look like numbers, booleans or null before the type of the option is known:
+`12e4567` becomes `inf`. So words are quoted before parsing if the schema has a text there. `null` is None only for
+options that may be None.
 """
 
 import re
@@ -26,17 +26,17 @@ CLOSING = {"[": "]", "{": "}", "(": ")"}
 _INT = r"(?:0|[1-9](?:_?\d)*)"
 _POINT = rf"(?:{_INT}\.|{_INT}?\.\d(?:_?\d)*)"
 _NUMBER = rf"[+-]?(?:(?:{_POINT}|{_INT})e[+-]?\d(?:_?\d)*|{_POINT}|{_INT}|inf|nan)"
-NO_TEXT = re.compile(rf"{_NUMBER}|true|false|null", re.IGNORECASE)  # what Hydra takes for something else than text
-STRANGE = re.compile(r"[^A-Za-z0-9_/\-\\+.$%*@?|: \t]")  # what Hydra's grammar has in no word
+NO_TEXT = re.compile(rf"{_NUMBER}|true|false|null", re.IGNORECASE)  # words that Hydra converts
+INVALID = re.compile(r"[^A-Za-z0-9_/\-\\+.$%*@?|: \t]")  # characters that Hydra's grammar allows in no word
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
-BEHIND = re.compile(r"\s*(?:[,\]})]|$)")
+END = re.compile(r"\s*(?:[,\]})]|$)")  # what follows a whole quoted value
 CONTAINER = re.compile(r"(?:(?:list|tuple|sequence)\[|(?:dict|mapping)\[str,)+str(?:,\.\.\.)?\]+", re.IGNORECASE)
 CHOICES = ("model", "recipe")
 PACKAGE = re.compile(r"(?:#.*\n|\s)*?#\s*@package\s+(\S+)")
 
 
-# ---- the words of a value, before Hydra's grammar turns them into numbers, truth values or errors ------------------
+# ---- the words of a value, before Hydra's grammar converts or refuses them -----------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,33 +44,33 @@ class Word:
     """A word without quotes.
 
     Attributes:
-        start, end: where it stands.
-        text: as Hydra would read it, were it a text.
-        depth: how many lists and dicts it stands in.
-        strange: Hydra's grammar refuses it.
-        value: it is a value of the option, or of one of its choices, and not an argument of a function.
-        keys: of the dicts that it is in, the outermost first.
+        start, end: its place in the value.
+        text: the word without escapes.
+        depth: number of lists and dicts around it.
+        invalid: Hydra's grammar refuses it.
+        value: whether it is a value of the option, or of one of its choices, and not an argument of a function.
+        keys: of the dicts around it, the outermost first.
     """
 
     start: int
     end: int
     text: str
     depth: int
-    strange: bool
+    invalid: bool
     value: bool
     keys: tuple[str, ...] = ()
 
 
 def words(text: str) -> Iterator[Word]:
-    """Yield the words of a value that have no quotes, keys of dicts and names of functions left out.
+    """Yield the unquoted words of a value, without keys of dicts and names of functions.
 
-    A word with an interpolation is none: what it will be is not known.
+    Words with an interpolation are left out, since their value is not known yet.
     """
-    around: list[tuple[str, str]] = []  # brackets that are open, and the function in front of them
-    keys: list[str] = []  # in each of them, the key of the item that we are in; empty where it is no dict
+    around: list[tuple[str, str]] = []  # open brackets, each with the function in front of it
+    keys: list[str] = []  # for each of them, the key of the current item; empty outside of dicts
     start = at = 0
-    refers = False  # to something else, with ${...}
-    keyed = False  # the key of a dict's item is behind us
+    refers = False  # the current word has an interpolation, ${...}
+    keyed = False  # the key of the current item of a dict has been read
 
     def word(end: int) -> Iterator[Word]:
         piece = text[start:end]
@@ -80,13 +80,14 @@ def words(text: str) -> Iterator[Word]:
             plain = ESCAPED.sub("", piece)
             value = all(bracket != "(" or name in OF_CHOICES for bracket, name in around)
             depth = sum(bracket != "(" for bracket, _ in around)
-            strange = bool(STRANGE.search(plain))
+            invalid = bool(INVALID.search(plain))
             above = tuple(filter(None, keys))
-            yield Word(first, first + len(piece), ESCAPED.sub(r"\1", piece), depth, strange, value, above)
+            yield Word(first, first + len(piece), ESCAPED.sub(r"\1", piece), depth, invalid, value, above)
 
     while at < len(text):
-        char, said = text[at], text[start:at].strip(" \t")
-        if not said and (quoted := QUOTED.match(text, at)) and BEHIND.match(text, quoted.end()):
+        char, current = text[at], text[start:at].strip(" \t")  # what was read of the current word
+        # A quote is one only if it encloses the whole value: it's has none.
+        if not current and (quoted := QUOTED.match(text, at)) and END.match(text, quoted.end()):
             at = start = quoted.end()
         elif char == "\\":
             at += 2
@@ -99,25 +100,25 @@ def words(text: str) -> Iterator[Word]:
                 keys.pop()
             at = start = at + 1
             refers, keyed = False, char != ","
-        elif (char in "[{" and not said) or (char == "(" and said in FUNCTIONS):
-            around.append((char, said))
+        elif (char in "[{" and not current) or (char == "(" and current in FUNCTIONS):
+            around.append((char, current))
             keys.append("")
             at = start = at + 1
             keyed = False
         elif char == ":" and around and around[-1][0] == "{" and not keyed:
-            keys[-1] = said
+            keys[-1] = current
             at = start = at + 1
             keyed = True
         elif char == "=" and around and around[-1][0] == "(":
             at = start = at + 1
-            refers = True  # the value of a named argument is none of the option
+            refers = True  # the value of a named argument is not a value of the option
         else:
             at += 1
     yield from word(len(text))
 
 
 def quoted_where(text: str, wanted: Callable[[Word], bool]) -> str:
-    """Put those words of a value into quotes that are wanted so."""
+    """Quote the words of a value for which `wanted` is true."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     pieces, at = [], 0
@@ -129,7 +130,7 @@ def quoted_where(text: str, wanted: Callable[[Word], bool]) -> str:
 
 
 def _behind(text: str, at: int) -> int:
-    """Where the interpolation ends that begins at `at`."""
+    """Return the end of the interpolation that begins at `at`."""
     depth = 0
     for i in range(at, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -143,20 +144,20 @@ def _behind(text: str, at: int) -> int:
 
 @dataclass(frozen=True)
 class Text:
-    """An option that holds text: itself, or in a list or a dict."""
+    """An option that holds text, directly or in a list or dict."""
 
     inside: bool = False  # in a list or a dict
-    optional: bool = False  # it may hold nothing
+    optional: bool = False  # may be None
 
     def takes(self, word: Word) -> bool:
-        """Whether a word that Hydra would read as something else is to be text."""
+        """Return whether a word that Hydra would convert must remain text."""
         if not word.value or not NO_TEXT.fullmatch(word.text) or (word.depth > 0 and not self.inside):
             return False
         return word.text.lower() != "null" or (word.depth > 0 if self.inside else not self.optional)
 
 
 def text_of(annotation: str) -> Text | None:
-    """Return how an option of this type holds text; None where it does not.
+    """Return how an option of this type holds text; None if it does not.
 
     >>> text_of("str | None")
     Text(inside=False, optional=True)
@@ -177,7 +178,7 @@ class TextOptions:
     """The options of a run that hold text.
 
     Args:
-        chosen: group -> what the run picks; options of what is not known yet are left alone.
+        chosen: group -> choice of the run; options of unknown components are not changed.
         config_dir: a user's own folder of presets.
     """
 
@@ -186,14 +187,14 @@ class TextOptions:
         self._owners: dict[tuple[str, ...], list[Option]] = {}
 
     def typed(self, line: str) -> str:
-        """Return an override with its texts in quotes, and the words that Hydra's grammar refuses."""
+        """Return an override with quotes around texts and around words that Hydra's grammar refuses."""
         key, equals, value = line.partition("=")
-        value = quoted_where(value, lambda word: word.strange)
+        value = quoted_where(value, lambda word: word.invalid)
         path = key.lstrip("+~").split(".")
         return key + equals + quoted_where(value, lambda word: self._takes(path, word)) if equals else line
 
     def _takes(self, path: list[str], word: Word) -> bool:
-        """Whether a word of an option's value is to be text; in a dict such as `{store: 1e5}` its key says so."""
+        """Return whether a word must remain text; in a dict such as `{store: 1e5}` its key decides."""
         text = self.at(path)
         if word.keys and not (text and text.inside):
             text = self.at([*path, *word.keys])
@@ -201,13 +202,13 @@ class TextOptions:
         return text is not None and text.takes(word)
 
     def written(self, group: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the body of a preset with its texts as they stand in the file."""
+        """Return the body of a preset with its texts as written in the file."""
         words = _words_of(file) if (file := presets.file_of(group, name, self.config_dir)) else {}
         above = ("data", name) if group == "data" else ()
         return {k: self._restored((*above, k), v, words[k]) if k in words else v for k, v in body.items()}
 
     def choice(self, names: Any) -> Any:
-        """Return a choice of data sets in which a preset whose texts YAML changes has its own name for them."""
+        """Return a choice of data sets, with presets whose texts YAML converts replaced by corrected versions."""
         if isinstance(names, list):
             return [self._data(name) for name in names]
         return self._data(names)
@@ -227,7 +228,7 @@ class TextOptions:
         return presets.store_once("data", name, {"defaults": entries, **written} if entries else written, package[1])
 
     def _base(self, entry: Any) -> Any:
-        """An entry of a data preset's defaults list: the preset that it starts from, with its own texts."""
+        """Return an entry of a data preset's defaults list, with its base replaced by a corrected version."""
         if not isinstance(entry, str) or "@" not in entry:
             return entry
         path, _, package = entry.partition("@")
@@ -235,7 +236,7 @@ class TextOptions:
         return f"{head}{slash}{self._data(name)}@{package}"
 
     def _restored(self, path: tuple[str, ...], value: Any, word: Any) -> Any:
-        slot = len(path) == 1 and isinstance(value, dict)  # what it holds, and not what is chosen
+        slot = len(path) == 1 and isinstance(value, dict)  # options of a slot, not the choice of its component
         text = None if slot else self.at(path)
         if text and (text.inside or not isinstance(value, dict)):
             return _as_text(value, word, text)
@@ -244,7 +245,7 @@ class TextOptions:
         return value
 
     def at(self, path: tuple[str, ...] | list[str]) -> Text | None:
-        """How the option at a path holds text; None where it does not, or is not known."""
+        """Return how the option at a path holds text; None if it does not, or is unknown."""
         head, kind = path[0], kind_of(path[0])
         if len(path) == 1 and (kind or head in CHOICES):
             return Text(inside=kind in MANY, optional=True)
@@ -267,7 +268,7 @@ class TextOptions:
         return Text() if text and text.inside and len(below) == 1 else None
 
     def _of_members(self, group: str, option: str) -> Text | None:
-        """A short path such as `data.split`: it is that of all chosen members that have it."""
+        """Return how a short path such as `data.split` holds text: as in all chosen members that have the option."""
         members = [m for m in presets.as_list(self.chosen.get(group)) if isinstance(m, str)]
         if option in members:
             return None
@@ -275,7 +276,10 @@ class TextOptions:
         return found[0] if found and all(found) else None
 
     def _of_distillers(self, option: str) -> Text | None:
-        """An option of a stage's distiller: that of all that have it, for a line does not say which it is."""
+        """Return how an option of a stage's distiller holds text: as in all distillers that have the option.
+
+        An override does not name the distiller.
+        """
         if option == "name":
             return Text()
         found = [
@@ -296,15 +300,15 @@ class TextOptions:
             return []
         if found := schema_at(list(owner), self.chosen, self.config_dir):
             return found[1]
-        try:  # its source does not say what options it has
+        try:  # the options cannot be read from its source text, so the component is imported
             key = owner[1] if kind in MANY else picked[0]
             return options_of(get(str(kind), presets.component_of(group, key, self.config_dir)).config)
-        except ZooError:  # said where it is composed
+        except ZooError:  # composing reports it
             return []
 
 
 def _of_teacher(option: str) -> Text | None:
-    """An option of a stage's teacher."""
+    """Return how an option of a stage's teacher holds text."""
     default = TEACHER.get(option)
     if isinstance(default, str):
         return Text(optional=True)
@@ -324,7 +328,7 @@ def _as_text(value: Any, word: Any, text: Text) -> Any:
 
 
 class _WordLoader(yaml.SafeLoader):
-    """Reads every word without quotes as the text that it is; `<<` still merges."""
+    """Reads every unquoted word as text; `<<` still merges."""
 
 
 _WordLoader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
@@ -336,7 +340,7 @@ def _words_at(file: Path, stamp: tuple[int, int]) -> Any:
 
 
 def _words_of(file: Path) -> dict[str, Any]:
-    """A preset with all its words as texts; nothing where it is no mapping, which is said elsewhere."""
+    """Return a preset with all its words as texts; empty if it is not a mapping, which is reported elsewhere."""
     stat = file.stat()
     try:
         found = _words_at(file, (stat.st_mtime_ns, stat.st_size))
