@@ -76,7 +76,7 @@ def _keys(command: str, typed: Sequence[str], last: str) -> list[str]:
 
 def _chosen(command: str, typed: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     """Return the components that earlier words choose, and the recipe; nothing if those words are incomplete."""
-    try:
+    try:  # the line is incomplete by nature, so mistakes in it are ignored
         choice = choose(command, values(o for o in parse([w for w in typed if "=" in w]) if not o.is_sweep_override()))
     except ZooError:
         return {}, None

@@ -53,7 +53,7 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
         return 0
     from zoo.settings.config import explained
 
-    if not flags:
+    if not flags:  # without hydra.main, which would take over sys.argv, logging and errors
         from zoo.settings.config import compose
 
         resumes_alone(overrides)
@@ -159,6 +159,7 @@ def _hydra_main(task: Callable[[Any], Any], words: Sequence[str], config_dir: st
     skip_lazy_help()
     store_schema()
     directory = ["--config-dir", config_dir] if config_dir else []
+    # hydra.main has no other way in than sys.argv and the environment.
     full_error, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and exiting
     sys.argv = ["zoo", *words, *directory]

@@ -67,7 +67,7 @@ def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
     from zoo.inspection.model_facts import facts_of, matcher
     from zoo.text.sizes import size_text
 
-    holds = matcher(where)
+    holds = matcher(where)  # before the models are built: a mistake is reported at once
     found = [(name, summary, facts_of(name)) for name, summary in rows]
     return [(n, f"{size_text(f.value('params')):>8}  {s}") for n, s, f in found if holds(f)]
 

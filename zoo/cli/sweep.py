@@ -83,6 +83,7 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
+    # Hydra's launcher without its sweeper: the jobs are planned already.
     with hydra_of_its_own(config_dir) as hydra:
         overrides = [*sweep.for_hydra, f"hydra.sweep.dir='{sweep.folder}'"]
         config = hydra.compose_config(CONFIG_NAME, overrides, RunMode.MULTIRUN, with_log_configuration=False)

@@ -128,7 +128,7 @@ def evaluate(
         asked = _Questions(datasets, table, limit, rank, world, sieve)
         rows = _rows(model, processor, asked, batch_size, blind=False)
         blind = _rows(model, processor, asked, batch_size, blind=True) if baselines else []
-    if accelerator is not None:
+    if accelerator is not None:  # each process answered every `world`-th sample
         rows, blind = ([r for some in gather(accelerator, part) for r in some] for part in (rows, blind))
         sieves = gather(accelerator, sieve)
         sieve = sieves[0]
@@ -259,6 +259,7 @@ def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Ta
         train = dataset.train_split()
         if train is None or train.is_stream:
             continue
+        # At equal distances, since data sets are often sorted by kind.
         count = min(TRAIN_SAMPLES, len(train))
         samples = (read_sample(data, train, i * len(train) // count) for i in range(count))
         dialogs = (d for sample in samples if isinstance(sample, Sample) for d in sample.dialogs)

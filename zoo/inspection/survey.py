@@ -165,6 +165,7 @@ def survey(name: str, dataset: Any, look: Look, *, limit: int | None = None, wor
                 look.at(sample, tally)
             yield tally
         return
+    # Chunks instead of records: a worker sends one tally for many records.
     chunks = _Chunks(name, dataset, look, len(dataset) if limit is None else min(limit, len(dataset)))
     yield from DataLoader(chunks, batch_size=None, num_workers=workers)
 

@@ -139,6 +139,7 @@ class Batches(Dataset):
         window = step // WINDOW
         if self._window[0] != window:
             places = self.mix.places(window * WINDOW * size, min((window + 1) * WINDOW, self.steps) * size)
+            # From the text, not the encoded row: encoding a window would take as long as its steps.
             lengths = [_length(self.mix.read(*where)) for where in places]
             ranked = np.argsort(lengths, kind="stable").reshape(-1, size)
             shuffled = ranked[keyed(self.mix.seed, 2, window).permutation(len(ranked))]
@@ -224,6 +225,7 @@ class Loader:
         first = self.batches.place.step * self.batches.stage.accumulate
         turns = range(first, len(self.batches))
         batches = self.batches
+        # One thread is faster for small images: workers pay for pickling and copying batches.
         if batches.stage.workers:
             source = self._by_workers(turns)
         else:

@@ -81,6 +81,7 @@ def _noted(run: Path) -> dict[str, str]:
 
 def _number(run: Path) -> str:
     number = read_text(run / ID, 100).strip()
+    # The file may come from elsewhere, and its content becomes part of a path's key.
     if not re.fullmatch(r"[0-9a-f]{32}", number):
         raise ZooError(f"{str(run / ID)!r} does not hold the number of a run.")
     return number

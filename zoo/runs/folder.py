@@ -141,6 +141,7 @@ class RunFolder:
         """Yield a folder to write to; after the block it is the newest checkpoint, and all but `keep` are removed."""
         final = self.checkpoints / f"step-{step:08d}"
         with self.writing(f"the checkpoint of step {step}"):
+            # Renamed when complete, so that a killed process never leaves half a checkpoint under this name.
             with written_beside(final, folder=True) as beside:
                 yield beside
             for old in self.list_checkpoints()[:-keep] if keep else []:
@@ -195,7 +196,7 @@ class RunFolder:
 
     def _rewind(self, path: Path, step: int, key: Callable[[dict[str, Any]], Any]) -> int:
         rows, broken = _rows(path)
-        kept = {key(r): r for r in rows if r["step"] <= step}
+        kept = {key(r): r for r in rows if r["step"] <= step}  # of duplicates the last one
         if broken or len(kept) < len(rows):
             with self.writing(path.stem), written_beside(path) as beside:
                 beside.write_text("".join(json.dumps(r) + "\n" for r in kept.values()), encoding="utf-8")

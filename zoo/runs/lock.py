@@ -52,6 +52,7 @@ class RunLock:
         except BaseException:
             self._close()
             raise
+        # With the start time, since a later process may have the same id.
         self._write({"pid": os.getpid(), "host": platform.node(), "born": _born(os.getpid()), "since": _now()})
         _taken.add(self)
 
@@ -70,6 +71,7 @@ class RunLock:
             except OSError as error:
                 if error.errno in HELD:
                     raise self._refusal(self._owner()) from error
+        # A file system without locks: only processes of this machine can be looked up.
         owner = self._owner()
         if owner.get("host") == platform.node() and _lives(owner.get("pid"), owner.get("born")):
             raise self._refusal(owner)
@@ -103,7 +105,7 @@ class RunLock:
         self._handle = CLOSED
 
     def __del__(self) -> None:
-        if os is not None:  # it is None while the interpreter ends
+        if os is not None:  # modules are None at the end of the interpreter
             self._close()
 
 

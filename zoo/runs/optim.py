@@ -156,6 +156,7 @@ def _matrices(modules: dict[str, nn.Module]) -> set[str]:
         tables: list[Any] = [m for m in module.modules() if hasattr(m, "get_output_embeddings")]
         heads = {id(m.get_output_embeddings()) for m in tables}
         for name, layer in module.named_modules():
+            # By size, since factors of LoRA and of other adapters are plain linear layers.
             low_rank = isinstance(layer, nn.Linear) and min(layer.weight.shape) < 32
             if isinstance(layer, nn.Linear) and id(layer) not in heads and not low_rank and prefix != "distiller":
                 found.add(".".join(word for word in (prefix, name, "weight") if word))

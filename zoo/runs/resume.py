@@ -57,6 +57,7 @@ def begin(cfg: DictConfig) -> tuple[Beginning, RunLock]:
         folder = RunFolder.open(cfg.resume, root)
         if folder.is_finished:
             raise ZooError(f"The run {str(folder.path)!r} is finished: its model is in {str(folder.model)!r}.")
+        # Before the folder is changed: a refusal leaves it as it is.
         agreed = consent.agreed(folder.path, _plugins_of(read_run_config(folder.config), folder))
         found, lock = _locked(folder, _resume)
         found.plugins = agreed
@@ -100,6 +101,7 @@ def _resume(folder: RunFolder) -> Beginning:
     folder.clean()
     found = Beginning(str(folder.path))
     damaged: dict[Path, str] = {}
+    # Newest first: the older checkpoint is kept for the case that the newest is damaged.
     for path in reversed(folder.list_checkpoints()):
         try:
             state = checkpoint.verify(path)
@@ -196,6 +198,7 @@ def read_config(folder: RunFolder, given: DictConfig, agreed: Mapping[str, str])
         OmegaConf.update(cfg, "resume", given.resume)
     except OmegaConfBaseException as error:
         raise ZooError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    # config.yaml may have been edited: nodes are checked against the components' dataclasses again.
     for node in cfg.data.values():
         config_of("dataset", node)
     moved.locate_weights(cfg, given, _noted(folder) if folder.lock.is_file() else None)

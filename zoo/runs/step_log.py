@@ -47,6 +47,7 @@ class StepLog:
         """
         self.newest = record
         self._pending.append((record, losses))
+        # On a CPU reading a loss costs nothing, and with one process there is nothing to gather.
         eager = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         if eager or len(self._pending) >= FLUSH:
             self.flush(allow_nonfinite=allow_nonfinite)
@@ -61,6 +62,7 @@ class StepLog:
             return
         own = [(record, {k: v.item() for k, v in losses.items()}) for record, losses in self._pending]
         now, self._pending = time.perf_counter(), []
+        # All processes decide on the same figures, so that either all of them stop or none.
         everyone = gather(self.accelerator, own)
         seconds = (now - own[0][0]["start"]) / len(own)
         lines = [_line(at, everyone, seconds) for at in range(len(own))]

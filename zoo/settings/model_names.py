@@ -139,6 +139,7 @@ def from_hub(repository: str, revision: str = "", config_dir: str | Path | None 
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ZooError(f"model 'hub:{repository}': cannot read its config.json ({first}).") from error
     content = read_json(Path(file))
+    # Weights are downloaded only after the check has passed.
     if is_published(content):
         for extra in ("preprocessor_config.json", "processor_config.json"):  # size and normalisation of images
             with suppress(Exception):
@@ -248,6 +249,7 @@ def store_preset(content: Mapping[str, Any], asked: str, config_dir: str | Path 
     if content.get("tokenizer"):
         body["tokenizer"] = dict(content["tokenizer"])
     body["positions"] = content.get("positions", "auto")
+    # Names of presets are words: a path would be read as a group.
     name = "saved_" + re.sub(r"\W+", "_", asked).strip("_")
     return presets.store("model", name, {"defaults": defaults, **body})
 

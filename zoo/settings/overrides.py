@@ -72,6 +72,7 @@ def chosen_last(parsed: Sequence[Any]) -> list[Any]:
     for key, places in choices.items():
         if len(places) < 2:
             continue
+        # Hydra refuses a group that is overridden twice; the last choice is the valid one.
         value = None if parsed[places[-1]].is_delete() else parsed[places[-1]].value()
         stay = {str(name) for name in presets.as_list(value)} if key in SEVERAL else set()
         for i, override in enumerate(parsed[: places[-1]]):
@@ -135,6 +136,7 @@ def check(override: Any, config_dir: str | Path | None) -> None:
     if key in SLOTS and not override.is_delete() and not isinstance(value, dict):
         if isinstance(value, list) and key not in SEVERAL:
             raise ZooError(f"{key}={_text(value)}: the slot {key!r} holds one component. Write {key}=<name>.")
+        # Here, since Hydra's message has no nearest match.
         for name in presets.as_list(value):
             presets.require(key, name, config_dir)
     elif key == "recipe" and value is not None:
@@ -204,6 +206,7 @@ def choose(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     recipe = given.get("recipe", default_recipe(command))
     from_recipe = presets.selection("recipe", recipe, config_dir) if recipe else {}
     asked = given.get("model", from_recipe.get("model", _default_model({*from_recipe, *given})))
+    # `zoo check` works offline, with the options that the preset states.
     if command in ("train", "eval", "data") and isinstance(asked, str):
         saved.fetch_config(asked, config_dir)
     named = presets.as_list(given.get("data", from_recipe.get("data") if "recipe" in given else None))
@@ -212,6 +215,7 @@ def choose(command: str, given: Mapping[str, Any], config_dir: str | Path | None
     if recipe and "recipe" not in given and "data" in from_model:
         recipe, from_recipe = None, {}  # a saved model names its own data, which replaces the default recipe's
     own = {**from_model, **from_recipe}
+    # A dict for a slot holds options of its component and does not choose one.
     picked = {key: given[key] for key in SLOTS if key in given and not isinstance(given[key], dict)}
     chosen = {key: presets.as_list(v) if key in SEVERAL else v for key, v in {**own, **picked}.items()}
     for key in SLOTS:

@@ -75,7 +75,7 @@ def read(group: str, name: str, config_dir: str | Path | None = None) -> dict[st
     if name in _private[group]:
         return _private[group][name]
     file = preset_files(group, config_dir).get(name)
-    if file is None:
+    if file is None:  # a component, which has no file of options
         return {}
     from yaml import YAMLError
 
@@ -156,7 +156,7 @@ def selection(group: str, name: str, config_dir: str | Path | None = None) -> di
             error = unknown(group, base, available(group, config_dir))
             raise ZooError(f"{group} {name!r} starts from {base!r}. {error}")
         for key, value in selection(group, base, config_dir).items():
-            chosen.setdefault(key, value)
+            chosen.setdefault(key, value)  # the preset's own choices have precedence over those of its bases
     return chosen
 
 
@@ -217,6 +217,7 @@ def trim(
     """
     content = read(group, name, config_dir)
     body = {k: v for k, v in content.items() if k != "defaults"}
+    # Bases are trimmed as well, each into a preset of its own, since Hydra reads them by name.
     entries, changed = [], False
     for entry in content.get("defaults") or []:
         kept = entry
@@ -231,7 +232,7 @@ def trim(
         if isinstance(stated := kept_body.get(key), dict):
             kept_body[key] = {k: v for k, v in stated.items() if options and k not in options}
     if not changed and kept_body == body:
-        return name
+        return name  # the usual case: Hydra reads the file itself
     return store_once(group, name, {"defaults": entries, **kept_body} if entries else kept_body)
 
 

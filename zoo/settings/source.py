@@ -143,7 +143,7 @@ class Source:
         """
         tokenizer = self.find_tokenizer(texts, made)
         set_template_options(tokenizer, self.tokenizer["template_options"])
-        if self.folder is None:
+        if self.folder is None:  # a saved tokenizer has them
             add_special(tokenizer, tokens_for(self.slots["layout"]))
         return tokenizer
 
@@ -184,6 +184,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
 
 def source_named(name: str, *overrides: str) -> Source:
     """Return the source of a model by name, for `zoo.load(name, ...)`."""
+    # Without overrides a folder's config is complete: Hydra has nothing to compose.
     if not overrides and name.startswith("dir:"):
         plugins.load_installed()
         found = _in_folder(name)

@@ -36,7 +36,7 @@ def try_override(override: Any, chosen: Mapping[str, Any], config_dir: str | Pat
     path = override.key_or_group.split(".")
     kind = kind_of(path[0])
     if override.is_delete() or (len(path) == 1 and (kind or path[0] in ("model", "recipe"))):
-        return
+        return  # choices of components and presets are checked by name
     if len(path) == 1 and path[0] in {*SECTIONS, "stages"}:
         below = "<stage>.<option>" if path[0] == "stages" else "<option>"
         raise ZooError(f"{override.input_line!r}: {path[0]!r} holds several options. Write {path[0]}.{below}=<value>.")
@@ -102,6 +102,7 @@ def not_chosen(group: str, key: str, members: Sequence[str], config_dir: str | P
         return ZooError(f"{group} {key!r} is not chosen in this run: add it with {group}=[{both}].")
     kind = kind_of(group) or group
     options = {o.name: o for m in members for o in source_options(kind, presets.component_of(group, m, config_dir))}
+    # A name that resembles an option or a chosen member is more likely meant than a component that is not chosen.
     near = nearest(key, [*options, *members]) or nearest(key, known)
     if near and near[0] in options:
         return unknown_option(f"the chosen {presets.KIND_WORDS.get(group, group)}s", key, list(options.values()))
@@ -141,6 +142,7 @@ def _try_value(owner: str, option: Option, value: Any) -> None:
     from omegaconf.errors import ValidationError
 
     nodes: dict[str, Any] = {"int": IntegerNode, "float": FloatNode, "bool": BooleanNode}
+    # Only scalar types can be judged from text; interpolations are resolved later.
     plain = option.type.removesuffix(" | None")
     if plain not in nodes or (isinstance(value, str) and "${" in value) or (value is None and plain != option.type):
         return

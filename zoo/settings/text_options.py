@@ -90,9 +90,9 @@ def words(text: str) -> Iterator[Word]:
         if not current and (quoted := QUOTED.match(text, at)) and END.match(text, quoted.end()):
             at = start = quoted.end()
         elif char == "\\":
-            at += 2
+            at += 2  # an escaped character has no meaning for the grammar
         elif text.startswith("${", at) and "}" in text[at:]:
-            refers, at = True, _behind(text, at)
+            refers, at = True, _behind(text, at)  # skipped as a whole: its commas and braces do not end the word
         elif char == "," or (around and char == CLOSING[around[-1][0]]):
             yield from word(at)
             if char != ",":
@@ -105,7 +105,7 @@ def words(text: str) -> Iterator[Word]:
             keys.append("")
             at = start = at + 1
             keyed = False
-        elif char == ":" and around and around[-1][0] == "{" and not keyed:
+        elif char == ":" and around and around[-1][0] == "{" and not keyed:  # only the first colon ends the key
             keys[-1] = current
             at = start = at + 1
             keyed = True
@@ -331,6 +331,7 @@ class _WordLoader(yaml.SafeLoader):
     """Reads every unquoted word as text; `<<` still merges."""
 
 
+# Implicit resolvers turn unquoted words into numbers, booleans and dates; without them, every word is a string.
 _WordLoader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
 
 

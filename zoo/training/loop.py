@@ -210,7 +210,7 @@ class Run:
     # ---- stages ------------------------------------------------------------------------------------------------
 
     def _run_stage(self, index: int, name: str, stage: Stage) -> None:
-        mix = self.data.mix(stage, self.cfg.seed * 1000 + index)
+        mix = self.data.mix(stage, self.cfg.seed * 1000 + index)  # each stage has an order of its own
         steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
         reseed(self.cfg.seed, index, -2)  # new weights of a distiller are a function of the seed and the stage
         distiller = self._distiller_of(stage)
