@@ -35,7 +35,7 @@ def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
             nodes[name] = node
     data = RunData(nodes, skip_broken=cfg.skip_broken or any(stage.skip_broken for stage in cfg.stages.values()))
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
-    if tasks and not notes:  # data that was not opened may have the dialogs
+    if tasks and not notes:
         require_dialogs(data.evaluation or data.all, tasks, cfg.limit)
     for stage in stages:
         mix = cfg.stages[stage.name].data

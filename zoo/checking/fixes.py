@@ -23,7 +23,6 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
             yield f"{key}=auto", replace(plan, **auto)
     if plan.positions != "dense" and plan.slots.get("pruner"):
         yield "positions=dense", replace(plan, positions="dense")
-    # Adapters such as vlora take the image into the LLM's weights, instead of tokens in the sequence.
     if plan.slots.get("projector") and any(_excludes_tokens(n) for n in plan.slots.get("adapter") or {}):
         yield "projector=null", replace(plan, slots={**plan.slots, "projector": None})
     for template in CHAT_TEMPLATES:
@@ -32,7 +31,6 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
             yield f"tokenizer.chat_template={template}", replace(plan, template=template)
     if plan.tokenizer is None and plan.vocab_size is not None and plan.vocab_size < 512:
         yield "tokenizer.vocab_size=512", replace(plan, vocab_size=512)
-    # The first pruner may destroy what the second one needs: the other order may fit.
     for kind in ("pruner", "adapter"):
         members = plan.slots.get(kind) or {}
         if len(members) > 1:  # of two pruners, the first may destroy what the second needs
@@ -93,7 +91,7 @@ def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
         for field_name in ("data", "loss_weights", "lr_scale"):  # overrides merge mappings: only `~` removes a key
             for key in (given := dict(getattr(stage, field_name))):
                 less = {k: v for k, v in given.items() if k != key}
-                try:  # a stage checks itself, and may refuse the change
+                try:
                     changed = replace(stage, **{field_name: less})
                 except ZooError:  # the stage refuses it by itself
                     continue

@@ -42,13 +42,11 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
             "to learn from each other. Give the student a pruner or other parts, or name another teacher"
         )
     shared = _check_tokens(node["model"], plan, tokenizer)
-    # Only counts, grids and widths are compared, so the teacher's weights are not needed.
     with torch.device("meta"):
         parts = assemble(theirs.slots, vocab_size=shared)
     needs: frozenset[str] = distiller.needs
     if needs & ON_IMAGES:
         _check_images(name, stage, needs, model, plan.slots, parts, theirs.slots)
-    # Hidden states are compared without a projection between them.
     if distiller.equal_widths and parts.llm.hidden_size != model.llm.hidden_size:
         raise ZooError(
             f"the loss on hidden states needs LLMs of one width: the student has {model.llm.hidden_size}, the teacher "
@@ -94,7 +92,6 @@ def check_store(
             f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}, or load the teacher"
         )
     if needs & ON_IMAGES:
-        # The teacher itself may be gone; the store has the options of its parts.
         with torch.device("meta"):
             parts = assemble(about["slots"], vocab_size=about["vocab_size"])
         _check_images(name, stage, needs, model, slots, parts, about["slots"])
@@ -110,7 +107,7 @@ def _check_tokens(name: str, plan: Any, theirs: Any) -> int:
     ours = plan.made
     if ours is None and plan.tokenizer is not None:
         ours = _tokenizer(plan.tokenizer, plan.template)
-    if ours is None:  # neither loaded nor named: a new one would be trained on the run's text
+    if ours is None:
         raise ZooError(
             f"the student would train a tokenizer of its own, which is not that of the teacher {name!r}. "
             f"Set tokenizer.checkpoint={OF_MODEL}{name}"
@@ -172,13 +169,11 @@ def _check_images(
             f"that the student begins with, {_names(steps)}. {fix}, or take the teacher's pruners away with "
             f"stages.{name}.teacher={{model: ..., options: [pruner=null]}}"
         )
-    # A merged token is a mean of patches; the teacher has a token for each of them, but none for the mean.
     if merging := [step for step in steps[len(before) :] if not step[1]]:
         raise ZooError(
             f"image tokens of student and teacher do not align: the student's pruner {merging[0][0]!r} makes new "
             f"tokens, which the teacher does not have. {fix}, or give the teacher that pruner too"
         )
-    # A mixing projector gives tokens of the student's kept patches, which differ from those of all patches.
     if ours[2] and steps[len(before) :]:
         raise ZooError(
             f"image tokens of student and teacher do not align: projector {_projector(our_slots)!r} mixes what the "
