@@ -13,7 +13,7 @@ import torch
 
 from zoo.claims.experiment import Run, mean
 from zoo.composed.assembly import build_distiller
-from zoo.composed.outputs import Seen
+from zoo.composed.outputs import DistillView
 from zoo.data.scenes import QUESTIONS
 from zoo.evaluation.evaluate import evaluate
 from zoo.loading.build import build, load
@@ -58,9 +58,9 @@ class Shared:
 
     def __init__(self, model: Any) -> None:
         self.teacher, self.seconds = Teacher(model), 0.0
-        self.seen: Seen | None = None
+        self.seen: DistillView | None = None
 
-    def outputs_for(self, batch: Mapping[str, Any], student: Any) -> Seen:
+    def outputs_for(self, batch: Mapping[str, Any], student: Any) -> DistillView:
         """Return its outputs for this batch; `seen = None` begins a new step."""
         if self.seen is None:
             began = time.perf_counter()

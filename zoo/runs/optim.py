@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from zoo.registry import ZooError, unknown
+from zoo.runs.checkpoint import shared_as
 from zoo.settings.stage import Stage
 
 MATRIX_BYTES = 256 * 2**20  # the most that one stack of matrices may hold, in float32
@@ -55,7 +56,7 @@ class StackedMuon(Muon):
             height, width = stack.shape[-2:]
             rate = lr * math.sqrt(max(1.0, height / width))  # torch's adjust_lr_fn "original"
             for i, update in zip(rows, stack.unbind(), strict=True):
-                params[i].add_(_like(update.to(params[i].dtype), params[i]), alpha=-rate)
+                params[i].add_(shared_as(update.to(params[i].dtype), params[i]), alpha=-rate)
 
 
 def orthogonalise(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -86,15 +87,6 @@ def _stacks(updates: list[Tensor]) -> Iterable[list[int]]:
 def _whole(tensor: Tensor) -> Tensor:
     """Return the unsharded matrix."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _like(update: Tensor, param: Any) -> Tensor:
-    """Return `update` sharded as `param` is."""
-    if not hasattr(param, "full_tensor"):
-        return update
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(update, param.device_mesh, param.placements)
 
 
 def build_optimizers(

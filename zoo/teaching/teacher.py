@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoo.composed.outputs import LOSS_ALONE, Seen, ZooOutput
+from zoo.composed.outputs import LOSS_ALONE, DistillView, ZooOutput
 from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
 from zoo.runs.lengths import require_room
 from zoo.text.batch import TEACHER_ROWS, EncodedSample
@@ -52,7 +52,7 @@ class Teacher:
         self.same_vision = frozen and alike and all(_equal(t, others[name]) for name, t in ours.items())
 
     @torch.no_grad()
-    def outputs_for(self, batch: Mapping[str, Any], student: ZooOutput) -> Seen:
+    def outputs_for(self, batch: Mapping[str, Any], student: ZooOutput) -> DistillView:
         """Run the teacher on a batch of the student's.
 
         Args:
@@ -71,7 +71,7 @@ class Teacher:
                 own["encoded"] = self.model.encode_features(
                     self._here(student.image), own.get("cuts"), own.pop("pixel_values", None)
                 )
-            return Seen(self.model(**own, **self.options), self.model.llm)
+            return DistillView(self.model(**own, **self.options), self.model.llm)
 
     def _here(self, image: ImageFeatures) -> ImageFeatures:
         """Return the student's features on the teacher's device and in its dtype, as its own encoder returns them."""

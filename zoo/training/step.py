@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.composed.outputs import LOSS_ALONE, Seen
+from zoo.composed.outputs import LOSS_ALONE, DistillView
 from zoo.registry import IGNORE_INDEX, Distiller, ZooError, unknown
 from zoo.runs.checkpoint import tensors_of
 from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
@@ -69,7 +69,7 @@ class TrainStep(nn.Module):
             numbers = {"num_labels": counts.labels, "num_images": counts.images}
             if self.teacher is not None and self.teacher.vocab_size:
                 numbers["vocab_size"] = self.teacher.vocab_size
-            losses |= self.distiller(Seen(out, self.model.llm), seen, {**own, **numbers})
+            losses |= self.distiller(DistillView(out, self.model.llm), seen, {**own, **numbers})
         return losses
 
     @property

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from zoo.composed.assembly import build_distiller
-from zoo.composed.outputs import Seen
+from zoo.composed.outputs import DistillView
 from zoo.distill.losses.chunked import AT_ONCE, TopKTeacher, value_and_gradient, with_rest
 from zoo.distill.losses.logprobs import answer_logprobs
 from zoo.loading.build import load_teacher
@@ -248,7 +248,7 @@ def outputs_of(
     return [(key, row) for (key, _), row in zip(batch, result, strict=True)]
 
 
-def _of_answers(seen: Seen, batch: dict[str, Any], rows: list[Any]) -> Iterator[dict[str, Tensor]]:
+def _of_answers(seen: DistillView, batch: dict[str, Any], rows: list[Any]) -> Iterator[dict[str, Tensor]]:
     """Yield the log-probabilities of a row's answers, in the form of one token per position."""
     sums = answer_logprobs(seen, to_device(batch, seen.last_hidden_state.device))[0].float().cpu()
     counts = [0 if row.pairs is None else len(set(row.pairs.tolist()) - {-1}) for row in rows]
@@ -257,7 +257,9 @@ def _of_answers(seen: Seen, batch: dict[str, Any], rows: list[Any]) -> Iterator[
         yield {"ids": nothing.int().unsqueeze(-1), "log_probs": some.unsqueeze(-1), "log_rest": nothing}
 
 
-def top_tokens(seen: Seen, states: Tensor, vocab: int, k: int, dtype: str, cost: Truncation) -> dict[str, Tensor]:
+def top_tokens(
+    seen: DistillView, states: Tensor, vocab: int, k: int, dtype: str, cost: Truncation
+) -> dict[str, Tensor]:
     """Return the `k` most likely tokens after each of `states` (S, C), and the logarithm of the others' mass."""
     # Logits of all positions at once would not fit: 2 000 positions of 150 000 tokens are 1.2 GB in float32.
     chunk = max(1, AT_ONCE.get(states.device.type, AT_ONCE["cuda"]) // vocab)
