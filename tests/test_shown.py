@@ -14,8 +14,8 @@ from rich.console import Console
 
 from zoo.benches.measure import Value
 from zoo.benches.report import Report, Row
-from zoo.checking.checker import Row as Part
-from zoo.checking.checker import Stagecheck, Walk, show
+from zoo.checking.checker import CheckReport, Stagecheck, show
+from zoo.checking.checker import PartSummary as Part
 from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
 from zoo.inspection.report import draw, report_table, summaries
@@ -55,7 +55,7 @@ def test_tables_show_names_as_they_are(name):
     try:
         bench.print()
         rows = [Part("vision", name, 4, None, 8, 1, 1, frozenset({name}), frozenset(), frozenset(), 2)]
-        show(Walk(rows, 4, 1, [Stagecheck(name, {name: 1}, 1)], 0.1, [name]), name)
+        show(CheckReport(rows, 4, 1, [Stagecheck(name, {name: 1}, 1)], 0.1, notes=[name]), name)
     finally:
         sys.stdout = out
     assert shown.getvalue().count(printable(name).strip()) >= 4

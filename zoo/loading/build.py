@@ -121,6 +121,7 @@ def build(
         bits=bits,
         walked=report.parts,
     )
+    # An id without a row in the embedding would fail as an index error inside the LLM.
     if len(tokenizer) > model.llm.vocab_size:
         raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
     model.set_attention(source.attention)  # after moving: kernels depend on the device
