@@ -336,6 +336,42 @@ def test_what_cannot_be_kept_is_refused_or_is_dense(make_model):
         made(make_model, positions="kep")
 
 
+def test_the_check_refuses_a_plug_in_that_does_not_say_what_it_left_and_offers_dense():
+    from dataclasses import dataclass
+
+    from torch import nn
+
+    from tests.conftest import tiny_slots
+    from zoo.checking.checker import RefusedError, check
+    from zoo.checking.plan import Plan
+    from zoo.registry import Pruner, register
+
+    @dataclass
+    class Options:
+        pass
+
+    @register("pruner", "silent")
+    class Silent(Pruner, nn.Module):
+        destroys = frozenset({"grid"})
+
+        def __init__(self, config: Options) -> None:
+            super().__init__()
+
+        def num_tokens(self, n: int) -> int:
+            return n // 2
+
+        def forward(self, image: ImageFeatures) -> ImageFeatures:
+            return ImageFeatures(image.tokens[:, ::2], None)
+
+    plan = Plan(tiny_slots(pruner={"silent": {"name": "silent"}}), vocab_size=360)
+    with pytest.raises(RefusedError, match="neither `keep` nor `groups`") as refused:
+        check(plan)
+    assert "positions=dense" in refused.value.fixes
+    assert check(replace(plan, positions="dense")).places == 0
+    kept = check(replace(plan, slots=tiny_slots(pruner={"random": {"name": "random"}})))
+    assert (kept.num_image_tokens, kept.places) == (4, 16)
+
+
 # ---- lengths -----------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def _report_of(plan: Plan) -> CheckReport:
             f"{parts.num_image_tokens} image tokens of it."
         )
     _check_positions(parts)
-    check_counts(parts, plan.slots)
+    check_counts(parts, plan.slots, plan.positions)
     from zoo.composed.model import ZooModel
     from zoo.model_config import ZooConfig
 

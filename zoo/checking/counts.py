@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo import registry
 from zoo.composed.assembly import Parts
+from zoo.composed.positions import decided
 from zoo.registry import Cut, Encoder, ImageFeatures, Layout, ZooError
 from zoo.vision.encoders.base import Tower
 
@@ -24,12 +25,13 @@ _SMALL = 20_000_000  # parameters of a part that is built in full where it does 
 _HEADS, _KEY = 2, 8  # sizes of the synthetic keys
 
 
-def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
+def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto") -> None:
     """Run encoder, pruners, projector and layout, and compare their outputs with the declared counts.
 
     Args:
         parts: on the meta device, from `zoo.composed.assembly.assemble`.
         slots: that they were built from.
+        positions: kept, dense or auto; where they are kept, pruners must say which tokens they left.
 
     Raises:
         ZooError: a part returns other counts, widths or grids than it declares; the message names it.
@@ -49,6 +51,8 @@ def check_counts(parts: Parts, slots: Mapping[str, Any]) -> None:
             if after is None:
                 return  # the input of later parts is not known
             images = after
+        if (unpruned := decided(parts, slots, positions).unpruned) is not None:
+            images = [unpruned.placed(image) for image in images]
         if parts.projector is not None:
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             _check_projector(parts, slots["projector"], images, given)
