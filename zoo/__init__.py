@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():  # a checkout, run in place or linked to by an editable install
-    __path__[:] = [str(_root / "zoo"), str(_root)]  # the other folders of the package stand beside this one
+    __path__[:] = [str(_root / "zoo"), str(_root)]  # the package's other folders are beside this one
 
 from zoo import data, distill, fusion, tasks, vision  # noqa: E402  tables of the components, nothing heavy
 from zoo.autoclasses import register_when_loaded  # noqa: E402
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Names that cost an import of torch or transformers, and where they live; resolved on first use (PEP 562).
+# Names that cost an import of torch or transformers, with their modules; resolved on first use (PEP 562).
 _LAZY = {
     "ZooConfig": "zoo.model_config",
     "ZooModel": "zoo.composed.model",

@@ -1,13 +1,13 @@
-"""Make transformers' Auto classes know our models.
+"""Register the zoo's models with transformers' Auto classes.
 
-The registration is the plain one, `AutoModel.register` and its like, in the last lines of `zoo.model_config`,
-`zoo.composed.model` and `zoo.text.processor`. Who has only `AutoModelForImageTextToText.from_pretrained(folder)` must
-say `import zoo`, before or behind the import of transformers, and nothing else.
+The registration itself is `AutoModel.register` and its like, in the last lines of `zoo.model_config`,
+`zoo.composed.model` and `zoo.text.processor`. A script that calls `AutoModelForImageTextToText.from_pretrained(folder)`
+needs `import zoo`, before or after the import of transformers, and nothing else.
 
-That line is why a plain registration does not serve alone: to register in `import zoo` means to import torch,
-transformers and torchvision, 2.9 s of CPU where `zoo list`, completion and a config mistake take 0.04 s. So each of
-transformers' three Auto modules, once it has run, imports the module of ours that registers itself there; where it has
-run already, that is now.
+`import zoo` cannot register at once: that would import torch, transformers and torchvision, 2.9 s of CPU, where
+`zoo list`, completion and a config mistake take 0.04 s. So an import hook runs after each of transformers' three Auto
+modules and imports the zoo's module that registers itself there; for Auto modules that are imported already, it is
+imported now.
 """
 
 import sys
@@ -26,14 +26,14 @@ _OURS = {
 
 
 def register_config(config: Any) -> None:
-    """Tell AutoConfig about the config of the composed model."""
+    """Register the config of the composed model with AutoConfig."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_model(config: Any, model: type) -> None:
-    """Tell AutoModel and AutoModelForImageTextToText about the composed model."""
+    """Register the composed model with AutoModel and AutoModelForImageTextToText."""
     from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
 
     AutoModel.register(config, model, exist_ok=True)
@@ -41,23 +41,23 @@ def register_model(config: Any, model: type) -> None:
 
 
 def register_processor(config: Any, processor: type) -> None:
-    """Tell AutoProcessor about the processor of the composed model."""
+    """Register the processor of the composed model with AutoProcessor."""
     from transformers.models.auto.processing_auto import AutoProcessor
 
     AutoProcessor.register(config, processor, exist_ok=True)
 
 
 def register_when_loaded() -> None:
-    """Register with the Auto modules that are loaded now, and with the others when somebody imports them."""
-    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    """Register with the Auto modules that are imported already, and with the others when they are imported."""
+    if not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoFinder())
     for name, ours in _OURS.items():
         if name in sys.modules:
             import_module(ours)
 
 
-class _Watch(MetaPathFinder):
-    """Finds the Auto modules as Python does, and lets each be followed by ours."""
+class _AutoFinder(MetaPathFinder):
+    """Finds the Auto modules as Python does, and imports the zoo's module after each."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in _OURS or (spec := PathFinder.find_spec(name, path, target)) is None or spec.loader is None:

@@ -1,8 +1,8 @@
-"""What lmms-eval finds through the entry point group `lmms_eval.models`: the name `zoo`, and where its class is.
+"""The entry point of lmms-eval (group `lmms_eval.models`): the name `zoo`, and the module of its class.
 
     python -m lmms_eval --model zoo --model_args model=llava15_7b,dtype=bfloat16 --tasks pope
 
-Nothing of ours is imported until the model is asked for.
+The rest of the zoo is imported only when lmms-eval asks for the model.
 """
 
 from typing import Any

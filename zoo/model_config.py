@@ -12,11 +12,11 @@ from zoo.registry.foreign import read_model_config, require_model_config, requir
 
 
 class ZooConfig(PreTrainedConfig):
-    """What a composed model is made of: registry names and options, never code.
+    """The parts of a composed model: registry names and options, never code.
 
     Args:
         slots: `vision`, `projector`, `llm` (a node or None), `pruner`, `adapter` (nodes keyed by component name).
-        tokenizer: what the tokenizer was made from (a checkpoint, or trained).
+        tokenizer: its source (a checkpoint, or trained) and options.
         plugins: modules that must be imported for the names in `slots` to exist.
         image_token_id: the placeholder, one per image token.
         video_token_id: the placeholder of videos, where it is another one.
@@ -46,7 +46,7 @@ class ZooConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a config of what a file says, which may be somebody else's.
+        """Make a config of a file's content, which is not trusted.
 
         Raises:
             ZooError: it names code, absurd sizes, or holds values of other types.
@@ -56,7 +56,7 @@ class ZooConfig(PreTrainedConfig):
             refuse_code(config_dict.get(part), f"The config's {part}")
         require_model_config(config_dict, "The config")
         config_dict = said_since(config_dict)
-        named = ("attn_implementation", "experts_implementation")  # `attention` says it here, and the run
+        named = ("attn_implementation", "experts_implementation")  # set by `attention`, and by the run
         return super().from_dict({k: v for k, v in config_dict.items() if k not in named}, **kwargs)
 
     @classmethod
@@ -65,11 +65,11 @@ class ZooConfig(PreTrainedConfig):
         return cls.from_dict(read_model_config(folder / "config.json"))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """The config of the language model, once a model stands; before, this one, see `__getattr__`."""
+        """Return the config of the language model, once a model is built; before, this one, see `__getattr__`."""
         return self.__dict__.get("_llm", self)
 
     def __getattr__(self, name: str) -> Any:
-        """Sizes of the text side: those of the language model where one stands, else what the slots say.
+        """Return sizes of the text side: of the language model once it is built, else those in the slots.
 
         Raises:
             AttributeError: any other name; or `hidden_size` follows from a checkpoint, which is not read here.
@@ -86,11 +86,11 @@ class ZooConfig(PreTrainedConfig):
         return stated
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: not the language model's own config, which follows from the slots."""
+        """Return what is saved, without the language model's own config, which follows from the slots."""
         return {key: value for key, value in super().to_dict().items() if key != "_llm"}
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """As transformers writes it, which sorts all keys; but pruners and adapters act in their order."""
+        """Write JSON as transformers does, which sorts all keys, but keep the order of pruners and adapters."""
         content = json.loads(super().to_json_string(use_diff))
         return json.dumps(content | ({"slots": self.slots} if self.slots else {}), indent=2) + "\n"
 

@@ -1,7 +1,7 @@
-"""Modules by the names that they had before they moved into rooms, for plugins and scripts that import them.
+"""Old names of modules that have moved, for plugins and scripts that import them.
 
-An import by an old name gives the very module of today, with a DeprecationWarning that says where it is. This file goes
-with version 0.3.
+An import by an old name returns the module itself, with a DeprecationWarning that names its new place. This file is
+removed in version 0.3.
 """
 
 import sys
@@ -74,7 +74,7 @@ MOVED = {
 
 
 class _Finder(MetaPathFinder):
-    """Stands behind all other finders, so that it is asked for names that nothing else has."""
+    """The last of all finders, so that it is asked only for names that no other finds."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, _Alias(MOVED[name])) if name in MOVED else None
@@ -87,7 +87,7 @@ class _Alias(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         warnings.warn(f"{spec.name} is now {self.name}.", DeprecationWarning, stacklevel=2)
         module = import_module(self.name)
-        self.spec = module.__spec__  # the import system writes the alias' over it
+        self.spec = module.__spec__  # the import system overwrites it with the alias's: `exec_module` puts it back
         return module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -111,6 +111,6 @@ def attributes_of(module: str) -> Callable[[str], Any]:
 
 
 def serve() -> None:
-    """Make imports by old names work."""
+    """Install the finder of old names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

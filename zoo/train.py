@@ -1,4 +1,4 @@
-"""`python -m zoo.train`: what torchrun and accelerate launch."""
+"""`python -m zoo.train`, for torchrun and accelerate."""
 
 from zoo.moved import attributes_of
 
