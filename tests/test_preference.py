@@ -271,7 +271,7 @@ class Frozen:
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def see(self, batch, student):
+    def outputs_for(self, batch, student):
         return Seen(self.model(**batch, run_head=False), self.model.llm)
 
 
