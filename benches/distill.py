@@ -231,7 +231,7 @@ def _stored(place: StepPlace) -> list[Row]:
     targets = {f"teacher.{p}.{what}": t for p, kept in told.items() for what, t in kept.items()}
     targets["teacher.visual.cells"] = torch.tensor([sizes.image_tokens])
     full = {**batch, "targets": targets}
-    store = SimpleNamespace(vocab_size=sizes.vocab, see=lambda batch, out: None)
+    store = SimpleNamespace(vocab_size=sizes.vocab, outputs_for=lambda batch, out: None)
     variants = {
         "plain": _trains(place, student, batch),
         "answers": _trains(place, llava.composed(sizes).to(device), full, store, name="kl"),
