@@ -10,6 +10,7 @@ import pytest
 
 import zoo
 from tests.data_places import shared
+from zoo.cli.entry import main
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml"))
@@ -150,3 +151,11 @@ def test_paths_modules_and_links_that_documents_name_are_there():
     examples = {"fusion/pruners/mine.py", "zoo.fusion.pruners.mine", "tests/test_mine.py"}  # a contributor's own
     planted = {"fusion/planted.py", "zoo.vision.video"}  # of the test of imports
     assert [w for w in wrong if w.split(": ")[1] not in examples | planted] == []
+
+
+@pytest.mark.fixes
+def test_the_refusal_in_the_readme_is_what_is_printed(capsys):
+    command, lines = re.search(r"    \$ zoo (check .*)\n((?:    .+\n)+)", (ROOT / "README.md").read_text()).groups()
+    assert main(command.split()) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("    ") for line in lines.splitlines()] == printed[-len(lines.splitlines()) :]

@@ -27,7 +27,7 @@ from zoo.text.markup import cell
 from zoo.text.sizes import size_text
 from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
-_MOST_TRIES = 40  # candidate fixes that are tried before the search gives up
+_MOST_TRIES = 60  # candidate fixes that are tried before the search gives up
 _SECONDS = 8.0  # of computing after which it gives up, too
 _MOST_BYTES = 64e12  # of weights; above it a size is mistyped
 

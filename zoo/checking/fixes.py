@@ -38,11 +38,13 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
             yield f"{kind}={_shown(turned)}", replace(plan, slots={**plan.slots, kind: turned})
     yield from _other_options(plan)
     yield from _other_stages(plan)
-    for kind in ("pruner", "adapter"):
-        members = plan.slots.get(kind) or {}
+    lists: dict[str, dict[str, Any]] = {kind: dict(plan.slots.get(kind) or {}) for kind in ("pruner", "adapter")}
+    for kind, members in lists.items():  # left out, before the many that could be in its place
         for name in members:
             rest = {n: node for n, node in members.items() if n != name}
             yield f"{kind}={_shown(rest or None)}", replace(plan, slots={**plan.slots, kind: rest})
+    for kind, members in lists.items():
+        for name in members:
             for other in registry.names(kind):
                 if other not in members and (node := _default_node(kind, other)):
                     swapped = {(other if n == name else n): (node if n == name else v) for n, v in members.items()}
