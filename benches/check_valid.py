@@ -90,6 +90,7 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         | {"metric": chance.choice(("tokens", "keys"))},
         "fastv": {**ratio, "layer": chance.randint(1, layers - 1)},
         "fastervlm": {**ratio, "score": chance.choice(("cls", "column_mean", "probe"))},
+        "hiprune": {**ratio, "alpha": chance.choice((0.0, 0.1, 1.0)), "edges": chance.choice(("grid", "released"))},
         "holov": {**ratio, "score": chance.choice(("cls", "column_mean")), "crops": chance.choice((0, 1, 3, 50))}
         | {"shape": chance.choice(("grid", "run")), "spread": chance.choice(("image", "crop"))},
         "visionzip": {**ratio, "score": chance.choice(("cls", "column_mean"))},

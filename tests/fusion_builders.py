@@ -61,13 +61,17 @@ def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: in
         scores = torch.rand(m, n, generator=g)
         known[name] = scores / scores.sum(1, True)
     tokens = torch.randn(m, n, dim, generator=g)
-    return ImageFeatures(tokens, grid, **known, **{"keys": torch.randn(m, n, 2, 6, generator=g), **given})
+    known["keys"] = torch.randn(m, n, 2, 6, generator=g)
+    known["block_attention"] = {"key_attention@1": torch.rand(m, n, generator=g).softmax(1)}
+    return ImageFeatures(tokens, grid, **{**known, **given})
 
 
 def image_row(image: ImageFeatures, i: int) -> ImageFeatures:
     """One row of the features, all that is known of it included."""
     tensors = {f.name: getattr(image, f.name) for f in fields(image)}
-    return replace(image, **{k: v[i : i + 1] for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+    blocks = {word: scores[i : i + 1] for word, scores in image.block_attention.items()}
+    rows = {k: v[i : i + 1] for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    return replace(image, **rows, block_attention=blocks)
 
 
 def same_state(a: dict, b: dict) -> bool:

@@ -15,6 +15,7 @@ PRUNERS = {
     "divprune": {"keep_ratio": 0.4},
     "random": {"keep_ratio": 0.4},
     "fastervlm": {"keep_ratio": 0.4, "score": "column_mean"},
+    "hiprune": {"keep_ratio": 0.4, "alpha": 1.0},
     "holov": {"keep_ratio": 0.4, "score": "column_mean"},
     "visionzip": {"keep_ratio": 0.4, "score": "column_mean"},
     "vispruner": {"keep_ratio": 0.4, "score": "column_mean"},
@@ -163,7 +164,7 @@ def test_a_row_of_a_batch_is_the_row_alone(make_model):
         torch.testing.assert_close(many.logits[i][batch["attention_mask"][i].bool()], alone, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pruner", ["divprune", "fastervlm", "holov", "random", "visionzip", "vispruner"])
+@pytest.mark.parametrize("pruner", ["divprune", "fastervlm", "hiprune", "holov", "random", "visionzip", "vispruner"])
 def test_keeping_all_is_no_pruner_to_the_bit(make_model, pruner):
     bare, processor = made(make_model, None)
     all_of_it = {pruner: {"name": pruner, **PRUNERS[pruner], "keep_ratio": 1.0}}

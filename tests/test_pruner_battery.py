@@ -20,7 +20,7 @@ def build(name, **options):
     wants_llm = "llm" in inspect.signature(registry.get("pruner", name).cls.__init__).parameters
     llm = tiny_llm() if wants_llm else None
     node = {"name": name, **options}
-    return registry.build("pruner", node, vision_dim=DIM, grid=GRID, num_tokens=24, llm=llm).eval()
+    return registry.build("pruner", node, vision_dim=DIM, vision_depth=3, grid=GRID, num_tokens=24, llm=llm).eval()
 
 
 def image_for(**given):
@@ -49,6 +49,7 @@ def test_keeps_the_contract_and_counts_its_tokens(name):
     for name in ("cls_attention", "key_attention", "pooling_attention", "keys"):  # in step with the tokens, or gone
         known = getattr(out, name)
         assert known is None or known.shape[:2] == (3, k), name
+    assert all(known.shape == (3, k) for known in out.block_attention.values())
 
 
 def test_kept_indices_point_at_the_tokens_kept(name):

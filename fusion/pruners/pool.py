@@ -82,7 +82,7 @@ class PoolPruner(Pruner, nn.Module):
             key_attention=pool_scores(image.key_attention),
             pooling_attention=pool_scores(image.pooling_attention),
             keys=pool_keys(image.keys),
-            block_attention={word: pool_scores(scores) for word, scores in image.block_attention.items()},
+            block_attention={word: pool(s.unsqueeze(-1)).squeeze(-1) for word, s in image.block_attention.items()},
         )
 
     def _windows(self, image: ImageFeatures, grid: tuple[int, int]) -> Tensor:
