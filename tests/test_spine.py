@@ -116,6 +116,7 @@ LEAVES["options check themselves"] = [
 LEAVES["how options are read, what is loaded on the way, what is refused"] = [
     "registry/errors.py",
     "registry/options.py",
+    "registry/conversion.py",
     "registry/source_text.py",
     "registry/plugins.py",
     "zoo/autoclasses.py",
