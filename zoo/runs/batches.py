@@ -28,6 +28,8 @@ from zoo.text.batch import EncodedSample
 Item = Where | tuple[int, StreamRow]  # a sample: its (data set, epoch, index), or data set and row of a stream
 WINDOW = 32  # steps whose samples are sorted by length together
 
+Place = ShardPosition  # its earlier name, which scripts import
+
 
 class Batches(Dataset):
     """Maps forward pass j of this process to its batch: a function of j alone, except for streams.
