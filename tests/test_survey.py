@@ -114,7 +114,7 @@ def test_tokens_of_images_that_are_cut_are_those_of_training(make_model):
 def test_it_is_completed_and_its_options_are_checked():
     assert "survey.json=" in complete("zoo data survey.", {"data": True})
     assert "data" in complete("zoo da", {"data": True, "train": True})
-    with pytest.raises(ZooError, match=r"look at images \(survey.images\) named 'opne'. Did you mean 'open'"):
+    with pytest.raises(ZooError, match=r"check of images \(survey.images\) named 'opne'. Did you mean 'open'"):
         from zoo.settings.schema import SurveyConfig
 
         SurveyConfig(images="opne")

@@ -246,5 +246,5 @@ def test_the_stage_is_the_one_with_a_teacher(tmp_path, teacher):
     for option, message in (("pt", "'pt' has no model as its teacher"), ("dtf", "Did you mean 'dft'")):
         with pytest.raises(ZooError, match=message):
             stage_of(taught(tmp_path, teacher, stages, f"teach.stage={option}"))
-    with pytest.raises(ZooError, match="those here are: a, b"):
+    with pytest.raises(ZooError, match="this run has: a, b"):
         stage_of(taught(tmp_path, teacher, {"a": STAGE, "b": STAGE}))
