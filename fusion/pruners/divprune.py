@@ -11,11 +11,12 @@ product with the token just chosen.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.topk import check_ratio, count_kept
-from zoo.registry import ImageFeatures, Pruner, register
+from zoo.registry import ImageFeatures, register
 
 BLOCK = 256  # tokens that are compared with all others at once, to find the first
 
@@ -29,26 +30,19 @@ class DivPruneConfig:
 
 
 @register("pruner", "divprune")
-class DivPrune(Pruner, nn.Module):
+class DivPrune(KeepsSome):
     """Training-free, for any encoder; kept tokens stay in grid order."""
 
-    destroys: frozenset[str] = frozenset({"grid"})
-
     def __init__(self, config: DivPruneConfig, *, num_tokens: int | None = None) -> None:
-        super().__init__()
-        self.config = config
-        if num_tokens is not None and self.num_tokens(num_tokens) == num_tokens:
-            self.destroys = frozenset()
+        super().__init__(config, num_tokens)
 
     def num_tokens(self, n: int) -> int:
         """Count the tokens kept of `n`."""
         return count_kept(n, self.config.keep_ratio)
 
-    def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D); the grid is dropped, unless all are kept."""
-        n = image.tokens.shape[1]
-        k = self.num_tokens(n)
-        return image if k == n else image.take_best(farthest(image.tokens, k))  # (M, K, D)
+    def choose(self, image: ImageFeatures, k: int) -> Tensor:
+        """Choose tokens that are far from each other, in the order of choice: (M, K)."""
+        return farthest(image.tokens, k)
 
 
 @torch.no_grad()

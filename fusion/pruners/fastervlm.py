@@ -15,11 +15,12 @@ average, is what its authors recommend for them; `score=probe` is the row of Sig
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
-from zoo.fusion.pruners.topk import best, check_ratio, count_kept
-from zoo.registry import ImageFeatures, Pruner, register, require_at_least
+from zoo.fusion.pruners.topk import best, check_ratio
+from zoo.registry import ImageFeatures, register, require_at_least
 
 
 @dataclass
@@ -35,23 +36,15 @@ class FasterVLMConfig:
 
 
 @register("pruner", "fastervlm")
-class FasterVLM(Pruner, nn.Module):
+class FasterVLM(KeepsSome):
     """Training-free; kept tokens stay in grid order."""
 
     needs: frozenset[str] = frozenset({"cls_attention"})
-    destroys: frozenset[str] = frozenset({"grid"})
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
 
     def __init__(self, config: FasterVLMConfig, *, num_tokens: int | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_tokens)
         self.needs = frozenset({NEEDS[config.score]})
-        if num_tokens is not None and self.num_tokens(num_tokens) == num_tokens:
-            self.destroys = frozenset()
-
-    def num_tokens(self, n: int) -> int:
-        """Count the tokens kept of `n`."""
-        return min(n, self.config.num_keep) or count_kept(n, self.config.keep_ratio)
 
     def scores(self, image: ImageFeatures) -> Tensor:
         """Return the scores that tokens are ranked by, (M, N) float32.
@@ -61,8 +54,6 @@ class FasterVLM(Pruner, nn.Module):
         """
         return scores_of(image, self.config.score, "fastervlm")
 
-    def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D) of each row; the grid is dropped, unless all are kept."""
-        n = image.tokens.shape[1]
-        k = self.num_tokens(n)
-        return image if k == n else image.take_best(best(self.scores(image), k))  # (M, K, D)
+    def choose(self, image: ImageFeatures, k: int) -> Tensor:
+        """Choose the tokens with the best scores, (M, K)."""
+        return best(self.scores(image), k)

@@ -22,12 +22,13 @@ tokens of five crops, set num_keep=128.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import scores_of
-from zoo.fusion.pruners.topk import best, check_ratio, count_kept
-from zoo.registry import ImageFeatures, Pruner, ZooError, register, require_at_least, unknown
+from zoo.fusion.pruners.topk import best, check_ratio
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
 
 EDGES = ("grid", "released")
 
@@ -50,15 +51,13 @@ class HiPruneConfig:
 
 
 @register("pruner", "hiprune")
-class HiPrune(Pruner, nn.Module):
+class HiPrune(KeepsSome):
     """Training-free; kept tokens stay in grid order."""
 
     needs: frozenset[str] = frozenset({"key_attention", "grid"})
-    destroys: frozenset[str] = frozenset({"grid"})
 
     def __init__(self, config: HiPruneConfig, *, vision_depth: int = 0, num_tokens: int | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_tokens)
         layer = config.object_layer or max(1, round(vision_depth * 9 / 24))
         self.word = f"key_attention@{layer}"
         if config.alpha == 0:
@@ -67,12 +66,6 @@ class HiPrune(Pruner, nn.Module):
             raise ZooError("object_layer=0 needs the encoder's depth, which it does not state: set object_layer.")
         else:
             self.needs = frozenset({"key_attention", "grid", self.word})
-        if num_tokens is not None and self.num_tokens(num_tokens) == num_tokens:
-            self.destroys = frozenset()
-
-    def num_tokens(self, n: int) -> int:
-        """Count the tokens kept of `n`."""
-        return min(n, self.config.num_keep) or count_kept(n, self.config.keep_ratio)
 
     def scores(self, image: ImageFeatures) -> Tensor:
         """Return the scores of the registers, (M, N) float32.
@@ -82,28 +75,23 @@ class HiPrune(Pruner, nn.Module):
         """
         return scores_of(image, "column_mean", "hiprune")
 
-    def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D) of each row; the grid is dropped, unless all are kept.
+    def choose(self, image: ImageFeatures, k: int) -> Tensor:
+        """Choose anchors and buffers first, in the order of their anchors; then registers, by their scores: (M, K).
 
         Raises:
             ZooError: the grid, or the scores of a block, are missing.
         """
-        n = image.tokens.shape[1]
-        k = self.num_tokens(n)
-        if k == n:
-            return image
         deep = self.scores(image)
         anchors = round(k * self.config.alpha / 5)
         if not anchors:
-            return image.take_best(best(deep, k))  # (M, K, D)
+            return best(deep, k)
         if image.grid is None or self.word not in image.block_attention:
             raise ZooError(f"pruner 'hiprune' needs the grid and {self.word}.")
         order = best(image.block_attention[self.word], anchors)  # (M, A)
         first = _around(order, image.grid, self.config.edges, k)  # (M, N)
-        # Anchors and buffers first, in the order of their anchors; then registers, by their scores.
         ranked = deep.argsort(dim=1, descending=True, stable=True)
         by_anchor = first.gather(1, ranked).argsort(dim=1, stable=True)  # registers share the last place
-        return image.take_best(ranked.gather(1, by_anchor)[:, :k])  # (M, K, D)
+        return ranked.gather(1, by_anchor)[:, :k]
 
 
 def _around(anchors: Tensor, grid: tuple[int, int], edges: str, most: int) -> Tensor:

@@ -25,11 +25,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
-from zoo.fusion.pruners.topk import check_ratio, count_kept
-from zoo.registry import ImageFeatures, Pruner, ZooError, register, require_at_least, unknown
+from zoo.fusion.pruners.topk import check_ratio
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
 
 SPREADS = ("image", "crop")
 SHAPES = ("grid", "run")
@@ -55,23 +56,15 @@ class HoloVConfig:
 
 
 @register("pruner", "holov")
-class HoloV(Pruner, nn.Module):
+class HoloV(KeepsSome):
     """Training-free; kept tokens stay in grid order."""
 
     needs: frozenset[str] = frozenset({"cls_attention", "grid"})
-    destroys: frozenset[str] = frozenset({"grid"})
     choices = {"score": tuple(SCORES), "shape": SHAPES}  # what the check may offer beside defaults
 
     def __init__(self, config: HoloVConfig, *, num_tokens: int | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_tokens)
         self.needs = frozenset({NEEDS[config.score], *(["grid"] if config.shape == "grid" else [])})
-        if num_tokens is not None and self.num_tokens(num_tokens) == num_tokens:
-            self.destroys = frozenset()
-
-    def num_tokens(self, n: int) -> int:
-        """Count the tokens kept of `n`."""
-        return min(n, self.config.num_keep) or count_kept(n, self.config.keep_ratio)
 
     def scores(self, image: ImageFeatures) -> Tensor:
         """Return the scores that tokens of a crop are ranked by, (M, N) float32.
@@ -81,19 +74,13 @@ class HoloV(Pruner, nn.Module):
         """
         return scores_of(image, self.config.score, "holov")
 
-    def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D) of each row; the grid is dropped, unless all are kept.
+    @torch.no_grad()
+    def choose(self, image: ImageFeatures, k: int) -> Tensor:
+        """Choose (M, K) indices; those to be given up last come first, of each crop the same part of its quota.
 
         Raises:
             ZooError: `shape=grid`, and the tokens have no grid.
         """
-        n = image.tokens.shape[1]
-        k = self.num_tokens(n)
-        return image if k == n else image.take_best(self._choose(image, k))  # (M, K, D)
-
-    @torch.no_grad()
-    def _choose(self, image: ImageFeatures, k: int) -> Tensor:
-        """Choose (M, K) indices; those to be given up last come first, of each crop the same part of its quota."""
         crops, real = self._crops(image, k)  # (P, L)
         a = 1000 * self.scores(image).double()[:, crops] * real  # (M, P, L); the factor weighs against the 1e-6 below
         c = self._crop_scores(image.tokens, a, crops, real)  # (M, P)

@@ -25,12 +25,13 @@ Encoders without [CLS]: `score`, as in FasterVLM.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
-from zoo.fusion.pruners.topk import check_ratio, count_kept
-from zoo.registry import ImageFeatures, Pruner, ZooError, register, require_at_least, unknown
+from zoo.fusion.pruners.topk import check_ratio
+from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
 
 ORDERS = ("score", "released")
 ROWS = 16  # images whose cosines are held at once, (ROWS, R, R)
@@ -57,34 +58,23 @@ class VisPrunerConfig:
 
 
 @register("pruner", "vispruner")
-class VisPruner(Pruner, nn.Module):
+class VisPruner(KeepsSome):
     """Training-free; kept tokens stay in grid order."""
 
     needs: frozenset[str] = frozenset({"cls_attention"})
-    destroys: frozenset[str] = frozenset({"grid"})
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
 
     def __init__(self, config: VisPrunerConfig, *, num_tokens: int | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, num_tokens)
         self.needs = frozenset({NEEDS[config.score]})
-        if num_tokens is not None and self.num_tokens(num_tokens) == num_tokens:
-            self.destroys = frozenset()
-
-    def num_tokens(self, n: int) -> int:
-        """Count the tokens kept of `n`."""
-        return min(n, self.config.num_keep) or count_kept(n, self.config.keep_ratio)
 
     def scores(self, image: ImageFeatures) -> Tensor:
         """Return the scores of the important tokens, (M, N) float32."""
         return scores_of(image, self.config.score, "vispruner")
 
-    def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Keep num_tokens(N) of the tokens (M, N, D) of each row; the grid is dropped, unless all are kept."""
-        c, n = self.config, image.tokens.shape[1]
-        k = self.num_tokens(n)
-        if k == n:
-            return image
+    def choose(self, image: ImageFeatures, k: int) -> Tensor:
+        """Choose the important tokens, the best first, then those that are least alike: (M, K)."""
+        c = self.config
         ranked = self.scores(image).argsort(dim=1, descending=True, stable=True)  # (M, N)
         important = int(k * c.important_ratio)
         keep, rest = ranked[:, :important], ranked[:, important:]
@@ -92,7 +82,7 @@ class VisPruner(Pruner, nn.Module):
             rows = zip(image.tokens.split(ROWS), rest.split(ROWS), strict=True)
             left = torch.cat([unlike(at(tokens, r), k - important, c.step, c.order) for tokens, r in rows])
             keep = torch.cat([keep, rest.gather(1, left)], dim=1)
-        return image.take_best(keep)  # (M, K, D)
+        return keep
 
 
 def at(tokens: Tensor, places: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _run(words: list[str]) -> int:
         return _status(command.load()(rest))
     from zoo.cli.launch import launch
 
-    return launch(name, command.load, rest)
+    return launch(name, command.summary, command.load, rest)
 
 
 def _status(result: Any) -> int:

@@ -36,11 +36,12 @@ NONE = ("", "null")
 LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
 
 
-def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequence[str]) -> int:
+def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]], words: Sequence[str]) -> int:
     """Run a command that takes a composed config.
 
     Args:
         command: its name.
+        summary: what it does, for its help.
         load: imports and returns it; called after the config was validated, so that mistakes are reported fast.
         words: overrides and flags.
     """
@@ -49,7 +50,7 @@ def launch(command: str, load: Callable[[], Callable[[Any], Any]], words: Sequen
     if config_dir and not Path(config_dir).is_dir():
         raise ZooError(f"--config-dir {config_dir!r}: no such folder.")
     if "--help" in flags:
-        print(usage(command))
+        print(usage(command, summary))
         return 0
     from zoo.settings.config import explained
 
@@ -208,12 +209,11 @@ def shell_script(words: Sequence[str]) -> int:
     return 0
 
 
-def usage(command: str) -> str:
+def usage(command: str, summary: str) -> str:
     """Return the text of `zoo train --help`."""
     from dataclasses import fields
     from textwrap import fill
 
-    from zoo.cli.entry import COMMANDS
     from zoo.registry import options_of
     from zoo.settings.overrides import SEVERAL, SLOTS
     from zoo.settings.presets import available
@@ -232,7 +232,6 @@ def usage(command: str) -> str:
         own = options_of(SECTIONS[section])
         lines += ["", *(f"  {section + '.' + o.name + '=':<18}{o.doc}" for o in own if o.doc)]
     listing = "\n".join(lines)
-    summary = COMMANDS[command].summary
     return f"""zoo {command}: {summary}
 
 usage: zoo {command} [key=value ...] [flags]
