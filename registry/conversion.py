@@ -42,19 +42,19 @@ def made(schema: type, plain: Mapping[str, Any]) -> Any:
 
     Raises: as `converted`; and what the dataclass itself raises.
     """
-    from omegaconf import OmegaConf
-
     values = converted(schema, plain)
     if _is_plain(values) and not _nested(schema) and all(f.init for f in fields(schema)):
         return schema(**values)
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
 
 
 def exact(schema: type, plain: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the fields where all values, given or default, have exactly their types; None where there is work to do.
 
-    A number to be made of a text, an interpolation, a missing value, a mapping that is merged with its default: that is
-    OmegaConf's.
+    A whole number is taken for a float. A number to be made of a text, an interpolation, a missing value, a mapping
+    that is merged with its default: that is OmegaConf's.
     """
     hints = _hints(schema)
     if type(plain) is not dict or not plain.keys() <= hints.keys():
@@ -66,6 +66,8 @@ def exact(schema: type, plain: Mapping[str, Any]) -> dict[str, Any] | None:
             value = plain[f.name]
             if default and type(default) is dict:
                 return None
+            if hints[f.name] is float and type(value) is int:
+                value = float(value)
         if (default is NO_DEFAULT and f.name not in plain) or not _is_exactly(value, hints[f.name]):
             return None
         found[f.name] = value
@@ -73,7 +75,11 @@ def exact(schema: type, plain: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _by_omegaconf(schema: type, plain: Mapping[str, Any]) -> Any:
-    from omegaconf import OmegaConf
+    try:
+        from omegaconf import OmegaConf
+    except ImportError as error:  # a pruner alone needs torch and no other package
+        wanted = ", ".join(f"{name}: {getattr(hint, '__name__', hint)}" for name, hint in _hints(schema).items())
+        raise ZooError(f"without OmegaConf, values must have the types of their options ({wanted}).") from error
 
     merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
     missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]

@@ -7,6 +7,7 @@ module *registers* its class when it is imported, which happens on first use.
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from fnmatch import fnmatchcase
@@ -202,11 +203,10 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     Raises:
         ZooError: the name or a field does not exist, a value has the wrong type, or a required one is missing.
     """
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    if not isinstance(node, DictConfig):
+    omegaconf = sys.modules.get("omegaconf")  # not imported here: values of the right types do without it
+    of_hydra = omegaconf is not None and isinstance(node, omegaconf.DictConfig)
+    plain: Any = omegaconf.OmegaConf.to_container(node, resolve=True) if omegaconf and of_hydra else dict(node)
+    if not of_hydra:
         refuse_code(plain, f"the config of a {kind}")
     if "name" not in plain:
         raise ZooError(f"A {kind} config needs a `name`. Available: {', '.join(names(kind))}.")
@@ -222,11 +222,16 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
             require_finite(getattr(typed, f.name), f.name)
     except ZooError as error:
         raise ZooError(f"{owner}: {error}") from error
-    except OmegaConfBaseException as error:
+    except _omegaconf_error() as error:
         key = str(error.full_key or error.key or "").partition(".")[0].partition("[")[0]
         message = (error.msg or str(error)).splitlines()[0]
         raise wrong_value(owner, key, entry.options, message) from error
     return entry, typed
+
+
+def _omegaconf_error() -> Any:
+    """Return the base class of OmegaConf's errors; while it is not imported, a tuple of none."""
+    return getattr(sys.modules.get("omegaconf.errors"), "OmegaConfBaseException", ())
 
 
 def completed(kind: str, node: Mapping[str, Any]) -> dict[str, Any]:

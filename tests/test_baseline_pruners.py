@@ -7,7 +7,7 @@ import torch
 
 from tests.fusion_builders import features
 from zoo import registry
-from zoo.composed.image_path import _checksum
+from zoo.composed.image_path import checksum_of
 from zoo.fusion.pruners.divprune import farthest
 from zoo.registry import ZooError
 
@@ -163,7 +163,7 @@ def test_divprune_looks_at_directions_alone():
 
 def drawn(pixels, **options):
     """Which tokens of 24 are kept of rows of pixels."""
-    image = features(m=len(pixels), grid=(4, 6), checksum=_checksum(pixels))
+    image = features(m=len(pixels), grid=(4, 6), checksum=checksum_of(pixels))
     rows = options.pop("rows", None)
     return build("random", **options)(replace(image, rows=rows)).keep
 

@@ -25,6 +25,7 @@ from zoo.registry import (  # noqa: E402
 if TYPE_CHECKING:
     from zoo.checking.checker import check
     from zoo.composed.model import ZooModel
+    from zoo.composed.pruner_alone import pruner
     from zoo.loading.build import compose, load
     from zoo.model_config import ZooConfig
     from zoo.published.export import export
@@ -41,6 +42,7 @@ _LAZY = {
     "compose": "zoo.loading.build",
     "export": "zoo.published.export",
     "load": "zoo.loading.build",
+    "pruner": "zoo.composed.pruner_alone",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "export",
     "load",
     "names",
+    "pruner",
     "register",
 ]
 

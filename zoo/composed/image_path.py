@@ -84,7 +84,7 @@ class ImagesMixin(nn.Module):
             image.rows, image.cuts = tuple(c.rows for c in cuts), tuple(cuts)
             image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")
         if pixel_values is not None and any(pruner.draws for pruner in self.pruner.values()):
-            image.checksum = _checksum(pixel_values)
+            image.checksum = checksum_of(pixel_values)
         kept = image
         for pruner in self.pruner.values():
             kept = pruner(kept)
@@ -236,7 +236,7 @@ class ImagesMixin(nn.Module):
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
 
 
-def _checksum(pixels: Tensor) -> Tensor:
+def checksum_of(pixels: Tensor) -> Tensor:
     """Compute a checksum of each row of pixels (M, ...) in integers, equal in every batch and on every device: (M,)."""
     bits = pixels.detach().float().flatten(1).view(torch.int32)  # (M, P)
     weight = torch.arange(bits.shape[1], device=bits.device) * 0x2545F4914F6CDD1D | 1  # int64 wraps around

@@ -134,10 +134,10 @@ class Unpruned:
             cuts: Sequence[Cut] = kept.cuts or ()
             counts, wholes = ([x.count(c) for c in cuts] for x in (self.layout, self.whole))
             places = self.layout.places(rows, kept, cuts, self.whole)
-        return _gaps(places, counts, wholes)
+        return gaps_of(places, counts, wholes)
 
 
-def _gaps(places: Tensor, counts: Sequence[int], wholes: Sequence[int]) -> Gaps:
+def gaps_of(places: Tensor, counts: Sequence[int], wholes: Sequence[int]) -> Gaps:
     """Compute the gaps of images of `counts` tokens that would have `wholes`, from the tokens' positions (S,)."""
     many, full = (torch.tensor(list(x), device=places.device) for x in (counts, wholes))
     ends = many.cumsum(0)

@@ -1,0 +1,188 @@
+"""A pruner without a composed model: features of any encoder in; tokens, indices and positions out. Needs torch alone.
+
+    prune = zoo.pruner("fastervlm", keep_ratio=0.25, grid=(24, 24))
+    pruned = prune(tokens, cls_attention=scores)    # (M, 576, D) and (M, 576)
+    pruned.tokens, pruned.keep, pruned.positions    # (M, 144, D), (M, 144), (M, 144)
+
+The pruner is the registered class, and what it returns is the `ImageFeatures` that a composed model would get.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.composed.image_path import checksum_of, numbered
+from zoo.composed.positions import gaps_of
+from zoo.registry import ImageFeatures, Pruner, ZooError, build, unknown
+from zoo.registry.part import block_of
+
+POSITIONS = ("kept", "dense")
+# Capabilities that are given in a field of another name.
+_FIELDS = {"prefix_tokens": "prefix", "pooling_head": "pooling_attention"}
+_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys")  # (M, N, ...)
+
+
+def pruner(
+    name: str,
+    *,
+    grid: tuple[int, int] | None = None,
+    num_tokens: int | None = None,
+    vision_dim: int | None = None,
+    vision_depth: int = 0,
+    positions: str = "kept",
+    **options: Any,
+) -> "PrunerAlone":
+    """Build a registered pruner for the features of any encoder, without a composed model.
+
+    Args:
+        name: of the pruner: `zoo list pruner`.
+        grid: (h, w) of the patches; None: they have none.
+        num_tokens: N of one image row; None: h * w.
+        vision_dim: D; few pruners ask for it.
+        vision_depth: blocks of the encoder, for pruners that choose one of them; 0: not known.
+        positions: kept: each token has its position in the unpruned image, as in a model with `positions=kept` |
+            dense: tokens are counted anew, in the pruner's own order.
+        options: of the pruner: `zoo info pruner/<name>`.
+
+    Raises:
+        ZooError: the name or an option does not exist, a value does not fit; the pruner acts inside the LLM.
+
+    Example:
+        >>> prune = zoo.pruner("divprune", keep_ratio=0.5, grid=(24, 24))
+    """
+    if positions not in POSITIONS:
+        raise unknown("positions", positions, POSITIONS)
+    n = prod(grid) if num_tokens is None and grid is not None else num_tokens
+    if n is None:
+        raise ZooError(f"pruner {name!r} needs the number of image tokens: set grid=(h, w), or num_tokens.")
+    if grid is not None and prod(grid) != n:
+        raise ZooError(f"A grid of {grid[0]} x {grid[1]} has {prod(grid)} tokens, got num_tokens={n}.")
+    part = build(
+        "pruner", {"name": name, **options}, vision_dim=vision_dim, vision_depth=vision_depth, grid=grid, num_tokens=n
+    )
+    if "image_tokens" in part.needs:
+        raise ZooError(f"pruner {name!r} acts between layers of the LLM: it needs a composed model, zoo.load(...).")
+    return PrunerAlone(name, part, grid, n, positions).eval()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pruner left of the images of a batch."""
+
+    tokens: Tensor  # (M, K, D)
+    positions: Tensor  # (M, K) int64 of each token, the image's first position is 0
+    length: int  # positions that an image takes: N where they are kept, K where they are dense
+    image: ImageFeatures  # all that is known of the tokens, for what follows
+
+    @property
+    def keep(self) -> Tensor | None:
+        """(M, K) index of each token in the encoder's grid; None: tokens were merged."""
+        return self.image.keep
+
+    @property
+    def groups(self) -> Tensor | None:
+        """(M, N) which token each of the encoder's went into, -1 where it was dropped; None: none was merged."""
+        return self.image.groups
+
+    def position_ids(self, placeholders: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the positions of whole prompts: (B, T), for an LLM with one position per token.
+
+        Pass them on together with a mask: transformers takes a gap in positions for the border of a packed sample where
+        there is neither a mask nor a cache, and attention then stops there without a warning.
+
+        Args:
+            placeholders: (B, T) bool, K true values in a row for each image.
+            attention_mask: (B, T), 0 at padding.
+
+        Raises:
+            ZooError: the placeholders and the tokens are not equally many.
+        """
+        m, k = self.tokens.shape[:2]
+        if (found := int(placeholders.sum())) != m * k:
+            raise ZooError(f"The prompts have {found} image placeholders; {m} images of {k} tokens need {m * k}.")
+        mask = torch.ones_like(placeholders) if attention_mask is None else attention_mask
+        column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
+        gaps = gaps_of(self.positions.flatten(), [k] * m, [self.length] * m)
+        return column + gaps.shift(numbered(placeholders)).to(column.device)
+
+
+class PrunerAlone(nn.Module):
+    """A pruner with the shape of the images that it gets. Made by `zoo.pruner`."""
+
+    def __init__(self, name: str, part: Pruner, grid: tuple[int, int] | None, num_tokens: int, positions: str) -> None:
+        super().__init__()
+        self.name, self.part, self.grid, self.positions = name, part, grid, positions
+        self.num_tokens = num_tokens
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it must be given beside the tokens: cls_attention, keys, key_attention@9, ...; and `grid`."""
+        return frozenset(self.part.needs)
+
+    @property
+    def kept(self) -> int:
+        """K, the tokens that it leaves of an image, known before any image."""
+        return self.part.num_tokens(self.num_tokens)
+
+    def forward(self, tokens: Tensor, *, pixel_values: Tensor | None = None, **known: Any) -> Pruned:
+        """Prune the tokens of images.
+
+        Args:
+            tokens: (M, N, D) of the patches, row by row, without [CLS].
+            pixel_values: (M, ...), for a pruner that draws for each image; without it, one draw for all.
+            known: what the pruner `needs`, by its word, and further fields of `ImageFeatures`: cls_attention=(M, N),
+                keys=(M, N, H, d), prefix=(M, P, D), `**{"key_attention@9": scores}`.
+
+        Raises:
+            ZooError: something that it needs is missing, unknown, or of another shape.
+        """
+        if tokens.dim() != 3 or tokens.shape[1] != self.num_tokens:
+            raise ZooError(f"pruner {self.name!r} was made for tokens (M, {self.num_tokens}, D), got {_shape(tokens)}.")
+        image = ImageFeatures(tokens, self.grid, **self._fields(known, (tokens.shape[0], tokens.shape[1])))
+        if pixel_values is not None:
+            image.checksum = checksum_of(pixel_values)
+        left = self.part(image)
+        if self.positions == "dense":
+            count = left.tokens.shape[1]
+            places = torch.arange(count, device=left.tokens.device).expand(len(left.tokens), -1)
+            return Pruned(left.tokens, places, count, left)
+        left = left.placed(self.num_tokens)
+        assert left.places is not None, "set by `placed`"
+        return Pruned(left.tokens, left.places, self.num_tokens, left)
+
+    def _fields(self, known: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+        """Return fields of `ImageFeatures`, of which none that the pruner needs is missing."""
+        allowed = {f.name for f in fields(ImageFeatures)} - {"tokens", "grid", "places"}
+        found: dict[str, Any] = {}
+        blocks: dict[str, Tensor] = dict(known.get("block_attention", {}))
+        for word, value in known.items():
+            if block_of(word) is not None:
+                blocks[word] = value
+            elif (field := _FIELDS.get(word, word)) in allowed:
+                found[field] = value
+            else:
+                raise unknown("feature of image tokens", word, {*allowed, *_FIELDS, *self.needs} - {"grid"})
+        for word, value in {**{f: found.get(f) for f in _OF_TOKENS}, **blocks}.items():
+            if value is not None and tuple(value.shape[:2]) != shape:
+                raise ZooError(
+                    f"{word} must have a value for each of the tokens, {(*shape, '...')}, got {_shape(value)}: without "
+                    "the columns of [CLS] and registers."
+                )
+        given = {word for word in self.needs if found.get(_FIELDS.get(word, word)) is not None} | {*blocks}
+        given |= {"grid"} if self.grid is not None else set()
+        missing = self.needs - given
+        if "grid" in missing:
+            raise ZooError(
+                f"pruner {self.name!r} needs the grid of the patches: zoo.pruner({self.name!r}, grid=(h, w))."
+            )
+        if missing:
+            raise ZooError(f"pruner {self.name!r} needs {', '.join(sorted(missing))}: pass them beside the tokens.")
+        return {**found, "block_attention": blocks}
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
