@@ -29,6 +29,7 @@ from zoo.registry.parts import (
     Projector,
     Pruner,
 )
+from zoo.registry.presets import Preset
 from zoo.registry.table import (
     Entry,
     build,
@@ -42,6 +43,7 @@ from zoo.registry.table import (
     register,
     require_revision,
     source_options,
+    source_presets,
 )
 from zoo.registry.values import (
     IGNORE_INDEX,
@@ -85,6 +87,7 @@ __all__ = [
     "LinearHead",
     "Option",
     "Part",
+    "Preset",
     "Projector",
     "Pruner",
     "RecordError",
@@ -114,6 +117,7 @@ __all__ = [
     "require_revision",
     "sample_or_error",
     "source_options",
+    "source_presets",
     "unknown",
     "unknown_option",
     "whole",

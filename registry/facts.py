@@ -1,13 +1,14 @@
 """Facts of a component for lists and pages: from its source text where that suffices, else from its imported class."""
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoo.registry.options import Option
 from zoo.registry.packages import licence_of, package_of
+from zoo.registry.presets import Preset
 from zoo.registry.source_text import UNSAID, SourceText, stated
 from zoo.registry.table import Entry, capabilities, get, module_of, source_of
 
@@ -27,6 +28,7 @@ class Facts:
     file: str
     line: int
     options: list[Option]
+    presets: Mapping[str, Preset]
 
 
 def facts_of(kind: str, name: str) -> Facts:
@@ -46,6 +48,7 @@ def facts_in(file: Path, module: str, kind: str, name: str) -> Facts | None:
         text = SourceText(file)
         node = text.component(kind, name)
         options = text.options(node, exact=True)
+        presets = text.attribute(node, "presets")
         said = _capabilities(lambda hook: text.attribute(node, hook))
     except UNSAID:
         return None
@@ -62,6 +65,7 @@ def facts_in(file: Path, module: str, kind: str, name: str) -> Facts | None:
         file=str(file),
         line=node.decorator_list[0].lineno,
         options=options,
+        presets=presets,
     )
 
 
@@ -76,6 +80,7 @@ def _of_entry(entry: Entry) -> Facts:
         file=entry.file,
         line=entry.line,
         options=entry.options,
+        presets=entry.presets,
     )
 
 

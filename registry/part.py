@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo.registry.errors import ZooError
+from zoo.registry.presets import Preset
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -79,6 +80,8 @@ class Part(metaclass=ABCMeta):  # noqa: B024  # each kind has its own abstract m
     """Capabilities that no longer hold behind it."""
     choices: Mapping[str, Sequence[Any]] = {}
     """Option -> values that the check may suggest in place of one that does not fit. A class attribute."""
+    presets: Mapping[str, Preset] = {}
+    """Name -> values of options, such as the authors' for one model. A class attribute."""
 
 
 class ModelPart(Part, Module):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry.options import MISSING, Option, field_comments
+from zoo.registry.presets import Preset
 
 _MAKERS: dict[str, Callable[..., Any]] = {t.__name__: t for t in (frozenset, set, list, tuple, dict)}
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -51,6 +52,15 @@ def options_in(file: Path, kind: str, name: str) -> list[Option]:
         return text.options(text.component(kind, name))
     except UNSAID:
         return []
+
+
+def presets_in(file: Path, kind: str, name: str) -> Any:
+    """Return the presets of the component that `file` registers under `name`; None where the text does not say."""
+    try:
+        text = SourceText(file)
+        return text.attribute(text.component(kind, name), "presets")
+    except UNSAID:
+        return None
 
 
 def line_in(file: Path, kind: str, name: str) -> int:
@@ -211,6 +221,8 @@ class SourceText:
                 return self._constant(name)
             case ast.Call(func=ast.Name(id="field")):
                 return self._of_field(node)
+            case ast.Call(func=ast.Name(id="Preset"), args=[options, source], keywords=[]):
+                return Preset(self.value(options), self.value(source))
             case ast.Call(func=ast.Name(id=maker), args=args, keywords=[]) if maker in _MAKERS and len(args) < 2:
                 return _MAKERS[maker](*(self.value(arg) for arg in args))
         raise LookupError(ast.unparse(node))

@@ -21,7 +21,8 @@ from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
 from zoo.registry.hooks import class_value, require_component, whole
 from zoo.registry.options import Option, options_of
 from zoo.registry.packages import licence_of, package_of
-from zoo.registry.source_text import line_in, options_in, stated, summary_of
+from zoo.registry.presets import PRESET, Preset, require_presets, written_out
+from zoo.registry.source_text import line_in, options_in, presets_in, stated, summary_of
 from zoo.registry.values import KINDS
 
 T = TypeVar("T", bound=type)
@@ -72,6 +73,12 @@ class Entry:
     def choices(self) -> Mapping[str, Sequence[Any]]:
         """Option -> values that the check may offer."""
         found: Mapping[str, Sequence[Any]] = class_value(self.kind, self.cls, "choices")
+        return found
+
+    @property
+    def presets(self) -> Mapping[str, Preset]:
+        """Name -> values of options, with their source."""
+        found: Mapping[str, Preset] = class_value(self.kind, self.cls, "presets")
         return found
 
     @property
@@ -148,6 +155,8 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         if "name" in {f.name for f in fields(config)}:
             raise TypeError(f"{config.__qualname__} must not have a field `name`: it holds the registry name.")
         require_component(kind, name, cls)
+        if presets := class_value(kind, cls, "presets"):
+            require_presets(presets, f"{kind} {name!r}", options_of(config))
         taken = _entries[kind].get(name)
         # The same class again is a module that was reloaded, as notebooks do.
         if taken and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -211,11 +220,11 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     if "name" not in plain:
         raise ZooError(f"A {kind} config needs a `name`. Available: {', '.join(names(kind))}.")
     entry = get(kind, plain["name"])
-    known = {f.name for f in fields(entry.node)}
+    known, owner = {f.name for f in fields(entry.node)}, f"{kind} {entry.name!r}"
+    plain = written_out(plain, owner, entry.presets) if PRESET in plain else plain
     for key in plain:
         if key not in known:
-            raise unknown_option(f"{kind} {entry.name!r}", str(key), entry.options)
-    owner = f"{kind} {entry.name!r}"
+            raise unknown_option(owner, str(key), entry.options)
     try:
         typed = made(entry.node, plain)
         for f in fields(entry.node):
@@ -237,7 +246,8 @@ def _omegaconf_error() -> Any:
 def completed(kind: str, node: Mapping[str, Any]) -> dict[str, Any]:
     """Return a node with all options of its component as plain values, checked as `config_of` does."""
     entry, _ = config_of(kind, node)
-    return converted(entry.node, node)
+    whole = written_out(node, f"{kind} {entry.name!r}", entry.presets) if PRESET in node else node
+    return converted(entry.node, whole)
 
 
 def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
@@ -329,3 +339,12 @@ def source_options(kind: str, name: str) -> list[Option]:
         return entry.options
     file = source_of(kind, name)
     return options_in(file, kind, name) if file else []
+
+
+def source_presets(kind: str, name: str) -> Mapping[str, Preset]:
+    """Return the presets of a component; it is imported only where its text does not show them."""
+    if (entry := _entries[kind].get(name)) is None and (file := source_of(kind, name)):
+        found = presets_in(file, kind, name)
+        if found is not None:
+            return found
+    return (entry or get(kind, name)).presets

@@ -112,6 +112,9 @@ def _component(kind: str, component: Any) -> str:
     parts.append(table(["", ""], [[key, value] for key, value in facts.items() if value]))
     if component.options:
         parts.append(options_table(component.options))
+    if component.presets:
+        rows = [[f"`{name}`", f"`{preset.text}`", escaped(preset.source)] for name, preset in component.presets.items()]
+        parts.append(table(["preset", "options", "source"], rows))
     return "\n\n".join(parts)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.topk import check_ratio, count_kept
-from zoo.registry import ImageFeatures, register
+from zoo.registry import ImageFeatures, Preset, register
 
 BLOCK = 256  # tokens that are compared with all others at once, to find the first
 
@@ -32,6 +32,8 @@ class DivPruneConfig:
 @register("pruner", "divprune")
 class DivPrune(KeepsSome):
     """Training-free, for any encoder; kept tokens stay in grid order."""
+
+    presets = {"llava15_56": Preset({"keep_ratio": 0.098}, "the release's default: 15 % of LLaVA-1.5's FLOPs")}
 
     def __init__(self, config: DivPruneConfig, *, num_tokens: int | None = None) -> None:
         super().__init__(config, num_tokens)

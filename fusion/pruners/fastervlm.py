@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
 from zoo.fusion.pruners.topk import best, check_ratio
-from zoo.registry import ImageFeatures, register, require_at_least
+from zoo.registry import ImageFeatures, Preset, register, require_at_least
 
 
 @dataclass
@@ -41,6 +41,23 @@ class FasterVLM(KeepsSome):
 
     needs: frozenset[str] = frozenset({"cls_attention"})
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
+    presets = {
+        "llava15_432": Preset({"num_keep": 432, "score": "cls"}, "the paper's LLaVA-1.5: 25 % fewer of 576"),
+        "llava15_288": Preset({"num_keep": 288, "score": "cls"}, "the paper's LLaVA-1.5: 50 % fewer of 576"),
+        "llava15_144": Preset({"num_keep": 144, "score": "cls"}, "the paper's LLaVA-1.5: 75 % fewer of 576"),
+        "llava15_58": Preset({"num_keep": 58, "score": "cls"}, "the paper's LLaVA-1.5: 90 % fewer of 576"),
+        "llava15_29": Preset({"num_keep": 29, "score": "cls"}, "the paper's LLaVA-1.5: 95 % fewer of 576"),
+        "llava_next_2160": Preset({"num_keep": 432, "score": "cls"}, "its LLaVA-NeXT: 25 % fewer of five crops"),
+        "llava_next_1440": Preset({"num_keep": 288, "score": "cls"}, "its LLaVA-NeXT: 50 % fewer of five crops"),
+        "llava_next_720": Preset({"num_keep": 144, "score": "cls"}, "its LLaVA-NeXT: 75 % fewer of five crops"),
+        "llava_next_290": Preset({"num_keep": 58, "score": "cls"}, "its LLaVA-NeXT: 90 % fewer of five crops"),
+        "llava_next_145": Preset({"num_keep": 29, "score": "cls"}, "its LLaVA-NeXT: 95 % fewer of five crops"),
+        "video_llava_1536": Preset({"num_keep": 192, "score": "cls"}, "its Video-LLaVA: 25 % fewer of 8 x 256"),
+        "video_llava_1024": Preset({"num_keep": 128, "score": "cls"}, "its Video-LLaVA: 50 % fewer of 8 x 256"),
+        "video_llava_512": Preset({"num_keep": 64, "score": "cls"}, "its Video-LLaVA: 75 % fewer of 8 x 256"),
+        "video_llava_208": Preset({"num_keep": 26, "score": "cls"}, "its Video-LLaVA: 90 % fewer of 8 x 256"),
+        "video_llava_104": Preset({"num_keep": 13, "score": "cls"}, "its Video-LLaVA: 95 % fewer of 8 x 256"),
+    }
 
     def __init__(self, config: FasterVLMConfig, *, num_tokens: int | None = None) -> None:
         super().__init__(config, num_tokens)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import scores_of
 from zoo.fusion.pruners.topk import best, check_ratio
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_least, unknown
 
 EDGES = ("grid", "released")
 
@@ -55,6 +55,14 @@ class HiPrune(KeepsSome):
     """Training-free; kept tokens stay in grid order."""
 
     needs: frozenset[str] = frozenset({"key_attention", "grid"})
+    presets = {
+        "llava15_192": Preset({"num_keep": 192, "alpha": 0.1, "object_layer": 9}, "the release's LLaVA-1.5"),
+        "llava15_128": Preset({"num_keep": 128, "alpha": 0.1, "object_layer": 9}, "the release's LLaVA-1.5"),
+        "llava15_64": Preset({"num_keep": 64, "alpha": 0.1, "object_layer": 9}, "the release's LLaVA-1.5"),
+        "llava_next_640": Preset({"num_keep": 128, "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT, five crops"),
+        "llava_next_320": Preset({"num_keep": 64, "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT, five crops"),
+        "llava_next_160": Preset({"num_keep": 32, "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT, five crops"),
+    }
 
     def __init__(self, config: HiPruneConfig, *, vision_depth: int = 0, num_tokens: int | None = None) -> None:
         super().__init__(config, num_tokens)

@@ -30,7 +30,7 @@ from torch import Tensor
 from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
 from zoo.fusion.pruners.topk import check_ratio
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_least, unknown
 
 SPREADS = ("image", "crop")
 SHAPES = ("grid", "run")
@@ -61,6 +61,16 @@ class HoloV(KeepsSome):
 
     needs: frozenset[str] = frozenset({"cls_attention", "grid"})
     choices = {"score": tuple(SCORES), "shape": SHAPES}  # what the check may offer beside defaults
+    presets = {
+        "llava15_64": Preset(
+            {"num_keep": 64, "crops": 16, "alpha": 0.09, "score": "cls"},
+            "the release's one budget, with the paper's variety",
+        ),
+        "llava15_64_released": Preset(
+            {"num_keep": 64, "crops": 16, "alpha": 0.09, "spread": "crop", "shape": "run", "score": "cls"},
+            "the release: runs as crops, variety cancels",
+        ),
+    }
 
     def __init__(self, config: HoloVConfig, *, num_tokens: int | None = None) -> None:
         super().__init__(config, num_tokens)

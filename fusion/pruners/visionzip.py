@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.fusion.pruners.topk import check_ratio, count_kept, top
-from zoo.registry import ImageFeatures, Pruner, ZooError, register, unknown
+from zoo.registry import ImageFeatures, Preset, Pruner, ZooError, register, unknown
 
 SCORES = {"cls": "cls_attention", "column_mean": "key_attention"}
 
@@ -49,6 +49,11 @@ class VisionZip(Pruner, nn.Module):
     needs: frozenset[str] = frozenset({"cls_attention", "keys", "prefix_tokens"})
     destroys: frozenset[str] = frozenset({"grid", "cls_attention", "key_attention", "keys", "pooling_head"})
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
+    presets = {  # the paper counts [CLS] among the dominant tokens
+        "llava15_192": Preset({"dominant": 161, "targets": 30, "score": "cls"}, "the paper's 192: 162 and 30"),
+        "llava15_128": Preset({"dominant": 107, "targets": 20, "score": "cls"}, "the paper's 128: 108 and 20"),
+        "llava15_64": Preset({"dominant": 53, "targets": 10, "score": "cls"}, "the paper's 64: 54 and 10"),
+    }
 
     def __init__(self, config: VisionZipConfig, *, num_tokens: int | None = None) -> None:
         super().__init__()

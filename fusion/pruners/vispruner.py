@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from zoo.fusion.pruners.keeps import KeepsSome
 from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
 from zoo.fusion.pruners.topk import check_ratio
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_least, unknown
 
 ORDERS = ("score", "released")
 ROWS = 16  # images whose cosines are held at once, (ROWS, R, R)
@@ -63,6 +63,14 @@ class VisPruner(KeepsSome):
 
     needs: frozenset[str] = frozenset({"cls_attention"})
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
+    presets = {
+        "llava15_128": Preset({"num_keep": 128, "important_ratio": 0.5, "score": "cls"}, "the scripts, LLaVA-1.5"),
+        "llava15_64": Preset({"num_keep": 64, "important_ratio": 0.5, "score": "cls"}, "the scripts, LLaVA-1.5"),
+        "llava15_32": Preset({"num_keep": 32, "important_ratio": 0.5, "score": "cls"}, "the scripts, LLaVA-1.5"),
+        "llava_next_640": Preset({"num_keep": 128, "important_ratio": 0.5, "score": "cls"}, "LLaVA-NeXT, five crops"),
+        "llava_next_320": Preset({"num_keep": 64, "important_ratio": 0.5, "score": "cls"}, "LLaVA-NeXT, five crops"),
+        "llava_next_160": Preset({"num_keep": 32, "important_ratio": 0.5, "score": "cls"}, "LLaVA-NeXT, five crops"),
+    }
 
     def __init__(self, config: VisPrunerConfig, *, num_tokens: int | None = None) -> None:
         super().__init__(config, num_tokens)

@@ -22,6 +22,7 @@ from zoo.checking.stage_check import TEXT, Stagecheck, check_stage
 from zoo.composed.assembly import Parts, assemble
 from zoo.fusion.llm.attention import require_attention, require_kernel
 from zoo.registry import ZooError
+from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
 from zoo.text.markup import cell
 from zoo.text.sizes import size_text
@@ -142,7 +143,8 @@ def _report_of(plan: Plan) -> CheckReport:
         )
     report = CheckReport(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
     report.parts = parts
-    report.notes = [note for adapter in parts.adapter.values() for note in adapter.notes]
+    report.notes = list(explained(plan.typed.overrides, plan.slots)) if plan.typed else []
+    report.notes += [note for adapter in parts.adapter.values() for note in adapter.notes]
     for name, stage in plan.stages.items():
         report.stages.append(check_stage(name, stage, model, plan, weights))
     report.places = model.unpruned.longest if model.unpruned is not None else 0

@@ -6,7 +6,8 @@ The scripts in the shell are Hydra's (`eval "$(zoo -sc install=bash)"`); they pa
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zoo.registry import KINDS, ZooError, options_of
+from zoo.registry import KINDS, ZooError, options_of, source_presets
+from zoo.registry.presets import PRESET
 from zoo.registry.table import kind_of
 from zoo.settings import presets
 from zoo.settings.overrides import SEVERAL, SLOTS, choose, load_plugins, parse, values
@@ -27,7 +28,7 @@ def complete(line: str, commands: Mapping[str, bool]) -> list[str]:
     command, typed, last = words[1], words[2:-1], words[-1]
     load_plugins(command, [])
     if commands.get(command):
-        found = _value(last) if "=" in last else _keys(command, typed, last)
+        found = _value(command, typed, last) if "=" in last else _keys(command, typed, last)
     elif command == "list":
         found = [*KINDS, "model", "recipe", "data"]
     elif command == "info":
@@ -42,9 +43,11 @@ def complete(line: str, commands: Mapping[str, bool]) -> list[str]:
     return sorted({f for f in found if f.startswith(last)})
 
 
-def _value(last: str) -> list[str]:
-    """Return names for `pruner=`, `pruner=[a,`, `model=` and `recipe=`."""
+def _value(command: str, words: Sequence[str], last: str) -> list[str]:
+    """Return names for `pruner=`, `pruner=[a,`, `model=`, `recipe=` and `pruner.fastervlm.preset=`."""
     key, _, typed = last.partition("=")
+    if key.rpartition(".")[2] == PRESET:
+        return [f"{key}={name}" for name in _presets(key.split(".")[:-1], _chosen(command, words)[0])]
     if key == "model":
         return [f"model={name}" for name in (*presets.available("model"), "dir:", "hub:", "last")]
     if key not in (*SLOTS, "recipe"):
@@ -71,7 +74,17 @@ def _keys(command: str, typed: Sequence[str], last: str) -> list[str]:
         return [f"stages.{s}." for s in _stages(recipe)]
     known = head in (*SECTIONS, "stages") or (kind_of(head) and head in chosen)
     found = schema_at([head, *members], chosen, None) if known and len(members) + 1 == depth_of([head]) else None
-    return [f"{path}.{o.name}=" for o in found[1]] if found else []
+    has = [PRESET] if found and _presets([head, *members], chosen) else []
+    return [f"{path}.{name}=" for name in [*has, *(o.name for o in found[1])]] if found else []
+
+
+def _presets(path: Sequence[str], chosen: Mapping[str, Any]) -> list[str]:
+    """Return the presets of the chosen component at a path such as `pruner.fastervlm` or `vision`."""
+    kind, group = kind_of(path[0]), path[0]
+    key = path[1] if path[1:] else str(chosen.get(group))
+    if kind is None or key not in presets.as_list(chosen.get(group)):
+        return []
+    return list(source_presets(kind, presets.component_of(group, key)))
 
 
 def _chosen(command: str, typed: Sequence[str]) -> tuple[dict[str, Any], str | None]:

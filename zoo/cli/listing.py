@@ -185,6 +185,12 @@ def _component(kind: str, name: str) -> str:
         for row in rows:
             cells = "".join(f"{cell + '  ':<{w}}" for cell, w in zip(row, widths, strict=False))
             lines.append(f"  {cells}{row[3]}".rstrip())
+    if known.presets:
+        names = {name: preset.text for name, preset in known.presets.items()}
+        wide = [max(map(len, column)) + 2 for column in (names, names.values())]
+        lines += ["", f"presets   {usage(kind, name).partition(' ')[0]} {_option(kind, name, 'preset')}=..."]
+        for preset, text in names.items():
+            lines.append(f"  {preset:<{wide[0]}}{text + '  ':<{wide[1]}}{known.presets[preset].source}")
     return "\n".join(lines)
 
 
@@ -193,11 +199,12 @@ def usage(kind: str, name: str) -> str:
     options = source_options(kind, name)
     if kind == "distiller":
         return f"stages.<stage>.distiller={name}"
-    group = group_of(kind)
-    if kind in MANY:
-        first = f" {group}.{name}.{options[0].name}=..." if options else ""
-        return f"{group}=[{name}]{first}"
-    return f"{group}={name}" + (f" {group}.{options[0].name}=..." if options else "")
+    chosen = f"{group_of(kind)}=[{name}]" if kind in MANY else f"{group_of(kind)}={name}"
+    return f"{chosen} {_option(kind, name, options[0].name)}=..." if options else chosen
+
+
+def _option(kind: str, name: str, option: str) -> str:
+    return f"{group_of(kind)}.{name}.{option}" if kind in MANY else f"{group_of(kind)}.{option}"
 
 
 def _shown(default: Any) -> str:

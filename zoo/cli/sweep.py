@@ -14,7 +14,8 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-from zoo.registry import ZooError, source_options
+from zoo.registry import ZooError, source_options, source_presets
+from zoo.registry.presets import PRESET
 from zoo.registry.table import kind_of
 from zoo.settings import presets
 from zoo.settings.config import compose, hydra_of_its_own
@@ -150,5 +151,7 @@ def _fit(line: str, chosen: Mapping[str, Any], config_dir: str | Path | None) ->
     key, option = (path[1], path[2]) if group in SEVERAL else (chosen.get(group), path[1])
     if key not in presets.as_list(chosen.get(group)) or key not in presets.available(group, config_dir):
         return 0
-    options = source_options(kind, presets.component_of(group, str(key), config_dir))
-    return 2 if option in {o.name for o in options} else 1
+    component = presets.component_of(group, str(key), config_dir)
+    if option == PRESET:
+        return 2 if source_presets(kind, component) else 1
+    return 2 if option in {o.name for o in source_options(kind, component)} else 1

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import MANY, ZooError, plugins, source_options, unknown
+from zoo.registry import MANY, ZooError, plugins, source_options, source_presets, unknown
+from zoo.registry.presets import PRESET
 from zoo.registry.table import EMPTY_SLOT, SLOT_KINDS, group_of, kind_of
+from zoo.settings import component_presets, presets
 from zoo.settings import model_names as saved
-from zoo.settings import presets
 from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
 from zoo.settings.static_check import elsewhere, no_stage, try_override
 from zoo.settings.text_options import TextOptions
@@ -50,6 +51,9 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
         require_option(override, lambda: _chosen(command, parsed, config_dir), config_dir)
     parsed = chosen_last(parsed)
     choice = choose(command, values(parsed), config_dir)
+    if any(override.key_or_group.endswith(f".{PRESET}") for override in parsed):
+        parsed = parse(component_presets.expanded(parsed, choice.chosen, config_dir))
+        choice = choose(command, values(parsed), config_dir)  # a preset may set a checkpoint
     choice.added = _added_stages(parsed, choice.recipe, config_dir)
     # Which options are text depends on the chosen components, so overrides are parsed a second time.
     texts = TextOptions(choice.chosen, config_dir)
@@ -347,6 +351,8 @@ def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = 
     if kind is None or option in members:
         return []
     components = {m: presets.component_of(group, m, config_dir) for m in members}
+    if option == PRESET:
+        return [m for m, name in components.items() if source_presets(kind, name)]
     return [m for m, name in components.items() if option in {o.name for o in source_options(kind, name)}]
 
 

@@ -12,7 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
-from zoo.registry import MANY, ZooError, names, unknown
+from zoo.registry import MANY, ZooError, names, source_presets, unknown
+from zoo.registry.presets import PRESET, written_out
 from zoo.registry.table import SLOT_KINDS, group_of, kind_of
 
 GROUPS = ("model", "recipe", "data")  # groups that have YAML files
@@ -246,9 +247,12 @@ def _without_unchosen(
         if group not in chosen or not isinstance(options, dict):
             continue
         if kind in MANY:
-            body[group] = _chosen_members(options, group, chosen, config_dir)
+            members = _chosen_members(options, group, chosen, config_dir)
+            body[group] = {key: _written_out(kind, key, node, config_dir) for key, node in members.items()}
         elif group in own and own[group] != chosen[group]:
             del body[group]  # the options are of another component
+        else:
+            body[group] = _written_out(kind, chosen[group], options, config_dir)
     if "data" in chosen and isinstance(body.get("stages"), dict):
         body["stages"] = {
             key: {**stage, "data": _chosen_members(stage["data"], "data", chosen, config_dir)}
@@ -257,6 +261,14 @@ def _without_unchosen(
             for key, stage in body["stages"].items()
         }
     return body
+
+
+def _written_out(kind: str, key: str, node: Any, config_dir: str | Path | None) -> Any:
+    """Return the options of a component with those of the preset that it names, if it does, in place of the name."""
+    if not isinstance(node, dict) or PRESET not in node:
+        return node
+    component = component_of(group_of(kind), key, config_dir)
+    return dict(written_out(node, f"{kind} {component!r}", source_presets(kind, component)))
 
 
 def _chosen_members(

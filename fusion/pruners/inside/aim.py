@@ -27,7 +27,7 @@ from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
 from zoo.fusion.pruners.inside.sequence import VOTES
 from zoo.fusion.pruners.token_merging import merge, removals
-from zoo.registry import ImageFeatures, ZooError, register, require_at_least, unknown
+from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_least, unknown
 
 # Layers l1 and l2 by the depth of the LLM, in the authors' code: Qwen2 7B (LLaVA-OneVision), Vicuna 7B (LLaVA-1.5).
 RELEASED = {28: (14, 22), 32: (13, 21)}
@@ -75,6 +75,20 @@ class AIM(DropsInside, nn.Module):
 
     needs: frozenset[str] = frozenset({"image_tokens"})
     destroys: frozenset[str] = _MERGED_AWAY
+    presets = {
+        "onevision_video": Preset(
+            {"merge_ratio": 0.25, "metric": "tokens", "start": 14, "stop": 22}, "LLaVA-OneVision-7B, frames of 196"
+        ),
+        "onevision_video_merged": Preset(
+            {"merge_ratio": 0.25, "metric": "tokens", "prune": False}, "the same without dropping"
+        ),
+        "llava15_252": Preset(
+            {"merge_ratio": 0.4375, "metric": "keys", "start": 13, "stop": 21}, "LLaVA-1.5, 2.22 TFLOPs"
+        ),
+        "llava15_72": Preset(
+            {"merge_ratio": 0.125, "metric": "keys", "start": 13, "stop": 21}, "LLaVA-1.5, 1.00 TFLOPs"
+        ),
+    }
 
     def __init__(self, config: AIMConfig) -> None:
         super().__init__()

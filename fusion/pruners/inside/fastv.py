@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.fusion.pruners.inside.attention_flow import attention_flow
 from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
-from zoo.registry import ImageFeatures, ZooError, register
+from zoo.registry import ImageFeatures, Preset, ZooError, register
 
 
 @dataclass
@@ -37,6 +37,12 @@ class FastV(DropsInside, nn.Module):
     """Training-free; adds no parameters, and changes nothing before the LLM."""
 
     needs: frozenset[str] = frozenset({"image_tokens"})
+    presets = {
+        "k2_r50": Preset({"layer": 2, "keep_ratio": 0.5}, "the release: K=2, R=50 %"),
+        "k2_r75": Preset({"layer": 2, "keep_ratio": 0.25}, "the release: K=2, R=75 %"),
+        "k2_r25": Preset({"layer": 2, "keep_ratio": 0.75}, "the release: K=2, R=25 %"),
+        "k3_r50": Preset({"layer": 3, "keep_ratio": 0.5}, "the release's lmms-eval table: K=3, R=50 %"),
+    }
 
     def __init__(self, config: FastVConfig) -> None:
         super().__init__()
