@@ -175,9 +175,9 @@ class Distiller(Part):
     `__init__(config, *, vision_dim, text_dim, vocab_size, grid)`, those of them that it names. It need not be an
     `nn.Module`: then it has `__call__` in place of `forward`.
 
-    `needs` words: `student.image`, `student.hidden`, `student.logits`, `batch.<key>`, and of a teacher
-    `teacher.response`, `teacher.visual`, `teacher.relation` (image tokens have to align for the last two),
-    `teacher.pairs`, `teacher.hidden`, `teacher.logits`.
+    `needs` words: `student.image`, `student.prefix` ([CLS] and registers, as `image.prefix`), `student.hidden`,
+    `student.logits`, `batch.<key>`, and of a teacher `teacher.response`, `teacher.visual`, `teacher.relation` (image
+    tokens have to align for the last two), `teacher.pairs`, `teacher.hidden`, `teacher.logits`.
     """
 
     weights: Mapping[str, float] = {}

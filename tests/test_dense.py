@@ -97,5 +97,28 @@ def test_refuses_options_that_do_not_fit(options, message):
         build(**options)
 
 
+def test_cls_learns_labels_of_the_image():
+    """The mean over labels of the loss of the first prefix token, without the cells'."""
+    torch.manual_seed(1)
+    dense, tokens, prefix = build(cls_classes=[2, 4]), torch.randn(M, 4, D), torch.randn(M, 3, D, requires_grad=True)
+    assert dense.needs == {"student.image", "student.prefix", "batch.patch_labels", "batch.scene_labels"}
+    whole = torch.tensor([[[0, 3]], [[1, IGNORE_INDEX]], [[1, 0]]])
+    view = SimpleNamespace(image=ImageFeatures(tokens, grid=GRID, prefix=prefix))
+    given = {"targets": {"patch_labels": labels(), "scene_labels": whole.short()}}
+    losses = dense(view, None, given)
+    plain = build()
+    plain.head.load_state_dict(dense.head.state_dict())
+    torch.testing.assert_close(losses["dense"], plain(view, None, given)["dense"])
+    logits = dense.cls_head(prefix[:, 0])
+    wanted = F.cross_entropy(logits[:, :2], whole[:, 0, 0]) + F.cross_entropy(logits[[0, 2], 2:], whole[[0, 2], 0, 1])
+    torch.testing.assert_close(losses["cls"], wanted / 2)
+    losses["cls"].backward()
+    assert prefix.grad[:, 0].abs().sum(-1).min() > 0 and prefix.grad[:, 1:].abs().sum() == 0
+    with pytest.raises(ZooError, match="cls_classes names 3 labels per cell; the data gives 2"):
+        build(cls_classes=[2, 2, 2])(view, None, given)
+    with pytest.raises(ZooError, match="2 or more"):
+        build(cls_classes=[1])
+
+
 def test_says_what_it_needs():
     assert build(target="cells").needs == {"student.image", "batch.cells"}

@@ -65,7 +65,7 @@ def _check_sample(stage: Stagecheck, name: str, sample: Sample) -> None:
         if found is None and sample.images:
             there = ", ".join(sorted(sample.targets)) or "none"
             raise ZooError(f"{where}the distiller learns from targets {key!r}, and data {name!r} has {there}.")
-        if found is not None and stage.grid and found.shape[1] != math.prod(stage.grid):
+        if found is not None and stage.grid and found.shape[1] not in (1, math.prod(stage.grid)):  # 1: of whole images
             raise ZooError(
                 f"{where}the targets {key!r} of data {name!r} are of {found.shape[1]} cells, and the encoder's grid "
                 f"{list(stage.grid)} has {math.prod(stage.grid)}. Without a recipe of one's own: recipe=null."

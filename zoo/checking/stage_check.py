@@ -36,6 +36,7 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
         _check_rows(stage, model, plan)
         least = model.num_image_tokens if model.layout is None else 0
         require_positions(stage, model.llm.max_positions, least)
+        _check_hidden(stage, model)
         _check_shorter(stage, model)
         model.detach_only(stage.detach)
         trainable = model.set_trainable(stage.train, stage.freeze)
@@ -110,6 +111,16 @@ def _check_shorter(stage: Any, model: Any) -> None:
         raise ZooError(f"pruner {inside!r} shortens layers, which llm.router_aux_coef cannot follow: set it to 0.")
 
 
+def _check_hidden(stage: Any, model: Any) -> None:
+    """Refuse hidden image tokens where there are none to hide, or a pruner chooses among them."""
+    if not stage.keep_range:
+        return
+    if not model.num_image_tokens:
+        raise ZooError("keep_range hides image tokens of the LLM's sequence, and this model has none: leave it out.")
+    if inside := next(iter(model.inside_pruners), ""):
+        raise ZooError(f"keep_range hides image tokens, and pruner {inside!r} would choose among them: leave one out.")
+
+
 def _drops_inside(model: Any) -> str:
     """Return the name of the pruner that shortens the sequence between layers, or nothing."""
     return next((n for n, p in model.pruner.items() if p.shortens), "")
@@ -165,6 +176,8 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any,
         raise ZooError(f"distiller {who!r} needs a teacher: set stages.{name}.teacher to a model's name.")
     if "student.image" in needs and not model.num_image_tokens and model.vision is None:
         raise ZooError(f"distiller {who!r} needs image features, but the model has no vision encoder.")
+    if "student.prefix" in needs and (model.vision is None or "prefix_tokens" not in model.vision.provides):
+        raise ZooError(f"distiller {who!r} reads [CLS], and the encoder has none: set vision.cls_token=true.")
     if not stage.teacher:
         return distiller, 0
     if not any(n.startswith("teacher.") for n in needs):

@@ -79,7 +79,7 @@ def pair_table(level: Level) -> tuple[np.ndarray, np.ndarray]:
     return np.array(seen), np.array(held)
 
 
-def place(rng: np.random.Generator, n: int, level: Level, size: int, held_out: bool) -> Objects:
+def place(rng: np.random.Generator, n: int, level: Level, size: int, held_out: bool, skew: float = 0.0) -> Objects:
     """Draw the objects of n scenes. No pair of colour and shape occurs twice in a scene; half the scenes repeat a
     colour or a shape on purpose, so that questions cannot be answered from one attribute.
 
@@ -89,15 +89,20 @@ def place(rng: np.random.Generator, n: int, level: Level, size: int, held_out: b
         level: difficulty.
         size: side of the image in pixels.
         held_out: make the first object of each scene a held-out pair; otherwise held-out pairs do not occur.
+        skew: how much more frequent some pairs are: the i-th is drawn with a weight of (1 + i) ** -skew.
     """
     lowest, k = level.objects
     seen, held = pair_table(level)
     pairs = level.num_colors * level.num_shapes
     order = rng.random((n, pairs))  # the k smallest keys are the pairs of a scene
+    ids = np.arange(pairs)
+    if skew:
+        order = 1 - (1 - order) ** _rarity(ids, pairs, skew)
     order[:, held] += 2
     rows = np.arange(n)
     first = held[rng.integers(len(held), size=n)] if held_out else seen[rng.integers(len(seen), size=n)]
-    ids = np.arange(pairs)
+    if skew and not held_out:
+        first = seen[(1 - rng.random((n, len(seen))) ** _rarity(seen, pairs, skew)).argmin(1)]
     same_color = ids // level.num_shapes == (first // level.num_shapes)[:, None]
     same_shape = ids % level.num_shapes == (first % level.num_shapes)[:, None]
     partner = np.where(rng.random((n, 1)) < 0.5, same_color, same_shape)
@@ -124,6 +129,11 @@ def place(rng: np.random.Generator, n: int, level: Level, size: int, held_out: b
     return Objects(
         keep.sum(1), color, chosen % level.num_shapes, large, x, y, radius, rgb.clip(0, 255).astype(np.float32)
     )
+
+
+def _rarity(ids: np.ndarray, pairs: int, skew: float) -> np.ndarray:
+    """One over the weight of each of `ids`; the steps of 7 spread frequent pairs over colours and shapes."""
+    return (1.0 + ids * 7 % pairs) ** skew
 
 
 def _spread(rng: np.random.Generator, radius: np.ndarray, spacing: float, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 
 from zoo.data.scene_draw import COLORS, SHAPES, SIZES, Level, Objects, pair_table
+from zoo.data.scene_pope import Frequencies, absent
+from zoo.data.scene_signs import LENGTH, NUMBER, WORD, WORDS, Signs
 
 KINDS = ("exist", "color", "shape", "size", "count", "relation", "box", "point", "caption")
 EXIST, COLOR, SHAPE, SIZE, COUNT, RELATION, BOX, POINT, CAPTION = range(len(KINDS))
-TASKS = {"box": "boxes", "caption": "caption"}  # the rest: exact
+KINDS += ("word", "number", "digit", "turns", "pope_random", "pope_popular", "pope_adversarial")
+READ_WORD, READ_NUMBER, READ_DIGIT, TURNS, POPE_RANDOM, POPE_POPULAR, POPE_ADVERSARIAL = range(CAPTION + 1, len(KINDS))
+POPE = {POPE_RANDOM: "random", POPE_POPULAR: "popular", POPE_ADVERSARIAL: "adversarial"}
+ON_SIGNS = ("word", "number", "digit")  # kinds that need signs
+TASKS = {"box": "boxes", "caption": "caption"} | {KINDS[kind]: "yes_no" for kind in POPE}  # the rest: exact
+# What a kind of question is a test of: a score table has a row for each.
+ABILITIES = {
+    "existence": ("exist",),
+    "attribute": ("color", "shape", "size"),
+    "count": ("count",),
+    "relation": ("relation",),
+    "grounding": ("box", "point"),
+    "text reading": ON_SIGNS,
+    "several turns": ("turns",),
+    "hallucination": tuple(KINDS[kind] for kind in POPE),
+}
 SIDES = ("left of", "right of", "above", "below")
 CHOICES = ("left or right of", "above or below")
+NEIGHBOURS = ("before", "after")
 
 COUNT_ODDS = (0.25, 0.3, 0.3, 0.15)  # of asking for a colour or shape that occurs 0, 1, 2, 3 times in the scene
 CHOICE_ODDS = 1 / 2  # of asking for a relation as `left or right`, not as `is it left`
@@ -21,17 +40,26 @@ LEAST_OFFSET = 4 / 64  # of the image's side: relations that differ by less are 
 
 
 def ask(
-    rng: np.random.Generator, objects: Objects, level: Level, wanted: list[int], bins: int, size: int, held_out: bool
+    rng: np.random.Generator,
+    objects: Objects,
+    level: Level,
+    wanted: list[int],
+    bins: int,
+    size: int,
+    held_out: bool,
+    signs: Signs | None = None,
+    known: Frequencies | None = None,
 ) -> np.ndarray:
     """Ask `wanted` (a kind for each slot) about each scene; a kind that does not apply to a scene is replaced.
 
-    With `held_out`, every question is about the scene's first object, or about an absent pair of those held out.
+    With `held_out`, every question is about the scene's first object, or about an absent pair of those held out, and
+    those by POPE's protocol are replaced. `signs` are for the kinds that read them, `known` for those of POPE.
 
     Returns:
         (n, slots, 8) int16: the kind, three numbers for the subject of the question, and four for the answer.
     """
     n, m = len(objects.count), len(wanted)
-    asked = _Scenes(rng, objects, level, bins, size, held_out)
+    asked = _Scenes(rng, objects, level, bins, size, held_out, signs, known)
     kind = np.broadcast_to(np.array(wanted), (n, m)).copy()
     subject, answer = np.zeros((n, m, 3), np.int16), np.zeros((n, m, 4), np.int16)
     makers = (
@@ -44,6 +72,11 @@ def ask(
         asked.box,
         asked.point,
         asked.caption,
+        asked.word,
+        asked.number,
+        asked.digit,
+        asked.turns,
+        *(partial(asked.pope, how) for how in POPE.values()),
     )
     for this in sorted(set(wanted)):
         slots = np.nonzero(np.array(wanted) == this)[0]
@@ -61,8 +94,17 @@ class _Scenes:
     """One method for each kind: (about (n, m, 3), answer (n, m, 4), valid (n, m)) for m slots of each scene."""
 
     def __init__(
-        self, rng: np.random.Generator, objects: Objects, level: Level, bins: int, size: int, held_out: bool
+        self,
+        rng: np.random.Generator,
+        objects: Objects,
+        level: Level,
+        bins: int,
+        size: int,
+        held_out: bool,
+        signs: Signs | None,
+        known: Frequencies | None,
     ) -> None:
+        self.signs, self.known = signs, known
         self.rng, self.objects, self.level = rng, objects, level
         self.bins, self.size, self.held_out = bins, size, held_out
         self.n = len(objects.count)
@@ -133,6 +175,15 @@ class _Scenes:
         The choice is much easier to learn, and what it needs is most of what the other needs: yes and no alone left
         small models at chance for long.
         """
+        first, second, vertical, true_side, valid = self._two(m)
+        yes = self.rng.random((self.n, m)) < 0.5
+        choice = self.rng.random((self.n, m)) < CHOICE_ODDS
+        side = np.where(choice, len(SIDES) + vertical, np.where(yes, true_side, true_side ^ 1))
+        about = np.stack([self.pair[self.rows, first], self.pair[self.rows, second], side], -1)
+        return about, _four(np.where(choice, 2 + true_side, yes)), valid
+
+    def _two(self, m: int):
+        """Two objects, whether they are compared by height, where the first lies, and whether that is clear."""
         first, count = self.pick(m), self.objects.count[:, None]
         step = 1 + (self.rng.random((self.n, m)) * np.maximum(count - 1, 1)).astype(np.int64)
         second = (first + step) % np.maximum(count, 1)
@@ -143,11 +194,7 @@ class _Scenes:
         clear_x, clear_y = abs(dx) > LEAST_OFFSET, abs(dy) > LEAST_OFFSET
         vertical = np.where(clear_x & clear_y, self.rng.random((self.n, m)) < 0.5, clear_y)
         true_side = np.where(vertical, 2 + (dy > 0), dx > 0)
-        yes = self.rng.random((self.n, m)) < 0.5
-        choice = self.rng.random((self.n, m)) < CHOICE_ODDS
-        side = np.where(choice, len(SIDES) + vertical, np.where(yes, true_side, true_side ^ 1))
-        about = np.stack([self.pair[self.rows, first], self.pair[self.rows, second], side], -1)
-        return about, _four(np.where(choice, 2 + true_side, yes)), (count > 1) & (clear_x | clear_y)
+        return first, second, vertical, true_side, (count > 1) & (clear_x | clear_y)
 
     def box(self, m: int):
         chosen = self.pick(m)
@@ -171,6 +218,52 @@ class _Scenes:
         """Nothing is drawn: a caption names all objects (`describe`)."""
         shape = (self.n, m)
         return np.zeros((*shape, 3), np.int64), np.zeros((*shape, 4), np.int64), np.ones(shape, bool)
+
+    def word(self, m: int):
+        signs = self._signs
+        read = np.broadcast_to(signs.word[:, None], (self.n, m))
+        return _three(np.zeros_like(read)), _four(read), self._readable(WORD, m)
+
+    def number(self, m: int):
+        read = np.zeros((self.n, m, 4), np.int64)
+        read[..., :LENGTH] = self._signs.digits[:, None]
+        return np.zeros((self.n, m, 3), np.int64), read, self._readable(NUMBER, m)
+
+    def digit(self, m: int):
+        """The digit before or after another one."""
+        at = self.rng.integers(LENGTH - 1, size=(self.n, m))
+        after = self.rng.integers(2, size=(self.n, m))
+        pair = np.stack([at, at + 1], -1)  # places of the two digits
+        digits = np.take_along_axis(self._signs.digits[:, None], pair, -1)  # (n, m, 2)
+        named, read = (np.where(after, digits[..., i], digits[..., 1 - i]) for i in (0, 1))
+        return np.stack([named, after, np.zeros_like(at)], -1), _four(read), self._readable(NUMBER, m)
+
+    @property
+    def _signs(self) -> Signs:
+        assert self.signs is not None, "ScenesConfig asks about signs only where there are some"
+        return self.signs
+
+    def _readable(self, sign: int, m: int) -> np.ndarray:
+        return np.broadcast_to(self._signs.shown[:, sign, None] & (not self.held_out), (self.n, m))
+
+    def turns(self, m: int):
+        """An object is named in the first turn; later ones ask for its size, and where it lies from another."""
+        first, second, vertical, true_side, valid = self._two(m)
+        about = np.stack([self.pair[self.rows, first], self.pair[self.rows, second], len(SIDES) + vertical], -1)
+        answer = _four(self.objects.large[self.rows, first])
+        answer[..., 1] = 2 + true_side
+        return about, answer, valid
+
+    def pope(self, how: str, m: int):
+        """In turns a pair of the scene and an absent one."""
+        assert self.known is not None, "Scenes counts pairs where POPE's questions are asked"
+        absent_first = absent(self.rng, how, self.per_pair, self.known, self.level)
+        fewest = absent_first.shape[1] - len(pair_table(self.level)[1]) - self.pair.shape[1]
+        turn = np.arange(m)
+        yes = np.broadcast_to(turn % 2 == 0, (self.n, m))
+        present = self.pair[self.rows, self.pick(-(-m // 2))][:, turn // 2]
+        asked = np.where(yes, present, absent_first[:, turn // 2 % fewest])
+        return _three(asked), _four(yes), np.full((self.n, m), not self.held_out)
 
 
 def _tally(values: np.ndarray, exists: np.ndarray, num: int) -> np.ndarray:
@@ -196,7 +289,7 @@ def _widened(first: np.ndarray, width: int) -> np.ndarray:
 @lru_cache(maxsize=65536)
 def question_text(kind: int, num_colors: int, num_shapes: int, a: int, b: int, c: int) -> str:
     """Write a question in English."""
-    if kind == EXIST:
+    if kind == EXIST or kind in POPE:
         return f"is there a {pair_text(a, num_shapes)}?"
     if kind == COLOR:
         return f"what color is the {SHAPES[a]}?"
@@ -212,13 +305,19 @@ def question_text(kind: int, num_colors: int, num_shapes: int, a: int, b: int, c
         return f"where is the {pair_text(a, num_shapes)}?"
     if kind == POINT:
         return f"what is at {a} {b}?"
+    if kind == READ_WORD:
+        return "what does the sign say?"
+    if kind == READ_NUMBER:
+        return "what is the number?"
+    if kind == READ_DIGIT:
+        return f"which digit is {NEIGHBOURS[b]} the {a}?"
     return "describe the image."
 
 
 @lru_cache(maxsize=65536)
 def answer_text(kind: int, num_shapes: int, a: int, b: int, c: int, d: int) -> str:
     """Write an answer in English; captions are written by `describe`."""
-    if kind in (EXIST, RELATION):
+    if kind in (EXIST, RELATION) or kind in POPE:
         return ("no", "yes", "left", "right", "above", "below")[a]
     if kind == COLOR:
         return list(COLORS)[a]
@@ -230,7 +329,24 @@ def answer_text(kind: int, num_shapes: int, a: int, b: int, c: int, d: int) -> s
         return str(a)
     if kind == BOX:
         return f"{a} {b} {c} {d}"
+    if kind == READ_WORD:
+        return WORDS[a]
+    if kind == READ_NUMBER:
+        return f"{a} {b} {c}"
+    if kind == READ_DIGIT:
+        return str(a)
     return pair_text(a, num_shapes)
+
+
+def follow_ups(num_shapes: int, about: Sequence[int], answer: Sequence[int]) -> tuple[tuple[str, str], ...]:
+    """Write the turns of a dialog of several: questions and answers."""
+    first, second, side = about
+    where = f"is it {(SIDES + CHOICES)[side]} the {pair_text(second, num_shapes)}?"
+    return (
+        (f"is there a {pair_text(first, num_shapes)}?", "yes"),
+        ("what size is it?", SIZES[answer[0]]),
+        (where, answer_text(RELATION, num_shapes, answer[1], 0, 0, 0)),
+    )
 
 
 def describe(objects: Objects, scene: int) -> str:

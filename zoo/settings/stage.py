@@ -62,6 +62,9 @@ class Stage:
     warmup_ratio: float = 0.03  # share of the steps over which the rate rises from 0
     flat_ratio: float = 0.0  # share of the steps, warm-up included, before the rate falls
     final_ratio: float = 0.0  # rate at the end as a share of the peak
+    # Image tokens
+    # Shares, [least, greatest]: each row draws one, and the LLM attends to as many of its image tokens; empty: to all
+    keep_range: list[float] = field(default_factory=list)
     # Losses
     loss_weights: dict[str, float] = field(default_factory=dict)  # loss -> weight, else 1; answer: 0 skips the LLM
     allow_nonfinite: bool = False  # continue if a loss is NaN or infinite; else the run stops, with its last checkpoint
@@ -122,6 +125,8 @@ class Stage:
         for name in ("warmup_ratio", "flat_ratio", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ZooError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.keep_range and not (len(self.keep_range) == 2 and 0 < self.keep_range[0] <= self.keep_range[1] <= 1):
+            raise ZooError(f"keep_range must be two shares in (0, 1], the lower first, got {list(self.keep_range)}.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ZooError(f"betas must be two numbers in [0, 1), got {list(self.betas)}.")
         if not 0 <= self.momentum < 1:

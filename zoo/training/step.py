@@ -23,6 +23,7 @@ from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast, resolve_precision
 from zoo.teaching.teacher import Teacher, forward_options
 from zoo.text.batch import TEACHER_ROWS, to_device
+from zoo.training.hidden_tokens import hide_image_tokens
 
 
 @dataclass
@@ -43,7 +44,10 @@ class TrainStep(nn.Module):
         self.distiller = distiller
         self.teacher = teacher  # not an nn.Module, so that it is neither trained nor saved nor sharded with the student
         self.loss_weights = dict(stage.loss_weights)
+        self.keep_range = stage.keep_range
         needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
+        if "student.prefix" in needs:
+            model.requested |= {"prefix_tokens"}
         # A stage that trains an encoder on dense targets alone skips the LLM, and its batches have no text.
         inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
         self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
@@ -61,6 +65,9 @@ class TrainStep(nn.Module):
             counts: denominators of the losses over labels and over images.
         """
         own = {key: value for key, value in batch.items() if key != TEACHER_ROWS}
+        if self.keep_range and "pixel_values" in own:
+            slots = self.model._placeholders(own["input_ids"])
+            own["attention_mask"] = hide_image_tokens(own["attention_mask"], slots, self.keep_range)
         out = self.model(**own, num_items_in_batch=counts.labels, run_llm=self.run_llm, **self.student_options)
         losses = dict(out.losses or {})
         if self.distiller is not None:
