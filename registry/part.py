@@ -9,6 +9,7 @@ layout -> llm -> adapter and keeps the set of those that hold. In use:
     key_attention   attention that each patch receives           given by encoders whose scores are plain q.k
     pooling_head    the row of a learnt pooling head             given by SigLIP with `pooling_head=true`
     keys            keys of the layer's attention                given by encoders whose scores are plain q.k
+    text_tower      patches and texts as vectors of one space    given by CLIP and SigLIP that have their text tower
     prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
     image_tokens    images are tokens of the LLM's sequence      given by projectors
     moe             the LLM's feed-forward layers are experts    given by some LLMs

@@ -19,6 +19,8 @@ from zoo.registry.llm_parts import Adapter, Distiller, LanguageModel
 from zoo.registry.part import ModelPart, Part, derived
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from zoo.registry.forward_pass import Pass
@@ -63,6 +65,10 @@ class Encoder(ModelPart):
     streams: bool = False
     """Whether it can be built on the meta device and get its weights afterwards, so that memory is not taken twice. A
     class attribute."""
+    text_tower: int = 0
+    """Weights of its text tower, once `prepare` built one."""
+    lacks: Mapping[str, str] = {}
+    """Capability -> why it is not given, a sentence for messages."""
 
     @abstractmethod
     def forward(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
@@ -76,6 +82,19 @@ class Encoder(ModelPart):
 
     def prepare(self, need: frozenset[str]) -> None:
         """Get ready to compute `need` in `forward`. Called when a model is built, ahead of compilation."""
+
+    def embed_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """Embed texts in the space of `ImageFeatures.patch_embeds`: (S, P) float32 for each text, S pieces of it.
+
+        Called on an encoder that gives `text_tower`, after `prepare` with that word.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives `text_tower` but has no `embed_texts`.")
+
+    def write_files(self, folder: Path) -> None:
+        """Write what it needs beside its weights, a tokenizer say, into the folder of a saved model."""
+
+    def read_files(self, folder: Path) -> None:
+        """Read what `write_files` wrote. Called when a model is loaded from a folder."""
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel, by its name in transformers. Called when a model is built or changed."""

@@ -22,6 +22,7 @@ MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold se
 SINGLE_SLOTS = tuple(slot for slot in MODEL_SLOTS if slot not in MANY)
 
 POSITIONS = ("auto", "kept", "dense")  # of image tokens that pruners left, see `zoo.composed.positions`
+_SCORES = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds")  # of each image token
 IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
 
 
@@ -63,6 +64,7 @@ class ImageFeatures:
     checksum: Tensor | None = None  # (M,) int64 of the pixels of each row; None unless a part draws
     # (M, N) position of each token in the encoder's own grid; ascending, all different. See `placed`.
     places: Tensor | None = None
+    patch_embeds: Tensor | None = None  # (M, N, P) float32 in the space of `text_tower`; None unless a part needs them
     # Attention of other blocks than the one that made the tokens, each (M, N) float32, by the word that a part needs:
     # key_attention@9. Empty unless a part needs it.
     block_attention: dict[str, Tensor] = field(default_factory=dict)
@@ -82,8 +84,7 @@ class ImageFeatures:
         Args:
             keep: (M, K) indices of tokens, ascending in each row.
         """
-        of_tokens = ("cls_attention", "key_attention", "pooling_attention", "keys")
-        known: dict[str, Any] = {n: _gather(getattr(self, n), keep) for n in of_tokens if getattr(self, n) is not None}
+        known: dict[str, Any] = {n: _gather(getattr(self, n), keep) for n in _SCORES if getattr(self, n) is not None}
         n = self.tokens.shape[1]
         if self.groups is None:
             known["keep"] = keep if self.keep is None else self.keep.gather(1, keep)  # (M, K)
@@ -135,7 +136,7 @@ class ImageFeatures:
         if self.grid is not None:  # a smaller grid, in its own order
             return replace(self, places=places)
         places, order = places.sort(dim=1, stable=True)  # (M, K)
-        of_tokens = ("tokens", "keep", "rank", "cls_attention", "key_attention", "pooling_attention", "keys")
+        of_tokens = ("tokens", "keep", "rank", *_SCORES)
         moved: dict[str, Any] = {x: _gather(getattr(self, x), order) for x in of_tokens if getattr(self, x) is not None}
         moved["block_attention"] = {word: _gather(scores, order) for word, scores in self.block_attention.items()}
         if self.groups is not None:

@@ -141,3 +141,23 @@ def save_open_clip(model, architecture, folder, **preprocess):
     save_file(state, folder / "open_clip_model.safetensors")
     config = {"model_cfg": architecture, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+
+def clip_checkpoint(folder, kind="clip", tokenizer=True):
+    """Save a whole tiny CLIP or SigLIP with its text tower and a tokenizer of letters; returns the model.
+
+    The encoder is that of `hf_model`: the same sizes and weights.
+    """
+    import transformers as t
+
+    letters = [chr(c) for c in range(97, 123)]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "?</w>", "<|startoftext|>", "<|endoftext|>"]
+    begin, end = len(tokens) - 2, len(tokens) - 1
+    model = hf_model(f"{kind}_whole")
+    inner = model.config.text_config
+    inner.bos_token_id, inner.eos_token_id, inner.pad_token_id = begin, end, end
+    model.text_model.eos_token_id = end
+    model.save_pretrained(folder)
+    if tokenizer:
+        t.CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
+    return model

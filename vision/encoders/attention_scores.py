@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.registry import ZooError
+from zoo.vision.encoders.buffers import as_buffers
 
 BLOCK = 1 << 22  # scores held at once, over all images and heads
 
@@ -79,11 +80,7 @@ class PoolingHead(nn.Module):
         self.head, self.blocks, self.norm = head, nn.ModuleList(blocks), norm
         if hasattr(head, "attention"):
             head.attention.out_proj = nn.Identity()
-        for module in self.modules():
-            for name, parameter in list(module._parameters.items()):
-                del module._parameters[name]
-                if parameter is not None:
-                    module.register_buffer(name, parameter.detach())
+        as_buffers(self)
 
     def forward(self, tokens: Tensor, norm: nn.Module) -> Tensor:
         """Score the patches: (M, N) float32, rows sum to 1.

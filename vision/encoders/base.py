@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from zoo.registry.forward_pass import joined
 from zoo.registry.part import OF_BLOCKS, base_of, block_of
 from zoo.vision.encoders.attention_scores import column_mean, row
 from zoo.vision.encoders.runner import Runner, Taken
+from zoo.vision.encoders.text_tower import FOLDER, TextTower, read_words
 from zoo.vision.images.transform import require_transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,9 +30,16 @@ class Tower(Encoder, nn.Module):
         runner: of the encoder.
         transform: resize and normalisation of its pixels.
         frames: runner of a second encoder of the same sizes, for video frames; None: the first one encodes them too.
+        text: builds the text tower of the same contrastive model; a sentence: why there is none.
     """
 
-    def __init__(self, runner: Runner, transform: ImageTransform, frames: Runner | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        transform: ImageTransform,
+        frames: Runner | None = None,
+        text: Callable[[], TextTower] | str = "it was not trained with texts.",
+    ) -> None:
         super().__init__()
         require_transform(transform)
         self.tower: nn.Module = runner.tower
@@ -49,7 +58,11 @@ class Tower(Encoder, nn.Module):
             "key_attention": runner.has_scores,
             "keys": runner.has_scores,
             "pooling_head": runner.pooling is not None,
+            "text_tower": not isinstance(text, str),
         }
+        self.text: TextTower | None = None
+        self._read_text = text
+        self.lacks = {"text_tower": text} if isinstance(text, str) else {}
         self.provides = frozenset(word for word, given in words.items() if given)
         self.depth = runner.depth
         every = runner.has_scores and all(runner.gives_scores(1 + i) for i in range(runner.num_blocks))
@@ -60,9 +73,35 @@ class Tower(Encoder, nn.Module):
         return self.grid[0] * self.grid[1]
 
     def prepare(self, need: frozenset[str]) -> None:
-        """Put hooks on the blocks that `need` names; `forward` does so too, but a compiled graph cannot."""
+        """Put hooks on the blocks that `need` names, and read the text tower where it does.
+
+        `forward` puts hooks, too, but a compiled graph cannot.
+        """
         for runner in self._runners():
             runner.listen(need)
+        if "text_tower" in need and self.text is None and not isinstance(self._read_text, str):
+            self.text = self._read_text()
+            self.text_tower = sum(weight.numel() for weight in self.text.state_dict().values())
+
+    def embed_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """Embed texts by the text tower: (S, P) float32 for each, S pieces where one is longer than it takes.
+
+        Raises:
+            ZooError: the text tower was not asked for (`prepare`), or has no tokenizer.
+        """
+        if self.text is None:
+            raise ZooError("The encoder embeds texts once `prepare` was called with text_tower, and it was not.")
+        return self.text.embed(texts)
+
+    def write_files(self, folder: Path) -> None:
+        """Write the tokenizer of the text tower."""
+        if self.text is not None and self.text.words is not None and self.text.words.save is not None:
+            self.text.words.save(folder / FOLDER)
+
+    def read_files(self, folder: Path) -> None:
+        """Read the tokenizer of the text tower, unless its checkpoint gave one."""
+        if self.text is not None and self.text.words is None:
+            self.text.words = read_words(folder / FOLDER)
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel: eager, sdpa, or another one that the library supports."""
@@ -102,7 +141,8 @@ class Tower(Encoder, nn.Module):
             Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: attention of [CLS] in the block that
             computed the tokens, mean over heads, normalised over all P + N keys, prefix columns dropped; key_attention
             (M, N): the same for the mean over all queries; keys (M, N, H, d) of that block; pooling_attention (M, N);
-            prefix (M, P, D); block_attention, scores (M, N) of other blocks by their words.
+            prefix (M, P, D); patch_embeds (M, N, P) float32, of the space that the text tower shares; block_attention,
+            scores (M, N) of other blocks by their words.
 
         Raises:
             ZooError: a capability that the encoder does not provide, or images of another size.
@@ -165,6 +205,9 @@ class Tower(Encoder, nn.Module):
         if "pooling_head" in need:
             assert runner.pooling is not None and taken.last is not None, "the hook of the last block did not fire"
             asked["pooling_attention"] = runner.pooling(taken.last, runner.final_norm())[:, p:]  # (M, N)
+        if "text_tower" in need:
+            assert self.text is not None, "prepare read it"
+            asked["patch_embeds"] = self.text.patches(tokens[:, p:])  # (M, N, P)
         if "prefix_tokens" in need:
             asked["prefix"] = tokens[:, :p]  # (M, P, D)
         return ImageFeatures(tokens[:, p:], self.grid, **asked)

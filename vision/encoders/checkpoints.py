@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zoo.registry import ZooError, require_revision
 from zoo.registry.foreign import read_model_config, require_plausible
@@ -17,6 +19,11 @@ ALLOWED = (
     "processor_config.json",
     ".safetensors",
     ".safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
 )
 
 
@@ -52,7 +59,7 @@ def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
         ZooError: there is no such file (None if `optional`), or the hub cannot be reached.
     """
     if not name.endswith(ALLOWED):
-        raise ZooError(f"{checkpoint!r}: only JSON and safetensors files are read, not {name!r}.")
+        raise ZooError(f"{checkpoint!r}: only JSON, text and safetensors files are read, not {name!r}.")
     if is_local(checkpoint):
         place = Path(checkpoint).expanduser()
         path = place if place.suffix == Path(name).suffix == ".safetensors" else place / name
@@ -87,6 +94,68 @@ def read_json(checkpoint: str, name: str = "config.json", optional: bool = False
     if path is None:
         return {}
     return read_model_config(path)
+
+
+def load_hf(source: str, cls: Any, spec: Any, what: str) -> Any:
+    """Build a model of transformers with the weights that a checkpoint has for it.
+
+    Args:
+        source: folder, file, or hub name (`org/name@revision`).
+        cls: class of the model.
+        spec: its config.
+        what: name of the model, for messages.
+
+    Raises:
+        ZooError: weights are missing, of another shape, or cannot be read.
+    """
+    from transformers.utils import logging
+
+    if is_local(source) and not fetch(source, "model.safetensors.index.json", optional=True):
+        fetch(source, "model.safetensors")
+    if is_local(source):
+        place = Path(source).expanduser()
+        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+        require_filled(lambda: cls(deepcopy(spec)), files, f"The config of {source!r}")
+    name, _, revision = (source, "", "") if is_local(source) else source.partition("@")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns of every weight of the removed blocks
+    try:
+        tower, report = cls.from_pretrained(
+            name,
+            revision=revision or "main",
+            config=spec,
+            dtype=torch.get_default_dtype(),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
+        raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
+        raise ZooError(f"{source!r} lacks {len(missing)} weights of its {what}, e.g. {missing[0]}.")
+    return tower
+
+
+def read_tensors(source: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read some tensors of a checkpoint, by their names in its files.
+
+    Raises:
+        ZooError: one is missing, or a file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = read_json(source, "model.safetensors.index.json", optional=True).get("weight_map", {})
+    found: dict[str, Tensor] = {}
+    for name in names:
+        path = fetch(source, Path(str(index.get(name, "model.safetensors"))).name)
+        assert path is not None, "it is not optional"
+        try:
+            with safe_open(path, framework="pt") as file:
+                found[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ZooError(f"{source!r}: {name} cannot be read from {path.name}: {error}") from error
+    return found
 
 
 def require_filled(build: Callable[[], Any], files: Iterable[Path], what: str) -> None:

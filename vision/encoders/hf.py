@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from zoo.vision.encoders.base import (
     Tower,
     on_meta,
 )
-from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
+from zoo.vision.encoders.checkpoints import load_hf, read_json, with_revision
+from zoo.vision.encoders.hf_text import text_tower_of
 from zoo.vision.encoders.runner import QueryKey, Runner, block_count
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 
@@ -92,6 +92,10 @@ class HFVisionConfig:
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
     frame_tower: bool = False  # a second encoder, of the same sizes but own weights, for video frames
+    # hub name or folder of the whole CLIP or SigLIP that the encoder is part of, for its text tower, read where a part
+    # needs it; empty: `checkpoint`
+    text_checkpoint: str = ""
+    text_revision: str = ""  # branch, tag or commit of a hub text_checkpoint
     # Sizes, used without a `checkpoint`. The families: clip, siglip, siglip2, dinov2, dinov2_with_registers,
     # dinov3_vit, idefics3_vision, smolvlm_vision, internvl_vision.
     model_type: str = "clip"  # family
@@ -102,6 +106,8 @@ class HFVisionConfig:
     mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
     registers: int = 4  # register tokens, in families with registers
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the family's transformers config
+    # fields of the text tower's transformers config, whose weights are in the folder of a saved model; empty: none
+    text_sizes: dict[str, Any] = field(default_factory=dict)
     # Pixels; empty: the checkpoint's own, or the family's.
     mean: list[float] = field(default_factory=list)  # of RGB in [0, 1]
     std: list[float] = field(default_factory=list)  # of RGB in [0, 1]
@@ -113,6 +119,8 @@ class HFVisionConfig:
             raise unknown("model_type", self.model_type, FAMILIES)
         if self.checkpoint and self.extra:
             raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
+        if self.text_sizes and self.text_checkpoint:
+            raise ZooError(f"text_sizes is for random weights; {self.text_checkpoint!r} has its own config.")
         if self.frame_tower and self.pooling_head:
             raise ZooError("pooling_head needs a single encoder; with frame_tower there are two.")
         for name in ("mean", "std"):
@@ -149,9 +157,13 @@ class HFVision(Tower):
             check_divides(side(spec.patch_size), config.image_size)
         runners = []
         for _ in range(1 + config.frame_tower):
-            tower = _load(source, family, spec) if source and not on_meta() else _class(family)(deepcopy(spec))
+            cls = _class(family)
+            tower = load_hf(source, cls, spec, "encoder") if source and not on_meta() else cls(deepcopy(spec))
             runners.append(HFRunner(tower, family, size, config.norm, depth, whole, config.pooling_head))
-        super().__init__(runners[0], transform, *runners[1:])
+        text = text_tower_of(config, source, _family(spec), runners[0].tower.config)
+        super().__init__(runners[0], transform, *runners[1:], text=text)
+        if config.text_sizes:  # its weights are in the folder of a saved model
+            self.prepare(frozenset({"text_tower"}))
 
 
 class HFRunner(Runner):
@@ -314,36 +326,6 @@ def _from_json(source: str) -> Any:
             f" {', '.join(FAMILIES)}."
         )
     return _class(FAMILIES[name]).config_class.from_dict(plain)
-
-
-def _load(source: str, family: Family, spec: Any) -> Any:
-    from transformers.utils import logging
-
-    if is_local(source) and not fetch(source, "model.safetensors.index.json", optional=True):
-        fetch(source, "model.safetensors")
-    if is_local(source):
-        place = Path(source).expanduser()
-        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-        require_filled(lambda: _class(family)(deepcopy(spec)), files, f"The config of {source!r}")
-    name, _, revision = (source, "", "") if is_local(source) else source.partition("@")
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns of every weight of the removed blocks
-    try:
-        tower, report = _class(family).from_pretrained(
-            name,
-            revision=revision or "main",
-            config=spec,
-            dtype=torch.get_default_dtype(),
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
-        raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
-    finally:
-        logging.set_verbosity(level)
-    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
-        raise ZooError(f"{source!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]}.")
-    return tower
 
 
 def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple[int, ImageTransform]:

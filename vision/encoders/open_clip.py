@@ -1,4 +1,4 @@
-"""Encoders of open_clip: the ViT visual tower of its models, without the text tower."""
+"""Encoders of open_clip: the ViT visual tower of its models; the text tower only where a part needs it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from zoo.vision.encoders.base import (
     on_meta,
 )
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
+from zoo.vision.encoders.open_clip_text import text_tower_of
 from zoo.vision.encoders.runner import QueryKey, Runner, block_count
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner
@@ -74,6 +75,7 @@ class OpenClipVision(Tower):
         visual = _build(architecture, config.image_size, name)
         if source and not on_meta():
             _load(visual, source, name)
+        text = text_tower_of(architecture, visual, source, name, config.norm)
         trunk = getattr(visual, "trunk", None)
         runner: Runner
         if trunk is not None:
@@ -92,7 +94,7 @@ class OpenClipVision(Tower):
             fit=FITS.get(preprocess.get("resize_mode") or "shortest", "crop"),
             resample_by=config.resample_by,
         )
-        super().__init__(runner, transform)
+        super().__init__(runner, transform, text=text)
 
 
 class OpenClipRunner(Runner):

@@ -60,6 +60,7 @@ class CheckReport:
     stages: list[Stagecheck] = field(default_factory=list)
     seconds: float = 0.0
     places: int = 0  # positions that an image takes, where they are kept; 0: as many as it has tokens
+    text_tower: int = 0  # parameters of the encoder's text tower, which is loaded where a part needs it
     notes: list[str] = field(default_factory=list)  # what fits, and may surprise
     parts: Parts | None = None  # on the meta device
 
@@ -148,6 +149,7 @@ def _report_of(plan: Plan) -> CheckReport:
     for name, stage in plan.stages.items():
         report.stages.append(check_stage(name, stage, model, plan, weights))
     report.places = model.unpruned.longest if model.unpruned is not None else 0
+    report.text_tower = parts.vision.text_tower if parts.vision is not None else 0
     report.notes += filter(None, [model.decided.why])
     report.notes += _untrained(plan, report.stages)
     return report
@@ -218,6 +220,8 @@ def _check_positions(parts: Parts) -> None:
 def _summary(step: Any, parts: Parts, model: Any) -> PartSummary:
     key = step.kind if step.kind in registry.SINGLE_SLOTS else f"{step.kind}.{step.name}"
     own = [p for n, p in model.named_parameters() if model.part_of(n) == key]
+    if step.kind == "vision":  # what never trains is held in buffers: a pooling head, a text tower
+        own += [b for b in model.vision.buffers() if b.is_floating_point()]
     return PartSummary(
         step.kind,
         step.name,
@@ -305,6 +309,9 @@ def show(report: CheckReport, title: str = "") -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if report.text_tower:
+        line = f"vision includes its text tower, which a part needs: {size_text(report.text_tower)} parameters"
+        console.print(line, highlight=False, soft_wrap=True)
     for stage in report.stages:
         parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
         line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"

@@ -68,7 +68,8 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
     if isinstance(vision, Tower):  # one block and one image show the shapes: all blocks have them
         if node.get("checkpoint") or node.get("model"):
             return
-        requested = frozenset(word for word in requested if "@" not in word)  # those of further blocks
+        # Not those of further blocks, nor of a text tower: its weights would be read.
+        requested = frozenset(word for word in requested if "@" not in word and word != "text_tower")
         node, pixels = {**node, "depth": min(1, node.get("depth", 1)), "layer": -1}, pixels[:1]
         with torch.device("meta"):
             alone = registry.build("vision", node)
@@ -155,8 +156,9 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
         "pooling_attention": score,
         "keys": made(n, _HEADS, _KEY),
         "prefix": made(1, d),
+        "patch_embeds": made(n, _KEY),
     }
-    words = {"pooling_attention": "pooling_head", "prefix": "prefix_tokens"}
+    words = {"pooling_attention": "pooling_head", "prefix": "prefix_tokens", "patch_embeds": "text_tower"}
     known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in requested}
     known["block_attention"] = {word: score for word in requested if "@" in word}
     return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]), **known)

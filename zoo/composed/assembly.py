@@ -22,7 +22,7 @@ CHECKED_AFTER_LLM = frozenset({"image_tokens", "moe"})
 # What a library or a plug-in raises for options that it does not check itself.
 _UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
 # What an encoder computes only where a part needs it: attention scores of every image cost memory.
-ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens"})
+ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens", "text_tower"})
 
 
 class MisfitError(ZooError):
@@ -124,7 +124,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             )
         derived = {"vision_dim": width, "vision_depth": parts.vision.depth, "grid": grid, "num_tokens": tokens}
         pruner = build_part("pruner", {**node, "name": name}, **derived)
-        _require("pruner", name, pruner, holds, f"vision {vision_name!r}", slots)
+        _require("pruner", name, pruner, holds, f"vision {vision_name!r}", slots, parts.vision.lacks)
         _require_blocks("pruner", name, pruner, parts.vision, vision_name)
         tokens = _count("pruner", name, pruner, tokens)
         holds = (holds - frozenset(pruner.destroys)) | frozenset(pruner.provides)
@@ -146,7 +146,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         parts.projector = build_part(
             "projector", node, vision_dim=width, text_dim=text_dim, grid=grid_now, num_tokens=tokens
         )
-        _require("projector", name, parts.projector, holds, f"vision {vision_name!r}", slots)
+        _require("projector", name, parts.projector, holds, f"vision {vision_name!r}", slots, parts.vision.lacks)
         _require_blocks("projector", name, parts.projector, parts.vision, vision_name)
         before, tokens = tokens, _count("projector", name, parts.projector, tokens)
         holds |= {"image_tokens"}
@@ -266,7 +266,16 @@ def _uses_image(adapter: Adapter) -> bool:
     return not {base_of(word) for word in adapter.needs}.isdisjoint({"image", "grid", *ON_REQUEST})
 
 
-def _require(kind: str, name: str, part: Part, holds: frozenset[str], source: str, slots: Mapping[str, Any]) -> None:
+def _require(
+    kind: str,
+    name: str,
+    part: Part,
+    holds: frozenset[str],
+    source: str,
+    slots: Mapping[str, Any],
+    lacks: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse a part that needs what does not hold; `lacks` has the encoder's reasons, by capability."""
     # A need of a block holds where its base does; `_require_blocks` asks whether the block runs.
     needs = frozenset(word for word in part.needs if block_of(word) is None or base_of(word) not in holds) - {"image"}
     missing = needs - holds - (CHECKED_AFTER_LLM if kind == "pruner" else frozenset())
@@ -276,8 +285,9 @@ def _require(kind: str, name: str, part: Part, holds: frozenset[str], source: st
             for n in (slots.get("pruner") or {})
             if n != name and {base_of(word) for word in missing} & registry.get("pruner", n).destroys
         ]
+        why = "" if destroyers else next((why for word, why in (lacks or {}).items() if word in missing), "")
         raise _misfit(
-            kind, name, missing, holds, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers)
+            kind, name, missing, holds, f"pruner {destroyers[0]!r}" if destroyers else source, bool(destroyers), why
         )
 
 
@@ -307,10 +317,17 @@ def _exclude(kind: str, name: str, part: Adapter, holds: frozenset[str], steps: 
 
 
 def _misfit(
-    kind: str, name: str, missing: frozenset[str], holds: frozenset[str], source: str, destroyed: bool = False
+    kind: str,
+    name: str,
+    missing: frozenset[str],
+    holds: frozenset[str],
+    source: str,
+    destroyed: bool = False,
+    why: str = "",
 ) -> MisfitError:
     what = ", ".join(sorted(missing))
     how = f"{source} destroys it" if destroyed else f"{source} does not give it"
+    how += f": {why.removesuffix('.')}" if why else ""
     return MisfitError(
         (kind, name),
         f"{'destroyed' if destroyed else 'missing'}: {what}",

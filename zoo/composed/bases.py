@@ -28,13 +28,19 @@ from zoo.storage.precision import cast_parameters, dtype_of
 from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
 from zoo.storage.weights import fingerprint, names_of, snapshot
 
-OWN = ("vision", "llm")  # parts that may have a checkpoint of their own
+# What may have a checkpoint of its own, each with its part and the options that name the checkpoint. The text tower of
+# an encoder comes first: where it has one, its weights are not from the encoder's.
+OWN = {
+    "text_tower": ("vision", "text_checkpoint", "text_revision"),
+    "vision": ("vision", "checkpoint", "revision"),
+    "llm": ("llm", "checkpoint", "revision"),
+}
 WHOLE = "model"  # key of a published checkpoint that all parts have their weights from
 
 
 @dataclass
 class Bases:
-    """The checkpoints that a model's weights came from, each by the part it is for, or `model`.
+    """The checkpoints that a model's weights came from, each by what it is for: a key of `OWN`, or `model`.
 
     Attributes:
         record: the entries of config.json: checkpoint, revision, fingerprint; `dtype` where the weights are held in
@@ -42,6 +48,7 @@ class Bases:
             is named only as a source, and for the layout of exports.
         given: names of the weights that came from the checkpoint.
         nodes: options of the part, to load it again.
+        requested: capabilities of the encoder that parts need: with `text_tower` it has one.
         vocab_size: of the tokenizer that the language model was built for.
         folder: of the published checkpoint.
         stored: slices of its files that hold those weights.
@@ -52,6 +59,7 @@ class Bases:
     record: dict[str, dict[str, Any]] = field(default_factory=dict)
     given: dict[str, frozenset[str]] = field(default_factory=dict)
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    requested: frozenset[str] = frozenset()
     vocab_size: int | None = None
     folder: Path | None = None
     stored: Mapping[str, Stored | Joined] = field(default_factory=dict)
@@ -116,7 +124,7 @@ class Bases:
         record: dict[str, Any] = {}
         for key, entry in self.record.items():
             given = self.given[key] & state.keys()
-            if key in OWN and not (slots.get(key) or {}).get("checkpoint"):
+            if key in OWN and not (slots.get(OWN[key][0]) or {}).get(OWN[key][1]):
                 given = frozenset()
             try:
                 again = self._again(key) if given else {}
@@ -154,8 +162,11 @@ class Bases:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), _no_progress():
             # A random seed: weights that the checkpoint lacks, drawn from the seed of the run, would compare equal.
             torch.default_generator.seed()
-            part = registry.build(key, self.nodes[key], vocab_size=self.vocab_size)
-        return {f"{key}.{name}": tensor for name, tensor in part.state_dict().items()}
+            kind = OWN[key][0]
+            part = registry.build(kind, self.nodes[key], vocab_size=self.vocab_size)
+            if kind == "vision":
+                part.prepare(self.requested)
+        return {f"{kind}.{name}": tensor for name, tensor in part.state_dict().items()}
 
     def _still(
         self, tensor: Tensor, again: Mapping[str, Stored | Joined | Tensor], names: Sequence[str], few: Any = None
@@ -196,7 +207,7 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         slots: its parts' options.
         published: the reader of a published checkpoint, or of a zoo model's own folder; None: there was none.
     """
-    bases = Bases(vocab_size=model.config.text_vocab_size)
+    bases = Bases(requested=model.requested, vocab_size=model.config.text_vocab_size)
     for key, before in (model.config.base or {}).items():
         if before.get("whole"):
             bases.record[key], bases.given[key] = dict(before), frozenset()
@@ -207,25 +218,26 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         bases.stored = published.tensors  # by the names of the parts' modules
         read = published.filled.tensors if published.filled is not None else {}
         bases.given[WHOLE] = frozenset(n for n, t in model.state_dict(keep_vars=True).items() if id(t) in read)
-    for part in OWN:
-        node = slots.get(part) or {}
-        if not node.get("checkpoint"):
+    for key, (part, option, at) in OWN.items():
+        node, module = slots.get(part) or {}, getattr(model, part)
+        inner = "text." if key == "text_tower" else ""
+        names = frozenset(f"{part}.{name}" for name in module.state_dict() if name.startswith(inner)) if module else ()
+        if not node.get(option) or not names:
             continue
-        checkpoint, revision = node["checkpoint"], node.get("revision") or None
+        checkpoint, revision = node[option], node.get(at) or None
         entry: dict[str, Any] = {"checkpoint": checkpoint, "revision": revision}
         folder = snapshot(checkpoint, revision)
         if folder is not None and folder == Path(checkpoint):
             entry |= {"checkpoint": str(folder.absolute()), "fingerprint": fingerprint(folder)}
-            node = {**node, "checkpoint": entry["checkpoint"]}
-        elif folder is not None and "revision" in node:
+            node = {**node, option: entry["checkpoint"]}
+        elif folder is not None and at in node:
             entry["revision"] = folder.name  # the commit: a branch may have moved on when the model is loaded
-            node = {**node, "revision": folder.name}
-        bases.record[part], bases.nodes[part] = entry, dict(node)
-        names = (f"{part}.{name}" for name in getattr(model, part).state_dict())
+            node = {**node, at: folder.name}
+        bases.record[key], bases.nodes[key] = entry, dict(node)
         # Adapters may own parameters inside the LLM, and a published checkpoint comes before a part's own.
-        bases.given[part] = frozenset(n for n in names if model.part_of(n) == part) - bases.names
-        if dtype := dtype_of(((model.config.base or {}).get(part) or {}).get("dtype")):  # as it was saved
-            cast_parameters(model, dtype, only=bases.given[part])
+        bases.given[key] = frozenset(n for n in names if model.part_of(n) == part) - bases.names
+        if dtype := dtype_of(((model.config.base or {}).get(key) or {}).get("dtype")):  # as it was saved
+            cast_parameters(model, dtype, only=bases.given[key])
     return bases
 
 

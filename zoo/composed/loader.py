@@ -66,6 +66,8 @@ def load_model(
     elif reader is not None and reader.filled is not None:
         missing = set(reader.filled.missing)
         model.fresh_parts = sorted({n.partition(".")[0] for n in missing})
+    if folder is not None and model.vision is not None:
+        model.vision.read_files(folder)
     if state_dict is not None:
         missing -= put(model, state_dict, "state_dict")
     return placed(model, device_map, None if bits else dtype, reader.placement if reader else None).eval(), missing

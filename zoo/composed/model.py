@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from zoo.autoclasses import register_model
 from zoo.composed.assembly import Parts, assemble
-from zoo.composed.bases import Bases, as_whole, bases_of
+from zoo.composed.bases import OWN, Bases, as_whole, bases_of
 from zoo.composed.forward import ForwardMixin
 from zoo.composed.generate import GenerateMixin
 from zoo.composed.keywords import require_save, split_load
@@ -136,11 +136,11 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         record = {key: as_whole(entry) for key, entry in self.bases.record.items()}
         if not include_base:
             state, record = self.bases.changed(self, state, config.slots)
-        for part in [p for p in self.bases.nodes if record[p].get("whole")]:
-            if node := without_checkpoint(self, part):
-                config.slots[part] = node
+        for key in [k for k in self.bases.nodes if record[k].get("whole")]:
+            if node := without_checkpoint(self, key, config.slots):
+                config.slots[OWN[key][0]] = node
             else:
-                del record[part]  # only its checkpoint can build it; its fingerprint must not be required any more
+                del record[key]  # only its checkpoint can build it; its fingerprint must not be required any more
         config.base = record or None
         folder.mkdir(parents=True, exist_ok=True)
         config.architectures = [type(self).__name__]
@@ -148,6 +148,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
+        if self.vision is not None:
+            self.vision.write_files(folder)
         write_weights(state, folder, max_shard_size)
         if push_to_hub:
             idle = {"save_function", "save_original_format", "save_peft_format", "safe_serialization"}

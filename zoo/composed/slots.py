@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from zoo.composed.bases import OWN
 from zoo.registry import ZooError, build
 
 
@@ -18,8 +19,9 @@ def slots_now(model: Any) -> dict[str, Any]:
         ZooError: an adapter is merged into the language model for one image.
     """
     slots = {**(model.config.slots or {})}
-    for part, node in model.bases.nodes.items():
-        slots[part] = {**slots[part], **{k: node[k] for k in ("checkpoint", "revision") if k in node}}
+    for key, node in model.bases.nodes.items():
+        part, *options = OWN[key]
+        slots[part] = {**slots[part], **{k: node[k] for k in options if k in node}}
     merged = {name: adapter for name, adapter in model.adapter.items() if adapter.merged}
     if lasting := [name for name, adapter in merged.items() if not adapter.merged_for_good]:
         raise ZooError(
@@ -32,15 +34,25 @@ def slots_now(model: Any) -> dict[str, Any]:
     return slots
 
 
-def without_checkpoint(model: Any, part: str) -> dict[str, Any] | None:
-    """Describe a part (vision, llm) by its sizes, so that a folder with all of its weights needs no other checkpoint.
+def without_checkpoint(model: Any, key: str, slots: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Describe a part by its sizes, so that a folder with all of its weights needs no other checkpoint.
 
-    None where options cannot describe it: towers of timm and open_clip whose architecture is in their checkpoint only.
+    Args:
+        model: composed.
+        key: of a base: vision, llm, or text_tower.
+        slots: options of its parts, as they are to be saved.
+
+    Returns:
+        The part's options. None where options cannot describe it: towers of timm and open_clip whose architecture is in
+        their checkpoint only.
     """
-    node = (model.config.slots or {})[part]
-    make = {("vision", "hf"): _vision, ("llm", "hf"): _llm}.get((part, node["name"]))
+    node = slots[OWN[key][0]]
+    if key == "text_tower":
+        return {k: v for k, v in node.items() if k not in OWN[key]} | _text_sizes(model)
+    if node["name"] != "hf":
+        return None
     try:
-        return None if make is None else make(model)
+        return _llm(model) if key == "llm" else _vision(model, node)
     except ZooError:  # a family that is known from checkpoints only
         return None
 
@@ -57,18 +69,27 @@ def _llm(model: Any) -> dict[str, Any] | None:
     return node if same else None
 
 
-def _vision(model: Any) -> dict[str, Any] | None:
+def _text_sizes(model: Any) -> dict[str, Any]:
+    from zoo.vision.encoders.hf_text import sizes_of
+
+    return {} if model.vision.text is None else {"text_sizes": sizes_of(model.vision.text)}
+
+
+def _vision(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
     from zoo.published.family import vision_slot
 
-    given, tower, transform = model.config.slots["vision"], model.vision.runner.tower, model.vision.transform
+    tower, transform = model.vision.runner.tower, model.vision.transform
     if given.get("pooling_head"):
         return None  # the head needs blocks behind the chosen layer, which num_hidden_layers no longer counts
     node = vision_slot(tower.config, {}, layer=tower.config.num_hidden_layers, norm=bool(given.get("norm")))
     pixels = {"mean": list(transform.mean), "std": list(transform.std), "resample": transform.resample}
     node |= {"image_size": transform.size[0], "fit": transform.fit, **pixels}
     node["frame_tower"] = bool(given.get("frame_tower"))
+    apart = {k: given[k] for k in ("text_checkpoint", "text_revision") if given.get(k)}
+    node |= apart or _text_sizes(model)
     with torch.device("meta"):
         again = build("vision", node)
+        again.prepare(model.requested)
     shapes, wanted = ({n: t.shape for n, t in v.state_dict().items()} for v in (again, model.vision))
     same = shapes == wanted and again.transform == transform and again.grid == model.vision.grid
     return node if same else None

@@ -15,7 +15,8 @@ from zoo.storage.weights import may_start_fresh
 # Options that change no result if shapes are equal, or that users may change.
 _FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
          ("vision", "resample"), ("llm", "revision"), ("vision", "revision"),
-         ("vision", "pooling_head"), ("layout", "kept_lines"),
+         ("vision", "pooling_head"), ("vision", "text_checkpoint"), ("vision", "text_revision"),
+         ("layout", "kept_lines"),
          ("llm", "tie_embeddings")}  # fmt: skip  # decided by the files, see `refuse_untied`
 
 
