@@ -125,14 +125,25 @@ class Pruner(ModelPart):
     """As `Adapter.concurrent`, for one that acts inside the LLM."""
     shortens: bool = False
     """Whether it shortens the sequence between layers of the LLM: what is incompatible with that is refused."""
+    ragged: bool = False
+    """Whether rows may keep fewer tokens than `num_tokens`, with those that stay marked in `ImageFeatures.valid`."""
+    behind: bool = False
+    """Whether it acts behind the projector, on tokens (M, N, C) as they enter the LLM. It leaves them in place, so that
+    its `num_tokens(n)` is n, and marks in `valid` those that stay. A class attribute."""
+    per_image: bool = False
+    """Whether `forward` gets the rows of one image at a time, crops or frames, for one budget over all of them."""
 
     @abstractmethod
     def num_tokens(self, n: int) -> int:
-        """Count the tokens kept of `n`: exactly, and before any tensor exists."""
+        """Count the tokens kept of `n`: exactly, and before any tensor exists; with `ragged` or `behind` the most."""
+
+    def tokens_of_image(self, n: int, cut: Cut) -> int:
+        """Count the most tokens that an image divided as `cut` keeps in all, of `n` in each of its rows."""
+        return cut.rows * self.num_tokens(n)
 
     @abstractmethod
     def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Prune (M, N, D) to (M, K, D) with K == num_tokens(N). A row must not depend on other rows."""
+        """Prune (M, N, D) to (M, K, D) with K == num_tokens(N). A row must not depend on rows of other images."""
 
     def scores(self, image: ImageFeatures) -> Tensor | None:
         """Return the scores that tokens are ranked by, (M, N), for pictures (`zoo inspect`); None: no ranking."""
@@ -256,6 +267,19 @@ class Layout(ModelPart):
             (S,) for each token of `forward` its position in the sequence of its image, from 0.
         """
         return None
+
+    def row_grid(self, cut: Cut) -> tuple[int, int] | None:
+        """Return the grid (h, w) of a row's tokens behind `project`, where that pools them; None: not known."""
+        return None
+
+    def marks(self, rows: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
+        """Lay out marks of tokens as `forward` lays out the tokens: (S,) bool, true also for tokens that it adds.
+
+        Args:
+            rows: (M, K, 1) behind `project`, or (R, K, 1) of each image: 1.0 for a token that stays, else 0.0.
+            cuts: of each image.
+        """
+        return self(rows, cuts)[:, 0] > 0.5  # type: ignore[arg-type]
 
     def text(self, cut: Cut, token: str) -> str | None:
         """Write an image in the prompt, with `token` once for each of its tokens; None: `count` times `token`."""

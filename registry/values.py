@@ -7,7 +7,8 @@ configs stay cheap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.registry.errors import ZooError
@@ -22,8 +23,10 @@ MANY = frozenset({"pruner", "adapter", "dataset", "task"})  # slots that hold se
 SINGLE_SLOTS = tuple(slot for slot in MODEL_SLOTS if slot not in MANY)
 
 POSITIONS = ("auto", "kept", "dense")  # of image tokens that pruners left, see `zoo.composed.positions`
-_SCORES = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds")  # of each image token
 IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
+
+# Fields of `ImageFeatures` with a value for each token.
+_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "valid")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,43 @@ class ImageFeatures:
     # Attention of other blocks than the one that made the tokens, each (M, N) float32, by the word that a part needs:
     # key_attention@9. Empty unless a part needs it.
     block_attention: dict[str, Tensor] = field(default_factory=dict)
+    # (M, N) bool, which of the tokens exist, where a pruner leaves rows of unequal counts: the others are padding, and
+    # the model takes their columns out of the sequence. None: all.
+    valid: Tensor | None = None
+
+    def stay(self, valid: Tensor, tokens: Tensor | None = None) -> ImageFeatures:
+        """Keep some of the tokens where their number differs from row to row: the others become padding, in place.
+
+        Args:
+            valid: (M, N) bool, the tokens that stay.
+            tokens: (M, N, D) new values of them; None: as they are.
+        """
+        valid = valid if self.valid is None else valid & self.valid
+        return replace(self, valid=valid, tokens=self.tokens if tokens is None else tokens)
+
+    def picked(self, rows: Tensor | slice) -> ImageFeatures:
+        """Select rows, of all that is known of them; how they belong to images is left out."""
+        tensors = {f.name: x for f in fields(self) if hasattr(x := getattr(self, f.name), "shape")}
+        picked: dict[str, Any] = {name: x[rows] for name, x in tensors.items()}
+        picked["block_attention"] = {word: scores[rows] for word, scores in self.block_attention.items()}
+        return replace(self, **picked, rows=None, cuts=None, row_kind="image")
+
+    @staticmethod
+    def joined(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Join the rows of several; what they have in common is taken from the first."""
+        if len(parts) == 1:
+            return parts[0]
+        if any(p.valid is not None for p in parts):  # those without it have no padding
+            parts = [p if p.valid is not None else p.stay(p.tokens.new_ones(p.tokens.shape[:2]).bool()) for p in parts]
+        first = parts[0]
+        tensors = [f.name for f in fields(first) if hasattr(getattr(first, f.name), "shape")]
+        whole: dict[str, Any] = {name: _cat(*(getattr(p, name) for p in parts), dim=0) for name in tensors}
+        words = first.block_attention
+        whole["block_attention"] = {w: _cat(*(p.block_attention[w] for p in parts), dim=0) for w in words}
+        for name in ("rows", "cuts"):
+            known = [getattr(p, name) for p in parts]
+            whole[name] = None if any(x is None for x in known) else tuple(x for some in known for x in some)
+        return replace(first, **whole)
 
     def take_best(self, order: Tensor) -> ImageFeatures:
         """Keep some of the tokens, and the order in which they were chosen: a layout may have room for fewer.
@@ -84,7 +124,7 @@ class ImageFeatures:
         Args:
             keep: (M, K) indices of tokens, ascending in each row.
         """
-        known: dict[str, Any] = {n: _gather(getattr(self, n), keep) for n in _SCORES if getattr(self, n) is not None}
+        known: dict[str, Any] = {n: _gather(getattr(self, n), keep) for n in _OF_TOKENS if getattr(self, n) is not None}
         n = self.tokens.shape[1]
         if self.groups is None:
             known["keep"] = keep if self.keep is None else self.keep.gather(1, keep)  # (M, K)
@@ -136,7 +176,7 @@ class ImageFeatures:
         if self.grid is not None:  # a smaller grid, in its own order
             return replace(self, places=places)
         places, order = places.sort(dim=1, stable=True)  # (M, K)
-        of_tokens = ("tokens", "keep", "rank", *_SCORES)
+        of_tokens = ("tokens", "keep", "rank", *_OF_TOKENS)
         moved: dict[str, Any] = {x: _gather(getattr(self, x), order) for x in of_tokens if getattr(self, x) is not None}
         moved["block_attention"] = {word: _gather(scores, order) for word, scores in self.block_attention.items()}
         if self.groups is not None:
@@ -166,10 +206,10 @@ def _middle_patches(groups: Tensor, k: int) -> Tensor:
     return free.gather(1, (empty.cumsum(1) - 1).clamp(min=0)).where(empty, places)
 
 
-def _cat(*parts: Tensor) -> Tensor:
+def _cat(*parts: Tensor, dim: int = 1) -> Tensor:
     import torch
 
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=dim)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

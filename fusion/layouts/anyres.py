@@ -117,12 +117,17 @@ class AnyRes(Layout, nn.Module):
         return torch.cat(list(self._images(tokens, cuts)))
 
     def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
-        """Run the projector; frames are pooled before it if so configured, kept tokens of crops are put in order."""
+        """Run the projector and pool frames, as configured before or behind it; put kept tokens of crops in order."""
         if self.pruned:
             return self._fewer(projector(image), cuts, image)
         if self.config.kept_lines and self.grid is None and any(c.kind == "crop" and c.rows > 1 for c in cuts):
             raise ZooError("layout.kept_lines ends lines of patches, and the projector's tokens are not patches.")
-        if self.config.frames not in ("average", "max") or image.grid is None or all(c.kind != "frame" for c in cuts):
+        if self.config.frames == "keep" or all(c.kind != "frame" for c in cuts):
+            return projector(image)
+        if self.config.frames == "bilinear":
+            projected = projector(image).split([c.rows for c in cuts])
+            return [self._scaled(x) if cut.kind == "frame" else x for cut, x in zip(cuts, projected, strict=True)]
+        if image.grid is None:
             return projector(image)
         pool = F.avg_pool2d if self.config.frames == "average" else F.max_pool2d
         rows = []
@@ -234,7 +239,8 @@ class AnyRes(Layout, nn.Module):
     def _images(self, images: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Tensor]:
         for cut, rows in zip(cuts, images, strict=True):  # (R, K, C)
             if cut.kind == "frame":
-                yield from (self._frames(rows), *(self._end(rows) if self.config.frames == "bilinear" else ()))
+                yield self._scaled(rows).flatten(0, 1)
+                yield from self._end(rows) if self.config.frames == "bilinear" else ()
             elif cut.rows == 1 or self.grid is None:
                 ended = self.pruned and self.config.kept_lines and cut.rows > 1
                 yield from (rows.flatten(0, 1), *([] if ended else self._end(rows)))
@@ -242,7 +248,9 @@ class AnyRes(Layout, nn.Module):
                 yield from (rows[0], self._join(rows[1:], cut))
 
     def _end(self, like: Tensor) -> list[Tensor]:
-        return [] if self.newline is None else [self.newline[None].to(like)]
+        if self.newline is None:
+            return []
+        return [like.new_ones(1, 1) if like.shape[-1] == 1 else self.newline[None].to(like)]  # of marks, a mark
 
     def _join(self, crops: Tensor, cut: Cut) -> Tensor:
         """Stitch the crops (R - 1, K, C) to lines of the image, each with its newline: (L, C)."""
@@ -256,17 +264,21 @@ class AnyRes(Layout, nn.Module):
         if (lines, columns) != tuple(whole.shape[1:]):
             whole = F.interpolate(whole[None].contiguous(), [lines, columns], mode="bilinear")[0]
         if self.newline is not None:
-            ends = self.newline[:, None, None].expand(-1, lines, 1).to(whole)
+            ends = self._end(crops)[0].transpose(0, 1).unsqueeze(-1).expand(-1, lines, 1)  # (C, L, 1)
             whole = torch.cat([whole, ends], dim=2)
         return whole.flatten(1, 2).transpose(0, 1)
 
-    def _frames(self, frames: Tensor) -> Tensor:
-        """Scale frames (F, K, C) down if so configured, and join them: (F * k, C)."""
+    def _scaled(self, frames: Tensor) -> Tensor:
+        """Scale frames (F, K, C) on the grid of a crop down to (F, k, C); others are returned as they are."""
         small = self._frame_grid()
-        if small and self.grid and self.config.frames == "bilinear":
-            maps = frames.transpose(1, 2).unflatten(2, self.grid).contiguous()  # (F, C, h, w)
-            frames = F.interpolate(maps, small, mode="bilinear").flatten(2).transpose(1, 2)
-        return frames.flatten(0, 1)
+        if not small or not self.grid or self.config.frames != "bilinear" or frames.shape[1] != math.prod(self.grid):
+            return frames
+        maps = frames.transpose(1, 2).unflatten(2, self.grid).contiguous()  # (F, C, h, w)
+        return F.interpolate(maps, small, mode="bilinear").flatten(2).transpose(1, 2)
+
+    def row_grid(self, cut: Cut) -> tuple[int, int] | None:
+        """Return the grid of a frame or a crop behind `project`."""
+        return self._frame_grid() if cut.kind == "frame" else self.grid
 
     def _frame_grid(self) -> tuple[int, int] | None:
         """Grid of a frame in the sequence, without a pruner."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import registry
+from zoo.composed import behind
 from zoo.composed.assembly import Parts
 from zoo.composed.positions import decided
 from zoo.registry import Cut, Encoder, ImageFeatures, Layout, ZooError
@@ -45,7 +46,8 @@ def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto"
         _check_vision(parts.vision, parts.requested, slots["vision"])
         images = [_features(parts.vision, parts.requested, even) for even in (True, False)]
         given: dict[str, Any] = {"vision_dim": parts.vision.hidden_size, "vision_depth": parts.vision.depth}
-        for name, pruner in parts.pruner.items():
+        ahead = {name: p for name, p in parts.pruner.items() if not p.behind}
+        for name, pruner in ahead.items():
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             after = _check_pruner(name, pruner, {**slots["pruner"][name], "name": name}, images, given, parts)
             if after is None:
@@ -56,6 +58,7 @@ def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto"
         if parts.projector is not None:
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             _check_projector(parts, slots["projector"], images, given)
+            _check_behind(parts, slots["pruner"])
         if parts.layout is not None:
             _check_layout(parts.layout, parts.vision.transform.size, slots["layout"])
 
@@ -173,7 +176,7 @@ def _check_pruner(
 
     def run(part: Any, device: str) -> list[ImageFeatures]:
         part.eval() if isinstance(part, nn.Module) else None
-        return [part(image) for image in images]
+        return [behind.run(part, image) for image in images]
 
     if isinstance(pruner, nn.Module) and any(True for _ in (*pruner.parameters(), *pruner.buffers())):
         found = _built(run, lambda: registry.build("pruner", node, **given), name, pruner)
@@ -196,7 +199,56 @@ def _check_pruner(
         if step.grid is not None and (image.grid is None or tuple(image.grid) != tuple(step.grid)):
             kept = "no grid" if image.grid is None else f"a grid {list(image.grid)}"
             raise ZooError(f"{name} returns {kept}, and does not declare that it destroys the grid {list(step.grid)}.")
+        _check_valid(name, pruner, image, n)
     return found
+
+
+def _check_valid(name: str, pruner: Any, kept: ImageFeatures, n: int) -> None:
+    """Compare the tokens that a pruner marked with what it declares for an image, or a video, of `n` tokens a row."""
+    if kept.valid is None:
+        return
+    cut = kept.cuts[0] if kept.cuts else Cut()
+    if not (pruner.ragged or pruner.behind):
+        raise ZooError(
+            f"{name} marks tokens in `valid`, and does not declare that it leaves ragged rows (ragged=True)."
+        )
+    if kept.valid.shape != kept.tokens.shape[:2] or kept.valid.dtype != torch.bool:
+        what = f"{str(kept.valid.dtype).removeprefix('torch.')} {list(kept.valid.shape)}"
+        raise ZooError(f"{name} gives `valid` as {what}, and has to give bool {list(kept.tokens.shape[:2])}.")
+    if (found := int(kept.valid.sum())) > (most := pruner.tokens_of_image(n, cut)):
+        what = "an image" if cut.rows == 1 else f"a video of {cut.rows} frames"
+        raise ZooError(f"{name} keeps {found} tokens of {what}, and its tokens_of_image({n}, cut) is {most}.")
+
+
+def _check_behind(parts: Parts, nodes: Mapping[str, Any]) -> None:
+    """Run the pruners behind the projector on two images and on a video, of tokens of the LLM's width."""
+    assert parts.vision is not None, "there is a projector"
+    steps = {s.name: s for s in parts.steps if s.kind == "pruner"}
+    for key, pruner in parts.pruner.items():
+        if not pruner.behind:
+            continue
+        name, n, width = f"pruner {key!r}", steps[key].tokens, steps[key].width
+        alike = _features(parts.vision, parts.requested, even=True)
+        one_by_one = n == alike.tokens.shape[1]
+        shown: list[ImageFeatures] = []
+        for even, cut in ((True, Cut()), (False, Cut()), (False, Cut(rows=4, kind="frame"))):
+            rows = ImageFeatures.joined([_features(parts.vision, parts.requested, even) for _ in range(cut.rows)])
+            rows = rows if one_by_one else ImageFeatures(rows.tokens, None)
+            tokens = (torch.ones if even else torch.randn)(cut.rows, n, width)
+            about: dict[str, Any] = {"rows": (cut.rows,), "cuts": (cut,), "row_kind": cut.kind}
+            shown.append(replace(rows, tokens=tokens, grid=parts.projected_grid, **about))
+        sizes = {"vision_dim": width, "vision_depth": parts.vision.depth, "num_tokens": n, "grid": parts.projected_grid}
+
+        def run(part: Any, device: str, shown: list[ImageFeatures] = shown) -> list[ImageFeatures]:
+            part.eval() if isinstance(part, nn.Module) else None
+            return [behind.run(part, image) for image in shown]
+
+        make = partial(registry.build, "pruner", {**nodes[key], "name": key}, **sizes)
+        weights = isinstance(pruner, nn.Module) and any(True for _ in (*pruner.parameters(), *pruner.buffers()))
+        results = _built(run, make, name, pruner) if weights else _run(run, pruner, name)
+        for given, found in zip(shown, results or shown, strict=True):
+            _compare(name, found.tokens, n, width, f"num_tokens({n})")
+            _check_valid(name, pruner, replace(found, cuts=given.cuts), n)
 
 
 def _check_projector(parts: Parts, node: Mapping[str, Any], images: list[ImageFeatures], given: dict[str, Any]) -> None:

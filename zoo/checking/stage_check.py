@@ -100,6 +100,12 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
 
 def _check_shorter(stage: Any, model: Any) -> None:
     """Refuse what is incompatible with a pruner that shortens the sequence between layers."""
+    ragged = next((n for n, p in model.pruner.items() if p.ragged or p.behind), "")
+    if ragged and stage.compile:
+        raise ZooError(
+            f"pruner {ragged!r} chooses the length of the sequence by the image, which does not compile: set "
+            "compile=false."
+        )
     inside = _drops_inside(model)
     if not inside:
         return

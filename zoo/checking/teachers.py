@@ -142,6 +142,12 @@ def _check_images(
                 f"the losses {what} compare one grid of cells for each image or tile, and the {who}'s layout "
                 f"{name!r} makes something else of it. {fix}"
             )
+    for who, pruners in (("student", model.pruner), ("teacher", parts.pruner)):
+        if ragged := next((n for n, p in pruners.items() if p.ragged or p.behind), ""):
+            raise ZooError(
+                f"the losses {what} compare the same image tokens of student and teacher, and the {who}'s pruner "
+                f"{ragged!r} keeps a number of its own of each image. {fix}"
+            )
     layouts = [
         _options("layout", slots["layout"]) if slots.get("layout") else "none" for slots in (our_slots, their_slots)
     ]

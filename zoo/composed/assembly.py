@@ -58,6 +58,7 @@ class Parts:
     llm: LanguageModel = None  # type: ignore[assignment]  # until it is built
     adapter: dict[str, Adapter] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    projected_grid: tuple[int, int] | None = None  # of the tokens of a row behind the projector
 
     @property
     def num_image_tokens(self) -> int:
@@ -117,20 +118,9 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         record_step("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
     vision_name = parts.steps[0].name if parts.steps else ""
 
-    for name, node in (slots.get("pruner") or {}).items():
-        if parts.vision is None:
-            raise MisfitError(
-                ("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty."
-            )
-        derived = {"vision_dim": width, "vision_depth": parts.vision.depth, "grid": grid, "num_tokens": tokens}
-        pruner = build_part("pruner", {**node, "name": name}, **derived)
-        _require("pruner", name, pruner, holds, f"vision {vision_name!r}", slots, parts.vision.lacks)
-        _require_blocks("pruner", name, pruner, parts.vision, vision_name)
-        tokens = _count("pruner", name, pruner, tokens)
-        holds = (holds - frozenset(pruner.destroys)) | frozenset(pruner.provides)
-        grid = tuple(pruner.grid) if pruner.grid and "grid" in holds else (grid if "grid" in holds else None)
-        parts.pruner[name] = pruner
-        record_step("pruner", name, pruner, tokens=tokens, grid=grid, width=width)
+    flow = Flow(tokens, grid, width, holds)
+    _add_pruners(parts, slots, flow, record_step, behind=False)
+    tokens, grid, holds = flow.tokens, flow.grid, flow.holds
 
     # The projector needs the LLM's width, so the LLM is built here; its step is recorded behind the layout.
     with _device_of("llm", slots["llm"], fill):
@@ -151,15 +141,26 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         before, tokens = tokens, _count("projector", name, parts.projector, tokens)
         holds |= {"image_tokens"}
         record_step("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
+        one_by_one = tokens == before and parts.projector.num_tokens(1) == 1
+        if flow.ragged and not one_by_one:
+            raise _unequal("projector", name, flow.ragged)
         grid_now = grid_now if tokens == before else parts.projector.grid
+        parts.projected_grid = (grid_now[0], grid_now[1]) if grid_now else None
         derived = {"grid": grid_now, "num_tokens": tokens, "text_dim": text_dim}
         # Behind a projector of single tokens the layout still gets the encoder's tokens that a pruner kept, with their
         # indices; others (pool, resampler) make new tokens, to which the indices do not apply.
-        derived["pruned"] = tokens == before and parts.projector.num_tokens(1) == 1
+        derived["pruned"] = one_by_one
         _add_layout(parts, slots, record_step, **derived)
         if parts.layout is not None:
             _require("layout", slots["layout"]["name"], parts.layout, holds, f"vision {vision_name!r}", slots)
             _require_blocks("layout", slots["layout"]["name"], parts.layout, parts.vision, vision_name)
+        kept = holds if one_by_one else holds - ON_REQUEST  # scores of tokens that are no longer there
+        kept = kept | {"grid"} if grid_now else kept - {"grid"}
+        _add_pruners(parts, slots, Flow(tokens, grid_now, text_dim, kept, flow.ragged), record_step, behind=True)
+    elif late := next((n for n in slots.get("pruner") or {} if _acts_behind(n)), ""):
+        raise MisfitError(
+            ("pruner", late), "no projector", f"pruner {late!r} acts behind the projector, and there is none."
+        )
     if fill is not None:
         fill(parts)
 
@@ -172,6 +173,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         _require("adapter", name, adapter, holds, f"llm {slots['llm']['name']!r}", slots)
         if parts.vision is not None:
             _require_blocks("adapter", name, adapter, parts.vision, vision_name)
+        if flow.ragged and _uses_image(adapter):
+            raise _unequal("adapter", name, flow.ragged)
         _refuse_shared(name, adapter, parts.adapter)
         _exclude("adapter", name, adapter, holds, parts.steps)
         holds = (holds - frozenset(adapter.destroys)) | frozenset(adapter.provides)
@@ -206,6 +209,61 @@ def _device_of(kind: str, node: Mapping[str, Any], fill: Any) -> Any:
     if fill is None or kind not in fill.empty or not registry.get(kind, node["name"]).streams:
         return nullcontext()
     return torch.device("meta")
+
+
+@dataclass
+class Flow:
+    """What reaches the next part: the shape of a row of tokens, the capabilities that hold, whose rows are ragged."""
+
+    tokens: int
+    grid: tuple[int, int] | None
+    width: int
+    holds: frozenset[str]
+    ragged: str = ""  # the pruner that leaves rows of unequal counts
+
+
+def _acts_behind(name: str) -> bool:
+    return bool(getattr(registry.get("pruner", name).cls, "behind", False))
+
+
+def _add_pruners(parts: Parts, slots: Mapping[str, Any], flow: Flow, record_step: Any, behind: bool) -> None:
+    """Build the pruners in front of the projector, or those behind it; `flow` is what reaches the first of them."""
+    for name, node in (slots.get("pruner") or {}).items():
+        if _acts_behind(name) != behind:
+            continue
+        if parts.vision is None:
+            raise MisfitError(
+                ("pruner", name), "no vision", f"pruner {name!r} has no image tokens: the slot vision is empty."
+            )
+        given = {"vision_dim": flow.width, "vision_depth": parts.vision.depth}
+        pruner = build_part("pruner", {**node, "name": name}, **given, grid=flow.grid, num_tokens=flow.tokens)
+        vision, n = parts.name_of("vision"), flow.tokens
+        _require("pruner", name, pruner, flow.holds, f"vision {vision!r}", slots, parts.vision.lacks)
+        _require_blocks("pruner", name, pruner, parts.vision, vision)
+        flow.tokens = _count("pruner", name, pruner, n)
+        if flow.ragged and (flow.tokens != n or behind or pruner.ragged):
+            raise _unequal("pruner", name, flow.ragged)
+        if behind and flow.tokens != n:
+            raise ZooError(
+                f"pruner {name!r} acts behind the projector, where tokens stay in place: its num_tokens({n}) has to be "
+                f"{n}, not {flow.tokens}. How many it keeps is its tokens_of_image(n, cut)."
+            )
+        flow.ragged = name if pruner.ragged else flow.ragged
+        flow.holds = (flow.holds - frozenset(pruner.destroys)) | frozenset(pruner.provides)
+        now = pruner.grid or flow.grid
+        flow.grid = (now[0], now[1]) if now and "grid" in flow.holds else None
+        parts.pruner[name] = pruner
+        record_step("pruner", name, pruner, tokens=flow.tokens, grid=flow.grid, width=flow.width)
+
+
+def _unequal(kind: str, name: str, ragged: str) -> MisfitError:
+    """Refuse a part that takes rows of one length behind a pruner whose rows have several."""
+    return MisfitError(
+        (kind, name),
+        f"ragged: {ragged}",
+        f"{kind} {name!r} takes equally many tokens of each image, and pruner {ragged!r} keeps a number that "
+        "depends on the image.",
+    )
 
 
 def _add_layout(parts: Parts, slots: Mapping[str, Any], record_step: Any, **derived: Any) -> None:

@@ -5,6 +5,7 @@ parts inside the LLM read and write.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from zoo.composed.answer_loss import answer_loss
 from zoo.composed.image_path import Encoded, ImagesMixin, numbered
 from zoo.composed.inputs import Inputs, further, one_cache
+from zoo.composed.left_out import columns_of, leave_out, put_columns, shift_of_columns
 from zoo.composed.outputs import LLMSequence, ZooOutput
 from zoo.composed.positions import put_shift, shift_of, whole_row
 from zoo.composed.turns import turn_of
@@ -119,10 +121,12 @@ class ForwardMixin(ImagesMixin):
             images = self._encode(pixel_values, cuts, encoded)  # tokens (M, K, C)
             if not run_llm:
                 return ZooOutput(losses={}, passed=now, **images.named)
+            given, images = self._leave_out(given, images)
             embeds, slots = self._merge(given, images)  # (B, T, C), (B, T)
             masks = self._place(given, images, embeds, slots, now)  # (B, T), or (B, 1, T, T) of packed rows
             out = self._run(given, embeds, masks, now)  # last_hidden_state (B, T, C), shorter where tokens were dropped
-            logits = self._head(given, out.last_hidden_state, embeds.shape[1])  # (B, T, V), or of chosen positions
+            length = given.length or embeds.shape[1]
+            logits = self._head(given, out.last_hidden_state, length)  # (B, T, V), or of chosen positions
             losses = self._losses(given, out.last_hidden_state, now.sequence.labels)  # by name
         result = ZooOutput(
             loss=_summed(losses, now.sequence.labels, num_items_in_batch),
@@ -141,6 +145,55 @@ class ForwardMixin(ImagesMixin):
         return result if as_dict else result.to_tuple()
 
     # ---- the steps; the first, `_encode`, is in `zoo.composed.image_path` --------------------------------------------
+
+    def _leave_out(self, given: Inputs, images: Encoded) -> tuple[Inputs, Encoded]:
+        """Take out the columns of placeholders that no image token fills, and the tokens that pruners marked so."""
+        mask, past, held = given.attention_mask, given.past, None
+        values = given.input_ids if given.input_ids is not None else given.inputs_embeds
+        if values is None:
+            return given, images
+        rows, length = values.shape[:2]
+        if given.goes_on and (held := columns_of(given.cache, rows)) is not None and mask is not None:
+            more = past - held.index.shape[1]  # columns behind the prompt that the cache holds
+            if mask.dim() == 2 and mask.shape[1] == held.whole + more + length:  # of the whole sequence
+                mask = held.take(mask)
+                given = replace(given, attention_mask=mask)
+        if images.valid is None or images.tokens is None:
+            return given, images
+        if torch.compiler.is_compiling():
+            raise ZooError("A pruner chooses the length of the sequence by the image, which does not compile.")
+        slots = self._placeholders(values) if values.dim() == 2 else self._placeholders_among(values)
+        self._require_filled(slots, images.tokens)
+        own = mask[:, -length:] if mask is not None and mask.dim() == 2 else None
+        positions = given.position_ids
+        if positions is None:
+            positions = _positions(mask, given.cache, length)
+        if positions is None:
+            positions = past + torch.arange(length, device=slots.device)[None]
+        if (shift := self._shift(given, images, values, slots)) is not None:
+            positions = positions + shift
+        alive, kept = images.valid.flatten(), self.config.positions == "kept"
+        columns, wanted = leave_out(numbered(slots), alive, own, positions, given.segment_ids, kept)
+        own = columns.valid.long()
+        if past:
+            own = torch.cat([own.new_ones(rows, past) if mask is None else mask[:, :past], own], 1)
+        counted = _positions(own, given.cache, columns.index.shape[1])
+        assert counted is not None, "the mask has two dimensions"
+        fill = {"input_ids": self._text_id, "inputs_embeds": 0, "labels": IGNORE_INDEX}
+        fill |= {"segment_ids": -1, "block_ids": -1, "pair_ids": -1}
+        taken = {n: columns.take(x, pad) for n, pad in fill.items() if (x := getattr(given, n)) is not None}
+        if len(self.adapter) and given.images_per_row is None:
+            taken["images_per_row"] = self._images_per_row(images.kept, slots)
+        given = replace(
+            given,
+            **taken,
+            attention_mask=own,
+            position_ids=None,
+            shift=shift_of_columns(columns, wanted, counted),
+            columns=columns if held is None else held.then(past - held.index.shape[1], columns),
+            length=length,
+        )
+        return given, images._replace(tokens=images.tokens.reshape(-1, images.tokens.shape[-1])[alive], valid=None)
 
     def _merge(self, given: Inputs, images: Encoded) -> tuple[Tensor, Tensor | None]:
         """Insert the image tokens: embeddings (B, T, C), and where images are (B, T), None if not known."""
@@ -170,7 +223,9 @@ class ForwardMixin(ImagesMixin):
         positions = given.position_ids
         if positions is None:
             positions = _positions(given.attention_mask, given.cache, embeds.shape[1])
-        mask, shift = given.attention_mask, self._shift(given, images, embeds, slots)
+        mask, shift = given.attention_mask, given.shift
+        if given.columns is None:
+            shift = self._shift(given, images, embeds, slots)
         if shift is not None:
             columns = torch.arange(embeds.shape[1], device=embeds.device)[None] + given.past
             positions = shift + (columns if positions is None else positions)
@@ -215,6 +270,7 @@ class ForwardMixin(ImagesMixin):
         put_conditions(cache_of(out), now.conditions)  # for the pass that continues this cache
         if now.sequence.shift is not None:
             put_shift(cache_of(out), now.sequence.shift, past)
+        put_columns(cache_of(out), given.columns)
         return out
 
     def _shift(self, given: Inputs, images: Encoded, embeds: Tensor, slots: Tensor | None) -> Tensor | None:
@@ -357,7 +413,7 @@ def _asked_for(hidden: Tensor, logits_to_keep: int | Tensor, length: int) -> Ten
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     if hidden.shape[1] != length:
         raise ZooError(
-            f"logits_to_keep names positions among {length}, and a pruner inside the LLM left {hidden.shape[1]}: "
+            f"logits_to_keep names positions among {length}, and a pruner left {hidden.shape[1]} of them: "
             "give the number of last positions instead."
         )
     if logits_to_keep.dim() < 2:

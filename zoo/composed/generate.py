@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as once
 from functools import wraps
 from typing import Any
@@ -25,6 +25,8 @@ from torch.nn import functional as F
 
 from zoo.composed import generate_options
 from zoo.composed.image_path import Encoded
+from zoo.composed.inputs import Inputs
+from zoo.composed.left_out import columns_of, put_columns
 from zoo.composed.outputs import LLMSequence
 from zoo.composed.positions import put_shift, shift_of, whole_row
 from zoo.composed.turns import turn_of
@@ -45,7 +47,9 @@ class GenerateMixin(nn.Module):
     inside_pruners: Any
     _encode: Any
     inside_llm: Any
+    _leave_out: Any
     _placeholders: Any
+    _text_id: int
     image_index: Any
     unpruned: Any
     name_or_path: str
@@ -106,7 +110,23 @@ class GenerateMixin(nn.Module):
         if options.get("is_assistant") and shown.kept is None:  # a draft model without images: placeholders are text
             kwargs.pop("mm_encoder_outputs", None)
             slots = torch.zeros_like(slots)
+        written = input_ids
+        if past and whole and (held := columns_of(given, len(input_ids))) is not None:
+            input_ids = held.take(input_ids, self._text_id)
+            attention_mask = None if attention_mask is None else held.take(attention_mask.to(device))
+            slots = self._placeholders(input_ids)
+        if shown.valid is not None and past:
+            raise ZooError("With a cache, the images of which a pruner keeps a number of its own are in the cache.")
+        left = Inputs(input_ids=input_ids, attention_mask=attention_mask, images_per_row=images_per_row)
+        if shown.valid is not None:  # go on with fewer placeholders
+            left, shown = self._leave_out(replace(left, attention_mask=_mask(left, device)), shown)
+            input_ids, attention_mask, images_per_row = left.input_ids, left.attention_mask, left.images_per_row
+            slots = self._placeholders(input_ids)
         prompt = self._prompt(slots, input_ids, shown, images_per_row, past, whole, given)
+        if left.columns is not None:
+            prompt.shift, prompt.columns = left.shift, left.columns
+        if gone := written.shape[1] - input_ids.shape[1]:
+            generation_config = generate_options.shorten(generation_config, kwargs, gone)
         asked = generate_options.options_of(self.generation_config, {}) | options
         if prompt.image is not None:
             generate_options.check_parts(asked, input_ids.shape[1], self.inside_pruners, self.adapter)
@@ -119,7 +139,8 @@ class GenerateMixin(nn.Module):
         if asked.get("assistant_early_exit"):  # transformers sets `num_hidden_layers` on the config for each draft
             lm = with_own_depth(lm)
         with turn_of(self, self.inside_llm), _own_errors():
-            return prompted(lm, prompt).generate(input_ids, generation_config=generation_config, **kwargs)
+            out = prompted(lm, prompt).generate(input_ids, generation_config=generation_config, **kwargs)
+        return _with_prompt(out, written, input_ids.shape[1]) if gone else out
 
     def _supports_logits_to_keep(self) -> bool:
         """Whether a draft model may compute logits of the last positions only; called by transformers."""
@@ -257,6 +278,7 @@ class Prompt:
     shift: Tensor | None = None
     past: int = 0
     goes_on: bool = False
+    columns: Any = None  # that the ids are of a longer prompt, see `zoo.composed.left_out`; None: all
     rows: int = field(default=0, init=False)  # of the LLM's batch when adapters were conditioned; 0: not yet
     conditions: dict[str, Any] = field(default_factory=dict, init=False)  # what adapters made of the images
 
@@ -288,6 +310,7 @@ class Prompt:
             put_conditions(cache, self.conditions)
             if self.shift is not None:
                 put_shift(cache, self.shift.repeat_interleave(rows // len(self.shift), 0), self.past)
+            put_columns(cache, self.columns)
         length = self.ids.shape[1]
         chunk = given.shape[1] < length  # of a chunked prefill: its place follows from what the cache holds
         start = int(cache.get_seq_length()) - self.past if chunk else given.shape[1] - q
@@ -320,6 +343,24 @@ class Prompt:
         if held and q > 1:
             more |= whole_row(self.model.llm.lm, rows, q, held)
         return inputs | more
+
+
+def _mask(given: Inputs, device: Any) -> Tensor:
+    """Return the mask of a prompt, all valid where none was given."""
+    assert given.input_ids is not None, "a prompt has ids"
+    return torch.ones_like(given.input_ids) if given.attention_mask is None else given.attention_mask.to(device)
+
+
+def _with_prompt(out: Any, written: Tensor, length: int) -> Any:
+    """Put the whole prompt (B, T) in front of new ids, in place of the `length` columns that were run."""
+
+    def whole(ids: Tensor) -> Tensor:
+        return torch.cat([written.repeat_interleave(len(ids) // len(written), 0), ids[:, length:]], 1)
+
+    if isinstance(out, Tensor):
+        return whole(out)
+    out["sequences"] = whole(out["sequences"])
+    return out
 
 
 def prompted(lm: Any, prompt: Prompt) -> Any:

@@ -6,6 +6,7 @@ until it was tried; a test lists the missing ones.
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -71,6 +72,19 @@ def options_of(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Join the options of a call: the fields of its `generation_config` that are set, and its keywords."""
     named = {} if config is None else {n: v for n, v in vars(config).items() if not n.startswith("_")}
     return {n: v for n, v in (named | dict(given)).items() if v is not None and n not in _NO_FIELDS}
+
+
+def shorten(config: Any, given: dict[str, Any], columns: int) -> Any:
+    """Take `columns` of the prompt off the lengths that include it, in keywords and a `generation_config`."""
+    lengths = ("max_length", "min_length")
+    given |= {n: max(0, given[n] - columns) for n in lengths if isinstance(given.get(n), int)}
+    if config is None or not any(isinstance(getattr(config, n, None), int) for n in lengths):
+        return config
+    config = copy(config)
+    for name in lengths:
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, max(0, value - columns))
+    return config
 
 
 def check_names(lm: Any, given: Mapping[str, Any], drafts: bool = False) -> None:

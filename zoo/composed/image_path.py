@@ -1,11 +1,13 @@
 """How images become tokens of a composed model: encoded, inserted at their placeholders, passed to adapters."""
 
 from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from zoo.composed import behind
 from zoo.composed.positions import Unpruned
 from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, Layout, Projector, Pruner, ZooError
 
@@ -16,10 +18,11 @@ class Encoded(NamedTuple):
     image: ImageFeatures | None = None  # the encoder's features
     kept: ImageFeatures | None = None  # the features after pruning
     tokens: Tensor | None = None  # (M, K, C), laid out (S, C); None: images are not in the sequence
+    valid: Tensor | None = None  # (M, K) or (S,) bool, which of the tokens stay, see `left_out`; None: all
 
     @property
     def named(self) -> dict[str, Any]:
-        """The same, under the names of `ZooOutput`."""
+        """The first three, under the names of `ZooOutput`."""
         return {"image": self.image, "image_kept": self.kept, "image_tokens": self.tokens}
 
 
@@ -37,10 +40,16 @@ class ImagesMixin(nn.Module):
     requested: Any
     unpruned: Unpruned | None
     num_image_tokens: int
+    projected_grid: tuple[int, int] | None  # of the tokens of a row behind the projector
 
     @property
     def image_token_id(self) -> int:
         return int(self.config.image_token_id)
+
+    @property
+    def _text_id(self) -> int:
+        """Return an id of text, for padding."""
+        return next(i for i in range(3) if i not in (self.config.image_token_id, self.config.video_token_id))
 
     @property
     def _by_kind(self) -> bool:
@@ -86,15 +95,28 @@ class ImagesMixin(nn.Module):
         if pixel_values is not None and any(pruner.draws for pruner in self.pruner.values()):
             image.checksum = checksum_of(pixel_values)
         kept = image
-        for pruner in self.pruner.values():
-            kept = pruner(kept)
+        ahead, later = self._before_and_behind
+        for pruner in ahead:
+            kept = behind.run(pruner, kept)
         if self.unpruned is not None:
             kept = self.unpruned.placed(kept)
-        if self.projector is None or self.layout is None:
-            return Encoded(image, kept, self.projector(kept) if self.projector is not None else None)
-        assert cuts is not None, "with a layout, images have cuts"
-        tokens = self.layout.project(kept, self.projector, cuts)
-        return Encoded(image, kept, self.layout(tokens, cuts))  # (S, C)
+        elif kept.valid is not None and kept.keep is not None and self.config.positions == "kept":
+            kept = kept.placed(kept.num_patches or kept.tokens.shape[1])
+        if self.projector is None:
+            return Encoded(image, kept)
+        made = behind.project(kept, self.projector, self.layout, cuts)
+        if later:
+            in_order, grid = self.config.positions == "kept", self.projected_grid
+            made = behind.prune(made, later, kept, grid, self.layout, cuts, in_order)
+            same = isinstance(made.marks, Tensor) and made.marks.shape == kept.tokens.shape[:2]
+            kept = replace(kept, valid=made.marks) if same else kept
+        return Encoded(image, kept, *behind.laid_out(made, self.layout, cuts))
+
+    @property
+    def _before_and_behind(self) -> tuple[list[Pruner], list[Pruner]]:
+        """Pruners in front of the projector, and behind it."""
+        later = [p for p in self.pruner.values() if p.behind]
+        return [p for p in self.pruner.values() if not p.behind], later
 
     def _encode(
         self, pixel_values: Tensor | None, cuts: Sequence[Cut] | None, encoded: tuple[Any, ...] | None
@@ -197,18 +219,21 @@ class ImagesMixin(nn.Module):
         if not len(self.adapter):
             return
         if images_per_row is None and slots is not None:
-            if image is None:
-                images_per_row = [0] * len(slots)
-            elif self.layout is not None and image.cuts is not None:
-                images_per_row = self._images_of(slots, image.cuts)
-            elif self.num_image_tokens:
-                images_per_row = (slots.sum(1) // self.num_image_tokens).tolist()
-            elif (count := len(image.rows or image.tokens)) == len(slots):
-                images_per_row = [1] * len(slots)  # prompts without placeholders: adapters alone take the image
-            else:
-                raise ZooError(f"{count} images for {len(slots)} rows without placeholders: pass images_per_row.")
+            images_per_row = self._images_per_row(image, slots)
         for adapter in self.adapter.values():
             adapter.condition(image, images_per_row or [], expand)
+
+    def _images_per_row(self, image: ImageFeatures | None, slots: Tensor) -> list[int]:
+        """Count the images of each row by the placeholders (B, T)."""
+        if image is None:
+            return [0] * len(slots)
+        if self.layout is not None and image.cuts is not None:
+            return self._images_of(slots, image.cuts)
+        if self.num_image_tokens:
+            return (slots.sum(1) // self.num_image_tokens).tolist()
+        if (count := len(image.rows or image.tokens)) == len(slots):
+            return [1] * len(slots)  # prompts without placeholders: adapters alone take the image
+        raise ZooError(f"{count} images for {len(slots)} rows without placeholders: pass images_per_row.")
 
     def _images_of(self, slots: Tensor, cuts: Sequence[Cut]) -> list[int]:
         """Count the images of each row by their placeholders, whose number differs from image to image."""
@@ -231,7 +256,7 @@ class ImagesMixin(nn.Module):
         pixels = torch.zeros(
             1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
         )
-        _, kept, tokens = self.encode_images(pixels)
+        _, kept, tokens, _ = self.encode_images(pixels)
         assert kept is not None, "images were given"
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
 

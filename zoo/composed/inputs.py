@@ -48,6 +48,10 @@ class Inputs:
     all_logits: bool = True
     run_head: bool = True
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of this LLM
+    # Where columns were left out (`zoo.composed.left_out`): T before, which of them are here, shift of their positions.
+    length: int = 0
+    columns: Any = None  # Columns
+    shift: Tensor | None = None  # (B, T)
 
     @property
     def past(self) -> int:

@@ -71,7 +71,8 @@ class Unpruned:
     def __init__(self, parts: Any, slots: Mapping[str, Any]) -> None:
         vision, projector = parts.vision, parts.projector
         self.patches, grid = vision.num_tokens, (vision.grid[0], vision.grid[1])
-        left = next(s for s in reversed(parts.steps) if s.kind == "pruner")
+        ahead = [p for p in parts.steps if p.kind == "pruner" and not parts.pruner[p.name].behind]
+        left = ahead[-1] if ahead else parts.steps[0]  # those behind the projector leave tokens in their columns
         self.layout, self.whole = parts.layout, None
         given: dict[str, Any] = {"text_dim": parts.llm.hidden_size, "grid": grid, "num_tokens": self.patches}
         with torch.device("meta"):
@@ -174,19 +175,20 @@ def decided(parts: Any, slots: Mapping[str, Any], positions: str) -> Decided:
         return Decided(positions if positions != "auto" else "kept")
     try:
         found = Unpruned(parts, slots)
-        if not found.drops:
+        columns = any(p.behind or p.ragged for p in parts.pruner.values())  # some are left out of the sequence
+        if not found.drops and not columns:
             return Decided("kept")
         limit = parts.llm.max_positions
         if (why := _without_positions(parts.llm)) is not None:
             raise ZooError(why)
-        if limit is not None and found.longest > limit:
+        if found.drops and limit is not None and found.longest > limit:
             raise ZooError(f"an image would take {found.longest} positions, and the LLM has {limit}")
     except ZooError as error:
         why = str(error).rstrip(".")
         if positions == "auto":
             return Decided("dense", why=f"positions are dense: {why}.")
         raise ZooError(f"positions=kept is not possible: {why}. Set positions=dense.") from error
-    return Decided("kept", found)
+    return Decided("kept", found if found.drops else None)
 
 
 def _without_positions(llm: Any) -> str | None:

@@ -33,9 +33,12 @@ class PrefixCache:
 
     @staticmethod
     def serves(model: Any) -> bool:
-        """Whether keys and values of a prefix depend on the prefix alone: no pruner inside the LLM, no adapter."""
-        inside = any(isinstance(p, InsidePruner) for p in model.pruner.values())
-        return bool(model.num_image_tokens) and not inside and not len(model.adapter)
+        """Whether prefixes of one length have keys and values of one length, which depend on the prefix alone.
+
+        Not so with a pruner inside the LLM, with one whose count depends on the image, and with adapters.
+        """
+        other = any(isinstance(p, InsidePruner) or p.ragged or p.behind for p in model.pruner.values())
+        return bool(model.num_image_tokens) and not other and not len(model.adapter)
 
     def read(self, prefixes: Sequence[Prefix]) -> bool:
         """Compute the prefixes that are not cached yet; returns whether this LLM can be cached."""

@@ -5,7 +5,7 @@ the same image (a blind model has one image for all) are answered once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.composed.image_path import Encoded
 from zoo.composed.outputs import LOSS_ALONE
 from zoo.composed.prefix_cache import PrefixCache
 from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, RecordError, Sample, naming
@@ -140,8 +141,9 @@ class _Pictures:
         if not self.shared or self.encoded is None:
             return to_device(stack([self.pixels[i] for i in which]), self.model.device)
         index = torch.tensor(which, device=self.model.device)
-        image, kept, tokens = self.encoded
-        return {"encoded": (_pick(image, index), _pick(kept, index), None if tokens is None else tokens[index])}
+        image, kept, tokens, valid = self.encoded
+        picked = image.picked(index), kept.picked(index)
+        return {"encoded": Encoded(*picked, *(None if x is None else x[index] for x in (tokens, valid)))}
 
 
 @dataclass(frozen=True)
@@ -272,19 +274,9 @@ def _likelihood(model: Any, out: Any) -> Tensor:
     return torch.zeros(len(wanted), device=each.device).index_add_(0, where.nonzero()[:, 0], each)
 
 
-def _pick(image: ImageFeatures, index: Tensor) -> ImageFeatures:
-    """Select rows of every tensor."""
-    rows = {f.name: getattr(image, f.name) for f in fields(image)}
-    picked: dict[str, Any] = {k: v[index] for k, v in rows.items() if isinstance(v, Tensor)}
-    return replace(image, **picked)
-
-
-def _join(parts: list[tuple[ImageFeatures, ImageFeatures, Tensor | None]]) -> Any:
-    def joined(features: list[ImageFeatures]) -> ImageFeatures:
-        rows = {f.name: getattr(features[0], f.name) for f in fields(features[0])}
-        names = [k for k, v in rows.items() if isinstance(v, Tensor)]
-        whole: dict[str, Any] = {k: torch.cat([getattr(f, k) for f in features]) for k in names}
-        return replace(features[0], **whole)
-
-    images, kept, tokens = zip(*parts, strict=True)
-    return joined(list(images)), joined(list(kept)), None if tokens[0] is None else torch.cat(list(tokens))
+def _join(parts: list[Encoded]) -> Encoded:
+    image, kept, tokens, valid = zip(*parts, strict=True)
+    if any(x is not None for x in valid):  # an image without marks keeps all of its tokens
+        valid = tuple(t.new_ones(t.shape[:2]).bool() if x is None else x for x, t in zip(valid, tokens, strict=True))
+    joined = (None if x[0] is None else torch.cat(x) for x in (tokens, valid))
+    return Encoded(ImageFeatures.joined(image), ImageFeatures.joined(kept), *joined)

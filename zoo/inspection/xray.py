@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
+from zoo.composed import behind
 from zoo.inspection.views import NONE, View, Xray
 from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, plugins, unknown
 from zoo.registry.forward_pass import Pass
@@ -147,9 +148,13 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     before, kept = out.image, out.image_kept
     patches = _patches(kept, before.tokens.shape[1])
-    places = (inputs["input_ids"][0] == model.image_token_id).nonzero().flatten()  # (K,) positions in the sequence
+    places = out.sequence.image_mask[0].nonzero().flatten()  # (K,) columns of image tokens in the LLM
     k = kept.tokens.shape[1]  # of the first image row, which is the overview with crops; its tokens come first
     mixed = model.projector.num_tokens(k) != k  # a pooling projector
+    if kept.valid is not None:  # columns of other tokens were left out
+        stays = kept.valid[0].cpu()
+        patches = torch.where((patches >= 0) & stays[patches], (stays.cumsum(0) - 1)[patches], -1)
+        k = int(stays.sum())
     alive = _alive(model, places, out.passed)
     view = View(
         name=name,
@@ -192,10 +197,12 @@ def _scores(model: Any, image: ImageFeatures) -> list[float] | None:
     """Return the scores of the first pruner before the LLM that ranks tokens, for each patch."""
     n = image.tokens.shape[1]
     for pruner in model.pruner.values():
+        if pruner.behind:
+            continue
         if (ranked := pruner.scores(image)) is not None:
             scores = _at(_patches(image, n), ranked[0].cpu())
             return [0.0 if s is None else s for s in scores]
-        image = pruner(image)  # a later pruner of the chain scores what is left
+        image = behind.run(pruner, image)  # a later pruner of the chain scores what is left
     return None
 
 

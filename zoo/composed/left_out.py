@@ -1,0 +1,121 @@
+"""Columns that images do not fill are taken out of the sequence, as though the processor had known their number.
+
+A processor writes as many placeholders as an image may have tokens, before its features are known. Pruners whose count
+depends on the image mark the tokens that stay (`ImageFeatures.valid`), and the pass goes on without the columns of the
+others: ids, masks, labels and packed samples alike. Rows that lose more columns are padded, on the side where the batch
+is padded.
+
+With `positions=kept` the columns that stay have the positions that they had, with `dense` they are counted anew.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COLUMNS = "zoo_columns"  # attribute of a cache: which columns of its prompt it holds
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a batch that stay; every tensor is (B, K)."""
+
+    index: Tensor  # int64, the column of the whole sequence
+    valid: Tensor  # bool, no padding
+    whole: int  # T
+
+    @classmethod
+    def of(cls, stay: Tensor) -> "Columns":
+        """Choose columns.
+
+        Args:
+            stay: (B, T) bool; padding columns do not stay.
+        """
+        longest = int(stay.sum(1).max())
+        if bool(stay[:, -1].all()):  # padded on the left: generation reads the last column
+            index = stay.byte().argsort(dim=1, stable=True)[:, -longest:]
+        else:
+            index = stay.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        return cls(index, stay.gather(1, index), stay.shape[1])
+
+    def take(self, values: Tensor, padding: int = 0) -> Tensor:
+        """Select the columns of (B, T) or (B, T, C), with `padding` where a row has fewer; what follows T stays."""
+        index, valid = self.index, self.valid
+        if values.dim() == 3:
+            index, valid = index.unsqueeze(-1).expand(-1, -1, values.shape[-1]), valid.unsqueeze(-1)
+        first = values[:, : self.whole].gather(1, index).masked_fill(~valid, padding)
+        return torch.cat([first, values[:, self.whole :]], 1) if values.shape[1] > self.whole else first
+
+    def then(self, more: int, new: "Columns") -> "Columns":
+        """Join the columns of a cache with those that follow, `more` columns behind its prompt."""
+        between = torch.arange(self.whole, self.whole + more, device=self.index.device).expand(len(self.index), -1)
+        index = torch.cat([self.index, between, new.index + self.whole + more], 1)
+        valid = torch.cat([self.valid, torch.ones_like(between, dtype=torch.bool), new.valid], 1)
+        return Columns(index, valid, self.whole + more + new.whole)
+
+
+def leave_out(
+    index: Tensor,
+    alive: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    segment_ids: Tensor | None,
+    kept: bool,
+) -> tuple[Columns, Tensor]:
+    """Choose the columns that stay, and the position of each.
+
+    Args:
+        index: (B, T) image token of each column, counted over the batch, -1 for text.
+        alive: (S,) bool, the image tokens that stay.
+        mask: (B, T) 1 for valid columns; None: all.
+        positions: (B, T) or (1, T) of the whole sequence.
+        segment_ids: (B, T) sample of a packed row.
+        kept: keep these positions; else they are counted without the columns left out.
+
+    Returns:
+        The columns (B, K), and their positions (B, K).
+    """
+    gone = (index >= 0) & ~alive[index.clamp(min=0)]
+    columns = Columns.of(~gone if mask is None else ~gone & mask.bool())
+    positions = positions.expand(len(index), -1)
+    if not kept:
+        ahead = gone.cumsum(1) - gone.long()  # columns left out ahead, below in the same sample
+        if segment_ids is not None:
+            begins = torch.ones_like(gone)
+            begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+            ahead = ahead - (ahead * begins).cummax(1).values
+        positions = positions - ahead
+    return columns, columns.take(positions)
+
+
+def shift_of_columns(columns: Columns, wanted: Tensor, counted: Tensor) -> Tensor:
+    """Return what is added to the positions counted over the columns that stay, (B, K), to get those wanted.
+
+    Args:
+        columns: that stay.
+        wanted: (B, K).
+        counted: (B, K) or (1, K).
+    """
+    shift = (wanted - counted).masked_fill(~columns.valid, 0)
+    # Padding on the right goes on where its row ends: what follows in a cache is shifted as much as its last column.
+    ends = (columns.valid * torch.arange(1, shift.shape[1] + 1, device=shift.device)).argmax(1, keepdim=True)
+    behind = torch.arange(shift.shape[1], device=shift.device) > ends
+    return torch.where(behind, shift.gather(1, ends), shift)
+
+
+def put_columns(cache: Any, columns: Columns | None) -> None:
+    """Keep on a cache which columns of its prompt it holds."""
+    if columns is not None and cache is not None and hasattr(cache, "__dict__"):
+        setattr(cache, _COLUMNS, columns)
+
+
+def columns_of(cache: Any, rows: int) -> Columns | None:
+    """Return which columns of its prompt a cache holds, for `rows` sequences; None: all."""
+    columns: Columns | None = getattr(cache, _COLUMNS, None)
+    if columns is None or not int(cache.get_seq_length()):
+        return None
+    copies = rows // len(columns.index)
+    if copies == 1:
+        return columns
+    return Columns(*(x.repeat_interleave(copies, 0) for x in (columns.index, columns.valid)), columns.whole)
