@@ -328,7 +328,7 @@ def test_the_check_tries_two_images_and_a_video(make_model, pruners):
         refused("budget", {"tokens_of_image": lambda self, n, cut: n // 8 if cut.rows > 1 else n})
     with pytest.raises(ZooError, match=r"`valid` as int64 \[1, 64\], and has to give bool \[1, 64\]"):
         refused("behind", {"forward": lambda self, image: replace(image, valid=image.tokens.long()[..., 0])})
-    with pytest.raises(ZooError, match="does not declare that it leaves ragged rows"):
+    with pytest.raises(ZooError, match="does not declare that rows are ragged"):
         refused("ahead", {"ragged": False})
 
 

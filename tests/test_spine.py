@@ -83,6 +83,7 @@ LEAVES = {
         "zoo/composed/inputs.py",
         "zoo/composed/outputs.py",
     ],
+    "pruners of a count of their own": ["zoo/composed/behind.py", "zoo/composed/left_out.py"],
     "inside the language model": [
         "fusion/llm/attention.py",
         "fusion/llm/decoder.py",

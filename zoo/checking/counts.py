@@ -209,9 +209,7 @@ def _check_valid(name: str, pruner: Any, kept: ImageFeatures, n: int) -> None:
         return
     cut = kept.cuts[0] if kept.cuts else Cut()
     if not (pruner.ragged or pruner.behind):
-        raise ZooError(
-            f"{name} marks tokens in `valid`, and does not declare that it leaves ragged rows (ragged=True)."
-        )
+        raise ZooError(f"{name} marks tokens in `valid`, and does not declare that rows are ragged (ragged=True).")
     if kept.valid.shape != kept.tokens.shape[:2] or kept.valid.dtype != torch.bool:
         what = f"{str(kept.valid.dtype).removeprefix('torch.')} {list(kept.valid.shape)}"
         raise ZooError(f"{name} gives `valid` as {what}, and has to give bool {list(kept.tokens.shape[:2])}.")
