@@ -101,13 +101,26 @@ class Pruned:
         Raises:
             ZooError: the placeholders and the tokens are not equally many.
         """
-        m, k = self.tokens.shape[:2]
-        if (found := int(placeholders.sum())) != m * k:
-            raise ZooError(f"The prompts have {found} image placeholders; {m} images of {k} tokens need {m * k}.")
-        mask = torch.ones_like(placeholders) if attention_mask is None else attention_mask
-        column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
-        gaps = gaps_of(self.positions.flatten(), [k] * m, [self.length] * m)
-        return column + gaps.shift(numbered(placeholders)).to(column.device)
+        return prompt_positions(self.positions, self.length, placeholders, attention_mask)
+
+
+def prompt_positions(
+    positions: Tensor, length: int, placeholders: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Return the positions of whole prompts, as `Pruned.position_ids`: (B, T).
+
+    Args:
+        positions: (M, K) of the tokens of each image.
+        length: positions that an image takes.
+        placeholders, attention_mask: (B, T).
+    """
+    m, k = positions.shape
+    if (found := int(placeholders.sum())) != m * k:
+        raise ZooError(f"The prompts have {found} image placeholders; {m} images of {k} tokens need {m * k}.")
+    mask = torch.ones_like(placeholders) if attention_mask is None else attention_mask
+    column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
+    gaps = gaps_of(positions.flatten(), [k] * m, [length] * m)
+    return column + gaps.shift(numbered(placeholders)).to(column.device)
 
 
 class PrunerAlone(nn.Module):

@@ -1,0 +1,1 @@
+"""Pruners in serving engines that are not ours."""
