@@ -121,6 +121,13 @@ def test_it_draws_for_each_image_by_its_pixels():
     assert len(prune(image.tokens).keep.unique(dim=0)) == 1
 
 
+def test_a_preset_is_an_option():
+    prune = zoo.pruner("fastervlm", preset="llava15_144", grid=(24, 24))
+    assert prune.kept == 144
+    with pytest.raises(zoo.ZooError, match="No preset of pruner 'fastervlm' named 'llava15_143'"):
+        zoo.pruner("fastervlm", preset="llava15_143", grid=(24, 24))
+
+
 def test_a_block_is_given_by_its_word():
     image = image_for()
     known = {"key_attention": image.key_attention, "key_attention@1": image.block_attention["key_attention@1"]}

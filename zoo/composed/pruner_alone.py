@@ -22,8 +22,8 @@ from zoo.registry.part import block_of
 
 POSITIONS = ("kept", "dense")
 # Capabilities that are given in a field of another name.
-_FIELDS = {"prefix_tokens": "prefix", "pooling_head": "pooling_attention"}
-_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys")  # (M, N, ...)
+_FIELDS = {"prefix_tokens": "prefix", "pooling_head": "pooling_attention", "text_tower": "patch_embeds"}
+_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds")  # (M, N, ...)
 
 
 def pruner(
