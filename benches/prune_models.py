@@ -71,7 +71,8 @@ class Variant:
     @torch.no_grad()
     def read(self, ids: Tensor, embeds: Tensor) -> tuple[Tensor, Any]:
         """Prefill: the logits of the last position (B, V), and the cache."""
-        with running(LLMSequence(ids == self.model.image_token_id, None, None, None)):
+        dense = self.model.config.positions == "dense"
+        with running(LLMSequence(ids == self.model.image_token_id, None, None, None, dense=dense)):
             out = self.model.llm.hidden(inputs_embeds=embeds, use_cache=True)
         return self.model.llm.head(out.last_hidden_state[:, -1]), cache_of(out)
 

@@ -49,6 +49,15 @@ class LanguageModel(ModelPart):
     def hidden(self, **inputs: Any) -> Any:
         """Run the decoder without the vocabulary projection; returns the transformers output (`last_hidden_state`)."""
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Apply the decoder's final norm to hidden states of any layer, (..., C); the same where it has none."""
+        for parent in self.lm.modules():
+            inside = dict(parent.named_children())
+            if any(module is self.layers for module in inside.values()):
+                found = [m for m in inside.values() if "norm" in type(m).__name__.lower()]
+                return found[-1](hidden) if found else hidden  # the last: some norm the embeddings, too
+        return hidden
+
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Project (..., C) to logits (..., V) exactly as the model itself does, scaling and capping included."""

@@ -109,6 +109,11 @@ def cache_in(given: Mapping[str, Any]) -> Any:
     return next((given[n] for n in (CACHE, "layer_past") if given.get(n) is not None), None)
 
 
+def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a decoder layer with None in place of the key/value cache."""
+    return {n: None if n in (CACHE, "layer_past") else v for n, v in given.items()}
+
+
 def cache_of(output: Any) -> Any:
     """Return the key/value cache of a model's output; None without one."""
     return getattr(output, CACHE, None)

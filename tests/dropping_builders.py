@@ -68,16 +68,16 @@ def embeds_of(llm, ids):
     return torch.where((ids == IMAGE)[..., None], place.sin() * 0.2, embeds)
 
 
-def forward(llm, drop, ids, mask=None, **kwargs):
+def forward(llm, drop, ids, mask=None, dense=False, **kwargs):
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    with nullcontext() if drop is None else running(sequence(ids, mask)) as now:
+    with nullcontext() if drop is None else running(sequence(ids, mask, dense=dense)) as now:
         out = llm.hidden(inputs_embeds=embeds_of(llm, ids), attention_mask=mask, position_ids=positions, **kwargs)
     out.passed = now
     return out
 
 
-def generate(llm, drop, ids, mask=None, **kwargs):
-    told = sequence(ids, mask)
+def generate(llm, drop, ids, mask=None, dense=False, **kwargs):
+    told = sequence(ids, mask, dense=dense)
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_scores": True, **kwargs}
     options |= {"return_dict_in_generate": True}

@@ -10,11 +10,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.conftest import picture, tiny_slots
 from tests.dropping_builders import IMAGE, dropper, embeds_of, forward, kept, row
+from tests.test_inside_contract import dropping, of_columns
 from zoo import registry
 from zoo.checking.checker import check
 from zoo.checking.plan import Plan
 from zoo.composed.generate import Prompt, prompted
 from zoo.fusion.llm.attention import resolve_attention
+from zoo.fusion.pruners.inside.attention_tap import tap_attention
 from zoo.registry import ZooError
 
 EXTRA = {
@@ -30,6 +32,7 @@ EXTRA = {
     "gemma4_unified_text": {"hidden_size_per_layer_input": 0},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
 }
+NOT_DENSE = {"opt", "biogpt", "fuyu", "moshi"}  # positions are added to the embeddings, or computed in each layer
 MOST = 5_000_000  # parameters of a model that is tried
 CPU = torch.device("cpu")
 
@@ -83,6 +86,7 @@ def test_a_family(llm):
         pytest.skip("transformers cannot run it with these sizes")
     answers(llm)
     drops(llm)
+    reads(llm)
 
 
 def attends(llm):
@@ -142,6 +146,31 @@ def drops(llm):
     assert all(torch.equal(a, b) for a, b in zip(kept(hidden), kept(dropped), strict=True))
     shorter, hidden = (out.last_hidden_state[:, -1] for out in (dropped, hidden))
     assert torch.allclose(shorter, hidden, atol=1e-4, rtol=1e-3)
+
+
+def reads(llm):
+    """The layer behind a cut is read as it would attend, and dense positions are those of hiding, or refused."""
+    ids, seen, read = row()[None], [], []
+    try:
+        undo = tap_attention(llm.layers[1], lambda *given: seen.append(given), "test")
+        forward(llm, None, ids)
+        undo()
+        drop = dropping(llm, lambda given: read.append(given) or of_columns(given), after=[0], reads="behind")
+    except ZooError:
+        return
+    forward(llm, drop, ids)
+    drop.detach()
+    torch.testing.assert_close(read[0].key, seen[0][1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(read[0].query[:, :, -1], seen[0][0][:, :, -1], atol=1e-5, rtol=1e-4)
+    found = []
+    for hide in (False, True):
+        drop = dropping(llm, hide=hide, after=[0])
+        try:
+            found.append(forward(llm, drop, ids, dense=True).last_hidden_state[:, -1])
+        except ZooError as error:
+            assert "cannot count positions anew" in str(error) and llm.lm.config.model_type in NOT_DENSE
+        drop.detach()
+    assert not found or torch.allclose(*found, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("attention", ["auto", "eager"])

@@ -240,6 +240,7 @@ class ForwardMixin(ImagesMixin):
             given.block_ids,
             pair_ids=given.pair_ids,
             shift=shift if images.kept is not None else None,
+            dense=self.config.positions == "dense",
         )
         masks = self._masks(now.sequence, given.cache)
         if images.kept is not None or not given.goes_on:

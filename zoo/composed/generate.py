@@ -325,7 +325,8 @@ class Prompt:
         if inside := self.model.inside_pruners:
             mask = inputs.get("attention_mask")
             mask = mask if mask is None else mask[::copies]  # beams of a row share its mask
-            sequence = LLMSequence(index >= 0, mask, None, None, drafts=max(0, start + q - length))
+            drafts, dense = max(0, start + q - length), self.model.config.positions == "dense"
+            sequence = LLMSequence(index >= 0, mask, None, None, drafts=drafts, dense=dense)
             for pruner in inside.values():
                 pruner.begin(sequence)
             inputs[_SEQUENCE] = sequence

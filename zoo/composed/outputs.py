@@ -78,6 +78,7 @@ class LLMSequence:
     pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.text.batch`
     shift: Tensor | None = None  # (B, T) of `position_ids`, see `zoo.composed.positions`; None: nothing was added
     drafts: int = 0  # columns at the end, behind the prompt, that are guesses of assisted decoding
+    dense: bool = False  # positions behind a layer that drops tokens count those left (`positions` of the model)
 
     def image_index(self) -> Tensor | None:
         """Return the image token, counted over the batch, at each column kept: (B, K), -1 for text."""

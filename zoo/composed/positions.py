@@ -2,8 +2,9 @@
 
 `dense`: positions count the tokens kept, as in the releases of FasterVLM, VisPruner and PyramidDrop. `kept`: each image
 token has its position in the prompt without a pruner, and the text behind an image continues from there (EVS, DART). So
-the result equals that of the unpruned prompt with the dropped tokens hidden from attention. Tokens that are dropped
-between layers of the LLM keep their positions with either.
+the result equals that of the unpruned prompt with the dropped tokens hidden from attention. The same holds for tokens
+that are dropped between layers of the LLM: the layers behind count those left, or give them the positions that they had
+(`zoo.fusion.pruners.inside.layer_arguments`).
 
 Kept is the default: without training, shipped models of clothes lose a fraction of what they lose with dense positions,
 those of scenes as much (`zoo bench positions`, docs/efficiency.md).

@@ -47,7 +47,7 @@ class AIMConfig:
     steps: int = 5  # PageRank steps along attention, at least 1
     damping: float = 0.0  # share of each step that restarts from the uniform start, in [0, 1)
     heads: str = "rms"  # average over heads: rms | mean
-    votes: str = "alive"  # queries whose attention counts: alive | text | last | all (masks instead of dropping; slow)
+    votes: str = "alive"  # queries whose attention counts: alive | text | last | turns | all (masks; slow)
 
     def __post_init__(self) -> None:
         if not 0 < self.merge_ratio <= 1:
@@ -164,8 +164,8 @@ class AIM(DropsInside, nn.Module):
         def budget(layer: int, total: Tensor) -> Tensor:
             return _left(total, layer, start, stop)
 
-        hide = self.config.votes == "all"
-        self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, hide))
+        votes = self.config.votes
+        self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, votes == "all", votes=votes))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the FLOPs of scoring one prompt with `tokens` in each layer."""
@@ -181,7 +181,7 @@ class AIM(DropsInside, nn.Module):
         reached = attention_flow(
             given.query,
             given.key,
-            given.tokens.start(c.votes),
+            given.votes,
             scaling=given.scaling,
             steps=c.steps,
             temperature=c.temperature,

@@ -121,7 +121,7 @@ def walk(
     places = [lse] * 3  # placeholders, which kernels without SIGHT do not read
     if sight is not None:
         tokens = sight.tokens
-        places = [tokens.column, tokens.segment, tokens.segment.masked_fill(~tokens.seen, -1)]
+        places = [tokens.place, tokens.segment, tokens.segment.masked_fill(~tokens.seen, -1)]
         places = [x.to(torch.int32).contiguous() for x in places]
     log2e = 1 / math.log(2)
     where = (query, key, *query.stride()[:3], *key.stride()[:3], *places)

@@ -25,18 +25,31 @@ class AttentionInputs:
     """Input of a pruner's scores: a layer's queries and keys, and the positions that they belong to."""
 
     layer: int  # 0 the first
-    query: Tensor  # (B, H, L, d), after rotation
+    query: Tensor  # (B, H, L, d), after rotation; behind the cut 0 in rows without a vote
     key: Tensor  # (B, H_kv, L, d)
     scaling: float  # of the scores
     softcap: float | None
     tokens: TokenSequence  # the positions
     window: int | None  # of the layer, None where it does not bind
+    ballot: str | Tensor = "last"  # a word of `VOTES`, or one vote for each column (B, T) of the unshortened sequence
+
+    @property
+    def votes(self) -> Tensor:
+        """The votes of the queries, (B, L) float32; a layer read behind the cut has queries where these are not 0."""
+        return votes_of(self.ballot, self.tokens)
 
     @property
     def visible(self) -> VisibilityMask | None:
         """Visibility beyond causality, for `attention_flow`; None for plain causal attention."""
         plain = self.tokens.whole and not self.tokens.packed and self.window is None
         return None if plain else VisibilityMask(self.tokens, self.window)
+
+
+def votes_of(ballot: str | Tensor, tokens: TokenSequence) -> Tensor:
+    """Return the votes of the tokens left: (B, L) float32."""
+    if isinstance(ballot, str):
+        return tokens.start(ballot)
+    return ballot.gather(1, tokens.column) * tokens.seen
 
 
 Attended = AttentionInputs  # its earlier name, which plug-ins may import
@@ -51,7 +64,7 @@ def tap_attention(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], 
     Raises:
         ZooError: the layer has no attention module.
     """
-    module: Any = next((m for m in layer.modules() if hasattr(m, "config") and "Attention" in type(m).__name__), None)
+    module = attention_of(layer)
     if module is None:
         raise ZooError(f"{who} finds no attention in the layers.")
     _register()
@@ -63,6 +76,11 @@ def tap_attention(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], 
     # transformers looks the function up by the config's name in every call, and this layer has its own config object.
     module.config = _ScoredConfig(own, watcher)
     return undo
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """Return the attention module of a decoder layer, None if it has none."""
+    return next((m for m in layer.modules() if hasattr(m, "config") and "Attention" in type(m).__name__), None)
 
 
 class _ScoredConfig:

@@ -1,17 +1,20 @@
 """Drop image tokens inside an unmodified decoder of transformers, by hooks alone: shorter sequences, shorter caches.
 
-A pruner defines after which layers tokens are dropped, how many are kept and how they are scored. Before the first
-shorter layer the hidden states are gathered; later layers get matching rotary tables and masks, and their caches stay
-shorter, through every strategy of transformers' `generate`. Tokens keep their positions, so dropping computes exactly
-what masking them as keys would. Text and padding are never candidates, nor are tokens that predict: the last one, and
-in training those before a label. Labels are gathered with the tokens.
+A pruner defines after which layers tokens are dropped and which are kept: by scores and a budget, or by a choice of its
+own. Before the first shorter layer the hidden states are gathered; later layers get matching rotary tables and masks
+(`layer_arguments`), and their caches stay shorter, through every strategy of transformers' `generate`. Text and padding
+are never candidates, nor are tokens that predict: the last one, and in training those before a label. Labels are
+gathered with the tokens.
 
-Scores use the layer's queries and keys after rotation, without changing its attention kernel
-(`zoo.fusion.pruners.inside.attention_tap`).
+Tokens keep their positions, so dropping computes exactly what masking them as keys would; in a model with
+`positions=dense` those of the tokens left are counted anew from each cut on.
 
-State of a prompt is kept in the current pass (`zoo.registry.forward_pass`) and on the cache that continues it, never on
-the pruner. A prompt may be followed by drafts of assisted decoding: they attend like the prompt's last token and do not
-vote on what is dropped.
+Scores use queries and keys after rotation, without changing the attention kernel: those of the layer before the cut
+while it runs (`attention_tap`), or those that the layer behind it would have if nothing were dropped (`layer_reading`).
+
+State of a prompt (`pruned_prompt`) is kept in the current pass (`zoo.registry.forward_pass`) and on the cache that
+continues it, never on the pruner. A prompt may be followed by drafts of assisted decoding: they attend like the last
+token of the prompt and do not vote on what is dropped.
 
 Nothing is dropped before layer 0, since transformers counts positions by its cache. Refused, because results would be
 wrong: caches of fixed size and quantised ones, several dialogs behind one image, layers that are not attention, flash
@@ -19,62 +22,25 @@ kernels with a sliding window in effect, the balance loss of an MoE LLM, a compi
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask
 from zoo.fusion.llm.decoder import decoder_of
-from zoo.fusion.pruners.inside.attention_tap import AttentionInputs, tap_attention
+from zoo.fusion.pruners.inside.attention_tap import AttentionInputs, tap_attention, votes_of
 from zoo.fusion.pruners.inside.droppable import require_cache, require_family
-from zoo.fusion.pruners.inside.sequence import TokenSequence
+from zoo.fusion.pruners.inside.layer_arguments import LayerArguments
+from zoo.fusion.pruners.inside.layer_reading import Reached, read_layer, reading_flops
+from zoo.fusion.pruners.inside.pruned_prompt import Choice, LayerCut, PrunedPrompt
+from zoo.fusion.pruners.inside.sequence import TokenSequence, of_first
 from zoo.registry import InsidePruner, ZooError
 from zoo.registry.forward_pass import Pass, current
 from zoo.registry.versions import cache_in
 
-
-@dataclass
-class PrunedPrompt:
-    """One prompt while it passes through the layers, and later the content of its cache."""
-
-    total: int  # length of the unshortened prompt
-    layers: list[TokenSequence]  # tokens of each layer
-    budget: Tensor  # (B, samples) image tokens that entered the LLM
-    copies: int = 1  # consecutive rows that are copies of one prompt (beams)
-    drafts: int = 0  # columns after the prompt in this pass
-    cut: int = -1  # first layer that is shorter or masked; -1: none so far
-    labelled: Any = None  # the sequence whose labels are gathered with the tokens
-    past: int = 0  # tokens in the cache before this pass
-    new: Tensor | None = None  # (B, q) mask of non-padding tokens in this decoding step; None if there is no padding
-    scoring: int | None = None  # layer whose attention is being scored
-    scores: dict[int, Tensor] = field(default_factory=dict)  # (B, L) of each layer whose attention was scored
-    masks: dict[Any, Any] = field(default_factory=dict)
-    rotary: list[tuple[Any, TokenSequence, Any]] = field(default_factory=list)
-
-    def settle(self) -> None:
-        """Remove the drafts after the prompt's pass: accepted ones are counted as decoded tokens."""
-        if self.drafts:
-            self.layers = [tokens.without_last(self.drafts) for tokens in self.layers]
-        self.drafts, self.scoring = 0, None
-        self.masks.clear()
-        self.rotary.clear()
-
-    def kept(self) -> list[Tensor]:
-        """Say which columns each layer saw of the prompt: (B, T) bool for each layer."""
-        self.settle()
-        shape = len(self.layers[0].seen), self.total
-        seen = [x.column.new_zeros(shape).scatter(1, x.column, x.seen.long()) for x in self.layers]
-        return [x.bool() for x in seen]
-
-    def scored(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Say for each layer that was scored which columns (B, L) of the prompt it saw, and their scores (B, L)."""
-        self.settle()
-        columns = {layer: self.layers[layer].column for layer in self.scores}
-        return {layer: (seen, self.scores[layer][:, : seen.shape[1]]) for layer, seen in columns.items()}
+__all__ = ["AttentionInputs", "Choice", "Dropper", "DropsInside", "LayerCut", "PrunedPrompt"]
 
 
 class Dropper:
@@ -84,9 +50,14 @@ class Dropper:
         llm: the language model part.
         who: the pruner, for messages.
         after: layers, counted from 0, after which tokens are dropped.
-        budget: (layer, image tokens that entered (B, samples)) -> number of tokens to keep, (B, samples).
-        score: queries and keys of a layer -> scores (B, L), higher is better.
+        budget: (layer before the cut, image tokens that entered (B, samples)) -> how many to keep, (B, samples).
+        score: queries and keys of a layer -> scores (B, L), higher is better; or a pair of scores and the budget
+            (B, samples), where that depends on them. Without gradient, once per prompt.
         hide: mask tokens in attention instead of dropping them: the slow reference.
+        choose: the cut -> the image tokens to keep (B, L) bool, or a `Choice` with new hidden states for some of them;
+            with gradients. None: the best scores, as many as the budget.
+        reads: the layer whose queries and keys are scored: the one before the cut, or behind it.
+        votes: of the scores: a word of `VOTES`, or the LLM's input -> votes (B, T), once per prompt, without gradient.
     """
 
     def __init__(
@@ -94,13 +65,17 @@ class Dropper:
         llm: Any,
         who: str,
         after: list[int],
-        budget: Callable[[int, Tensor], Tensor],
-        score: Callable[[AttentionInputs], Tensor],
+        budget: Callable[[int, Tensor], Tensor] | None = None,
+        score: Callable[[AttentionInputs], Tensor | tuple[Tensor, Tensor]] | None = None,
         hide: bool = False,
+        *,
+        choose: Callable[[LayerCut], Tensor | Choice] | None = None,
+        reads: Literal["before", "behind"] = "before",
+        votes: str | Callable[[LayerCut], Tensor] = "last",
     ) -> None:
         self.llm, self.who, self.after, self.hide = llm, who, frozenset(after), hide
-        self.budget, self.score = budget, score
-        self.config = llm.lm.config.get_text_config()
+        self.budget, self.score, self.choose, self.reads, self.votes = budget, score, choose, reads, votes
+        self.arguments = LayerArguments(llm, who)
         self._undo: list[Callable[[], None]] = []
         require_family(who, llm.lm)
         if outside := sorted(x for x in self.after if not 0 <= x < llm.num_layers - 1):
@@ -126,10 +101,14 @@ class Dropper:
             names = list(inspect.signature(layer.forward).parameters)
             handle = layer.register_forward_pre_hook(partial(self._before, number, names), with_kwargs=True)
             self._undo.append(handle.remove)
-            if number in self.after:
+            if self.score is not None and number - (self.reads == "behind") in self.after:
                 self._undo.append(
                     tap_attention(layer, partial(self._score, number), f"{self.who} in {type(lm).__name__}")
                 )
+
+    def reading_flops(self, tokens: Sequence[int]) -> int:
+        """Count the FLOPs of reading the layers behind the cuts, for one prompt with `tokens` in each layer."""
+        return sum(reading_flops(self.llm.layers[i + 1], tokens[i]) for i in self.after)
 
     def detach(self) -> None:
         """Remove the hooks from the LLM."""
@@ -161,14 +140,38 @@ class Dropper:
         """Score the attention of layer `number` once per prompt; recomputation in backward does not score again."""
         now = current()
         run = None if now is None else now.dropped
-        if run is None or run.scoring != number or number in run.scores:
-            return
+        if run is not None and run.reading:
+            raise Reached(query, key, scaling, softcap)
+        if run is not None and run.scoring == number and number not in run.scores:
+            self._note(run, number, number, Reached(query, key, scaling, softcap))
+
+    def _note(self, run: PrunedPrompt, cut: int, number: int, read: Reached) -> None:
+        """Score the cut behind layer `cut` by queries and keys of layer `number`."""
+        query, key, scaling = read.query.detach(), read.key.detach(), read.scaling
+        tokens, window = run.layers[cut], self.arguments.window(number, run)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        tokens, window = run.layers[number], self._window(number, run)
         # Scores only rank tokens: a gradient through them would reach no parameter, and keep q and k alive.
         with torch.no_grad():
-            given = AttentionInputs(number, query.detach(), key.detach(), scaling, softcap, tokens, window)
-            run.scores[number] = self.score(given)
+            given = AttentionInputs(number, query, key, scaling, read.softcap, tokens, window, run.votes)
+            assert self.score is not None, "only layers that are scored are tapped"
+            made = self.score(given)
+        if isinstance(made, tuple):
+            made, run.counts[cut] = made
+        run.scores[cut] = made
+
+    def _read(self, run: PrunedPrompt, number: int, layer: nn.Module, given: dict[str, Any], name: str) -> None:
+        """Score the layer behind a cut at its input, before anything is dropped."""
+        tokens = run.layers[number - 1]
+        moved: dict[str, Any] = {"attention_mask": None, "mask": None}
+        if run.cut >= 0 and (tokens.dense or not self.hide):
+            moved = self.arguments.positions(run, tokens, given, moved)
+        voters = votes_of(run.votes, tokens).ne(0).any(0).nonzero()[:, 0]
+        run.reading = True
+        try:
+            read = read_layer(layer, name, given | {k: v for k, v in moved.items() if k in given}, voters)
+        finally:
+            run.reading = False
+        self._note(run, number - 1, number, read)
 
     # ---- layers ------------------------------------------------------------------------------------------------
 
@@ -192,11 +195,17 @@ class Dropper:
         # Cleared in every layer: recomputation of a scored layer in backward must not score again.
         run.scoring = None
         if not run.past:
-            hidden = self._enter(run, number, hidden)
-            run.scoring = number if number in self.after and bool(run.budget.any()) else None
+            hidden = self._enter(run, number, layer, given, names[0])
+            scored = self.reads == "before" and number in self.after and bool(run.budget.any())
+            run.scoring = number if scored else None
         if run.cut < 0 or number < run.cut:
-            return None
-        changed = self._decode(run, number, hidden, cache) if run.past else self._prefill(run, number, hidden, given)
+            if hidden is given[names[0]]:
+                return None
+            changed: dict[str, Any] = {}  # new rows, and nothing was dropped
+        elif run.past:
+            changed = self.arguments.decode(run, number, hidden, cache, given)
+        else:
+            changed = self.arguments.prefill(run, number, hidden, given, self.hide)
         if run.past and all(given.get(name) is value for name, value in changed.items()):
             return None
         # Arguments go back in the form they came, positional or by keyword: checkpointing passes some positionally.
@@ -246,7 +255,8 @@ class Dropper:
             )
         drafts = getattr(sequence, "drafts", 0)
         segments = getattr(sequence, "segment_ids", None)
-        tokens = TokenSequence.of(image, sequence.attention_mask, segments, labels, drafts)
+        dense = getattr(sequence, "dense", False)
+        tokens = TokenSequence.of(image, sequence.attention_mask, segments, labels, drafts, dense)
         count = tokens.count()
         # `generate` repeats rows for beams and returned sequences after the sequence was described.
         copies = len(hidden) // len(image)
@@ -255,15 +265,17 @@ class Dropper:
         labelled = sequence if labels is not None else None
         return PrunedPrompt(length - drafts, [tokens], count, copies, drafts, labelled=labelled)
 
-    def _enter(self, run: PrunedPrompt, number: int, hidden: Tensor) -> Tensor:
-        """Note the tokens of this layer; after a scored layer, choose them and gather the hidden states."""
-        if number == 0:
-            return hidden
+    def _enter(self, run: PrunedPrompt, number: int, layer: nn.Module, given: dict[str, Any], name: str) -> Tensor:
+        """Note the tokens of this layer; behind a cut, choose them and gather the hidden states."""
+        hidden: Tensor = given[name]
         tokens = run.layers[-1]
+        if number == 0:
+            run.votes = self._ballot(LayerCut(0, hidden.detach(), tokens, run.budget, copies=run.copies))
+            return hidden
         if number - 1 in self.after and bool(run.budget.any()):
-            if number - 1 not in run.scores:
-                raise ZooError(f"{self.who} cannot read the attention of {type(self.llm.lm).__name__}.")
-            keep = tokens.choose(run.scores[number - 1], self.budget(number - 1, run.budget), run.copies)
+            if self.score is not None and self.reads == "behind":
+                self._read(run, number, layer, given, name)
+            keep, hidden = self._cut(run, number, hidden).chosen(self.choose, self.who)
             if bool((keep != tokens.seen).any()):
                 run.cut = number if run.cut < 0 else run.cut
                 if self.hide:
@@ -280,81 +292,25 @@ class Dropper:
         run.layers.append(tokens)
         return hidden
 
-    def _prefill(self, run: PrunedPrompt, number: int, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        tokens, window = run.layers[number], self._window(number, run)
-        if window not in run.masks:
-            run.masks[window] = self._mask(tokens, window, hidden)
-        changed: dict[str, Any] = {"attention_mask": run.masks[window]} if "attention_mask" in given else {}
-        changed |= {"mask": run.masks[window]} if "mask" in given else {}
-        if self.hide:
-            return changed
-        # Every other argument as long as the sequence would silently be misaligned with the gathered states.
-        for name, value in given.items():
-            if name in ("position_embeddings", "position_ids") and value is not None:
-                changed[name] = self._moved(run, tokens, value)
-            elif name not in changed and name != "hidden_states" and _has_length(value, run.total + run.drafts):
-                raise ZooError(
-                    f"{self.who} cannot shorten {name!r}, an argument of {type(self.llm.lm).__name__} layers."
-                )
-        return changed
+    @torch.no_grad()
+    def _ballot(self, start: LayerCut) -> str | Tensor:
+        """Return the votes of the scores: a word, or (B, T) as the pruner chooses them at the LLM's input."""
+        if isinstance(self.votes, str):
+            return self.votes
+        votes = self.votes(start)
+        if votes.shape != start.tokens.seen.shape:
+            raise ZooError(f"{self.who} gives votes {list(votes.shape)} for {list(start.tokens.seen.shape)} tokens.")
+        return of_first(votes.float(), start.copies)
 
-    def _moved(self, run: PrunedPrompt, tokens: TokenSequence, value: Any) -> Any:
-        """Select the rows of rotary tables or position ids of the tokens left; layers share the result."""
-        # Keyed by identity: the decoder computes its tables once and passes the same objects to every layer.
-        for whole, of, moved in run.rotary:
-            if whole is value and of is tokens:
-                return moved
-        run.rotary = [entry for entry in run.rotary if entry[1] is tokens]
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        moved = tuple(_rows(x, tokens.column) for x in parts)
-        result = moved if isinstance(value, (tuple, list)) else moved[0]
-        run.rotary.append((value, tokens, result))
-        return result
-
-    def _mask(self, tokens: TokenSequence, window: int | None, hidden: Tensor) -> Tensor | None:
-        name = self.config._attn_implementation
-        plain = tokens.whole and not tokens.packed and window is None
-        if plain and (name in ("sdpa", ZOO_EAGER) or name.startswith("flash")):
-            return None  # plain causal attention: kernels are faster without a mask
-        if name.startswith("flash") and not tokens.packed and window is None:
-            return tokens.seen.long()
-        return as_backend_mask(tokens.prefill_mask(window), name, _dtype(hidden))
-
-    def _decode(self, run: PrunedPrompt, number: int, hidden: Tensor, cache: Any) -> dict[str, Any]:
-        """Build the mask of a decoding step over this layer's shorter cache."""
-        tokens, name = run.layers[number], self.config._attn_implementation
-        held = cache.layers[number]
-        # Tokens decoded so far: what this layer's cache holds beyond the prompt's tokens left in this layer.
-        cached, past = held.keys.shape[-2], int(held.get_seq_length()) - tokens.column.shape[1]
-        new, b = run.new, hidden.shape[0]
-        if new is None:
-            new = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        if len(tokens.seen) != b:  # rows were repeated after the prompt's pass
-            tokens = tokens.repeat(b // len(tokens.seen))
-        total = run.total + past + new.shape[1]
-        window = self._window(number, run, total)
-        if hidden.shape[1] == 1 and tokens.whole and window is None and run.new is None:
-            return {"attention_mask": None}  # a single query attends to the whole cache
-        if name.startswith("flash") and window is None:
-            seen = torch.cat([tokens.seen, new.new_ones(b, past), new], 1)
-            return {"attention_mask": seen.long()}
-        mask = tokens.decode_mask(new, past, run.total, cached, window)
-        return {"attention_mask": as_backend_mask(mask, name, _dtype(hidden))}
-
-    def _window(self, number: int, run: PrunedPrompt, total: int | None = None) -> int | None:
-        """Return the sliding window of a layer, or None if the sequence fits into it."""
-        kinds = getattr(self.config, "layer_types", None)
-        window = getattr(self.config, "sliding_window", None)
-        if kinds and kinds[number] != "sliding_attention":
-            window = None
-        if not window or (total or run.total) <= window:
-            return None
-        if self.config._attn_implementation.startswith("flash"):
-            raise ZooError(
-                f"{self.who} cannot shorten layers whose sliding window of {window} is exceeded by the sequence of "
-                f"{total or run.total}: flash kernels would count the window in the tokens left. Set attention=sdpa."
-            )
-        return int(window)
+    def _cut(self, run: PrunedPrompt, number: int, hidden: Tensor) -> LayerCut:
+        """Describe the cut before layer `number`."""
+        before, tokens = number - 1, run.layers[-1]
+        if self.score is not None and before not in run.scores:
+            raise ZooError(f"{self.who} cannot read the attention of {type(self.llm.lm).__name__}.")
+        budget = run.counts.get(before)
+        if budget is None and self.budget is not None:
+            budget = self.budget(before, run.budget)
+        return LayerCut(number, hidden, tokens, run.budget, run.scores.get(before), budget, run.copies)
 
 
 class DropsInside(InsidePruner):
@@ -391,19 +347,3 @@ class DropsInside(InsidePruner):
     def kept(self, passed: Pass) -> list[Tensor]:
         """Say which columns each layer saw of the prompt of a pass: (B, T) bool for each layer; empty: it had none."""
         return [] if passed.dropped is None else passed.dropped.kept()
-
-
-def _rows(table: Tensor, column: Tensor) -> Tensor:
-    """Select the rows `column` (B, K) of a table (B or 1, T, ...)."""
-    index = column.view(*column.shape, *[1] * (table.dim() - 2)).expand(-1, -1, *table.shape[2:])
-    return table.expand(len(column), *table.shape[1:]).gather(1, index)
-
-
-def _has_length(value: Any, length: int) -> bool:
-    parts = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(x, Tensor) and length in x.shape[1:] for x in parts)
-
-
-def _dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

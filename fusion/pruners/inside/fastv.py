@@ -79,7 +79,7 @@ class FastV(DropsInside, nn.Module):
         return attention_flow(
             given.query,
             given.key,
-            given.tokens.start("last"),
+            given.votes,
             scaling=given.scaling,
             visible=given.visible,
             softcap=given.softcap,
