@@ -55,6 +55,62 @@ def test_lmms_eval_gets_the_models_answers(lmms_eval, folder):
     assert adapter.generate_until(requests) == expected
 
 
+@pytest.mark.parametrize(
+    ("pruner", "words"),
+    [
+        ("fastervlm:keep_ratio=0.25", ["pruner=[fastervlm]", "pruner.fastervlm.keep_ratio=0.25"]),
+        ("fastervlm:num_keep=5:score=column_mean", ["pruner=[fastervlm]", "pruner.fastervlm.num_keep=5",
+                                                    "pruner.fastervlm.score=column_mean"]),
+        ("pool", ["pruner=[pool]"]),
+        ("null", ["pruner=null"]),
+        (None, []),
+        ("", []),
+        ("fastervlm:llava15_144 + aim", ["pruner=[fastervlm,aim]", "pruner.fastervlm.preset=llava15_144"]),
+    ],
+)  # fmt: skip
+def test_a_pruner_in_one_text_is_the_words_of_load(pruner, words):
+    from zoo.evaluation.harness_options import pruner_words
+
+    assert pruner_words(pruner) == words and pruner_words(pruner, "dense") == [*words, "positions=dense"]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "message"),
+    [
+        ("fastrvlm", "Did you mean 'fastervlm'"),
+        ("fastervlm:keep_ratio=", "'keep_ratio=' is neither"),
+        ("fastervlm::", "'' is neither"),
+        ("fastervlm:keep_rato=0.5", "Did you mean 'keep_ratio'"),
+        ("fastervlm:llava15_145", "No preset of pruner 'fastervlm' named 'llava15_145'"),
+    ],
+)
+def test_a_pruner_that_cannot_be_read_is_named(lmms_eval, folder, pruner, message):
+    with pytest.raises(zoo.ZooError, match=message):
+        lmms_eval.ZooLmms(model=f"dir:{folder}", pruner=pruner)
+
+
+@pytest.mark.parametrize("positions", ["kept", "dense"])
+def test_harnesses_prune_as_load_does(lmms_eval, folder, positions, tmp_path):
+    """Both harnesses, against the words of `zoo.load`; positions make a difference to the model's logits."""
+    from zoo.evaluation.vlmevalkit import ZooVLM
+
+    words = ["pruner=[fastervlm]", "pruner.fastervlm.keep_ratio=0.25", f"positions={positions}"]
+    model = zoo.load(f"dir:{folder}", *words)[0]
+    photo = build.photo(40, 60)
+    options = {"pruner": "fastervlm:keep_ratio=0.25", "positions": positions, "max_new_tokens": 5}
+    ours = lmms_eval.ZooLmms(model=f"dir:{folder}", **options)
+    kit = ZooVLM(model_path=f"dir:{folder}", **options)
+    requests, ours.task_dict = asked(["is it red?"], photo)
+    photo.save(tmp_path / "photo.png")
+    message = [{"type": "image", "value": str(tmp_path / "photo.png")}, {"type": "text", "value": "is it red?"}]
+    expected = model.chat("is it red?", image=photo, max_new_tokens=5)
+    assert ours.generate_until(requests) == [expected.split("\n\n")[0]] and kit.generate_inner(message) == expected
+    assert ours.processor.num_image_tokens == kit.processor.num_image_tokens == 4
+    assert {ours.model.config.positions, kit.model.config.positions, model.config.positions} == {positions}
+    with pytest.raises(zoo.ZooError, match="Unknown model_args prunner; there are model, pruner"):
+        lmms_eval.ZooLmms(model=f"dir:{folder}", prunner="pool")
+
+
 def test_lmms_eval_likelihoods_are_those_of_the_labels(lmms_eval, folder):
     adapter = lmms_eval.ZooLmms(model=f"dir:{folder}")
     photo = build.photo(40, 60)

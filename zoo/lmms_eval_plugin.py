@@ -1,6 +1,7 @@
 """The entry point of lmms-eval (group `lmms_eval.models`): the name `zoo`, and the module of its class.
 
     python -m lmms_eval --model zoo --model_args model=llava15_7b,dtype=bfloat16 --tasks pope
+    python -m lmms_eval --model zoo --model_args model=llava15_7b,pruner=fastervlm:llava15_144 --tasks pope
 
 The rest of the zoo is imported only when lmms-eval asks for the model.
 """

@@ -9,6 +9,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from zoo.composed.outputs import LOSS_ALONE
+from zoo.evaluation.harness_options import pruner_words
 from zoo.evaluation.predict import Question, answer
 from zoo.loading.build import load
 from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError
@@ -19,7 +20,9 @@ class ZooLmms(lmms):
 
     Args:
         model: as for `zoo.load`: a preset, `dir:<folder>`, `hub:<org>/<name>`.
-        overrides: further options, separated by semicolons: `pruner=[fastervlm];pruner.fastervlm.keep_ratio=0.25`.
+        pruner: `fastervlm:keep_ratio=0.25`, `fastervlm:llava15_144`, `null`, ...: see `pruner_words`.
+        positions: of image tokens that a pruner left: kept or dense.
+        overrides: further options, separated by semicolons: `vision.layer=-1;adapter=null`.
         batch_size: dialogs at once.
         device, dtype, attention: see `zoo.load`.
         max_new_tokens: of tasks that do not set it.
@@ -31,6 +34,8 @@ class ZooLmms(lmms):
         self,
         model: str = "scenes_tiny",
         overrides: str = "",
+        pruner: str | None = None,
+        positions: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
@@ -40,8 +45,10 @@ class ZooLmms(lmms):
     ) -> None:
         super().__init__()
         if kwargs:
-            raise ZooError(f"Unknown model_args {', '.join(sorted(kwargs))}: model, overrides, dtype, attention, ...")
-        words = [word for word in str(overrides).split(";") if word]  # lmms-eval splits model_args at commas
+            known = "model, pruner, positions, overrides, device, dtype, attention, max_new_tokens"
+            raise ZooError(f"Unknown model_args {', '.join(sorted(kwargs))}; there are {known}.")
+        words = pruner_words(pruner, positions)
+        words += [word for word in str(overrides).split(";") if word]  # lmms-eval splits model_args at commas
         self.model, self.processor = load(model, *words, device=device, dtype=dtype, attention=attention)
         self.batch_size = 1 if batch_size == "auto" else int(batch_size)
         self.max_new_tokens = int(max_new_tokens)

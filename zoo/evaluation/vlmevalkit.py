@@ -3,6 +3,7 @@
 from functools import partial
 from zoo.evaluation.vlmevalkit import ZooVLM
 supported_VLM["llava15_7b_zoo"] = partial(ZooVLM, model_path="llava15_7b", dtype="bfloat16")
+supported_VLM["llava15_7b_zoo_144"] = partial(ZooVLM, model_path="llava15_7b", pruner="fastervlm:llava15_144")
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,9 @@ class ZooVLM(_base()):  # type: ignore[misc]
 
     Args:
         model_path: as for `zoo.load`: a preset, `dir:<folder>`, `hub:<org>/<name>`.
-        overrides: further options, such as `pruner=[fastervlm]`.
+        pruner: `fastervlm:keep_ratio=0.25`, `fastervlm:llava15_144`, `null`, ...: see `pruner_words`.
+        positions: of image tokens that a pruner left: kept or dense.
+        overrides: further options, as words: `["adapter=null"]`.
         max_new_tokens: maximum length of an answer.
         options: `device`, `dtype`, `attention` of `zoo.load`.
     """
@@ -40,12 +43,15 @@ class ZooVLM(_base()):  # type: ignore[misc]
         model_path: str = "scenes_tiny",
         overrides: Sequence[str] = (),
         max_new_tokens: int = 256,
+        pruner: str | None = None,
+        positions: str | None = None,
         **options: Any,
     ) -> None:
+        from zoo.evaluation.harness_options import pruner_words
         from zoo.loading.build import load
 
         super().__init__()
-        self.model, self.processor = load(model_path, *overrides, **options)
+        self.model, self.processor = load(model_path, *pruner_words(pruner, positions), *overrides, **options)
         self.max_new_tokens = max_new_tokens
 
     def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
