@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from zoo.claims.reader import DENSE
+
 PRUNERS = ("fastervlm", "random", "visionzip", "divprune", "fastv", "aim merged to")
 
 
 def curves(tokens: int, kept: Sequence[int], title: str) -> Callable[[Mapping[str, list[float]], Path], None]:
-    """Return what draws all pruners; lines are means of the seeds, bands their lowest and highest.
+    """Return what draws all pruners: lines are means of the seeds, bands their range, dotted lines dense positions.
 
     Args:
         tokens: of a picture, whole.
@@ -35,12 +37,14 @@ def _draw(tokens: int, kept: Sequence[int], title: str, found: Mapping[str, list
         mean, low, high = zip(*map(ends, names), strict=True)
         costs = [found[f"{n}, MFLOPs"][0] for n in names]
         for axis, x in ((left, [float(n) for n in (tokens, *kept)]), (right, costs)):
-            axis.plot(x, mean, marker="o", markersize=3, label=pruner.removesuffix(" to"))
+            (line,) = axis.plot(x, mean, marker="o", markersize=3, label=pruner.removesuffix(" to"))
             axis.fill_between(x, low, high, alpha=0.15)
-    for name in (n for n in found if n.startswith("pool") and "MFLOPs" not in n):
+            dense = [mean[0], *(ends(f"{n}, {DENSE}")[0] for n in names[1:])]
+            axis.plot(x, dense, linestyle=":", linewidth=1, color=line.get_color())
+    for name in (n for n in found if n.startswith("pool") and "MFLOPs" not in n and DENSE not in n):
         for axis, at in ((left, float(name.split()[1])), (right, found[f"{name}, MFLOPs"][0])):
             axis.plot([at], [ends(name)[0]], marker="s", color="grey", linestyle="", label="pool")
-    inside = [n for n in found if n.startswith("aim") and "none from" in n and "MFLOPs" not in n]
+    inside = [n for n in found if n.startswith("aim") and "none from" in n and "MFLOPs" not in n and DENSE not in n]
     costs = [found[f"{n}, MFLOPs"][0] for n in inside]
     right.scatter(costs, [ends(n)[0] for n in inside], marker="x", color="black", label="aim, none in the last layers")
     entered = [float(n.split()[3].strip(",")) if "merged" in n else float(tokens) for n in inside]

@@ -4,8 +4,9 @@ An encoder with [CLS] learns from [CLS] alone; its tokens and row are those of t
 projector and a language model learn to answer questions from all tokens. A question is one token, and so is its answer.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from zoo.benches.flops import flop_counter
 from zoo.claims.experiment import Run
 from zoo.claims.steps import train
+from zoo.composed.image_path import checksum_of
 from zoo.composed.outputs import LLMSequence
 from zoo.registry import ImageFeatures, build
 from zoo.registry.forward_pass import running
 
+DENSE = "dense positions"  # of a row
 VISION, WIDTH = 48, 64  # widths of the encoder and of the language model
 
 
@@ -80,21 +83,38 @@ class Reader(nn.Module):
     def look(self, pixels: Tensor) -> ImageFeatures:
         """Encode pictures (n, 3, S, S), or films (n, F, 3, S, S) frame by frame, with all that pruners ask for."""
         wanted = frozenset({"cls_attention", "key_attention", "keys", "prefix_tokens"})
-        image: ImageFeatures = self.vision(pixels.flatten(0, -4), need=frozenset() if self.training else wanted)
-        return image
+        pixels = pixels.flatten(0, -4)
+        if self.training:
+            return self.vision(pixels)
+        return replace(self.vision(pixels, need=wanted), checksum=checksum_of(pixels))
 
-    def forward(self, image: ImageFeatures, asked: Tensor, pruners: Sequence[Any] = ()) -> Tensor:
-        """Give logits of the answers (n, answers) to one question (n,) about each picture or film."""
+    def forward(self, image: ImageFeatures, asked: Tensor, pruners: Sequence[Any] = (), kept: bool = True) -> Tensor:
+        """Give logits of the answers (n, answers) to one question (n,) about each picture or film.
+
+        Args:
+            image: of all frames.
+            asked: the questions.
+            pruners: ahead of the projector, or inside the language model.
+            kept: whether tokens that are left have the positions that they had.
+        """
         for pruner in pruners:
             image = pruner(image)
-        n = len(asked)
+        n, whole = len(asked), math.prod(self.vision.grid)
+        image = image.placed(whole)
         tokens = self.projector(image).reshape(n, -1, WIDTH)  # (n, F * K, W)
+        frames = len(image.tokens) // n
+        first = whole * torch.arange(frames).unsqueeze(-1)  # (F, 1)
+        places = (image.places.unflatten(0, (n, frames)) + first).flatten(1)  # (n, F * K)
+        places = torch.cat([places, places.new_full((n, 1), whole * frames)], 1)
+        if not kept:
+            places = torch.arange(places.shape[1]).expand_as(places)
         question = self.llm.embed(asked.unsqueeze(1))  # (n, 1, W)
         k = tokens.shape[1]
         slots = torch.cat([torch.ones(n, k), torch.zeros(n, 1)], dim=1).bool()
-        sequence = LLMSequence(slots, torch.ones(n, k + 1, dtype=torch.long), None, None)
-        with running(sequence):
-            hidden = self.llm.hidden(inputs_embeds=torch.cat([tokens, question], dim=1)).last_hidden_state
+        mask = torch.ones(n, k + 1, dtype=torch.long)  # without it, gaps are taken for borders of packed samples
+        embeds = torch.cat([tokens, question], dim=1)
+        with running(LLMSequence(slots, mask, places, None)):
+            hidden = self.llm.hidden(inputs_embeds=embeds, attention_mask=mask, position_ids=places).last_hidden_state
         logits: Tensor = self.llm.head(hidden[:, -1])[:, self.questions :]
         return logits
 
@@ -127,7 +147,7 @@ def learnt_reader(source: Any, vision: Any, words: tuple[int, int], run: Run, si
 
 @torch.no_grad()
 def answered(
-    model: Reader, image: ImageFeatures, asked: Tensor, wanted: Tensor, chain: Sequence[dict[str, Any]]
+    model: Reader, image: ImageFeatures, asked: Tensor, wanted: Tensor, chain: Sequence[dict[str, Any]], kept: bool
 ) -> tuple[Tensor, float]:
     """Ask behind a chain of pruners: which answers are right (n, questions), and MFLOPs of the LLM for one of them.
 
@@ -136,6 +156,7 @@ def answered(
         asked: questions about each picture (n, questions).
         wanted: their answers, likewise.
         chain: nodes of pruners.
+        kept: positions of the tokens that they leave.
     """
     h, w = model.vision.grid
     pruners = [build("pruner", node, vision_dim=VISION, grid=(h, w), num_tokens=h * w, llm=model.llm) for node in chain]
@@ -147,10 +168,10 @@ def answered(
             at: list[int] = []
             handles = [model.llm.layers[0].register_forward_pre_hook(lambda *_: at.append(counter.get_total_flops()))]
             handles += [model.llm.layers[-1].register_forward_hook(lambda *_: at.append(counter.get_total_flops()))]
-            right = [model(image, questions[0][0], pruners).argmax(-1) == questions[0][1]]
+            right = [model(image, questions[0][0], pruners, kept).argmax(-1) == questions[0][1]]
         for handle in handles:
             handle.remove()
-        right += [model(image, question, pruners).argmax(-1) == answer for question, answer in questions[1:]]
+        right += [model(image, question, pruners, kept).argmax(-1) == answer for question, answer in questions[1:]]
     finally:
         for pruner in pruners:
             pruner.detach()
@@ -178,8 +199,9 @@ def each_ratio(tokens: int, kept: Sequence[int], draws: int) -> dict[str, Chains
 
 
 def ask(run: Run, model: Reader, image: ImageFeatures, test: dict[str, Tensor], arms: dict[str, Chains]) -> None:
-    """Add accuracy and MFLOPs behind every arm: the mean over its chains."""
+    """Add accuracy and MFLOPs behind every arm, the mean over its chains, with kept and with dense positions."""
     for name, chains in run.arms(arms):
-        answers = [answered(model, image, test["asked"], test["answers"], chain) for chain in chains]
-        accuracy = sum(float(right.float().mean()) for right, _ in answers) / len(answers)
-        run.add({name: accuracy, f"{name}, MFLOPs": answers[0][1]})
+        for kept in (True, False) if any(chains) else (True,):
+            answers = [answered(model, image, test["asked"], test["answers"], chain, kept) for chain in chains]
+            accuracy = sum(float(right.float().mean()) for right, _ in answers) / len(answers)
+            run.add({name: accuracy, f"{name}, MFLOPs": answers[0][1]} if kept else {f"{name}, {DENSE}": accuracy})

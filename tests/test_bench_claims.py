@@ -28,7 +28,7 @@ from zoo.registry import ZooError
 
 BOUNDS = {"pool": 3, "pruning": 5, "pruning_fashion": 4, "pruning_film": 4, "vlora": 3, "mole": 2, "moextend": 4}
 BOUNDS |= {"pool_cells": 0, "mole_domains": 0, "moextend_clothes": 1, "vlora_clothes": 1}
-BOUNDS |= {"llava_kd_clothes": 8, "llava_mod_clothes": 6, "distill_pruned_clothes": 8}
+BOUNDS |= {"llava_kd_clothes": 8, "llava_mod_clothes": 6, "distill_pruned_clothes": 16}
 REAL = {claim: needed for claim in BOUNDS if (needed := experiment(claim).data)}
 
 
@@ -187,9 +187,10 @@ def test_other_claims_of_distillation_are_judged_seed_by_seed():
     equal = found["distilled fine-tuning over the control at equal compute"]
     assert equal.reached is False and equal.what.endswith("at equal compute, least of the seeds")
     ways = ("taught with the pruner", "supervised with the pruner", "taught, pruned afterwards")
-    rows = {f"{way}, {ratio}": 0.5 for way in ways for ratio in distill_pruned.RATIOS}
+    kinds = [f"{r}{end}" for end in distill_pruned.POSITIONS.values() for r in distill_pruned.RATIOS]
+    rows = {f"{way}, {kind}": 0.5 for way in ways for kind in kinds}
     found = judged("distill_pruned", [rows | {f"{ways[0]}, 0.25": 0.4}])
-    assert [r.reached for r in found.values()] == [True, False, True, True] * 2
+    assert [r.reached for r in found.values()] == [True, False, True, True] * 2 + [True] * 8
 
 
 def _rows(words, tmp_path):
