@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from zoo.registry.errors import ZooError
 from zoo.registry.llm_parts import Adapter, Distiller, LanguageModel
 from zoo.registry.part import ModelPart, Part, derived
 
@@ -96,6 +97,22 @@ class Encoder(ModelPart):
     def read_files(self, folder: Path) -> None:
         """Read what `write_files` wrote. Called when a model is loaded from a folder."""
 
+    @derived
+    def own_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of its images before `resize`: pinpoints of a layout are multiples of it."""
+        return self.transform.size
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Take images of `grid` patches from now on, fewer than before.
+
+        Changes `grid`, `num_tokens` and `transform.size`, and no weights: positions are interpolated in `forward`.
+        Called when a model is built, for a pruner in front of the encoder; perhaps before weights are read.
+
+        Raises:
+            ZooError: it cannot. The default.
+        """
+        raise ZooError("it takes images of one size only: its class has no `resize`")
+
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel, by its name in transformers. Called when a model is built or changed."""
 
@@ -132,6 +149,24 @@ class Pruner(ModelPart):
     its `num_tokens(n)` is n, and marks in `valid` those that stay. A class attribute."""
     per_image: bool = False
     """Whether `forward` gets the rows of one image at a time, crops or frames, for one budget over all of them."""
+    front: bool = False
+    """Whether it acts in front of the encoder, by `encoder_grid` or `frame_share`. It is then built ahead of the other
+    pruners, for the encoder's own grid, and its `forward` gets what the changed encoder made. A class attribute."""
+    frame_share: float = 1.0
+    """Share of a video's frames that are read, in (0, 1]; asked of one with `front`."""
+
+    def encoder_grid(self, grid: tuple[int, int], tokens: Callable[..., int | None]) -> tuple[int, int]:
+        """Choose the (h, w) of patches that images are made for, of an encoder whose own is `grid`.
+
+        Called for a pruner with `front` when the encoder is built, ahead of its weights and of all other parts. The
+        encoder, its image transform and the parts behind it then have the grid that is returned.
+
+        Args:
+            grid: of the encoder.
+            tokens: `tokens(grid)` counts what an image takes in the LLM, at most, if the encoder had that grid;
+                `tokens(grid, kept=k)` if a pruner left k tokens of each of its rows; None: parts behind do not take it.
+        """
+        return grid
 
     @abstractmethod
     def num_tokens(self, n: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,18 @@ class Tower(Encoder, nn.Module):
         """Read the tokenizer of the text tower, unless its checkpoint gave one."""
         if self.text is not None and self.text.words is None:
             self.text.words = read_words(folder / FOLDER)
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Take images of `grid` patches from now on; positions are interpolated as `image_size` does it.
+
+        Raises:
+            ZooError: the tower has tables for one size.
+        """
+        for runner in self._runners():
+            runner.resize(grid)
+        self.grid = grid
+        height, width = (side * patch for side, patch in zip(grid, self.runner.patch, strict=True))
+        self.transform = replace(self.transform, size=(height, width))
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel: eager, sdpa, or another one that the library supports."""

@@ -32,6 +32,7 @@ class ConvStem(nn.Module):
         self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.flatten = True  # False: forward keeps rows and columns, (M, h, w, D)
         layers: list[nn.Module] = []
         width = in_chans
         for step in reversed(range(steps)):  # widths D/4, D/2, D for patches of 8
@@ -48,4 +49,4 @@ class ConvStem(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         # Channels last saves a tenth of a small encoder's step on CPU; tokens then need no copy either.
         x = self.layers(pixel_values.contiguous(memory_format=torch.channels_last))  # (M, D, h, w)
-        return x.flatten(2).transpose(1, 2)  # (M, N, D)
+        return x.flatten(2).transpose(1, 2) if self.flatten else x.movedim(1, -1)  # (M, N, D) or (M, h, w, D)

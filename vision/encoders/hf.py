@@ -195,7 +195,7 @@ class HFRunner(Runner):
         self.hidden_size = spec.hidden_size
         self.num_prefix = int(family.has_cls) * (1 + getattr(spec, "num_register_tokens", 0))
         patch = side(spec.patch_size)
-        self.grid = (size // patch, size // patch)
+        self.patch, self.grid = (patch, patch), (size // patch, size // patch)
         self.interpolate = not family.any_size and size != side(getattr(spec, "image_size", size))
         self.num_blocks = len(blocks)
         self.has_cls, self.has_scores = family.has_cls, self.num_blocks > 0 and self.gives_scores(self.num_blocks)
@@ -203,6 +203,9 @@ class HFRunner(Runner):
             self.listen_to(self.num_blocks)
         if self.pooling is not None:
             self.final_norm().register_forward_pre_hook(self._keep_before_norm)
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        self.grid, self.interpolate = grid, not self.family.any_size
 
     def attention(self, block: int) -> Any:
         blocks = reduce(getattr, self.family.blocks.split("."), self.tower)

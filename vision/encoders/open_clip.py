@@ -112,13 +112,19 @@ class OpenClipRunner(Runner):
             raise ZooError("The final norm of this encoder comes after its pooling: norm must be false.")
         self.tower, self.norm = tower, norm
         self.hidden_size = tower.transformer.width
-        self.grid = tuple(tower.grid_size)
+        self.grid, self.patch, self.resized = tuple(tower.grid_size), tuple(tower.patch_size), False
         self.num_blocks = len(tower.transformer.resblocks)
         self.has_scores = self.gives_scores(self.num_blocks)
         if self.has_scores:
             self.listen_to(self.num_blocks)
 
+    def resize(self, grid: tuple[int, int]) -> None:
+        self.grid, self.resized = grid, True
+
     def encode(self, pixel_values: Tensor) -> Tensor:
+        if self.resized:
+            _, (tokens,) = self.tower.transformer.forward_intermediates(self._embed(pixel_values), indices=[self.index])
+            return self.tower.ln_post(tokens) if self.norm else tokens  # (M, 1 + N, D)
         out = self.tower.forward_intermediates(
             pixel_values,
             indices=[self.index],
@@ -128,6 +134,18 @@ class OpenClipRunner(Runner):
             output_extra_tokens=True,
         )
         return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)  # (M, 1 + N, D)
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """Embed patches and [CLS] with resampled positions, which open_clip does only when it reads a checkpoint."""
+        from timm.layers import resample_abs_pos_embed
+
+        tower = self.tower
+        patches = tower.conv1(pixel_values).flatten(2).transpose(1, 2)  # (M, N, D)
+        first = tower.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        own = tower.positional_embedding.unsqueeze(0)  # (1, 1 + N0, D)
+        positions = resample_abs_pos_embed(own, new_size=list(self.grid), old_size=list(tower.grid_size))
+        x = torch.cat([first, patches], dim=1) + positions.to(patches.dtype)
+        return tower.ln_pre(tower.patch_dropout(x))
 
     def attention(self, block: int) -> Any:
         return self.tower.transformer.resblocks[block - 1].attn

@@ -60,6 +60,7 @@ class Runner:
     grid: tuple[int, int]
     has_cls: bool  # whether the first token is [CLS]
     has_scores: bool  # whether the last block's scores are plain q.k, without a bias or gate
+    patch: tuple[int, int]  # (height, width) of a patch in pixels
     depth: int  # blocks of the whole encoder
     num_blocks: int  # of them, those that run
 
@@ -111,6 +112,14 @@ class Runner:
         Returns:
             The queries (M, H, P + N, d), or those of [CLS] alone if only they are needed; the keys (M, H, P + N, d);
             the scale.
+        """
+        raise NotImplementedError
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Run on images of `grid` patches from now on; weights stay, positions are interpolated in `encode`.
+
+        Raises:
+            ZooError: the tower has tables for one size.
         """
         raise NotImplementedError
 

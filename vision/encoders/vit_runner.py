@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.registry import ZooError
 from zoo.vision.encoders.attention_scores import pooling_head
+from zoo.vision.encoders.conv_stem import ConvStem
 from zoo.vision.encoders.runner import QueryKey, Runner, block_count
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
@@ -44,7 +45,7 @@ class TimmRunner(Runner):
         self.tower, self.index, self.norm = tower, last, norm
         self.hidden_size = tower.embed_dim
         self.num_prefix = tower.num_prefix_tokens
-        self.grid = (grid[0], grid[1])
+        self.grid, self.patch, self.name = (grid[0], grid[1]), tuple(tower.patch_embed.patch_size), name
         self.num_blocks = len(tower.blocks)
         self.has_cls = getattr(tower, "cls_token", None) is not None and self.num_prefix > 0
         self.has_scores = self.gives_scores(self.num_blocks)
@@ -63,6 +64,19 @@ class TimmRunner(Runner):
             intermediates_only=True,
         )
         return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out  # (M, P + N, D)
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Let timm resample positions in forward, as models made with `dynamic_img_size` do."""
+        from timm.layers import Format, PatchEmbed
+
+        tower, embed = self.tower, self.tower.patch_embed
+        if not (hasattr(tower, "dynamic_img_size") and isinstance(embed, (PatchEmbed, ConvStem))):
+            raise ZooError(f"{self.name!r} is a {type(tower).__name__}, which has tables for images of one size")
+        tower.dynamic_img_size = True
+        embed.flatten, embed.strict_img_size, embed.output_fmt = False, False, Format.NHWC
+        if hasattr(rope := getattr(tower, "rope", None), "update_feat_shape"):
+            rope.update_feat_shape(list(grid))
+        self.grid = grid
 
     def attention(self, block: int) -> Any:
         return getattr(self.tower.blocks[block - 1], "attn", None)

@@ -19,8 +19,10 @@ from zoo.registry.versions import BY_PILLOW
 from zoo.vision.images.decode import open_image
 from zoo.vision.images.video import read_video
 
-_OURS = ("call", "whole_if_several", "processor_class")  # our keys among the values of a processor
+# Our keys among the values of a processor.
+_OURS = ("call", "whole_if_several", "processor_class", "sizes", "frame_share")
 
+_SIZES = ("size", "crop_size", "max_image_size", "image_grid_pinpoints")  # values in pixels
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
@@ -37,7 +39,8 @@ class Pictures:
 
     Args:
         config: values of the processor as it saves them, with `image_processor_type`; also `call`, options of its call,
-            and `whole_if_several`: do not cut an image that is one of several of a sample.
+            `whole_if_several`: do not cut an image that is one of several of a sample, and `sizes`: the encoder's own
+            size and the smaller one of its images, each (height, width); images are cut as for the former.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -46,7 +49,7 @@ class Pictures:
     @cached_property
     def processor(self) -> Any:
         """The processor of transformers, built on first use (each data worker builds its own)."""
-        return processor_of(self.config)
+        return processor_of(resized(self.config))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -65,7 +68,8 @@ class Pictures:
         image = open_image(source, where)
         whole = several and self.config.get("whole_if_several")
         given = [[image, image]] if whole else [image]  # such a processor does not cut if a sample has several images
-        out = self.processor(images=given, return_tensors="pt", **{**self.config.get("call", {}), **(options or {})})
+        call = {**self.config.get("call", {}), **as_cut(self.config, (image.height, image.width)), **(options or {})}
+        out = self.processor(images=given, return_tensors="pt", **call)
         pixels = out["pixel_values"]
         pixels = pixels[0] if pixels.ndim == 5 else pixels  # (R, 3, h, w)
         grid = tuple(int(out[key][0][0]) for key in ("rows", "cols")) if "rows" in out else (1, 1)
@@ -74,13 +78,16 @@ class Pictures:
 
 
 class Videos(Pictures):
-    """A video processor of transformers: selected frames, each prepared as an image."""
+    """A video processor of transformers: selected frames, each prepared as an image.
+
+    Its values may have `sizes`, as those of `Pictures`, and `frame_share`: the share of the selected frames to read.
+    """
 
     def __call__(
         self, source: Any, where: str = "", several: bool = False, options: Mapping[str, Any] | None = None
     ) -> Picture:
         """Read and normalise the frames of a `Video`."""
-        clip = read_video(source)
+        clip = read_video(source, self.config.get("frame_share", 1.0))
         out = self.processor(videos=[clip.frames], do_sample_frames=False, return_tensors="pt")
         pixels = out["pixel_values_videos" if "pixel_values_videos" in out else "pixel_values"][0]  # (F, 3, h, w)
         height, width = clip.frames.shape[1:3]
@@ -109,6 +116,43 @@ def processor_of(config: Mapping[str, Any]) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ZooError(f"{name} does not take the values that the model states: {error}") from error
+
+
+def resized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a processor with all sizes in pixels scaled as `sizes` asks."""
+    if "sizes" not in config:
+        return dict(config)
+    (own, _), (size, _) = config["sizes"]
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: scaled(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [scaled(v) for v in value]
+        return None if value is None else max(1, round(value * size / own))
+
+    return {key: scaled(value) if key in _SIZES else value for key, value in config.items()}
+
+
+def as_cut(config: Mapping[str, Any], image: tuple[int, int]) -> dict[str, Any]:
+    """Return options that cut an image, (height, width), into the crops that it has at the encoder's own size.
+
+    Smaller crops would otherwise be more crops: processors choose those that show most of an image's pixels.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    if "sizes" not in config:
+        return {}
+    if config.get("image_grid_pinpoints"):
+        best = select_best_resolution(image, config["image_grid_pinpoints"])
+        return {"image_grid_pinpoints": resized({**config, "image_grid_pinpoints": [list(best)]})["image_grid_pinpoints"]}
+    if config.get("call", {}).get("crop_to_patches"):
+        from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+        most = [config.get(key, few) for key, few in (("min_patches", 1), ("max_patches", 12))]
+        columns, rows = get_optimal_tiled_canvas(image, tuple(config["sizes"][0]), *most)
+        return {"min_patches": columns * rows, "max_patches": columns * rows}
+    return {}
 
 
 def stack(pictures: Sequence[Tensor | Picture]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ read and the next one needed, so that a few frames of a long clip cost a few dec
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -77,6 +78,18 @@ class Video:
         return chosen
 
 
+@dataclass(frozen=True)
+class _Thinned(Video):
+    """A share of the frames that a video of these options shows."""
+
+    share: float = 1.0
+
+    def choose(self, total: int, fps: float) -> list[int]:
+        chosen = super().choose(total, fps)
+        count = max(1, math.floor(len(chosen) * self.share + 0.5))
+        return [chosen[i * len(chosen) // count] for i in range(count)]
+
+
 @dataclass
 class Clip:
     """Decoded frames of a video, with their times."""
@@ -95,13 +108,19 @@ class Clip:
         return self.total / self.fps if self.fps else 0.0
 
 
-def read_video(video: Video | str | Path) -> Clip:
+def read_video(video: Video | str | Path, share: float = 1.0) -> Clip:
     """Read the frames selected by `video`; a path alone means eight frames, evenly.
+
+    Args:
+        video: which frames to read.
+        share: of these frames, in (0, 1]: evenly from the first one, and at least one.
 
     Raises:
         ZooError: the file does not exist, is not a video, has no frames or is broken.
     """
     video = video if isinstance(video, Video) else Video(str(video))
+    if share != 1:
+        video = _Thinned(**vars(video), share=share)
     path = Path(video.path).expanduser()
     if not path.is_file():
         raise ZooError(f"Video {str(path)!r} does not exist or is not a file.")

@@ -68,6 +68,13 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
     name, size = f"vision {node['name']!r}", vision.transform.size
     pixels = torch.stack([torch.zeros(3, *size), torch.rand(3, *size)])  # (2, 3, S, S)
     alone: Any = vision
+
+    def built() -> Any:
+        part = registry.build("vision", node)
+        if vision.own_size != vision.transform.size:
+            part.resize((vision.grid[0], vision.grid[1]))
+        return part
+
     if isinstance(vision, Tower):  # one block and one image show the shapes: all blocks have them
         if node.get("checkpoint") or node.get("model"):
             return
@@ -75,13 +82,13 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
         requested = frozenset(word for word in requested if "@" not in word and word != "text_tower")
         node, pixels = {**node, "depth": min(1, node.get("depth", 1)), "layer": -1}, pixels[:1]
         with torch.device("meta"):
-            alone = registry.build("vision", node)
+            alone = built()
 
     def run(part: Any, device: str) -> list[ImageFeatures]:
         part.eval()
         return [part(p[None].to(device), need=requested) for p in pixels]
 
-    found = _tried(run, alone, lambda: registry.build("vision", node), name, node)
+    found = _tried(run, alone, built, name, node)
     for image in found or ():
         _compare(name, image.tokens, vision.num_tokens, vision.hidden_size, "num_tokens")
         if image.grid is not None and tuple(image.grid) != tuple(vision.grid):

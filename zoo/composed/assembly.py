@@ -2,7 +2,8 @@
 
 Parts are built in the order vision -> pruners -> projector -> layout -> llm -> adapters. Along the way the number of
 image tokens, the grid, the width and the set of capabilities that hold are kept, and the first part that does not fit
-is refused. `zoo check` does the same on the meta device.
+is refused. `zoo check` does the same on the meta device. Pruners in front of the encoder (`zoo.composed.front`) come
+ahead of the others.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from zoo import registry
+from zoo.composed.front import in_front, put_in_front
 from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Part, Projector, Pruner, ZooError
 from zoo.registry.part import base_of, block_of
 
@@ -228,7 +230,8 @@ def _acts_behind(name: str) -> bool:
 
 def _add_pruners(parts: Parts, slots: Mapping[str, Any], flow: Flow, record_step: Any, behind: bool) -> None:
     """Build the pruners in front of the projector, or those behind it; `flow` is what reaches the first of them."""
-    for name, node in (slots.get("pruner") or {}).items():
+    pruners = slots.get("pruner") or {}
+    for name, node in {**(front := in_front(pruners)), **pruners}.items():
         if _acts_behind(name) != behind:
             continue
         if parts.vision is None:
@@ -237,9 +240,13 @@ def _add_pruners(parts: Parts, slots: Mapping[str, Any], flow: Flow, record_step
             )
         given = {"vision_dim": flow.width, "vision_depth": parts.vision.depth}
         pruner = build_part("pruner", {**node, "name": name}, **given, grid=flow.grid, num_tokens=flow.tokens)
-        vision, n = parts.name_of("vision"), flow.tokens
+        vision = parts.name_of("vision")
         _require("pruner", name, pruner, flow.holds, f"vision {vision!r}", slots, parts.vision.lacks)
         _require_blocks("pruner", name, pruner, parts.vision, vision)
+        if name in front:
+            put_in_front(name, pruner, parts.vision, slots, vision)
+            flow.tokens, flow.grid = parts.vision.num_tokens, (parts.vision.grid[0], parts.vision.grid[1])
+        n = flow.tokens
         flow.tokens = _count("pruner", name, pruner, n)
         if flow.ragged and (flow.tokens != n or behind or pruner.ragged):
             raise _unequal("pruner", name, flow.ragged)
@@ -270,7 +277,7 @@ def _add_layout(parts: Parts, slots: Mapping[str, Any], record_step: Any, **deri
     """Build the layout behind the projector, where the slots name one."""
     if node := slots.get("layout"):
         assert parts.vision is not None, "there is a projector behind it"
-        derived |= {"image_size": parts.vision.transform.size, "encoder_grid": tuple(parts.vision.grid)}
+        derived |= {"image_size": parts.vision.own_size, "encoder_grid": tuple(parts.vision.grid)}
         parts.layout = layout = build_part("layout", node, **derived)
         tokens = _count("layout", node["name"], layout, derived["num_tokens"])
         record_step("layout", node["name"], layout, tokens=tokens, grid=None, width=derived["text_dim"])

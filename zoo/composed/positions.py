@@ -95,7 +95,7 @@ class Unpruned:
         if self.layout is not None:
             given = {"num_tokens": self.row_tokens, "grid": grid if self.row_tokens == self.patches else alone.grid}
             given |= {"text_dim": None, "pruned": self.row_tokens == self.patches and alone.num_tokens(1) == 1}
-            given |= {"image_size": vision.transform.size, "encoder_grid": grid}
+            given |= {"image_size": vision.own_size, "encoder_grid": grid}
             self.whole = build_part("layout", slots["layout"], **given)
             if self.layout.row_tokens is None and type(self.layout).places is Layout.places:
                 raise ZooError(

@@ -1,6 +1,7 @@
 """Options of a model's parts for a saved folder: as they are now, after merges and with checkpoints pinned."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def _vision(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
         return None  # the head needs blocks behind the chosen layer, which num_hidden_layers no longer counts
     node = vision_slot(tower.config, {}, layer=tower.config.num_hidden_layers, norm=bool(given.get("norm")))
     pixels = {"mean": list(transform.mean), "std": list(transform.std), "resample": transform.resample}
-    node |= {"image_size": transform.size[0], "fit": transform.fit, **pixels}
+    own = replace(transform, size=model.vision.own_size)  # before a pruner in front of the encoder made it smaller
+    node |= {"image_size": own.size[0], "fit": transform.fit, **pixels}
     node["frame_tower"] = bool(given.get("frame_tower"))
     apart = {k: given[k] for k in ("text_checkpoint", "text_revision") if given.get(k)}
     node |= apart or _text_sizes(model)
@@ -91,7 +93,7 @@ def _vision(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
         again = build("vision", node)
         again.prepare(model.requested)
     shapes, wanted = ({n: t.shape for n, t in v.state_dict().items()} for v in (again, model.vision))
-    same = shapes == wanted and again.transform == transform and again.grid == model.vision.grid
+    same = shapes == wanted and again.transform == own and (own != transform or again.grid == model.vision.grid)
     return node if same else None
 
 

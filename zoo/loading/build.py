@@ -6,6 +6,7 @@ The steps are always the same: a source (`zoo.settings.source`), its plan, the c
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from zoo.checking.checker import check
 from zoo.checking.plan import plan_for
 from zoo.composed.assembly import assemble
+from zoo.composed.front import frame_share
 from zoo.composed.loader import load_model
 from zoo.composed.model import ZooModel
 from zoo.composed.quantized import quantize
@@ -175,7 +177,8 @@ def _processor(source: Source, model: ZooModel, tokenizer: Any) -> tuple[ZooProc
     """Return the processor of a model, and the generation config beside its weights."""
     folder, slots = source.folder, source.slots
     if folder is None:
-        stated: dict[str, Any] = {"pictures": cut_by(slots["layout"], model.vision.transform if model.vision else None)}
+        own = replace(model.vision.transform, size=model.vision.own_size) if model.vision else None
+        stated: dict[str, Any] = {"pictures": cut_by(slots["layout"], own)}
     else:
         stated = published_options(folder, tokenizer) if source.published else saved_options(folder)
     generation = stated_config(model, folder)
@@ -194,6 +197,7 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
         template: name of a built-in chat template, for a tokenizer with another one.
         stated: `pictures`, `videos`, `video_token` of a published model, and `end_tokens`.
     """
+    stated |= {key: in_front_of(model, stated[key]) for key in ("pictures", "videos") if stated.get(key)}
     known = next((name for name, (text, _) in CHAT_TEMPLATES.items() if text == tokenizer.chat_template), template)
     return ZooProcessor(
         tokenizer,
@@ -204,6 +208,16 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
         unpruned=unpruned_for(model),
         **stated,
     )
+
+
+def in_front_of(model: ZooModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of an image or video processor, with what pruners change in front of the encoder."""
+    values = {key: value for key, value in values.items() if key not in ("sizes", "frame_share")}
+    if model.vision is not None and model.vision.own_size != model.vision.transform.size:
+        values["sizes"] = [list(model.vision.own_size), list(model.vision.transform.size)]
+    if (share := frame_share(model.pruner)) != 1:
+        values["frame_share"] = share
+    return values
 
 
 def layout_for(model: ZooModel) -> dict[str, Any] | None:
