@@ -173,7 +173,8 @@ class Trial:
     def _forward(self, seen: dict[str, Any]) -> None:
         """Losses of a row with an image and a row of text, in training."""
         model, processor, stage = seen["model"], seen["processor"], seen["stage"]
-        samples = [_sample(0, images=1), _sample(1, images=0)]
+        cells = model.vision.num_tokens if model.vision is not None else 16
+        samples = [_sample(0, images=1, cells=cells), _sample(1, images=0)]
         rows = [processor.encode(s) for s in samples]
         distiller = teacher = None
         if stage is not None and stage.distiller:
@@ -265,9 +266,9 @@ def _picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def _sample(i: int, images: int) -> Sample:
+def _sample(i: int, images: int, cells: int = 16) -> Sample:
     content = [{"type": "image"}] * images + [{"type": "text", "text": _QUESTIONS[i]}]
     answer = [{"type": "text", "text": _ANSWERS[i]}]
     dialog = Dialog([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
-    labels = np.random.default_rng(i).integers(0, 3, (images, 16, 7))  # of each cell, as `dense` reads them
+    labels = np.random.default_rng(i).integers(0, 3, (images, cells, 7))  # of each cell, as `dense` reads them
     return Sample(f"s{i}", [_picture(i)] * images, [dialog], {"patch_labels": labels} if images else {})

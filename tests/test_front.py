@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tests.vision_builders import (
     SIZED,

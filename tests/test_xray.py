@@ -1,7 +1,7 @@
 """`zoo inspect`: the views, the picture and the page, which a browser opens where there is one."""
 
-import math
 import json
+import math
 import re
 from dataclasses import replace
 

@@ -1,8 +1,8 @@
 """Make the image smaller before the encoder: the control that every pruner has to beat, at as many tokens.
 
-The encoder runs on a smaller square of patches, with its positions interpolated: it saves its own time too, is blind to
-the question, and keeps the layout. An image that a model cuts into crops is cut as without it, and each crop is smaller;
-so are the frames of a video. Nothing is dropped, so that positions are those of a smaller image. A model was never
+The encoder runs on a smaller square of patches, with its positions interpolated: that saves its own time too, is blind
+to the question, and keeps the layout. An image that a model cuts into crops is cut as without it, and each crop is
+smaller; so are the frames of a video. Nothing is dropped, so positions are those of a smaller image. A model was never
 trained on such images, unless its encoder takes images of any size.
 
 Paper: Liao et al., arXiv:2510.07143 (VTC-Bench), whose code divides the sides of images by a whole number for an

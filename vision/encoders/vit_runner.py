@@ -74,7 +74,8 @@ class TimmRunner(Runner):
             raise ZooError(f"{self.name!r} is a {type(tower).__name__}, which has tables for images of one size")
         tower.dynamic_img_size = True
         embed.flatten, embed.strict_img_size, embed.output_fmt = False, False, Format.NHWC
-        if hasattr(rope := getattr(tower, "rope", None), "update_feat_shape"):
+        rope: Any = getattr(tower, "rope", None)
+        if hasattr(rope, "update_feat_shape"):
             rope.update_feat_shape(list(grid))
         self.grid = grid
 

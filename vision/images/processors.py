@@ -122,16 +122,16 @@ def resized(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a processor with all sizes in pixels scaled as `sizes` asks."""
     if "sizes" not in config:
         return dict(config)
-    (own, _), (size, _) = config["sizes"]
+    return {key: _scaled(value, config["sizes"]) if key in _SIZES else value for key, value in config.items()}
 
-    def scaled(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: scaled(v) for key, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [scaled(v) for v in value]
-        return None if value is None else max(1, round(value * size / own))
 
-    return {key: scaled(value) if key in _SIZES else value for key, value in config.items()}
+def _scaled(value: Any, sizes: Sequence[Sequence[int]]) -> Any:
+    """Scale all numbers of a value by the ratio of two sizes, each (height, width); whole crops stay whole."""
+    if isinstance(value, Mapping):
+        return {key: _scaled(v, sizes) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_scaled(v, sizes) for v in value]
+    return None if value is None else max(1, round(value * sizes[1][0] / sizes[0][0]))
 
 
 def as_cut(config: Mapping[str, Any], image: tuple[int, int]) -> dict[str, Any]:
@@ -143,9 +143,9 @@ def as_cut(config: Mapping[str, Any], image: tuple[int, int]) -> dict[str, Any]:
 
     if "sizes" not in config:
         return {}
-    if config.get("image_grid_pinpoints"):
-        best = select_best_resolution(image, config["image_grid_pinpoints"])
-        return {"image_grid_pinpoints": resized({**config, "image_grid_pinpoints": [list(best)]})["image_grid_pinpoints"]}
+    if pinpoints := config.get("image_grid_pinpoints"):
+        best = select_best_resolution(image, pinpoints)
+        return {"image_grid_pinpoints": [_scaled(best, config["sizes"])]}
     if config.get("call", {}).get("crop_to_patches"):
         from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 

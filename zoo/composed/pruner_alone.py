@@ -49,7 +49,8 @@ def pruner(
         options: of the pruner: `zoo info pruner/<name>`.
 
     Raises:
-        ZooError: the name or an option does not exist, a value does not fit; the pruner acts inside the LLM.
+        ZooError: the name or an option does not exist, a value does not fit; the pruner acts inside the LLM or in
+            front of the encoder.
 
     Example:
         >>> prune = zoo.pruner("divprune", keep_ratio=0.5, grid=(24, 24))
@@ -66,6 +67,8 @@ def pruner(
     )
     if "image_tokens" in part.needs:
         raise ZooError(f"pruner {name!r} acts between layers of the LLM: it needs a composed model, zoo.load(...).")
+    if part.front:
+        raise ZooError(f"pruner {name!r} acts in front of the encoder: it needs a composed model, zoo.load(...).")
     return PrunerAlone(name, part, grid, n, positions).eval()
 
 
