@@ -25,8 +25,9 @@ def alone(name, **given):
 
 
 def before_llm() -> list[str]:
-    """Pruners that act before the LLM."""
-    return [name for name in registry.names("pruner") if "image_tokens" not in registry.get("pruner", name).needs]
+    """Pruners that act on the encoder's features: not inside the LLM, and not in front of the encoder."""
+    found = {name: registry.get("pruner", name) for name in registry.names("pruner")}
+    return [name for name, entry in found.items() if "image_tokens" not in entry.needs and not entry.cls.front]
 
 
 def image_for(**given):
@@ -65,7 +66,7 @@ everything = {"cls_attention": scores(), "key_attention": scores(), "pooling_att
 from zoo.registry import get, names
 
 for name in names("pruner"):
-    if "image_tokens" in get("pruner", name).needs:
+    if "image_tokens" in get("pruner", name).needs or get("pruner", name).cls.front:
         continue
     prune = zoo.pruner(name, grid=(h, w), vision_dim=d, vision_depth=3)
     pruned = prune(torch.randn(m, n, d), **everything)
