@@ -7,7 +7,7 @@
 The pruner is the registered class, and what it returns is the `ImageFeatures` that a composed model would get.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.composed.behind import run
 from zoo.composed.image_path import checksum_of, numbered
 from zoo.composed.positions import gaps_of
 from zoo.registry import ImageFeatures, Pruner, ZooError, build, unknown
@@ -78,18 +79,41 @@ class Pruned:
 
     tokens: Tensor  # (M, K, D)
     positions: Tensor  # (M, K) int64 of each token, the image's first position is 0
-    length: int  # positions that an image takes: N where they are kept, K where they are dense
+    valid: Tensor  # (M, K) bool, the tokens that exist: all, unless the pruner keeps another number of each image
+    lengths: list[int]  # positions that each image takes: N where they are kept, the number of its tokens where dense
     image: ImageFeatures  # all that is known of the tokens, for what follows
 
     @property
+    def counts(self) -> list[int]:
+        """Tokens of each image: its placeholders in a prompt."""
+        counts: list[int] = self.valid.sum(1).tolist()
+        return counts
+
+    @property
     def keep(self) -> Tensor | None:
-        """(M, K) index of each token in the encoder's grid; None: tokens were merged."""
+        """(M, K) index of each token in the encoder's grid; None: tokens were merged, or all are there."""
         return self.image.keep
 
     @property
     def groups(self) -> Tensor | None:
         """(M, N) which token each of the encoder's went into, -1 where it was dropped; None: none was merged."""
         return self.image.groups
+
+    def expand(self, prompts: Sequence[str], token: str) -> list[str]:
+        """Write the image token of prompts as often as each image has tokens.
+
+        Args:
+            prompts: with `token` once for each image, in the order of the images.
+            token: `<image>`, say.
+
+        Raises:
+            ZooError: there are not as many as images.
+        """
+        pieces = [prompt.split(token) for prompt in prompts]
+        if (found := sum(len(x) - 1 for x in pieces)) != len(self.counts):
+            raise ZooError(f"The prompts have {token} {found} times, for {len(self.counts)} images.")
+        counts = iter(self.counts)
+        return [first + "".join(token * next(counts) + piece for piece in rest) for first, *rest in pieces]
 
     def position_ids(self, placeholders: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the positions of whole prompts: (B, T), for an LLM with one position per token.
@@ -98,32 +122,37 @@ class Pruned:
         there is neither a mask nor a cache, and attention then stops there without a warning.
 
         Args:
-            placeholders: (B, T) bool, K true values in a row for each image.
+            placeholders: (B, T) bool, `counts` true values for each image.
             attention_mask: (B, T), 0 at padding.
 
         Raises:
             ZooError: the placeholders and the tokens are not equally many.
         """
-        return prompt_positions(self.positions, self.length, placeholders, attention_mask)
+        return prompt_positions(self.positions[self.valid], self.counts, self.lengths, placeholders, attention_mask)
 
 
 def prompt_positions(
-    positions: Tensor, length: int, placeholders: Tensor, attention_mask: Tensor | None = None
+    positions: Tensor,
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    placeholders: Tensor,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Return the positions of whole prompts, as `Pruned.position_ids`: (B, T).
 
     Args:
-        positions: (M, K) of the tokens of each image.
-        length: positions that an image takes.
+        positions: (S,) of the tokens of all images.
+        counts, lengths: tokens of each image, and positions that it takes.
         placeholders, attention_mask: (B, T).
     """
-    m, k = positions.shape
-    if (found := int(placeholders.sum())) != m * k:
-        raise ZooError(f"The prompts have {found} image placeholders; {m} images of {k} tokens need {m * k}.")
+    if (found := int(placeholders.sum())) != len(positions):
+        what = f"{len(counts)} images have {len(positions)} tokens"
+        raise ZooError(f"The prompts have {found} image placeholders, and {what}.")
     mask = torch.ones_like(placeholders) if attention_mask is None else attention_mask
     column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
-    gaps = gaps_of(positions.flatten(), [k] * m, [length] * m)
-    return column + gaps.shift(numbered(placeholders)).to(column.device)
+    if not counts:
+        return column
+    return column + gaps_of(positions, counts, lengths).shift(numbered(placeholders)).to(column.device)
 
 
 class PrunerAlone(nn.Module):
@@ -141,17 +170,19 @@ class PrunerAlone(nn.Module):
 
     @property
     def kept(self) -> int:
-        """K, the tokens that it leaves of an image, known before any image."""
+        """K, the tokens that it leaves of an image, known beforehand; the most where that depends on the image."""
         return self.part.num_tokens(self.num_tokens)
 
     def forward(self, tokens: Tensor, *, pixel_values: Tensor | None = None, **known: Any) -> Pruned:
         """Prune the tokens of images.
 
         Args:
-            tokens: (M, N, D) of the patches, row by row, without [CLS].
+            tokens: (M, N, D) of the patches, row by row, without [CLS]. For a pruner with `part.behind`: (M, N, C) as
+                they enter the LLM, which it leaves in place, with `Pruned.valid` for those that stay.
             pixel_values: (M, ...), for a pruner that draws for each image; without it, one draw for all.
             known: what the pruner `needs`, by its word, and further fields of `ImageFeatures`: cls_attention=(M, N),
-                keys=(M, N, H, d), prefix=(M, P, D), `**{"key_attention@9": scores}`.
+                keys=(M, N, H, d), prefix=(M, P, D), `**{"key_attention@9": scores}`. `rows` is the number of crops or
+                frames of each image, for a pruner with one budget over all of them.
 
         Raises:
             ZooError: something that it needs is missing, unknown, or of another shape.
@@ -161,14 +192,16 @@ class PrunerAlone(nn.Module):
         image = ImageFeatures(tokens, self.grid, **self._fields(known, (tokens.shape[0], tokens.shape[1])))
         if pixel_values is not None:
             image.checksum = checksum_of(pixel_values)
-        left = self.part(image)
-        if self.positions == "dense":
-            count = left.tokens.shape[1]
-            places = torch.arange(count, device=left.tokens.device).expand(len(left.tokens), -1)
-            return Pruned(left.tokens, places, count, left)
-        left = left.placed(self.num_tokens)
-        assert left.places is not None, "set by `placed`"
-        return Pruned(left.tokens, left.places, self.num_tokens, left)
+        left = run(self.part, image)
+        if self.positions == "kept":
+            left = left.placed(self.num_tokens)
+        valid = left.valid
+        if valid is None:
+            valid = torch.ones(left.tokens.shape[:2], dtype=torch.bool, device=left.tokens.device)
+        if self.positions == "kept":
+            assert left.places is not None, "set by `placed`"
+            return Pruned(left.tokens, left.places, valid, [self.num_tokens] * len(valid), left)
+        return Pruned(left.tokens, (valid.cumsum(1) - 1).clamp(min=0), valid, valid.sum(1).tolist(), left)
 
     def _fields(self, known: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
         """Return fields of `ImageFeatures`, of which none that the pruner needs is missing."""

@@ -47,7 +47,10 @@ def pruner_of(config: Any, positions: str) -> PrunerAlone:
         )
     sizes = {"vision_dim": vision.hidden_size, "vision_depth": vision.num_hidden_layers}
     side = vision.image_size // vision.patch_size
-    return pruner(**options, **sizes, grid=(side, side), positions=positions)
+    found = pruner(**options, **sizes, grid=(side, side), positions=positions)
+    if found.part.ragged or found.part.behind:
+        raise ZooError(f"pruner {found.name!r} keeps another number of each image, which vLLM has to know beforehand.")
+    return found
 
 
 class Info(LlavaProcessingInfo):  # type: ignore[misc]
@@ -162,5 +165,5 @@ class ZooLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
         images, length = int(shown.sum()) // k, self.pruner.num_tokens if self.kept else k
         known = torch.arange(k).repeat(images)
         known[first : first + len(places)] = places
-        positions = prompt_positions(known.view(images, k), length, shown[None])
+        positions = prompt_positions(known, [k] * images, [length] * images, shown[None])
         return positions.expand(3, -1).clone(), images * (length - k)
