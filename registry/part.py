@@ -11,6 +11,8 @@ layout -> llm -> adapter and keeps the set of those that hold. In use:
     keys            keys of the layer's attention                given by encoders whose scores are plain q.k
     text_tower      patches and texts as vectors of one space    given by CLIP and SigLIP that have their text tower
     prefix_tokens   [CLS] and register tokens of the layer       given by encoders that have them
+    projected       tokens behind the projector, to compare      given to pruners where it makes one token of one
+    question        what the prompt asks about its images        given to every part that gets features of images
     image_tokens    images are tokens of the LLM's sequence      given by projectors
     moe             the LLM's feed-forward layers are experts    given by some LLMs
     dense           they are not                                 given by the others

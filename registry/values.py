@@ -26,7 +26,7 @@ POSITIONS = ("auto", "kept", "dense")  # of image tokens that pruners left, see 
 IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
 
 # Fields of `ImageFeatures` with a value for each token.
-_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "valid")
+_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "projected", "valid")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,45 @@ class Cut:
     grid: tuple[int, int] = (1, 1)  # rows and columns of crops, an overview aside
     times: tuple[float, ...] = ()  # of frames, in seconds
     duration: float = 0.0  # of the video, in seconds
+
+
+class Asked(NamedTuple):
+    """What a prompt asks about its images: the last turn of the user before the first answer behind an image."""
+
+    text: str  # of the turn, without images
+    ids: tuple[int, ...] | None = None  # its tokens by the LLM's tokenizer; None: not tokenized
+    images: int | None = None  # of the prompt; None: counted from placeholders
+
+
+@dataclass
+class Question:
+    """What is asked about the images of a batch, for each row of features; parts that need `question` get it."""
+
+    prompts: Tensor  # (M,) int64, which prompt of the batch a row belongs to; rows of one prompt share the question
+    texts: tuple[str, ...] | None = None  # M; None where they are not known
+    ids: Tensor | None = None  # (M, L) tokens by the LLM's tokenizer; None where they are not known
+    mask: Tensor | None = None  # (M, L) bool, False behind the end of a question
+    embeds: Tensor | None = None  # (M, L, C) the LLM's input embeddings of them, without gradient
+    text_embeds: Tensor | None = None  # (M, S, P) float32 by the encoder's text tower, of S pieces; None unless needed
+    text_mask: Tensor | None = None  # (M, S) bool, False behind the last piece
+
+    def picked(self, rows: Tensor | slice) -> Question:
+        """Select rows."""
+        texts = self.texts
+        if texts is not None:
+            texts = texts[rows] if isinstance(rows, slice) else tuple(texts[i] for i in rows.tolist())
+        return replace(self, texts=texts, **{name: x[rows] for name, x in self._tensors().items()})
+
+    @staticmethod
+    def joined(parts: Sequence[Question]) -> Question:
+        """Join the rows of several of one batch."""
+        texts = None if any(p.texts is None for p in parts) else tuple(t for p in parts for t in p.texts or ())
+        names = parts[0]._tensors()
+        whole = {name: _cat(*(getattr(p, name) for p in parts), dim=0) for name in names}
+        return replace(parts[0], texts=texts, **whole)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: x for f in fields(self) if hasattr(x := getattr(self, f.name), "shape")}
 
 
 @dataclass
@@ -68,6 +107,8 @@ class ImageFeatures:
     # (M, N) position of each token in the encoder's own grid; ascending, all different. See `placed`.
     places: Tensor | None = None
     patch_embeds: Tensor | None = None  # (M, N, P) float32 in the space of `text_tower`; None unless a part needs them
+    projected: Tensor | None = None  # (M, N, C) behind the projector, without gradient; None unless a part needs them
+    question: Question | None = None  # what is asked about the images; None unless a part needs it
     # Attention of other blocks than the one that made the tokens, each (M, N) float32, by the word that a part needs:
     # key_attention@9. Empty unless a part needs it.
     block_attention: dict[str, Tensor] = field(default_factory=dict)
@@ -90,6 +131,7 @@ class ImageFeatures:
         tensors = {f.name: x for f in fields(self) if hasattr(x := getattr(self, f.name), "shape")}
         picked: dict[str, Any] = {name: x[rows] for name, x in tensors.items()}
         picked["block_attention"] = {word: scores[rows] for word, scores in self.block_attention.items()}
+        picked["question"] = None if self.question is None else self.question.picked(rows)
         return replace(self, **picked, rows=None, cuts=None, row_kind="image")
 
     @staticmethod
@@ -104,6 +146,8 @@ class ImageFeatures:
         whole: dict[str, Any] = {name: _cat(*(getattr(p, name) for p in parts), dim=0) for name in tensors}
         words = first.block_attention
         whole["block_attention"] = {w: _cat(*(p.block_attention[w] for p in parts), dim=0) for w in words}
+        if first.question is not None:
+            whole["question"] = Question.joined([p.question for p in parts if p.question is not None])
         for name in ("rows", "cuts"):
             known = [getattr(p, name) for p in parts]
             whole[name] = None if any(x is None for x in known) else tuple(x for some in known for x in some)

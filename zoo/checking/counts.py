@@ -3,8 +3,8 @@
 The processor writes `num_tokens` placeholders; without this check a part that returns another number would fail at the
 first batch. Encoders, projectors and language models run on the meta device, without weights; towers of `zoo.vision`
 and language models with a checkpoint are skipped, since their sizes are known to work. What pruners keep depends on the
-image, so they run on synthetic features: of a uniform image, and of one whose patches are all different. A part that
-cannot be run so is left to the first batch.
+image, so they run on synthetic features: of a uniform image, and of one whose patches are all different; one with an
+empty question, one with words. A part that cannot be run so is left to the first batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +19,12 @@ from zoo import registry
 from zoo.composed import behind
 from zoo.composed.assembly import Parts
 from zoo.composed.positions import decided
-from zoo.registry import Cut, Encoder, ImageFeatures, Layout, ZooError
+from zoo.registry import Cut, Encoder, ImageFeatures, Layout, Question, ZooError
 from zoo.vision.encoders.base import Tower
 
 _SMALL = 20_000_000  # parameters of a part that is built in full where it does not run on the meta device
 _HEADS, _KEY = 2, 8  # sizes of the synthetic keys
+_WORDS = 3  # tokens of the synthetic question
 
 
 def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto") -> None:
@@ -44,7 +45,7 @@ def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto"
         if parts.vision is None:
             return
         _check_vision(parts.vision, parts.requested, slots["vision"])
-        images = [_features(parts.vision, parts.requested, even) for even in (True, False)]
+        images = [_about(parts, _features(parts.vision, parts.requested, even), even) for even in (True, False)]
         given: dict[str, Any] = {"vision_dim": parts.vision.hidden_size, "vision_depth": parts.vision.depth}
         ahead = {name: p for name, p in parts.pruner.items() if not p.behind}
         for name, pruner in ahead.items():
@@ -174,6 +175,23 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
     return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]), **known)
 
 
+def _about(parts: Parts, image: ImageFeatures, even: bool) -> ImageFeatures:
+    """Add what pruners may need beside the encoder's features: a question, empty or of words, and projected tokens."""
+    needed = frozenset().union(*(s.needs for s in parts.steps))
+    m, n, width = *image.tokens.shape[:2], parts.llm.hidden_size
+    if "projected" in needed:
+        image = replace(image, projected=(torch.ones if even else torch.randn)(m, n, width))
+    if "question" not in needed:
+        return image
+    words = 0 if even else _WORDS
+    asked = Question(torch.zeros(m, dtype=torch.long), texts=("" if even else "what is it?",) * m)
+    asked.ids, asked.mask = torch.zeros(m, words, dtype=torch.long), torch.ones(m, words, dtype=torch.bool)
+    asked.embeds = torch.randn(1, words, width).expand(m, -1, -1)
+    if "text_tower" in parts.requested:
+        asked.text_embeds, asked.text_mask = torch.randn(1, 1, _KEY).expand(m, -1, -1), asked.mask.new_ones(m, 1)
+    return replace(image, question=asked)
+
+
 def _check_pruner(
     key: str, pruner: Any, node: Mapping[str, Any], images: list[ImageFeatures], given: dict[str, Any], parts: Parts
 ) -> list[ImageFeatures] | None:
@@ -241,7 +259,8 @@ def _check_behind(parts: Parts, nodes: Mapping[str, Any]) -> None:
             rows = rows if one_by_one else ImageFeatures(rows.tokens, None)
             tokens = (torch.ones if even else torch.randn)(cut.rows, n, width)
             about: dict[str, Any] = {"rows": (cut.rows,), "cuts": (cut,), "row_kind": cut.kind}
-            shown.append(replace(rows, tokens=tokens, grid=parts.projected_grid, **about))
+            rows = replace(rows, tokens=tokens, grid=parts.projected_grid, **about)
+            shown.append(_about(parts, rows, even))
         sizes = {"vision_dim": width, "vision_depth": parts.vision.depth, "num_tokens": n, "grid": parts.projected_grid}
 
         def run(part: Any, device: str, shown: list[ImageFeatures] = shown) -> list[ImageFeatures]:

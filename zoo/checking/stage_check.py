@@ -132,11 +132,16 @@ def _drops_inside(model: Any) -> str:
     return next((n for n, p in model.pruner.items() if p.shortens), "")
 
 
+def _asks(model: Any) -> str:
+    """Return the name of the part that needs the question, or nothing."""
+    return next((s.name for s in model.steps if "question" in s.needs), "")
+
+
 def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
     """Return why a row of this stage can hold one dialog only; empty where it can hold several."""
     if stage.pack != "dialogs" or (stage.loss_weights.get("answer", 1.0) == 0 and not stage.teacher):
         return ""  # rows hold one dialog anyway, or the LLM does not run
-    if inside := _drops_inside(model):
+    if inside := _drops_inside(model) or _asks(model):
         return f"pruner {inside!r} chooses image tokens by the question"
     if plan.attention not in _MASKED:
         return f"attention={plan.attention} takes no mask that keeps dialogs apart"

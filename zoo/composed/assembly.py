@@ -20,7 +20,9 @@ from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Par
 from zoo.registry.part import base_of, block_of
 
 # Capabilities that a pruner may need and that hold only once the LLM is built: checked after the adapters.
-CHECKED_AFTER_LLM = frozenset({"image_tokens", "moe"})
+CHECKED_AFTER_LLM = frozenset({"image_tokens", "moe", "projected"})
+# What every part that gets features of images may have.
+ALWAYS = frozenset({"image", "question"})
 # What a library or a plug-in raises for options that it does not check itself.
 _UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
 # What an encoder computes only where a part needs it: attention scores of every image cost memory.
@@ -72,6 +74,11 @@ class Parts:
         """Capabilities that the encoder must compute beside tokens."""
         needed = frozenset().union(*(s.needs for s in self.steps)) if self.steps else frozenset()
         return frozenset(word for word in needed if base_of(word) in ON_REQUEST)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a part needs the question."""
+        return any("question" in s.needs for s in self.steps)
 
     def name_of(self, kind: str) -> str:
         """Registry name of the first part of a kind, or nothing."""
@@ -144,6 +151,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         holds |= {"image_tokens"}
         record_step("projector", name, parts.projector, tokens=tokens, grid=None, width=text_dim)
         one_by_one = tokens == before and parts.projector.num_tokens(1) == 1
+        holds |= {"projected"} if one_by_one else frozenset()
         if flow.ragged and not one_by_one:
             raise _unequal("projector", name, flow.ragged)
         grid_now = grid_now if tokens == before else parts.projector.grid
@@ -190,6 +198,9 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             # VLoRA, say, feeds the image by weights: the LLM's sequence then has no image tokens to prune.
             taker = next((n for n, a in parts.adapter.items() if missing & frozenset(a.excludes)), "")
             source = f"adapter {taker!r}, which takes the image by another way," if taker else ""
+            if missing == {"projected"}:
+                source = "a projector that makes one token of one" if parts.projector is None else ""
+                source = source or f"projector {slots['projector']['name']!r}, which makes new tokens,"
             raise _misfit("pruner", name, missing, holds, source or f"llm {slots['llm']['name']!r}")
         with _named(f"pruner {name!r}"):
             pruner.attach(parts.llm)
@@ -342,7 +353,7 @@ def _require(
 ) -> None:
     """Refuse a part that needs what does not hold; `lacks` has the encoder's reasons, by capability."""
     # A need of a block holds where its base does; `_require_blocks` asks whether the block runs.
-    needs = frozenset(word for word in part.needs if block_of(word) is None or base_of(word) not in holds) - {"image"}
+    needs = frozenset(word for word in part.needs if block_of(word) is None or base_of(word) not in holds) - ALWAYS
     missing = needs - holds - (CHECKED_AFTER_LLM if kind == "pruner" else frozenset())
     if missing:
         destroyers = [

@@ -69,7 +69,7 @@ class Talk:
         batch = self.processor.collate([row], padding_side="left")
         given = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values") if k in batch}
         given = {k: v.to(self.model.device) for k, v in given.items()}
-        given |= {k: batch[k] for k in ("cuts", "images_per_row") if k in batch}
+        given |= {k: batch[k] for k in ("cuts", "images_per_row", "questions") if k in batch}
         # A checkpoint's generation_config may sample; answers of a chat are to be reproducible unless asked otherwise.
         if "do_sample" not in options and not options.get("temperature"):
             options["do_sample"] = False

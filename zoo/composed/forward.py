@@ -51,6 +51,7 @@ class ForwardMixin(ImagesMixin):
         images_per_row: Sequence[int] | None = None,
         cuts: Sequence[Cut] | None = None,
         encoded: tuple[ImageFeatures, ImageFeatures, Tensor | None] | None = None,
+        questions: Sequence[Any] | None = None,
         all_logits: bool = True,
         run_llm: bool = True,
         run_head: bool = True,
@@ -80,6 +81,8 @@ class ForwardMixin(ImagesMixin):
             images_per_row: images of each row; counted from the placeholders where absent.
             cuts: of each image, where images have rows of their own (crops, frames).
             encoded: output of `encode_images`, instead of `pixel_values`.
+            questions: what is asked about the images, a text for each row (or `Asked` of each sample, as the processor
+                writes it), for parts that need it; where absent, read from the ids, see `zoo.composed.question`.
             all_logits: return logits beside a loss; False runs the head only where labels are.
             run_llm: False stops after the projector.
             run_head: False leaves out logits and the answer loss; losses of parts are computed.
@@ -113,12 +116,13 @@ class ForwardMixin(ImagesMixin):
             images_per_row=images_per_row,
             cuts=cuts,
             encoded=encoded,
+            questions=questions,
             all_logits=all_logits,
             run_head=run_head,
             more=further(kwargs, takes, type(self).forward) if kwargs else {},
         )
         with turn_of(self, self.inside_llm), running() as now:
-            images = self._encode(pixel_values, cuts, encoded)  # tokens (M, K, C)
+            images = self._encode(given, asked=run_llm)  # tokens (M, K, C)
             if not run_llm:
                 return ZooOutput(losses={}, passed=now, **images.named)
             given, images = self._leave_out(given, images)

@@ -63,6 +63,7 @@ class GenerateMixin(nn.Module):
         images_per_row: Sequence[int] | None = None,
         cuts: Sequence[Cut] | None = None,
         encoded: tuple[Any, ...] | None = None,
+        questions: Sequence[Any] | None = None,
         generation_config: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -77,6 +78,8 @@ class GenerateMixin(nn.Module):
             images_per_row: needed only where images have no placeholders and rows do not hold one image each.
             cuts: of each image, where images have rows of their own (crops, frames).
             encoded: output of `encode_images`, instead of `pixel_values`.
+            questions: what is asked about the images, a text for each row, for parts that need it; where absent, read
+                from the ids.
             generation_config: of transformers.
             kwargs: its fields, and further arguments of transformers' `generate`: `cache` (or `past_key_values`), a
                 `streamer`, an `assistant_model` (a causal LM, or a composed model of the same tokenizer), ...
@@ -106,7 +109,16 @@ class GenerateMixin(nn.Module):
             past = int(given.get_seq_length())
             kwargs |= cache_argument(given)
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        shown, slots = self._encode(pixel_values, cuts, encoded), self._placeholders(input_ids)
+        prompts = Inputs(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            images_per_row=images_per_row,
+            cuts=cuts,
+            encoded=encoded,
+            questions=questions,
+        )
+        shown, slots = self._encode(prompts), self._placeholders(input_ids)
         if options.get("is_assistant") and shown.kept is None:  # a draft model without images: placeholders are text
             kwargs.pop("mm_encoder_outputs", None)
             slots = torch.zeros_like(slots)
@@ -131,7 +143,7 @@ class GenerateMixin(nn.Module):
         if prompt.image is not None:
             generate_options.check_parts(asked, input_ids.shape[1], self.inside_pruners, self.adapter)
         if isinstance(drafts := kwargs.get("assistant_model"), GenerateMixin):
-            kwargs["assistant_model"] = self._drafting(drafts, input_ids, pixel_values, cuts, images_per_row, prompt)
+            kwargs["assistant_model"] = self._drafting(drafts, prompts, input_ids, images_per_row, prompt)
         if (asked.get("stop_strings") or asked.get("token_healing")) and kwargs.get("tokenizer") is None:
             kwargs["tokenizer"] = self._tokenizer()
         if attention_mask is not None:
@@ -175,9 +187,8 @@ class GenerateMixin(nn.Module):
     def _drafting(
         self,
         drafts: Any,
+        given: Inputs,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        cuts: Sequence[Cut] | None,
         images_per_row: Sequence[int] | None,
         prompt: Prompt,
     ) -> Any:
@@ -188,14 +199,14 @@ class GenerateMixin(nn.Module):
         if drafts is self:
             return prompted(lm, prompt)
         assert self.vision is not None, "the prompt has images"
-        if pixel_values is None or drafts.vision.transform != self.vision.transform:
-            what = "encoded= is of one encoder" if pixel_values is None else "their encoders take other pixels"
+        if given.pixel_values is None or drafts.vision.transform != self.vision.transform:
+            what = "encoded= is of one encoder" if given.pixel_values is None else "their encoders take other pixels"
             raise ZooError(
                 f"The composed model in assistant_model cannot take the images of this one: {what}. Pass its language "
                 "model instead (assistant_model=other.llm.lm), which drafts without them."
             )
         slots = self._placeholders(input_ids)
-        images = drafts.encode_images(pixel_values, cuts)
+        images = drafts._encode(replace(given, encoded=None))
         made = 0 if images.tokens is None else images.tokens.shape[:-1].numel()
         if made != int(slots.sum()):
             raise ZooError(

@@ -5,11 +5,24 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.composed import behind
+from zoo.composed.inputs import Inputs
 from zoo.composed.positions import Unpruned
-from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, Layout, Projector, Pruner, ZooError
+from zoo.composed.question import QuestionMixin
+from zoo.registry import (
+    Adapter,
+    Cut,
+    Encoder,
+    ImageFeatures,
+    LanguageModel,
+    Layout,
+    Projector,
+    Pruner,
+    Question,
+    ZooError,
+)
 
 
 class Encoded(NamedTuple):
@@ -26,7 +39,7 @@ class Encoded(NamedTuple):
         return {"image": self.image, "image_kept": self.kept, "image_tokens": self.tokens}
 
 
-class ImagesMixin(nn.Module):
+class ImagesMixin(QuestionMixin):
     """Runs encoder, pruners, projector and layout, and inserts their tokens in the text."""
 
     config: Any  # ZooConfig
@@ -40,6 +53,7 @@ class ImagesMixin(nn.Module):
     requested: Any
     unpruned: Unpruned | None
     num_image_tokens: int
+    steps: Sequence[Any]
     projected_grid: tuple[int, int] | None  # of the tokens of a row behind the projector
 
     @property
@@ -56,16 +70,21 @@ class ImagesMixin(nn.Module):
         """Whether the encoder takes the kind of each row of pixels."""
         return self.vision is not None and bool(self.vision.by_kind)
 
-    def encode_images(self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None) -> Encoded:
+    def encode_images(
+        self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None, given: Inputs | None = None
+    ) -> Encoded:
         """Run encoder, pruners, projector and layout.
 
         Args:
             pixel_values: (M, 3, S, S).
             cuts: of each image, or of the images of each sample, where images have rows of their own; absent: every row
                 is an image.
+            given: the inputs of the pass, for parts that need the question.
 
         Returns:
-            The encoder's features, these after pruning, and the image tokens (M, K, C), laid out (S, C), or None.
+            The encoder's features, these after pruning, and the image tokens (M, K, C), laid out (S, C), or None. Where
+            parts need the question and it is not known, the encoder's features alone: a pass that is given them as
+            `encoded` goes on from there.
         """
         if self.vision is None:
             raise ZooError("The batch has images, but the model has no vision encoder.")
@@ -74,10 +93,16 @@ class ImagesMixin(nn.Module):
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
         more = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
-        return self.encode_features(self.vision(pixel_values, need=self.requested, **more), cuts, pixel_values)
+        image = self.vision(pixel_values, need=self.requested, **more)
+        question = self._question(given, cuts, image) if given is not None else None
+        return self.encode_features(image, cuts, pixel_values, question)
 
     def encode_features(
-        self, image: ImageFeatures, cuts: Sequence[Cut] | None = None, pixel_values: Tensor | None = None
+        self,
+        image: ImageFeatures,
+        cuts: Sequence[Cut] | None = None,
+        pixel_values: Tensor | None = None,
+        question: Question | None = None,
     ) -> Encoded:
         """Run pruners, projector and layout on the encoder's features: `encode_images` without its first step.
 
@@ -85,6 +110,7 @@ class ImagesMixin(nn.Module):
             image: the encoder's features; a layout's grouping of rows into images is set on it.
             cuts: of each image, where images have rows of their own.
             pixel_values: (M, 3, S, S) of the features, for pruners that draw at random.
+            question: what is asked about the images, for parts that need it; without it their features are not pruned.
         """
         if cuts is None and self.layout is not None:
             assert self.vision is not None, "the features are an encoder's"
@@ -94,10 +120,12 @@ class ImagesMixin(nn.Module):
             image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")
         if pixel_values is not None and any(pruner.draws for pruner in self.pruner.values()):
             image.checksum = checksum_of(pixel_values)
-        kept = image
+        if self.asks and question is None:
+            return Encoded(image)
+        kept = replace(image, question=question)
         ahead, later = self._before_and_behind
         for pruner in ahead:
-            kept = behind.run(pruner, kept)
+            kept = behind.run(pruner, self._projected(pruner, kept))
         if self.unpruned is not None:
             kept = self.unpruned.placed(kept)
         elif kept.valid is not None and kept.keep is not None and self.config.positions == "kept":
@@ -112,19 +140,53 @@ class ImagesMixin(nn.Module):
             kept = replace(kept, valid=made.marks) if same else kept
         return Encoded(image, kept, *behind.laid_out(made, self.layout, cuts))
 
+    def _projected(self, pruner: Pruner, image: ImageFeatures) -> ImageFeatures:
+        """Add the tokens behind the projector, for a pruner that compares those."""
+        if "projected" not in pruner.needs:
+            return image
+        assert self.projector is not None, "the check has seen to it"
+        with torch.no_grad():
+            return replace(image, projected=self.projector(image))
+
+    def _question(self, given: Inputs, cuts: Sequence[Cut] | None, image: ImageFeatures) -> Question | None:
+        """Return what a pass asks about its images; None where no part needs it, or it is not known."""
+        if not self.asks:
+            return None
+        with torch.autocast(image.tokens.device.type, enabled=False):
+            return self.question_of(given, cuts, len(image.tokens), image.tokens.device)
+
     @property
     def _before_and_behind(self) -> tuple[list[Pruner], list[Pruner]]:
         """Pruners in front of the projector, and behind it."""
         later = [p for p in self.pruner.values() if p.behind]
         return [p for p in self.pruner.values() if not p.behind], later
 
-    def _encode(
-        self, pixel_values: Tensor | None, cuts: Sequence[Cut] | None, encoded: tuple[Any, ...] | None
-    ) -> Encoded:
-        """Encode the images of a pass, where there are any and they are not encoded yet."""
-        if encoded is not None:
-            return Encoded(*encoded)
-        return Encoded() if pixel_values is None else self.encode_images(pixel_values, cuts)
+    def _encode(self, given: Inputs, asked: bool = True) -> Encoded:
+        """Encode the images of a pass, where there are any and they are not encoded yet.
+
+        Args:
+            given: the inputs of the pass.
+            asked: whether image tokens are needed; else an unknown question leaves the encoder's features alone.
+
+        Raises:
+            ZooError: a part needs the question, and it is not known.
+        """
+        if given.encoded is not None:
+            found = Encoded(*given.encoded)
+            if found.image is not None and found.kept is None:  # what is kept depends on the question
+                cuts = found.image.cuts or (given.cuts if self.layout is not None else None)
+                found = self.encode_features(found.image, cuts, None, self._question(given, cuts, found.image))
+        elif given.pixel_values is None:
+            return Encoded()
+        else:
+            found = self.encode_images(given.pixel_values, given.cuts, *([given] if self.asks else []))
+        if asked and found.image is not None and found.kept is None:
+            asking = next(s.name for s in self.steps if "question" in s.needs)
+            raise ZooError(
+                f"{asking!r} chooses image tokens by the question, and this pass has none: pass input_ids, or "
+                "questions=[...], a text for each row."
+            )
+        return found
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
         """Return where placeholders of images and videos are: (B, T) bool."""
@@ -256,7 +318,10 @@ class ImagesMixin(nn.Module):
         pixels = torch.zeros(
             1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
         )
-        _, kept, tokens, _ = self.encode_images(pixels)
+        encoded = self.encode_images(pixels)
+        if encoded.kept is None and encoded.image is not None:
+            encoded = self.encode_features(encoded.image, None, pixels, self.no_question(pixels.device))
+        _, kept, tokens, _ = encoded
         assert kept is not None, "images were given"
         return (tokens if tokens is not None else kept.tokens).sum() * 0.0
 

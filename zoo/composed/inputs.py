@@ -45,6 +45,7 @@ class Inputs:
     images_per_row: Sequence[int] | None = None
     cuts: Sequence[Cut] | None = None
     encoded: tuple[Any, ...] | None = None
+    questions: Sequence[Any] | None = None  # str or Asked
     all_logits: bool = True
     run_head: bool = True
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of this LLM

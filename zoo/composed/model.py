@@ -65,7 +65,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             parts = assemble(config.slots or {}, vocab_size=config.text_vocab_size, fill=base)
         self.steps = parts.steps
         self.num_image_tokens = parts.num_image_tokens
-        self.requested, self.projected_grid = parts.requested, parts.projected_grid
+        self.requested, self.projected_grid, self.asks = parts.requested, parts.projected_grid, parts.asks
         self.decided = decided(parts, config.slots or {}, config.positions)
         config.positions, self.unpruned = self.decided.positions, self.decided.unpruned
         self.vision = parts.vision

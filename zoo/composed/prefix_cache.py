@@ -35,10 +35,11 @@ class PrefixCache:
     def serves(model: Any) -> bool:
         """Whether prefixes of one length have keys and values of one length, which depend on the prefix alone.
 
-        Not so with a pruner inside the LLM, with one whose count depends on the image, and with adapters.
+        Not so with a pruner inside the LLM, with one whose count depends on the image or that chooses by the question,
+        and with adapters.
         """
         other = any(isinstance(p, InsidePruner) or p.ragged or p.behind for p in model.pruner.values())
-        return bool(model.num_image_tokens) and not other and not len(model.adapter)
+        return bool(model.num_image_tokens) and not other and not model.asks and not len(model.adapter)
 
     def read(self, prefixes: Sequence[Prefix]) -> bool:
         """Compute the prefixes that are not cached yet; returns whether this LLM can be cached."""

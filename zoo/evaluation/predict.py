@@ -142,7 +142,8 @@ class _Pictures:
             return to_device(stack([self.pixels[i] for i in which]), self.model.device)
         index = torch.tensor(which, device=self.model.device)
         image, kept, tokens, valid = self.encoded
-        picked = image.picked(index), kept.picked(index)
+        # What is kept is None where it depends on the question.
+        picked = image.picked(index), None if kept is None else kept.picked(index)
         return {"encoded": Encoded(*picked, *(None if x is None else x[index] for x in (tokens, valid)))}
 
 
@@ -179,7 +180,8 @@ def _options(model: Any, processor: Any, q: Question, pictures: _Pictures) -> li
         answered = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
         shown = pictures.show(q.sample)
         ids, last = processor.tokenize_dialog(answered, q.sample.id, shown, only_last=True)
-        row = EncodedSample(ids, last, [], gap=processor.gap_of(ids, shown))
+        asked = processor.asked(answered, only_last=True)
+        row = EncodedSample(ids, last, [], gap=processor.gap_of(ids, shown), asked=asked)
         rows.append((option, require_room(row, model.llm.max_positions)))
     return rows
 
@@ -217,6 +219,7 @@ def _generate(
             out = model.generate(**both, cache=prefixes.rows([p.prefix for p in chunk]))
         else:
             images = [i for p in chunk for i in p.images]
+            both |= {"questions": batch["questions"]} if "questions" in batch else {}
             out = model.generate(**both, images_per_row=[len(p.images) for p in chunk], **pictures.batch(images))
         new = out[:, batch["input_ids"].shape[1] :].tolist()
         texts |= {i: reader.read(ids) for p, ids in zip(chunk, new, strict=True) for i in groups[p]}
@@ -279,4 +282,5 @@ def _join(parts: list[Encoded]) -> Encoded:
     if any(x is not None for x in valid):  # an image without marks keeps all of its tokens
         valid = tuple(t.new_ones(t.shape[:2]).bool() if x is None else x for x, t in zip(valid, tokens, strict=True))
     joined = (None if x[0] is None else torch.cat(x) for x in (tokens, valid))
-    return Encoded(ImageFeatures.joined(image), ImageFeatures.joined(kept), *joined)
+    left = None if kept[0] is None else ImageFeatures.joined(kept)
+    return Encoded(ImageFeatures.joined(image), left, *joined)

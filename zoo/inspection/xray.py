@@ -143,7 +143,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     sample = Sample("picture", [image], [Dialog(ask)])
     batch = processor.collate([processor.encode_prompt(sample, sample.dialogs[0])], padding_side="left")
     inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
-    inputs |= {"cuts": batch["cuts"]} if "cuts" in batch else {}
+    inputs |= {key: batch[key] for key in ("cuts", "questions") if key in batch}
     out = model(**inputs)
     written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     before, kept = out.image, out.image_kept
@@ -162,7 +162,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in alive],
         tokens=[int(row.sum()) for row in alive],
         answer=reader_for(model, processor.template).read(written.tolist()),
-        scores=_scores(model, before),
+        scores=_scores(model, replace(before, question=kept.question)),
         mixed=mixed,
     )
     if not mixed:
@@ -199,6 +199,7 @@ def _scores(model: Any, image: ImageFeatures) -> list[float] | None:
     for pruner in model.pruner.values():
         if pruner.behind:
             continue
+        image = model._projected(pruner, image)
         if (ranked := pruner.scores(image)) is not None:
             scores = _at(_patches(image, n), ranked[0].cpu())
             return [0.0 if s is None else s for s in scores]

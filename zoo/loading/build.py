@@ -206,6 +206,7 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
         image_separator=image_separator(known),
         layout=layout_for(model),
         unpruned=unpruned_for(model),
+        asks=model.asks,
         **stated,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoo.registry import IGNORE_INDEX, ZooError, unknown
+from zoo.registry import IGNORE_INDEX, Asked, ZooError, unknown
 from zoo.vision.images.processors import stack
 
 TEACHER_ROWS = "teacher"  # key of the same rows as encoded by a teacher's processor
@@ -33,6 +33,7 @@ class EncodedSample:
     ids: list[str] = field(default_factory=list)  # of its samples
     pairs: np.ndarray | None = None  # (T,) int64, see `TokenizedDialog`; numbered within the row
     gap: int = 0  # positions that its images take beyond their tokens, see `zoo.composed.positions`
+    asked: list[Asked] = field(default_factory=list)  # of each of its samples; empty unless the model's parts need it
     twin: "EncodedSample | None" = None  # the same row as encoded by a teacher's processor
 
     def __len__(self) -> int:
@@ -51,6 +52,7 @@ class TokenizedDialog:
     # (T,) int64 for an answer of a pair: 2 * pair at the tokens of a chosen one, 2 * pair + 1 at those of a rejected
     # one, -1 elsewhere.
     pairs: np.ndarray | None = None
+    asked: Asked | None = None  # what it asks about its images; None unless the model's parts need it
 
     def __post_init__(self) -> None:
         # A first token has no prediction; in a packed row, the dialog before must not predict it. Answers inside the
@@ -94,6 +96,21 @@ def last_turn(labels: np.ndarray) -> np.ndarray:
     result = np.full_like(labels, IGNORE_INDEX)
     result[start:] = labels[start:]
     return result
+
+
+def one_question(dialogs: Sequence[TokenizedDialog], sample_id: str) -> list[Asked]:
+    """Return what the dialogs of a row ask, which is to be the same for all: they share its images.
+
+    Raises:
+        ZooError: their questions differ.
+    """
+    asked = [d.asked for d in dialogs if d.asked is not None]
+    if len({a.text for a in asked}) > 1:
+        raise ZooError(
+            f"Sample {sample_id!r}: a part of the model chooses image tokens by the question, and here several dialogs "
+            "of a row share an image. Set pack=none in the stage."
+        )
+    return asked[:1]
 
 
 def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str, np.ndarray]:
@@ -176,6 +193,7 @@ def _join(samples: list[EncodedSample]) -> EncodedSample:
         segments=np.concatenate(segments),
         targets={key: np.concatenate([s.targets[key] for s in samples if key in s.targets]) for key in keys},
         ids=[i for s in samples for i in s.ids],
+        asked=[a for s in samples for a in s.asked],
         twin=_join([s.twin for s in samples if s.twin is not None]) if samples[0].twin is not None else None,
     )
 
@@ -197,6 +215,7 @@ def collate(
         packed, -1 at padding; targets if there are any;
         pair_ids (B, T) if there are pairs of answers: 2p at the tokens of the chosen one of pair p, 2p + 1 at those of
         the rejected one, -1 elsewhere;
+        questions, what each sample asks about its images, if the model's parts need it;
         `teacher`, the same rows for a teacher, without pixel_values if those are the same.
     """
     longest = -(-max(len(s) for s in samples) // multiple_of) * multiple_of
@@ -230,6 +249,8 @@ def collate(
         batch["pair_ids"] = torch.from_numpy(pairs)
     if pixels := [p for s in samples for p in s.pixel_values]:
         batch |= stack(pixels)  # pixel_values (M, 3, h, w)
+    if asked := [a for s in samples for a in s.asked]:
+        batch["questions"] = asked
     keys = {key for s in samples for key in s.targets}
     if keys:
         batch["targets"] = {

@@ -15,12 +15,13 @@ from zoo.autoclasses import register_processor
 from zoo.model_config import ZooConfig
 from zoo.registry import IGNORE_INDEX, Cut, Dialog, ImageTransform, Sample, ZooError, build, naming
 from zoo.text.answer_spans import TurnChangedError
-from zoo.text.batch import EncodedSample, TokenizedDialog, collate, number_pairs, pack, share_prefix
+from zoo.text.batch import EncodedSample, TokenizedDialog, collate, number_pairs, one_question, pack, share_prefix
 from zoo.text.chat_template import ChatTemplate
 from zoo.text.placeholders import PlaceholdersMixin, films_of
 from zoo.text.processor_call import CallMixin
 from zoo.text.processor_chat import ChatMixin
 from zoo.text.processor_keywords import LoadedMixin
+from zoo.text.questions import QuestionsMixin
 from zoo.text.tokenized_chat import Chat
 from zoo.text.tokenizer import pad_id_of, require_token
 from zoo.vision.images.processors import Pictures, Videos, as_clip, cut_of, flat, processor_of
@@ -30,7 +31,7 @@ from zoo.vision.images.video import Video
 _CACHE = 200_000  # dialogs whose tokens are cached: questions repeat, and a step may have hundreds
 
 
-class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, ProcessorMixin):  # type: ignore[misc]  # from_pretrained's keywords
+class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, QuestionsMixin, ProcessorMixin):  # type: ignore[misc]  # from_pretrained's keywords
     """Turns text, chat messages and images into inputs of `ZooModel`.
 
     Args:
@@ -47,6 +48,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         end_tokens: further end tokens, stated by the model's checkpoint.
         unpruned: `num_image_tokens` and `layout` as they would be without pruners, where image tokens keep their
             positions; None: positions are those of the tokens.
+        asks: whether batches hold what is asked about images, for parts of the model that choose by it.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         layout: Mapping[str, Any] | None = None,
         end_tokens: Sequence[str] | None = None,
         unpruned: Mapping[str, Any] | None = None,
+        asks: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(transform, Mapping):
@@ -90,6 +93,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         self._separator = image_separator
         self.end_tokens = list(end_tokens or ())
         self.unpruned = dict(unpruned) if unpruned else None
+        self.asks = bool(asks)
         whole = (unpruned or {}).get("layout")
         self._whole: Any = build_layout(whole) if whole else None
         self._made: tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]] | None = None
@@ -173,6 +177,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
             **({"layout": self.layout_node} if self.layout_node else {}),
             **({"end_tokens": self.end_tokens} if self.end_tokens else {}),
             **({"unpruned": self.unpruned} if self.unpruned else {}),
+            **({"asks": True} if self.asks else {}),
         }
 
     # ---- for training and evaluation: samples ------------------------------------------------------------------
@@ -199,6 +204,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
             "ids": [sample.id],
         }
         common["gap"] = self.gap_of(dialogs[0].input_ids, pixels) if dialogs else 0
+        common["asked"] = one_question(dialogs, sample.id)
         if len(dialogs) == 1:
             return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, pairs=dialogs[0].pairs, **common)
         row: dict[str, Any] = dict(share_prefix(dialogs, sample.id))
@@ -223,7 +229,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
             if len(dialogs) >= _CACHE:
                 dialogs.clear()
             rows = self._rows(dialog, sample.id, pixels)
-            known = [TokenizedDialog(ids, labels, self._shared(ids), shown) for ids, labels in rows]
+            asked = next(iter(self.asked(dialog.messages, only_last=bool(dialog.preference))), None)
+            known = [TokenizedDialog(ids, labels, self._shared(ids), shown, asked=asked) for ids, labels in rows]
             dialogs[key] = known
         return known
 
@@ -259,7 +266,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Process
         tokens = self._chat.prompt(self._plain_messages(messages, pixels), sample.id)
         ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-        return EncodedSample(ids, labels, pixels, ids=[sample.id], gap=self.gap_of(ids, pixels))
+        asked = self.asked(messages, prompt=True)
+        return EncodedSample(ids, labels, pixels, ids=[sample.id], gap=self.gap_of(ids, pixels), asked=asked)
 
     def collate(
         self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1

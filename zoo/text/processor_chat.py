@@ -28,6 +28,7 @@ class ChatMixin:
     _chat: Any
     _content: Callable[[Any], str]
     flatten: Callable[..., list[dict[str, str]]]
+    asked: Callable[..., list[Any]]
     __call__: Callable[..., Any]
 
     def apply_chat_template(
@@ -133,6 +134,9 @@ class ChatMixin:
             videos=[film for talk in talks for film in _media(talk, "video")] or None,
             **{"return_tensors": return_tensors} | options,
         )
+        opens = bool(add_generation_prompt or continue_final_message)
+        if asked := [a for talk in talks for a in self.asked(talk, prompt=opens)]:
+            batch["questions"] = asked
         if return_assistant_tokens_mask:
             batch["assistant_masks"] = _written_by_assistants(batch, spans)
         return batch if return_dict else batch["input_ids"]

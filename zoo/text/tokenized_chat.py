@@ -85,6 +85,10 @@ class Chat:
 
     # ---- tokens ------------------------------------------------------------------------------------------------
 
+    def words(self, text: str) -> list[int]:
+        """Tokenize the text of a message by itself; control tokens in it are read as letters."""
+        return self._tokenize(self.plain.veil(text))[0] if text else []
+
     def tokenize(self, text: str, borders: Sequence[int] = (), sample_id: str = "") -> tuple[list[int], list[int]]:
         """Return the token ids of a rendered text, and the character at which each ends.
 
