@@ -85,9 +85,10 @@ class LanguageModel(ModelPart):
 class Adapter(ModelPart):
     """New weights attached to the LLM, which train in place of its own.
 
-    `__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid)`, those of them that it names. `llm` has its
+    `__init__(config, *, llm, vision_dim, text_dim, grid, encoder_grid, own_grid)`, those that it names. `llm` has its
     base weights; keep it, and modules of it, out of the children: `self.__dict__["llm"] = llm`. `grid` is None once a
-    pruner destroyed it; `encoder_grid` is the grid that `ImageFeatures.keep` and `groups` index.
+    pruner destroyed it; `encoder_grid` is the grid that `ImageFeatures.keep` and `groups` index, `own_grid` the one
+    that the encoder has without a pruner in front of it.
     """
 
     excludes: frozenset[str] = frozenset()

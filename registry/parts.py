@@ -102,6 +102,11 @@ class Encoder(ModelPart):
         """(height, width) in pixels of its images before `resize`: pinpoints of a layout are multiples of it."""
         return self.transform.size
 
+    @derived
+    def own_grid(self) -> tuple[int, int]:
+        """(h, w) of its patches before `resize`: what adapters learn for each patch is of this grid."""
+        return self.grid
+
     def resize(self, grid: tuple[int, int]) -> None:
         """Take images of `grid` patches from now on, fewer than before.
 

@@ -327,3 +327,24 @@ def test_frames_of_a_video_are_smaller_or_fewer(family, film):  # noqa: F811
         for m, batch in ((model, small), (fewer, few)):
             assert m(**batch).logits.isfinite().all()
     assert torch.equal(asked(fewer_of, (40, 90))["input_ids"], asked(own, (40, 90))["input_ids"])  # images are whole
+
+
+@torch.no_grad()
+def test_an_adapter_that_learned_on_whole_images_reads_smaller_ones(make_model, tmp_path):
+    vlora = {"name": "vlora", "rank": 4, "skip": 1, "width": 16, "depth": 2, "num_heads": 2}
+    model, processor = make_model(projector=None, adapter={"vlora": vlora})
+    for parameter in model.adapter["vlora"].parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    small, own = zoo.load(f"dir:{tmp_path}", "pruner=[downsample]", device="cpu")
+    assert small.vision.grid == (2, 2) and not small.fresh_parts
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in small.state_dict().items())
+    rows = [sample((QUESTIONS[0], ANSWERS[0]), seed=i) for i in range(2)]
+    batch = own.collate([own.encode(row) for row in rows])
+    both = small(**given(batch), all_logits=True).logits
+    for i, row in enumerate(rows):
+        alone = small(**given(own.collate([own.encode(row)])), all_logits=True).logits
+        torch.testing.assert_close(both[i], alone[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(both[0], both[1], atol=1e-4)  # the image is read

@@ -178,7 +178,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     record_step("llm", slots["llm"]["name"], parts.llm, tokens=parts.num_image_tokens, grid=None, width=text_dim)
     for name, node in (slots.get("adapter") or {}).items():
         derived = {"vision_dim": width or None, "text_dim": text_dim, "grid": grid}
-        derived["encoder_grid"] = tuple(parts.vision.grid) if parts.vision is not None else None
+        grids = (None, None) if parts.vision is None else (tuple(parts.vision.grid), tuple(parts.vision.own_grid))
+        derived |= dict(zip(("encoder_grid", "own_grid"), grids, strict=True))
         adapter = build_part("adapter", {**node, "name": name}, llm=parts.llm, **derived)
         _require("adapter", name, adapter, holds, f"llm {slots['llm']['name']!r}", slots)
         if parts.vision is not None:

@@ -50,12 +50,12 @@ def put_in_front(name: str, pruner: Pruner, vision: Encoder, slots: Mapping[str,
         return
     if not all(1 <= few <= most for few, most in zip(wanted, own, strict=True)):
         raise ZooError(f"pruner {name!r} asks for a grid {list(wanted)}, and that of the encoder is {list(own)}.")
-    before = vision.own_size
+    before = vision.own_size, vision.own_grid
     try:
         vision.resize(wanted)
     except ZooError as error:
         raise ZooError(f"pruner {name!r} needs smaller images, and vision {source!r} cannot: {error}.") from error
-    vision.own_size = before
+    vision.own_size, vision.own_grid = before
     if tuple(vision.grid) != wanted or vision.num_tokens != math.prod(wanted):
         raise ZooError(
             f"vision {source!r} was asked for a grid {list(wanted)}, and has {vision.num_tokens} tokens on "

@@ -106,6 +106,7 @@ class VLoRA(Adapter, nn.Module):
         vision_dim: int | None,
         grid: tuple[int, int] | None,
         encoder_grid: tuple[int, int] | None = None,
+        own_grid: tuple[int, int] | None = None,
     ) -> None:
         """Build generators and factors for the sites of `llm`.
 
@@ -116,6 +117,8 @@ class VLoRA(Adapter, nn.Module):
             grid: of the image features; None once tokens were dropped.
             encoder_grid: grid of the encoder's own tokens, if known: positions are learned on it, since a pruner's
                 tokens keep their places in it.
+            own_grid: the encoder's grid on images of full size, where it runs on smaller ones: positions are learned on
+                it, and interpolated.
         """
         super().__init__()
         places = encoder_grid or grid
@@ -123,7 +126,9 @@ class VLoRA(Adapter, nn.Module):
             raise ZooError("adapter 'vlora' turns image features into weights, but the slot vision is empty.")
         self.config = config
         refer(self, lm=llm.lm, sites=find_sites(llm, config.types, config.skip, "adapter 'vlora'"))
-        self.memory = ImageMemory(vision_dim, places, config.width, config.max_images, config.image_std)
+        self.memory = ImageMemory(
+            vision_dim, places, config.width, config.max_images, config.image_std, learned_on=own_grid
+        )
         self.generators = self._make_generators()
         self.b = nn.ParameterDict(
             {

@@ -6,6 +6,7 @@ whatever the limit on images is.
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,30 @@ def rows_of(image: ImageFeatures, images_per_row: Sequence[int], limit: int, who
 class ImageMemory(nn.Module):
     """Linear projection, learned positions, numbers of images; positions and numbers start as a normal of std 1."""
 
-    def __init__(self, vision_dim: int, grid: tuple[int, int], width: int, max_images: int, std: float = 0.02) -> None:
+    def __init__(
+        self,
+        vision_dim: int,
+        grid: tuple[int, int],
+        width: int,
+        max_images: int,
+        std: float = 0.02,
+        learned_on: tuple[int, int] | None = None,
+    ) -> None:
+        """Build the projection and tables.
+
+        Args:
+            vision_dim: width of the image features.
+            grid: (h, w) of the patches.
+            width: of the memory.
+            max_images: in a row of the batch.
+            std: of the projection's initial weights.
+            learned_on: grid of the table of positions; None: `grid`.
+        """
         super().__init__()
+        self.grid, self.learned_on = tuple(grid), tuple(learned_on or grid)
         self.proj = nn.Linear(vision_dim, width)
         init_linear(self.proj, std)
-        self.positions = nn.Parameter(torch.randn(grid[0] * grid[1], width))
+        self.positions = nn.Parameter(torch.randn(prod(self.learned_on), width))
         self.numbers = nn.Parameter(torch.randn(max_images - 1, width)) if max_images > 1 else None
 
     def forward(self, image: ImageFeatures, rows: Sequence[range], expand: int) -> tuple[list[Tensor], Tensor | None]:
@@ -89,15 +109,19 @@ class ImageMemory(nn.Module):
 
         It gives the parameters zero gradients in a batch of text, which data parallelism waits for.
         """
-        tokens = self.proj.weight.new_zeros(1, len(self.positions), self.proj.in_features)
+        tokens = self.proj.weight.new_zeros(1, prod(self.grid), self.proj.in_features)
         memory = self.proj(tokens) + self._table()  # (1, N, W)
         return [memory], torch.ones(rows, dtype=torch.long, device=memory.device)
 
     def _table(self) -> Tensor:
         """Return the positions; in training plus 0 * numbers, so that `numbers` has a gradient on every rank."""
+        positions = self.positions  # (N, W)
+        if self.grid != self.learned_on:
+            table = positions.T.unflatten(1, self.learned_on).unsqueeze(0)  # (1, W, h, w)
+            positions = F.interpolate(table, self.grid, mode="bicubic", align_corners=False)[0].flatten(1).T
         if self.numbers is None or not torch.is_grad_enabled():
-            return self.positions
-        return self.positions + 0 * self.numbers.sum()
+            return positions
+        return positions + 0 * self.numbers.sum()
 
     def _embed(self, image: ImageFeatures) -> Tensor:
         x = self.proj(image.tokens.to(self.proj.weight.dtype))  # (M, N, W)
