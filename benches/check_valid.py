@@ -89,6 +89,8 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         "aim": {"merge_ratio": ratio["keep_ratio"], "prune": chance.random() < 0.7}
         | {"metric": chance.choice(("tokens", "keys"))},
         "fastv": {**ratio, "layer": chance.randint(1, layers - 1)},
+        "pyramiddrop": {**ratio, "votes": chance.choice(("turns", "last", "text"))}
+        | {"layers": chance.choice(([], [chance.randint(1, layers - 1)]))},
         "fastervlm": {**ratio, "score": chance.choice(("cls", "column_mean", "probe"))},
         "hiprune": {**ratio, "alpha": chance.choice((0.0, 0.1, 1.0)), "edges": chance.choice(("grid", "released"))},
         "holov": {**ratio, "score": chance.choice(("cls", "column_mean")), "crops": chance.choice((0, 1, 3, 50))}

@@ -36,7 +36,7 @@ from zoo.fusion.pruners.inside.layer_arguments import LayerArguments
 from zoo.fusion.pruners.inside.layer_reading import Reached, read_layer, reading_flops
 from zoo.fusion.pruners.inside.pruned_prompt import Choice, LayerCut, PrunedPrompt
 from zoo.fusion.pruners.inside.sequence import TokenSequence, of_first
-from zoo.registry import InsidePruner, ZooError
+from zoo.registry import ImageFeatures, InsidePruner, ZooError
 from zoo.registry.forward_pass import Pass, current
 from zoo.registry.versions import cache_in
 
@@ -314,10 +314,19 @@ class Dropper:
 
 
 class DropsInside(InsidePruner):
-    """Mixin of pruners that drop by a `Dropper`, which they make in `attach`."""
+    """Mixin of pruners that drop by a `Dropper`, which they make in `attach`. Before the LLM nothing changes."""
 
+    needs: frozenset[str] = frozenset({"image_tokens"})
     concurrent = True  # state of a prompt is in the pass and in its cache
     dropper: Dropper | None = None
+
+    def num_tokens(self, n: int) -> int:
+        """Count the tokens that enter the LLM: all."""
+        return n
+
+    def forward(self, image: ImageFeatures) -> ImageFeatures:
+        """Return the image unchanged: tokens are dropped inside the LLM."""
+        return image
 
     def drop_by(self, dropper: Dropper) -> None:
         """Attach `dropper`."""

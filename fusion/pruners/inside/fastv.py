@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.fusion.pruners.inside.attention_flow import attention_flow
 from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
-from zoo.registry import ImageFeatures, Preset, ZooError, register
+from zoo.registry import Preset, ZooError, register
 
 
 @dataclass
@@ -36,7 +36,6 @@ class FastVConfig:
 class FastV(DropsInside, nn.Module):
     """Training-free; adds no parameters, and changes nothing before the LLM."""
 
-    needs: frozenset[str] = frozenset({"image_tokens"})
     presets = {
         "k2_r50": Preset({"layer": 2, "keep_ratio": 0.5}, "the release: K=2, R=50 %"),
         "k2_r75": Preset({"layer": 2, "keep_ratio": 0.25}, "the release: K=2, R=75 %"),
@@ -47,14 +46,6 @@ class FastV(DropsInside, nn.Module):
     def __init__(self, config: FastVConfig) -> None:
         super().__init__()
         self.config = config
-
-    def num_tokens(self, n: int) -> int:
-        """Count the tokens that enter the LLM: all."""
-        return n
-
-    def forward(self, image: ImageFeatures) -> ImageFeatures:
-        """Return the image unchanged: tokens are dropped inside the LLM."""
-        return image
 
     def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
         """Count the image tokens in each layer, of `n` that enter the LLM."""
