@@ -88,6 +88,7 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
     options: dict[str, dict[str, Any]] = {
         "aim": {"merge_ratio": ratio["keep_ratio"], "prune": chance.random() < 0.7}
         | {"metric": chance.choice(("tokens", "keys"))},
+        "evs": {**ratio, "reference": chance.choice(("previous", "last_kept"))},
         "fastv": {**ratio, "layer": chance.randint(1, layers - 1)},
         "pyramiddrop": {**ratio, "votes": chance.choice(("turns", "last", "text"))}
         | {"layers": chance.choice(([], [chance.randint(1, layers - 1)]))},

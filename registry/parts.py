@@ -312,6 +312,13 @@ class Layout(ModelPart):
         """Return the grid (h, w) of a row's tokens behind `project`, where that pools them; None: not known."""
         return None
 
+    def frame_tokens(self, cut: Cut) -> int | None:
+        """Count the tokens of one frame of a video that pruners behind the projector get; None: not known.
+
+        What `project` puts in front of these in each row, such as [CLS], stays.
+        """
+        return self.row_tokens
+
     def marks(self, rows: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
         """Lay out marks of tokens as `forward` lays out the tokens: (S,) bool, true also for tokens that it adds.
 

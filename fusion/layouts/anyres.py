@@ -280,6 +280,10 @@ class AnyRes(Layout, nn.Module):
         """Return the grid of a frame or a crop behind `project`."""
         return self._frame_grid() if cut.kind == "frame" else self.grid
 
+    def frame_tokens(self, cut: Cut) -> int:
+        """Count the tokens of a frame behind `project`."""
+        return self._per_frame()
+
     def _frame_grid(self) -> tuple[int, int] | None:
         """Grid of a frame in the sequence, without a pruner."""
         if self.whole is None or self.config.frames == "keep":

@@ -41,6 +41,10 @@ class Frames(Layout, nn.Module):
         """Count the tokens of an image or a video with this cut."""
         return cut.rows * (self.tokens + (self.cls and cut.kind == "frame"))
 
+    def frame_tokens(self, cut: Cut) -> int:
+        """Count the tokens of a frame without its [CLS]."""
+        return self.tokens
+
     def project(self, image: ImageFeatures, projector: Any, cuts: Sequence[Cut]) -> Any:
         """Run the projector; returns rows of each image or video (R, K, C), (R, 1 + K, C) for frames with [CLS]."""
         tokens = projector(image)  # (M, K, C)

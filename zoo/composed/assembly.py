@@ -253,7 +253,10 @@ def _add_pruners(parts: Parts, slots: Mapping[str, Any], flow: Flow, record_step
         given = {"vision_dim": flow.width, "vision_depth": parts.vision.depth}
         pruner = build_part("pruner", {**node, "name": name}, **given, grid=flow.grid, num_tokens=flow.tokens)
         vision = parts.name_of("vision")
-        _require("pruner", name, pruner, flow.holds, f"vision {vision!r}", slots, parts.vision.lacks)
+        source = f"vision {vision!r}"
+        if behind and frozenset(pruner.needs) - flow.holds <= parts.vision.provides:  # lost in the projector
+            source = f"projector {parts.name_of('projector')!r}"
+        _require("pruner", name, pruner, flow.holds, source, slots, parts.vision.lacks)
         _require_blocks("pruner", name, pruner, parts.vision, vision)
         if name in front:
             put_in_front(name, pruner, parts.vision, slots, vision)

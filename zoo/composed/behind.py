@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from zoo.registry import Cut, ImageFeatures, Layout, Projector, Pruner, ZooError
@@ -68,20 +69,22 @@ def prune(
         cuts: of each image, where there is a layout.
         in_order: put tokens that a pruner permuted back into their places.
     """
-    pieces = _pieces(projected, kept, grid, layout, cuts)
+    given = _pieces(projected, kept, grid, layout, cuts)
+    pieces = given
     for pruner in pruners:
         pieces = [run(pruner, piece) for piece in pieces]
-    for piece, before in zip(pieces, _as_list(projected.rows), strict=True):
-        if piece.tokens.shape != before.shape:
+    for piece, before in zip(pieces, given, strict=True):
+        if piece.tokens.shape != before.tokens.shape:
             raise ZooError(
-                f"A pruner behind the projector made {list(piece.tokens.shape)} of tokens {list(before.shape)}: it "
-                "leaves them in place, and `image.stay(valid)` marks those that stay."
+                f"A pruner behind the projector made {list(piece.tokens.shape)} of tokens {list(before.tokens.shape)}: "
+                "it leaves them in place, and `image.stay(valid)` marks those that stay."
             )
     if in_order:
         pieces = [_in_order(piece) for piece in pieces]
     pieces = _all_valid(pieces)
     if isinstance(projected.rows, Tensor):
         return Projected(pieces[0].tokens, pieces[0].valid)
+    pieces = [_with_first(piece, rows) for piece, rows in zip(pieces, projected.rows, strict=True)]
     return Projected([p.tokens for p in pieces], [p.valid for p in pieces if p.valid is not None] or None)
 
 
@@ -119,15 +122,17 @@ def _pieces(
     pooled = {name: layout.project(_channel(kept, x), _same, cuts) for name, x in _scores(kept).items()}
     found, at = [], 0
     for i, (cut, rows) in enumerate(zip(cuts, projected.rows, strict=True)):
+        first = _first(rows, layout, cut)
+        rows = rows[:, first:]
         alike = rows.shape[1] == kept.tokens.shape[1]
         known = kept.picked(slice(at, at + cut.rows))
         known = known if alike else _without_scores(known)
-        scores = {name: x[i][..., 0] for name, x in pooled.items() if x[i].shape[1] == rows.shape[1]}
+        scores = {name: x[i][:, first:, 0] for name, x in pooled.items() if x[i].shape[1] == first + rows.shape[1]}
         words = {name: x for name, x in scores.items() if "@" in name}
         more: dict[str, Any] = {n: x for n, x in scores.items() if n not in words} | {"block_attention": words}
         more |= {"rows": (cut.rows,), "cuts": (cut,), "row_kind": cut.kind, "tokens": rows}
         more["grid"] = grid if alike else layout.row_grid(cut)
-        more["valid"] = None if projected.marks is None else projected.marks[i]
+        more["valid"] = None if projected.marks is None else projected.marks[i][:, first:]
         found.append(replace(known, **nothing | more))
         at += cut.rows
     return found
@@ -158,16 +163,28 @@ def _bool(rows: Rows) -> Rows:
     return rows[..., 0] > 0.5 if isinstance(rows, Tensor) else [x[..., 0] > 0.5 for x in rows]
 
 
-def _as_list(rows: Rows) -> list[Tensor]:
-    return [rows] if isinstance(rows, Tensor) else list(rows)
-
-
 def _all_valid(parts: list[ImageFeatures]) -> list[ImageFeatures]:
     """Mark all tokens of those without marks, where others have some."""
     if all(p.valid is None for p in parts):
         return parts
     ones = [p.tokens.new_ones(p.tokens.shape[:2]).bool() for p in parts]
     return [p if p.valid is not None else replace(p, valid=one) for p, one in zip(parts, ones, strict=True)]
+
+
+def _first(rows: Tensor, layout: Layout, cut: Cut) -> int:
+    """Count the tokens that a layout put in front of each frame's (R, K, C), which pruners leave alone."""
+    n = layout.frame_tokens(cut) if cut.kind == "frame" else None
+    return 0 if n is None else max(0, rows.shape[1] - n)
+
+
+def _with_first(image: ImageFeatures, rows: Tensor) -> ImageFeatures:
+    """Put the tokens that rows (R, K, C) have in front of those of a pruner back there."""
+    first = rows[:, : rows.shape[1] - image.tokens.shape[1]]
+    if not first.shape[1]:
+        return image
+    stays = first.new_ones(first.shape[:2], dtype=torch.bool)
+    valid = None if image.valid is None else torch.cat([stays, image.valid], 1)
+    return replace(image, tokens=torch.cat([first, image.tokens], 1), valid=valid)
 
 
 def _in_order(image: ImageFeatures) -> ImageFeatures:

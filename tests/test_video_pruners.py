@@ -1,0 +1,157 @@
+"""Pruners of videos in whole models: two videos of unlike length and an image in a batch, in every kind of pass."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import zoo
+from tests.conftest import ANSWERS, QUESTIONS, sample
+from tests.video_builders import LAYOUTS, LENGTHS, film, inputs_of, kept_of, rows_of, video, video_model
+from zoo.registry import ZooError, build
+
+PRUNERS = {
+    "evs": {"name": "evs", "keep_ratio": 0.4},
+    "evs last": {"name": "evs", "q": 0.5, "reference": "last_kept"},
+}
+NAMES = sorted(PRUNERS)
+
+
+def node(name):
+    return PRUNERS[name]
+
+
+def hidden_tokens(model, batch, positions):
+    """Logits of each row at the columns that stay, of the whole prompts with the other columns hidden, or not there."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    with torch.no_grad():
+        shown = model.encode_images(batch["pixel_values"], batch.get("cuts"))
+        embeds, slots = model.merge(ids, shown.tokens), model._placeholders(ids)
+        visible = mask.clone()
+        visible[slots] = shown.valid
+        rows = []
+        for row, real, seen in zip(embeds, mask, visible, strict=True):
+            row, seen = row[real], seen[real]
+            if positions == "dense":
+                row, seen = row[seen], seen[seen]
+            place = torch.arange(len(row))[None]
+            out = model.llm.hidden(inputs_embeds=row[None], attention_mask=seen[None].long(), position_ids=place)
+            rows.append(model.llm.head(out.last_hidden_state[0, seen]))
+    return rows
+
+
+@pytest.mark.parametrize("positions", ["kept", "dense"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_videos_and_an_image_is_each_alone_with_tokens_hidden(make_model, name, layout, positions):
+    model, processor = video_model(make_model, node(name), layout, positions)
+    rows = rows_of(processor)
+    side = "left" if positions == "kept" else "right"
+    batch = processor.collate(rows, padding_side=side)
+    with torch.no_grad():
+        out = model(**inputs_of(batch))
+        alone = [model(**inputs_of(processor.collate([row]))).logits[0] for row in rows]
+    real = out.sequence.attention_mask.bool()
+    for logits, valid, one, hidden in zip(out.logits, real, alone, hidden_tokens(model, batch, positions), strict=True):
+        torch.testing.assert_close(logits[valid], one, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[valid], hidden, atol=2e-5, rtol=1e-4)
+    # An image keeps all of its tokens, a video as many as the pruner counts; [CLS] and newlines beside them.
+    pruner = next(iter(model.pruner.values()))
+    slots = model._placeholders(batch["input_ids"]).sum(1).tolist()
+    for found, whole, cut in zip(kept_of(model, batch), slots, batch["cuts"], strict=True):
+        n = model.layout.frame_tokens(cut)
+        counted = pruner.tokens_of_image(n, cut) + whole - cut.rows * n if cut.kind == "frame" else whole
+        assert found == counted and (found < whole or cut.kind == "image")
+
+
+@pytest.mark.parametrize("layout", ["bilinear", "spelt"])
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_is_forward_step_by_step_and_each_alone(make_model, name, layout):
+    model, processor = video_model(make_model, node(name), layout)
+    model.generation_config.eos_token_id = None
+    rows = rows_of(processor, encode="encode_prompt")
+    batch = processor.collate(rows, padding_side="left")
+    given = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "cuts")}
+    out = model.generate(**given, max_new_tokens=4, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    for row, answer in zip(rows, out, strict=True):
+        one = processor.collate([row])
+        images = {"pixel_values": one["pixel_values"], "cuts": one["cuts"]}
+        alone = model.generate(one["input_ids"], **images, max_new_tokens=4, do_sample=False)
+        assert alone[0, one["input_ids"].shape[1] :].tolist() == answer.tolist()
+        with torch.no_grad():
+            logits = model(alone[:, :-1], **images).logits[0, -4:]  # of one pass over the whole
+        assert logits.argmax(-1).tolist() == answer.tolist()
+
+
+@pytest.mark.parametrize("positions", ["kept", "dense"])
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_rows_learn_what_each_learns_alone(make_model, name, positions):
+    model, processor = video_model(make_model, node(name), "average", positions)
+    rows = rows_of(processor)
+    packed = processor.collate(processor.pack(rows, 400))
+    assert len(packed["input_ids"]) == 1
+
+    def grads(batches):
+        model.zero_grad()
+        total = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+        for b in batches:
+            model(**b, num_items_in_batch=total).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    one, other = grads([packed]), grads([processor.collate([row]) for row in rows])
+    assert one.keys() == other.keys() and any(n.startswith("vision") for n in one)
+    for key, grad in one.items():
+        torch.testing.assert_close(grad, other[key], atol=2e-5, rtol=1e-3, msg=lambda why, n=key: f"{n}: {why}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bfloat16_and_on_images_alone(make_model, name):
+    model, processor = video_model(make_model, node(name))
+    (plain, _), rows = video_model(make_model, None), rows_of(processor, (1, 1))
+    batch = inputs_of(processor.collate(rows))
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)  # images are as without a pruner
+        batch = inputs_of(processor.collate(rows_of(processor)))
+        out = model.to(torch.bfloat16)(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()})
+    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_video_of_a_batch_is_the_video_alone_and_an_image_is_left_alone(name):
+    from zoo.composed.behind import run
+
+    part = build("pruner", {**node(name)}, num_tokens=16, grid=(4, 4), vision_dim=12, vision_depth=2)
+    videos = [video(n, seed=n, pooling_attention=torch.rand(n, 16).softmax(1)) for n in (4, 7, 2)]
+    image = replace(video(1, pooling_attention=torch.rand(1, 16).softmax(1)), row_kind="image")
+    image.cuts = (replace(image.cuts[0], kind="image"),)
+    joined = type(image).joined([*videos[:2], image, videos[2]])
+    together = run(part, joined)
+    at = 0
+    for one in (*videos[:2], image, videos[2]):
+        alone, rows = part(one), slice(at, at + len(one.tokens))
+        valid = torch.ones(one.tokens.shape[:2]).bool() if alone.valid is None else alone.valid
+        assert torch.equal(together.valid[rows], valid) and torch.equal(together.tokens[rows], alone.tokens)
+        at += len(one.tokens)
+    assert part(image) is image
+
+
+@pytest.mark.parametrize("layout", ["frames", "bilinear"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_check_takes_a_model_of_videos(name, layout):
+    words = [f"pruner.{PRUNERS[name]['name']}.{k}={v}" for k, v in PRUNERS[name].items() if k != "name"]
+    more = ["layout=anyres", "layout.pinpoints=[[64,64]]", "layout.frames=bilinear"] if layout != "frames" else []
+    report = zoo.check("scenes_tiny", f"pruner=[{PRUNERS[name]['name']}]", *words, *(more or ["layout=frames"]))
+    assert report.num_image_tokens == (136 if more else 64)  # an image of a crop, its overview and eight newlines
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_behind_a_pruner_that_leaves_no_grid_places_are_refused(make_model, name):
+    first = {"random": {"name": "random", "keep_ratio": 0.5}}
+    with pytest.raises(ZooError, match=f"pruner '{PRUNERS[name]['name']}' needs grid, but pruner 'random' destroys it"):
+        make_model(pruner={**first, PRUNERS[name]["name"]: node(name)}, layout=LAYOUTS["frames"])
+
+
+def test_the_films_of_these_tests_are_films():
+    assert len({len(film(n).pixels) for n in LENGTHS}) == 3 and film(1).cut.kind == "image"
+    s = sample((QUESTIONS[0], ANSWERS[0]))
+    assert len(s.images) == 1
