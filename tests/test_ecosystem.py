@@ -157,7 +157,17 @@ def scored(doc, results):
 """
 
 
-def test_lmms_eval_runs_a_local_task(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("", []),
+        (",pruner=fastervlm:keep_ratio=0.25:score=column_mean,positions=dense",
+         ["pruner=[fastervlm]", "pruner.fastervlm.keep_ratio=0.25", "pruner.fastervlm.score=column_mean",
+          "positions=dense"]),
+    ],
+    ids=["whole", "pruned"],
+)  # fmt: skip
+def test_lmms_eval_runs_a_local_task(folder, tmp_path, args, words):
     """Found by its entry point, over a data set on disk, scored by lmms-eval: three questions, two of them answered."""
     if find_spec("lmms_eval") is None:
         pytest.skip("lmms-eval is not installed: pip install lmms-eval")
@@ -169,7 +179,7 @@ def test_lmms_eval_runs_a_local_task(folder, tmp_path):
     assert not ModelRegistryV2().load_entrypoint_manifests()
     photos = [build.photo(40, 60, seed=i) for i in range(3)]
     questions = ["is it red?", "yes no", "describe the picture."]
-    model = zoo.load(f"dir:{folder}")[0]
+    model = zoo.load(f"dir:{folder}", *words)[0]
     said = [model.chat(q, image=p, max_new_tokens=5).split("\n\n")[0] for q, p in zip(questions, photos, strict=True)]
     rows = {"image": photos, "question": questions, "answer": [*said[:2], "something else"]}
     DatasetDict({"test": Dataset.from_dict(rows)}).save_to_disk(tmp_path / "data")
@@ -177,7 +187,7 @@ def test_lmms_eval_runs_a_local_task(folder, tmp_path):
     (tmp_path / "tasks" / "few.yaml").write_text(TASK.format(data=tmp_path / "data"))
     (tmp_path / "tasks" / "few.py").write_text(FEW)
     found = simple_evaluate(
-        "zoo", model_args=f"model=dir:{folder}", tasks=["few"], batch_size=2, device="cpu",
+        "zoo", model_args=f"model=dir:{folder}{args}", tasks=["few"], batch_size=2, device="cpu",
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
     )  # fmt: skip
     assert found["results"]["few"]["right,none"] == pytest.approx(2 / 3)
