@@ -157,6 +157,7 @@ def test_a_block_is_given_by_its_word():
         (lambda: zoo.pruner("random", grid=GRID, num_tokens=25), "has 24 tokens, got num_tokens=25"),
         (lambda: zoo.pruner("random", grid=GRID, positions="keept"), "Did you mean 'kept'"),
         (lambda: zoo.pruner("fastv", grid=GRID), "acts between layers of the LLM"),
+        (lambda: zoo.pruner("downsample", grid=GRID), "acts in front of the encoder"),
         (lambda: alone("random")(torch.zeros(1, 23, DIM)), r"made for tokens \(M, 24, D\), got \(1, 23, 24\)"),
         (lambda: alone("fastervlm")(torch.zeros(1, 24, DIM)), "needs cls_attention: pass them"),
         (lambda: zoo.pruner("pool", num_tokens=24)(torch.zeros(1, 24, DIM)), r"zoo.pruner\('pool', grid=\(h, w\)\)"),
@@ -343,6 +344,47 @@ def test_a_pruner_behind_the_projector_takes_its_tokens(llava, uneven, positions
     expected = places if positions == "kept" else [torch.arange(len(row)) for row in places]
     assert torch.equal(pruned.positions[pruned.valid], torch.cat(expected))
     assert pruned.lengths == ([16] * 3 if positions == "kept" else pruned.counts)
+
+
+def test_a_pruner_that_asks_takes_the_questions_embeddings(llava):
+    """Two questions about one picture: what is kept is that of the composed model, another for each."""
+
+    @register("pruner", "asks_alone")
+    class Asks(Pruner, nn.Module):
+        needs, destroys = frozenset({"question", "projected"}), frozenset({"grid"})
+
+        def __init__(self, config: NoOptions) -> None:
+            super().__init__()
+
+        def num_tokens(self, n: int) -> int:
+            return n // 2
+
+        def forward(self, image: ImageFeatures) -> ImageFeatures:
+            asked = image.question
+            mean = (asked.embeds * asked.mask.unsqueeze(-1)).sum(1) / asked.mask.sum(1, keepdim=True)
+            score = (image.projected @ mean.unsqueeze(-1)).squeeze(-1)
+            return image.take_best(score.argsort(dim=1, descending=True)[:, : score.shape[1] // 2])
+
+    folder, model, processor = llava
+    composed, ours = zoo.load(f"dir:{folder}", "pruner=[asks_alone]")
+    photo = build.photo(40, 60)
+    pixels = processor.image_processor([photo], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        tokens = hidden[model.config.vision_feature_layer][:, 1:]
+        projected = model.model.multi_modal_projector(tokens)
+    prune, kept = zoo.pruner("asks_alone", grid=(4, 4)), []
+    assert prune.needs == {"question", "projected"}
+    for question in ("is there a red circle?", "describe the picture."):
+        ids = processor.tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
+        embeds = model.get_input_embeddings()(ids)
+        kept.append(prune(tokens, question=embeds, projected=projected).keep)
+        given = ours(images=[photo], text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+        with torch.no_grad():
+            assert torch.equal(kept[-1], composed(**given, questions=[question]).image_kept.keep)
+    assert not torch.equal(*kept)
+    with pytest.raises(zoo.ZooError, match="needs projected, question: pass them"):
+        prune(tokens)
 
 
 def test_one_budget_over_the_rows_of_an_image():

@@ -185,6 +185,21 @@ def test_mistakes_of_the_overrides_are_named(plugin, llava, node, message):
         served(plugin, llava, node)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ragged": True}, "keeps another number of each image"),
+        ({"needs": frozenset({"question", "projected"})}, "needs projected, question, which is not given in vLLM"),
+    ],
+)
+def test_what_vllm_cannot_give_is_refused_when_a_server_starts(plugin, llava, monkeypatch, given, message):
+    cls = zoo.registry.get("pruner", "divprune").cls
+    for name, value in given.items():
+        monkeypatch.setattr(cls, name, value)
+    with pytest.raises(zoo.ZooError, match=message):
+        served(plugin, llava, {"name": "divprune"})
+
+
 def test_a_model_that_takes_other_features_is_refused(plugin, llava):
     folder, theirs, processor = llava
     other = copy.copy(theirs)

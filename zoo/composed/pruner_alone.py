@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from zoo.composed.behind import run
 from zoo.composed.image_path import checksum_of, numbered
 from zoo.composed.positions import gaps_of
-from zoo.registry import ImageFeatures, Pruner, ZooError, build, unknown
+from zoo.registry import ImageFeatures, Pruner, Question, ZooError, build, unknown
 from zoo.registry.part import block_of
 
 POSITIONS = ("kept", "dense")
 # Capabilities that are given in a field of another name.
 _FIELDS = {"prefix_tokens": "prefix", "pooling_head": "pooling_attention", "text_tower": "patch_embeds"}
-_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds")  # (M, N, ...)
+_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "projected")  # (M, N, ...)
 
 
 def pruner(
@@ -66,10 +66,9 @@ def pruner(
     part = build(
         "pruner", {"name": name, **options}, vision_dim=vision_dim, vision_depth=vision_depth, grid=grid, num_tokens=n
     )
-    if "image_tokens" in part.needs:
-        raise ZooError(f"pruner {name!r} acts between layers of the LLM: it needs a composed model, zoo.load(...).")
-    if part.front:
-        raise ZooError(f"pruner {name!r} acts in front of the encoder: it needs a composed model, zoo.load(...).")
+    if part.front or "image_tokens" in part.needs:
+        where = "in front of the encoder" if part.front else "between layers of the LLM"
+        raise ZooError(f"pruner {name!r} acts {where}: it needs a composed model, zoo.load(...).")
     return PrunerAlone(name, part, grid, n, positions).eval()
 
 
@@ -182,7 +181,8 @@ class PrunerAlone(nn.Module):
             pixel_values: (M, ...), for a pruner that draws for each image; without it, one draw for all.
             known: what the pruner `needs`, by its word, and further fields of `ImageFeatures`: cls_attention=(M, N),
                 keys=(M, N, H, d), prefix=(M, P, D), `**{"key_attention@9": scores}`. `rows` is the number of crops or
-                frames of each image, for a pruner with one budget over all of them.
+                frames of each image, for a pruner with one budget over all of them. `question` is a `Question`, or the
+                LLM's embeddings (M, L, C) of what is asked about each image, or M texts.
 
         Raises:
             ZooError: something that it needs is missing, unknown, or of another shape.
@@ -212,7 +212,7 @@ class PrunerAlone(nn.Module):
             if block_of(word) is not None:
                 blocks[word] = value
             elif (field := _FIELDS.get(word, word)) in allowed:
-                found[field] = value
+                found[field] = _asked(value, shape[0]) if field == "question" else value
             else:
                 raise unknown("feature of image tokens", word, {*allowed, *_FIELDS, *self.needs} - {"grid"})
         for word, value in {**{f: found.get(f) for f in _OF_TOKENS}, **blocks}.items():
@@ -231,6 +231,18 @@ class PrunerAlone(nn.Module):
         if missing:
             raise ZooError(f"pruner {self.name!r} needs {', '.join(sorted(missing))}: pass them beside the tokens.")
         return {**found, "block_attention": blocks}
+
+
+def _asked(value: Any, rows: int) -> Question | None:
+    """Return what is asked about the images of `rows` prompts, each with one image."""
+    prompts = torch.arange(rows)
+    if isinstance(value, Tensor):
+        mask = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+        return Question(prompts.to(value.device), embeds=value, mask=mask)
+    if isinstance(value, (list, tuple)):
+        return Question(prompts, texts=tuple(value))
+    question: Question | None = value
+    return question
 
 
 def _shape(x: Tensor) -> str:

@@ -33,6 +33,10 @@ from zoo.registry.part import base_of, block_of
 from zoo.vision.encoders.attention_scores import column_mean, row
 
 
+# A question is not: vLLM keeps what it made of an image for all prompts that show it.
+GIVEN = frozenset({"grid", "cls_attention", "key_attention", "keys", "prefix_tokens"})
+
+
 def pruner_of(config: Any, positions: str) -> PrunerAlone:
     """Build the pruner that `zoo_pruner` of a LLaVA config names."""
     node = getattr(config, "zoo_pruner", None)
@@ -50,6 +54,8 @@ def pruner_of(config: Any, positions: str) -> PrunerAlone:
     found = pruner(**options, **sizes, grid=(side, side), positions=positions)
     if found.part.ragged or found.part.behind:
         raise ZooError(f"pruner {found.name!r} keeps another number of each image, which vLLM has to know beforehand.")
+    if missing := {base_of(word) for word in found.needs} - GIVEN:
+        raise ZooError(f"pruner {found.name!r} needs {', '.join(sorted(missing))}, which is not given in vLLM.")
     return found
 
 
