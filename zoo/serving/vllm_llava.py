@@ -32,7 +32,6 @@ from zoo.registry import ZooError
 from zoo.registry.part import base_of, block_of
 from zoo.vision.encoders.attention_scores import column_mean, row
 
-
 # A question is not: vLLM keeps what it made of an image for all prompts that show it.
 GIVEN = frozenset({"grid", "cls_attention", "key_attention", "keys", "prefix_tokens"})
 
