@@ -90,6 +90,7 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         | {"metric": chance.choice(("tokens", "keys"))},
         "evs": {**ratio, "reference": chance.choice(("previous", "last_kept"))},
         "fastv": {**ratio, "layer": chance.randint(1, layers - 1)},
+        "dart": {**ratio, "layer": chance.randint(1, layers - 1), "as_released": chance.random() < 0.5},
         "pyramiddrop": {**ratio, "votes": chance.choice(("turns", "last", "text"))}
         | {"layers": chance.choice(([], [chance.randint(1, layers - 1)]))},
         "fastervlm": {**ratio, "score": chance.choice(("cls", "column_mean", "probe"))},

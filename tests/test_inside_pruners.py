@@ -14,6 +14,7 @@ PRUNERS = {
     "aim": {"name": "aim", "merge_ratio": 0.5, "start": 0, "stop": 3},
     "fastv": {"name": "fastv", "keep_ratio": 0.4, "layer": 1},
     "pyramiddrop": {"name": "pyramiddrop", "keep_ratio": 0.6},
+    "dart": {"name": "dart", "keep_ratio": 0.5, "layer": 1},
 }
 pytestmark = pytest.mark.parametrize("name", list(PRUNERS))
 
