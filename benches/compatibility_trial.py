@@ -31,6 +31,7 @@ MOE = ("mixtral", "qwen2_moe", "qwen3_moe")
 # Options of parts whose defaults are of a size for large models; the others stand here with their defaults.
 _SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("projector", "resampler"): {"num_queries": 4, "num_heads": 2},
+    ("pruner", "prumerge"): {"score": "column_mean"},  # its own score reads the block behind the last one here
     ("adapter", "lora"): {"rank": 2},
     ("adapter", "mole"): {"rank": 2},
     ("adapter", "moextend"): {"calibration_width": 4},

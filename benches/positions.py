@@ -24,6 +24,7 @@ MODELS = (
 GIVEN = {
     "fastervlm": ["score=column_mean"],
     "holov": ["score=column_mean"],
+    "prumerge": ["score=column_mean"],
     "vispruner": ["score=column_mean"],
     "visionzip": ["score=column_mean"],
     "aim": ["prune=false"],

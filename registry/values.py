@@ -27,6 +27,7 @@ IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformer
 
 # Fields of `ImageFeatures` with a value for each token.
 _OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "projected", "valid")
+_OF_TOKENS += ("next_attention", "next_keys")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ class ImageFeatures:
     # (M, N) bool, which of the tokens exist, where a pruner leaves rows of unequal counts: the others are padding, and
     # the model takes their columns out of the sequence. None: all.
     valid: Tensor | None = None
+
+    # Of the block behind the features, heads not split; None unless a part needs them (next_block): attention of [CLS],
+    # (M, N) float32, and keys (M, N, C).
+    next_attention: Tensor | None = None
+    next_keys: Tensor | None = None
+    # Whether tokens have parts of other patches added, with weights: `keep` is then the patch that each began with.
+    mixed: bool = False
 
     def stay(self, valid: Tensor, tokens: Tensor | None = None) -> ImageFeatures:
         """Keep some of the tokens where their number differs from row to row: the others become padding, in place.

@@ -62,6 +62,8 @@ def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: in
         known[name] = scores / scores.sum(1, True)
     tokens = torch.randn(m, n, dim, generator=g)
     known["keys"] = torch.randn(m, n, 2, 6, generator=g)
+    known["next_attention"] = torch.randn(m, n, generator=g).mul(1.5).softmax(1)
+    known["next_keys"] = torch.randn(m, n, 12, generator=g)
     known["block_attention"] = {"key_attention@1": torch.rand(m, n, generator=g).softmax(1)}
     return ImageFeatures(tokens, grid, **{**known, **given})
 

@@ -64,7 +64,8 @@ m, h, w, d = 2, 4, 6, 8
 n = h * w
 scores = lambda: torch.rand(m, n).softmax(1)
 everything = {"cls_attention": scores(), "key_attention": scores(), "pooling_attention": scores(),
-              "keys": torch.randn(m, n, 2, 4), "prefix": torch.randn(m, 1, d), "key_attention@1": scores()}
+              "keys": torch.randn(m, n, 2, 4), "prefix": torch.randn(m, 1, d), "key_attention@1": scores(),
+              "next_attention": scores(), "next_keys": torch.randn(m, n, 8)}
 from zoo.registry import get, names
 
 for name in names("pruner"):

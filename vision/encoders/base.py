@@ -58,11 +58,14 @@ class Tower(Encoder, nn.Module):
             "key_attention": runner.has_scores,
             "keys": runner.has_scores,
             "pooling_head": runner.pooling is not None,
+            "next_block": runner.has_next,
             "text_tower": not isinstance(text, str),
         }
         self.text: TextTower | None = None
         self._read_text = text
         self.lacks = {"text_tower": text} if isinstance(text, str) else {}
+        if not runner.has_next:
+            self.lacks["next_block"] = "vision.next_block=true keeps what is read of that block."
         self.provides = frozenset(word for word, given in words.items() if given)
         self.depth = runner.depth
         every = runner.has_scores and all(runner.gives_scores(1 + i) for i in range(runner.num_blocks))
@@ -153,8 +156,9 @@ class Tower(Encoder, nn.Module):
             Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: attention of [CLS] in the block that
             computed the tokens, mean over heads, normalised over all P + N keys, prefix columns dropped; key_attention
             (M, N): the same for the mean over all queries; keys (M, N, H, d) of that block; pooling_attention (M, N);
-            prefix (M, P, D); patch_embeds (M, N, P) float32, of the space that the text tower shares; block_attention,
-            scores (M, N) of other blocks by their words.
+            prefix (M, P, D); next_attention (M, N) and next_keys (M, N, C) of `NextBlock.read`; patch_embeds (M, N, P)
+            float32, of the space that the text tower shares; block_attention, scores (M, N) of other blocks by their
+            words.
 
         Raises:
             ZooError: a capability that the encoder does not provide, or images of another size.
@@ -217,6 +221,9 @@ class Tower(Encoder, nn.Module):
         if "pooling_head" in need:
             assert runner.pooling is not None and taken.last is not None, "the hook of the last block did not fire"
             asked["pooling_attention"] = runner.pooling(taken.last, runner.final_norm())[:, p:]  # (M, N)
+        if "next_block" in need:
+            assert taken.next is not None, "the hook of the next block did not fire"
+            asked["next_attention"], asked["next_keys"] = taken.next
         if "text_tower" in need:
             assert self.text is not None, "prepare read it"
             asked["patch_embeds"] = self.text.patches(tokens[:, p:])  # (M, N, P)

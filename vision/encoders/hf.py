@@ -25,7 +25,7 @@ from zoo.vision.encoders.base import (
 )
 from zoo.vision.encoders.checkpoints import load_hf, read_json, with_revision
 from zoo.vision.encoders.hf_text import text_tower_of
-from zoo.vision.encoders.runner import QueryKey, Runner, block_count
+from zoo.vision.encoders.runner import QueryKey, Runner, block_count, count_with_next
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 
 
@@ -91,6 +91,7 @@ class HFVisionConfig:
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
     frame_tower: bool = False  # a second encoder, of the same sizes but own weights, for video frames
     # hub name or folder of the whole CLIP or SigLIP that the encoder is part of, for its text tower, read where a part
     # needs it; empty: `checkpoint`
@@ -123,6 +124,8 @@ class HFVisionConfig:
             raise ZooError(f"text_sizes is for random weights; {self.text_checkpoint!r} has its own config.")
         if self.frame_tower and self.pooling_head:
             raise ZooError("pooling_head needs a single encoder; with frame_tower there are two.")
+        if self.pooling_head and self.next_block:
+            raise ZooError("pooling_head and next_block need the same blocks: set one of them.")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
@@ -137,7 +140,7 @@ class HFVisionConfig:
 class HFVision(Tower):
     """Also takes the vision part of a composite checkpoint, such as a whole CLIP."""
 
-    choices = {"pooling_head": (True,)}  # what the check may propose beside defaults
+    choices = {"pooling_head": (True,), "next_block": (True,)}  # what the check may propose beside defaults
     streams = True  # may be built on the meta device and filled with weights afterwards
 
     def __init__(self, config: HFVisionConfig) -> None:
@@ -147,7 +150,8 @@ class HFVision(Tower):
         whole = spec.num_hidden_layers
         depth = block_count(config.layer, whole)
         if not config.pooling_head:
-            spec.num_hidden_layers = depth  # later blocks are neither built nor loaded
+            # Later blocks are neither built nor loaded.
+            spec.num_hidden_layers = count_with_next(depth, whole) if config.next_block else depth
         size, transform = _transform(source, config.image_size, spec, family)
         values = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit")}
         stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v}
@@ -155,11 +159,11 @@ class HFVision(Tower):
         # Only a size that the user chose must divide: SigLIP's own 384 pixels are 27 patches of 14, and 6 over.
         if config.image_size and not config.extra:
             check_divides(side(spec.patch_size), config.image_size)
-        runners = []
+        runners, more = [], (config.pooling_head, config.next_block)
         for _ in range(1 + config.frame_tower):
             cls = _class(family)
             tower = load_hf(source, cls, spec, "encoder") if source and not on_meta() else cls(deepcopy(spec))
-            runners.append(HFRunner(tower, family, size, config.norm, depth, whole, config.pooling_head))
+            runners.append(HFRunner(tower, family, size, config.norm, depth, whole, *more))
         text = text_tower_of(config, source, _family(spec), runners[0].tower.config)
         super().__init__(runners[0], transform, *runners[1:], text=text)
         if config.text_sizes:  # its weights are in the folder of a saved model
@@ -170,7 +174,15 @@ class HFRunner(Runner):
     """Runs the tower's own forward, with its final norm and pooling head removed."""
 
     def __init__(
-        self, tower: Any, family: Family, size: int, norm: bool, depth: int, whole: int, pooling: bool
+        self,
+        tower: Any,
+        family: Family,
+        size: int,
+        norm: bool,
+        depth: int,
+        whole: int,
+        pooling: bool,
+        following: bool = False,
     ) -> None:
         super().__init__()
         spec, self.depth = tower.config, whole
@@ -182,6 +194,11 @@ class HFRunner(Runner):
             own = None if norm else getattr(tower, family.norm)
             kind = f"An encoder of type {_family(spec)!r}"
             self.pooling = pooling_head(getattr(tower, "head", None), list(blocks[depth:]), own, kind)
+            blocks = blocks[:depth]
+            setattr(holder, blocks_name, blocks)
+            spec.num_hidden_layers = depth
+        later = blocks[depth] if following else None
+        if later is not None:
             blocks = blocks[:depth]
             setattr(holder, blocks_name, blocks)
             spec.num_hidden_layers = depth
@@ -201,6 +218,8 @@ class HFRunner(Runner):
         self.has_cls, self.has_scores = family.has_cls, self.num_blocks > 0 and self.gives_scores(self.num_blocks)
         if self.has_scores:
             self.listen_to(self.num_blocks)
+        if later is not None:
+            self.put_next(blocks, later)
         if self.pooling is not None:
             self.final_norm().register_forward_pre_hook(self._keep_before_norm)
 

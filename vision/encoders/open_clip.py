@@ -23,7 +23,7 @@ from zoo.vision.encoders.base import (
 )
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.open_clip_text import text_tower_of
-from zoo.vision.encoders.runner import QueryKey, Runner, block_count
+from zoo.vision.encoders.runner import QueryKey, Runner, block_count, count_with_next
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner
 from zoo.vision.images.transform import LIBRARIES
@@ -46,6 +46,7 @@ class OpenClipVisionConfig:
     # `zoo.export` writes; pixels differ by a step or two of a byte
     resample_by: str = "pillow"
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
     # Sizes, used without `model` and `checkpoint`.
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
@@ -57,6 +58,8 @@ class OpenClipVisionConfig:
     def __post_init__(self) -> None:
         if self.resample_by not in LIBRARIES:
             raise unknown("library to resample by", self.resample_by, LIBRARIES)
+        if self.pooling_head and self.next_block:
+            raise ZooError("pooling_head and next_block need the same blocks: set one of them.")
         if not self.model and not self.checkpoint:
             check_sizes(self)
 
@@ -65,7 +68,7 @@ class OpenClipVisionConfig:
 class OpenClipVision(Tower):
     """Towers that wrap a timm ViT (SigLIP, EVA-CLIP) run as timm's encoders do; ResNets are refused."""
 
-    choices = {"pooling_head": (True,)}  # what the check may propose beside defaults
+    choices = {"pooling_head": (True,), "next_block": (True,)}  # what the check may propose beside defaults
 
     def __init__(self, config: OpenClipVisionConfig) -> None:
         name = config.model or config.checkpoint or "the encoder"
@@ -79,12 +82,12 @@ class OpenClipVision(Tower):
         trunk = getattr(visual, "trunk", None)
         runner: Runner
         if trunk is not None:
-            runner = TimmRunner(trunk, config.layer, config.norm, name, config.pooling_head)
+            runner = TimmRunner(trunk, config.layer, config.norm, name, config.pooling_head, config.next_block)
             size = trunk.patch_embed.img_size
         else:
             if config.pooling_head:
                 raise ZooError(f"{name!r} has no pooling head with a learned probe: pooling_head must be false.")
-            runner = OpenClipRunner(visual, config.layer, config.norm)
+            runner = OpenClipRunner(visual, config.layer, config.norm, config.next_block)
             size = visual.image_size
         transform = ImageTransform(
             size=(size[0], size[1]),
@@ -102,10 +105,11 @@ class OpenClipRunner(Runner):
 
     num_prefix, has_cls = 1, True
 
-    def __init__(self, tower: Any, layer: int, norm: bool) -> None:
+    def __init__(self, tower: Any, layer: int, norm: bool, following: bool = False) -> None:
         super().__init__()
         self.depth = len(tower.transformer.resblocks)
-        self.index = block_count(layer, len(tower.transformer.resblocks), lowest=1) - 1
+        self.index = block_count(layer, self.depth, lowest=1) - 1
+        later = tower.transformer.resblocks[count_with_next(self.index + 1, self.depth) - 1] if following else None
         tower.prune_intermediate_layers([self.index], prune_norm=not norm, prune_head=True)
         tower.attn_pool = None
         if norm and tower.ln_post.normalized_shape != (tower.transformer.width,):
@@ -117,6 +121,8 @@ class OpenClipRunner(Runner):
         self.has_scores = self.gives_scores(self.num_blocks)
         if self.has_scores:
             self.listen_to(self.num_blocks)
+        if later is not None:
+            self.put_next(tower.transformer.resblocks, later)
 
     def resize(self, grid: tuple[int, int]) -> None:
         self.grid, self.resized = grid, True

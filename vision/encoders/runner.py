@@ -16,6 +16,7 @@ from zoo.registry import ZooError
 from zoo.registry.forward_pass import Pass, current
 from zoo.registry.part import base_of, block_of
 from zoo.vision.encoders.attention_scores import PoolingHead
+from zoo.vision.encoders.next_block import NextBlock
 
 ATTENTION = frozenset({"cls_attention", "key_attention", "keys"})  # capabilities that need q and k of a block
 
@@ -45,7 +46,9 @@ class Taken:
                 wants.setdefault(block_of(word) or last, set()).add(base_of(word))
         self.blocks = {block: QueryKey(frozenset(words)) for block, words in wants.items()}
         self.pools = "pooling_head" in need
+        self.reads = "next_block" in need
         self.last: Tensor | None = None  # (M, P + N, D) output of the last block, before any norm
+        self.next: tuple[Tensor, Tensor] | None = None  # of `NextBlock.read`
 
 
 class Runner:
@@ -67,6 +70,7 @@ class Runner:
     def __init__(self) -> None:
         self.alone = Pass()  # of a compiled encoder that runs outside of a composed model
         self.pooling: PoolingHead | None = None
+        self.has_next = False  # whether a `NextBlock` is behind the last block
         self.heard: set[int] = set()  # blocks with hooks, counted from 1; the others run as they are
 
     @property
@@ -154,6 +158,37 @@ class Runner:
     def keep_last(self, module: nn.Module, args: Any, out: Any) -> None:
         if (taken := self.taken) is not None and taken.pools:
             taken.last = (out[0] if isinstance(out, tuple) else out).detach()
+
+    def keep_next(self, module: NextBlock, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if (taken := self.taken) is not None and taken.reads:
+            taken.next = module.read(out, self.num_prefix)
+
+    def put_next(self, blocks: Any, block: nn.Module) -> None:
+        """Put what is read of the block behind the features behind the blocks that run.
+
+        Raises:
+            ZooError: there is no [CLS], or the block is of another kind.
+        """
+        if not self.has_cls:
+            raise ZooError("next_block reads what [CLS] attends to, and the encoder has none: it must be false.")
+        kept = NextBlock(block)
+        kept.register_forward_hook(self.keep_next)
+        blocks.append(kept)
+        self.has_next = True
+
+
+def count_with_next(count: int, depth: int) -> int:
+    """Return the number of blocks to build where the one behind the first `count` is read, too.
+
+    Raises:
+        ZooError: there is none.
+    """
+    if count >= depth:
+        raise ZooError(
+            f"next_block keeps the block behind the features, and they are of the last of {depth}: choose an earlier "
+            "layer, or next_block=false."
+        )
+    return count + 1
 
 
 def block_count(layer: int, depth: int, lowest: int = 0) -> int:

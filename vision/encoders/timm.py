@@ -33,6 +33,7 @@ class TimmVisionConfig:
     # writes; pixels differ by a step or two of a byte
     resample_by: str = "pillow"
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
     # Sizes, used without `model` and `checkpoint`.
     stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
     patch_size: int = 16  # pixels a side
@@ -53,6 +54,8 @@ class TimmVisionConfig:
             raise unknown("stem", self.stem, ["patch", "conv"])
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
+        if self.pooling_head and self.next_block:
+            raise ZooError("pooling_head and next_block need the same blocks: set one of them.")
         if self.checkpoint == "pretrained" and not self.model:
             raise ZooError("checkpoint=pretrained loads timm's weights of a `model`: name one.")
         if not self.model and not self.checkpoint:
@@ -63,14 +66,15 @@ class TimmVisionConfig:
 class TimmVision(Tower):
     """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
 
-    choices = {"pooling_head": (True,)}  # what the check may propose beside defaults
+    choices = {"pooling_head": (True,), "next_block": (True,)}  # what the check may propose beside defaults
 
     def __init__(self, config: TimmVisionConfig) -> None:
         named = config.model or config.checkpoint
         tower: Any = _named(config) if named else _sized(config)
         if named and config.image_size and hasattr(tower, "patch_embed"):
             check_divides(tower.patch_embed.patch_size[0], config.image_size)
-        runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", config.pooling_head)
+        kept = (config.pooling_head, config.next_block)
+        runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", *kept)
         transform = _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF)
         super().__init__(runner, replace(transform, resample_by=config.resample_by))
 

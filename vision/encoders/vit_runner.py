@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.registry import ZooError
 from zoo.vision.encoders.attention_scores import pooling_head
 from zoo.vision.encoders.conv_stem import ConvStem
-from zoo.vision.encoders.runner import QueryKey, Runner, block_count
+from zoo.vision.encoders.runner import QueryKey, Runner, block_count, count_with_next
 
 PARTS = ("blocks", "embed_dim", "num_prefix_tokens", "prune_intermediate_layers", "forward_intermediates", "norm")
 
@@ -24,7 +24,9 @@ class TimmRunner(Runner):
         ZooError: the model has no blocks of one width on one patch grid, or no such layer, or no final norm.
     """
 
-    def __init__(self, tower: Any, layer: int, norm: bool, name: str, pooling: bool = False) -> None:
+    def __init__(
+        self, tower: Any, layer: int, norm: bool, name: str, pooling: bool = False, following: bool = False
+    ) -> None:
         super().__init__()
         grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
         if not grid or not all(hasattr(tower, part) for part in PARTS) or not _gives_prefix(tower):
@@ -41,6 +43,7 @@ class TimmRunner(Runner):
             later, head = list(tower.blocks[last + 1 :]), getattr(tower, "attn_pool", None)
             self.pooling = pooling_head(head, later, None if norm else tower.norm, repr(name))
         self.depth = len(tower.blocks)
+        later_block = tower.blocks[count_with_next(last + 1, self.depth) - 1] if following else None
         tower.prune_intermediate_layers([last], prune_norm=not norm, prune_head=True)
         self.tower, self.index, self.norm = tower, last, norm
         self.hidden_size = tower.embed_dim
@@ -53,6 +56,8 @@ class TimmRunner(Runner):
             self.listen_to(self.num_blocks)
         if self.pooling is not None:
             tower.blocks[-1].register_forward_hook(self.keep_last)
+        if later_block is not None:
+            self.put_next(tower.blocks, later_block)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         (out,) = self.tower.forward_intermediates(

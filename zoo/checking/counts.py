@@ -80,8 +80,8 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
         if node.get("checkpoint") or node.get("model"):
             return
         # Not those of further blocks, nor of a text tower: its weights would be read.
-        requested = frozenset(word for word in requested if "@" not in word and word != "text_tower")
-        node, pixels = {**node, "depth": min(1, node.get("depth", 1)), "layer": -1}, pixels[:1]
+        requested = frozenset(w for w in requested if "@" not in w and w not in ("text_tower", "next_block"))
+        node, pixels = {**node, "depth": min(1, node.get("depth", 1)), "layer": -1, "next_block": False}, pixels[:1]
         with torch.device("meta"):
             alone = built()
 
@@ -168,8 +168,11 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
         "keys": made(n, _HEADS, _KEY),
         "prefix": made(1, d),
         "patch_embeds": made(n, _KEY),
+        "next_attention": score,
+        "next_keys": made(n, _KEY),
     }
     words = {"pooling_attention": "pooling_head", "prefix": "prefix_tokens", "patch_embeds": "text_tower"}
+    words |= {"next_attention": "next_block", "next_keys": "next_block"}
     known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in requested}
     known["block_attention"] = {word: score for word in requested if "@" in word}
     return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]), **known)

@@ -212,6 +212,8 @@ def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any])
         key_attention=score,
         pooling_attention=score,
         keys=tokens.unsqueeze(2),
+        next_attention=score,
+        next_keys=tokens,
         block_attention={word: score for p in pruners.values() for word in p.needs if "@" in word},
     )
     steps = []
@@ -237,7 +239,7 @@ def _after(pruner: Any, image: ImageFeatures) -> tuple[ImageFeatures | None, boo
     try:
         with torch.no_grad():
             after = pruner(image)
-        return after, set(_cells(after)) <= set(_cells(image))
+        return after, not after.mixed and set(_cells(after)) <= set(_cells(image))
     except Exception:  # it needs more than these features: what it declares is taken
         return None, "grid" in pruner.destroys and "grid" not in pruner.provides
 

@@ -27,6 +27,7 @@ ALWAYS = frozenset({"image", "question"})
 _UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
 # What an encoder computes only where a part needs it: attention scores of every image cost memory.
 ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens", "text_tower"})
+ON_REQUEST |= {"next_block"}
 
 
 class MisfitError(ZooError):

@@ -24,7 +24,9 @@ from zoo.registry.part import block_of
 POSITIONS = ("kept", "dense")
 # Capabilities that are given in a field of another name.
 _FIELDS = {"prefix_tokens": "prefix", "pooling_head": "pooling_attention", "text_tower": "patch_embeds"}
+_FIELDS |= {"next_block": "next_keys"}  # with next_attention
 _OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "projected")  # (M, N, ...)
+_OF_TOKENS += ("next_attention", "next_keys")
 
 
 def pruner(
@@ -180,9 +182,10 @@ class PrunerAlone(nn.Module):
                 they enter the LLM, which it leaves in place, with `Pruned.valid` for those that stay.
             pixel_values: (M, ...), for a pruner that draws for each image; without it, one draw for all.
             known: what the pruner `needs`, by its word, and further fields of `ImageFeatures`: cls_attention=(M, N),
-                keys=(M, N, H, d), prefix=(M, P, D), `**{"key_attention@9": scores}`. `rows` is the number of crops or
-                frames of each image, for a pruner with one budget over all of them. `question` is a `Question`, or the
-                LLM's embeddings (M, L, C) of what is asked about each image, or M texts.
+                keys=(M, N, H, d), prefix=(M, P, D), `**{"key_attention@9": scores}`; for next_block next_keys=(M, N, C)
+                and next_attention=(M, N). `rows` is the number of crops or frames of each image, for a pruner with one
+                budget over all of them. `question` is a `Question`, or the LLM's embeddings (M, L, C) of what is asked
+                about each image, or M texts.
 
         Raises:
             ZooError: something that it needs is missing, unknown, or of another shape.

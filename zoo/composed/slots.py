@@ -87,6 +87,8 @@ def _vision(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
     own = replace(transform, size=model.vision.own_size)  # before a pruner in front of the encoder made it smaller
     node |= {"image_size": own.size[0], "fit": transform.fit, **pixels}
     node["frame_tower"] = bool(given.get("frame_tower"))
+    if given.get("next_block"):
+        node |= {"next_block": True, "depth": tower.config.num_hidden_layers + 1}
     apart = {k: given[k] for k in ("text_checkpoint", "text_revision") if given.get(k)}
     node |= apart or _text_sizes(model)
     with torch.device("meta"):

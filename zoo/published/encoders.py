@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.registry import ZooError
+from zoo.vision.encoders.next_block import NextBlock
 
 # Encoders of one kind under several names: same weights, same computation for images of full size.
 _SAME = {"siglip_vision_model": ("idefics3_vision", "smolvlm_vision"),
@@ -74,8 +75,10 @@ def encoder_of(model: Any, kinds: Collection[str], depth: int = 0) -> Encoder:
 
 
 def _state(vision: Any) -> dict[str, Tensor]:
-    """Return the weights of both towers, without a pooling head, which only pruners use."""
-    return {f"vision.{n}": t for n, t in vision.state_dict().items() if n.startswith(("tower.", "frame_tower."))}
+    """Return the weights of both towers, without what only pruners use: a pooling head, the block behind the layer."""
+    spare = tuple(f"{name}." for name, part in vision.named_modules() if isinstance(part, NextBlock))
+    of_towers = {n: t for n, t in vision.state_dict().items() if n.startswith(("tower.", "frame_tower."))}
+    return {f"vision.{n}": t for n, t in of_towers.items() if not n.startswith(spare)}
 
 
 def _size(config: Any) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.registry import ZooError
+from zoo.vision.encoders.next_block import NextBlock
 
 Pair = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -88,8 +89,8 @@ def _of_timm(vit: Any) -> PlainViT:
     cls, positions = (None if vit.cls_token is None else vit.cls_token[0, 0]), vit.pos_embed[0]
     if cls is not None and vit.no_embed_class:
         positions = torch.cat([torch.zeros_like(positions[:1]), positions])
-    blocks = []
-    for block in vit.blocks:
+    blocks, whole = [], [b for b in vit.blocks if not isinstance(b, NextBlock)]
+    for block in whole:
         attention, mlp = block.attn, block.mlp
         plain = (type(block), type(attention), type(mlp)) == (TimmBlock, Attention, Mlp)
         if not plain or _is_there(getattr(attention, "gate", None)) or attention.proj.in_features != vit.embed_dim:
@@ -102,7 +103,7 @@ def _of_timm(vit: Any) -> PlainViT:
             Block(_pair(block.norm1), *_thirds(attention.qkv.weight, attention.qkv.bias), _pair(attention.proj),
                   scales[0], _pair(block.norm2), _pair(mlp.fc1), _pair(mlp.fc2), scales[1])
         )  # fmt: skip
-    norms = [n for block in vit.blocks for n in (block.norm1, block.norm2)]
+    norms = [n for block in whole for n in (block.norm1, block.norm2)]
     pre_norm = vit.norm_pre if _is_there(vit.norm_pre) else None
     return PlainViT(
         _pair(vit.patch_embed.proj), cls, positions, None if pre_norm is None else _pair(pre_norm), blocks,
@@ -113,8 +114,8 @@ def _of_timm(vit: Any) -> PlainViT:
 def _of_open_clip(vit: Any) -> PlainViT:
     from open_clip.transformer import LayerScale, ResidualAttentionBlock
 
-    blocks = []
-    for block in vit.transformer.resblocks:
+    blocks, whole = [], [b for b in vit.transformer.resblocks if not isinstance(b, NextBlock)]
+    for block in whole:
         if type(block) is not ResidualAttentionBlock:
             raise _no_twin(f"its blocks are {type(block).__name__}")
         attention = block.attn
@@ -125,7 +126,7 @@ def _of_open_clip(vit: Any) -> PlainViT:
                   _pair(block.mlp.c_proj), scales[1])
         )  # fmt: skip
     first = vit.transformer.resblocks[0]
-    norms = [n for block in vit.transformer.resblocks for n in (block.ln_1, block.ln_2)]
+    norms = [n for block in whole for n in (block.ln_1, block.ln_2)]
     pre_norm = vit.ln_pre if _is_there(vit.ln_pre) else None
     return PlainViT(
         _pair(vit.conv1), vit.class_embedding, vit.positional_embedding, None if pre_norm is None else _pair(pre_norm),
