@@ -3,6 +3,8 @@
 zoo report                      every run below runs/
 zoo report runs/2026-11-22      those of a day, or of a sweep
 zoo report a b out=both.png     two runs; the picture goes to both.png
+
+zoo report full=a small=b c d   evaluations c and d where a smaller image (b) answers right, and where it does not
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from zoo.inspection import filtered
 from zoo.registry import ZooError, unknown
 from zoo.registry.foreign import INDEX, read_json
 from zoo.runs.folder import read_metrics, runs
@@ -22,6 +25,7 @@ from zoo.storage.atomic import writing
 from zoo.text.markup import cell, label
 
 SHOWN = 12  # columns of scores that a table holds; the picture has as many groups of bars
+OPTIONS = ("out", "full", "small")
 SMOOTH = 0.02  # share of a run's steps that its loss curve is averaged over
 
 
@@ -48,9 +52,13 @@ def main(words: Sequence[str]) -> int:
         return 0
     options = dict(word.split("=", 1) for word in words if "=" in word)
     for key in options:
-        if key != "out":
-            raise unknown("option of zoo report", key, ["out"])
-    folders = [Path(word) for word in words if "=" not in word] or [Path("runs")]
+        if key not in OPTIONS:
+            raise unknown("option of zoo report", key, OPTIONS)
+    folders = [Path(word) for word in words if "=" not in word]
+    if options.keys() & {"full", "small"}:
+        filtered.show(options, folders)
+        return 0
+    folders = folders or [Path("runs")]
     found = summaries(folders)
     Console().print(report_table(found))
     picture = Path(options.get("out") or (folders[0] if folders[0].is_dir() else Path()) / "report.png")
