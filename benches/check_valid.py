@@ -88,6 +88,7 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
     options: dict[str, dict[str, Any]] = {
         "aim": {"merge_ratio": ratio["keep_ratio"], "prune": chance.random() < 0.7}
         | {"metric": chance.choice(("tokens", "keys"))},
+        "dycoke": {**ratio, "order": chance.choice(("raster", "released")), "odd": chance.choice(("keep", "drop"))},
         "evs": {**ratio, "reference": chance.choice(("previous", "last_kept"))},
         "fastv": {**ratio, "layer": chance.randint(1, layers - 1)},
         "dart": {**ratio, "layer": chance.randint(1, layers - 1), "as_released": chance.random() < 0.5},

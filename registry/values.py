@@ -149,6 +149,8 @@ class ImageFeatures:
             return parts[0]
         if any(p.valid is not None for p in parts):  # those without it have no padding
             parts = [p if p.valid is not None else p.stay(p.tokens.new_ones(p.tokens.shape[:2]).bool()) for p in parts]
+        if any(p.keep is not None for p in parts):  # those without it are in order
+            parts = [p if p.keep is not None else replace(p, keep=_indices(p.tokens, p.tokens.shape[1])) for p in parts]
         first = parts[0]
         tensors = [f.name for f in fields(first) if hasattr(getattr(first, f.name), "shape")]
         whole: dict[str, Any] = {name: _cat(*(getattr(p, name) for p in parts), dim=0) for name in tensors}

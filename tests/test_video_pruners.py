@@ -11,6 +11,8 @@ from tests.video_builders import LAYOUTS, LENGTHS, film, inputs_of, kept_of, row
 from zoo.registry import ZooError, build
 
 PRUNERS = {
+    "dycoke": {"name": "dycoke", "keep_ratio": 0.4},
+    "dycoke released": {"name": "dycoke", "k": 0.7, "order": "released", "last_group": "released", "odd": "drop"},
     "evs": {"name": "evs", "keep_ratio": 0.4},
     "evs last": {"name": "evs", "q": 0.5, "reference": "last_kept"},
 }

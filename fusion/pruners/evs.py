@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from zoo.fusion.pruners.changes import STILL, moved, unit
 from zoo.fusion.pruners.topk import check_ratio
 from zoo.registry import Cut, ImageFeatures, Preset, Pruner, ZooError, register, unknown
 
@@ -42,7 +42,7 @@ class EVSConfig:
     q: float | None = None  # share removed, in [0, 1), as the release counts it; takes the place of keep_ratio
     count: str = "total"  # the share is of: total, all frames | after_first, those behind the first, as in the paper
     reference: str = "previous"  # compare with the frame before (previous), or with what stayed there (last_kept)
-    still: float = 1e-6  # smaller changes are none; 0: as released, by rounding
+    still: float = STILL  # smaller changes are none; 0: as released, by rounding
 
     def __post_init__(self) -> None:
         check_ratio(self.keep_ratio)
@@ -94,31 +94,28 @@ class EVS(Pruner, nn.Module):
         keep = self.budget(frames, n)
         if image.row_kind != "frame" or keep == frames * n:
             return image
-        unit = F.normalize(image.tokens.detach().float(), dim=-1, eps=1e-8)  # (T, P, C)
-        change = self._since_kept(unit, keep) if self.config.reference == "last_kept" else self._change(unit)
+        tokens = unit(image.tokens)  # (T, P, C)
+        change = self._since_kept(tokens, keep) if self.config.reference == "last_kept" else self._change(tokens)
         return image.stay(_largest(change, keep))
 
     def scores(self, image: ImageFeatures) -> Tensor | None:
         """Return how much each token of a video changed since the frame before, (T, P); None for an image."""
         if image.row_kind != "frame" or len(image.tokens) < 2:
             return None
-        change = self._change(F.normalize(image.tokens.detach().float(), dim=-1, eps=1e-8))
+        change = self._change(unit(image.tokens))
         return change.masked_fill(change.isinf(), 2.0)  # the most that a cosine makes
 
-    def _change(self, unit: Tensor) -> Tensor:
-        change = self._moved(1 - (unit[1:] * unit[:-1]).sum(-1))
-        return torch.cat([change.new_full((1, unit.shape[1]), torch.inf), change])  # (T, P)
+    def _change(self, tokens: Tensor) -> Tensor:
+        change = moved((tokens[1:] * tokens[:-1]).sum(-1), self.config.still)
+        return torch.cat([change.new_full((1, tokens.shape[1]), torch.inf), change])  # (T, P)
 
-    def _moved(self, change: Tensor) -> Tensor:
-        return change.masked_fill(change < self.config.still, 0.0) if self.config.still else change
-
-    def _since_kept(self, unit: Tensor, keep: int) -> Tensor:
+    def _since_kept(self, tokens: Tensor, keep: int) -> Tensor:
         """Return the change of each token since the last of its place that stays, infinite where it stays: (T, P)."""
-        places = unit.transpose(0, 1)  # (P, T, C)
-        change = self._moved(1 - places @ places.mT)  # (P, T, T): of each two frames of a place
+        places = tokens.transpose(0, 1)  # (P, T, C)
+        change = moved(places @ places.mT, self.config.still)  # (P, T, T): of each two frames of a place
         low, high = change.new_tensor(0.0), change.max()
         for _ in range(_ROUNDS):
-            tried = torch.linspace(0, 1, _TRIES, device=unit.device) * (high - low) + low
+            tried = torch.linspace(0, 1, _TRIES, device=tokens.device) * (high - low) + low
             found, stays = _scanned(change, tried)
             fits = stays.flatten(1).sum(1) <= keep  # (_TRIES,), the largest threshold always
             best = int(fits.long().argmax())
