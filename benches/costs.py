@@ -81,3 +81,25 @@ def roofline_flops(sizes: DecoderSizes, tokens: Sequence[int]) -> int:
 def cache_bytes(sizes: DecoderSizes, tokens: Sequence[int], bytes_each: int) -> int:
     """Count the bytes of keys and values with `tokens` in each layer."""
     return sum(tokens) * sizes.cache_per_token * bytes_each
+
+
+def encoder_flops(runner: Any, patches: int) -> int | None:
+    """Count the products of a vision transformer for one image of `patches` patches, of its blocks that run.
+
+    None where convolutions do more than cut patches: their sizes depend on the ones before.
+
+    Args:
+        runner: of the encoder (`zoo.vision.encoders.runner`).
+        patches: of an image.
+    """
+    from torch import nn
+
+    tokens, flops = patches + runner.num_prefix, 0
+    for module in runner.tower.modules():
+        if isinstance(module, nn.Linear):
+            flops += 2 * module.weight.numel() * tokens
+        elif isinstance(module, nn.Conv2d):
+            if module.kernel_size != module.stride:
+                return None
+            flops += 2 * module.weight.numel() * patches
+    return flops + runner.num_blocks * 4 * tokens * tokens * runner.hidden_size

@@ -91,13 +91,16 @@ def stock(sizes: Sizes, attention: str | None = None) -> Any:
     return model
 
 
-def composed(sizes: Sizes, images: bool = True, llm: Mapping[str, Any] | None = None, **slots: Any) -> ZooModel:
+def composed(
+    sizes: Sizes, images: bool = True, llm: Mapping[str, Any] | None = None, positions: str = "auto", **slots: Any
+) -> ZooModel:
     """Return the composed model of the same sizes with random weights; the LLM alone without `images`.
 
     Args:
         sizes: of the parts.
         images: whether it has an encoder and a projector.
         llm: further options of the LLM.
+        positions: of image tokens that a pruner left.
         slots: further ones, a pruner for example.
     """
     vision = {"name": "hf", "model_type": "clip", "layer": sizes.layer, "image_size": sizes.image_size}
@@ -107,7 +110,9 @@ def composed(sizes: Sizes, images: bool = True, llm: Mapping[str, Any] | None = 
     text |= {"num_heads": sizes.text_heads, "intermediate_size": sizes.intermediate, "max_positions": 1024}
     seeing = {"vision": vision, "projector": {"name": "mlp"}} if images else {}
     whole = {**seeing, **slots, "llm": text | dict(llm or {})}
-    return ZooModel(ZooConfig(slots=whole, image_token_id=IMAGE_TOKEN, text_vocab_size=sizes.vocab))
+    return ZooModel(
+        ZooConfig(slots=whole, image_token_id=IMAGE_TOKEN, text_vocab_size=sizes.vocab, positions=positions)
+    )
 
 
 def twins(sizes: Sizes) -> tuple[Any, ZooModel]:

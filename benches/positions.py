@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from zoo.benches.abilities import Ability, Draws, mean_of, scores
 from zoo.benches.measure import Value
 from zoo.benches.place import at_least_one, torch_threads
+from zoo.benches.prune_models import Arms
+from zoo.benches.prune_options import NONE, share_option
 from zoo.benches.report import Report, Row, machine
 from zoo.registry import ZooError, names, unknown
 
@@ -20,16 +23,7 @@ MODELS = (
     "fashion_tiny=fashion_mnist,llava_kd_fashion=fashion_mnist,llava_mod_fashion=fashion_mnist,"
     "scenes_tiny=scenes_basics,llava_kd_tiny=scenes_basics,llava_mod_tiny=scenes_basics"
 )
-# What pruners need that score by [CLS], which no shipped encoder has; and what asks about the layers of the LLM.
-GIVEN = {
-    "fastervlm": ["score=column_mean"],
-    "holov": ["score=column_mean"],
-    "prumerge": ["score=column_mean"],
-    "vispruner": ["score=column_mean"],
-    "visionzip": ["score=column_mean"],
-    "aim": ["prune=false"],
-}
-SHARE = {"aim": "merge_ratio"}  # option for the share of tokens that stay; else keep_ratio
+GIVEN = {"aim": {"prune": False}}  # what asks about the layers of the LLM is left out
 
 
 @dataclass
@@ -78,44 +72,29 @@ def run(options: Options, show: Callable[[str], None] = print) -> PositionsRepor
     ]
     with torch_threads(options.threads):
         for model, data in (pair.split("=") for pair in options.models.split(",")):
-            score, error = _score(model, data, [], options.limit)
-            report.table.append((f"`{model}`", "all tokens", [f"{score:.1f} +- {error:.1f}"] * len(shares)))
-            report.add(_row(f"{model}: all tokens", score, error))
+            whole = _score(Arms(model, data), NONE, None, options.limit)
+            report.table.append((f"`{model}`", "all tokens", [f"{whole.mean:.1f} +- {whole.stderr:.1f}"] * len(shares)))
+            report.add(_row(f"{model}: all tokens", whole))
             for pruner in options.pruner.split(","):
                 cells = []
                 for share in shares:
-                    words = [f"pruner=[{pruner}]", f"pruner.{pruner}.{SHARE.get(pruner, 'keep_ratio')}={share}"]
-                    words += [f"pruner.{pruner}.{option}" for option in GIVEN.get(pruner, ())]
+                    node = {share_option(pruner): share, **GIVEN.get(pruner, {})}
                     found = {
-                        way: _score(model, data, [*words, f"positions={way}"], options.limit)
-                        for way in ("dense", "kept")
+                        way: _score(Arms(model, data, way), pruner, node, options.limit) for way in ("dense", "kept")
                     }
-                    cells.append(" -> ".join(f"{value:.1f}" for value, _ in found.values()))
-                    report.add(*(_row(f"{model}, {pruner} at {share}: {way}", *x) for way, x in found.items()))
+                    cells.append(" -> ".join(f"{ability.mean:.1f}" for ability in found.values()))
+                    report.add(*(_row(f"{model}, {pruner} at {share}: {way}", x) for way, x in found.items()))
                 report.table.append((f"`{model}`", f"`{pruner}`", cells))
                 show(f"{model}, {pruner}: {', '.join(cells)}")
     return report
 
 
-def _row(what: str, score: float, error: float) -> Row:
-    return Row(what, Value(score, score - error, score + error), " %")
+def _row(what: str, score: Ability) -> Row:
+    return Row(what, Value(score.mean, score.mean - score.stderr, score.mean + score.stderr), " %")
 
 
-def _score(name: str, data: str, words: list[str], limit: int) -> tuple[float, float]:
-    """The mean over kinds of questions, and its standard error as of independent kinds; in per cent."""
-    from zoo.evaluation.evaluate import evaluate
-    from zoo.loading.build import build
-    from zoo.registry import build as build_component
-    from zoo.runs.data import RunData
-    from zoo.settings.config import compose
-    from zoo.settings.source import source_of
-
-    config: Any = compose("eval", [f"model={name}", f"data=[{data}]", "recipe=null", *words])
-    model, processor = build(source_of(config), device="cpu")
-    datasets = RunData(config.data)
-    tasks = {str(key): build_component("task", node) for key, node in config.task.items()}
-    result = evaluate(model, processor, datasets.evaluation or datasets.all, tasks, limit=limit, baselines=False)
-    first = {(line.data, line.kind, line.held_out): line.score for line in reversed(result.lines)}
-    values = list(first.values())
-    error = sum(score.stderr**2 for score in values) ** 0.5 / len(values)
-    return 100 * sum(score.value for score in values) / len(values), 100 * error
+def _score(arms: Arms, pruner: str, node: dict[str, Any] | None, limit: int) -> Ability:
+    """The mean over kinds of questions."""
+    model, draws = arms.model(pruner, node), Draws()
+    draws.add(scores(model, arms.processor, arms.config, limit))
+    return mean_of(draws.abilities())

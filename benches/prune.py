@@ -1,88 +1,51 @@
-"""`zoo bench prune`: what pruners save, measured beside what they should, all from one run.
+"""`zoo bench prune`: one card for all pruners, each measured beside what it should reach, from one run.
 
-Models differ in the pruner alone. For each: image tokens behind every part and in every layer of the LLM, FLOPs in
-closed form beside torch's counter, prefill and decode times with their spread, peak memory, bytes of the cache, and
-the score of a task where the model has weights worth asking. In the end it says in words where a pruner does not pay.
+Models differ in the pruner alone. Of each: the tokens that enter every layer, FLOPs in closed form beside torch's
+counter, what the method takes by itself, prefill with one thread and with two, decoding, cache, peak memory, and where
+a trained model is given what it answers, ability by ability, over the share of tokens kept. Controls are on every card.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from zoo.benches.costs import cache_bytes
+from zoo.benches.abilities import Draws, batches_answer_alike, scores
+from zoo.benches.costs import cache_bytes, encoder_flops
 from zoo.benches.flops import count_flops
 from zoo.benches.measure import Clock, Plain, Turns, Value, interleave
 from zoo.benches.peak import peak_bytes
-from zoo.benches.place import at_least_one, chosen, torch_threads
-from zoo.benches.prune_card import LARGEST_GAP, PruneReport, Summary, where_counts_differ, where_it_pays
-from zoo.benches.prune_models import SIZES, Variant, accepts, first_tokens, named_model, random_models
+from zoo.benches.place import torch_threads
+from zoo.benches.products import product_rows
+from zoo.benches.prune_card import LARGEST_GAP, Point, Prefill, PruneReport, Summary
+from zoo.benches.prune_compare import read_card
+from zoo.benches.prune_models import Arms, Variant, accepts, first_tokens
+from zoo.benches.prune_options import CONTROLS, NONE, SECTIONS, Options, share_option, words
+from zoo.benches.prune_scoring import scoring_rows
+from zoo.benches.prune_words import where_counts_differ, where_it_pays, who_wins
 from zoo.benches.report import Row, machine
-from zoo.fusion.pruners.inside.attention_flow import attention_flow
-from zoo.registry import ZooError, names, unknown
+from zoo.registry import ZooError
 
-NONE = "null"
-SECTIONS = ("prefill", "decode", "memory", "encoder", "scoring", "sizes", "task")
-OWN_TIME = {"divprune": 5.0}  # bounds, in per cent of the prefill saved, that differ from the others' 3
-DTYPES = ("float32", "bfloat16", "float16")
+__all__ = ["Options", "run", "words"]
 
-
-@dataclass
-class Options:
-    model: str = (
-        "random_100m"  # random_100m (a decoder of 100 M with random weights), tiny, or a model as `zoo eval` takes
-    )
-    pruner: str = "null,random,fastervlm,aim"  # with commas between; null: none; options of one: pruner.aim.start=4
-    keep_ratio: float = 0.1  # of the pruners that have such an option
-    text_tokens: int = 64  # of the prompt, half of them before the image
-    batch: int = 1  # prompts at once
-    new_tokens: int = 16  # of a decode turn
-    rounds: int = 7  # turns of each variant
-    threads: int = 1  # of torch on the CPU; with one, time is that of the process, whatever else runs
-    device: str = "auto"  # auto | cpu | cuda
-    dtype: str = "float32"  # float32 | bfloat16 | float16
-    limit: int = 100  # samples of the task, for a model with trained weights; 0: no task
-    scored_tokens: int = 2048  # of the section scoring
-    only: str = ""  # sections: prefill, decode, memory, encoder, scoring, sizes, task; empty: all
-    set: dict[str, Any] = field(default_factory=dict)  # pruner -> its options; written pruner.NAME.OPTION=value
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "text_tokens", "batch", "new_tokens", "rounds", "threads", "scored_tokens")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
-        self.sections = chosen("section", self.only, SECTIONS)
-        for name in [*self.pruners, *self.set]:
-            if name != NONE and name not in names("pruner"):
-                raise unknown("pruner", name, [NONE, *names("pruner")])
-
-    @property
-    def pruners(self) -> list[str]:
-        """The pruners in order, none first: everything is measured against it."""
-        return list(dict.fromkeys([NONE, *(p.strip("[] ") for p in self.pruner.split(",") if p.strip("[] "))]))
-
-    def nodes(self) -> dict[str, dict[str, Any] | None]:
-        """The options of each pruner."""
-        found: dict[str, dict[str, Any] | None] = {}
-        for name in self.pruners:
-            shared = {"keep_ratio": self.keep_ratio} if name != NONE and accepts(name, "keep_ratio") else {}
-            found[name] = None if name == NONE else {**shared, **dict(self.set.get(name, {}))}
-        return found
-
-
-def words(given: Sequence[str]) -> list[str]:
-    """Write options of a pruner, `pruner.aim.start=4`, as the dataclass has them."""
-    return [f"set.{w.removeprefix('pruner.')}" if w.startswith("pruner.") else w for w in given]
+OWN_TIME = {
+    "divprune": 5.0,
+    "cdpruner": 5.0,
+}  # bounds, in per cent of the prefill saved, that differ from the others' 3
+SHARE, SHARE_INSIDE = 0.85, 0.8  # of the ratio by FLOPs that the prefill reaches
+LARGE = 90e6  # weights of an LLM from which on a decoded token must not take longer with a pruner: "100 M"
 
 
 def run(options: Options, show: Callable[[str], None] = print) -> PruneReport:
     """Measure what `options.only` asks for; `show` is told what is going on."""
-    with torch_threads(options.threads):
-        return _Bench(options, show).run()
+    before = read_card(options.against) if options.against else None  # a wrong path is found before an hour of work
+    with torch_threads(options.thread_counts[0]):
+        report = _Bench(options, show).run()
+    report.before = before
+    return report
 
 
 class _Bench:
@@ -90,214 +53,201 @@ class _Bench:
         self.options, self.show = options, show
         cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.clock = Clock(self.device, options.threads)
+        self.clock = Clock(self.device, options.thread_counts[0])
         show("building the models")
-        self.tasks: dict[str, Callable[[], str]] = {}
+        self.arms = Arms(options.model.split(",")[0], options.data, options.positions)
+        self.left_out: dict[str, str] = {}
         self.variants = self._variants()
         self.base = self.variants[NONE]
-        self.n = self.base.features.tokens.shape[1]
+        self.weights = sum(p.numel() for p in self.base.model.llm.parameters())
         self.cards = {name: self._counts(v) for name, v in self.variants.items()}
 
     def run(self) -> PruneReport:
         o, sizes = self.options, self.base.sizes
-        report = PruneReport("zoo bench prune", machine=machine(self.device, o.threads), cards=self.cards)
-        weights = sum(p.numel() for p in self.base.model.llm.parameters()) / 1e6
+        report = PruneReport("zoo bench prune", machine=machine(self.device, o.thread_counts[0]), cards=self.cards)
+        report.left_out = self.left_out
         report.setting = [
-            f"model {o.model}: LLM of {sizes.num_layers} layers x {sizes.width}, {weights:.0f} M parameters; "
-            f"{o.batch} prompt(s) of {self.n} image tokens and {o.text_tokens} text tokens; {o.dtype}",
-            f"{self.clock.name} time, medians and quartiles of {o.rounds} turns that alternate; ratios within a turn",
-            "FLOPs count a multiplication with its addition as 2, have no causal discount, and leave the encoder out",
+            f"model {o.model}: LLM of {sizes.num_layers} layers x {sizes.width}, {self.weights / 1e6:.0f} M weights; "
+            f"{o.batch} prompt(s) of {self.base.patches} image tokens and {o.text_tokens} text tokens; {o.dtype}",
+            f"times: medians and quartiles of {o.rounds} turns that alternate, ratios within a turn; with one "
+            "thread of the process, with more of the wall",
+            "FLOPs count a multiplication with its addition as 2, and attention in full, without a causal discount",
         ]
         for section in SECTIONS:
             if section in o.sections:
                 self.show(f"measuring: {section}")
                 report.add(*getattr(self, f"_{section}")())
-        report.words = [*where_counts_differ(self.cards), *where_it_pays(self.cards)]
+        report.words = [*where_counts_differ(self.cards), *where_it_pays(self.cards), *who_wins(self.cards, CONTROLS)]
         return report
 
     # ---- models ------------------------------------------------------------------------------------------------
 
     def _variants(self) -> dict[str, Variant]:
-        o, nodes = self.options, self.options.nodes()
-        generator = torch.Generator().manual_seed(0)
+        o = self.options
         found: dict[str, Variant] = {}
-        if o.model in SIZES:
-            models = random_models(SIZES[o.model], nodes)
-        else:
-            models = {}
-            for name, node in nodes.items():
-                models[name], processor, config = named_model(o.model, name, node)
-                self.tasks[name] = _task(models[name], processor, config, o)
-        for name, model in models.items():
-            torch.nn.Module.to(model, device=self.device, dtype=getattr(torch, o.dtype))
-            if not model.num_image_tokens:
-                raise ZooError(f"model {o.model!r} has no image tokens in the LLM: there is nothing to prune.")
-            model.set_attention("sdpa" if self.device.type == "cpu" else "auto")
-            assert model.vision is not None, "it has image tokens"
-            size = (o.batch, 3, *model.vision.transform.size)
-            generator.manual_seed(0)
-            pixels = torch.randn(size, generator=generator).to(self.device, getattr(torch, o.dtype))
-            text = torch.randint(8, model.llm.vocab_size, (o.batch, o.text_tokens), generator=generator)
-            text = torch.where(text == model.image_token_id, 7, text).to(self.device)
-            with torch.no_grad():
-                features = model.vision(pixels, need=model.requested)
-            found[name] = Variant(name, model, pixels, text, features)
+        for name in o.pruners:
+            try:
+                found[name] = self._variant(name, o.node(name, found[NONE].grid if found else ()))
+            except ZooError as error:
+                if name == NONE:
+                    raise
+                self.left_out[name] = str(error).splitlines()[0]
         return found
 
+    def _variant(self, name: str, node: Mapping[str, Any] | None, draw: int = 0) -> Variant:
+        """Build a model with a pruner, and try it on a prompt."""
+        o, dtype = self.options, getattr(torch, self.options.dtype)
+        model = self.arms.model(name, node, draw)
+        torch.nn.Module.to(model, device=self.device, dtype=dtype)
+        if not model.num_image_tokens:
+            raise ZooError(f"model {o.model!r} has no image tokens in the LLM: there is nothing to prune.")
+        model.set_attention("sdpa" if self.device.type == "cpu" else "auto")
+        generator = torch.Generator().manual_seed(0)
+        text = torch.randint(8, model.llm.vocab_size, (o.batch, o.text_tokens), generator=generator)
+        text = torch.where(text == model.image_token_id, 7, text).to(self.device)
+        variant = Variant.of(name, model, self.arms.pixels(model, o.batch).to(self.device, dtype), text)
+        variant.after()
+        return variant
+
     def _counts(self, variant: Variant) -> Summary:
-        tokens, size = variant.layer_tokens(self.n), torch.finfo(getattr(torch, self.options.dtype)).bits // 8
-        flops, scoring = variant.read_flops(self.n)
-        rows = variant.text.shape[0]
+        size, rows = torch.finfo(getattr(torch, self.options.dtype)).bits // 8, len(variant.text)
+        shown = variant.shown()
+        ids = variant.ids(shown)
+        tokens = variant.tokens_of(variant.read(ids, shown).cache)
+        flops, scoring = variant.read_flops(tokens)
+        declared = [n + variant.text.shape[1] for n in variant.image_tokens(variant.patches)]
+        assert variant.model.vision is not None, "it has image tokens"
+        closed = encoder_flops(variant.model.vision.runner, variant.patches)
         return Summary(
-            stages=variant.stages(self.n),
-            layers=variant.image_tokens(self.n),
+            options={} if variant.name == NONE else dict(self.arms.nodes[variant.name]),
+            inside=variant.inside,
+            stages=variant.stages(variant.patches),
+            layers=[n - variant.text.shape[1] for n in tokens],
             flops=flops,
             scoring_flops=scoring,
-            cache_bytes=rows * cache_bytes(variant.sizes, tokens, size),
+            counted_flops=count_flops(partial(variant.read, ids, shown)),
+            encoder_flops=None if closed is None else rows * closed,
+            encoder_plain=count_flops(partial(variant.encode, frozenset())),
+            encoder_counted=count_flops(variant.encode),
+            cache_bytes=rows * cache_bytes(variant.sizes, declared, size),
         )
 
     def _each(self) -> list[tuple[str, Variant]]:
         return [(name, v) for name, v in self.variants.items() if name != NONE]
 
-    def _time(self, steps: Mapping[str, Callable[[], object]], each: int = 1) -> Turns:
-        return interleave({k: Plain(s) for k, s in steps.items()}, self.clock, self.options.rounds, each)
+    def _time(self, steps: Mapping[str, Callable[[], object]], each: int = 1, threads: int = 0) -> Turns:
+        clock = Clock(self.device, threads) if threads else self.clock
+        with torch_threads(threads or self.clock.threads):
+            return interleave({k: Plain(s) for k, s in steps.items()}, clock, self.options.rounds, each)
 
     # ---- sections ----------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> list[Row]:
-        rows: list[Row] = []
-        before = {f"{name} alone": partial(v.choose, v.features) for name, v in self._each() if not v.inside}
-        times = self._time({**{name: v.after for name, v in self.variants.items()}, **before})
+    def _prefill(self) -> Iterator[Row]:
+        for name, card in self.cards.items():
+            for what, gap, closed, counted in card.gaps():
+                note = f"{closed / 1e9:.2f} and {counted / 1e9:.2f} GFLOP"
+                yield Row(
+                    f"{name}: closed form of the {what}'s FLOPs against torch's counter",
+                    Value.one(gap),
+                    " %",
+                    LARGEST_GAP,
+                    True,
+                    note,
+                )
+        for threads in self.options.thread_counts:
+            yield from self._prefill_with(threads)
+
+    def _prefill_with(self, threads: int) -> Iterator[Row]:
+        alone = {f"{name} alone": v.choose for name, v in self._each() if not v.inside}
+        asks = {f"encoder {sorted(v.model.requested)}": v.encode for _, v in self._each() if self._asks(v)}
+        asks |= {"encoder": partial(self.base.encode, frozenset())} if asks else {}
+        times = self._time({**{name: v.after for name, v in self.variants.items()}, **alone, **asks}, threads=threads)
+        at = f"{threads} thread{'s' * (threads > 1)}"
         for name, v in self.variants.items():
             card = self.cards[name]
-            ids, embeds = v.prompt(v.features)
-            card.counted_flops = count_flops(partial(v.read, ids, embeds))
-            card.prefill_ms = times.milliseconds(name)
-            rows.append(Row(f"{name}: prefill, encoder output to logits", card.prefill_ms, " ms"))
-            what = f"{name}: closed form of the prefill's FLOPs against torch's counter"
-            note = f"{(card.flops + card.scoring_flops) / 1e9:.2f} and {card.counted_flops / 1e9:.2f} GFLOP"
-            rows.append(Row(what, Value.of([card.gap]), " %", bound=LARGEST_GAP, at_most=True, note=note))
-        for name, v in self._each():
-            card = self.cards[name]
-            card.speed_up = times.ratio(NONE, name)
+            card.prefill[threads] = found = Prefill(times.milliseconds(name))
+            yield Row(f"{name}: prefill, encoder output to logits, {at}", found.ms, " ms")
+            if name == NONE:
+                continue
+            found.speed_up = times.ratio(NONE, name)
             card.ideal = self.cards[NONE].flops / card.flops
-            share = card.speed_up.over(card.ideal)
+            found.share = found.speed_up.over(card.ideal)
             scored = f", {card.scoring_flops / 1e9:.2f} GFLOP of scoring not counted" if card.scoring_flops else ""
             note = f"{card.ideal:.2f}x by FLOPs{scored}"
-            rows.append(Row(f"{name}: prefill against no pruner", card.speed_up, note=note))
-            rows.append(
-                Row(f"{name}: share of that ratio of FLOPs", share, "", bound=0.75 if v.inside else 0.85, note=note)
-            )
-            if f"{name} alone" in before:
-                rows += own_time(name, times)
-        return rows
+            yield Row(f"{name}: prefill against no pruner, {at}", found.speed_up, note=note)
+            bound = SHARE_INSIDE if v.inside else SHARE
+            yield Row(f"{name}: share of that ratio of FLOPs, {at}", found.share, "", bound=bound, note=note)
+            for row in own_time(name, times, f"encoder {sorted(v.model.requested)}", at):
+                found.own = row.value
+                yield row
 
-    def _decode(self) -> list[Row]:
-        o, caches = self.options, {name: v.read(*v.prompt(v.features))[1] for name, v in self.variants.items()}
-        rows: list[Row] = []
+    def _asks(self, variant: Variant) -> bool:
+        """Whether the encoder computes more for a pruner than it does anyway."""
+        return bool(variant.model.requested) and variant.patches == self.base.patches
+
+    def _decode(self) -> Iterator[Row]:
+        o, caches = self.options, {name: v.after().cache for name, v in self.variants.items()}
         for name in self.variants:
             held = sum(x.keys.nbytes + x.values.nbytes for x in caches[name].layers)
             off = abs(held - self.cards[name].cache_bytes)
+            self.cards[name].cache_held = held
             note = f"{held / 1e6:.2f} MB"
-            rows.append(Row(f"{name}: bytes of the cache beside those counted", Value.of([off]), " B", 0.0, True, note))
+            part = self.variants[name].pruner
+            ragged = part is not None and (part.ragged or part.behind)  # it declares the most that it may keep
+            yield Row(
+                f"{name}: bytes of the cache beside those counted",
+                Value.one(off),
+                " B",
+                None if ragged else 0.0,
+                True,
+                note,
+            )
         steps = {name: lambda v=v, name=name: v.decode(caches[name], o.new_tokens) for name, v in self.variants.items()}
         times = self._time(steps)
         for name in self.variants:
             self.cards[name].decode_ms = value = times.milliseconds(name, o.new_tokens)
-            rows.append(Row(f"{name}: one token of decoding", value, " ms"))
+            yield Row(f"{name}: one token of decoding", value, " ms")
         for name, _ in self._each():
             self.cards[name].decode_ratio = value = times.ratio(name, NONE)
-            rows.append(Row(f"{name}: time of a token over no pruner", value, bound=1.0, at_most=True))
-        return rows
+            bound = 1.0 if self.weights >= LARGE else None
+            yield Row(f"{name}: time of a token over no pruner", value, bound=bound, at_most=True)
 
-    def _memory(self) -> list[Row]:
-        rows = []
+    def _memory(self) -> Iterator[Row]:
         for name, v in self.variants.items():
             self.cards[name].peak_bytes = most = peak_bytes(v.after, self.device)
-            rows.append(Row(f"{name}: peak memory of the prefill beside the weights", Value.of([most / 1e6]), " MB"))
-        return rows
+            yield Row(f"{name}: peak memory of the prefill beside the weights", Value.one(most / 1e6), " MB")
 
-    def _encoder(self) -> list[Row]:
+    def _encoder(self) -> Iterator[Row]:
         """What a pruner before the LLM takes beside the encoder: scores from inside it, and choosing."""
-        rows = []
         for name, v in self._each():
-            if not v.model.requested and v.inside:
+            if v.inside and not v.model.requested:
                 continue
-            plain = Variant(name, self.base.model, v.pixels, v.text, v.features)
-            times = self._time(
-                {"encoder": plain.encode, "scored": v.encode, "choose": partial(v.choose, v.features)}, each=3
-            )
-            pairs = zip(*(times.seconds(name) for name in ("scored", "choose", "encoder")), strict=True)
-            value = Value.of([100 * ((a + b) / c - 1) for a, b, c in pairs])
-            what = f"{name}: scoring and choosing, share of the encoder's time"
-            bound = 3.0 if name == "fastervlm" else None
-            extra = peak_bytes(v.encode, self.device) - peak_bytes(plain.encode, self.device)
+            plain = partial(v.encode, frozenset())
+            times = self._time({"encoder": plain, "scored": v.encode, "choose": v.choose}, each=3)
+            pairs = zip(*(times.seconds(key) for key in ("scored", "choose", "encoder")), strict=True)
+            self.cards[name].encoder_share = value = Value.of([100 * ((a + b) / c - 1) for a, b, c in pairs])
+            extra = peak_bytes(v.encode, self.device) - peak_bytes(plain, self.device)
             note = f"{extra / 1e6:.2f} MB more at the encoder's peak" if v.model.requested else ""
-            rows.append(Row(what, value, " %", bound=bound, at_most=True, note=note))
-        return rows
+            bound = 3.0 if name == "fastervlm" else None
+            yield Row(f"{name}: scoring and choosing, share of the encoder's time", value, " %", bound, True, note)
 
     def _scoring(self) -> list[Row]:
         """AIM's walk beside the fused kernel, against eager attention, which has the matrix at hand."""
         if "aim" not in self.variants:
             return []
-        o, sizes = self.options, self.base.sizes
-        shape, dtype = (1, sizes.heads, o.scored_tokens, sizes.head_dim), getattr(torch, o.dtype)
-        query, key, value = (torch.randn(shape, device=self.device).to(dtype) for _ in range(3))
-        start = torch.full((1, o.scored_tokens), 1 / o.scored_tokens, device=self.device)
-        mask = torch.full((o.scored_tokens,) * 2, -torch.inf, device=self.device, dtype=dtype).triu(1)
-        scale = sizes.head_dim**-0.5
+        tokens, dtype = self.options.scored_tokens, getattr(torch, self.options.dtype)
+        return scoring_rows(self._time, self.base.sizes, tokens, self.device, dtype)
 
-        def eager() -> torch.Tensor:
-            return (query @ key.mT * scale + mask).softmax(-1) @ value
-
-        def eager_scored() -> torch.Tensor:
-            scores = query @ key.mT * scale + mask
-            walk = (scores.float() / 0.1).softmax(-1)
-            u = start[:, None, None].expand(1, sizes.heads, 1, -1)
-            for _ in range(5):
-                u = u @ walk
-            return scores.softmax(-1) @ value
-
-        def fused() -> torch.Tensor:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-        def walk() -> torch.Tensor:
-            return attention_flow(query, key, start, scaling=scale, steps=5, temperature=0.1)
-
-        work = {"eager": eager, "eager scored": eager_scored, "fused": fused, "walk": walk}
-        with torch.no_grad():
-            times = self._time({**work, "both": lambda: (fused(), walk())})
-            peaks = {name: peak_bytes(step, self.device) for name, step in work.items()}
-        at = f"at {o.scored_tokens} tokens, {sizes.heads} heads"
-        memory = Value.of([peaks["walk"] / peaks["eager"]])
-        note = f"{peaks['walk'] / 1e6:.0f} and {peaks['eager'] / 1e6:.0f} MB"
-        took = {k: f"{times.milliseconds(k).median:.0f} ms" for k in times}
-        return [
-            Row(
-                f"aim: scoring over eager attention, time {at}",
-                times.ratio("walk", "eager"),
-                bound=0.8,
-                at_most=True,
-                note=f"{took['walk']} and {took['eager']}",
-            ),
-            Row(f"aim: scoring over eager attention, memory {at}", memory, "x", 0.15, True, note),
-            Row(
-                f"aim: fused attention and scoring over eager attention and dense scoring, time {at}",
-                times.ratio("both", "eager scored"),
-                note=f"{took['both']} and {took['eager scored']}; fused attention alone {took['fused']}",
-            ),
-        ]
-
-    def _sizes(self) -> list[Row]:
+    def _sizes(self) -> Iterator[Row]:
         """From how many image tokens on a pruner pays."""
-        side = math.isqrt(self.n)
-        grid = self.base.features.grid
+        side, grid = math.isqrt(self.base.patches), self.base.features.grid
         if grid is None or grid[0] != grid[1]:
-            return []
-        rows = []
+            return
         for small in sorted({s for s in (2, 4, 8, 12, 16) if s < side} | {side}):
             steps: dict[str, Callable[[], object]] = {}
             for name, v in self.variants.items():
+                if v.patches != self.base.patches:
+                    continue  # its encoder takes other images
                 try:
                     features = v.features if small == side else first_tokens(v.features, small)
                     v.stages(small * small)
@@ -309,51 +259,76 @@ class _Bench:
                 if name != NONE:
                     value = times.ratio(NONE, name)
                     self.cards[name].by_size[small * small] = value
-                    rows.append(Row(f"{name}: prefill against no pruner, {small * small} image tokens", value))
-        return rows
+                    yield Row(f"{name}: prefill against no pruner, {small * small} image tokens", value)
 
-    def _task(self) -> list[Row]:
-        if not self.tasks or not self.options.limit:
-            for card in self.cards.values():
-                card.task = "not measured: random weights" if not self.tasks else "not measured"
+    def _products(self) -> list[Row]:
+        """What a second thread gains in one product with a weight of the LLM, by the number of tokens."""
+        if self.device.type != "cpu":
             return []
-        for name, score in self.tasks.items():
-            self.show(f"measuring: task, {name}")
-            self.cards[name].task = score()
+        return product_rows(self._time, self.base.sizes, self.options.thread_counts)
+
+    def _abilities(self) -> Iterator[Row]:
+        o = self.options
+        if not self.arms.trained or not o.limit:
+            return
+        for name in self.variants:
+            shares = [None] if name == NONE or not share_option(name) else o.shares
+            for share in shares:
+                self.show(f"measuring: abilities, {name}" + (f" at {share}" if share else ""))
+                point = self._point(name, share)
+                self.cards[name].points.append(point)
+                for kind, ability in point.abilities.items():
+                    value = Value(ability.mean, ability.mean - ability.stderr, ability.mean + ability.stderr)
+                    yield Row(
+                        f"{name}{f' at {share}' if share else ''}: {kind}", value, " %", note="within a standard error"
+                    )
+
+    def _point(self, name: str, share: float | None) -> Point:
+        o, draws, variant = self.options, Draws(), None
+        models = o.model.split(",")
+        for draw in range(o.seeds):
+            if variant is None or len(models) > 1 or (name != NONE and accepts(name, "seed")):
+                self.arms.name = models[draw % len(models)]
+                variant = self._variant(name, o.node(name, self.base.grid, share), draw)
+            draws.add(scores(variant.model, self.arms.processor, self.arms.config, o.limit, draw))
+        assert variant is not None, "there is a draw"
+        card = self._counts(variant)
+        return Point(share, sum(card.layers) / len(card.layers), card.total_flops, draws.abilities())
+
+    def _batches(self) -> Iterator[Row]:
+        """Whether answers in a batch are those that each prompt gets alone."""
+        o = self.options
+        if not self.arms.trained:
+            return
+        for name, v in self.variants.items():
+            self.show(f"measuring: batches, {name}")
+            self.arms.model(name, o.node(name, self.base.grid))  # for its processor
+            same, asked = batches_answer_alike(v.model, self.arms.processor, self.arms.config, o.questions, o.together)
+            self.cards[name].alike = share = 100 * same / asked
+            what = f"{name}: answers in batches of {o.together} that are those of one by one"
+            yield Row(what, Value.one(share), " %", bound=100.0, note=f"{same} of {asked}, {o.dtype}")
+
+
+def own_time(name: str, times: Turns, scored: str, at: str) -> list[Row]:
+    """What a pruner before the LLM takes by itself, beside what it saves: choosing, and scores inside the encoder.
+
+    Args:
+        name: of the pruner; `NAME alone` in the times is its choice.
+        times: of variants that took turns.
+        scored: name there of the encoder with what the pruner asks of it, if it asks for anything.
+        at: with how many threads.
+    """
+    if f"{name} alone" not in times:
         return []
-
-
-def own_time(name: str, times: Turns) -> list[Row]:
-    """What a pruner before the LLM takes by itself, beside what it saves; scores of the encoder are not in it."""
     saved = statistics.median(a - b for a, b in zip(times.seconds(NONE), times.seconds(name), strict=True))
     if saved <= 0:
         return []
-    alone, what = times.milliseconds(f"{name} alone"), f"{name}: its own time, share of the prefill that it saves"
-    note = f"{alone.median:.3g} of {1e3 * saved:.3g} ms"
-    return [Row(what, alone.over(10 * saved), " %", bound=OWN_TIME.get(name, 3.0), at_most=True, note=note)]
-
-
-def _task(model: Any, processor: Any, config: Any, options: Options) -> Callable[[], str]:
-    """Return what scores a model on the data it was trained for."""
-
-    def score() -> str:
-        from zoo.evaluation.evaluate import evaluate
-        from zoo.registry import build
-        from zoo.runs.data import RunData
-
-        data = RunData(config.data)
-        datasets = data.evaluation or data.all
-        if not datasets:
-            return "not measured: no data"
-        tasks = {str(name): build("task", node) for name, node in config.task.items()}
-        result = evaluate(model, processor, datasets, tasks, limit=options.limit, baselines=False)
-        lines = [line for line in result.lines if not line.held_out]
-        return ", ".join(f"{_figure(x, lines)} {100 * x.score.value:.1f} +- {100 * x.score.stderr:.1f}" for x in lines)
-
-    return score
-
-
-def _figure(line: Any, lines: Sequence[Any]) -> str:
-    """Name a figure of an evaluation, by its metric too where its kind has several."""
-    kind = line.kind or line.data
-    return f"{kind} {line.metric}" if sum((x.kind or x.data) == kind for x in lines) > 1 else kind
+    choosing = times.seconds(f"{name} alone")
+    scoring = [0.0] * len(choosing)
+    if scored in times:
+        scoring = [a - b for a, b in zip(times.seconds(scored), times.seconds("encoder"), strict=True)]
+    own = Value.of([100 * (a + b) / saved for a, b in zip(choosing, scoring, strict=True)])
+    ms = [1e3 * statistics.median(some) for some in (choosing, scoring)]
+    note = f"{ms[0]:.3g} ms to choose and {ms[1]:.3g} in the encoder, of {1e3 * saved:.3g} ms saved"
+    what = f"{name}: its own time, share of the prefill that it saves, {at}"
+    return [Row(what, own, " %", bound=OWN_TIME.get(name, 3.0), at_most=True, note=note)]

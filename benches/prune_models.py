@@ -1,19 +1,20 @@
 """Models that differ in their pruner alone: the same weights, the same prompt, and what each costs where."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.benches.abilities import evaluated
 from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.benches.llava import Sizes, composed
+from zoo.composed import behind
 from zoo.composed.model import ZooModel
-from zoo.composed.outputs import LLMSequence
-from zoo.registry import ImageFeatures, InsidePruner, get
-from zoo.registry.forward_pass import running
-from zoo.registry.versions import cache_argument, cache_of
+from zoo.registry import ImageFeatures, InsidePruner, ZooError, get
+from zoo.registry.presets import shown
 
 SIZES = {  # as those of zoo.benches.llava
     "random_100m": Sizes(336, 14, 384, 12, 6, -2, 768, 12, 12, 2048, 16384),
@@ -27,8 +28,9 @@ class Variant:
 
     Attributes:
         name: of the pruner; `null`: none.
-        features: what the encoder gives, whole.
+        pixels: (B, 3, S, S).
         text: ids (B, T), without image tokens.
+        features: what the encoder gives, whole.
     """
 
     name: str
@@ -36,6 +38,13 @@ class Variant:
     pixels: Tensor
     text: Tensor
     features: ImageFeatures
+    _projected: ImageFeatures | None = None  # for a pruner behind the projector
+
+    @classmethod
+    def of(cls, name: str, model: ZooModel, pixels: Tensor, text: Tensor) -> "Variant":
+        """Encode the pixels with what the pruner asks of the encoder."""
+        with torch.no_grad():
+            return cls(name, model, pixels, text, _encoded(model, pixels, model.requested))
 
     @property
     def pruner(self) -> Any:
@@ -46,54 +55,61 @@ class Variant:
         """Whether it drops tokens inside the LLM."""
         return isinstance(self.pruner, InsidePruner)
 
-    @torch.no_grad()
-    def encode(self) -> ImageFeatures:
-        """Run the encoder, with what the pruner asks of it."""
-        assert self.model.vision is not None
-        features: ImageFeatures = self.model.vision(self.pixels, need=self.model.requested)
-        return features
+    @property
+    def patches(self) -> int:
+        """Tokens that the encoder gives."""
+        return self.features.tokens.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        assert self.features.grid is not None, "an encoder gives a grid"
+        return self.features.grid
 
     @torch.no_grad()
-    def choose(self, features: ImageFeatures) -> ImageFeatures:
+    def encode(self, need: frozenset[str] | None = None) -> ImageFeatures:
+        """Run the encoder, with what the pruner asks of it, or with other requests."""
+        return _encoded(self.model, self.pixels, self.model.requested if need is None else need)
+
+    @torch.no_grad()
+    def choose(self, features: ImageFeatures | None = None) -> object:
         """Run what the pruner does before the LLM."""
-        return features if self.pruner is None else self.pruner(features)
+        features = self.features if features is None else features
+        if self.pruner is None:
+            return None
+        if self.pruner.behind and self._projected is None:
+            assert self.model.projector is not None, "images are tokens"
+            self._projected = replace(features, tokens=self.model.projector(features), grid=self.model.projected_grid)
+        return behind.run(self.pruner, self._projected or features)
 
     @torch.no_grad()
-    def prompt(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """Return ids (B, T) and embeddings (B, T, C) of the prompt: pruner, projector, and the places of tokens."""
-        assert self.model.projector is not None
-        tokens = self.model.projector(self.choose(features))  # (B, K, C)
+    def shown(self, features: ImageFeatures | None = None) -> Any:
+        """Run pruner and projector on what the encoder gave."""
+        return self.model.encode_features(self.features if features is None else features, None, self.pixels)
+
+    def ids(self, shown: Any) -> Tensor:
+        """The prompt (B, T), with a placeholder for each image token."""
         half = self.text.shape[1] // 2
-        slots = self.text.new_full(tokens.shape[:2], self.model.image_token_id)
-        ids = torch.cat([self.text[:, :half], slots, self.text[:, half:]], 1)
-        return ids, self.model.merge(ids, tokens)
+        count = shown.tokens.shape[:-1].numel() // len(self.text)  # laid out, they are (S, C)
+        slots = self.text.new_full((len(self.text), count), self.model.image_token_id)
+        return torch.cat([self.text[:, :half], slots, self.text[:, half:]], 1)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, embeds: Tensor) -> tuple[Tensor, Any]:
-        """Prefill: the logits of the last position (B, V), and the cache."""
-        dense = self.model.config.positions == "dense"
-        with running(LLMSequence(ids == self.model.image_token_id, None, None, None, dense=dense)):
-            out = self.model.llm.hidden(inputs_embeds=embeds, use_cache=True)
-        return self.model.llm.head(out.last_hidden_state[:, -1]), cache_of(out)
+    def read(self, ids: Tensor, shown: Any) -> Any:
+        """Prefill: the model's output, with the logits of the last position (B, 1, V) and the cache."""
+        return self.model(input_ids=ids, encoded=shown, use_cache=True, logits_to_keep=1)
 
-    def after(self, features: ImageFeatures | None = None) -> Tensor:
+    def after(self, features: ImageFeatures | None = None) -> Any:
         """Go from what the encoder gave to logits."""
-        return self.read(*self.prompt(self.features if features is None else features))[0]
+        shown = self.shown(features)
+        return self.read(self.ids(shown), shown)
 
     @torch.no_grad()
     def decode(self, cache: Any, steps: int) -> None:
         """Generate `steps` tokens from a cache that is then as it was."""
         token = self.text[:, :1]
-        start = self.layer_tokens(self.features.tokens.shape[1])[0]
-        for i in range(steps):
-            position = torch.full_like(token, start + i)
-            out = self.model.llm.hidden(
-                inputs_embeds=self.model.llm.embed(token),
-                position_ids=position,
-                use_cache=True,
-                **cache_argument(cache),
-            )
-            token = self.model.llm.head(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+        for _ in range(steps):
+            logits = self.model(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
         cache.crop(-steps)
 
     # ---- counts ------------------------------------------------------------------------------------------------
@@ -105,20 +121,21 @@ class Variant:
         return {"encoder": n, "pruner": kept, "projector": self.model.projector.num_tokens(kept)}
 
     def image_tokens(self, n: int) -> list[int]:
-        """Count the image tokens that each layer of the LLM sees."""
+        """Count the image tokens that each layer of the LLM sees, as the pruner declares them."""
         entered, layers = self.stages(n)["projector"], self.model.llm.num_layers
         return self.pruner.tokens_per_layer(entered, layers) if self.inside else [entered] * layers
 
-    def layer_tokens(self, n: int) -> list[int]:
-        """Count all tokens that each layer of the LLM sees."""
-        return [m + self.text.shape[1] for m in self.image_tokens(n)]
+    def tokens_of(self, cache: Any) -> list[int]:
+        """Count all tokens that entered each layer in the pass that a cache is of: the mean over its rows."""
+        return [layer.keys.shape[-2] for layer in cache.layers]
 
-    def read_flops(self, n: int) -> tuple[int, int]:
-        """Count the FLOPs of the prefill in closed form: without scoring, and of scoring."""
-        tokens = self.layer_tokens(n)
-        sizes = self.sizes
-        rows = self.text.shape[0]
-        pruner = self.pruner
+    def read_flops(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Count the FLOPs of the prefill in closed form: without scoring, and of scoring.
+
+        Args:
+            tokens: all that enter each layer.
+        """
+        rows, sizes, pruner = len(self.text), self.sizes, self.pruner
         scoring = 0 if pruner is None else pruner.score_flops(tokens, sizes.heads, sizes.head_dim)
         return rows * matmul_flops(sizes, tokens, head_rows=1), rows * scoring
 
@@ -127,31 +144,96 @@ class Variant:
         return DecoderSizes.of(self.model.llm.lm.config.get_text_config(), self.model.llm.layers[0])
 
 
-def random_models(sizes: Sizes, nodes: Mapping[str, Mapping[str, Any] | None]) -> dict[str, ZooModel]:
-    """Build a model for each pruner, all with the weights of the first."""
-    built: dict[str, ZooModel] = {}
-    for name, node in nodes.items():
+def _encoded(model: ZooModel, pixels: Tensor, need: frozenset[str]) -> ImageFeatures:
+    assert model.vision is not None, "it has image tokens"
+    features: ImageFeatures = model.vision(pixels, need=need)
+    return features
+
+
+class Arms:
+    """Models that differ in their pruner alone, built one by one.
+
+    Args:
+        name: of sizes with random weights, or of a saved model.
+        data: that a saved model is asked about; empty: its own.
+        positions: of kept tokens.
+    """
+
+    def __init__(self, name: str, data: str = "", positions: str = "auto") -> None:
+        self.name, self.data, self.positions = name, data, positions
+        self.trained = name not in SIZES
+        self.nodes: dict[str, dict[str, Any]] = {}  # pruner -> its options, as they were built
+        self.processor: Any = None  # of the model that was built last
+        self.config: Any = None
+        self._weights: dict[str, Tensor] | None = None  # of the first random model, for all
+
+    def model(self, pruner: str, node: Mapping[str, Any] | None, draw: int = 0) -> ZooModel:
+        """Build a model with a pruner (`node` is None: without). Options that do not fit are tried by other values.
+
+        A pruner that ranks by [CLS], say, goes with an encoder that has none by another of the scores that it states.
+
+        Args:
+            pruner: its name.
+            node: its options.
+            draw: the seed of one that has a seed.
+
+        Raises:
+            ZooError: it does not fit, whatever its choices are.
+        """
+        if node is None:
+            return self._built(pruner, None)
+        if draw and accepts(pruner, "seed"):
+            node = {**node, "seed": draw}
+        try:
+            return self._noted(pruner, dict(node))
+        except ZooError:
+            for option, values in get("pruner", pruner).choices.items():
+                for value in values:
+                    with suppress(ZooError):
+                        return self._noted(pruner, {**node, option: value})
+            raise
+
+    def _noted(self, pruner: str, node: dict[str, Any]) -> ZooModel:
+        model = self._built(pruner, node)
+        self.nodes[pruner] = node
+        return model
+
+    def _built(self, pruner: str, node: dict[str, Any] | None) -> ZooModel:
+        if not self.trained:
+            return self._random(pruner, node)
+        from zoo.loading.build import build
+        from zoo.settings.config import compose
+        from zoo.settings.source import source_of
+
+        words = [f"model={self.name}", f"pruner=[{'' if node is None else pruner}]", f"positions={self.positions}"]
+        words += [f"data=[{self.data}]", "recipe=null"] if self.data else []
+        words += [f"pruner.{pruner}.{key}={shown(value)}" for key, value in (node or {}).items()]
+        self.config = compose("eval", words)
+        model, self.processor = build(source_of(self.config), device="cpu")
+        return model
+
+    def _random(self, pruner: str, node: dict[str, Any] | None) -> ZooModel:
         torch.manual_seed(0)
-        pruner = {} if node is None else {name: {"name": name, **node}}
-        model = composed(sizes, llm={"max_positions": 8192, "tie_embeddings": True}, pruner=pruner).eval()
-        for first in list(built.values())[:1]:
-            model.load_state_dict(first.state_dict(), assign=True)
-            model.llm.lm.tie_weights()
-        built[name] = model
-    return built
+        slot = {} if node is None else {pruner: {"name": pruner, **node}}
+        sizes = SIZES[self.name]
+        llm = {"max_positions": 8192, "tie_embeddings": True}
+        model = composed(sizes, llm=llm, pruner=slot, positions=self.positions).eval()
+        if self._weights is None:
+            self._weights = model.state_dict()
+        model.load_state_dict(self._weights, assign=True)
+        model.llm.lm.tie_weights()
+        return model
 
-
-def named_model(name: str, pruner: str, node: Mapping[str, Any] | None) -> tuple[ZooModel, Any, Any]:
-    """Load a saved model with a pruner; returns its processor and the config of its evaluation too."""
-    from zoo.loading.build import build
-    from zoo.settings.config import compose
-    from zoo.settings.source import source_of
-
-    words = [f"model={name}", f"pruner={pruner}"]
-    words += [f"pruner.{pruner}.{key}={value}" for key, value in (node or {}).items()]
-    config = compose("eval", words)
-    model, processor = build(source_of(config))
-    return model, processor, config
+    def pixels(self, model: ZooModel, rows: int) -> Tensor:
+        """Return pictures (B, 3, S, S) for a model: of its data, or noise."""
+        assert model.vision is not None, "it has image tokens"
+        if self.trained and model.layout is None:
+            whole = next(iter(evaluated(self.config).values()))
+            if not whole.is_stream:
+                images = [i for k in range(min(rows, len(whole))) for i in whole.get(k).images][:rows]
+                shown = self.processor.prepare(images)
+                return torch.stack([shown[i % len(shown)] for i in range(rows)])
+        return torch.randn((rows, 3, *model.vision.transform.size), generator=torch.Generator().manual_seed(0))
 
 
 def accepts(pruner: str, option: str) -> bool:
@@ -166,6 +248,6 @@ def first_tokens(features: ImageFeatures, side: int) -> ImageFeatures:
     index = (torch.arange(side)[:, None] * w + torch.arange(side)).flatten().to(features.tokens.device)
     assert h * w == n, "no pruner has been here"
     cut = {f.name: getattr(features, f.name) for f in fields(features) if f.name != "prefix"}
-    known: dict[str, Any] = {k: v[:, index] for k, v in cut.items() if isinstance(v, Tensor) and v.shape[1] == n}
+    known: dict[str, Any] = {k: v[:, index] for k, v in cut.items() if isinstance(v, Tensor) and v.shape[1:2] == (n,)}
     known["block_attention"] = {word: scores[:, index] for word, scores in features.block_attention.items()}
     return replace(features, grid=(side, side), **known)

@@ -7,14 +7,17 @@ import torch
 
 from tests.fusion_builders import tiny_llm
 from zoo.benches import prune
+from zoo.benches.abilities import Ability, Window, mean_of
 from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.benches.flops import count_flops
-from zoo.benches.measure import Clock, Turns, Value
+from zoo.benches.measure import Clock, Times, Turns, Value
 from zoo.benches.peak import peak_bytes
 from zoo.benches.prune import Options, words
-from zoo.benches.prune_card import Summary, where_counts_differ, where_it_pays
+from zoo.benches.prune_card import Point, Summary
+from zoo.benches.prune_words import where_counts_differ, where_it_pays, who_wins
+from zoo.benches.tables import Table
 from zoo.cli.bench import describe, main, parse
-from zoo.registry import ZooError
+from zoo.registry import Score, ZooError
 
 TINY = [
     "model=tiny",
@@ -32,39 +35,83 @@ def test_the_command_writes_a_card_for_each_pruner(tmp_path, capsys):
     assert main(["prune", *TINY, *(f"{k}={p}" for k, p in files.items())]) == 0
     printed, found = capsys.readouterr().out, json.loads(files["json"].read_text())
     cards, rows = found["cards"], {row["what"]: row for row in found["rows"]}
-    assert list(cards) == ["null", "random", "fastervlm", "aim", "fastv"]
-    assert cards["null"]["layers"] == [64] * 6 and cards["random"]["layers"] == [16] * 6
+    assert list(cards)[:3] == ["null", "random", "pool"] and list(cards)[-3:] == ["fastervlm", "aim", "fastv"]
+    assert cards["null"]["layers"] == [64] * 6 and cards["random"]["layers"] == cards["pool"]["layers"] == [16] * 6
     assert cards["aim"]["stages"] == {"encoder": 64, "pruner": 16, "projector": 16}
-    assert cards["aim"]["layers"] == [16, 16, 16, 16, 8, 0]
-    assert cards["fastv"]["layers"] == [64] * 3 + [16] * 3
+    assert cards["aim"]["layers"] == [16, 16, 16, 16, 8, 0] and cards["aim"]["tokens"] == 12
+    assert cards["fastv"]["layers"] == [64] * 3 + [16] * 3 and cards["fastv"]["options"]["layer"] == 3
     for name, card in cards.items():
-        exact = rows[f"{name}: closed form of the prefill's FLOPs against torch's counter"]
-        assert exact["reached"] and exact["bound"] == 1.0
+        for what in ("prefill", "encoder"):
+            exact = rows[f"{name}: closed form of the {what}'s FLOPs against torch's counter"]
+            assert exact["reached"] and exact["bound"] == 1.0
         assert rows[f"{name}: bytes of the cache beside those counted"]["value"]["median"] == 0
-        assert card["peak_bytes"] > 0 and card["prefill_ms"]["median"] > 0 and card["decode_ms"]["median"] > 0
-        assert card["task"] == "not measured: random weights"
+        assert card["peak_bytes"] > 0 and card["decode_ms"]["median"] > 0
+        assert card["prefill"]["1"]["ms"]["median"] > 0
+        assert card["points"] == [] and card["alike"] is None  # random weights answer nothing
     assert cards["aim"]["scoring_flops"] > 0 and cards["random"]["scoring_flops"] == 0
+    assert cards["fastervlm"]["encoder_counted"] > cards["random"]["encoder_counted"]  # the row of scores
     assert cards["random"]["ideal"] == pytest.approx(cards["null"]["flops"] / cards["random"]["flops"])
-    bounds = {what.partition(": ")[0]: row["bound"] for what, row in rows.items() if "ratio of FLOPs" in what}
-    assert bounds == {"random": 0.85, "fastervlm": 0.85, "aim": 0.75, "fastv": 0.75}
+    bounds = {what.partition(": ")[0]: row["bound"] for what, row in rows.items() if "ratio of FLOPs, 1 t" in what}
+    assert bounds.items() >= {"random": 0.85, "fastervlm": 0.85, "aim": 0.8, "fastv": 0.8}.items()
     assert rows["fastervlm: scoring and choosing, share of the encoder's time"]["bound"] == 3.0
+    assert rows["random: time of a token over no pruner"]["bound"] is None  # asked of decoders of 100 M
     assert {"4", "16", "64"} <= set(cards["aim"]["by_size"])
-    assert len(found["words"]) == 4 and all(line in printed for line in found["words"])
-    assert "| aim | 64 | 16 |" in files["markdown"].read_text()
+    assert "product of 640 tokens by 32 x 64 and back, 1 thread" in rows
+    flat = " ".join(printed.split())
+    assert len(found["words"]) == len(cards) - 1 and all(" ".join(line.split()) in flat for line in found["words"])
+    assert max(map(len, printed.splitlines())) <= 100 and "MISSED" in printed
+    assert "| aim | 64 | 16 | 12 | 0 |" in files["markdown"].read_text()
     assert files["png"].read_bytes().startswith(b"\x89PNG")
+    again = [*TINY, "only=prefill", "pruner=null,fastervlm,divprune", f"against={files['json']}"]
+    assert main(["prune", *again]) == 0
+    printed = capsys.readouterr().out
+    assert f"against the card of {found['date']}: zoo bench prune" in printed
+    assert "divprune" in printed and "new" in printed and printed.count("not measured") == 2  # aim and fastv
 
 
-def test_a_saved_model_is_asked_its_task_and_counted_by_its_own_weights():
-    options = Options(model="scenes_tiny", pruner="aim", only="prefill,task", limit=2, rounds=1, text_tokens=4)
+def test_two_threads_are_compared_with_one():
+    report = prune.run(Options("tiny", pruner="null", only="prefill", threads="1,2", rounds=1, text_tokens=4, limit=0))
+    for name in ("random", "pool"):
+        assert list(report.cards[name].prefill) == [1, 2]
+    assert sum("share of that ratio of FLOPs, 2 threads" in row.what for row in report.rows) == 2
+
+
+def test_a_trained_model_is_scored_ability_by_ability_and_in_batches(tmp_path):
+    given = {"keep": "0.5,0.25", "limit": 1, "seeds": 2, "rounds": 1, "text_tokens": 4, "questions": 4, "together": 4}
+    options = Options("scenes_tiny", pruner="fastervlm", only="prefill,abilities,batches", threads="1", **given)
     report = prune.run(options)
-    assert list(report.cards) == ["null", "aim"]
-    for card in report.cards.values():
-        figures = [f.split(" ") for f in card.task.split(", ")]
-        names = [" ".join(f[:-3]) for f in figures]
-        assert all(f[-2] == "+-" for f in figures) and len(set(names)) == len(names) > 5
+    cards = report.cards
+    assert [p.share for p in cards["null"].points] == [None] and cards["null"].points[0].tokens == 64
+    assert [(p.share, p.tokens) for p in cards["random"].points] == [(0.5, 32), (0.25, 16)]
+    assert [(p.share, p.tokens) for p in cards["pool"].points] == [(0.5, 36), (0.25, 16)]  # 6 x 6 and 4 x 4
+    assert cards["fastervlm"].options["score"] == "column_mean"  # this encoder has no [CLS]
+    for card in cards.values():
+        assert card.alike == 100
+        for point in card.points:
+            assert len(point.abilities) > 4 and all(0 <= a.mean <= 100 for a in point.abilities.values())
+            assert len(point.abilities["exist"].draws) == 2 and point.abilities["exist"].stderr > 0
     # Its feed-forward layers have two matrices, where a gated one has three.
-    exact = [row for row in report.rows if "torch's counter" in row.what]
-    assert len(exact) == 2 and all(row.reached for row in exact)
+    exact = [row for row in report.rows if "prefill's FLOPs" in row.what]
+    assert len(exact) == len(cards) and all(row.reached for row in exact)
+    report.write_png(tmp_path / "card.png")
+    report.write_json(tmp_path / "card.json")
+    later = prune.run(
+        Options("scenes_tiny", only="abilities", against=str(tmp_path / "card.json"), **given, pruner="null")
+    )
+    (answers,) = [table for table in later.tables() if table.title.startswith("answers against")]
+    assert answers.rows[0][:3] == ["null", "", "+0.0"] and "exist" in answers.head
+
+
+def test_what_does_not_go_with_a_model_is_left_out_with_the_reason():
+    report = prune.run(Options("tiny", pruner="pool", only="memory", set={"pool": {"target": [90, 90]}}, text_tokens=4))
+    assert report.left_out == {"pool": "pruner 'pool': target [90, 90] is larger than the grid [8, 8]."}
+    assert "pool" not in report.cards and "pool is left out: pruner 'pool': target" in report.markdown()
+
+
+def test_a_preset_is_measured_as_its_options():
+    words_given = words([*TINY, "pruner.hiprune.preset=llava15_64", "pruner.hiprune.object_layer=1"])
+    options = parse("prune", Options, [*words_given, "pruner=hiprune", "only=memory"])
+    assert prune.run(options).cards["hiprune"].layers == [64] * 6
 
 
 @pytest.mark.parametrize("model_type", ["llama", "starcoder2", "phi3", "gpt2", "mixtral", "qwen2_moe"])
@@ -81,9 +128,38 @@ def test_models_share_their_weights_and_differ_in_the_pruner():
     own = [p.data_ptr() for p in bench.base.model.parameters()]
     assert all([p.data_ptr() for p in v.model.parameters()] == own for v in bench.variants.values())
     assert torch.equal(bench.base.features.tokens, bench.variants["fastervlm"].features.tokens)
-    ids, embeds = bench.base.prompt(bench.base.features)
-    plain = bench.base.model(input_ids=ids, encoded=(None, None, bench.base.model.projector(bench.base.features)))
-    assert torch.allclose(bench.base.read(ids, embeds)[0], plain.logits[:, -1], atol=1e-5)
+    ids = bench.base.ids(bench.base.shown())
+    plain = bench.base.model(input_ids=ids, pixel_values=bench.base.pixels)
+    assert torch.allclose(bench.base.after().logits[:, -1], plain.logits[:, -1], atol=1e-5)
+
+
+def test_draws_are_of_different_samples_and_errors_are_never_none():
+    whole = list(range(10))
+    windows = [[Window(_Numbers(whole), 3 * d, 3).get(i) for i in range(3)] for d in (0, 1)]
+    assert windows == [[0, 1, 2], [3, 4, 5]]
+    ability = Ability.of([Score(1.0, 20, 0.0), Score(1.0, 20, 0.0)])
+    assert ability.mean == 100 and 2 < ability.stderr < 5
+    apart = Ability.of([Score(0.2, 1000, 0.01), Score(0.8, 1000, 0.01)])
+    assert apart.stderr == pytest.approx(30)  # the draws differ by more than their answers explain
+    assert mean_of({"a": ability, "b": apart}).mean == pytest.approx(75)
+
+
+class _Numbers(list):
+    def get(self, index, epoch=0):
+        return self[index]
+
+
+def test_words_say_who_wins_and_who_loses_to_a_control():
+    def card(**abilities):
+        scored = {kind: Ability(mean, 1.0, [mean]) for kind, mean in abilities.items()}
+        return Summary({}, [4], 0, 0, 0, points=[Point(0.25, 4, 1, scored)])
+
+    cards = {"null": card(a=99), "random": card(a=50, b=80), "x": card(a=70, b=60), "y": card(a=69, b=81)}
+    assert who_wins(cards, ("random",)) == [
+        "keep 0.25, a: best are x 70.0, y 69.0.",
+        "keep 0.25, b: best are y 81.0, random 80.0.",
+        "keep 0.25: x loses to random in b (60.0, 80.0).",
+    ]
 
 
 def test_words_follow_from_the_numbers():
@@ -115,10 +191,15 @@ def test_own_time_is_a_share_of_what_a_pruner_saves():
     times = Turns(Clock(torch.device("cpu"), 1), seconds)
     for name, taken in seconds.items():
         times[name].cpu, times[name].wall = taken, taken
-    (row,) = prune.own_time("divprune", times)  # 16 ms of 0.4 s
-    assert row.value.median == pytest.approx(4) and row.bound == 5 and row.reached and row.note == "16 of 400 ms"
+    (row,) = prune.own_time("divprune", times, "", "1 thread")  # 16 ms of 0.4 s
+    assert row.value.median == pytest.approx(4) and row.bound == 5 and row.reached
+    assert row.note == "16 ms to choose and 0 in the encoder, of 400 ms saved"
+    for name, taken in (("scores", [0.30, 0.31, 0.32]), ("encoder", [0.29, 0.29, 0.30])):
+        times[name] = Times(taken, taken)
+    (row,) = prune.own_time("divprune", times, "scores", "1 thread")
+    assert row.value.median == pytest.approx(100 * 0.036 / 0.4) and not row.reached
     times["random"] = times["random alone"] = times["null"]
-    assert not prune.own_time("random", times)  # it saved nothing
+    assert not prune.own_time("random", times, "", "1 thread")  # it saved nothing
 
 
 def test_costs_that_the_counter_does_not_confirm_are_warned_of():
@@ -149,6 +230,10 @@ def test_peak_is_what_was_held_at_once_and_asking_prints_nothing(capfd):
         (["only=prefil"], "'prefil'. Did you mean 'prefill'"),
         (["rounds=0"], "rounds must be at least 1"),
         (["pruner.pol.stride=1"], "'pol'. Did you mean 'pool'"),
+        (["threads=0"], "threads must be at least 1"),
+        (["threads=two"], "threads is numbers"),
+        (["keep=0.5,2"], "keep must be shares"),
+        (["positions=denso"], "'denso'. Did you mean 'dense'"),
         (["keep_ration=1"], "'keep_ration'. Did you mean 'keep_ratio'"),
         (["dtype=fp32"], "dtype"),
     ],
@@ -156,6 +241,16 @@ def test_peak_is_what_was_held_at_once_and_asking_prints_nothing(capfd):
 def test_what_cannot_be_is_refused(given, message):
     with pytest.raises(ZooError, match=message):
         parse("prune", Options, words(given))
+
+
+def test_tables_fit_a_screen(tmp_path):
+    table = Table("wide", ["name", *(f"a long head {i}" for i in range(30))])
+    table.add("row", *["12345.6 ± 7.8"] * 30)
+    assert max(map(len, table.lines())) <= 100 and sum(line.startswith("row") for line in table.lines()) > 3
+    (tmp_path / "other.json").write_text('{"cards": 3}')
+    for path, why in ((tmp_path / "none.json", "No such file"), (tmp_path / "other.json", "is not a card")):
+        with pytest.raises(ZooError, match=why):
+            prune.run(Options("tiny", against=str(path)))
 
 
 def test_its_options_are_described():

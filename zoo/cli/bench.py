@@ -33,7 +33,7 @@ BENCHES = {
     "save": Bench("zoo.benches.save", "what it costs to find out at the end which weights changed"),
     "threads": Bench("zoo.benches.threads", "people who chat with one model at once, in turns, and as a batch"),
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
-    "prune": Bench("zoo.benches.prune", "what pruners save: tokens, FLOPs, time, memory, beside the score of a task"),
+    "prune": Bench("zoo.benches.prune", "one card for all pruners: tokens, FLOPs, time, memory, answers by ability"),
     "positions": Bench("zoo.benches.positions", "scores with fewer image tokens, by whether they keep their places"),
     "video": Bench("zoo.benches.video", "what a few frames of a clip cost, against decoding all of it"),
     "distill": Bench("zoo.benches.distill", "learning from a teacher against the plain way: memory, and time of steps"),
