@@ -61,6 +61,11 @@ class _Bench:
         self.base = self.variants[NONE]
         self.weights = sum(p.numel() for p in self.base.model.llm.parameters())
         self.cards = {name: self._counts(v) for name, v in self.variants.items()}
+        whole = self.cards[NONE].layers
+        for name in [n for n, card in self.cards.items() if n != NONE and card.layers == whole]:
+            if max(self.options.shares) < 1:  # of video, say
+                self.left_out[name] = "it keeps all tokens of one image with these options"
+                del self.variants[name], self.cards[name]
 
     def run(self) -> PruneReport:
         o, sizes = self.options, self.base.sizes

@@ -12,6 +12,7 @@ from zoo.benches.abilities import evaluated
 from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.benches.llava import Sizes, composed
 from zoo.composed import behind
+from zoo.composed.inputs import Inputs
 from zoo.composed.model import ZooModel
 from zoo.registry import ImageFeatures, InsidePruner, ZooError, get
 from zoo.registry.presets import shown
@@ -73,7 +74,7 @@ class Variant:
     @torch.no_grad()
     def choose(self, features: ImageFeatures | None = None) -> object:
         """Run what the pruner does before the LLM."""
-        features = self.features if features is None else features
+        features = replace(self.features if features is None else features, question=self._question())
         if self.pruner is None:
             return None
         if self.pruner.behind and self._projected is None:
@@ -84,12 +85,22 @@ class Variant:
     @torch.no_grad()
     def shown(self, features: ImageFeatures | None = None) -> Any:
         """Run pruner and projector on what the encoder gave."""
-        return self.model.encode_features(self.features if features is None else features, None, self.pixels)
+        features = self.features if features is None else features
+        return self.model.encode_features(features, None, self.pixels, self._question())
+
+    def _question(self) -> Any:
+        """What the prompt asks, for a pruner that needs it."""
+        if not self.model.asks:
+            return None
+        given = Inputs(input_ids=self._prompt(self.model.num_image_tokens))
+        return self.model.question_of(given, None, len(self.text), self.text.device)
 
     def ids(self, shown: Any) -> Tensor:
         """The prompt (B, T), with a placeholder for each image token."""
+        return self._prompt(shown.tokens.shape[:-1].numel() // len(self.text))  # laid out, they are (S, C)
+
+    def _prompt(self, count: int) -> Tensor:
         half = self.text.shape[1] // 2
-        count = shown.tokens.shape[:-1].numel() // len(self.text)  # laid out, they are (S, C)
         slots = self.text.new_full((len(self.text), count), self.model.image_token_id)
         return torch.cat([self.text[:, :half], slots, self.text[:, half:]], 1)
 

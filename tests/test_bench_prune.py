@@ -35,7 +35,11 @@ def test_the_command_writes_a_card_for_each_pruner(tmp_path, capsys):
     assert main(["prune", *TINY, *(f"{k}={p}" for k, p in files.items())]) == 0
     printed, found = capsys.readouterr().out, json.loads(files["json"].read_text())
     cards, rows = found["cards"], {row["what"]: row for row in found["rows"]}
-    assert list(cards)[:3] == ["null", "random", "pool"] and list(cards)[-3:] == ["fastervlm", "aim", "fastv"]
+    assert list(cards)[:4] == ["null", "random", "pool", "downsample"] and list(cards)[-3:] == [
+        "fastervlm",
+        "aim",
+        "fastv",
+    ]
     assert cards["null"]["layers"] == [64] * 6 and cards["random"]["layers"] == cards["pool"]["layers"] == [16] * 6
     assert cards["aim"]["stages"] == {"encoder": 64, "pruner": 16, "projector": 16}
     assert cards["aim"]["layers"] == [16, 16, 16, 16, 8, 0] and cards["aim"]["tokens"] == 12
@@ -58,7 +62,9 @@ def test_the_command_writes_a_card_for_each_pruner(tmp_path, capsys):
     assert {"4", "16", "64"} <= set(cards["aim"]["by_size"])
     assert "product of 640 tokens by 32 x 64 and back, 1 thread" in rows
     flat = " ".join(printed.split())
-    assert len(found["words"]) == len(cards) - 1 and all(" ".join(line.split()) in flat for line in found["words"])
+    assert len(found["words"]) == sum(bool(card["by_size"]) for card in cards.values()) == 5 and all(
+        " ".join(line.split()) in flat for line in found["words"]
+    )
     assert max(map(len, printed.splitlines())) <= 100 and "MISSED" in printed
     assert "| aim | 64 | 16 | 12 | 0 |" in files["markdown"].read_text()
     assert files["png"].read_bytes().startswith(b"\x89PNG")
@@ -71,9 +77,9 @@ def test_the_command_writes_a_card_for_each_pruner(tmp_path, capsys):
 
 def test_two_threads_are_compared_with_one():
     report = prune.run(Options("tiny", pruner="null", only="prefill", threads="1,2", rounds=1, text_tokens=4, limit=0))
-    for name in ("random", "pool"):
+    for name in ("random", "pool", "downsample"):
         assert list(report.cards[name].prefill) == [1, 2]
-    assert sum("share of that ratio of FLOPs, 2 threads" in row.what for row in report.rows) == 2
+    assert sum("share of that ratio of FLOPs, 2 threads" in row.what for row in report.rows) == 3
 
 
 def test_a_trained_model_is_scored_ability_by_ability_and_in_batches(tmp_path):
@@ -109,9 +115,9 @@ def test_what_does_not_go_with_a_model_is_left_out_with_the_reason():
 
 
 def test_a_preset_is_measured_as_its_options():
-    words_given = words([*TINY, "pruner.hiprune.preset=llava15_64", "pruner.hiprune.object_layer=1"])
+    words_given = words([*TINY, "pruner.hiprune.preset=llava_next_160", "pruner.hiprune.object_layer=1"])
     options = parse("prune", Options, [*words_given, "pruner=hiprune", "only=memory"])
-    assert prune.run(options).cards["hiprune"].layers == [64] * 6
+    assert prune.run(options).cards["hiprune"].layers == [32] * 6
 
 
 @pytest.mark.parametrize("model_type", ["llama", "starcoder2", "phi3", "gpt2", "mixtral", "qwen2_moe"])
