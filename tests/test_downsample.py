@@ -6,13 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import zoo
 from tests import published_builders as build
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
+from tests.fusion_builders import same_state
 from tests.published_builders import said
 from tests.test_published_families import FAMILIES, SIZES, film  # noqa: F401 (a fixture)
+from tests.train_builders import config, losses, recipe
 from zoo import registry
 from zoo.benches.flops import count_flops
 from zoo.checking.checker import check
@@ -20,6 +23,8 @@ from zoo.checking.plan import Plan
 from zoo.composed.assembly import assemble
 from zoo.fusion.pruners.topk import count_kept
 from zoo.registry import Encoder, ImageFeatures, ImageTransform, Pruner, ZooError
+from zoo.training.loop import Run
+from zoo.training.loop import main as train
 
 SHAPES = [*SIZES, (96, 96), (64, 64), (31, 33), (300, 200)]
 
@@ -348,3 +353,33 @@ def test_an_adapter_that_learned_on_whole_images_reads_smaller_ones(make_model, 
         alone = small(**given(own.collate([own.encode(row)])), all_logits=True).logits
         torch.testing.assert_close(both[i], alone[0], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(both[0], both[1], atol=1e-4)  # the image is read
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_loads(tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    words = recipe(tmp_path, {"main": "steps: 4, batch_size: 4, checkpoint_every: 2"})
+    place, more = (
+        {name: tmp_path / name for name in ("whole", "stopped")},
+        ["pruner=[downsample]", "data.scenes.scenes=8"],
+    )
+    train(config(words, *more, f"run.folder={place['whole']}"))
+    run = Run(config(words, *more, f"run.folder={place['stopped']}"))
+    save = run._save
+
+    def stop(engine):
+        save(engine)
+        raise StoppedError
+
+    run._save = stop
+    with pytest.raises(StoppedError):
+        run.train()
+    run.close()
+    train(config(words, f"resume={place['stopped']}"))
+    assert losses(place["whole"]) == losses(place["stopped"])
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in place.values()]
+    assert same_state(*weights) and weights[0]["vision.tower.pos_embed"].shape[1] == 16  # of the whole image
+    model, processor = zoo.load(f"dir:{place['whole']}", device="cpu")
+    assert model.vision.grid == (2, 2) and processor.transform.size == (16, 16)
+    assert isinstance(model.chat("what color?", image=build.photo(40, 60), max_new_tokens=3), str)
