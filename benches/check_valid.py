@@ -103,6 +103,8 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         | {"important_ratio": chance.choice((0.0, 0.5, 1.0)), "order": chance.choice(("score", "released"))},
         "pool": chance.choice(({"stride": 1}, {"stride": 2}, {"stride": 3}, {"target": [2, 2]})),
         "prumerge": {**ratio, "score": chance.choice(("cls", "column_mean")), "plus": chance.random() < 0.5},
+        "vscan": {**ratio, "score": chance.choice(("cls", "column_mean")), "llm_ratio": chance.choice((0.3, 1.0))}
+        | {"windows": chance.choice(("capped", "square")), "local_share": chance.choice((0.0, 0.5, 1.0))},
         "random": {**ratio, "seed": chance.randint(0, 9), "resample": chance.random() < 0.3},
     }
     return options.get(name, ratio)

@@ -87,7 +87,7 @@ def expected(model, bare, batch, positions="kept"):
     out = pruned(model, batch)
     shown = model.encode_images(batch["pixel_values"])
     n = bare.num_image_tokens
-    if "behind" in model.pruner or "budget" in model.pruner:
+    if any(pruner.behind for pruner in model.pruner.values()):
         alive, tokens = shown.valid, shown.tokens
     else:  # put into their places
         places, valid = shown.kept.keep, shown.valid

@@ -145,7 +145,9 @@ def _scores(image: ImageFeatures) -> dict[str, Tensor]:
 
 def _without_scores(image: ImageFeatures) -> ImageFeatures:
     """Leave out what was known of single tokens, of which a projector or a layout made others."""
-    return replace(image, cls_attention=None, key_attention=None, pooling_attention=None, keys=None, block_attention={})
+    none: dict[str, Any] = dict.fromkeys(("cls_attention", "key_attention", "pooling_attention", "keys"))
+    none |= dict.fromkeys(("next_attention", "next_keys"))
+    return replace(image, **none, block_attention={})
 
 
 def _channel(image: ImageFeatures, values: Tensor) -> ImageFeatures:
