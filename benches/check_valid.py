@@ -98,6 +98,8 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         "hiprune": {**ratio, "alpha": chance.choice((0.0, 0.1, 1.0)), "edges": chance.choice(("grid", "released"))},
         "holov": {**ratio, "score": chance.choice(("cls", "column_mean")), "crops": chance.choice((0, 1, 3, 50))}
         | {"shape": chance.choice(("grid", "run")), "spread": chance.choice(("image", "crop"))},
+        "sparsevlm": {**ratio, "after": chance.choice(([], [chance.randint(0, layers - 2)]))}
+        | chance.choice(({}, {"recycle": True}, {"plus": True}, {"counts": "rank"})),
         "visionzip": {**ratio, "score": chance.choice(("cls", "column_mean"))},
         "vispruner": {**ratio, "score": chance.choice(("cls", "column_mean", "probe"))}
         | {"important_ratio": chance.choice((0.0, 0.5, 1.0)), "order": chance.choice(("score", "released"))},

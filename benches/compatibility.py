@@ -33,8 +33,8 @@ bit. Adapters' weights are moved off their start first. Made by
 **BROKEN**: the check let it through and it failed, which is our mistake. In tables of one kind, the row stands ahead of
 the column. Other slots: encoder timm, projector mlp, LLM llama, no pruner, adapter or distiller; but no projector where
 `vlora` is, and mixtral where `moextend` is. A teacher has the encoder and the projector of its student and no pruner.
-`aim`, `dart`, `fastv` and `pyramiddrop` drop tokens inside the LLM; `llava_mod` runs with its objective `mimic`.
-`prumerge` runs with score=column_mean.
+`aim`, `dart`, `fastv`, `pyramiddrop` and `sparsevlm` drop tokens inside the LLM;
+`llava_mod` runs with its objective `mimic`, `prumerge` with score=column_mean.
 """
 
 _LIBRARIES = """## Libraries

@@ -15,6 +15,7 @@ PRUNERS = {
     "fastv": {"name": "fastv", "keep_ratio": 0.4, "layer": 1},
     "pyramiddrop": {"name": "pyramiddrop", "keep_ratio": 0.6},
     "dart": {"name": "dart", "keep_ratio": 0.5, "layer": 1},
+    "sparsevlm": {"name": "sparsevlm", "keep_ratio": 0.4, "recycle": True},
 }
 pytestmark = pytest.mark.parametrize("name", list(PRUNERS))
 

@@ -67,39 +67,17 @@ def attention_flow(
     back = damping * start[:, None].float()  # (B, 1, L)
     index = torch.arange(length, device=query.device)
 
-    def attention(rows: Tensor, keys: int, first: int | None) -> Tensor:
-        """Compute rows of P, (B, H, rows, keys).
-
-        Args:
-            first: index of the first of consecutive rows, so that only the diagonal block needs a causal mask; None:
-                the rows are not consecutive.
-        """
-        kv = key.shape[1]
-        # The cap applies to scaled scores, the temperature to capped ones; without a cap both are one factor.
-        q = query[:, :, rows].float() * (scaling if softcap else scaling / temperature)  # (B, H, R, d)
-        scores = q.reshape(b, kv, -1, q.shape[-1]) @ key[:, :, :keys].float().transpose(-1, -2)
-        scores = scores.view(b, h, -1, keys)  # (B, H, R, keys)
-        if softcap:
-            scores = torch.tanh(scores / softcap) * (softcap / temperature)
-        if first is None:
-            scores.masked_fill_(index[:keys] > rows[:, None], -torch.inf)
-        else:
-            scores[..., first:].masked_fill_(index[first:keys] > rows[:, None], -torch.inf)
-        if visible is not None:
-            scores.masked_fill_(~visible(rows, keys)[:, None], -torch.inf)
-        p = torch.softmax(scores, -1)
-        # A row without any visible key is softmax of -inf, NaN: it contributes nothing.
-        return p.nan_to_num_(0.0) if visible is not None else p
+    how: dict[str, Any] = {"scaling": scaling, "temperature": temperature, "visible": visible, "softcap": softcap}
 
     with torch.autocast(query.device.type, enabled=False):
         if steps == 1:
             # Rows without a vote contribute nothing, and often most rows are such: P is not computed for them.
             for rows in start.ne(0).any(0).nonzero()[:, 0].split(block):
-                u[:, :, 1] += (u[:, :, 0, None, rows] @ attention(rows, length, None))[:, :, 0]
+                u[:, :, 1] += (u[:, :, 0, None, rows] @ attention_rows(query, key, rows, length, **how))[:, :, 0]
             return (1 - damping) * u[:, :, 1] + back
         for first in range((length - 1) // block * block, -1, -block):
             end = min(first + block, length)
-            p = attention(index[first:end], end, first)  # (B, H, rows, end)
+            p = attention_rows(query, key, index[first:end], end, first, **how)  # (B, H, rows, end)
             p = (1 - damping) * p if damping else p
             for t in range(steps):
                 u[:, :, t + 1, first:end] += (u[:, :, t, None, first:end] @ p[..., first:])[:, :, 0] + back[
@@ -108,6 +86,45 @@ def attention_flow(
             if first:
                 u[:, :, 1:, :first] += u[:, :, :-1, first:end] @ p[..., :first]  # (B, H, steps, first)
     return u[:, :, steps]
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    keys: int,
+    first: int | None = None,
+    *,
+    scaling: float,
+    temperature: float = 1.0,
+    visible: Visible | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Compute rows of P, (B, H, rows, keys) float32; other arguments are those of `attention_flow`.
+
+    Args:
+        rows: (R,) indices of queries.
+        keys: number of keys, from the first on.
+        first: index of the first of consecutive rows, so that only the diagonal block needs a causal mask; None: the
+            rows are not consecutive.
+    """
+    b, h, _, dim = query.shape
+    kv, index = key.shape[1], torch.arange(keys, device=query.device)
+    # The cap applies to scaled scores, the temperature to capped ones; without a cap both are one factor.
+    q = query[:, :, rows].float() * (scaling if softcap else scaling / temperature)  # (B, H, R, d)
+    scores = q.reshape(b, kv, -1, dim) @ key[:, :, :keys].float().transpose(-1, -2)
+    scores = scores.view(b, h, -1, keys)  # (B, H, R, keys)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * (softcap / temperature)
+    if first is None:
+        scores.masked_fill_(index > rows[:, None], -torch.inf)
+    else:
+        scores[..., first:].masked_fill_(index[first:] > rows[:, None], -torch.inf)
+    if visible is not None:
+        scores.masked_fill_(~visible(rows, keys)[:, None], -torch.inf)
+    p = torch.softmax(scores, -1)
+    # A row without any visible key is softmax of -inf, NaN: it contributes nothing.
+    return p.nan_to_num_(0.0) if visible is not None else p
 
 
 @cache

@@ -121,7 +121,8 @@ class DART(DropsInside, nn.Module):
         picks = self._picks(cut.total, *many)  # (B, S, P)
         width = states.shape[-1]
         of = states.gather(1, pivots.flatten(1)[..., None].expand(-1, -1, width))  # (B, S * P, C)
-        alike = (of @ states.transpose(1, 2)).view(*pivots.shape, -1)  # (B, S, P, L)
+        with torch.autocast(states.device.type, enabled=False):
+            alike = (of @ states.transpose(1, 2)).view(*pivots.shape, -1)  # (B, S, P, L)
         held = pivots[..., : c.image_pivots], on[..., : c.image_pivots].byte()
         chosen = image.byte().zero_().scatter_add(-1, *held).bool()
         free = image & ~chosen

@@ -150,20 +150,26 @@ class LayerArguments:
         for whole, of, moved in run.rotary:  # layers of one stage share them
             if whole is tables and of is tokens:
                 return moved  # type: ignore[no-any-return]
-        module, kinds = self._rotary(), getattr(self.config, "layer_types", None)
+        module, kinds = self.rotary(), getattr(self.config, "layer_types", None)
         kind = {"layer_type": kinds[number]} if kinds and _takes(module, "layer_type") else {}
         moved = {"position_ids": ids} if given.get("position_ids") is not None else {}
         moved |= {"position_embeddings": module(hidden, position_ids=ids, **kind)}
         run.rotary.append((tables, tokens, moved))
         return moved
 
-    def _rotary(self) -> Any:
+    def frequencies(self, number: int) -> Tensor | None:
+        """Return the angles per position by which the rotary tables of a layer turn pairs: (d / 2,); None: unknown."""
+        kinds = getattr(self.config, "layer_types", None)
+        names = ("inv_freq", f"{kinds[number]}_inv_freq" if kinds else "inv_freq")
+        return next((x for n in names if isinstance(x := getattr(self.rotary(), n, None), Tensor)), None)
+
+    def rotary(self) -> Any:
         """The decoder's module that makes rotary tables; None: there is none, or several."""
         found = [m for m in decoder_of(self.llm.lm).children() if "Rotary" in type(m).__name__]
         return found[0] if len(found) == 1 else None
 
     def _can_compute(self, given: dict[str, Any]) -> bool:
-        module = self._rotary()
+        module = self.rotary()
         return given.get("position_embeddings") is not None and module is not None and _takes(module, "position_ids")
 
 
