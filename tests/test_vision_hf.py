@@ -97,6 +97,19 @@ def test_the_pooling_row_is_that_of_the_library_whatever_the_layer(saved, kind, 
     assert torch.equal(out.tokens, build("vision", config).eval()(pixels()).tokens)
 
 
+@pytest.mark.parametrize("kind", ["siglip", "siglip_whole"])
+@pytest.mark.parametrize(("layer", "norm"), [(-1, False), (-2, True)])
+def test_the_summary_is_the_librarys_pooled_output_whatever_the_layer(saved, kind, layer, norm):
+    folder, model = saved(kind)
+    config = {"name": "hf", "checkpoint": folder, "layer": layer, "norm": norm, "summary": True}
+    tower = build("vision", config).eval()
+    assert {"summary", "pooling_head"} <= tower.provides
+    out = tower(pixels(), need=frozenset({"summary"}))
+    torch.testing.assert_close(out.summary, reference(model, pixels()).pooler_output, atol=2e-6, rtol=1e-5)
+    assert out.pooling_attention is None
+    assert "summary" not in build("vision", {**config, "summary": False, "pooling_head": True}).provides
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "dinov2", "dinov3"])
 def test_the_final_norm_is_the_librarys(saved, kind):
     folder, model = saved(kind)

@@ -73,6 +73,10 @@ def test_the_pooling_row_is_timms_whatever_the_layer(saved, layer, norm):
     with torch.no_grad():
         want = own_pooling(model, "timm")(model.forward_features(pixels()))
     torch.testing.assert_close(tower(pixels(), need=tower.provides).pooling_attention, want, atol=1e-6, rtol=0)
+    whole = build("vision", {**config, "pooling_head": False, "summary": True}).eval()
+    with torch.no_grad():
+        summary = model.forward_head(model.forward_features(pixels()), pre_logits=True)
+    torch.testing.assert_close(whole(pixels(), need=frozenset({"summary"})).summary, summary, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "vit_small_patch16_dinov3"])

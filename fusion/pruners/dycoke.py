@@ -75,13 +75,13 @@ class DyCoke(Pruner, nn.Module):
         """Count the tokens that an image or a video keeps, of `n` in each row: exactly."""
         if cut.kind != "frame":
             return cut.rows * n
-        return sum(self.kept(cut.rows, n))
+        return sum(self.counts(cut.rows, n))
 
     def thinned(self, n: int) -> int:
         """Count the tokens kept of a thinned frame of `n`."""
         return int(n * self.config.keep_ratio) if self.config.k is None else int((1 - self.config.k) * n)
 
-    def kept(self, frames: int, n: int) -> list[int]:
+    def counts(self, frames: int, n: int) -> list[int]:
         """Count the tokens kept of each frame of a video, of `n`."""
         return [{_WHOLE: n, _GONE: 0}.get(i, self.thinned(n)) for i in self.references(frames)]
 
@@ -103,9 +103,9 @@ class DyCoke(Pruner, nn.Module):
         """Mark the tokens (T, P, C) of a video that stay; an image is returned as it is."""
         frames, n = image.tokens.shape[:2]
         released = self.config.order == "released"
-        if image.row_kind != "frame" or ((kept := self.kept(frames, n)) == [n] * frames and not released):
+        if image.row_kind != "frame" or ((counts := self.counts(frames, n)) == [n] * frames and not released):
             return image
-        compared, count = (torch.tensor(x, device=image.tokens.device) for x in (self.references(frames), kept))
+        compared, count = (torch.tensor(x, device=image.tokens.device) for x in (self.references(frames), counts))
         order = self._unlike(image, compared).argsort(dim=1, descending=True, stable=True)  # (T, P)
         first = torch.arange(n, device=order.device) < count.unsqueeze(1)
         if released:

@@ -70,20 +70,21 @@ class PoolingHead(nn.Module):
         head: `SiglipMultiheadAttentionPoolingHead` of transformers, or timm's `AttentionPoolLatent`.
         blocks: those after the layer of the tokens.
         norm: the final norm, unless the tower keeps it.
+        whole: keep the head's layers after the scores, too, for its output.
     """
 
-    def __init__(self, head: Any, blocks: list[nn.Module], norm: nn.Module | None) -> None:
+    def __init__(self, head: Any, blocks: list[nn.Module], norm: nn.Module | None, whole: bool = False) -> None:
         super().__init__()
-        for unused in ("layernorm", "mlp", "proj", "norm"):  # layers after the scores
+        for unused in () if whole else ("layernorm", "mlp", "proj", "norm"):  # layers after the scores
             if hasattr(head, unused):
                 setattr(head, unused, nn.Identity())
-        self.head, self.blocks, self.norm = head, nn.ModuleList(blocks), norm
-        if hasattr(head, "attention"):
+        self.head, self.blocks, self.norm, self.whole = head, nn.ModuleList(blocks), norm, whole
+        if hasattr(head, "attention") and not whole:
             head.attention.out_proj = nn.Identity()
         as_buffers(self)
 
-    def forward(self, tokens: Tensor, norm: nn.Module) -> Tensor:
-        """Score the patches: (M, N) float32, rows sum to 1.
+    def forward(self, tokens: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Score the patches: (M, N) float32, rows sum to 1; and with `whole` the head's output (M, D).
 
         Args:
             tokens: (M, N, D), output of the tower's last block.
@@ -93,8 +94,10 @@ class PoolingHead(nn.Module):
             for block in self.blocks:
                 out = block(tokens, attention_mask=None) if hasattr(self.head, "attention") else block(tokens)
                 tokens = out[0] if isinstance(out, tuple) else out
-            query, key, scale = self._query_key((self.norm or norm)(tokens))
-        return row(query, key, scale)
+            tokens = (self.norm or norm)(tokens)
+            query, key, scale = self._query_key(tokens)
+            summary = self.head(tokens) if self.whole else None
+        return row(query, key, scale), summary
 
     def _query_key(self, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
         head: Any = self.head
@@ -115,7 +118,9 @@ class PoolingHead(nn.Module):
         return query.expand(m, -1, -1, -1), head.k_norm(key), head.scale
 
 
-def pooling_head(head: Any, blocks: list[nn.Module], norm: nn.Module | None, name: str) -> PoolingHead:
+def pooling_head(
+    head: Any, blocks: list[nn.Module], norm: nn.Module | None, name: str, whole: bool = False
+) -> PoolingHead:
     """Build a `PoolingHead` from the pooling module of transformers or timm.
 
     Raises:
@@ -123,6 +128,6 @@ def pooling_head(head: Any, blocks: list[nn.Module], norm: nn.Module | None, nam
     """
     if getattr(head, "probe", None) is None and getattr(head, "latent_len", 0) != 1:
         raise ZooError(
-            f"{name} has no pooling head with a learned probe, as SigLIP has one: pooling_head must be false."
+            f"{name} has no pooling head with a learned probe, as SigLIP has one: pooling_head (summary) must be false."
         )
-    return PoolingHead(head, blocks, norm)
+    return PoolingHead(head, blocks, norm, whole)

@@ -58,12 +58,15 @@ class Tower(Encoder, nn.Module):
             "key_attention": runner.has_scores,
             "keys": runner.has_scores,
             "pooling_head": runner.pooling is not None,
+            "summary": runner.pooling is not None and runner.pooling.whole,
             "next_block": runner.has_next,
             "text_tower": not isinstance(text, str),
         }
         self.text: TextTower | None = None
         self._read_text = text
         self.lacks = {"text_tower": text} if isinstance(text, str) else {}
+        if not words["summary"]:
+            self.lacks["summary"] = "vision.summary=true keeps the pooling head of a SigLIP whole."
         if not runner.has_next:
             self.lacks["next_block"] = "vision.next_block=true keeps what is read of that block."
         self.provides = frozenset(word for word, given in words.items() if given)
@@ -156,6 +159,7 @@ class Tower(Encoder, nn.Module):
             Patch tokens (M, N, D); cls_attention (M, N) float32, without gradient: attention of [CLS] in the block that
             computed the tokens, mean over heads, normalised over all P + N keys, prefix columns dropped; key_attention
             (M, N): the same for the mean over all queries; keys (M, N, H, d) of that block; pooling_attention (M, N);
+            summary (M, D), the pooling head's output;
             prefix (M, P, D); next_attention (M, N) and next_keys (M, N, C) of `NextBlock.read`; patch_embeds (M, N, P)
             float32, of the space that the text tower shares; block_attention, scores (M, N) of other blocks by their
             words.
@@ -218,9 +222,11 @@ class Tower(Encoder, nn.Module):
             elif word in OF_BLOCKS:
                 asked[word] = scores[word, runner.num_blocks]
         asked["block_attention"] = named
-        if "pooling_head" in need:
+        if taken.pools:
             assert runner.pooling is not None and taken.last is not None, "the hook of the last block did not fire"
-            asked["pooling_attention"] = runner.pooling(taken.last, runner.final_norm())[:, p:]  # (M, N)
+            pooled, summary = runner.pooling(taken.last, runner.final_norm())
+            asked |= {"pooling_attention": pooled[:, p:]} if "pooling_head" in need else {}  # (M, N)
+            asked |= {"summary": summary} if "summary" in need else {}  # (M, D)
         if "next_block" in need:
             assert taken.next is not None, "the hook of the next block did not fire"
             asked["next_attention"], asked["next_keys"] = taken.next

@@ -91,6 +91,7 @@ class HFVisionConfig:
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    summary: bool = False  # SigLIP: keep that head whole, for a pruner that compares frames by its output
     next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
     frame_tower: bool = False  # a second encoder, of the same sizes but own weights, for video frames
     # hub name or folder of the whole CLIP or SigLIP that the encoder is part of, for its text tower, read where a part
@@ -122,10 +123,10 @@ class HFVisionConfig:
             raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
         if self.text_sizes and self.text_checkpoint:
             raise ZooError(f"text_sizes is for random weights; {self.text_checkpoint!r} has its own config.")
-        if self.frame_tower and self.pooling_head:
-            raise ZooError("pooling_head needs a single encoder; with frame_tower there are two.")
-        if self.pooling_head and self.next_block:
-            raise ZooError("pooling_head and next_block need the same blocks: set one of them.")
+        if self.frame_tower and (self.pooling_head or self.summary):
+            raise ZooError("pooling_head, or summary, needs a single encoder; with frame_tower there are two.")
+        if (self.pooling_head or self.summary) and self.next_block:
+            raise ZooError("pooling_head, or summary, and next_block need the same blocks: set one of them.")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
@@ -140,7 +141,8 @@ class HFVisionConfig:
 class HFVision(Tower):
     """Also takes the vision part of a composite checkpoint, such as a whole CLIP."""
 
-    choices = {"pooling_head": (True,), "next_block": (True,)}  # what the check may propose beside defaults
+    # What the check may propose beside defaults.
+    choices = {"pooling_head": (True,), "summary": (True,), "next_block": (True,)}
     streams = True  # may be built on the meta device and filled with weights afterwards
 
     def __init__(self, config: HFVisionConfig) -> None:
@@ -149,7 +151,7 @@ class HFVision(Tower):
         family = FAMILIES[_family(spec)]
         whole = spec.num_hidden_layers
         depth = block_count(config.layer, whole)
-        if not config.pooling_head:
+        if not (config.pooling_head or config.summary):
             # Later blocks are neither built nor loaded.
             spec.num_hidden_layers = count_with_next(depth, whole) if config.next_block else depth
         size, transform = _transform(source, config.image_size, spec, family)
@@ -159,7 +161,7 @@ class HFVision(Tower):
         # Only a size that the user chose must divide: SigLIP's own 384 pixels are 27 patches of 14, and 6 over.
         if config.image_size and not config.extra:
             check_divides(side(spec.patch_size), config.image_size)
-        runners, more = [], (config.pooling_head, config.next_block)
+        runners, more = [], (config.pooling_head or config.summary, config.next_block, config.summary)
         for _ in range(1 + config.frame_tower):
             cls = _class(family)
             tower = load_hf(source, cls, spec, "encoder") if source and not on_meta() else cls(deepcopy(spec))
@@ -183,6 +185,7 @@ class HFRunner(Runner):
         whole: int,
         pooling: bool,
         following: bool = False,
+        summary: bool = False,
     ) -> None:
         super().__init__()
         spec, self.depth = tower.config, whole
@@ -193,7 +196,7 @@ class HFRunner(Runner):
         if pooling:
             own = None if norm else getattr(tower, family.norm)
             kind = f"An encoder of type {_family(spec)!r}"
-            self.pooling = pooling_head(getattr(tower, "head", None), list(blocks[depth:]), own, kind)
+            self.pooling = pooling_head(getattr(tower, "head", None), list(blocks[depth:]), own, kind, summary)
             blocks = blocks[:depth]
             setattr(holder, blocks_name, blocks)
             spec.num_hidden_layers = depth
@@ -324,7 +327,7 @@ def _from_sizes(config: HFVisionConfig) -> Any:
         "mlp_ratio": int(config.mlp_ratio),
         "num_register_tokens": config.registers,
         "num_patches": (size // config.patch_size) ** 2,
-        "vision_use_head": config.pooling_head,
+        "vision_use_head": config.pooling_head or config.summary,
     }
     known = _class(family).config_class
     for name in config.extra:

@@ -46,6 +46,7 @@ class OpenClipVisionConfig:
     # `zoo.export` writes; pixels differ by a step or two of a byte
     resample_by: str = "pillow"
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    summary: bool = False  # SigLIP: keep that head whole, for a pruner that compares frames by its output
     next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
     # Sizes, used without `model` and `checkpoint`.
     patch_size: int = 16  # pixels a side
@@ -58,8 +59,8 @@ class OpenClipVisionConfig:
     def __post_init__(self) -> None:
         if self.resample_by not in LIBRARIES:
             raise unknown("library to resample by", self.resample_by, LIBRARIES)
-        if self.pooling_head and self.next_block:
-            raise ZooError("pooling_head and next_block need the same blocks: set one of them.")
+        if (self.pooling_head or self.summary) and self.next_block:
+            raise ZooError("pooling_head, or summary, and next_block need the same blocks: set one of them.")
         if not self.model and not self.checkpoint:
             check_sizes(self)
 
@@ -68,7 +69,8 @@ class OpenClipVisionConfig:
 class OpenClipVision(Tower):
     """Towers that wrap a timm ViT (SigLIP, EVA-CLIP) run as timm's encoders do; ResNets are refused."""
 
-    choices = {"pooling_head": (True,), "next_block": (True,)}  # what the check may propose beside defaults
+    # What the check may propose beside defaults.
+    choices = {"pooling_head": (True,), "summary": (True,), "next_block": (True,)}
 
     def __init__(self, config: OpenClipVisionConfig) -> None:
         name = config.model or config.checkpoint or "the encoder"
@@ -82,11 +84,14 @@ class OpenClipVision(Tower):
         trunk = getattr(visual, "trunk", None)
         runner: Runner
         if trunk is not None:
-            runner = TimmRunner(trunk, config.layer, config.norm, name, config.pooling_head, config.next_block)
+            kept = (config.pooling_head or config.summary, config.next_block, config.summary)
+            runner = TimmRunner(trunk, config.layer, config.norm, name, *kept)
             size = trunk.patch_embed.img_size
         else:
-            if config.pooling_head:
-                raise ZooError(f"{name!r} has no pooling head with a learned probe: pooling_head must be false.")
+            if config.pooling_head or config.summary:
+                raise ZooError(
+                    f"{name!r} has no pooling head with a learned probe: pooling_head and summary must be false."
+                )
             runner = OpenClipRunner(visual, config.layer, config.norm, config.next_block)
             size = visual.image_size
         transform = ImageTransform(

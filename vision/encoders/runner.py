@@ -45,7 +45,7 @@ class Taken:
             if base_of(word) in ATTENTION:
                 wants.setdefault(block_of(word) or last, set()).add(base_of(word))
         self.blocks = {block: QueryKey(frozenset(words)) for block, words in wants.items()}
-        self.pools = "pooling_head" in need
+        self.pools = not need.isdisjoint({"pooling_head", "summary"})
         self.reads = "next_block" in need
         self.last: Tensor | None = None  # (M, P + N, D) output of the last block, before any norm
         self.next: tuple[Tensor, Tensor] | None = None  # of `NextBlock.read`

@@ -33,6 +33,7 @@ class TimmVisionConfig:
     # writes; pixels differ by a step or two of a byte
     resample_by: str = "pillow"
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
+    summary: bool = False  # SigLIP: keep that head whole, for a pruner that compares frames by its output
     next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
     # Sizes, used without `model` and `checkpoint`.
     stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
@@ -54,8 +55,8 @@ class TimmVisionConfig:
             raise unknown("stem", self.stem, ["patch", "conv"])
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
-        if self.pooling_head and self.next_block:
-            raise ZooError("pooling_head and next_block need the same blocks: set one of them.")
+        if (self.pooling_head or self.summary) and self.next_block:
+            raise ZooError("pooling_head, or summary, and next_block need the same blocks: set one of them.")
         if self.checkpoint == "pretrained" and not self.model:
             raise ZooError("checkpoint=pretrained loads timm's weights of a `model`: name one.")
         if not self.model and not self.checkpoint:
@@ -66,14 +67,15 @@ class TimmVisionConfig:
 class TimmVision(Tower):
     """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
 
-    choices = {"pooling_head": (True,), "next_block": (True,)}  # what the check may propose beside defaults
+    # What the check may propose beside defaults.
+    choices = {"pooling_head": (True,), "summary": (True,), "next_block": (True,)}
 
     def __init__(self, config: TimmVisionConfig) -> None:
         named = config.model or config.checkpoint
         tower: Any = _named(config) if named else _sized(config)
         if named and config.image_size and hasattr(tower, "patch_embed"):
             check_divides(tower.patch_embed.patch_size[0], config.image_size)
-        kept = (config.pooling_head, config.next_block)
+        kept = (config.pooling_head or config.summary, config.next_block, config.summary)
         runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", *kept)
         transform = _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF)
         super().__init__(runner, replace(transform, resample_by=config.resample_by))

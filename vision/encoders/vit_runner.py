@@ -25,7 +25,14 @@ class TimmRunner(Runner):
     """
 
     def __init__(
-        self, tower: Any, layer: int, norm: bool, name: str, pooling: bool = False, following: bool = False
+        self,
+        tower: Any,
+        layer: int,
+        norm: bool,
+        name: str,
+        pooling: bool = False,
+        following: bool = False,
+        summary: bool = False,
     ) -> None:
         super().__init__()
         grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
@@ -41,7 +48,7 @@ class TimmRunner(Runner):
                 raise ZooError(f"{name!r} has no final norm: norm must be false.")
         if pooling:
             later, head = list(tower.blocks[last + 1 :]), getattr(tower, "attn_pool", None)
-            self.pooling = pooling_head(head, later, None if norm else tower.norm, repr(name))
+            self.pooling = pooling_head(head, later, None if norm else tower.norm, repr(name), summary)
         self.depth = len(tower.blocks)
         later_block = tower.blocks[count_with_next(last + 1, self.depth) - 1] if following else None
         tower.prune_intermediate_layers([last], prune_norm=not norm, prune_head=True)

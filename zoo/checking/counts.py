@@ -167,6 +167,7 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
         "pooling_attention": score,
         "keys": made(n, _HEADS, _KEY),
         "prefix": made(1, d),
+        "summary": made(d),
         "patch_embeds": made(n, _KEY),
         "next_attention": score,
         "next_keys": made(n, _KEY),

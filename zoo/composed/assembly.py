@@ -27,7 +27,7 @@ ALWAYS = frozenset({"image", "question"})
 _UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
 # What an encoder computes only where a part needs it: attention scores of every image cost memory.
 ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens", "text_tower"})
-ON_REQUEST |= {"next_block"}
+ON_REQUEST |= {"next_block", "summary"}
 
 
 class MisfitError(ZooError):
@@ -165,7 +165,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         if parts.layout is not None:
             _require("layout", slots["layout"]["name"], parts.layout, holds, f"vision {vision_name!r}", slots)
             _require_blocks("layout", slots["layout"]["name"], parts.layout, parts.vision, vision_name)
-        kept = holds if one_by_one else holds - ON_REQUEST  # scores of tokens that are no longer there
+        kept = holds if one_by_one else holds - (ON_REQUEST - {"summary"})  # scores of tokens that are no longer there
         kept = kept | {"grid"} if grid_now else kept - {"grid"}
         _add_pruners(parts, slots, Flow(tokens, grid_now, text_dim, kept, flow.ragged), record_step, behind=True)
     elif late := next((n for n in slots.get("pruner") or {} if _acts_behind(n)), ""):

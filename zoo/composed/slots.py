@@ -80,7 +80,7 @@ def _vision(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
     from zoo.published.family import vision_slot
 
     tower, transform = model.vision.runner.tower, model.vision.transform
-    if given.get("pooling_head"):
+    if given.get("pooling_head") or given.get("summary"):
         return None  # the head needs blocks behind the chosen layer, which num_hidden_layers no longer counts
     node = vision_slot(tower.config, {}, layer=tower.config.num_hidden_layers, norm=bool(given.get("norm")))
     pixels = {"mean": list(transform.mean), "std": list(transform.std), "resample": transform.resample}
