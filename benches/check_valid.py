@@ -89,6 +89,8 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
         "aim": {"merge_ratio": ratio["keep_ratio"], "prune": chance.random() < 0.7}
         | {"metric": chance.choice(("tokens", "keys"))},
         "dycoke": {**ratio, "order": chance.choice(("raster", "released")), "odd": chance.choice(("keep", "drop"))},
+        "cdpruner": {**ratio, "relevance": chance.choice(("clip", "embeddings", "embeddings", "none"))}
+        | {"similarity": chance.choice(("projected", "encoder")), "sign": chance.choice((-1, 1))},
         "evs": {**ratio, "reference": chance.choice(("previous", "last_kept"))},
         "fastvid": {**ratio, "summary": chance.choice(("head", "mean")), "scenes": chance.randint(1, 9)}
         | {"remainder": chance.choice(("spread", "floor"))},

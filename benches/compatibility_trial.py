@@ -30,6 +30,7 @@ DENSE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "smollm3")
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe")
 # Options of parts whose defaults are of a size for large models; the others stand here with their defaults.
 _SMALL: dict[tuple[str, str], dict[str, Any]] = {
+    ("pruner", "cdpruner"): {"relevance": "embeddings"},
     ("projector", "resampler"): {"num_queries": 4, "num_heads": 2},
     ("pruner", "prumerge"): {"score": "column_mean"},  # its own score reads the block behind the last one here
     ("adapter", "lora"): {"rank": 2},
@@ -39,7 +40,7 @@ _SMALL: dict[tuple[str, str], dict[str, Any]] = {
 }
 # What other slots may hold in place of the defaults (timm, mlp, llama, no teacher), where a part does not fit these.
 _OTHERS: tuple[dict[str, str], ...] = ({}, {"teacher": "yes"}, {"llm": "mixtral"}, {"projector": ""})
-_PROMPT = ("input_ids", "attention_mask", "pixel_values", "images_per_row")
+_PROMPT = ("input_ids", "attention_mask", "pixel_values", "images_per_row", "questions")
 _QUESTIONS = ("is there a red circle?", "what is it?")
 _ANSWERS = ("yes", "a blue square")
 

@@ -80,7 +80,7 @@ class Variant:
         if self.pruner.behind and self._projected is None:
             assert self.model.projector is not None, "images are tokens"
             self._projected = replace(features, tokens=self.model.projector(features), grid=self.model.projected_grid)
-        return behind.run(self.pruner, self._projected or features)
+        return behind.run(self.pruner, self._projected or self.model._projected(self.pruner, features))
 
     @torch.no_grad()
     def shown(self, features: ImageFeatures | None = None) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import torch
 
 from zoo import registry
-from zoo.registry import ImageFeatures
+from zoo.registry import ImageFeatures, Question
 
 DENSE = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "stablelm"]
 DENSE += ["granite", "starcoder2", "gpt_neox", "gpt2", "opt", "phi", "cohere"]
@@ -65,7 +65,18 @@ def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: in
     known["next_attention"] = torch.randn(m, n, generator=g).mul(1.5).softmax(1)
     known["next_keys"] = torch.randn(m, n, 12, generator=g)
     known["block_attention"] = {"key_attention@1": torch.rand(m, n, generator=g).softmax(1)}
+    known |= {"patch_embeds": torch.randn(m, n, 5, generator=g), "projected": torch.randn(m, n, 12, generator=g)}
+    known["question"] = question(m, g)
     return ImageFeatures(tokens, grid, **{**known, **given})
+
+
+def question(m: int, g: torch.Generator) -> Question:
+    """Another question for each of `m` rows, of one to three words: each a prompt of its own."""
+    mask = torch.arange(3).expand(m, -1) < 1 + torch.arange(m).unsqueeze(1) % 3
+    words, ids = torch.randn(m, 3, 12, generator=g), torch.randint(9, (m, 3), generator=g)
+    asked = Question(torch.arange(m), tuple(f"{i}?" for i in range(m)), ids, mask, words)
+    asked.text_embeds, asked.text_mask = torch.randn(m, 2, 5, generator=g), mask[:, :2]
+    return asked
 
 
 def image_row(image: ImageFeatures, i: int) -> ImageFeatures:
@@ -73,7 +84,8 @@ def image_row(image: ImageFeatures, i: int) -> ImageFeatures:
     tensors = {f.name: getattr(image, f.name) for f in fields(image)}
     blocks = {word: scores[i : i + 1] for word, scores in image.block_attention.items()}
     rows = {k: v[i : i + 1] for k, v in tensors.items() if isinstance(v, torch.Tensor)}
-    return replace(image, **rows, block_attention=blocks)
+    asked = None if image.question is None else image.question.picked(slice(i, i + 1))
+    return replace(image, **rows, block_attention=blocks, question=asked)
 
 
 def same_state(a: dict, b: dict) -> bool:

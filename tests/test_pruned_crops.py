@@ -34,6 +34,7 @@ def filmed(tmp_path_factory):
 
 
 def load(folder, name, *words):
+    words = (*words, "pruner.cdpruner.relevance=embeddings") if name == "cdpruner" else words
     model, processor = zoo.load(f"dir:{folder}", *([f"pruner=[{name}]"] if name else []), *words)
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor

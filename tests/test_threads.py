@@ -154,7 +154,7 @@ def test_encoders(name, make_model, at_once):
 
 @pytest.mark.parametrize("name", registry.names("pruner"))
 def test_pruners(name, make_model, at_once):
-    options = {"layer": 1} if name == "fastv" else {}
+    options = {"fastv": {"layer": 1}, "cdpruner": {"relevance": "embeddings"}}.get(name, {})
     require_alike(*make_model(pruner={name: {"name": name, **options}}), at_once)
 
 

@@ -29,7 +29,7 @@ QUESTION = "is </script> <b>red</b>?"
 @pytest.fixture(scope="module")
 def xray():
     """A tiny model with random weights under every registered pruner."""
-    return inspect("", TINY, picture(3), question=QUESTION)
+    return inspect("", [*TINY, "pruner.cdpruner.relevance=embeddings"], picture(3), question=QUESTION)
 
 
 def view_of(xray, name):

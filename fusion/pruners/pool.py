@@ -82,6 +82,7 @@ class PoolPruner(Pruner, nn.Module):
             key_attention=pool_scores(image.key_attention),
             pooling_attention=pool_scores(image.pooling_attention),
             keys=pool_keys(image.keys),
+            patch_embeds=None if image.patch_embeds is None else pool(image.patch_embeds),
             block_attention={word: pool(s.unsqueeze(-1)).squeeze(-1) for word, s in image.block_attention.items()},
         )
 

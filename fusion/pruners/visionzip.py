@@ -47,7 +47,9 @@ class VisionZip(Pruner, nn.Module):
     """Training-free; the tokens left have no grid."""
 
     needs: frozenset[str] = frozenset({"cls_attention", "keys", "prefix_tokens"})
-    destroys: frozenset[str] = frozenset({"grid", "cls_attention", "key_attention", "keys", "pooling_head"})
+    destroys: frozenset[str] = frozenset(
+        {"grid", "cls_attention", "key_attention", "keys", "pooling_head", "text_tower"}
+    )
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
     presets = {  # the paper counts [CLS] among the dominant tokens
         "llava15_192": Preset({"dominant": 161, "targets": 30, "score": "cls"}, "the paper's 192: 162 and 30"),

@@ -45,10 +45,11 @@ def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto"
         if parts.vision is None:
             return
         _check_vision(parts.vision, parts.requested, slots["vision"])
-        images = [_about(parts, _features(parts.vision, parts.requested, even), even) for even in (True, False)]
+        images = [_features(parts.vision, parts.requested, even) for even in (True, False)]
         given: dict[str, Any] = {"vision_dim": parts.vision.hidden_size, "vision_depth": parts.vision.depth}
         ahead = {name: p for name, p in parts.pruner.items() if not p.behind}
         for name, pruner in ahead.items():
+            images = [_about(parts, image, even) for image, even in zip(images, (True, False), strict=True)]
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             after = _check_pruner(name, pruner, {**slots["pruner"][name], "name": name}, images, given, parts)
             if after is None:

@@ -31,7 +31,7 @@ from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_l
 
 # Layers l1 and l2 by the depth of the LLM, in the authors' code: Qwen2 7B (LLaVA-OneVision), Vicuna 7B (LLaVA-1.5).
 RELEASED = {28: (14, 22), 32: (13, 21)}
-_MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys"})  # undefined for merged tokens
+_MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys", "text_tower"})  # not of merged tokens
 
 
 @dataclass
