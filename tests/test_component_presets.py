@@ -83,7 +83,7 @@ def test_counts_of_presets_are_those_of_their_names():
             if model in per:
                 rows, n = per[model]
                 part = registry.build("pruner", {"name": name, "preset": preset}, vision_depth=24)
-                assert rows * part.num_tokens(n) == int(total), (name, preset)
+                assert part.tokens_of_image(n, registry.Cut(rows)) == int(total), (name, preset)
 
 
 def test_what_is_given_beside_a_preset_wins_wherever_it_stands():

@@ -7,7 +7,7 @@ attended to, over all heads and all queries ([CLS] among them), normalised over 
     buffers    the four neighbours of each anchor in the grid,
     registers  of all others, those with the best scores in the block that made the features, until T are kept.
 
-Kept tokens stay in raster order; each crop and each frame keeps the same number of its own. The authors' settings for
+Kept tokens stay in raster order; each crop and each frame chooses among its own. The authors' settings for
 LLaVA-1.5 are num_keep=192, 128 and 64 with alpha=0.1 and object_layer=9 of 24. With them at most a tenth of the tokens
 come from the middle block; with alpha=0, or few tokens, this is FasterVLM with score=column_mean.
 
@@ -15,8 +15,9 @@ Departures. `edges=released` counts neighbours as the authors' code does, in the
 first column is the end of the row above, and each anchor of the top (bottom) row adds the first (last) patch.
 `edges=grid`, the default, takes neighbours in the grid alone. Theirs works for 24 x 24 patches; both work here for any
 grid. Where anchors and buffers are more than T, the last of the anchors are left out until they fit; their code fails
-there. Equal scores are decided in favour of the first token. Their budget is of an image, shared by its crops: for 640
-tokens of five crops, set num_keep=128.
+there. Equal scores are decided in favour of the first token. `budget=image` is theirs: num_keep is the number of an
+image, which its crops share evenly, 640 of five crops are 128 each; what does not divide, which theirs loses, goes to
+the first ones. Over several images theirs divides by all of their crops; here each image has its own budget.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.fusion.pruners.keeps import KeepsSome
+from zoo.fusion.pruners.keeps import KeepsSome, check_budget
 from zoo.fusion.pruners.scores import scores_of
 from zoo.fusion.pruners.topk import best, check_ratio
 from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_least, unknown
@@ -37,6 +38,7 @@ EDGES = ("grid", "released")
 class HiPruneConfig:
     keep_ratio: float = 0.25  # share of image tokens kept, in (0, 1]
     num_keep: int = 0  # tokens kept of each image, crop or frame; 0: by keep_ratio
+    budget: str = "row"  # whose number that is: row (each crop, each frame) | image (all of its rows, in equal shares)
     alpha: float = 0.1  # share of the kept tokens that are anchors and buffers, in [0, 1]
     object_layer: int = 0  # block of the anchors, 1 the first; 0: at 9 / 24 of the encoder's depth, 9 of CLIP-L
     edges: str = "grid"  # neighbours at the border of the grid: grid (those inside) | released (wrap and clamp)
@@ -44,6 +46,7 @@ class HiPruneConfig:
     def __post_init__(self) -> None:
         check_ratio(self.keep_ratio)
         require_at_least(0, num_keep=self.num_keep, object_layer=self.object_layer)
+        check_budget(self.budget)
         if not 0 <= self.alpha <= 1:
             raise ZooError(f"alpha must be in [0, 1], got {self.alpha}.")
         if self.edges not in EDGES:
@@ -59,9 +62,15 @@ class HiPrune(KeepsSome):
         "llava15_192": Preset({"num_keep": 192, "alpha": 0.1, "object_layer": 9}, "the release's LLaVA-1.5"),
         "llava15_128": Preset({"num_keep": 128, "alpha": 0.1, "object_layer": 9}, "the release's LLaVA-1.5"),
         "llava15_64": Preset({"num_keep": 64, "alpha": 0.1, "object_layer": 9}, "the release's LLaVA-1.5"),
-        "llava_next_640": Preset({"num_keep": 128, "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT, five crops"),
-        "llava_next_320": Preset({"num_keep": 64, "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT, five crops"),
-        "llava_next_160": Preset({"num_keep": 32, "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT, five crops"),
+        "llava_next_640": Preset(
+            {"num_keep": 640, "budget": "image", "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT: of all crops"
+        ),
+        "llava_next_320": Preset(
+            {"num_keep": 320, "budget": "image", "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT: of all crops"
+        ),
+        "llava_next_160": Preset(
+            {"num_keep": 160, "budget": "image", "alpha": 0.1, "object_layer": 9}, "its LLaVA-NeXT: of all crops"
+        ),
     }
 
     def __init__(self, config: HiPruneConfig, *, vision_depth: int = 0, num_tokens: int | None = None) -> None:

@@ -6,8 +6,9 @@ m tokens of a crop and mu_i the mean of row i, crop p gets of T tokens the share
     c_p = mean(1000 a) + alpha V_p mean(1000 a) / V,    V_p = mean over i of sum_j (S_ij - mu_i)^2 / (m - 1)
 
 rounded down; what rounding leaves goes one each to the crops with the largest c. The tokens of a crop with the largest
-a fill its quota, and kept tokens remain in raster order. Each row of the batch, a crop of a large image or a frame of a
-video, is a grid of its own with its own T, where the authors' code has one budget for all crops of an image.
+a fill its quota, and kept tokens remain in raster order. Each row of the batch, a tile of a large image or a frame of a
+video, is a grid of its own with its own T; with `budget=image`, as in the authors' code, T and P are those of all rows,
+so that tiles, or frames, compete. They stitch tiles to one grid before they cut it; here a crop is inside of one tile.
 
 Departures. In the authors' code (`spread=crop`) V is V_p, so that variety cancels and quotas are shares of attention;
 its V_p counts the zero diagonal of S, which gives 1 / (m - 1) to a crop of equal tokens; and a crop of one token lacks
@@ -22,12 +23,12 @@ Encoders without [CLS]: `score`, as in FasterVLM. The paper's second half, refet
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from zoo.fusion.pruners.keeps import KeepsSome
+from zoo.fusion.pruners.keeps import KeepsSome, check_budget
 from zoo.fusion.pruners.scores import NEEDS, SCORES, check_score, scores_of
 from zoo.fusion.pruners.topk import check_ratio
 from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_least, unknown
@@ -40,6 +41,7 @@ SHAPES = ("grid", "run")
 class HoloVConfig:
     keep_ratio: float = 0.25  # share of image tokens kept, in (0, 1]
     num_keep: int = 0  # tokens kept of each image, crop or frame; 0: by keep_ratio. The authors' setting: 64 of 576
+    budget: str = "row"  # whose number that is: row (each tile, each frame) | image (all of its rows, which compete)
     crops: int = 0  # parts that share the tokens; 0: 1024/576 of N / num_keep, the authors' 16 where 64 of 576 are kept
     alpha: float = 0.09  # weight of a crop's variety beside its attention, at least 0
     spread: str = "image"  # image: variety is compared between crops | crop: as released, where it cancels
@@ -50,6 +52,7 @@ class HoloVConfig:
         check_ratio(self.keep_ratio)
         require_at_least(0, num_keep=self.num_keep, crops=self.crops, alpha=self.alpha)
         check_score(self.score)
+        check_budget(self.budget)
         for option, allowed in (("spread", SPREADS), ("shape", SHAPES)):
             if getattr(self, option) not in allowed:
                 raise unknown(option, getattr(self, option), allowed)
@@ -91,8 +94,24 @@ class HoloV(KeepsSome):
         Raises:
             ZooError: `shape=grid`, and the tokens have no grid.
         """
+        return self._within(image, self.scores(image), k)
+
+    @torch.no_grad()
+    def choose_of_image(self, image: ImageFeatures, total: int) -> list[Tensor]:
+        """Choose `total` tokens of all rows of an image: indices (k,) of each row.
+
+        Raises:
+            ZooError: `shape=grid`, and the tokens have no grid.
+        """
+        rows, n = image.tokens.shape[:2]
+        run = replace(image, tokens=image.tokens.flatten(0, 1)[None])  # (1, R * N, D), on the grid of a row
+        order = self._within(run, self.scores(image).reshape(1, -1), total)[0]  # (total,)
+        return [order[order // n == row] % n for row in range(rows)]
+
+    def _within(self, image: ImageFeatures, scores: Tensor, k: int) -> Tensor:
+        """Choose (M, K) of the tokens by scores (M, N), with a quota for each crop."""
         crops, real = self._crops(image, k)  # (P, L)
-        a = 1000 * self.scores(image).double()[:, crops] * real  # (M, P, L); the factor weighs against the 1e-6 below
+        a = 1000 * scores.double()[:, crops] * real  # (M, P, L); the factor weighs against the 1e-6 below
         c = self._crop_scores(image.tokens, a, crops, real)  # (M, P)
         w = c / (c.sum(1, True) + 1e-6)
         place = _ranks(w)
@@ -126,7 +145,11 @@ class HoloV(KeepsSome):
         return (mean + self.config.alpha * mean / (variety + 1e-6) * variety) / torch.where(alone, 1000.0, 1.0)
 
     def _crops(self, image: ImageFeatures, k: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens of each crop (P, L) in raster order, and which of the L are real: crops may be shorter."""
+        """Cut tokens (M, N, D), of one or more rows on the grid.
+
+        Returns:
+            The tokens of each crop (P, L) in raster order, and which of the L are real: crops may be shorter.
+        """
         n, device = image.tokens.shape[1], image.tokens.device
         p = min(n, self.config.crops or max(1, 1024 * n // (576 * k)))
         lines, columns = 1, p
@@ -134,14 +157,15 @@ class HoloV(KeepsSome):
         if self.config.shape == "grid":
             if image.grid is None:
                 raise ZooError("pruner 'holov' with shape=grid needs grid; shape=run does not.")
-            h, w = image.grid
+            h, w = image.grid if p > 1 else (h, w)
             side = math.sqrt(n / p)  # of a window
-            lines, columns = (1, 1) if p == 1 else (min(s, max(1, round(s / side))) for s in (h, w))
+            lines, columns = (min(s, max(1, round(s / side))) for s in (h, w)) if p > 1 else (1, 1)
         down, across = _parts(h, lines, device), _parts(w, columns, device)  # (lines, l), (columns, c)
         crops = down[:, None, :, None] * w + across[None, :, None, :]  # (lines, columns, l, c)
         real = (down[:, None, :, None] < h) & (across[None, :, None, :] < w)
         crops, real = (t.reshape(lines * columns, -1) for t in (crops, real))
-        return crops.where(real, 0), real
+        first = torch.arange(0, n, h * w, device=device).view(-1, 1, 1)  # of each row on the grid; of a run, one
+        return (first + crops.where(real, 0)).flatten(0, 1), real.repeat(len(first), 1)
 
 
 def _ranks(values: Tensor) -> Tensor:
