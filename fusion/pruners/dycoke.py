@@ -31,7 +31,6 @@ from zoo.fusion.pruners.topk import check_ratio
 from zoo.registry import Cut, ImageFeatures, Preset, Pruner, ZooError, register, unknown
 
 _CHOICES = {"order": ("raster", "released"), "last_group": ("same", "released"), "odd": ("keep", "drop")}
-_RELEASED = {"order": "released", "last_group": "released", "odd": "drop"}
 _WHOLE, _GONE = -1, -2  # in place of the frame that a frame is compared with
 
 
@@ -59,8 +58,14 @@ class DyCoke(Pruner, nn.Module):
     behind = ragged = per_image = True
     needs: frozenset[str] = frozenset({"grid"})  # tokens of a frame have places
     presets = {
-        "as_released": Preset({"k": 0.7, **_RELEASED}, "the README and lmms-eval wrapper, LLaVA-OneVision, 32 frames"),
-        "builder": Preset({"k": 0.3, **_RELEASED}, "the default of its model builder"),
+        "as_released": Preset(
+            {"k": 0.7, "order": "released", "last_group": "released", "odd": "drop"},
+            "the README and the lmms-eval wrapper: LLaVA-OneVision, 32 frames",
+        ),
+        "builder": Preset(
+            {"k": 0.3, "order": "released", "last_group": "released", "odd": "drop"},
+            "the default of its model builder",
+        ),
     }
 
     def __init__(self, config: DyCokeConfig) -> None:

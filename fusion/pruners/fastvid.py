@@ -68,11 +68,6 @@ class FastVIDConfig:
                 raise unknown(name, value, known)
 
 
-def _official(keep_ratio: float, similarity: float, remainder: str) -> dict[str, float | str]:
-    more: dict[str, float | str] = {"scenes": 8, "context_ratio": 0.4, "stride": 4, "beta": 0.6, "summary": "head"}
-    return {"keep_ratio": keep_ratio, "similarity": similarity, "remainder": remainder, **more, "score": "probe"}
-
-
 @register("pruner", "fastvid")
 class FastVID(Pruner, nn.Module):
     """Training-free, for videos alone; with `remainder=spread` the count of a video is exact and known ahead."""
@@ -81,9 +76,17 @@ class FastVID(Pruner, nn.Module):
     needs: frozenset[str] = frozenset({"key_attention"})
     choices = {"summary": SUMMARIES}  # what the check may offer beside defaults
     presets = {
-        "as_released": Preset(_official(0.1, 0.9, "floor"), "its scripts, LLaVA-OneVision and LLaVA-Video 7B"),
-        "qwen2_5_vl": Preset(_official(0.27, 0.84, "spread"), "its script, Qwen2.5-VL 7B; all frames stay"),
-    }
+        "as_released": Preset(
+            {"keep_ratio": 0.1, "scenes": 8, "similarity": 0.9, "context_ratio": 0.4, "stride": 4, "beta": 0.6,
+             "remainder": "floor", "summary": "head", "score": "probe"},
+            "its scripts for LLaVA-OneVision 7B, 32 frames, and LLaVA-Video 7B, 64 frames",
+        ),
+        "qwen2_5_vl": Preset(
+            {"keep_ratio": 0.27, "scenes": 8, "similarity": 0.84, "context_ratio": 0.4, "stride": 4, "beta": 0.6,
+             "remainder": "spread", "summary": "head", "score": "probe"},
+            "its script for Qwen2.5-VL 7B, where frames above a similarity of 0.95 are left out, too",
+        ),
+    }  # fmt: skip
 
     def __init__(self, config: FastVIDConfig) -> None:
         super().__init__()

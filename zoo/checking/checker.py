@@ -21,7 +21,7 @@ from zoo.checking.plan import Plan, plan_from, plan_of
 from zoo.checking.stage_check import TEXT, Stagecheck, check_stage
 from zoo.composed.assembly import Parts, assemble
 from zoo.fusion.llm.attention import require_attention, require_kernel
-from zoo.registry import ZooError
+from zoo.registry import Cut, ZooError
 from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
 from zoo.text.markup import cell
@@ -125,7 +125,7 @@ def _report_of(plan: Plan) -> CheckReport:
             f"The saved processor writes {plan.placeholders} placeholders for an image, but the parts make "
             f"{parts.num_image_tokens} image tokens of it."
         )
-    _check_positions(parts)
+    _check_positions(parts, plan.positions)
     check_counts(parts, plan.slots, plan.positions)
     from zoo.composed.model import ZooModel
     from zoo.model_config import ZooConfig
@@ -208,12 +208,14 @@ def _check_tokenizer(plan: Plan) -> int | None:
     return plan.vocab_size
 
 
-def _check_positions(parts: Parts) -> None:
-    limit, needed = parts.llm.max_positions, parts.num_image_tokens + TEXT
-    if limit is not None and parts.num_image_tokens and limit < needed:
+def _check_positions(parts: Parts, positions: str) -> None:
+    limit, n = parts.llm.max_positions, parts.num_image_tokens
+    if positions == "dense" and parts.layout is None:  # a layout's rows are not those of an image
+        n = min([n, *(p.tokens_of_image(n, Cut()) for p in parts.pruner.values() if p.behind)])
+    if limit is not None and n and limit < (needed := n + TEXT):
         raise ZooError(
-            f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {parts.num_image_tokens} tokens "
-            f"and {TEXT} of text need {needed}."
+            f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {n} tokens and {TEXT} of text need "
+            f"{needed}."
         )
 
 

@@ -24,7 +24,7 @@ from zoo.published.checkpoint import base_at
 from zoo.published.composed import VIDEO, cut_by, tokens_for
 from zoo.published.folder import read_content, require_same
 from zoo.published.text import pictures_in, video_token_id_in, video_token_in, videos_in
-from zoo.registry import ZooError, plugins
+from zoo.registry import Pruner, ZooError, plugins
 from zoo.settings import config as configs
 from zoo.settings.source import Source, source_named, source_of
 from zoo.text.processor import ZooProcessor
@@ -206,6 +206,7 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
         image_separator=image_separator(known),
         layout=layout_for(model),
         unpruned=unpruned_for(model),
+        left_out=left_out_for(model),
         asks=model.asks,
         **stated,
     )
@@ -235,6 +236,20 @@ def unpruned_for(model: ZooModel) -> dict[str, Any] | None:
     whole, slots = unpruned.whole, model.config.slots or {}
     layout = None if whole is None else {**slots["layout"], "given": dict(whole.given)}
     return {"num_image_tokens": unpruned.row_tokens, "layout": layout}
+
+
+def left_out_for(model: ZooModel) -> dict[str, Any] | None:
+    """What the processor needs to count the placeholders that a pruner leaves out; None: it does not know them."""
+    for step in model.steps:
+        part = model.pruner[step.name] if step.kind == "pruner" else None
+        if part is not None and part.behind and type(part).tokens_of_image is not Pruner.tokens_of_image:
+            node = {**(model.config.slots or {})["pruner"][step.name], "name": step.name}
+            grid = list(model.projected_grid) if model.projected_grid else None
+            given = {"vision_dim": step.width, "num_tokens": step.tokens, "grid": grid}
+            assert model.vision is not None, "a pruner has images"
+            given["vision_depth"] = model.vision.depth
+            return {"pruner": node, "given": given, "dense": model.config.positions == "dense"}
+    return None
 
 
 def published_options(folder: Path, tokenizer: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def require_room(row: EncodedSample, limit: int | None, what: str = "the LLM's p
         LengthError: it is longer than `limit`.
     """
     if limit is not None and (length := length_of(row)) > limit:
-        raise LengthError(_too_long(length, limit, what))
+        raise LengthError(_too_long(length, limit, what) + _if_dense(row, length, limit))
     return row
 
 
@@ -43,6 +43,7 @@ def room_for_answer(prompt: EncodedSample, limit: int | None) -> int:
         on = f" on {length} positions" if prompt.gap else ""
         raise LengthError(
             f"the question has {len(prompt)} tokens{on}, and the LLM has {limit} positions: no room for an answer."
+            + _if_dense(prompt, length + 1, limit)
         )
     return limit - length
 
@@ -148,3 +149,11 @@ def require_positions(stage: Stage, positions: int | None, least: int = 0) -> No
 def _too_long(length: int, limit: int, what: str) -> str:
     verb = "are" if what.endswith("s") else "is"
     return f"{length} tokens, images included, are too many: {what} {verb} {limit}."
+
+
+def _if_dense(row: EncodedSample, length: int, limit: int) -> str:
+    """Advise positions=dense where tokens that a pruner leaves out are what is too much."""
+    without = length - row.fewer
+    if row.gap < 0 or not row.fewer or without > limit:
+        return ""
+    return f" A pruner leaves out {row.fewer} of them: with positions=dense they take {without} positions."

@@ -33,6 +33,7 @@ class EncodedSample:
     ids: list[str] = field(default_factory=list)  # of its samples
     pairs: np.ndarray | None = None  # (T,) int64, see `TokenizedDialog`; numbered within the row
     gap: int = 0  # positions that its images take beyond their tokens, see `zoo.composed.positions`
+    fewer: int = 0  # placeholders that no token fills: the model leaves their columns out, see `zoo.composed.left_out`
     asked: list[Asked] = field(default_factory=list)  # of each of its samples; empty unless the model's parts need it
     twin: "EncodedSample | None" = None  # the same row as encoded by a teacher's processor
 
@@ -160,19 +161,25 @@ def _joined_pairs(rows: Sequence[EncodedSample]) -> list[np.ndarray]:
 def pack(samples: Sequence[EncodedSample], length: int) -> list[EncodedSample]:
     """Join samples into rows of at most `length` tokens, longest first, each into the first row that has room.
 
-    A sample longer than `length` gets a row of its own. Losses of each sample are those of the sample alone.
+    A sample longer than `length` gets a row of its own. Losses of each sample are those of the sample alone. Where a
+    pruner leaves out placeholders, and their number is known, they do not count.
     """
     rows: list[list[EncodedSample]] = []
     room: list[int] = []
-    for sample in sorted(samples, key=len, reverse=True):
-        row = next((i for i, free in enumerate(room) if free >= len(sample)), None)
+    for sample in sorted(samples, key=_left, reverse=True):
+        size = _left(sample)
+        row = next((i for i, free in enumerate(room) if free >= size), None)
         if row is None:
             rows.append([sample])
-            room.append(max(length, len(sample)) - len(sample))
+            room.append(max(length, size) - size)
         else:
             rows[row].append(sample)
-            room[row] -= len(sample)
+            room[row] -= size
     return [_join(row) for row in rows]
+
+
+def _left(sample: EncodedSample) -> int:
+    return len(sample) - sample.fewer
 
 
 def _join(samples: list[EncodedSample]) -> EncodedSample:

@@ -21,6 +21,8 @@ class PlaceholdersMixin:
     video_token_id: int
     spells: bool
     unpruned: dict[str, Any] | None
+    left_out: dict[str, Any] | None
+    _leaves: Any  # the pruner that leaves out placeholders, for its count; None: all stay, or the count is not known
     _whole: Any  # the layout without pruners
     _images: dict[Cut, np.ndarray]  # token ids by the cut of an image
 
@@ -68,10 +70,14 @@ class PlaceholdersMixin:
     def gap_of(self, ids: np.ndarray, pictures: Sequence[Any]) -> int:
         """Count the positions that the images of a row take beyond their tokens, where these keep their places.
 
+        Negative where a pruner leaves out placeholders, whose number it knows, and positions are counted anew.
+
         Args:
             ids: (T,), image tokens expanded.
             pictures: the images, where a layout makes them unlike long.
         """
+        if self.left_out is not None and self.left_out["dense"]:
+            return -self.fewer_of(ids, pictures)
         if self.unpruned is None:
             return 0
         if self.layout is None:
@@ -79,6 +85,23 @@ class PlaceholdersMixin:
             return images * (int(self.unpruned["num_image_tokens"]) - self.num_image_tokens)
         cuts = (c for p in pictures for c in self._cuts_per_token(cut_of(p)))
         return sum(max(0, self._whole.count(c) - self.layout.count(c)) for c in cuts)
+
+    def fewer_of(self, ids: np.ndarray, pictures: Sequence[Any]) -> int:
+        """Count the placeholders of a row that no token fills, as far as it is known ahead: see `gap_of`."""
+        if self._leaves is None:
+            return 0
+        if self.layout is None:
+            n = self.num_image_tokens
+            return int((ids == self.image_token_id).sum()) // n * self._fewer(n, Cut()) if n else 0
+        return sum(self._fewer(self._row_tokens(cut), cut) for cut in map(cut_of, pictures))
+
+    def _row_tokens(self, cut: Cut) -> int | None:
+        """Count the tokens of each row that reach a pruner behind the projector; None: it is not known."""
+        found: int | None = self.layout.frame_tokens(cut) if cut.kind == "frame" else self.layout.row_tokens
+        return found
+
+    def _fewer(self, n: int | None, cut: Cut) -> int:
+        return 0 if n is None else max(0, cut.rows * n - self._leaves.tokens_of_image(n, cut))
 
     def _cuts_per_token(self, cut: Cut) -> list[Cut]:
         """Return a cut for each image token of an image or video: itself, or one per frame of a video in words."""

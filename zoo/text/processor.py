@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import ProcessorMixin
 
 from zoo.autoclasses import register_processor
@@ -48,6 +49,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         end_tokens: further end tokens, stated by the model's checkpoint.
         unpruned: `num_image_tokens` and `layout` as they would be without pruners, where image tokens keep their
             positions; None: positions are those of the tokens.
+        left_out: a pruner behind the projector that knows how many placeholders it leaves out: its node as `pruner`,
+            its arguments as `given`, and as `dense` whether positions are counted without them; None: there is none.
         asks: whether batches hold what is asked about images, for parts of the model that choose by it.
     """
 
@@ -65,6 +68,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         layout: Mapping[str, Any] | None = None,
         end_tokens: Sequence[str] | None = None,
         unpruned: Mapping[str, Any] | None = None,
+        left_out: Mapping[str, Any] | None = None,
         asks: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -93,6 +97,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         self._separator = image_separator
         self.end_tokens = list(end_tokens or ())
         self.unpruned = dict(unpruned) if unpruned else None
+        self.left_out = dict(left_out) if left_out else None
+        self._leaves = build_pruner(self.left_out) if self.left_out else None
         self.asks = bool(asks)
         whole = (unpruned or {}).get("layout")
         self._whole: Any = build_layout(whole) if whole else None
@@ -177,6 +183,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
             **({"layout": self.layout_node} if self.layout_node else {}),
             **({"end_tokens": self.end_tokens} if self.end_tokens else {}),
             **({"unpruned": self.unpruned} if self.unpruned else {}),
+            **({"left_out": self.left_out} if self.left_out else {}),
             **({"asks": True} if self.asks else {}),
         }
 
@@ -204,6 +211,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
             "ids": [sample.id],
         }
         common["gap"] = self.gap_of(dialogs[0].input_ids, pixels) if dialogs else 0
+        common["fewer"] = self.fewer_of(dialogs[0].input_ids, pixels) if dialogs else 0
         common["asked"] = one_question(dialogs, sample.id)
         if len(dialogs) == 1:
             return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, pairs=dialogs[0].pairs, **common)
@@ -267,7 +275,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
         asked = self.asked(messages, prompt=True)
-        return EncodedSample(ids, labels, pixels, ids=[sample.id], gap=self.gap_of(ids, pixels), asked=asked)
+        beyond = {"gap": self.gap_of(ids, pixels), "fewer": self.fewer_of(ids, pixels)}
+        return EncodedSample(ids, labels, pixels, ids=[sample.id], asked=asked, **beyond)
 
     def collate(
         self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1
@@ -391,6 +400,13 @@ def build_layout(given: Mapping[str, Any]) -> Any:
     node = {key: value for key, value in given.items() if key != "given"}
     derived = {k: tuple(v) if isinstance(v, list) else v for k, v in given.get("given", {}).items()}
     return build("layout", node, text_dim=None, **derived)
+
+
+def build_pruner(given: Mapping[str, Any]) -> Any:
+    """Build a pruner without weights, for counting."""
+    derived = {k: tuple(v) if isinstance(v, list) else v for k, v in given.get("given", {}).items()}
+    with torch.device("meta"):
+        return build("pruner", given["pruner"], **derived)
 
 
 def _count_images(messages: Sequence[Mapping[str, Any]]) -> int:
