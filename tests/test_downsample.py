@@ -135,6 +135,13 @@ def test_another_pruner_counts_what_it_leaves(make_model, behind):
         torch.testing.assert_close(out.logits[0][batch["attention_mask"][0].bool()], alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("names", [("downsample", "frames"), ("frames", "downsample")])
+def test_several_in_front_of_the_encoder_count_what_it_makes(names):
+    both = {name: {"name": name} for name in names}
+    report = check(Plan(tiny_slots(pruner=both), vocab_size=400))
+    assert [(r.kind, r.tokens) for r in report.rows[:3]] == [("vision", 16), ("pruner", 4), ("pruner", 4)]
+
+
 def test_a_checkerboard_becomes_even_grey_and_the_same_file_the_same_pixels(make_model):
     _, processor = make_model(pruner=node("downsample"))
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)

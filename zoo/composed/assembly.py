@@ -262,6 +262,8 @@ def _add_pruners(parts: Parts, slots: Mapping[str, Any], flow: Flow, record_step
         if name in front:
             put_in_front(name, pruner, parts.vision, slots, vision)
             flow.tokens, flow.grid = parts.vision.num_tokens, (parts.vision.grid[0], parts.vision.grid[1])
+            for step in parts.steps[1:]:  # others in front of the encoder: they get what it makes now
+                step.tokens, step.grid = flow.tokens, flow.grid
         n = flow.tokens
         flow.tokens = _count("pruner", name, pruner, n)
         if flow.ragged and (flow.tokens != n or behind or pruner.ragged):
