@@ -78,3 +78,33 @@ def test_a_model_is_saved_loaded_and_exported_with_it(name, make_model, tmp_path
     written = encoder_of(model, {"clip_vision_model", "dinov2"}) if name == "hf_clip" else None
     if written is not None:
         assert written.config.num_hidden_layers == 3 and not any(".3." in n for n in written.tensors)
+
+
+def test_a_published_llava_gives_it_and_is_written_without_it(tmp_path):
+    import zoo
+    from tests import published_builders
+    from zoo.published.export import export
+
+    plain, processor = published_builders.llava(tmp_path / "published")
+    named = f"dir:{tmp_path / 'published'}"
+    model, own = zoo.load(named, "pruner=[prumerge]", "vision.next_block=true")
+    images = pixels()
+    with torch.no_grad():
+        tower = plain.model.vision_tower
+        hidden = tower(images, output_hidden_states=True).hidden_states[-2]
+        block = dict(tower.named_modules())["encoder.layers.3"]
+        normed = block.layer_norm1(hidden)
+        query, key = block.self_attn.q_proj(normed[:, :1]), block.self_attn.k_proj(normed)
+        found = model.vision(images, need=NEED)
+    assert torch.equal(found.next_keys, key[:, 1:])
+    row = (query @ key.mT * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+    torch.testing.assert_close(found.next_attention, row, atol=1e-7, rtol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    again, _ = zoo.load(f"dir:{tmp_path / 'saved'}")
+    assert torch.equal(again.encode_images(images).tokens, model.encode_images(images).tokens)
+    model, own = zoo.load(named, "vision.next_block=true")
+    export(model, own, tmp_path / "exported")
+    written = type(plain).from_pretrained(tmp_path / "exported").eval()
+    batch = processor(text="<image> what is it?", images=published_builders.photo(40, 40), return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(written(**batch).logits, plain(**batch).logits)
