@@ -157,7 +157,7 @@ def test_ranks_share_their_heads_scores(plugin, llava, monkeypatch):
         model._score("keys", qkv[:, :, :, 0].flatten(2), rank)
 
 
-def test_what_the_server_was_started_with_decides_the_positions(plugin, llava, caplog):
+def test_what_the_server_was_started_with_decides_the_positions(plugin, llava, caplog, monkeypatch):
     node = {"name": "fastervlm"}
     assert served(plugin, llava, node, rate=0.5, section=[2, 2, 2])[0].kept
     for given in ({}, {"rate": 0.5}, {"section": [2, 2, 2]}, {"rate": 0.0, "section": [2, 2, 2]}):
@@ -167,6 +167,21 @@ def test_what_the_server_was_started_with_decides_the_positions(plugin, llava, c
             served(plugin, llava, {**node, "positions": "kept"}, **given)
     caplog.clear()
     assert not served(plugin, llava, {**node, "positions": "dense"})[0].kept and not caplog.text
+    monkeypatch.setattr(
+        sys.modules[plugin.MODULE], "config_for", without_pruning(sys.modules[plugin.MODULE].config_for)
+    )
+    assert not served(plugin, llava, node, section=[2, 2, 2])[0].kept
+
+
+def without_pruning(config_for):
+    """Configs of a vLLM from before it could compute positions again."""
+
+    def made(*given):
+        config = config_for(*given)
+        config.model_config.multimodal_config = SimpleNamespace()
+        return config
+
+    return made
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ Set by vLLM's `--hf-overrides`: `architectures` names this class, `zoo_pruner` i
 positions are equal, so any division is LLaVA's own rotary embedding), and a `--video-pruning-rate` above 0, by which
 vLLM asks for positions again behind the encoder. `auto`, the default, is kept where both are set, else dense.
 
-Written by the sources of vLLM v0.13 (models/llava.py, models/interfaces.py, multimodal/processing, gpu_model_runner.py)
-and tested with substitutes of its classes; it was not run in vLLM.
+Written by the sources of vLLM 0.13.0 and 0.33.0 (models/llava.py, models/interfaces.py, multimodal/processing, and
+what runs a model in v1/worker), and tested with substitutes of its classes; it was not run in vLLM.
 """
 
 import logging
@@ -88,8 +88,8 @@ class ZooLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         rope = getattr(self.config.text_config, "rope_parameters", None) or {}
-        pruning = vllm_config.model_config.multimodal_config.is_multimodal_pruning_enabled()
-        able = bool("mrope_section" in rope and pruning)
+        pruning = getattr(vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", bool)
+        able = bool("mrope_section" in rope and pruning())  # vLLM 0.10 has no such switch
         wanted = (getattr(self.config, "zoo_pruner", None) or {}).get("positions", "auto")
         needs = "positions=kept needs mrope_section and --video-pruning-rate, see zoo.serving.vllm_llava"
         if wanted == "kept" and not able:
