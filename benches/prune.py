@@ -27,6 +27,7 @@ from zoo.benches.prune_options import CONTROLS, NONE, SECTIONS, Options, share_o
 from zoo.benches.prune_scoring import scoring_rows
 from zoo.benches.prune_words import where_counts_differ, where_it_pays, who_wins
 from zoo.benches.report import Row, machine
+from zoo.benches.tables import Table
 from zoo.registry import ZooError
 
 __all__ = ["Options", "run", "words"]
@@ -57,6 +58,7 @@ class _Bench:
         show("building the models")
         self.arms = Arms(options.model.split(",")[0], options.data, options.positions)
         self.left_out: dict[str, str] = {}
+        self.further: list[Table] = []
         self.variants = self._variants()
         self.base = self.variants[NONE]
         self.weights = sum(p.numel() for p in self.base.model.llm.parameters())
@@ -82,6 +84,7 @@ class _Bench:
             if section in o.sections:
                 self.show(f"measuring: {section}")
                 report.add(*getattr(self, f"_{section}")())
+        report.further = self.further
         report.words = [*where_counts_differ(self.cards), *where_it_pays(self.cards), *who_wins(self.cards, CONTROLS)]
         return report
 
@@ -270,7 +273,9 @@ class _Bench:
         """What a second thread gains in one product with a weight of the LLM, by the number of tokens."""
         if self.device.type != "cpu":
             return []
-        return product_rows(self._time, self.base.sizes, self.options.thread_counts)
+        rows, table = product_rows(self._time, self.base.sizes, self.options.thread_counts)
+        self.further.append(table)
+        return rows
 
     def _abilities(self) -> Iterator[Row]:
         o = self.options

@@ -96,6 +96,7 @@ class PruneReport(Report):
         cards: by pruner; `null` is none.
         left_out: pruner -> why it does not go with the model.
         words: where a pruner pays and where it does not, who wins where.
+        further: tables of what is not a pruner's.
         before: an earlier report, as `read_card` gives it.
         date: of the run.
     """
@@ -103,6 +104,7 @@ class PruneReport(Report):
     cards: dict[str, Summary] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
+    further: list[Table] = field(default_factory=list)
     before: dict[str, Any] | None = None
     date: str = field(default_factory=lambda: date.today().isoformat())
 
@@ -152,6 +154,7 @@ class PruneReport(Report):
         if any(card.prefill for card in self.cards.values()):
             yield self._times()
         yield from self._abilities()
+        yield from self.further
         if self.before is not None:
             yield from compared(self.cards, self.before)
 
