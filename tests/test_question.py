@@ -191,6 +191,10 @@ def test_questions_are_given_by_hand(model):
     ):
         with pytest.raises(ZooError, match=why):
             net(**{**rows, "questions": wrong})
+    uneven = batch(processor, sample((RED, "yes"), images=2), Sample("w", [], [talk(BLUE, "a", images=0)]))
+    alone = net(**batch(processor, sample((RED, "yes"), images=2))).image_kept
+    uneven["questions"] = [RED, BLUE]  # of rows, of which one has no image
+    assert torch.equal(net(**uneven).image_kept.keep, alone.keep)
     with pytest.raises(ZooError, match="about 5 images, and there are 3"):
         net(**{**rows, "questions": [Asked(RED, (), 4), Asked(BLUE, (), 1)]})
     with pytest.raises(ZooError, match="'asking' chooses image tokens by the question, and this pass has none"):

@@ -167,7 +167,7 @@ class HFVision(Tower):
             tower = load_hf(source, cls, spec, "encoder") if source and not on_meta() else cls(deepcopy(spec))
             runners.append(HFRunner(tower, family, size, config.norm, depth, whole, *more))
         text = text_tower_of(config, source, _family(spec), runners[0].tower.config)
-        super().__init__(runners[0], transform, *runners[1:], text=text)
+        super().__init__(runners[0], transform, next(iter(runners[1:]), None), text)
         if config.text_sizes:  # its weights are in the folder of a saved model
             self.prepare(frozenset({"text_tower"}))
 

@@ -125,13 +125,13 @@ class QuestionMixin(nn.Module):
         if isinstance(questions, str) or not all(isinstance(q, (str, Asked)) for q in questions or ()):
             raise ZooError(f"questions must be a list of texts, one for each row, got {questions!r}.")
         asked = [q if isinstance(q, Asked) else Asked(q) for q in questions or ()]
-        counts = [a.images for a in asked]
-        if None in counts:
-            counts = [1] * images if len(asked) == images else self._counted(given, cuts, images)
+        counts = [a.images for a in asked if a.images is not None]
+        if len(counts) != len(asked):
+            counts = self._counted(given, cuts, images)
         if len(counts) != len(asked):
             raise ZooError(f"{len(asked)} questions for {len(counts)} rows: pass one for each.")
         ids = [None if a.ids is None else torch.tensor(a.ids, dtype=torch.long) for a in asked]
-        return [_Prompt(n or 0, a.text, i) for a, n, i in zip(asked, counts, ids, strict=True)]
+        return [_Prompt(n, a.text, i) for a, n, i in zip(asked, counts, ids, strict=True)]
 
     def _counted(self, given: Inputs, cuts: Sequence[Cut] | None, images: int) -> list[int]:
         """Count the images of each row of ids."""
@@ -191,8 +191,10 @@ class QuestionMixin(nn.Module):
             known = given.input_ids if given.input_ids is not None else given.inputs_embeds
             assert known is not None, "one of them is there"
             chosen = known[row, at.to(known.device)]
-            by = {"ids": chosen.cpu()} if given.input_ids is not None else {"embeds": chosen.detach()}
-            prompts.append(_Prompt(count, **by))
+            if given.input_ids is not None:
+                prompts.append(_Prompt(count, ids=chosen.cpu()))
+            else:
+                prompts.append(_Prompt(count, embeds=chosen.detach()))
         return prompts
 
 

@@ -142,6 +142,7 @@ class _Pictures:
             return to_device(stack([self.pixels[i] for i in which]), self.model.device)
         index = torch.tensor(which, device=self.model.device)
         image, kept, tokens, valid = self.encoded
+        assert image is not None, "there are images"
         # What is kept is None where it depends on the question.
         picked = image.picked(index), None if kept is None else kept.picked(index)
         return {"encoded": Encoded(*picked, *(None if x is None else x[index] for x in (tokens, valid)))}
