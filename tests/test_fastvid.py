@@ -8,6 +8,7 @@ import torch
 
 import zoo
 from tests.video_builders import inputs_of, rows_of, video, video_model
+from zoo.composed.behind import rescored, windows
 from zoo.registry import Cut, ZooError, build
 
 HEAD = {"summary": "head", "score": "probe"}
@@ -181,11 +182,24 @@ def test_options_and_what_they_need():
 SIGLIP = {"name": "hf", "model_type": "siglip", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2}
 
 
+def test_scores_of_merged_patches_are_the_means_of_their_windows():
+    image = replace(film(2), grid=(4, 4), block_attention={"key_attention@1": torch.rand(2, 16)})
+    found = rescored(image, (2, 2), 4)
+    maps = image.pooling_attention.view(2, 2, 2, 2, 2)  # (T, rows, in a row, columns, in a column)
+    torch.testing.assert_close(found.pooling_attention, maps.mean((2, 4)).flatten(1))
+    assert found.block_attention["key_attention@1"].shape == (2, 4) and found.summary is image.summary
+    assert rescored(image, None, 4).pooling_attention is None and rescored(image, (4, 4), 16) is image
+    assert [windows((4, 4), into) for into in ((2, 2), (4, 1), (3, 2), (4, 4), None)] == [
+        (2, 2), (1, 4), (1, 1), (1, 1), (1, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("projector", ["mlp", "pixel_shuffle"])
 @pytest.mark.parametrize("layout", ["frames", "bilinear", "average"])
-def test_in_a_model_scores_follow_the_pooling_of_frames(make_model, layout):
+def test_in_a_model_scores_follow_the_pooling_of_frames(make_model, layout, projector):
     node = {"name": "fastvid", "keep_ratio": 0.4, "scenes": 2, "summary": "head"}
     vision = {**SIGLIP, "layer": -2, "summary": True}
-    model, processor = video_model(make_model, node, layout, vision=vision)
+    model, processor = video_model(make_model, node, layout, vision=vision, projector={"name": projector})
     batch = processor.collate(rows_of(processor))
     with torch.no_grad():
         encoded = model.encode_images(batch["pixel_values"], batch["cuts"])
@@ -195,7 +209,8 @@ def test_in_a_model_scores_follow_the_pooling_of_frames(make_model, layout):
     for logits, valid, one in zip(out.logits, out.sequence.attention_mask.bool(), alone, strict=True):
         torch.testing.assert_close(logits[valid], one, atol=2e-5, rtol=1e-4)
     n = model.layout.frame_tokens(batch["cuts"][0])
-    kept = 13 * max(1, int(n * 0.4)) + (16 if layout == "frames" else 17) + 2 * (layout == "bilinear")
+    of_image = 16 if projector == "mlp" else 4
+    kept = 13 * max(1, int(n * 0.4)) + of_image + (layout != "frames") + 2 * (layout == "bilinear")
     assert int(out.sequence.image_mask.sum()) == kept
 
 

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
-from tests.conftest import ANSWERS, QUESTIONS, sample
-from tests.video_builders import LAYOUTS, LENGTHS, film, inputs_of, kept_of, rows_of, video, video_model
+from tests.test_published_families import film  # noqa: F401 (a fixture)
+from tests.video_builders import LAYOUTS, inputs_of, kept_of, rows_of, video, video_model
 from zoo.registry import ZooError, build
+from zoo.vision.images.processors import Picture
 
 PRUNERS = {
     "dycoke": {"name": "dycoke", "keep_ratio": 0.4},
@@ -19,6 +21,16 @@ PRUNERS = {
     "evs last": {"name": "evs", "q": 0.5, "reference": "last_kept"},
 }
 NAMES = sorted(PRUNERS)
+
+
+@pytest.fixture(scope="module")
+def spelling(tmp_path_factory):
+    """Folder of a SmolVLM."""
+    from tests import published_builders
+
+    folder = tmp_path_factory.mktemp("published") / "smolvlm"
+    published_builders.smolvlm(folder)
+    return folder
 
 
 def node(name):
@@ -149,14 +161,47 @@ def test_the_check_takes_a_model_of_videos(name, layout):
     assert report.num_image_tokens == (136 if more else 64)  # an image of a crop, its overview and eight newlines
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of any tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["dycoke", "evs", "evs last", "fastvid"])
+def test_no_tensor_of_all_tokens_squared(name):
+    """Of 24 frames of 64 tokens: those, P x P of a frame's for `fastvid`, T x T of a place's for `last_kept`."""
+    part = build("pruner", dict(node(name)), num_tokens=64, grid=(8, 8))
+    image = video(24, 64, 8, grid=(8, 8), key_attention=torch.rand(24, 64))
+    with Largest() as made:
+        part(image)
+    allowed = {"fastvid": 24 * 64 * 64, "evs last": max(24 * 24 * 64, 32 * 24 * 64)}.get(name, 24 * 64 * 8)
+    assert 24 * 64 <= made.most <= allowed < (24 * 64) ** 2
+
+
+@pytest.mark.parametrize("name", ["dycoke", "evs", "fastvid"])
+def test_frames_with_words_between_them_share_a_budget(spelling, film, name):  # noqa: F811
+    """SmolVLM writes the time of each frame into the prompt: its frames are still those of one video."""
+    model, processor = zoo.load(f"dir:{spelling}", f"pruner=[{name}]", f"pruner.{name}.keep_ratio=0.3")
+    inputs = processor(videos=[film[0]], text=processor.video_token + "what?", return_tensors="pt")
+    with torch.no_grad():
+        out = model.eval()(**inputs)
+    ((cut,), n) = inputs["cuts"], model.layout.row_tokens
+    part = model.pruner[name]
+    assert (cut.kind, cut.rows) == ("frame", 5) and int(model._placeholders(inputs["input_ids"]).sum()) == 5 * n
+    assert int(out.sequence.image_mask.sum()) == part.tokens_of_image(n, cut) < 5 * n
+    assert processor.fewer_of(inputs["input_ids"][0].numpy(), [Picture(inputs["pixel_values"], cut)]) == (
+        5 * n - part.tokens_of_image(n, cut)
+    )
+
+
 @pytest.mark.parametrize("name", ["dycoke", "evs"])
 def test_behind_a_pruner_that_leaves_no_grid_places_are_refused(make_model, name):
     first = {"random": {"name": "random", "keep_ratio": 0.5}}
     with pytest.raises(ZooError, match=f"pruner '{PRUNERS[name]['name']}' needs grid, but pruner 'random' destroys it"):
         make_model(pruner={**first, PRUNERS[name]["name"]: node(name)}, layout=LAYOUTS["frames"])
-
-
-def test_the_films_of_these_tests_are_films():
-    assert len({len(film(n).pixels) for n in LENGTHS}) == 3 and film(1).cut.kind == "image"
-    s = sample((QUESTIONS[0], ANSWERS[0]))
-    assert len(s.images) == 1

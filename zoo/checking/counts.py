@@ -256,12 +256,10 @@ def _check_behind(parts: Parts, nodes: Mapping[str, Any]) -> None:
         if not pruner.behind:
             continue
         name, n, width = f"pruner {key!r}", steps[key].tokens, steps[key].width
-        alike = _features(parts.vision, parts.requested, even=True)
-        one_by_one = n == alike.tokens.shape[1]
         shown: list[ImageFeatures] = []
         for even, cut in ((True, Cut()), (False, Cut()), (False, Cut(rows=4, kind="frame"))):
             rows = ImageFeatures.joined([_features(parts.vision, parts.requested, even) for _ in range(cut.rows)])
-            rows = rows if one_by_one else ImageFeatures(rows.tokens, None)
+            rows = behind.rescored(rows, parts.projected_grid, n)
             tokens = (torch.ones if even else torch.randn)(cut.rows, n, width)
             about: dict[str, Any] = {"rows": (cut.rows,), "cuts": (cut,), "row_kind": cut.kind}
             rows = replace(rows, tokens=tokens, grid=parts.projected_grid, **about)

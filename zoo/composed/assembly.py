@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from zoo import registry
+from zoo.composed.behind import windows
 from zoo.composed.front import in_front, put_in_front
 from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Part, Projector, Pruner, ZooError
 from zoo.registry.part import base_of, block_of
@@ -28,6 +29,7 @@ _UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError
 # What an encoder computes only where a part needs it: attention scores of every image cost memory.
 ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens", "text_tower"})
 ON_REQUEST |= {"next_block", "summary"}
+SCORES = frozenset({"cls_attention", "key_attention", "pooling_head"})  # of them, a number for each patch
 
 
 class MisfitError(ZooError):
@@ -165,7 +167,10 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         if parts.layout is not None:
             _require("layout", slots["layout"]["name"], parts.layout, holds, f"vision {vision_name!r}", slots)
             _require_blocks("layout", slots["layout"]["name"], parts.layout, parts.vision, vision_name)
-        kept = holds if one_by_one else holds - (ON_REQUEST - {"summary"})  # scores of tokens that are no longer there
+        kept = holds
+        if not one_by_one:  # scores of patches are no longer there, or their means in windows of the grid
+            merged = flow.grid is not None and grid_now and windows(flow.grid, grid_now) != (1, 1)
+            kept = holds - (ON_REQUEST - {"summary"} - (SCORES if merged else frozenset()))
         kept = kept | {"grid"} if grid_now else kept - {"grid"}
         _add_pruners(parts, slots, Flow(tokens, grid_now, text_dim, kept, flow.ragged), record_step, behind=True)
     elif late := next((n for n in slots.get("pruner") or {} if _acts_behind(n)), ""):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.registry import Cut, ImageFeatures, Layout, Projector, Pruner, ZooError
@@ -114,12 +115,13 @@ def _pieces(
     """Describe the rows as features: one of all rows, or one of each image where a layout made them unlike."""
     nothing: dict[str, Any] = dict.fromkeys(("keep", "groups", "rank", "places", "num_patches", "patch_grid", "valid"))
     if isinstance(projected.rows, Tensor):
-        known = kept if projected.rows.shape[1] == kept.tokens.shape[1] else _without_scores(kept)
+        known = rescored(kept, grid, projected.rows.shape[1])
         marks: Any = projected.marks
         of_images = {"rows": kept.rows, "cuts": kept.cuts, "row_kind": kept.row_kind}
         return [replace(known, **nothing | of_images | {"tokens": projected.rows, "grid": grid, "valid": marks})]
     assert layout is not None and cuts is not None, "rows of each image are a layout's"
-    pooled = {name: layout.project(_channel(kept, x), _same, cuts) for name, x in _scores(kept).items()}
+    merged = _means(windows(kept.grid, grid))
+    pooled = {name: layout.project(_channel(kept, x), merged, cuts) for name, x in _scores(kept).items()}
     found, at = [], 0
     for i, (cut, rows) in enumerate(zip(cuts, projected.rows, strict=True)):
         first = _first(rows, layout, cut)
@@ -128,8 +130,7 @@ def _pieces(
         known = kept.picked(slice(at, at + cut.rows))
         known = known if alike else _without_scores(known)
         scores = {name: x[i][:, first:, 0] for name, x in pooled.items() if x[i].shape[1] == first + rows.shape[1]}
-        words = {name: x for name, x in scores.items() if "@" in name}
-        more: dict[str, Any] = {n: x for n, x in scores.items() if n not in words} | {"block_attention": words}
+        more = _as_fields(scores)
         more |= {"rows": (cut.rows,), "cuts": (cut,), "row_kind": cut.kind, "tokens": rows}
         more["grid"] = grid if alike else layout.row_grid(cut)
         more["valid"] = None if projected.marks is None else projected.marks[i][:, first:]
@@ -141,6 +142,41 @@ def _pieces(
 def _scores(image: ImageFeatures) -> dict[str, Tensor]:
     names = ("cls_attention", "key_attention", "pooling_attention")
     return {n: x for n in names if (x := getattr(image, n)) is not None} | image.block_attention
+
+
+def _as_fields(scores: dict[str, Tensor]) -> dict[str, Any]:
+    words = {name: x for name, x in scores.items() if "@" in name}
+    return {name: x for name, x in scores.items() if name not in words} | {"block_attention": words}
+
+
+def windows(grid: tuple[int, int] | None, into: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the sides of the windows that divide a grid evenly `into` a smaller one; (1, 1): there are none."""
+    if grid is None or into is None or grid[0] % into[0] or grid[1] % into[1]:
+        return 1, 1
+    return grid[0] // into[0], grid[1] // into[1]
+
+
+def rescored(image: ImageFeatures, grid: tuple[int, int] | None, n: int) -> ImageFeatures:
+    """Describe the `n` tokens of each row that a projector made: by the scores of the patches, by their means in the
+    windows that it merged, or without.
+    """
+    if n == image.tokens.shape[1]:
+        return image
+    merged = _means(windows(image.grid, grid))
+    scores = {name: merged(_channel(image, x))[..., 0] for name, x in _scores(image).items()}
+    return replace(_without_scores(image), **_as_fields({k: x for k, x in scores.items() if x.shape[1] == n}))
+
+
+def _means(sides: tuple[int, int]) -> Callable[[ImageFeatures], Tensor]:
+    """Return what takes the mean of windows of a row's grid."""
+
+    def run(image: ImageFeatures) -> Tensor:
+        if sides == (1, 1) or image.grid is None:
+            return image.tokens
+        maps = image.tokens.transpose(1, 2).unflatten(2, image.grid)
+        return F.avg_pool2d(maps, sides).flatten(2).transpose(1, 2)
+
+    return run
 
 
 def _without_scores(image: ImageFeatures) -> ImageFeatures:
