@@ -208,7 +208,8 @@ def require_types(content: Mapping[str, Any], where: str) -> None:
 def said_since(content: Mapping[str, Any]) -> dict[str, Any]:
     """Add to the config of a model what earlier versions left unsaid, as it was then.
 
-    Positions of what pruners left were counted anew (`positions: dense`), and `random` chose alike for all images.
+    Positions of what pruners left were counted anew (`positions: dense`), but not inside the LLM, and `random` chose
+    alike for all images.
     """
     slots, known = content.get("slots"), dict(content)
     if known.get("positions"):
@@ -217,9 +218,9 @@ def said_since(content: Mapping[str, Any]) -> dict[str, Any]:
     if not pruners:
         return known | {"positions": "auto"}
     if isinstance(slots, Mapping) and isinstance(pruners, Mapping):
-        then = {"draw": "fixed"}
+        then: dict[str, dict[str, Any]] = {"random": {"draw": "fixed"}, "fastv": {"renumber": False}}
         nodes = {
-            k: then | dict(n) if isinstance(n, Mapping) and n.get("name") == "random" else n for k, n in pruners.items()
+            k: then.get(str(n.get("name")), {}) | dict(n) if isinstance(n, Mapping) else n for k, n in pruners.items()
         }
         known["slots"] = {**slots, "pruner": nodes}
     return known | {"positions": "dense"}

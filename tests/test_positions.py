@@ -329,6 +329,26 @@ def test_the_word_is_saved_and_a_model_from_before_it_is_dense(make_model, tmp_p
     assert torch.equal(pruned(before, batch).logits, pruned(dense, batch).logits)
 
 
+def test_a_model_from_before_the_word_keeps_positions_inside_the_llm(make_model, tmp_path):
+    import json
+
+    from zoo.composed.model import ZooModel
+
+    for pruner in (
+        {"fastv": {"name": "fastv", "keep_ratio": 0.5, "layer": 1}},
+        {"aim": {"name": "aim", "merge_ratio": 1}},
+    ):
+        model, processor = made(make_model, pruner)
+        model.save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "config.json").read_text())
+        del content["positions"]
+        content["slots"]["pruner"].get("fastv", {}).pop("renumber", None)
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        before, batch = ZooModel.from_pretrained(tmp_path), batch_of(processor)
+        assert before.config.positions == "dense"
+        assert torch.equal(pruned(before, batch).logits, pruned(model, batch).logits)
+
+
 def test_what_cannot_be_kept_is_refused_or_is_dense(make_model):
     with pytest.raises(ZooError, match=r"Bloom.*takes no positions\. Set positions=dense"):
         made(make_model, family="bloom", attention="eager")

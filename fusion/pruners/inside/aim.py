@@ -8,7 +8,8 @@ layer l, from `start` on, all but a share 1 - (l - start + 1) / (stop - start) o
 layer `stop` and later ones process text alone. Text and padding are never candidates.
 
 Where we differ from the public code: tokens are dropped, not masked, so dropped tokens have no vote (`votes=all`
-masks as the public code does); no attention matrix is materialised or read from the kernel; counts are those of each
+masks as the public code does), and keep their positions whatever `positions` says, as masked ones do; no attention
+matrix is materialised or read from the kernel; counts are those of each
 sample of a batch; a last prompt token stays even where it is an image token. The schedule is that of the public code
 for LLMs of 28 and of 32 layers; for other depths that of 28 is scaled, which is ours. Merging acts on the encoder's
 features before the projector (the public code: on projected and pooled ones for video) and measures similarity on them,
@@ -164,8 +165,8 @@ class AIM(DropsInside, nn.Module):
         def budget(layer: int, total: Tensor) -> Tensor:
             return _left(total, layer, start, stop)
 
-        votes = self.config.votes
-        self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, votes == "all", votes=votes))
+        hide, how = self.config.votes == "all", {"votes": self.config.votes, "renumbers": False}
+        self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, hide, **how))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the FLOPs of scoring one prompt with `tokens` in each layer."""

@@ -57,6 +57,7 @@ class Dropper:
         choose: the cut -> the image tokens to keep (B, L) bool, or a `Choice` with new hidden states for some of them;
             with gradients. None: the best scores, as many as the budget.
         reads: the layer whose queries and keys are scored: the one before the cut, or behind it.
+        renumbers: follow `positions=dense` of the model; False: tokens keep their positions with either word.
         votes: of the scores: a word of `VOTES`, or the LLM's input -> votes (B, T), once per prompt, without gradient.
     """
 
@@ -71,10 +72,12 @@ class Dropper:
         *,
         choose: Callable[[LayerCut], Tensor | Choice] | None = None,
         reads: Literal["before", "behind"] = "before",
+        renumbers: bool = True,
         votes: str | Callable[[LayerCut], Tensor] = "last",
     ) -> None:
         self.llm, self.who, self.after, self.hide = llm, who, frozenset(after), hide
         self.budget, self.score, self.choose, self.reads, self.votes = budget, score, choose, reads, votes
+        self.renumbers = renumbers
         self.arguments = LayerArguments(llm, who)
         self._undo: list[Callable[[], None]] = []
         require_family(who, llm.lm)
@@ -255,7 +258,7 @@ class Dropper:
             )
         drafts = getattr(sequence, "drafts", 0)
         segments = getattr(sequence, "segment_ids", None)
-        dense = getattr(sequence, "dense", False)
+        dense = self.renumbers and getattr(sequence, "dense", False)
         tokens = TokenSequence.of(image, sequence.attention_mask, segments, labels, drafts, dense)
         count = tokens.count()
         # `generate` repeats rows for beams and returned sequences after the sequence was described.

@@ -24,6 +24,7 @@ from zoo.registry import Preset, ZooError, register
 class FastVConfig:
     keep_ratio: float = 0.5  # share of the image tokens kept, in (0, 1]
     layer: int = 2  # first layer with fewer tokens (K), counted from 0; at least 1
+    renumber: bool = True  # follow positions=dense of the model; false: tokens keep their positions, as the public code
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_ratio <= 1:
@@ -55,7 +56,8 @@ class FastV(DropsInside, nn.Module):
     def attach(self, llm: Any) -> None:
         """Register the dropper's hooks on the LLM."""
         after = [] if self.config.keep_ratio == 1 else [self.config.layer - 1]
-        self.drop_by(Dropper(llm, "pruner 'fastv'", after, self.budget, self.importance))
+        how: dict[str, Any] = {"renumbers": self.config.renumber}
+        self.drop_by(Dropper(llm, "pruner 'fastv'", after, self.budget, self.importance, **how))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the FLOPs of scoring one prompt with `tokens` in each layer: one row of attention."""
