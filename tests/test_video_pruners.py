@@ -7,8 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
+from tests.conftest import ANSWERS, QUESTIONS, sample
 from tests.test_published_families import film  # noqa: F401 (a fixture)
 from tests.video_builders import LAYOUTS, inputs_of, kept_of, rows_of, video, video_model
+from tests.video_builders import film as moving
 from zoo.registry import ZooError, build
 from zoo.vision.images.processors import Picture
 
@@ -159,6 +161,68 @@ def test_the_check_takes_a_model_of_videos(name, layout):
     more = ["layout=anyres", "layout.pinpoints=[[64,64]]", "layout.frames=bilinear"] if layout != "frames" else []
     report = zoo.check("scenes_tiny", f"pruner=[{PRUNERS[name]['name']}]", *words, *(more or ["layout=frames"]))
     assert report.num_image_tokens == (136 if more else 64)  # an image of a crop, its overview and eight newlines
+
+
+@pytest.mark.parametrize("positions", ["kept", "dense"])
+@pytest.mark.parametrize("name", ["dycoke released", "evs", "fastvid"])
+def test_several_videos_and_an_image_of_one_prompt(make_model, name, positions):
+    model, processor = video_model(make_model, node(name), "bilinear", positions)
+    lengths = ((4, 1, 6), (7, 2))
+    rows = []
+    for i, some in enumerate(lengths):
+        s = sample((QUESTIONS[i], ANSWERS[i]), images=len(some))
+        rows.append(processor.encode(s, pixel_values=[moving(n, seed=10 * i + n) for n in some]))
+    batch = processor.collate(rows)
+    with torch.no_grad():
+        out = model(**inputs_of(batch))
+    real = out.sequence.attention_mask.bool()
+    for logits, valid, hidden in zip(out.logits, real, hidden_tokens(model, batch, positions), strict=True):
+        torch.testing.assert_close(logits[valid], hidden, atol=2e-5, rtol=1e-4)
+    part, n = next(iter(model.pruner.values())), 4
+    videos = [c for c in batch["cuts"] if c.kind == "frame"]
+    expected = sum(part.tokens_of_image(n, c) + 1 for c in videos) + 17  # newlines, and an image of one row
+    assert int(out.sequence.image_mask.sum()) == expected
+
+
+@pytest.mark.parametrize("name", ["dycoke", "evs", "fastvid"])
+def test_layers_that_are_recomputed_learn_the_same(make_model, name):
+    model, processor = video_model(make_model, node(name), "average")
+    batch = processor.collate(rows_of(processor))
+    found = []
+    for recompute in (False, True):
+        model.train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for key, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][key], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["kept", "dense"])
+@pytest.mark.parametrize("name", ["dycoke released", "evs", "fastvid"])
+def test_without_a_model_of_ours(name, positions):
+    given = [video(t, seed=t, key_attention=torch.rand(t, 16)) for t in (6, 3)]
+    options = {k: v for k, v in node(name).items() if k != "name"}
+    prune = zoo.pruner(node(name)["name"], grid=(4, 4), positions=positions, **options)
+    joined = {k: torch.cat([getattr(g, k) for g in given]) for k in ("tokens", "key_attention")}
+    pruned = prune(**joined, rows=(6, 3), row_kind="frame")
+    at = 0
+    for one in given:
+        alone = prune.part(one)
+        rows = slice(at, at + len(one.tokens))
+        left, found = alone.tokens[alone.valid], pruned.tokens[rows][pruned.valid[rows]]
+        assert int(alone.valid.sum()) == prune.part.tokens_of_image(16, one.cuts[0]) == len(found)
+        if positions == "dense":
+            assert torch.equal(left, found)  # in the pruner's own order
+        else:
+            places = torch.arange(16).expand(len(one.tokens), -1) if alone.keep is None else alone.keep
+            want = places.masked_fill(~alone.valid, 16).sort(1)
+            have = pruned.positions[rows].masked_fill(~pruned.valid[rows], 16).sort(1)
+            assert torch.equal(want.values, have.values)
+        at += len(one.tokens)
 
 
 class Largest(TorchDispatchMode):
