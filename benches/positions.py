@@ -23,7 +23,7 @@ MODELS = (
     "fashion_tiny=fashion_mnist,llava_kd_fashion=fashion_mnist,llava_mod_fashion=fashion_mnist,"
     "scenes_tiny=scenes_basics,llava_kd_tiny=scenes_basics,llava_mod_tiny=scenes_basics"
 )
-GIVEN = {"aim": {"prune": False}, "vscan": {"llm_ratio": 1.0}}  # what asks about the layers of the LLM is left out
+GIVEN: dict[str, dict[str, Any]] = {"aim": {"prune": False}, "vscan": {"llm_ratio": 1.0}}  # what asks about the layers of the LLM is left out
 
 
 @dataclass
@@ -78,7 +78,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> PositionsRepor
             for pruner in options.pruner.split(","):
                 cells = []
                 for share in shares:
-                    node = {share_option(pruner): share, **GIVEN.get(pruner, {})}
+                    node: dict[str, Any] = {share_option(pruner): share} | GIVEN.get(pruner, {})
                     found = {
                         way: _score(Arms(model, data, way), pruner, node, options.limit) for way in ("dense", "kept")
                     }

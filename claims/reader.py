@@ -103,6 +103,7 @@ class Reader(nn.Module):
         image = image.placed(whole)
         tokens = self.projector(image).reshape(n, -1, WIDTH)  # (n, F * K, W)
         frames = len(image.tokens) // n
+        assert image.places is not None, "`placed` has set them"
         first = whole * torch.arange(frames).unsqueeze(-1)  # (F, 1)
         places = (image.places.unflatten(0, (n, frames)) + first).flatten(1)  # (n, F * K)
         places = torch.cat([places, places.new_full((n, 1), whole * frames)], 1)

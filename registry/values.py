@@ -26,8 +26,10 @@ POSITIONS = ("auto", "kept", "dense")  # of image tokens that pruners left, see 
 IGNORE_INDEX = -100  # a label that does not count, as everywhere in transformers
 
 # Fields of `ImageFeatures` with a value for each token.
-_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "projected", "valid")
-_OF_TOKENS += ("next_attention", "next_keys")
+_OF_TOKENS = (
+    "cls_attention", "key_attention", "pooling_attention", "keys", "next_attention", "next_keys", "patch_embeds",
+    "projected", "valid",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo.composed.answer_loss import answer_loss
 from zoo.composed.image_path import Encoded, ImagesMixin, numbered
 from zoo.composed.inputs import Inputs, further, one_cache
-from zoo.composed.left_out import columns_of, leave_out, put_columns, shift_of_columns
+from zoo.composed.left_out import columns_of, leave_out, put_columns, shift_of_columns, text_id
 from zoo.composed.outputs import LLMSequence, ZooOutput
 from zoo.composed.positions import put_shift, shift_of, whole_row
 from zoo.composed.turns import turn_of
@@ -183,9 +183,10 @@ class ForwardMixin(ImagesMixin):
             own = torch.cat([own.new_ones(rows, past) if mask is None else mask[:, :past], own], 1)
         counted = _positions(own, given.cache, columns.index.shape[1])
         assert counted is not None, "the mask has two dimensions"
-        fill = {"input_ids": self._text_id, "inputs_embeds": 0, "labels": IGNORE_INDEX}
+        fill = {"input_ids": text_id(self.config), "inputs_embeds": 0, "labels": IGNORE_INDEX}
         fill |= {"segment_ids": -1, "block_ids": -1, "pair_ids": -1}
-        taken = {n: columns.take(x, pad) for n, pad in fill.items() if (x := getattr(given, n)) is not None}
+        taken: dict[str, Any] = {}
+        taken |= {n: columns.take(x, pad) for n, pad in fill.items() if (x := getattr(given, n)) is not None}
         if len(self.adapter) and given.images_per_row is None:
             taken["images_per_row"] = self._images_per_row(images.kept, slots)
         given = replace(

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from zoo.composed import generate_options
 from zoo.composed.image_path import Encoded
 from zoo.composed.inputs import Inputs
-from zoo.composed.left_out import columns_of, put_columns
+from zoo.composed.left_out import columns_of, put_columns, text_id
 from zoo.composed.outputs import LLMSequence
 from zoo.composed.positions import put_shift, shift_of, whole_row
 from zoo.composed.turns import turn_of
@@ -49,7 +49,7 @@ class GenerateMixin(nn.Module):
     inside_llm: Any
     _leave_out: Any
     _placeholders: Any
-    _text_id: int
+    config: Any
     image_index: Any
     unpruned: Any
     name_or_path: str
@@ -124,7 +124,7 @@ class GenerateMixin(nn.Module):
             slots = torch.zeros_like(slots)
         written = input_ids
         if past and whole and (held := columns_of(given, len(input_ids))) is not None:
-            input_ids = held.take(input_ids, self._text_id)
+            input_ids = held.take(input_ids, text_id(self.config))
             attention_mask = None if attention_mask is None else held.take(attention_mask.to(device))
             slots = self._placeholders(input_ids)
         if shown.valid is not None and past:

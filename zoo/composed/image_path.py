@@ -61,11 +61,6 @@ class ImagesMixin(QuestionMixin):
         return int(self.config.image_token_id)
 
     @property
-    def _text_id(self) -> int:
-        """Return an id of text, for padding."""
-        return next(i for i in range(3) if i not in (self.config.image_token_id, self.config.video_token_id))
-
-    @property
     def _by_kind(self) -> bool:
         """Whether the encoder takes the kind of each row of pixels."""
         return self.vision is not None and bool(self.vision.by_kind)
@@ -136,8 +131,8 @@ class ImagesMixin(QuestionMixin):
         if later:
             in_order, grid = self.config.positions == "kept", self.projected_grid
             made = behind.prune(made, later, kept, grid, self.layout, cuts, in_order)
-            same = isinstance(made.marks, Tensor) and made.marks.shape == kept.tokens.shape[:2]
-            kept = replace(kept, valid=made.marks) if same else kept
+            if isinstance(made.marks, Tensor) and made.marks.shape == kept.tokens.shape[:2]:
+                kept = replace(kept, valid=made.marks)
         return Encoded(image, kept, *behind.laid_out(made, self.layout, cuts))
 
     def _projected(self, pruner: Pruner, image: ImageFeatures) -> ImageFeatures:

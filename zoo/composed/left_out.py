@@ -89,6 +89,11 @@ def leave_out(
     return columns, columns.take(positions)
 
 
+def text_id(config: Any) -> int:
+    """Return an id that does not stand for an image in a model of this config, for padding."""
+    return next(i for i in range(3) if i not in (config.image_token_id, config.video_token_id))
+
+
 def shift_of_columns(columns: Columns, wanted: Tensor, counted: Tensor) -> Tensor:
     """Return what is added to the positions counted over the columns that stay, (B, K), to get those wanted.
 
@@ -118,4 +123,5 @@ def columns_of(cache: Any, rows: int) -> Columns | None:
     copies = rows // len(columns.index)
     if copies == 1:
         return columns
-    return Columns(*(x.repeat_interleave(copies, 0) for x in (columns.index, columns.valid)), columns.whole)
+    index, valid = (x.repeat_interleave(copies, 0) for x in (columns.index, columns.valid))
+    return Columns(index, valid, columns.whole)

@@ -25,8 +25,10 @@ POSITIONS = ("kept", "dense")
 # Capabilities that are given in a field of another name.
 _FIELDS = {"prefix_tokens": "prefix", "pooling_head": "pooling_attention", "text_tower": "patch_embeds"}
 _FIELDS |= {"next_block": "next_keys"}  # with next_attention
-_OF_TOKENS = ("cls_attention", "key_attention", "pooling_attention", "keys", "patch_embeds", "projected")  # (M, N, ...)
-_OF_TOKENS += ("next_attention", "next_keys")
+_OF_TOKENS = (  # (M, N, ...)
+    "cls_attention", "key_attention", "pooling_attention", "keys", "next_attention", "next_keys", "patch_embeds",
+    "projected",
+)  # fmt: skip
 
 
 def pruner(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -11,7 +11,7 @@ from zoo.data.scene_draw import COLORS, SHAPES, SIZES, Level, Objects, pair_tabl
 from zoo.data.scene_pope import Frequencies, absent
 from zoo.data.scene_signs import LENGTH, NUMBER, WORD, WORDS, Signs
 
-KINDS = ("exist", "color", "shape", "size", "count", "relation", "box", "point", "caption")
+KINDS: tuple[str, ...] = ("exist", "color", "shape", "size", "count", "relation", "box", "point", "caption")
 EXIST, COLOR, SHAPE, SIZE, COUNT, RELATION, BOX, POINT, CAPTION = range(len(KINDS))
 KINDS += ("word", "number", "digit", "turns", "pope_random", "pope_popular", "pope_adversarial")
 READ_WORD, READ_NUMBER, READ_DIGIT, TURNS, POPE_RANDOM, POPE_POPULAR, POPE_ADVERSARIAL = range(CAPTION + 1, len(KINDS))
@@ -62,7 +62,7 @@ def ask(
     asked = _Scenes(rng, objects, level, bins, size, held_out, signs, known)
     kind = np.broadcast_to(np.array(wanted), (n, m)).copy()
     subject, answer = np.zeros((n, m, 3), np.int16), np.zeros((n, m, 4), np.int16)
-    makers = (
+    makers: tuple[Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]], ...] = (
         asked.exist,
         asked.color,
         asked.shape,

@@ -280,6 +280,7 @@ class Scenes(Dataset):
     def _dialog(self, chunk: Chunk, at: int, kind: int, a: int, b: int, c: int, *answer: int) -> Dialog:
         """Put one row of numbers into words: the kind, what is asked about (a, b, c), the answer (four numbers)."""
         name, level = KINDS[kind], self.level
+        said: tuple[tuple[str, str], ...]
         if kind == CAPTION:
             said = (("describe the image.", scene_questions.describe(self._objects(chunk), at)),)
         elif kind == TURNS:

@@ -144,8 +144,8 @@ class _Pictures:
         image, kept, tokens, valid = self.encoded
         assert image is not None, "there are images"
         # What is kept is None where it depends on the question.
-        picked = image.picked(index), None if kept is None else kept.picked(index)
-        return {"encoded": Encoded(*picked, *(None if x is None else x[index] for x in (tokens, valid)))}
+        one, other = (None if x is None else x.picked(index) for x in (image, kept))
+        return {"encoded": Encoded(one, other, *(None if x is None else x[index] for x in (tokens, valid)))}
 
 
 @dataclass(frozen=True)

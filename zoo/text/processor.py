@@ -275,8 +275,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         ids = self._expand(np.array(tokens, dtype=np.int64), pictures=pixels)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
         asked = self.asked(messages, prompt=True)
-        beyond = {"gap": self.gap_of(ids, pixels), "fewer": self.fewer_of(ids, pixels)}
-        return EncodedSample(ids, labels, pixels, ids=[sample.id], asked=asked, **beyond)
+        gap, fewer = self.gap_of(ids, pixels), self.fewer_of(ids, pixels)
+        return EncodedSample(ids, labels, pixels, ids=[sample.id], asked=asked, gap=gap, fewer=fewer)
 
     def collate(
         self, samples: Sequence[EncodedSample], *, padding_side: str = "right", multiple_of: int = 1

@@ -115,7 +115,7 @@ class ImageMemory(nn.Module):
 
     def _table(self) -> Tensor:
         """Return the positions; in training plus 0 * numbers, so that `numbers` has a gradient on every rank."""
-        positions = self.positions  # (N, W)
+        positions: Tensor = self.positions  # (N, W)
         if self.grid != self.learned_on:
             table = positions.T.unflatten(1, self.learned_on).unsqueeze(0)  # (1, W, h, w)
             positions = F.interpolate(table, self.grid, mode="bicubic", align_corners=False)[0].flatten(1).T
