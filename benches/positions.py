@@ -23,7 +23,10 @@ MODELS = (
     "fashion_tiny=fashion_mnist,llava_kd_fashion=fashion_mnist,llava_mod_fashion=fashion_mnist,"
     "scenes_tiny=scenes_basics,llava_kd_tiny=scenes_basics,llava_mod_tiny=scenes_basics"
 )
-GIVEN: dict[str, dict[str, Any]] = {"aim": {"prune": False}, "vscan": {"llm_ratio": 1.0}}  # what asks about the layers of the LLM is left out
+GIVEN: dict[str, dict[str, Any]] = {
+    "aim": {"prune": False},
+    "vscan": {"llm_ratio": 1.0},
+}  # what asks about the layers of the LLM is left out
 
 
 @dataclass

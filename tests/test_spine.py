@@ -100,6 +100,7 @@ LEAVES = {
         "zoo/text/chat_template.py",
         "zoo/text/placeholders.py",
         "zoo/text/plain_text.py",
+        "zoo/text/questions.py",
         "zoo/text/stops.py",
         "zoo/text/tokenizer.py",
     ],

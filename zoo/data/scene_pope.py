@@ -35,7 +35,7 @@ class Frequencies:
                 for o in scenes
             ]
         )
-        any_of: np.ndarray = there.any(1).astype(np.int64)  # (scenes, pairs)
+        any_of = np.asarray(there.any(1), dtype=np.int64)  # (scenes, pairs)
         together = any_of.T @ any_of
         np.fill_diagonal(together, 0)
         return Frequencies(any_of.sum(0), together)

@@ -41,15 +41,15 @@ def pruner_of(config: Any, positions: str) -> PrunerAlone:
     node = getattr(config, "zoo_pruner", None)
     if not isinstance(node, dict) or "name" not in node:
         raise ZooError(f'Set "zoo_pruner": {{"name": "fastervlm", ...}} in --hf-overrides, got {node!r}.')
-    vision, options = config.vision_config, {k: v for k, v in node.items() if k != "positions"}
-    patches = "default" if "clip" in vision.model_type else "full"  # SigLIP has no [CLS] to leave out
+    tower, options = config.vision_config, {k: v for k, v in node.items() if k != "positions"}
+    patches = "default" if "clip" in tower.model_type else "full"  # SigLIP has no [CLS] to leave out
     if config.vision_feature_select_strategy != patches or not isinstance(config.vision_feature_layer, int):
         raise ZooError(
             f"A pruner takes the patches of one block: vision_feature_select_strategy={patches} and a number as "
             f"vision_feature_layer, got {config.vision_feature_select_strategy} and {config.vision_feature_layer}."
         )
-    sizes = {"vision_dim": vision.hidden_size, "vision_depth": vision.num_hidden_layers}
-    side = vision.image_size // vision.patch_size
+    sizes = {"vision_dim": tower.hidden_size, "vision_depth": tower.num_hidden_layers}
+    side = tower.image_size // tower.patch_size
     found = pruner(**options, **sizes, grid=(side, side), positions=positions)
     if found.part.ragged or found.part.behind:
         raise ZooError(f"pruner {found.name!r} keeps another number of each image, which vLLM has to know beforehand.")
@@ -96,8 +96,8 @@ class ZooLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
             raise ZooError(f"{needs}. Or set positions=dense.")
         if wanted == "auto" and not able:
             logging.getLogger(__name__).warning("zoo: positions are dense; %s.", needs)
-        self.pruner = pruner_of(self.config, ("kept" if able else "dense") if wanted == "auto" else wanted)
-        self.kept = self.pruner.positions == "kept"
+        self.prune = pruner_of(self.config, ("kept" if able else "dense") if wanted == "auto" else wanted)
+        self.kept = self.prune.positions == "kept"
 
     def _process_image_input(self, image_input: Any) -> Any:
         """Encode, prune and project images: (M, K, C), or (M, K, C + 2) with the positions in two numbers below 256,
@@ -107,7 +107,7 @@ class ZooLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
             raise ZooError("Images are pruned behind the encoder: pass pictures, not image_embeds.")
         with self._scores() as known:
             features = self._process_image_pixels(image_input)  # (M, N, D)
-        pruned = self.pruner(features, pixel_values=image_input["pixel_values"], **known)
+        pruned = self.prune(features, pixel_values=image_input["pixel_values"], **known)
         tokens = self.multi_modal_projector(pruned.tokens)
         marks = torch.stack([pruned.positions // 256, pruned.positions % 256], dim=-1).to(tokens)  # (M, K, 2)
         return torch.cat([tokens, marks], dim=-1) if self.kept else tokens
@@ -117,7 +117,7 @@ class ZooLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
         """Collect what the pruner needs from the blocks of the tower, while it runs."""
         layers, known = self.vision_tower.vision_model.encoder.layers, {}
         with ExitStack() as hooks:
-            for word in self.pruner.needs - {"grid"}:
+            for word in self.prune.needs - {"grid"}:
                 layer = layers[(block_of(word) or len(layers)) - 1]
 
                 def take(_: Any, __: Any, out: Any, word: str = word, attention: Any = layer.self_attn) -> None:
@@ -129,7 +129,7 @@ class ZooLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
 
     def _score(self, word: str, out: Tensor, attention: Any) -> Tensor:
         """Compute a score (M, N, ...) of q, k, v (M, P + N, 3 * H * d) of a block, or take its prefix (M, P, D)."""
-        prefix = out.shape[1] - self.pruner.num_tokens
+        prefix = out.shape[1] - self.prune.num_tokens
         if word == "prefix_tokens":
             return out[:, :prefix]
         heads = (attention.num_heads_per_partition, attention.head_dim)
@@ -166,8 +166,8 @@ class ZooLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
 
     def _positions(self, ids: Any, places: Tensor, first: int) -> tuple[Tensor, int]:
         """Return positions (3, T), with `places` for the image tokens from `first` on, and what follows is ahead by."""
-        shown, k = self._shown(ids), self.pruner.kept
-        images, length = int(shown.sum()) // k, self.pruner.num_tokens if self.kept else k
+        shown, k = self._shown(ids), self.prune.kept
+        images, length = int(shown.sum()) // k, self.prune.num_tokens if self.kept else k
         known = torch.arange(k).repeat(images)
         known[first : first + len(places)] = places
         positions = prompt_positions(known, [k] * images, [length] * images, shown[None])

@@ -34,9 +34,7 @@ RELEASED = (8, 16, 24)  # layers that begin a stage, of 32
 class PyramidDropConfig:
     keep_ratio: float = 0.5  # share of the image tokens of a stage that go on to the next, in (0, 1]
     layers: list[int] = field(default_factory=list)  # that begin a stage, from 1 on; empty: 8, 16, 24 of 32, scaled
-    ratios: list[float] = field(
-        default_factory=list
-    )  # of the tokens that entered, by stage; empty: keep_ratio's powers
+    ratios: list[float] = field(default_factory=list)  # of tokens that entered, by stage; empty: powers of keep_ratio
     votes: str = "turns"  # turns (in front of each answer, in training) | last (prompt token) | text | alive
     reads: str = "behind"  # attention of the layer behind the cut | before it (as FastV)
     as_released: bool = False  # counts rounded down, possibly to 0
