@@ -201,18 +201,18 @@ def test_mistakes_of_the_overrides_are_named(plugin, llava, node, message):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("name", "given", "message"),
     [
-        ({"ragged": True}, "keeps another number of each image"),
-        ({"needs": frozenset({"question", "projected"})}, "needs projected, question, which is not given in vLLM"),
+        ("evs", {}, "keeps another number of each image"),
+        ("divprune", {"needs": frozenset({"question", "projected"})}, "needs projected, question, which is not given in vLLM"),
     ],
 )
-def test_what_vllm_cannot_give_is_refused_when_a_server_starts(plugin, llava, monkeypatch, given, message):
-    cls = zoo.registry.get("pruner", "divprune").cls
-    for name, value in given.items():
-        monkeypatch.setattr(cls, name, value)
+def test_what_vllm_cannot_give_is_refused_when_a_server_starts(plugin, llava, monkeypatch, name, given, message):
+    cls = zoo.registry.get("pruner", name).cls
+    for attribute, value in given.items():
+        monkeypatch.setattr(cls, attribute, value)
     with pytest.raises(zoo.ZooError, match=message):
-        served(plugin, llava, {"name": "divprune"})
+        served(plugin, llava, {"name": name})
 
 
 def test_a_model_that_takes_other_features_is_refused(plugin, llava):
