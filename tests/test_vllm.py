@@ -204,7 +204,7 @@ def test_mistakes_of_the_overrides_are_named(plugin, llava, node, message):
     ("name", "given", "message"),
     [
         ("evs", {}, "keeps another number of each image"),
-        ("divprune", {"needs": frozenset({"question", "projected"})}, "needs projected, question, which is not given in vLLM"),
+        ("divprune", {"needs": frozenset({"question", "projected"})}, "needs projected, question, which is not given"),
     ],
 )
 def test_what_vllm_cannot_give_is_refused_when_a_server_starts(plugin, llava, monkeypatch, name, given, message):
