@@ -12,7 +12,7 @@ import zoo
 from tests import published_builders, vision_builders
 from tests.saved_builders import checkpoints
 from zoo import registry
-from zoo.checking.checker import check
+from zoo.checking.checker import check, show
 from zoo.registry import ImageFeatures, ZooError
 
 NEED = frozenset({"text_tower"})
@@ -106,13 +106,15 @@ def test_open_clip_embeds_texts_and_patches_as_it_does(tmp_path):
     torch.testing.assert_close(image.patch_embeds, whole.visual.ln_post(image.tokens) @ whole.visual.proj)
 
 
-def test_it_is_read_only_where_a_part_needs_it(places):
+def test_it_is_read_only_where_a_part_needs_it(places, capsys):
     plain, _ = _composed(places)
     model, _ = _composed(places, "pruner=needs_text")
     assert plain.vision.text is None and model.vision.text is not None
     assert sum(p.numel() for p in plain.vision.parameters()) == sum(p.numel() for p in model.vision.parameters())
     report = check(_plan(places, "needs_text"))
     assert report.rows[0].parameters == sum(t.numel() for t in model.vision.state_dict().values())
+    show(report)
+    assert "vision includes its text tower, which a part needs: 13.1 K parameters" in capsys.readouterr().out
     assert report.text_tower == report.rows[0].parameters - check(_plan(places)).rows[0].parameters > 0
     assert model.set_trainable(["vision"])["vision"] == sum(p.numel() for p in model.vision.parameters())
 
@@ -161,6 +163,26 @@ def test_it_is_saved_and_loaded_with_the_model(places, tmp_path, whole):
         for found, want in zip(again.vision.embed_texts(TEXTS), wanted, strict=True):
             assert torch.equal(found, want)
         assert torch.equal(again.vision(x, need=NEED).patch_embeds, model.vision(x, need=NEED).patch_embeds)
+
+
+@pytest.mark.parametrize("name", ["siglip", "open_clip"])
+def test_it_is_saved_with_other_encoders_and_loaded_in_16_bits(places, tmp_path, name):
+    folder, library = places / name, "hf"
+    if name == "open_clip":
+        whole, architecture = vision_builders.open_clip_model()
+        architecture["text_cfg"] = {**architecture["text_cfg"], "vocab_size": 49408}
+        folder, library = tmp_path / name, name
+        vision_builders.save_open_clip(vision_builders.shake(type(whole)(**architecture)), architecture, folder)
+    parts = [f"vision={library}", f"vision.checkpoint={folder}", f"llm.checkpoint={places / 'llm'}", "llm=hf"]
+    model, processor = zoo.compose(*parts, "projector=linear", "device=cpu", "pruner=needs_text")
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    again, _ = zoo.load(f"dir:{tmp_path / 'saved'}", dtype="bfloat16")
+    for found, want in zip(again.vision.embed_texts(TEXTS), model.vision.embed_texts(TEXTS), strict=True):
+        assert torch.equal(found, want), "its weights stay as they were read"
+    x = vision_builders.pixels()
+    found, want = (m.vision(p, need=NEED).patch_embeds for m, p in ((again, x.bfloat16()), (model, x)))
+    assert found.dtype == torch.float32 and torch.cosine_similarity(found, want, dim=-1).min() > 0.99
 
 
 def test_a_published_model_takes_it_from_the_clip_that_its_encoder_is(tmp_path):
