@@ -166,7 +166,8 @@ class _Bench:
             yield from self._prefill_with(threads)
 
     def _prefill_with(self, threads: int) -> Iterator[Row]:
-        alone = {f"{name} alone": v.choose for name, v in self._each() if not v.inside}
+        ahead = [(name, v) for name, v in self._each() if not v.inside or (v.pruner is not None and v.pruner.behind)]
+        alone = {f"{name} alone": v.choose for name, v in ahead}
         asks = {f"encoder {sorted(v.model.requested)}": v.encode for _, v in self._each() if self._asks(v)}
         asks |= {"encoder": partial(self.base.encode, frozenset())} if asks else {}
         times = self._time({**{name: v.after for name, v in self.variants.items()}, **alone, **asks}, threads=threads)

@@ -14,7 +14,7 @@ from zoo.benches.llava import Sizes, composed
 from zoo.composed import behind
 from zoo.composed.inputs import Inputs
 from zoo.composed.model import ZooModel
-from zoo.registry import ImageFeatures, InsidePruner, ZooError, get
+from zoo.registry import Cut, ImageFeatures, InsidePruner, ZooError, get
 from zoo.registry.presets import shown
 
 SIZES = {  # as those of zoo.benches.llava
@@ -134,6 +134,8 @@ class Variant:
     def image_tokens(self, n: int) -> list[int]:
         """Count the image tokens that each layer of the LLM sees, as the pruner declares them."""
         entered, layers = self.stages(n)["projector"], self.model.llm.num_layers
+        if self.pruner is not None and self.pruner.behind:
+            entered = self.pruner.tokens_of_image(entered, Cut())
         return self.pruner.tokens_per_layer(entered, layers) if self.inside else [entered] * layers
 
     def tokens_of(self, cache: Any) -> list[int]:

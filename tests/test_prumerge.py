@@ -217,9 +217,12 @@ def plan(**slots):
 
 @pytest.mark.fixes
 def test_the_check_names_what_is_missing_and_how_to_get_it():
-    with pytest.raises(RefusedError, match="needs next_block, but vision 'timm' does not give it: vision") as no:
+    with pytest.raises(RefusedError, match="needs next_block, but vision 'timm' does not give it: it keeps") as no:
         check(plan(vision=vision(next_block=False)))
     assert "vision.next_block=true" in no.value.fixes
+    for options, why in (({"layer": -1}, "features are those of the last block"), ({"cls_token": False}, "no .CLS.")):
+        with pytest.raises(RefusedError, match=rf"needs next_block, but vision 'timm' does not give it: .*{why}"):
+            check(plan(vision=vision(next_block=False, **options)))
     assert check(plan(vision=vision())).num_image_tokens == 16
 
 

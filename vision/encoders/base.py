@@ -67,8 +67,12 @@ class Tower(Encoder, nn.Module):
         self.lacks = {"text_tower": text} if isinstance(text, str) else {}
         if not words["summary"]:
             self.lacks["summary"] = "vision.summary=true keeps the pooling head of a SigLIP whole."
-        if not runner.has_next:
-            self.lacks["next_block"] = "vision.next_block=true keeps what is read of that block."
+        if not runner.has_cls:
+            self.lacks["next_block"] = "there is no [CLS], whose attention is read."
+        elif not runner.has_next:
+            last = runner.num_blocks >= runner.depth
+            why = "its features are those of the last block." if last else "it keeps that with vision.next_block=true."
+            self.lacks["next_block"] = why
         self.provides = frozenset(word for word, given in words.items() if given)
         self.depth = runner.depth
         every = runner.has_scores and all(runner.gives_scores(1 + i) for i in range(runner.num_blocks))

@@ -2,7 +2,7 @@
 
 It stays in the tower's list of blocks, so that its weights have the names that checkpoints give them, and passes on
 what reaches it. Pruners that choose by the layer that reads the features need it (PruMerge, arXiv:2403.15388); the rest
-of that block is neither kept nor run.
+of that block is neither kept nor run. It is of use with weights of a checkpoint: nothing trains random ones.
 """
 
 from __future__ import annotations
