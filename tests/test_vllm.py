@@ -1,4 +1,4 @@
-"""The plug-in for vLLM, with stand-ins of the classes that it uses (tests/stand_ins): vLLM itself does not run here."""
+"""The plug-in for vLLM, with stand-ins of the classes that it uses (tests/stand_ins): its engine does not run here."""
 
 import copy
 import importlib
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,19 +24,19 @@ STAND_INS = ROOT / "tests" / "stand_ins"
 @pytest.fixture
 def plugin(monkeypatch):
     """The entry point's module, in a process that has vLLM."""
-    forget(monkeypatch)
+    forget()
     monkeypatch.syspath_prepend(str(STAND_INS))
     from zoo import vllm_plugin
 
     vllm_plugin.register.cache_clear()
     yield vllm_plugin
     vllm_plugin.register.cache_clear()
-    forget(monkeypatch)
+    forget()
 
 
-def forget(monkeypatch):
+def forget():
     for name in [n for n in sys.modules if n.partition(".")[0] == "vllm" or n == "zoo.serving.vllm_llava"]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,17 @@ def test_a_model_that_takes_other_features_is_refused(plugin, llava):
     other.config.vision_feature_select_strategy = "full"
     with pytest.raises(zoo.ZooError, match="the patches of one block"):
         served(plugin, (folder, other, processor), {"name": "fastervlm"})
+
+
+def test_vllms_own_classes_give_the_same(tmp_path):
+    """Its configuration, processor, tower and projector, in a process of their own; its engine is not started."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed; tests/vllm_itself.py ran with 0.33.0")
+    build.llava(tmp_path)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    code = [sys.executable, str(ROOT / "tests" / "vllm_itself.py"), str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    assert done.returncode == 0 and "placeholders and positions equal" in done.stdout, done.stderr[-3000:]
 
 
 # ---- the entry point ---------------------------------------------------------------------------------------------
