@@ -7,10 +7,10 @@ Inside the LLM, importance is a PageRank of layer l's attention: five steps from
 layer l, from `start` on, all but a share 1 - (l - start + 1) / (stop - start) of the image tokens are dropped, so that
 layer `stop` and later ones process text alone. Text and padding are never candidates.
 
-Where we differ from the public code: tokens are dropped, not masked, so dropped tokens have no vote (`votes=all`
-masks as the public code does), and keep their positions whatever `positions` says, as masked ones do; no attention
-matrix is materialised or read from the kernel; counts are those of each
-sample of a batch; a last prompt token stays even where it is an image token. The schedule is that of the public code
+Where we differ from the public code: tokens are dropped, not masked, so dropped tokens have no vote (`votes=all` masks
+as the public code does), and those left keep their positions with either word of `positions`, as masked ones do; no
+attention matrix is materialised or read from the kernel; counts are those of each sample of a batch; a last prompt
+token stays even where it is an image token. The schedule is that of the public code
 for LLMs of 28 and of 32 layers; for other depths that of 28 is scaled, which is ours. Merging acts on the encoder's
 features before the projector (the public code: on projected and pooled ones for video) and measures similarity on them,
 or on the keys of the attention that made them (`metric=keys`; the public code for LLaVA-1.5: on those of the last
