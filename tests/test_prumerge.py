@@ -72,6 +72,7 @@ def test_tokens_are_those_of_the_equations(grid, near, plus, order):
         assert int(valid.sum()) == len(want) and out.keep[i][: len(chosen)].tolist() == chosen
         torch.testing.assert_close(out.tokens[i][valid], want, atol=2e-6, rtol=1e-5)
         assert sorted(out.keep[i].tolist()) == list(range(len(valid)))  # each has a place of its own, padding too
+        assert sorted(out.rank[i][valid].tolist()) == list(range(len(want)))  # a layout gives up padding first
         counts.add(top)
     assert len(counts) > 1 and out.mixed and out.grid is None
 
@@ -269,6 +270,21 @@ def test_rows_alone_packed_training_and_generation(with_next, positions):
     for way in left_out.WAYS:
         left_out.test_generation_is_forward_step_by_step(*given, way, positions)
     left_out.test_a_batch_is_generated_as_each_alone(*given, {"num_beams": 2, "num_return_sequences": 2})
+
+
+def test_where_the_image_is_padded_tokens_of_the_picture_stay(with_next):
+    layout = {"name": "anyres", "pinpoints": [[64, 64]], "newline": True}
+    model, _ = with_next(pruner={"prumerge": {"name": "prumerge", "extra": False}}, layout=layout)
+    cut = Cut(5, "crop", (64, 32), (2, 2))  # the left and the right quarter of the tiles are padding
+    out = model.encode_images(torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)), [cut])
+    kept = out.kept
+    column = kept.keep % 4
+    stays = int(kept.valid[0].sum())
+    for i in range(1, 5):  # tiles row by row
+        picture = column[i] >= 2 if i in (1, 3) else column[i] < 2
+        stays += int((kept.valid[i] & picture).sum())
+    ends = 1  # one newline ends an image whose lines are gone
+    assert int(out.valid.sum()) == stays + ends and len(out.tokens) == model.layout.count(cut)
 
 
 @pytest.mark.parametrize("newline", [True, False])

@@ -142,7 +142,9 @@ class PruMerge(Pruner, nn.Module):
         values = F.pad(tokens, (0, 0, 0, most - tokens.shape[1])).to(left.tokens.dtype)
         values = torch.where((more & (place == count.unsqueeze(1))).unsqueeze(-1), last.to(values.dtype), values)
         valid = place < count.unsqueeze(1) + more.long()  # (M, K)
-        left = replace(left, tokens=values, mixed=True)
+        best = (a + 2.0 * (turn < n)).gather(1, order[:, :most])  # those that are chosen, by score; then the extra one
+        rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # a layout may have room for fewer
+        left = replace(left, tokens=values, mixed=True, rank=rank)
         return left.stay(valid) if self.ragged else left
 
     @torch.no_grad()
