@@ -46,15 +46,16 @@ def twin(image, r=0.1, c=8, tau=0.9, d=0.4, p=4, beta=0.6, spread=True):
         each, more = divmod(f * len(scene), len(anchors))
         for number, t in enumerate(anchors):
             some = rest[t]
-            far = {(i, j): float((x[t, i] - x[t, j]).norm()) / math.sqrt(width) for i in some for j in some}
+            apart = ((x[t, some][:, None] - x[t, some][None]).norm(dim=-1) / math.sqrt(width)).tolist()
+            far = {(i, j): apart[a][b] for a, i in enumerate(some) for b, j in enumerate(some)}
             rho = {i: math.exp(-sum(sorted(far[i, j] ** 2 for j in some)[:4]) / min(4, len(some))) for i in some}
             most = max(far.values())
             delta = {i: min([far[i, j] for j in some if rho[j] > rho[i]] or [most]) for i in some}
             best = sorted(some, key=lambda i: (-rho[i] * delta[i], i))[: each + (spread and number < more)]
             joined = {i: [] for i in best}
-            for u in scene:
-                for j in rest[u]:
-                    cosine = [float(torch.cosine_similarity(x[u, j], x[t, i], dim=0)) for i in sorted(best)]
+            for u in scene if best else ():
+                cosines = torch.cosine_similarity(x[u, rest[u]][:, None], x[t, sorted(best)][None], dim=-1).tolist()
+                for j, cosine in zip(rest[u], cosines, strict=True):
                     joined[sorted(best)[cosine.index(max(cosine))]].append(x[u, j])
             for i, members in joined.items():
                 k = len(members)
@@ -228,12 +229,18 @@ def test_a_model_with_a_whole_head_is_saved_and_loaded(make_model, tmp_path):
 @pytest.mark.fixes
 def test_the_check_offers_a_head_or_a_mean():
     with pytest.raises(ZooError, match=r"needs pooling_head, summary, but vision 'timm' does not give it") as refused:
-        zoo.check("scenes_tiny", "pruner=[fastvid]", "pruner.fastvid.summary=head", "layout=frames")
+        zoo.check("scenes_tiny", "pruner=[fastvid]", "pruner.fastvid.summary=head", "layout=frames", fixes=1)
     assert "pruner.fastvid.summary=mean" in str(refused.value)
     siglip = {**SIGLIP, "layer": -1}
     words = [f"vision.{key}={value}" for key, value in siglip.items() if key != "name"]
     with pytest.raises(ZooError, match="needs pooling_head, summary, but vision 'hf'") as refused:
         zoo.check(
-            "scenes_tiny", "vision=hf", *words, "pruner=[fastvid]", "pruner.fastvid.summary=head", "layout=frames"
+            "scenes_tiny",
+            "vision=hf",
+            *words,
+            "pruner=[fastvid]",
+            "pruner.fastvid.summary=head",
+            "layout=frames",
+            fixes=1,
         )
     assert "vision.summary=true" in str(refused.value)
