@@ -29,7 +29,8 @@ QUESTION = "is </script> <b>red</b>?"
 @pytest.fixture(scope="module")
 def xray():
     """A tiny model with random weights under every registered pruner."""
-    return inspect("", [*TINY, "pruner.cdpruner.relevance=embeddings"], picture(3), question=QUESTION)
+    fitting = ["pruner.cdpruner.relevance=embeddings", "pruner.prumerge.score=column_mean"]
+    return inspect("", [*TINY, *fitting], picture(3), question=QUESTION)
 
 
 def view_of(xray, name):
