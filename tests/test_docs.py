@@ -77,6 +77,21 @@ def test_models_that_ship_answer_offline_right_after_installation(name):
     assert scores["scenes/box/iou"] > 0.6
 
 
+@pytest.mark.parametrize("name", ["abilities_tiny", "abilities_uptrained"])
+def test_models_to_compare_pruners_on_read_signs_and_have_cls(name):
+    from zoo.evaluation.evaluate import evaluate
+    from zoo.runs.data import RunData
+    from zoo.settings.config import compose
+
+    model, processor = zoo.load(name)
+    assert model.num_image_tokens == 256 and "cls_attention" in model.vision.provides and not model.pruner
+    assert sum(f.stat().st_size for f in (ROOT / "model_cards" / name).iterdir()) < 8 * 2**20
+    data = RunData(compose("eval", [f"model={name}", "data=[abilities]", "recipe=null"]).data).all
+    scores = evaluate(model, processor, data, limit=20, baselines=False).summary()
+    assert scores["abilities/word/accuracy"] > 0.9
+    assert scores["abilities/color/accuracy"] > 0.8
+
+
 CLOTHES = ["fashion_tiny", "llava_kd_fashion", "llava_mod_fashion"]
 
 
