@@ -7,7 +7,11 @@ import pytest
 import torch
 
 import zoo
+from tests.conftest import tiny_slots
 from tests.video_builders import inputs_of, rows_of, video, video_model
+from zoo.checking.checker import RefusedError
+from zoo.checking.checker import check as check_plan
+from zoo.checking.plan import Plan
 from zoo.composed.behind import rescored, windows
 from zoo.registry import Cut, ZooError, build
 
@@ -227,20 +231,13 @@ def test_a_model_with_a_whole_head_is_saved_and_loaded(make_model, tmp_path):
 
 
 @pytest.mark.fixes
-def test_the_check_offers_a_head_or_a_mean():
-    with pytest.raises(ZooError, match=r"needs pooling_head, summary, but vision 'timm' does not give it") as refused:
-        zoo.check("scenes_tiny", "pruner=[fastvid]", "pruner.fastvid.summary=head", "layout=frames", fixes=1)
-    assert "pruner.fastvid.summary=mean" in str(refused.value)
-    siglip = {**SIGLIP, "layer": -1}
-    words = [f"vision.{key}={value}" for key, value in siglip.items() if key != "name"]
-    with pytest.raises(ZooError, match="needs pooling_head, summary, but vision 'hf'") as refused:
-        zoo.check(
-            "scenes_tiny",
-            "vision=hf",
-            *words,
-            "pruner=[fastvid]",
-            "pruner.fastvid.summary=head",
-            "layout=frames",
-            fixes=1,
-        )
-    assert "vision.summary=true" in str(refused.value)
+@pytest.mark.parametrize(
+    ("vision", "fix"),
+    [({**SIGLIP, "layer": -1}, "vision.summary=true"), ({**SIGLIP, "name": "timm"}, "pruner.fastvid.summary=mean")],
+)
+def test_the_check_offers_a_head_or_a_mean(vision, fix):
+    vision.pop("model_type") if vision["name"] == "timm" else None
+    slots = tiny_slots(vision=vision, pruner={"fastvid": {"name": "fastvid", "summary": "head"}})
+    with pytest.raises(RefusedError, match=f"needs pooling_head, summary, but vision '{vision['name']}'") as refused:
+        check_plan(Plan({**slots, "layout": {"name": "frames"}}, 360), fixes=1)
+    assert refused.value.fixes == [fix]
