@@ -369,11 +369,25 @@ def test_packed_samples_count_their_own_dense_positions():
     assert again.gather(more)[0].place[0, :6].tolist() == [0, 1, 2, 6, 7, 8]
 
 
+@pytest.mark.parametrize("model_type", ["opt", "biogpt", "moshi"])
 @torch.no_grad()
-def test_decoders_that_add_positions_to_embeddings_cannot_be_dense():
-    llm = llm_of("opt")
-    with pytest.raises(ZooError, match=r"cannot count positions anew inside 'opt'.*positions=kept"):
-        forward(llm, dropping(llm), row()[None], dense=True)
+def test_positions_in_the_embeddings_or_made_in_each_layer_go_on(model_type):
+    ids, mask = padded(TWO)
+    found = []
+    for hide in (False, True):
+        llm = llm_of(model_type, num_kv_heads=0)
+        found.append(generate(llm, dropping(llm, hide=hide), ids, mask, dense=True))
+    a, b = found
+    assert all(torch.allclose(x, y, atol=1e-5, rtol=1e-5) for x, y in zip(a.scores, b.scores, strict=True))
+
+
+@torch.no_grad()
+def test_a_decoder_without_a_module_of_rotary_tables_cannot_be_dense(monkeypatch):
+    llm = llm_of()
+    drop = dropping(llm)
+    monkeypatch.setattr(drop.arguments, "rotary", lambda: None)
+    with pytest.raises(ZooError, match=r"cannot count positions anew inside 'llama'.*positions=kept"):
+        forward(llm, drop, row()[None], dense=True)
 
 
 def test_a_dense_model_counts_anew_in_batches_packed_rows_caches_and_generation(make_model):

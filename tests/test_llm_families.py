@@ -32,7 +32,7 @@ EXTRA = {
     "gemma4_unified_text": {"hidden_size_per_layer_input": 0},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
 }
-NOT_DENSE = {"opt", "biogpt", "fuyu", "moshi"}  # positions are added to the embeddings, or computed in each layer
+NOT_DENSE = {"fuyu"}  # another model inside makes the tables
 MOST = 5_000_000  # parameters of a model that is tried
 CPU = torch.device("cpu")
 

@@ -63,8 +63,8 @@ class LayerArguments:
                 )
         if tokens.dense and not self._can_compute(given):
             raise ZooError(
-                f"{self.who} cannot count positions anew inside {self.config.model_type!r}: its layers do not compute "
-                "them. Set positions=kept."
+                f"{self.who} cannot count positions anew inside {self.config.model_type!r}: its decoder has no "
+                "module that makes rotary tables, or several. Set positions=kept."
             )
         return changed
 
@@ -146,6 +146,8 @@ class LayerArguments:
             first = first.repeat_interleave(len(gone) // len(first))
             ids = torch.arange(run.past, run.past + hidden.shape[1], device=hidden.device) - first[:, None]
         ids = ids - gone[:, None]
+        if given.get("position_embeddings") is None:  # layers make tables of ids, or positions are in the embeddings
+            return {"position_ids": ids} if given.get("position_ids") is not None else {}
         tables, tokens = given["position_embeddings"], run.layers[number]
         for whole, of, moved in run.rotary:  # layers of one stage share them
             if whole is tables and of is tokens:
@@ -170,7 +172,7 @@ class LayerArguments:
 
     def _can_compute(self, given: dict[str, Any]) -> bool:
         module = self.rotary()
-        return given.get("position_embeddings") is not None and module is not None and _takes(module, "position_ids")
+        return given.get("position_embeddings") is None or (module is not None and _takes(module, "position_ids"))
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
