@@ -90,7 +90,7 @@ def leave_out(
 
 
 def text_id(config: Any) -> int:
-    """Return an id that does not stand for an image in a model of this config, for padding."""
+    """Return an id other than those of placeholders, for padding."""
     return next(i for i in range(3) if i not in (config.image_token_id, config.video_token_id))
 
 
