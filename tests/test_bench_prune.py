@@ -115,9 +115,9 @@ def test_what_does_not_go_with_a_model_is_left_out_with_the_reason():
 
 
 def test_a_preset_is_measured_as_its_options():
-    words_given = words([*TINY, "pruner.hiprune.preset=llava_next_160", "pruner.hiprune.object_layer=1"])
-    options = parse("prune", Options, [*words_given, "pruner=hiprune", "only=memory"])
-    assert prune.run(options).cards["hiprune"].layers == [32] * 6
+    words_given = words([*TINY, "pruner.fastervlm.preset=llava15_29"])
+    options = parse("prune", Options, [*words_given, "pruner=fastervlm", "only=memory"])
+    assert prune.run(options).cards["fastervlm"].layers == [29] * 6
 
 
 @pytest.mark.parametrize("model_type", ["llama", "starcoder2", "phi3", "gpt2", "mixtral", "qwen2_moe"])
