@@ -1,7 +1,6 @@
 """Models that differ in their pruner alone: the same weights, the same prompt, and what each costs where."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -178,6 +177,7 @@ class Arms:
         self.nodes: dict[str, dict[str, Any]] = {}  # pruner -> its options, as they were built
         self.processor: Any = None  # of the model that was built last
         self.config: Any = None
+        self._instead: dict[str, dict[str, Any]] = {}  # pruner -> the choice that fits this model
         self._weights: dict[str, Tensor] | None = None  # of the first random model, for all
 
     def model(self, pruner: str, node: Mapping[str, Any] | None, draw: int = 0) -> ZooModel:
@@ -197,23 +197,25 @@ class Arms:
             return self._built(pruner, None)
         if draw and accepts(pruner, "seed"):
             node = {**node, "seed": draw}
-        try:
-            return self._noted(pruner, dict(node))
-        except ZooError:
-            for option, values in get("pruner", pruner).choices.items():
-                for value in values:
-                    with suppress(ZooError):
-                        return self._noted(pruner, {**node, option: value})
-            raise
-
-    def _noted(self, pruner: str, node: dict[str, Any]) -> ZooModel:
-        model = self._built(pruner, node)
-        self.nodes[pruner] = node
-        return model
+        tried = [self._instead[pruner]] if pruner in self._instead else []
+        tried += [{}, *({o: v} for o, values in get("pruner", pruner).choices.items() for v in values)]
+        first: ZooError | None = None
+        for instead in tried:
+            try:
+                model = self._built(pruner, {**node, **instead})
+            except ZooError as error:
+                first = first or error
+                continue
+            self.nodes[pruner], self._instead[pruner] = {**node, **instead}, instead
+            return model
+        assert first is not None, "something was tried"
+        raise first
 
     def _built(self, pruner: str, node: dict[str, Any] | None) -> ZooModel:
         if not self.trained:
             return self._random(pruner, node)
+        from zoo.checking.checker import check
+        from zoo.checking.plan import plan_from
         from zoo.loading.build import build
         from zoo.settings.config import compose
         from zoo.settings.source import source_of
@@ -222,6 +224,7 @@ class Arms:
         words += [f"data=[{self.data}]", "recipe=null"] if self.data else []
         words += [f"pruner.{pruner}.{key}={shown(value)}" for key, value in (node or {}).items()]
         self.config = compose("eval", words)
+        check(plan_from(self.config), fixes=0)  # building searches for changes that fit, for seconds
         model, self.processor = build(source_of(self.config), device="cpu")
         return model
 
