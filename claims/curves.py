@@ -31,7 +31,7 @@ def _draw(tokens: int, kept: Sequence[int], title: str, found: Mapping[str, list
         return sum(numbers) / len(numbers), min(numbers), max(numbers)
 
     whole = f"all {tokens}"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4), sharey=True, layout="constrained")
     for pruner in PRUNERS:
         names = [whole, *(f"{pruner} {k}" for k in kept)]
         mean, low, high = zip(*map(ends, names), strict=True)
@@ -57,11 +57,11 @@ def _draw(tokens: int, kept: Sequence[int], title: str, found: Mapping[str, list
     right.set_xticks(ticks, [str(x) for x in ticks])
     left.minorticks_off()
     right.minorticks_off()
-    right.legend(fontsize=8, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3, linewidth=0.5)
-    figure.suptitle(f"{title}, {len(found[whole])} seeds", fontsize=10)
+    figure.suptitle(f"{title}, {len(found[whole])} seeds; dotted: dense positions", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
