@@ -220,6 +220,17 @@ def test_fixes_are_offered_and_fit(changes, fixes):
 
 
 @pytest.mark.fixes
+def test_fixes_of_trained_models_leave_their_weights_alone():
+    import zoo
+
+    for name, first in (("dart", "pruner.dart.layer=1"), ("holov", "pruner.holov.score=column_mean")):
+        with pytest.raises(RefusedError) as refusal:
+            zoo.check("fashion_tiny", f"pruner=[{name}]")
+        assert refusal.value.fixes[0] == first
+        zoo.load("fashion_tiny", f"pruner=[{name}]", first)
+
+
+@pytest.mark.fixes
 def test_tokenizers_that_cannot_end_an_answer_are_refused(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 

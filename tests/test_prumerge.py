@@ -227,6 +227,15 @@ def test_the_check_names_what_is_missing_and_how_to_get_it():
     assert check(plan(vision=vision())).num_image_tokens == 16
 
 
+@pytest.mark.parametrize("inside", ["dart", "fastv", "pyramiddrop", "sparsevlm"])
+def test_a_pruner_inside_the_llm_may_follow(inside):
+    named = {"prumerge": {"name": "prumerge", "score": "column_mean"}, inside: {"name": inside}}
+    if inside in ("dart", "fastv"):
+        named[inside]["layer"] = 1
+    for slots in (named, dict(reversed(named.items()))):
+        assert check(Plan(tiny_slots(vision=vision(), pruner=slots), 300)).num_image_tokens == 16
+
+
 # ---- in a whole model --------------------------------------------------------------------------------------------
 
 

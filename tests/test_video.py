@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data_places import shared
 from zoo.registry import ZooError
@@ -113,6 +114,12 @@ def test_a_record_may_show_a_video(tmp_path):
     assert sample.images == [Video(str(tmp_path / "car.mp4"), frames=4)]
     assert [p["type"] for p in sample.dialogs[0].messages[0]["content"]] == ["video", "text"]
     assert len(read_video(sample.images[0]).frames) == 4
+
+
+@pytest.mark.parametrize("frames", [np.zeros((4, 8, 8, 3), np.uint8), Image.new("RGB", (8, 8))])
+def test_decoded_frames_are_refused(frames):
+    with pytest.raises(ZooError, match=r"A video is a path or a Video\(path, .*, got (ndarray \[4|Image)"):
+        read_video(frames)
 
 
 def audio(path):

@@ -108,6 +108,21 @@ class Clip:
         return self.total / self.fps if self.fps else 0.0
 
 
+def as_video(source: Any) -> Video:
+    """Return a `Video` as it is, and a path as eight frames of it, evenly.
+
+    Raises:
+        ZooError: it is something else, as frames that were decoded.
+    """
+    if isinstance(source, Video):
+        return source
+    if isinstance(source, (str, Path)):
+        return Video(str(source))
+    shape = getattr(source, "shape", None)
+    given = type(source).__name__ + (f" {list(shape)}" if shape is not None else "")
+    raise ZooError(f"A video is a path or a Video(path, frames=...) of zoo.vision.images.video, got {given}.")
+
+
 def read_video(video: Video | str | Path, share: float = 1.0) -> Clip:
     """Read the frames selected by `video`; a path alone means eight frames, evenly.
 
@@ -118,7 +133,7 @@ def read_video(video: Video | str | Path, share: float = 1.0) -> Clip:
     Raises:
         ZooError: the file does not exist, is not a video, has no frames or is broken.
     """
-    video = video if isinstance(video, Video) else Video(str(video))
+    video = as_video(video)
     if share != 1:
         video = _Thinned(**vars(video), share=share)
     path = Path(video.path).expanduser()

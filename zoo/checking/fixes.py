@@ -64,7 +64,8 @@ def _excludes_tokens(adapter: str) -> bool:
 
 def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     """Yield each option that differs from its default set back to it, and the other values of options with choices."""
-    for kind in sorted(registry.MODEL_SLOTS, key=registry.MANY.__contains__):  # a slot's only part first
+    # A slot's only part first, unless it holds trained weights, which another depth or another token does not fit.
+    for kind in sorted(registry.MODEL_SLOTS, key=lambda kind: (kind in registry.MANY) != plan.trained):
         nodes = plan.slots.get(kind) or {}
         many = kind in registry.MANY
         for name, node in nodes.items() if many else [(nodes.get("name"), nodes)]:
@@ -80,6 +81,8 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
                 values += [v for v in entry.choices.get(option.name, ()) if v != given]
                 if kind == "llm" and option.name == "max_positions" and isinstance(given, int):
                     values = [given * 2**k for k in (1, 2, 3, 4)]  # the smallest that fits comes first
+                if kind == "pruner" and option.name == "layer" and isinstance(given, int):
+                    values += [k for k in (given // 2, 1) if 0 < k < given]  # where the LLM has few layers
                 if kind == "llm" and option.name == "top_k" and node.get("num_experts"):
                     values = [k for k in (2, 1) if k <= node["num_experts"] and k != given]
                 for value in values:

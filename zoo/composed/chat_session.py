@@ -5,7 +5,7 @@ from typing import Any
 
 from zoo.registry import Dialog, Sample, ZooError
 from zoo.text.stops import reader_for, streamer
-from zoo.vision.images.video import Video
+from zoo.vision.images.video import Video, as_video
 
 
 class Talk:
@@ -57,7 +57,7 @@ class Talk:
                 "processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True), "
                 "and their output to model.generate."
             )
-        films = [v if isinstance(v, Video) else Video(str(v)) for v in videos]
+        films = [as_video(v) for v in videos]
         sources = [*images, *films]
         content = [{"type": "video" if isinstance(s, Video) else "image"} for s in sources]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}

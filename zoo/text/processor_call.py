@@ -15,7 +15,7 @@ from zoo.registry import ZooError
 from zoo.text.processor_options import Options, sort_options
 from zoo.text.tokenizer import pad_id_of
 from zoo.vision.images.processors import Picture, cut_of, flat, stack
-from zoo.vision.images.video import Video
+from zoo.vision.images.video import as_video
 
 
 class CallMixin:
@@ -70,7 +70,7 @@ class CallMixin:
         own = self.pictures.processor if self.pictures else None
         options = sort_options(kwargs, self, tokenizer=self.tokenizer, image_processor=own, pixels=str(self.transform))
         shown = self._all_pixels(images, options.images)
-        films = [self._pixels(v if isinstance(v, Video) else Video(str(v))) for v in flat(videos)]
+        films = [self._pixels(as_video(v)) for v in flat(videos)]
         if options.images:
             self._require_size(shown, options.images)
         data: dict[str, Any] = {}
