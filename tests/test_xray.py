@@ -167,7 +167,7 @@ def test_the_command_looks_at_a_photograph(tmp_path, capsys):
     assert main([*words, "--question", "how many circles are there?", "pruner.aim.merge_ratio=0.5"]) == 0
     said = capsys.readouterr().out
     assert "none: 64 of 64 patches in 64 tokens" in said and "pool: 64 of 64 patches in 16 tokens" in said
-    assert "aim: 64 of 64 patches in 32 tokens" in said
+    assert re.search(r"aim: 64 of 64 patches in 32 tokens(, \d+ from layer \d)+; ", said)
     views = held((tmp_path / "x" / "xray.html").read_text())["views"]
     assert views[2]["options"] == {"aim.merge_ratio": "0.5"} and views[0]["answer"]
     assert (tmp_path / "x" / "xray.png").stat().st_size > 10_000

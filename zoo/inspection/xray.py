@@ -53,7 +53,9 @@ def main(words: Sequence[str]) -> int:
     write_page(found, folder / "xray.html")
     for view in found.views:
         kept = sum(t >= 0 for t in view.layers[0])
-        print(f"{view.name}: {kept} of {len(view.layers[0])} patches in {view.tokens[0]} tokens; {view.answer!r}")
+        later = "".join(f", {view.tokens[i]} from layer {i}" for i in view.moments[1:])  # dropped inside the LLM
+        patches = f"{kept} of {len(view.layers[0])} patches in {view.tokens[0]} tokens"
+        print(f"{view.name}: {patches}{later}; {view.answer!r}")
     for name, why in found.refused.items():
         print(f"{name} does not fit: {why}")
     print(f"Open {folder / 'xray.html'}; the picture is {folder / 'xray.png'}")
