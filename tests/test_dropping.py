@@ -191,7 +191,7 @@ def test_what_would_go_wrong_is_refused():
         dropper(llm)
     seq = sequence(row()[None])
     seq.block_ids = torch.full((1, len(row())), 2)
-    with pytest.raises(ZooError, match="Set pack=none"):
+    with pytest.raises(ZooError, match="Set pack=none in the stage, and no pack_length"):
         drop.check(seq)
     with pytest.raises(ZooError, match="needs a cache whose layers grow"):
         generate(llm, drop, row()[None], cache_implementation="static")

@@ -166,7 +166,7 @@ def test_dialogs_that_share_an_image_ask_the_same_or_are_refused(model):
     alike = processor.encode(sample((RED, "yes"), (RED, "no")))
     assert alike.blocks.max() == 2 and len(alike.asked) == 1
     net(**processor.collate([alike]))
-    why = "several dialogs of a row share an image. Set pack=none"
+    why = "several dialogs of a row share an image. Set pack=none in the stage, and no pack_length"
     with pytest.raises(ZooError, match=why):
         processor.encode(sample((RED, "yes"), (BLUE, "blue")))
     rows = processor.collate([alike])

@@ -167,7 +167,7 @@ class QuestionMixin(nn.Module):
         if given.block_ids is not None and int(given.block_ids.max()) > 1:
             raise ZooError(
                 "A part of the model chooses image tokens by the question, and here several dialogs of a row share an "
-                "image. Set pack=none in the stage."
+                "image. Set pack=none in the stage, and no pack_length."
             )
         slots = self._slots(given).cpu()  # (B, T)
         b, t = slots.shape

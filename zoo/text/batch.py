@@ -109,7 +109,7 @@ def one_question(dialogs: Sequence[TokenizedDialog], sample_id: str) -> list[Ask
     if len({a.text for a in asked}) > 1:
         raise ZooError(
             f"Sample {sample_id!r}: a part of the model chooses image tokens by the question, and here several dialogs "
-            "of a row share an image. Set pack=none in the stage."
+            "of a row share an image. Set pack=none in the stage, and no pack_length."
         )
     return asked[:1]
 

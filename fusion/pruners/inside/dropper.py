@@ -125,7 +125,7 @@ class Dropper:
         if blocks is not None and int(blocks.max()) > 1:
             raise ZooError(
                 f"{self.who} chooses image tokens by the question, and here several dialogs of a row share an image. "
-                "Set pack=none in the stage."
+                "Set pack=none in the stage, and no pack_length."
             )
         mask = sequence.attention_mask
         if mask is not None and mask.dim() != 2:
