@@ -151,8 +151,24 @@ def _report_of(plan: Plan) -> CheckReport:
     report.places = model.unpruned.longest if model.unpruned is not None else 0
     report.text_tower = parts.vision.text_tower if parts.vision is not None else 0
     report.notes += filter(None, [model.decided.why])
+    report.notes += _idle_pruners(parts)
     report.notes += _untrained(plan, report.stages)
     return report
+
+
+def _idle_pruners(parts: Parts) -> Iterator[str]:
+    """Note pruners that keep every token of this model, such as one with a preset for larger images."""
+    n, layers = parts.vision.num_tokens if parts.vision is not None else 0, parts.llm.num_layers
+    for step in parts.steps:
+        if step.kind == "pruner":
+            pruner = parts.pruner[step.name]
+            video = Cut(rows=64, kind="frame")
+            kept = (pruner.tokens_of_image(n, Cut()), pruner.tokens_of_image(n, video))
+            inside = pruner.tokens_per_layer(step.tokens, layers)
+            if not pruner.front and kept == (n, 64 * n) and set(inside) == {n}:
+                yield f"pruner {step.name!r} keeps all {n} image tokens with these options."
+        if step.kind in ("pruner", "projector"):
+            n = step.tokens
 
 
 def _untrained(plan: Plan, stages: list[Stagecheck]) -> Iterator[str]:
