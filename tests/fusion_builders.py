@@ -64,7 +64,8 @@ def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: in
     known["keys"] = torch.randn(m, n, 2, 6, generator=g)
     known["next_attention"] = torch.randn(m, n, generator=g).mul(1.5).softmax(1)
     known["next_keys"] = torch.randn(m, n, 12, generator=g)
-    known["block_attention"] = {"key_attention@1": torch.rand(m, n, generator=g).softmax(1)}
+    words = ("key_attention@1", "cls_attention@1")
+    known["block_attention"] = {word: torch.rand(m, n, generator=g).softmax(1) for word in words}
     known |= {"patch_embeds": torch.randn(m, n, 5, generator=g), "projected": torch.randn(m, n, 12, generator=g)}
     known["question"] = question(m, g)
     return ImageFeatures(tokens, grid, **{**known, **given})

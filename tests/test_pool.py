@@ -241,7 +241,7 @@ def test_splicing_leaves_the_text_alone(make_model):
     batch = processor.collate(rows)
     slots = batch["input_ids"] == processor.image_token_id
     assert slots.sum(1).tolist() == [2 * 4, 0]
-    _, _, tokens = model.encode_images(batch["pixel_values"])
+    tokens = model.encode_images(batch["pixel_values"]).tokens
     embeds = model.merge(batch["input_ids"], tokens)
     assert torch.equal(embeds[slots], tokens.flatten(0, 1))
     assert torch.equal(embeds[~slots], model.llm.embed(batch["input_ids"][~slots]))

@@ -14,6 +14,7 @@ from zoo import registry
 from zoo.registry import Cut
 
 KEEP_ALL = {"aim": ["pruner.aim.merge_ratio=1.0", "pruner.aim.prune=false"], "pool": ["pruner.pool.stride=1"]}
+KEEP_ALL |= {"vscan": ["pruner.vscan.keep_ratio=1.0", "pruner.vscan.llm_ratio=1.0"]}
 SIZES = [(40, 90), (30, 30), (90, 40)]  # of three, two and three crops, with padding that is cut off
 
 
@@ -35,6 +36,7 @@ def filmed(tmp_path_factory):
 
 def load(folder, name, *words):
     words = (*words, "pruner.cdpruner.relevance=embeddings") if name == "cdpruner" else words
+    words = (*words, "vision.next_block=true") if name == "prumerge" else words
     model, processor = zoo.load(f"dir:{folder}", *([f"pruner=[{name}]"] if name else []), *words)
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor

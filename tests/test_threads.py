@@ -154,8 +154,9 @@ def test_encoders(name, make_model, at_once):
 
 @pytest.mark.parametrize("name", registry.names("pruner"))
 def test_pruners(name, make_model, at_once):
-    options = {"fastv": {"layer": 1}, "cdpruner": {"relevance": "embeddings"}}.get(name, {})
-    require_alike(*make_model(pruner={name: {"name": name, **options}}), at_once)
+    options = {"fastv": {"layer": 1}, "dart": {"layer": 1}, "cdpruner": {"relevance": "embeddings"}}
+    options |= {"prumerge": {"score": "cls"}}
+    require_alike(*make_model(pruner={name: {"name": name, **options.get(name, {})}}), at_once)
 
 
 @pytest.mark.parametrize("name", registry.names("projector"))

@@ -144,7 +144,7 @@ class PruMerge(Pruner, nn.Module):
         valid = place < count.unsqueeze(1) + more.long()  # (M, K)
         best = (a + 2.0 * (turn < n)).gather(1, order[:, :most])  # those that are chosen, by score; then the extra one
         rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # a layout may have room for fewer
-        left = replace(left, tokens=values, mixed=True, rank=rank)
+        left = replace(left, tokens=values.masked_fill(~valid.unsqueeze(-1), 0.0), mixed=True, rank=rank)
         return left.stay(valid) if self.ragged else left
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ class VScanConfig:
     merge: str = "projected"  # what becomes of the others: projected (merged, behind the projector) | none (dropped)
     score: str = "cls"  # cls | column_mean (any encoder)
     llm_layer: int = 0  # first layer of the LLM with fewer tokens; 0: at half of its depth
-    llm_ratio: float = 1 / 3  # share of its image tokens from there on, in (0, 1]; 1: all
+    llm_ratio: float = 0.333  # share of its image tokens from there on, in (0, 1]; 1: all
 
     def __post_init__(self) -> None:
         check_ratio(self.keep_ratio)

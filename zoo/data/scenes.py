@@ -44,7 +44,14 @@ QUESTIONS = {
     "box": 2,
     "point": 0,
     "caption": 0,
-} | dict.fromkeys(KINDS[CAPTION + 1 :], 0)
+    "word": 0,
+    "number": 0,
+    "digit": 0,
+    "turns": 0,
+    "pope_random": 0,
+    "pope_popular": 0,
+    "pope_adversarial": 0,
+}
 
 # Streams of random numbers: what is drawn by one never moves when another changes.
 PLACE, DRAW, ASK, MISTAKE, SIGN = range(5)
