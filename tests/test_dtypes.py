@@ -197,3 +197,14 @@ def test_what_transformers_keeps_in_float32_stays_so(dtype, make_model, tmp_path
     assert {n: t.dtype for n, t in loaded.llm.lm.state_dict().items()} == wanted
     assert kept_wide([loaded.llm], DTYPES[dtype]) and not kept_wide([loaded.llm], torch.float64)
     assert {n: t.dtype for n, t in model.to(DTYPES[dtype]).llm.lm.state_dict().items()} == wanted
+
+
+def test_pixels_of_a_processor_go_into_a_model_of_16_bits(make_model):
+    model, processor = make_model()
+    row = processor.encode(sample(("what is it?", "red")))
+    batch = processor.collate([row])
+    assert batch["pixel_values"].dtype == torch.float32
+    model.bfloat16()
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    assert logits.dtype == torch.bfloat16 and bool(logits.isfinite().all())

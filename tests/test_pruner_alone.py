@@ -152,6 +152,7 @@ def test_a_block_is_given_by_its_word():
     ("make", "message"),
     [
         (lambda: zoo.pruner("rndom", grid=GRID), "Did you mean 'random'"),
+        (lambda: zoo.pruner("rndom"), "Did you mean 'random'"),
         (lambda: zoo.pruner("random", keep_rato=0.5, grid=GRID), "Did you mean 'keep_ratio'"),
         (lambda: zoo.pruner("random", keep_ratio=2.0, grid=GRID), r"keep_ratio must be in \(0, 1\]"),
         (lambda: zoo.pruner("random"), r"set grid=\(h, w\), or num_tokens"),

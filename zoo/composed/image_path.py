@@ -71,7 +71,7 @@ class ImagesMixin(QuestionMixin):
         """Run encoder, pruners, projector and layout.
 
         Args:
-            pixel_values: (M, 3, S, S).
+            pixel_values: (M, 3, S, S), cast to the encoder's data type.
             cuts: of each image, or of the images of each sample, where images have rows of their own; absent: every row
                 is an image.
             given: the inputs of the pass, for parts that need the question.
@@ -87,6 +87,9 @@ class ImagesMixin(QuestionMixin):
             cuts = [cut for sample in cuts for cut in sample]
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
+        weight = next(self.vision.parameters(), None)
+        if weight is not None and weight.dtype in (torch.bfloat16, torch.float16):  # processors make float32
+            pixel_values = pixel_values.to(weight.dtype)
         more = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
         image = self.vision(pixel_values, need=self.requested, **more)
         question = self._question(given, cuts, image) if given is not None else None

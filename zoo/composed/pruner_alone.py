@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo.composed.behind import run
 from zoo.composed.image_path import checksum_of, numbered
 from zoo.composed.positions import gaps_of
-from zoo.registry import ImageFeatures, Pruner, Question, ZooError, build, unknown
+from zoo.registry import ImageFeatures, Pruner, Question, ZooError, build, get, unknown
 from zoo.registry.part import block_of
 
 POSITIONS = ("kept", "dense")
@@ -62,6 +62,7 @@ def pruner(
     """
     if positions not in POSITIONS:
         raise unknown("positions", positions, POSITIONS)
+    get("pruner", name)  # a name that does not exist is said before what is missing beside it
     n = prod(grid) if num_tokens is None and grid is not None else num_tokens
     if n is None:
         raise ZooError(f"pruner {name!r} needs the number of image tokens: set grid=(h, w), or num_tokens.")
