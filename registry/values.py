@@ -44,7 +44,8 @@ class Cut:
     duration: float = 0.0  # of the video, in seconds
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:  # not a tuple, of which transformers' `BatchFeature.to` makes another
     """What a prompt asks about its images: the last turn of the user before the first answer behind an image."""
 
     text: str  # of the turn, without images

@@ -8,7 +8,7 @@ from torch import nn
 
 import zoo
 from tests import published_builders
-from tests.conftest import QUESTIONS, sample, talk
+from tests.conftest import QUESTIONS, picture, sample, talk
 from tests.test_published_families import said
 from zoo.checking.checker import check
 from zoo.composed.chat_session import Talk
@@ -328,3 +328,16 @@ def test_the_check_runs_a_pruner_with_two_questions_and_knows_the_projector(mode
     pooled = tiny_slots(pruner={"asking": {}}, projector={"name": "resampler", "num_queries": 4, "num_heads": 2})
     with pytest.raises(ZooError, match="needs projected, but projector 'resampler', which makes new tokens, does not"):
         check(Plan(pooled, vocab_size=360))
+
+
+def test_what_a_template_returns_goes_to_a_device_with_its_questions(make_model):
+    model, processor = make_model(pruner={"cdpruner": {"name": "cdpruner", "relevance": "embeddings"}})
+    talks = [
+        [{"role": "user", "content": [{"type": "image", "image": picture(i)}, {"type": "text", "text": text}]}]
+        for i, text in enumerate(("what color?", "how many shapes are there?"))
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    given = processor.apply_chat_template(talks, padding=True, padding_side="left", **options)
+    wanted = model.generate(**given, max_new_tokens=4, do_sample=False)
+    assert [asked.text for asked in given.to("cpu")["questions"]] == ["what color?", "how many shapes are there?"]
+    assert torch.equal(model.generate(**given, max_new_tokens=4, do_sample=False), wanted)
