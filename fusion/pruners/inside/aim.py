@@ -165,8 +165,9 @@ class AIM(DropsInside, nn.Module):
         def budget(layer: int, total: Tensor) -> Tensor:
             return _left(total, layer, start, stop)
 
-        hide, how = self.config.votes == "all", {"votes": self.config.votes, "renumbers": False}
-        self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, hide, **how))
+        votes, who = self.config.votes, "pruner 'aim'"
+        hide = votes == "all"
+        self.drop_by(Dropper(llm, who, after, budget, self.importance, hide, votes=votes, renumbers=False))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the FLOPs of scoring one prompt with `tokens` in each layer."""
