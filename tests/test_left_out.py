@@ -201,6 +201,18 @@ def test_a_batch_is_generated_as_each_alone(make_model, pruners, name, options):
     assert answers(rows) == [line for row in rows for line in answers([row])]
 
 
+def test_padding_is_found_in_the_ids_where_no_mask_is_given(make_model, pruners):
+    model, processor = made(make_model, pruners["behind"])
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    rows = [sample((QUESTIONS[i], "yes"), images=n, seed=i) for i, n in enumerate((1, 2))]
+    batch = processor.collate([processor.encode_prompt(s, s.dialogs[0]) for s in rows], padding_side="left")
+    assert not bool(batch["attention_mask"].all())
+    given = {"max_new_tokens": 5, "do_sample": False, "pixel_values": batch["pixel_values"]}
+    masked = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **given)
+    assert torch.equal(model.generate(batch["input_ids"], **given), masked)
+
+
 def test_lengths_that_include_the_prompt_count_all_of_it(make_model, pruners):
     model, processor = made(make_model, pruners["behind"])
     model.generation_config.eos_token_id = None

@@ -131,7 +131,9 @@ class GenerateMixin(nn.Module):
             raise ZooError("With a cache, the images of which a pruner keeps a number of its own are in the cache.")
         left = Inputs(input_ids=input_ids, attention_mask=attention_mask, images_per_row=images_per_row)
         if shown.valid is not None:  # go on with fewer placeholders
-            left, shown = self._leave_out(replace(left, attention_mask=_mask(left, device)), shown)
+            if attention_mask is None:
+                attention_mask = _mask(input_ids, generate_options.options_of(self.generation_config, {}) | options)
+            left, shown = self._leave_out(replace(left, attention_mask=attention_mask.to(device)), shown)
             input_ids, attention_mask, images_per_row = left.input_ids, left.attention_mask, left.images_per_row
             slots = self._placeholders(input_ids)
         prompt = self._prompt(slots, input_ids, shown, images_per_row, past, whole, given)
@@ -357,10 +359,13 @@ class Prompt:
         return inputs | more
 
 
-def _mask(given: Inputs, device: Any) -> Tensor:
-    """Return the mask of a prompt, all valid where none was given."""
-    assert given.input_ids is not None, "a prompt has ids"
-    return torch.ones_like(given.input_ids) if given.attention_mask is None else given.attention_mask.to(device)
+def _mask(input_ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """Derive the mask of a prompt from its ids, as transformers does: padding that also ends answers is not masked."""
+    pad, ends = options.get("pad_token_id"), options.get("eos_token_id")
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    if pad is None or pad in [int(x) for x in ends if x is not None]:
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).long()
 
 
 def _with_prompt(out: Any, written: Tensor, length: int) -> Any:

@@ -80,13 +80,23 @@ def leave_out(
     columns = Columns.of(~gone if mask is None else ~gone & mask.bool())
     positions = positions.expand(len(index), -1)
     if not kept:
-        ahead = gone.cumsum(1) - gone.long()  # columns left out ahead, below in the same sample
-        if segment_ids is not None:
-            begins = torch.ones_like(gone)
-            begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-            ahead = ahead - (ahead * begins).cummax(1).values
-        positions = positions - ahead
+        positions = positions - counted_ahead(gone.long(), segment_ids)
     return columns, columns.take(positions)
+
+
+def counted_ahead(counts: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+    """Sum what is ahead of each column, (B, T), from the beginning of its row, or of its sample in a packed row.
+
+    Args:
+        counts: (B, T), not negative.
+        segment_ids: (B, T) sample of each column; None: rows hold one.
+    """
+    ahead = counts.cumsum(1) - counts
+    if segment_ids is None:
+        return ahead
+    begins = torch.ones_like(counts, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return ahead - (ahead * begins).cummax(1).values  # it only grows: the largest is that of the last begin
 
 
 def text_id(config: Any) -> int:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from zoo.composed.assembly import build_part
+from zoo.composed.left_out import counted_ahead
 from zoo.fusion.layouts.crop_places import scaled
 from zoo.registry import POSITIONS, Cut, ImageFeatures, Layout, ZooError, unknown
 
@@ -50,11 +51,7 @@ class Gaps(NamedTuple):
         """
         none = self.behind.new_zeros(1)  # index -1 reads the last entry
         behind, ahead = torch.cat([self.behind, none])[index], torch.cat([self.ahead, none])[index]  # (B, T)
-        passed = behind.cumsum(1) - behind
-        if segment_ids is not None:
-            begins = torch.ones_like(index, dtype=torch.bool)
-            begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-            passed = passed - (passed * begins).cummax(1).values  # it only grows: the largest is that of the last begin
+        passed = counted_ahead(behind, segment_ids)
         return passed + ahead if before is None else passed + ahead + before
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zoo.fusion.pruners.inside.attention_flow import attention_flow
 from zoo.fusion.pruners.inside.sequence import TokenSequence, VisibilityMask
 from zoo.registry import ZooError
 
@@ -43,6 +44,11 @@ class AttentionInputs:
         """Visibility beyond causality, for `attention_flow`; None for plain causal attention."""
         plain = self.tokens.whole and not self.tokens.packed and self.window is None
         return None if plain else VisibilityMask(self.tokens, self.window)
+
+    def voted(self) -> Tensor:
+        """Return how much the voters attend to each position, the mean over heads: (B, L)."""
+        options: dict[str, Any] = {"scaling": self.scaling, "visible": self.visible, "softcap": self.softcap}
+        return attention_flow(self.query, self.key, self.votes, **options).mean(1)
 
 
 def votes_of(ballot: str | Tensor, tokens: TokenSequence) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion.pruners.inside.attention_flow import attention_flow
 from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
 from zoo.registry import Preset, ZooError, register
@@ -69,11 +68,4 @@ class FastV(DropsInside, nn.Module):
 
     def importance(self, given: AttentionInputs) -> Tensor:
         """Score the positions of a layer by the attention of the last prompt token, the mean over heads: (B, L)."""
-        return attention_flow(
-            given.query,
-            given.key,
-            given.votes,
-            scaling=given.scaling,
-            visible=given.visible,
-            softcap=given.softcap,
-        ).mean(1)
+        return given.voted()

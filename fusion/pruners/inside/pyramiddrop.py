@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion.pruners.inside.attention_flow import attention_flow
 from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
 from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
 from zoo.registry import Preset, ZooError, register, unknown
@@ -114,11 +113,4 @@ class PyramidDrop(DropsInside, nn.Module):
 
     def _rank(self, given: AttentionInputs) -> Tensor:
         """Score the positions of a layer by the attention of the voters, the mean over heads: (B, L)."""
-        return attention_flow(
-            given.query,
-            given.key,
-            given.votes,
-            scaling=given.scaling,
-            visible=given.visible,
-            softcap=given.softcap,
-        ).mean(1)
+        return given.voted()
