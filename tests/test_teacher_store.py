@@ -19,8 +19,9 @@ from zoo.registry import Dataset, StreamingDataset, ZooError, build
 from zoo.runs.folder import read_metrics
 from zoo.runs.order import Mix
 from zoo.settings.stage import Stage
+from zoo.storage.shards import shards_of
 from zoo.teaching.teacher import Teacher, TeacherRows
-from zoo.teaching.teacher_store import TeacherStore, Writer, data_hash, read_about, sample_key, shards_of
+from zoo.teaching.teacher_store import TeacherStore, Writer, data_hash, read_about, sample_key
 from zoo.text.tokenizer import OF_MODEL
 from zoo.training.loop import Run
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
@@ -161,9 +162,9 @@ def test_processes_share_the_samples_and_write_what_one_does(tmp_path, teacher, 
         monkeypatch.setattr("zoo.training.teach.start_accelerator", lambda device, one=one: one)
         main(taught(tmp_path, teacher, {"dft": STAGE}, *options))
     both, alone = (TeacherStore(folder, frozenset({"teacher.response"})) for folder in (tmp_path / "kept", store))
-    assert both.where.keys() == alone.where.keys() and len(both.files) == 2
-    for key, place in alone.where.items():
-        mine, wanted = both._read(*both.where[key], "response"), alone._read(*place, "response")
+    assert both.shards.where.keys() == alone.shards.where.keys() and len(both.shards.files) == 2
+    for key, place in alone.shards.where.items():
+        mine, wanted = both.read(both.shards.where[key], "response"), alone.read(place, "response")
         assert np.array_equal(mine["ids"], wanted["ids"]) and np.allclose(
             mine["log_probs"], wanted["log_probs"], atol=1e-5
         )
@@ -188,7 +189,7 @@ def test_it_says_what_keeping_few_tokens_costs(tmp_path, teacher, capsys):
     assert float(said.split("off by ")[1].split("%")[0]) > 0.01
     stored = TeacherStore(folder, frozenset({"teacher.response"}))
     assert stored.about["positions"] == ["response", "visual"] and stored.positions == ["response"]
-    kept = stored._read(0, 0, "response")
+    kept = stored.read((0, 0), "response")
     mass = np.exp(kept["log_probs"].astype(np.float64)).sum(-1) + np.exp(kept["log_rest"].astype(np.float64))
     assert kept["log_probs"].dtype == np.float16 and np.allclose(mass, 1, atol=5e-3)
     assert (np.diff(kept["log_probs"], axis=-1) <= 0).all()
@@ -228,11 +229,11 @@ def test_half_a_shard_is_no_shard(tmp_path):
     about = {"vocab_size": 4, "positions": ["response"], "cells": 0, "data": {}}
     writer = Writer(tmp_path, about)
     writer.write([(b"0" * 16, said), (b"1" * 16, said)])
-    (tmp_path / "shard-00001.part").write_bytes(b"cut off")
+    (tmp_path / ".shard-00001.safetensors.writing").write_bytes(b"cut off")
     again = Writer(tmp_path, about)
     assert again.known() == {b"0" * 16, b"1" * 16} and again.number == 1
     copy = pickle.loads(pickle.dumps(TeacherStore(tmp_path, frozenset({"teacher.response"}))))
-    assert copy._read(0, 1, "response")["ids"].shape == (1, 2)
+    assert copy.read((0, 1), "response")["ids"].shape == (1, 2)
     (tmp_path / "store.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ZooError, match="format 99"):
         read_about(tmp_path)

@@ -24,7 +24,7 @@ import torch
 from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, read_sample, refuse_code
 from zoo.registry.foreign import read_json
 from zoo.storage.atomic import write_json
-from zoo.storage.safetensors_file import listing
+from zoo.storage.shards import Place, Shards, keys_of, offsets_of, shards_of, write_shard
 from zoo.text.batch import EncodedSample
 from zoo.vision.images.processors import Picture
 
@@ -33,6 +33,7 @@ FORMAT = 2
 PROBES = 16  # samples of each data set whose images are part of its hash
 RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
 WHAT = ("ids", "log_probs", "log_rest")
+WHAT_STORE = "a stored teacher"  # for messages
 
 
 def sample_key(sample: Sample) -> bytes:
@@ -99,7 +100,7 @@ class Writer:
 
     def known(self) -> set[bytes]:
         """Return the keys of the samples that are already stored."""
-        return {key for file in shards_of(self.folder) for key in _keys(file)}
+        return {key for file in shards_of(self.folder) for key in keys_of(file, WHAT_STORE)}
 
     def write(self, samples: Sequence[tuple[bytes, Mapping[str, Mapping[str, torch.Tensor]]]]) -> None:
         """Write the next shard.
@@ -107,19 +108,12 @@ class Writer:
         Args:
             samples: for each sample its key, and by kind of position (`response`, ...) the tensors named in `WHAT`.
         """
-        from safetensors.torch import save_file
-
-        keys = torch.from_numpy(np.frombuffer(b"".join(k for k, _ in samples), dtype=np.uint8).copy()).view(-1, 16)
-        tensors = {"keys": keys}
+        tensors: dict[str, torch.Tensor] = {}
         for positions in samples[0][1]:
             parts = [outputs[positions] for _, outputs in samples]
-            counts = torch.tensor([0, *(len(p["ids"]) for p in parts)])
-            tensors[f"{positions}.offsets"] = counts.cumsum(0)
+            tensors[f"{positions}.offsets"] = offsets_of([len(p["ids"]) for p in parts])
             tensors |= {f"{positions}.{what}": torch.cat([p[what] for p in parts]).contiguous() for what in WHAT}
-        file = self.folder / f"shard-{self.number:05d}.safetensors"
-        beside = file.with_suffix(".part")
-        save_file(tensors, beside)
-        beside.replace(file)  # atomic: a killed process leaves no half shard
+        write_shard(self.folder / f"shard-{self.number:05d}.safetensors", [key for key, _ in samples], tensors)
         self.number += self.world
 
 
@@ -140,11 +134,6 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def shards_of(folder: Path) -> list[Path]:
-    """Return the complete shards of a store, in order."""
-    return sorted(folder.glob("shard-*.safetensors"))
-
-
 class TeacherStore:
     """A store, open for training: adds the teacher's outputs to the targets of each row.
 
@@ -163,12 +152,7 @@ class TeacherStore:
                 f"The store {str(self.folder)!r} holds {', '.join(self.about['positions'])} positions; "
                 f"the distiller needs {absent[0]}."
             )
-        self.files = shards_of(self.folder)
-        self.where = {key: (f, i) for f, file in enumerate(self.files) for i, key in enumerate(_keys(file))}
-        self._open: dict[int, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # open files cannot be pickled; a loader worker opens them itself
+        self.shards = Shards(self.folder, WHAT_STORE)
 
     def outputs_for(self, batch: Any, student: Any) -> None:
         """Return None, unlike a live teacher: the stored outputs are targets of the batch."""
@@ -179,13 +163,13 @@ class TeacherStore:
         Raises:
             ZooError: the store does not have the sample, or has another number of labels or image tokens for it.
         """
-        found = self.where.get(sample_key(sample))
+        found = self.shards.where.get(sample_key(sample))
         if found is None:
             raise ZooError(
                 f"Sample {sample.id!r} is not in the store {str(self.folder)!r}: its text differs, or zoo teach was "
                 f"stopped before it. Run zoo teach again with the same data."
             )
-        stored = {p: self._read(*found, p) for p in self.positions}
+        stored = {p: self.read(found, p) for p in self.positions}
         # The model shifts labels by one, so the first position has no prediction.
         counts = [int((row.labels[1:] != IGNORE_INDEX).sum()) for row in rows]
         if RESPONSE in stored and len(stored[RESPONSE]["ids"]) != sum(counts):
@@ -216,14 +200,11 @@ class TeacherStore:
             start += count
         return rows
 
-    def _read(self, file: int, index: int, positions: str) -> dict[str, np.ndarray]:
-        if file not in self._open:
-            from safetensors import safe_open
-
-            self._open[file] = safe_open(self.files[file], framework="np")
-        shard = self._open[file]
-        start, stop = shard.get_slice(f"{positions}.offsets")[index : index + 2].tolist()
-        return {what: shard.get_slice(f"{positions}.{what}")[start:stop] for what in WHAT}
+    def read(self, place: Place, positions: str) -> dict[str, np.ndarray]:
+        """Read what is stored for the positions of a sample, by `WHAT`."""
+        names = {what: f"{positions}.{what}" for what in WHAT}
+        found = self.shards.read(place, f"{positions}.offsets", list(names.values()))
+        return {what: found[name] for what, name in names.items()}
 
     def verify(self, datasets: Mapping[str, Any]) -> None:
         """Refuse data other than the teacher's.
@@ -242,15 +223,6 @@ class TeacherStore:
                     f"data {name!r} is not the data that the store {str(self.folder)!r} was made from: its hash is "
                     f"{now[:12]}, and was {known[:12]}. Run zoo teach again into another folder."
                 )
-
-
-def _keys(file: Path) -> list[bytes]:
-    from safetensors import safe_open
-
-    if "keys" not in listing([file]):
-        raise ZooError(f"{str(file)!r} is not a shard of a stored teacher: it has no keys.")
-    with safe_open(file, framework="np") as shard:
-        return [row.tobytes() for row in shard.get_tensor("keys")]
 
 
 def _short(value: Any) -> str:
