@@ -36,6 +36,8 @@ class LanguageModel(ModelPart):
     """V, rows of the embedding."""
     max_positions: int | None = None
     """Longest sequence, in positions; None: no limit."""
+    axes: int = 1
+    """Axes of its positions: with several, `hidden` and `lm` take `position_ids` (A, B, T), and (B, T) for text."""
     router_aux_coef: float = 0.0
     """Weight of the balance loss of an LLM with experts; `aux_losses` returns that loss."""
     streams: bool = False

@@ -16,6 +16,7 @@ from zoo.checking.checker import check
 from zoo.checking.plan import Plan
 from zoo.composed.generate import Prompt, prompted
 from zoo.fusion.llm.attention import resolve_attention
+from zoo.fusion.llm.text_model import TEXT_MODELS, causal_types
 from zoo.fusion.pruners.inside.attention_tap import tap_attention
 from zoo.registry import ZooError
 
@@ -32,7 +33,7 @@ EXTRA = {
     "gemma4_unified_text": {"hidden_size_per_layer_input": 0},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
 }
-NOT_DENSE = {"fuyu"}  # another model inside makes the tables
+NOT_DENSE = {"fuyu", *TEXT_MODELS}  # another model inside makes the tables; positions of several axes
 MOST = 5_000_000  # parameters of a model that is tried
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ def built(model_type, attention=None):
     return registry.build("llm", node, vocab_size=97, attention=attention).eval()
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted({*FAMILIES, *causal_types()}))
 def llm(request):
     model_type = request.param
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zoo.fusion.llm.text_model import causal_class
 from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import read_model_config, require_plausible
 
@@ -52,8 +53,6 @@ def require_filled(hf: Any, checkpoint: str) -> None:
     Raises:
         ZooError: the files are too small. Files of a hub repository are not checked.
     """
-    from transformers import AutoModelForCausalLM
-
     from zoo.registry.foreign import require_file
 
     files = sorted(Path(checkpoint).glob("*.safetensors")) if Path(checkpoint).is_dir() else []
@@ -63,7 +62,7 @@ def require_filled(hf: Any, checkpoint: str) -> None:
         require_file(file)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf)
+            model = causal_class(hf).from_config(hf)
     except Exception as error:  # an activation that does not exist, heads that do not divide: a class of its own each
         raise ZooError(f"llm checkpoint {checkpoint!r} cannot be used: {one_line(error)}") from error
     numbers = sum(t.numel() for t in [*model.parameters(), *model.buffers()])

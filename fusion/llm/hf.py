@@ -32,6 +32,7 @@ from zoo.fusion.llm.hf_config import (
     name_of,
     transformers_config,
 )
+from zoo.fusion.llm.text_model import axes_of, causal_class
 from zoo.registry import LanguageModel, LinearHead, ZooError, one_line, register, require_revision
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, joined, required
@@ -40,6 +41,7 @@ from zoo.registry.forward_pass import Pass, joined, required
 _GIVEN = frozenset(
     {"self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
     | {"output_hidden_states", "output_attentions", "return_dict", "labels"}
+    | {"visual_pos_masks", "deepstack_visual_embeds"}  # features for several layers are added by hooks
 )
 _FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # rows packed without a mask
 # Last projections of attention and feed-forward (and fused expert parameters), whose output is added to the residual.
@@ -92,6 +94,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
         self.hidden_size: int = self.lm.get_input_embeddings().weight.shape[1]
         self.num_layers: int = text.num_hidden_layers
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.axes = axes_of(self.decoder)
         self.num_experts = first_of(text, EXPERTS) or 0
         self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
         self.router_aux_coef = config.router_aux_coef
@@ -238,9 +241,6 @@ class HFLanguageModel(LanguageModel, nn.Module):
 def _from_checkpoint(
     config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
 ) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     where = {"revision": require_revision(config.revision)} if config.revision else {}
     try:
         hf = read_config(config.checkpoint, where)
@@ -251,7 +251,7 @@ def _from_checkpoint(
             f"llm checkpoint {config.checkpoint!r} cannot be used: {gone(config.checkpoint) or one_line(error)}"
         ) from error
     require_decoder_config(hf, name_of(config))
-    if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if (cls := causal_class(hf)) is None:
         raise ZooError(f"llm checkpoint {config.checkpoint!r} is of type {hf.model_type!r}, which is not a causal LM.")
     kwargs: dict[str, Any] = {
         k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None
@@ -263,11 +263,11 @@ def _from_checkpoint(
     if torch.get_default_device().type == "meta":
         # As `resize_token_embeddings` below, so that shapes on meta are those of the loaded model.
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
-        return AutoModelForCausalLM.from_config(hf, **kwargs)
+        return cls.from_config(hf, **kwargs)
     require_filled(hf, config.checkpoint)
     kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **where}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(config.checkpoint, config=hf, **kwargs)
+        loaded: Any = cls.from_pretrained(config.checkpoint, config=hf, **kwargs)
     except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {one_line(error)}") from error
     lm, report = loaded
@@ -289,14 +289,12 @@ def _require_safetensors(checkpoint: str) -> None:
 def _from_sizes(
     config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
 ) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if not vocab_size:
         raise ZooError("llm 'hf' without a checkpoint takes its vocabulary size from the tokenizer: there is none.")
     hf = transformers_config(config, vocab_size)
     kwargs = {k: v for k, v in {"dtype": dtype, "attn_implementation": attention}.items() if v is not None}
     try:
-        return AutoModelForCausalLM.from_config(hf, **kwargs)
+        return causal_class(hf).from_config(hf, **kwargs)
     except Exception as error:  # an unknown activation, heads that do not divide: each raises its own class
         raise ZooError(f"{name_of(config)} cannot be built: {one_line(error)}") from error
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.fusion.llm.causal import require_decoder_config
+from zoo.fusion.llm.text_model import TEXT_MODELS, causal_types, with_sections
 from zoo.registry import ZooError, nearest, one_line, require_at_least, unknown
 
 # Names of our size fields in families that differ from Llama.
@@ -71,10 +72,9 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
         ZooError: there is no such family, it lacks a field of `extra`, or it refuses a value.
     """
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    if config.model_type not in CAUSAL or config.model_type not in CONFIG_MAPPING:
-        near = nearest(config.model_type, CAUSAL, 3)
+    if config.model_type not in (known_types := causal_types()):
+        near = nearest(config.model_type, known_types, 3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ZooError(f"No causal LM of type {config.model_type!r} in transformers.{hint}")
     cls = CONFIG_MAPPING[config.model_type]
@@ -117,6 +117,8 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
         hf = cls(**values)
     except Exception as error:  # transformers raises its own classes here, one per kind of check
         raise ZooError(f"{cls.__name__} refuses these sizes: {one_line(error)}") from error
+    if config.model_type in TEXT_MODELS and not {"rope_parameters", "rope_scaling"} & config.extra.keys():
+        hf = with_sections(hf)
     require_decoder_config(hf, name_of(config))
     check_experts(hf.get_text_config(), name_of(config), "" if config.top_k else "by default ")
     return hf

@@ -61,6 +61,11 @@ class LayerArguments:
                 raise ZooError(
                     f"{self.who} cannot shorten {name!r}, an argument of {type(self.llm.lm).__name__} layers."
                 )
+        if tokens.dense and self.llm.axes > 1:
+            raise ZooError(
+                f"{self.who} cannot count positions anew inside {self.config.model_type!r}, whose positions have "
+                f"{self.llm.axes} axes, a row and a column of the image among them. Set positions=kept."
+            )
         if tokens.dense and not self._can_compute(given):
             raise ZooError(
                 f"{self.who} cannot count positions anew inside {self.config.model_type!r}: its decoder has no "
@@ -118,7 +123,7 @@ class LayerArguments:
                 return moved
         run.rotary = [entry for entry in run.rotary if entry[1] is tokens]
         parts = value if isinstance(value, (tuple, list)) else (value,)
-        moved = tuple(rows_of(x, tokens.place) for x in parts)
+        moved = tuple(rows_of(x, tokens.place) if x.is_floating_point() else ids_of(x, tokens.place) for x in parts)
         result = moved if isinstance(value, (tuple, list)) else moved[0]
         run.rotary.append((value, tokens, result))
         return result
@@ -179,6 +184,11 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     """Select the rows `index` (B, K) of a table (B or 1, T, ...)."""
     wide = index.view(*index.shape, *[1] * (table.dim() - 2)).expand(-1, -1, *table.shape[2:])
     return table.expand(len(index), *table.shape[1:]).gather(1, wide)
+
+
+def ids_of(ids: Tensor, index: Tensor) -> Tensor:
+    """Select the columns `index` (B, K) of position ids (B or 1, T), or of each of their axes (A, B or 1, T)."""
+    return rows_of(ids, index) if ids.dim() == 2 else torch.stack([rows_of(axis, index) for axis in ids])
 
 
 def _takes(module: nn.Module, name: str) -> bool:
