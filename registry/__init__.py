@@ -45,6 +45,7 @@ from zoo.registry.table import (
     source_options,
     source_presets,
 )
+from zoo.registry.unlike_rows import UnlikeRows, groups_of
 from zoo.registry.values import (
     IGNORE_INDEX,
     KINDS,
@@ -100,6 +101,7 @@ __all__ = [
     "Score",
     "StreamingDataset",
     "Task",
+    "UnlikeRows",
     "ZooError",
     "build",
     "completed",
@@ -108,6 +110,7 @@ __all__ = [
     "entries",
     "first_line",
     "get",
+    "groups_of",
     "names",
     "naming",
     "nearest",

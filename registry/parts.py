@@ -63,6 +63,15 @@ class Encoder(ModelPart):
     by_kind: bool = False
     """Whether `forward` also takes `kinds`, the `Cut.kind` of each row of pixels: it may have another tower for frames
     of videos."""
+    native: bool = False
+    """Whether images keep their shapes. Each row then has a grid of its own, `grid` and `num_tokens` are the most,
+    pixels are the patches of all rows, one row behind the other, and `forward` takes `grids` and gives `UnlikeRows`."""
+    patch_shape: tuple[int, int] = (0, 0)
+    """With `native`, (patches of a token, numbers of a patch): the pixels of a row of n tokens are (n * Q, P)."""
+    pictures: Mapping[str, Any] | None = None
+    """Values of the image processor of transformers that makes its pixels; None: `transform` makes them."""
+    deep: int = 0
+    """Maps of features for layers of the LLM behind the first, in `ImageFeatures.deep`."""
     streams: bool = False
     """Whether it can be built on the meta device and get its weights afterwards, so that memory is not taken twice. A
     class attribute."""
@@ -79,6 +88,8 @@ class Encoder(ModelPart):
             pixel_values: (M, 3, S, S).
             need: words of `provides` to compute beside the tokens (M, N, D): cls_attention, keys, ...; and with
                 `attention_blocks` those of other blocks, which go into `ImageFeatures.block_attention`.
+
+        With `native` it also takes `grids`, the (h, w) of each row in tokens, and returns `UnlikeRows`.
         """
 
     def prepare(self, need: frozenset[str]) -> None:

@@ -7,7 +7,7 @@ configs stay cheap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,8 @@ class Cut:
     grid: tuple[int, int] = (1, 1)  # rows and columns of crops, an overview aside
     times: tuple[float, ...] = ()  # of frames, in seconds
     duration: float = 0.0  # of the video, in seconds
+    # (h, w) of the tokens that the encoder gives for each row, where images keep their shapes; (0, 0): the encoder's
+    patches: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,23 @@ class ImageFeatures:
     next_keys: Tensor | None = None
     # Whether tokens have parts of other patches added, with weights: `keep` is then the patch that each began with.
     mixed: bool = False
+    # (M, N, C) of each map of features that is added to the tokens behind a layer of the LLM, the first layer first;
+    # whatever is done to the tokens, drop or merge, is done to them (`maps`).
+    deep: tuple[Tensor, ...] = ()
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """The tokens, and the features for further layers of the LLM: (M, N, D) each."""
+        return self.tokens, *self.deep
+
+    def made(self, change: Callable[[Tensor], Tensor], **known: Any) -> ImageFeatures:
+        """Make the tokens of a pruner that merges, from the tokens and from each map for a further layer alike.
+
+        Args:
+            change: (M, N, D) -> (M, K, D), the same weighted sums whatever D is.
+            known: what else is new.
+        """
+        return replace(self, tokens=change(self.tokens), deep=tuple(change(x) for x in self.deep), **known)
 
     def stay(self, valid: Tensor, tokens: Tensor | None = None) -> ImageFeatures:
         """Keep some of the tokens where their number differs from row to row: the others become padding, in place.
@@ -144,6 +163,7 @@ class ImageFeatures:
         picked: dict[str, Any] = {name: x[rows] for name, x in tensors.items()}
         picked["block_attention"] = {word: scores[rows] for word, scores in self.block_attention.items()}
         picked["question"] = None if self.question is None else self.question.picked(rows)
+        picked["deep"] = tuple(x[rows] for x in self.deep)
         return replace(self, **picked, rows=None, cuts=None, row_kind="image")
 
     @staticmethod
@@ -160,6 +180,7 @@ class ImageFeatures:
         whole: dict[str, Any] = {name: _cat(*(getattr(p, name) for p in parts), dim=0) for name in tensors}
         words = first.block_attention
         whole["block_attention"] = {w: _cat(*(p.block_attention[w] for p in parts), dim=0) for w in words}
+        whole["deep"] = tuple(_cat(*maps, dim=0) for maps in zip(*(p.deep for p in parts), strict=True))
         if first.question is not None:
             whole["question"] = Question.joined([p.question for p in parts if p.question is not None])
         for name in ("rows", "cuts"):
@@ -191,6 +212,7 @@ class ImageFeatures:
             known["groups"] = self.regrouped(places.scatter(1, keep, keep.new_ones(keep.shape).cumsum(1) - 1))
         known["block_attention"] = {word: _gather(scores, keep) for word, scores in self.block_attention.items()}
         known |= {"num_patches": self.num_patches or n, "patch_grid": self.patch_grid or self.grid}
+        known["deep"] = tuple(_gather(x, keep) for x in self.deep)
         return replace(self, tokens=_gather(self.tokens, keep), grid=None, rank=None, **known)
 
     def regrouped(self, groups: Tensor) -> Tensor:
@@ -237,6 +259,7 @@ class ImageFeatures:
         of_tokens = ("tokens", "keep", "rank", *_OF_TOKENS)
         moved: dict[str, Any] = {x: _gather(getattr(self, x), order) for x in of_tokens if getattr(self, x) is not None}
         moved["block_attention"] = {word: _gather(scores, order) for word, scores in self.block_attention.items()}
+        moved["deep"] = tuple(_gather(x, order) for x in self.deep)
         if self.groups is not None:
             now = _cat(order.argsort(dim=1), order.new_full((len(order), 1), -1))  # (M, K + 1): -1 stays -1
             moved["groups"] = _gather(now, self.groups % (k + 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.registry import ZooError, require_revision
+from zoo.registry import ZooError, one_line, require_revision
 from zoo.registry.foreign import read_model_config, require_plausible
 
 ALLOWED = (
@@ -156,6 +156,41 @@ def read_tensors(source: str, names: Iterable[str]) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise ZooError(f"{source!r}: {name} cannot be read from {path.name}: {error}") from error
     return found
+
+
+def load_part(source: str, module: Any, prefixes: Sequence[str], what: str) -> Any:
+    """Read the weights of a part of a larger checkpoint into a module.
+
+    Args:
+        source: folder, file, or hub name (`org/name@revision`).
+        module: with the weights' names behind the prefix.
+        prefixes: that names in the files may begin with; the first that the files have is taken, or none.
+        what: name of the part, for messages.
+
+    Raises:
+        ZooError: weights are missing, of another shape, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    held = set(read_json(source, "model.safetensors.index.json", optional=True).get("weight_map", {}))
+    if not held:
+        path = fetch(source, "model.safetensors")
+        assert path is not None, "it is not optional"
+        try:
+            with safe_open(path, framework="pt") as file:
+                held = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ZooError(f"{source!r}: {path.name} cannot be read: {error}") from error
+    names = list(module.state_dict())
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in held)), "")
+    if missing := [name for name in names if prefix + name not in held]:
+        raise ZooError(f"{source!r} lacks {len(missing)} weights of its {what}, e.g. {prefix}{missing[0]}.")
+    tensors = read_tensors(source, [prefix + name for name in names])
+    try:
+        module.load_state_dict({name: tensors[prefix + name] for name in names})
+    except RuntimeError as error:  # a wrong shape
+        raise ZooError(f"The weights of {source!r} cannot be read: {one_line(error)}") from error
+    return module
 
 
 def require_filled(build: Callable[[], Any], files: Iterable[Path], what: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.registry import Cut, ImageTransform, ZooError
+from zoo.registry import Cut, ImageTransform, ZooError, one_line
 from zoo.registry.versions import BY_PILLOW
 from zoo.vision.images.decode import open_image
 from zoo.vision.images.video import read_video
@@ -30,7 +30,7 @@ RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers
 class Picture:
     """Pixels of an image or a video, and how it was cut."""
 
-    pixels: Tensor  # (R, 3, h, w)
+    pixels: Tensor  # (R, 3, h, w); of an image that keeps its shape the patches of all rows (S, P)
     cut: Cut
 
 
@@ -69,12 +69,31 @@ class Pictures:
         whole = several and self.config.get("whole_if_several")
         given = [[image, image]] if whole else [image]  # such a processor does not cut if a sample has several images
         call = {**self.config.get("call", {}), **as_cut(self.config, (image.height, image.width)), **(options or {})}
-        out = self.processor(images=given, return_tensors="pt", **call)
+        try:
+            out = self.processor(images=given, return_tensors="pt", **call)
+        except ValueError as error:  # that of a shape which no number of pixels allows
+            name = f"Image {where}" if where else "An image"
+            raise ZooError(f"{name} of {image.height} x {image.width} pixels: {one_line(error)}.") from error
         pixels = out["pixel_values"]
+        if "image_grid_thw" in out:  # patches, in rows of unlike length
+            return Picture(pixels, native_cut(out["image_grid_thw"][0], self.processor, (image.height, image.width)))
         pixels = pixels[0] if pixels.ndim == 5 else pixels  # (R, 3, h, w)
         grid = tuple(int(out[key][0][0]) for key in ("rows", "cols")) if "rows" in out else (1, 1)
         kind = "image" if len(pixels) == 1 else "crop"
         return Picture(pixels, Cut(len(pixels), kind, (image.height, image.width), (grid[0], grid[1])))
+
+
+def native_cut(grid: Sequence[Any], processor: Any, size: tuple[int, int]) -> Cut:
+    """Describe an image that keeps its shape.
+
+    Args:
+        grid: (t, h, w) of its patches.
+        processor: that made them.
+        size: (height, width) of the image in pixels.
+    """
+    rows, height, width = (int(x) for x in grid)
+    merge = int(processor.merge_size)
+    return Cut(rows, "image", size, patches=(height // merge, width // merge))
 
 
 class Videos(Pictures):
@@ -156,13 +175,13 @@ def as_cut(config: Mapping[str, Any], image: tuple[int, int]) -> dict[str, Any]:
 
 
 def stack(pictures: Sequence[Tensor | Picture]) -> dict[str, Any]:
-    """Stack images for the encoder: `pixel_values` (M, 3, h, w), and `cuts` if images have several rows."""
+    """Stack images for the encoder: `pixel_values` (M, 3, h, w), or patches (S, P); `cuts` if images have rows."""
     if not pictures:
         return {}
     if all(isinstance(p, Tensor) for p in pictures):
         return {"pixel_values": torch.stack(list(pictures))}  # type: ignore[arg-type]
     rows = [p.pixels if isinstance(p, Picture) else p[None] for p in pictures]
-    shapes = {tuple(r.shape[1:]) for r in rows}
+    shapes = {tuple(r.shape[1:]) for r in rows}  # of patches: one
     if len(shapes) > 1:
         raise ZooError(f"Images of one batch have rows of unlike shapes: {sorted(shapes)}.")
     return {

@@ -1,0 +1,366 @@
+"""The encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images keep their shapes, and 2 x 2 patches become one token.
+
+An image is a grid of patches of its own size, and attention stays inside of it; a video is one row for each pair of
+frames. The merger, which makes a token of the LLM's width of neighbouring patches, belongs to the encoder: pruners get
+what it makes. Qwen3-VL also gives maps of middle blocks, each merged, for layers of the LLM (`ImageFeatures.deep`;
+DeepStack, arXiv:2406.04334).
+
+transformers' own towers run, on the rows of a batch packed one behind the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import Encoder, ImageFeatures, ImageTransform, UnlikeRows, ZooError, groups_of, unknown
+from zoo.registry.forward_pass import Pass, current, joined
+from zoo.registry.versions import checkpoint_activations, keep_activations
+from zoo.vision.encoders.attention_scores import column_mean
+from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, on_meta
+from zoo.vision.encoders.checkpoints import load_part, read_json, with_revision
+
+MERGE = 2  # patches of a token, a side
+FRAMES = 2  # of a row: a still image is shown twice
+
+
+@dataclass(frozen=True)
+class Family:
+    """A generation: where its tower is in transformers, and what its image processor does by default."""
+
+    module: str  # of transformers.models
+    tower: str  # class of the tower
+    patch: int  # pixels a side
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    least: int  # pixels of an image
+    width: str = "hidden_size"  # field of the tower's width
+    out: str = "out_hidden_size"  # field of the width behind the merger
+
+
+FAMILIES = {
+    "qwen2_vl": Family(
+        "qwen2_vl", "Qwen2VisionTransformerPretrainedModel", 14, CLIP_MEAN, CLIP_STD, 56 * 56, "embed_dim",
+        "hidden_size",
+    ),
+    "qwen2_5_vl": Family(
+        "qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel", 14, CLIP_MEAN, CLIP_STD, 56 * 56,
+    ),
+    "qwen3_vl": Family("qwen3_vl", "Qwen3VLVisionModel", 16, HALF, HALF, 256 * 256),
+    "qwen3_vl_moe": Family("qwen3_vl_moe", "Qwen3VLMoeVisionModel", 16, HALF, HALF, 256 * 256),
+}  # fmt: skip
+
+
+@dataclass
+class QwenVisionConfig:
+    checkpoint: str = ""  # hub name or folder of a model that holds the encoder; empty: random weights
+    revision: str = ""  # branch, tag or commit of a hub checkpoint
+    min_pixels: int = 0  # least pixels of an image, smaller ones are enlarged; 0: the family's
+    max_pixels: int = 1024 * 1024  # most pixels of an image, larger ones are made smaller
+    # Sizes, used without a `checkpoint`. The families: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe.
+    model_type: str = "qwen2_vl"  # family
+    patch_size: int = 0  # pixels a side; 0: the family's, 14 or 16
+    width: int = 192  # of a patch inside the encoder
+    out_width: int = 0  # D, of a token behind the merger, for projector=identity the LLM's; 0: `width`
+    depth: int = 12  # blocks
+    heads: int = 3  # attention heads
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of the family's transformers config
+    # Pixels; empty: the family's.
+    mean: list[float] = field(default_factory=list)  # of RGB in [0, 1]
+    std: list[float] = field(default_factory=list)  # of RGB in [0, 1]
+
+    def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise unknown("model_type", self.model_type, FAMILIES)
+        if self.checkpoint and self.extra:
+            raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, 3):
+                raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
+        side = (self.patch_size or FAMILIES[self.model_type].patch) * MERGE
+        if self.max_pixels < max(self.min_pixels, side**2) or self.min_pixels < 0:
+            raise ZooError(
+                f"max_pixels must be at least min_pixels and those of a token, {side**2}, and min_pixels at least 0; "
+                f"got min_pixels {self.min_pixels}, max_pixels {self.max_pixels}."
+            )
+        if not self.checkpoint and (self.heads < 1 or self.width % (4 * self.heads) or self.depth < 1):
+            raise ZooError(
+                "width must be a multiple of 4 * heads (rotary positions of two axes) and depth at least 1, got width "
+                f"{self.width}, heads {self.heads}, depth {self.depth}."
+            )
+        if self.model_type == "qwen2_vl" and self.mlp_ratio != int(self.mlp_ratio):
+            raise ZooError(f"mlp_ratio of qwen2_vl is a whole number, got {self.mlp_ratio}.")
+
+
+class QwenVision(Encoder, nn.Module):
+    """Images of any shape within a number of pixels; tokens of 2 x 2 patches, attention by rows."""
+
+    native = True
+    streams = True  # may be built on the meta device and filled with weights afterwards
+
+    def __init__(self, config: QwenVisionConfig) -> None:
+        super().__init__()
+        source = with_revision(config.checkpoint, config.revision)
+        name, spec = _from_json(source) if source else (config.model_type, _from_sizes(config))
+        self.family = family = FAMILIES[name]
+        cls = _class(family)
+        if source and not on_meta():
+            self.tower: Any = load_part(source, cls(spec), ("model.visual.", "visual."), "encoder")
+        else:
+            self.tower = cls(spec)
+        if spec.spatial_merge_size != MERGE or spec.temporal_patch_size != FRAMES:
+            raise ZooError(
+                f"Its encoder merges {spec.spatial_merge_size} x {spec.spatial_merge_size} patches of "
+                f"{spec.temporal_patch_size} frames; {MERGE} x {MERGE} of {FRAMES} are supported."
+            )
+        patch = int(spec.patch_size)
+        self.hidden_size = int(getattr(spec, family.out))
+        self.depth = int(spec.depth)
+        self.deep = len(getattr(spec, "deepstack_visual_indexes", ()))
+        self.patch_shape = (MERGE**2, spec.in_channels * FRAMES * patch**2)
+        self.heads = int(spec.num_heads)
+        self.window = int(spec.window_size) // (MERGE * patch) if hasattr(spec, "window_size") else 0  # tokens a side
+        whole = spec.fullatt_block_indexes if self.window else range(self.depth)
+        self.scored = max((i for i in whole if i < self.depth), default=-1)  # block whose attention is asked for
+        self.provides = frozenset({"key_attention", "keys"} if self.scored >= 0 else ())
+        self.lacks = {
+            "grid": "its images keep their shapes, and each has a grid of its own.",
+            **dict.fromkeys(("cls_attention", "prefix_tokens", "next_block"), "it has no [CLS]."),
+        }
+        least = config.min_pixels or family.least
+        mean, std = tuple(config.mean) or family.mean, tuple(config.std) or family.std
+        side = patch * MERGE
+        self.grid = _grid_of_most(config.max_pixels // side**2)
+        size = (self.grid[0] * side, self.grid[1] * side)
+        self.transform = ImageTransform(size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+        self.pictures: Mapping[str, Any] = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": patch,
+            "merge_size": MERGE,
+            "temporal_patch_size": FRAMES,
+            "size": {"shortest_edge": min(least, config.max_pixels), "longest_edge": config.max_pixels},
+            "image_mean": list(mean),
+            "image_std": list(std),
+        }
+        self.alone = Pass()
+        self._listens = False
+
+    @property
+    def num_tokens(self) -> int:  # type: ignore[override]
+        return self.grid[0] * self.grid[1]
+
+    def prepare(self, need: frozenset[str]) -> None:
+        """Put hooks on the block whose attention is asked for."""
+        if need & self.provides and not self._listens:
+            self._listens = True
+            attention = self.tower.blocks[self.scored].attn
+            attention.register_forward_pre_hook(partial(_keep_position, self), with_kwargs=True)
+            attention.qkv.register_forward_hook(partial(_keep_qkv, self))
+
+    def set_attention(self, name: str) -> None:
+        """Choose the attention kernel: eager, sdpa, flash_attention_2, ..."""
+        self.tower.set_attn_implementation("eager" if name.endswith("eager") else name)
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        if enable:
+            checkpoint_activations(self.tower)
+        else:
+            keep_activations(self.tower)
+
+    def train(self, mode: bool = True) -> QwenVision:
+        """Switch to training; a frozen tower stays in evaluation."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.tower.parameters()):
+            self.tower.eval()
+        return self
+
+    def forward(  # type: ignore[override]  # rows of unlike grids
+        self,
+        pixel_values: Tensor,
+        *,
+        need: frozenset[str] = frozenset(),
+        grids: Sequence[tuple[int, int]],
+    ) -> UnlikeRows:
+        """Encode images, or pairs of frames.
+
+        A frozen tower builds no graph and keeps no activations, unless the pixels require a gradient.
+
+        Args:
+            pixel_values: (S, P), patches of all rows: the four of a token one behind the other, tokens row by row.
+            need: requested capabilities of `provides`.
+            grids: (h, w) of each row, in tokens.
+
+        Returns:
+            Tokens (M, N, D) of each grid, and `deep`; key_attention (M, N) float32, without gradient: the attention
+            that the patches of a token get in the last block that attends to whole rows, mean over heads and queries,
+            summed over the patches, so that a row sums to 1; keys (M, N, H, d) of that block, rotated, mean over the
+            patches.
+
+        Raises:
+            ZooError: a capability that the encoder does not provide, or pixels that do not fit the grids.
+        """
+        if missing := sorted(need - self.provides):
+            raise ZooError(f"This encoder does not provide {missing}; it provides {sorted(self.provides)}.")
+        counts = [h * w for h, w in grids]
+        wanted = (sum(counts) * self.patch_shape[0], self.patch_shape[1])
+        if tuple(pixel_values.shape) != wanted:
+            raise ZooError(
+                f"Rows of {list(grids)} tokens have pixels of {wanted[0]} x {wanted[1]}, got "
+                f"{' x '.join(map(str, pixel_values.shape))}."
+            )
+        self.prepare(need)
+        if pixel_values.is_meta:  # transformers reads the grids as numbers, from a tensor
+            weight = next(self.tower.parameters())
+            maps = [weight.new_empty(sum(counts), self.hidden_size) for _ in range(1 + self.deep)]
+            taken = _Taken(weight.new_empty(wanted[0], 3 * self._inner))
+        else:
+            maps, taken = self._run(pixel_values, grids, bool(need))
+        groups, members = [], []
+        rows = [m.split(counts) for m in maps]
+        asked = self._asked(taken, counts, grids, need) if need else {}
+        for grid, of in groups_of(grids).items():
+            tokens, *deep = (torch.stack([some[i] for i in of]) for some in rows)  # (M, N, D)
+            known = {name: torch.stack([values[i] for i in of]) for name, values in asked.items()}
+            groups.append(ImageFeatures(tokens, grid, deep=tuple(deep), **known))
+            members.append(tuple(of))
+        return UnlikeRows(tuple(groups), tuple(members))
+
+    @property
+    def _inner(self) -> int:
+        return int(getattr(self.tower.config, self.family.width))
+
+    def _run(self, pixels: Tensor, grids: Sequence[tuple[int, int]], keep: bool) -> tuple[list[Tensor], _Taken]:
+        """Run the tower: maps (sum of N, D), the tokens first, and what its hooks took."""
+        shapes = torch.tensor([(1, h * MERGE, w * MERGE) for h, w in grids], device=pixels.device)
+        learns = pixels.requires_grad or any(p.requires_grad for p in self.tower.parameters())
+        taken = _Taken()
+        with joined(self.alone) as now, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            now.taken = taken if keep else None
+            out = self.tower(pixels, grid_thw=shapes)
+            now.taken = None  # recomputation in backward finds none and stores nothing
+        return [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())], taken
+
+    def _asked(
+        self, taken: _Taken, counts: Sequence[int], grids: Sequence[tuple[int, int]], need: frozenset[str]
+    ) -> dict[str, list[Tensor]]:
+        """Compute what is asked of the attention, row by row."""
+        unit = self.patch_shape[0]
+        assert taken.qkv is not None, "the hook of the block did not fire"
+        query, key, _ = taken.qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)  # (S, H, d)
+        if taken.position is not None:
+            query, key = (_rotated(x, *taken.position) for x in (query, key))
+        found: dict[str, list[Tensor]] = {word: [] for word in sorted(need)}
+        at = 0
+        for count, grid in zip(counts, grids, strict=True):
+            row = slice(at, at + count * unit)
+            back = self._back(grid, key.device)
+            if "keys" in need:
+                mean = key[row].unflatten(0, (count, unit)).float().mean(1).to(key.dtype)  # (N, H, d)
+                found["keys"].append(mean[back])
+            if "key_attention" in need:
+                q, k = (x[row].transpose(0, 1)[None] for x in (query, key))  # (1, H, L, d)
+                scores = column_mean(q, k, q.shape[-1] ** -0.5)[0]  # (L,)
+                found["key_attention"].append(scores.unflatten(0, (count, unit)).sum(1)[back])
+            at += count * unit
+        return found
+
+    def _back(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """Return where the tokens of a grid are in the tower's order, which may go window by window."""
+        cells = torch.arange(grid[0] * grid[1], device=device)
+        if not self.window:
+            return cells
+        across = -(-grid[1] // self.window)
+        window = cells // grid[1] // self.window * across + cells % grid[1] // self.window
+        return window.argsort(stable=True).argsort()
+
+
+@dataclass
+class _Taken:
+    """What hooks take from one pass: queries, keys and values of a block before rotation, and its rotary tables."""
+
+    qkv: Tensor | None = None  # (S, 3 * H * d)
+    position: tuple[Tensor, Tensor] | None = None  # cos and sin (S, d)
+
+
+def _taken_now(vision: QwenVision) -> _Taken | None:
+    found = (current() or vision.alone).taken
+    return found if isinstance(found, _Taken) else None
+
+
+def _keep_position(vision: QwenVision, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if (taken := _taken_now(vision)) is not None:
+        taken.position = kwargs.get("position_embeddings")
+
+
+def _keep_qkv(vision: QwenVision, module: nn.Module, args: Any, out: Tensor) -> None:
+    if (taken := _taken_now(vision)) is not None:
+        taken.qkv = out.detach()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys (S, H, d) in float32, as the towers do."""
+    wide, (cos, sin) = x.float(), (cos.unsqueeze(1).float(), sin.unsqueeze(1).float())
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def _grid_of_most(most: int) -> tuple[int, int]:
+    """Return a grid of the fewest tokens, `most` or more, whose sides are at most 2 to 1."""
+    n = most
+    while True:
+        h = math.isqrt(n)
+        while n % h:
+            h -= 1
+        if n <= 2 * h * h:
+            return h, n // h
+        n += 1
+
+
+def _class(family: Family) -> Any:
+    return getattr(
+        importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}"), family.tower
+    )
+
+
+def _from_sizes(config: QwenVisionConfig) -> Any:
+    family, depth = FAMILIES[config.model_type], config.depth
+    patch = config.patch_size or family.patch
+    known = _class(family).config_class
+    values: dict[str, Any] = {
+        "depth": depth,
+        "num_heads": config.heads,
+        "patch_size": patch,
+        "intermediate_size": round(config.width * config.mlp_ratio),
+        "mlp_ratio": int(config.mlp_ratio),
+        "window_size": 8 * patch,
+        "fullatt_block_indexes": sorted({*range(3, depth, 4), depth - 1}),
+        "deepstack_visual_indexes": sorted({max(0, depth * k // 4 - 1) for k in (1, 2, 3)}),
+    }
+    fields = known.__dataclass_fields__
+    for name in config.extra:
+        if name not in fields:
+            raise unknown(f"field of {known.__name__}", str(name), fields)
+    values = {name: value for name, value in values.items() if name in fields}
+    values |= {family.out: config.out_width or config.width, family.width: config.width}
+    return known(**{**values, **config.extra})
+
+
+def _from_json(source: str) -> tuple[str, Any]:
+    """Read the family and the vision config of a checkpoint's `config.json`."""
+    content = read_json(source)
+    name = str(content.get("model_type", ""))
+    if name not in FAMILIES:
+        raise ZooError(
+            f"{source!r} holds a model of type {name or 'unknown'!r}; it must be one of {', '.join(FAMILIES)}."
+        )
+    inner = {k: v for k, v in (content.get("vision_config") or {}).items() if k != "model_type"}
+    return name, _class(FAMILIES[name]).config_class.from_dict(inner)
