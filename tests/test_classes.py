@@ -48,6 +48,18 @@ def test_asks_for_the_name_and_for_yes_or_no(folder):
             assert (question == f"Is this a {label}?") == (answer == "yes")
 
 
+def test_wordings_are_drawn_in_training_alone(folder):
+    data = load(folder, name_wordings=["Name it."], yes_no_wordings=["A {class}?"], eval_split="dev")
+    asked = {said(d)[0].replace(name, "{class}") for i in range(60) for d in data.get(i).dialogs for name in NAMES}
+    assert {"What is shown?", "Name it.", "Is this a {class}?", "A {class}?"} <= asked
+    dev = [said(d)[0] for i in range(6) for d in data.eval_split().get(i).dialogs]
+    assert all(q == "What is shown?" or q.startswith("Is this a ") for q in dev)
+    for question, answer in (said(d) for i in range(60) for d in data.get(i).dialogs):
+        assert (answer in ("yes", "no")) == any(name in question for name in NAMES)
+    with pytest.raises(ZooError, match="takes '{class}'"):
+        load(folder, yes_no_wordings=["A {name}?"])
+
+
 def test_half_of_the_questions_are_true_and_the_rest_are_spread_evenly(folder):
     data = load(folder, yes_no=20, name_question="")
     pairs = [(int(data.labels[i]), *said(d)) for i in range(60) for d in data.get(i).dialogs]

@@ -10,15 +10,17 @@ import pytest
 from tests.test_classes import NAMES as CLASSES
 from tests.test_classes import folder as class_files
 from tests.test_nlvr import folder as nlvr_files
+from tests.test_table import NAME
+from tests.test_table import folder as table_files
 from zoo import registry
 from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
 from zoo.vision.images.decode import open_image
 
-class_files, nlvr_files = class_files, nlvr_files  # fixtures of other files, used below
+class_files, nlvr_files, table_files = class_files, nlvr_files, table_files  # fixtures of other files, used below
 
 
 @pytest.fixture
-def nodes(tmp_path, class_files, nlvr_files):
+def nodes(tmp_path, class_files, nlvr_files, table_files):
     """A small node of each data set."""
     record = {"question": "What?", "answer": "that", "kind": "k"}
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(record | {"id": f"n{i}"}) for i in range(5)))
@@ -32,6 +34,11 @@ def nodes(tmp_path, class_files, nlvr_files):
         "nlvr": {"root": str(nlvr_files), "grid": 4},
         "preference": {"path": str(tmp_path / "pairs.jsonl")},
         "scenes": {"scenes": 300, "eval_scenes": 140, "size": 32},
+        "table": {
+            "file": str(table_files / "table.jsonl"),
+            "images": str(table_files / "images"),
+            "questions": {"name": NAME, "is": {"ask": ["{claim}?"], "claim": "{name}"}},
+        },
     }
 
 

@@ -7,7 +7,7 @@ with a wrong answer too: the other of yes and no, or the name of another class.
 
 import gzip
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ class ClassesConfig:
     name_question: str = "What is shown?"  # answered by the name of the class; empty: not asked
     yes_no_question: str = "Is this a {class}?"  # answered by yes or no; empty: not asked
     yes_no: int = 1  # number of yes/no questions about each image
+    name_wordings: list[str] = field(default_factory=list)  # others of name_question; a training picture draws one
+    yes_no_wordings: list[str] = field(default_factory=list)  # others of yes_no_question, as there
     pairs: bool = False  # each question twice, with the right answer and with a wrong one: pairs for preference losses
     flip: bool = False  # show half of the training pictures mirrored
     shift: int = 0  # largest shift of training pictures in pixels, in both directions; the edge repeats
@@ -38,10 +40,9 @@ class ClassesConfig:
     def __post_init__(self) -> None:
         if len(set(self.classes)) < max(2, len(self.classes)) and self.classes != MISSING:
             raise ZooError(f"classes needs two or more different names, got {self.classes}.")
-        if self.yes_no_question and self.yes_no_question.replace("{class}", "").count("{") + (
-            "{class}" not in self.yes_no_question
-        ):
-            raise ZooError(f"yes_no_question takes '{{class}}' and no other brace, got {self.yes_no_question!r}.")
+        for question in [self.yes_no_question, *self.yes_no_wordings]:
+            if question and question.replace("{class}", "").count("{") + ("{class}" not in question):
+                raise ZooError(f"yes_no_question takes '{{class}}' and no other brace, got {question!r}.")
         for name in ("yes_no", "shift", "limit"):
             if getattr(self, name) < 0:
                 raise ZooError(f"{name} must be 0 or more, got {getattr(self, name)}.")
@@ -73,16 +74,18 @@ class Classes(Dataset):
             raise IndexError(index)
         label = int(self.labels[index])
         dialogs = []
+        random = np.random.default_rng([self.config.seed, epoch, index])
         if self.config.name_question:
-            dialog = _dialog(self.config.name_question, self.config.classes[label], "name")
+            question = self._worded(random, self.config.name_question, self.config.name_wordings)
+            dialog = _dialog(question, self.config.classes[label], "name")
             dialog.choices = list(self.config.classes)
             dialogs.append(dialog)
-        random = np.random.default_rng([self.config.seed, epoch, index])
         for _ in range(self.config.yes_no if self.config.yes_no_question else 0):
             asked = label
             if random.random() < 0.5:
                 asked = (label + int(random.integers(1, len(self.config.classes)))) % len(self.config.classes)
-            question = self.config.yes_no_question.replace("{class}", self.config.classes[asked])
+            question = self._worded(random, self.config.yes_no_question, self.config.yes_no_wordings)
+            question = question.replace("{class}", self.config.classes[asked])
             dialogs.append(_dialog(question, "yes" if asked == label else "no", "yes_no", "yes_no"))
         image = _rgb(self.images[index])
         if self.config.split == "train":
@@ -90,6 +93,12 @@ class Classes(Dataset):
         if self.config.pairs:
             dialogs = in_pairs(dialogs, lambda _, right: self._wrong(random, right))
         return Sample(f"{self.config.split}-{index}", [image], dialogs)
+
+    def _worded(self, random: np.random.Generator, first: str, others: list[str]) -> str:
+        """Draw a wording in training; without others nothing is drawn."""
+        if not others or self.config.split != "train":
+            return first
+        return [first, *others][int(random.integers(len(others) + 1))]
 
     def _wrong(self, random: np.random.Generator, right: str) -> str:
         if right in OPPOSITE:

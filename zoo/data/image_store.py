@@ -1,9 +1,11 @@
-"""Find images by their names in records: files below a folder, or members of tar archives.
+"""Find images by their names in records: files below a folder, or members of tar or zip archives.
 
 Names cannot reach files outside: absolute names, `..` and links that lead out are refused.
 """
 
 import tarfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,7 @@ from zoo.registry import ImageError, ZooError, nearest
 from zoo.registry.foreign import require_file
 
 MAX_BYTES = 1 << 29  # of one image as it is stored
+_LOCAL = 30  # bytes of a zip member's local header, ahead of its name and extra fields
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,33 @@ class TarMember:
         return f"{self.archive}::{self.name}"
 
 
+@dataclass(frozen=True)
+class ZipMember(TarMember):
+    """The bytes of one image inside a zip archive; `offset` is that of its local header, `packed` its size there."""
+
+    packed: int
+    deflated: bool
+
+    def __call__(self) -> bytes:
+        with Path(self.archive).open("rb") as file:
+            file.seek(self.offset)
+            head = file.read(_LOCAL)
+            file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
+            data = file.read(self.packed)
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size) if self.deflated else data
+        except zlib.error as error:
+            raise OSError(f"{self} cannot be unpacked: {error}") from None
+
+
 class ImageStore(Protocol):
     """Maps a name to a source of `open_image`."""
 
     def find(self, name: str, where: str) -> Path | TarMember: ...
+
+    def names(self) -> list[str]:
+        """Return the names of all files, sorted."""
+        ...
 
 
 class Folder:
@@ -68,6 +94,10 @@ class Folder:
             raise ImageError(f"{where}: there is no image {name!r} in {self.root}.")
         return path
 
+    def names(self) -> list[str]:
+        """Return the names of all files below the root, sorted."""
+        return sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
+
 
 class _NoFurther:
     """A file whose reads are limited to its size: a header may state any size, which a read would allocate."""
@@ -84,13 +114,16 @@ class _NoFurther:
 
 
 class Archives:
-    """Members of uncompressed tar archives, indexed once; the bytes are read later, by offset."""
+    """Members of zip or uncompressed tar archives, indexed once; the bytes are read later, by offset."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._members: dict[str, TarMember] = {}
         self.paths = paths
         for path in paths:
             size = require_file(path)
+            if path.suffix.lower() == ".zip":
+                self._add_zip(path)
+                continue
             try:
                 with path.open("rb") as file:
                     short: Any = _NoFurther(file, size)
@@ -108,6 +141,22 @@ class Archives:
                     f"{path} cannot be read as a tar archive ({error}). It must not be compressed: images are read "
                     "from the middle of it."
                 ) from None
+
+    def _add_zip(self, path: Path) -> None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for item in archive.infolist():
+                    if item.is_dir():
+                        continue
+                    if item.file_size > MAX_BYTES:
+                        raise ZooError(f"{path}: the member {item.filename[:200]!r} states {item.file_size:,} bytes.")
+                    kinds = {zipfile.ZIP_STORED: False, zipfile.ZIP_DEFLATED: True}
+                    if item.compress_type not in kinds or item.flag_bits & 1:
+                        raise ZooError(f"{path}: {item.filename[:200]!r} is encrypted, or packed by another method.")
+                    place = item.header_offset, item.file_size, item.compress_size
+                    self._add(ZipMember(str(path), _plain(item.filename), *place, kinds[item.compress_type]))
+        except (zipfile.BadZipFile, ValueError, OSError, OverflowError) as error:
+            raise error if isinstance(error, ZooError) else ZooError(f"{path} cannot be read as a zip archive: {error}") from None
 
     def _add(self, member: TarMember) -> None:
         if other := self._members.get(member.name):
@@ -128,9 +177,13 @@ class Archives:
             raise ImageError(f"{where}: there is no image {name!r} in {', '.join(map(str, self.paths))}.{hint}")
         return member
 
+    def names(self) -> list[str]:
+        """Return the names of all members, sorted."""
+        return sorted(self._members)
+
 
 def open_store(place: str) -> ImageStore:
-    """Open a folder, a tar archive, or all archives that a pattern such as `shards/*.tar` matches.
+    """Open a folder, a tar or zip archive, or all archives that a pattern such as `shards/*.tar` matches.
 
     Raises:
         ZooError: there is nothing of that name.

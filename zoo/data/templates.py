@@ -1,0 +1,210 @@
+"""Questions by template about the rows of a table: open ones, yes or no, one of several.
+
+Braces in a template take columns of the row: `{name}`; `{counts.WBC}` takes a value of a mapping, `{objects.label}`
+that of each mapping in a list. A list gives one of its values, drawn anew for each question; all are accepted answers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from string import Formatter
+from typing import Any
+
+import numpy as np
+
+from zoo.registry import Dialog, ZooError, require_at_least, unknown
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is known of a table's columns beside its rows."""
+
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # column -> value -> what is written for it
+    missing: Mapping[str, str] = field(default_factory=dict)  # column -> value of rows that lack it
+
+
+@dataclass
+class Template:
+    """One kind of question; gives `answer` or `claim`."""
+
+    ask: list[str] = field(default_factory=list)  # wordings: training draws one of them, evaluation takes the first
+    answer: str = ""  # what the row's answer is: {name}
+    # What a yes/no question states, {claim} in its wordings: {name}. Half of the time it is what another row gives.
+    claim: str = ""
+    options: int = 0  # answers to choose from, the right one among them; {options} in a wording names them; 0: none
+    words: dict[str, dict[str, str]] = field(default_factory=dict)  # beside those of the table, for this kind alone
+    only: dict[str, list[str]] = field(default_factory=dict)  # column -> values of the rows that are asked; empty: all
+    task: str = ""  # that scores it; empty: exact, yes_no of claims, choice of options
+
+
+class Question:
+    """A template, checked, with what each row of the table gives for it.
+
+    Args:
+        kind: row of the score table.
+        template: its wordings and its answer.
+        rows: of the table.
+        columns: what is known of their columns.
+        where: names the place of a row for messages, by its index.
+
+    Raises:
+        ZooError: the template contradicts itself, or a row lacks a column.
+    """
+
+    def __init__(
+        self, kind: str, template: Template, rows: Sequence[Row], columns: Columns, where: Callable[[int], str]
+    ) -> None:
+        self.kind, self.template = kind, template
+        self.columns = replace(columns, words={**columns.words, **template.words})
+        self.check()
+        self.gives: list[list[str]] = []  # row -> what it gives; empty: it is not asked
+        for index, row in enumerate(rows):
+            asked = matches(row, template.only, where(index), self.columns)
+            values = filled(template.answer or template.claim, row, where(index), self.columns) if asked else []
+            self.gives.append(list(dict.fromkeys(values)))
+        self.pool = [value for values in self.gives for value in values]  # values in the frequency of the rows
+        different = len(set(self.pool))
+        if template.claim and different < 2:
+            raise ZooError(f"questions.{kind}: all rows give the same claim, so that no claim would be wrong.")
+        if template.options > different:
+            raise ZooError(f"questions.{kind}: options is {template.options}, and the rows give {different} answers.")
+
+    def check(self) -> None:
+        """Refuse a template that contradicts itself.
+
+        Raises:
+            ZooError: with the kind of question, and what is allowed.
+        """
+        own, name = self.template, f"questions.{self.kind}"
+        if not own.ask:
+            raise ZooError(f"{name}: ask is empty; give it one or more wordings.")
+        if bool(own.answer) == bool(own.claim):
+            raise ZooError(f"{name}: give either an answer or a claim, which is answered by yes or no.")
+        require_at_least(0, **{f"{name}.options": own.options})
+        if own.options == 1 or (own.options and own.claim):
+            raise ZooError(f"{name}: options goes with an answer, and is 2 or more, got {own.options}.")
+        for text in own.ask:
+            if own.claim and "claim" not in columns_of(text):
+                raise ZooError(f"{name}: {text!r} must have {{claim}} where the claim is to be.")
+            if "options" in columns_of(text) and not own.options:
+                raise ZooError(f"{name}: {text!r} names options, and options is 0.")
+
+    def about(self, row: Row, index: int, random: np.random.Generator, training: bool, where: str) -> Dialog:
+        """Ask about a row that is asked (`gives`); what is drawn depends on `random` alone."""
+        own = self.template
+        right = self.gives[index]
+        said = right[int(random.integers(len(right)))]
+        wording = own.ask[int(random.integers(len(own.ask))) if training else 0]
+        more: dict[str, Any] = {}
+        choices: list[str] = []
+        if own.claim:
+            truth = random.random() < 0.5
+            claim = said if truth else self._other(random, {*right})
+            more, answer, answers = {"claim": claim}, "yes" if truth else "no", []
+        else:
+            answer, answers = said, right if len(right) > 1 else []
+        if own.options:
+            choices = [said]
+            while len(choices) < own.options:
+                choices.append(self._other(random, {*right, *choices}))
+            choices = [choices[int(i)] for i in random.permutation(len(choices))]
+            more = {"options": f"{', '.join(choices[:-1])} or {choices[-1]}"}
+            answers = []
+        text = filled(wording, {**row, **more}, where, self.columns)[0]
+        task = own.task or ("yes_no" if own.claim else "choice" if own.options else "exact")
+        asked = [{"type": "image"}, {"type": "text", "text": text}]
+        messages = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        return Dialog(messages, kind=self.kind, task=task, answers=answers, choices=choices)
+
+    def _other(self, random: np.random.Generator, than: set[str]) -> str:
+        """Draw what another row gives, as often as rows give it, so that a claim alone does not tell its truth."""
+        for _ in range(20):
+            if (value := self.pool[int(random.integers(len(self.pool)))]) not in than:
+                return value
+        others = [value for value in self.pool if value not in than]  # almost all rows give the same
+        if not others:
+            raise ZooError(f"questions.{self.kind}: no row gives anything but {', '.join(map(repr, sorted(than)))}.")
+        return others[int(random.integers(len(others)))]
+
+
+def columns_of(text: str) -> list[str]:
+    """Return the columns that a template takes.
+
+    Raises:
+        ZooError: its braces cannot be read.
+    """
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        raise ZooError(f"The template {text!r} cannot be read: {error}. Write {{{{ for a brace.") from None
+    if wrong := [name for _, name, spec, change in parts if name is not None and (spec or change or not name)]:
+        raise ZooError(f"The template {text!r} must name columns only, as in '{{name}}', got {{{wrong[0]}}}.")
+    return [name for _, name, _, _ in parts if name is not None]
+
+
+def filled(text: str, row: Row, where: str, columns: Columns = Columns()) -> list[str]:
+    """Fill a template with a row's values: a text for each value of a column that is a list, else one.
+
+    Raises:
+        ZooError: the row lacks a column, or it holds no text and no number; the message begins with `where`.
+    """
+    names = columns_of(text)
+    several: dict[str, list[str]] = {}
+    for name in names:
+        value = value_of(row, name, where, columns.missing)
+        several[name] = [_word(v, columns.words.get(name, {}), f"{where}, {name}") for v in listed(value)]
+    longest = [name for name, values in several.items() if len(values) != 1]
+    if len(longest) > 1:
+        raise ZooError(f"{where}: {text!r} takes {longest[0]} and {longest[1]}, which both are lists; one may be.")
+    number = len(several[longest[0]]) if longest else 1
+    pick = {name: values if name in longest else values * number for name, values in several.items()}
+    return ["".join(_pieces(text, {name: values[i] for name, values in pick.items()})) for i in range(number)]
+
+
+def _pieces(text: str, values: Mapping[str, str]) -> list[str]:
+    found = []
+    for literal, name, _, _ in Formatter().parse(text):
+        found += [literal] if name is None else [literal, values[name]]
+    return found
+
+
+def value_of(row: Row, name: str, where: str, missing: Mapping[str, str] | None = None) -> Any:
+    """Return a column's value; dots lead into mappings, and into each mapping of a list.
+
+    Raises:
+        ZooError: there is no such column, and no value for it in `missing`.
+    """
+    value: Any = row
+    for part in name.split("."):
+        found = []
+        for each in listed(value):
+            if not isinstance(each, Mapping) or part not in each:
+                if missing and name in missing:
+                    return missing[name]
+                raise ZooError(f"{where}: {unknown('column', name, each if isinstance(each, Mapping) else row)}")
+            found.append(each[part])
+        value = found if isinstance(value, (list, tuple)) else found[0]
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the values of a list, or the one value as a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def matches(row: Row, wanted: Mapping[str, Sequence[str]], where: str, columns: Columns) -> bool:
+    """Whether each column holds one of its wanted values; of a list one must be wanted."""
+    found = {name: listed(value_of(row, name, where, columns.missing)) for name in wanted}
+    return all({*map(str, found[name])} & {*values} for name, values in wanted.items())
+
+
+def _word(value: Any, words: Mapping[str, str], where: str) -> str:
+    number = isinstance(value, (int, float)) and (isinstance(value, bool) or isfinite(value))
+    if not number and (not isinstance(value, str) or not value.strip()):
+        raise ZooError(f"{where}: a text or a number is needed, got {type(value).__name__} {str(value)[:40]!r}.")
+    return words.get(str(value), str(value))
