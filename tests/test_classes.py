@@ -56,7 +56,7 @@ def test_wordings_are_drawn_in_training_alone(folder):
     assert all(q == "What is shown?" or q.startswith("Is this a ") for q in dev)
     for question, answer in (said(d) for i in range(60) for d in data.get(i).dialogs):
         assert (answer in ("yes", "no")) == any(name in question for name in NAMES)
-    with pytest.raises(ZooError, match="takes '{class}'"):
+    with pytest.raises(ZooError, match=r"takes '\{class\}'"):
         load(folder, yes_no_wordings=["A {name}?"])
 
 

@@ -156,7 +156,9 @@ class Archives:
                     place = item.header_offset, item.file_size, item.compress_size
                     self._add(ZipMember(str(path), _plain(item.filename), *place, kinds[item.compress_type]))
         except (zipfile.BadZipFile, ValueError, OSError, OverflowError) as error:
-            raise error if isinstance(error, ZooError) else ZooError(f"{path} cannot be read as a zip archive: {error}") from None
+            if isinstance(error, ZooError):
+                raise
+            raise ZooError(f"{path} cannot be read as a zip archive: {error}") from None
 
     def _add(self, member: TarMember) -> None:
         if other := self._members.get(member.name):
