@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from zoo.registry import RecordError, Sample, ZooError, read_sample, unknown
+from zoo.runs.permutation import Permutation, shuffled
 
 GOLDEN = 0.6180339887498949  # golden ratio: its multiples modulo 1 are evenly spread over [0, 1), however many
 Where = tuple[int, int, int]  # which data set of the mix, epoch, index
@@ -55,7 +56,7 @@ class Mix:
         self.seed = seed
         # A position, and the number of samples of each data set before it: where the last call ended.
         self._counted = (0, np.zeros(len(self.names), dtype=np.int64))
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._orders: dict[tuple[int, int], np.ndarray | Permutation] = {}
 
     def samples_in(self, epochs: float) -> int:
         """Return the number of positions of `epochs` epochs; one epoch is the total length of the data sets."""
@@ -75,7 +76,7 @@ class Mix:
     def places(self, start: int, stop: int) -> list[Where]:
         """Return (data set, epoch, index) of each position in [start, stop); for streams only the first is defined."""
         if self.joined is not None:
-            return [self._in_joined(self.joined, p) for p in range(start, stop)]
+            return self._in_joined(self.joined, np.arange(start, stop))
         at, counts = self._counted
         if at > start:  # count again from the beginning
             at, counts = 0, np.zeros_like(counts)
@@ -85,28 +86,38 @@ class Mix:
             counts += np.bincount(self.members(at, until), minlength=len(counts))
             at = until
         self._counted = (start, counts.copy())
-        result = []
-        for member in self.members(start, stop).tolist():
-            count, length = int(counts[member]), self.lengths[member]
-            counts[member] += 1
+        members = self.members(start, stop)
+        found = np.zeros((stop - start, 3), dtype=np.int64)  # data set, epoch, index
+        found[:, 0] = members
+        for member in np.unique(members).tolist():
+            at_member = np.flatnonzero(members == member)
+            taken, length = counts[member] + np.arange(len(at_member)), self.lengths[member]
             if length is None:
-                result.append((member, 0, count))
+                found[at_member, 2] = taken
             else:
-                epoch, offset = divmod(count, length)
-                result.append((member, epoch, int(self._order(member, epoch, length)[offset])))
-        return result
+                found[at_member, 1], found[at_member, 2] = self._shuffled(member, taken, length)
+        return list(map(tuple, found.tolist()))
 
-    def _in_joined(self, ends: np.ndarray, position: int) -> Where:
-        """Return the sample at a position without weights: an epoch has each sample once, in one order over all."""
-        epoch, offset = divmod(position, int(ends[-1]))
-        at = int(self._order(-1, epoch, int(ends[-1]))[offset])
-        member = int(np.searchsorted(ends, at, side="right"))
-        return member, epoch, at - (int(ends[member - 1]) if member else 0)
+    def _in_joined(self, ends: np.ndarray, positions: np.ndarray) -> list[Where]:
+        """Return the samples at positions without weights: an epoch has each sample once, in one order over all."""
+        epochs, at = self._shuffled(-1, positions, int(ends[-1]))
+        members = np.searchsorted(ends, at, side="right")
+        before = np.concatenate([[0], ends[:-1]])[members]
+        return list(zip(members.tolist(), epochs.tolist(), (at - before).tolist(), strict=True))
 
-    def _order(self, member: int, epoch: int, length: int) -> np.ndarray:
+    def _shuffled(self, member: int, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epoch and the index of each position among the samples of a data set; -1: of all, joined."""
+        epochs, offsets = np.divmod(positions, length)
+        index = np.empty_like(offsets)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            index[here] = self._order(member, epoch, length)[offsets[here]]
+        return epochs, index
+
+    def _order(self, member: int, epoch: int, length: int) -> np.ndarray | Permutation:
         if (member, epoch) not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != member}  # keep one epoch of each data set
-            self._orders[member, epoch] = keyed(self.seed, 1, member, epoch).permutation(length)
+            self._orders[member, epoch] = shuffled(length, keyed(self.seed, 1, member, epoch))
         return self._orders[member, epoch]
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from zoo.registry import ZooError
+from zoo.runs.launchers import USE_TORCHRUN, adopt_launcher
 
 T = TypeVar("T")
 # Modes of `accelerate launch` that the training loop does not support, by the variable that the launcher sets.
@@ -37,7 +38,7 @@ def launcher_alone() -> Iterator[None]:
 
 
 def start_accelerator(device: str = "auto") -> Any:
-    """Make the accelerator of this process group.
+    """Make the accelerator of this process group, whether torchrun, accelerate, SLURM or MPI started it.
 
     The launcher sets devices and processes; the config sets accumulation, precision and compilation, stage by stage,
     regardless of `ACCELERATE_*` variables or of the state that another user of accelerate in this process (a
@@ -59,7 +60,10 @@ def start_accelerator(device: str = "auto") -> Any:
                 f"The launcher asks for {what} ({variable}={os.environ[variable]}); this loop runs on one process, DDP "
                 "or FSDP2. Choose one of them with `accelerate config`, or unset the variable."
             )
+    place = adopt_launcher()
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if place is not None and not cpu and place.local_world > 1 and torch.cuda.device_count() == 1:
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cuda:0")  # the task was given one device, not all of the node
     # On a rank whose batch has no image, or where an expert gets no token, parameters have no gradient.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     # accelerate keeps settings in a singleton; the process group, in PartialState, stays.
@@ -76,7 +80,7 @@ def start_accelerator(device: str = "auto") -> Any:
     if accelerator.num_processes != wanted:
         raise ZooError(
             f"The launcher started {wanted} processes, but this one is in a group of {accelerator.num_processes}. "
-            "On CPU use: torchrun --nproc_per_node <n> -m zoo.train ..."
+            f"On CPU use: {USE_TORCHRUN}"
         )
     if device != "auto" and accelerator.device.type != device.partition(":")[0]:
         raise ZooError(f"device={device} was asked for, but this process would run on {accelerator.device.type}.")
