@@ -4,7 +4,8 @@
 is installed, docs/compatibility.md#libraries lists them, and tests hold them together.
 
     transformers 5.24   `past_key_values` is called `cache`: in the arguments of models and decoder layers, and in
-                        outputs. The old name works there until 5.40, with a warning.
+                        outputs. The old name works there until 5.40, with a warning. Where the package `kernels` is
+                        installed, weights of a GGUF file stay packed, and kernels for them are fetched from the hub.
     torchvision 0.27    resamples tensors by lanczos too.
     transformers 5.23   gradient checkpointing is called activation checkpointing; the old name warns. It recomputes the
                         `forward` of a layer; before, it did so with `__call__`, the hooks on the layer included.
@@ -92,6 +93,7 @@ _ACTIVATION_CHECKPOINTING = at_least("transformers", "5.23")
 TORCHVISION_HAS_LANCZOS = at_least("torchvision", "0.27")  # for tensors
 # Image processors that transformers' Auto class builds by Pillow: they want lanczos.
 BY_PILLOW = () if TORCHVISION_HAS_LANCZOS else ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
+_PACKS_GGUF = at_least("transformers", "5.24")
 # What models and decoder layers call the key/value cache.
 CACHE = "cache" if at_least("transformers", "5.24") else "past_key_values"
 
@@ -186,3 +188,24 @@ def _checkpoint_in_pass(checkpoint: Any, function: Any, *args: Any, **_: Any) ->
 
 def _run(function: Any, *args: Any, **_: Any) -> Any:
     return function(*args)
+
+
+# ---- GGUF files ------------------------------------------------------------------------------------------------------
+
+
+def unpacked_gguf() -> dict[str, Any]:
+    """Return the options of `from_pretrained` with which a GGUF file is read as plain numbers, without kernels."""
+    if not _PACKS_GGUF:
+        return {}
+    from transformers import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def gguf_text_cuts() -> frozenset[str]:
+    """Return the names of ways to cut text before merges that transformers knows in a GGUF file."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # before 5.24
+        return frozenset()
+    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)

@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # floor do not import each other. A name is a folder, at the top level or in zoo/.
 FLOORS = (
     ("registry",),
+    ("storage",),
+    ("pretrained",),
     ("vision", "fusion", "distill"),
     ("data", "tasks"),
-    ("storage",),
     ("text",),
     ("published",),
     ("composed",),

@@ -1,6 +1,6 @@
 """A causal language model of transformers, unmodified, with uniform access to its parts.
 
-Weights come from a hub name or a folder (`checkpoint`), or are random for a model of the given size. `lm` is the
+Weights come from a hub name, a folder, a GGUF file or a package (`checkpoint`), or are random for a model of the given size. `lm` is the
 transformers model itself, so adapters, quantisers and `generate` apply to it as usual.
 
 Input embeddings are the output of `get_input_embeddings()`, which image tokens replace. Gemma scales them inside that
@@ -33,6 +33,7 @@ from zoo.fusion.llm.hf_config import (
     transformers_config,
 )
 from zoo.fusion.llm.text_model import axes_of, causal_class
+from zoo.pretrained.origin import folder_of
 from zoo.registry import LanguageModel, LinearHead, ZooError, one_line, register, require_revision
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, joined, required
@@ -242,8 +243,9 @@ def _from_checkpoint(
     config: HFLanguageModelConfig, vocab_size: int | None, dtype: torch.dtype | None, attention: str | None
 ) -> Any:
     where = {"revision": require_revision(config.revision)} if config.revision else {}
+    place = folder_of(config.checkpoint)
     try:
-        hf = read_config(config.checkpoint, where)
+        hf = read_config(place, where)
     except ZooError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -259,15 +261,15 @@ def _from_checkpoint(
     # Checked before weights are read: transformers fails on these in its first forward pass.
     text = hf.get_text_config()
     check_experts(text, name_of(config))
-    _require_safetensors(config.checkpoint)
+    _require_safetensors(place)
     if torch.get_default_device().type == "meta":
         # As `resize_token_embeddings` below, so that shapes on meta are those of the loaded model.
         text.vocab_size = max(text.vocab_size, vocab_size or 0)
         return cls.from_config(hf, **kwargs)
-    require_filled(hf, config.checkpoint)
+    require_filled(hf, place)
     kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **where}
     try:
-        loaded: Any = cls.from_pretrained(config.checkpoint, config=hf, **kwargs)
+        loaded: Any = cls.from_pretrained(place, config=hf, **kwargs)
     except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {one_line(error)}") from error
     lm, report = loaded

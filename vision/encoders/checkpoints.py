@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.pretrained.origin import folder_of
 from zoo.registry import ZooError, one_line, require_revision
 from zoo.registry.foreign import read_model_config, require_plausible
 
@@ -42,9 +43,13 @@ def is_local(checkpoint: str) -> bool:
 
 
 def with_revision(checkpoint: str, revision: str) -> str:
-    """Join a hub name and its revision to `org/name@revision`, as `fetch` takes it."""
+    """Return a checkpoint as `fetch` takes it: a hub name with its revision, `org/name@revision`, or a folder.
+
+    Raises:
+        ZooError: a revision of what is not on the hub; or a package or a file that cannot be read.
+    """
     if not revision:
-        return checkpoint
+        return folder_of(checkpoint)
     if not checkpoint or is_local(checkpoint):
         raise ZooError(f"revision {revision!r} needs a hub checkpoint, and checkpoint is {checkpoint!r}.")
     return f"{checkpoint}@{require_revision(revision)}"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.pretrained.origin import folder_of
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.encoders.base import (
     CLIP_MEAN,
@@ -208,8 +209,9 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
             "mlp_ratio": config.mlp_ratio,
         }
         return None, {"embed_dim": config.width, "vision_cfg": vision, "quick_gelu": config.quick_gelu}, {}
-    hub = "/" in config.checkpoint or is_local(config.checkpoint)
-    source = with_revision(config.checkpoint, config.revision) if hub else config.checkpoint
+    place = folder_of(config.checkpoint)
+    hub = "/" in place or is_local(place)
+    source = with_revision(place, config.revision) if hub else place
     if not config.model:
         told = read_json(source, CONFIG)
         weights = None if on_meta() else fetch(source, WEIGHTS)

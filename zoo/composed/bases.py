@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
+from zoo.pretrained.origin import origin_of
 from zoo.registry import ZooError
 from zoo.storage.precision import cast_parameters, dtype_of
 from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
@@ -226,8 +227,12 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
             continue
         checkpoint, revision = node[option], node.get(at) or None
         entry: dict[str, Any] = {"checkpoint": checkpoint, "revision": revision}
+        origin = origin_of(checkpoint)
         folder = snapshot(checkpoint, revision)
-        if folder is not None and folder == Path(checkpoint):
+        if origin is not None:  # a package or a GGUF file: what it is converted to is made anew where it is not there
+            entry |= {"checkpoint": origin.name, "fingerprint": origin.sha256}
+            node = {**node, option: origin.name}
+        elif folder is not None and folder == Path(checkpoint):
             entry |= {"checkpoint": str(folder.absolute()), "fingerprint": fingerprint(folder)}
             node = {**node, option: entry["checkpoint"]}
         elif folder is not None and at in node:

