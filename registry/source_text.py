@@ -9,7 +9,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,14 @@ def options_in(file: Path, kind: str, name: str) -> list[Option]:
 
 def presets_in(file: Path, kind: str, name: str) -> Any:
     """Return the presets of the component that `file` registers under `name`; None where the text does not say."""
+    try:
+        return _presets_in(file, file.stat().st_mtime_ns, kind, name)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=256)
+def _presets_in(file: Path, stamp: int, kind: str, name: str) -> Any:
     try:
         text = SourceText(file)
         return text.attribute(text.component(kind, name), "presets")

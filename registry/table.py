@@ -110,6 +110,7 @@ class Entry:
 EMPTY_SLOT = "_none_"  # the option behind `projector=null`: Hydra's command line cannot choose null from a group
 SLOT_KINDS = tuple(kind for kind in KINDS if kind != "distiller")  # a distiller belongs to a stage, not to the run
 
+_WITH_WEIGHTS = ("vision", "llm")  # kinds whose presets are parts with weights
 _declared: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}  # kind -> name -> module
 _entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
@@ -219,6 +220,7 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
         refuse_code(plain, f"the config of a {kind}")
     if "name" not in plain:
         raise ZooError(f"A {kind} config needs a `name`. Available: {', '.join(names(kind))}.")
+    plain = unnamed(kind, plain)
     entry = get(kind, plain["name"])
     known, owner = {f.name for f in fields(entry.node)}, f"{kind} {entry.name!r}"
     plain = written_out(plain, owner, entry.presets) if PRESET in plain else plain
@@ -238,6 +240,25 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     return entry, typed
 
 
+def parts_of(kind: str) -> dict[str, str]:
+    """Return the presets of a kind that may be named in place of a component: name -> component.
+
+    They are those of encoders and language models, each of which is one part with its weights.
+    """
+    if kind not in _WITH_WEIGHTS:
+        return {}
+    return {preset: name for name in names(kind) for preset in source_presets(kind, name)}
+
+
+def unnamed(kind: str, node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a node whose name may be a preset's (`dinov2_small`) with the component's name and the preset."""
+    name = node.get("name")
+    if kind not in _WITH_WEIGHTS or not isinstance(name, str) or name in names(kind):
+        return node
+    component = parts_of(kind).get(name)
+    return node if component is None else {PRESET: name, **node, "name": component}
+
+
 def _omegaconf_error() -> Any:
     """Return the base class of OmegaConf's errors; while it is not imported, a tuple of none."""
     return getattr(sys.modules.get("omegaconf.errors"), "OmegaConfBaseException", ())
@@ -246,6 +267,7 @@ def _omegaconf_error() -> Any:
 def completed(kind: str, node: Mapping[str, Any]) -> dict[str, Any]:
     """Return a node with all options of its component as plain values, checked as `config_of` does."""
     entry, _ = config_of(kind, node)
+    node = unnamed(kind, node)
     whole = written_out(node, f"{kind} {entry.name!r}", entry.presets) if PRESET in node else node
     return converted(entry.node, whole)
 

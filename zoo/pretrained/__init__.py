@@ -1,1 +1,1 @@
-"""Weights in installed packages and in GGUF files: found, converted once to a folder of safetensors, and read from it."""
+"""Weights in installed packages and in GGUF files: found, converted once to folders of safetensors, read from these."""

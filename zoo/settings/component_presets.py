@@ -9,9 +9,22 @@ from typing import Any
 
 from zoo.registry import MANY, ZooError, source_presets
 from zoo.registry.presets import PRESET, preset_called, shown
-from zoo.registry.table import kind_of
+from zoo.registry.table import kind_of, parts_of
 from zoo.settings import presets
 from zoo.settings.static_check import called, depth_of
+
+
+def with_components(words: Sequence[str]) -> list[str]:
+    """Return overrides with a part that is chosen by the name of its weights as its component and a preset of it.
+
+    `vision=dinov2_small` becomes `vision=hf vision.preset=dinov2_small`.
+    """
+    found: list[str] = []
+    for word in words:
+        group, equals, name = word.partition("=")
+        component = parts_of(group).get(name.strip().strip("'\"")) if equals else None
+        found += [word] if component is None else [f"{group}={component}", f"{group}.{PRESET}={name}"]
+    return found
 
 
 def expanded(parsed: Sequence[Any], chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> list[str]:

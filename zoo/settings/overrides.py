@@ -35,7 +35,7 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     Raises:
         ZooError: an override cannot be read, or names something that does not exist.
     """
-    parsed = parse(overrides)
+    parsed = parse(component_presets.with_components(overrides))
     for override in parsed:
         if override.is_sweep_override():
             line, key = override.input_line, override.key_or_group

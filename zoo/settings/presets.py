@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from zoo.registry import MANY, ZooError, names, source_presets, unknown
 from zoo.registry.presets import PRESET, written_out
-from zoo.registry.table import SLOT_KINDS, group_of, kind_of
+from zoo.registry.table import SLOT_KINDS, group_of, kind_of, parts_of
 
 GROUPS = ("model", "recipe", "data")  # groups that have YAML files
 KIND_WORDS = {"data": "data set"}
@@ -54,7 +54,7 @@ def available(group: str, config_dir: str | Path | None = None) -> list[str]:
     """Return the choices of a group: components, presets, or both."""
     kind = kind_of(group)
     presets = preset_files(group, config_dir) if group in GROUPS else {}
-    return sorted({*(names(kind) if kind else ()), *presets, *_members.get(group, ())})
+    return sorted({*(names(kind) if kind else ()), *presets, *_members.get(group, ()), *parts_of(group)})
 
 
 def require(group: str, name: Any, config_dir: str | Path | None = None) -> str:
@@ -72,7 +72,32 @@ def require(group: str, name: Any, config_dir: str | Path | None = None) -> str:
 
 
 def read(group: str, name: str, config_dir: str | Path | None = None) -> dict[str, Any]:
-    """Return the raw content of a preset; empty for a component."""
+    """Return the content of a preset; empty for a component.
+
+    A part that its defaults list chooses by the name of its weights (`override /vision: dinov2_small`) is written as
+    the component with a preset.
+    """
+    return _with_components(_read(group, name, config_dir))
+
+
+def _with_components(content: dict[str, Any]) -> dict[str, Any]:
+    chosen: dict[str, dict[str, Any]] = {}
+    entries = []
+    for entry in content.get("defaults") or []:
+        if isinstance(entry, dict):
+            for key, value in entry.items():
+                kind = kind_of(match[1]) if (match := re.fullmatch(r"override\s+/(\w+)", str(key))) else None
+                if kind and isinstance(value, str) and value in (parts := parts_of(kind)):
+                    chosen[kind] = {PRESET: value}
+                    entry = {**entry, key: parts[value]}
+        entries.append(entry)
+    if not chosen:
+        return content
+    stated = {kind: {**node, **(content.get(kind) or {})} for kind, node in chosen.items()}
+    return {**content, "defaults": entries, **stated}
+
+
+def _read(group: str, name: str, config_dir: str | Path | None) -> dict[str, Any]:
     if name in _private[group]:
         return _private[group][name]
     file = preset_files(group, config_dir).get(name)
@@ -126,7 +151,7 @@ def component_of(group: str, key: str, config_dir: str | Path | None = None) -> 
         name = entry.partition("@")[0].rpartition("/")[2] if isinstance(entry, str) else ""
         if name and name != "_self_":
             return component_of(group, name, config_dir)
-    return _members.get(group, {}).get(key, key)
+    return {**parts_of(group), **_members.get(group, {})}.get(key, key)
 
 
 def plugins_of(recipe: Any, config_dir: str | Path | None = None) -> list[str]:
@@ -218,6 +243,7 @@ def trim(
     """
     content = read(group, name, config_dir)
     body = {k: v for k, v in content.items() if k != "defaults"}
+    as_written = content == _read(group, name, config_dir)
     # Bases are trimmed as well, each into a preset of its own, since Hydra reads them by name.
     entries, changed = [], False
     for entry in content.get("defaults") or []:
@@ -232,7 +258,7 @@ def trim(
     for key, options in (without or {}).items():
         if isinstance(stated := kept_body.get(key), dict):
             kept_body[key] = {k: v for k, v in stated.items() if options and k not in options}
-    if not changed and kept_body == body:
+    if as_written and not changed and kept_body == body:
         return name  # the usual case: Hydra reads the file itself
     return store_once(group, name, {"defaults": entries, **kept_body} if entries else kept_body)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zoo.pretrained.origin import folder_of
+from zoo.pretrained.origin import folder_of, has_gguf
 from zoo.registry import ZooError, first_line
 from zoo.registry.foreign import gone, read_json, read_model_config, require_file
 
@@ -20,12 +20,9 @@ _ASKED = ("config.json", "tokenizer_config.json", "tokenizer.json", "chat_templa
 
 
 def has_template(checkpoint: str) -> bool:
-    """Whether a checkpoint's tokenizer has its own chat template; assumed for one on the hub."""
-    try:
-        folder = Path(folder_of(checkpoint)).expanduser()
-    except ZooError:  # reported when the weights are read
-        return True
-    if not folder.is_dir():
+    """Whether a checkpoint's tokenizer has its own chat template; assumed on the hub, in packages and GGUF files."""
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir() or has_gguf(folder):
         return True
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
