@@ -5,7 +5,7 @@ with and without experts, with and without sdpa. Sizes are tiny, so that a compo
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,13 @@ def _some(chance: random.Random, known: list[str], odds: tuple[float, float, flo
     return chance.sample(known, chance.choices((0, 1, 2), odds)[0])
 
 
-def _vision(chance: random.Random) -> dict[str, Any]:
-    heads = chance.choice((2, 4))
-    node: dict[str, Any] = {"name": chance.choice(names("vision")), **_TOWER, "heads": heads, "width": 16 * heads}
+def _vision(chance: random.Random, among: Sequence[str] = ()) -> dict[str, Any]:
+    heads, name = chance.choice((2, 4)), chance.choice(among or names("vision"))
+    if name == "fused":
+        others = [n for n in names("vision") if n != name]
+        node = {"name": name, "encoders": {key: _vision(chance, others) for key in ("one", "two")}}
+        return {**node, "join": chance.choice(("channels", "channels", "tokens")), "grid": chance.choice(("", "two"))}
+    node = {"name": name, **_TOWER, "heads": heads, "width": 16 * heads}
     node |= {"layer": chance.choice((-1, -2, 1, 2)), "norm": chance.random() < 0.2}
     if node["name"] == "hf":
         node |= {"model_type": chance.choice(_HF), "patch_size": 8}

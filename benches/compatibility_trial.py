@@ -63,6 +63,8 @@ def node_of(kind: str, name: str) -> dict[str, Any]:
         return {"name": "hf", "model_type": name, **_LLM, **groups, **(_EXPERTS if name in MOE else {})}
     if kind == "vision":
         library, _, family = name.partition(" ")
+        if library == "fused":
+            return {"name": library, "encoders": {"a": node_of(kind, "hf siglip"), "b": node_of(kind, "timm")}}
         return {"name": library, **_TOWER, **({"model_type": family} if family == "siglip" else {})}
     return {"name": name, **_SMALL.get((kind, name), {})}
 

@@ -249,7 +249,7 @@ class Arms:
                 images = [i for k in range(min(rows, len(whole))) for i in whole.get(k).images][:rows]
                 shown = self.processor.prepare(images)
                 return torch.stack([shown[i % len(shown)] for i in range(rows)])
-        return torch.randn((rows, 3, *model.vision.transform.size), generator=torch.Generator().manual_seed(0))
+        return torch.randn((rows, *model.vision.transform.shape), generator=torch.Generator().manual_seed(0))
 
 
 def accepts(pruner: str, option: str) -> bool:

@@ -79,13 +79,16 @@ class Encoder(ModelPart):
     """Weights of its text tower, once `prepare` built one."""
     lacks: Mapping[str, str] = {}
     """Capability -> why it is not given, a sentence for messages."""
+    members: Mapping[str, Encoder] = {}
+    """Its encoders by name, where it joins several (`zoo.vision.encoders.fused`); their weights are
+    `encoders.<name>.*`."""
 
     @abstractmethod
     def forward(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
         """Encode images.
 
         Args:
-            pixel_values: (M, 3, S, S).
+            pixel_values: (M, *transform.shape): (M, 3, S, S), or (M, P) for several encoders.
             need: words of `provides` to compute beside the tokens (M, N, D): cls_attention, keys, ...; and with
                 `attention_blocks` those of other blocks, which go into `ImageFeatures.block_attention`.
 

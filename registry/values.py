@@ -7,7 +7,7 @@ configs stay cheap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -311,6 +311,25 @@ class ImageTransform:
     # Library that resamples, pillow or torchvision: they round differently, by 1 or 2 of 255. transformers' image
     # processors use torchvision, the transforms of timm and open_clip Pillow. Padding always uses Pillow.
     resample_by: str = "pillow"
+    also: tuple[ImageTransform, ...] = ()  # of further encoders, which get pixels of their own from the same image
+
+    @property
+    def each(self) -> tuple[ImageTransform, ...]:
+        """Of every encoder by itself, this one first."""
+        return (replace(self, also=()), *self.also)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels of one row: (3, h, w); (P,) where several encoders have theirs one behind the other."""
+        if not self.also:
+            return 3, *self.size
+        return (sum(3 * t.size[0] * t.size[1] for t in self.each),)
+
+    @staticmethod
+    def stated(values: Mapping[str, Any]) -> ImageTransform:
+        """Read it from plain values, as `dataclasses.asdict` and JSON leave it."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return ImageTransform(**{**plain, "also": tuple(ImageTransform.stated(v) for v in plain.get("also", ()))})
 
 
 # An image as a data set may give it: a path, encoded bytes, an array (h, w, 3) uint8, a PIL image, or a function that

@@ -23,7 +23,7 @@ def make(config, **changes):
 
 
 def test_every_encoder_is_in_this_battery():
-    assert {c["name"] for c in SIZED.values()} == set(names("vision"))
+    assert {c["name"] for c in SIZED.values()} == set(names("vision")) - {"fused"}  # of several: tests/test_fused.py
 
 
 def test_keeps_the_contract(config):
@@ -257,7 +257,7 @@ def test_every_option_is_documented():
         assert "name" not in {f.name for f in dataclasses.fields(entry.config)}
 
 
-@pytest.mark.parametrize("name", names("vision"))
+@pytest.mark.parametrize("name", sorted({c["name"] for c in SIZED.values()}))
 def test_a_hub_name_that_is_not_in_the_cache_says_so(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

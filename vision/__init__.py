@@ -2,6 +2,7 @@
 
 from zoo.registry import declare
 
+declare("vision", "fused", "zoo.vision.encoders.fused")
 declare("vision", "hf", "zoo.vision.encoders.hf")
 declare("vision", "open_clip", "zoo.vision.encoders.open_clip")
 declare("vision", "timm", "zoo.vision.encoders.timm")

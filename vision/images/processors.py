@@ -241,4 +241,6 @@ def cut_of(picture: Any) -> Cut:
     """How an image was cut; one that was not is as large as its pixels."""
     if isinstance(picture, Picture):
         return picture.cut
+    if picture.ndim == 1:  # a row for several encoders, of an image that was not cut
+        return Cut()
     return Cut(size=(int(picture.shape[-2]), int(picture.shape[-1])))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +27,36 @@ def to_pixels(image: Any, transform: ImageTransform, where: str = "") -> Tensor:
     """Fit an image to `transform.size` and normalise it: (3, h, w) float32.
 
     A uint8 array (h, w) or (h, w, 3) of the target size is only normalised (15 us at 64 x 64). Other sources are
-    decoded by `open_image` and resampled.
+    decoded by `open_image` and resampled. For several encoders (`transform.also`) the image is decoded once, and each
+    has its own pixels in the row (P,), see `one_row`.
     """
     if callable(image):
         image = image()
+    if transform.also:
+        decoded = open_image(image, where)
+        return one_row([_fitted(decoded, each) for each in transform.each])
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and _fits(image.shape, transform.size)):
-        image = np.asarray(fit(open_image(image, where), transform))
+        return _fitted(open_image(image, where), transform)
     return normalise(torch.from_numpy(np.require(image, requirements=["C", "W"])), transform)  # a copy only if need be
+
+
+def _fitted(image: Image.Image, transform: ImageTransform) -> Tensor:
+    pixels = np.asarray(fit(image, transform))
+    return normalise(torch.from_numpy(np.require(pixels, requirements=["C", "W"])), transform)
+
+
+def one_row(pixels: Sequence[Tensor]) -> Tensor:
+    """Write the pixels of several encoders, each (..., 3, h, w), one behind the other: (..., P)."""
+    return torch.cat([p.flatten(-3) for p in pixels], dim=-1)
+
+
+def split_row(pixels: Tensor, transform: ImageTransform) -> list[Tensor]:
+    """Give each encoder its pixels: (..., P) to (..., 3, h, w) for each of `transform.each`, as views."""
+    shapes = [each.shape for each in transform.each]
+    if not transform.also:
+        return [pixels]
+    parts = pixels.split([math.prod(shape) for shape in shapes], dim=-1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def normalise(image: Tensor, transform: ImageTransform) -> Tensor:

@@ -65,10 +65,15 @@ def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto"
             _check_layout(parts.layout, parts.vision.transform.size, slots["layout"])
 
 
-def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str, Any]) -> None:
+def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str, Any], name: str = "") -> None:
     """Compare the encoder's tokens with `num_tokens`, `grid` and `hidden_size`."""
-    name, size = f"vision {node['name']!r}", vision.transform.size
-    pixels = torch.stack([torch.zeros(3, *size), torch.rand(3, *size)])  # (2, 3, S, S)
+    for member, encoder in vision.members.items():  # each by itself: what joins them is known to work
+        needed = frozenset(word for word in requested if word in encoder.provides)
+        _check_vision(encoder, needed, node["encoders"][member], f"encoder {member!r} of vision {node['name']!r}")
+    if vision.members:
+        return
+    name, shape = name or f"vision {node['name']!r}", vision.transform.shape
+    pixels = torch.stack([torch.zeros(shape), torch.rand(shape)])  # (2, 3, S, S)
     alone: Any = vision
 
     def built() -> Any:
@@ -177,7 +182,7 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
     words |= {"next_attention": "next_block", "next_keys": "next_block"}
     known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in requested}
     known["block_attention"] = {word: score for word in requested if "@" in word}
-    return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]), **known)
+    return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]) if "grid" in vision.provides else None, **known)
 
 
 def _about(parts: Parts, image: ImageFeatures, even: bool) -> ImageFeatures:

@@ -23,25 +23,20 @@ import torch
 from torch import Tensor
 
 from zoo import registry
+from zoo.composed.own_checkpoints import Own, node_at, own_checkpoints
 from zoo.pretrained.origin import origin_of
 from zoo.registry import ZooError
+from zoo.registry.part import base_of
 from zoo.storage.precision import cast_parameters, dtype_of
 from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
 from zoo.storage.weights import fingerprint, names_of, snapshot
 
-# What may have a checkpoint of its own, each with its part and the options that name the checkpoint. The text tower of
-# an encoder comes first: where it has one, its weights are not from the encoder's.
-OWN = {
-    "text_tower": ("vision", "text_checkpoint", "text_revision"),
-    "vision": ("vision", "checkpoint", "revision"),
-    "llm": ("llm", "checkpoint", "revision"),
-}
 WHOLE = "model"  # key of a published checkpoint that all parts have their weights from
 
 
 @dataclass
 class Bases:
-    """The checkpoints that a model's weights came from, each by what it is for: a key of `OWN`, or `model`.
+    """The checkpoints that a model's weights came from, each by what it is for: a key of `own_checkpoints`, or `model`.
 
     Attributes:
         record: the entries of config.json: checkpoint, revision, fingerprint; `dtype` where the weights are held in
@@ -49,6 +44,7 @@ class Bases:
             is named only as a source, and for the layout of exports.
         given: names of the weights that came from the checkpoint.
         nodes: options of the part, to load it again.
+        own: what may have a checkpoint of its own.
         requested: capabilities of the encoder that parts need: with `text_tower` it has one.
         vocab_size: of the tokenizer that the language model was built for.
         folder: of the published checkpoint.
@@ -60,6 +56,7 @@ class Bases:
     record: dict[str, dict[str, Any]] = field(default_factory=dict)
     given: dict[str, frozenset[str]] = field(default_factory=dict)
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    own: dict[str, Own] = field(default_factory=dict)
     requested: frozenset[str] = frozenset()
     vocab_size: int | None = None
     folder: Path | None = None
@@ -125,7 +122,7 @@ class Bases:
         record: dict[str, Any] = {}
         for key, entry in self.record.items():
             given = self.given[key] & state.keys()
-            if key in OWN and not (slots.get(OWN[key][0]) or {}).get(OWN[key][1]):
+            if (own := own_checkpoints(slots).get(key)) and not node_at(slots, own.path).get(own.option):
                 given = frozenset()
             try:
                 again = self._again(key) if given else {}
@@ -163,11 +160,11 @@ class Bases:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), _no_progress():
             # A random seed: weights that the checkpoint lacks, drawn from the seed of the run, would compare equal.
             torch.default_generator.seed()
-            kind = OWN[key][0]
-            part = registry.build(kind, self.nodes[key], vocab_size=self.vocab_size)
-            if kind == "vision":
-                part.prepare(self.requested)
-        return {f"{kind}.{name}": tensor for name, tensor in part.state_dict().items()}
+            own = self.own[key]
+            part = registry.build(own.kind, self.nodes[key], vocab_size=self.vocab_size)
+            if own.kind == "vision":
+                part.prepare(frozenset(word for word in self.requested if base_of(word) in part.provides))
+        return {f"{own.module}.{name}": tensor for name, tensor in part.state_dict().items()}
 
     def _still(
         self, tensor: Tensor, again: Mapping[str, Stored | Joined | Tensor], names: Sequence[str], few: Any = None
@@ -219,10 +216,11 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         bases.stored = published.tensors  # by the names of the parts' modules
         read = published.filled.tensors if published.filled is not None else {}
         bases.given[WHOLE] = frozenset(n for n, t in model.state_dict(keep_vars=True).items() if id(t) in read)
-    for key, (part, option, at) in OWN.items():
-        node, module = slots.get(part) or {}, getattr(model, part)
-        inner = "text." if key == "text_tower" else ""
-        names = frozenset(f"{part}.{name}" for name in module.state_dict() if name.startswith(inner)) if module else ()
+    bases.own = own_checkpoints(slots)
+    every = model.state_dict(keep_vars=True)
+    for key, own in bases.own.items():
+        node, option, at = node_at(slots, own.path), own.option, own.revision
+        names = frozenset(name for name in every if name.startswith(f"{own.module}.{own.inside}"))
         if not node.get(option) or not names:
             continue
         checkpoint, revision = node[option], node.get(at) or None
@@ -240,7 +238,7 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
             node = {**node, at: folder.name}
         bases.record[key], bases.nodes[key] = entry, dict(node)
         # Adapters may own parameters inside the LLM, and a published checkpoint comes before a part's own.
-        bases.given[key] = frozenset(n for n in names if model.part_of(n) == part) - bases.names
+        bases.given[key] = frozenset(n for n in names if model.part_of(n) == own.part) - bases.names
         if dtype := dtype_of(((model.config.base or {}).get(key) or {}).get("dtype")):  # as it was saved
             cast_parameters(model, dtype, only=bases.given[key])
     return bases

@@ -71,7 +71,7 @@ class ImagesMixin(QuestionMixin):
         """Run encoder, pruners, projector and layout.
 
         Args:
-            pixel_values: (M, 3, S, S), cast to the encoder's data type.
+            pixel_values: (M, 3, S, S), or (M, P) for several encoders; cast to the encoder's data type.
             cuts: of each image, or of the images of each sample, where images have rows of their own; absent: every row
                 is an image.
             given: the inputs of the pass, for parts that need the question.
@@ -88,7 +88,8 @@ class ImagesMixin(QuestionMixin):
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
         weight = next(self.vision.parameters(), None)
-        if weight is not None and weight.dtype in (torch.bfloat16, torch.float16):  # processors make float32
+        short = weight is not None and weight.dtype in (torch.bfloat16, torch.float16)  # processors make float32
+        if weight is not None and short and not self.vision.members:  # else each has its own data type
             pixel_values = pixel_values.to(weight.dtype)
         more = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
         image = self.vision(pixel_values, need=self.requested, **more)
@@ -314,7 +315,7 @@ class ImagesMixin(QuestionMixin):
         """Return a zero that depends on encoder and projector: DDP's all-reduce then has gradients of every rank."""
         assert self.vision is not None, "it trains"
         pixels = torch.zeros(
-            1, 3, *self.vision.transform.size, device=self.device, dtype=next(self.vision.parameters()).dtype
+            1, *self.vision.transform.shape, device=self.device, dtype=next(self.vision.parameters()).dtype
         )
         encoded = self.encode_images(pixels)
         if encoded.kept is None and encoded.image is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.composed.assembly import Parts, assemble
 from zoo.composed.keywords import put
+from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.published import is_published
 from zoo.published.checkpoint import Checkpoint, checkpoint_from, checkpoint_in
 from zoo.published.folder import read_content
@@ -96,7 +97,7 @@ def reader_for(
         found = checkpoint_in(folder, *((record or {}).get(k) or "" for k in ("checkpoint", "revision")))
     elif record and not record.get("whole"):  # else all weights are in the folder
         found, partial = checkpoint_from(record), folder is not None
-    elif folder is not None and not any((config.slots or {}).get(k, {}).get("checkpoint") for k in ("vision", "llm")):
+    elif folder is not None and not have_checkpoints(config.slots or {}):
         found, partial = Checkpoint(folder, dict(listing(weight_files(folder)))), True
     if folder is not None:  # a downloaded config must not fill memory: its sizes are compared with its files first
         files = {*weight_files(folder), *(weight_files(found.folder) if found is not None else [])}
@@ -131,7 +132,9 @@ def _require_filled(config: Any, files: set[Path], walked: Parts | None) -> None
     if parts is None:
         with torch.device("meta"):
             parts = assemble(slots, vocab_size=config.text_vocab_size)
-    own = [p for k in SINGLE_SLOTS if (p := getattr(parts, k)) is not None and not slots[k].get("checkpoint")]
+    own = [p for k in ("projector", "layout") if (p := getattr(parts, k)) is not None]
+    bases = [base for base in own_checkpoints(slots).values() if not base.inside]
+    own += [p for b in bases if (p := b.of(parts)) is not None and not node_at(slots, b.path).get(b.option)]
     tensors = {  # by id: tied weights count once
         id(t): t.numel()
         for part in [*own, *parts.pruner.values(), *parts.adapter.values()]

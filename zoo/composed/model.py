@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from zoo.autoclasses import register_model
 from zoo.composed.assembly import Parts, assemble
-from zoo.composed.bases import OWN, Bases, as_whole, bases_of
+from zoo.composed.bases import Bases, as_whole, bases_of
 from zoo.composed.forward import ForwardMixin
 from zoo.composed.generate import GenerateMixin
 from zoo.composed.keywords import require_save, split_load
 from zoo.composed.language_model import LanguageModelMixin
 from zoo.composed.loader import load_model, reader_for
+from zoo.composed.own_checkpoints import with_node
 from zoo.composed.positions import decided
 from zoo.composed.slots import slots_now, without_checkpoint
 from zoo.composed.trainable import PartsMixin
@@ -138,7 +139,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             state, record = self.bases.changed(self, state, config.slots)
         for key in [k for k in self.bases.nodes if record[k].get("whole")]:
             if node := without_checkpoint(self, key, config.slots):
-                config.slots[OWN[key][0]] = node
+                config.slots = with_node(config.slots, self.bases.own[key].path, node)
             else:
                 del record[key]  # only its checkpoint can build it; its fingerprint must not be required any more
         config.base = record or None

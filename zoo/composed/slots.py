@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from zoo.composed.bases import OWN
+from zoo.composed.own_checkpoints import node_at, own_checkpoints, with_node
 from zoo.registry import ZooError, build
+from zoo.registry.part import base_of
 
 
 def slots_now(model: Any) -> dict[str, Any]:
@@ -21,8 +22,9 @@ def slots_now(model: Any) -> dict[str, Any]:
     """
     slots = {**(model.config.slots or {})}
     for key, node in model.bases.nodes.items():
-        part, *options = OWN[key]
-        slots[part] = {**slots[part], **{k: node[k] for k in options if k in node}}
+        own = model.bases.own[key]
+        stated = {k: node[k] for k in (own.option, own.revision) if k in node}
+        slots = with_node(slots, own.path, {**node_at(slots, own.path), **stated})
     merged = {name: adapter for name, adapter in model.adapter.items() if adapter.merged}
     if lasting := [name for name, adapter in merged.items() if not adapter.merged_for_good]:
         raise ZooError(
@@ -40,20 +42,21 @@ def without_checkpoint(model: Any, key: str, slots: Mapping[str, Any]) -> dict[s
 
     Args:
         model: composed.
-        key: of a base: vision, llm, or text_tower.
+        key: of a base: vision, llm, or text_tower; vision.X for one of several encoders.
         slots: options of its parts, as they are to be saved.
 
     Returns:
         The part's options. None where options cannot describe it: towers of timm and open_clip whose architecture is in
         their checkpoint only.
     """
-    node = slots[OWN[key][0]]
-    if key == "text_tower":
-        return {k: v for k, v in node.items() if k not in OWN[key]} | _text_sizes(model)
+    own = own_checkpoints(slots)[key]
+    node = node_at(slots, own.path)
+    if own.inside:
+        return {k: v for k, v in node.items() if k not in (own.option, own.revision)} | _text_sizes(own.of(model))
     if node["name"] != "hf":
         return None
     try:
-        return _llm(model) if key == "llm" else _vision(model, node)
+        return _llm(model) if key == "llm" else _vision(own.of(model), node, model.requested)
     except ZooError:  # a family that is known from checkpoints only
         return None
 
@@ -70,32 +73,33 @@ def _llm(model: Any) -> dict[str, Any] | None:
     return node if same else None
 
 
-def _text_sizes(model: Any) -> dict[str, Any]:
+def _text_sizes(encoder: Any) -> dict[str, Any]:
     from zoo.vision.encoders.hf_text import sizes_of
 
-    return {} if model.vision.text is None else {"text_sizes": sizes_of(model.vision.text)}
+    return {} if encoder.text is None else {"text_sizes": sizes_of(encoder.text)}
 
 
-def _vision(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _vision(encoder: Any, given: Mapping[str, Any], requested: frozenset[str]) -> dict[str, Any] | None:
     from zoo.published.family import vision_slot
 
-    tower, transform = model.vision.runner.tower, model.vision.transform
+    tower, transform = encoder.runner.tower, encoder.transform
     if given.get("pooling_head") or given.get("summary"):
         return None  # the head needs blocks behind the chosen layer, which num_hidden_layers no longer counts
     node = vision_slot(tower.config, {}, layer=tower.config.num_hidden_layers, norm=bool(given.get("norm")))
     pixels = {"mean": list(transform.mean), "std": list(transform.std), "resample": transform.resample}
-    own = replace(transform, size=model.vision.own_size)  # before a pruner in front of the encoder made it smaller
+    own = replace(transform, size=encoder.own_size)  # before a pruner in front of the encoder made it smaller
     node |= {"image_size": own.size[0], "fit": transform.fit, **pixels}
     node["frame_tower"] = bool(given.get("frame_tower"))
     if given.get("next_block"):
         node |= {"next_block": True, "depth": tower.config.num_hidden_layers + 1}
     apart = {k: given[k] for k in ("text_checkpoint", "text_revision") if given.get(k)}
-    node |= apart or _text_sizes(model)
+    node |= apart or _text_sizes(encoder)
     with torch.device("meta"):
         again = build("vision", node)
-        again.prepare(model.requested)
-    shapes, wanted = ({n: t.shape for n, t in v.state_dict().items()} for v in (again, model.vision))
-    same = shapes == wanted and again.transform == own and (own != transform or again.grid == model.vision.grid)
+        lacks = {"text_tower"} if encoder.text is None else set()
+        again.prepare(frozenset(word for word in requested - lacks if base_of(word) in again.provides))
+    shapes, wanted = ({n: t.shape for n, t in v.state_dict().items()} for v in (again, encoder))
+    same = shapes == wanted and again.transform == own and (own != transform or again.grid == encoder.grid)
     return node if same else None
 
 

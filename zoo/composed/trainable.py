@@ -21,12 +21,17 @@ class PartsMixin(nn.Module):
     compiled: bool
 
     def part_of(self, name: str) -> str:
-        """Name the part that the parameter `name` belongs to: vision, projector, llm, pruner.X or adapter.X."""
+        """Name the part that the parameter `name` belongs to: vision, projector, llm, pruner.X or adapter.X.
+
+        Of several encoders each is a part of its own, vision.X.
+        """
         head, _, rest = name.partition(".")
         if head == "llm":
             inner = rest.removeprefix("lm.")
             owner = next((n for n, a in self.adapter.items() if a.owns(inner)), None)
             return f"adapter.{owner}" if owner else "llm"
+        if head == "vision" and self.vision is not None and self.vision.members:
+            return f"vision.{rest.removeprefix('encoders.').partition('.')[0]}"
         if head in {"pruner", "adapter"}:
             return f"{head}.{rest.partition('.')[0]}"
         return head

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from zoo.composed.own_checkpoints import own_checkpoints
 from zoo.registry import ZooError
 from zoo.storage.weights import fingerprint
 
@@ -25,9 +26,11 @@ def locate_weights(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] 
         ZooError: the run did not begin on such weights, the new location has others, or the old one has none.
     """
     base = None if noted is None else noted.get("base") or {}
-    for part in ("vision", "llm"):
-        before, now = (str((OmegaConf.select(c, part) or {}).get("checkpoint") or "") for c in (cfg, given))
-        option, what = f"{part}.checkpoint", f"base weights of {part}"
+    for part, own in own_checkpoints(cfg).items():
+        if own.inside:
+            continue
+        before, now = (str((OmegaConf.select(c, own.module) or {}).get("checkpoint") or "") for c in (cfg, given))
+        option, what = f"{own.module}.checkpoint", f"base weights of {part}"
         if now and not before:
             raise ZooError(f"{option}={now}: the run did not begin on a checkpoint of {part}.")
         record = None if base is None else base.get(part) or {}

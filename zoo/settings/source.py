@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from zoo.composed.own_checkpoints import encoder_paths, node_at, with_node
 from zoo.published import is_published
 from zoo.published.composed import tokens_for
 from zoo.published.folder import read_content
@@ -170,7 +171,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
     return Source(
         name=cfg.model.name,
         kind=cfg.model.source,
-        slots={slot: plain(cfg.get(slot)) for slot in MODEL_SLOTS},
+        slots=with_encoders({slot: plain(cfg.get(slot)) for slot in MODEL_SLOTS}),
         tokenizer=plain(cfg.tokenizer),
         pretrained=pretrained,
         **{key: cfg.model[key] for key in ("repository", "revision", "sha256", "base")},
@@ -180,6 +181,14 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
         data={str(name): _split(node) for name, node in cfg.data.items()},
         typed=typed_of(cfg),
     )
+
+
+def with_encoders(slots: dict[str, Any]) -> dict[str, Any]:
+    """Write out the options of each of several encoders, as those of other parts are: defaults may change later."""
+    for path in encoder_paths(slots["vision"]):
+        if len(path) > 1:
+            slots = with_node(slots, path, completed("vision", node_at(slots, path)))
+    return slots
 
 
 def source_named(name: str, *overrides: str) -> Source:
@@ -221,7 +230,7 @@ def _in_folder(name: str) -> Source | None:
     return Source(
         name=str(place),
         kind="dir",
-        slots={slot: parts[slot] for slot in MODEL_SLOTS},
+        slots=with_encoders({slot: parts[slot] for slot in MODEL_SLOTS}),
         tokenizer=tokenizer,
         positions=content.get("positions", "auto"),
         data={key: _split(node) for key, node in parts["data"].items()},

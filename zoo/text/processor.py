@@ -25,7 +25,7 @@ from zoo.text.processor_keywords import LoadedMixin
 from zoo.text.questions import QuestionsMixin
 from zoo.text.tokenized_chat import Chat
 from zoo.text.tokenizer import pad_id_of, require_token
-from zoo.vision.images.processors import Pictures, Videos, as_clip, cut_of, flat, processor_of
+from zoo.vision.images.processors import Picture, Pictures, Videos, as_clip, cut_of, flat, processor_of
 from zoo.vision.images.transform import to_pixels
 from zoo.vision.images.video import Video
 
@@ -73,8 +73,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         **kwargs: Any,
     ) -> None:
         if isinstance(transform, Mapping):
-            stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in transform.items()}
-            transform = ImageTransform(**stated)
+            transform = ImageTransform.stated(transform)
         self.transform: Any = transform  # ImageTransform or None
         self.num_image_tokens = num_image_tokens
         self.pictures = Pictures(pictures) if pictures else None
@@ -162,11 +161,11 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
     def image_processor(self) -> Any:
         """An image processor of transformers that prepares images as this processor does, up to a step of a byte.
 
-        transformers' pipelines need it. None without an encoder, and if images are padded to squares.
+        transformers' pipelines need it. None without an encoder, with several, and if images are padded to squares.
         """
-        if self.pictures is not None:
+        if self.pictures is not None and not self.transform.also:
             return self.pictures.processor
-        if self.transform is None or self.transform.fit == "pad":
+        if self.transform is None or self.transform.fit == "pad" or self.transform.also:
             return None
         return processor_of(as_clip(self.transform))
 
@@ -382,7 +381,10 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
                 raise ZooError(f"Video {source.path!r} was given to a model that takes images only.")
             return self.videos(source)
         if self.pictures is None:
-            return to_pixels(source, self.transform)
+            pixels = to_pixels(source, self.transform)
+            if self.layout is None or not self.transform.also:
+                return pixels
+            return Picture(pixels[None], Cut(size=self.transform.size))  # a row (P,) does not show its size
         picture = self.pictures(source, several=several, options=options)
         if self.layout is not None:
             return picture

@@ -86,13 +86,13 @@ class CallMixin:
 
     def _require_size(self, pictures: Sequence[Any], options: dict[str, Any]) -> None:
         """Refuse options that make pixels of a size that the encoder does not take."""
-        wanted = tuple(self.transform.size)
+        wanted = tuple(self.transform.shape)
         for picture in pictures:
             pixels = picture.pixels if isinstance(picture, Picture) else picture
-            if (size := tuple(pixels.shape[-2:])) != wanted:
+            if (shape := tuple(pixels.shape[-len(wanted) :])) != wanted:
+                size, takes = (" x ".join(map(str, s[-2:])) for s in (shape, wanted))
                 raise ZooError(
-                    f"The options {', '.join(sorted(options))} make pixels of {size[0]} x {size[1]}, and the encoder "
-                    f"takes {wanted[0]} x {wanted[1]}."
+                    f"The options {', '.join(sorted(options))} make pixels of {size}, and the encoder takes {takes}."
                 )
 
     # ---- text ------------------------------------------------------------------------------------------------------

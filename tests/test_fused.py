@@ -1,0 +1,272 @@
+"""Several encoders at once: features, joins, pixels, scores, what trains, what is saved."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import zoo
+from tests import saved_builders, vision_builders
+from tests.conftest import ANSWERS, QUESTIONS, sample
+from zoo.registry import ZooError, build
+from zoo.vision.images.transform import split_row, to_pixels
+
+A = {"name": "hf", "model_type": "siglip", "image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
+B = {"name": "timm", "image_size": 48, "patch_size": 16, "width": 48, "depth": 2, "heads": 3, "layer": -1}
+C = {"name": "hf", "model_type": "dinov2", "image_size": 28, "patch_size": 7, "width": 24, "depth": 2, "heads": 2}
+LLM = ("llm=hf", "llm.hidden_size=32", "llm.num_layers=2", "llm.num_heads=2", "device=cpu")
+
+
+def fused(encoders, **options):
+    return vision_builders.shake(build("vision", {"name": "fused", "encoders": encoders, **options}))
+
+
+def photo(size=(50, 40), seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+
+
+def rows(encoder, m=2):
+    return torch.stack([to_pixels(photo(seed=i), encoder.transform) for i in range(m)])
+
+
+def words(encoders, *more):
+    listed = json.dumps(encoders).replace('"', "")
+    return ["vision=fused", f"vision.encoders={listed}", "projector=mlp", *LLM, *more]
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_decoded_image_gives_each_encoder_its_own_transform(monkeypatch):
+    from zoo.vision.images import transform as module
+
+    decoded = []
+    monkeypatch.setattr(module, "open_image", lambda *a, real=module.open_image: decoded.append(1) or real(*a))
+    encoder = fused({"a": A, "b": B, "c": C}, grid="b")
+    row = to_pixels(photo(), encoder.transform)
+    assert len(decoded) == 1
+    assert row.shape == encoder.transform.shape == (3 * (32 * 32 + 48 * 48 + 28 * 28),)
+    for name, pixels in encoder.split(row[None]).items():
+        assert torch.equal(pixels[0], to_pixels(photo(), encoder.encoders[name].transform))
+    assert split_row(row, encoder.transform)[0].shape == (3, 48, 48), "the encoder whose grid is kept comes first"
+
+
+def test_a_processor_of_several_encoders_is_saved_and_read(tmp_path):
+    model, processor = zoo.compose(*words({"a": A, "b": B}), texts=QUESTIONS)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, again = zoo.load(f"dir:{tmp_path}", device="cpu")
+    assert again.transform == processor.transform == model.vision.transform
+    from transformers import AutoProcessor
+
+    assert AutoProcessor.from_pretrained(tmp_path).transform == processor.transform
+    one, other = (p(images=photo(), text=p.image_token)["pixel_values"] for p in (processor, again))
+    assert torch.equal(one, other)
+
+
+def test_pixels_of_one_encoder_are_refused():
+    with pytest.raises(ZooError, match=r"Rows of pixels for 2 encoders have the shape \[9984\].*got \[3, 32, 32\]"):
+        fused({"a": A, "b": B})(torch.zeros(1, 3, 32, 32))
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["a", "b"])
+def test_features_are_those_of_each_encoder_alone_joined_by_hand(kept):
+    encoder = fused({"a": A, "b": B}, grid=kept)
+    pixels = rows(encoder)
+    out = encoder(pixels)
+    alone = {n: e(encoder.split(pixels)[n]) for n, e in encoder.members.items()}
+    h, w = alone[kept].grid
+    by_hand = []
+    for f in alone.values():
+        flat = f.tokens.transpose(1, 2).reshape(2, -1, *f.grid)
+        if f.grid != (h, w):
+            flat = F.interpolate(flat, (h, w), mode="bilinear", antialias=True)
+        by_hand.append(flat.flatten(2).transpose(1, 2))
+    assert torch.equal(out.tokens, torch.cat(by_hand, -1))
+    at = 0 if kept == "a" else 32
+    assert torch.equal(out.tokens[..., at : at + alone[kept].tokens.shape[-1]], alone[kept].tokens)
+    assert out.grid == encoder.grid == (h, w)
+    assert encoder.num_tokens == h * w and encoder.hidden_size == 80
+
+
+def test_two_of_one_component_with_equal_grids_are_concatenated():
+    encoder = fused({"sem": A, "dino": C})
+    pixels = rows(encoder)
+    one, two = (encoder.encoders[n](x).tokens for n, x in encoder.split(pixels).items())
+    assert torch.equal(encoder(pixels).tokens, torch.cat([one, two], -1))
+
+
+def test_joined_by_tokens_each_keeps_its_own_channels():
+    encoder = fused({"a": A, "b": B}, join="tokens")
+    pixels = rows(encoder)
+    out = encoder(pixels)
+    a, b = (encoder.encoders[n](x).tokens for n, x in encoder.split(pixels).items())
+    assert out.tokens.shape == (2, 32, 80) and encoder.num_tokens == 32 and out.grid is None
+    assert torch.equal(out.tokens[:, :16, :32], a) and not out.tokens[:, :16, 32:].any()
+    assert not out.tokens[:, 16:, :32].any() and b.shape == (2, 9, 48)
+    assert "grid" not in encoder.provides and "keys" in encoder.lacks
+
+
+def test_gradients_are_those_of_the_naive_twin():
+    encoder = fused({"a": A, "b": B}).train()
+    pixels, target = rows(encoder), torch.randn(2, 16, 80, generator=torch.Generator().manual_seed(3))
+    (encoder(pixels).tokens * target).sum().backward()
+    found = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad()
+    a, b = (encoder.encoders[n](x).tokens for n, x in encoder.split(pixels).items())
+    b = F.interpolate(b.transpose(1, 2).reshape(2, 48, 3, 3), (4, 4), mode="bilinear", antialias=True)
+    (torch.cat([a, b.flatten(2).transpose(1, 2)], -1) * target).sum().backward()
+    assert found and all(torch.equal(g, dict(encoder.named_parameters())[n].grad) for n, g in found.items())
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_comes_from_one_encoder_and_only_it_computes_it():
+    encoder = fused({"a": A, "b": B})
+    assert encoder.givers["key_attention"] == "a" and encoder.givers["cls_attention"] == "b"
+    pixels = rows(encoder)
+    need = frozenset({"key_attention", "cls_attention", "prefix_tokens", "key_attention@1"})
+    out = encoder(pixels, need=need)
+    split = encoder.split(pixels)
+    a, b = (
+        encoder.encoders["a"](split["a"], need=frozenset({"key_attention"})),
+        encoder.encoders["b"](split["b"], need=frozenset({"cls_attention", "prefix_tokens"})),
+    )
+    assert torch.equal(out.key_attention, a.key_attention)
+    assert out.cls_attention.shape == (2, 16)
+    assert torch.allclose(out.cls_attention.sum(1), b.cls_attention.sum(1), atol=1e-6), "resampled, the sum is kept"
+    assert torch.equal(out.prefix[..., 32:], b.prefix) and not out.prefix[..., :32].any()
+    assert out.block_attention.keys() == {"key_attention@1"}
+    chosen = fused({"a": A, "b": B}, gives={"key_attention": "b"}, grid="b")
+    assert torch.equal(
+        chosen(rows(chosen), need=frozenset({"key_attention"})).key_attention,
+        chosen.encoders["b"](chosen.split(rows(chosen))["b"], need=frozenset({"key_attention"})).key_attention,
+    )
+
+
+def test_a_pruner_keeps_the_tokens_that_it_keeps_with_the_encoder_alone():
+    several = fused({"a": B, "b": A})
+    alone, split = several.encoders["a"], several.split(rows(several))
+    pruner = build("pruner", {"name": "fastervlm", "keep_ratio": 0.5}, vision_dim=80, num_tokens=9, grid=(3, 3))
+    need = frozenset(pruner.needs)
+    kept = pruner(several(rows(several), need=need)).keep
+    assert torch.equal(kept, pruner(alone(split["a"], need=need)).keep)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoders": {"a": A}}, "encoders names 1, and at least two are joined"),
+        ({"encoders": {"a": A, "b": {"width": 32}}}, "encoder 'b' names no component"),
+        ({"encoders": {"a": A, "b": {"name": "hff"}}}, "Did you mean 'hf'"),
+        ({"encoders": {"a": A, "b": {**B, "dept": 2}}}, "encoder 'b': .*Did you mean 'depth'"),
+        ({"encoders": {"a": A, "b": {**B, "width": 50}}}, "encoder 'b'"),
+        ({"encoders": {"a": A, "b": {"name": "fused", "encoders": {"c": A, "d": B}}}}, "itself of several"),
+        ({"encoders": {"a": A, "b": B}, "join": "channel"}, "Did you mean 'channels'"),
+        ({"encoders": {"a": A, "b": B}, "grid": "c"}, r"No encoder \(of which the grid is kept\) named 'c'"),
+        ({"encoders": {"a": A, "b": B}, "gives": {"cls": "a"}}, "Did you mean 'cls_attention'"),
+        ({"encoders": {"a": A, "b": B}, "gives": {"cls_attention": "a"}}, "'a' does not provide it; 'b' would"),
+        ({"encoders": {"a": A, "my b": B}}, "a word of letters"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(options, message):
+    with pytest.raises(ZooError, match=message):
+        build("vision", {"name": "fused", **options})
+
+
+def test_the_check_shows_what_does_not_fit_before_weights():
+    with pytest.raises(ZooError, match=r"needs grid, but vision 'fused' does not give it: with join=tokens"):
+        zoo.compose(*words({"a": A, "b": B}, "vision.join=tokens"), "projector=pool", texts=QUESTIONS)
+    with pytest.raises(ZooError, match=r"needs pooling_head, summary.*vision.encoders.a.summary=true"):
+        zoo.compose(*words({"a": A, "b": B}), "pruner=fastvid", "pruner.fastvid.summary=head", texts=QUESTIONS)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return saved_builders.checkpoints(tmp_path_factory.mktemp("fused"))
+
+
+def composed(places, *more):
+    a = {"name": "hf", "checkpoint": str(places / "hf")}
+    b = {"name": "timm", "checkpoint": str(places / "timm")}
+    parts = [f"llm.checkpoint={places / 'llm'}", "llm=hf", "projector=linear", "device=cpu"]
+    return zoo.compose("vision=fused", f"vision.encoders={{a: {_flow(a)}, b: {_flow(b)}}}", *parts, *more)
+
+
+def _flow(node):
+    return "{" + ", ".join(f"{k}: '{v}'" for k, v in node.items()) + "}"
+
+
+@pytest.mark.parametrize("train", [["projector"], ["vision.b"], ["vision"]])
+def test_each_encoder_is_saved_thin_against_its_own_checkpoint(places, tmp_path, train):
+    model, processor = composed(places)
+    assert model.config.base.keys() == {"vision.a", "vision.b", "llm"}
+    model.set_trainable(train)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * p.requires_grad)
+    names = saved_builders.saved(model, tmp_path)
+    processor.save_pretrained(tmp_path)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad} | {
+        n for n in names if n.startswith("projector")
+    }
+    assert names == trained
+    for again in (zoo.load(f"dir:{tmp_path}", device="cpu")[0], zoo.ZooModel.from_pretrained(tmp_path)):
+        assert torch.equal(saved_builders.answers(again, processor), saved_builders.answers(model, processor))
+        assert list(again.vision.encoders) == ["a", "b"]
+
+
+def test_a_whole_folder_is_read_by_itself(places, tmp_path):
+    model, processor = zoo.compose(*words({"z": A, "b": B}), texts=QUESTIONS)
+    assert saved_builders.saved(model, tmp_path) == set(model.state_dict())
+    processor.save_pretrained(tmp_path)
+    again, _ = zoo.load(f"dir:{tmp_path}", device="cpu")
+    assert list(again.vision.encoders) == ["z", "b"], "the order of channels is kept"
+    assert again.config.slots["vision"]["encoders"]["z"]["mlp_ratio"] == 4.0, "defaults are written out"
+    assert torch.equal(saved_builders.answers(again, processor), saved_builders.answers(model, processor))
+
+
+def test_training_changes_the_encoder_that_trains_alone():
+    model, processor = zoo.compose(*words({"a": A, "b": B}), texts=QUESTIONS)
+    count = model.set_trainable(["vision.b", "projector"])
+    assert count.keys() == {"vision.b", "projector"}
+    model.train()
+    batch = processor.collate([processor.encode(sample((QUESTIONS[0], ANSWERS[0])))])
+    model(**batch).loss.backward()
+    assert {model.part_of(n) for n, p in model.named_parameters() if p.grad is not None} == {"vision.b", "projector"}
+    with pytest.raises(ZooError, match=r"Did you mean 'vision.b'"):
+        model.set_trainable(["vision.bb"])
+
+
+def test_sixteen_bits_gradient_checkpointing_and_compiled_parts_agree():
+    model, processor = zoo.compose(*words({"a": A, "b": B}), texts=QUESTIONS)
+    batch = processor.collate([processor.encode(sample((QUESTIONS[0], ANSWERS[0])))])
+    model.set_trainable(["vision", "projector"])
+    model.train()
+
+    def gradients():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    model.vision.set_gradient_checkpointing(True)
+    after = gradients()
+    assert all(torch.allclose(before[n], after[n], atol=1e-7) for n in before)
+    short = model.eval().to(torch.bfloat16)
+    assert torch.isfinite(short(**batch).loss)
+    short.vision.encoders["b"].float()  # one in float32 gets its pixels unrounded
+    assert short.vision(batch["pixel_values"]).tokens.dtype == torch.float32
