@@ -52,7 +52,10 @@ def members(kind: str) -> list[str]:
     if kind == "llm":
         return [*DENSE, *MOE]
     if kind == "vision":
-        return [n for name in names("vision") for n in (("hf clip", "hf siglip") if name == "hf" else (name,))]
+        alone = [
+            name for name in names("vision") if name != "fused"
+        ]  # it is of others: `benches/check_valid.py` draws it
+        return [n for name in alone for n in (("hf clip", "hf siglip") if name == "hf" else (name,))]
     return names(kind)
 
 
@@ -63,8 +66,6 @@ def node_of(kind: str, name: str) -> dict[str, Any]:
         return {"name": "hf", "model_type": name, **_LLM, **groups, **(_EXPERTS if name in MOE else {})}
     if kind == "vision":
         library, _, family = name.partition(" ")
-        if library == "fused":
-            return {"name": library, "encoders": {"a": node_of(kind, "hf siglip"), "b": node_of(kind, "timm")}}
         return {"name": library, **_TOWER, **({"model_type": family} if family == "siglip" else {})}
     return {"name": name, **_SMALL.get((kind, name), {})}
 

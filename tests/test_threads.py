@@ -137,7 +137,8 @@ def test_adapters(name, make_model, at_once):
 # The score that a pruner asks of an encoder, from the one that a [CLS] token gives on.
 SCORES = {"cls_attention": "cls", "key_attention": "column_mean"}
 ENCODERS = {
-    **{name: {} for name in registry.names("vision") if name != "hf"},
+    **{name: {} for name in registry.names("vision") if name not in ("hf", "fused")},
+    "fused": {"name": "fused", "encoders": {"a": node_of("vision", "hf siglip"), "b": node_of("vision", "timm")}},
     **{f"hf {family}": {"name": "hf", "model_type": family} for family in FAMILIES},
     "hf siglip probe": {"name": "hf", "model_type": "siglip", "pooling_head": True},
 }
@@ -145,7 +146,7 @@ ENCODERS = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders(name, make_model, at_once):
-    node = {**node_of("vision", name), **ENCODERS[name]}
+    node = {**({} if name == "fused" else node_of("vision", name)), **ENCODERS[name]}
     gives = registry.build("vision", node).provides
     score = "probe" if node.get("pooling_head") else next((SCORES[word] for word in SCORES if word in gives), "")
     pruner = {"fastervlm": {"name": "fastervlm", "keep_ratio": 0.5, "score": score}} if score else {}
