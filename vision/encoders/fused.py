@@ -94,6 +94,8 @@ class Fused(Encoder, nn.Module):
         for name, node in config.encoders.items():
             with _named(name):
                 made[name] = build("vision", node)
+                if made[name].native:
+                    raise ZooError("its images keep their shapes, so it has no grid that others could share.")
         self.encoders = nn.ModuleDict(made)
         self.kept = config.grid or next(iter(made))
         self.hidden_size = sum(e.hidden_size for e in made.values())
