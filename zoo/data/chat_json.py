@@ -5,16 +5,21 @@ dialogs about the same images as one sample, in which the images are encoded onc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
+from zoo.data.record_groups import Grouping, Groups, kept_groups
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
 from zoo.registry import MISSING, Dataset, Dialog, RecordError, Sample, ZooError, naming, register
 from zoo.vision.images.video import VIDEOS, Video
 
+CHECKED = 1_000_000  # records up to which all are read when a file is opened
+SPREAD = 100_000  # that are read of more
 OTHER_SPLIT = ("",)  # in place of a head: the record belongs to another split
 
 
@@ -28,7 +33,9 @@ class ChatJsonConfig(RecordFields):
     frames: int = 8  # frames of a video (a file named as an image that ends in .mp4, .webm and the like), evenly spaced
     group_by_image: bool = False  # one sample for all records about the same images, with a dialog for each
     limit: int = 0  # number of records, the first ones; 0: all
-    check: bool = True  # read every record when the file is opened, to report broken ones early; skip_broken=true: off
+    # Read records when the file is opened, to report broken ones early: all of them up to a million, 100,000 evenly
+    # spread of more; skip_broken=true turns it off
+    check: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,36 +95,43 @@ class ChatJson(Dataset):
             return None
         return ChatJson(replace(self.config, split=self.config.eval_split, limit=0))
 
-    def _groups(self) -> list[tuple[int, ...]]:
-        """Return the indices of each sample's records. Every record is read once, to report the first broken one.
+    def _groups(self) -> Groups:
+        """Return the records of each sample. Records are read once, to report the first broken one.
 
         Without `check` as few as possible are read, and a broken record raises when its sample is taken.
         """
         config = self.config
         number = len(self.records)
-        if not (config.check or config.split_field or config.group_by_image):
-            return [(index,) for index in range(min(number, config.limit or number))]
-        kept: list[tuple[int, ...]] = []
-        by_image: dict[tuple[Any, ...], list[int]] = {}
-        taken = 0
-        for index in range(number):
-            if config.limit and taken == config.limit:
+        if not (config.split_field or config.group_by_image):
+            number = min(number, config.limit or number)
+            if config.check:
+                for index in range(number) if number <= CHECKED else np.linspace(0, number - 1, SPREAD, dtype=int):
+                    self._checked_head(int(index))
+            return Groups(number)
+        options = {name: value for name, value in asdict(config).items() if name not in ("images", "frames")}
+        return kept_groups(self.records.beside("groups", repr(options)), self._grouping)
+
+    def _grouping(self) -> Grouping:
+        """Read the records of the split, up to the limit, and what those that belong together share."""
+        found, taken = Grouping(), 0
+        for index in range(len(self.records)):
+            if self.config.limit and taken == self.config.limit:
                 break
-            try:
-                with naming("", self.records.where(index)):
-                    head = self._head(index)
-            except RecordError as error:
-                if config.check:
-                    raise (error.__cause__ if isinstance(error.__cause__, ZooError) else error) from error.__cause__
-                head = None
-            if head == OTHER_SPLIT:
-                continue
-            taken += 1
-            if head:
-                by_image.setdefault(head, []).append(index)
-            else:
-                kept.append((index,))
-        return sorted([*kept, *map(tuple, by_image.values())])
+            head = self._checked_head(index)
+            if head != OTHER_SPLIT:
+                found.add(index, repr(head) if head else None)
+                taken += 1
+        return found
+
+    def _checked_head(self, index: int) -> tuple[Any, ...] | None:
+        """Return the head of a record; of a broken one, None, or its error where records are checked."""
+        try:
+            with naming("", self.records.where(index)):
+                return self._head(index)
+        except RecordError as error:
+            if self.config.check:
+                raise (error.__cause__ if isinstance(error.__cause__, ZooError) else error) from error.__cause__
+            return None
 
     def _head(self, index: int) -> tuple[Any, ...] | None:
         """Return the head of a record, by which `group_by_image` groups; None: the record is a sample of its own.

@@ -1,8 +1,9 @@
-"""JSON records of a file, kept as one block of bytes with the offsets of each record.
+"""JSON records of a file, kept as one block of bytes with the offsets of each record, or on the disk.
 
 A list of a million dicts would be copied page by page into every loader worker, since reference counts are written. One
 `bytes` object and three arrays are shared between processes; a record is parsed when it is taken. The file is in memory
-once, beside a window of some MB in which records are located, however many of them share a line.
+once, beside a window of some MB in which records are located, however many of them share a line. A file of `ON_DISK`
+bytes or more that is plain UTF-8 is not in memory at all: see `record_index`.
 
 Files may be UTF-8, UTF-16 or UTF-32, with or without a byte order mark, also in the middle of joined files; lines end
 in LF, CR or both; a `.jsonl` may hold a list and a `.json` lines; a comma may follow the last record. Anything
@@ -11,7 +12,9 @@ ambiguous is an error with file, line and reason.
 
 import codecs
 import gzip
+import hashlib
 import json
+import os
 import re
 import zlib
 from array import array
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from zoo.data.absent import absent
+from zoo.data.record_index import RecordIndex, entries_of, plain_lines
 from zoo.registry import ZooError
 from zoo.registry.foreign import require_file
 
@@ -29,6 +33,7 @@ WINDOW = 1 << 20  # bytes decoded at a time; more for longer records
 BLANK = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*")
 LINE = re.compile(rb"[^\r\n]+")
 LINES = {".jsonl", ".ndjson"}
+ON_DISK = 1 << 27  # bytes from which a file stays on the disk
 NEAR_THE_END = 16  # characters: a parse error this close to the end of a window may come from its cut
 
 
@@ -45,17 +50,12 @@ class RecordFile:
         suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
         if suffix not in {".json", *LINES}:
             raise ZooError(f"{path} is not a file of records: allowed are .json, .jsonl and the same with .gz.")
-        self._block = _read(path)
-        starts, ends, lines = array("q"), array("q"), array("i")
-        for start, end, line in _places(path, self._block, suffix in LINES):
-            starts.append(start)
-            ends.append(end)
-            lines.append(line)
-        self._starts, self._ends = (np.frombuffer(some or b"", dtype=np.int64) for some in (starts, ends))
-        self._lines = np.frombuffer(lines or b"", dtype=np.int32)
+        lines = suffix in LINES
+        self._source: _InMemory | _OnDisk
+        self._source = _OnDisk(path, lines) if _stays_on_disk(path) else _InMemory(path, lines)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Parse a record.
@@ -63,7 +63,7 @@ class RecordFile:
         Raises:
             ZooError: it is broken; the message names file and line.
         """
-        piece = self._block[self._starts[index] : self._ends[index]]
+        piece = self._source.piece(index)
         try:
             text = piece.decode()
             record = _DECODER.decode(text)
@@ -83,13 +83,86 @@ class RecordFile:
 
     def where(self, index: int, below: int = 0) -> str:
         """Name the place of a record for a message: `file:line`, and which it is where several share the line."""
-        line = self._lines[index]
-        shared = np.count_nonzero(self._lines[max(0, index - 1) : index + 2] == line) > 1
+        line, number = self._source.line(index), len(self)
+        shared = any(self._source.line(i) == line for i in (index - 1, index + 1) if 0 <= i < number)
         return f"{self.path}:{line + below}" + (f", record {index + 1}" if shared else "")
+
+    def beside(self, what: str, key: str) -> Path | None:
+        """Name a file beside this one for what was made of it in its present state; None: it is not large.
+
+        Args:
+            what: word of the file's name.
+            key: on what it depends besides the records.
+        """
+        if not isinstance(self._source, _OnDisk):
+            return None
+        mark = hashlib.sha256(f"{self._source.state} {key}".encode()).hexdigest()[:16]
+        return self.path.with_name(f".{self.path.name}.zoo-{what}-{mark}")
 
     def _reason(self, index: int, error: json.JSONDecodeError, text: str) -> str:
         cut = index == len(self) - 1 and _is_cut(error, text)
         return f"{_said(error)} at column {error.colno}." + " The file may have been cut off there." * cut
+
+
+class _InMemory:
+    """The bytes of a file and the places of its records in them."""
+
+    def __init__(self, path: Path, as_lines: bool) -> None:
+        self._block = _read(path)
+        starts, ends, lines = _located(path, self._block, as_lines)
+        self._starts, self._ends = (np.frombuffer(some or b"", dtype=np.int64) for some in (starts, ends))
+        self._lines = np.frombuffer(lines or b"", dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def piece(self, index: int) -> bytes:
+        return self._block[self._starts[index] : self._ends[index]]
+
+    def line(self, index: int) -> int:
+        return int(self._lines[index])
+
+
+class _OnDisk:
+    """A file that is read record by record, by an index beside it."""
+
+    def __init__(self, path: Path, as_lines: bool) -> None:
+        def find() -> Iterator[np.ndarray]:
+            if _form(path, _head(path), as_lines)[0] == "lines":
+                yield from plain_lines(path, _behind_blanks)
+            else:
+                yield entries_of(*_located(path, _read(path), as_lines))
+
+        self._path, self._open = path, None
+        self._index = RecordIndex(path, find)
+        self.state = self._index.state
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def piece(self, index: int) -> bytes:
+        if self._open is None:
+            self._open = self._path.open("rb")
+        start, length, _ = self._index[range(len(self))[index]]
+        return os.pread(self._open.fileno(), length, start)
+
+    def line(self, index: int) -> int:
+        return self._index[range(len(self))[index]][2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+
+def _stays_on_disk(path: Path) -> bool:
+    """Whether a file is large, and its bytes are those of its text."""
+    if path.suffix == ".gz" or not path.is_file() or path.stat().st_size < ON_DISK:
+        return False
+    return json.detect_encoding(_head(path)[:4]).startswith("utf-8")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2 * WINDOW)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,22 +210,37 @@ def _read(path: Path) -> bytes:
     return bytes(found)
 
 
+def _located(path: Path, data: bytes, lines: bool) -> tuple["array[int]", "array[int]", "array[int]"]:
+    """Starts, ends and lines of all records."""
+    places = array("q"), array("q"), array("i")
+    for place in _places(path, data, lines):
+        for some, value in zip(places, place, strict=True):
+            some.append(value)
+    return places
+
+
 def _places(path: Path, data: bytes, lines: bool) -> Iterator[tuple[int, int, int]]:
     """Yield start, end and line of each record."""
+    form, at = _form(path, data, lines)
+    if form == "lines":
+        yield from _lines(data)
+    else:
+        yield from _elements(path, data, at + (form == "list"), "]" if form == "list" else "")
+
+
+def _form(path: Path, data: bytes, lines: bool) -> tuple[str, int]:
+    """Return how records are joined, by the beginning of a file: list, lines or values; and where they begin."""
     at = _behind_blanks(data, 0)
     first = data[at : at + 1]
     if first == b"[":
-        yield from _elements(path, data, at + 1, "]")
-    elif lines or first == b"":
-        yield from _lines(data)
-    elif first != b"{":
+        return "list", at
+    if lines or first == b"":
+        return "lines", at
+    if first != b"{":
         raise ZooError(
             f"{path}:{_line(data, at)} must begin with '[' or '{{': a file of records is one list, or lines."
         )
-    elif _is_whole(data[at : at + WINDOW].splitlines()[0]):
-        yield from _lines(data)
-    else:
-        yield from _elements(path, data, at, "")
+    return ("lines" if _is_whole(data[at : at + WINDOW].splitlines()[0]) else "values"), at
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, int, int]]:
