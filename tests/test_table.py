@@ -252,3 +252,17 @@ def test_no_concept_and_no_writer_is_in_two_splits(monkeypatch):
     ids = [{row["id"] for row in data.rows} for data in (train, dev, style)]
     assert not ids[0] & ids[1] and ids[2] <= {row["id"] for row in train.rows} | ids[2] and not ids[2] & ids[1]
     assert {row["styles"] for row in train.rows} == {"noto", "blob"} and {r["styles"] for r in style.rows} == {"fx"}
+
+
+def test_the_check_takes_no_wording_for_a_file(folder):
+    from omegaconf import OmegaConf
+
+    from zoo.checking.data_check import check_data
+
+    long = {"ask": ["Which of all things in this picture is it? " * 9], "answer": "{name}"}
+    files = {"file": str(folder / "table.jsonl"), "images": str(folder / "images")}
+    node = {"name": "table", **files, "questions": {"q": long}, "seed": 0}
+    wordy = {"name": "chat_json", "file": files["file"], "prompt": "{name}? " * 60, "question_field": "name"}
+    data = {"t": node, "c": {**wordy, "answer_field": "name"}}
+    cfg = OmegaConf.create({"data": data, "task": {}, "stages": {}, "skip_broken": False, "limit": None})
+    assert check_data(cfg, []) == []

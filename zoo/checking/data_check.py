@@ -76,6 +76,14 @@ def _unread(node: Any) -> str:
     """Return why a data set is not opened; empty where it is."""
     if node.get("name") == "hf" and not Path(str(node.get("path"))).expanduser().exists():
         return f"{node.get('path')} is not on this machine"
-    texts = [str(value).replace("{split}", str(node.get("split", ""))) for value in node.values() if value]
-    sizes = [Path(text).stat().st_size for text in texts if len(text) < 1024 and Path(text).is_file()]
-    return f"its file has {size_text(max(sizes))}B" if max(sizes, default=0) > _LARGE else ""
+    texts = [value.replace("{split}", str(node.get("split", ""))) for value in node.values() if isinstance(value, str)]
+    largest = max(map(_size_of_file, texts), default=0)
+    return f"its file has {size_text(largest)}B" if largest > _LARGE else ""
+
+
+def _size_of_file(text: str) -> int:
+    """Return the bytes of the file that an option may name; 0 where it names none."""
+    try:
+        return Path(text).stat().st_size if text and Path(text).is_file() else 0
+    except (OSError, ValueError):  # a wording may be too long for a name, or hold what no name may
+        return 0
