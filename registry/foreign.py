@@ -34,7 +34,7 @@ _SIZES = (
 _LABELS = ("id2label", "label2id")  # of classifiers: their keys are words of any kind
 # field of config.json -> its type, where it is not null; `true` is not accepted as a number
 _TYPES: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("slots", "tokenizer", "versions", "base", "data", "task"), (Mapping, "an object")),
+    **dict.fromkeys(("slots", "tokenizer", "versions", "base", "masters", "data", "task"), (Mapping, "an object")),
     **dict.fromkeys(("image_token_id", "video_token_id", "text_vocab_size"), (int, "a whole number")),
     "plugins": (list, "a list of names"),
     **dict.fromkeys(("attention", "positions"), (str, "a text")),

@@ -24,6 +24,8 @@ class ZooConfig(PreTrainedConfig):
         positions: of image tokens that pruners left, kept or dense; auto: decided when the model is built.
         versions: of the libraries that wrote the model.
         base: for each part whose unchanged weights stay in its own checkpoint: checkpoint, revision and hash.
+        masters: data type -> names of weights, or of parts, that are loaded in it, and that the folder holds in
+            float32 as they were trained.
     """
 
     model_type = "zoo"
@@ -39,6 +41,7 @@ class ZooConfig(PreTrainedConfig):
     text_vocab_size: int | None = None
     versions: dict[str, str] | None = None
     base: dict[str, Any] | None = None
+    masters: dict[str, Any] | None = None
     attention: str = "auto"
     positions: str = "auto"
     data: dict[str, Any] | None = None  # what it was trained on, for `zoo eval model=...` without more words

@@ -17,7 +17,7 @@ import torch
 from zoo import registry
 from zoo.checking.counts import check_counts
 from zoo.checking.fixes import candidates
-from zoo.checking.plan import Plan, plan_from, plan_of
+from zoo.checking.plan import Plan, device_of, plan_from, plan_of
 from zoo.checking.stage_check import TEXT, Stagecheck, check_stage
 from zoo.composed.assembly import Parts, assemble
 from zoo.fusion.llm.attention import require_attention, require_kernel
@@ -130,7 +130,7 @@ def _report_of(plan: Plan) -> CheckReport:
     from zoo.composed.model import ZooModel
     from zoo.model_config import ZooConfig
 
-    require_kernel(plan.attention, parts.llm.lm, _device_of(plan))
+    require_kernel(plan.attention, parts.llm.lm, device_of(plan))
     attention = "auto" if plan.attention.startswith("flash") else plan.attention  # flash kernels refuse meta tensors
     with torch.device("meta"):
         model = ZooModel(ZooConfig(slots=dict(plan.slots), positions=plan.positions, attention=attention), parts=parts)
@@ -198,7 +198,7 @@ def _check_machine(plan: Plan) -> None:
         raise ZooError(f"device={plan.device} was asked for, but torch {torch.__version__} finds no CUDA device here.")
     if plan.device == "mps" and not torch.backends.mps.is_available():
         raise ZooError("device=mps was asked for, but there is none here.")
-    device = _device_of(plan)
+    device = device_of(plan)
     if plan.precision not in ("auto", "fp32", "bf16"):
         raise registry.unknown("precision", plan.precision, ("auto", "fp32", "bf16"))
     if plan.attention.startswith("flash_attention"):
@@ -207,10 +207,6 @@ def _check_machine(plan: Plan) -> None:
         if plan.precision == "fp32":
             raise ZooError(f"attention={plan.attention} computes in bf16 or fp16, and precision=fp32 was asked for.")
     require_attention(plan.attention, device, None)
-
-
-def _device_of(plan: Plan) -> str:
-    return plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_tokenizer(plan: Plan) -> int | None:
@@ -333,6 +329,8 @@ def show(report: CheckReport, title: str = "") -> None:
     for stage in report.stages:
         parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
         line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
+        if stage.masters:
+            line += f", {size_text(stage.masters)}B of it for float32 master weights (master_weights=none: without)"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from zoo.settings.config import Typed
 from zoo.settings.source import Source, source_named, source_of
 
@@ -22,6 +24,7 @@ class Plan:
     positions: str = "auto"
     attention: str = "auto"
     precision: str = "auto"
+    master_weights: str = "fp32"
     device: str = "auto"
     made: Any = None  # the tokenizer itself, where it is loaded
     origin: str = ""  # folder or repository that all weights come from, if from one
@@ -44,6 +47,7 @@ def plan_for(source: Source, tokenizer: Any = None) -> Plan:
         positions=source.positions,
         attention=source.attention,
         precision=source.precision,
+        master_weights=source.master_weights,
         device=source.device,
         made=tokenizer,
         origin="" if source.kind == "preset" else source.name,
@@ -61,3 +65,8 @@ def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
 def plan_of(name: str, *overrides: str) -> Plan:
     """Return the plan of a model by name, for `zoo.check(name, ...)`."""
     return plan_for(source_named(name, *overrides))
+
+
+def device_of(plan: Plan) -> str:
+    """Return the device that a plan's model runs on."""
+    return plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

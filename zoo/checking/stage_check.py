@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.checking.plan import device_of
 from zoo.composed.assembly import build_distiller
+from zoo.composed.masters import to_widen
 from zoo.fusion.llm.attention import require_attention
 from zoo.registry import Distiller, ZooError, unknown
 from zoo.runs.lengths import require_positions
 from zoo.runs.optim import parts_of, rate_scales
+from zoo.storage.precision import resolve_precision
 
 TEXT = 64  # tokens of text, beside images, for which a sequence must have room
 _MASKED = ("eager", "sdpa", "zoo_eager", "auto")  # kernels that take a mask (B, 1, T, T), which packed rows need
@@ -23,6 +26,7 @@ class Stagecheck:
     name: str
     trainable: dict[str, int]
     memory: int  # bytes
+    masters: int = 0  # bytes of these: what weights of 16 bits take more as they train in float32
     one_dialog: str = ""  # why a row can hold one dialog only; empty: it can hold several
     needs: frozenset[str] = frozenset()  # words of the distiller
     grid: tuple[int, int] | None = None  # of the distiller's targets
@@ -55,9 +59,14 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     tokens = rows * (model.num_image_tokens + TEXT)
     inner = getattr(text, "intermediate_size", None) or 4 * width
     per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
-    memory = weights + 12 * learnt + tokens * per_token  # 12 bytes: a gradient and Adam's two moments in float32
+    precision = resolve_precision(stage.precision or plan.precision, torch.device(device_of(plan)))
+    wide = to_widen(model, precision) if (stage.master_weights or plan.master_weights) == "fp32" else {}
+    masters = sum({id(p): 4 * p.numel() - p.nbytes for p in wide.values()}.values())
+    memory = (
+        weights + masters + 12 * learnt + tokens * per_token
+    )  # 12 bytes: a gradient and Adam's two moments in float32
     needs, grid = (frozenset(), None) if distiller is None else (frozenset(distiller.needs), distiller.grid)
-    return Stagecheck(name, trainable, memory, _one_dialog(stage, model, plan), needs, grid)
+    return Stagecheck(name, trainable, memory, masters, _one_dialog(stage, model, plan), needs, grid)
 
 
 def _check_data(stage: Any, plan: Any) -> None:
@@ -91,7 +100,7 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
             f"pack_length={stage.pack_length} puts several samples into a row, and attention={plan.attention} takes no "
             "mask that keeps them apart: set pack_length=null, or attention=auto."
         )
-    device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(plan)
     if plan.attention == "flex_attention" and not device.startswith("cuda"):
         raise ZooError(f"attention=flex_attention has no backward pass on {device}: it trains on CUDA only.")
     if (stage.precision or plan.precision) == "fp32":

@@ -131,7 +131,7 @@ class ImagesMixin(QuestionMixin):
             kept = kept.placed(kept.num_patches or kept.tokens.shape[1])
         if self.projector is None:
             return Encoded(image, kept)
-        made = behind.project(kept, self.projector, self.layout, cuts)
+        made = behind.project(self._as_projected(kept), self.projector, self.layout, cuts)
         if later:
             in_order, grid = self.config.positions == "kept", self.projected_grid
             made = behind.prune(made, later, kept, grid, self.layout, cuts, in_order)
@@ -145,7 +145,17 @@ class ImagesMixin(QuestionMixin):
             return image
         assert self.projector is not None, "the check has seen to it"
         with torch.no_grad():
-            return replace(image, projected=self.projector(image))
+            return replace(image, projected=self.projector(self._as_projected(image)))
+
+    def _as_projected(self, image: ImageFeatures) -> ImageFeatures:
+        """Cast tokens of another data type to that of the projector, which trains in float32 beside a frozen encoder.
+
+        Autocast does so itself.
+        """
+        weight = next(self.projector.parameters(), None) if self.projector is not None else None
+        if weight is None or torch.is_autocast_enabled(weight.device.type) or weight.dtype == image.tokens.dtype:
+            return image
+        return replace(image, tokens=image.tokens.to(weight.dtype))
 
     def _question(self, given: Inputs, cuts: Sequence[Cut] | None, image: ImageFeatures) -> Question | None:
         """Return what a pass asks about its images; None where no part needs it, or it is not known."""

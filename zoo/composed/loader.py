@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.composed.assembly import Parts, assemble
 from zoo.composed.keywords import put
+from zoo.composed.masters import masters_in, narrow
 from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.published import is_published
 from zoo.published.checkpoint import Checkpoint, checkpoint_from, checkpoint_in
@@ -36,6 +37,7 @@ def load_model(
     bits: int = 0,
     state_dict: Mapping[str, Tensor] | None = None,
     walked: Parts | None = None,
+    masters: bool = False,
 ) -> tuple[Any, set[str]]:
     """Build a model with its weights, on its devices, in eval mode.
 
@@ -49,6 +51,8 @@ def load_model(
         bits: 8 or 4 for each weight of the language model's layers; 0: not quantised.
         state_dict: weights that replace the folder's.
         walked: the same parts on the meta device, if a check has built them.
+        masters: keep weights float32 that were saved as master weights, to train on; else, with dtype None, they are
+            rounded to the data type that they had before training.
 
     Returns:
         The model, and the names of its weights that were found nowhere.
@@ -62,7 +66,13 @@ def load_model(
     missing: set[str] = set()
     if folder is not None and not is_published(read_content(folder)):
         model.bases.require_same(saved)
-        missing = set(read_weights(model, folder, fresh=fresh, done=reader.already_loaded if reader else None))
+        stored = {name: tensor.dtype for name, tensor in listing(weight_files(folder)).items()}
+        held = masters_in(config.masters, stored, model.part_of) if dtype_of(dtype) is None else {}
+        done = reader.already_loaded if reader else None
+        missing = set(read_weights(model, folder, fresh=fresh, done=done, dtypes={} if masters else held))
+        model.masters = held
+        if not masters:
+            narrow(model)  # those that are mapped from the file
         model.fresh_parts = sorted({model.part_of(n) for n in missing})
     elif reader is not None and reader.filled is not None:
         missing = set(reader.filled.missing)

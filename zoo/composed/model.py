@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from zoo.composed.generate import GenerateMixin
 from zoo.composed.keywords import require_save, split_load
 from zoo.composed.language_model import LanguageModelMixin
 from zoo.composed.loader import load_model, reader_for
+from zoo.composed.masters import as_saved
 from zoo.composed.own_checkpoints import with_node
 from zoo.composed.positions import decided
 from zoo.composed.slots import slots_now, without_checkpoint
@@ -49,6 +51,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
     _supports_flex_attn = True
 
     fresh_parts: list[str]  # that have untrained weights
+    masters: dict[str, torch.dtype]  # weights that train in float32 -> the data type that they were loaded in
 
     def __init__(self, config: ZooConfig, parts: Parts | None = None, base: Any = None) -> None:
         """Build the parts of `config.slots`, or take them.
@@ -77,7 +80,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         self.adapter = nn.ModuleDict(parts.adapter)  # type: ignore[assignment]
         config.__dict__["_llm"] = self.llm.lm.config.get_text_config()
         self.compiled = False
-        self.fresh_parts = []
+        self.fresh_parts, self.masters = [], {}
         self.loss_type = "ForCausalLM"  # transformers' Trainer then counts labels from the second position on
         self.set_attention(config.attention)
         self.bases = bases_of(self, config.slots or {}, base) if built else Bases()
@@ -115,6 +118,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
     ) -> None:
         """Write config.json and the weights that differ from the base checkpoints, as safetensors.
 
+        Master weights of training are float32 in the folder, and load in the data type that they had before.
+
         Args:
             is_main_process: False writes nothing; one process of several writes.
             state_dict: whole tensors of a model that is sharded over processes.
@@ -134,6 +139,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         self.bases.require_elsewhere(folder)
         config = type(self.config).from_dict(self.config.to_dict())
         config.slots = slots_now(self)
+        state, config.masters = as_saved(state, self.masters, self.part_of)
         record = {key: as_whole(entry) for key, entry in self.bases.record.items()}
         if not include_base:
             state, record = self.bases.changed(self, state, config.slots)
@@ -179,7 +185,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         Args:
             config: of the same parts, or of other ones: those without weights in the folder must be in `fresh`.
             fresh: parts that may start without weights.
-            dtype: of the parameters, a torch dtype or its name; None: as saved.
+            dtype: of the parameters, a torch dtype or its name; None: as saved, and master weights in the data type
+                that they had before training.
             device_map: a device, None for the CPU, `auto`, or a dict from prefixes of names (`vision`, `llm`, ...) to
                 devices.
             attn_implementation: `auto` or a name in transformers; None: as saved.

@@ -49,7 +49,8 @@ def load(
         name: a preset (`scenes_tiny`), a folder (`dir:runs/x`) or a hub repository (`hub:org/name`).
         overrides: options as on the command line: `pruner=random`, `pruner.random.keep_ratio=0.5`.
         device: of the model; None: CUDA if available.
-        dtype: of the parameters, a torch dtype or its name; None keeps what was saved.
+        dtype: of the parameters, a torch dtype or its name; None keeps what was saved, and loads weights that were
+            trained in float32 in the data type that they had before; "float32" loads them as trained.
         device_map: a device, `auto`, or a dict from prefixes of names (`vision`, `llm`, `llm.lm.model.layers.0`) to
             devices; instead of `device`.
         bits: 8 or 4: quantize the layers of a published language model with bitsandbytes, on CUDA; 0: do not.
@@ -92,6 +93,7 @@ def build(
     device_map: Any = None,
     bits: int = 0,
     fresh: Iterable[str] = (),
+    masters: bool = False,
 ) -> tuple[ZooModel, ZooProcessor]:
     """Check a source, and build its model and processor.
 
@@ -100,6 +102,7 @@ def build(
         texts: to train a new tokenizer on, if there is none to load; read only then.
         tokenizer_folder: of the tokenizer, for a model that starts from its parts.
         device, dtype, device_map, bits, fresh: see `load`.
+        masters: keep master weights of a saved model in float32, to train on.
     """
     folder = source.folder
     if folder is not None and source.published:
@@ -122,6 +125,7 @@ def build(
         device_map=target if device_map is None else device_map,
         bits=bits,
         walked=report.parts,
+        masters=masters,
     )
     # An id without a row in the embedding would fail as an index error inside the LLM.
     if len(tokenizer) > model.llm.vocab_size:
@@ -155,6 +159,7 @@ def _config(source: Source, tokenizer: Any) -> ZooConfig:
     else:
         before = ZooConfig.read(source.folder)
         config.video_token_id, config.base = before.video_token_id, base_at(before.base, source.base)
+        config.masters = before.masters
     return config
 
 

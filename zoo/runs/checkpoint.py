@@ -110,6 +110,12 @@ def verify(folder: Path) -> dict[str, Any]:
     return state
 
 
+def names_in_float32(folder: Path, prefix: str = "") -> list[str]:
+    """Return the names of the checkpoint's float32 weights that begin with `prefix`, without it."""
+    stored = listing([folder / WEIGHTS]).items()
+    return [n.removeprefix(prefix) for n, t in stored if n.startswith(prefix) and t.dtype == torch.float32]
+
+
 @torch.no_grad()
 def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") -> None:
     """Copy the checkpoint's weights into `named`; tensors that it does not hold keep their values.

@@ -133,6 +133,7 @@ class RunRoot:
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
     precision: str = "auto"  # auto | fp32 | bf16
+    master_weights: str = "fp32"  # of weights in 16 bits that train: fp32 | none, they train as they are
     positions: str = "auto"  # of image tokens behind pruners: kept: as without a pruner | dense: consecutive | auto
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
     workers: int = 0  # processes of `zoo data`; for training: stages.<stage>.workers

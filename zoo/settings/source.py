@@ -41,7 +41,7 @@ class Source:
         repository, revision, sha256: of the weights on the hub; the hash is from the card.
         base: new location of the published checkpoint of a saved model; empty: as saved.
         plugins: named in the config.
-        positions, attention, precision, device: as in the config of a run.
+        positions, attention, precision, master_weights, device: as in the config of a run.
         stages: name -> Stage, of a run.
         data: data name -> split.
         typed: the words that it was composed from.
@@ -60,6 +60,7 @@ class Source:
     positions: str = "auto"
     attention: str = "auto"
     precision: str = "auto"
+    master_weights: str = "fp32"
     device: str = "auto"
     stages: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
@@ -176,7 +177,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
         pretrained=pretrained,
         **{key: cfg.model[key] for key in ("repository", "revision", "sha256", "base")},
         plugins=tuple(cfg.plugins),
-        **{key: cfg[key] for key in ("positions", "attention", "precision", "device")},
+        **{key: cfg[key] for key in ("positions", "attention", "precision", "master_weights", "device")},
         stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
         data={str(name): _split(node) for name, node in cfg.data.items()},
         typed=typed_of(cfg),

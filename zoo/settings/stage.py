@@ -14,6 +14,7 @@ from zoo.registry import ZooError, unknown
 OPTIMIZERS = ("muon_adamw", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("", "auto", "fp32", "bf16")
+MASTER_WEIGHTS = ("", "fp32", "none")
 PACKS = ("dialogs", "none")
 TOO_LONG = ("refuse", "cut")
 _DTYPES = ("", "float32", "bfloat16", "float16")
@@ -72,6 +73,7 @@ class Stage:
     teacher: Any = ""  # model name, as in `model=`; {store: folder} of `zoo teach`; {model:, ...}; empty: none
     # Speed and memory
     precision: str = ""  # auto | fp32 | bf16; empty: as the run
+    master_weights: str = ""  # of weights in 16 bits that train: fp32 | none, they train as they are; empty: as the run
     compile: bool = False  # torch.compile; pays after a few hundred steps
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     # Intervals, in optimiser steps
@@ -82,6 +84,7 @@ class Stage:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("master_weights", self.master_weights, MASTER_WEIGHTS)
         _one_of("pack", self.pack, PACKS)
         _one_of("too_long", self.too_long, TOO_LONG)
         if (self.steps is None) == (self.epochs is None):

@@ -149,7 +149,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(
-    model: Any, folder: Path, *, fresh: Iterable[str] = (), done: Mapping[int, Tensor] | None = None
+    model: Any,
+    folder: Path,
+    *,
+    fresh: Iterable[str] = (),
+    done: Mapping[int, Tensor] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> list[str]:
     """Load the tensors of a folder into a model in place.
 
@@ -158,6 +163,7 @@ def read_weights(
         folder: with safetensors files.
         fresh: parts that may start without weights (`projector`, `adapter.lora`), or `all`.
         done: tensors that are already loaded, by their id.
+        dtypes: name -> data type, of tensors that are not loaded in that of the file.
 
     Returns:
         Names of tensors that are neither in the folder nor from a base checkpoint.
@@ -179,8 +185,9 @@ def read_weights(
                 misshapen.append(f"{name}: {stored.shape} in the file, {tuple(own[name].shape)} in the model")
             continue
         if id(own[name]) not in done:
-            if own[name].dtype != stored.dtype:  # the model takes the dtype of the file; casting comes later
-                own[name].data = torch.empty_like(own[name], dtype=stored.dtype)
+            dtype = (dtypes or {}).get(name, stored.dtype)
+            if own[name].dtype != dtype:  # the model takes the dtype of the file; casting comes later
+                own[name].data = torch.empty_like(own[name], dtype=dtype)
             read(stored, own[name])
         missing.difference_update(shared[name])
     left = {n for n in missing if not may_start_fresh(model.part_of(n), allowed)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from zoo.composed.masters import is_mixed, narrow
 from zoo.evaluation.evaluate import evaluate
 from zoo.evaluation.result import EvalResult
 from zoo.evaluation.score_table import score_table
@@ -33,6 +34,8 @@ def finish(run: "Run") -> None:
     """
     if not (run.resumed_trained and run.folder.has_model):
         save_model(run)
+    if not any(hasattr(p, "full_tensor") for p in run.model.parameters()):
+        narrow(run.model)  # as a saved model loads
     run.model.compile_parts(False)  # as in `zoo eval`, so that both give the same scores
     # Random pruners draw from torch's generator: a process that resumes here must draw the same numbers.
     reseed(run.cfg.seed, run.progress.global_step, -5)
@@ -59,6 +62,7 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
         limit=limit,
         baselines=baselines,
         accelerator=run.accelerator,
+        precision="bf16" if is_mixed(run.model) else "fp32",
         skip_broken=run.skips,
         max_broken=run.cfg.max_broken,
     )

@@ -20,6 +20,7 @@ from torch import nn
 from zoo.checking.checker import check
 from zoo.checking.plan import plan_from
 from zoo.composed.assembly import build_distiller
+from zoo.composed.masters import widen, widen_names
 from zoo.loading.build import build, load_teacher
 from zoo.registry import Distiller, ZooError
 from zoo.runs import checkpoint
@@ -102,6 +103,8 @@ class Run:
         self.data = RunData(self.cfg.data, skip_broken=self.skips)
         self.source = source_of(self.cfg, pretrained=False)
         self.model, self.processor = self._compose()
+        if getattr(self.accelerator, "is_fsdp2", False):
+            self._widen_ahead()
         if self.newest is not None:
             self._restore(self.newest)
         left_out = LeftOut(self.folder, self.cfg.max_broken, self.progress.seen, self.progress.left_out)
@@ -192,7 +195,7 @@ class Run:
     def _build(self, tokenizer: Path) -> tuple[Any, Any]:
         reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
         device = self.accelerator.device
-        model, processor = build(self.source, tokenizer_folder=tokenizer, device=device)
+        model, processor = build(self.source, tokenizer_folder=tokenizer, device=device, masters=True)
         return model, processor
 
     def _restore(self, newest: Path) -> None:
@@ -200,12 +203,21 @@ class Run:
         stage, step = self.progress.stage, self.progress.step
         # Names of weights depend on which adapters are attached, so the stage's adapters come first.
         self.model.detach_only([] if self.is_trained else list(self.stages.values())[stage].detach)
+        widen_names(self.model, checkpoint.names_in_float32(newest, "model."))  # the checkpoint has master weights
         named = self._named()
         checkpoint.load_weights(newest, named, "model.")
         # `start` copies weights of the LLM (into upcycled experts, say), which must be the trained ones; it overwrites
         # those of the adapter, so the checkpoint is loaded once more.
         if self._start_adapters(range(1, stage + (step > 0))):
             checkpoint.load_weights(newest, named, "model.")
+
+    def _widen_ahead(self) -> None:
+        """Widen what any stage trains: FSDP2 takes the data types that it finds when it shards, in the first one."""
+        for stage in self.stages.values():
+            if (stage.master_weights or self.cfg.master_weights) == "fp32":
+                self.model.detach_only(stage.detach)
+                self.model.set_trainable(stage.train, stage.freeze)
+                widen(self.model, resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device))
 
     # ---- stages ------------------------------------------------------------------------------------------------
 
@@ -280,6 +292,7 @@ class Run:
             steps,
             seed=self.cfg.seed,
             precision=self.cfg.precision,
+            master_weights=self.cfg.master_weights,
             distiller=distiller,
             teacher=teacher,
         )

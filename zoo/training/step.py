@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.composed.masters import widen
 from zoo.composed.outputs import LOSS_ALONE, DistillView
 from zoo.registry import IGNORE_INDEX, Distiller, ZooError, unknown
 from zoo.runs.checkpoint import tensors_of
@@ -104,7 +105,7 @@ class Engine:
         stage: its settings.
         steps: optimiser steps of the stage.
         seed: of the run.
-        precision: of the run; used if the stage does not set one.
+        precision, master_weights: of the run; used if the stage does not set them.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Engine:
         *,
         seed: int = 0,
         precision: str = "auto",
+        master_weights: str = "fp32",
         distiller: Distiller | None = None,
         teacher: Any = None,
     ) -> None:
@@ -126,6 +128,8 @@ class Engine:
         model.detach_only(list(stage.detach))
         self.trainable = model.set_trainable(list(stage.train), list(stage.freeze))  # numbers by part
         self.precision = resolve_precision(stage.precision or precision, self.device)
+        if (stage.master_weights or master_weights) == "fp32":
+            widen(model, self.precision)
         self.resume_training()
         if distiller is not None:
             distiller.to(self.device) if isinstance(distiller, nn.Module) else None
