@@ -147,6 +147,19 @@ def killed_at_write(which: int | str) -> None:
     _at_writes(lambda number, what: os.kill(os.getpid(), signal.SIGKILL) if which in (number, what) else None)
 
 
+def killed_at_shard(which: int) -> None:
+    """SIGKILL just before the shard of this number of a store gets its name."""
+    seen = [0]
+
+    def act(_: int, what: str) -> None:
+        if what.startswith("os.rename") and "/.shard-" in what:
+            seen[0] += 1
+            if seen[0] == which:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    _at_writes(act)
+
+
 def killed_within_write(size: int) -> None:
     """Let the system kill the process in the middle of writing the first file of more than `size` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

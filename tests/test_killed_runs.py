@@ -288,3 +288,18 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with Run(config([*recipe(tmp_path, stages), "stages.a.allow_nonfinite=true", "run.name=b"])) as run:
         run.train()
     assert len(run.folder.list_checkpoints()) == 1
+
+
+def test_killed_among_the_features_that_it_keeps(tmp_path):
+    """Killed between two checkpoints, as a shard gets its name: what is there is found, the rest is computed again."""
+    frozen = recipe(tmp_path, {"a": "epochs: 2, batch_size: 8, train: [projector], checkpoint_every: 2"})
+    words = [*frozen, *OPTIONS[1:], "features.keep=fp32"]
+    assert train(tmp_path / "live", [*words, "features.keep=live"]).code == 0
+    ended = train(tmp_path, [*words, "features.folder=run.kept"], "killed_at_shard", 2)
+    assert ended.code == -9, ended.said
+    kept = tmp_path / "run.kept"
+    assert len(list(kept.glob("*/.shard*"))) == 1 and len(list(kept.glob("*/shard*"))) == 1
+    assert "16 images are there" in goes_on(tmp_path, words)
+    assert left(tmp_path / "run") == left(tmp_path / "live" / "run")
+    two = train(tmp_path / "two", [*words, f"features.folder={kept}"], processes=2)
+    assert two.code == 0 and "40 images are there" in two.said

@@ -23,6 +23,7 @@ from zoo.vision.images.video import read_video
 _OURS = ("call", "whole_if_several", "processor_class", "sizes", "frame_share")
 
 _SIZES = ("size", "crop_size", "max_image_size", "image_grid_pinpoints")  # values in pixels
+FEATURES = "features"  # key of a batch: what is kept of its images, see `zoo.runs.kept_features`
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
@@ -32,6 +33,15 @@ class Picture:
 
     pixels: Tensor  # (R, 3, h, w); of an image that keeps its shape the patches of all rows (S, P)
     cut: Cut
+
+
+@dataclass
+class Shown(Picture):
+    """An image of a run that keeps features: found by `key`, and without pixels where they are there."""
+
+    key: bytes  # of its content; empty: it has none
+    features: Mapping[str, Tensor] | None  # packed, name -> (R, ...); None: they are not kept yet
+    plain: bool  # an image that is a row by itself, without a cut
 
 
 class Pictures:
@@ -180,6 +190,8 @@ def stack(pictures: Sequence[Tensor | Picture]) -> dict[str, Any]:
         return {}
     if all(isinstance(p, Tensor) for p in pictures):
         return {"pixel_values": torch.stack(list(pictures))}  # type: ignore[arg-type]
+    if all(isinstance(p, Shown) for p in pictures):
+        return _shown(pictures)  # type: ignore[arg-type]
     rows = [p.pixels if isinstance(p, Picture) else p[None] for p in pictures]
     shapes = {tuple(r.shape[1:]) for r in rows}  # of patches: one
     if len(shapes) > 1:
@@ -188,6 +200,25 @@ def stack(pictures: Sequence[Tensor | Picture]) -> dict[str, Any]:
         "pixel_values": torch.cat(rows),
         "cuts": [p.cut if isinstance(p, Picture) else Cut() for p in pictures],
     }
+
+
+def _shown(pictures: Sequence[Shown]) -> dict[str, Any]:
+    """Stack images whose features are kept, or may be: `pixel_values` of those that have pixels, and `FEATURES`."""
+    made: dict[str, Any] = {}
+    if there := [p.pixels for p in pictures if len(p.pixels)]:
+        made["pixel_values"] = torch.cat(there)
+    if not all(p.plain for p in pictures):
+        made["cuts"] = [Cut() if p.plain else p.cut for p in pictures]
+    kept = [p.features for p in pictures if p.features is not None]
+    made[FEATURES] = {
+        "keys": [p.key for p in pictures],
+        "cuts": [p.cut for p in pictures],
+        "rows": [p.cut.rows for p in pictures],
+        "pixels": [len(p.pixels) for p in pictures],
+        "there": [p.features is not None for p in pictures],
+        "kept": {name: torch.cat([f[name] for f in kept]) for name in kept[0]} if kept else {},
+    }
+    return made
 
 
 def blank(picture: Tensor | Picture) -> Tensor | Picture:

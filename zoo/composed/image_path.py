@@ -87,14 +87,24 @@ class ImagesMixin(QuestionMixin):
             cuts = [cut for sample in cuts for cut in sample]
         if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
+        image, pixel_values = self.features_of(pixel_values, cuts)
+        question = self._question(given, cuts, image) if given is not None else None
+        return self.encode_features(image, cuts, pixel_values, question)
+
+    def features_of(self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None) -> tuple[ImageFeatures, Tensor]:
+        """Run the encoder alone: its features, with all that parts behind it need, and the pixels that it was given.
+
+        Args:
+            pixel_values: (M, 3, S, S), cast to the encoder's data type.
+            cuts: of each image, where images have rows of their own.
+        """
+        assert self.vision is not None, "there are images"
         weight = next(self.vision.parameters(), None)
         short = weight is not None and weight.dtype in (torch.bfloat16, torch.float16)  # processors make float32
         if weight is not None and short and not self.vision.members:  # else each has its own data type
             pixel_values = pixel_values.to(weight.dtype)
         more = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
-        image = self.vision(pixel_values, need=self.requested, **more)
-        question = self._question(given, cuts, image) if given is not None else None
-        return self.encode_features(image, cuts, pixel_values, question)
+        return self.vision(pixel_values, need=self.requested, **more), pixel_values
 
     def encode_features(
         self,

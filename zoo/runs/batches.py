@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -50,10 +50,12 @@ class Batches(Dataset):
         text: bool = True,
         teacher: Any = None,
         room: Room | None = None,
+        recall: Callable[[Sample], list[Any]] | None = None,
     ) -> None:
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
         self.multiple_of, self.text = multiple_of, text
         self.room = room or Room()  # for a row; longer ones are refused or cut
+        self.recall = recall  # prepares images, those without pixels whose features are kept; None: the processor does
         self.teacher = teacher  # `TeacherRows` or `TeacherStore`: adds the teacher's rows or outputs to each row
         parts = place.world * stage.accumulate
         if stage.batch_size % parts:
@@ -111,7 +113,8 @@ class Batches(Dataset):
             raise sample
         with naming(sample.data, sample.where, sample.id, "text"):
             pieces = self._pieces(sample)
-            encoded = [self.room.fit(encode(s)) if self.text else encode(s) for s in pieces]
+            images = () if self.recall is None else (self.recall(sample),)
+            encoded = [self.room.fit(encode(s, *images)) if self.text else encode(s, *images) for s in pieces]
             return encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
 
     def _pieces(self, sample: Sample) -> list[Sample]:

@@ -11,6 +11,7 @@ from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings.stage import Stage
 
 CONFIG_NAME = "zoo"
+KEEPS = ("live", "fp32", "bf16", "fp16", "int8")
 DEFAULT_RECIPE = "scenes_tiny"
 DEFAULT_MODEL = "scenes_tiny"
 
@@ -61,6 +62,21 @@ class TeachConfig:
             raise ZooError(f"teach.k and teach.shard must be at least 1, got {self.k} and {self.shard}.")
         if self.dtype not in ("float16", "float32"):
             raise unknown("dtype of a store", self.dtype, ("float16", "float32"))
+
+
+@dataclass
+class FeaturesConfig:
+    """What a run keeps of frozen encoders, so that later epochs and runs do not encode an image again."""
+
+    keep: str = "live"  # live: nothing | fp32 | bf16 | fp16 | int8: in blocks of 32 with a scale, 8.5 bits a value
+    folder: str = ""  # of all kept features, which runs share; empty: <run.dir>/features
+    max_gb: float = 20.0  # size of that folder, in units of 1e9 bytes; once it is reached, no more is added
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEPS:
+            raise unknown("dtype of kept features (features.keep)", self.keep, KEEPS)
+        if not self.max_gb > 0:
+            raise ZooError(f"features.max_gb must be more than 0, got {self.max_gb}.")
 
 
 @dataclass
@@ -126,6 +142,7 @@ class RunRoot:
     resume: str | None = None  # folder of a run, or `last`
     teach: TeachConfig = field(default_factory=TeachConfig)
     survey: SurveyConfig = field(default_factory=SurveyConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     # Evaluation
     batch_size: int | None = None  # of evaluation, in dialogs; null: by the size of the model
     limit: int | None = None  # samples of each data set; null: all

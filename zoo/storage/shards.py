@@ -36,13 +36,15 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-def write_shard(file: Path, keys: Sequence[bytes], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a shard: `keys`, and tensors with their offsets."""
+def write_shard(
+    file: Path, keys: Sequence[bytes], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a shard: `keys`, tensors with their offsets, and texts about them."""
     from safetensors.torch import save_file
 
     named = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).copy()).view(-1, KEY)
     with written_beside(file) as beside:
-        save_file({"keys": named, **tensors}, beside)
+        save_file({"keys": named, **tensors}, beside, dict(metadata or {}) or None)
 
 
 def offsets_of(counts: Sequence[int]) -> torch.Tensor:
@@ -111,11 +113,22 @@ class Shards:
             offsets: name of the tensor that has the offsets.
             names: of the tensors to read.
         """
-        number, index = place
+        shard, index = self._shard(place), place[1]
+        start, stop = shard.get_slice(offsets)[index : index + 2].tolist()
+        return {name: shard.get_slice(name)[start:stop] for name in names}
+
+    def names(self, place: Place) -> list[str]:
+        """Return the names of the tensors beside a key."""
+        return list(self._shard(place).keys())
+
+    def metadata(self, place: Place) -> dict[str, str]:
+        """Return the texts that were written with a key's shard."""
+        return self._shard(place).metadata() or {}
+
+    def _shard(self, place: Place) -> Any:
+        number = place[0]
         if number not in self._open:
             from safetensors import safe_open
 
             self._open[number] = safe_open(self.files[number], framework=self.framework)
-        shard = self._open[number]
-        start, stop = shard.get_slice(offsets)[index : index + 2].tolist()
-        return {name: shard.get_slice(name)[start:stop] for name in names}
+        return self._open[number]

@@ -17,6 +17,7 @@ from zoo.composed.outputs import LOSS_ALONE, DistillView, ZooOutput
 from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
 from zoo.runs.lengths import require_room
 from zoo.text.batch import TEACHER_ROWS, EncodedSample
+from zoo.vision.images.processors import FEATURES
 
 
 class Teacher:
@@ -51,6 +52,11 @@ class Teacher:
         # Equal names do not mean equal weights: an earlier stage may have trained the student's encoder.
         self.same_vision = frozen and alike and all(_equal(t, others[name]) for name, t in ours.items())
 
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether it runs an encoder of its own on the student's pixels."""
+        return self.model.vision is not None and not self.same_vision
+
     @torch.no_grad()
     def outputs_for(self, batch: Mapping[str, Any], student: ZooOutput) -> DistillView:
         """Run the teacher on a batch of the student's.
@@ -59,9 +65,11 @@ class Teacher:
             batch: holds the teacher's own rows under `zoo.text.batch.TEACHER_ROWS`, if they differ from the student's.
             student: output of the student, for image features that both share.
         """
-        own = {k: v for k, v in (batch.get(TEACHER_ROWS) or batch).items() if k != "targets"}
-        # Rows whose pixels are those of the student are collated without them, so that they are copied once.
-        if "pixel_values" not in own and "pixel_values" in batch:
+        own = {k: v for k, v in (batch.get(TEACHER_ROWS) or batch).items() if k not in ("targets", FEATURES)}
+        # Rows whose pixels are those of the student are collated without them, so that they are copied once. Where the
+        # student's features are kept, an encoder that is shared needs none, and pixels may be of some images only.
+        kept = FEATURES in batch and self.same_vision
+        if "pixel_values" not in own and "pixel_values" in batch and not kept:
             own["pixel_values"] = batch["pixel_values"]
         own = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in own.items()}
         with self._numbers(own):

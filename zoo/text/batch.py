@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from zoo.registry import IGNORE_INDEX, Asked, ZooError, unknown
-from zoo.vision.images.processors import stack
+from zoo.vision.images.processors import FEATURES, stack
 
 TEACHER_ROWS = "teacher"  # key of the same rows as encoded by a teacher's processor
 
@@ -223,6 +223,7 @@ def collate(
         pair_ids (B, T) if there are pairs of answers: 2p at the tokens of the chosen one of pair p, 2p + 1 at those of
         the rejected one, -1 elsewhere;
         questions, what each sample asks about its images, if the model's parts need it;
+        features, of images whose features are kept, see `zoo.runs.kept_features`: pixel_values are of the others then;
         `teacher`, the same rows for a teacher, without pixel_values if those are the same.
     """
     longest = -(-max(len(s) for s in samples) // multiple_of) * multiple_of
@@ -271,6 +272,7 @@ def collate(
         )
         if all(a is b for a, b in both):
             theirs.pop("pixel_values", None)
+            theirs.pop(FEATURES, None)
         batch[TEACHER_ROWS] = theirs
     return batch
 

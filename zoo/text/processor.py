@@ -217,10 +217,11 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         row: dict[str, Any] = dict(share_prefix(dialogs, sample.id))
         return EncodedSample(**row, **common)
 
-    def encode_images(self, sample: Sample) -> EncodedSample:
+    def encode_images(self, sample: Sample, pixel_values: list[Any] | None = None) -> EncodedSample:
         """Encode the images and dense targets of a sample, without its text."""
         nothing = np.zeros(0, dtype=np.int64)
-        return EncodedSample(nothing, nothing, self._images_of(sample), targets=sample.targets)
+        pixels = self._images_of(sample) if pixel_values is None else pixel_values
+        return EncodedSample(nothing, nothing, pixels, targets=sample.targets)
 
     def _tokenize_cached(self, dialog: Dialog, sample: Sample, pixels: Sequence[Any]) -> list[TokenizedDialog]:
         """Tokenize a dialog of a sample, with a cache; see `_rows`."""
@@ -371,9 +372,19 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         """
         nested = isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images)
         groups = [flat(group) for group in images] if nested else [[image] for image in flat(images)]
-        return [self._pixels(image, len(group) > 1, options) for group in groups for image in group]
+        return [self.pixels_of(image, len(group) > 1, options) for group in groups for image in group]
 
-    def _pixels(self, source: Any, several: bool = False, options: Mapping[str, Any] | None = None) -> Any:
+    def pixels_of(
+        self, source: Any, several: bool = False, options: Mapping[str, Any] | None = None, where: str = ""
+    ) -> Any:
+        """Prepare one image or video: (3, h, w), or a `Picture` where it may be several rows.
+
+        Args:
+            source: as in `open_image`, or a `Video`.
+            several: whether the sample has other images.
+            options: of the image processor's call.
+            where: name of the image in messages.
+        """
         if self.transform is None:
             raise ZooError("An image was given to a model that has no vision encoder.")
         if isinstance(source, Video):
@@ -381,11 +392,11 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
                 raise ZooError(f"Video {source.path!r} was given to a model that takes images only.")
             return self.videos(source)
         if self.pictures is None:
-            pixels = to_pixels(source, self.transform)
+            pixels = to_pixels(source, self.transform, where)
             if self.layout is None or not self.transform.also:
                 return pixels
             return Picture(pixels[None], Cut(size=self.transform.size))  # a row (P,) does not show its size
-        picture = self.pictures(source, several=several, options=options)
+        picture = self.pictures(source, where, several, options)
         if self.layout is not None:
             return picture
         if picture.cut.rows != 1:

@@ -70,7 +70,7 @@ class CallMixin:
         own = self.pictures.processor if self.pictures else None
         options = sort_options(kwargs, self, tokenizer=self.tokenizer, image_processor=own, pixels=str(self.transform))
         shown = self._all_pixels(images, options.images)
-        films = [self._pixels(as_video(v)) for v in flat(videos)]
+        films = [self.pixels_of(as_video(v)) for v in flat(videos)]
         if options.images:
             self._require_size(shown, options.images)
         data: dict[str, Any] = {}

@@ -28,6 +28,7 @@ from zoo.runs.allocator import keep_memory
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
 from zoo.runs.folder import RunFolder
+from zoo.runs.kept_features import Recall, keep_features
 from zoo.runs.left_out import LeftOut
 from zoo.runs.lengths import room_of
 from zoo.runs.lock import RunLock
@@ -46,7 +47,7 @@ from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.teaching.teacher_store import TeacherStore
 from zoo.text.tokenizer import shared_tokens, tokens_hash
 from zoo.training.finish import finish, score
-from zoo.training.step import Engine, reseed
+from zoo.training.step import Engine, count_images, reseed
 
 TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
 KEEP = 2  # number of checkpoints; the older one is for a newest that turns out to be damaged
@@ -228,6 +229,16 @@ class Run:
         distiller = self._distiller_of(stage)
         teacher, twins = self._teacher_of(stage, distiller)
         engine = self._engine(index, stage, steps, distiller, teacher)
+        kept = engine.unwrapped.features = keep_features(
+            self.cfg.features,
+            self.model,
+            self.processor,
+            stage=name,
+            precision=engine.precision,
+            sharded=engine.sharded,
+            folder=Path(self.cfg.run.dir) / "features",
+            note=self.display.note,
+        )
         done = self.progress.step
         if not done:
             self.step_log.left_out.begin()  # max_broken is a share of each stage's records
@@ -237,6 +248,9 @@ class Run:
         # Padding to multiples of 32 bounds the number of shapes that torch.compile specialises on.
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
         options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)
+        if kept is not None:
+            pixels = isinstance(teacher, Teacher) and teacher.needs_pixels
+            options["recall"] = Recall(kept.store, self.processor, pixels)
         batches = Batches(mix, self.processor, stage, steps, place, **options)
         loader = Loader(batches, pin_memory=self.accelerator.device.type == "cuda")
         parts = ", ".join(f"{part} {count:,}" for part, count in engine.trainable.items())
@@ -259,6 +273,8 @@ class Run:
             if self._leave:
                 self._terminate()
         self.display.end()
+        if kept is not None:
+            self.display.note(f"features: {kept}")
 
     def _step(self, name: str, number: int, engine: Engine, loader: Loader, source: Any) -> None:
         """Take one optimiser step and note its losses, which stay on the device until the log reads several at once."""
@@ -274,7 +290,7 @@ class Run:
             "stage_step": number + 1,
             "lr": engine.rate,
             "weights": engine.weights,
-            "images": sum(len(b.get("pixel_values", ())) for b in batches if b is not None),
+            "images": sum(count_images(b) for b in batches if b is not None),
             "samples": sum(i["info"]["samples"] for i in items),
             "broken": [line for i in items for line in i["info"]["broken"]],
             "start": start,
@@ -381,6 +397,8 @@ class Run:
         now = time.monotonic()
         self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
         self.progress.seen, self.progress.left_out = self.step_log.left_out.counts
+        if engine.unwrapped.features is not None:
+            engine.unwrapped.features.store.flush()
         optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with new ones
         # Gathering shards is a collective operation: every process takes part, the first one writes.
         state = checkpoint.collect(self._named(engine), optimizers, asdict(self.progress), keep=self.main)

@@ -17,6 +17,7 @@ from zoo.composed.masters import widen
 from zoo.composed.outputs import LOSS_ALONE, DistillView
 from zoo.registry import IGNORE_INDEX, Distiller, ZooError, unknown
 from zoo.runs.checkpoint import tensors_of
+from zoo.runs.kept_features import KeptFeatures
 from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
 from zoo.runs.order import keyed
 from zoo.runs.processes import launcher_alone
@@ -25,6 +26,7 @@ from zoo.storage.precision import autocast, resolve_precision
 from zoo.teaching.teacher import Teacher, forward_options
 from zoo.text.batch import TEACHER_ROWS, to_device
 from zoo.training.hidden_tokens import hide_image_tokens
+from zoo.vision.images.processors import FEATURES
 
 
 @dataclass
@@ -44,6 +46,7 @@ class TrainStep(nn.Module):
         self.model = model
         self.distiller = distiller
         self.teacher = teacher  # not an nn.Module, so that it is neither trained nor saved nor sharded with the student
+        self.features: KeptFeatures | None = None  # of a frozen encoder, where the run keeps them
         self.loss_weights = dict(stage.loss_weights)
         self.keep_range = stage.keep_range
         needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
@@ -66,9 +69,11 @@ class TrainStep(nn.Module):
             counts: denominators of the losses over labels and over images.
         """
         own = {key: value for key, value in batch.items() if key != TEACHER_ROWS}
-        if self.keep_range and "pixel_values" in own:
+        if self.keep_range and count_images(own):
             slots = self.model._placeholders(own["input_ids"])
             own["attention_mask"] = hide_image_tokens(own["attention_mask"], slots, self.keep_range)
+        if self.features is not None:
+            own = self.features.fill(own)
         out = self.model(**own, num_items_in_batch=counts.labels, run_llm=self.run_llm, **self.student_options)
         losses = dict(out.losses or {})
         if self.distiller is not None:
@@ -214,7 +219,7 @@ class Engine:
 
         Checked on the first batch with images: a batch of text alone lacks losses over images.
         """
-        if self.unseen and "pixel_values" in batch:
+        if self.unseen and count_images(batch):
             there = {*losses, *weights_of(self.distiller)}  # a distiller does not compute a term of weight 0
             for name in self.unseen.difference(there, ("answer",)):
                 raise unknown("loss in this stage (loss_weights)", name, there)
@@ -280,7 +285,9 @@ def count_labels(batch: Mapping[str, Any]) -> int:
 
 
 def count_images(batch: Mapping[str, Any]) -> int:
-    """Count the images of a batch."""
+    """Count the images of a batch, each crop and frame by itself."""
+    if (shown := batch.get(FEATURES)) is not None:
+        return sum(shown["rows"])
     return len(batch.get("pixel_values", ()))
 
 
