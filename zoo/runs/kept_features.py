@@ -129,9 +129,8 @@ class Recall:
         key = key_of(*content, bytes([several and made])) if content else b""
         found = self.store.find(key) if key else None
         if found is not None and not self.pixels:
-            plain = self.processor.layout is None or not (
-                made or isinstance(image, Video) or self.processor.transform.also
-            )
+            apart = made or isinstance(image, Video) or self.processor.transform.also  # of which a layout gets a cut
+            plain = self.processor.layout is None or not apart
             return Shown(torch.empty(0), found.cut, key, found.tensors, plain)
         picture = self.processor.pixels_of(image, several, where=where)
         plain = isinstance(picture, Tensor)

@@ -7,7 +7,7 @@ largest value.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -19,18 +19,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 BLOCK = 32  # values of a row that share a scale
 SCALE = "/scale"
 _BLOCKS = "block_attention/"  # its scores are a dict, by word
-_KNOWN = ("grid", "row_kind", "mixed")  # fields without a tensor that an encoder sets, or leaves at their default
 
 
 def unpackable(image: ImageFeatures, grid: tuple[int, int] | None) -> str | None:
     """Return what an encoder's features have that is not kept; None: all is."""
     if image.grid != grid:
         return f"a grid {image.grid} for one of {grid}"
-    if image.row_kind != "image" or image.mixed:
-        return "merged or grouped tokens"
     for field in fields(image):
         value = getattr(image, field.name)
-        if value is not None and not isinstance(value, (Tensor, dict)) and field.name not in _KNOWN:
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name != "grid" and not isinstance(value, (Tensor, dict)) and value != default:
             return repr(field.name)
     return None
 
