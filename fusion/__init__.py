@@ -5,6 +5,7 @@ from zoo.registry import declare
 declare("adapter", "lora", "zoo.fusion.adapters.lora")
 declare("adapter", "moextend", "zoo.fusion.adapters.moextend")
 declare("adapter", "mole", "zoo.fusion.adapters.mole")
+declare("adapter", "peft", "zoo.fusion.adapters.peft.adapter")
 declare("adapter", "upcycle", "zoo.fusion.adapters.upcycle")
 declare("adapter", "vlora", "zoo.fusion.adapters.vlora.adapter")
 declare("layout", "anyres", "zoo.fusion.layouts.anyres")

@@ -133,8 +133,9 @@ def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
         _rename(state, f"{prefix}{inner}.", prefix)
 
     def on_load(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        own = tuple(f"{prefix}{name}" for name, _ in module.named_children())
-        for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
+        own = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+        direct = {f"{prefix}{name}" for name in [*module._parameters, *module._buffers]}
+        for key in [k for k in state if k.startswith(prefix) and not k.startswith(own) and k not in direct]:
             state[f"{prefix}{inner}.{key.removeprefix(prefix)}"] = state.pop(key)
 
     handles = [wrapper.register_state_dict_post_hook(on_save), wrapper.register_load_state_dict_pre_hook(on_load)]

@@ -6,13 +6,15 @@ Letters in shapes: see `zoo.registry.parts`, which also has these names.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo.registry.errors import ZooError
 from zoo.registry.part import ModelPart, Part, derived
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from zoo.registry.values import ImageFeatures, LinearHead
@@ -146,8 +148,31 @@ class Adapter(ModelPart):
         first stage in which it acts.
         """
 
+    def passes_first(self) -> int:
+        """Say over how many batches of a stage `calibrate` has to run the model, ahead of the first stage in which the
+        adapter acts; 0: none.
+        """
+        return 0
+
+    def calibrate(self, passes: Sequence[Callable[[], None]]) -> None:
+        """Initialise from data: each of `passes` runs the model on a batch, without gradients, the same in every
+        process. Called after `start`.
+        """
+
+    def begin_stage(self, steps: int) -> None:
+        """Set what depends on the number of optimiser steps of a stage in which the adapter is attached."""
+
+    def end_step(self, step: int) -> None:
+        """Take notice of optimiser step `step` (from 0) of a stage, while its gradients are still there."""
+
+    def run_state(self) -> dict[str, Tensor]:
+        """Return tensors that a resumed run needs beside the weights, to be read and written in place."""
+        return {}
+
     def idles(self, name: str) -> bool:
-        """Whether a parameter of `llm.lm` has no effect while it is attached, so that no stage trains it."""
+        """Whether a parameter of `llm.lm` is fixed, or has no effect, while it is attached, so that no stage trains
+        it.
+        """
         return False
 
     @derived
@@ -179,6 +204,9 @@ class Adapter(ModelPart):
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return its weights inside the LLM, by their names there: they are saved while it is detached, too."""
         return {}
+
+    def write_files(self, folder: Path) -> None:
+        """Write files of its own beside the weights of a saved model, in a format of others."""
 
 
 class Distiller(Part):

@@ -20,6 +20,7 @@ from zoo.published.folder import read_content
 from zoo.published.places import Placement, devices_of, placed
 from zoo.published.reader import Reader
 from zoo.registry import SINGLE_SLOTS, ZooError
+from zoo.registry.following import before_weights
 from zoo.registry.foreign import require_plausible
 from zoo.storage.precision import dtype_of
 from zoo.storage.safetensors_file import listing
@@ -62,9 +63,11 @@ def load_model(
     """
     saved = config.base
     reader = reader_for(config, folder, fresh=fresh, dtype=dtype, device_map=device_map, bits=bits, walked=walked)
-    model = make(config, base=reader)
+    own = folder is not None and not is_published(read_content(folder))
+    with before_weights(own):
+        model = make(config, base=reader)
     missing: set[str] = set()
-    if folder is not None and not is_published(read_content(folder)):
+    if folder is not None and own:
         model.bases.require_same(saved)
         stored = {name: tensor.dtype for name, tensor in listing(weight_files(folder)).items()}
         held = masters_in(config.masters, stored, model.part_of) if dtype_of(dtype) is None else {}

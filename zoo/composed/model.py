@@ -157,6 +157,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             self.generation_config.save_pretrained(folder)
         if self.vision is not None:
             self.vision.write_files(folder)
+        for adapter in self.adapter.values():
+            adapter.write_files(folder)
         write_weights(state, folder, max_shard_size)
         if push_to_hub:
             idle = {"save_function", "save_original_format", "save_peft_format", "safe_serialization"}

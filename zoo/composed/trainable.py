@@ -59,8 +59,9 @@ class PartsMixin(nn.Module):
         kept: set[int] = set()
         for adapter in self.adapter.values():
             if adapter.keeps_float32:
-                kept |= ids_of(adapter.parameters())
-                kept |= ids_of(p for n, p in self.llm.lm.named_parameters() if adapter.owns(n))
+                kept |= ids_of([*adapter.parameters(), *adapter.buffers()])
+                inside = [*self.llm.lm.named_parameters(), *self.llm.lm.named_buffers()]
+                kept |= ids_of(t for n, t in inside if adapter.owns(n))
         return kept
 
     def _idles(self, name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Every method of PEFT that changes layers, by its config class and fields."""
