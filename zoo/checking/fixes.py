@@ -89,6 +89,13 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
                     slots = deepcopy(plan.slots)
                     (slots[kind][name] if many else slots[kind])[option.name] = value
                     yield f"{path}.{option.name}={_shown(value)}", replace(plan, slots=slots)
+            for inside, choices in entry.choices.items():  # of an option that is a mapping
+                outer, dot, key = inside.partition(".")
+                for value in choices if dot else ():
+                    slots = deepcopy(plan.slots)
+                    changed = slots[kind][name] if many else slots[kind]
+                    changed[outer] = {**(changed.get(outer) or {}), key: value}
+                    yield f"{path}.{inside}={_shown(value)}", replace(plan, slots=slots)
 
 
 def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:

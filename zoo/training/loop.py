@@ -46,6 +46,7 @@ from zoo.storage.weights import fingerprint
 from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.teaching.teacher_store import TeacherStore
 from zoo.text.tokenizer import shared_tokens, tokens_hash
+from zoo.training.calibration import begins_in, calibrate_adapters
 from zoo.training.finish import finish, score
 from zoo.training.step import Engine, count_images, reseed
 
@@ -248,6 +249,8 @@ class Run:
         # Padding to multiples of 32 bounds the number of shapes that torch.compile specialises on.
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
         options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)
+        if not done:
+            calibrate_adapters(self, index, engine, options)
         if kept is not None:
             pixels = isinstance(teacher, Teacher) and teacher.needs_pixels
             options["recall"] = Recall(kept.store, self.processor, pixels)
@@ -332,8 +335,7 @@ class Run:
         """
         found = False
         for name, adapter in self.model.adapter.items():
-            # An adapter that is detached in the first n stages begins in stage n.
-            begins = sum(name in stage.detach for stage in self.stages.values())
+            begins = begins_in(name, self.stages)
             if begins and begins in stages:
                 reseed(self.cfg.seed, begins, -4)
                 adapter.start()
@@ -387,6 +389,8 @@ class Run:
         named = {f"model.{n}": t for n, t in checkpoint.tensors_of(self.model).items()}
         if engine is not None and isinstance(engine.distiller, nn.Module):
             named |= {f"distiller.{n}": p for n, p in engine.distiller.named_parameters()}
+        for name, adapter in self.model.adapter.items():
+            named |= {f"model.adapter.{name}.run.{n}": t for n, t in adapter.run_state().items()}
         ever = set(self.progress.trained)
         return {n: t for n, t in named.items() if n in ever or not isinstance(t, nn.Parameter)}
 

@@ -158,6 +158,9 @@ class Engine:
             modules["distiller"] = distiller
         self.optimizers = build_optimizers(modules, stage, parts_of(model))
         self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon's update does not depend on the gradient's norm
+        self.adapters = [adapter for name, adapter in model.adapter.items() if name not in stage.detach]
+        for adapter in self.adapters:
+            adapter.begin_stage(steps)
 
     def run(
         self,
@@ -211,6 +214,9 @@ class Engine:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.stage.clip)
         for optimizer in self.optimizers:
             optimizer.step()
+        for adapter in self.adapters:
+            adapter.end_step(number)
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return sums, stop
 

@@ -1,8 +1,8 @@
 """Any method of PEFT that changes layers: DoRA, PiSSA, EVA, OFT, VeRA, AdaLoRA, LoKr, IA3, LoRA on experts and others.
 
-Source: PEFT (https://github.com/huggingface/peft), whose layers run unchanged. `method` is PEFT's name of a method, of a
-config class (`VeraConfig`), or what papers call LoRA with one option set (`dora`, `rslora`, `pissa`, `olora`, `corda`,
-`eva`, `mica`); `options` are the fields of its config class, checked against PEFT's own dataclasses.
+Source: PEFT (https://github.com/huggingface/peft), whose layers run unchanged. `method` is PEFT's name of a method, or
+of a config class (`VeraConfig`), or what papers call LoRA with one option set (`dora`, `rslora`, `pissa`, `olora`,
+`corda`, `eva`, `mica`). `options` are the fields of its config class, checked against PEFT's own dataclasses.
 
 Which one. `adapter=lora` is plain LoRA with options of our own, and goes where the model is cast. This one is for all
 else that PEFT has: it keeps new weights in float32 as `get_peft_model` does, and writes the adapter in PEFT's format
@@ -65,7 +65,8 @@ class PeftAdapterConfig:
 class PeftAdapter(Adapter, nn.Module):
     """Computes the base model at the start, where the method does: all but fourierft, unilora and the like."""
 
-    keeps_float32 = True
+    # What the check proposes where another adapter already owns the linear layers of the feed-forward.
+    choices = {"options.target_modules": (["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj"])}
 
     lm: Any  # the transformers model, held outside of the module tree: its parameters belong to the LLM
     places: Places | None  # PEFT's layers, once they were made; kept while detached
@@ -79,6 +80,8 @@ class PeftAdapter(Adapter, nn.Module):
         self.peft_config, self.exclusive = resolved(self.method, llm.lm)
         refer(self, lm=llm.lm)
         self.places = None
+        # PEFT gives copies of norms the type of the norms, which multiply hidden states by them.
+        self.keeps_float32 = self.method.name != "ln_tuning"
         # PEFT puts a wrapper around the tensor of the experts for the time of a pass.
         self.concurrent = not self.method.options.get("target_parameters")
         self.losses = frozenset({LOSS}) if self.method.name == "adalora" else frozenset()
@@ -157,6 +160,8 @@ class PeftAdapter(Adapter, nn.Module):
         unknown_yet = self.method.init == "corda" or next(self.lm.parameters()).is_meta
         if self.method.residual and (unknown_yet or weights_follow()):
             config.init_lora_weights = True
+        if self.method.name == "shira" and next(self.lm.parameters()).is_meta:
+            config.mask_fn = _first_entries
         return config
 
     def _make(self, config: Any) -> Places:
@@ -228,7 +233,7 @@ class PeftAdapter(Adapter, nn.Module):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """AdaLoRA's orthogonality loss of a pass in training, weighted; empty for other methods."""
-        if self.budget is None or not self.training or not torch.is_grad_enabled():
+        if self.budget is None or not self.lm.training or not torch.is_grad_enabled():
             return {}
         return {LOSS: self.budget.loss()}
 
@@ -312,6 +317,13 @@ class Beginning(nn.Module):
         """The term as a weight, laid out as the base layer's."""
         full = self.scale * self.B @ self.A  # (O, I)
         return full.T if self.transposed else full
+
+
+def _first_entries(layer: Any, r: int, **_: Any) -> Tensor:
+    """A mask (O, I) with as many entries as SHiRA's own has, which needs values."""
+    mask = torch.zeros(layer.weight.shape)
+    mask.view(-1)[: r * sum(mask.shape)] = 1
+    return mask
 
 
 def _indices_real(lm: Any) -> Any:

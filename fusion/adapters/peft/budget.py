@@ -101,8 +101,7 @@ class Budget(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """What a run needs beside the weights: by name, to be read and written in place."""
-        found = {f"{what}-{_key(n)}": self._of(what, n) for n in self.names for what in ("importance", "change")}
-        return found
+        return {f"{what}-{_key(n)}": self._of(what, n) for n in self.names for what in ("importance", "change")}
 
     def _of(self, what: str, name: str) -> Tensor:
         return self.get_buffer(f"{what}-{_key(name)}")

@@ -27,13 +27,13 @@ REFUSED = {
     "cpt": _PROMPT,
     "multitask_prompt_tuning": _PROMPT,
     "p_tuning": _PROMPT,
-    "frod": f"it decomposes all weights of a kind together, and what comes out cannot be known before they are read; {LAYERS}",
+    "frod": f"it decomposes all weights of a kind together, which the check cannot do before they are read; {LAYERS}",
     "poly": "it wants the id of a task with each row of every pass; adapter=mole routes tokens by itself",
     "prefix_tuning": _PROMPT,
     "prompt_tuning": _PROMPT,
     "shadow": f"it runs a second network beside the layers and replaces their outputs by pairs; {LAYERS}",
-    "xlora": "it runs the whole model twice in each pass, on one cache, and keeps the weights of its experts on modules "
-    "between the two; adapter=mole is a mixture of low-rank experts",
+    "xlora": "it runs the whole model twice in each pass, on one cache, and between the two keeps the weights of its "
+    "experts on modules; adapter=mole is a mixture of low-rank experts",
 }  # fmt: skip
 # Names for LoRA with one option set, as papers and users call them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ _REFUSED_OPTIONS = {
     "monteclora_config": "it draws the weights of each pass, and its loss is not passed on; lora_dropout=<p>",
     "use_bdlora": "it is for servers with several devices; lora",
     "use_qalora": "its layers are those of GPTQ; lora on a model loaded with bits=4",
-    "velora_config": "it keeps compressed inputs on modules between forward and backward; lora",
+    "velora_config": "its projections are set by the first batch that a layer happens to run on; lora",
 }
 _REFUSED_INITS = {
     "loftq": _REFUSED_OPTIONS["loftq_config"],
@@ -259,7 +259,7 @@ def _converted(value: Any, hint: Any, owner: str) -> Any:
 
 def _first_fit(value: Any, hints: Sequence[Any], owner: str) -> Any:
     hint = ""
-    # A dataclass before a dict: PEFT takes both for some options, and only the class says which keys there are.
+    # A dataclass before a dict: PEFT takes both for some options, and only the class has names for its keys.
     for one in sorted(hints, key=lambda h: not is_dataclass(h)):
         try:
             return _converted(value, one, owner)
@@ -269,7 +269,7 @@ def _first_fit(value: Any, hints: Sequence[Any], owner: str) -> Any:
 
 
 def _word(value: Any, allowed: Sequence[Any]) -> Any:
-    """One of the allowed words; `pissa_niter_[number of iters]` stands for those with a number at the end."""
+    """One of the allowed words; `pissa_niter_[number of iters]` means those with a number at the end."""
     for word in allowed:
         pattern = re.sub(r"\\\[.*?\\\]", r"\\d+", re.escape(str(word)))
         if value == word or (isinstance(value, str) and "[" in str(word) and re.fullmatch(pattern, value)):

@@ -1,4 +1,4 @@
-"""Which modules of a language model PEFT's options mean, resolved to whole names and checked before PEFT sees them."""
+"""Which modules of a language model PEFT's options mean, as whole names, each of which has to exist."""
 
 import re
 from typing import Any
@@ -9,6 +9,7 @@ from zoo.fusion.adapters.peft.methods import Method, tuner_of
 from zoo.fusion.attach import fused_experts, linears, means
 from zoo.registry import ZooError, nearest, unknown
 
+_NOT_LINEAR = ("ia3", "ln_tuning")  # methods that all linear layers are too many for
 _LISTS = ("target_modules", "exclude_modules", "feedforward_modules")
 
 
@@ -54,36 +55,38 @@ def _named(field: str, given: Any, known: dict[str, nn.Module], lm: Any) -> list
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             fused = fused_experts(lm)
             hint += f" Its experts are fused tensors such as {fused[0]!r}: target_parameters." if fused else ""
-            raise ZooError(f"{field} has {word!r}, which {type(lm).__name__} lacks.{hint} Modules: {', '.join(short)}.")
+            what = f"{field} has {word!r}, which {type(lm).__name__} lacks"
+            raise ZooError(f"{what}.{hint} Modules: {', '.join(short)}.")
         chosen |= set(hits)
     return [n for n in known if n in chosen]
 
 
 def _put_defaults(config: Any, method: Method, lm: Any, known: dict[str, nn.Module]) -> None:
-    """Set the targets that PEFT has for a family.
+    """Set the targets that PEFT has for a family, or all linear layers where it has none.
 
     Raises:
-        ZooError: it has none.
+        ZooError: it has none, and the method is not for linear layers.
     """
     if getattr(config, "target_parameters", None) or method.name == "trainable_tokens":
         return
-    family = lm.config.model_type
-    found = getattr(tuner_of(config), "target_module_mapping", {}).get(family)
-    if found is None:
-        there = sorted({n.rpartition(".")[2] for n in linears(lm, lm.get_output_embeddings())})
-        raise ZooError(
-            f"{method.owner} has no target_modules for the family {family!r}: name them. Linear layers: "
-            f"{', '.join(there)}; all-linear means all but the vocabulary projection."
-        )
-    if isinstance(found, str):  # PEFT's own pattern
-        config.target_modules = [n for n in known if re.fullmatch(found, n)]
-    else:
-        config.target_modules = [n for n in known if any(means(word, n) for word in found)]
-    if hasattr(config, "feedforward_modules") and config.feedforward_modules is None:
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
-
-        words = FEEDFORWARD.get(family, [])
-        config.feedforward_modules = [n for n in config.target_modules if any(means(word, n) for word in words)]
+    tuner = tuner_of(config)
+    try:
+        tuner.__new__(tuner)._prepare_adapter_config(config, lm.config.to_dict())  # which only reads its class
+    except ValueError:
+        all_linear = linears(lm, lm.get_output_embeddings())
+        if method.name in _NOT_LINEAR:
+            there = sorted({n.rpartition(".")[2] for n in (known if method.name == "ln_tuning" else all_linear)})
+            raise ZooError(
+                f"{method.owner} has no target_modules for the family {lm.config.model_type!r}: name them. The model "
+                f"has {', '.join(there)}."
+            ) from None
+        config.target_modules = all_linear
+    for field in _LISTS:
+        words = getattr(config, field, None)
+        if isinstance(words, str):  # PEFT's own pattern
+            setattr(config, field, [n for n in known if re.fullmatch(words, n)])
+        elif words:
+            setattr(config, field, [n for n in known if any(means(word, n) for word in words)])
 
 
 def _changed(config: Any, known: dict[str, nn.Module], lm: Any) -> list[str]:
@@ -97,7 +100,9 @@ def _changed(config: Any, known: dict[str, nn.Module], lm: Any) -> list[str]:
         parameters = [n for n, _ in lm.named_parameters()]
         hits = [n for n in parameters if n == word or n.endswith(f".{word}")]
         if not hits:
-            raise unknown(f"parameter of {type(lm).__name__} (target_parameters)", word, fused_experts(lm) or parameters)
+            raise unknown(
+                f"parameter of {type(lm).__name__} (target_parameters)", word, fused_experts(lm) or parameters
+            )
         found += [n.rpartition(".")[0] for n in hits]
     tokens = getattr(config, "trainable_token_indices", None)
     if tokens is not None or (hasattr(config, "token_indices") and not found):
@@ -105,5 +110,5 @@ def _changed(config: Any, known: dict[str, nn.Module], lm: Any) -> list[str]:
         embedding = next(n for n, m in known.items() if m is lm.get_input_embeddings())
         found += _named("trainable_token_indices", names, known, lm) if names else [embedding]
     if not found:
-        raise ZooError("The options mean no module of the language model: target_modules and exclude_modules cancel out.")
+        raise ZooError("exclude_modules leaves none of the target_modules.")
     return list(dict.fromkeys(found))
