@@ -34,7 +34,7 @@ bit. Adapters' weights are moved off their start first. Made by
 the column. Other slots: encoder timm, projector mlp, LLM llama, no pruner, adapter or distiller; but no projector where
 `vlora` is, and mixtral where `moextend` is. A teacher has the encoder and the projector of its student and no pruner.
 `aim`, `dart`, `fastv`, `pyramiddrop` and `sparsevlm` drop tokens inside the LLM;
-`llava_mod` runs with its objective `mimic`, `prumerge` with score=column_mean.
+`llava_mod` runs with its objective `mimic`, `peft` with method=dora, `prumerge` with score=column_mean.
 """
 
 _LIBRARIES = """## Libraries

@@ -36,6 +36,7 @@ _SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("adapter", "lora"): {"rank": 2},
     ("adapter", "mole"): {"rank": 2},
     ("adapter", "moextend"): {"calibration_width": 4},
+    ("adapter", "peft"): {"method": "dora", "options": {"r": 2}},
     ("adapter", "vlora"): {"rank": 4, "skip": 2, "width": 16, "depth": 2, "num_heads": 2},
 }
 # What other slots may hold in place of the defaults (timm, mlp, llama, no teacher), where a part does not fit these.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.fusion.adapters.peft.layers import left_alone
 from zoo.fusion.attach import find_linears, fused_experts, keep_keys, means, refer, replace
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 
@@ -156,11 +157,8 @@ class LoRA(Adapter, nn.Module):
     def _inject(self) -> None:
         from peft import inject_adapter_in_model
 
-        trains = [(p, p.requires_grad) for p in self.lm.parameters()]
-        inject_adapter_in_model(self._peft_config(), self.lm, adapter_name=_NAME)
-        del self.lm.peft_config  # with it, save_pretrained of transformers writes the adapter only
-        for parameter, flag in trains:  # PEFT freezes the base; here the recipe decides what trains
-            parameter.requires_grad_(flag)
+        with left_alone(self.lm):
+            inject_adapter_in_model(self._peft_config(), self.lm, adapter_name=_NAME)
         # `inject_adapter_in_model` creates weights in the base's dtype; `get_peft_model` would upcast them.
         for name, parameter in self.lm.named_parameters():
             if self.owns(name):

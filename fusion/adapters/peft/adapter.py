@@ -48,7 +48,7 @@ NAME = "peft"  # PEFT's name for this set of weights: `q_proj.lora_A.peft.weight
 
 @dataclass
 class PeftAdapterConfig:
-    # One of adalora, beft, boft, c3a, corda, deft, delora, dora, eva, fourierft, frod, glora, gralora, hira, hra, ia3,
+    # One of adalora, beft, boft, c3a, corda, deft, delora, dora, eva, fourierft, glora, gralora, hira, hra, ia3,
     # lily, ln_tuning, loha, lokr, lora, mica, miss, oft, olora, osf, peanut, pissa, psoft, pvera, randlora, road,
     # rslora, shira, supertuning, tinylora, trainable_tokens, unilora, vblora, vera, waveft; or PEFT's config class.
     method: str = "lora"
@@ -171,8 +171,11 @@ class PeftAdapter(Adapter, nn.Module):
         with _base_kept(self.lm, self.exclusive if self.method.residual else ()), warnings.catch_warnings():
             # Of tied embeddings, which stay as they are, and of a renamed property of transformers.
             warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|is_gradient_checkpointing).*")
-            with _indices_real(self.lm):
-                places = Places(self.lm, lambda: PeftModelForCausalLM(self.lm, config, adapter_name=NAME))
+            try:
+                with _indices_real(self.lm):
+                    places = Places(self.lm, lambda: PeftModelForCausalLM(self.lm, config, adapter_name=NAME))
+            except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+                raise ZooError(f"{self.method.owner} does not fit the language model: {one_line(error)}") from error
         if next(self.lm.parameters()).is_meta:
             places.to_meta()
         return places

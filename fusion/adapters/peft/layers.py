@@ -33,7 +33,7 @@ class Places:
         before = [(parent, name, getattr(parent, name)) for _, parent, name in children]
         base = {id(t) for t in _tensors(lm)}
         keys = set(lm.state_dict())
-        with _left_alone(lm):
+        with left_alone(lm):
             self.made = make()
         self.lm = lm
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
@@ -116,8 +116,10 @@ class Places:
 
 
 @contextmanager
-def _left_alone(lm: nn.Module) -> Iterator[None]:
-    """Undo what PEFT changes beside the layers that it makes: what trains, which layers of another adapter act."""
+def left_alone(lm: nn.Module) -> Iterator[None]:
+    """Undo what PEFT changes beside the layers that it makes: what trains (it freezes the base, and here the recipe
+    decides), and which layers of another adapter act.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     trains = [(p, p.requires_grad) for p in lm.parameters()]

@@ -191,7 +191,9 @@ def options_of(config: type) -> list[Option]:
         default = f.default if f.default is not NO_DEFAULT else MISSING
         if default is MISSING and f.default_factory is not NO_DEFAULT:
             default = f.default_factory()
-        found.append(Option(f.name, _shown(hints[f.name]), default, " ".join(f.metadata.get("help", "").split())))
+        help_text = f.metadata.get("help", "")  # a tuple of texts for some
+        doc = " ".join((help_text if isinstance(help_text, str) else " ".join(help_text)).split())
+        found.append(Option(f.name, _shown(hints[f.name]), default, doc))
     return found
 
 
