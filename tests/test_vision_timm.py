@@ -125,14 +125,6 @@ def test_unknown_names_name_the_nearest():
         build("vision", {"name": "timm", "model": "vit_base_patch16_clip_224.openay"})
 
 
-@pytest.mark.parametrize(
-    "model", ["swin_tiny_patch4_window7_224", "resnet18", "naflexvit_base_patch16_gap", "cait_xxs24_224"]
-)
-def test_models_without_one_grid_are_refused(model):
-    with torch.device("meta"), pytest.raises(ZooError, match="a plain ViT is needed"):
-        build("vision", {"name": "timm", "model": model})
-
-
 def test_wrong_options_are_refused():
     for options, message in [
         ({"stem": "cnv"}, "No stem named 'cnv'"),

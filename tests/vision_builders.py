@@ -111,6 +111,57 @@ def timm_model(name):
     return shake(model)
 
 
+MAPS = {  # architectures of timm with feature maps -> what makes them tiny
+    "test_efficientnet": {},
+    "test_resnet": {},
+    "test_convnext": {},
+    "test_nfnet": {},
+    "test_byobnet": {},
+    "test_mambaout": {},
+    "mobilenetv4_conv_small_035": {},
+    "fastvit_mci0": {"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 64)},
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 3), "window_size": 4
+    },
+    "swinv2_tiny_window8_256": {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 3), "window_size": 4},
+    "hiera_tiny_224": {"embed_dim": 16, "stages": (1, 1, 1, 1)},
+    "levit_128s": {
+        "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 3, 4), "depth": (1, 1, 1)
+    },
+    "tiny_vit_5m_224": {"embed_dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+    "xcit_nano_12_p16_224": {"embed_dim": 32, "depth": 2},
+    "cait_xxs24_224": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+}  # fmt: skip
+SIZED_BY_IMAGE = ("swin", "hiera", "cait", "xcit", "levit")  # architectures with tables for one size
+
+
+def settle(model, size=64):
+    """Give no weight the value of an idle part, and batch norms the statistics of what reaches them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d)]
+        for norm in norms:
+            norm.momentum = 0.5
+        model.train()
+        for seed in range(2 if norms else 0):
+            model(pixels(8, size, seed))
+    return model.eval()
+
+
+def timm_map_model(name, size=64):
+    import timm
+
+    torch.manual_seed(0)
+    sizes = {**MAPS[name], **({"img_size": size} if name.startswith(SIZED_BY_IMAGE) else {})}
+    model = timm.create_model(name, num_classes=5, **sizes)
+    model.made_with = {"num_classes": 5, **sizes}
+    model.pretrained_cfg["input_size"] = (3, size, size)
+    return settle(model, size)
+
+
 def save_timm(model, folder):
     from timm.models import save_for_hf
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.registry import Encoder, ImageFeatures, ImageTransform, ZooError
 from zoo.registry.forward_pass import joined
@@ -64,10 +65,11 @@ class Tower(Encoder, nn.Module):
         }
         self.text: TextTower | None = None
         self._read_text = text
-        self.lacks = {"text_tower": text} if isinstance(text, str) else {}
+        self.lacks = {**runner.lacks, **({"text_tower": text} if isinstance(text, str) else {})}
         if not words["summary"]:
             self.lacks["summary"] = "vision.summary=true keeps the pooling head of a SigLIP whole."
         if not runner.has_cls:
+            self.lacks["cls_attention"] = "there is no [CLS], whose attention is read."
             self.lacks["next_block"] = "there is no [CLS], whose attention is read."
         elif not runner.has_next:
             last = runner.num_blocks >= runner.depth
@@ -136,11 +138,18 @@ class Tower(Encoder, nn.Module):
             runner.set_gradient_checkpointing(enable)
 
     def train(self, mode: bool = True) -> Tower:
-        """Switch to training; a frozen tower stays in evaluation (DINOv3 augments its positions in training mode)."""
+        """Switch to training; a frozen tower stays in evaluation (DINOv3 augments its positions in training mode).
+
+        Batch norms stay in evaluation also where the tower trains: they normalise by the running statistics that they
+        have, so that a row does not depend on its batch, and learn their scale and shift alone.
+        """
         super().train(mode)
         for runner in self._runners():
             if not _trains(runner):
                 runner.tower.eval()
+            for module in runner.tower.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         return self
 
     def _runners(self) -> list[Runner]:

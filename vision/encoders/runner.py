@@ -70,6 +70,7 @@ class Runner:
     def __init__(self) -> None:
         self.alone = Pass()  # of a compiled encoder that runs outside of a composed model
         self.pooling: PoolingHead | None = None
+        self.lacks: dict[str, str] = {}  # capability -> why it is not given, a sentence
         self.has_next = False  # whether a `NextBlock` is behind the last block
         self.heard: set[int] = set()  # blocks with hooks, counted from 1; the others run as they are
 

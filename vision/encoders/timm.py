@@ -1,22 +1,27 @@
-"""Encoders of timm: any of its ViTs by name, a folder saved by it, or random weights of given sizes."""
+"""Encoders of timm: its ViTs, and all with feature maps, by name; a folder saved by it; a ViT of given sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.conv_stem import ConvStem
+from zoo.vision.encoders.map_runner import TimmMapRunner, own_size
+from zoo.vision.encoders.runner import Runner
 from zoo.vision.encoders.sizes import check_divides, check_sizes
-from zoo.vision.encoders.vit_runner import TimmRunner
+from zoo.vision.encoders.vit_runner import TimmRunner, is_vit
 from zoo.vision.images.transform import LIBRARIES
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+_OWN_ARGUMENTS = {"self", "img_size", "in_chans", "num_classes", "global_pool", "kwargs", "device", "dtype"}
 FITS = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -27,6 +32,10 @@ class TimmVisionConfig:
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # block after which tokens are taken: 1 the first, -1 the last; later ones are removed
+    # instead of `layer` where the model has feature maps (EfficientNet, ConvNeXt, ResNet, Swin, FastViT): the map that
+    # becomes the tokens, 1 the first of timm's `feature_info`, -1 the last; later stages are removed. The last one is
+    # what a classifier pools; each earlier one has four times the tokens
+    stage: int = -1
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
     # pillow: as timm's own transforms | torchvision: as transformers' image processors, faster, and what `zoo.export`
@@ -35,7 +44,9 @@ class TimmVisionConfig:
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
     summary: bool = False  # SigLIP: keep that head whole, for a pruner that compares frames by its output
     next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
-    # Sizes, used without `model` and `checkpoint`.
+    # of `model` with random weights: arguments of its class in timm, e.g. {depths: [1, 1, 2, 1], dims: [8, 16, 32, 64]}
+    extra: dict[str, Any] = field(default_factory=dict)
+    # Sizes of a ViT, used without `model` and `checkpoint`.
     stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
@@ -59,13 +70,15 @@ class TimmVisionConfig:
             raise ZooError("pooling_head, or summary, and next_block need the same blocks: set one of them.")
         if self.checkpoint == "pretrained" and not self.model:
             raise ZooError("checkpoint=pretrained loads timm's weights of a `model`: name one.")
+        if self.extra and (self.checkpoint or not self.model):
+            raise ZooError("extra is for random weights of a named `model`, without a checkpoint.")
         if not self.model and not self.checkpoint:
             check_sizes(self)
 
 
 @register("vision", "timm")
 class TimmVision(Tower):
-    """Needs blocks of one width on one patch grid; hierarchical models (Swin, Hiera) are refused."""
+    """ViTs give the tokens of a block, all other models of timm with feature maps the map of a stage."""
 
     # What the check may propose beside defaults.
     choices = {"pooling_head": (True,), "summary": (True,), "next_block": (True,)}
@@ -73,12 +86,33 @@ class TimmVision(Tower):
     def __init__(self, config: TimmVisionConfig) -> None:
         named = config.model or config.checkpoint
         tower: Any = _named(config) if named else _sized(config)
-        if named and config.image_size and hasattr(tower, "patch_embed"):
-            check_divides(tower.patch_embed.patch_size[0], config.image_size)
-        kept = (config.pooling_head or config.summary, config.next_block, config.summary)
-        runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", *kept)
-        transform = _transform(tower) if named else ImageTransform(tower.patch_embed.img_size, HALF, HALF)
+        side = config.image_size or _stated_size(config)
+        size = (side, side) if side else own_size(tower)
+        runner: Runner
+        if is_vit(tower):
+            if config.stage != -1:
+                raise ZooError(
+                    f"{named or 'The encoder'!r} is a ViT, whose tokens are of a block: set layer, not stage."
+                )
+            if config.image_size:
+                check_divides(tower.patch_embed.patch_size[0], config.image_size)
+            kept = (config.pooling_head or config.summary, config.next_block, config.summary)
+            runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", *kept)
+        else:
+            _require_map_options(config, tower)
+            runner = TimmMapRunner(tower, config.stage, config.norm, size, named)
+        transform = _transform(tower, size) if named else ImageTransform(size, HALF, HALF)
         super().__init__(runner, replace(transform, resample_by=config.resample_by))
+
+
+def _require_map_options(config: TimmVisionConfig, tower: nn.Module) -> None:
+    """Refuse options of ViTs for a model with feature maps."""
+    about = f"{config.model or config.checkpoint!r} is a {type(tower).__name__}"
+    if config.layer != -2:
+        raise ZooError(f"{about}, not a plain ViT: set stage, the number of a feature map, not layer.")
+    for name in ("pooling_head", "summary", "next_block"):
+        if getattr(config, name):
+            raise ZooError(f"{about}, and {name} is of ViTs: it must be false.")
 
 
 def _sized(config: TimmVisionConfig) -> nn.Module:
@@ -110,7 +144,6 @@ def _sized(config: TimmVisionConfig) -> nn.Module:
 
 
 def _named(config: TimmVisionConfig) -> nn.Module:
-    options: dict[str, Any] = {"img_size": config.image_size or None}
     source = (
         config.checkpoint if config.checkpoint == "pretrained" else with_revision(config.checkpoint, config.revision)
     )
@@ -120,6 +153,9 @@ def _named(config: TimmVisionConfig) -> nn.Module:
     else:
         read_json(source)  # timm reads the file itself; this raises a ZooError for a broken one
         name = f"local-dir:{source}" if is_local(source) else f"hf-hub:{source}"
+    options = {**config.extra, **({"img_size": config.image_size} if config.image_size else {})}
+    if options:
+        options = _taken(name, options)
     if source and not on_meta():
         file = _weights(config, source)
         require_filled(lambda: _create(name, options), [file], f"The config of {source or config.model!r}")
@@ -136,6 +172,29 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
         return timm.create_model(name, **options)
     except Exception as error:  # a wrong shape, a truncated file, an unknown option: each raises its own class
         raise ZooError(f"timm cannot build {name!r} with {options}: {error}") from error
+
+
+def _stated_size(config: TimmVisionConfig) -> int:
+    """Return the side in pixels that the folder's model was built for, which timm keeps apart; 0: not stated."""
+    if config.model or not config.checkpoint:
+        return 0
+    size = (read_json(with_revision(config.checkpoint, config.revision)).get("model_args") or {}).get("img_size", 0)
+    return size if isinstance(size, int) else 0
+
+
+def _taken(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the model's class takes: convolutional ones have no `img_size`, and take any.
+
+    Raises:
+        ZooError: the class has no such argument.
+    """
+    with torch.device("meta"):
+        cls = type(_create(name, {}))
+    taken = {name for base in cls.__mro__[:-1] for name in signature(base.__init__).parameters}
+    for option in options:
+        if option != "img_size" and option not in taken - _OWN_ARGUMENTS:
+            raise unknown(f"argument of timm's {cls.__name__}", str(option), taken - _OWN_ARGUMENTS)
+    return {k: v for k, v in options.items() if k in taken}
 
 
 def _weights(config: TimmVisionConfig, source: str) -> Any:
@@ -162,11 +221,11 @@ def _check_name(model: str) -> None:
         raise unknown(f"weights of timm model {architecture!r}", tag, tags)
 
 
-def _transform(tower: Any) -> ImageTransform:
+def _transform(tower: Any, size: tuple[int, int]) -> ImageTransform:
     """Take statistics and resampling from the weights' metadata, without `crop_pct`, which is for classification."""
     known = tower.pretrained_cfg
     return ImageTransform(
-        size=tuple(tower.patch_embed.img_size),
+        size=size,
         mean=tuple(known.get("mean") or IMAGENET_MEAN),
         std=tuple(known.get("std") or IMAGENET_STD),
         resample=known.get("interpolation") or "bicubic",

@@ -35,8 +35,7 @@ class TimmRunner(Runner):
         summary: bool = False,
     ) -> None:
         super().__init__()
-        grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
-        if not grid or not all(hasattr(tower, part) for part in PARTS) or not _gives_prefix(tower):
+        if not is_vit(tower):
             raise ZooError(
                 f"{name!r} is a {type(tower).__name__}, which has no blocks of one width on one fixed patch grid;"
                 " a plain ViT is needed (vit_*, deit_*, eva*, beit* of timm)."
@@ -55,6 +54,7 @@ class TimmRunner(Runner):
         self.tower, self.index, self.norm = tower, last, norm
         self.hidden_size = tower.embed_dim
         self.num_prefix = tower.num_prefix_tokens
+        grid = tower.patch_embed.grid_size
         self.grid, self.patch, self.name = (grid[0], grid[1]), tuple(tower.patch_embed.patch_size), name
         self.num_blocks = len(tower.blocks)
         self.has_cls = getattr(tower, "cls_token", None) is not None and self.num_prefix > 0
@@ -136,6 +136,12 @@ class TimmRunner(Runner):
         self.tower.set_grad_checkpointing(enable)
 
 
-def _gives_prefix(tower: Any) -> bool:
-    """Whether prefix tokens run through the blocks with the patches; in CaiT they do not."""
+def is_vit(tower: Any) -> bool:
+    """Whether a model of timm has blocks of one width on one patch grid, with prefix tokens among the patches.
+
+    Others give feature maps; so does CaiT, whose prefix tokens do not run through the blocks.
+    """
+    fixed = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
+    if not fixed or not all(hasattr(tower, part) for part in PARTS):
+        return False
     return "return_prefix_tokens" in signature(tower.forward_intermediates).parameters
