@@ -98,6 +98,10 @@ class Encoder(ModelPart):
     def prepare(self, need: frozenset[str]) -> None:
         """Get ready to compute `need` in `forward`. Called when a model is built, ahead of compilation."""
 
+    def giver(self, word: str) -> str:
+        """Name that one of `members` which a capability is taken from; empty: of none."""
+        return ""
+
     def embed_texts(self, texts: Sequence[str]) -> list[Tensor]:
         """Embed texts in the space of `ImageFeatures.patch_embeds`: (S, P) float32 for each text, S pieces of it.
 

@@ -270,3 +270,114 @@ def test_sixteen_bits_gradient_checkpointing_and_compiled_parts_agree():
     assert torch.isfinite(short(**batch).loss)
     short.vision.encoders["b"].float()  # one in float32 gets its pixels unrounded
     assert short.vision(batch["pixel_values"]).tokens.dtype == torch.float32
+
+
+# ---- on the command line ---------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_encoders_is_the_encoder_that_joins_them():
+    from zoo.settings.config import compose
+    from zoo.settings.several_encoders import with_encoders
+
+    assert with_encoders(["vision=hf", "vision=[hf]", "pruner=[a,b]"]) == ["vision=hf", "vision=[hf]", "pruner=[a,b]"]
+    sizes = ["vision.encoders.loc.width=48", "vision.encoders.loc.revision=12e4567"]
+    cfg = compose("check", ["recipe=null", "vision=[sem:hf,loc:hf]", "projector=mlp", "llm=hf", *sizes])
+    node = cfg.vision
+    assert node.name == "fused" and list(node.encoders) == ["sem", "loc"]
+    assert node.encoders.loc == {"name": "hf", "width": 48, "revision": "12e4567"}, "text stays text"
+    with pytest.raises(ZooError, match=r"two encoders named 'hf'.*vision=\[a:hf,b:hf\]"):
+        with_encoders(["vision=[hf,hf]"])
+    with pytest.raises(ZooError, match=r"encoder 'tim': No vision named 'tim'\. Did you mean 'timm'"):
+        compose("check", ["recipe=null", "vision=[hf,tim]", "projector=mlp", "llm=hf"])
+
+
+def test_encoders_of_a_preset_are_replaced_not_joined(tmp_path):
+    from zoo.settings.config import compose
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "eyes.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /vision: [hf, timm]\n  - override /projector: mlp\n"
+        "  - override /llm: hf\nvision:\n  join: tokens\n  encoders:\n    timm: {width: 48}\n"
+    )
+    words = ["recipe=null", "model=eyes"]
+    cfg = compose("check", words, config_dir=tmp_path)
+    assert cfg.vision.encoders == {"hf": {"name": "hf"}, "timm": {"name": "timm", "width": 48}}
+    cfg = compose("check", [*words, "vision=[a:timm,b:hf]"], config_dir=tmp_path)
+    assert list(cfg.vision.encoders) == ["a", "b"] and cfg.vision.join == "tokens"
+
+
+def test_the_check_shows_each_encoder_and_what_it_gives(capsys):
+    from zoo.checking.checker import check, show
+    from zoo.checking.plan import plan_from
+    from zoo.settings.config import compose
+
+    given = words({"a": A, "b": B}, "pruner=fastervlm", "vision.gives.cls_attention=b")
+    show(check(plan_from(compose("check", ["recipe=null", *given]))))
+    shown = capsys.readouterr().out
+    assert (
+        "vision.a: hf, images of 32 x 32, 4 x 4 tokens of width 32, 19.4 K parameters; gives key_attention, keys"
+        in shown
+    )
+    assert "vision.b: timm, images of 48 x 48, 3 x 3 tokens of width 48" in shown
+    assert "vision: joined on 4 x 4 tokens of width 80" in shown
+
+
+# ---- crops, smaller images, exports ---------------------------------------------------------------------------------
+
+
+def test_crops_are_the_same_parts_of_an_image_for_each_encoder():
+    c = {**C, "image_size": 42, "patch_size": 7}
+    layout = ["layout=anyres", "layout.pinpoints=[[32,64],[64,32],[64,64]]"]
+    model, processor = zoo.compose(*words({"a": A, "c": c}, *layout), texts=QUESTIONS)
+    picture = processor.prepare([photo((90, 40))])[0]
+    assert picture.pixels.shape == (3, *model.vision.transform.shape) and picture.cut.rows == 3
+    _, own = zoo.compose(
+        "vision=hf",
+        *[f"vision.{k}={v}" for k, v in A.items() if k != "name"],
+        "projector=mlp",
+        *LLM,
+        *layout,
+        texts=QUESTIONS,
+    )
+    assert torch.equal(model.vision.split(picture.pixels)["a"], own.prepare([photo((90, 40))])[0].pixels)
+    shown = sample((QUESTIONS[0], ANSWERS[0]))
+    shown.images = [photo((90, 40))]
+    batch = processor.collate([processor.encode(shown)])
+    assert torch.isfinite(model(**batch).loss)
+    assert model.encode_images(batch["pixel_values"], batch["cuts"]).tokens.shape[0] == int(
+        (batch["input_ids"] == model.image_token_id).sum()
+    )
+    with pytest.raises(ZooError, match="take images of one shape"):
+        from zoo.loading.build import _also
+
+        _also((32, 32), zoo.registry.ImageTransform((32, 48), (0.5,) * 3, (0.5,) * 3))
+
+
+def test_a_pruner_in_front_makes_the_images_of_all_encoders_smaller():
+    model, processor = zoo.compose(
+        *words({"a": A, "c": {**C, "image_size": 56}}, "pruner=downsample", "pruner.downsample.keep_ratio=0.25"),
+        texts=QUESTIONS,
+    )
+    assert model.vision.grid == (2, 2) and model.vision.own_size == (32, 32)
+    assert [e.transform.size for e in model.vision.members.values()] == [(16, 16), (28, 28)]
+    batch = processor.collate([processor.encode(sample((QUESTIONS[0], ANSWERS[0])))])
+    assert batch["pixel_values"].shape[1:] == model.vision.transform.shape and torch.isfinite(model(**batch).loss)
+
+
+def test_published_layouts_have_one_encoder(tmp_path):
+    model, _ = zoo.compose(*words({"a": A, "b": B}), texts=QUESTIONS)
+    with pytest.raises(ZooError, match=r"joins 2 encoders \('a', 'b'\), and published layouts have one"):
+        zoo.export(model, tmp_path, "llava")
+
+
+def test_a_teacher_shares_features_of_the_same_encoders_alone():
+    from zoo.teaching.teacher import Teacher
+
+    student, _ = zoo.compose(*words({"a": A, "b": B}), texts=QUESTIONS)
+    for more, shared in ((), True), (("vision.join=tokens",), False), (("vision.grid=b",), False):
+        other, _ = zoo.compose(*words({"a": A, "b": B}, *more), texts=QUESTIONS)
+        other.vision.load_state_dict(student.vision.state_dict())
+        teacher = Teacher(other)
+        student.vision.requires_grad_(False)
+        teacher.share_vision(student)
+        assert teacher.same_vision is shared

@@ -165,9 +165,12 @@ class Fused(Encoder, nn.Module):
     def text_tower(self) -> int:  # type: ignore[override]
         return sum(e.text_tower for e in self.members.values())
 
+    def giver(self, word: str) -> str:
+        return self.givers.get(base_of(word), "")
+
     def needed_of(self, name: str, need: frozenset[str]) -> frozenset[str]:
         """Words that encoder `name` has to compute, of those that parts need."""
-        return frozenset(word for word in need if self.givers.get(base_of(word)) == name)
+        return frozenset(word for word in need if self.giver(word) == name)
 
     def prepare(self, need: frozenset[str]) -> None:
         for name, encoder in self.members.items():

@@ -17,10 +17,11 @@ from torch import Tensor
 from zoo.registry import Cut, ImageTransform, ZooError, one_line
 from zoo.registry.versions import BY_PILLOW
 from zoo.vision.images.decode import open_image
+from zoo.vision.images.transform import one_row
 from zoo.vision.images.video import read_video
 
 # Our keys among the values of a processor.
-_OURS = ("call", "whole_if_several", "processor_class", "sizes", "frame_share")
+_OURS = ("call", "whole_if_several", "processor_class", "sizes", "frame_share", "also")
 
 _SIZES = ("size", "crop_size", "max_image_size", "image_grid_pinpoints")  # values in pixels
 FEATURES = "features"  # key of a batch: what is kept of its images, see `zoo.runs.kept_features`
@@ -50,7 +51,8 @@ class Pictures:
     Args:
         config: values of the processor as it saves them, with `image_processor_type`; also `call`, options of its call,
             `whole_if_several`: do not cut an image that is one of several of a sample, and `sizes`: the encoder's own
-            size and the smaller one of its images, each (height, width); images are cut as for the former.
+            size and the smaller one of its images, each (height, width); images are cut as for the former; and `also`,
+            for each further encoder the values that differ, its `sizes` among them: its pixels follow in each row.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -60,6 +62,12 @@ class Pictures:
     def processor(self) -> Any:
         """The processor of transformers, built on first use (each data worker builds its own)."""
         return processor_of(resized(self.config))
+
+    @cached_property
+    def others(self) -> list[Any]:
+        """Of further encoders, with values of their own."""
+        own = {key: value for key, value in self.config.items() if key != "also"}
+        return [type(self)({**own, **values}) for values in self.config.get("also", ())]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -90,7 +98,17 @@ class Pictures:
         pixels = pixels[0] if pixels.ndim == 5 else pixels  # (R, 3, h, w)
         grid = tuple(int(out[key][0][0]) for key in ("rows", "cols")) if "rows" in out else (1, 1)
         kind = "image" if len(pixels) == 1 else "crop"
-        return Picture(pixels, Cut(len(pixels), kind, (image.height, image.width), (grid[0], grid[1])))
+        picture = Picture(pixels, Cut(len(pixels), kind, (image.height, image.width), (grid[0], grid[1])))
+        return _one_picture([picture, *(other(image, where, several, options) for other in self.others)])
+
+
+def _one_picture(pictures: Sequence[Picture]) -> Picture:
+    """Write the rows of one image for several encoders one behind the other."""
+    if len(pictures) == 1:
+        return pictures[0]
+    if len(rows := {picture.cut.rows for picture in pictures}) > 1:
+        raise ZooError(f"The encoders' image processors cut one image into unlike numbers of rows, {sorted(rows)}.")
+    return Picture(one_row([picture.pixels for picture in pictures]), pictures[0].cut)
 
 
 def native_cut(grid: Sequence[Any], processor: Any, size: tuple[int, int]) -> Cut:
@@ -117,6 +135,9 @@ class Videos(Pictures):
     ) -> Picture:
         """Read and normalise the frames of a `Video`."""
         clip = read_video(source, self.config.get("frame_share", 1.0))
+        return _one_picture([self._frames(clip), *(other._frames(clip) for other in self.others)])
+
+    def _frames(self, clip: Any) -> Picture:
         out = self.processor(videos=[clip.frames], do_sample_frames=False, return_tensors="pt")
         pixels = out["pixel_values_videos" if "pixel_values_videos" in out else "pixel_values"][0]  # (F, 3, h, w)
         height, width = clip.frames.shape[1:3]

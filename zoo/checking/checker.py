@@ -18,8 +18,10 @@ from zoo import registry
 from zoo.checking.counts import check_counts
 from zoo.checking.fixes import candidates
 from zoo.checking.plan import Plan, device_of, plan_from, plan_of
+from zoo.checking.several_encoders import described
 from zoo.checking.stage_check import TEXT, Stagecheck, check_stage
 from zoo.composed.assembly import Parts, assemble
+from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.fusion.llm.attention import require_attention, require_kernel
 from zoo.registry import Cut, ZooError
 from zoo.settings.component_presets import explained
@@ -59,6 +61,7 @@ class CheckReport:
     memory: int  # bytes, inference with one image and the KV cache of a full prompt
     stages: list[Stagecheck] = field(default_factory=list)
     seconds: float = 0.0
+    encoders: list[str] = field(default_factory=list)  # a line for each of several
     places: int = 0  # positions that an image takes, where they are kept; 0: as many as it has tokens
     text_tower: int = 0  # parameters of the encoder's text tower, which is loaded where a part needs it
     notes: list[str] = field(default_factory=list)  # what fits, and may surprise
@@ -150,6 +153,7 @@ def _report_of(plan: Plan) -> CheckReport:
         report.stages.append(check_stage(name, stage, model, plan, weights))
     report.places = model.unpruned.longest if model.unpruned is not None else 0
     report.text_tower = parts.vision.text_tower if parts.vision is not None else 0
+    report.encoders = list(described(parts.vision, plan.slots.get("vision")))
     report.notes += filter(None, [model.decided.why])
     report.notes += _idle_pruners(parts)
     report.notes += _untrained(plan, report.stages)
@@ -173,20 +177,22 @@ def _idle_pruners(parts: Parts) -> Iterator[str]:
 
 def _untrained(plan: Plan, stages: list[Stagecheck]) -> Iterator[str]:
     """Note that the encoder has random weights, where that may be a mistake and no stage trains it."""
-    node = plan.slots.get("vision")
-    if not node or node.get("checkpoint") or plan.trained or any("vision" in s.trainable for s in stages):
-        return
-    if "checkpoint" not in {option.name for option in registry.get("vision", node["name"]).options}:
-        return
-    if not stages and not node.get("model") and not plan.slots["llm"].get("checkpoint"):
+    encoders = [own for own in own_checkpoints(plan.slots).values() if own.kind == "vision" and not own.inside]
+    nodes = {own: node_at(plan.slots, own.path) for own in encoders}
+    stated = have_checkpoints(plan.slots) or any(node.get("model") for node in nodes.values())
+    if plan.trained or not (stages or stated):
         return  # everything is random, so it is intended: a test, or a model to look at
-    named = f" ({node['model']})" if node.get("model") else ""
-    source = "pretrained" if node["name"] == "timm" and named else "<name>"
-    trains = ", and no stage trains it" if stages else ""
-    yield (
-        f"vision {node['name']!r}{named} starts from random weights{trains}: vision.checkpoint={source} reads trained "
-        "ones."
-    )
+    for own, node in nodes.items():
+        if not node or node.get("checkpoint") or any(own.part in s.trainable for s in stages):
+            continue
+        if "checkpoint" not in {option.name for option in registry.config_of("vision", node)[0].options}:
+            continue
+        named = f" ({node['model']})" if node.get("model") else ""
+        source = "pretrained" if node["name"] == "timm" and named else "<name>"
+        trains = ", and no stage trains it" if stages else ""
+        which = "vision" if own.part == "vision" else f"encoder {own.path[-1]!r}:"
+        reads = f"{own.module}.checkpoint={source} reads trained ones."
+        yield f"{which} {node['name']!r}{named} starts from random weights{trains}: {reads}"
 
 
 def _check_machine(plan: Plan) -> None:
@@ -323,6 +329,8 @@ def show(report: CheckReport, title: str = "") -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for line in report.encoders:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if report.text_tower:
         line = f"vision includes its text tower, which a part needs: {size_text(report.text_tower)} parameters"
         console.print(line, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from zoo import registry
+from zoo.composed.own_checkpoints import encoder_paths, node_at, with_node
 from zoo.registry import MISSING, ZooError
 from zoo.text.tokenizer import CHAT_TEMPLATES, OF_MODEL
 
@@ -68,11 +69,13 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     for kind in sorted(registry.MODEL_SLOTS, key=lambda kind: (kind in registry.MANY) != plan.trained):
         nodes = plan.slots.get(kind) or {}
         many = kind in registry.MANY
-        for name, node in nodes.items() if many else [(nodes.get("name"), nodes)]:
-            if not name:
+        held = [((kind, name), node, name) for name, node in nodes.items()] if many else [((kind,), nodes, "")]
+        if kind == "vision":
+            held += [(path, node_at(plan.slots, path), "") for path in encoder_paths(nodes) if len(path) > 1]
+        for place, node, name in held:
+            if not (name or node.get("name")):
                 continue
-            entry = registry.get(kind, name)
-            path = f"{kind}.{name}" if many else kind
+            entry, path = registry.get(kind, name or node["name"]), ".".join(place)
             for option in sorted(
                 entry.options, key=lambda o: o.name == "num_experts"
             ):  # the family's number may be huge
@@ -86,8 +89,7 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
                 if kind == "llm" and option.name == "top_k" and node.get("num_experts"):
                     values = [k for k in (2, 1) if k <= node["num_experts"] and k != given]
                 for value in values:
-                    slots = deepcopy(plan.slots)
-                    (slots[kind][name] if many else slots[kind])[option.name] = value
+                    slots = with_node(plan.slots, place, deepcopy({**node, option.name: value}))
                     yield f"{path}.{option.name}={_shown(value)}", replace(plan, slots=slots)
             for inside, choices in entry.choices.items():  # of an option that is a mapping
                 outer, dot, key = inside.partition(".")

@@ -115,4 +115,5 @@ def shown(facts: Facts) -> str:
     }
     width = max(len(a) for a in [*(a for a, _ in rows), *more]) + 2
     lines = ["parts", *(f"  {a:<{width}}{b}" for a, b in rows), "facts"]
+    lines[1 + len(rows) : 1 + len(rows)] = [f"  {line}" for line in facts.walk.encoders]
     return "\n".join(lines + [f"  {key:<{width}}{value}" for key, value in more.items() if value])

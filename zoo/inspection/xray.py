@@ -158,6 +158,8 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         patches = torch.where((patches >= 0) & stays[patches], (stays.cumsum(0) - 1)[patches], -1)
         k = int(stays.sum())
     alive = _alive(model, places, out.passed)
+    if model.vision.members and "grid" not in model.vision.provides:
+        raise ZooError("zoo inspect draws one grid, and with vision.join=tokens each encoder has its own tokens.")
     view = View(
         name=name,
         grid=tuple(model.vision.grid),
@@ -227,13 +229,14 @@ def _layer_scores(places: Tensor, passed: Pass) -> dict[int, Tensor]:
 def _picture(image: Any, processor: Any, pixels: Tensor) -> Any:
     """Return the part of the image that the encoder receives, enlarged to `_SHOWN` pixels."""
     from zoo.vision.images.decode import open_image
-    from zoo.vision.images.transform import fit
+    from zoo.vision.images.transform import fit, split_row
 
     transform = processor.transform
     times = max(1, -(-_SHOWN // max(transform.size)))
     large = replace(transform, size=(transform.size[0] * times, transform.size[1] * times))
     if processor.pictures is None:
         return fit(open_image(image), large)
+    pixels = split_row(pixels, transform)[0]
     shape = (3, 1, 1)  # a published processor crops in its own way, so the encoder's input is converted back
     shown = pixels.cpu().float() * torch.tensor(transform.std).view(shape) + torch.tensor(transform.mean).view(shape)
     shown = (shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (h, w, 3)

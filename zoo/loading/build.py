@@ -24,12 +24,13 @@ from zoo.published.checkpoint import base_at
 from zoo.published.composed import VIDEO, cut_by, tokens_for
 from zoo.published.folder import read_content, require_same
 from zoo.published.text import pictures_in, video_token_id_in, video_token_in, videos_in
-from zoo.registry import Pruner, ZooError, plugins
+from zoo.registry import ImageTransform, Pruner, ZooError, plugins
 from zoo.settings import config as configs
 from zoo.settings.source import Source, source_named, source_of
 from zoo.text.processor import ZooProcessor
 from zoo.text.stops import end_tokens, keep_shared, set_stops, stated_config
 from zoo.text.tokenizer import CHAT_TEMPLATES, image_separator
+from zoo.vision.images.processors import statistics
 
 
 def load(
@@ -219,12 +220,24 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
 
 def in_front_of(model: ZooModel, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of an image or video processor, with what pruners change in front of the encoder."""
-    values = {key: value for key, value in values.items() if key not in ("sizes", "frame_share")}
+    values = {key: value for key, value in values.items() if key not in ("sizes", "frame_share", "also")}
     if model.vision is not None and model.vision.own_size != model.vision.transform.size:
         values["sizes"] = [list(model.vision.own_size), list(model.vision.transform.size)]
     if (share := frame_share(model.pruner)) != 1:
         values["frame_share"] = share
+    if model.vision is not None and model.vision.transform.also:
+        values["also"] = [_also(model.vision.own_size, each) for each in model.vision.transform.also]
     return values
+
+
+def _also(own: tuple[int, int], transform: ImageTransform) -> dict[str, Any]:
+    """Return what is different in an image processor for a further encoder, of images cut as for the size `own`."""
+    if own[0] * transform.size[1] != own[1] * transform.size[0]:
+        raise ZooError(
+            f"Crops of {own[0]} x {own[1]} pixels cannot be those of {transform.size[0]} x {transform.size[1]} for a "
+            "further encoder: with a layout, the encoders of one model take images of one shape."
+        )
+    return {**statistics(transform), "sizes": [list(own), list(transform.size)]}
 
 
 def layout_for(model: ZooModel) -> dict[str, Any] | None:

@@ -56,6 +56,11 @@ def encoder_of(model: Any, kinds: Collection[str], depth: int = 0) -> Encoder:
     if vision is None:
         raise ZooError("the model has no vision part")
     name = node.get("name")
+    if vision.members:
+        listed = ", ".join(map(repr, vision.members))
+        raise ZooError(
+            f"the vision part joins {len(vision.members)} encoders ({listed}), and published layouts have one"
+        )
     if name not in ("hf", "timm", "open_clip"):
         raise ZooError(f"the vision part {name!r} is not an encoder of transformers, timm or open_clip")
     if name == "hf":

@@ -14,7 +14,7 @@ from typing import Any
 from zoo.registry import MANY, ZooError, plugins, source_options, source_presets, unknown
 from zoo.registry.presets import PRESET
 from zoo.registry.table import EMPTY_SLOT, SLOT_KINDS, group_of, kind_of
-from zoo.settings import component_presets, presets
+from zoo.settings import component_presets, presets, several_encoders
 from zoo.settings import model_names as saved
 from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
 from zoo.settings.static_check import elsewhere, no_stage, try_override
@@ -35,7 +35,7 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     Raises:
         ZooError: an override cannot be read, or names something that does not exist.
     """
-    parsed = parse(component_presets.with_components(overrides))
+    parsed = parse(component_presets.with_components(several_encoders.with_encoders(overrides)))
     for override in parsed:
         if override.is_sweep_override():
             line, key = override.input_line, override.key_or_group
@@ -226,11 +226,13 @@ def choose(command: str, given: Mapping[str, Any], config_dir: str | Path | None
         if key in own and key not in picked:
             for name in presets.as_list(own[key]):
                 presets.require(key, name, config_dir)
-    without = {}
+    without: dict[str, frozenset[str]] = {}
     if source.get("source", "preset") == "preset":
         without = _of_random_parts(given, model, recipe, config_dir)
     else:
         _refuse_checkpoints(given, model, str(asked), config_dir)
+    if "vision.encoders" in given and without.get("vision", True):  # they are named anew, not added to a preset's
+        without["vision"] = frozenset({"encoders", *without.get("vision", ())})
     source = {key: value for key, value in source.items() if f"model.{key}" not in given}
     return Choice(recipe, model, own, from_model, chosen, source, without)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from zoo.registry import MANY, ZooError, names, source_presets, unknown
 from zoo.registry.presets import PRESET, written_out
 from zoo.registry.table import SLOT_KINDS, group_of, kind_of, parts_of
+from zoo.settings import several_encoders
 
 GROUPS = ("model", "recipe", "data")  # groups that have YAML files
 KIND_WORDS = {"data": "data set"}
@@ -87,13 +88,16 @@ def _with_components(content: dict[str, Any]) -> dict[str, Any]:
         if isinstance(entry, dict):
             for key, value in entry.items():
                 kind = kind_of(match[1]) if (match := re.fullmatch(r"override\s+/(\w+)", str(key))) else None
-                if kind and isinstance(value, str) and value in (parts := parts_of(kind)):
+                if kind == "vision" and isinstance(value, list) and len(value) > 1:
+                    chosen[kind] = {"encoders": several_encoders.nodes_of(value)}
+                    entry = {**entry, key: several_encoders.FUSED}
+                elif kind and isinstance(value, str) and value in (parts := parts_of(kind)):
                     chosen[kind] = {PRESET: value}
                     entry = {**entry, key: parts[value]}
         entries.append(entry)
     if not chosen:
         return content
-    stated = {kind: {**node, **(content.get(kind) or {})} for kind, node in chosen.items()}
+    stated = {kind: _merged(node, content.get(kind) or {}, deep=True) for kind, node in chosen.items()}
     return {**content, "defaults": entries, **stated}
 
 

@@ -261,6 +261,8 @@ class TextOptions:
             return _of_teacher(below[0]) if len(below) == 1 else None
         if head == "stages" and name == "distiller":
             return self._of_distillers(below[0]) if len(below) == 1 else None
+        if head == "vision" and name == "encoders" and len(below) == 2:  # of one of several, which may be any
+            return _of_any("vision", below[1])
         found = next((o for o in self._options(tuple(path[:depth])) if o.name == name), None)
         text = text_of(found.type) if found else None
         if not below:
@@ -280,12 +282,7 @@ class TextOptions:
 
         An override does not name the distiller.
         """
-        if option == "name":
-            return Text()
-        found = [
-            text_of(o.type) for n in names("distiller") for o in source_options("distiller", n) if o.name == option
-        ]
-        return found[0] if found and all(found) else None
+        return _of_any("distiller", option)
 
     def _options(self, owner: tuple[str, ...]) -> list[Option]:
         if owner not in self._owners:
@@ -305,6 +302,14 @@ class TextOptions:
             return options_of(get(str(kind), presets.component_of(group, key, self.config_dir)).config)
         except ZooError:  # composing reports it
             return []
+
+
+def _of_any(kind: str, option: str) -> Text | None:
+    """Return how an option holds text, as in all components of a kind that have it."""
+    if option == "name":
+        return Text()
+    found = [text_of(o.type) for n in names(kind) for o in source_options(kind, n) if o.name == option]
+    return found[0] if found and all(found) else None
 
 
 def _of_teacher(option: str) -> Text | None:

@@ -48,7 +48,8 @@ class Teacher:
             return
         frozen = not any(p.requires_grad for p in theirs.parameters())
         ours, others = mine.state_dict(), theirs.state_dict()
-        alike = type(mine) is type(theirs) and mine.transform == theirs.transform and ours.keys() == others.keys()
+        asked = self.model.requested
+        alike = _made_alike(mine, asked) == _made_alike(theirs, asked) and ours.keys() == others.keys()
         # Equal names do not mean equal weights: an earlier stage may have trained the student's encoder.
         self.same_vision = frozen and alike and all(_equal(t, others[name]) for name, t in ours.items())
 
@@ -99,6 +100,12 @@ class Teacher:
         if "pixel_values" in own:
             own["pixel_values"] = own["pixel_values"].to(self.dtype)
         return torch.autocast(self.device.type, enabled=False)
+
+
+def _made_alike(vision: Any, asked: frozenset[str]) -> tuple[Any, ...]:
+    """Return what determines an encoder's features beside its weights."""
+    joined = [*vision.members], {word: vision.giver(word) for word in asked}, tuple(vision.grid)
+    return type(vision), vision.transform, joined if vision.members else None
 
 
 def _pixels_by(processor: Any) -> tuple[Any, ...]:

@@ -1,0 +1,49 @@
+"""Several encoders as a person writes them, `vision=[dinov2_small,timm]`: the encoder `fused`, with options of each.
+
+They are named after their components or presets; `vision=[sem:hf,loc:hf]` gives them names of their own.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from zoo.registry import ZooError
+
+FUSED = "fused"
+
+
+def with_encoders(words: Sequence[str]) -> list[str]:
+    """Return overrides with a list of encoders as the encoder that joins them.
+
+    Raises:
+        ZooError: two have one name.
+    """
+    found: list[str] = []
+    for word in words:
+        listed = re.fullmatch(r"vision=\[([^\[\]{}]*)\]", word)
+        names = [part.strip().strip("'\"") for part in listed[1].split(",")] if listed else []
+        if len(names) < 2:
+            found.append(word)
+            continue
+        nodes = ", ".join(f"{key}: {{name: {node['name']}}}" for key, node in nodes_of(names).items())
+        found += [f"vision={FUSED}", f"vision.encoders={{{nodes}}}"]
+    return found
+
+
+def nodes_of(listed: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Return the options of listed encoders by their names: `timm`, or `loc:timm`.
+
+    Raises:
+        ZooError: two have one name.
+    """
+    nodes: dict[str, dict[str, Any]] = {}
+    for item in map(str, listed):
+        key, _, component = item.rpartition(":")
+        key = key.strip() or component.strip()
+        if key in nodes:
+            raise ZooError(
+                f"vision=[{','.join(map(str, listed))}] has two encoders named {key!r}: give them names of their own, "
+                f"vision=[a:{component},b:{component}]."
+            )
+        nodes[key] = {"name": component.strip()}
+    return nodes
