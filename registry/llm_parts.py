@@ -53,6 +53,15 @@ class LanguageModel(ModelPart):
     def hidden(self, **inputs: Any) -> Any:
         """Run the decoder without the vocabulary projection; returns the transformers output (`last_hidden_state`)."""
 
+    def take_deep(self, count: int) -> None:
+        """Add the features of a pass (`zoo.fusion.llm.deep`) behind its first `count` layers. Called once, when the
+        model is built.
+
+        Raises:
+            ZooError: it cannot. The default.
+        """
+        raise ZooError(f"{type(self).__name__} has no `take_deep`: its layers take no further features of images")
+
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the decoder's final norm to hidden states of any layer, (..., C); the same where it has none."""
         for parent in self.lm.modules():

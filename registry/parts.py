@@ -261,6 +261,8 @@ class Projector(ModelPart):
     provides = frozenset({"image_tokens"})
     grid: tuple[int, int] | None = None
     """(h, w) of its output, where that is a grid of another size than the input."""
+    passes_deep: bool = False
+    """Whether it leaves tokens as they are, so that the encoder's features for further layers of the LLM fit them."""
 
     @abstractmethod
     def num_tokens(self, n: int) -> int:
@@ -278,7 +280,7 @@ class Projector(ModelPart):
 class Layout(ModelPart):
     """How the rows of one image (crops, frames) become one run of image tokens; without one, each row is an image.
 
-    `__init__(config, *, text_dim, grid, num_tokens, image_size, encoder_grid, pruned)`, those of them that it names:
+    `__init__(config, *, text_dim, grid, num_tokens, image_size, encoder_grid, pruned, counted)`, those that it names:
     the grid and the number of tokens of one row behind the projector, the encoder's image size and grid, and whether
     those tokens are the encoder's that pruners left. `text_dim` is None where only the counts are wanted.
     """
@@ -291,6 +293,10 @@ class Layout(ModelPart):
     """Arguments it was built with beside its options: the processor builds the same layout for its counts."""
     spells: bool = False
     """Whether a video is written as text, by `spell`."""
+    native: bool = False
+    """Whether it joins rows of unlike length, of an encoder with `native`: `forward` gets the rows of each image
+    (R, K, C), `count` follows `Cut.patches`, and `__init__` may name `counted`: the nodes of the parts that tokens go
+    through, as plain values. It has `advance` and `coordinates`."""
 
     @abstractmethod
     def num_tokens(self, n: int) -> int:
@@ -325,6 +331,27 @@ class Layout(ModelPart):
             (S,) for each token of `forward` its position in the sequence of its image, from 0.
         """
         return None
+
+    def advance(self, cut: Cut, axes: int, dense: bool) -> int:
+        """Count the positions from the first token of an image to what follows it; with `native`.
+
+        Args:
+            cut: of the image.
+            axes: of the LLM's positions.
+            dense: positions of pruned images count the tokens left.
+        """
+        return self.count(cut)
+
+    def coordinates(self, cut: Cut, places: Tensor, axes: int, dense: bool) -> Tensor:
+        """Return the positions of an image's tokens, from its first: (A, R * K); with `native`.
+
+        Args:
+            cut: of the image.
+            places: (R, K) of each token in the grid of its row.
+            axes: A.
+            dense: positions of pruned images count the tokens left.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sets `native` but has no `coordinates`.")
 
     def row_grid(self, cut: Cut) -> tuple[int, int] | None:
         """Return the grid (h, w) of a row's tokens behind `project`, where that pools them; None: not known."""

@@ -43,3 +43,52 @@ def picture(width: int, height: int, seed: int = 0, mode: str = "RGB"):
     """Noise of a size."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
+
+
+def slots(family: str, **replaced) -> dict:
+    """Slots of a tiny model of the family: 64 wide, 3 layers, its own encoder, positions of three axes."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    if family.startswith("qwen3"):
+        rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    llm = {"name": "hf", "model_type": f"{family}_text", "hidden_size": 64, "num_layers": 4, "num_heads": 4}
+    llm |= {"num_kv_heads": 2, "intermediate_size": 96, "max_positions": 1024, "extra": {"rope_parameters": rope}}
+    llm |= {"num_experts": 4, "top_k": 2} if family.endswith("moe") else {}
+    parts = {
+        "vision": encoder_node(family),
+        "projector": {"name": "identity"},
+        "layout": {"name": "native"},
+        "llm": llm,
+    }
+    return {**parts, **replaced}
+
+
+def sharpen(model, factor: float = 4.0) -> None:
+    """Make weights large enough for a wrong mask or position to show."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(factor) if p.dim() > 1 and "merger" not in name and "lm_head" not in name else None
+
+
+def whole_of(model, family: str, attention: str = "sdpa"):
+    """The class of transformers with the weights of a composed model."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    vision = {k: v for k, v in model.vision.tower.config.to_dict().items() if k != "model_type"}
+    config = CONFIG_MAPPING[family](text_config=model.llm.lm.config.to_dict(), vision_config=vision)
+    config.image_token_id, config.video_token_id = model.config.image_token_id, model.llm.vocab_size - 1
+    config.vision_start_token_id = config.vision_end_token_id = model.llm.vocab_size - 2
+    theirs = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
+    theirs.model.language_model.load_state_dict(model.llm.decoder.state_dict())
+    theirs.model.visual.load_state_dict(model.vision.tower.state_dict())
+    theirs.lm_head.load_state_dict(model.llm.lm.lm_head.state_dict())
+    return theirs
+
+
+def for_whole(batch: dict, image_token_id: int) -> dict:
+    """The inputs of transformers' class for a batch of ours."""
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if cuts := batch.get("cuts"):
+        grids = torch.tensor([(c.rows, 2 * c.patches[0], 2 * c.patches[1]) for c in cuts])
+        given |= {"pixel_values": batch["pixel_values"], "image_grid_thw": grids}
+        given["mm_token_type_ids"] = (batch["input_ids"] == image_token_id).int()
+    return given

@@ -22,6 +22,7 @@ from zoo.fusion.llm.attention import ZOO_EAGER, register_zoo_eager
 from zoo.fusion.llm.causal import require_causal, require_decoder_config
 from zoo.fusion.llm.checkpoint_config import read_config, require_filled
 from zoo.fusion.llm.decoder import decoder_of
+from zoo.fusion.llm.deep import take_deep
 from zoo.fusion.llm.head_check import check_head
 from zoo.fusion.llm.hf_config import (
     EXPERTS,
@@ -162,6 +163,10 @@ class HFLanguageModel(LanguageModel, nn.Module):
                 routing = out.router_logits, mask if mask is not None and mask.ndim == 2 else None
             now.notes["llm"] = routing
         return out
+
+    def take_deep(self, count: int) -> None:
+        """Add features of images behind the first `count` layers, by hooks."""
+        take_deep(self, count)
 
     def keywords(self) -> frozenset[str]:
         """Names of arguments specific to this LLM: `output_router_logits`, GPT-2's `token_type_ids`.

@@ -4,7 +4,7 @@ By a stride (2: a quarter of the tokens), or to a grid of given size. Windows ar
 a grid that the stride does not divide gets windows of unlike size and no padding.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +70,8 @@ class PoolPruner(Pruner, nn.Module):
         def pool_keys(x: Tensor | None) -> Tensor | None:  # (M, N, H, d)
             return None if x is None else pool(x.flatten(2)).unflatten(2, x.shape[2:])
 
-        return replace(
-            image,
-            tokens=pool(image.tokens),
+        return image.made(
+            pool,
             grid=grid,
             keep=None,  # means have no index in the old grid
             num_patches=image.num_patches or image.tokens.shape[1],

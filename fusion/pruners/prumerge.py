@@ -134,17 +134,22 @@ class PruMerge(Pruner, nn.Module):
         keys = image.next_keys if self.config.score == "next" else image.keys
         assert keys is not None, "asked above"
         longest = int(count.max()) if self.ragged else most
-        tokens = self._merged(image.tokens, keys.flatten(2), a, order[:, : min(longest, most)])
         rest = a.masked_fill(turn < n, 0.0)  # (M, N) weights of the extra token
         if self.config.weights == "normalised":
             rest = rest / rest.sum(1, True).clamp(min=torch.finfo(rest.dtype).tiny)
-        last = _weighted(rest.unsqueeze(1), image.tokens)  # (M, 1, D)
-        values = F.pad(tokens, (0, 0, 0, most - tokens.shape[1])).to(left.tokens.dtype)
-        values = torch.where((more & (place == count.unsqueeze(1))).unsqueeze(-1), last.to(values.dtype), values)
         valid = place < count.unsqueeze(1) + more.long()  # (M, K)
         best = (a + 2.0 * (turn < n)).gather(1, order[:, :most])  # those that are chosen, by score; then the extra one
         rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # a layout may have room for fewer
-        left = replace(left, tokens=values.masked_fill(~valid.unsqueeze(-1), 0.0), mixed=True, rank=rank)
+
+        def merged(x: Tensor) -> Tensor:  # (M, N, D) -> (M, K, D)
+            tokens = self._merged(x, keys.flatten(2), a, order[:, : min(longest, most)])
+            last = _weighted(rest.unsqueeze(1), x)  # (M, 1, D)
+            values = F.pad(tokens, (0, 0, 0, most - tokens.shape[1])).to(x.dtype)
+            values = torch.where((more & (place == count.unsqueeze(1))).unsqueeze(-1), last.to(values.dtype), values)
+            return values.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+        made = image.made(merged)
+        left = replace(left, tokens=made.tokens, deep=made.deep, mixed=True, rank=rank)
         return left.stay(valid) if self.ragged else left
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ Departures. The authors count by hand (191 tokens, 30 targets, [CLS]); we also t
 [CLS] is counted. A target without a group stays as it is, in their code too.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class VisionZip(Pruner, nn.Module):
 
     def forward(self, image: ImageFeatures) -> ImageFeatures:
         """Reduce the tokens (M, N, D) to num_tokens(N); `groups` maps each to the token that it was merged into."""
-        m, n, d = image.tokens.shape
+        m, n = image.tokens.shape[:2]
         kept, targets, cls = self.counts(n)
         if kept == n:
             return image
@@ -98,21 +99,18 @@ class VisionZip(Pruner, nn.Module):
         assert image.keys is not None, "asked above"
         groups = torch.full((m, n), -1, dtype=torch.long, device=keep.device)
         groups.scatter_(1, keep, torch.arange(cls, cls + kept, device=keep.device).expand(m, -1))
-        parts = [image.prefix[:, :1].to(image.tokens.dtype)] if cls and image.prefix is not None else []
-        parts.append(image.tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, d)))
+        first = [image.prefix[:, :1].to(image.tokens.dtype)] if cls and image.prefix is not None else []
         if targets:
             rest = (groups < 0).nonzero()[:, 1].view(m, n - kept)  # (M, R), raster order
-            wide = rest.unsqueeze(-1).expand(-1, -1, d)
-            merged, group = _gathered(
-                image.tokens.gather(1, wide),
-                image.keys.float().mean(2).gather(1, rest.unsqueeze(-1).expand(-1, -1, image.keys.shape[-1])),
-                targets,
-            )
-            parts.append(merged)
-            groups.scatter_(1, rest, group + cls + kept)
-        return replace(
-            image,
-            tokens=torch.cat(parts, dim=1),  # (M, K, D)
+            merge = _Merge.of(_rows(image.keys.float().mean(2), rest), targets)
+            groups.scatter_(1, rest, merge.group + cls + kept)
+
+        def left(x: Tensor) -> Tensor:  # (M, N, D) -> (M, K, D)
+            merged = [merge(_rows(x, rest))] if targets else []
+            return torch.cat([*(first if x is image.tokens else ()), _rows(x, keep), *merged], dim=1)
+
+        return image.made(
+            left,
             grid=None,
             keep=None,
             groups=image.regrouped(groups),  # (M, N0)
@@ -126,21 +124,37 @@ class VisionZip(Pruner, nn.Module):
         )
 
 
-def _gathered(tokens: Tensor, keys: Tensor, targets: int) -> tuple[Tensor, Tensor]:
-    """Merge tokens (M, R, D) into evenly spaced targets by their keys (M, R, d).
+class _Merge(NamedTuple):
+    """How tokens (M, R, D) are merged into evenly spaced targets."""
 
-    Returns:
-        Targets (M, G, D), and the target of each token (M, R).
-    """
-    m, r, d = tokens.shape
-    places = torch.arange(0, r, max(1, r // targets), device=tokens.device)[:targets]  # (G,)
-    keys = F.normalize(keys, dim=-1)
-    group = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (M, R)
-    share = torch.ones(m, r, device=tokens.device)
-    share[:, places] = 0  # a target is not averaged with its group: it is added with weight 1
-    members = torch.zeros(m, targets, device=tokens.device).scatter_add_(1, group, share).clamp(min=1)  # (M, G)
-    weight = share / members.gather(1, group)  # (M, R)
-    total = torch.zeros(m, targets, d, device=tokens.device, dtype=torch.float32)
-    total = total.scatter_add(1, group.unsqueeze(-1).expand(-1, -1, d), tokens.float() * weight.unsqueeze(-1))
-    own = torch.arange(targets, device=tokens.device).expand(m, -1)
-    return tokens[:, places] + total.to(tokens.dtype), group.scatter(1, places.expand(m, -1), own)
+    places: Tensor  # (G,) of the targets
+    group: Tensor  # (M, R) target of each token
+    weight: Tensor  # (M, R) of each token in its target, beside the target itself
+
+    @classmethod
+    def of(cls, keys: Tensor, targets: int) -> "_Merge":
+        """Find the target of each token by its key (M, R, d)."""
+        m, r = keys.shape[:2]
+        places = torch.arange(0, r, max(1, r // targets), device=keys.device)[:targets]  # (G,)
+        keys = F.normalize(keys, dim=-1)
+        group = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (M, R)
+        share = torch.ones(m, r, device=keys.device)
+        share[:, places] = 0  # a target is not averaged with its group: it is added with weight 1
+        members = torch.zeros(m, targets, device=keys.device).scatter_add_(1, group, share).clamp(min=1)  # (M, G)
+        weight = share / members.gather(1, group)  # (M, R)
+        own = torch.arange(targets, device=keys.device).expand(m, -1)
+        # A target keeps its own weight of 0, whatever target its key is nearest to.
+        return cls(places, group.scatter(1, places.expand(m, -1), own), weight)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the targets (M, G, D)."""
+        m, _, d = tokens.shape
+        total = torch.zeros(m, len(self.places), d, device=tokens.device, dtype=torch.float32)
+        index = self.group.unsqueeze(-1).expand(-1, -1, d)
+        total = total.scatter_add(1, index, tokens.float() * self.weight.unsqueeze(-1))
+        return tokens[:, self.places] + total.to(tokens.dtype)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Select the rows `index` (M, K) of (M, N, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import Encoder, ImageFeatures, ImageTransform, UnlikeRows, ZooError, groups_of, unknown
+from zoo.registry import Encoder, ImageFeatures, ImageTransform, UnlikeRows, ZooError, groups_of, register, unknown
 from zoo.registry.forward_pass import Pass, current, joined
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import column_mean
@@ -100,6 +100,7 @@ class QwenVisionConfig:
             raise ZooError(f"mlp_ratio of qwen2_vl is a whole number, got {self.mlp_ratio}.")
 
 
+@register("vision", "qwen_vision")
 class QwenVision(Encoder, nn.Module):
     """Images of any shape within a number of pixels; tokens of 2 x 2 patches, attention by rows."""
 

@@ -19,11 +19,12 @@ from zoo import registry
 from zoo.composed import behind
 from zoo.composed.assembly import Parts
 from zoo.composed.positions import decided
-from zoo.registry import Cut, Encoder, ImageFeatures, Layout, Question, ZooError
+from zoo.registry import Cut, Encoder, ImageFeatures, Layout, Question, UnlikeRows, ZooError
 from zoo.vision.encoders.base import Tower
 
 _SMALL = 20_000_000  # parameters of a part that is built in full where it does not run on the meta device
 _HEADS, _KEY = 2, 8  # sizes of the synthetic keys
+_SHAPE = (4, 6)  # tokens of an image, where images keep their shapes
 _WORDS = 3  # tokens of the synthetic question
 
 
@@ -61,12 +62,17 @@ def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto"
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             _check_projector(parts, slots["projector"], images, given)
             _check_behind(parts, slots["pruner"])
-        if parts.layout is not None:
+        if parts.layout is not None and parts.layout.native:
+            _check_native_layout(parts.layout, slots["layout"])
+        elif parts.layout is not None:
             _check_layout(parts.layout, parts.vision.transform.size, slots["layout"])
 
 
 def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str, Any], name: str = "") -> None:
     """Compare the encoder's tokens with `num_tokens`, `grid` and `hidden_size`."""
+    if vision.native:
+        _check_native_vision(vision, requested, node)
+        return
     for member, encoder in vision.members.items():  # each by itself: what joins them is known to work
         needed = frozenset(word for word in requested if word in encoder.provides)
         _check_vision(encoder, needed, node["encoders"][member], f"encoder {member!r} of vision {node['name']!r}")
@@ -100,6 +106,27 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
         _compare(name, image.tokens, vision.num_tokens, vision.hidden_size, "num_tokens")
         if image.grid is not None and tuple(image.grid) != tuple(vision.grid):
             raise ZooError(f"{name} declares grid {list(vision.grid)}, and returns tokens on {list(image.grid)}.")
+
+
+def _check_native_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str, Any]) -> None:
+    """Encode three images of two grids, and compare with these."""
+    name, grids = f"vision {node['name']!r}", [(1, 2), (2, 2), (1, 2)]
+    (unit, width), tokens = vision.patch_shape, sum(h * w for h, w in grids)
+
+    def run(part: Any, device: str) -> UnlikeRows:
+        part.eval()
+        return part(torch.zeros(tokens * unit, width, device=device), need=requested, grids=grids)
+
+    found = _tried(run, vision, lambda: registry.build("vision", node), name, node)
+    if found is None:
+        return
+    if not isinstance(found, UnlikeRows):
+        raise ZooError(f"{name} is native and gives {_named_type(found)}; it has to give UnlikeRows.")
+    for group, members in zip(found.groups, found.members, strict=True):
+        h, w = grids[members[0]]
+        _compare(name, group.tokens, h * w, vision.hidden_size, f"grid {h} x {w}")
+        if len(group.deep) != vision.deep:
+            raise ZooError(f"{name} declares deep={vision.deep}, and gives {len(group.deep)} further maps.")
 
 
 def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
@@ -161,7 +188,8 @@ def _is_simple(value: Any) -> bool:
 
 def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFeatures:
     """Make synthetic features of the encoder's sizes: `even`, with all patches equal, or else all different."""
-    n, d = vision.num_tokens, vision.hidden_size
+    grid = _SHAPE if vision.native else (vision.grid[0], vision.grid[1])
+    n, d = grid[0] * grid[1], vision.hidden_size
 
     def made(*shape: int) -> Tensor:
         return torch.ones(1, *shape) if even else torch.randn(1, *shape)
@@ -182,7 +210,9 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
     words |= {"next_attention": "next_block", "next_keys": "next_block"}
     known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in requested}
     known["block_attention"] = {word: score for word in requested if "@" in word}
-    return ImageFeatures(made(n, d), (vision.grid[0], vision.grid[1]) if "grid" in vision.provides else None, **known)
+    deep = tuple(made(n, d) for _ in range(vision.deep))
+    known_grid = grid if vision.native or "grid" in vision.provides else None
+    return ImageFeatures(made(n, d), known_grid, **known, deep=deep)
 
 
 def _about(parts: Parts, image: ImageFeatures, even: bool) -> ImageFeatures:
@@ -227,10 +257,15 @@ def _check_pruner(
     if len(set(counts)) > 1:
         raise ZooError(
             f"{name} keeps {counts[0]} tokens of one image and {counts[1]} of another, of {n} each; every image has "
-            f"the same number of placeholders, and its num_tokens({n}) is {step.tokens}."
+            f"the same number of placeholders, and its num_tokens({n}) is {pruner.num_tokens(n)}."
         )
     for shown, image in zip(images, found or (), strict=False):
-        _compare(name, image.tokens, step.tokens, step.width, f"num_tokens({n})")
+        _compare(name, image.tokens, pruner.num_tokens(n), step.width, f"num_tokens({n})")
+        if any(other.shape[:2] != image.tokens.shape[:2] for other in image.deep):
+            raise ZooError(
+                f"{name} leaves features for further layers of the LLM behind: `image.take(keep)` and "
+                "`image.made(change)` change these with the tokens."
+            )
         if step.grid is not None and (image.grid is None or tuple(image.grid) != tuple(step.grid)):
             kept = "no grid" if image.grid is None else f"a grid {list(image.grid)}"
             raise ZooError(f"{name} returns {kept}, and does not declare that it destroys the grid {list(step.grid)}.")
@@ -297,7 +332,7 @@ def _check_projector(parts: Parts, node: Mapping[str, Any], images: list[ImageFe
     for tokens in found or ():
         if not isinstance(tokens, Tensor):
             raise ZooError(f"{name} gives {_named_type(tokens)}, and has to give a Tensor (M, K, {step.width}).")
-        _compare(name, tokens, step.tokens, step.width, f"num_tokens({n})")
+        _compare(name, tokens, parts.projector.num_tokens(n), step.width, f"num_tokens({n})")
 
 
 def _check_layout(layout: Layout, size: tuple[int, int], node: Mapping[str, Any]) -> None:
@@ -314,6 +349,14 @@ def _check_layout(layout: Layout, size: tuple[int, int], node: Mapping[str, Any]
     small = {"text_dim": _KEY, **layout.given}
     laid = _built(run, lambda: registry.build("layout", node, **small), name, layout)
     if laid is not None and laid.shape[0] != (count := sum(layout.count(cut) for cut in cuts)):
+        raise ZooError(f"{name} returns {laid.shape[0]} tokens for two images, and its count is {count}.")
+
+
+def _check_native_layout(layout: Layout, node: Mapping[str, Any]) -> None:
+    """Lay out an image and a video of unlike grids, and compare with `count`."""
+    name, cuts = f"layout {node['name']!r}", [Cut(patches=_SHAPE), Cut(2, "frame", patches=(1, 2))]
+    laid = layout([torch.randn(c.rows, layout.count(c) // c.rows, _KEY) for c in cuts], cuts)  # type: ignore[arg-type]
+    if laid.shape[0] != (count := sum(layout.count(cut) for cut in cuts)):
         raise ZooError(f"{name} returns {laid.shape[0]} tokens for two images, and its count is {count}.")
 
 

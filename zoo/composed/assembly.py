@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from zoo import registry
+from zoo.composed import native
 from zoo.composed.behind import windows
 from zoo.composed.front import in_front, put_in_front
 from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Part, Projector, Pruner, ZooError
@@ -126,6 +127,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         with _device_of("vision", node, fill):
             parts.vision = build_part("vision", node)
         tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
+        grid = None if parts.vision.native else grid  # each image has its own
         holds = frozenset(parts.vision.provides)
         record_step("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
     vision_name = parts.steps[0].name if parts.steps else ""
@@ -160,6 +162,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         grid_now = grid_now if tokens == before else parts.projector.grid
         parts.projected_grid = (grid_now[0], grid_now[1]) if grid_now else None
         derived = {"grid": grid_now, "num_tokens": tokens, "text_dim": text_dim}
+        derived["counted"] = native.counted(parts, slots)
         # Behind a projector of single tokens the layout still gets the encoder's tokens that a pruner kept, with their
         # indices; others (pool, resampler) make new tokens, to which the indices do not apply.
         derived["pruned"] = one_by_one
@@ -177,6 +180,11 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         raise MisfitError(
             ("pruner", late), "no projector", f"pruner {late!r} acts behind the projector, and there is none."
         )
+    if (misfit := native.misfit_of(parts)) is not None:
+        raise MisfitError(*misfit)
+    if parts.vision is not None and parts.vision.deep:
+        with _named(f"llm {slots['llm']['name']!r}"):
+            parts.llm.take_deep(parts.vision.deep)
     if fill is not None:
         fill(parts)
 
@@ -192,6 +200,9 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
             _require_blocks("adapter", name, adapter, parts.vision, vision_name)
         if flow.ragged and _uses_image(adapter):
             raise _unequal("adapter", name, flow.ragged)
+        if parts.vision is not None and parts.vision.native and _uses_image(adapter):
+            why = f"adapter {name!r} takes equally many tokens of each image, and vision {vision_name!r} does not give "
+            raise MisfitError(("adapter", name), "native", f"{why}them: its images keep their shapes.")
         _refuse_shared(name, adapter, parts.adapter)
         _exclude("adapter", name, adapter, holds, parts.steps)
         holds = (holds - frozenset(adapter.destroys)) | frozenset(adapter.provides)

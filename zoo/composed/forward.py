@@ -19,6 +19,7 @@ from zoo.composed.outputs import LLMSequence, ZooOutput
 from zoo.composed.positions import put_shift, shift_of, whole_row
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.attention import ZOO_EAGER, as_backend_mask, block_mask
+from zoo.fusion.llm.deep import DeepFeatures
 from zoo.registry import IGNORE_INDEX, Adapter, Cut, ImageFeatures, LanguageModel, Pruner, ZooError
 from zoo.registry.forward_pass import Pass, conditions_in, put_conditions, running
 from zoo.registry.versions import cache_argument, cache_of, recomputes
@@ -175,7 +176,7 @@ class ForwardMixin(ImagesMixin):
         if positions is None:
             positions = past + torch.arange(length, device=slots.device)[None]
         if (shift := self._shift(given, images, values, slots)) is not None:
-            positions = positions + shift
+            positions = positions + shift[..., :length]
         alive, kept = images.valid.flatten(), self.config.positions == "kept"
         columns, wanted = leave_out(numbered(slots), alive, own, positions, given.segment_ids, kept)
         own = columns.valid.long()
@@ -228,12 +229,13 @@ class ForwardMixin(ImagesMixin):
         positions = given.position_ids
         if positions is None:
             positions = _positions(given.attention_mask, given.cache, embeds.shape[1])
-        mask, shift = given.attention_mask, given.shift
+        mask, shift, axes = given.attention_mask, given.shift, None
         if given.columns is None:
             shift = self._shift(given, images, embeds, slots)
         if shift is not None:
             columns = torch.arange(embeds.shape[1], device=embeds.device)[None] + given.past
-            positions = shift + (columns if positions is None else positions)
+            placed = shift[..., : embeds.shape[1]] + (columns if positions is None else positions)
+            positions, axes = (placed, None) if placed.dim() == 2 else (positions, placed)
             if mask is None and not given.past:  # else transformers takes gaps for borders of packed samples
                 mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         now.sequence = LLMSequence(
@@ -246,6 +248,8 @@ class ForwardMixin(ImagesMixin):
             pair_ids=given.pair_ids,
             shift=shift if images.kept is not None else None,
             dense=self.config.positions == "dense",
+            axes=axes,
+            deep=DeepFeatures(numbered(slots), images.deep) if images.deep and slots is not None else None,
         )
         masks = self._masks(now.sequence, given.cache)
         if images.kept is not None or not given.goes_on:
@@ -266,7 +270,7 @@ class ForwardMixin(ImagesMixin):
             asked |= whole_row(self.llm.lm, embeds.shape[0], embeds.shape[1], past)
         out = self.llm.hidden(
             inputs_embeds=embeds,
-            position_ids=now.sequence.position_ids,
+            position_ids=now.sequence.position_ids if now.sequence.axes is None else now.sequence.axes,
             use_cache=self._makes_cache(given.use_cache),
             **masks,
             **cache_argument(given.cache),
@@ -280,7 +284,10 @@ class ForwardMixin(ImagesMixin):
         return out
 
     def _shift(self, given: Inputs, images: Encoded, embeds: Tensor, slots: Tensor | None) -> Tensor | None:
-        """Return what is added to columns for positions of pruned tokens, (B, T) or (B, 1); None: nothing."""
+        """Return what is added to columns for positions of image tokens and behind them; None: nothing.
+
+        (B, T + 1) with what follows, or (B, 1) of text behind a cache; (A, B, ...) with positions of several axes.
+        """
         before = shift_of(given.cache, len(embeds)) if given.goes_on else None
         if self.unpruned is None or images.kept is None or slots is None:
             return before

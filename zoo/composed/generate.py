@@ -28,9 +28,10 @@ from zoo.composed.image_path import Encoded
 from zoo.composed.inputs import Inputs
 from zoo.composed.left_out import columns_of, put_columns, text_id
 from zoo.composed.outputs import LLMSequence
-from zoo.composed.positions import put_shift, shift_of, whole_row
+from zoo.composed.positions import put_shift, repeated, shift_of, whole_row
 from zoo.composed.turns import turn_of
 from zoo.fusion.llm.decoder import generator_of
+from zoo.fusion.llm.deep import DeepFeatures
 from zoo.registry import Adapter, Cut, Encoder, ImageFeatures, LanguageModel, ZooError
 from zoo.registry.forward_pass import conditions_in, put_conditions, running
 from zoo.registry.versions import cache_argument, cache_in
@@ -183,7 +184,7 @@ class GenerateMixin(nn.Module):
         shift = None if anew or not past else shift_of(cache, len(input_ids))
         if self.unpruned is not None and encoded.kept is not None and index is not None:
             shift = self.unpruned.gaps(encoded.kept).shift(index, before=shift)
-        more["shift"] = shift
+        more |= {"shift": shift, "deep": encoded.deep}
         return Prompt(self, index, encoded.tokens, encoded.kept, images_per_row, input_ids, **more)
 
     def _drafting(
@@ -277,7 +278,9 @@ class Prompt:
         image_tokens: (S, C).
         image: features after pruning, for adapters; None: no image.
         images_per_row: images of each row.
-        shift: (B, T) added to the positions of the given ids, (B, 1) to all; None: nothing.
+        shift: (B, T + 1) added to the positions of the given ids and of what follows, (B, 1) to all; (A, B, ...) with
+            positions of several axes; None: nothing.
+        deep: (S, C) for each of the LLM's first layers, see `zoo.fusion.llm.deep`.
         past: tokens in the given cache whose ids are not given.
         goes_on: the given cache has a beginning, whose condition adapters keep.
     """
@@ -291,6 +294,7 @@ class Prompt:
     shift: Tensor | None = None
     past: int = 0
     goes_on: bool = False
+    deep: tuple[Tensor, ...] = ()
     columns: Any = None  # that the ids are of a longer prompt, see `zoo.composed.left_out`; None: all
     rows: int = field(default=0, init=False)  # of the LLM's batch when adapters were conditioned; 0: not yet
     conditions: dict[str, Any] = field(default_factory=dict, init=False)  # what adapters made of the images
@@ -322,7 +326,7 @@ class Prompt:
             self.condition(rows, cache)
             put_conditions(cache, self.conditions)
             if self.shift is not None:
-                put_shift(cache, self.shift.repeat_interleave(rows // len(self.shift), 0), self.past)
+                put_shift(cache, repeated(self.shift, rows), self.past)
             put_columns(cache, self.columns)
         length = self.ids.shape[1]
         chunk = given.shape[1] < length  # of a chunked prefill: its place follows from what the cache holds
@@ -335,11 +339,13 @@ class Prompt:
         if not bool((index >= 0).any()):
             return inputs
         copies = rows // len(index)
-        if inside := self.model.inside_pruners:
-            mask = inputs.get("attention_mask")
+        deep = DeepFeatures(index.repeat_interleave(copies, 0), self.deep) if self.deep else None
+        inside = self.model.inside_pruners
+        if deep is not None or inside:
+            mask = inputs.get("attention_mask") if inside else None
             mask = mask if mask is None else mask[::copies]  # beams of a row share its mask
             drafts, dense = max(0, start + q - length), self.model.config.positions == "dense"
-            sequence = LLMSequence(index >= 0, mask, None, None, drafts=drafts, dense=dense)
+            sequence = LLMSequence(index >= 0, mask, None, None, drafts=drafts, dense=dense, deep=deep)
             for pruner in inside.values():
                 pruner.begin(sequence)
             inputs[_SEQUENCE] = sequence
@@ -349,11 +355,11 @@ class Prompt:
     def _shifted(self, inputs: dict[str, Any], shift: Tensor, start: int, rows: int, q: int) -> dict[str, Any]:
         """Shift the positions of the columns from `start` on; a mask keeps gaps from being taken for packed samples."""
         cache, columns = cache_in(inputs), torch.arange(start, start + q, device=shift.device)
-        shift = shift[:, columns.clamp(max=shift.shape[1] - 1)].repeat_interleave(rows // len(shift), 0)  # (rows, q)
+        shift = repeated(shift[..., columns.clamp(max=shift.shape[-1] - 1)], rows)  # (rows, q), or (A, rows, q)
         held = 0 if cache is None else int(cache.get_seq_length())
         more: dict[str, Any] = {"position_ids": inputs["position_ids"] + shift}
         if cache is None and inputs.get("attention_mask") is None:
-            more["attention_mask"] = torch.ones_like(shift)
+            more["attention_mask"] = shift.new_ones(rows, q)
         if held and q > 1:
             more |= whole_row(self.model.llm.lm, rows, q, held)
         return inputs | more

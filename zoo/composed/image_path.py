@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.composed import behind
+from zoo.composed import behind, native
+from zoo.composed.grid_positions import GridPositions
 from zoo.composed.inputs import Inputs
 from zoo.composed.positions import Unpruned
 from zoo.composed.question import QuestionMixin
@@ -21,6 +22,7 @@ from zoo.registry import (
     Projector,
     Pruner,
     Question,
+    UnlikeRows,
     ZooError,
 )
 
@@ -28,10 +30,11 @@ from zoo.registry import (
 class Encoded(NamedTuple):
     """Output of `encode_images`; without images, None for each."""
 
-    image: ImageFeatures | None = None  # the encoder's features
-    kept: ImageFeatures | None = None  # the features after pruning
+    image: ImageFeatures | UnlikeRows | None = None  # the encoder's features
+    kept: ImageFeatures | UnlikeRows | None = None  # the features after pruning
     tokens: Tensor | None = None  # (M, K, C), laid out (S, C); None: images are not in the sequence
     valid: Tensor | None = None  # (M, K) or (S,) bool, which of the tokens stay, see `left_out`; None: all
+    deep: tuple[Tensor, ...] = ()  # (S, C) of the same tokens, for layers of the LLM behind the first
 
     @property
     def named(self) -> dict[str, Any]:
@@ -51,7 +54,7 @@ class ImagesMixin(QuestionMixin):
     llm: LanguageModel
     adapter: MutableMapping[str, Adapter]
     requested: Any
-    unpruned: Unpruned | None
+    unpruned: Unpruned | GridPositions | None
     num_image_tokens: int
     steps: Sequence[Any]
     projected_grid: tuple[int, int] | None  # of the tokens of a row behind the projector
@@ -71,7 +74,8 @@ class ImagesMixin(QuestionMixin):
         """Run encoder, pruners, projector and layout.
 
         Args:
-            pixel_values: (M, 3, S, S), or (M, P) for several encoders; cast to the encoder's data type.
+            pixel_values: (M, 3, S, S), (M, P) for several encoders, or patches (S, P) of images that keep their
+                shapes; cast to the encoder's data type.
             cuts: of each image, or of the images of each sample, where images have rows of their own; absent: every row
                 is an image.
             given: the inputs of the pass, for parts that need the question.
@@ -85,7 +89,7 @@ class ImagesMixin(QuestionMixin):
             raise ZooError("The batch has images, but the model has no vision encoder.")
         if cuts and not isinstance(cuts[0], Cut):  # of each sample, as transformers' pipelines put batches together
             cuts = [cut for sample in cuts for cut in sample]
-        if cuts is not None and sum(c.rows for c in cuts) != len(pixel_values):
+        if cuts is not None and not self.vision.native and sum(c.rows for c in cuts) != len(pixel_values):
             raise ZooError(f"{len(pixel_values)} rows of pixels for images of {[c.rows for c in cuts]} rows.")
         image, pixel_values = self.features_of(pixel_values, cuts)
         question = self._question(given, cuts, image) if given is not None else None
@@ -103,12 +107,45 @@ class ImagesMixin(QuestionMixin):
         short = weight is not None and weight.dtype in (torch.bfloat16, torch.float16)  # processors make float32
         if weight is not None and short and not self.vision.members:  # else each has its own data type
             pixel_values = pixel_values.to(weight.dtype)
+        if self.vision.native:
+            return self._encode_native(pixel_values, cuts, given)
         more = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
         return self.vision(pixel_values, need=self.requested, **more), pixel_values
 
+    def _encode_native(self, pixels: Tensor, cuts: Sequence[Cut] | None, given: Inputs | None) -> Encoded:
+        """Run encoder, pruners, projector and layout on images that keep their shapes."""
+        grids = native.grids_of(cuts)
+        rows = self.vision(pixels, need=self.requested, grids=grids)  # type: ignore[misc]
+        rows = replace(rows, cuts=tuple(cuts or ()))
+        question = self._question(given, cuts, rows) if given is not None else None
+        return self.encode_features(rows, cuts, pixels, question)
+
+    def _features_of_rows(self, rows: UnlikeRows, pixels: Tensor | None, question: Question | None) -> Encoded:
+        """Run pruners, projector and layout on rows of unlike length: `encode_features` for these."""
+        if self.asks and question is None:
+            return Encoded(rows)
+        ahead, _ = self._before_and_behind
+        draws = pixels is not None and any(pruner.draws for pruner in ahead)
+        patches = native.row_pixels(pixels, native.grids_of(rows.cuts)) if draws and pixels is not None else []
+
+        def about(group: ImageFeatures, members: Sequence[int]) -> ImageFeatures:
+            asked = None if question is None else question.picked(torch.tensor(members, device=group.tokens.device))
+            known: dict[str, Any] = {"question": asked, "rows": None, "cuts": None}
+            known |= {"checksum": checksum_of(torch.stack([patches[i] for i in members]))} if draws else {}
+            return replace(group, **known)
+
+        kept = native.pruned(rows, about, [lambda g, p=p: p(self._projected(p, g)) for p in ahead])
+        if self.unpruned is not None:
+            kept = kept.mapped(self.unpruned.placed)
+        if self.projector is None:
+            return Encoded(rows, kept)
+        assert self.layout is not None, "the check has seen to it"
+        tokens, deep = native.joined(kept, self.projector, self.layout)
+        return Encoded(rows, kept, tokens, deep=deep)
+
     def encode_features(
         self,
-        image: ImageFeatures,
+        image: ImageFeatures | UnlikeRows,
         cuts: Sequence[Cut] | None = None,
         pixel_values: Tensor | None = None,
         question: Question | None = None,
@@ -118,9 +155,11 @@ class ImagesMixin(QuestionMixin):
         Args:
             image: the encoder's features; a layout's grouping of rows into images is set on it.
             cuts: of each image, where images have rows of their own.
-            pixel_values: (M, 3, S, S) of the features, for pruners that draw at random.
+            pixel_values: (M, 3, S, S), or (S, P), of the features, for pruners that draw at random.
             question: what is asked about the images, for parts that need it; without it their features are not pruned.
         """
+        if isinstance(image, UnlikeRows):
+            return self._features_of_rows(image, pixel_values, question)
         if cuts is None and self.layout is not None:
             assert self.vision is not None, "the features are an encoder's"
             cuts = [Cut(size=self.vision.transform.size)] * len(image.tokens)
@@ -167,12 +206,16 @@ class ImagesMixin(QuestionMixin):
             return image
         return replace(image, tokens=image.tokens.to(weight.dtype))
 
-    def _question(self, given: Inputs, cuts: Sequence[Cut] | None, image: ImageFeatures) -> Question | None:
+    def _question(
+        self, given: Inputs, cuts: Sequence[Cut] | None, image: ImageFeatures | UnlikeRows
+    ) -> Question | None:
         """Return what a pass asks about its images; None where no part needs it, or it is not known."""
         if not self.asks:
             return None
-        with torch.autocast(image.tokens.device.type, enabled=False):
-            return self.question_of(given, cuts, len(image.tokens), image.tokens.device)
+        unlike = isinstance(image, UnlikeRows)
+        rows, tokens = (image.num_rows, image.groups[0].tokens) if unlike else (len(image.tokens), image.tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.question_of(given, cuts, rows, tokens.device)
 
     @property
     def _before_and_behind(self) -> tuple[list[Pruner], list[Pruner]]:
@@ -334,15 +377,19 @@ class ImagesMixin(QuestionMixin):
     def _touch_vision(self) -> Tensor:
         """Return a zero that depends on encoder and projector: DDP's all-reduce then has gradients of every rank."""
         assert self.vision is not None, "it trains"
-        pixels = torch.zeros(
-            1, *self.vision.transform.shape, device=self.device, dtype=next(self.vision.parameters()).dtype
-        )
-        encoded = self.encode_images(pixels)
+        shape, cuts = (1, *self.vision.transform.shape), None
+        if self.vision.native:  # an image of one token
+            shape, cuts = self.vision.patch_shape, [Cut(patches=(1, 1))]
+        pixels = torch.zeros(shape, device=self.device, dtype=next(self.vision.parameters()).dtype)
+        encoded = self.encode_images(pixels, cuts)
         if encoded.kept is None and encoded.image is not None:
-            encoded = self.encode_features(encoded.image, None, pixels, self.no_question(pixels.device))
-        _, kept, tokens, _ = encoded
+            encoded = self.encode_features(encoded.image, cuts, pixels, self.no_question(pixels.device))
+        kept, tokens = encoded.kept, encoded.tokens
         assert kept is not None, "images were given"
-        return (tokens if tokens is not None else kept.tokens).sum() * 0.0
+        if tokens is None:
+            assert isinstance(kept, ImageFeatures), "rows of unlike length have a projector"
+            tokens = kept.tokens
+        return sum((x.sum() for x in encoded.deep), tokens.sum()) * 0.0
 
 
 def checksum_of(pixels: Tensor) -> Tensor:

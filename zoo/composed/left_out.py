@@ -88,7 +88,7 @@ def counted_ahead(counts: Tensor, segment_ids: Tensor | None = None) -> Tensor:
     """Sum what is ahead of each column, (B, T), from the beginning of its row, or of its sample in a packed row.
 
     Args:
-        counts: (B, T), not negative.
+        counts: (B, T).
         segment_ids: (B, T) sample of each column; None: rows hold one.
     """
     ahead = counts.cumsum(1) - counts
@@ -96,7 +96,8 @@ def counted_ahead(counts: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         return ahead
     begins = torch.ones_like(counts, dtype=torch.bool)
     begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return ahead - (ahead * begins).cummax(1).values  # it only grows: the largest is that of the last begin
+    column = torch.arange(counts.shape[1], device=counts.device)
+    return ahead - ahead.gather(1, (column * begins).cummax(1).values)  # what was ahead of the last begin
 
 
 def text_id(config: Any) -> int:

@@ -76,9 +76,13 @@ class LLMSequence:
     block_ids: Tensor | None = None  # (B, T) which dialog of the sample, 0 the shared prefix, -1 at padding
     columns: Tensor | None = None  # (B, K) original column of each hidden state kept, -1 padding; None: all, in order
     pair_ids: Tensor | None = None  # (B, T) which of a pair's answers a token belongs to, -1 none; see `zoo.text.batch`
-    shift: Tensor | None = None  # (B, T) of `position_ids`, see `zoo.composed.positions`; None: nothing was added
+    # (B, T + 1) of the columns and of what follows, see `zoo.composed.gaps`; (A, B, T + 1) with several axes; None:
+    # nothing is added to `position_ids`
+    shift: Tensor | None = None
     drafts: int = 0  # columns at the end, behind the prompt, that are guesses of assisted decoding
     dense: bool = False  # positions behind a layer that drops tokens count those left (`positions` of the model)
+    axes: Tensor | None = None  # (A, B, T) positions of an LLM that has several axes, instead of `position_ids`
+    deep: Any = None  # features for layers of the LLM behind the first (`zoo.fusion.llm.deep.DeepFeatures`)
 
     def image_index(self) -> Tensor | None:
         """Return the image token, counted over the batch, at each column kept: (B, K), -1 for text."""

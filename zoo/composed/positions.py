@@ -28,31 +28,12 @@ import torch
 from torch import Tensor
 
 from zoo.composed.assembly import build_part
-from zoo.composed.left_out import counted_ahead
+from zoo.composed.gaps import Gaps
+from zoo.composed.grid_positions import GridPositions
 from zoo.fusion.layouts.crop_places import scaled
 from zoo.registry import POSITIONS, Cut, ImageFeatures, Layout, ZooError, unknown
 
 _SHIFT = "zoo_shift"  # attribute of a cache that holds the shift of its columns
-
-
-class Gaps(NamedTuple):
-    """Shifts at each image token of the batch; both (S,) int64."""
-
-    ahead: Tensor  # of its own column
-    behind: Tensor  # of all columns behind it: at the last token of an image, else 0
-
-    def shift(self, index: Tensor, segment_ids: Tensor | None = None, before: Tensor | None = None) -> Tensor:
-        """Return the shift of each column: (B, T).
-
-        Args:
-            index: (B, T) image token of each column, -1 for text.
-            segment_ids: (B, T) sample of a packed row; positions of each sample count from 0.
-            before: (B, 1) shift of the last column of a cache that is continued.
-        """
-        none = self.behind.new_zeros(1)  # index -1 reads the last entry
-        behind, ahead = torch.cat([self.behind, none])[index], torch.cat([self.ahead, none])[index]  # (B, T)
-        passed = counted_ahead(behind, segment_ids)
-        return passed + ahead if before is None else passed + ahead + before
 
 
 class Unpruned:
@@ -150,7 +131,8 @@ class Decided(NamedTuple):
     """How the positions of a model are counted."""
 
     positions: str  # kept or dense; `auto` for a model without pruners
-    unpruned: Unpruned | None = None  # for kept; None: positions count the tokens kept
+    # For kept, and for images that keep their shapes; None: positions count the tokens kept.
+    unpruned: Unpruned | GridPositions | None = None
     why: str = ""  # reason where the default is not possible
 
 
@@ -167,6 +149,8 @@ def decided(parts: Any, slots: Mapping[str, Any], positions: str) -> Decided:
     """
     if positions not in POSITIONS:
         raise unknown("positions", positions, POSITIONS)
+    if parts.layout is not None and parts.layout.native:
+        return _of_grids(parts, positions)
     if not parts.pruner:
         return Decided(positions)
     if positions == "dense" or parts.projector is None:
@@ -189,6 +173,22 @@ def decided(parts: Any, slots: Mapping[str, Any], positions: str) -> Decided:
     return Decided("kept", found if found.drops else None)
 
 
+def _of_grids(parts: Any, positions: str) -> Decided:
+    """Decide for images that keep their shapes: their positions have the axes of the LLM, or are columns."""
+    found = GridPositions(parts.layout, parts.llm.axes, positions == "dense", parts.vision.grid)
+    whole = Cut(patches=parts.vision.grid)
+    drops = parts.layout.count(whole) != parts.layout.whole(whole)
+    word = "kept" if positions == "auto" and parts.pruner else positions
+    if parts.llm.axes == 1 and (not drops or positions == "dense"):
+        return Decided(word)  # columns
+    why = _without_positions(parts.llm) if drops else None
+    if why is not None and positions == "auto":
+        return Decided("dense", why=f"positions are dense: {why}.")
+    if why is not None:
+        raise ZooError(f"positions=kept is not possible: {why}. Set positions=dense.")
+    return Decided(word, found)
+
+
 def _without_positions(llm: Any) -> str | None:
     """Return why positions cannot be given to a language model; None: they can."""
     takes = inspect.signature(type(getattr(llm, "decoder", llm.lm)).forward).parameters
@@ -201,22 +201,35 @@ def _without_positions(llm: Any) -> str | None:
 
 
 def shift_of(cache: Any, rows: int) -> Tensor | None:
-    """Return the shift of columns that continue a cache: (B, 1); None: nothing."""
+    """Return the shift of columns that continue a cache: (B, 1), or (A, B, 1); None: nothing."""
     shift = getattr(cache, _SHIFT, None)
     if shift is None or not (past := int(cache.get_seq_length())):
         return None
-    last = shift[:, min(past, shift.shape[1]) - 1, None]  # of the last column that it holds
-    return last.repeat_interleave(rows // len(last), 0) if rows != len(last) else last
+    follows = shift.shape[-1] - 1  # the last one is of what follows the prompt
+    last = shift[..., follows if past >= follows else past - 1, None]  # else of the last column that it holds
+    return repeated(last, rows)
+
+
+def repeated(shift: Tensor, rows: int) -> Tensor:
+    """Give each of `rows`, beams of fewer, the shift of its own, (B, T) or (A, B, T)."""
+    return shift if rows == shift.shape[-2] else shift.repeat_interleave(rows // shift.shape[-2], -2)
 
 
 def put_shift(cache: Any, shift: Tensor, past: int = 0) -> None:
-    """Store the shift of a cache's columns from `past` on, (B, T), behind those that it has."""
+    """Store the shift of a cache's columns from `past` on, behind those that it has, and of what follows.
+
+    Args:
+        cache: of the pass.
+        shift: (B, T + 1), or (A, B, T + 1).
+        past: columns that the cache had.
+    """
     if cache is None or not hasattr(cache, "__dict__"):
         return
     if past:
         before = getattr(cache, _SHIFT, None)
-        held = shift.new_zeros(len(shift), 1) if before is None else before[:, :past]
-        shift = torch.cat([held, held[:, -1:].expand(-1, past - held.shape[1]), shift], 1)
+        held = shift.new_zeros(*shift.shape[:-1], 1) if before is None else before[..., :past]
+        missing = held[..., -1:].expand(*held.shape[:-1], past - held.shape[-1])
+        shift = torch.cat([held, missing, shift], -1)
     setattr(cache, _SHIFT, shift)
 
 

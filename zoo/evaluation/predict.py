@@ -141,7 +141,7 @@ class _Pictures:
         if not self.shared or self.encoded is None:
             return to_device(stack([self.pixels[i] for i in which]), self.model.device)
         index = torch.tensor(which, device=self.model.device)
-        image, kept, tokens, valid = self.encoded
+        image, kept, tokens, valid, _ = self.encoded  # without a layout there is nothing behind the first layer
         assert image is not None, "there are images"
         # What is kept is None where it depends on the question.
         one, other = (None if x is None else x.picked(index) for x in (image, kept))
@@ -279,7 +279,7 @@ def _likelihood(model: Any, out: Any) -> Tensor:
 
 
 def _join(parts: list[Encoded]) -> Encoded:
-    image, kept, tokens, valid = zip(*parts, strict=True)
+    image, kept, tokens, valid, _ = zip(*parts, strict=True)
     if any(x is not None for x in valid):  # an image without marks keeps all of its tokens
         valid = tuple(t.new_ones(t.shape[:2]).bool() if x is None else x for x, t in zip(valid, tokens, strict=True))
     joined = (None if x[0] is None else torch.cat(x) for x in (tokens, valid))

@@ -16,6 +16,7 @@ from zoo.checking.checker import check
 from zoo.checking.plan import plan_for
 from zoo.composed.assembly import assemble
 from zoo.composed.front import frame_share
+from zoo.composed.grid_positions import GridPositions
 from zoo.composed.loader import load_model
 from zoo.composed.model import ZooModel
 from zoo.composed.quantized import quantize
@@ -203,6 +204,8 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
         template: name of a built-in chat template, for a tokenizer with another one.
         stated: `pictures`, `videos`, `video_token` of a published model, and `end_tokens`.
     """
+    if not stated.get("pictures") and model.vision is not None and model.vision.pictures is not None:
+        stated["pictures"] = dict(model.vision.pictures)
     stated |= {key: in_front_of(model, stated[key]) for key in ("pictures", "videos") if stated.get(key)}
     known = next((name for name, (text, _) in CHAT_TEMPLATES.items() if text == tokenizer.chat_template), template)
     return ZooProcessor(
@@ -251,6 +254,8 @@ def unpruned_for(model: ZooModel) -> dict[str, Any] | None:
     """What the processor needs to count the positions of images whose tokens keep their places; None: their tokens."""
     if (unpruned := model.unpruned) is None:
         return None
+    if isinstance(unpruned, GridPositions):
+        return {"axes": unpruned.axes, "dense": unpruned.dense}
     whole, slots = unpruned.whole, model.config.slots or {}
     layout = None if whole is None else {**slots["layout"], "given": dict(whole.given)}
     return {"num_image_tokens": unpruned.row_tokens, "layout": layout}

@@ -70,7 +70,8 @@ class PlaceholdersMixin:
     def gap_of(self, ids: np.ndarray, pictures: Sequence[Any]) -> int:
         """Count the positions that the images of a row take beyond their tokens, where these keep their places.
 
-        Negative where a pruner leaves out placeholders, whose number it knows, and positions are counted anew.
+        Negative where a pruner leaves out placeholders, whose number it knows, and positions are counted anew, and
+        where positions have rows and columns.
 
         Args:
             ids: (T,), image tokens expanded.
@@ -84,6 +85,8 @@ class PlaceholdersMixin:
             images = int((ids == self.image_token_id).sum()) // self.num_image_tokens
             return images * (int(self.unpruned["num_image_tokens"]) - self.num_image_tokens)
         cuts = (c for p in pictures for c in self._cuts_per_token(cut_of(p)))
+        if self.layout.native:
+            return sum(self.layout.advance(c, **self.unpruned) - self.layout.count(c) for c in cuts)
         return sum(max(0, self._whole.count(c) - self.layout.count(c)) for c in cuts)
 
     def fewer_of(self, ids: np.ndarray, pictures: Sequence[Any]) -> int:

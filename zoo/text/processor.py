@@ -48,7 +48,8 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
             `num_image_tokens`.
         end_tokens: further end tokens, stated by the model's checkpoint.
         unpruned: `num_image_tokens` and `layout` as they would be without pruners, where image tokens keep their
-            positions; None: positions are those of the tokens.
+            positions; of images that keep their shapes `axes` and `dense` of the positions; None: positions are those
+            of the tokens.
         left_out: a pruner behind the projector that knows how many placeholders it leaves out: its node as `pruner`,
             its arguments as `given`, and as `dense` whether positions are counted without them; None: there is none.
         asks: whether batches hold what is asked about images, for parts of the model that choose by it.

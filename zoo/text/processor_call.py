@@ -86,6 +86,8 @@ class CallMixin:
 
     def _require_size(self, pictures: Sequence[Any], options: dict[str, Any]) -> None:
         """Refuse options that make pixels of a size that the encoder does not take."""
+        if self.layout is not None and self.layout.native:
+            return
         wanted = tuple(self.transform.shape)
         for picture in pictures:
             pixels = picture.pixels if isinstance(picture, Picture) else picture

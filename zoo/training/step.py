@@ -294,6 +294,9 @@ def count_images(batch: Mapping[str, Any]) -> int:
     """Count the images of a batch, each crop and frame by itself."""
     if (shown := batch.get(FEATURES)) is not None:
         return sum(shown["rows"])
+    cuts = batch.get("cuts") or ()
+    if any(cut.patches != (0, 0) for cut in cuts):  # pixels are the patches of all images
+        return sum(cut.rows for cut in cuts)
     return len(batch.get("pixel_values", ()))
 
 

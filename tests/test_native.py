@@ -1,0 +1,239 @@
+"""Images that keep their shapes in a composed model, as transformers' classes compute it, in every form of a batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import ANSWERS, QUESTIONS, talk
+from tests.qwen_builders import FAMILIES, encoder_node, for_whole, picture, sharpen, slots, whole_of
+from zoo.composed.model import ZooModel
+from zoo.registry import Sample, ZooError
+from zoo.registry.versions import cache_argument
+from zoo.training.step import count_images
+
+SHOWN = [picture(40, 24, 1), picture(33, 90, 2), picture(8, 8, 3)]
+TEXTS = [f"<image> {QUESTIONS[0]} <image> {QUESTIONS[1]}", f"{QUESTIONS[2]} <image> no", QUESTIONS[3]]
+FIXED = {"do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def pair(family, make_model):
+    """A composed model, its processor, and transformers' model with its weights."""
+    model, processor = make_model(**slots(family))
+    sharpen(model)
+    return model, processor, whole_of(model, family)
+
+
+def agree(a, b, mask=None, atol=1e-5):
+    scale = b.abs().max()
+    a, b = (a, b) if mask is None else (a[mask], b[mask])
+    assert (a - b).abs().max() <= atol * max(1.0, scale), float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_logits_are_those_of_transformers_and_a_row_is_the_row_alone(pair, side):
+    model, processor, theirs = pair
+    batch = processor(images=SHOWN, text=TEXTS, padding_side=side)
+    mask = batch["attention_mask"].bool()
+    got = model(**batch).logits
+    agree(got, theirs(**for_whole(batch, model.image_token_id)).logits, mask)
+    shown = [SHOWN[:2], SHOWN[2:], []]
+    for i, text in enumerate(TEXTS):
+        alone = processor(images=shown[i] or None, text=text)
+        agree(got[i][mask[i]], model(**alone).logits[0])
+    positions = theirs.model.get_rope_index(**for_whole(batch, model.image_token_id))[0]
+    axes = model(**batch).passed.sequence.axes
+    assert torch.equal(axes[:, mask], positions[:, mask])
+
+
+@torch.no_grad()
+def test_greedy_answers_and_beams_are_those_of_transformers(pair):
+    model, processor, theirs = pair
+    batch = processor(images=SHOWN, text=TEXTS, padding_side="left")
+    for how in (
+        {"max_new_tokens": 32, "min_new_tokens": 32},
+        {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 3},
+    ):
+        assert torch.equal(
+            model.generate(**batch, **FIXED, **how),
+            theirs.generate(**for_whole(batch, model.image_token_id), **FIXED, **how),
+        )
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_where_the_image_ended(pair):
+    """Token by token, a second turn with another image, and a cache that ends with an image token."""
+    model, processor, _ = pair
+    text = f"<image> {QUESTIONS[0]} <image> {QUESTIONS[1]} yes"
+    whole = processor(images=SHOWN[:2], text=text)
+    wanted = model(**whole).logits
+    ids = whole["input_ids"]
+    second = int((ids[0] == model.image_token_id).nonzero()[-1]) - 3  # inside of the second image, and at its end
+    first = int((ids[0] == model.image_token_id).nonzero()[0])
+    count = model.layout.count(whole["cuts"][0])
+    for at in (first + count, first + count + 4):
+        own = whole["cuts"][0].patches[0] * whole["cuts"][0].patches[1] * 4
+        start = model(ids[:, :at], pixel_values=whole["pixel_values"][:own], cuts=whole["cuts"][:1], use_cache=True)
+        later = model(
+            ids[:, at:], pixel_values=whole["pixel_values"][own:], cuts=whole["cuts"][1:], **cache_argument(start.cache)
+        )
+        agree(torch.cat([start.logits, later.logits], 1), wanted)
+    assert second > first
+    cache = model(ids[:, :-3], pixel_values=whole["pixel_values"], cuts=whole["cuts"], use_cache=True).cache
+    for i in (-3, -2, -1):
+        step = model(ids[:, i : ids.shape[1] + i + 1], **cache_argument(cache), use_cache=True)
+        agree(step.logits[:, 0], wanted[:, i])
+
+
+@torch.no_grad()
+def test_own_loops_and_chunked_prefill_write_what_generate_writes(pair):
+    model, processor, _ = pair
+    batch = processor(images=SHOWN[:2], text=TEXTS[0])
+    wanted = model.generate(**batch, **FIXED, max_new_tokens=6, min_new_tokens=6)
+    ids, out = batch["input_ids"], model(**batch, use_cache=True)
+    for _ in range(6):
+        new = out.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], 1)
+        out = model(new, **cache_argument(out.cache), use_cache=True)
+    assert torch.equal(ids, wanted)
+    chunks = model.generate(**batch, **FIXED, max_new_tokens=6, min_new_tokens=6, prefill_chunk_size=7)
+    assert torch.equal(chunks, wanted)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def shown_sample(*pairs, sizes=((40, 24),), seed=0):
+    images = [picture(w, h, seed + i) for i, (w, h) in enumerate(sizes)]
+    return Sample("s", images, [talk(q, a, len(sizes)) for q, a in pairs])
+
+
+def test_a_step_learns_what_transformers_class_learns(pair):
+    model, processor, theirs = pair
+    # One image each: transformers' class takes images without text between them for one.
+    rows = [processor.encode(shown_sample((QUESTIONS[i], ANSWERS[i]), sizes=SIZES[i][-1:], seed=i)) for i in (0, 1)]
+    batch = processor.collate(rows)
+    assert count_images(batch) == 2
+    ours = model.train()(**batch)
+    ours.loss.backward()
+    given = for_whole(batch, model.image_token_id)
+    wanted = theirs.train()(**given, labels=batch["labels"])
+    wanted.loss.backward()
+    torch.testing.assert_close(ours.loss, wanted.loss, atol=1e-5, rtol=1e-5)
+    pairs = [(model.llm.decoder, theirs.model.language_model), (model.vision.tower, theirs.model.visual)]
+    for mine, other in [*pairs, (model.llm.lm.lm_head, theirs.lm_head)]:
+        reference = dict(other.named_parameters())
+        for name, p in mine.named_parameters():
+            grad = reference[name].grad
+            assert (p.grad - grad).abs().max() <= 1e-5 * max(1.0, float(grad.abs().max())), name
+
+
+SIZES = [((40, 24), (8, 30)), ((33, 64),)]
+
+
+def test_packed_rows_dialogs_that_share_images_and_checkpointing_learn_what_each_learns_alone(make_model):
+    model, processor = make_model(**slots("qwen3_vl"))
+    sharpen(model, 2.0)
+    model.train()
+    samples = [
+        shown_sample(*zip(QUESTIONS[:3], ANSWERS[:3], strict=True), sizes=SIZES[0], seed=1),
+        shown_sample((QUESTIONS[3], ANSWERS[3]), sizes=SIZES[1], seed=5),
+        shown_sample((QUESTIONS[4], ANSWERS[4]), sizes=SIZES[0], seed=7),
+    ]
+    packed = processor.collate(processor.pack([processor.encode(s) for s in samples], 600))
+    assert len(packed["input_ids"]) == 1 and int(packed["segment_ids"].max()) == 2 and count_images(packed) == 5
+
+    def grads(batches):
+        model.zero_grad()
+        total = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+        for b in batches:
+            model(**b, num_items_in_batch=total).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    alone = [processor.collate([processor.encode(replace(s, dialogs=[d]))]) for s in samples for d in s.dialogs]
+    one, other = grads([packed]), grads(alone)
+    model.activation_checkpointing_enable()
+    again = grads([packed])
+    assert one.keys() == other.keys() == again.keys()
+    for name, grad in one.items():
+        torch.testing.assert_close(grad, other[name], atol=5e-5, rtol=2e-3, msg=lambda why, n=name: f"{n}: {why}")
+        torch.testing.assert_close(grad, again[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_of_text_gives_the_encoder_gradients_of_zero(make_model):
+    model, processor = make_model(**slots("qwen3_vl"))
+    model.train()
+    out = model(**processor(text=[QUESTIONS[0]]), labels=processor(text=[QUESTIONS[0]])["input_ids"])
+    out.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.vision.parameters())
+
+
+# ---- other encoders, other LLMs ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_an_llm_of_one_axis_counts_tokens_or_places(make_model):
+    llama = {"name": "hf", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_positions": 512}
+    parts = {"llm": llama, "projector": {"name": "mlp"}}
+    model, processor = make_model(**slots("qwen2_vl", **parts))
+    batch = processor(images=SHOWN, text=TEXTS)
+    assert model.unpruned is None and model(**batch).passed.sequence.axes is None
+    random = {"random": {"name": "random", "keep_ratio": 0.5}}
+    kept, processor = make_model(**slots("qwen2_vl", **parts, pruner=random))
+    batch = processor(images=SHOWN[:1], text="<image> a b")
+    where = kept(**batch).passed.sequence.position_ids[0]
+    count, whole = kept.layout.count(batch["cuts"][0]), 15
+    at = int((batch["input_ids"][0] == kept.image_token_id).nonzero()[0])
+    assert where[at + count] == at + whole and where[at : at + count].max() < at + whole
+
+
+@torch.no_grad()
+def test_images_of_one_size_are_text_to_an_llm_of_three_axes(make_model):
+    whole = slots("qwen2_vl")
+    model, processor = make_model(llm=whole["llm"])
+    out = model(**processor(images=SHOWN[:1], text="<image> a"))
+    assert out.passed.sequence.axes is None and out.logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layout": None}, "no layout joins them: layout=native"),
+        ({"projector": {"name": "linear"}}, "makes new tokens, and vision 'qwen_vision' gives features for 3 layers"),
+        ({"vision": encoder_node("qwen3_vl", out_width=32)}, "tokens are 32 wide and the LLM's 64"),
+        ({"pruner": {"pool": {"name": "pool"}}}, "needs grid"),
+        ({"pruner": {"prumerge": {"name": "prumerge", "score": "column_mean"}}}, "leaves a number that depends"),
+        ({"pruner": {"evs": {"name": "evs"}}}, "each has a grid of its own"),
+        ({"adapter": {"vlora": {"rank": 4}}, "projector": None, "layout": None}, "image"),
+        (
+            {"vision": {"name": "timm", "image_size": 32, "patch_size": 8, "width": 64, "heads": 2, "depth": 2}},
+            "leave the layout out",
+        ),
+        ({"llm": {**slots("qwen3_vl")["llm"], "num_layers": 2}}, "features for 3 layers of the LLM, which has 2"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(make_model, changed, message):
+    with pytest.raises(ZooError, match=message):
+        make_model(**slots("qwen3_vl", **changed))
+
+
+def test_saved_and_loaded_it_answers_alike(make_model, tmp_path):
+    model, processor = make_model(**slots("qwen3_vl", pruner={"random": {"name": "random", "keep_ratio": 0.5}}))
+    batch = processor(images=SHOWN, text=TEXTS)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, other = ZooModel.from_pretrained(tmp_path), type(processor).from_pretrained(tmp_path)
+    assert torch.equal(again(**other(images=SHOWN, text=TEXTS)).logits, model(**batch).logits)
+    assert (
+        other.encode(shown_sample((QUESTIONS[0], "yes"))).gap
+        == processor.encode(shown_sample((QUESTIONS[0], "yes"))).gap
+    )
+    with pytest.raises(ZooError, match="need `cuts` with the grid of each"):
+        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
