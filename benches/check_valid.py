@@ -68,10 +68,15 @@ def _some(chance: random.Random, known: list[str], odds: tuple[float, float, flo
     return chance.sample(known, chance.choices((0, 1, 2), odds)[0])
 
 
+def _encoders() -> list[str]:
+    """Those whose images have one size: others go with a layout and a projector of their own."""
+    return [name for name in names("vision") if name != "qwen_vision"]
+
+
 def _vision(chance: random.Random, among: Sequence[str] = ()) -> dict[str, Any]:
-    heads, name = chance.choice((2, 4)), chance.choice(among or names("vision"))
+    heads, name = chance.choice((2, 4)), chance.choice(among or _encoders())
     if name == "fused":
-        others = [n for n in names("vision") if n != name]
+        others = [n for n in _encoders() if n != name]
         node = {"name": name, "encoders": {key: _vision(chance, others) for key in ("one", "two")}}
         return {**node, "join": chance.choice(("channels", "channels", "tokens")), "grid": chance.choice(("", "two"))}
     node = {"name": name, **_TOWER, "heads": heads, "width": 16 * heads}
@@ -121,7 +126,7 @@ def _pruner(chance: random.Random, name: str, layers: int) -> dict[str, Any]:
 
 
 def _projector(chance: random.Random) -> dict[str, Any]:
-    name = chance.choice(names("projector"))
+    name = chance.choice([n for n in names("projector") if n != "identity"])
     options: dict[str, dict[str, Any]] = {
         "linear": {"bias": chance.random() < 0.5},
         "mlp": {"depth": chance.randint(1, 3), "activation": chance.choice(("gelu", "relu"))},
@@ -135,7 +140,7 @@ def _projector(chance: random.Random) -> dict[str, Any]:
 def _layout(chance: random.Random) -> dict[str, Any] | None:
     if chance.random() < 0.85:
         return None
-    name = chance.choice(names("layout"))
+    name = chance.choice([n for n in names("layout") if n != "native"])
     return {"name": name, **({"most": 2} if name == "tiles" else {})}
 
 

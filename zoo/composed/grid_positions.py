@@ -1,4 +1,4 @@
-"""Positions of images that keep their shapes: their layout says where each token is, the model adds what was before.
+"""Positions of images that keep their shapes: their layout has the place of each token, the model adds the rest.
 
 A position is a column plus a shift, on each axis, as for images of one size (`zoo.composed.positions`): at an image
 token its place in the image less its column there; behind an image how far it goes on less its number of tokens. So one

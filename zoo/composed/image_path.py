@@ -95,11 +95,13 @@ class ImagesMixin(QuestionMixin):
         question = self._question(given, cuts, image) if given is not None else None
         return self.encode_features(image, cuts, pixel_values, question)
 
-    def features_of(self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None) -> tuple[ImageFeatures, Tensor]:
+    def features_of(
+        self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None
+    ) -> tuple[ImageFeatures | UnlikeRows, Tensor]:
         """Run the encoder alone: its features, with all that parts behind it need, and the pixels that it was given.
 
         Args:
-            pixel_values: (M, 3, S, S), cast to the encoder's data type.
+            pixel_values: (M, 3, S, S), or patches (S, P), cast to the encoder's data type.
             cuts: of each image, where images have rows of their own.
         """
         assert self.vision is not None, "there are images"
@@ -108,17 +110,10 @@ class ImagesMixin(QuestionMixin):
         if weight is not None and short and not self.vision.members:  # else each has its own data type
             pixel_values = pixel_values.to(weight.dtype)
         if self.vision.native:
-            return self._encode_native(pixel_values, cuts, given)
+            unlike: Any = self.vision(pixel_values, need=self.requested, grids=native.grids_of(cuts))
+            return replace(unlike, cuts=tuple(cuts or ())), pixel_values
         more = {"kinds": [c.kind for c in cuts for _ in range(c.rows)]} if cuts and self._by_kind else {}
         return self.vision(pixel_values, need=self.requested, **more), pixel_values
-
-    def _encode_native(self, pixels: Tensor, cuts: Sequence[Cut] | None, given: Inputs | None) -> Encoded:
-        """Run encoder, pruners, projector and layout on images that keep their shapes."""
-        grids = native.grids_of(cuts)
-        rows = self.vision(pixels, need=self.requested, grids=grids)  # type: ignore[misc]
-        rows = replace(rows, cuts=tuple(cuts or ()))
-        question = self._question(given, cuts, rows) if given is not None else None
-        return self.encode_features(rows, cuts, pixels, question)
 
     def _features_of_rows(self, rows: UnlikeRows, pixels: Tensor | None, question: Question | None) -> Encoded:
         """Run pruners, projector and layout on rows of unlike length: `encode_features` for these."""
