@@ -228,7 +228,9 @@ class PeftAdapter(Adapter, nn.Module):
             self.budget.end_step(step + 1)
 
     def _trains(self) -> bool:
-        return self.places is not None and any(t.requires_grad for t in self.places.every().values())
+        if self.places is None or not self.places.attached:
+            return False
+        return any(t.requires_grad for t in self.places.every().values())
 
     def run_state(self) -> dict[str, Tensor]:
         """Return the running means of AdaLoRA's importances."""
@@ -236,7 +238,7 @@ class PeftAdapter(Adapter, nn.Module):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """AdaLoRA's orthogonality loss of a pass in training, weighted; empty for other methods."""
-        if self.budget is None or not self.lm.training or not torch.is_grad_enabled():
+        if self.budget is None or not self.lm.training or not torch.is_grad_enabled() or not self._trains():
             return {}
         return {LOSS: self.budget.loss()}
 

@@ -63,13 +63,15 @@ class Budget(nn.Module):
             allocator.ipt = {n: self._of("importance", n) for n in self.names}  # those that are there are not reset
             allocator.exp_avg_ipt = dict(allocator.ipt)
             allocator.exp_avg_unc = {n: self._of("change", n) for n in self.names}
-            at = self.config.total_step - self.config.tfinal
-            self.config.rank_pattern = None
-            if step < at:
-                _, pattern = allocator.update_and_allocate(lm, step)
-            else:
-                _, pattern = allocator.update_and_allocate(lm, step, force_mask=True)
-                self.ended.fill_(True)
+            at, named = self.config.total_step - self.config.tfinal, dict(lm.named_parameters())
+            values = {n: named[n].clone() for n in self.ranked}
+            _, pattern = allocator.update_and_allocate(lm, step, force_mask=step >= at)
+            if pattern and not any(map(any, pattern.values())):
+                # All equal, as where a warm-up begins at rate 0: values set to 0 now would never change again.
+                pattern = None
+                for n, value in values.items():
+                    named[n].copy_(value)
+            self.ended.fill_(step >= at)
             for n in self.names:
                 self._of("importance", n).copy_(allocator.exp_avg_ipt[n])
                 self._of("change", n).copy_(allocator.exp_avg_unc[n])

@@ -1,13 +1,17 @@
-"""EVA and CorDA: initial values of LoRA from activations, by PEFT's own code on passes that the stage runs.
+"""EVA and CorDA: initial values of LoRA from activations, on passes that the stage runs.
 
-EVA (Paischer et al., arXiv:2410.07170) takes the first right singular vectors of the inputs of a layer for A. CorDA
-(Yang et al., arXiv:2406.05223) splits the weights along the covariance of the inputs. Padding is left out, and for EVA
-what has no label too, where the options say so.
+EVA (Paischer et al., arXiv:2410.07170) takes the first right singular vectors of the inputs of a layer for A, by PEFT's
+own code. CorDA (Yang et al., arXiv:2406.05223) splits the weights along the covariance C of the inputs, W C = U S V':
+B A is the part with the largest S (`ipm`), or with the smallest (`kpm`), times C^-1. PEFT's code for it takes one row
+without padding at a time and needs a package that PEFT does not install, so the decomposition is done here. Padding is
+left out, and for EVA what has no label too, where the options want it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,12 +74,7 @@ def eva_vectors(lm: Any, config: Any, passes: Sequence[Callable[[], None]]) -> d
 
 @contextmanager
 def corda_eigens(lm: Any, config: Any, paths: Sequence[str], passes: Sequence[Callable[[], None]]) -> Iterator[None]:
-    """Leave on each target what PEFT's `corda_init` reads, within the context.
-
-    PEFT's own pass over the data takes one row without padding at a time; the rest is PEFT's.
-    """
-    from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
-
+    """Leave on each target what PEFT's `corda_init` reads, within the context."""
     modules = {path: lm.get_submodule(path) for path in paths}
     sums: dict[str, Any] = dict.fromkeys(paths, 0)
     counts = dict.fromkeys(paths, 0)
@@ -98,16 +97,30 @@ def corda_eigens(lm: Any, config: Any, paths: Sequence[str], passes: Sequence[Ca
         for path, module in modules.items():
             if not counts[path]:
                 raise ZooError(f"CorDA: no batch reached {path}.")
-            module.covariance_matrix = sums.pop(path) / counts[path]
-            module.corda_method, module.rank = config.corda_config.corda_method, config.rank_pattern.get(path, config.r)
-        with torch.no_grad():
-            collect_eigens(lm, config, False)
-            crop_corda_eigens(lm, config)
+            rank = config.rank_pattern.get(re.escape(path), config.r)
+            module.eigens = _split(module, sums.pop(path) / counts[path], rank, config.corda_config.corda_method)
         yield
     finally:
         for module in modules.values():
-            for name in ("covariance_matrix", "corda_method", "rank", "eigens"):
-                module.__dict__.pop(name, None)
+            module.__dict__.pop("eigens", None)
+
+
+@torch.no_grad()
+def _split(linear: Any, covariance: Tensor, rank: int, method: str) -> SimpleNamespace:
+    """Return the R largest or smallest components of W C, and C^-1 V in place of V, as PEFT calls them."""
+    weight = linear.weight.float()
+    weight = weight.T if type(linear).__name__ == "Conv1D" else weight  # (O, I)
+    eye, mean, damp = torch.eye(len(covariance), device=covariance.device), covariance.diagonal().mean(), 0.01
+    while True:  # until the inverse is one: inputs of few directions have a covariance without
+        damped = covariance + damp * mean * eye  # (I, I)
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, eye) < 0.05:
+            break
+        damp *= 2
+    left, values, right = torch.linalg.svd(weight @ damped, full_matrices=False)
+    chosen = slice(0, rank) if method == "ipm" else slice(len(values) - rank, None)
+    right = (right @ inverse).T  # (I, min(O, I))
+    return SimpleNamespace(S_WC=values[chosen].clone(), U_WC=left[:, chosen], V_WC=right[:, chosen])
 
 
 def _valid(x: Tensor, labelled: bool) -> Tensor:
