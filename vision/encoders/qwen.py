@@ -110,7 +110,7 @@ class QwenVision(Encoder, nn.Module):
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
         source = with_revision(config.checkpoint, config.revision)
-        name, spec = _from_json(source) if source else (config.model_type, _from_sizes(config))
+        name, spec = _from_json(source) if source else (config.model_type, config_from_sizes(config))
         self.family = family = FAMILIES[name]
         cls = _class(family)
         if source and not on_meta():
@@ -332,7 +332,8 @@ def _class(family: Family) -> Any:
     )
 
 
-def _from_sizes(config: QwenVisionConfig) -> Any:
+def config_from_sizes(config: QwenVisionConfig) -> Any:
+    """Translate options to the family's vision config of transformers."""
     family, depth = FAMILIES[config.model_type], config.depth
     patch = config.patch_size or family.patch
     known = _class(family).config_class

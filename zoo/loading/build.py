@@ -224,6 +224,8 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
 def in_front_of(model: ZooModel, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of an image or video processor, with what pruners change in front of the encoder."""
     values = {key: value for key, value in values.items() if key not in ("sizes", "frame_share", "also")}
+    if model.vision is not None and model.vision.pictures is not None and "image_processor_type" in values:
+        values["size"] = model.vision.pictures["size"]  # vision.max_pixels may be another than the checkpoint's
     if model.vision is not None and model.vision.own_size != model.vision.transform.size:
         values["sizes"] = [list(model.vision.own_size), list(model.vision.transform.size)]
     if (share := frame_share(model.pruner)) != 1:

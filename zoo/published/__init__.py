@@ -18,6 +18,10 @@ FAMILIES = {
     "llava_next": "zoo.published.llava_next",
     "llava_next_video": "zoo.published.llava_next_video",
     "llava_onevision": "zoo.published.llava_onevision",
+    "qwen2_5_vl": "zoo.published.qwen_vl",
+    "qwen2_vl": "zoo.published.qwen_vl",
+    "qwen3_vl": "zoo.published.qwen_vl",
+    "qwen3_vl_moe": "zoo.published.qwen_vl",
     "smolvlm": "zoo.published.smolvlm",
     "video_llava": "zoo.published.video_llava",
 }
@@ -37,7 +41,8 @@ def family_named(model_type: str) -> Any:
     """
     if model_type not in FAMILIES:
         raise unknown("published family", model_type, FAMILIES)
-    return import_module(FAMILIES[model_type]).FAMILY
+    module = import_module(FAMILIES[model_type])
+    return module.FAMILIES[model_type] if hasattr(module, "FAMILIES") else module.FAMILY
 
 
 def family_of(content: Mapping[str, Any], where: str) -> Any:

@@ -61,6 +61,13 @@ def encoder_of(model: Any, kinds: Collection[str], depth: int = 0) -> Encoder:
         raise ZooError(
             f"the vision part joins {len(vision.members)} encoders ({listed}), and published layouts have one"
         )
+    if vision.native:
+        config = deepcopy(vision.tower.config)
+        if config.model_type not in kinds:
+            raise ZooError(
+                f"its encoder is of type {config.model_type!r}, and the layout takes {', '.join(sorted(kinds))}"
+            )
+        return Encoder(config, {f"vision.{n}": t for n, t in vision.state_dict().items()}, -1, False, 0)
     if name not in ("hf", "timm", "open_clip"):
         raise ZooError(f"the vision part {name!r} is not an encoder of transformers, timm or open_clip")
     if name == "hf":

@@ -29,6 +29,7 @@ from zoo.text.stops import keep_stops
 
 # Layouts for models composed from own parts, in the order in which they are tried.
 _ORDER = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
+_NATIVE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # of models whose images keep their shapes
 # Encoders that hub repositories keep below a level of their own.
 _NESTED = ("clip_vision_model", "siglip_vision_model")
 _TOWER = re.compile(r"^(vision_tower|image_tower|video_tower)\.")
@@ -106,11 +107,12 @@ def _place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple
     """Find the layout that supports a model, or raise with the reasons.
 
     Args:
-        name: of the layout; empty: the first of `_ORDER` that fits.
+        name: of the layout; empty: the first of `_ORDER`, or `_NATIVE`, that fits.
         record: of the published checkpoint that the model came from.
     """
     reasons = []
-    for kind in [name] if name else _ORDER:
+    order = _NATIVE if model.vision is not None and model.vision.native else _ORDER
+    for kind in [name] if name else order:
         known = family_named(kind)
         try:
             _require_plain(model)

@@ -32,6 +32,7 @@ def as_modules(tensors: Mapping[str, Stored | Joined], modules: Mapping[str, nn.
             names = DecoderNames(module)
             held = {names.ours(name): tensor for name, tensor in held.items()}
         own = {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+        held |= _turned(held, own, getattr(module, "config", None))
         absent = [name for name in own if name not in held]
         if not absent or all(name in own for name in held if name.startswith(f"{prefix}.")):
             continue
@@ -41,6 +42,21 @@ def as_modules(tensors: Mapping[str, Stored | Joined], modules: Mapping[str, nn.
                     del held[piece]
                 held[name] = whole
     return held
+
+
+def _turned(held: Held, own: Mapping[str, Tensor], config: Any) -> Held:
+    """Find experts that are stored as (E, in, out) and held as (E, out, in): those of Qwen3-VL's repositories.
+
+    transformers turns them where the shapes differ, and writes what it holds.
+    """
+    found: Held = {}
+    for name, tensor in own.items() if getattr(config, "model_type", "") == "qwen3_vl_moe_text" else ():
+        stored = held.get(name)
+        if ".experts." in name and isinstance(stored, Stored) and len(stored.shape) == 3:
+            e, rows, columns = stored.shape
+            if stored.shape != tuple(tensor.shape) == (e, columns, rows):
+                found[name] = Joined((e, columns, rows), ((stored, (slice(None),)),), turned=True)
+    return found
 
 
 def as_files(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from zoo.storage.weights import may_start_fresh
 _FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
          ("vision", "resample"), ("llm", "revision"), ("vision", "revision"),
          ("vision", "pooling_head"), ("vision", "text_checkpoint"), ("vision", "text_revision"),
+         ("vision", "min_pixels"), ("vision", "max_pixels"),
          ("vision", "next_block"), ("vision", "summary"), ("layout", "kept_lines"),
          ("llm", "tie_embeddings")}  # fmt: skip  # decided by the files, see `refuse_untied`
 

@@ -50,6 +50,7 @@ class Joined:
 
     shape: tuple[int, ...]
     pieces: tuple[tuple[Stored, tuple[int | slice, ...]], ...]  # each with its index in the whole tensor
+    turned: bool = False  # the last two sides of each piece are exchanged in the file
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +129,8 @@ def read(stored: Stored | Joined, target: Tensor) -> None:
     # Pieces are read into views of the target, without a buffer of the whole.
     if isinstance(stored, Joined):
         for piece, at in stored.pieces:
-            read(piece, target.detach()[at])
+            part = target.detach()[at]
+            read(piece, part.transpose(-1, -2) if stored.turned else part)
         return
     # Into the target itself if it has the layout of the file, else through a buffer that lives for this one tensor.
     straight = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
@@ -171,7 +173,8 @@ def mapped(stored: Stored | Joined) -> Tensor | None:
 def holds(tensor: Tensor, stored: Stored | Joined) -> bool:
     """Whether `tensor` is bit for bit what reading `stored` into it would give."""
     if isinstance(stored, Joined):
-        return tuple(tensor.shape) == stored.shape and all(holds(tensor[at], piece) for piece, at in stored.pieces)
+        parts = ((tensor[at].transpose(-1, -2) if stored.turned else tensor[at], piece) for piece, at in stored.pieces)
+        return tuple(tensor.shape) == stored.shape and all(holds(part, piece) for part, piece in parts)
     return same(tensor, value_of(stored))
 
 

@@ -1,0 +1,264 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its MoE as published: loaded, asked, trained from, saved and exported."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+from tests import published_builders as build
+from tests.qwen_builders import EXTRA, FAMILIES
+from zoo.registry import ZooError
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+WORDS = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
+OPTIONS = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+
+
+def made(name, folder, tie=False):
+    """A tiny model by transformers' own classes, saved and loaded again."""
+    import transformers as t
+
+    tok = build.tokenizer("<|image_pad|>", extra=SPECIAL)
+    tok = type(tok)(
+        tokenizer_object=tok.backend_tokenizer, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left"
+    )
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    rope |= {"mrope_interleaved": True} if name.startswith("qwen3") else {}
+    text = {**build.TEXT, "vocab_size": len(tok) + 7, "rope_parameters": rope, "pad_token_id": tok.pad_token_id}
+    text |= {"tie_word_embeddings": tie, "max_position_embeddings": 4096}
+    text |= {"head_dim": 12} if name.startswith("qwen3") else {}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40} if name.endswith("moe") else {}
+    vision = {"depth": 4, "num_heads": 2, "patch_size": 4, "intermediate_size": 72, **EXTRA[name]}
+    vision |= {"embed_dim": 32, "hidden_size": 48} if name == "qwen2_vl" else {"hidden_size": 32, "out_hidden_size": 48}
+    ids = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    ids |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    config = getattr(t, f"{WORDS[name]}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=tie,
+        **{key: tok.convert_tokens_to_ids(token) for key, token in ids.items()},
+    )  # fmt: skip
+    model = getattr(t, f"{WORDS[name]}ForConditionalGeneration")(config)
+    sizes = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 64 * 64}}
+    three = name.startswith("qwen3")
+    videos = (t.Qwen3VLVideoProcessor if three else t.Qwen2VLVideoProcessor)(**sizes)
+    kind = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}.get(name, "Qwen3VL")
+    processor = getattr(t, f"{kind}Processor")(
+        image_processor=t.Qwen2VLImageProcessor(**sizes), tokenizer=tok, video_processor=videos, chat_template=CHAT
+    )
+    return build.finish(build.shake(model), processor, folder)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """Name, folder, transformers' model and processor, ours."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs, processor = made(request.param, folder)
+    ours, mine = zoo.load(f"dir:{folder}")
+    return request.param, folder, theirs, processor, ours, mine
+
+
+PHOTOS = [build.photo(40, 90), build.photo(70, 30, 1), build.photo(9, 9, 2)]
+
+
+def prompts(processor):
+    """Prompts of two, of no and of one image."""
+    talks = [build.said(2), build.said(0, "yes no"), build.said(1, "what color is the square?")]
+    return [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+
+
+def asked(processor, texts):
+    return processor(images=[PHOTOS[:2], [], PHOTOS[2:]], text=texts, padding=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def test_pixels_ids_logits_and_answers_are_those_of_transformers(family):
+    _, _, theirs, processor, ours, mine = family
+    texts = prompts(processor)
+    assert texts == prompts(mine)
+    mine.tokenizer.padding_side = "left"
+    batch, got = asked(processor, texts), mine(images=PHOTOS, text=texts)
+    assert torch.equal(got["input_ids"], batch["input_ids"])
+    assert torch.equal(got["pixel_values"], batch["pixel_values"])
+    mask = batch["attention_mask"].bool()
+    wanted = theirs(**batch).logits[mask]
+    assert (ours(**got).logits[mask] - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    for more in ({}, {"num_beams": 3}):
+        assert torch.equal(ours.generate(**got, **OPTIONS, **more), theirs.generate(**batch, **OPTIONS, **more))
+
+
+def test_every_shape_gives_the_same_pixels_and_ids_or_is_refused(family, tmp_path):
+    _, _, _, processor, _, mine = family
+    text = processor.apply_chat_template(build.said(1), add_generation_prompt=True)
+    for name, image in build.shapes(tmp_path).items():
+        if "2000" in name:
+            with pytest.raises(ZooError, match="aspect ratio"):
+                mine(images=[image], text=text)
+            continue
+        from zoo.vision.images.decode import open_image
+
+        expected = processor(images=[open_image(image)], text=[text], return_tensors="pt")
+        got = mine(images=[image], text=text)
+        assert torch.equal(got["pixel_values"], expected["pixel_values"]), name
+        assert torch.equal(got["input_ids"], expected["input_ids"]), name
+
+
+@torch.no_grad()
+def test_chat_shows_images_and_goes_on(family):
+    _, _, theirs, processor, ours, _ = family
+    from zoo.composed.chat_session import Talk
+
+    talk = Talk(ours)
+    first = talk.say("is there a red circle?", [PHOTOS[0]], max_new_tokens=5)
+    second = talk.say("and here?", [PHOTOS[1]], max_new_tokens=5)
+    assert isinstance(first, str) and isinstance(second, str)
+    text = processor.apply_chat_template(build.said(1), add_generation_prompt=True)
+    batch = processor(images=[PHOTOS[0]], text=[text], return_tensors="pt")
+    out = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert first == processor.decode(out[0], skip_special_tokens=True).strip()
+
+
+def test_export_is_loaded_by_transformers_alone(family, tmp_path):
+    name, folder, theirs, processor, ours, mine = family
+    zoo.export(ours, mine, tmp_path / "out")
+    again, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    batch = asked(processor, prompts(processor))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, theirs(**batch).logits)
+    same = asked(type(processor).from_pretrained(tmp_path / "out"), prompts(processor))
+    assert torch.equal(same["input_ids"], batch["input_ids"]) and torch.equal(
+        same["pixel_values"], batch["pixel_values"]
+    )
+    out = type(processor).from_pretrained(tmp_path / "out").video_processor
+    assert out.to_dict() == processor.video_processor.to_dict()
+    written = {n for file in (tmp_path / "out").glob("*.safetensors") for n in load_file(file)}
+    assert written == {n for file in folder.glob("*.safetensors") for n in load_file(file)}, name
+
+
+def test_saved_is_loaded_with_an_adapter_and_a_pruner(family, tmp_path):
+    _, folder, _, _, _, mine = family
+    pruner = ["pruner=[fastervlm]", "pruner.fastervlm.score=column_mean", "pruner.fastervlm.keep_ratio=0.5"]
+    model, processor = zoo.load(f"dir:{folder}", "adapter=[lora]", *pruner)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, loaded = zoo.load(f"dir:{tmp_path}")
+    texts = prompts(processor)
+    one, two = loaded(images=PHOTOS, text=texts), processor(images=PHOTOS, text=texts)
+    assert torch.equal(one["input_ids"], two["input_ids"])
+    assert one["input_ids"].shape[1] < mine(images=PHOTOS, text=texts)["input_ids"].shape[1]
+    with torch.no_grad():
+        torch.testing.assert_close(again(**one).logits, model(**two).logits, atol=1e-6, rtol=0)
+
+
+def test_evaluation_answers_what_generate_answers(family):
+    from zoo.evaluation.predict import Question, answer
+    from zoo.registry import Dialog, Sample
+
+    _, _, _, _, ours, mine = family
+    samples = [
+        Sample("a", PHOTOS[:1], [Dialog(build.said(1)), Dialog(build.said(1, "yes no"))]),
+        Sample("b", PHOTOS[:2], [Dialog(build.said(2))]),
+    ]
+    questions = [Question(s, d, "generate", 6) for s in samples for d in s.dialogs]
+    got = [text for _, text in answer(ours, mine, questions, batch_size=2)]
+    for question, text in zip(questions, got, strict=True):
+        row = mine.collate([mine.encode_prompt(question.sample, question.dialog)], padding_side="left")
+        inputs = {k: row[k] for k in ("input_ids", "attention_mask", "pixel_values", "cuts") if k in row}
+        out = ours.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert text == mine.tokenizer.decode(out[0, row["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_fewer_pixels_are_an_option_that_counts_follow(family):
+    _, folder, _, _, _, mine = family
+    model, processor = zoo.load(f"dir:{folder}", "vision.max_pixels=1024")
+    text = processor.apply_chat_template(build.said(1), add_generation_prompt=True)
+    small, large = (p(images=PHOTOS[:1], text=text) for p in (processor, mine))
+    (h, w), (high, wide) = small["cuts"][0].patches, large["cuts"][0].patches
+    assert h * w <= 1024 // 64 < high * wide <= 4096 // 64
+    assert model(**small).logits.isfinite().all()
+    with pytest.raises(ZooError, match=r"vision\.depth is 3"):
+        zoo.load(f"dir:{folder}", "vision.depth=3")
+
+
+# ---- names and configs of repositories ---------------------------------------------------------------------------
+
+
+def renamed(folder, target, change):
+    """Copy a folder with other names of weights."""
+    import shutil
+
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    save_file({change(n): t.clone() for n, t in load_file(file).items()}, file)
+    return target
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_names_of_repositories_and_of_memory_are_read(name, tmp_path):
+    theirs, processor = made(name, tmp_path / "own", tie=True)
+    batch = asked(processor, prompts(processor))
+    wanted = theirs(**batch).logits
+
+    def flat(key):
+        return key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+    def nested(key):
+        key = key if key.startswith(("model.visual", "lm_head")) else key.replace("visual.", "model.visual.", 1)
+        inside = key.startswith("model.") and not key.startswith(("model.visual", "model.language_model"))
+        return key.replace("model.", "model.language_model.", 1) if inside else key
+
+    for change in (flat, nested):
+        folder = renamed(tmp_path / "own", tmp_path / change.__name__, change)
+        ours, mine = zoo.load(f"dir:{folder}")
+        mine.tokenizer.padding_side = "left"
+        got = ours(**mine(images=PHOTOS, text=prompts(mine))).logits
+        mask = batch["attention_mask"].bool()
+        torch.testing.assert_close(got[mask], wanted[mask], atol=1e-5, rtol=1e-5)
+        assert ours.llm.lm.lm_head.weight is ours.llm.lm.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def test_a_flat_config_of_old_repositories_is_read(tmp_path):
+    theirs, processor = made("qwen2_vl", tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    text = content.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    content = {**text, **content, "sliding_window": 4096, "use_sliding_window": False, "model_type": "qwen2_vl"}
+    content["vision_config"]["model_type"] = "qwen2_vl"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    ours, mine = zoo.load(f"dir:{tmp_path}")
+    mine.tokenizer.padding_side = "left"
+    batch = asked(processor, prompts(processor))
+    mask = batch["attention_mask"].bool()
+    got = ours(**mine(images=PHOTOS, text=prompts(mine))).logits[mask]
+    torch.testing.assert_close(got, theirs(**batch).logits[mask], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_experts_that_are_stored_turned_are_read(tmp_path):
+    theirs, processor = made("qwen3_vl_moe", tmp_path / "own")
+    folder = renamed(tmp_path / "own", tmp_path / "hub", lambda n: n)
+    file = folder / "model.safetensors"
+    turned = {n: t.transpose(1, 2).contiguous() if ".experts." in n else t for n, t in load_file(file).items()}
+    assert any(".experts.gate_up_proj" in n for n in turned)
+    save_file(turned, file)
+    ours, mine = zoo.load(f"dir:{folder}")
+    mine.tokenizer.padding_side = "left"
+    batch = asked(processor, prompts(processor))
+    mask = batch["attention_mask"].bool()
+    got = ours(**mine(images=PHOTOS, text=prompts(mine))).logits[mask]
+    torch.testing.assert_close(got, theirs(**batch).logits[mask], atol=1e-5, rtol=1e-5)
+    ours.save_pretrained(tmp_path / "saved")  # nothing changed: nothing is written
+    assert sum(f.stat().st_size for f in (tmp_path / "saved").glob("*.safetensors")) < 10_000
