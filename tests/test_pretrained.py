@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import zoo
 from tests.pretrained_builders import SPECIAL, TEMPLATE, package, theirs, tiny_gguf, vocabulary
@@ -192,6 +193,27 @@ def test_a_composed_model_from_a_gguf_file_stops_saves_and_loads(tmp_path, monke
     tiny_gguf(file, "Q8_0")
     with pytest.raises(ZooError, match=r"base weights of llm .* differ from those the model was saved on"):
         zoo.load(f"dir:{tmp_path / 'm'}")
+
+
+@pytest.mark.parametrize("changed", ["nothing", "last", "last quarter", "second", "all"])
+def test_of_an_embedding_that_grew_only_other_rows_are_saved(tmp_path, changed):
+    """The rows of its checkpoint are read from there; where most of them changed, the matrix is saved whole."""
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    model, processor = zoo.compose(*VISION, "llm=hf", f"llm.checkpoint={file}")
+    table, own = model.llm.lm.get_input_embeddings().weight, len(vocabulary()[0])
+    first = {"nothing": own, "last": own - 1, "last quarter": own - own // 4, "second": 1, "all": 0}[changed]
+    with torch.no_grad():
+        table[first:own] += 1
+    model.save_pretrained(tmp_path / "m")
+    processor.save_pretrained(tmp_path / "m")
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as saved:
+        found = {name: saved.get_slice(name).get_shape() for name in saved.keys() if "embed_tokens" in name}  # noqa: SIM118
+    name = "llm.lm.model.embed_tokens.weight"
+    kept = {name: [own + 1, 64]} if first < own // 2 else {f"{name}[{first}:]": [own + 1 - first, 64]}
+    assert found == kept
+    again, _ = zoo.load(f"dir:{tmp_path / 'm'}")
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 # ---- packages --------------------------------------------------------------------------------------------------------

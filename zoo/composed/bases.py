@@ -28,6 +28,7 @@ from zoo.pretrained.origin import origin_of
 from zoo.registry import ZooError
 from zoo.registry.part import base_of
 from zoo.storage.precision import cast_parameters, dtype_of
+from zoo.storage.rows import rows_behind, rows_in_common
 from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
 from zoo.storage.weights import fingerprint, names_of, snapshot
 
@@ -119,6 +120,7 @@ class Bases:
         """
         aliases, few = names_of(model), self._in_few_bits(model)
         unchanged: set[str] = set()
+        rows: dict[str, Tensor] = {}  # of matrices whose first rows are unchanged: the others
         record: dict[str, Any] = {}
         for key, entry in self.record.items():
             given = self.given[key] & state.keys()
@@ -142,12 +144,16 @@ class Bases:
                         f"({len(lost)} such weights), so naming the checkpoint would lose the change. Load the model "
                         f"without bits for what changes its weights."
                     )
+            tables = (n for n in given - found if key == "llm" and state[n].shape[:1] == (model.llm.vocab_size,))
+            grown = {n: at for n in tables if (at := self._rows(state[n], again, aliases[n]))}
+            rows |= {rows_behind(n, at): state[n][at:].clone() for n, at in grown.items()}
+            found |= grown.keys()
             unchanged |= found
             if found:
                 record[key] = {**entry, **_other_dtype([state[n] for n in found], again)}
             else:
                 record[key] = as_whole(entry)
-        return {n: t for n, t in state.items() if n not in unchanged}, record
+        return {n: t for n, t in state.items() if n not in unchanged} | rows, record
 
     def _again(self, key: str) -> Mapping[str, Stored | Joined | Tensor]:
         """Read the weights of a base once more, from where they were read first."""
@@ -181,6 +187,14 @@ class Bases:
 
         value = value_of(found)  # quantised again, by the same code, and compared in bits
         return made_of(few, value if self.dtype is None else value.to(self.dtype), self.bits)
+
+    def _rows(self, tensor: Tensor, again: Mapping[str, Stored | Joined | Tensor], names: Sequence[str]) -> int:
+        """Count the leading rows of a table of tokens that the LLM's checkpoint gives; 0 for less than half."""
+        found = next((again[name] for name in names if name in again), None)
+        if not isinstance(found, Tensor):
+            return 0
+        rows = rows_in_common(tensor, found)
+        return rows if 2 * rows >= len(tensor) else 0
 
     def _in_few_bits(self, model: Any) -> dict[str, Any]:
         """Return the names of weights in few bits, each with the layer that holds it."""

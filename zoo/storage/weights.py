@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zoo.registry import ZooError, first_line, one_line, require_revision
 from zoo.registry.foreign import INDEX, read_json
+from zoo.storage.rows import split
 from zoo.storage.safetensors_file import listing, read
 
 WEIGHTS = "model.safetensors"
@@ -175,21 +176,27 @@ def read_weights(
     own = named_weights(model)
     shared = {name: names for names in names_of(model).values() for name in names}
     missing, unexpected, misshapen = set(shared) - model.bases.names, [], []
-    for name, stored in listing(weight_files(folder)).items():
+    for listed, stored in listing(weight_files(folder)).items():
+        name, first = split(listed)
         if name not in shared:
             if not may_start_fresh(name.partition(".")[0], allowed):
-                unexpected.append(name)
+                unexpected.append(listed)
             continue
-        if stored.shape != tuple(own[name].shape):
+        held = tuple(own[name].shape)
+        if stored.shape != (held if not first else (held[0] - first, *held[1:])):
             if not may_start_fresh(model.part_of(name), allowed):
-                misshapen.append(f"{name}: {stored.shape} in the file, {tuple(own[name].shape)} in the model")
+                misshapen.append(f"{listed}: {stored.shape} in the file, {held} in the model")
             continue
-        if id(own[name]) not in done:
+        if first:  # the rows ahead are those of its base
+            if name in model.bases.names:
+                read(stored, own[name].detach()[first:])
+        elif id(own[name]) not in done:
             dtype = (dtypes or {}).get(name, stored.dtype)
             if own[name].dtype != dtype:  # the model takes the dtype of the file; casting comes later
                 own[name].data = torch.empty_like(own[name], dtype=dtype)
             read(stored, own[name])
-        missing.difference_update(shared[name])
+        if not first:
+            missing.difference_update(shared[name])
     left = {n for n in missing if not may_start_fresh(model.part_of(n), allowed)}
     if left or unexpected or misshapen:
         lines = [f"The weights in {folder} do not fit the model."]
