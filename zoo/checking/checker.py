@@ -27,7 +27,7 @@ from zoo.registry import Cut, ZooError
 from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
 from zoo.text.markup import cell
-from zoo.text.sizes import size_text
+from zoo.text.sizes import count_text, size_text
 from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
 _MOST_TRIES = 60  # candidate fixes that are tried before the search gives up
@@ -142,7 +142,7 @@ def _report_of(plan: Plan) -> CheckReport:
     if weights > _MOST_BYTES:
         largest = max(rows, key=lambda row: row.bytes)
         raise ZooError(
-            f"{largest.kind} {largest.name!r} has {size_text(largest.parameters)} parameters, "
+            f"{largest.kind} {largest.name!r} has {count_text(largest.parameters)} parameters, "
             f"{size_text(largest.bytes)}B: more than any machine holds. One of its sizes is wrong."
         )
     report = CheckReport(rows, parts.num_image_tokens, weights + _cache_bytes(parts, parts.num_image_tokens + TEXT))
@@ -317,14 +317,14 @@ def show(report: CheckReport, title: str = "") -> None:
         grid = f"{r.grid[0]}x{r.grid[1]}" if r.grid else "-"
         words = (("needs", r.needs), ("gives", r.provides), ("destroys", r.destroys))
         what = "; ".join(f"{word} {', '.join(sorted(some))}" for word, some in words if some)
-        sizes = (size_text(r.parameters), size_text(r.bytes) + "B")
+        sizes = (count_text(r.parameters), size_text(r.bytes) + "B")
         table.add_row(cell(f"{r.kind} {r.name}"), str(r.tokens), grid, str(r.width), *sizes, cell(what or "-"))
     console = Console()
     console.print(table)
     total = sum(r.parameters for r in report.rows)
     on = f", on {report.places} positions (kept)" if report.places else ""
     console.print(
-        f"{report.num_image_tokens} image tokens = placeholders per image{on}; {size_text(total)} parameters; "
+        f"{report.num_image_tokens} image tokens = placeholders per image{on}; {count_text(total)} parameters; "
         f"inference takes about {size_text(report.memory)}B; checked in {report.seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
@@ -332,10 +332,10 @@ def show(report: CheckReport, title: str = "") -> None:
     for line in report.encoders:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if report.text_tower:
-        line = f"vision includes its text tower, which a part needs: {size_text(report.text_tower)} parameters"
+        line = f"vision includes its text tower, which a part needs: {count_text(report.text_tower)} parameters"
         console.print(line, highlight=False, soft_wrap=True)
     for stage in report.stages:
-        parts = ", ".join(f"{part} {size_text(n)}" for part, n in stage.trainable.items())
+        parts = ", ".join(f"{part} {count_text(n)}" for part, n in stage.trainable.items())
         line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
         if stage.masters:
             line += f", {size_text(stage.masters)}B of it for float32 master weights (master_weights=none: without)"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.registry import Encoder
-from zoo.text.sizes import size_text
+from zoo.text.sizes import count_text
 
 
 def described(vision: Encoder | None, node: Mapping[str, Any] | None) -> Iterator[str]:
@@ -17,7 +17,7 @@ def described(vision: Encoder | None, node: Mapping[str, Any] | None) -> Iterato
         words = f"; gives {', '.join(given)}" if given else ""
         yield (
             f"vision.{name}: {(node or {})['encoders'][name]['name']}, images of {height} x {width}, "
-            f"{h} x {w} tokens of width {encoder.hidden_size}, {size_text(count)} parameters{words}"
+            f"{h} x {w} tokens of width {encoder.hidden_size}, {count_text(count)} parameters{words}"
         )
     if members:
         h, w = vision.grid  # type: ignore[union-attr]

@@ -65,11 +65,11 @@ def _where(words: Sequence[str]) -> tuple[list[str], str]:
 def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
     """Return the models for which a comparison holds, with their sizes; each is built on the meta device."""
     from zoo.inspection.model_facts import facts_of, matcher
-    from zoo.text.sizes import size_text
+    from zoo.text.sizes import count_text
 
     holds = matcher(where)  # before the models are built: a mistake is reported at once
     found = [(name, summary, facts_of(name)) for name, summary in rows]
-    return [(n, f"{size_text(f.value('params')):>8}  {s}") for n, s, f in found if holds(f)]
+    return [(n, f"{count_text(f.value('params')):>8}  {s}") for n, s, f in found if holds(f)]
 
 
 def _asked(words: Sequence[str]) -> tuple[Sequence[str], str]:

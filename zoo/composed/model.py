@@ -24,6 +24,7 @@ from zoo.composed.masters import as_saved
 from zoo.composed.own_checkpoints import with_node
 from zoo.composed.positions import decided
 from zoo.composed.slots import slots_now, without_checkpoint
+from zoo.composed.summary import ModelSummary, summary_of
 from zoo.composed.trainable import PartsMixin
 from zoo.fusion.llm.attention import resolve_attention
 from zoo.model_config import ZooConfig
@@ -99,6 +100,14 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             )
         self.config.attention = name
         return taken
+
+    def summary(self) -> ModelSummary:
+        """Return what the model is made of, in numbers: parameters, tokens and widths part by part."""
+        return summary_of(self)
+
+    def __repr__(self) -> str:
+        """The composition; `print(model.llm)` and the like show modules."""
+        return str(self.summary())
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -98,14 +98,14 @@ def _comparison(word: str) -> Callable[[Facts], bool]:
 
 def shown(facts: Facts) -> str:
     """Write facts as lines for `zoo info`."""
-    from zoo.text.sizes import size_text
+    from zoo.text.sizes import count_text, size_text
 
     rows = [
-        (f"{r.kind} {r.name}", f"{size_text(r.parameters)} parameters, {r.tokens} tokens, width {r.width}")
+        (f"{r.kind} {r.name}", f"{count_text(r.parameters)} parameters, {r.tokens} tokens, width {r.width}")
         for r in facts.walk.rows
     ]
     more = {
-        "parameters": size_text(facts.value("params")),
+        "parameters": count_text(facts.value("params")),
         "image tokens": f"{facts.walk.num_image_tokens} at most for an image"
         + (f", on {facts.walk.places} positions" if facts.walk.places else ""),
         "memory": f"{size_text(facts.walk.memory)}B in float32 with one image, half of it in bfloat16",
