@@ -44,6 +44,43 @@ def test_the_term_is_its_equation():
     assert torch.allclose(llm.layers[0].mlp.up_proj(x), x @ (weight + 2.0 * b @ a).T, atol=1e-6)
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_autocast_casts_an_input_once_and_the_outputs_stay_those_of_peft(base):
+    def run(own):
+        llm = tiny_llm()
+        llm.lm.requires_grad_(False).to(base)
+        adapter = lora_on(llm)
+        shake(adapter)
+        layers = [llm.lm.get_submodule(name) for name in adapter.targets]
+        for layer in [] if own else layers:
+            layer._forward_pre_hooks.clear()
+            del layer._cast_input_dtype
+        weights = [w for n, w in llm.lm.named_parameters() if adapter.owns(n)]
+        for weight in weights:
+            weight.requires_grad_(True)
+        kept = {}
+
+        def keep(x):
+            kept[x.data_ptr(), x.dtype] = x.nbytes
+            return x
+
+        x = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).to(base)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            out = llm.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state
+            out.float().square().mean().backward()
+        return out, [w.grad for w in weights], sum(kept.values())
+
+    (ours, grads, less), (peft, others, more) = run(True), run(False)
+    assert ours.dtype == peft.dtype and (ours == peft).all() and less < more
+    for a, b in zip(grads, others, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.03 * b.norm()
+    # Without autocast a term in float32 on a base of 16 bits still gets its input in float32.
+    llm = tiny_llm()
+    llm.lm.to(torch.bfloat16)
+    shake(lora_on(llm))
+    assert llm.lm.model(inputs_embeds=torch.randn(1, 3, 32).bfloat16()).last_hidden_state.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe"])
 def test_all_linear_is_all_but_the_vocabulary(model_type):
     adapter = lora_on(tiny_llm(model_type))

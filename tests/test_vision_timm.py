@@ -2,11 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from tests.vision_builders import TIMM, own_pooling, pixels, save_timm, timm_model
 from zoo.registry import ZooError, build
+from zoo.vision.images.transform import to_pixels
 
 # Their scores are q.k and no more; BEiT adds a bias for each pair of positions, SigLIP has no [CLS].
 WITH_ROW = set(TIMM) - {"beit_base_patch16_224", "vit_base_patch16_siglip_224"}
@@ -186,3 +188,18 @@ def test_a_weights_file_goes_with_a_named_model(tmp_path):
         assert torch.equal(tower(pixels(size=size)).tokens, want)
     with pytest.raises(ZooError, match=r"has no config.json. It holds: nothing, it is not a folder"):
         build("vision", {"name": "timm", "checkpoint": file})
+
+
+def test_images_that_are_not_square_may_be_squashed_or_padded():
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, :3] = 255  # white at the left end
+    means = {}
+    for fit in ("", "crop", "squash", "pad"):
+        node = {"name": "timm", "image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "fit": fit}
+        transform = build("vision", node).transform
+        assert transform.fit == (fit or "crop")
+        means[fit] = float(to_pixels(wide, transform).mean())
+    assert means[""] == means["crop"] == -1.0  # the middle is black
+    assert abs(means["squash"] + 0.5) < 0.02 and abs(means["pad"] + 0.5 / 3) < 0.02  # a third of the height, on grey
+    with pytest.raises(ZooError, match="No fit of images named 'stretch'"):
+        build("vision", {"name": "timm", "fit": "stretch"})

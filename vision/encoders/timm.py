@@ -42,6 +42,7 @@ class TimmVisionConfig:
     # pillow: as timm's own transforms | torchvision: as transformers' image processors, faster, and what `zoo.export`
     # writes; pixels differ by a step or two of a byte
     resample_by: str = "pillow"
+    fit: str = ""  # of images that are not square: crop | squash | pad; empty: as the metadata of the weights
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
     summary: bool = False  # SigLIP: keep that head whole, for a pruner that compares frames by its output
     next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
@@ -63,6 +64,8 @@ class TimmVisionConfig:
     def __post_init__(self) -> None:
         if self.resample_by not in LIBRARIES:
             raise unknown("library to resample by", self.resample_by, LIBRARIES)
+        if self.fit and self.fit not in FITS.values():
+            raise unknown("fit of images", self.fit, FITS.values())
         if self.stem not in {"patch", "conv"}:
             raise unknown("stem", self.stem, ["patch", "conv"])
         if self.activation not in ACTIVATIONS:
@@ -106,7 +109,7 @@ class TimmVision(Tower):
             _require_map_options(config, tower)
             runner = TimmMapRunner(tower, config.stage, config.norm, size, named)
         transform = _transform(tower, size) if named else ImageTransform(size, HALF, HALF)
-        super().__init__(runner, replace(transform, resample_by=config.resample_by))
+        super().__init__(runner, replace(transform, resample_by=config.resample_by, fit=config.fit or transform.fit))
 
 
 def _require_map_options(config: TimmVisionConfig, tower: nn.Module) -> None:
