@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def read_json(checkpoint: str, name: str = "config.json", optional: bool = False
     return read_model_config(path)
 
 
-def load_hf(source: str, cls: Any, spec: Any, what: str) -> Any:
+def load_hf(source: str, cls: Any, spec: Any, what: str, spare: Collection[str] = ()) -> Any:
     """Build a model of transformers with the weights that a checkpoint has for it.
 
     Args:
@@ -109,6 +109,7 @@ def load_hf(source: str, cls: Any, spec: Any, what: str) -> Any:
         cls: class of the model.
         spec: its config.
         what: name of the model, for messages.
+        spare: names of weights that the checkpoint need not have, or may have in another shape.
 
     Raises:
         ZooError: weights are missing, of another shape, or cannot be read.
@@ -132,12 +133,14 @@ def load_hf(source: str, cls: Any, spec: Any, what: str) -> Any:
             dtype=torch.get_default_dtype(),
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=bool(spare),
         )
     except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
         raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
     finally:
         logging.set_verbosity(level)
-    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
+    other = [key[0] if isinstance(key, tuple) else str(key) for key in report.get("mismatched_keys", ())]
+    if missing := [key for key in [*sorted(report["missing_keys"]), *sorted(other)] if key not in spare]:
         raise ZooError(f"{source!r} lacks {len(missing)} weights of its {what}, e.g. {missing[0]}.")
     return tower
 

@@ -1,4 +1,4 @@
-"""Encoders of transformers: CLIP, SigLIP, SigLIP 2, DINOv2 with and without registers, DINOv3."""
+"""Encoders of transformers: CLIP, SigLIP, SigLIP 2, DINOv2 with and without registers, DINOv3; feature maps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import pooling_head
-from zoo.vision.encoders.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Tower,
-    on_meta,
-)
+from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
 from zoo.vision.encoders.checkpoints import load_hf, read_json, with_revision
+from zoo.vision.encoders.hf_maps import TYPES, HFMapRunner, map_spec
 from zoo.vision.encoders.hf_text import text_tower_of
 from zoo.vision.encoders.runner import QueryKey, Runner, block_count, count_with_next
 from zoo.vision.encoders.sizes import check_divides, check_sizes
@@ -80,6 +73,8 @@ FAMILIES = {
         "squash",
     ),
 }  # fmt: skip
+# Statistics of encoders with feature maps, for checkpoints without a processor file.
+MAPS = Family("", "", "", "", IMAGENET_MEAN, IMAGENET_STD, "bicubic", "crop", has_cls=False, any_size=True)
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
@@ -89,6 +84,9 @@ class HFVisionConfig:
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # block after which tokens are taken: 0 before the first, -1 after the last; later ones are removed
+    # instead of `layer` where the encoder has feature maps (ConvNeXt, Swin, ResNet): the map that becomes the tokens, 1
+    # the first behind the stem, -1 the last, with the fewest tokens; later stages are removed
+    stage: int = -1
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the checkpoint's own (random: 224), positions are interpolated otherwise
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
@@ -100,7 +98,8 @@ class HFVisionConfig:
     text_checkpoint: str = ""
     text_revision: str = ""  # branch, tag or commit of a hub text_checkpoint
     # Sizes, used without a `checkpoint`. The families: clip, siglip, siglip2, dinov2, dinov2_with_registers,
-    # dinov3_vit, idefics3_vision, smolvlm_vision, internvl_vision.
+    # dinov3_vit, idefics3_vision, smolvlm_vision, internvl_vision; with feature maps, sized by `extra`: bit, convnext,
+    # convnextv2, dinov3_convnext, focalnet, hgnet_v2, hiera, pvt_v2, resnet, swin, swinv2, textnet.
     model_type: str = "clip"  # family
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
@@ -118,8 +117,8 @@ class HFVisionConfig:
     fit: str = ""  # crop | squash | pad
 
     def __post_init__(self) -> None:
-        if self.model_type not in FAMILIES:
-            raise unknown("model_type", self.model_type, FAMILIES)
+        if self.model_type not in (*FAMILIES, *TYPES):
+            raise unknown("model_type", self.model_type, [*FAMILIES, *TYPES])
         if self.checkpoint and self.extra:
             raise ZooError(f"extra is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
         if self.text_sizes and self.text_checkpoint:
@@ -131,7 +130,7 @@ class HFVisionConfig:
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise ZooError(f"{name} must be three numbers, got {getattr(self, name)}.")
-        if not self.checkpoint:
+        if not self.checkpoint and self.model_type in FAMILIES:
             if not self.extra:  # published models may have sizes that do not divide
                 check_sizes(self)
             if self.model_type.startswith("dinov2") and self.mlp_ratio != int(self.mlp_ratio):
@@ -152,16 +151,18 @@ class HFVision(Tower):
     def __init__(self, config: HFVisionConfig) -> None:
         source = with_revision(config.checkpoint, config.revision)
         spec = _from_json(source) if source else _from_sizes(config)
+        if _family(spec) in TYPES:
+            self._build_maps(config, source, spec)
+            return
+        if config.stage != -1:
+            raise ZooError(f"An encoder of type {_family(spec)!r} gives the tokens of a block: set layer, not stage.")
         family = FAMILIES[_family(spec)]
         whole = spec.num_hidden_layers
         depth = block_count(config.layer, whole)
         if not (config.pooling_head or config.summary):
             # Later blocks are neither built nor loaded.
             spec.num_hidden_layers = count_with_next(depth, whole) if config.next_block else depth
-        size, transform = _transform(source, config.image_size, spec, family)
-        values = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit")}
-        stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v}
-        transform = replace(transform, **stated)
+        size, transform = _transform(source, config, spec, family)
         # Only a size that the user chose must divide: SigLIP's own 384 pixels are 27 patches of 14, and 6 over.
         if config.image_size and not config.extra:
             check_divides(side(spec.patch_size), config.image_size)
@@ -174,6 +175,19 @@ class HFVision(Tower):
         super().__init__(runners[0], transform, next(iter(runners[1:]), None), text)
         if config.text_sizes:  # its weights are in the folder of a saved model
             self.prepare(frozenset({"text_tower"}))
+
+    def _build_maps(self, config: HFVisionConfig, source: str, spec: Any) -> None:
+        """Build an encoder with feature maps."""
+        about = f"An encoder of type {_family(spec)!r} has feature maps"
+        if config.layer != -2:
+            raise ZooError(f"{about}: set stage, the number of a map, not layer.")
+        for name in ("pooling_head", "summary", "next_block"):
+            if getattr(config, name):
+                raise ZooError(f"{about}, and {name} is of ViTs: it must be false.")
+        size, transform = _transform(source, config, spec, MAPS)
+        options = (config.stage, config.norm, size, on_meta())
+        runners = [HFMapRunner(source, spec, *options) for _ in range(1 + config.frame_tower)]
+        super().__init__(runners[0], transform, next(iter(runners[1:]), None))
 
 
 class HFRunner(Runner):
@@ -319,6 +333,8 @@ def _family(spec: Any) -> str:
 
 
 def _from_sizes(config: HFVisionConfig) -> Any:
+    if config.model_type in TYPES:
+        return map_spec(config.model_type, {"image_size": config.image_size or 224}, config.extra)
     family = FAMILIES[config.model_type]
     size = config.image_size or 224
     sizes: dict[str, Any] = {
@@ -349,16 +365,20 @@ def _from_json(source: str) -> Any:
         inner = plain["vision_config"]
         plain = {**inner, "model_type": inner.get("model_type") or f"{whole}_vision_model"}
     name = str(plain.get("model_type", "")).removesuffix("_vision_model")
+    if name in TYPES:
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[name].from_dict(plain)
     if name not in FAMILIES:
         raise ZooError(
             f"{source!r} holds a model of type {whole or 'unknown'!r}; its encoder must be one of"
-            f" {', '.join(FAMILIES)}."
+            f" {', '.join((*FAMILIES, *TYPES))}."
         )
     return _class(FAMILIES[name]).config_class.from_dict(plain)
 
 
-def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple[int, ImageTransform]:
-    """Size and statistics of the checkpoint's processor; missing values are those of the family."""
+def _transform(source: str, config: HFVisionConfig, spec: Any, family: Family) -> tuple[int, ImageTransform]:
+    """Size and statistics as configured, or of the checkpoint's processor; missing values are those of the family."""
     processor: dict[str, Any] = {}
     if source:
         processor = read_json(source, "preprocessor_config.json", optional=True)
@@ -370,11 +390,16 @@ def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple
         own = {"shortest_edge": own}
     fit = "crop" if crop or "shortest_edge" in (own or {}) else "squash" if "height" in (own or {}) else family.fit
     asked = crop if isinstance(crop, int) else (crop or own or {}).get("height", 0)
-    if not hasattr(spec, "image_size"):  # SigLIP 2 states its number of patches only
-        size = image_size or round(spec.num_patches**0.5) * spec.patch_size
+    if family is MAPS:
+        asked = asked or (crop or own or {}).get("shortest_edge", 0)
+        size = config.image_size or asked or side(getattr(spec, "image_size", 224))
+    elif not hasattr(spec, "image_size"):  # SigLIP 2 states its number of patches only
+        size = config.image_size or round(spec.num_patches**0.5) * spec.patch_size
     else:
-        size = image_size or (asked if family.any_size else 0) or side(spec.image_size)
-    return size, ImageTransform(
+        size = config.image_size or (asked if family.any_size else 0) or side(spec.image_size)
+    values = {key: getattr(config, key) for key in ("mean", "std", "resample", "fit")}
+    stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v}
+    transform = ImageTransform(
         size=(size, size),
         mean=tuple(processor.get("image_mean") or family.mean),
         std=tuple(processor.get("image_std") or family.std),
@@ -382,3 +407,4 @@ def _transform(source: str, image_size: int, spec: Any, family: Family) -> tuple
         fit=fit,
         resample_by="torchvision",
     )
+    return size, replace(transform, **stated)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from zoo.registry import ZooError
 from zoo.vision.encoders.runner import Runner
 
-NO_SCORES = "its tokens are a feature map, and the last layers before it compute no attention between all of them."
-
 
 class MapRunner(Runner):
     """Runs the tower up to its map, by `map` of a subclass, which calls `measure` when the tower is cut.
@@ -26,6 +24,7 @@ class MapRunner(Runner):
 
     num_prefix, has_cls, has_scores, num_blocks, depth = 0, False, False, 0, 0
     name: str  # of the encoder, for messages
+    NO_SCORES = "its tokens are a feature map, and no attention between all of them is read."
 
     def map(self, pixel_values: Tensor) -> Tensor:
         """Run the tower: (M, 3, H, W) -> (M, D, h, w)."""
@@ -40,19 +39,26 @@ class MapRunner(Runner):
         out = self.map(pixel_values)  # (M, D, h, w)
         return out.flatten(2).transpose(1, 2)  # (M, N, D)
 
-    def measure(self, size: tuple[int, int]) -> None:
+    def measure(self, size: tuple[int, int]) -> list[str]:
         """Find the grid for images of `size` by a run without data, and hold weights that the map does not depend on as
         buffers: data parallelism would wait for their gradients.
+
+        Returns:
+            The names of those weights.
 
         Raises:
             ZooError: the tower takes no images of this size, or its map is not of the width that the library states.
         """
         self.grid, idle = self._dry_run(size)
+        self.hold(idle)
+        return idle
+
+    def hold(self, idle: list[str]) -> None:
+        """Turn weights of the tower into buffers of the same names."""
         for name in idle:
             holder, _, last = name.rpartition(".")
             module = self.tower.get_submodule(holder)
-            weight = module._parameters.pop(last)
-            module.register_buffer(last, weight.detach())
+            module.register_buffer(last, module._parameters.pop(last).detach())
 
     def resize(self, grid: tuple[int, int]) -> None:
         size = (grid[0] * self.patch[0], grid[1] * self.patch[1])
@@ -131,7 +137,7 @@ class TimmMapRunner(MapRunner):
         taken = info[self.index]
         self.hidden_size = taken.get("num_chs_norm", taken["num_chs"]) if norm else taken["num_chs"]
         self.patch = (taken["reduction"], taken["reduction"])
-        self.lacks |= dict.fromkeys(("key_attention", "keys"), NO_SCORES)
+        self.lacks |= dict.fromkeys(("key_attention", "keys"), self.NO_SCORES)
         if norm:
             self._require_norm(size)
         tower.prune_intermediate_layers([self.index], prune_norm=not norm, prune_head=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.registry import ZooError
+from zoo.vision.encoders.map_runner import MapRunner
 from zoo.vision.encoders.next_block import NextBlock
 
 # Encoders of one kind under several names: same weights, same computation for images of full size.
@@ -70,6 +71,8 @@ def encoder_of(model: Any, kinds: Collection[str], depth: int = 0) -> Encoder:
         return Encoder(config, {f"vision.{n}": t for n, t in vision.state_dict().items()}, -1, False, 0)
     if name not in ("hf", "timm", "open_clip"):
         raise ZooError(f"the vision part {name!r} is not an encoder of transformers, timm or open_clip")
+    if isinstance(vision.runner, MapRunner):
+        raise ZooError(f"its tokens are a feature map of a {type(vision.runner.tower).__name__}, not those of a ViT")
     if name == "hf":
         config, tensors = deepcopy(vision.runner.tower.config), _state(vision)
         if vision.runner.interpolate or _size(config) not in (None, vision.transform.size[0]):
