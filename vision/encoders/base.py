@@ -46,6 +46,9 @@ class Tower(Encoder, nn.Module):
         self.tower: nn.Module = runner.tower
         if frames is not None:
             self.frame_tower: nn.Module = frames.tower
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):  # 16 bits are too few for running statistics, and torch wants one dtype
+                module._keep_in_fp32_modules_strict = ("weight", "bias", "running_")  # type: ignore[assignment]
         self.pooling = runner.pooling
         self.runner, self.frame_runner = runner, frames
         self.by_kind = frames is not None

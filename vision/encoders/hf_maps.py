@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.registry import ZooError, unknown
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.checkpoints import load_hf
-from zoo.vision.encoders.map_runner import MapRunner, stage_index
+from zoo.vision.encoders.map_runner import MapRunner, stage_index, tables_follow
 
 # Types of `MODEL_FOR_BACKBONE_MAPPING` of transformers whose stages give maps of pixels.
 TYPES = (
@@ -72,7 +72,7 @@ class HFMapRunner(MapRunner):
         self.name = source or spec.model_type
         stages = [name for name in spec.stage_names if name != "stem"]
         index = stage_index(stage, len(stages), self.name)
-        cls = backbone_class(spec.model_type)
+        cls, self.stage = backbone_class(spec.model_type), index + 1
         spec = _cut(spec, index + 1, cls)
         spec.set_output_features_output_indices(out_features=[stages[index]], out_indices=None)
         with torch.device("meta"):
@@ -86,6 +86,7 @@ class HFMapRunner(MapRunner):
             self.tower = load_hf(source, cls, spec, "encoder", spare) if source else cls(deepcopy(spec))
             self._set_norm(stages[index], norm)
             self.hold(idle)
+        tables_follow(self.tower)
         self.lacks |= dict.fromkeys(("key_attention", "keys"), self.NO_SCORES)
         self.patch = (round(size / self.grid[0]), round(size / self.grid[1]))
 

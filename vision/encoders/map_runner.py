@@ -24,6 +24,7 @@ class MapRunner(Runner):
 
     num_prefix, has_cls, has_scores, num_blocks, depth = 0, False, False, 0, 0
     name: str  # of the encoder, for messages
+    stage: int  # of the map, from 1
     NO_SCORES = "its tokens are a feature map, and no attention between all of them is read."
 
     def map(self, pixel_values: Tensor) -> Tensor:
@@ -86,6 +87,21 @@ class MapRunner(Runner):
         return (out.shape[2], out.shape[3]), [n for n, g in zip(learnt, gradients, strict=False) if g is None]
 
 
+def tables_follow(tower: nn.Module) -> None:
+    """Let the layers that read a table of coordinates (Swin v2) cast it: buffers stay float32 where weights do not."""
+    for module in tower.modules():
+        if not {"relative_coords_table", "relative_coordinates_log"}.isdisjoint(module._buffers):
+            for layers in module.children():
+                if isinstance(first := next(layers.children(), None), nn.Linear):
+                    first.register_forward_pre_hook(_as_weight)
+
+
+def _as_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (args[0].to(weight.dtype), *args[1:])
+
+
 @contextmanager
 def _on_meta(tower: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Replace all weights and buffers by ones on the meta device, for a while: yields the weights, each by one name.
@@ -134,6 +150,7 @@ class TimmMapRunner(MapRunner):
             )
         self.tower, self.name, self.norm = tower, name, norm
         self.index = stage_index(stage, len(info), name)
+        self.stage = self.index + 1
         taken = info[self.index]
         self.hidden_size = taken.get("num_chs_norm", taken["num_chs"]) if norm else taken["num_chs"]
         self.patch = (taken["reduction"], taken["reduction"])
@@ -141,6 +158,7 @@ class TimmMapRunner(MapRunner):
         if norm:
             self._require_norm(size)
         tower.prune_intermediate_layers([self.index], prune_norm=not norm, prune_head=True)
+        tables_follow(tower)
         self.measure(size)
 
     def map(self, pixel_values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from zoo.composed.assembly import Parts
 from zoo.composed.positions import decided
 from zoo.registry import Cut, Encoder, ImageFeatures, Layout, Question, UnlikeRows, ZooError
 from zoo.vision.encoders.base import Tower
+from zoo.vision.encoders.map_runner import MapRunner
 
 _SMALL = 20_000_000  # parameters of a part that is built in full where it does not run on the meta device
 _HEADS, _KEY = 2, 8  # sizes of the synthetic keys
@@ -89,7 +90,7 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
         return part
 
     if isinstance(vision, Tower):  # one block and one image show the shapes: all blocks have them
-        if node.get("checkpoint") or node.get("model"):
+        if node.get("checkpoint") or node.get("model") or isinstance(vision.runner, MapRunner):
             return
         # Not those of further blocks, nor of a text tower: its weights would be read.
         requested = frozenset(w for w in requested if "@" not in w and w not in ("text_tower", "next_block"))

@@ -9,6 +9,7 @@ import torch
 from zoo.composed.own_checkpoints import node_at, own_checkpoints, with_node
 from zoo.registry import ZooError, build
 from zoo.registry.part import base_of
+from zoo.vision.encoders.map_runner import MapRunner
 
 
 def slots_now(model: Any) -> dict[str, Any]:
@@ -46,17 +47,21 @@ def without_checkpoint(model: Any, key: str, slots: Mapping[str, Any]) -> dict[s
         slots: options of its parts, as they are to be saved.
 
     Returns:
-        The part's options. None where options cannot describe it: towers of timm and open_clip whose architecture is in
-        their checkpoint only.
+        The part's options. None where options cannot describe it: towers of open_clip, and of timm of which the
+        checkpoint alone has the architecture.
     """
     own = own_checkpoints(slots)[key]
     node = node_at(slots, own.path)
     if own.inside:
         return {k: v for k, v in node.items() if k not in (own.option, own.revision)} | _text_sizes(own.of(model))
-    if node["name"] != "hf":
+    if node["name"] not in ("hf", "timm"):
         return None
     try:
-        return _llm(model) if key == "llm" else _vision(own.of(model), node, model.requested)
+        if key == "llm":
+            return _llm(model)
+        if node["name"] == "timm":
+            return _timm(own.of(model), node, model.requested)
+        return _vision(own.of(model), node, model.requested)
     except ZooError:  # a family that is known from checkpoints only
         return None
 
@@ -82,25 +87,58 @@ def _text_sizes(encoder: Any) -> dict[str, Any]:
 def _vision(encoder: Any, given: Mapping[str, Any], requested: frozenset[str]) -> dict[str, Any] | None:
     from zoo.published.family import vision_slot
 
-    tower, transform = encoder.runner.tower, encoder.transform
+    tower = encoder.runner.tower
+    if isinstance(encoder.runner, MapRunner):
+        return _maps(encoder, given, requested)
     if given.get("pooling_head") or given.get("summary"):
         return None  # the head needs blocks behind the chosen layer, which num_hidden_layers no longer counts
     node = vision_slot(tower.config, {}, layer=tower.config.num_hidden_layers, norm=bool(given.get("norm")))
-    pixels = {"mean": list(transform.mean), "std": list(transform.std), "resample": transform.resample}
-    own = replace(transform, size=encoder.own_size)  # before a pruner in front of the encoder made it smaller
-    node |= {"image_size": own.size[0], "fit": transform.fit, **pixels}
+    node |= _pixels(encoder)
     node["frame_tower"] = bool(given.get("frame_tower"))
     if given.get("next_block"):
         node |= {"next_block": True, "depth": tower.config.num_hidden_layers + 1}
     apart = {k: given[k] for k in ("text_checkpoint", "text_revision") if given.get(k)}
     node |= apart or _text_sizes(encoder)
+    return node if _builds(node, encoder, requested) else None
+
+
+def _maps(encoder: Any, given: Mapping[str, Any], requested: frozenset[str]) -> dict[str, Any] | None:
+    """Describe an encoder of transformers with feature maps: its whole config is `extra`."""
+    config = encoder.runner.tower.config
+    follow = {"out_features", "out_indices", "_out_features", "_out_indices", "stage_names"}  # from `stage`
+    fields = {
+        k: v for k, v in config.to_diff_dict().items() if k in type(config).__dataclass_fields__ and k not in follow
+    }
+    node = {"name": "hf", "model_type": config.model_type, "extra": fields, "stage": encoder.runner.stage}
+    node |= {k: bool(given.get(k)) for k in ("norm", "frame_tower")} | _pixels(encoder)
+    return node if _builds(node, encoder, requested) else None
+
+
+def _timm(encoder: Any, given: Mapping[str, Any], requested: frozenset[str]) -> dict[str, Any] | None:
+    """Describe an encoder of timm by the name of its architecture, where that builds the same."""
+    known = encoder.runner.tower.pretrained_cfg
+    name = ".".join(part for part in (known.get("architecture"), known.get("tag")) if part)
+    node = {**given, "model": name, "checkpoint": "", "revision": "", "image_size": encoder.own_size[0]}
+    return node if _builds(node, encoder, requested) else None
+
+
+def _pixels(encoder: Any) -> dict[str, Any]:
+    known = encoder.transform
+    size = encoder.own_size[0]  # before a pruner in front of the encoder made it smaller
+    return {"image_size": size, "fit": known.fit, "mean": list(known.mean), "std": list(known.std),
+            "resample": known.resample}  # fmt: skip
+
+
+def _builds(node: Mapping[str, Any], encoder: Any, requested: frozenset[str]) -> bool:
+    """Whether options build an encoder of the same weights, by their names and shapes, for the same pixels."""
+    transform = encoder.transform
+    own = replace(transform, size=encoder.own_size)
     with torch.device("meta"):
         again = build("vision", node)
         lacks = {"text_tower"} if encoder.text is None else set()
         again.prepare(frozenset(word for word in requested - lacks if base_of(word) in again.provides))
     shapes, wanted = ({n: t.shape for n, t in v.state_dict().items()} for v in (again, encoder))
-    same = shapes == wanted and again.transform == own and (own != transform or again.grid == encoder.grid)
-    return node if same else None
+    return bool(shapes == wanted and again.transform == own and (own != transform or again.grid == encoder.grid))
 
 
 def _options(node: Mapping[str, Any]) -> dict[str, Any]:
