@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.fusion_builders import SMALL, VOCAB, features, tiny_llm
+from tests.fusion_builders import SMALL, VOCAB, features, peft_node, tiny_llm
 from zoo import registry
 from zoo.registry.forward_pass import running
 
@@ -64,6 +64,8 @@ def main() -> None:
         ("llama", {"name": "mole", "rank": 4, "dropout": 0.0, "gate": "prob", "balance": 0.0}),
         ("mixtral", {"name": "moextend", "layers": [0], "guard": True}),
         ("llama", {"name": "vlora", **SMALL["vlora"]}),
+        ("llama", {"name": "peft", **peft_node("dora")}),
+        ("llama", {"name": "peft", **peft_node("loha")}),
     ]
     for model_type, node in cases:
         alone = Both(model_type, node)

@@ -23,6 +23,7 @@ _PROMPT = (
 REFUSED = {
     "adamss": "its subspaces are clusters of scikit-learn, whose budget needs a schedule of its own; adalora has one",
     "adaption_prompt": f"it has code of its own for the attention of a few families; {LAYERS}",
+    "bone": "later versions of PEFT have miss in its place",
     "cartridge": _PROMPT,
     "cpt": _PROMPT,
     "multitask_prompt_tuning": _PROMPT,
@@ -100,7 +101,7 @@ class Method:
         if key in REFUSED:
             raise ZooError(f"PEFT's method {name!r} does not work here: {REFUSED[key]}.")
         if self.name not in configs:
-            raise unknown("method of PEFT", name, [*(configs.keys() - REFUSED.keys()), *VARIANTS])
+            raise unknown("method of PEFT", name, names())
         self.config_class = configs[self.name]
         self.owner = f"PEFT's {self.config_class.__name__}"
         for field, value in variant.items():
@@ -177,8 +178,12 @@ class Method:
 
 
 def names() -> list[str]:
-    """Names of all methods that work, those of LoRA's variants included."""
-    return sorted({*(_configs().keys() - REFUSED.keys()), *VARIANTS})
+    """Names of all methods that work, those of LoRA's variants included that this version of PEFT has."""
+    inits = typing.get_type_hints(_configs()["lora"])["init_lora_weights"]
+    known = [
+        n for n, option in VARIANTS.items() if option.get("init_lora_weights", "eva") in _shown(inits).split(" | ")
+    ]
+    return sorted({*(_configs().keys() - REFUSED.keys()), *known})
 
 
 def options_of(config: type) -> list[Option]:
