@@ -123,6 +123,16 @@ def test_it_trains_saves_and_comes_back_from_both_folders(make_model, tmp_path, 
         assert "peft" not in json.dumps(sorted(model.llm.lm.state_dict()))
 
 
+def test_a_copy_of_plain_lora_is_detached_by_itself():
+    llm = tiny_llm()
+    adapter = registry.build("adapter", {"name": "lora", "rank": 2}, llm=llm)
+    adapter.attach()
+    other, its = copy.deepcopy((llm, adapter))
+    its.detach()
+    kinds = [type(net.layers[0].self_attn.q_proj).__module__.partition(".")[0] for net in (llm, other)]
+    assert kinds == ["peft", "torch"]
+
+
 @pytest.mark.parametrize("method", sorted(PEFT_METHODS))
 def test_a_copy_is_detached_by_itself_and_cast_it_keeps_float32(method):
     llm = tiny_llm()
@@ -177,6 +187,24 @@ def test_threads_share_a_model(make_model):
     for thread in threads:
         thread.join()
     assert torch.equal(torch.stack(found), torch.stack(wanted))
+
+
+@pytest.mark.parametrize("method", ["dora", "oft", "pissa"])
+def test_a_teacher_in_8_bits_keeps_the_adapter(make_model, tmp_path, method):
+    from zoo.loading.build import load_teacher
+
+    model, processor = make_model(adapter={"peft": {"name": "peft", **peft_node(method)}})
+    move(own(model.llm, model.adapter["peft"]))
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    node = {"model": f"dir:{tmp_path}", "options": [], "dtype": None, "device": "cpu", "bits": 8, "attention": "auto"}
+    teacher, _ = load_teacher(node, device=torch.device("cpu"), precision="fp32")
+    theirs, mine = teacher.adapter["peft"].adapter_state_dict(), model.adapter["peft"].adapter_state_dict()
+    assert all(torch.equal(theirs[n], mine[n]) for n in mine)
+    batch = rows(processor, 0, 1)
+    with torch.no_grad():
+        wanted, found = (net(**batch, all_logits=True).logits for net in (model, teacher))
+    assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion.adapters.peft.layers import left_alone
-from zoo.fusion.attach import find_linears, fused_experts, keep_keys, means, refer, replace
+from zoo.fusion.adapters.peft.layers import Places
+from zoo.fusion.attach import find_linears, fused_experts, means, refer
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 
 _NAME = "lora"  # PEFT's name for this set of weights: `q_proj.lora_A.lora.weight`
@@ -50,7 +50,7 @@ class LoRA(Adapter, nn.Module):
     choices = {"targets": (["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj"])}
 
     lm: Any  # the transformers model, held outside of the module tree: its parameters belong to the LLM
-    _layers: dict[str, Any]  # target -> PEFT layer; kept while detached
+    places: Places | None  # PEFT's layers, once they were made; kept while detached
 
     def __init__(self, config: LoRAConfig, *, llm: Any) -> None:
         super().__init__()
@@ -61,39 +61,28 @@ class LoRA(Adapter, nn.Module):
             raise ZooError(f"adapter 'lora': rank {config.rank} exceeds {widest}, the width of the widest target.")
         self.exclusive = list(self.targets)  # no other adapter may have these
         self.notes = self._unreached(llm.lm)
-        refer(self, lm=llm.lm, _layers={})
-        self._undo: list[Any] = []
+        refer(self, lm=llm.lm)
+        self.places = None
         self.merged = False  # for good
 
     def attach(self) -> None:
         """Replace the targets by PEFT's layers; attaching again reuses the layers and weights of the first time."""
-        if self._undo:
-            return
-        if self._layers:
-            self._undo = [replace(self.lm, name, layer) for name, layer in self._layers.items()]
+        if self.places is None:
+            self.places = self._inject()
         else:
-            base = {name: self.lm.get_submodule(name) for name in self.targets}
-            self._inject()
-            for name, old in base.items():
-                self._layers[name] = self.lm.get_submodule(name)
-                self._undo.append(lambda name=name, old=old: replace(self.lm, name, old))
-        # PEFT would rename `q_proj.weight` to `q_proj.base_layer.weight`, and checkpoints would no longer load.
-        self._undo += [keep_keys(layer, "base_layer") for layer in self._layers.values()]
+            self.places.attach()
 
     def detach(self) -> None:
         """Put the linear layers back; the language model computes what it did before, bit for bit."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        if self.places is not None:
+            self.places.detach()
 
     def merge(self) -> None:
         """Add B A to the base weights and detach for good; a plain language model is left."""
-        if not self._undo:
+        if self.places is None or not self.places.attached:
             raise ZooError("adapter 'lora' is not attached: there is nothing to merge into.")
-        for layer in self._layers.values():
-            layer.merge()
-        self.detach()
-        self._layers.clear()
+        self.places.merge()
+        self.places = None
         self.targets = []
         self.merged = True
 
@@ -107,7 +96,10 @@ class LoRA(Adapter, nn.Module):
         Raises:
             ZooError: `get_peft_model` put another adapter on the model, which deactivates this one.
         """
-        on = next(iter(self._layers.values())).active_adapters if self._undo and self._layers else [_NAME]
+        on = [_NAME]
+        if self.places is not None and self.places.attached:
+            layer: Any = next(iter(self.places.layers.values()))
+            on = layer.active_adapters
         if on != [_NAME]:
             raise ZooError(
                 f"PEFT runs {', '.join(map(repr, on)) or 'no adapter'} on this model, which switches the model's own "
@@ -120,12 +112,7 @@ class LoRA(Adapter, nn.Module):
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return this adapter's weights by their names in the language model; they share memory with the parameters."""
-        return {
-            f"{target}.{name}": weight.detach()
-            for target, layer in self._layers.items()
-            for name, weight in layer.named_parameters()
-            if self.owns(f".{name}")
-        }
+        return {} if self.places is None else {n: t.detach() for n, t in self.places.tensors().items()}
 
     def _unreached(self, lm: Any) -> list[str]:
         """Describe the experts of a mixture that the targets do not reach; empty without a mixture."""
@@ -143,7 +130,7 @@ class LoRA(Adapter, nn.Module):
     def _peft_config(self) -> Any:
         from peft import LoraConfig
 
-        first = self._layers.get(self.targets[0]) or self.lm.get_submodule(self.targets[0])
+        first = self.lm.get_submodule(self.targets[0])
         return LoraConfig(
             fan_in_fan_out=type(getattr(first, "base_layer", first)).__name__ == "Conv1D",  # GPT-2 keeps (in, out)
             r=self.config.rank,
@@ -154,18 +141,17 @@ class LoRA(Adapter, nn.Module):
             task_type="CAUSAL_LM",
         )
 
-    def _inject(self) -> None:
+    def _inject(self) -> Places:
         from peft import inject_adapter_in_model
 
-        with left_alone(self.lm):
-            inject_adapter_in_model(self._peft_config(), self.lm, adapter_name=_NAME)
+        places = Places(self.lm, lambda: inject_adapter_in_model(self._peft_config(), self.lm, adapter_name=_NAME))
         # `inject_adapter_in_model` creates weights in the base's dtype; `get_peft_model` would upcast them.
-        for name, parameter in self.lm.named_parameters():
-            if self.owns(name):
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        for parameter in places.every().values():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         if not self.config.dropout:  # which is exact in float32 alone
-            for name in self.targets:
-                _cast_once(self.lm.get_submodule(name))
+            for layer in places.layers.values():
+                _cast_once(layer)
+        return places
 
 
 def _cast_once(layer: Any) -> None:

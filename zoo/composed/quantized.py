@@ -41,6 +41,11 @@ class QuantizedLinear(nn.Module):
         """Multiply (..., I) to (..., O)."""
         return F.linear(x, self.weight_in(x.dtype), self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight (O, I), dequantised: layers of PEFT read it of the layer that they have inside."""
+        return self.weight_in(self.get_buffer("scale").dtype)
+
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (O, I), dequantised to a dtype."""
         bits, scale = self.get_buffer("weight_bits"), self.get_buffer("scale")

@@ -306,7 +306,9 @@ def load_teacher(node: Mapping[str, Any], *, device: torch.device, precision: st
         return load(node["model"], *node["options"], device=where, dtype=dtype, attention=node["attention"])
     model, processor = load(node["model"], *node["options"], device="cpu", dtype=dtype, attention=node["attention"])
     # On the CPU, which has room for the whole model in 16 bits; the device then holds only the quantized one.
-    quantize(model.llm.layers, int(node["bits"]), lambda name: any(a.owns(name) for a in model.adapter.values()))
+    path = next(name for name, module in model.llm.lm.named_modules() if module is model.llm.layers)
+    own = [adapter.owns for adapter in model.adapter.values()]
+    quantize(model.llm.layers, int(node["bits"]), lambda name: any(owns(f"{path}.{name}") for owns in own))
     torch.nn.Module.to(model, where)
     model.set_attention(node["attention"])
     return model, processor

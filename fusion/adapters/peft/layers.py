@@ -33,7 +33,7 @@ class Places:
         before = [(parent, name, getattr(parent, name)) for _, parent, name in children]
         base = {id(t) for t in _tensors(lm)}
         keys = set(lm.state_dict())
-        with left_alone(lm):
+        with _left_alone(lm):
             self.made = make()
         self.lm = lm
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
@@ -116,7 +116,7 @@ class Places:
 
 
 @contextmanager
-def left_alone(lm: nn.Module) -> Iterator[None]:
+def _left_alone(lm: nn.Module) -> Iterator[None]:
     """Undo what PEFT changes beside the layers that it makes: what trains (it freezes the base, and here the recipe
     decides), and which layers of another adapter act.
     """
