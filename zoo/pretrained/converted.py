@@ -19,20 +19,13 @@ except ImportError:  # Windows
 
 import torch
 
+from zoo.pretrained.cache import RECORD, cache
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_object
 from zoo.storage.atomic import write_json, writing, written_beside
 from zoo.storage.weights import fingerprint, library_versions
 
 VERSION = 1  # of the converters: raised when one of them writes something else
-RECORD = "converted.json"
-
-
-def cache() -> Path:
-    """Return the folder of converted weights: below `ZOO_CACHE`, else below the user's folder of caches."""
-    if own := os.environ.get("ZOO_CACHE"):
-        return Path(own).expanduser() / "converted"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo" / "converted"
 
 
 def converted(file: Path, sha256: str, converter: str) -> Path:
