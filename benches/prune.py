@@ -125,7 +125,8 @@ class _Bench:
         flops, scoring = variant.read_flops(tokens)
         declared = [n + variant.text.shape[1] for n in variant.image_tokens(variant.patches)]
         assert variant.model.vision is not None, "it has image tokens"
-        closed = encoder_flops(variant.model.vision.runner, variant.patches)
+        vision = variant.model.vision  # of several encoders products are counted by running them
+        closed = None if vision.members else encoder_flops(vision.runner, variant.patches)
         return Summary(
             options={} if variant.name == NONE else dict(self.arms.nodes[variant.name]),
             inside=variant.inside,

@@ -381,3 +381,68 @@ def test_a_teacher_shares_features_of_the_same_encoders_alone():
         student.vision.requires_grad_(False)
         teacher.share_vision(student)
         assert teacher.same_vision is shared
+
+
+# ---- what else a model does with its encoder -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_text_tower_of_one_encoder_is_read_saved_and_asked(places, tmp_path, whole):
+    vision_builders.clip_checkpoint(tmp_path / "clip")
+    clip = {"name": "hf", "checkpoint": str(tmp_path / "clip")}
+    parts = [f"llm.checkpoint={places / 'llm'}", "llm=hf", "projector=linear", "device=cpu"]
+    asks = ["pruner=cdpruner", "pruner.cdpruner.keep_ratio=0.5"]
+    b = {"name": "hf", "checkpoint": str(places / "hf")}
+    encoders = f"vision.encoders={{b: {_flow(b)}, clip: {_flow(clip)}}}"
+    model, processor = zoo.compose("vision=fused", encoders, *parts, *asks)
+    assert model.vision.givers["text_tower"] == "clip" and model.vision.encoders["b"].text is None
+    names = saved_builders.saved(model, tmp_path / "saved", include_base=whole)
+    assert any(".text." in n for n in names) is whole
+    processor.save_pretrained(tmp_path / "saved")
+    again, other = zoo.load(f"dir:{tmp_path / 'saved'}", device="cpu")
+    ask = processor.collate([processor.encode(sample((QUESTIONS[0], ANSWERS[0])))])
+    one, two = (m.encode_images(ask["pixel_values"], None, _asking(m, ask)).kept for m in (model, again))
+    assert torch.equal(one.keep, two.keep) and one.keep.shape[1] == 8
+    assert torch.equal(again.vision.embed_texts(["a red cube"])[0], model.vision.embed_texts(["a red cube"])[0])
+    assert other.transform == processor.transform
+
+
+def _asking(model, batch):
+    from zoo.composed.inputs import Inputs
+
+    return Inputs(**{k: batch[k] for k in ("input_ids", "attention_mask", "questions", "images_per_row") if k in batch})
+
+
+def test_an_encoder_of_a_plugin_is_one_of_several():
+    from torch import nn
+
+    from zoo import registry
+
+    class MineConfig:
+        pass
+
+    import dataclasses
+
+    MineConfig = dataclasses.dataclass(MineConfig)
+
+    class Mine(registry.Encoder, nn.Module):
+        provides = frozenset({"grid"})
+        hidden_size, grid, num_tokens = 8, (2, 2), 4
+
+        def __init__(self, config: MineConfig) -> None:
+            super().__init__()
+            self.transform = registry.ImageTransform((20, 20), (0.5,) * 3, (0.5,) * 3)
+            self.proj = nn.Conv2d(3, 8, 10, stride=10)
+
+        def forward(self, pixel_values, *, need=frozenset()):
+            return registry.ImageFeatures(self.proj(pixel_values).flatten(2).transpose(1, 2), (2, 2))
+
+    Mine.__init__.__annotations__["config"] = MineConfig
+    registry.register("vision", "mine_of_several")(Mine)
+    encoder = fused({"a": A, "mine": {"name": "mine_of_several"}})
+    pixels = rows(encoder)
+    mine = encoder.encoders["mine"](encoder.split(pixels)["mine"]).tokens
+    assert mine.shape == (2, 4, 8)
+    assert encoder(pixels).tokens.shape == (2, 16, 40)
+    with pytest.raises(ZooError, match=r"encoder 'mine': it takes images of one size only"):
+        encoder.resize((2, 2))

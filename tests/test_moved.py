@@ -82,3 +82,27 @@ def test_a_saved_model_and_what_it_was_made_from(tmp_path, checkpoints):
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(run.model).items())
     with pytest.raises(ZooError, match=r"not the weights that the run began on"):
         resumed(folder, f"model=dir:{checkpoints / 'llava'}", places[1])
+
+
+def test_checkpoints_of_several_encoders(tmp_path, checkpoints):
+    for name in ("clip", "llama"):
+        shutil.copytree(checkpoints / name, tmp_path / name)
+    settings = recipe(tmp_path, STAGES)
+    body = (tmp_path / "conf" / "recipe" / "tiny.yaml").read_text().splitlines()
+    kept = "\n".join(line for line in body if not line.startswith(("vision:", "llm:", "tokenizer:")))
+    (tmp_path / "conf" / "recipe" / "tiny.yaml").write_text(kept + "\n")
+    words = ["vision=[a:hf,b:timm]", f"vision.encoders.a.checkpoint={tmp_path / 'clip'}", "vision.encoders.b.depth=2"]
+    words += ["llm=hf", f"llm.checkpoint={tmp_path / 'llama'}", f"run.folder={tmp_path / 'run'}"]
+    run = Run(config(settings, *words))
+    run.close()
+    before = {n: t.clone() for n, t in state_of(run.model).items()}
+    shutil.move(tmp_path / "clip", tmp_path / "moved")
+    with pytest.raises(
+        ZooError, match=r"base weights of vision\.a are not .* vision\.encoders\.a\.checkpoint=<folder>"
+    ):
+        resumed(tmp_path / "run")
+    again = resumed(tmp_path / "run", f"vision.encoders.a.checkpoint={tmp_path / 'moved'}")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(again.model).items())
+    assert again.model.config.slots["vision"]["encoders"]["a"]["checkpoint"] == str(tmp_path / "moved")
+    with pytest.raises(ZooError, match=r"not the base weights of vision\.a"):
+        resumed(tmp_path / "run", f"vision.encoders.a.checkpoint={checkpoints / 'siglip'}")

@@ -6,6 +6,7 @@ A single run is composed as in `zoo.load` and passed to its command. A sweep goe
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ FLAGS = {  # our flags and Hydra's; True if the flag takes a value
 }
 WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
 MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # new locations of the run's initial weights
+MOVED_OF_SEVERAL = re.compile(r"vision\.encoders\.\w+\.checkpoint").fullmatch
 NONE = ("", "null")
 LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
 
@@ -95,7 +97,7 @@ def resumes_alone(overrides: Sequence[str]) -> None:
     resumed = next(
         (word for word, name in names.items() if name == "resume" and word.partition("=")[2] not in NONE), None
     )
-    extra = [word for word, name in names.items() if name not in WITH_RESUME | MOVED]
+    extra = [word for word, name in names.items() if name not in WITH_RESUME | MOVED and not MOVED_OF_SEVERAL(name)]
     if resumed and extra:
         raise ZooError(
             f"{resumed} goes on with the options that the run was started with; it cannot take {', '.join(extra)}. "

@@ -15,10 +15,15 @@ FUSED = "fused"
 def with_encoders(words: Sequence[str]) -> list[str]:
     """Return overrides with a list of encoders as the encoder that joins them.
 
+    Beside `resume` a word may name the new place of a checkpoint of one of them.
+
     Raises:
         ZooError: two have one name.
     """
     found: list[str] = []
+    if any(word.startswith("resume=") for word in words):  # new places of checkpoints: the run knows the rest
+        moved = dict.fromkeys(m[1] for word in words if (m := re.match(r"vision\.encoders\.(\w+)\.checkpoint=", word)))
+        found += [f"vision={FUSED}"] * bool(moved) + [f"vision.encoders.{name}.name=hf" for name in moved]
     for word in words:
         listed = re.fullmatch(r"vision=\[([^\[\]{}]*)\]", word)
         names = [part.strip().strip("'\"") for part in listed[1].split(",")] if listed else []
