@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.vision_builders import OPEN_CLIP, open_clip_model, pixels, save_open_clip, shake
+from tests.vision_builders import OPEN_CLIP, open_clip_model, pixels, save_open_clip, settle, shake
 from zoo.registry import ImageTransform, ZooError, build
 
 
@@ -108,11 +108,53 @@ def test_wrong_names_are_refused():
         ({"model": "ViT-B-32", "checkpoint": "openay"}, "named 'openay'. Did you mean 'openai'"),
         ({"model": "ViT-B-32", "image_size": 100}, "patch_size 32 does not divide image_size 100"),
         ({"model": "ViT-B-16-SigLIP", "image_size": 100}, "patch_size 16 does not divide image_size 100"),
-        ({"model": "RN50"}, "is a ResNet; a ViT is needed"),
-        ({"model": "convnext_base"}, "a plain ViT is needed"),
+        ({"model": "RN50", "norm": True}, "is a ResNet without a final norm"),
+        ({"model": "RN50", "layer": -1}, "'RN50' is a ModifiedResNet, not a plain ViT: set stage"),
+        ({"model": "ViT-B-32", "stage": -2}, "'ViT-B-32' is a ViT, whose tokens are of a block: set layer"),
+        ({"model": "convnext_base", "summary": True}, "is a ConvNeXt, not a plain ViT, and summary is of ViTs"),
+        ({"model": "convnext_base", "stage": 5}, "has 4 feature maps: stage must be 1 to 4"),
     ]:
         with torch.device("meta"), pytest.raises(ZooError, match=message):
             build("vision", {"name": "open_clip", **options})
+
+
+MAPS = {
+    "resnet": {"layers": [1, 1, 2, 1], "width": 8, "image_size": 64, "head_width": 64, "patch_size": None},
+    "convnext": {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 64},
+    "byobnet": {"timm_model_name": "test_byobnet", "timm_pool": "avg", "timm_proj": None, "image_size": 64},
+}
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("stage", [-1, -2])
+def test_tokens_are_a_map_of_open_clips_tower(kind, stage, tmp_path):
+    import open_clip
+
+    torch.manual_seed(0)
+    architecture = {**OPEN_CLIP, "vision_cfg": {**MAPS[kind], "timm_model_pretrained": False}}
+    if kind == "byobnet":
+        architecture["embed_dim"] = 256
+    model = open_clip.CustomTextCLIP(**architecture)
+    settle(model.visual)
+    save_open_clip(model.eval(), architecture, tmp_path, mean=[0.1, 0.2, 0.3], resize_mode="squash")
+    tower = build("vision", {"name": "open_clip", "checkpoint": str(tmp_path), "stage": stage}).eval()
+    assert tower.transform.mean == (0.1, 0.2, 0.3) and tower.transform.fit == "squash"
+    tower.train()
+    tower(pixels(size=64)).tokens.sum().backward()
+    assert [n for n, p in tower.named_parameters() if p.grad is None] == []
+    tower.requires_grad_(False).eval()
+    count = 5 if kind != "convnext" else 4
+    with torch.no_grad():
+        x = pixels(size=64).contiguous(memory_format=torch.channels_last)
+        out = model.visual.forward_intermediates(x, indices=[count + stage], intermediates_only=True)
+    (want,) = out["image_intermediates"]
+    got = tower(pixels(size=64))
+    assert tower.grid == got.grid == tuple(want.shape[-2:]) and "grid" in tower.provides
+    assert torch.equal(got.tokens, want.flatten(2).transpose(1, 2))  # bit for bit
+    other = build("vision", {"name": "open_clip", "checkpoint": str(tmp_path), "stage": stage, "image_size": 96})
+    assert other.eval()(pixels(size=96)).tokens.shape == (2, other.num_tokens, tower.hidden_size)
+    with torch.device("meta"):
+        assert build("vision", {"name": "open_clip", "checkpoint": str(tmp_path), "stage": stage}).grid == tower.grid
 
 
 def test_weights_of_something_else_are_refused(saved, tmp_path):

@@ -18,6 +18,7 @@ from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, I
 from zoo.vision.encoders.checkpoints import load_hf, read_json, with_revision
 from zoo.vision.encoders.hf_maps import TYPES, HFMapRunner, map_spec
 from zoo.vision.encoders.hf_text import text_tower_of
+from zoo.vision.encoders.map_runner import require_map_options
 from zoo.vision.encoders.runner import QueryKey, Runner, block_count, count_with_next
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 
@@ -178,12 +179,7 @@ class HFVision(Tower):
 
     def _build_maps(self, config: HFVisionConfig, source: str, spec: Any) -> None:
         """Build an encoder with feature maps."""
-        about = f"An encoder of type {_family(spec)!r} has feature maps"
-        if config.layer != -2:
-            raise ZooError(f"{about}: set stage, the number of a map, not layer.")
-        for name in ("pooling_head", "summary", "next_block"):
-            if getattr(config, name):
-                raise ZooError(f"{about}, and {name} is of ViTs: it must be false.")
+        require_map_options(config, f"An encoder of type {_family(spec)!r} has feature maps")
         size, transform = _transform(source, config, spec, MAPS)
         options = (config.stage, config.norm, size, on_meta())
         runners = [HFMapRunner(source, spec, *options) for _ in range(1 + config.frame_tower)]

@@ -200,6 +200,23 @@ def stage_index(stage: int, count: int, name: str) -> int:
     return index
 
 
+def require_map_options(config: Any, about: str) -> None:
+    """Refuse options that are of ViTs.
+
+    Args:
+        config: of the encoder.
+        about: beginning of a sentence: "'resnet18' is a ResNet, not a plain ViT".
+
+    Raises:
+        ZooError: `layer` is set, or what is read of blocks.
+    """
+    if config.layer != -2:
+        raise ZooError(f"{about}: set stage, the number of a feature map, not layer.")
+    for name in ("pooling_head", "summary", "next_block"):
+        if getattr(config, name):
+            raise ZooError(f"{about}, and {name} is of ViTs: it must be false.")
+
+
 def own_size(tower: Any) -> tuple[int, int]:
     """(height, width) of the images that a model of timm is made for."""
     size = getattr(getattr(tower, "patch_embed", None), "img_size", None) or tower.pretrained_cfg["input_size"][-2:]

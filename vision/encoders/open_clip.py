@@ -1,4 +1,4 @@
-"""Encoders of open_clip: the ViT visual tower of its models; the text tower only where a part needs it."""
+"""Encoders of open_clip: the visual tower of its models, ViT, ResNet or one of timm; the text tower where needed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from zoo.vision.encoders.base import (
     on_meta,
 )
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
+from zoo.vision.encoders.map_runner import TimmMapRunner, require_map_options
+from zoo.vision.encoders.open_clip_maps import ResNetMapRunner
 from zoo.vision.encoders.open_clip_text import text_tower_of
 from zoo.vision.encoders.runner import QueryKey, Runner, block_count, count_with_next
 from zoo.vision.encoders.sizes import check_divides, check_sizes
-from zoo.vision.encoders.vit_runner import TimmRunner
+from zoo.vision.encoders.vit_runner import TimmRunner, is_vit
 from zoo.vision.images.transform import LIBRARIES
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -41,6 +43,9 @@ class OpenClipVisionConfig:
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     layer: int = -2  # block after which tokens are taken: 1 the first, -1 the last; later ones are removed
+    # instead of `layer` where the tower has feature maps (ConvNeXt, FastViT, ResNet): the map that becomes the tokens,
+    # 1 the first, -1 the last, with the fewest tokens; later stages are removed
+    stage: int = -1
     norm: bool = False  # apply the final norm to the tokens
     image_size: int = 0  # pixels a side; 0: the model's own, positions are interpolated otherwise
     # pillow: as open_clip's own transforms | torchvision: as transformers' image processors, faster, and what
@@ -68,7 +73,7 @@ class OpenClipVisionConfig:
 
 @register("vision", "open_clip")
 class OpenClipVision(Tower):
-    """Towers that wrap a timm ViT (SigLIP, EVA-CLIP) run as timm's encoders do; ResNets are refused."""
+    """Towers that wrap a model of timm (SigLIP, EVA-CLIP, ConvNeXt, MobileCLIP) run as timm's encoders do."""
 
     # What the check may propose beside defaults.
     choices = {"pooling_head": (True,), "summary": (True,), "next_block": (True,)}
@@ -82,19 +87,7 @@ class OpenClipVision(Tower):
         if source and not on_meta():
             _load(visual, source, name)
         text = text_tower_of(architecture, visual, source, name, config.norm)
-        trunk = getattr(visual, "trunk", None)
-        runner: Runner
-        if trunk is not None:
-            kept = (config.pooling_head or config.summary, config.next_block, config.summary)
-            runner = TimmRunner(trunk, config.layer, config.norm, name, *kept)
-            size = trunk.patch_embed.img_size
-        else:
-            if config.pooling_head or config.summary:
-                raise ZooError(
-                    f"{name!r} has no pooling head with a learned probe: pooling_head and summary must be false."
-                )
-            runner = OpenClipRunner(visual, config.layer, config.norm, config.next_block)
-            size = visual.image_size
+        runner, size = _runner(config, visual, name)
         transform = ImageTransform(
             size=(size[0], size[1]),
             mean=tuple(preprocess.get("mean") or CLIP_MEAN),
@@ -104,6 +97,26 @@ class OpenClipVision(Tower):
             resample_by=config.resample_by,
         )
         super().__init__(runner, transform, text=text)
+
+
+def _runner(config: OpenClipVisionConfig, visual: Any, name: str) -> tuple[Runner, tuple[int, int]]:
+    """Return what runs a tower, and the (height, width) of its images."""
+    inner = getattr(visual, "trunk", visual)
+    if hasattr(visual, "transformer") or is_vit(inner):
+        if config.stage != -1:
+            raise ZooError(f"{name!r} is a ViT, whose tokens are of a block: set layer, not stage.")
+        if inner is not visual:
+            kept = (config.pooling_head or config.summary, config.next_block, config.summary)
+            return TimmRunner(inner, config.layer, config.norm, name, *kept), inner.patch_embed.img_size
+        if config.pooling_head or config.summary:
+            raise ZooError(
+                f"{name!r} has no pooling head with a learned probe: pooling_head and summary must be false."
+            )
+        return OpenClipRunner(visual, config.layer, config.norm, config.next_block), visual.image_size
+    require_map_options(config, f"{name!r} is a {type(inner).__name__}, not a plain ViT")
+    height, width = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
+    kind = ResNetMapRunner if inner is visual else TimmMapRunner
+    return kind(inner, config.stage, config.norm, (height, width), name), (height, width)
 
 
 class OpenClipRunner(Runner):
@@ -250,8 +263,6 @@ def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
     vision["timm_model_pretrained"] = False  # weights come from the checkpoint, never from timm
     if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
         raise ZooError(f"The config of {name!r} names the repository {vision['timm_model_name']!r} as its encoder.")
-    if isinstance(vision.get("layers"), list):
-        raise ZooError(f"The visual tower of {name!r} is a ResNet; a ViT is needed.")
     if image_size:
         vision["image_size"] = image_size
     visual = _build_vision_tower(architecture["embed_dim"], vision, architecture.get("quick_gelu", False))
@@ -260,8 +271,8 @@ def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:
         check_divides(patch[0], image_size)
     if image_size and hasattr(visual, "trunk"):  # timm's trunk ignores `image_size` of the config
         visual.set_input_size(image_size)
-    if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):
-        raise ZooError(f"The visual tower of {name!r} is a {type(visual).__name__}; a ViT is needed.")
+    if hasattr(visual, "attnpool"):  # a ResNet: its maps are ahead of it, and it has positions for one size
+        visual.attnpool = nn.Identity()
     return visual
 
 
@@ -274,7 +285,8 @@ def _load(visual: Any, path: Path, name: str) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118  not a mapping
-            state: dict[str, Tensor] = OrderedDict((key, file.get_tensor(key)) for key in keys)
+            kept = [k for k in keys if not k.startswith("visual.attnpool.")]  # of a ResNet
+            state: dict[str, Tensor] = OrderedDict((key, file.get_tensor(key)) for key in kept)
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{str(path)!r} cannot be read: {error}") from error
     if not keys:

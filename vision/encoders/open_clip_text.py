@@ -36,6 +36,8 @@ def text_tower_of(
         return f"the config of {name!r} has no text tower (text_cfg)."
     if hasattr(visual, "trunk"):
         return f"the tower of {name!r} is one of timm; vision=hf reads the text towers of SigLIP's checkpoints."
+    if not hasattr(visual, "transformer"):
+        return f"the tower of {name!r} is a ResNet, which pools its map before it projects it."
     if text.get("hf_model_name") or text.get("hf_tokenizer_name") or architecture.get("multimodal_cfg"):
         return f"the text tower of {name!r} needs a tokenizer that open_clip does not have; vision=hf may read it."
     if inner.proj is None or inner.ln_post.normalized_shape != (inner.transformer.width,):

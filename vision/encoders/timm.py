@@ -14,7 +14,7 @@ from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
 from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.conv_stem import ConvStem
-from zoo.vision.encoders.map_runner import TimmMapRunner, own_size
+from zoo.vision.encoders.map_runner import TimmMapRunner, own_size, require_map_options
 from zoo.vision.encoders.runner import Runner
 from zoo.vision.encoders.sizes import check_divides, check_sizes
 from zoo.vision.encoders.vit_runner import TimmRunner, is_vit
@@ -106,20 +106,10 @@ class TimmVision(Tower):
             kept = (config.pooling_head or config.summary, config.next_block, config.summary)
             runner = TimmRunner(tower, config.layer, config.norm, named or "the encoder", *kept)
         else:
-            _require_map_options(config, tower)
+            require_map_options(config, f"{named!r} is a {type(tower).__name__}, not a plain ViT")
             runner = TimmMapRunner(tower, config.stage, config.norm, size, named)
         transform = _transform(tower, size) if named else ImageTransform(size, HALF, HALF)
         super().__init__(runner, replace(transform, resample_by=config.resample_by, fit=config.fit or transform.fit))
-
-
-def _require_map_options(config: TimmVisionConfig, tower: nn.Module) -> None:
-    """Refuse options of ViTs for a model with feature maps."""
-    about = f"{config.model or config.checkpoint!r} is a {type(tower).__name__}"
-    if config.layer != -2:
-        raise ZooError(f"{about}, not a plain ViT: set stage, the number of a feature map, not layer.")
-    for name in ("pooling_head", "summary", "next_block"):
-        if getattr(config, name):
-            raise ZooError(f"{about}, and {name} is of ViTs: it must be false.")
 
 
 def _sized(config: TimmVisionConfig) -> nn.Module:
