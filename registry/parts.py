@@ -342,6 +342,10 @@ class Layout(ModelPart):
         """
         return self.count(cut)
 
+    def pieces(self, cut: Cut) -> list[Cut]:
+        """Divide an image into those that have text between them in the prompt; with `native`."""
+        return [cut]
+
     def coordinates(self, cut: Cut, places: Tensor, axes: int, dense: bool) -> Tensor:
         """Return the positions of an image's tokens, from its first: (A, R * K); with `native`.
 

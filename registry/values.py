@@ -40,10 +40,11 @@ class Cut:
     kind: str = "image"  # image | crop | frame
     size: tuple[int, int] = (0, 0)  # (height, width) in pixels before it was cut
     grid: tuple[int, int] = (1, 1)  # rows and columns of crops, an overview aside
-    times: tuple[float, ...] = ()  # of frames, in seconds
+    times: tuple[float, ...] = ()  # of frames in seconds; of a row of several frames their mean
     duration: float = 0.0  # of the video, in seconds
     # (h, w) of the tokens that the encoder gives for each row, where images keep their shapes; (0, 0): the encoder's
     patches: tuple[int, int] = (0, 0)
+    interval: float = 0.0  # of a video, seconds from a row to the next by the frames shown and the length
 
 
 @dataclass(frozen=True)

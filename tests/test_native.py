@@ -7,8 +7,9 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, talk
 from tests.qwen_builders import FAMILIES, encoder_node, for_whole, picture, sharpen, slots, whole_of
+from zoo import registry
 from zoo.composed.model import ZooModel
-from zoo.registry import Sample, ZooError
+from zoo.registry import Cut, Sample, ZooError
 from zoo.registry.versions import cache_argument
 from zoo.training.step import count_images
 
@@ -237,3 +238,22 @@ def test_saved_and_loaded_it_answers_alike(make_model, tmp_path):
     )
     with pytest.raises(ZooError, match="need `cuts` with the grid of each"):
         model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
+
+
+def test_text_behind_a_video_goes_on_at_its_side_or_at_its_end():
+    def layout(**options):
+        return registry.build("layout", {"name": "native", **options}, num_tokens=99)
+
+    cut = Cut(10, "frame", patches=(1, 1), interval=1.0)
+    cases = [({}, 1, 9), ({"after_video": "extent"}, 10, 9), ({"tokens_per_second": 2.0}, 1, 18)]
+    cases += [({"tokens_per_second": 2.0, "after_video": "extent"}, 19, 18)]
+    for options, behind, last in cases:
+        made = layout(**options)
+        assert made.advance(cut, 3, False) == behind
+        assert made.coordinates(cut, torch.zeros(10, 1, dtype=torch.long), 3, False)[0].tolist()[-1] == last
+    image = Cut(patches=(2, 3))
+    where = layout().coordinates(image, torch.arange(6)[None], 3, False)
+    assert where.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
+    assert layout(after_video="extent").advance(image, 3, False) == 3
+    with pytest.raises(ZooError, match="Available: extent, side"):
+        layout(after_video="end")

@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 import zoo
 from tests import published_builders as build
 from tests.qwen_builders import EXTRA, FAMILIES
-from zoo.registry import ZooError
+from zoo.registry import Dialog, Sample, ZooError
+from zoo.vision.images.video import Video, read_video
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif c['type'] == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
@@ -159,7 +161,6 @@ def test_saved_is_loaded_with_an_adapter_and_a_pruner(family, tmp_path):
 
 def test_evaluation_answers_what_generate_answers(family):
     from zoo.evaluation.predict import Question, answer
-    from zoo.registry import Dialog, Sample
 
     _, _, _, _, ours, mine = family
     samples = [
@@ -185,6 +186,72 @@ def test_fewer_pixels_are_an_option_that_counts_follow(family):
     assert model(**small).logits.isfinite().all()
     with pytest.raises(ZooError, match=r"vision\.depth is 3"):
         zoo.load(f"dir:{folder}", "vision.depth=3")
+
+
+# ---- videos ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """The path of a clip of twenty frames, ten a second."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(20):
+            out.mux(stream.encode(av.VideoFrame.from_image(build.photo(48, 64, seed=i))))
+        out.mux(stream.encode())
+    return str(path)
+
+
+def watched(*parts):
+    return [{"role": "user", "content": [*({"type": kind} for kind in parts), {"type": "text", "text": "is it red?"}]}]
+
+
+@pytest.mark.parametrize("frames", [2, 3, 8])
+@torch.no_grad()
+def test_videos_are_those_of_transformers(family, film, frames):
+    _, _, theirs, processor, ours, mine = family
+    video = Video(film, sampling="explicit", indices=tuple(range(1, 20, 2))[:frames])
+    clip = read_video(video)
+    known = {"total_num_frames": 20, "fps": 10.0, "frames_indices": list(clip.indices)}
+    talks = [watched("video"), watched("image", "video", "video")]
+    texts = [processor.apply_chat_template(t, add_generation_prompt=True) for t in talks]
+    assert texts == [mine.apply_chat_template(t, add_generation_prompt=True) for t in talks]
+    processor.tokenizer.padding_side = mine.tokenizer.padding_side = "left"
+    batch = processor(
+        images=[PHOTOS[0]], videos=[clip.frames] * 3, text=texts, padding=True, return_tensors="pt",
+        do_sample_frames=False, video_metadata=[dict(known) for _ in range(3)], cap_pixels_per_frame=False,
+    )  # fmt: skip
+    got = mine(images=[PHOTOS[0]], videos=[video] * 3, text=texts)
+    assert torch.equal(got["input_ids"], batch["input_ids"])
+    n = len(batch["pixel_values_videos"]) // 3
+    own = [batch["pixel_values_videos"][:n], batch["pixel_values"], batch["pixel_values_videos"][n:]]
+    assert torch.equal(got["pixel_values"], torch.cat(own))
+    mask = batch["attention_mask"].bool()
+    wanted = theirs(**batch).logits[mask]
+    assert (ours(**got).logits[mask] - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    short = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(**got, **short), theirs.generate(**batch, **short))
+
+
+@torch.no_grad()
+def test_a_pruned_video_has_the_places_of_the_whole_and_its_frames_are_the_models_choice(family, film):
+    name, folder, _, _, _, mine = family
+    chosen = mine.prepare([Video(film, sampling="model")])[0].cut
+    assert chosen.rows == 2 and chosen.kind == "frame"  # four frames: two a second of two seconds
+    model, processor = zoo.load(f"dir:{folder}", "pruner=[random]", "pruner.random.keep_ratio=0.5")
+    text = processor.apply_chat_template(watched("video"), add_generation_prompt=True)
+    few, many = (p(videos=[Video(film, frames=6)], text=text) for p in (processor, mine))
+    assert few["input_ids"].shape[1] < many["input_ids"].shape[1]
+    out = model(**few)
+    whole, _ = zoo.load(f"dir:{folder}")
+    last = whole(**many).passed.sequence.axes[:, 0, -1]
+    assert torch.equal(out.passed.sequence.axes[:, 0, -1], last), name
+    row = mine.encode_prompt(Sample("v", [Video(film, frames=6)], []), Dialog(watched("video")))
+    assert row.gap == int(last[0]) + 1 - len(row)
+    assert isinstance(whole.chat("is it red?", video=Video(film, frames=3), max_new_tokens=3), str)
 
 
 # ---- names and configs of repositories ---------------------------------------------------------------------------

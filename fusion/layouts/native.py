@@ -2,7 +2,11 @@
 
 Paper: Wang et al., arXiv:2409.12191 (Qwen2-VL), M-RoPE. An image of h x w tokens that begins at position c has its
 token (i, j) at (c, c + i, c + j), and what follows goes on at c + max(h, w). A video is a row for each pair of frames,
-the k-th at time c + k. transformers goes on behind it as behind an image, also where it lasts longer than it is wide.
+the k-th at time c + k, or with `tokens_per_second` (Qwen2.5-VL, arXiv:2502.13923) as much later as its seconds. With
+`timestamps` (Qwen3-VL, arXiv:2511.21631) each pair is an image of its own, behind its time in words.
+
+transformers 5 goes on behind a video as behind an image, also where it lasts longer than it is wide
+(`after_video=side`); earlier versions went on at the largest position of any axis and one (`extent`).
 
 Tokens that a pruner leaves keep the places of the whole grid. With dense positions, those of a pruned image are counted
 one by one on all axes. An LLM with positions of one axis counts the tokens, or with kept positions the places.
@@ -15,12 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import Cut, Layout, ZooError, build, register
+from zoo.registry import Cut, Layout, ZooError, build, register, require_at_least, unknown
+
+AFTER = ("side", "extent")
 
 
 @dataclass
 class NativeConfig:
-    pass
+    tokens_per_second: float = 0.0  # positions of a second of video on the first axis; 0: one for each pair of frames
+    timestamps: bool = False  # write the time in front of each pair of frames, which is then an image of its own
+    begin: str = "<|vision_start|>"  # with timestamps: in front of a pair
+    end: str = "<|vision_end|>"  # with timestamps: behind a pair
+    after_video: str = "side"  # where text goes on behind a video: side (its longer one) | extent (of all axes)
+
+    def __post_init__(self) -> None:
+        require_at_least(0, tokens_per_second=self.tokens_per_second)
+        if self.after_video not in AFTER:
+            raise unknown("after_video", self.after_video, AFTER)
 
 
 @register("layout", "native")
@@ -28,7 +43,7 @@ class Native(Layout, nn.Module):
     """Has no parameters. It joins rows of unlike length as they are.
 
     Args:
-        config: no options.
+        config: how videos are placed and written.
         num_tokens: the most of a row.
         counted: the parts that tokens of a row go through, as plain values: `kind`, `node` and `given` of each.
     """
@@ -37,7 +52,7 @@ class Native(Layout, nn.Module):
 
     def __init__(self, config: NativeConfig, *, num_tokens: int, counted: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__()
-        self.most = num_tokens
+        self.config, self.most = config, num_tokens
         self.given: dict[str, Any] = {"num_tokens": num_tokens, "counted": [dict(c) for c in counted]}
         with torch.device("meta"):
             parts = [build(c["kind"], c["node"], **_tuples(c["given"])) for c in counted]
@@ -61,15 +76,18 @@ class Native(Layout, nn.Module):
         """Count the tokens of an image with this grid that pruners and projector leave."""
         return cut.rows * self._left(_grid(cut)[0] * _grid(cut)[1])
 
-    def whole(self, cut: Cut) -> int:
+    def _whole(self, cut: Cut) -> int:
         """Count the tokens that the encoder gives of an image."""
         return cut.rows * _grid(cut)[0] * _grid(cut)[1]
 
     def advance(self, cut: Cut, axes: int, dense: bool) -> int:
         """Count the positions from the first token of an image to what follows it."""
-        if dense and self.count(cut) != self.whole(cut):
+        if dense and self.count(cut) != self._whole(cut):
             return self.count(cut)
-        return max(_grid(cut)) if axes > 1 else self.whole(cut)
+        if axes == 1:
+            return self._whole(cut)
+        last = int(self._times(cut)[-1]) + 1 if self.config.after_video == "extent" else 0
+        return max(*_grid(cut), last)
 
     def coordinates(self, cut: Cut, places: Tensor, axes: int, dense: bool) -> Tensor:
         """Return the positions of the tokens of an image, from its first: (A, R * K).
@@ -84,10 +102,31 @@ class Native(Layout, nn.Module):
         h, w = _grid(cut)
         if dense and left != h * w:
             return torch.arange(rows * left, device=places.device).expand(axes, -1)
-        time = torch.arange(rows, device=places.device)[:, None]
         if axes == 1:
-            return (time * (h * w) + places).reshape(1, -1)
+            return (torch.arange(rows, device=places.device)[:, None] * (h * w) + places).reshape(1, -1)
+        time = self._times(cut).to(places.device)[:, None]
         return torch.stack([time.expand_as(places), places // w, places % w]).flatten(1)
+
+    def _times(self, cut: Cut) -> Tensor:
+        """Return the position of each row on the first axis, from that of the first row: (R,)."""
+        rows = torch.arange(cut.rows)
+        if cut.kind != "frame" or not self.config.tokens_per_second:
+            return rows
+        # In float32, as transformers computes it: whole numbers are met or missed alike.
+        return (rows * (self.config.tokens_per_second * torch.tensor(cut.interval, dtype=torch.float32))).long()
+
+    def pieces(self, cut: Cut) -> list[Cut]:
+        """Divide a video into the pairs that are images of their own in the prompt."""
+        if cut.kind != "frame" or not self.config.timestamps:
+            return [cut]
+        return [Cut(1, "frame", cut.size, patches=cut.patches)] * cut.rows
+
+    def text(self, cut: Cut, token: str) -> str | None:
+        """Write a video with timestamps: the time of each pair of its frames, and the pair as an image."""
+        if cut.kind != "frame" or not self.config.timestamps:
+            return None
+        shown = self.config.begin + token * (self.count(cut) // cut.rows) + self.config.end
+        return "".join(f"<{seconds:.1f} seconds>{shown}" for seconds in cut.times)
 
     def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
         """Join the rows of each image (R, K, C) to one sequence (S, C)."""

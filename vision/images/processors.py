@@ -7,7 +7,7 @@ several rows (crops), which a layout joins again after the projector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from zoo.registry import Cut, ImageTransform, ZooError, one_line
 from zoo.registry.versions import BY_PILLOW
 from zoo.vision.images.decode import open_image
 from zoo.vision.images.transform import one_row
-from zoo.vision.images.video import read_video
+from zoo.vision.images.video import ByModel, Video, as_video, read_video
 
 # Our keys among the values of a processor.
 _OURS = ("call", "whole_if_several", "processor_class", "sizes", "frame_share", "also")
@@ -134,6 +134,8 @@ class Videos(Pictures):
         self, source: Any, where: str = "", several: bool = False, options: Mapping[str, Any] | None = None
     ) -> Picture:
         """Read and normalise the frames of a `Video`."""
+        if getattr(self.processor, "temporal_patch_size", 0) > 1:
+            return self._native(as_video(source))
         clip = read_video(source, self.config.get("frame_share", 1.0))
         return _one_picture([self._frames(clip), *(other._frames(clip) for other in self.others)])
 
@@ -143,6 +145,42 @@ class Videos(Pictures):
         height, width = clip.frames.shape[1:3]
         times = tuple(i / clip.fps for i in clip.indices)  # as in transformers, which assumes a constant rate
         return Picture(pixels, Cut(len(pixels), "frame", (height, width), times=times, duration=clip.duration))
+
+    def _native(self, video: Video) -> Picture:
+        """Read a video that keeps its shape: a row for each few frames, patches one behind the other."""
+        from transformers.video_utils import VideoMetadata
+
+        own = self.processor
+        if video.sampling == "model":
+            video = ByModel(**vars(video), by=self._chosen)
+        clip = read_video(video, self.config.get("frame_share", 1.0))
+        known = VideoMetadata(total_num_frames=clip.total, fps=clip.fps, frames_indices=list(clip.indices))
+        if getattr(own, "cap_pixels_per_frame", True) is None:  # transformers warns until it is stated
+            own.cap_pixels_per_frame = False
+        try:
+            out = own(videos=[clip.frames], video_metadata=[known], do_sample_frames=False, return_tensors="pt")
+        except ValueError as error:
+            raise ZooError(f"Video {video.path!r}: {one_line(error)}.") from error
+        height, width = clip.frames.shape[1:3]
+        cut = native_cut(out["video_grid_thw"][0], own, (height, width))
+        each, shown = int(own.temporal_patch_size), [i / clip.fps for i in clip.indices]
+        shown += shown[-1:] * (-len(shown) % each)  # the last frame fills its row
+        times = tuple((shown[i] + shown[i + each - 1]) / 2 for i in range(0, len(shown), each))
+        seconds = each * clip.duration / len(clip.indices)
+        about: dict[str, Any] = {"times": times, "duration": clip.duration, "interval": seconds}
+        return Picture(out["pixel_values_videos"], replace(cut, kind="frame", **about))
+
+    def _chosen(self, total: int, fps: float) -> Sequence[int]:
+        """Choose frames as the processor does."""
+        from transformers.video_utils import VideoMetadata
+
+        own, more = self.processor, {}
+        if own.fps is None and own.num_frames is None:
+            more = {"fps": 2.0}  # that of the authors' own code, where a checkpoint states none
+        try:
+            return own.sample_frames(VideoMetadata(total_num_frames=total, fps=fps), **more)
+        except ValueError as error:
+            raise ZooError(f"The model's video processor chooses no frames of {total}: {one_line(error)}.") from error
 
 
 def processor_of(config: Mapping[str, Any]) -> Any:

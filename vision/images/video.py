@@ -21,7 +21,7 @@ from zoo.registry import ZooError, first_line, unknown
 if TYPE_CHECKING:
     import numpy as np
 
-SAMPLINGS = ("uniform", "fps", "explicit")
+SAMPLINGS = ("uniform", "fps", "explicit", "model")
 READERS = {"decord": "decord", "pyav": "av"}  # name -> package, in the order of preference
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})  # endings of files
 EXACT_IN_DECORD = frozenset({"h264", "hevc", "vp8", "vp9"})  # codecs
@@ -42,7 +42,8 @@ class Video:
 
     path: str
     frames: int = 8  # number of frames (uniform), or the largest number (fps)
-    sampling: str = "uniform"  # uniform: evenly from the first frame | fps: at a rate | explicit: `indices`
+    # uniform: evenly from the first frame | fps: at a rate | explicit: `indices` | model: by its video processor
+    sampling: str = "uniform"
     fps: float = 1.0  # frames per second, for `fps`
     indices: tuple[int, ...] = ()  # for `explicit`, counted from 0; negative from the end
     reader: str = "auto"  # auto: decord for codecs in which it is exact, else pyav | decord | pyav
@@ -68,6 +69,8 @@ class Video:
             if wrong:
                 raise ZooError(f"Video {self.path!r} has {total} frames; there is no frame {wrong[0]}.")
             return [i % total for i in self.indices]
+        if self.sampling == "model":
+            raise ZooError(f"Video {self.path!r}: sampling=model is for models whose video processor chooses frames.")
         if self.sampling == "uniform":
             count = min(self.frames, total)
             return [i * total // count for i in range(count)]
@@ -76,6 +79,17 @@ class Video:
         if len(chosen) > self.frames:  # a long video is covered whole, at a lower rate
             chosen = [chosen[i * len(chosen) // self.frames] for i in range(self.frames)]
         return chosen
+
+
+@dataclass(frozen=True)
+class ByModel(Video):
+    """The frames that a model's video processor chooses, in place of `sampling`."""
+
+    by: Callable[[int, float], Sequence[int]] | None = None  # (frames of the video, frames per second) -> indices
+
+    def choose(self, total: int, fps: float) -> list[int]:
+        assert self.by is not None, "it is made with it"
+        return [int(i) for i in self.by(total, fps)]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class GridPositions:
         """Return the shifts at each token that was made of the features, on each axis."""
         rows, at = kept.in_order(self._places), 0
         ahead, behind = [], []
-        for cut in kept.cuts:
+        for cut in (piece for whole in kept.cuts for piece in self.layout.pieces(whole)):
             places = torch.stack(rows[at : at + cut.rows])  # (R, K)
             where = self.layout.coordinates(cut, places, self.axes, self.dense)  # (A, R * K)
             count = where.shape[1]

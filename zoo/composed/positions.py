@@ -177,7 +177,7 @@ def _of_grids(parts: Any, positions: str) -> Decided:
     """Decide for images that keep their shapes: their positions have the axes of the LLM, or are columns."""
     found = GridPositions(parts.layout, parts.llm.axes, positions == "dense", parts.vision.grid)
     whole = Cut(patches=parts.vision.grid)
-    drops = parts.layout.count(whole) != parts.layout.whole(whole)
+    drops = parts.layout.count(whole) != math.prod(parts.vision.grid)
     word = "kept" if positions == "auto" and parts.pruner else positions
     if parts.llm.axes == 1 and (not drops or positions == "dense"):
         return Decided(word)  # columns

@@ -53,6 +53,7 @@ class Family:
         call: options of the image processor's call.
         whole_if_several: do not cut an image that is one of several of a sample.
         videos: whether the family takes videos.
+        video_processor: class of its video processor; empty: named as the model.
         video_token: placeholder of a video, if neither the config nor the tokenizer names one.
     """
 
@@ -70,6 +71,7 @@ class Family:
     call: Mapping[str, Any] = field(default_factory=dict)
     whole_if_several: bool = False
     videos: bool = False
+    video_processor: str = ""
     video_token: str | None = None
 
     def ours(self, name: str) -> str | None:

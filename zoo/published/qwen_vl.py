@@ -7,12 +7,10 @@ Papers: Wang et al., arXiv:2409.12191; Bai et al., arXiv:2502.13923 (2.5) and ar
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from zoo.published.encoders import Encoder
 from zoo.published.family import Family, different, layout_misfit, llm_slot, text_options
-from zoo.registry.foreign import read_model_config
 
 VIDEO, BEGIN, END = "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 KEYS = (
@@ -31,9 +29,16 @@ def slots(name: str, hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "vision": _vision_slot(name, hf.vision_config, pixels),
         "projector": {"name": "identity"},
-        "layout": {"name": "native"},
+        "layout": {"name": "native", **videos_of(name, hf.vision_config)},
         "llm": llm_slot(hf.text_config, bool(hf.tie_word_embeddings)),
     }
+
+
+def videos_of(name: str, vision: Any) -> dict[str, Any]:
+    """Return how the family places and writes videos, as options of `native`."""
+    if name.startswith("qwen3"):
+        return {"timestamps": True}
+    return {"tokens_per_second": float(vision.tokens_per_second)} if name == "qwen2_5_vl" else {}
 
 
 def _vision_slot(name: str, vision: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +68,8 @@ def _vision_slot(name: str, vision: Any, pixels: Mapping[str, Any]) -> dict[str,
 
 def misfit(name: str, model: Any, encoder: Encoder) -> str:
     """Return why the class of the family `name` does not support a model."""
-    if wrong := layout_misfit(model, "native"):
+    plain = {"timestamps": False, "tokens_per_second": 0.0, "after_video": "side"}
+    if wrong := layout_misfit(model, "native", **{**plain, **videos_of(name, encoder.config)}):
         return wrong
     if (projector := model.config.slots["projector"]["name"]) != "identity":
         return f"its projector is {projector!r}, and the layout has none (projector=identity)"
@@ -87,19 +93,13 @@ def config(cls: str, model: Any, encoder: Encoder) -> Any:
 
 
 def processor_options(name: str, model: Any, processor: Any) -> dict[str, Any]:
-    """Return the video processor, which the family's processors require: the checkpoint's, else one of its sizes."""
+    """Return the video processor, which the family's processors require, where the model has none."""
     from zoo.vision.images.processors import processor_of
 
-    stated: Mapping[str, Any] = {}
-    record = (model.config.base or {}).get("model") or {}
-    if Path(str(record.get("checkpoint", ""))).is_dir():
-        folder = Path(record["checkpoint"])
-        alone, joint = folder / "video_preprocessor_config.json", folder / "processor_config.json"
-        stated = read_model_config(alone) if alone.is_file() else {}
-        if not stated and joint.is_file():
-            stated = read_model_config(joint).get("video_processor") or {}
+    if processor.videos is not None:
+        return {}
     own = {k: processor.pictures.config[k] for k in ("patch_size", "merge_size", "temporal_patch_size")}
-    return {"video_processor": processor_of({**own, **stated, "video_processor_type": _VIDEOS[name]})}
+    return {"video_processor": processor_of({**own, "video_processor_type": _VIDEOS[name]})}
 
 
 def tokens(model: Any, processor: Any) -> dict[str, str]:
@@ -121,6 +121,8 @@ def _family(name: str, words: str, processor: str) -> Family:
         frozenset({f"{name}_vision", name}),  # transformers 5.21 calls the encoder as the whole
         tokens,
         canonical=(),
+        videos=True,
+        video_processor=_VIDEOS[name],
     )
 
 

@@ -76,5 +76,6 @@ def videos_in(folder: Path) -> dict[str, Any] | None:
     if not stated:  # older repositories have one config for images and videos
         stated = read_content(folder, "preprocessor_config.json")
         stated.pop("image_processor_type", None)
-    named = {"video_processor_type": known.model.replace("ForConditionalGeneration", "VideoProcessor")}
+    kind = known.video_processor or known.model.replace("ForConditionalGeneration", "VideoProcessor")
+    named = {"video_processor_type": kind}
     return {**named, **stated} if stated else None

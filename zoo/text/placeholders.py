@@ -38,7 +38,8 @@ class PlaceholdersMixin:
 
     def _image_text(self, cut: Cut) -> str:
         """Write the text of an image with this cut: placeholders, and text that the layout writes around them."""
-        if (written := self.layout.text(cut, self.image_token)) is not None:
+        token = self.video_token if cut.kind == "frame" and self.layout.native else None
+        if (written := self.layout.text(cut, token or self.image_token)) is not None:
             return written
         own = cut.kind == "frame" and self.video_token_id != self.image_token_id
         return (self.video_token if own and self.video_token else self.image_token) * self.layout.count(cut)
@@ -86,7 +87,8 @@ class PlaceholdersMixin:
             return images * (int(self.unpruned["num_image_tokens"]) - self.num_image_tokens)
         cuts = (c for p in pictures for c in self._cuts_per_token(cut_of(p)))
         if self.layout.native:
-            return sum(self.layout.advance(c, **self.unpruned) - self.layout.count(c) for c in cuts)
+            alone = [piece for cut in cuts for piece in self.layout.pieces(cut)]
+            return sum(self.layout.advance(c, **self.unpruned) - self.layout.count(c) for c in alone)
         return sum(max(0, self._whole.count(c) - self.layout.count(c)) for c in cuts)
 
     def fewer_of(self, ids: np.ndarray, pictures: Sequence[Any]) -> int:
