@@ -58,6 +58,11 @@ SOURCES = {
     "published lora": Source(("model=dir:{root}/llava", "adapter=[lora]"), own=("lora",), train="adapter, projector"),
     "saved": Source(("model=dir:{root}/saved",), own=()),
     "preset": Source((*_SMALL, "model=scenes_tiny"), own=("",)),
+    "published pissa": Source(
+        ("model=dir:{root}/llava", "adapter=[peft]", "adapter.peft.method=pissa", "adapter.peft.options.r=2"),
+        own=("lora", "adapter.peft."),
+        train="adapter, projector",
+    ),
 }
 OPTIMIZERS = ("adamw", "muon_adamw")
 HOW = ("one", "two", "sharded")  # processes; `sharded`: two that share the parameters out

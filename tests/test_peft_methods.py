@@ -264,6 +264,20 @@ def test_options_that_would_go_wrong_are_refused(options, message):
         adapter_on(tiny_llm(), "lora", **options)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"r": 10**9}),
+        ("unilora", {"r": 10**9}),
+        ("vblora", {"num_vectors": 10**9, "vector_length": 8}),
+        ("vera", {"r": 10**8}),
+    ],
+)
+def test_options_that_would_fill_memory_are_refused_on_the_meta_device(method, options):
+    with torch.device("meta"), pytest.raises(ZooError, match=r"widest layer|new numbers"):
+        adapter_on(tiny_llm(), method, target_modules=["q_proj"], **options)
+
+
 def test_names_of_modules_have_to_exist():
     with pytest.raises(ZooError, match=r"target_modules has 'q_porj'.* Did you mean 'q_proj'"):
         adapter_on(tiny_llm(), "lora", target_modules=["v_proj", "q_porj"])

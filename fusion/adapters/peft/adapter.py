@@ -43,6 +43,7 @@ from zoo.fusion.attach import add_to_output, fused_experts, refer
 from zoo.registry import Adapter, ImageFeatures, ZooError, one_line, register, require_at_least
 from zoo.registry.following import weights_follow
 
+SPARE = 1 << 28  # numbers that new weights may have beside eight times those of the language model
 NAME = "peft"  # PEFT's name for this set of weights: `q_proj.lora_A.peft.weight`
 
 
@@ -172,13 +173,21 @@ class PeftAdapter(Adapter, nn.Module):
             # Of tied embeddings, which stay as they are, and of a renamed property of transformers.
             warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|is_gradient_checkpointing).*")
             try:
-                with _indices_real(self.lm):
+                with _device_of_indices(self.method.name, self.lm):
                     places = Places(self.lm, lambda: PeftModelForCausalLM(self.lm, config, adapter_name=NAME))
             except (ValueError, TypeError, ImportError, NotImplementedError) as error:
                 raise ZooError(f"{self.method.owner} does not fit the language model: {one_line(error)}") from error
         if next(self.lm.parameters()).is_meta:
             places.to_meta()
+            self._require_plausible(places)
         return places
+
+    def _require_plausible(self, places: Places) -> None:
+        """Refuse options that would fill memory, before any is taken: a config may come from elsewhere."""
+        new = sum(t.numel() for t in {id(t): t for t in places.every().values()}.values())
+        own = sum(p.numel() for n, p in self.lm.named_parameters() if n not in places.raw)
+        if new > 8 * own + SPARE:
+            raise ZooError(f"{self.config.method} would have {new:,} new numbers on a language model of {own:,}.")
 
     # ---- data and steps ----------------------------------------------------------------------------------------
 
@@ -331,9 +340,10 @@ def _first_entries(layer: Any, r: int, **_: Any) -> Tensor:
     return mask
 
 
-def _indices_real(lm: Any) -> Any:
-    """Make tensors on the CPU while the model is on the meta device: some methods count with the values of indices."""
-    return torch.device("cpu") if next(lm.parameters()).is_meta else nullcontext()
+def _device_of_indices(method: str, lm: Any) -> Any:
+    """Make tensors on the CPU while the model is on the meta device, for methods that count with values of indices."""
+    meta = next(lm.parameters()).is_meta
+    return torch.device("cpu") if meta and method in ("boft", "unilora") else nullcontext()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class Budget(nn.Module):
 
     ended: Tensor  # () bool, whether the schedule is over
     tuner: Any
+    config: Any
 
     def __init__(self, tuner: Any, config: Any, named: dict[str, nn.Parameter]) -> None:
         super().__init__()
