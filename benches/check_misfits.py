@@ -49,6 +49,13 @@ vision.model=vit_tiny_patch16_244 | timm; vit_tiny_patch16_224
 vision.model=resnet50 | vision; resnet50
 vision.model=swin_tiny_patch4_window7_224 | vision; swin
 vision.checkpoint=pretrained | pretrained; model
+vision=[hf,hf] | hf; two
+vision=[hf,tim] | tim; timm
+vision=[sem:hf,loc:timm] vision.encoders.lok.depth=2 | lok; loc
+vision=[sem:hf,loc:timm] vision.encoders.loc.dept=2 | loc; depth
+vision=[sem:hf,loc:timm] vision.grid=dino | dino; grid
+vision=[sem:hf,loc:timm] vision.gives.cls_attention=dino | dino; cls_attention
+vision=[sem:hf,loc:timm] vision.join=token | token; tokens
 vision=null | vision
 vision=hf vision.model_type=siglib vision.image_size=64 | siglib; siglip
 vision=hf vision.image_size=64 vision.patch_size=8 vision.mean=[0.5,0.5] | mean; three

@@ -167,7 +167,11 @@ def test_a_pruner_keeps_the_tokens_that_it_keeps_with_the_encoder_alone():
     ("options", "message"),
     [
         ({"encoders": {"a": A}}, "encoders names 1, and at least two are joined"),
-        ({"encoders": {"a": A, "b": {"width": 32}}}, "encoder 'b' names no component"),
+        (
+            {"encoders": {"a": A, "second": {"width": 32}}},
+            "'second' has no component. Write vision.encoders.second.name=",
+        ),
+        ({"encoders": {"dino": A, "b": B, "dinp": {"width": 32}}}, "'dinp' has no component. Did you mean 'dino'"),
         ({"encoders": {"a": A, "b": {"name": "hff"}}}, "Did you mean 'hf'"),
         ({"encoders": {"a": A, "b": {**B, "dept": 2}}}, "encoder 'b': .*Did you mean 'depth'"),
         ({"encoders": {"a": A, "b": {**B, "width": 50}}}, "encoder 'b'"),
@@ -325,7 +329,7 @@ def test_the_check_shows_each_encoder_and_what_it_gives(capsys):
 # ---- crops, smaller images, exports ---------------------------------------------------------------------------------
 
 
-def test_crops_are_the_same_parts_of_an_image_for_each_encoder():
+def test_crops_are_the_same_parts_of_an_image_for_each_encoder(tmp_path):
     c = {**C, "image_size": 42, "patch_size": 7}
     layout = ["layout=anyres", "layout.pinpoints=[[32,64],[64,32],[64,64]]"]
     model, processor = zoo.compose(*words({"a": A, "c": c}, *layout), texts=QUESTIONS)
@@ -340,6 +344,9 @@ def test_crops_are_the_same_parts_of_an_image_for_each_encoder():
         texts=QUESTIONS,
     )
     assert torch.equal(model.vision.split(picture.pixels)["a"], own.prepare([photo((90, 40))])[0].pixels)
+    processor.save_pretrained(tmp_path)
+    again = zoo.ZooProcessor.from_pretrained(tmp_path)
+    assert torch.equal(again.prepare([photo((90, 40))])[0].pixels, picture.pixels)
     shown = sample((QUESTIONS[0], ANSWERS[0]))
     shown.images = [photo((90, 40))]
     batch = processor.collate([processor.encode(shown)])

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.registry import Encoder, ImageFeatures, ImageTransform, ZooError, build, completed, register, unknown
+from zoo.registry import Encoder, ImageFeatures, ImageTransform, ZooError, build, completed, nearest, register, unknown
 from zoo.registry.part import OF_BLOCKS, base_of, block_of
 from zoo.vision.images.transform import split_row
 
@@ -60,7 +60,9 @@ class FusedConfig:
             if not re.fullmatch(r"[A-Za-z]\w*", str(name)):
                 raise ZooError(f"The name of an encoder is a word of letters, digits and underscores, got {name!r}.")
             if not isinstance(node, Mapping) or not node.get("name"):
-                raise ZooError(f"encoder {name!r} names no component: vision.encoders.{name}.name=hf, for example.")
+                meant = nearest(str(name), [other for other in self.encoders if other != name])
+                hint = f"Did you mean {meant[0]!r}?" if meant else f"Write vision.encoders.{name}.name=hf, for example."
+                raise ZooError(f"encoder {name!r} has no component. {hint}")
             if node["name"] == "fused":
                 raise ZooError(f"encoder {name!r} is itself of several: list them all in one vision.encoders.")
             with _named(str(name)):
