@@ -125,6 +125,12 @@ class Encoder(ModelPart):
         """(h, w) of its patches before `resize`: what adapters learn for each patch is of this grid."""
         return self.grid
 
+    @derived
+    def token_grid(self) -> tuple[int, int] | None:
+        """`grid`, where its tokens fill that; None: each image has its own, or tokens of several encoders follow."""
+        apart = self.native or (bool(self.members) and "grid" not in self.provides)
+        return None if apart else (self.grid[0], self.grid[1])
+
     def resize(self, grid: tuple[int, int]) -> None:
         """Take images of `grid` patches from now on, fewer than before.
 

@@ -212,7 +212,7 @@ def _features(vision: Encoder, requested: frozenset[str], even: bool) -> ImageFe
     known: dict[str, Any] = {name: value for name, value in asked.items() if words.get(name, name) in requested}
     known["block_attention"] = {word: score for word in requested if "@" in word}
     deep = tuple(made(n, d) for _ in range(vision.deep))
-    known_grid = grid if vision.native or "grid" in vision.provides else None
+    known_grid = grid if vision.native else vision.token_grid
     return ImageFeatures(made(n, d), known_grid, **known, deep=deep)
 
 

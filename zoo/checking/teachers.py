@@ -225,7 +225,8 @@ def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any])
             break  # the input of later pruners is not known: they have to be equal on both sides
         image = after
     mixed = "" if _one_to_one(projector, image.tokens.shape[1]) else _options("projector", slots["projector"])
-    return ((h, w), vision.transform.fit), steps, mixed
+    apart = f", of {len(vision.members)} encoders" if vision.members and vision.token_grid is None else ""
+    return ((h, w), vision.transform.fit + apart), steps, mixed
 
 
 def _options(kind: str, node: Mapping[str, Any]) -> str:

@@ -126,8 +126,7 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     if node := slots.get("vision"):
         with _device_of("vision", node, fill):
             parts.vision = build_part("vision", node)
-        tokens, grid, width = parts.vision.num_tokens, tuple(parts.vision.grid), parts.vision.hidden_size
-        grid = None if parts.vision.native else grid  # each image has its own
+        tokens, grid, width = parts.vision.num_tokens, parts.vision.token_grid, parts.vision.hidden_size
         holds = frozenset(parts.vision.provides)
         record_step("vision", node["name"], parts.vision, tokens=tokens, grid=grid, width=width)
     vision_name = parts.steps[0].name if parts.steps else ""
@@ -311,7 +310,8 @@ def _add_layout(parts: Parts, slots: Mapping[str, Any], record_step: Any, **deri
     """Build the layout behind the projector, where the slots name one."""
     if node := slots.get("layout"):
         assert parts.vision is not None, "there is a projector behind it"
-        derived |= {"image_size": parts.vision.own_size, "encoder_grid": tuple(parts.vision.grid)}
+        whole = tuple(parts.vision.grid) if parts.vision.native else parts.vision.token_grid
+        derived |= {"image_size": parts.vision.own_size, "encoder_grid": whole}
         parts.layout = layout = build_part("layout", node, **derived)
         tokens = _count("layout", node["name"], layout, derived["num_tokens"])
         record_step("layout", node["name"], layout, tokens=tokens, grid=None, width=derived["text_dim"])
@@ -443,6 +443,6 @@ def build_distiller(model: Any, node: Mapping[str, Any]) -> Distiller:
         vision_dim=vision.hidden_size if vision is not None else None,
         text_dim=model.llm.hidden_size,
         vocab_size=model.llm.vocab_size,
-        grid=vision.grid if vision is not None else None,
+        grid=vision.token_grid if vision is not None else None,
     )
     return made

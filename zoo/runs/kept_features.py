@@ -176,7 +176,7 @@ class KeptFeatures:
             whole = {name: torch.cat([part[name].to(device) for part in parts]) for name in parts[0]}
         else:
             self.found += len(shown["there"])
-        image = unpack(whole, self.dtypes or self.store.dtypes, self.model.vision.grid)
+        image = unpack(whole, self.dtypes or self.store.dtypes, self.model.vision.token_grid)
         return own | {"encoded": (image, None, None, None)}
 
     def _parts(self, batch: Mapping[str, Any], shown: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
@@ -207,7 +207,7 @@ class KeptFeatures:
 
     def _packed(self, image: ImageFeatures, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
         vision = self.model.vision
-        if (what := unpackable(image, vision.grid)) is not None:
+        if (what := unpackable(image, vision.token_grid)) is not None:
             raise ZooError(
                 f"The features of {type(vision).__name__} cannot be kept, since they have {what}: set "
                 "features.keep=live."
