@@ -226,6 +226,7 @@ PRESETS = {
     "sign_digits": (1634, 92),
     "bccd": (205, 87),
     "omniglot": (2176, 544),
+    "mulberry": (2763, 334),
 }
 
 
