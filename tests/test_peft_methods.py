@@ -370,3 +370,63 @@ def test_on_a_16_bit_model_new_weights_stay_float32(make_model):
     model = model.to(torch.bfloat16)
     assert {t.dtype for t in model.adapter["peft"].adapter_state_dict().values()} == {torch.float32}
     assert model.eval()(**rows(processor, 0)).loss.isfinite()
+
+
+# Options of a size for tiny models, of methods that PEFT_METHODS does not have.
+SMALL = {
+    "c3a": {"block_size": 8},
+    "miss": {"r": 4},
+    "psoft": {"r": 4},
+    "road": {"group_size": 4},
+    "shira": {"r": 2},
+    "trainable_tokens": {"token_indices": [1, 2], "target_modules": None},
+    "vblora": {"vector_length": 8, "num_vectors": 16},
+    "waveft": {"n_frequency": 16},
+}
+
+
+def whole(method):
+    """The options of any method, on two layers."""
+    options = PEFT_METHODS.get(method) or {"target_modules": ["q_proj", "v_proj"], **SMALL.get(method, {})}
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def state(lm):
+    """What modules hold beside tensors, each value or its identity, one level into dicts."""
+
+    def seen(value):
+        return repr(value) if isinstance(value, (bool, int, float, str, tuple)) else id(value)
+
+    kept = {}
+    for name, module in lm.named_modules():
+        for key in vars(module).keys() - {"_parameters", "_buffers", "_modules"}:
+            value = vars(module)[key]
+            kept[name, key] = {k: seen(v) for k, v in value.items()} if isinstance(value, dict) else seen(value)
+    return kept
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_pass_leaves_nothing_on_modules_and_all_methods_come_back(method):
+    """Threads may share what keeps no state; base weights stay, detached it is gone, its state dict is all of it."""
+    llm = tiny_llm()
+    base = {n: t.clone() for n, t in llm.lm.state_dict().items()}
+    wanted = answers(llm.lm).detach()
+    adapter = adapter_on(llm, method, **whole(method))
+    mine = own(llm, adapter)
+    assert mine
+    move(mine)
+    moved = answers(llm.lm).detach()
+    for train in (True, False):
+        llm.lm.train(train)
+        before = state(llm.lm)
+        answers(llm.lm).sum().backward()
+        assert state(llm.lm) == before or not adapter.concurrent
+    assert [n for n, p in mine.items() if p.grad is None] == []
+    assert all(torch.equal(t, base[n]) for n, t in llm.lm.state_dict().items() if n in base)
+    other = tiny_llm()
+    again = adapter_on(other, method, seed=5, **whole(method))
+    other.lm.load_state_dict(llm.lm.state_dict())
+    again.load_state_dict(adapter.state_dict())
+    assert torch.equal(answers(other.lm), moved)
+    adapter.detach()
+    assert torch.equal(answers(llm.lm), wanted)

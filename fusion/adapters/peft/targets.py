@@ -40,10 +40,8 @@ def resolved(method: Method, lm: Any) -> tuple[Any, list[str]]:
         setattr(config, field, spelt)
     widest = max(known[n].weight.shape[-1] for n in linears(lm, lm.get_output_embeddings()))
     for field in ("r", "init_r"):
-        if getattr(config, field, 0) > max(widest, 4096):
-            raise ZooError(
-                f"Option {field!r} of {method.owner} is {getattr(config, field)}, and {widest} the widest layer."
-            )
+        if (rank := getattr(config, field, None) or 0) > max(widest, 4096):
+            raise ZooError(f"Option {field!r} of {method.owner} is {rank}, and the widest layer has {widest}.")
     if hasattr(config, "fan_in_fan_out"):  # GPT-2 keeps (in, out)
         first = next((known[n] for n in config.target_modules or [] if n in known), None)
         config.fan_in_fan_out = type(getattr(first, "base_layer", first)).__name__ == "Conv1D"
