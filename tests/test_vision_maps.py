@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.vision_builders import MAPS, pixels, save_timm, timm_map_model
-from zoo.registry import ZooError, build
+from tests.vision_builders import MAPS, pixels, save_timm, settle, timm_map_model
+from zoo.registry import ImageTransform, ZooError, build
+from zoo.vision.encoders.base import Tower
+from zoo.vision.encoders.map_runner import TimmMapRunner
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,64 @@ def test_the_final_norm_where_timm_applies_one(saved):
     assert torch.equal(tower(pixels(size=64)).tokens, want.flatten(1, 2))
     with torch.device("meta"), pytest.raises(ZooError, match="no final norm to this map of 'test_resnet'"):
         build("vision", {"name": "timm", "model": "test_resnet", "norm": True})
+
+
+def naive_scores(attention, x):
+    """The mean over heads and queries of the attention matrix, written as the model's own forward."""
+    if x.ndim == 4:
+        x = x.flatten(2).transpose(1, 2)
+    m, n, _ = x.shape
+    if hasattr(attention, "attention_biases"):
+        sizes = [attention.key_dim, attention.key_dim, attention.val_dim]
+        q, k, _ = attention.qkv(x).view(m, n, attention.num_heads, -1).split(sizes, dim=3)
+        bias = attention.attention_biases[:, attention.attention_bias_idxs]
+    else:
+        q, k, _ = attention.qkv(x).reshape(m, n, 3, attention.num_heads, -1).unbind(2)
+        bias = 0
+    scores = torch.einsum("mqhd,mkhd->mhqk", q, k) * attention.scale + bias
+    return scores.softmax(-1).mean((1, 2)), k
+
+
+def meta_former():
+    """A tiny CAFormer, whose widths cannot be given by name."""
+    from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
+
+    torch.manual_seed(0)
+    mixers = [SepConv, SepConv, Attention, Attention]
+    norms = [LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2
+    sizes = {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64), "num_classes": 0}
+    return settle(MetaFormer(token_mixers=mixers, norm_layers=norms, **sizes))
+
+
+@pytest.mark.parametrize("name", ["fastvit_mci0", "levit_128s", "caformer"])
+def test_scores_are_the_attention_of_the_block_that_computes_the_map(saved, name):
+    if name == "caformer":
+        transform = ImageTransform((64, 64), (0.5,) * 3, (0.5,) * 3)
+        tower = Tower(TimmMapRunner(meta_former(), -1, False, (64, 64), name), transform)
+    else:
+        stage = -2 if name.startswith("levit") else -1  # its last map has one token
+        tower = build("vision", {"name": "timm", "checkpoint": saved(name)[0], "stage": stage})
+    tower = tower.eval().requires_grad_(False)
+    assert {"key_attention", "keys"} <= tower.provides and tower.attention_blocks == 0
+    seen, attention = [], tower.runner.last
+    attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    got = tower(pixels(size=64), need=frozenset({"key_attention", "keys"}))
+    with torch.no_grad():
+        want, keys = naive_scores(attention, seen[0])
+    torch.testing.assert_close(got.key_attention, want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got.keys, keys)
+    assert got.key_attention.shape == (2, tower.num_tokens) and got.key_attention.std() > 0
+
+
+def test_earlier_stages_and_other_families_say_why_there_are_no_scores():
+    with torch.device("meta"):
+        extra = MAPS["fastvit_mci0"]
+        early = build("vision", {"name": "timm", "model": "fastvit_mci0", "stage": -2, "extra": extra})
+        other = build("vision", {"name": "timm", "model": "test_resnet"})
+    for tower in (early, other):
+        assert "key_attention" not in tower.provides and "feature map" in tower.lacks["key_attention"]
+    with pytest.raises(ZooError, match="does not provide"):
+        other(torch.zeros(1, 3, *other.transform.size), need=frozenset({"keys"}))
 
 
 def test_wrong_options_are_refused():

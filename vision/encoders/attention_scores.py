@@ -29,20 +29,23 @@ def row(query: Tensor, key: Tensor, scale: float) -> Tensor:
         return _scores(query, key, scale).softmax(-1).mean(1)[:, 0]  # (M, L)
 
 
-def column_mean(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def column_mean(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Mean attention received by each token, over heads and queries: (M, L) float32; rows sum to 1.
 
     Args:
         query: (M, H, L, d).
         key: (M, H, L, d), or fewer heads.
         scale: factor of q.k.
+        bias: (H, L, L) added to the scores; None: none.
     """
     m, heads, length = query.shape[:3]
     step = min(length, max(1, BLOCK // (m * heads * length)))
     with torch.no_grad(), _float32(query):
         total: Tensor | None = None
-        for some in query.split(step, dim=2):
-            seen = _scores(some, key, scale).softmax(-1).sum((1, 2))  # (M, L)
+        for start in range(0, length, step):
+            scores = _scores(query[:, :, start : start + step], key, scale)  # (M, H, Q, L)
+            scores = scores if bias is None else scores + bias[:, start : start + step].float()
+            seen = scores.softmax(-1).sum((1, 2))  # (M, L)
             total = seen if total is None else total + seen
         assert total is not None, "there is at least one token"
         return total / (heads * length)

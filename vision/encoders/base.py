@@ -228,7 +228,7 @@ class Tower(Encoder, nn.Module):
             if "cls_attention" in found.wants:
                 scores["cls_attention", block] = row(query[:, :, :1], key, scale)[:, p:]  # (M, N)
             if "key_attention" in found.wants:
-                scores["key_attention", block] = column_mean(query, key, scale)[:, p:]  # (M, N)
+                scores["key_attention", block] = column_mean(query, key, scale, runner.bias(block))[:, p:]  # (M, N)
             if "keys" in found.wants:
                 asked["keys"] = key[:, :, p:].transpose(1, 2)  # (M, N, H, d)
         named: dict[str, Tensor] = {}

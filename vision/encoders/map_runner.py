@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.registry import ZooError
-from zoo.vision.encoders.runner import Runner
+from zoo.vision.encoders.map_attention import last_attention, split_qkv
+from zoo.vision.encoders.runner import QueryKey, Runner
 
 
 class MapRunner(Runner):
@@ -154,12 +155,37 @@ class TimmMapRunner(MapRunner):
         taken = info[self.index]
         self.hidden_size = taken.get("num_chs_norm", taken["num_chs"]) if norm else taken["num_chs"]
         self.patch = (taken["reduction"], taken["reduction"])
-        self.lacks |= dict.fromkeys(("key_attention", "keys"), self.NO_SCORES)
         if norm:
             self._require_norm(size)
         tower.prune_intermediate_layers([self.index], prune_norm=not norm, prune_head=True)
         tables_follow(tower)
         self.measure(size)
+        self.last = last_attention(tower)
+        if self.last is None:
+            self.lacks |= dict.fromkeys(("key_attention", "keys"), self.NO_SCORES)
+        else:
+            self.has_scores, self.num_blocks = True, 1
+            self.listen_to(1)
+
+    def hook(self, block: int) -> None:
+        assert self.last is not None, "it gives scores"
+        self.last.qkv.register_forward_hook(self._keep_qkv)
+
+    def _keep_qkv(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        if (taken := self.wanted(1)) is not None:
+            taken.query = out.detach()
+
+    def gives_scores(self, block: int) -> bool:
+        return False  # by its number: blocks are not counted
+
+    def query_key(self, block: int, taken: QueryKey) -> tuple[Tensor, Tensor, float]:
+        assert self.last is not None and taken.query is not None, "the hook of the last attention did not fire"
+        query, key = split_qkv(self.last, taken.query)
+        return query, key, self.last.scale
+
+    def bias(self, block: int) -> Tensor | None:
+        known: Tensor | None = getattr(self.last, "attention_biases", None)
+        return None if known is None else known.detach()[:, self.last.attention_bias_idxs]
 
     def map(self, pixel_values: Tensor) -> Tensor:
         (out,) = self.tower.forward_intermediates(

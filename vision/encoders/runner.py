@@ -62,7 +62,7 @@ class Runner:
     num_prefix: int  # [CLS] and register tokens before the patches
     grid: tuple[int, int]
     has_cls: bool  # whether the first token is [CLS]
-    has_scores: bool  # whether the last block's scores are plain q.k, without a bias or gate
+    has_scores: bool  # whether the last block's scores are q.k, without a gate, and with no bias but `bias`
     patch: tuple[int, int]  # (height, width) of a patch in pixels
     depth: int  # blocks of the whole encoder
     num_blocks: int  # of them, those that run
@@ -119,6 +119,10 @@ class Runner:
             the scale.
         """
         raise NotImplementedError
+
+    def bias(self, block: int) -> Tensor | None:
+        """What a block's attention adds to q.k: (H, N, N), without gradient; None: nothing."""
+        return None
 
     def resize(self, grid: tuple[int, int]) -> None:
         """Run on images of `grid` patches from now on; weights stay, positions are interpolated in `encode`.
