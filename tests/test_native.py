@@ -9,8 +9,10 @@ from tests.conftest import ANSWERS, QUESTIONS, talk
 from tests.qwen_builders import FAMILIES, encoder_node, for_whole, picture, sharpen, slots, whole_of
 from zoo import registry
 from zoo.composed.model import ZooModel
+from zoo.inspection.xray import look
 from zoo.registry import Cut, Sample, ZooError
 from zoo.registry.versions import cache_argument
+from zoo.teaching.teacher import Teacher
 from zoo.training.step import count_images
 
 SHOWN = [picture(40, 24, 1), picture(33, 90, 2), picture(8, 8, 3)]
@@ -257,3 +259,31 @@ def test_text_behind_a_video_goes_on_at_its_side_or_at_its_end():
     assert layout(after_video="extent").advance(image, 3, False) == 3
     with pytest.raises(ZooError, match="Available: extent, side"):
         layout(after_video="end")
+
+
+@pytest.mark.parametrize("pruner", ["fastervlm", "visionzip", "fastv"])
+def test_a_picture_is_shown_on_its_own_grid(make_model, pruner):
+    options = {"layer": 1} if pruner == "fastv" else {"score": "column_mean"}
+    node = {pruner: {"name": pruner, "keep_ratio": 0.5, **options}}
+    model, processor = make_model(**slots("qwen3_vl", pruner=node))
+    view, shown = look(model, processor, picture(40, 24), "is it red?")
+    assert view.grid == (3, 5) and len(view.layers[0]) == 15 and shown.size[0] * 3 == shown.size[1] * 5
+    left = model.layout.count(Cut(patches=(3, 5)))
+    assert view.tokens[0] == left and len({t for t in view.layers[0] if t >= 0}) == left
+    assert view.tokens[-1] < 15
+
+
+@torch.no_grad()
+def test_a_teacher_shares_a_frozen_encoder(make_model):
+    student, processor = make_model(seed=1, **slots("qwen3_vl"))
+    model, _ = make_model(seed=2, **slots("qwen3_vl"))
+    model.vision.load_state_dict(student.vision.state_dict())
+    student.vision.requires_grad_(False)
+    teacher = Teacher(model, frozenset({"teacher.logits"}))
+    teacher.share_vision(student)
+    assert teacher.same_vision
+    batch = processor(images=SHOWN, text=TEXTS)
+    ran = []
+    model.vision.register_forward_hook(lambda *given: ran.append(given))
+    seen = teacher.outputs_for(dict(batch), student(**batch))
+    assert not ran and torch.equal(seen.logits, model(**batch).logits)

@@ -39,7 +39,7 @@ def _add(number: int, layer: nn.Module, args: Any, out: Any) -> Any:
     if now is None or deep is None or number >= len(deep.maps):
         return None
     hidden = out[0] if isinstance(out, tuple) else out
-    index = _columns_left(now, number, deep.index)
+    index = _columns_left(now, number, deep.index).to(hidden.device)
     if index.shape != hidden.shape[:2]:
         raise ZooError(f"Features for layer {number} of {list(index.shape)} columns; it has {list(hidden.shape[:2])}.")
     rows = deep.maps[number].to(hidden)[index.clamp(min=0)]

@@ -196,6 +196,10 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any,
         raise ZooError(f"distiller {who!r} needs a teacher: set stages.{name}.teacher to a model's name.")
     if "student.image" in needs and not model.num_image_tokens and model.vision is None:
         raise ZooError(f"distiller {who!r} needs image features, but the model has no vision encoder.")
+    if "student.image" in needs and model.vision is not None and model.vision.native:
+        raise ZooError(
+            f"distiller {who!r} reads image features on one grid, and the images of this encoder keep their shapes."
+        )
     if "student.prefix" in needs and (model.vision is None or "prefix_tokens" not in model.vision.provides):
         raise ZooError(f"distiller {who!r} reads [CLS], and the encoder has none: set vision.cls_token=true.")
     if not stage.teacher:

@@ -24,7 +24,7 @@ from torch import Tensor
 from zoo import registry
 from zoo.composed import behind
 from zoo.inspection.views import NONE, View, Xray
-from zoo.registry import Dialog, ImageFeatures, Sample, ZooError, plugins, unknown
+from zoo.registry import Dialog, ImageFeatures, Sample, UnlikeRows, ZooError, plugins, unknown
 from zoo.registry.forward_pass import Pass
 from zoo.text.stops import reader_for
 
@@ -148,7 +148,9 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     inputs |= {key: batch[key] for key in ("cuts", "questions") if key in batch}
     out = model(**inputs)
     written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    before, kept = out.image, out.image_kept
+    # An image that keeps its shape is a group of its own.
+    before, kept = (x.groups[0] if isinstance(x, UnlikeRows) else x for x in (out.image, out.image_kept))
+    grid = before.grid if model.vision.native else model.vision.grid
     patches = _patches(kept, before.tokens.shape[1])
     places = out.sequence.image_mask[0].nonzero().flatten()  # (K,) columns of image tokens in the LLM
     k = kept.tokens.shape[1]  # of the first image row, which is the overview with crops; its tokens come first
@@ -162,7 +164,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         raise ZooError("zoo inspect draws one grid, and with vision.join=tokens each encoder has its own tokens.")
     view = View(
         name=name,
-        grid=tuple(model.vision.grid),
+        grid=tuple(grid),
         layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in alive],
         tokens=[int(row.sum()) for row in alive],
         answer=reader_for(model, processor.template).read(written.tolist()),
@@ -171,6 +173,8 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     )
     if not mixed:
         view.layer_scores = {i: _at(patches, scores) for i, scores in _layer_scores(places[:k], out.passed).items()}
+    if model.vision.native:
+        return view, _whole(image, processor, grid)
     return view, _picture(image, processor, inputs["pixel_values"][0])
 
 
@@ -224,6 +228,15 @@ def _layer_scores(places: Tensor, passed: Pass) -> dict[int, Tensor]:
         whole = torch.full((int(max(columns.max(), places.max())) + 1,), torch.nan)
         found[layer] = whole.scatter(0, columns[0].cpu(), scores[0].float().cpu())[places.cpu()]
     return found
+
+
+def _whole(image: Any, processor: Any, grid: tuple[int, int]) -> Any:
+    """Return an image that keeps its shape as it is divided in a grid, enlarged to `_SHOWN` pixels."""
+    from zoo.vision.images.decode import open_image
+    from zoo.vision.images.transform import fit
+
+    side = -(-_SHOWN // max(grid))
+    return fit(open_image(image), replace(processor.transform, size=(grid[0] * side, grid[1] * side), fit="squash"))
 
 
 def _picture(image: Any, processor: Any, pixels: Tensor) -> Any:

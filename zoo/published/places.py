@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import SINGLE_SLOTS, ImageFeatures, ZooError, unknown
+from zoo.registry import SINGLE_SLOTS, ImageFeatures, UnlikeRows, ZooError, unknown
 from zoo.storage.precision import cast_parameters, dtype_of
 
 _UNIT = re.compile(r"^(llm\..*?\blayers?\.\d+|llm\.lm\.lm_head|\w+)\b")  # units that `balance` keeps on one device
@@ -130,10 +130,12 @@ def _moved(value: Any, device: torch.device) -> Any:
         return type(value)(_moved(v, device) for v in value)
     if type(value) is dict:
         return {k: _moved(v, device) for k, v in value.items()}
+    if isinstance(value, UnlikeRows):
+        return value.mapped(lambda group: _moved(group, device))
     if isinstance(value, ImageFeatures):
         known = {f.name: getattr(value, f.name) for f in fields(value)}
         moved: dict[str, Any] = {name: v.to(device) for name, v in known.items() if isinstance(v, Tensor)}
-        moved["block_attention"] = _moved(value.block_attention, device)
+        moved |= {name: _moved(getattr(value, name), device) for name in ("block_attention", "deep")}
         return replace(value, **moved)
     return value
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from zoo.composed.outputs import LOSS_ALONE, DistillView, ZooOutput
-from zoo.registry import IGNORE_INDEX, ImageFeatures, Sample, ZooError
+from zoo.registry import IGNORE_INDEX, Sample, UnlikeRows, ZooError
 from zoo.runs.lengths import require_room
 from zoo.text.batch import TEACHER_ROWS, EncodedSample
 from zoo.vision.images.processors import FEATURES
@@ -82,12 +82,16 @@ class Teacher:
                 )
             return DistillView(self.model(**own, **self.options), self.model.llm)
 
-    def _here(self, image: ImageFeatures) -> ImageFeatures:
+    def _here(self, image: Any) -> Any:
         """Return the student's features on the teacher's device and in its dtype, as its own encoder returns them."""
+        if isinstance(image, UnlikeRows):
+            return image.mapped(self._here)
         tensors = {f.name: getattr(image, f.name) for f in fields(image)}
         moved: dict[str, Any] = {n: t.to(self.device) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
         wide = torch.float32 if self.dtype == torch.float32 else self.dtype
         moved = {n: t.to(wide) if t.dtype in (torch.bfloat16, torch.float16, wide) else t for n, t in moved.items()}
+        deep = (x.to(self.device) for x in image.deep)
+        moved["deep"] = tuple(x.to(wide) if x.dtype in (torch.bfloat16, torch.float16, wide) else x for x in deep)
         # Without the student's division into crops: the teacher's layout applies its own.
         return replace(image, **moved, rows=None, cuts=None, row_kind="image")
 
