@@ -148,6 +148,12 @@ def test_paths_become_columns(folder, kind):
     data = load(folder, question, images=str(images), paths="{place}/{number}.png", where={"number": ["1", "2", "3"]})
     assert [said(data.get(i).dialogs[0])[1] for i in range(3)] == ["a", "b", "b"]
     assert (np.array(open_image(data.get(2).images[0])) == np.array(open_image(picture(3)))).all()
+    if kind == "deflated":
+        member = data.store.find("a/0.png", "here")
+        whole, at = images.read_bytes(), member.offset + 30 + len("a/0.png")
+        images.write_bytes(whole[:at] + b"\x07" + whole[at + 1 :])  # a kind of block that there is not
+        with pytest.raises(ZooError, match=r"cannot be read: .*a/0\.png cannot be unpacked"):
+            open_image(member, "here")
 
 
 def test_training_images_are_cut_and_mirrored_and_those_of_evaluation_are_not(folder):
@@ -216,6 +222,14 @@ def test_zip_archives_that_cannot_be_read_are_refused(folder):
         archive.writestr("a.png", picture(0))
     with pytest.raises(ZooError, match="packed by another method"):
         open_store(str(folder / "odd.zip"))
+    with zipfile.ZipFile(folder / "long.zip", "w") as archive:
+        archive.writestr("a.png", picture(0))
+    data = bytearray((folder / "long.zip").read_bytes())
+    at = data.index(b"PK\x01\x02")  # the entry of the central directory: bytes 20 to 24 state the packed size
+    data[at + 20 : at + 24] = (1 << 31).to_bytes(4, "little")
+    (folder / "long.zip").write_bytes(data)
+    with pytest.raises(ZooError, match="states 2,147,483,648 bytes"):
+        open_store(str(folder / "long.zip"))
 
 
 PRESETS = {

@@ -1,6 +1,6 @@
 """Questions and dialogs in JSON files: LLaVA's format, chat messages, or columns of question and answer.
 
-Records are read by `records.py`. Images are files below a folder or members of tar archives. Training can take all
+Records are read by `records.py`. Images are files below a folder or members of archives. Training can take all
 dialogs about the same images as one sample, in which the images are encoded once.
 """
 
@@ -26,7 +26,7 @@ OTHER_SPLIT = ("",)  # in place of a head: the record belongs to another split
 @dataclass
 class ChatJsonConfig(RecordFields):
     file: str = MISSING  # .json, .jsonl or the same with .gz; {split} in the name is replaced
-    images: str = ""  # folder, tar archive or pattern such as shards/*.tar; empty: the folder of the file
+    images: str = ""  # folder, archive (.tar, .zip) or pattern such as shards/*.tar; empty: the folder of the file
     split: str = "train"  # part of the file name, or the value wanted in split_field
     eval_split: str = ""  # split for evaluation if the run has training data only; empty: none
     split_field: str = ""  # column with the split of a record; empty: all records are taken

@@ -122,7 +122,7 @@ class Archives:
         for path in paths:
             size = require_file(path)
             if path.suffix.lower() == ".zip":
-                self._add_zip(path)
+                self._add_zip(path, size)
                 continue
             try:
                 with path.open("rb") as file:
@@ -142,14 +142,16 @@ class Archives:
                     "from the middle of it."
                 ) from None
 
-    def _add_zip(self, path: Path) -> None:
+    def _add_zip(self, path: Path, size: int) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
                 for item in archive.infolist():
                     if item.is_dir():
                         continue
-                    if item.file_size > MAX_BYTES:
-                        raise ZooError(f"{path}: the member {item.filename[:200]!r} states {item.file_size:,} bytes.")
+                    short = item.header_offset + item.compress_size > size
+                    if short or item.file_size > MAX_BYTES or item.compress_size > MAX_BYTES:
+                        stated = f"{item.compress_size:,} bytes, unpacked {item.file_size:,}"
+                        raise ZooError(f"{path}: the member {item.filename[:200]!r} states {stated}.")
                     kinds = {zipfile.ZIP_STORED: False, zipfile.ZIP_DEFLATED: True}
                     if item.compress_type not in kinds or item.flag_bits & 1:
                         raise ZooError(f"{path}: {item.filename[:200]!r} is encrypted, or packed by another method.")
