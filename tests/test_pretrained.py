@@ -216,6 +216,23 @@ def test_of_an_embedding_that_grew_only_other_rows_are_saved(tmp_path, changed):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_bench_compares_the_second_loading_with_that_of_the_file(tmp_path, monkeypatch, capsys):
+    """What its processes run is called in this one: they would import for half a minute."""
+    from zoo.benches import load, load_gguf
+
+    def here(module, *words):
+        importlib.import_module(f"zoo.benches.{module}").measure(*words)
+        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+    monkeypatch.setattr(load_gguf, "in_process", here)
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    report = load.run(load.Options(gguf=str(file), rounds=1), lambda line: None)
+    assert [row.what for row in report.rows][-1].endswith("ours over transformers'")
+    assert all(row.value.median > 0 for row in report.rows) and report.rows[-1].bound == 0.2
+    with pytest.raises(ZooError, match="a GGUF file, or pypi:"):
+        load.run(load.Options(gguf=str(tmp_path)))
+
+
 # ---- packages --------------------------------------------------------------------------------------------------------
 
 
