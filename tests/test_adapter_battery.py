@@ -213,6 +213,8 @@ def test_gradient_checkpointing_changes_nothing_or_one_form_is_refused(name, ree
 
 
 def test_compiled_decoder_layers_learn_the_same(name):
+    if "." in name and name not in ("peft.dora", "peft.oft"):
+        pytest.skip("a compiler takes seconds, and products of small matrices are all alike to it")
     known = {f.name for f in fields(registry.get("adapter", name.partition(".")[0]).config)}
     options = {"dropout": 0.0} if "dropout" in known else {}  # compiled code draws other random numbers
     torch._dynamo.reset()

@@ -123,6 +123,28 @@ def test_it_trains_saves_and_comes_back_from_both_folders(make_model, tmp_path, 
         assert "peft" not in json.dumps(sorted(model.llm.lm.state_dict()))
 
 
+def test_initial_values_that_take_long_are_computed_where_they_are_needed(make_model, tmp_path, monkeypatch):
+    """A loaded PiSSA reads them; one that is new on a saved model begins at the weights that are loaded."""
+    pissa = {"peft": {"name": "peft", **peft_node("pissa")}}
+    for name, adapter in (("with", pissa), ("without", {})):
+        model, processor = make_model(adapter=adapter)
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    options = "{" + ",".join(f"{k}:{v}" for k, v in pissa["peft"]["options"].items()) + "}"
+    words = ["adapter=[peft]", "adapter.peft.method=pissa", f"adapter.peft.options={options}"]
+    new, _ = zoo.load(f"dir:{tmp_path / 'without'}", *words)
+    wanted = zoo.load(f"dir:{tmp_path / 'without'}")[0].llm.lm(input_ids=IDS).logits
+    assert all(p.any() for p in own(new.llm, new.adapter["peft"]).values())
+    assert torch.allclose(new.llm.lm(input_ids=IDS).logits, wanted, atol=1e-5)
+
+    def called(*_, **__):
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(torch.linalg, "svd", called)
+    again, _ = zoo.load(f"dir:{tmp_path / 'with'}")
+    assert all(p.any() for p in own(again.llm, again.adapter["peft"]).values())
+
+
 def test_a_copy_of_plain_lora_is_detached_by_itself():
     llm = tiny_llm()
     adapter = registry.build("adapter", {"name": "lora", "rank": 2}, llm=llm)
