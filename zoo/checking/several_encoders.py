@@ -19,6 +19,7 @@ def described(vision: Encoder | None, node: Mapping[str, Any] | None) -> Iterato
             f"vision.{name}: {(node or {})['encoders'][name]['name']}, images of {height} x {width}, "
             f"{h} x {w} tokens of width {encoder.hidden_size}, {count_text(count)} parameters{words}"
         )
-    if members:
-        h, w = vision.grid  # type: ignore[union-attr]
-        yield f"vision: joined on {h} x {w} tokens of width {vision.hidden_size}"  # type: ignore[union-attr]
+    if vision is not None and members:
+        grid = vision.token_grid
+        tokens = f"on {grid[0]} x {grid[1]} tokens" if grid else f"as {vision.num_tokens} tokens, one behind another,"
+        yield f"vision: joined {tokens} of width {vision.hidden_size}"
