@@ -11,6 +11,7 @@ from zoo.composed.model import ZooModel
 from zoo.model_config import ZooConfig
 from zoo.registry import IGNORE_INDEX, ZooError
 
+LORA = {"lora": {"name": "lora", "rank": 8, "alpha": 16.0}}
 IMAGE_TOKEN = 3  # id of the placeholder; text takes ids above it
 
 
@@ -29,6 +30,8 @@ class Sizes:
     text_heads: int = 4
     intermediate: int = 688
     vocab: int = 4096
+    text_kv_heads: int = 0  # 0: as many as heads
+    tied: bool = False  # one matrix for embedding and vocabulary projection
 
     @property
     def image_tokens(self) -> int:
@@ -46,6 +49,7 @@ class Sizes:
 SIZES = {
     "sketch": Sizes(),
     "scenes_tiny": Sizes(64, 8, 128, 3, 4, -2, 128, 4, 4, 512, 4096),
+    "smollm2": Sizes(112, 14, 384, 12, 6, -2, 576, 30, 9, 1536, 49152, text_kv_heads=3, tied=True),
     "tiny": Sizes(16, 8, 16, 2, 2, -2, 16, 2, 2, 32, 64),
 }
 
@@ -68,7 +72,8 @@ def config(sizes: Sizes, positions: int, image_token: int, eos: int | None = Non
             intermediate_size=sizes.intermediate,
             num_hidden_layers=sizes.text_depth,
             num_attention_heads=sizes.text_heads,
-            num_key_value_heads=sizes.text_heads,
+            num_key_value_heads=sizes.text_kv_heads or sizes.text_heads,
+            tie_word_embeddings=sizes.tied,
             vocab_size=sizes.vocab,
             max_position_embeddings=positions,
             pad_token_id=pad,
@@ -78,6 +83,7 @@ def config(sizes: Sizes, positions: int, image_token: int, eos: int | None = Non
         image_token_id=image_token,  # type: ignore[call-arg]
         vision_feature_layer=sizes.layer,
         image_seq_length=sizes.image_tokens,
+        tie_word_embeddings=sizes.tied,
     )
 
 
@@ -108,6 +114,7 @@ def composed(
     vision |= {"heads": sizes.vision_heads}
     text = {"name": "hf", "model_type": "llama", "hidden_size": sizes.text_width, "num_layers": sizes.text_depth}
     text |= {"num_heads": sizes.text_heads, "intermediate_size": sizes.intermediate, "max_positions": 1024}
+    text |= {"num_kv_heads": sizes.text_kv_heads, "tie_embeddings": sizes.tied}
     seeing = {"vision": vision, "projector": {"name": "mlp"}} if images else {}
     whole = {**seeing, **slots, "llm": text | dict(llm or {})}
     return ZooModel(

@@ -87,11 +87,11 @@ def turns_of(engine: Engine, batches: list[dict[str, Any]]) -> Plain:
 class Trained(Plain):
     """transformers' Trainer, timed between the ends of steps, so that its start does not count.
 
-    Its data is one batch that is there already: nothing is read, nothing is collated.
+    Its data are batches that are there already, one after the other: nothing is read, nothing is collated.
     """
 
-    def __init__(self, model: Any, batch: dict[str, Tensor], precision: str, device: torch.device) -> None:
-        self.model, self.batch, self.precision, self.device = model, batch, precision, device
+    def __init__(self, model: Any, batches: list[dict[str, Tensor]], precision: str, device: torch.device) -> None:
+        self.model, self.batches, self.precision, self.device = model, batches, precision, device
         self.optimizers: tuple[Any, Any] = (None, None)
         self.folder = tempfile.TemporaryDirectory()
 
@@ -104,7 +104,7 @@ class Trained(Plain):
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 marks.append(clock.read())
 
-        rows = len(self.batch["input_ids"])
+        rows, turns = len(self.batches[0]["input_ids"]), cycle(self.batches)
         arguments = TrainingArguments(
             output_dir=self.folder.name,
             per_device_train_batch_size=rows,
@@ -122,7 +122,7 @@ class Trained(Plain):
             model=self.model,
             args=arguments,
             train_dataset=list(range(rows * (steps + 1))),  # type: ignore[arg-type]
-            data_collator=lambda _: dict(self.batch),
+            data_collator=lambda _: dict(next(turns)),
             callbacks=[Mark()],
         )
         with as_shipped(), _quiet():

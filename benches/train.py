@@ -85,7 +85,7 @@ def _variants(place: TrainPlace, sizes: Sizes) -> dict[str, Plain]:
     plain = llava.batch(sizes, o.batch, o.length, o.labels)
     return {
         "b": plain_loop(llava.stock(sizes, place.attention), [plain], place.precision, device),
-        "c": Trained(llava.stock(sizes, place.attention), plain, place.precision, device),
+        "c": Trained(llava.stock(sizes, place.attention), [plain], place.precision, device),
         "ours": our_step(place.accelerator, llava.composed(sizes), [llava.ours_of(plain)], precision=place.precision),
     }
 
