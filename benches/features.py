@@ -37,7 +37,7 @@ class Options:
     sizes: str = "smollm2"  # smollm2: SmolLM2-135M and a ViT-S | tiny
     image_size: int = 224  # pixels a side; 256 patches of 14 at 224
     side: int = 4  # rows and columns of image tokens in the LLM
-    batch: int = 8  # samples of a step, packed into rows
+    batch: int = 16  # samples of a step
     keep: str = "bf16"  # fp32 | bf16 | fp16 | int8
     threads: int = 1  # of torch on the CPU
     rounds: int = 5  # turns of each variant

@@ -162,3 +162,16 @@ def test_people_who_chat_at_once_get_what_they_get_alone(capsys, tmp_path):
     found = {row["what"]: row for row in json.loads(rows.read_text())["rows"]}
     assert found["at once: rounds in which everybody got the answer that they get alone"]["reached"]
     assert {"in turns", "at once", "batch"} == {what.partition(":")[0] for what in found}
+
+
+def test_frozen_models_and_kept_features_are_measured(tmp_path):
+    tiny = ["sizes=tiny", "rounds=1", "steps=1", "batch=2"]
+    for name, more, bounds in (
+        ("frozen", ["text=8", "compile=false", "only=mixed,memory"], {1.3, 0.8}),
+        ("features", ["image_size=16", "side=1"], {0.6}),
+    ):
+        file = tmp_path / f"{name}.json"
+        assert main([name, *tiny, *more, f"json={file}"]) == 0
+        rows = json.loads(file.read_text())["rows"]
+        assert {row["bound"] for row in rows if row["bound"]} == bounds
+        assert all(row["value"]["median"] > 0 for row in rows)

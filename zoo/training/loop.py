@@ -276,7 +276,6 @@ class Run:
             if self._leave:
                 self._terminate()
         self.display.end()
-        engine.release()
         if kept is not None:
             self.display.note(f"features: {kept}")
 

@@ -26,7 +26,6 @@ from zoo.storage.precision import autocast, resolve_precision
 from zoo.teaching.teacher import Teacher, forward_options
 from zoo.text.batch import TEACHER_ROWS, to_device
 from zoo.training.hidden_tokens import hide_image_tokens
-from zoo.training.short_weights import shorten
 from zoo.vision.images.processors import FEATURES
 
 
@@ -154,8 +153,6 @@ class Engine:
         self.summed = frozenset({"answer"})  # losses that are divided by `Counts` inside the pass
         if distiller is not None:
             self.summed |= distiller.per_label | distiller.per_image
-        short = self.precision == "bf16" and not self.sharded and not stage.gradient_checkpointing
-        self.release = shorten(model) if short else lambda: None  # leaves the model as it was; called behind the stage
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
