@@ -202,6 +202,18 @@ def unpacked_gguf() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
+def gguf_fields(file: Any) -> dict[str, Any]:
+    """Return the fields of a GGUF file that hold one value; transformers reads them faster, from 5.24 on."""
+    try:
+        from transformers.integrations.gguf.reader import read_gguf_metadata
+    except ImportError:
+        from gguf import GGUFReader
+
+        fields = GGUFReader(file).fields
+        return {name: field.contents() for name, field in fields.items() if len(field.data) == 1}
+    return read_gguf_metadata(str(file))[0]
+
+
 def gguf_text_cuts() -> frozenset[str]:
     """Return the names of ways to cut text before merges that transformers knows in a GGUF file."""
     try:

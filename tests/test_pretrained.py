@@ -230,7 +230,7 @@ def test_the_bench_compares_the_second_loading_with_that_of_the_file(tmp_path, m
     assert [row.what for row in report.rows][-1].endswith("ours over transformers'")
     assert all(row.value.median > 0 for row in report.rows) and report.rows[-1].bound == 0.2
     with pytest.raises(ZooError, match="a GGUF file, or pypi:"):
-        load.run(load.Options(gguf=str(tmp_path)))
+        load.run(load.Options(gguf=str(tmp_path / "cache")))
 
 
 # ---- packages --------------------------------------------------------------------------------------------------------

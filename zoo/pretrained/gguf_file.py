@@ -16,7 +16,7 @@ import torch
 
 from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import require_model_config, require_plausible
-from zoo.registry.versions import gguf_text_cuts, unpacked_gguf
+from zoo.registry.versions import gguf_fields, gguf_text_cuts, unpacked_gguf
 
 _EXACT = 10**9  # weights up to which nothing is rounded: 4 GB
 # Text is cut into single digits before GPT-2's cuts, by names of llama.cpp; transformers does the latter alone.
@@ -90,7 +90,7 @@ def _write_tokenizer(file: Path, place: Path, folder: Path) -> None:
 
     with _refused(file), _quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, trust_remote_code=False)
-        stated = _stated(file)
+        stated = gguf_fields(file)
     if stated.get("tokenizer.ggml.model") == "gpt2":
         _cut_text(tokenizer, str(stated.get("tokenizer.ggml.pre") or ""), file)
     if longest := stated.get(f"{stated.get('general.architecture')}.context_length"):
@@ -112,14 +112,6 @@ def _cut_text(tokenizer: Any, way: str, file: Path) -> None:
             "tokenizer.checkpoint=<hub name or folder>.",
             stacklevel=2,
         )
-
-
-def _stated(file: Path) -> dict[str, Any]:
-    """Return the fields of a GGUF file that hold one value."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-    return {name: field.contents() for name, field in fields.items() if len(field.data) == 1}
 
 
 @contextmanager
