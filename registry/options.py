@@ -1,6 +1,7 @@
 """The options of a component: the fields of its dataclass, each with the comment behind it."""
 
 import inspect
+import re
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -32,7 +33,7 @@ def options_of(config: type) -> list[Option]:
             default = f.default_factory() if f.default_factory is not NO_DEFAULT else MISSING
         kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", None)
         if not isinstance(f.type, type) and kind is not None and not isinstance(f.type, str):
-            kind = str(f.type).replace("typing.", "")
+            kind = re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(f.type))  # names without their modules, as in the source
         result.append(Option(f.name, kind or str(f.type), default, docs.get(f.name, "")))
     return result
 
