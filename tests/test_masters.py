@@ -291,6 +291,8 @@ def test_the_check_states_their_memory(root, tmp_path):
     plan = plan_from(compose("check", cfg))
     report = check(plan)
     model, _ = zoo.compose(*words)
-    assert report.stages[0].masters == 2 * sum(p.numel() for n, p in model.named_parameters() if n.startswith("llm."))
+    assert report.stages[0].memory.masters == 2 * sum(
+        p.numel() for n, p in model.named_parameters() if n.startswith("llm.")
+    )
     plan.master_weights = "none"
-    assert not check(plan).stages[0].masters
+    assert not check(plan).stages[0].memory.masters

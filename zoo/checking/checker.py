@@ -17,9 +17,10 @@ import torch
 from zoo import registry
 from zoo.checking.counts import check_counts
 from zoo.checking.fixes import candidates
+from zoo.checking.memory import TEXT
 from zoo.checking.plan import Plan, device_of, plan_from, plan_of
 from zoo.checking.several_encoders import described
-from zoo.checking.stage_check import TEXT, Stagecheck, check_stage
+from zoo.checking.stage_check import Stagecheck, check_stage
 from zoo.composed.assembly import Parts, assemble
 from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.fusion.llm.attention import require_attention, require_kernel
@@ -336,9 +337,8 @@ def show(report: CheckReport, title: str = "") -> None:
         console.print(line, highlight=False, soft_wrap=True)
     for stage in report.stages:
         parts = ", ".join(f"{part} {count_text(n)}" for part, n in stage.trainable.items())
-        line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory)}B"
-        if stage.masters:
-            line += f", {size_text(stage.masters)}B of it for float32 master weights (master_weights=none: without)"
+        line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory.total)}B"
+        line += f" ({stage.memory.describe()})"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)

@@ -1,21 +1,21 @@
 """Whether a stage of a recipe can run, checked before a weight is loaded: what trains, data, losses, rates, teacher."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from zoo.checking.memory import Memory, memory_of
 from zoo.checking.plan import device_of
 from zoo.composed.assembly import build_distiller
-from zoo.composed.masters import to_widen
 from zoo.fusion.llm.attention import require_attention
 from zoo.registry import Distiller, ZooError, unknown
 from zoo.runs.lengths import require_positions
 from zoo.runs.optim import parts_of, rate_scales
-from zoo.storage.precision import resolve_precision
 
-TEXT = 64  # tokens of text, beside images, for which a sequence must have room
 _MASKED = ("eager", "sdpa", "zoo_eager", "auto")  # kernels that take a mask (B, 1, T, T), which packed rows need
 
 
@@ -25,15 +25,31 @@ class Stagecheck:
 
     name: str
     trainable: dict[str, int]
-    memory: int  # bytes
-    masters: int = 0  # bytes of these: what weights of 16 bits take more as they train in float32
+    measure: Callable[[Any, int], Memory]  # of a batch, or None for an assumed one, and the id of its placeholders
     one_dialog: str = ""  # why a row can hold one dialog only; empty: it can hold several
     needs: frozenset[str] = frozenset()  # words of the distiller
     grid: tuple[int, int] | None = None  # of the distiller's targets
+    batch: Any = None  # of the stage's data, as the processor collates it; None: one is assumed
+    placeholder: int = -1  # id of image tokens in it
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What training takes on one process; computed when it is asked for, in a second or a few."""
+        return self.measure(self.batch, self.placeholder)
 
 
 def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> Stagecheck:
-    """Check a stage; estimate the memory of weights, gradients, two moments, and activations of one pass."""
+    """Check a stage.
+
+    Args:
+        name, stage: as in the recipe.
+        model: on the meta device.
+        plan: of the run.
+        weights: bytes of the model.
+
+    Raises:
+        ZooError: it cannot run.
+    """
     where = f"Stage {name!r}: "
     try:
         _check_data(stage, plan)
@@ -51,22 +67,16 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
         _check_rates(stage, model, distiller)
     except ZooError as error:
         raise ZooError(where + str(error)) from error
-    learnt = sum(trainable.values())
-    weights += teacher
-    text = model.llm.lm.config.get_text_config()
-    layers, width = model.llm.num_layers, model.llm.hidden_size
-    rows = max(1, stage.batch_size // stage.accumulate)
-    tokens = rows * (model.num_image_tokens + TEXT)
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    per_token = 4 * width if stage.gradient_checkpointing else layers * (10 * width + 3 * inner) * 4
-    precision = resolve_precision(stage.precision or plan.precision, torch.device(device_of(plan)))
-    wide = to_widen(model, precision) if (stage.master_weights or plan.master_weights) == "fp32" else {}
-    masters = sum({id(p): 4 * p.numel() - p.nbytes for p in wide.values()}.values())
-    memory = (
-        weights + masters + 12 * learnt + tokens * per_token
-    )  # 12 bytes: a gradient and Adam's two moments in float32
+
+    def measure(batch: Any, placeholder: int) -> Memory:
+        """Set the model up for this stage again, since others were checked in between, and measure."""
+        model.config.image_token_id = placeholder
+        model.detach_only(stage.detach)
+        model.set_trainable(stage.train, stage.freeze)
+        return memory_of(stage, model, plan, weights=weights + teacher, distiller=distiller, batch=batch)
+
     needs, grid = (frozenset(), None) if distiller is None else (frozenset(distiller.needs), distiller.grid)
-    return Stagecheck(name, trainable, memory, masters, _one_dialog(stage, model, plan), needs, grid)
+    return Stagecheck(name, trainable, measure, _one_dialog(stage, model, plan), needs, grid)
 
 
 def _check_data(stage: Any, plan: Any) -> None:

@@ -2,13 +2,48 @@
 
 from typing import Any
 
-from zoo.checking.checker import check, show
+from zoo.checking.checker import CheckReport, check, show
 from zoo.checking.data_check import check_data
 from zoo.checking.plan import plan_from
+from zoo.loading.build import processor_alone
+from zoo.registry import ZooError
+from zoo.runs.batches import Batches
+from zoo.runs.data import RunData
+from zoo.runs.lengths import room_of
+from zoo.runs.order import ShardPosition
+from zoo.settings.stage import stages_of
+
+PASSES = 4  # of each stage, whose batches are made; the memory is that of the largest
 
 
 def main(cfg: Any) -> None:
     """Print the report; a misfit is raised as an error."""
-    report = check(plan_from(cfg))
-    report.notes += check_data(cfg, report.stages)
+    plan = plan_from(cfg)
+    report = check(plan)
+    unread = check_data(cfg, report.stages)
+    report.notes += unread
+    if not unread and plan.tokenizer is not None:  # else the data set is large, or the tokenizer is trained on it
+        add_batches(cfg, report)
     show(report, "The composition fits.")
+
+
+def add_batches(cfg: Any, report: CheckReport) -> None:
+    """Give the stages of a report batches of their data, whose lengths and labels decide about memory."""
+    stages = stages_of(cfg)
+    try:
+        processor, positions = processor_alone(cfg)
+        data = RunData(cfg.data, skip_broken=True)
+    except ZooError:  # what keeps training from starting is found by the check, and this is not a part of it
+        return
+    for index, found in enumerate(report.stages):
+        stage = stages[found.name]
+        try:
+            mix = data.mix(stage, cfg.seed * 1000 + index)
+            room = room_of(stage, positions, processor)
+            batches = Batches(mix, processor, stage, 1, ShardPosition(0, 1, 0, {}), room=room)
+            made = [batches[i]["batch"] for i in range(min(PASSES, len(batches)))]
+        except ZooError:  # a broken record: `zoo data` finds them all
+            continue
+        if made := [batch for batch in made if batch is not None and "labels" in batch]:
+            found.batch = max(made, key=lambda batch: batch["labels"].numel())
+            found.placeholder = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.image_token)

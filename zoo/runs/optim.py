@@ -111,7 +111,7 @@ def build_optimizers(
     if not named:
         raise ZooError(f"Nothing trains: no parameter is left by train={stage.train} and freeze={stage.freeze}.")
     scales = rate_scales(list(named), stage.lr_scale, part_of)
-    matrices = _matrices(modules) if stage.optimizer == "muon_adamw" else set()
+    matrices = matrices_in(modules) if stage.optimizer == "muon_adamw" else set()
     muon: dict[float, list[nn.Parameter]] = defaultdict(list)
     adamw: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in named.items():
@@ -137,7 +137,7 @@ def build_optimizers(
     return result
 
 
-def _matrices(modules: dict[str, nn.Module]) -> set[str]:
+def matrices_in(modules: dict[str, nn.Module]) -> set[str]:
     """Return the names of the weights for Muon: those of linear layers, except vocabulary heads and low-rank factors.
 
     The rows of a head are separate classifiers, like those of an embedding, and a low-rank factor is only
