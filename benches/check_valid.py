@@ -77,7 +77,7 @@ def _vision(chance: random.Random, among: Sequence[str] = ()) -> dict[str, Any]:
     heads, name = chance.choice((2, 4)), chance.choice(among or _encoders())
     if name == "fused":
         others = [n for n in _encoders() if n != name]
-        node = {"name": name, "encoders": {key: _vision(chance, others) for key in ("one", "two")}}
+        node: dict[str, Any] = {"name": name, "encoders": {key: _vision(chance, others) for key in ("one", "two")}}
         return {**node, "join": chance.choice(("channels", "channels", "tokens")), "grid": chance.choice(("", "two"))}
     node = {"name": name, **_TOWER, "heads": heads, "width": 16 * heads}
     node |= {"layer": chance.choice((-1, -2, 1, 2)), "norm": chance.random() < 0.2}

@@ -69,7 +69,8 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     for kind in sorted(registry.MODEL_SLOTS, key=lambda kind: (kind in registry.MANY) != plan.trained):
         nodes = plan.slots.get(kind) or {}
         many = kind in registry.MANY
-        held = [((kind, name), node, name) for name, node in nodes.items()] if many else [((kind,), nodes, "")]
+        held: list[tuple[tuple[str, ...], Any, str]] = [((kind, name), node, name) for name, node in nodes.items()]
+        held = held if many else [((kind,), nodes, "")]
         if kind == "vision":
             held += [(path, node_at(plan.slots, path), "") for path in encoder_paths(nodes) if len(path) > 1]
         for place, node, name in held:
