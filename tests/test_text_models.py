@@ -145,3 +145,22 @@ def test_an_unknown_family_names_the_nearest():
     assert "qwen2_vl_text" in TEXT_MODELS
     with pytest.raises(ZooError, match="Did you mean 'qwen2_vl_text'"):
         tiny_llm("qwen2_vl_txt")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("qwen3_vl_moe", "mole"), ("qwen3_vl_moe", "moextend"), ("qwen3_vl", "mole"), ("qwen3_vl", "upcycle")],
+)
+@torch.no_grad()
+def test_adapters_with_experts_attach_and_leave_it_as_it_was(family, name):
+    llm = of_family(family)
+    ids, _ = padded_batch()
+    before = llm.lm(input_ids=ids).logits
+    adapter = adapter_on(llm, {"name": name, **({"calibration_width": 4} if name == "moextend" else {})})
+    for key, weight in llm.lm.named_parameters():
+        weight.add_(0.1) if adapter.owns(key) else None
+    with running():
+        hidden = llm.hidden(inputs_embeds=llm.embed(ids)).last_hidden_state
+    assert (llm.head(hidden) - before).abs().max() > 1e-2
+    adapter.detach()
+    assert torch.equal(llm.lm(input_ids=ids).logits, before)
