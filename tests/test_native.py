@@ -8,6 +8,8 @@ import torch
 from tests.conftest import ANSWERS, QUESTIONS, talk
 from tests.qwen_builders import FAMILIES, encoder_node, for_whole, picture, sharpen, slots, whole_of
 from zoo import registry
+from zoo.checking.checker import RefusedError, check
+from zoo.checking.plan import Plan
 from zoo.composed.model import ZooModel
 from zoo.inspection.xray import look
 from zoo.registry import Cut, Sample, ZooError
@@ -287,3 +289,15 @@ def test_a_teacher_shares_a_frozen_encoder(make_model):
     model.vision.register_forward_hook(lambda *given: ran.append(given))
     seen = teacher.outputs_for(dict(batch), student(**batch))
     assert not ran and torch.equal(seen.logits, model(**batch).logits)
+
+
+@pytest.mark.fixes
+@pytest.mark.parametrize(
+    ("changed", "fix"),
+    [({"layout": None}, "layout=native"), ({"projector": {"name": "linear"}}, "projector=identity")],
+)
+def test_a_refusal_offers_what_fits(changed, fix):
+    with pytest.raises(RefusedError) as refusal:
+        check(Plan({"pruner": {}, "adapter": {}, **slots("qwen3_vl", **changed)}, vocab_size=512))
+    assert fix in refusal.value.fixes
+    assert check(Plan({"pruner": {}, "adapter": {}, **slots("qwen3_vl")}, vocab_size=512)).num_image_tokens == 64

@@ -24,6 +24,12 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
             yield f"{key}=auto", replace(plan, **auto)
     if plan.positions != "dense" and plan.slots.get("pruner"):
         yield "positions=dense", replace(plan, positions="dense")
+    vision, layout = ((plan.slots.get(kind) or {}).get("name") for kind in ("vision", "layout"))
+    known = vision in registry.names("vision")
+    native = known and bool(getattr(registry.get("vision", vision).cls, "native", False))
+    if native != (layout == "native"):
+        word, node = ("native", {"name": "native"}) if native else ("null", None)
+        yield f"layout={word}", replace(plan, slots={**plan.slots, "layout": node})
     if plan.slots.get("projector") and any(_excludes_tokens(n) for n in plan.slots.get("adapter") or {}):
         yield "projector=null", replace(plan, slots={**plan.slots, "projector": None})
     for template in CHAT_TEMPLATES:

@@ -100,7 +100,8 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
             f"pack_length={stage.pack_length} puts several samples into a row, and adapter {alone!r} changes the LLM "
             "for a whole row: set pack_length=null."
         )
-    if stage.pack_length is not None and stage.pack_length < model.num_image_tokens:
+    unlike = model.vision is not None and model.vision.native  # an image may have fewer than the most
+    if stage.pack_length is not None and stage.pack_length < model.num_image_tokens and not unlike:
         raise ZooError(
             f"pack_length={stage.pack_length} is less than the {model.num_image_tokens} tokens of one image: set "
             "pack_length=null, or more."

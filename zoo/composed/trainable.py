@@ -130,7 +130,8 @@ class PartsMixin(nn.Module):
         """
         self.compiled = on
         decoder = self.llm.lm.get_decoder() if hasattr(self.llm.lm, "get_decoder") else self.llm.lm
-        for part in (self.vision, self.projector, decoder):
+        rows = self.vision is not None and self.vision.native  # their shapes differ: each would be compiled anew
+        for part in (None if rows else self.vision, self.projector, decoder):
             if part is not None and on:
                 part.compile()
             elif part is not None:
