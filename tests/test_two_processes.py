@@ -100,6 +100,16 @@ def test_two_processes_train_as_one(tmp_path, taught):
     assert sorted({p["id"] for p in predictions}) == ["eval-0", "eval-1"], "they share the samples and hand them in"
 
 
+def test_an_encoder_with_batch_norms_trains_as_on_one_process(tmp_path):
+    """Their statistics are fixed, so that no rank has its own."""
+    stages = {"a": "steps: 3, batch_size: 4, accumulate: 2, lr: 0.01"}
+    vision = ["vision.model=test_efficientnet", "vision.image_size=64", "vision.layer=-2", "vision.stage=-2"]
+    words = [*recipe(tmp_path, stages), *vision]
+    forked(tmp_path, [*words, f"run.folder={tmp_path / 'two'}"])
+    Run(config([*words, f"run.folder={tmp_path / 'one'}"])).train()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
 def test_a_rank_without_images_does_not_hang(tmp_path):
     (tmp_path / "mixed.py").write_text(MIXED)
     order = Mix({"mixed": Numbers(8)}, {}, 0).places(0, 12)
