@@ -8,6 +8,7 @@ that the norms have stored than with timm's `efficientnet_lite0`, or with ImageN
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,14 @@ def convert(file: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
     with torch.device("meta"):
-        model = timm.create_model(ARCHITECTURE)
+        model: Any = timm.create_model(ARCHITECTURE)
     state = _named(read_tensors(file), [len(stage) for stage in model.blocks])
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in state.items()} != expected:
         odd = sorted(n for n in {*state, *expected} if n not in state or state[n].shape != expected.get(n))
         raise ZooError(f"{str(file)!r} does not hold the weights of {ARCHITECTURE}: {odd[0]!r} is not as expected.")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    known = timm.get_pretrained_cfg(ARCHITECTURE)
+    known: Any = timm.get_pretrained_cfg(ARCHITECTURE)
     stated = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "pool_size")
     pretrained = {key: getattr(known, key) for key in (*stated, "first_conv", "classifier")}
     content = {"architecture": ARCHITECTURE, "num_classes": known.num_classes, "num_features": model.num_features}

@@ -66,7 +66,7 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
     require_plausible(weights, [file], f"The config in {str(file)!r}")
     dtype = torch.float32 if weights <= _EXACT else torch.bfloat16
     with _refused(file), _quiet():
-        lm, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.parent,
             config=config,
             dtype=dtype,
@@ -75,6 +75,7 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
             **given,
             **unpacked_gguf(),
         )
+    lm, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers initialises them at random
         raise ZooError(f"{str(file)!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
     # Marks of a quantised model, with which transformers refuses to save it: its weights are plain numbers now.

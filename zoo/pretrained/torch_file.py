@@ -105,6 +105,7 @@ def _value(file: BinaryIO) -> Any:
     """Return the value that the next pickle of a file describes."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for instruction, argument, _ in pickletools.genops(file):
         name = instruction.name
         if name == "STOP":
