@@ -276,6 +276,7 @@ class Run:
             if self._leave:
                 self._terminate()
         self.display.end()
+        engine.release()
         if kept is not None:
             self.display.note(f"features: {kept}")
 

@@ -26,6 +26,7 @@ from zoo.storage.precision import autocast, resolve_precision
 from zoo.teaching.teacher import Teacher, forward_options
 from zoo.text.batch import TEACHER_ROWS, to_device
 from zoo.training.hidden_tokens import hide_image_tokens
+from zoo.training.short_weights import ShortWeights, release
 from zoo.vision.images.processors import FEATURES
 
 
@@ -153,6 +154,9 @@ class Engine:
         self.summed = frozenset({"answer"})  # losses that are divided by `Counts` inside the pass
         if distiller is not None:
             self.summed |= distiller.per_label | distiller.per_image
+        aside = self.sharded or stage.gradient_checkpointing or stage.compile
+        release(model)  # what an earlier engine left
+        self.short = ShortWeights(model) if self.precision == "bf16" and not aside else None
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
@@ -196,6 +200,8 @@ class Engine:
         if spares:
             passes = [(s, False) if b is None else (b, True) for b, s in zip(batches, spares, strict=True)]
         set_rate(self.optimizers, rate_at(number, self.steps, self.stage))
+        if self.short is not None:
+            self.short.ready()
         sums: dict[str, Tensor] = {}
         for turn, (batch, counted) in enumerate(passes):
             last = turn + 1 == len(passes)
@@ -253,6 +259,10 @@ class Engine:
         if isinstance(self.distiller, nn.Module):
             named |= {f"distiller.{n}": p for n, p in self.distiller.named_parameters()}
         return named
+
+    def release(self) -> None:
+        """Leave the model as it was ahead of the stage, but for what it learnt."""
+        release(self.model)
 
     def _no_sync(self) -> Any:
         if self.sharded:
