@@ -211,3 +211,42 @@ def test_a_base_on_the_hub_is_the_commit_that_was_read(hub, tmp_path):
     for again in (zoo.load(f"dir:{tmp_path / 'saved'}")[0], zoo.ZooModel.from_pretrained(tmp_path / "saved")):
         assert torch.equal(answers(again, processor), answers(model, processor))
     assert not torch.equal(answers(model, processor), wanted)
+
+
+@pytest.mark.parametrize("llm", ["llm", "tied", "moe"])
+def test_a_whole_folder_of_parts_needs_no_other(places, tmp_path, llm):
+    copied = shutil.copytree(places, tmp_path / "bases")
+    model, processor = composed(copied, "hf", llm)
+    model.save_pretrained(tmp_path / "whole", include_base=True)
+    processor.save_pretrained(tmp_path / "whole")
+    wanted = answers(model, processor)
+    shutil.rmtree(copied)
+    again, processor = zoo.load(f"dir:{tmp_path / 'whole'}", device="cpu")
+    assert torch.equal(answers(again, processor), wanted)
+    assert torch.equal(answers(zoo.ZooModel.from_pretrained(tmp_path / "whole"), processor), wanted)
+
+
+def test_a_whole_folder_says_what_it_still_needs(places, tmp_path):
+    model, _ = composed(places, "timm")
+    with pytest.warns(UserWarning, match=r"vision is described in .*timm' alone.*vision\.checkpoint=<folder>"):
+        model.save_pretrained(tmp_path / "whole", include_base=True)
+
+
+def test_a_thin_folder_whose_parts_moved_says_how_to_name_them(copied, tmp_path):
+    model, processor = composed(copied)
+    model.save_pretrained(tmp_path / "thin")
+    processor.save_pretrained(tmp_path / "thin")
+    wanted, moved_to = answers(model, processor), tmp_path / "moved"
+    shutil.move(copied, moved_to)
+    name, found = f"dir:{tmp_path / 'thin'}", {"vision": moved_to / "hf", "llm": moved_to / "llm"}
+    with pytest.raises(ZooError, match=r"vision of this model is from .*/hf', .*: vision\.checkpoint=<folder>, or"):
+        zoo.load(name, device="cpu")
+    with pytest.raises(ZooError, match=r"llm of this model is from .*/llm', .*: llm\.checkpoint=<folder>, or"):
+        zoo.load(name, f"vision.checkpoint={found['vision']}", device="cpu")
+    with pytest.raises(ZooError, match=r"base=\{'vision': folder\}"):
+        zoo.ZooModel.from_pretrained(tmp_path / "thin")
+    again, _ = zoo.load(name, *(f"{part}.checkpoint={folder}" for part, folder in found.items()), device="cpu")
+    for one in (again, zoo.ZooModel.from_pretrained(tmp_path / "thin", base=found)):
+        assert torch.equal(answers(one, processor), wanted)
+    with pytest.raises(ZooError, match="'visoin'"):
+        zoo.ZooModel.from_pretrained(tmp_path / "thin", base={"visoin": moved_to})

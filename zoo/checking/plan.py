@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from zoo.composed.own_checkpoints import require_there
 from zoo.settings.config import Typed
 from zoo.settings.source import Source, source_named, source_of
 
@@ -35,6 +36,8 @@ class Plan:
 
 def plan_for(source: Source, tokenizer: Any = None) -> Plan:
     """Return the plan of a source; with the tokenizer, where it is loaded already."""
+    if source.kind == "dir" and not source.published:
+        require_there(source.slots)
     place = source.tokenizer_source if tokenizer is None else None
     vocab_size = len(tokenizer) if tokenizer is not None else None if place else source.tokenizer["vocab_size"]
     return Plan(

@@ -4,6 +4,7 @@
 by image tokens, runs an unmodified causal LM, and computes the loss only where labels are.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from zoo.composed.keywords import require_save, split_load
 from zoo.composed.language_model import LanguageModelMixin
 from zoo.composed.loader import load_model, reader_for
 from zoo.composed.masters import as_saved
-from zoo.composed.own_checkpoints import with_node
+from zoo.composed.own_checkpoints import checkpoints_at, require_there, with_node
 from zoo.composed.positions import decided
 from zoo.composed.slots import slots_now, without_checkpoint
 from zoo.composed.summary import ModelSummary, summary_of
@@ -156,6 +157,13 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             if node := without_checkpoint(self, key, config.slots):
                 config.slots = with_node(config.slots, self.bases.own[key].path, node)
             else:
+                if include_base and Path(record[key]["checkpoint"]).is_dir():
+                    own, place = self.bases.own[key], record[key]["checkpoint"]
+                    warnings.warn(
+                        f"The architecture of {own.part} is described in {place!r} alone, so the saved model needs "
+                        f"the configuration there. If it moves: {own.module}.{own.option}=<folder>.",
+                        stacklevel=2,
+                    )
                 del record[key]  # only its checkpoint can build it; its fingerprint must not be required any more
         config.base = record or None
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +194,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         torch_dtype: Any = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
-        base: str | Path = "",
+        base: str | Path | Mapping[str, Any] = "",
         state_dict: Mapping[str, Tensor] | None = None,
         output_loading_info: bool = False,
         **kwargs: Any,
@@ -201,7 +209,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             device_map: a device, None for the CPU, `auto`, or a dict from prefixes of names (`vision`, `llm`, ...) to
                 devices.
             attn_implementation: `auto` or a name in transformers; None: as saved.
-            base: present folder of the published checkpoint that the model was made from; empty: as in the config.
+            base: present folder of the published checkpoint that the model was made from, or a dict from parts
+                (`vision`, `llm`) to the folders of their checkpoints; empty: as in the config.
             state_dict: weights that replace the folder's.
             output_loading_info: also return the names of missing weights, as transformers does.
             kwargs: fields of the config, and options of fetching a repository (`cache_dir`, `force_download`,
@@ -218,6 +227,9 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         for name, value in fields.items():
             setattr(config, name, value)
         refuse_code(config.slots, f"{folder}/config.json")
+        if isinstance(base, Mapping):
+            config.slots, base = checkpoints_at(config.slots or {}, base), ""
+        require_there(config.slots or {})
         config.base = base_at(config.base, str(base or ""))
         dtype = dtype if dtype is not None else torch_dtype
         model, missing = load_model(

@@ -1,7 +1,10 @@
 """The parts of a model that may have a checkpoint of their own: the encoder, or each of several, and the LLM."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from zoo.registry import ZooError, unknown
 
 
 class Own(NamedTuple):
@@ -68,6 +71,40 @@ def with_node(slots: Mapping[str, Any], path: tuple[str, ...], node: Any) -> dic
     """Return the slots with other options at a path; the given ones are not changed."""
     head, *rest = path
     return {**slots, head: with_node(slots[head], tuple(rest), node) if rest else node}
+
+
+def checkpoints_at(slots: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the slots with checkpoints that lie elsewhere now.
+
+    Args:
+        slots: options of the parts.
+        places: key among the bases of a model (vision, llm, ...) -> folder.
+
+    Raises:
+        ZooError: there is no such key.
+    """
+    known, found = own_checkpoints(slots), dict(slots)
+    for key, place in places.items():
+        if key not in known:
+            raise unknown("part with a checkpoint (base)", str(key), known)
+        own = known[key]
+        found = with_node(found, own.path, {**node_at(found, own.path), own.option: str(place)})
+    return found
+
+
+def require_there(slots: Mapping[str, Any]) -> None:
+    """Refuse a saved model whose parts name folders that are gone, and say how to name them again.
+
+    Raises:
+        ZooError: a checkpoint is named by an absolute path, and does not exist.
+    """
+    for key, own in own_checkpoints(slots).items():
+        checkpoint = str(node_at(slots, own.path).get(own.option) or "")
+        if Path(checkpoint).is_absolute() and not Path(checkpoint).exists():
+            raise ZooError(
+                f"The {own.part} of this model is from {checkpoint!r}, and there is no such folder. If it lies "
+                f"elsewhere now: {own.module}.{own.option}=<folder>, or from_pretrained(..., base={{{key!r}: folder}})."
+            )
 
 
 def have_checkpoints(slots: Mapping[str, Any]) -> bool:
