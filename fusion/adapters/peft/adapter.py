@@ -73,6 +73,7 @@ class PeftAdapter(Adapter, nn.Module):
     places: Places | None  # PEFT's layers, once they were made; kept while detached
     beginning: nn.ModuleDict  # layer -> its term at the start, which is subtracted; empty for most methods
     budget: Budget | None  # of AdaLoRA
+    calibrated: Tensor  # () bool, where initial values come from data
 
     def __init__(self, config: PeftAdapterConfig, *, llm: Any) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ Paper: Zhang et al., arXiv:2303.10512. After each step the importance of each si
 over the steps of the first stage that trains the adapter, and stays as it is afterwards.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Budget(nn.Module):
     tuner: Any
     config: Any
 
-    def __init__(self, tuner: Any, config: Any, named: dict[str, nn.Parameter]) -> None:
+    def __init__(self, tuner: Any, config: Any, named: Mapping[str, Tensor]) -> None:
         super().__init__()
         refer(self, tuner=tuner, config=config)
         self.names = [n for n in named if ".lora_" in n]

@@ -126,7 +126,7 @@ def _left_alone(lm: nn.Module) -> Iterator[None]:
     # PEFT tells all layers of a kind which set of weights acts: those of another adapter would stop.
     others = [(m, m._active_adapter) for m in lm.modules() if isinstance(m, BaseTunerLayer)]
     # PEFT puts a hook on the embeddings of a model that recomputes activations, which is not needed here.
-    recomputed = [m for m in lm.modules() if getattr(m, "gradient_checkpointing", False)]
+    recomputed: list[Any] = [m for m in lm.modules() if getattr(m, "gradient_checkpointing", False)]
     for module in recomputed:
         module.gradient_checkpointing = False
     try:

@@ -34,7 +34,7 @@ def resolved(method: Method, lm: Any) -> tuple[Any, list[str]]:
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         _put_defaults(config, method, lm, known)
     for field in [f for f in vars(config) if f.endswith("_pattern") and isinstance(getattr(config, f), dict)]:
-        spelt = {}
+        spelt: dict[str, Any] = {}
         for name, value in getattr(config, field).items():
             spelt |= {re.escape(n): value for n in _named(field, [name], known, lm)}
         setattr(config, field, spelt)
