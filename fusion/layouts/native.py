@@ -12,7 +12,7 @@ Tokens that a pruner leaves keep the places of the whole grid. With dense positi
 one by one on all axes. An LLM with positions of one axis counts the tokens, or with kept positions the places.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Native(Layout, nn.Module):
     """
 
     native = True
+    _counts: Sequence[Callable[[int], int]]
 
     def __init__(self, config: NativeConfig, *, num_tokens: int, counted: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__()

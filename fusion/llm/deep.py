@@ -17,7 +17,7 @@ from zoo.registry.forward_pass import Pass, current
 class DeepFeatures(NamedTuple):
     """What a pass adds behind the first layers of its LLM."""
 
-    index: Tensor  # (B, T) image token of each column, counted over the batch, -1 for text
+    columns: Tensor  # (B, T) image token of each column, counted over the batch, -1 for text
     maps: tuple[Tensor, ...]  # (S, C) of each layer
 
 
@@ -39,7 +39,7 @@ def _add(number: int, layer: nn.Module, args: Any, out: Any) -> Any:
     if now is None or deep is None or number >= len(deep.maps):
         return None
     hidden = out[0] if isinstance(out, tuple) else out
-    index = _columns_left(now, number, deep.index).to(hidden.device)
+    index = _columns_left(now, number, deep.columns).to(hidden.device)
     if index.shape != hidden.shape[:2]:
         raise ZooError(f"Features for layer {number} of {list(index.shape)} columns; it has {list(hidden.shape[:2])}.")
     rows = deep.maps[number].to(hidden)[index.clamp(min=0)]

@@ -230,7 +230,7 @@ class QwenVision(Encoder, nn.Module):
         asked = self._asked(taken, counts, grids, need) if need else {}
         for grid, of in groups_of(grids).items():
             tokens, *deep = (torch.stack([some[i] for i in of]) for some in rows)  # (M, N, D)
-            known = {name: torch.stack([values[i] for i in of]) for name, values in asked.items()}
+            known: dict[str, Any] = {name: torch.stack([values[i] for i in of]) for name, values in asked.items()}
             groups.append(ImageFeatures(tokens, grid, deep=tuple(deep), **known))
             members.append(tuple(of))
         return UnlikeRows(tuple(groups), tuple(members))

@@ -328,6 +328,7 @@ def _check_projector(parts: Parts, node: Mapping[str, Any], images: list[ImageFe
         part.eval()
         return [part(_on(image, device)) for image in images]
 
+    assert parts.projector is not None, "called for it"
     given = {**given, "text_dim": step.width}
     found = _tried(run, parts.projector, lambda: registry.build("projector", node, **given), name, node)
     for tokens in found or ():

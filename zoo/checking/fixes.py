@@ -26,7 +26,7 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
         yield "positions=dense", replace(plan, positions="dense")
     vision, layout = ((plan.slots.get(kind) or {}).get("name") for kind in ("vision", "layout"))
     known = vision in registry.names("vision")
-    native = known and bool(getattr(registry.get("vision", vision).cls, "native", False))
+    native = known and bool(getattr(registry.get("vision", str(vision)).cls, "native", False))
     if native != (layout == "native"):
         word, node = ("native", {"name": "native"}) if native else ("null", None)
         yield f"layout={word}", replace(plan, slots={**plan.slots, "layout": node})

@@ -2,6 +2,7 @@
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ from zoo.registry import (
 class Encoded(NamedTuple):
     """Output of `encode_images`; without images, None for each."""
 
-    image: ImageFeatures | UnlikeRows | None = None  # the encoder's features
-    kept: ImageFeatures | UnlikeRows | None = None  # the features after pruning
+    image: Any = None  # the encoder's features: ImageFeatures, or UnlikeRows of images that keep their shapes
+    kept: Any = None  # the features after pruning
     tokens: Tensor | None = None  # (M, K, C), laid out (S, C); None: images are not in the sequence
     valid: Tensor | None = None  # (M, K) or (S,) bool, which of the tokens stay, see `left_out`; None: all
     deep: tuple[Tensor, ...] = ()  # (S, C) of the same tokens, for layers of the LLM behind the first
@@ -95,9 +96,7 @@ class ImagesMixin(QuestionMixin):
         question = self._question(given, cuts, image) if given is not None else None
         return self.encode_features(image, cuts, pixel_values, question)
 
-    def features_of(
-        self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None
-    ) -> tuple[ImageFeatures | UnlikeRows, Tensor]:
+    def features_of(self, pixel_values: Tensor, cuts: Sequence[Cut] | None = None) -> tuple[Any, Tensor]:
         """Run the encoder alone: its features, with all that parts behind it need, and the pixels that it was given.
 
         Args:
@@ -129,7 +128,7 @@ class ImagesMixin(QuestionMixin):
             known |= {"checksum": checksum_of(torch.stack([patches[i] for i in members]))} if draws else {}
             return replace(group, **known)
 
-        kept = native.pruned(rows, about, [lambda g, p=p: p(self._projected(p, g)) for p in ahead])
+        kept = native.pruned(rows, about, [partial(self._pruned, p) for p in ahead])
         if self.unpruned is not None:
             kept = kept.mapped(self.unpruned.placed)
         if self.projector is None:
@@ -183,6 +182,9 @@ class ImagesMixin(QuestionMixin):
                 kept = replace(kept, valid=made.marks)
         return Encoded(image, kept, *behind.laid_out(made, self.layout, cuts))
 
+    def _pruned(self, pruner: Pruner, image: ImageFeatures) -> ImageFeatures:
+        return pruner(self._projected(pruner, image))
+
     def _projected(self, pruner: Pruner, image: ImageFeatures) -> ImageFeatures:
         """Add the tokens behind the projector, for a pruner that compares those."""
         if "projected" not in pruner.needs:
@@ -207,8 +209,8 @@ class ImagesMixin(QuestionMixin):
         """Return what a pass asks about its images; None where no part needs it, or it is not known."""
         if not self.asks:
             return None
-        unlike = isinstance(image, UnlikeRows)
-        rows, tokens = (image.num_rows, image.groups[0].tokens) if unlike else (len(image.tokens), image.tokens)
+        first = image.groups[0] if isinstance(image, UnlikeRows) else image
+        rows, tokens = image.num_rows if isinstance(image, UnlikeRows) else len(first.tokens), first.tokens
         with torch.autocast(tokens.device.type, enabled=False):
             return self.question_of(given, cuts, rows, tokens.device)
 

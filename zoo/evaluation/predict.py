@@ -145,7 +145,8 @@ class _Pictures:
         assert image is not None, "there are images"
         # What is kept is None where it depends on the question.
         one, other = (None if x is None else x.picked(index) for x in (image, kept))
-        return {"encoded": Encoded(one, other, *(None if x is None else x[index] for x in (tokens, valid)))}
+        own, stays = (None if x is None else x[index] for x in (tokens, valid))
+        return {"encoded": Encoded(one, other, own, stays)}
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,6 @@ def _join(parts: list[Encoded]) -> Encoded:
     image, kept, tokens, valid, _ = zip(*parts, strict=True)
     if any(x is not None for x in valid):  # an image without marks keeps all of its tokens
         valid = tuple(t.new_ones(t.shape[:2]).bool() if x is None else x for x, t in zip(valid, tokens, strict=True))
-    joined = (None if x[0] is None else torch.cat(x) for x in (tokens, valid))
+    own, stays = (None if x[0] is None else torch.cat(x) for x in (tokens, valid))
     left = None if kept[0] is None else ImageFeatures.joined(kept)
-    return Encoded(ImageFeatures.joined(image), left, *joined)
+    return Encoded(ImageFeatures.joined(image), left, own, stays)

@@ -150,7 +150,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     # An image that keeps its shape is a group of its own.
     before, kept = (x.groups[0] if isinstance(x, UnlikeRows) else x for x in (out.image, out.image_kept))
-    grid = before.grid if model.vision.native else model.vision.grid
+    grid = before.grid if model.vision.native and before.grid is not None else tuple(model.vision.grid)
     patches = _patches(kept, before.tokens.shape[1])
     places = out.sequence.image_mask[0].nonzero().flatten()  # (K,) columns of image tokens in the LLM
     k = kept.tokens.shape[1]  # of the first image row, which is the overview with crops; its tokens come first
@@ -164,7 +164,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         raise ZooError("zoo inspect draws one grid, and with vision.join=tokens each encoder has its own tokens.")
     view = View(
         name=name,
-        grid=tuple(grid),
+        grid=grid,
         layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in alive],
         tokens=[int(row.sum()) for row in alive],
         answer=reader_for(model, processor.template).read(written.tolist()),
