@@ -216,7 +216,7 @@ def test_a_saved_model_asks_for_its_plugin_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["vision=[hf,timm]"], "the slot 'vision' holds one component"),
+        (["projector=[mlp,linear]"], "the slot 'projector' holds one component"),
         (["pruner=random,pool"], "is a sweep: add -m to run each, or brackets for several at once: pruner=[...]"),
         (["+pruner.random.x=1"], "options cannot be added or removed. Write pruner.random.x=1."),
         (["~pruner"], "Write pruner=[]."),
