@@ -73,6 +73,7 @@ LEAVES = {
     "pixels": ["vision/images/processors.py", "vision/images/transform.py"],
     "what a part does where it says nothing": [
         "registry/data_parts.py",
+        "registry/hooks.py",
         "registry/llm_parts.py",
         "registry/part.py",
         "registry/parts.py",
@@ -93,6 +94,7 @@ LEAVES = {
         "registry/broken.py",
         "zoo/runs/lengths.py",
         "zoo/runs/order.py",
+        "zoo/runs/permutation.py",
     ],
     "what a chat template writes": [
         "zoo/text/answer_spans.py",
@@ -122,6 +124,7 @@ LEAVES["how options are read, what is loaded on the way, what is refused"] = [
     "registry/source_text.py",
     "registry/plugins.py",
     "zoo/autoclasses.py",
+    "zoo/settings/component_presets.py",
     "zoo/settings/several_encoders.py",
 ]
 LEAF = {file: sort for sort, files in LEAVES.items() for file in files}
