@@ -152,7 +152,8 @@ def test_paths_modules_and_links_that_documents_name_are_there():
         text = file.read_text()
         plain = re.sub(r"\]\([^)]*\)|```\{toctree\}[^`]*```", "", text)  # their paths begin at the page
         paths = re.findall(rf"(?<![\w/.])(?:{rooms})/[\w/]+\.(?:py|md|txt)\b", plain)
-        links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", text) if file.suffix == ".md" else []
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", prose) if file.suffix == ".md" else []
         wrong += [f"{file.name}: {p}" for p in paths if not (ROOT / p).exists()]
         made = "reference/"  # pages made from the code: tests/test_site.py
         links = [p for p in links if not p.removeprefix("../").startswith(made)]

@@ -46,6 +46,7 @@ SPINES = {
     "an override": [
         "zoo/settings/config.py",
         "zoo/settings/overrides.py",
+        "zoo/settings/component_presets.py",
         "zoo/settings/text_options.py",
         "zoo/settings/static_check.py",
         "zoo/settings/model_names.py",
@@ -124,7 +125,6 @@ LEAVES["how options are read, what is loaded on the way, what is refused"] = [
     "registry/source_text.py",
     "registry/plugins.py",
     "zoo/autoclasses.py",
-    "zoo/settings/component_presets.py",
     "zoo/settings/several_encoders.py",
 ]
 LEAF = {file: sort for sort, files in LEAVES.items() for file in files}

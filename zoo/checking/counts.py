@@ -89,8 +89,8 @@ def _check_vision(vision: Encoder, requested: frozenset[str], node: Mapping[str,
             part.resize((vision.grid[0], vision.grid[1]))
         return part
 
-    if isinstance(vision, Tower):  # one block and one image show the shapes: all blocks have them
-        if node.get("checkpoint") or node.get("model") or isinstance(vision.runner, MapRunner):
+    if isinstance(tower := vision, Tower):  # one block and one image show the shapes: all blocks have them
+        if node.get("checkpoint") or node.get("model") or isinstance(tower.runner, MapRunner):
             return
         # Not those of further blocks, nor of a text tower: its weights would be read.
         requested = frozenset(w for w in requested if "@" not in w and w not in ("text_tower", "next_block"))
