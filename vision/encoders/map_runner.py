@@ -109,7 +109,9 @@ def _on_meta(tower: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     `torch.func.functional_call` does not put back what modules share (CoaT).
     """
-    kept = [(own, n, t) for m in tower.modules() for own in (m._parameters, m._buffers) for n, t in own.items()]
+    kept: list[tuple[Any, str, Any]] = [
+        (own, n, t) for m in tower.modules() for own in (m._parameters, m._buffers) for n, t in own.items()
+    ]
     learnt = dict(tower.named_parameters())
     stand_ins: dict[int, Tensor] = {}
     for own, name, tensor in kept:

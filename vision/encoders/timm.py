@@ -186,7 +186,7 @@ def _taken(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         ZooError: the class has no such argument.
     """
     with torch.device("meta"):
-        cls = type(_create(name, {}))
+        cls: Any = type(_create(name, {}))
     taken = {name for base in cls.__mro__[:-1] for name in signature(base.__init__).parameters}
     for option in options:
         if option != "img_size" and option not in taken - _OWN_ARGUMENTS:

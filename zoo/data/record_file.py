@@ -133,7 +133,8 @@ class _OnDisk:
             else:
                 yield entries_of(*_located(path, _read(path), as_lines))
 
-        self._path, self._open = path, None
+        self._path = path
+        self._open: Any = None
         self._index = RecordIndex(path, find)
         self.state = self._index.state
 

@@ -164,9 +164,11 @@ def _paths(store: ImageStore, config: TableConfig) -> _Paths:
 
 def _moved(source: Any, flip: bool, less_wide: float, less_high: float, left: float, top: float) -> Any:
     """Open an image, cut shares of its width and height off, from a place in [0, 1), and mirror it."""
+    from PIL import ImageOps
+
     image = open_image(source)
     width, height = image.size
     w, h = max(1, round(width * (1 - less_wide))), max(1, round(height * (1 - less_high)))
     x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
     image = image.crop((x, y, x + w, y + h))
-    return image.transpose(0) if flip else image  # 0: FLIP_LEFT_RIGHT
+    return ImageOps.mirror(image) if flip else image

@@ -97,7 +97,7 @@ def weights_hash(module: torch.nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
             whole.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            whole.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            whole.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
@@ -135,7 +135,7 @@ class Recall:
         picture = self.processor.pixels_of(image, several, where=where)
         plain = isinstance(picture, Tensor)
         pixels = picture[None] if plain else picture.pixels
-        return Shown(pixels, cut_of(picture), key, found and found.tensors, plain)
+        return Shown(pixels, cut_of(picture), key, None if found is None else found.tensors, plain)
 
 
 class KeptFeatures:

@@ -96,7 +96,7 @@ class Mix:
                 found[at_member, 2] = taken
             else:
                 found[at_member, 1], found[at_member, 2] = self._shuffled(member, taken, length)
-        return list(map(tuple, found.tolist()))
+        return [(member, epoch, index) for member, epoch, index in found.tolist()]
 
     def _in_joined(self, ends: np.ndarray, positions: np.ndarray) -> list[Where]:
         """Return the samples at positions without weights: an epoch has each sample once, in one order over all."""

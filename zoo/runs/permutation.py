@@ -1,5 +1,7 @@
 """A shuffled order that is computed position by position, for data sets whose order would take memory if stored."""
 
+from typing import Any
+
 import numpy as np
 
 ROUNDS = 8  # 4 give a pseudorandom permutation of large halves (Luby and Rackoff, 1988); more for short ones
@@ -33,7 +35,8 @@ class Permutation:
 
     def _walk(self, positions: np.ndarray) -> np.ndarray:
         a, b = np.uint64(self._a), np.uint64(self._b)
-        left, right = positions // b, positions % b  # of [0, a) and [0, b)
+        left: Any = positions // b  # of [0, a)
+        right: Any = positions % b  # of [0, b)
         for turn, key in enumerate(self._keys):
             if turn % 2:
                 right = (right + _mixed(left ^ key) % b) % b

@@ -33,6 +33,7 @@ class CallMixin:
     spells: bool
     _all_pixels: Callable[..., list[Any]]
     _pixels: Callable[..., Any]
+    pixels_of: Callable[..., Any]
     _instead: Callable[[Any, str], str]
 
     def __call__(
