@@ -171,6 +171,9 @@ def test_nothing_is_kept_of_what_cannot_be(make_model, tmp_path):
     model.vision.tower.blocks[-1].mlp.fc2.weight.fill_(1e8)
     with pytest.raises(ZooError, match=r"tokens reach .*float16 ends at 65504: set features\.keep=bf16"):
         filled(kept, processor, [(s, Recall(kept.store, processor)(s)) for s in [sample(("what", "red"))]])
+    kept = opened(model, processor, tmp_path, "int8")  # whose scales are float16: they became inf, and features NaN
+    with pytest.raises(ZooError, match=r"tokens reach .*int8 ends at .*: set features\.keep=bf16"):
+        filled(kept, processor, [(s, Recall(kept.store, processor)(s)) for s in [sample(("what", "red"))]])
     model.vision = None
     with pytest.raises(ZooError, match="the model has no encoder"):
         opened(model, processor, tmp_path, "bf16")

@@ -186,3 +186,13 @@ def test_corda_splits_the_weights_as_peft_does(monkeypatch):
         assert torch.allclose(p, named[name], atol=1e-4 * float(named[name].abs().max())), name
     move(mine), move({n: named[n] for n in mine})
     assert torch.allclose(answers(llm.lm), answers(theirs.eval().base_model.model), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_corda_refuses_inputs_that_are_zero_or_not_finite(value):
+    llm = tiny_llm()
+    adapter = adapter_on(llm, "corda")
+    with torch.no_grad():
+        llm.lm.get_input_embeddings().weight.fill_(value)
+    with pytest.raises(ZooError, match="zero in these batches, or not finite"):
+        adapter.calibrate(passes(llm, [padded_batch(1, 24, pad=0)]))

@@ -143,6 +143,7 @@ def test_what_does_not_fit_is_refused():
         ({"model_type": "qwen2vl"}, "Did you mean 'qwen2_vl'"),
         ({"width": 36, "heads": 6}, "width must be a multiple of 4"),
         ({"max_pixels": 100}, "max_pixels must be at least"),
+        ({"max_pixels": 28 * 28, "extra": {"patch_size": 28}}, "max_pixels must be at least those of a token, 3136"),
         ({"mlp_ratio": 2.5}, "a whole number"),
         ({"extra": {"windw_size": 3}}, "windw_size"),
     ):

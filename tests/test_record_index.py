@@ -13,7 +13,7 @@ import pytest
 from zoo.data import record_file, record_index
 from zoo.data.chat_json import ChatJson, ChatJsonConfig
 from zoo.data.record_file import RecordFile
-from zoo.data.record_groups import Grouping
+from zoo.data.record_groups import Grouping, kept_groups
 from zoo.registry import ZooError
 
 
@@ -184,3 +184,40 @@ def test_of_very_many_records_some_are_read_when_the_file_is_opened(tmp_path, mo
     read = []
     monkeypatch.setattr(ChatJson, "_head", lambda self, index: read.append(index))
     assert len(ChatJson(ChatJsonConfig(file=str(path)))) == 40 and read == [0, 9, 19, 29, 39]
+
+
+def test_a_file_that_is_replaced_while_it_is_open_is_refused(tmp_path, on_disk):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    first, second = RecordFile(path), RecordFile(path)
+    path.write_text('{"a": 3}\n{"b": 4}\n{"c": 5}\n')
+    with pytest.raises(ZooError, match="has changed since it was opened"):
+        first[0]  # with the old index
+    assert len(RecordFile(path)) == 3
+    for _ in range(2):
+        with pytest.raises(ZooError, match="has changed since it was opened"):
+            second[0]  # with the new one
+    with pytest.raises(ZooError, match="has changed since it was opened"):
+        second.where(0)
+
+
+def test_a_line_longer_than_the_system_reads_at_once(tmp_path, on_disk, monkeypatch):
+    path, read = tmp_path / "a.jsonl", os.pread
+    path.write_text('{"a": 1}\n{"a": "' + 100 * "x" + '"}\n{"a": 2}\n')
+    monkeypatch.setattr(record_index, "CHUNK", 16)
+    monkeypatch.setattr(record_index.os, "pread", lambda file, length, at: read(file, min(length, 50), at))
+    with pytest.raises(ZooError, match=r"a\.jsonl:2 is a line of more than 50 bytes"):
+        RecordFile(path)
+
+
+@pytest.mark.parametrize("left", [b"", b"half", None])
+def test_groups_that_a_crash_left_in_part_are_made_anew(left, tmp_path):
+    made = Grouping()
+    made.add(0, "a")
+    file = tmp_path / "groups"
+    if left is None:
+        with file.open("wb") as out:
+            np.save(out, np.empty(0, np.int64))
+    else:
+        file.write_bytes(left)
+    assert [kept_groups(file, lambda: made)[0], kept_groups(file, Grouping)[0]] == [[0], [0]]

@@ -232,6 +232,17 @@ def test_zip_archives_that_cannot_be_read_are_refused(folder):
         open_store(str(folder / "long.zip"))
 
 
+def test_a_zip_member_that_states_no_size_unpacks_to_nothing(tmp_path):
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(1 << 16))
+    data = bytearray(path.read_bytes())
+    at = data.rfind(b"PK\x01\x02") + 24  # the unpacked size in the list of members
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    assert open_store(str(path)).find("a.png", "a record")() == b""
+
+
 PRESETS = {
     "emoji": (2460, 345),
     "emoji_concepts": (183, 183),

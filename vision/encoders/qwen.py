@@ -139,6 +139,8 @@ class QwenVision(Encoder, nn.Module):
         least = config.min_pixels or family.least
         mean, std = tuple(config.mean) or family.mean, tuple(config.std) or family.std
         side = patch * MERGE
+        if config.max_pixels < side**2:  # a checkpoint's patches may be larger than the options'
+            raise ZooError(f"max_pixels must be at least those of a token, {side**2}, got {config.max_pixels}.")
         self.grid = _grid_of_most(config.max_pixels // side**2)
         size = (self.grid[0] * side, self.grid[1] * side)
         self.transform = ImageTransform(size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))

@@ -48,6 +48,8 @@ class ZipMember(TarMember):
     deflated: bool
 
     def __call__(self) -> bytes:
+        if not self.size:  # zlib takes 0 for no limit, and a stated size may be wrong
+            return b""
         with Path(self.archive).open("rb") as file:
             file.seek(self.offset)
             head = file.read(_LOCAL)

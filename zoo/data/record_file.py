@@ -143,7 +143,9 @@ class _OnDisk:
 
     def piece(self, index: int) -> bytes:
         if self._open is None:
-            self._open = self._path.open("rb")
+            file = self._path.open("rb")
+            self._index.require_same(file.fileno())
+            self._open = file
         start, length, _ = self._index[range(len(self))[index]]
         return os.pread(self._open.fileno(), length, start)
 

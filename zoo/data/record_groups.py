@@ -74,7 +74,7 @@ def kept_groups(file: Path | None, make: Callable[[], Grouping]) -> Groups:
         file: None: they are not kept.
         make: reads the records.
     """
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # absent, or emptied by a crash
         if file is not None:
             stored = np.load(file, mmap_mode="r", allow_pickle=False)  # members, ends, the number of ends
             number = int(stored[-1])

@@ -51,6 +51,8 @@ class RecordIndex:
             start, length, line = self._entries[index].tolist()
         else:
             if self._open is None:
+                if self._stored() != self._number:
+                    raise ZooError(f"{self.path} has changed since it was opened, and so has its index: start again.")
                 self._open = self.file.open("rb")
             piece = os.pread(self._open.fileno(), ENTRY.itemsize, HEADER + ENTRY.itemsize * index)
             start, length, line = (
@@ -59,6 +61,15 @@ class RecordIndex:
         if start < 0 or start + length > self.state[0]:
             raise ZooError(f"{self.file} is broken at record {index + 1}: delete it, and it is made anew.")
         return start, length, line
+
+    def require_same(self, file: int) -> None:
+        """Refuse an open file that is not in the state that the index belongs to: its records are elsewhere.
+
+        Raises:
+            ZooError: it has changed.
+        """
+        if _state(file) != self.state:
+            raise ZooError(f"{self.path} has changed since it was opened: start again.")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}
@@ -138,6 +149,10 @@ def plain_lines(path: Path, begin: Callable[[bytes, int], int]) -> Iterator[np.n
                 piece += b"\n"
             cut = piece.rfind(b"\n") + 1
             if not cut:  # a line is longer than the piece
+                if len(piece) < length:  # the system reads 2 GiB at a time, or the file became shorter
+                    raise ZooError(
+                        f"{path}:{line} is a line of more than {len(piece):,} bytes, or the file has changed."
+                    )
                 length *= 2
                 continue
             letters = np.frombuffer(piece, np.uint8)[:cut]

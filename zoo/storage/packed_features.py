@@ -41,7 +41,7 @@ def pack(image: ImageFeatures, keep: str) -> tuple[dict[str, Tensor], dict[str, 
         keep: one of `DTYPES`.
 
     Raises:
-        ZooError: a value is too large for float16.
+        ZooError: a value, or with int8 its scale, is too large for float16.
     """
     found = {f.name: x for f in fields(image) if isinstance(x := getattr(image, f.name), Tensor)}
     found |= {_BLOCKS + word: scores for word, scores in image.block_attention.items()}
@@ -53,16 +53,19 @@ def pack(image: ImageFeatures, keep: str) -> tuple[dict[str, Tensor], dict[str, 
             packed[name] = value.cpu()
         elif keep == "int8":
             packed[name], packed[name + SCALE] = (part.cpu() for part in _in_blocks(value))
+            _require_fit(name, value, packed[name + SCALE], "int8 ends at 127 * 65504")
         elif value.element_size() <= DTYPES[keep].itemsize:
             packed[name] = value.cpu()
         else:
             packed[name] = value.to(DTYPES[keep]).cpu()
-            if keep == "fp16" and not packed[name].isfinite().all() and value.isfinite().all():
-                raise ZooError(
-                    f"The encoder's {name} reach {value.abs().max().item():.3g}, and float16 ends at 65504: set "
-                    "features.keep=bf16."
-                )
+            _require_fit(name, value, packed[name], "float16 ends at 65504")
     return packed, {name: str(value.dtype).removeprefix("torch.") for name, value in found.items()}
+
+
+def _require_fit(name: str, value: Tensor, made: Tensor, end: str) -> None:
+    """Refuse values that were finite, and are not as they are kept."""
+    if not made.isfinite().all() and value.isfinite().all():
+        raise ZooError(f"The encoder's {name} reach {value.abs().max().item():.3g}, and {end}: set features.keep=bf16.")
 
 
 def unpack(packed: Mapping[str, Tensor], dtypes: Mapping[str, str], grid: tuple[int, int] | None) -> ImageFeatures:

@@ -110,6 +110,8 @@ def _split(linear: Any, covariance: Tensor, rank: int, method: str) -> SimpleNam
     """Return the R largest or smallest components of W C, and C^-1 V in place of V, as PEFT calls them."""
     weight = linear.weight.float()
     weight = weight.T if type(linear).__name__ == "Conv1D" else weight  # (O, I)
+    if not covariance.isfinite().all() or not covariance.any():
+        raise ZooError("CorDA: the inputs of a layer are zero in these batches, or not finite.")
     eye, mean, damp = torch.eye(len(covariance), device=covariance.device), covariance.diagonal().mean(), 0.01
     while True:  # until the inverse is one: inputs of few directions have a covariance without
         damped = covariance + damp * mean * eye  # (I, I)
