@@ -24,6 +24,7 @@ from zoo.training.step import Counts, TrainStep, count_images, count_labels
 from zoo.vision.images.identity import identify
 from zoo.vision.images.processors import FEATURES, Pictures
 from zoo.vision.images.transform import to_pixels
+from zoo.vision.images.video import Video
 
 STAGE = "epochs: 2.5, batch_size: 8, train: [projector, llm], pack_length: 200"
 
@@ -218,6 +219,14 @@ def test_an_image_is_what_it_holds(tmp_path):
     assert decoded[1][0] == decoded[2][0] != decoded[0][0]
     for source in (tmp_path / "none.png", "https://a.b/c.png", 5, np.zeros(3)):
         assert identify(source)[0] in ((), (b"array", b"float64 (3,)", bytes(24)))
+
+
+def test_a_video_is_the_same_with_indices_of_numpy(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"frames")
+    chosen = [
+        Video(str(tmp_path / "a.mp4"), sampling="explicit", indices=some) for some in ((0, 3), (*np.array([0, 3]),))
+    ]
+    assert identify(chosen[0])[0] == identify(chosen[1])[0] != ()
 
 
 def test_a_broken_image_is_named_as_without(make_model, tmp_path):

@@ -278,6 +278,8 @@ def test_fields_of_every_config_class_are_checked(method):
         ({"rank_pattern": {"(a+)+$": 4}}, "takes last parts of names"),
         ({"layers_to_transform": ["x"]}, "takes list"),
         ({"r": 0}, "r"),
+        ({"r": float("inf")}, "takes int"),
+        ({"r": float("nan")}, "takes int"),
     ],
     ids=str,
 )

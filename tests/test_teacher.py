@@ -1,5 +1,7 @@
 """A teacher in the training loop: never changed, matched by what positions are, whatever the batch looks like."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -304,3 +306,20 @@ def test_distilled_pretraining_changes_the_projector_alone(tmp_path, teacher):
     run.train()
     changed = {run.model.part_of(n) for n, p in run.model.named_parameters() if not p.equal(before[n])}
     assert changed == {"projector"}
+
+
+def test_another_stage_of_an_encoder_that_is_not_cut_is_another_encoder():
+    extra = {"embed_dim": 8, "depths": [1] * 4, "hidden_sizes": [16, 32, 64, 64]}
+    extra |= {"focal_levels": [1] * 4, "focal_windows": [3] * 4}
+    teacher = Teacher.__new__(Teacher)
+    for stage, shared in ((4, True), (3, False)):  # maps of one shape, by the same weights
+        made = []
+        for own in (4, stage):
+            torch.manual_seed(0)
+            node = {"name": "hf", "model_type": "focalnet", "image_size": 64, "stage": own, "extra": extra}
+            made.append(
+                SimpleNamespace(vision=registry.build("vision", node).requires_grad_(False), requested=frozenset())
+            )
+        teacher.model, teacher.same_vision = made[0], None
+        teacher.share_vision(made[1])
+        assert teacher.same_vision is shared

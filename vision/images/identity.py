@@ -36,8 +36,9 @@ def _identified(image: Any) -> tuple[tuple[bytes, ...], Any, str]:
     if isinstance(image, Video):
         with Path(image.path).open("rb") as file:  # too large to be held in memory
             content = hashlib.file_digest(file, hashlib.blake2b).digest()
+        # Indices may be integers of numpy.
         choice = {name: value for name, value in asdict(image).items() if name != "path"}
-        return (b"video", json.dumps(choice).encode(), content), image, ""
+        return (b"video", json.dumps(choice, default=int).encode(), content), image, ""
     if callable(image) and not isinstance(image, Image.Image):
         return _identified(image())
     where = ""

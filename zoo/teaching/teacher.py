@@ -109,7 +109,9 @@ class Teacher:
 def _made_alike(vision: Any, asked: frozenset[str]) -> tuple[Any, ...]:
     """Return what determines an encoder's features beside its weights."""
     joined = [*vision.members], {word: vision.giver(word) for word in asked}, tuple(vision.grid)
-    return type(vision), vision.transform, joined if vision.members else None
+    # An encoder with maps that is not cut behind its stage has the same weights for each of them.
+    stages = [getattr(getattr(e, "runner", None), "stage", None) for e in (*vision.members.values(), vision)]
+    return type(vision), vision.transform, joined if vision.members else None, stages
 
 
 def _pixels_by(processor: Any) -> tuple[Any, ...]:

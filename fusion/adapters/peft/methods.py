@@ -257,7 +257,7 @@ def _converted(value: Any, hint: Any, owner: str) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float and number:
         return float(value)
-    if hint is int and number and value == int(value):
+    if hint is int and number and (isinstance(value, int) or value.is_integer()):  # not inf or nan
         return int(value)
     if hint is type(None) and value is None:
         return None
