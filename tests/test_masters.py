@@ -267,7 +267,7 @@ def test_what_is_not_lost_is_saved_in_16_bits():
     )
 
 
-@pytest.mark.parametrize("record", [{"int8": ["llm"]}, {"bfloat16": "llm"}, {"bfloat16": [1]}])
+@pytest.mark.parametrize("record", [{"int8": ["llm"]}, {"bfloat16": "llm"}, {"bfloat16": [1]}, ["llm"], "llm"])
 def test_a_record_of_others_is_checked(record):
     with pytest.raises(ZooError, match="master"):
         masters_in(record, {"llm.a": torch.float32}, lambda n: "llm")

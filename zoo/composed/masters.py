@@ -131,6 +131,8 @@ def masters_in(
         ZooError: the record is none that `as_saved` makes.
     """
     found: dict[str, torch.dtype] = {}
+    if not isinstance(record or {}, Mapping):
+        raise ZooError(f"The config states masters={str(record)!r:.60}, where names by data type are needed.")
     for key, names in (record or {}).items():
         if key not in NAMES:
             raise unknown("data type of master weights in the config", str(key), NAMES)
