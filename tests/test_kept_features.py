@@ -282,6 +282,20 @@ def test_a_shard_in_part_is_not_read_and_a_damaged_one_is_left_out(tmp_path):
     assert late.find(b"\1" * 16) is None and again.find(b"\1" * 16), "an open file is there until it is closed"
 
 
+def test_a_shard_that_is_removed_is_noted_once(tmp_path):
+    notes = []
+    stores = [FeatureStore(tmp_path, {"a": 1}, note=notes.append)]
+    for turn in range(2):
+        for i in range(turn * 5, turn * 5 + 5):
+            stores[0].add(bytes([i]) * 16, Cut(), {"tokens": torch.full((1, 2, 2), i)}, {"tokens": "int64"})
+        stores[0].flush()
+    stores.append(FeatureStore(tmp_path, {"a": 1}, note=notes.append))
+    sorted(stores[0].folder.glob("shard-*"))[0].unlink()
+    found = [stores[1].find(bytes([i]) * 16) for i in range(10)]
+    assert [f is None for f in found] == [True] * 5 + [False] * 5 and int(found[7].tensors["tokens"][0, 0, 0]) == 7
+    assert len(notes) == 1 and "computed again" in notes[0]
+
+
 def test_a_full_folder_and_one_that_cannot_be_written_are_read(tmp_path, monkeypatch):
     notes = []
     store = FeatureStore(tmp_path, {}, max_bytes=60_000, note=notes.append)

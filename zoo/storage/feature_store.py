@@ -129,7 +129,7 @@ class FeatureStore:
             if place is None and self._changed():
                 self.shards.refresh()
                 place = self.shards.where.get(key)
-            return None if place is None else self._read(key, place)
+            return None if place is None else self._read(place)
 
     def add(self, key: bytes, cut: Cut, tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> None:
         """Keep the features of an image, which are written with those of others.
@@ -182,7 +182,7 @@ class FeatureStore:
         self._written += 1
         self.shards.refresh()
 
-    def _read(self, key: bytes, place: tuple[int, int]) -> Found | None:
+    def _read(self, place: tuple[int, int]) -> Found | None:
         from safetensors import SafetensorError
 
         try:
@@ -192,7 +192,7 @@ class FeatureStore:
             cut = json.loads(bytes(self.shards.read(place, "cuts.offsets", ["cuts"])["cuts"].tolist()))
         except (OSError, SafetensorError, KeyError, ValueError) as error:  # removed or changed since it was listed
             self._leave_out(ZooError(f"{str(self.shards.files[place[0]])!r} cannot be read: {error}"))
-            del self.shards.where[key]
+            self.shards.drop(place[0])  # one note a shard, not one for each of its images
             return None
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in cut.items()}
         return Found(Cut(**plain), tensors)

@@ -105,6 +105,10 @@ class Shards:
             self.where.update((key, (len(self.files), index)) for index, key in enumerate(keys))
             self.files.append(file)
 
+    def drop(self, number: int) -> None:
+        """Forget the keys of a shard that can no longer be read."""
+        self.where = {key: place for key, place in self.where.items() if place[0] != number}
+
     def read(self, place: Place, offsets: str, names: Sequence[str]) -> dict[str, Any]:
         """Read the entries of a key.
 
