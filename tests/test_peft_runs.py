@@ -188,6 +188,18 @@ def test_corda_splits_the_weights_as_peft_does(monkeypatch):
     assert torch.allclose(answers(llm.lm), answers(theirs.eval().base_model.model), atol=1e-4)
 
 
+def test_a_pass_that_fails_leaves_no_hooks_of_eva():
+    llm = tiny_llm()
+    adapter = adapter_on(llm, "eva")
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        adapter.calibrate([fails])
+    assert not any(module._forward_hooks for module in llm.lm.modules())
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_corda_refuses_inputs_that_are_zero_or_not_finite(value):
     llm = tiny_llm()

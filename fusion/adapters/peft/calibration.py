@@ -59,16 +59,22 @@ def eva_vectors(lm: Any, config: Any, passes: Sequence[Callable[[], None]]) -> d
             )
         passes[int(number)]()
 
-    found: dict[str, Tensor] = get_eva_state_dict(
-        lm,
-        [torch.tensor(i) for i in range(len(passes))],
-        peft_config=config,
-        forward_fn=forward,
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=inputs,
-        gather_distributed_inputs=False,  # every process runs the same batches
-        show_progress_bar=False,
-    )
+    try:
+        found: dict[str, Tensor] = get_eva_state_dict(
+            lm,
+            [torch.tensor(i) for i in range(len(passes))],
+            peft_config=config,
+            forward_fn=forward,
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=inputs,
+            gather_distributed_inputs=False,  # every process runs the same batches
+            show_progress_bar=False,
+        )
+    finally:  # PEFT leaves its hooks where a pass raises, and each later pass would run them
+        for module in lm.modules():
+            for number, hook in [*module._forward_hooks.items()]:
+                if type(hook).__module__ == get_eva_state_dict.__module__:
+                    del module._forward_hooks[number]
     return found
 
 
