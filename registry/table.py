@@ -196,7 +196,7 @@ def get(kind: str, name: str) -> Entry:
         except ImportError as error:
             raise ZooError(f"{kind} {name!r} cannot be imported from {module}: {error}") from error
     if name not in _entries[kind]:
-        raise unknown(kind, name, names(kind))
+        raise unknown(kind, name, [*names(kind), *parts_of(kind)])
     return _entries[kind][name]
 
 

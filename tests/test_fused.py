@@ -293,6 +293,8 @@ def test_a_list_of_encoders_is_the_encoder_that_joins_them():
         with_encoders(["vision=[hf,hf]"])
     with pytest.raises(ZooError, match=r"encoder 'tim': No vision named 'tim'\. Did you mean 'timm'"):
         compose("check", ["recipe=null", "vision=[hf,tim]", "projector=mlp", "llm=hf"])
+    with pytest.raises(ZooError, match=r"encoder 'efficientnet_lite': .*Did you mean 'efficientnet_lite0'"):
+        compose("check", ["recipe=null", "vision=[hf,efficientnet_lite]", "projector=mlp", "llm=hf"])
 
 
 def test_encoders_of_a_preset_are_replaced_not_joined(tmp_path):
