@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 import zoo
 from tests.saved_builders import (
@@ -246,7 +247,8 @@ def test_a_thin_folder_whose_parts_moved_says_how_to_name_them(copied, tmp_path)
     with pytest.raises(ZooError, match=r"base=\{'vision': folder\}"):
         zoo.ZooModel.from_pretrained(tmp_path / "thin")
     again, _ = zoo.load(name, *(f"{part}.checkpoint={folder}" for part, folder in found.items()), device="cpu")
-    for one in (again, zoo.ZooModel.from_pretrained(tmp_path / "thin", base=found)):
+    auto = AutoModelForImageTextToText.from_pretrained(tmp_path / "thin", base=found)
+    for one in (again, zoo.ZooModel.from_pretrained(tmp_path / "thin", base=found), auto):
         assert torch.equal(answers(one, processor), wanted)
     with pytest.raises(ZooError, match="'visoin'"):
         zoo.ZooModel.from_pretrained(tmp_path / "thin", base={"visoin": moved_to})

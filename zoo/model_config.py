@@ -60,7 +60,13 @@ class ZooConfig(PreTrainedConfig):
         require_model_config(config_dict, "The config")
         config_dict = said_since(config_dict)
         named = ("attn_implementation", "experts_implementation")  # set by `attention`, and by the run
-        return super().from_dict({k: v for k, v in config_dict.items() if k not in named}, **kwargs)
+        config_dict = {k: v for k, v in config_dict.items() if k not in named}
+        if not kwargs.get("return_unused_kwargs") or "base" not in kwargs:
+            return super().from_dict(config_dict, **kwargs)
+        # Auto classes ask which keywords are left for the model: its `base`, where bases lie now, is not the field here
+        place = kwargs.pop("base")
+        config, unused = super().from_dict(config_dict, **kwargs)
+        return config, {**unused, "base": place}
 
     @classmethod
     def read(cls, folder: Path) -> Any:

@@ -77,10 +77,12 @@ class Bases:
             ZooError: the checkpoint of a part has another fingerprint now.
         """
         for part, base in (saved or {}).items():
-            now = self.record.get(part, {}).get("fingerprint")
+            found = self.record.get(part, {})
+            now = found.get("fingerprint")
             if base.get("fingerprint") and now and now != base["fingerprint"]:
+                place = found.get("checkpoint", base["checkpoint"])  # where it was read, which may not be where it was
                 raise ZooError(
-                    f"The base weights of {part} in {base['checkpoint']!r} differ from those the model was saved on "
+                    f"The base weights of {part} in {place!r} differ from those the model was saved on "
                     f"(fingerprint {now[:12]}, was {base['fingerprint'][:12]})."
                 )
 
