@@ -126,6 +126,7 @@ def test_a_slot_that_is_chosen_twice_has_the_last_choice():
         ("pruner=[pool,random]", "pruner=[pool,random]"),
         ("stages.a.distiller={name:kl,weight:0}", "'stages.a.distiller={name:kl,weight:0}'"),
         ("~stages.a.data.b", "'~stages.a.data.b'"),
+        ("vision.model=''", "\"vision.model=''\""),
     ],
 )
 def test_fixes_are_shown_as_a_shell_takes_them(override, typed):

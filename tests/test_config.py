@@ -313,3 +313,17 @@ def test_parts_without_a_model_start_as_they_are(tmp_path):
     ):
         assert (cfg.vision.stem, cfg.llm.model_type, cfg.model.name) == ("patch", "llama", "")
     assert compose("train", []).vision.stem == "conv"
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("features.keep=bf61", r"\(features\.keep\) named 'bf61'\. Did you mean 'bf16'"),
+        ("features.max_gb=-1", r"features\.max_gb must be more than 0, got -1"),
+        ("teach.dtype=float61", r"named 'float61'\. Did you mean 'float16'"),
+        ("survey.images=opn", r"\(survey\.images\) named 'opn'\. Did you mean 'open'"),
+    ],
+)
+def test_rules_of_a_section_hold_before_anything_is_made(word, reason):
+    with pytest.raises(ZooError, match=reason):
+        compose("check", ["model=scenes_tiny", word])

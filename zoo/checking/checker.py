@@ -80,7 +80,10 @@ class RefusedError(ZooError):
 
 def for_a_shell(override: str) -> str:
     """Quote an override that a shell would split or expand; brackets alone stay unquoted, as in the docs."""
-    return shlex.quote(override) if re.search(r"[^\w@%+=:,./\[\]-]", override) else override
+    if not re.search(r"[^\w@%+=:,./\[\]-]", override):
+        return override
+    plain = "'" in override and not re.search(r'["$`\\!]', override)  # shlex breaks each ' out of its quotes
+    return f'"{override}"' if plain else shlex.quote(override)
 
 
 def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> CheckReport:

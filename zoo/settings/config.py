@@ -12,7 +12,7 @@ from typing import Any
 from zoo.registry import MANY, POSITIONS, ZooError, config_of, unknown
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings.overrides import prepare
-from zoo.settings.schema import CONFIG_NAME, RunRoot
+from zoo.settings.schema import CONFIG_NAME, SECTIONS, RunRoot
 from zoo.settings.stage import MASTER_WEIGHTS, PRECISIONS
 
 
@@ -147,6 +147,8 @@ def validate(cfg: Any) -> None:
         raise unknown("precision", cfg.precision, filter(None, PRECISIONS))
     if cfg.master_weights not in MASTER_WEIGHTS[1:]:
         raise unknown("master_weights", cfg.master_weights, MASTER_WEIGHTS[1:])
+    for section in SECTIONS:
+        OmegaConf.to_object(cfg[section])  # the rules in a section's dataclass hold for objects, not for nodes
     for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
         if cfg[name] is not None and cfg[name] < least:
             raise ZooError(f"{name} must be at least {least}, got {cfg[name]}.")
