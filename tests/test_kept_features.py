@@ -182,6 +182,15 @@ def test_nothing_is_kept_of_what_cannot_be(make_model, tmp_path):
         FeaturesConfig(keep="bf61")
 
 
+@pytest.mark.parametrize("keep", ["fp16", "int8"])
+def test_features_of_new_images_are_joined_in_bf16(make_model, tmp_path, keep):
+    model, processor = make_model()
+    kept = opened(model, processor, tmp_path, keep)
+    samples = [sample(("what", "red")), sample(("what", "red"))]
+    with torch.autocast("cpu", torch.bfloat16):
+        filled(kept, processor, [(s, Recall(kept.store, processor)(s)) for s in samples])
+
+
 def test_another_encoder_or_transform_is_another_store(make_model, tmp_path):
     model, processor = make_model()
     model.requires_grad_(False)

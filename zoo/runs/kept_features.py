@@ -173,7 +173,8 @@ class KeptFeatures:
         if not all(shown["there"]):
             parts = self._parts(batch, shown)
             device = batch["pixel_values"].device
-            whole = {name: torch.cat([part[name].to(device) for part in parts]) for name in parts[0]}
+            with torch.autocast(device.type, enabled=False):  # on a CPU, in bf16, it refuses to join scales in float16
+                whole = {name: torch.cat([part[name].to(device) for part in parts]) for name in parts[0]}
         else:
             self.found += len(shown["there"])
         image = unpack(whole, self.dtypes or self.store.dtypes, self.model.vision.token_grid)
