@@ -185,8 +185,9 @@ def test_nothing_is_kept_of_what_cannot_be(make_model, tmp_path):
 @pytest.mark.parametrize("keep", ["fp16", "int8"])
 def test_features_of_new_images_are_joined_in_bf16(make_model, tmp_path, keep):
     model, processor = make_model()
+    model.requires_grad_(False)
     kept = opened(model, processor, tmp_path, keep)
-    samples = [sample(("what", "red")), sample(("what", "red"))]
+    samples = [sample(("what", "red"), seed=seed) for seed in (0, 1)]
     with torch.autocast("cpu", torch.bfloat16):
         filled(kept, processor, [(s, Recall(kept.store, processor)(s)) for s in samples])
 
