@@ -147,6 +147,11 @@ def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
     return undo
 
 
+def compute_itself(module: nn.Module) -> None:
+    """Let a module compute its own forward again: the undo of `compute_by` where it was its first."""
+    del module.__dict__["forward"], module.__dict__[_ASIDE]
+
+
 def stands_aside(module: nn.Module) -> bool:
     """Whether the module's forward was replaced (`compute_by`)."""
     return _ASIDE in module.__dict__

@@ -153,6 +153,6 @@ def test_what_people_ask_of_a_model(llava):
     assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - sum(
         m.weight.numel() for m in embeddings
     )
-    assert "LlamaForCausalLM" in repr(model) and "ZooModel" in repr(model)
+    assert "llama, 3 layers" in repr(model) and "LlamaForCausalLM" in repr(model.llm)
     assert model.get_decoder() is model.llm.lm.model and model.dtype == torch.float32
     assert model.get_memory_footprint() > 4 * model.num_parameters()

@@ -16,6 +16,7 @@ from zoo.benches.measure import Value
 from zoo.benches.report import Report, Row
 from zoo.checking.checker import CheckReport, Stagecheck, show
 from zoo.checking.checker import PartSummary as Part
+from zoo.checking.memory import Memory
 from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
 from zoo.inspection.report import draw, report_table, summaries
@@ -43,6 +44,9 @@ def lines(name):
     return [Line(name, name, "exact", name, held, score, score, score) for held in (False, True)]
 
 
+MEMORY = Memory(1, 0, 0, 0, (1, 1), 1, False)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_show_names_as_they_are(name):
     text = printed(score_table(lines(name), name))
@@ -55,7 +59,12 @@ def test_tables_show_names_as_they_are(name):
     try:
         bench.print()
         rows = [Part("vision", name, 4, None, 8, 1, 1, frozenset({name}), frozenset(), frozenset(), 2)]
-        show(CheckReport(rows, 4, 1, [Stagecheck(name, {name: 1}, 1)], 0.1, notes=[name]), name)
+        show(
+            CheckReport(
+                rows, 4, 1, [Stagecheck(name, {name: 1}, lambda batch, placeholder: MEMORY)], 0.1, notes=[name]
+            ),
+            name,
+        )
     finally:
         sys.stdout = out
     assert shown.getvalue().count(printable(name).strip()) >= 4

@@ -174,4 +174,8 @@ def _to_term(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        x.device.type != "meta"
+        and torch.is_autocast_enabled(x.device.type)
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )

@@ -156,7 +156,8 @@ def prompt_positions(
     column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
     if not counts:
         return column
-    return column + gaps_of(positions, counts, lengths).shift(numbered(placeholders)).to(column.device)
+    shift = gaps_of(positions, counts, lengths).shift(numbered(placeholders))  # (B, T + 1), with what follows
+    return column + shift[:, :-1].to(column.device)
 
 
 class PrunerAlone(nn.Module):

@@ -10,7 +10,7 @@ INSIDE = 2  # a pruner inside the LLM comes behind it
 
 
 @dataclass(frozen=True)
-class PartSummary:
+class PartNumbers:
     """A part of a composed model.
 
     Attributes:
@@ -53,7 +53,7 @@ class ModelSummary:
     """
 
     name: str
-    parts: tuple[PartSummary, ...]
+    parts: tuple[PartNumbers, ...]
     parameters: int
     trainable: int
     memory: int
@@ -77,7 +77,7 @@ class ModelSummary:
         return "\n".join(lines)
 
 
-def _cells(part: PartSummary, alike: bool) -> tuple[str, str, str, str]:
+def _cells(part: PartNumbers, alike: bool) -> tuple[str, str, str, str]:
     """Columns of a part; `alike`: all parts train, or none."""
     about = [] if part.tokens is None else [f"{part.tokens} tokens"]
     if part.grid is not None and part.tokens == part.grid[0] * part.grid[1]:
@@ -105,7 +105,7 @@ def summary_of(model: Any) -> ModelSummary:
         between = step.kind == "pruner" and step.name in inside
         image = step.kind in ("vision", "pruner", "projector", "layout") and bool(step.tokens) and not between
         parts.append(
-            PartSummary(
+            PartNumbers(
                 step.kind,
                 step.name,
                 sum(p.numel() for p in held),

@@ -8,14 +8,13 @@ In a pass with gradients the layers that a gradient goes through hold such copie
 activations are recomputed they do not, and memory counts: no copies are made then, nor for compiled layers.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.fusion.attach import compute_by, stands_aside
+from zoo.fusion.attach import compute_by, compute_itself, stands_aside
 
 
 class ShortLinear:
@@ -24,7 +23,6 @@ class ShortLinear:
     def __init__(self, linear: nn.Linear) -> None:
         self.linear, self.short = linear, linear.weight.detach().to(torch.bfloat16)
         self.state = self._state()
-        self.undo: Callable[[], None] = lambda: None
 
     def _state(self) -> tuple[int, int]:
         return self.linear.weight.data_ptr(), self.linear.weight._version
@@ -35,10 +33,13 @@ class ShortLinear:
             self.short, self.state = self.linear.weight.detach().to(torch.bfloat16), self._state()
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
-            return F.linear(x, self.short, self.linear.bias)
-        return F.linear(x, self.linear.weight, self.linear.bias)
+        device, weight = x.device.type, self.linear.weight
+        if weight.requires_grad or device == "meta" or not torch.is_autocast_enabled(device):
+            return F.linear(x, weight, self.linear.bias)
+        if torch.get_autocast_dtype(device) != torch.bfloat16:
+            return F.linear(x, weight, self.linear.bias)
+        self.refresh()  # a copy of the model has weights of its own
+        return F.linear(x, self.short, self.linear.bias)
 
 
 class ShortWeights:
@@ -57,7 +58,7 @@ class ShortWeights:
         if self.layers is None:
             self.layers = [ShortLinear(module) for module in self.model.modules() if _is_frozen(module)]
             for layer in self.layers:
-                layer.undo = compute_by(layer.linear, layer.forward)
+                compute_by(layer.linear, layer.forward)
         for layer in self.layers:
             layer.refresh()
 
@@ -65,9 +66,8 @@ class ShortWeights:
 def release(model: Any) -> None:
     """Leave the layers of a model as they were without copies."""
     for module in model.modules():
-        layer = getattr(module.__dict__.get("forward"), "__self__", None)
-        if isinstance(layer, ShortLinear):
-            layer.undo()
+        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), ShortLinear):
+            compute_itself(module)  # of a copied model too, whose layers are others
 
 
 def _is_frozen(module: nn.Module) -> bool:
