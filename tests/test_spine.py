@@ -125,6 +125,7 @@ LEAVES["how options are read, what is loaded on the way, what is refused"] = [
     "registry/source_text.py",
     "registry/plugins.py",
     "zoo/autoclasses.py",
+    "zoo/settings/schema.py",
     "zoo/settings/several_encoders.py",
 ]
 LEAF = {file: sort for sort, files in LEAVES.items() for file in files}
