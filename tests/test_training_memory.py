@@ -14,7 +14,7 @@ from zoo.settings.config import compose
 
 LLM = {"hidden_size": 48, "num_layers": 4, "num_heads": 3, "intermediate_size": 128}
 LORA = {"adapter": {"lora": {"name": "lora"}}}
-VLORA = {"projector": None, "adapter": {"vlora": {"name": "vlora", "width": 32, "rank": 4}}}
+VLORA = {"projector": None, "adapter": {"vlora": {"name": "vlora", "width": 32, "rank": 4, "depth": 2}}}
 MOE = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
 FROZEN = {"train": ["projector"], "precision": "bf16"}
 CASES = {
