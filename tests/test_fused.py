@@ -289,6 +289,8 @@ def test_a_list_of_encoders_is_the_encoder_that_joins_them():
     node = cfg.vision
     assert node.name == "fused" and list(node.encoders) == ["sem", "loc"]
     assert node.encoders.loc == {"name": "hf", "width": 48, "revision": "12e4567"}, "text stays text"
+    with pytest.raises(ZooError, match=r"vision=\[hf,timm,\] has an encoder without a name"):
+        compose("check", ["vision=[hf,timm,]"])
     with pytest.raises(ZooError, match=r"two encoders named 'hf'.*vision=\[a:hf,b:hf\]"):
         with_encoders(["vision=[hf,hf]"])
     with pytest.raises(ZooError, match=r"encoder 'tim': No vision named 'tim'\. Did you mean 'timm'"):

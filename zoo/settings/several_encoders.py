@@ -39,11 +39,13 @@ def nodes_of(listed: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Return the options of listed encoders by their names: `timm`, or `loc:timm`.
 
     Raises:
-        ZooError: two have one name.
+        ZooError: two have one name, or one has none.
     """
     nodes: dict[str, dict[str, Any]] = {}
     for item in map(str, listed):
         key, _, component = item.rpartition(":")
+        if not component.strip():
+            raise ZooError(f"vision=[{','.join(map(str, listed))}] has an encoder without a name: leave out a comma.")
         key = key.strip() or component.strip()
         if key in nodes:
             raise ZooError(
