@@ -158,8 +158,14 @@ def test_samples_are_those_of_a_file_in_memory(options, tmp_path, monkeypatch):
     assert [samples(c) for c in (config, replace(config, limit=20))] == in_memory
     kept = list(tmp_path.glob(".rows.jsonl.zoo-groups-*"))
     assert len(kept) == (2 if options.keys() & {"group_by_image", "split_field"} else 0)
+    grouping = ChatJson._grouping
     monkeypatch.setattr(ChatJson, "_grouping", None)
     assert [samples(c) for c in (config, replace(config, limit=20))] == in_memory
+    monkeypatch.setattr(ChatJson, "_grouping", grouping)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
+    assert len(samples(config)) < len(in_memory[0]) or options == {"limit": 7}
+    left = list(tmp_path.glob(".rows.jsonl.zoo-groups-*"))
+    assert len(left) == min(1, len(kept)) and not {*left} & {*kept}, "groups of the file as it was are deleted"
 
 
 def test_groups_are_those_of_a_dict():

@@ -20,6 +20,7 @@ from zoo.vision.images.video import VIDEOS, Video
 
 CHECKED = 1_000_000  # records up to which all are read when a file is opened
 SPREAD = 100_000  # that are read of more
+GROUPING = 1  # version of how records are grouped, which kept groups depend on
 OTHER_SPLIT = ("",)  # in place of a head: the record belongs to another split
 
 
@@ -109,7 +110,7 @@ class ChatJson(Dataset):
                     self._checked_head(int(index))
             return Groups(number)
         options = {name: value for name, value in asdict(config).items() if name not in ("images", "frames")}
-        return kept_groups(self.records.beside("groups", repr(options)), self._grouping)
+        return kept_groups(self.records.beside("groups", f"{GROUPING} {options}"), self._grouping)
 
     def _grouping(self) -> Grouping:
         """Read the records of the split, up to the limit, and what those that belong together share."""

@@ -96,8 +96,8 @@ class RecordFile:
         """
         if not isinstance(self._source, _OnDisk):
             return None
-        mark = hashlib.sha256(f"{self._source.state} {key}".encode()).hexdigest()[:16]
-        return self.path.with_name(f".{self.path.name}.zoo-{what}-{mark}")
+        state, mark = (hashlib.sha256(str(x).encode()).hexdigest()[:12] for x in (self._source.state, key))
+        return self.path.with_name(f".{self.path.name}.zoo-{what}-{state}-{mark}")
 
     def _reason(self, index: int, error: json.JSONDecodeError, text: str) -> str:
         cut = index == len(self) - 1 and _is_cut(error, text)

@@ -1,6 +1,7 @@
 """Which records make up each sample: one each, or all about the same images; as arrays, for millions of them."""
 
 import contextlib
+import glob
 import hashlib
 import os
 from array import array
@@ -71,7 +72,7 @@ def kept_groups(file: Path | None, make: Callable[[], Grouping]) -> Groups:
     """Return groups that are kept in a file, mapped into memory; made, and kept if possible, where it is not there.
 
     Args:
-        file: None: they are not kept.
+        file: `RecordFile.beside`; those of earlier states of the records are deleted. None: they are not kept.
         make: reads the records.
     """
     with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # absent, or emptied by a crash
@@ -88,6 +89,11 @@ def kept_groups(file: Path | None, make: Callable[[], Grouping]) -> Groups:
             with aside.open("wb") as out:
                 np.save(out, np.concatenate([members, ends, [len(ends)]]))
             aside.replace(file)
+            present = file.name.rpartition("-")[0]
+            stem = present.rpartition("-")[0]
+            for other in file.parent.glob(f"{glob.escape(stem)}-*") if stem else ():
+                if not other.name.startswith(f"{present}-"):  # of the records before they changed
+                    other.unlink()
         with contextlib.suppress(OSError):
             aside.unlink()
     return Groups(len(ends), members, ends)
