@@ -10,11 +10,10 @@ Files are memory-mapped where their layout and data type allow it: a comparison 
 to no memory, and stops at the first difference in a weight.
 """
 
-import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from zoo.registry.part import base_of
 from zoo.storage.precision import cast_parameters, dtype_of
 from zoo.storage.rows import rows_behind, rows_in_common
 from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
-from zoo.storage.weights import fingerprint, names_of, snapshot
+from zoo.storage.weights import fingerprint, names_of, no_progress_bar, snapshot
 
 WHOLE = "model"  # key of a published checkpoint that all parts have their weights from
 
@@ -165,7 +164,7 @@ class Bases:
             if now != self.record[key]["fingerprint"]:
                 raise ZooError(f"its files are others now, with fingerprint {now[:12]}")
             return self.stored
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]), _no_progress():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), no_progress_bar():
             # A random seed: weights that the checkpoint lacks, drawn from the seed of the run, would compare equal.
             torch.default_generator.seed()
             own = self.own[key]
@@ -273,17 +272,3 @@ def _usual_dtype(tensors: Iterable[Stored | Joined | Tensor]) -> torch.dtype | N
         if tensor.dtype.is_floating_point:
             numbers[tensor.dtype] += math.prod(tensor.shape)
     return numbers.most_common(1)[0][0] if numbers else None
-
-
-@contextlib.contextmanager
-def _no_progress() -> Iterator[None]:
-    """Suppress transformers' progress bar: a load for comparison only would look like a second load."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -17,6 +17,7 @@ import torch
 from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import require_model_config, require_plausible
 from zoo.registry.versions import gguf_fields, gguf_text_cuts, unpacked_gguf
+from zoo.storage.weights import no_progress_bar
 
 _EXACT = 10**9  # weights up to which nothing is rounded: 4 GB
 # Text is cut into single digits before GPT-2's cuts, by names of llama.cpp; transformers does the latter alone.
@@ -56,7 +57,7 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     given: dict[str, Any] = {"gguf_file": place.name, "trust_remote_code": False}
-    with _refused(file), _quiet():
+    with _refused(file), no_progress_bar():
         config = AutoConfig.from_pretrained(place.parent, **given)
     require_model_config(config.to_dict(), f"The config in {str(file)!r}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -65,7 +66,7 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
         weights = AutoModelForCausalLM.from_config(config).num_parameters()
     require_plausible(weights, [file], f"The config in {str(file)!r}")
     dtype = torch.float32 if weights <= _EXACT else torch.bfloat16
-    with _refused(file), _quiet():
+    with _refused(file), no_progress_bar():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.parent,
             config=config,
@@ -89,7 +90,7 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
 def _write_tokenizer(file: Path, place: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    with _refused(file), _quiet():
+    with _refused(file), no_progress_bar():
         tokenizer: Any = AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, trust_remote_code=False)
         stated = gguf_fields(file)
     if stated.get("tokenizer.ggml.model") == "gpt2":
@@ -124,17 +125,3 @@ def _refused(file: Path) -> Iterator[None]:
         raise
     except Exception as error:  # an architecture it does not know, a file cut short: each raises its own class
         raise ZooError(f"{str(file)!r} cannot be read as a GGUF file of a language model: {one_line(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' progress bars, of which there would be several."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
