@@ -31,6 +31,9 @@ COMMANDS = {
         "zoo.evaluation.evaluate:main", "score a model: model=last, model=dir:runs/x, or a preset", composed=True
     ),
     "chat": Command("zoo.cli.chat_command:main", "talk to a model: zoo chat MODEL --image photo.jpg"),
+    "export": Command(
+        "zoo.cli.export_command:main", "write a model for transformers or for zoo elsewhere: zoo export last"
+    ),
     "teach": Command("zoo.training.teach:main", "store the outputs of a stage's teacher, to train from", composed=True),
     "check": Command(
         "zoo.cli.check_command:main", "check whether the parts fit, before weights are loaded", composed=True

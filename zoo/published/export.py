@@ -65,7 +65,7 @@ def export(
     _refuse_adapters(model)
     known, encoder = _place_for(model, family or (record or {}).get("family", ""), record)
     theirs = their_processor(model, processor, known)
-    _merge_adapters(model)
+    merge_adapters(model)
     config = known.config(model, encoder)
     config.architectures = [known.model]
     config.dtype = next(model.llm.parameters()).dtype
@@ -135,7 +135,7 @@ def _require_plain(model: Any) -> None:
         raise ZooError("the language model is held in few bits, which no published layout has: load it without bits")
     if len(model.pruner):
         raise ZooError(
-            f"it has no pruner, and the model has {', '.join(model.pruner)}. Export it without: "
+            f"it has no pruner, and the model has {', '.join(model.pruner)}. Export it without, by pruner=[]: "
             "zoo.load(..., 'pruner=[]')"
         )
     if (name := (slots.get("llm") or {}).get("name")) != "hf":
@@ -154,11 +154,17 @@ def _refuse_adapters(model: Any) -> None:
         if not adapter.can_merge:
             raise ZooError(
                 f"adapter {name!r} cannot be merged into the language model: what it adds depends on the input. "
-                f"Save it with `save_pretrained` instead, or export without it."
+                f"Save it with `save_pretrained` instead (zoo export --format safetensors), or export without it."
             )
 
 
-def _merge_adapters(model: Any) -> None:
+def merge_adapters(model: Any) -> None:
+    """Merge all adapters into the language model, for good.
+
+    Raises:
+        ZooError: one cannot be merged; nothing was.
+    """
+    _refuse_adapters(model)
     for name, adapter in list(model.adapter.items()):
         adapter.merge()
         del model.adapter[name]

@@ -1,0 +1,133 @@
+"""`zoo export MODEL [OUT]`: write a model for other programs, or whole for zoo on another machine."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError, unknown
+from zoo.storage.atomic import writing, written_beside
+from zoo.text.sizes import size_text
+
+FORMATS = {
+    "hf": "the layout of a published family, which transformers loads without zoo",
+    "safetensors": "zoo's own layout with all weights, independent of the checkpoints that they came from",
+}
+SPELLINGS = {"gguf-parts": "gguf", "transformers": "hf", "zoo": "safetensors"}
+OPTIONS = ("format", "merge", "family", "dtype", "max-shard-size")  # may also be written as key=value
+
+
+def main(words: Sequence[str]) -> int:
+    """Load the model, write it beside the folder of that name, rename it, and print what was written."""
+    args, overrides = _parsed(words)
+    if args.format not in FORMATS:
+        raise unknown("format of zoo export", args.format, FORMATS)
+    name = model_word(args.model)
+    out = Path(args.out or f"{label_of(name)}-{args.format}").expanduser()
+    require_free(out)
+    from zoo.loading.build import load  # after the checks above, which need no torch
+
+    model, processor = load(name, *overrides, device="cpu", dtype=args.dtype)
+    with writing(f"the export to {str(out)!r}"), written_beside(out, folder=True) as beside:
+        _write(model, processor, beside, args)
+    print(report(out, args.format))
+    return 0
+
+
+def _write(model: Any, processor: Any, folder: Path, args: Any) -> None:
+    from zoo.published.export import export, merge_adapters
+
+    merged = list(model.adapter)
+    if args.format == "safetensors":
+        if args.merge:
+            merge_adapters(model)
+        model.save_pretrained(folder, include_base=True, max_shard_size=args.max_shard_size)
+        processor.save_pretrained(folder)
+    else:
+        try:
+            export(model, processor, folder, family=args.family, max_shard_size=args.max_shard_size)
+        except ZooError as error:
+            hint = f"As it is, for zoo on another machine: zoo export {args.model} --format safetensors"
+            raise ZooError(f"{error}\n{hint}") from error
+    if gone := [adapter for adapter in merged if adapter not in model.adapter]:
+        print(f"Merged into the language model: {', '.join(gone)}.")
+
+
+def report(folder: Path, format: str) -> str:
+    """List the files of a folder with their sizes, and the lines that load it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    width = max(map(len, names))
+    sizes = [path.stat().st_size for path in files]
+    lines = [f"  {name:<{width}}  {size_text(size):>6}B" for name, size in zip(names, sizes, strict=True)]
+    head = f"Wrote {folder}, {len(files)} files, {size_text(sum(sizes))}B:"
+    return "\n".join([head, *lines, "Load it with:", *(f"    {line}" for line in load_lines(str(folder), format))])
+
+
+def load_lines(place: str, format: str) -> list[str]:
+    """Return lines of Python that load an export from a folder or a repository."""
+    if format == "hf":
+        return [
+            "from transformers import AutoModelForImageTextToText, AutoProcessor",
+            f'model = AutoModelForImageTextToText.from_pretrained("{place}")',
+            f'processor = AutoProcessor.from_pretrained("{place}")',
+        ]
+    return ["import zoo", f'model, processor = zoo.load("dir:{place}")']
+
+
+def model_word(word: str) -> str:
+    """Return the name of a model for `zoo.load`; a folder may be written without `dir:`."""
+    is_folder = ":" not in word and word != "last" and Path(word).expanduser().is_dir()
+    return f"dir:{word}" if is_folder else word
+
+
+def label_of(name: str) -> str:
+    """Return a short name of a model for files: of a run's model that of the run."""
+    place = Path(name.partition(":")[2] or name)
+    place = place.resolve() if place.exists() else place
+    place = place.parent if place.name == "model" and (place.parent / "config.yaml").is_file() else place
+    return re.sub(r"[^\w.+-]+", "_", place.name).strip("._") or "model"
+
+
+def require_free(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ZooError: `out` is a file, or a folder that is not empty.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ZooError(f"{str(out)!r} exists and is not empty: name another folder, or remove it first.")
+
+
+def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
+    """Separate the options of the command from those of the model (`pruner=[]`)."""
+    formats = "; ".join(f"{name}: {about}" for name, about in FORMATS.items())
+    parser = argparse.ArgumentParser(prog="zoo export", description=__doc__)
+    parser.add_argument("model", help="a preset, a folder, a run, last, or hub:<org>/<name>")
+    parser.add_argument("words", nargs="*", metavar="out", help="the new folder, and options of zoo.load: pruner=[]")
+    parser.add_argument("--format", default="hf", help=f"{formats}. Default: hf")
+    parser.add_argument("--merge", action="store_true", help="merge adapters; always done where a layout has none")
+    parser.add_argument(
+        "--family", default="", help="layout of hf: llava, llava_next, ...; default: the first that fits"
+    )
+    parser.add_argument("--dtype", default=None, help="of the weights, e.g. bfloat16; default: as they are")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a weights file")
+    args = parser.parse_intermixed_args([flag for word in words for flag in _as_flag(word)])
+    outs = [word for word in args.words if "=" not in word]
+    if len(outs) > 1:
+        raise ZooError(f"zoo export takes one folder to write to, got {', '.join(map(repr, outs))}.")
+    args.out = outs[0] if outs else ""
+    args.format = SPELLINGS.get(args.format, args.format)
+    return args, [word for word in args.words if "=" in word]
+
+
+def _as_flag(word: str) -> list[str]:
+    """Return `format=hf` as `--format hf`, and other words as they are."""
+    key, equals, value = word.partition("=")
+    name = key.replace("_", "-")
+    if not equals or name not in OPTIONS:
+        return [word]
+    if name == "merge":
+        return ["--merge"] if value.lower() not in ("false", "no", "0", "") else []
+    return [f"--{name}", value]
