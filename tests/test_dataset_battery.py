@@ -12,6 +12,7 @@ from tests.test_classes import folder as class_files
 from tests.test_nlvr import folder as nlvr_files
 from tests.test_table import NAME
 from tests.test_table import folder as table_files
+from tests.test_webdataset import pack, png, turns
 from zoo import registry
 from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
 from zoo.vision.images.decode import open_image
@@ -26,6 +27,9 @@ def nodes(tmp_path, class_files, nlvr_files, table_files):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(record | {"id": f"n{i}"}) for i in range(5)))
     pair = {"prompt": "What?", "chosen": "that", "rejected": "this"}
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair | {"id": f"p{i}"}) for i in range(5)))
+    packed = pack(
+        tmp_path / "rows.tar", {f"{i}.{e}": d for i in range(5) for e, d in (("png", png(i)), ("json", turns("What?")))}
+    )
     images, labels = (str(tmp_path / "{split}-") + end for end in ("images.gz", "labels"))
     return {
         "chat_json": {"file": str(tmp_path / "rows.jsonl")},
@@ -39,6 +43,7 @@ def nodes(tmp_path, class_files, nlvr_files, table_files):
             "images": str(table_files / "images"),
             "questions": {"name": NAME, "is": {"ask": ["{claim}?"], "claim": "{name}"}},
         },
+        "webdataset": {"shards": str(packed)},
     }
 
 

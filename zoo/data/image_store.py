@@ -3,19 +3,18 @@
 Names cannot reach files outside: absolute names, `..` and links that lead out are refused.
 """
 
-import tarfile
 import zipfile
 import zlib
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Protocol
 
 from zoo.data.absent import absent
+from zoo.data.tar_members import MAX_BYTES, tar_members
 from zoo.registry import ImageError, ZooError, nearest
 from zoo.registry.foreign import require_file
 
-MAX_BYTES = 1 << 29  # of one image as it is stored
 _LOCAL = 30  # bytes of a zip member's local header, ahead of its name and extra fields
 
 
@@ -101,20 +100,6 @@ class Folder:
         return sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
 
 
-class _NoFurther:
-    """A file whose reads are limited to its size: a header may state any size, which a read would allocate."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
-        self.seek: Any = file.seek
-        self.tell: Any = file.tell
-        self.name = file.name
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self._size - self._file.tell())
-        return self._file.read(left if count < 0 else min(count, left))
-
-
 class Archives:
     """Members of zip or uncompressed tar archives, indexed once; the bytes are read later, by offset."""
 
@@ -126,23 +111,8 @@ class Archives:
             if path.suffix.lower() == ".zip":
                 self._add_zip(path, size)
                 continue
-            try:
-                with path.open("rb") as file:
-                    short: Any = _NoFurther(file, size)
-                    for item in tarfile.open(fileobj=short, mode="r:"):  # noqa: SIM115  closed with the file
-                        wrong = item.size < 0 or item.offset_data + item.size > size
-                        if not wrong and (not item.isfile() or item.issparse()):  # sparse: not all bytes are there
-                            continue
-                        if wrong or item.size > MAX_BYTES:
-                            raise ZooError(f"{path}: the member {item.name[:200]!r} states {item.size:,} bytes.")
-                        self._add(TarMember(str(path), _plain(item.name), item.offset_data, item.size))
-            except (tarfile.TarError, ValueError, OSError, OverflowError, RecursionError) as error:
-                if isinstance(error, ZooError):
-                    raise
-                raise ZooError(
-                    f"{path} cannot be read as a tar archive ({error}). It must not be compressed: images are read "
-                    "from the middle of it."
-                ) from None
+            for item in tar_members(path):
+                self._add(TarMember(str(path), _plain(item.name), item.offset_data, item.size))
 
     def _add_zip(self, path: Path, size: int) -> None:
         try:

@@ -184,6 +184,20 @@ _UNPACKED = 200  # largest compression ratio of gzip files; that of texts is abo
 _BESIDE = 1 << 28  # unpacked bytes allowed for files of any ratio
 
 
+def parse_value(data: bytes, where: str) -> Any:
+    """Parse JSON of one value by the rules of records: no key twice, no endless nesting.
+
+    Raises:
+        ZooError: it is broken; the message begins with `where`.
+    """
+    try:
+        return _DECODER.decode(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ZooError(f"{where}: {_no_utf8(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ZooError(f"{where} is not JSON: {_said(error)}.") from None
+
+
 def _read(path: Path) -> bytes:
     """Read a file, unpacked and converted to UTF-8."""
     packed = path.suffix == ".gz"

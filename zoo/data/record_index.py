@@ -62,6 +62,12 @@ class RecordIndex:
             raise ZooError(f"{self.file} is broken at record {index + 1}: delete it, and it is made anew.")
         return start, length, line
 
+    def close(self) -> None:
+        """Close the file; it is opened again where it is needed."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
     def require_same(self, file: int) -> None:
         """Refuse an open file that is not in the state that the index belongs to: its records are elsewhere.
 
