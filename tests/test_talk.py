@@ -91,6 +91,7 @@ def test_every_named_model_fits_and_is_as_large_as_it_says():
 
     sizes = {"llava15_7b": 7.06e9, "llava15_13b": 13.35e9, "llava16_mistral_7b": 7.57e9, "smolvlm_256m": 0.256e9}
     sizes |= {"llava_onevision_05b": 0.89e9, "internvl3_1b": 0.94e9, "smolvlm_2b": 2.2e9}
+    sizes |= {"qwen3_vl_2b": 2.13e9, "qwen2_vl_2b": 2.21e9, "qwen25_vl_3b": 3.75e9, "qwen3_vl_30b_a3b": 31.07e9}
     for name, wanted in sizes.items():
         walk = check(name)
         assert sum(r.parameters for r in walk.rows) == pytest.approx(wanted, rel=0.04), name

@@ -245,7 +245,8 @@ def _summary(step: Any, parts: Parts, model: Any) -> PartSummary:
     key = step.kind if step.kind in registry.SINGLE_SLOTS else f"{step.kind}.{step.name}"
     own = [p for n, p in model.named_parameters() if (of := model.part_of(n)) == key or of.startswith(f"{key}.")]
     if step.kind == "vision":  # what never trains is held in buffers: a pooling head, a text tower
-        own += [b for b in model.vision.buffers() if b.is_floating_point()]
+        saved = model.vision.state_dict()  # without rotary frequencies
+        own += [b for n, b in model.vision.named_buffers() if n in saved and b.is_floating_point()]
     return PartSummary(
         step.kind,
         step.name,
