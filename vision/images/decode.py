@@ -27,7 +27,7 @@ TEXT = 1 << 20  # largest text chunk of a PNG, in bytes, that is read for the or
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def open_image(source: Any, where: str = "") -> Image.Image:
+def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> Image.Image:
     """Decode `source` to an RGB image, rotated by its EXIF orientation.
 
     Grey, palette and CMYK images become RGB; 16-bit values keep their high byte; transparency is composed on white; of
@@ -37,9 +37,10 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         source: a path, a `data:` URL, encoded bytes, a binary file, a PIL image, an array or a tensor of uint8, (h, w),
             (h, w, 3|4) or (3, h, w), or a function without arguments that returns one of these.
         where: name of the image in messages, e.g. `image 0 of sample 'n17'`; a path is added to it.
+        max_pixels: of an encoded image, checked before its pixels are decoded; None: `MAX_PIXELS`.
 
     Raises:
-        ZooError: the image does not exist, is broken, is larger than `MAX_PIXELS`, is a URL (nothing is fetched), or
+        ZooError: the image does not exist, is broken, is larger than `max_pixels`, is a URL (nothing is fetched), or
             is of another type.
     """
     import numpy as np
@@ -65,7 +66,7 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         except OSError as error:
             raise ZooError(f"{where} cannot be read: {error}") from error
         if isinstance(source, (str, os.PathLike)):
-            return open_image(source, where.removeprefix("Image ").removeprefix("An image"))
+            return open_image(source, where.removeprefix("Image ").removeprefix("An image"), max_pixels)
     if hasattr(source, "detach") and hasattr(source, "dtype"):  # a tensor
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
@@ -78,7 +79,7 @@ def open_image(source: Any, where: str = "") -> Image.Image:
         if isinstance(source, Image.Image):
             return _to_rgb(_upright(source))
         with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
-            return _decoded(file, where)
+            return _decoded(file, where, max_pixels or MAX_PIXELS)
     except Image.DecompressionBombError as error:
         raise ZooError(f"{where} is too large: {error}") from error
     except ZooError:
@@ -125,7 +126,7 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build of Pillow
 
 
-def _decoded(file: Any, where: str) -> Image.Image:
+def _decoded(file: Any, where: str, max_pixels: int) -> Image.Image:
     from PIL import Image
 
     try:
@@ -137,7 +138,7 @@ def _decoded(file: Any, where: str) -> Image.Image:
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         image = Image.open(file, formats=_formats())
     with image:
-        _check_size(image.size, where)
+        _check_size(image.size, where, max_pixels)
         return _to_rgb(_upright(image))
 
 
@@ -201,9 +202,9 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _check_size(size: tuple[int, int], where: str) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ZooError(f"{where} has {size[0]} x {size[1]} pixels; at most {MAX_PIXELS} are decoded.")
+def _check_size(size: tuple[int, int], where: str, max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise ZooError(f"{where} has {size[0]} x {size[1]} pixels; at most {max_pixels} are decoded.")
 
 
 def _of_array(array: Any, where: str) -> Image.Image:

@@ -89,8 +89,14 @@ def _module(name: str) -> Any:
         ) from error
 
 
-def parse(name: str, schema: type, words: Sequence[str]) -> Any:
+def parse(name: str, schema: type, words: Sequence[str], owner: str = "") -> Any:
     """Make the options of a bench from `option=value` words.
+
+    Args:
+        name: of the bench.
+        schema: dataclass of the options.
+        words: as typed.
+        owner: of the options in messages, if it is not a bench.
 
     Raises:
         ZooError: the option does not exist, or its value has another type.
@@ -101,14 +107,16 @@ def parse(name: str, schema: type, words: Sequence[str]) -> Any:
     from zoo.registry import options_of
     from zoo.settings.text_options import text_of
 
+    outputs = set() if owner else set(OUTPUTS)
+    owner = owner or f"bench {name!r}"
     known = {f.name for f in dataclasses.fields(schema)}
     texts = {o.name: text for o in options_of(schema) if (text := text_of(o.type)) and not text.inside}
     for word in words:
         option, equals, _ = word.partition("=")
         if not equals:
-            raise ZooError(f"bench {name!r} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
+            raise ZooError(f"{owner} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
         if option.partition(".")[0] not in known:
-            raise unknown(f"option of bench {name!r}", option, known | set(OUTPUTS))
+            raise unknown(f"option of {owner}", option, known | outputs)
     # Options of type str take the word as it is: YAML would read 1e3 or [a] as something else.
     typed = {key: value for key, _, value in (word.partition("=") for word in words) if key in texts}
     kept = {key: None if value == "null" and texts[key].optional else value for key, value in typed.items()}
@@ -116,7 +124,7 @@ def parse(name: str, schema: type, words: Sequence[str]) -> Any:
         given = OmegaConf.from_dotlist([word for word in words if word.partition("=")[0] not in texts])
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given, kept))
     except OmegaConfBaseException as error:
-        raise ZooError(f"bench {name!r}: {str(error).splitlines()[0]}") from error
+        raise ZooError(f"{owner}: {str(error).splitlines()[0]}") from error
 
 
 def overview() -> str:

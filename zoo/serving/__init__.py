@@ -1,1 +1,1 @@
-"""Pruners in serving engines that are not ours."""
+"""A server of the OpenAI chat protocol, and pruners in serving engines that are not ours."""
