@@ -49,7 +49,11 @@ def test_the_lists_hold_exact_versions_of_all_that_is_required_and_nowhere_to_ge
         found = listed(file)
         extras = PROJECT["optional-dependencies"]
         docs = extras["docs"] if file == "locked.txt" else []  # the site is built on those alone
-        for line in [*PROJECT["dependencies"], *extras["dev"], *extras["video"], *extras["datasets"], *docs]:
+        for line in [
+            *PROJECT["dependencies"],
+            *(x for e in ("dev", "video", "datasets", "serve") for x in extras[e]),
+            *docs,
+        ]:
             name = plain(re.match(r"[\w-]+", line).group())
             assert name in found or name == plain(PROJECT["name"]), f"{name} is not in {file}: make lock"
     assert listed("torch.txt").items() <= listed("locked.txt").items()

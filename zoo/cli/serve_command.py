@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from zoo.cli.bench import parse
-from zoo.registry import ZooError, options_of
+from zoo.registry import ZooError, options_of, unknown
 from zoo.serving.server import ServeOptions, listen, require_packages, run, server_for
+from zoo.settings.schema import RunRoot
 
 USAGE = """\
 usage: zoo serve MODEL [option=value ...] [options as for zoo.load]
@@ -54,6 +55,9 @@ def parsed(words: Sequence[str]) -> tuple[str, ServeOptions, list[str]]:
             own.append(word)
         else:
             rest.append(word)
+    for name in (word.partition("=")[0] for word in rest if "=" in word):
+        if "." not in name and name not in RunRoot.__dataclass_fields__:  # neither of the server nor of a model
+            raise unknown("option of zoo serve", name, known)
     names = [word for word in rest if "=" not in word]
     if len(names) != 1:
         raise ZooError(f"zoo serve takes one model, got {', '.join(map(repr, names)) or 'none'}.")

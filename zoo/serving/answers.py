@@ -113,7 +113,7 @@ class Row:
         self.reading = Reading(reader_for(model, processor.template), stop, over)
         self.tokens = 0  # generated, the end included
         self.done = False
-        self.cancelled = False  # set by whoever waits for the answer, from another thread
+        self.cancelled = False  # set from the thread that waits for the answer
         self.generator: torch.Generator | None = None
         if sampling.temperature:
             self.generator = torch.Generator()

@@ -79,7 +79,7 @@ class Server:
         processor: Any,
         batcher: Batcher,
         pictures: Pictures,
-        limits: Limits = Limits(),  # noqa: B008  # frozen
+        limits: Limits = Limits(),
         api_key: str = "",
     ) -> None:
         self.name, self.model, self.processor = name, model, processor
@@ -267,7 +267,7 @@ class Server:
         try:
             await asyncio.wait({gathered, left}, return_when=asyncio.FIRST_COMPLETED)
             if not gathered.done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # which is not read any more
             return JSONResponse(protocol.completion(prepared.ask, gathered.result(), self._usage(prepared, rows)))
         finally:
             for row in rows:

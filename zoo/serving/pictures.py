@@ -34,7 +34,9 @@ class Pictures:
             RequestError: there are too many, one is too large or broken, or its URL is not one of data.
         """
         if len(pictures) > self.most:
-            raise RequestError(f"The request has {len(pictures)} images; at most {self.most} are taken.", param="messages")
+            raise RequestError(
+                f"The request has {len(pictures)} images; at most {self.most} are taken.", param="messages"
+            )
         several = len(pictures) > 1
         prepared = []
         for picture in pictures:

@@ -114,8 +114,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 TAKEN = frozenset(
     {
-        "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n", "stream",
-        "stream_options", "presence_penalty", "frequency_penalty", "pruner", "keep_ratio",
+        "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n",
+        "stream", "stream_options", "presence_penalty", "frequency_penalty", "pruner", "keep_ratio",
     }
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,4 +106,5 @@ def run(server: Any, options: ServeOptions, listening: socket.socket) -> None:
     config = uvicorn.Config(
         server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=options.grace, lifespan="on"
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again once all has ended
+        uvicorn.Server(config).run(sockets=[listening])
