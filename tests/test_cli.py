@@ -40,7 +40,7 @@ def test_help_names_every_command_and_fits_a_terminal(capsys):
         assert main(words) == 0
         out = capsys.readouterr().out
         assert all(f"\n  {name} " in out for name in cli.COMMANDS)
-        assert max(map(len, out.splitlines())) <= 110
+        assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "check"])

@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from zoo.registry import ZooError, nearest
+from zoo.text.terminal import columns, only_json, wrapped, write_answer
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Command:
     target: str
     summary: str
     composed: bool = False  # takes a config composed from overrides; else the words unchanged
+    json: bool = False  # takes --json: what it returns is an `Answer`, or has `as_json`
 
     def load(self) -> Callable[..., Any]:
         module, _, function = self.target.partition(":")
@@ -54,7 +57,7 @@ COMMANDS = {
         "zoo.inspection.xray:main", "show what pruners keep of a picture: zoo inspect MODEL --image cat.jpg"
     ),
     "list": Command(
-        "zoo.cli.listing:list_main", "list components, models, recipes and data: zoo list [kind] [pattern]"
+        "zoo.cli.listing:list_main", "list components, models, recipes and data: zoo list [kind] [pattern]", json=True
     ),
     "info": Command("zoo.cli.listing:info_main", "show everything about one of them: zoo info pruner/random"),
     "new": Command("zoo.cli.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
@@ -62,21 +65,37 @@ COMMANDS = {
     "version": Command("zoo.cli.entry:version", "print the version"),
 }
 
+EXAMPLES = (
+    ("zoo train pruner=random pruner.random.keep_ratio=0.25", "a part, and an option of it"),
+    ("zoo train adapter=[lora] adapter.lora.rank=8", "several parts in a slot"),
+    ("zoo train -m pruner=null,random,pool", "a sweep: a run for each value"),
+    ("zoo eval model=last", "the newest run, on its data"),
+)
 HELP_FLAGS = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zoo <argv>` and return the exit status: 0, or 2 for an error of the user."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _command_first(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else ""
+    with_json = "--json" in words and name in COMMANDS and COMMANDS[name].json and not set(words) & {"-h", "--help"}
     # Loader threads prepare samples while a step runs; OpenBLAS threads for numpy's small products would take the
     # step's cores: stage `look` of the default recipe ran at half its speed. numpy reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        return _run(words)
+        with only_json() if with_json else nullcontext():
+            result = _run(words)
+        status = _status(result)
+        if with_json:
+            write_answer(name, status, result.as_json())
+        return status
     except ZooError as error:
         if "1" in (os.environ.get("ZOO_DEBUG"), os.environ.get("HYDRA_FULL_ERROR")):
             raise
         print(f"zoo: {error}", file=sys.stderr)
+        if with_json:
+            fixes = getattr(error, "fixes", None)  # of a composition that was refused
+            write_answer(name, 2, {"error": str(error)} if fixes is None else {"error": error.reason, "fixes": fixes})
         return 2
     except KeyboardInterrupt:
         return 130
@@ -85,7 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _run(words: list[str]) -> int:
+def _command_first(words: Sequence[str]) -> list[str]:
+    """Move `--json` and `--help` in front of a command behind it."""
+    flags = next((i for i, word in enumerate(words) if word not in ("--json", "--help", "-h")), 0)
+    return [*words[flags : flags + 1], *words[:flags], *words[flags + 1 :]]
+
+
+def _run(words: list[str]) -> Any:
     if words[:1] in (["-sc"], ["--shell-completion"]):
         return _completion(words[1:])
     if not words or words[0] in HELP_FLAGS:
@@ -99,33 +124,38 @@ def _run(words: list[str]) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ZooError(f"No command named {name!r}.{hint} Available: {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
+    if "--json" in rest and not command.json:
+        having = ", ".join(name for name, command in COMMANDS.items() if command.json)
+        raise ZooError(f"zoo {name} has no flag '--json'. Commands that have it: {having}.")
     if not command.composed:
-        return _status(command.load()(rest))
+        try:
+            return command.load()(rest)
+        except SystemExit as done:  # of argparse, after --help
+            return done.code
     from zoo.cli.launch import launch
 
     return launch(name, command.summary, command.load, rest)
 
 
 def _status(result: Any) -> int:
-    return result if isinstance(result, int) else 0
+    return result if isinstance(result, int) else int(getattr(result, "status", 0))
 
 
 def overview() -> str:
     """Return the text of `zoo --help`."""
-    width = max(map(len, COMMANDS)) + 2
-    commands = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items())
+    commands = columns([(name, command.summary) for name, command in COMMANDS.items()])
+    having = ", ".join(name for name, command in COMMANDS.items() if command.json)
+    more = f"zoo <command> --help lists its options. --json prints one JSON object: {having}."
     return f"""Compose vision-language models from registered parts, by config.
 
-usage: zoo <command> [key=value ...]
+usage: zoo <command> [name or key=value ...] [flags]
 
 {commands}
 
-  zoo train pruner=random pruner.random.keep_ratio=0.25      a part in a slot, and an option of it
-  zoo train adapter=[lora] adapter.lora.rank=8               several parts in a slot
-  zoo train -m pruner=null,random,pool                       a sweep: a run for each value
-  zoo eval model=last                                        the newest run, on its evaluation data
+{columns(EXAMPLES, widest=54)}
 
-zoo <command> --help lists its options. Completion: eval "$(zoo -sc install=bash)" """.rstrip()
+{wrapped(more)}
+Completion: eval "$(zoo -sc install=bash)\""""
 
 
 def _completion(words: list[str]) -> int:

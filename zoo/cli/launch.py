@@ -30,6 +30,7 @@ FLAGS = {  # our flags and Hydra's; True if the flag takes a value
     "--config-dir": True,
     "--resolve": False,
     "--hydra-help": False,
+    "--json": False,
 }
 WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
 MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # new locations of the run's initial weights
@@ -38,8 +39,8 @@ NONE = ("", "null")
 LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
 
 
-def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]], words: Sequence[str]) -> int:
-    """Run a command that takes a composed config.
+def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]], words: Sequence[str]) -> Any:
+    """Run a command that takes a composed config, and return what it returns; 0 for a sweep, help and Hydra's views.
 
     Args:
         command: its name.
@@ -48,7 +49,10 @@ def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]],
         words: overrides and flags.
     """
     overrides, flags = split(words)
+    with_json = flags.pop("--json", None) is not None
     config_dir = flags.pop("--config-dir", None)
+    if with_json and flags:
+        raise ZooError(f"--json is for one run: it cannot be combined with {', '.join(flags)}.")
     if config_dir and not Path(config_dir).is_dir():
         raise ZooError(f"--config-dir {config_dir!r}: no such folder.")
     if "--help" in flags:
@@ -62,8 +66,7 @@ def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]],
         resumes_alone(overrides)
         with naming_failed_plugins():
             cfg = compose(command, overrides, config_dir)
-        result = load()(cfg)
-        return result if isinstance(result, int) else 0
+        return load()(cfg)
 
     def task(cfg: Any) -> Any:
         from zoo.settings.config import validate

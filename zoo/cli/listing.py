@@ -22,19 +22,29 @@ from zoo.registry.facts import facts_of
 from zoo.registry.source_text import summary_of
 from zoo.registry.table import group_of, parts_of, source_of
 from zoo.settings import presets
+from zoo.text.command_line import Parser
+from zoo.text.terminal import Answer, columns, say
 
 PRESETS = ("model", "recipe", "data")  # kinds of YAML files
 NOUNS = (*KINDS, *PRESETS)
 _WIDE = 24  # characters of a type or a default; longer ones do not widen the column
 
 
-def list_main(words: Sequence[str]) -> int:
+def list_main(words: Sequence[str]) -> Answer:
     """Print names and summaries: `zoo list [kind] [pattern]`."""
-    if any(w in ("-h", "--help") for w in words):
-        print(f"usage: zoo list [kind] [pattern]\n\nkinds: {', '.join(NOUNS)}\n\n  zoo list pruner '*pool*'")
-        print("  zoo list model '*llava*' --where 'params<8B'\n  zoo list pruner plugins=[./my_pruner.py]")
-        return 0
-    words, where = _where(_with_plugins(words))
+    parser = Parser(
+        "list",
+        "List components, models, recipes and data.",
+        """zoo list pruner '*pool*'
+        zoo list model '*llava*' --where 'params<8B'
+        zoo list pruner plugins=[./my_pruner.py]""",
+        json=True,
+        more=f"Kinds: {', '.join(NOUNS)}.",
+    )
+    parser.add_argument("name", nargs="*", metavar="kind, pattern", help="what to list; without any, everything")
+    parser.add_argument("--where", default="", metavar="X", help="models that fit a comparison: params<8B")
+    args = parser.read(_with_plugins(words))
+    words, where = args.name, args.where
     if len(words) > 2:
         raise ZooError(f"zoo list takes a kind and a pattern, got {' '.join(words)!r}.")
     nouns, pattern = _asked(words)
@@ -47,31 +57,16 @@ def list_main(words: Sequence[str]) -> int:
             raise ZooError(f"No model matches {pattern!r} with {where!r}.")
     if not tables and words:
         raise ZooError(f"Nothing matches {' '.join(words)!r}. `zoo list` shows everything.")
-    width = max((len(name) for rows in tables.values() for name, _ in rows), default=0) + 2
     for i, (noun, rows) in enumerate(tables.items()):
-        print(("\n" if i else "") + noun)
-        for name, summary in rows:
-            print(f"  {name:<{width}}{summary}".rstrip())
-    return 0
+        say(("\n" if i else "") + noun)
+        say(columns(rows))
+    return Answer({noun: [{"name": name, "summary": text} for name, text in rows] for noun, rows in tables.items()})
 
 
 def _with_plugins(words: Sequence[str]) -> list[str]:
     """Load installed plugins and those of `plugins=[...]`, and return the other words."""
     plugins.load_installed()
     return plugins.load_words(words)
-
-
-def _where(words: Sequence[str]) -> tuple[list[str], str]:
-    """Remove `--where X` or `--where=X` from the words; return both."""
-    rest, where = list(words), ""
-    for i, word in enumerate(words):
-        if word == "--where":
-            if i + 1 == len(words):
-                raise ZooError("--where needs a comparison, such as 'params<8B'.")
-            return [*words[:i], *words[i + 2 :]], words[i + 1]
-        if word.startswith("--where="):
-            return [*words[:i], *words[i + 1 :]], word.partition("=")[2]
-    return rest, where
 
 
 def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
@@ -128,15 +123,20 @@ def yaml_summary(file: Path) -> str:
 
 def info_main(words: Sequence[str]) -> int:
     """Print everything about components or presets: `zoo info <kind>/<name>`, `zoo info <preset>`."""
-    if not words or any(w in ("-h", "--help") for w in words):
-        print("usage: zoo info <kind>/<name> ...\n\n  zoo info pruner/random\n  zoo info recipe/scenes_tiny")
-        print("  zoo info pruner/my_pruner plugins=[./my_pruner.py]")
-        return 0 if words else 2
-    words = _with_plugins(words)
-    if not words:
-        raise ZooError("zoo info takes the name of a component beside plugins=, such as pruner/random.")
-    for i, word in enumerate(words):
-        print(("\n" if i else "") + describe(word))
+    parser = Parser(
+        "info",
+        "Show everything about components, models, recipes or data.",
+        """zoo info pruner/random
+        zoo info recipe/scenes_tiny
+        zoo info pruner/my_pruner plugins=[./my_pruner.py]""",
+    )
+    parser.add_argument("name", nargs="+", help="<kind>/<name>, or a name that one thing has; `zoo list` shows all")
+    if words and not any(word in ("-h", "--help") for word in words):
+        words = _with_plugins(words)
+        if not words:
+            raise ZooError("zoo info takes the name of a component beside plugins=, such as pruner/random.")
+    for i, word in enumerate(parser.read(words).name):
+        say(("\n" if i else "") + describe(word))
     return 0
 
 
