@@ -91,3 +91,8 @@ class Part(metaclass=ABCMeta):  # noqa: B024  # each kind has its own abstract m
 
 class ModelPart(Part, Module):
     """A part that is a module of the composed model: all kinds but distillers, data sets and tasks."""
+
+    skips_weights: bool | None = None
+    """Whether a pass may leave weights of it that train without a gradient: a layer that is dropped, an expert without
+    tokens. Several processes then search for them in each pass. None: not declared, and they search in parts of
+    plug-ins."""

@@ -1,7 +1,4 @@
-"""Run by test_two_processes in both of them: the engine on parameters that torch's `fully_shard` keeps in halves.
-
-accelerate ignores FSDP2 on CPU and gives DDP instead, so the model is sharded here, as accelerate does on CUDA.
-"""
+"""Run by test_two_processes in both of them: the engine on parameters that FSDP2 keeps in halves."""
 
 import gc
 import json
@@ -9,8 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from tests.train_builders import config, recipe
 from zoo.runs import checkpoint
@@ -20,23 +15,20 @@ from zoo.storage.atomic import remove, written_beside
 from zoo.training.finish import save_model
 from zoo.training.loop import Run
 
+SHARDED = "parallel.shard=fsdp2"
 
-def sharded(run: Run) -> Run:
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in run.model.llm.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(run.model, mesh=mesh)
-    halves = [p for p in run.model.parameters() if p.to_local().numel() < p.numel()]
-    assert len(halves) > 10, "nothing is sharded"
-    return run
+
+def halves(run: Run) -> int:
+    return sum(p.to_local().numel() < p.numel() for p in run.model.parameters())
 
 
 def main(place: Path) -> None:
     stages, tokens = json.loads((place / "stages.json").read_text())
     name = f"r{dist.get_rank() if dist.is_initialized() else 0}"
-    run = sharded(Run(config(recipe(place, stages, name), tokens, f"run.folder={place / 'run'}")))
+    run = Run(config(recipe(place, stages, name), tokens, SHARDED, f"run.folder={place / 'run'}"))
     assert run.accelerator.num_processes == dist.get_world_size() == 2
     run.train()
+    assert halves(run) > 10, "nothing is sharded"
     save_model(run)
 
     folder = run.folder.list_checkpoints()[-1]
@@ -52,8 +44,9 @@ def main(place: Path) -> None:
             torch.save(before, beside)
     run.close()
     by_first(run.accelerator, lambda: remove(folder))  # as if it had been killed in the last stage
-    again = sharded(Run(config(recipe(place, stages, name), f"resume={place / 'run'}")))
+    again = Run(config(recipe(place, stages, name), f"resume={place / 'run'}"))
     again.train()
+    assert halves(again) > 10
     assert all(weights.whole(p).equal(before[f"model.{n}"]) for n, p in again.model.named_parameters())
     again.close()
     # Leaving with collectives in flight aborts two times in five.

@@ -6,16 +6,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tests.train_builders import config
-from tests.two_processes_fsdp import sharded
+from tests.two_processes_fsdp import SHARDED, halves
 from zoo.storage.atomic import remove
 from zoo.training.finish import save_model
 from zoo.training.loop import Run
 
 
 def train(place: Path, words: list[str], *, save: bool = False) -> None:
-    run = Run(config(words, f"run.folder={place / 'run'}") if "resume=run" not in words else config(words))
-    run._widen_ahead()  # as where accelerate shards, which it does on CUDA alone
-    sharded(run).train()
+    run = Run(config(words, SHARDED, f"run.folder={place / 'run'}") if "resume=run" not in words else config(words))
+    run.train()
+    assert halves(run) > 10, "nothing is sharded"
     if save:
         save_model(run)
     run.close()

@@ -9,6 +9,7 @@ import torch
 
 from zoo.registry import ZooError
 from zoo.runs.launchers import USE_TORCHRUN, adopt_launcher
+from zoo.settings.parallel import ParallelConfig
 
 T = TypeVar("T")
 # Modes of `accelerate launch` that the training loop does not support, by the variable that the launcher sets.
@@ -37,7 +38,18 @@ def launcher_alone() -> Iterator[None]:
         os.environ |= hidden
 
 
-def start_accelerator(device: str = "auto") -> Any:
+@contextlib.contextmanager
+def _decided_here(name: str) -> Iterator[None]:
+    """Hide a variable that accelerate reads beside its arguments, and sets for all that follow."""
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        os.environ |= {} if before is None else {name: before}
+
+
+def start_accelerator(device: str = "auto", parallel: ParallelConfig | None = None) -> Any:
     """Make the accelerator of this process group, whether torchrun, accelerate, SLURM or MPI started it.
 
     The launcher sets devices and processes; the config sets accumulation, precision and compilation, stage by stage,
@@ -46,6 +58,7 @@ def start_accelerator(device: str = "auto") -> Any:
 
     Args:
         device: auto, cpu, cuda, ...
+        parallel: how the processes share the model; None: whole copies, or as the launcher asks.
 
     Raises:
         ZooError: the processes of the launcher did not connect, it asks for an unsupported kind of parallelism, or the
@@ -64,13 +77,13 @@ def start_accelerator(device: str = "auto") -> Any:
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if place is not None and not cpu and place.local_world > 1 and torch.cuda.device_count() == 1:
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cuda:0")  # the task was given one device, not all of the node
-    # On a rank whose batch has no image, or where an expert gets no token, parameters have no gradient.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    plugin = _fsdp_plugin(parallel or ParallelConfig())
+    ddp = DistributedDataParallelKwargs()  # `Engine` sets find_unused_parameters, stage by stage
     # accelerate keeps settings in a singleton; the process group, in PartialState, stays.
     AcceleratorState._reset_state(reset_partial_state=False)
     try:
-        with launcher_alone():
-            accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
+        with launcher_alone(), _decided_here("ACCELERATE_USE_FSDP"):
+            accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp], fsdp_plugin=plugin)
     except (ImportError, ValueError) as error:
         given = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("ACCELERATE_"))
         raise ZooError(
@@ -82,9 +95,39 @@ def start_accelerator(device: str = "auto") -> Any:
             f"The launcher started {wanted} processes, but this one is in a group of {accelerator.num_processes}. "
             f"On CPU use: {USE_TORCHRUN}"
         )
+    if plugin is not None and accelerator.num_processes > 1:
+        _use_fsdp(accelerator, plugin)
     if device != "auto" and accelerator.device.type != device.partition(":")[0]:
         raise ZooError(f"device={device} was asked for, but this process would run on {accelerator.device.type}.")
     return accelerator
+
+
+def _fsdp_plugin(parallel: ParallelConfig) -> Any:
+    """Return accelerate's options of FSDP2 where the config or the launcher asks for it, else None.
+
+    Raises:
+        ZooError: the launcher asks for FSDP's first version.
+    """
+    from accelerate import FullyShardedDataParallelPlugin
+
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if parallel.shard == "none" or (parallel.shard == "launcher" and not asked):
+        return None
+    version = os.environ.get("FSDP_VERSION", "1")
+    if parallel.shard == "launcher" and version != "2":
+        raise ZooError(
+            f"The launcher asks for FSDP of version {version} (ACCELERATE_USE_FSDP=true); this loop runs on FSDP2: "
+            "accelerate launch --use_fsdp --fsdp_version 2, or parallel.shard=fsdp2."
+        )
+    return FullyShardedDataParallelPlugin(fsdp_version=2)
+
+
+def _use_fsdp(accelerator: Any, plugin: Any) -> None:
+    """Choose FSDP2 on CPUs too, where accelerate ignores the plugin and would train whole copies."""
+    from accelerate.utils import DistributedType
+
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
 
 
 def by_first(accelerator: Any, function: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ from zoo.registry.foreign import read_json, read_run_config, said_since
 from zoo.runs import checkpoint, consent, moved
 from zoo.runs.folder import RunFolder
 from zoo.runs.lock import RunLock
+from zoo.settings.parallel import ParallelConfig
 from zoo.storage.atomic import written_beside
 
 
@@ -176,6 +177,16 @@ def device_and_trackers(cfg: DictConfig) -> tuple[str, list[str]]:
         device = saved.get("device", device) if device == "auto" else device
         log = log or list(saved.get("log") or [])
     return device, log
+
+
+def parallel_of(cfg: DictConfig) -> ParallelConfig:
+    """Return how the processes of a run share the model: what this process was given, else what the run began with."""
+    given = cfg.parallel
+    if cfg.resume:
+        saved = read_run_config(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config)
+        given = OmegaConf.merge(OmegaConf.structured(ParallelConfig), saved.get("parallel") or {})
+    found: Any = OmegaConf.to_object(given)
+    return found
 
 
 def read_config(folder: RunFolder, given: DictConfig, agreed: Mapping[str, str]) -> DictConfig:

@@ -8,6 +8,7 @@ from zoo.moved import attributes_of
 from zoo.registry import MANY, ZooError, unknown
 from zoo.registry.conversion import converted
 from zoo.registry.table import SLOT_KINDS, group_of
+from zoo.settings.parallel import ParallelConfig
 from zoo.settings.stage import Stage
 
 CONFIG_NAME = "zoo"
@@ -154,6 +155,7 @@ class RunRoot:
     positions: str = "auto"  # of image tokens behind pruners: kept: as without a pruner | dense: consecutive | auto
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
     workers: int = 0  # processes of `zoo data`; for training: stages.<stage>.workers
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # The run
     plugins: list[str] = field(default_factory=list)  # modules and files to load first
     log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb

@@ -35,7 +35,8 @@ from zoo.runs.lock import RunLock
 from zoo.runs.order import ShardPosition
 from zoo.runs.processes import by_first, gather, start_accelerator
 from zoo.runs.progress import Display
-from zoo.runs.resume import Beginning, begin, device_and_trackers, read_config, require_same_start
+from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, read_config, require_same_start
+from zoo.runs.sharding import gathers_short
 from zoo.runs.step_log import StepLog, not_finite
 from zoo.runs.trackers import check_trackers, start_trackers
 from zoo.settings.source import source_of
@@ -77,7 +78,8 @@ class Run:
     def __init__(self, cfg: DictConfig, display: Display | None = None) -> None:
         device, self.trackers = device_and_trackers(cfg)
         check_trackers(self.trackers)  # before anything costs time
-        self.accelerator = start_accelerator(device)
+        self.parallel = parallel_of(cfg)
+        self.accelerator = start_accelerator(device, self.parallel)
         self.main = self.accelerator.is_main_process
         self.display = display or Display(silent=not self.main)
         self._lock: RunLock | None = None
@@ -105,8 +107,10 @@ class Run:
         self.data = RunData(self.cfg.data, skip_broken=self.skips)
         self.source = source_of(self.cfg, pretrained=False)
         self.model, self.processor = self._compose()
+        self.gather_short = False
         if getattr(self.accelerator, "is_fsdp2", False):
             self._widen_ahead()
+            self.gather_short = gathers_short(self.parallel, map(self._precision_of, self.stages.values()))
         if self.newest is not None:
             self._restore(self.newest)
         left_out = LeftOut(self.folder, self.cfg.max_broken, self.progress.seen, self.progress.left_out)
@@ -219,7 +223,10 @@ class Run:
             if (stage.master_weights or self.cfg.master_weights) == "fp32":
                 self.model.detach_only(stage.detach)
                 self.model.set_trainable(stage.train, stage.freeze)
-                widen(self.model, resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device))
+                widen(self.model, self._precision_of(stage))
+
+    def _precision_of(self, stage: Stage) -> str:
+        return resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device)
 
     # ---- stages ------------------------------------------------------------------------------------------------
 
@@ -315,6 +322,8 @@ class Run:
             master_weights=self.cfg.master_weights,
             distiller=distiller,
             teacher=teacher,
+            parallel=self.parallel,
+            gather_short=self.gather_short,
         )
         self.progress.trained = sorted({*self.progress.trained, *engine.named_parameters()})
         if not self.progress.step:

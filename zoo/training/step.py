@@ -6,7 +6,7 @@ are means over all images. Other losses are means over forward passes.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,15 @@ from zoo.runs.kept_features import KeptFeatures
 from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
 from zoo.runs.order import keyed
 from zoo.runs.processes import launcher_alone
+from zoo.runs.sharding import is_sharded, shard, shard_like
+from zoo.settings.parallel import ParallelConfig
 from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast, resolve_precision
 from zoo.teaching.teacher import Teacher, forward_options
 from zoo.text.batch import TEACHER_ROWS, to_device
 from zoo.training.hidden_tokens import hide_image_tokens
 from zoo.training.short_weights import ShortWeights, release
+from zoo.training.unused import require_gradients, why_unused
 from zoo.vision.images.processors import FEATURES
 
 
@@ -59,6 +62,7 @@ class TrainStep(nn.Module):
         self.student_options = LOSS_ALONE | ({} if distiller is None else forward_options(needs, "student"))
         if stage.loss_weights.get("answer", 1.0) == 0 and not self.student_options["all_logits"]:
             self.student_options["run_head"] = False  # the vocabulary's logits are the largest tensor of a pass
+        self.runs_head = self.student_options.get("run_head", True)
         if isinstance(teacher, Teacher):
             teacher.share_vision(model)
 
@@ -112,6 +116,8 @@ class Engine:
         steps: optimiser steps of the stage.
         seed: of the run.
         precision, master_weights: of the run; used if the stage does not set them.
+        parallel: how processes share the model, with FSDP2.
+        gather_short: whether FSDP2 gathers layers in bfloat16.
     """
 
     def __init__(
@@ -126,6 +132,8 @@ class Engine:
         master_weights: str = "fp32",
         distiller: Distiller | None = None,
         teacher: Any = None,
+        parallel: ParallelConfig | None = None,
+        gather_short: bool = False,
     ) -> None:
         accelerator.free_memory()  # releases the model wrapped by the previous stage
         self.accelerator, self.model, self.stage, self.steps, self.seed = accelerator, model, stage, steps, seed
@@ -142,10 +150,13 @@ class Engine:
         step = TrainStep(model, distiller, teacher, stage)
         # FSDP2 replaces parameters by sharded ones, so it comes before the optimisers are built.
         if getattr(accelerator, "is_fsdp2", False):
-            _shard(accelerator, model)
-        self.sharded = hasattr(model, "set_requires_gradient_sync")
+            shard(accelerator, model, parallel or ParallelConfig(), short=gather_short)
+        self.sharded = is_sharded(model)
         if self.sharded and isinstance(distiller, nn.Module):
-            _shard_like(distiller, model)
+            shard_like(distiller, model)
+        self.unused = why_unused(model, stage, distiller, run_llm=step.run_llm, run_head=step.runs_head)
+        if accelerator.ddp_handler is not None:
+            accelerator.ddp_handler.find_unused_parameters = self.unused is not None
         with launcher_alone():
             # DDP wraps it to average gradients; FSDP has sharded the model in place above.
             self.wrapped: Any = step if self.sharded else accelerator.prepare_model(step)
@@ -203,9 +214,9 @@ class Engine:
         if self.short is not None:
             self.short.ready()
         sums: dict[str, Tensor] = {}
+        world = self.accelerator.num_processes
         for turn, (batch, counted) in enumerate(passes):
             last = turn + 1 == len(passes)
-            # Gradients add up locally; only the last pass averages them over the processes.
             with contextlib.nullcontext() if last else self._no_sync():
                 with autocast(self.precision, self.device):
                     losses = self.wrapped(to_device(batch, self.device), counts)
@@ -213,7 +224,11 @@ class Engine:
                 losses = {k: v if k in self.summed else v / counts.passes for k, v in losses.items()}
                 losses = losses if counted else {k: v * 0.0 for k, v in losses.items()}
                 # Not accelerator.backward, which would divide by the number of passes; `counts` has done so.
-                self.unwrapped.total(losses).backward()
+                total = self.unwrapped.total(losses)
+                if total.requires_grad or world > 1:  # a text teaches nothing to an adapter that reads images
+                    total.backward()
+            if self.unused is None and last and not self.sharded and world > 1:
+                require_gradients(self.unwrapped)
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         if self.stage.clip:
@@ -265,10 +280,12 @@ class Engine:
         release(self.model)
 
     def _no_sync(self) -> Any:
-        if self.sharded:
-            modules = [self.model, self.distiller] if isinstance(self.distiller, nn.Module) else [self.model]
-            return _unsynced(modules)
-        return self.accelerator.no_sync(self.wrapped)
+        """Postpone what only the last pass of a step has to send: DDP's gradients add up locally.
+
+        Those of FSDP2 are divided among the processes in every pass: whole gradients, kept until the last one, would
+        take as much memory as the model.
+        """
+        return contextlib.nullcontext() if self.sharded else self.accelerator.no_sync(self.wrapped)
 
     def _agree(self, labels: int, images: int, passes: int, stop: bool) -> tuple[Counts, bool]:
         """Add up counts and stop requests over the processes.
@@ -321,34 +338,6 @@ def _set_mode(model: Any, stage: Stage) -> None:
     elif any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         model.activation_checkpointing_disable()
     model.compile_parts(stage.compile)
-
-
-def _shard(accelerator: Any, model: Any) -> None:
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-    with launcher_alone():
-        fsdp2_prepare_model(accelerator, model)
-
-
-def _shard_like(distiller: nn.Module, model: nn.Module) -> None:
-    """Shard the distiller over the processes that share the model, so that its gradients are averaged too."""
-    from torch.distributed.fsdp import fully_shard
-
-    # A distiller that continues from the previous stage is sharded already.
-    if any(not hasattr(p, "device_mesh") for p in distiller.parameters()):
-        fully_shard(distiller, mesh=next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
-
-
-@contextlib.contextmanager
-def _unsynced(modules: list[Any]) -> Iterator[None]:
-    """Postpone the reduction of FSDP's gradients, as `no_sync` does for DDP."""
-    for module in modules:
-        module.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_requires_gradient_sync(True)
 
 
 def _params(optimizer: Any) -> list[nn.Parameter]:

@@ -1,0 +1,237 @@
+"""What `zoo bench processes` trains: each adapter and each distiller in a tiny model, in this process or in several.
+
+The forward passes of a step are the same on any number of processes: with fewer, each runs more of them.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.composed.assembly import build_distiller
+from zoo.composed.model import ZooModel
+from zoo.loading.build import processor_for
+from zoo.model_config import ZooConfig
+from zoo.registry import Dialog, Sample
+from zoo.runs.processes import start_accelerator
+from zoo.runs.sharding import gathers_short
+from zoo.settings.parallel import ParallelConfig
+from zoo.settings.stage import Stage
+from zoo.storage.weights import state_of
+from zoo.teaching.teacher import Teacher, TeacherRows
+from zoo.text.tokenizer import train_tokenizer
+from zoo.training.step import Engine, reseed
+
+PASSES = 4  # of a step, over all processes
+_TOWER = {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1}
+_LLM = {"name": "hf", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
+_LLM |= {"max_positions": 256}
+_WORDS = [("is there a red circle?", "yes, on the left"), ("what is it?", "a blue square"), ("how many?", "two")]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A model and a stage, as they differ from a tiny LLaVA whose projector and adapters train."""
+
+    slots: dict[str, Any] = field(default_factory=dict)
+    llm: dict[str, Any] = field(default_factory=dict)
+    train: tuple[str, ...] = ("projector", "adapter")
+    stage: dict[str, Any] = field(default_factory=dict)
+    distiller: dict[str, Any] | None = None
+    teacher: bool = False
+    bfloat16: bool = False
+
+
+def _adapter(name: str, **options: Any) -> Composition:
+    return Composition({"adapter": {name: {"name": name, **options}}})
+
+
+def _peft(method: str, **options: Any) -> Composition:
+    return _adapter("peft", method=method, options=options)
+
+
+_EXPERTS = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
+_VLORA = {"name": "vlora", "rank": 4, "skip": 1, "width": 16, "depth": 2, "num_heads": 2}
+_ALL = ("projector", "llm")
+COMPOSITIONS: dict[str, Composition] = {
+    "no adapter": Composition(train=_ALL),
+    "no adapter, Muon": Composition(train=_ALL, stage={"optimizer": "muon_adamw"}),
+    "experts": Composition(llm={**_EXPERTS, "router_aux_coef": 0.01}, train=_ALL),
+    "lora": _adapter("lora", rank=4),
+    "mole": _adapter("mole", rank=4, dropout=0.0),
+    "moextend": replace(_adapter("moextend", calibration_width=4, guard=True), llm=_EXPERTS),
+    "upcycle": _adapter("upcycle"),
+    "vlora": Composition({"projector": None, "adapter": {"vlora": _VLORA}}, train=("adapter",)),
+    **{
+        f"peft {method}": _peft(method, **options)
+        for method, options in {
+            "boft": {"boft_block_size": 4},
+            "dora": {"r": 4},
+            "fourierft": {"n_frequency": 20},
+            "ia3": {"target_modules": ["k_proj", "o_proj"], "feedforward_modules": ["o_proj"]},
+            "ln_tuning": {"target_modules": ["input_layernorm"]},
+            "loha": {"r": 2},
+            "lokr": {"r": 2},
+            "oft": {"oft_block_size": 4},
+            "pissa": {"r": 4},
+            "rslora": {"r": 4, "target_modules": "all-linear"},
+            "vera": {"r": 4},
+        }.items()
+    },
+    "dense": Composition(
+        train=("vision", "projector"), distiller={"name": "dense"}, stage={"loss_weights": {"answer": 0.0}}
+    ),
+    "kl": Composition(train=_ALL, distiller={"name": "kl"}, teacher=True),
+    "llava_kd": Composition(train=_ALL, distiller={"name": "llava_kd"}, teacher=True),
+    "llava_mod": Composition(train=_ALL, distiller={"name": "llava_mod"}, teacher=True),
+    "masters, bf16": Composition(train=_ALL, bfloat16=True, stage={"precision": "bf16"}),
+}
+QUICK = ("mole", "vlora", "dense", "llava_kd")  # in the tests
+
+
+@dataclass
+class Trained:
+    """Losses of the steps, the weights behind them, and why DDP searched for unused ones."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    unused: str = ""
+
+    def save(self, file: Path) -> None:
+        torch.save([self.losses, self.weights, self.unused], file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Trained":
+        return cls(*torch.load(file, weights_only=True))
+
+
+def train(name: str, steps: int, parallel: ParallelConfig) -> Trained:
+    """Train a composition in the processes that there are; each of them gets the losses and the whole weights."""
+    this = COMPOSITIONS[name]
+    accelerator = start_accelerator("cpu", parallel)
+    tokenizer = train_tokenizer([f"{q} {a}" for q, a in _WORDS], 320)
+    model, processor = _model(this, tokenizer, seed=0)
+    stage = Stage(steps=steps, batch_size=2 * PASSES, train=list(this.train), lr=3e-4, warmup_ratio=0.0, **this.stage)
+    reseed(0, 0, -2)
+    distiller = None if this.distiller is None else build_distiller(model, this.distiller)
+    teacher = beside = None
+    if this.teacher:
+        taught_by, theirs = _model(Composition(), tokenizer, seed=5)
+        assert distiller is not None, "a teacher has one"
+        teacher, beside = Teacher(taught_by, distiller.needs, len(tokenizer)), TeacherRows(theirs, processor)
+    engine = Engine(
+        accelerator, model, stage, steps, precision="fp32", distiller=distiller, teacher=teacher, parallel=parallel,
+        gather_short=gathers_short(parallel, [stage.precision or "fp32"]),
+    )  # fmt: skip
+    rank, world = accelerator.process_index, accelerator.num_processes
+    losses = []
+    for step in range(steps):
+        turns = range(rank, PASSES, world)
+        batches = [_batch(processor, beside, step, turn, text=engine.run_llm) for turn in turns]
+        found, _ = engine.run(step, step, batches, False)
+        losses.append(_mean(engine.unwrapped.total(found), world))
+    weights = {n: t.clone() for n, t in state_of(model).items()}
+    return Trained(losses, weights, engine.unused or "")
+
+
+def differences(this: Trained, one: Trained) -> tuple[float, float]:
+    """Return the largest difference of a step's loss, as a share of it, and of a weight, to those of one process."""
+    losses = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(this.losses, one.losses, strict=True)]
+    wide = {name: weight.double() for name, weight in one.weights.items() if weight.is_floating_point()}
+    weights = [(this.weights[name].double() - weight).abs().max().item() for name, weight in wide.items()]
+    return max(losses), max(weights)
+
+
+def work(rank: int, world: int, port: int, folder: str, names: Sequence[str], steps: int, shard: str) -> None:
+    """Train compositions as process `rank` of `world`; the first one writes what came of each."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    for name in names:
+        found = train(name, steps, ParallelConfig(shard=shard))
+        if rank == 0:
+            found.save(Path(folder) / f"{file_name(name)}.pt")
+    import gc
+
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def start(world: int, folder: Path, names: Iterable[str], steps: int, shard: str, context: Any) -> list[Any]:
+    """Start the processes of `work`, and return them."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = (world, port, str(folder), list(names), steps, shard)
+    children = [context.Process(target=work, args=(rank, *arguments)) for rank in range(world)]
+    for child in children:
+        child.start()
+    return children
+
+
+def file_name(composition: str) -> str:
+    """Return the name of the file of a composition, without its ending."""
+    return composition.replace(" ", "-").replace(",", "")
+
+
+def _mean(loss: Tensor, world: int) -> float:
+    """Return the loss of a step over all processes, each of which divided by its share of the counts."""
+    loss = loss.detach().double()
+    if world > 1:
+        torch.distributed.all_reduce(loss)
+        loss /= world
+    return float(loss)
+
+
+def _model(this: Composition, tokenizer: Any, seed: int) -> tuple[Any, Any]:
+    torch.manual_seed(seed)
+    slots = {"vision": _TOWER, "pruner": {}, "projector": {"name": "mlp"}, "layout": None, "adapter": {}}
+    slots |= {"llm": {**_LLM, **this.llm}, **this.slots}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {"image_token_id": tokenizer.image_token_id, "text_vocab_size": len(tokenizer)}
+    model = ZooModel(ZooConfig(slots=slots, attention="sdpa", **ids, **special)).eval()
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if model.part_of(name).startswith("adapter"):  # a zero that they begin with hides mistakes
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=g))
+        for adapter in model.adapter.values():
+            for layer in getattr(adapter, "layers", {}).values():
+                if getattr(getattr(layer, "router", None), "bias", None) is not None:
+                    layer.router.bias[0] = -100.0  # an expert without tokens, in every process
+    if this.bfloat16:
+        model.to(torch.bfloat16)
+    return model, processor_for(model, tokenizer)
+
+
+def _batch(processor: Any, beside: Any, step: int, turn: int, *, text: bool) -> dict[str, Any]:
+    """Two samples; every fourth pass is of text alone, so that one process has no image."""
+    rows = []
+    for i in range(2):
+        sample = _sample(PASSES * 2 * step + 2 * turn + i, images=int(turn % 4 != 1 or not text))
+        row = processor.encode(sample) if text else processor.encode_images(sample)
+        rows += [row] if beside is None else beside.add(sample, [sample], [row])
+    return processor.collate(rows)
+
+
+def _sample(number: int, images: int) -> Sample:
+    question, answer = _WORDS[number % len(_WORDS)]
+    random = np.random.default_rng(number)
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    dialog = Dialog(
+        [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+    )
+    picture = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    labels = random.integers(0, 3, (images, 16, 7))  # of each cell, as `dense` reads them
+    return Sample(f"s{number}", [picture] * images, [dialog], {"patch_labels": labels} if images else {})

@@ -1,0 +1,32 @@
+"""Two processes train as one does: adapters with idle experts, distillers, rows of text alone; with DDP and FSDP2."""
+
+import pytest
+
+from tests.killed_runs import SERVER, served
+from zoo.benches import processes_work as work
+from zoo.settings.parallel import ParallelConfig
+
+STEPS = 3  # `zoo bench processes` takes ten, with all adapters and distillers
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The folder of each way to share the model, with what became of each composition; all of one start."""
+    place = tmp_path_factory.mktemp("processes")
+    with served():
+        for shard in ("none", "fsdp2"):
+            children = work.start(2, place / shard, work.QUICK, STEPS, shard, SERVER)
+            for child in children:
+                child.join(120)
+            hang = [child.kill() for child in children if child.exitcode is None]
+            assert not hang and [c.exitcode for c in children] == [0, 0], shard
+    return place
+
+
+@pytest.mark.parametrize("name", work.QUICK)
+def test_two_processes_train_as_one(ended, name):
+    one = work.train(name, STEPS, ParallelConfig())
+    for shard in ("none", "fsdp2"):
+        two = work.Trained.load(ended / shard / f"{work.file_name(name)}.pt")
+        loss, weight = work.differences(two, one)
+        assert loss < 1e-6 and weight < 1e-5, shard

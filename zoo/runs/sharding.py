@@ -1,0 +1,94 @@
+"""FSDP2: each process holds a share of the model, gathered layer by layer, by torch's `fully_shard`.
+
+A decoder layer is a unit: its weights are gathered when it runs and shared out again behind it. All else (embedding,
+head, encoder, projector, adapters beside the layers) is the root, gathered once for a pass: what runs or does not run
+in it, and how often, may depend on the batch of a process, and a unit that one process gathers and another does not
+would leave both waiting.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.registry import ZooError
+from zoo.settings.parallel import ParallelConfig
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are shared out over processes."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def gathers_short(parallel: ParallelConfig, precisions: Iterable[str]) -> bool:
+    """Whether layers are gathered in bfloat16.
+
+    Args:
+        parallel: of the run.
+        precisions: of the products of all stages, fp32 or bf16: a model is shared out once.
+
+    Raises:
+        ZooError: bfloat16 is asked for beside products in float32.
+    """
+    wide = "fp32" in set(precisions)
+    if parallel.gather == "bf16" and wide:
+        raise ZooError(
+            "parallel.gather=bf16 gathers weights for products in bf16, and a stage has precision=fp32: set "
+            "precision=bf16, or parallel.gather=auto."
+        )
+    return parallel.gather != "fp32" and not wide
+
+
+def shard(accelerator: Any, model: Any, parallel: ParallelConfig, *, short: bool = False) -> None:
+    """Share a model's weights out over the processes, in place; one that is shared out stays as it is.
+
+    Args:
+        accelerator: of the run, with the plugin that the launcher or `start_accelerator` made.
+        model: composed, whole on this process's device; its parameters are replaced by sharded ones.
+        parallel: of the run.
+        short: gather layers in bfloat16. Weights that are stored in float32 (masters) stay so in their shards.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if is_sharded(model):
+        return
+    _require_one_format(model)
+    plugin = accelerator.state.fsdp_plugin
+    reduce = torch.bfloat16 if parallel.reduce == "bf16" else torch.float32
+    layer = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if short else None, reduce_dtype=reduce)
+    # The root computes under autocast, as without shards: norms and routers keep float32 weights.
+    root = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    options = {"mesh": mesh_of(accelerator), "offload_policy": plugin.cpu_offload}
+    for unit in model.llm.layers:
+        fully_shard(unit, mp_policy=layer, reshard_after_forward=plugin.reshard_after_forward, **options)
+    fully_shard(model, mp_policy=root, **options)
+
+
+def shard_like(module: nn.Module, model: nn.Module) -> None:
+    """Share a distiller out over the processes that share the model, so that its gradients are averaged too."""
+    from torch.distributed.fsdp import fully_shard
+
+    # A distiller that continues from the previous stage is shared out already.
+    if any(not hasattr(p, "device_mesh") for p in module.parameters()):
+        fully_shard(module, mesh=next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+
+
+def mesh_of(accelerator: Any) -> Any:
+    """Return the mesh of processes that shares are spread over."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if (mesh := accelerator.torch_device_mesh) is not None:
+        return mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def _require_one_format(model: nn.Module) -> None:
+    """Refuse weights that train in several number formats, which FSDP2 cannot reduce together."""
+    found = {str(p.dtype).removeprefix("torch."): name for name, p in model.named_parameters() if p.requires_grad}
+    if len(found) > 1:
+        which = ", ".join(f"{name} in {dtype}" for dtype, name in sorted(found.items()))
+        raise ZooError(
+            f"FSDP2 reduces gradients of one number format, and weights of several train: {which}. Set "
+            "master_weights=fp32, so that all that train are float32."
+        )

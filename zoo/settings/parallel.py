@@ -1,0 +1,22 @@
+"""How the processes of a run share the model. Plain values, without torch."""
+
+from dataclasses import dataclass
+
+from zoo.registry import unknown
+
+SHARDING = ("launcher", "fsdp2", "none")
+FORMATS = ("auto", "fp32", "bf16")
+
+
+@dataclass
+class ParallelConfig:
+    """What each process of a training run holds, and in which number format they send it to each other."""
+
+    shard: str = "launcher"  # fsdp2: a process holds a share of the model | none: all of it, DDP | launcher: as it asks
+    gather: str = "auto"  # FSDP2, number format that layers are gathered in: fp32 | bf16 | auto: as the products
+    reduce: str = "fp32"  # FSDP2, number format that gradients are summed in over processes: fp32 | bf16
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("shard", SHARDING), ("gather", FORMATS), ("reduce", FORMATS[1:])):
+            if (given := getattr(self, name)) not in allowed:
+                raise unknown(f"value of parallel.{name}", given, allowed)
