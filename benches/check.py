@@ -21,13 +21,13 @@ from zoo import registry
 from zoo.benches.check_folders import write_checkpoints
 from zoo.benches.check_misfits import MISFITS, Misfit
 from zoo.benches.check_valid import Drawn, draw
-from zoo.benches.compatibility_trial import Trial
 from zoo.benches.measure import Value
 from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.data_check import check_data
 from zoo.checking.plan import Plan, plan_from
+from zoo.contracts.trial import Trial
 from zoo.registry import ZooError
 from zoo.settings.config import compose
 

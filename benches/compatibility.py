@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from zoo.benches.compatibility_trial import KINDS, Part, Trial, Verdict, members
 from zoo.benches.measure import Value
 from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
+from zoo.contracts.trial import KINDS, Part, Trial, Verdict, members
 from zoo.registry import MANY, ZooError
 from zoo.registry.versions import PYTHON, TESTED
 

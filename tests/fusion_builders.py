@@ -1,17 +1,23 @@
 """Tiny language models and image features for the tests of what joins vision to language."""
 
-from dataclasses import fields, replace
-
 import torch
 
 from zoo import registry
-from zoo.registry import ImageFeatures, Question
+from zoo.contracts.given import (  # noqa: F401  # the tests take them from here
+    MOE,
+    NO_GROUPS,
+    VOCAB,
+    features,
+    image_row,
+    llm_node,
+    padded_batch,
+    question,
+    same_state,
+    tiny_llm,
+)
 
 DENSE = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "stablelm"]
 DENSE += ["granite", "starcoder2", "gpt_neox", "gpt2", "opt", "phi", "cohere"]
-MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"]
-NO_GROUPS = {"gpt_neox", "gpt2", "opt", "phi", "stablelm", "cohere"}
-VOCAB = 97
 # Options for tests of components whose defaults are of a size for large models.
 SMALL: dict[str, dict] = {"vlora": {"rank": 4, "skip": 1, "width": 16, "depth": 2, "num_heads": 2}}
 # Methods of PEFT with options of a size for tiny models, those that begin from data and on a schedule among them.
@@ -38,21 +44,6 @@ def peft_node(method: str, **options) -> dict:
     return {"method": method, "options": {**PEFT_METHODS[method], **options}}
 
 
-def llm_node(model_type: str = "llama", **options) -> dict:
-    """A node of two layers of width 32; grouped queries where the family has them, four experts in MoE families."""
-    node = {"name": "hf", "model_type": model_type, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
-    node |= {"intermediate_size": 48, "max_positions": 128}
-    node |= {} if model_type in NO_GROUPS else {"num_kv_heads": 2}
-    node |= {"num_experts": 4, "top_k": 2} if model_type in MOE else {}
-    return node | options
-
-
-def tiny_llm(model_type: str = "llama", seed: int = 0, attention: str | None = None, **options):
-    """Build it with weights that follow from the seed, in eval mode."""
-    torch.manual_seed(seed)
-    return registry.build("llm", llm_node(model_type, **options), vocab_size=VOCAB, attention=attention).eval()
-
-
 def adapter_on(llm, node: dict, seed: int = 0, *, attach: bool = True, shaken: float = 0.2, **derived):
     """Build an adapter for `llm`, in eval mode, its parameters moved by noise of the size `shaken`, as by training."""
     torch.manual_seed(seed)
@@ -64,53 +55,3 @@ def adapter_on(llm, node: dict, seed: int = 0, *, attach: bool = True, shaken: f
         for p in adapter.parameters() if shaken else ():
             p.add_(shaken * torch.randn(p.shape, generator=g).to(p))
     return adapter
-
-
-def padded_batch(b: int = 2, t: int = 9, pad: int = 3, seed: int = 0):
-    """Ids (B, T) and a mask whose first row has `pad` positions of padding on the left."""
-    ids = torch.randint(0, VOCAB, (b, t), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    mask[0, :pad] = 0
-    return ids, mask
-
-
-def features(m: int = 3, grid: tuple[int, int] = (4, 4), dim: int = 24, seed: int = 0, **given) -> ImageFeatures:
-    """Random tokens on a grid, with all that an encoder may say of each of them."""
-    g = torch.Generator().manual_seed(seed)
-    n = grid[0] * grid[1]
-    known = {}
-    for name in ("cls_attention", "key_attention", "pooling_attention"):
-        scores = torch.rand(m, n, generator=g)
-        known[name] = scores / scores.sum(1, True)
-    tokens = torch.randn(m, n, dim, generator=g)
-    known["keys"] = torch.randn(m, n, 2, 6, generator=g)
-    known["next_attention"] = torch.randn(m, n, generator=g).mul(1.5).softmax(1)
-    known["next_keys"] = torch.randn(m, n, 12, generator=g)
-    words = ("key_attention@1", "cls_attention@1")
-    known["block_attention"] = {word: torch.rand(m, n, generator=g).softmax(1) for word in words}
-    known |= {"patch_embeds": torch.randn(m, n, 5, generator=g), "projected": torch.randn(m, n, 12, generator=g)}
-    known["question"] = question(m, g)
-    return ImageFeatures(tokens, grid, **{**known, **given})
-
-
-def question(m: int, g: torch.Generator) -> Question:
-    """Another question for each of `m` rows, of one to three words: each a prompt of its own."""
-    mask = torch.arange(3).expand(m, -1) < 1 + torch.arange(m).unsqueeze(1) % 3
-    words, ids = torch.randn(m, 3, 12, generator=g), torch.randint(9, (m, 3), generator=g)
-    asked = Question(torch.arange(m), tuple(f"{i}?" for i in range(m)), ids, mask, words)
-    asked.text_embeds, asked.text_mask = torch.randn(m, 2, 5, generator=g), mask[:, :2]
-    return asked
-
-
-def image_row(image: ImageFeatures, i: int) -> ImageFeatures:
-    """One row of the features, all that is known of it included."""
-    tensors = {f.name: getattr(image, f.name) for f in fields(image)}
-    blocks = {word: scores[i : i + 1] for word, scores in image.block_attention.items()}
-    rows = {k: v[i : i + 1] for k, v in tensors.items() if isinstance(v, torch.Tensor)}
-    asked = None if image.question is None else image.question.picked(slice(i, i + 1))
-    return replace(image, **rows, block_attention=blocks, question=asked)
-
-
-def same_state(a: dict, b: dict) -> bool:
-    """Whether two state dicts hold the same names and bit-equal tensors."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

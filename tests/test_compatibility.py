@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from zoo.benches.compatibility import Options, libraries, pairs, triples
-from zoo.benches.compatibility_trial import Trial
 from zoo.cli.bench import main, parse
+from zoo.contracts.trial import Trial
 from zoo.fusion.projectors.mlp import MLPProjector
 from zoo.registry import ZooError
 

@@ -1,12 +1,12 @@
-"""What every data set promises, over all registered names."""
+"""What every data set promises, over all registered names: the rules of `zoo test`."""
 
 import json
-import pickle
 import subprocess
 import sys
 
 import pytest
 
+from tests.rules import keep
 from tests.test_classes import NAMES as CLASSES
 from tests.test_classes import folder as class_files
 from tests.test_nlvr import folder as nlvr_files
@@ -14,8 +14,7 @@ from tests.test_table import NAME
 from tests.test_table import folder as table_files
 from tests.test_webdataset import pack, png, turns
 from zoo import registry
-from zoo.registry import Dataset, Sample, StreamingDataset, ZooError
-from zoo.vision.images.decode import open_image
+from zoo.contracts.datasets import RULES, DatasetCase
 
 class_files, nlvr_files, table_files = class_files, nlvr_files, table_files  # fixtures of other files, used below
 
@@ -54,67 +53,10 @@ def name(request):
     return request.param
 
 
-@pytest.fixture
-def data(name, nodes):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_keeps_the_rule(name, rule, nodes):
     assert name in nodes, f"give {name!r} a small node in this file"
-    return registry.build("dataset", {"name": name, **nodes[name]})
-
-
-def show(sample):
-    """All of a sample that can be compared."""
-    pixels = [open_image(image).tobytes() for image in sample.images]
-    return sample.id, pixels, sample.dialogs, {k: v.tolist() for k, v in sample.targets.items()}
-
-
-def test_keeps_the_contract(data):
-    assert isinstance(data, Dataset) and not isinstance(data, StreamingDataset)
-    assert len(data) > 1
-    with pytest.raises(IndexError):
-        data.get(len(data))
-
-
-def test_samples_are_whole(data):
-    ids = set()
-    for index in range(min(len(data), 20)):
-        sample = data.get(index)
-        assert isinstance(sample, Sample) and sample.dialogs
-        ids.add(sample.id)
-        for image in sample.images:
-            assert open_image(image).mode == "RGB"
-        for value in sample.targets.values():
-            assert len(value) == len(sample.images)
-        for dialog in sample.dialogs:
-            assert dialog.messages[-1]["role"] == "assistant" and dialog.messages[-1]["content"][0]["text"].strip()
-            parts = [part["type"] for message in dialog.messages for part in message["content"]]
-            assert set(parts) <= {"text", "image"} and parts.count("image") == len(sample.images)
-            assert all(message["role"] in {"system", "user", "assistant"} for message in dialog.messages)
-            assert json.loads(json.dumps(dialog.meta)) == dialog.meta
-            assert not dialog.task or dialog.task in registry.names("task")
-    assert len(ids) == min(len(data), 20)
-
-
-def test_a_sample_depends_on_seed_epoch_and_index_alone(data, name, nodes):
-    again = registry.build("dataset", {"name": name, **nodes[name]})
-    order = [1, 0, len(data) - 1]
-    for epoch in (0, 3):
-        assert [show(data.get(i, epoch)) for i in order] == [show(again.get(i, epoch)) for i in order[::-1]][::-1]
-
-
-def test_travels_to_another_process(data):
-    copy = pickle.loads(pickle.dumps(data))
-    assert show(copy.get(1, 2)) == show(data.get(1, 2))
-
-
-def test_knows_its_training_split(data):
-    train = data.train_split()
-    assert len(train) == len(data) and show(train.get(0)) == show(data.get(0))
-
-
-def test_options_are_described_and_misspelt_ones_named(name, nodes):
-    for option in registry.get("dataset", name).options:
-        assert option.doc, f"{option.name} has no comment"
-        with pytest.raises(ZooError, match="Did you mean"):
-            registry.build("dataset", {"name": name, **nodes[name], option.name + "x": 1})
+    keep(rule, DatasetCase("dataset", {"name": name, **nodes[name]}))
 
 
 def test_importing_all_data_sets_needs_no_torch():

@@ -34,6 +34,7 @@ FLOORS = (
     ("loading",),
     ("evaluation", "serving"),
     ("training",),
+    ("contracts",),
     ("inspection",),
     ("cli",),
     ("benches",),

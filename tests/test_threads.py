@@ -19,7 +19,7 @@ import zoo
 from tests import qwen_builders
 from tests.conftest import picture
 from zoo import registry
-from zoo.benches.compatibility_trial import MOE, node_of
+from zoo.contracts.trial import MOE, node_of
 from zoo.vision.encoders.hf import FAMILIES
 
 PEOPLE = 12

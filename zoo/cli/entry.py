@@ -61,6 +61,9 @@ COMMANDS = {
     ),
     "info": Command("zoo.cli.listing:info_main", "show everything about one of them: zoo info pruner/random"),
     "new": Command("zoo.cli.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
+    "test": Command(
+        "zoo.cli.test_command:main", "try all that a part has to do: zoo test my_part plugins=[./my_part.py]"
+    ),
     "doctor": Command("zoo.cli.doctor:main", "show versions, devices, attention backends and plugins"),
     "version": Command("zoo.cli.entry:version", "print the version"),
 }

@@ -145,8 +145,9 @@ class CLASS(Adapter, nn.Module):
         self._hooks = []
 
     def _add(self, out: Any, i: int) -> Any:
-        shift = self.scale * self.shift[i]
-        return (out[0] + shift, *out[1:]) if isinstance(out, tuple) else out + shift
+        states = out[0] if isinstance(out, tuple) else out
+        shift = (self.scale * self.shift[i]).to(states.dtype)  # the weights stay float32 in a model of 16 bits
+        return (states + shift, *out[1:]) if isinstance(out, tuple) else states + shift
 
     def owns(self, name: str) -> bool:
         return False  # no parameter of the language model belongs to this adapter
@@ -195,8 +196,8 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 class CLASSConfig:
     split: str = "train"  # train | eval
     size: int = 64  # side of a picture in pixels
-    samples: int = 300
-    seed: int = 0
+    samples: int = 300  # pictures
+    seed: int = 0  # of the colours and the noise
 
 
 @register("dataset", "NAME")
@@ -209,6 +210,8 @@ class CLASS(Dataset):
 
     def get(self, index: int, epoch: int = 0) -> Sample:
         c = self.config
+        if not 0 <= index < c.samples:
+            raise IndexError(index)
         random = np.random.default_rng([c.seed, index, c.split == "eval"])  # of seed and index alone, so runs resume
         colour = str(random.choice(list(COLOURS)))
         noise = random.integers(-30, 30, (c.size, c.size, 3))

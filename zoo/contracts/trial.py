@@ -21,9 +21,10 @@ from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.text.tokenizer import train_tokenizer
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
 
-KINDS = ("vision", "pruner", "projector", "adapter", "llm", "distiller")  # layouts need images that are cut
+KINDS = ("vision", "pruner", "projector", "adapter", "llm", "distiller")  # of pairs; layouts need images that are cut
 
 _TOWER = {"image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1}  # 4 x 4 patches
+_TOWERS = ("hf", "open_clip", "timm")  # others, from plugins, have options of their own
 _LLM = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "intermediate_size": 48, "max_positions": 256}
 _EXPERTS = {"num_experts": 4, "top_k": 2}
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "smollm3")
@@ -37,11 +38,12 @@ _SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("adapter", "mole"): {"rank": 2},
     ("adapter", "moextend"): {"calibration_width": 4},
     ("adapter", "peft"): {"method": "dora", "options": {"r": 2}},
+    ("layout", "anyres"): {"pinpoints": [[32, 64], [64, 32]]},
     ("adapter", "vlora"): {"rank": 4, "skip": 2, "width": 16, "depth": 2, "num_heads": 2},
 }
 # What other slots may hold in place of the defaults (timm, mlp, llama, no teacher), where a part does not fit these.
 _OTHERS: tuple[dict[str, str], ...] = ({}, {"teacher": "yes"}, {"llm": "mixtral"}, {"projector": ""})
-_PROMPT = ("input_ids", "attention_mask", "pixel_values", "images_per_row", "questions")
+PROMPT = ("input_ids", "attention_mask", "pixel_values", "images_per_row", "questions", "cuts")
 _QUESTIONS = ("is there a red circle?", "what is it?")
 _ANSWERS = ("yes", "a blue square")
 
@@ -51,7 +53,7 @@ Part = tuple[str, str]  # a kind, and the name that a member of it has on the pa
 def members(kind: str) -> list[str]:
     """Names of the members of a kind: of components, of encoders with their families, of families of LLMs."""
     if kind == "llm":
-        return [*DENSE, *MOE]
+        return [*DENSE, *MOE, *(name for name in names("llm") if name != "hf")]
     if kind == "vision":
         # `fused` is of others: `benches/check_valid.py` draws it. `qwen_vision` goes with a layout and a projector of
         # its own: tests/test_native.py.
@@ -62,11 +64,11 @@ def members(kind: str) -> list[str]:
 
 def node_of(kind: str, name: str) -> dict[str, Any]:
     """The tiny node of a member."""
-    if kind == "llm":
+    if kind == "llm" and name in (*DENSE, *MOE):
         groups = {} if name == "phi3" else {"num_kv_heads": 2}
         return {"name": "hf", "model_type": name, **_LLM, **groups, **(_EXPERTS if name in MOE else {})}
-    if kind == "vision":
-        library, _, family = name.partition(" ")
+    library, _, family = name.partition(" ")
+    if kind == "vision" and library in _TOWERS:
         return {"name": library, **_TOWER, **({"model_type": family} if family == "siglip" else {})}
     return {"name": name, **_SMALL.get((kind, name), {})}
 
@@ -82,10 +84,21 @@ class Verdict:
 
 
 class Trial:
-    """Runs compositions, each once. `folder` takes what they save."""
+    """Runs compositions, each once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: takes what they save.
+        nodes: options of members that are not to have those of `node_of`.
+        others: further choices of the other slots, for parts that do not fit the usual ones.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        nodes: Mapping[Part, Mapping[str, Any]] | None = None,
+        others: Sequence[dict[str, str]] = (),
+    ) -> None:
+        self.folder, self.nodes, self.others = folder, dict(nodes or {}), (*_OTHERS, *others)
         self.tokenizer = train_tokenizer([f"{q} {a}" for q in _QUESTIONS for a in _ANSWERS], 320)
         self._known: dict[str, Verdict] = {}
         self._alone: dict[Part, dict[str, str]] = {}
@@ -93,13 +106,23 @@ class Trial:
 
     def run(self, parts: Sequence[Part]) -> Verdict:
         """Run a composition that has these parts, the other slots as each of them needs it to be by itself."""
-        plan = self._plan(parts, self._needed(parts))
-        if refusal := _refusal(plan):
+        plan = self.plan(parts)
+        if refusal := refusal_of(plan):
             return Verdict("no", _plain(refusal), plan=plan)
         key = repr((plan.slots, plan.stages))
         if key not in self._known:
             self._known[key] = self._run(plan)
         return self._known[key]
+
+    def plan(self, parts: Sequence[Part]) -> Plan:
+        """A composition that has these parts, the other slots as each of them needs it to be by itself."""
+        return self._plan(parts, self._needed(parts))
+
+    def start(self, plan: Plan) -> dict[str, Any]:
+        """Build what a plan says, on which the steps are taken: each reads what those before it left."""
+        model, processor = self._model(plan.slots, plan.attention)
+        _move(model)
+        return {"model": model, "processor": processor, "stage": plan.stages.get("main")}
 
     def fix(self, verdict: Verdict, parts: Sequence[Part]) -> str:
         """A change that makes a refused composition fit, of one of the parts if there is such; else empty."""
@@ -116,35 +139,38 @@ class Trial:
         """What other slots have to hold that the defaults do not, for any of the parts alone."""
         for part in parts:
             if part not in self._alone:
-                fits = (other for other in _OTHERS if part[0] not in other and not _refusal(self._plan([part], other)))
-                self._alone[part] = next(fits, {})
+                free = [other for other in self.others if part[0] not in other]
+                self._alone[part] = next((o for o in free if not refusal_of(self._plan([part], o))), {})
         return {slot: name for part in parts for slot, name in self._alone[part].items()}
 
     def _plan(self, parts: Sequence[Part], others: Mapping[str, str]) -> Plan:
-        given = {kind: [name for k, name in parts if k == kind] for kind in KINDS}
+        given = {kind: [name for k, name in parts if k == kind] for kind in (*KINDS, "layout")}
         chosen = {"vision": "timm", "projector": "mlp", "llm": "llama", **others}
         chosen |= {kind: some[0] for kind, some in given.items() if some}
         slots: dict[str, Any] = {
-            k: node_of(k, chosen[k]) if chosen[k] else None for k in ("vision", "projector", "llm")
+            k: self._node(k, chosen[k]) if chosen.get(k) else None for k in ("vision", "projector", "layout", "llm")
         }
-        slots |= {kind: {name: node_of(kind, name) for name in given[kind]} for kind in ("pruner", "adapter")}
+        slots |= {kind: {name: self._node(kind, name) for name in given[kind]} for kind in ("pruner", "adapter")}
         stages = {}
         if "distiller" in chosen:
             teacher = self._teacher(chosen["vision"], chosen["projector"] or "mlp") if "teacher" in chosen else ""
-            stages["main"] = Stage(steps=1, distiller=node_of("distiller", chosen["distiller"]), teacher=teacher)
+            stages["main"] = Stage(steps=1, distiller=self._node("distiller", chosen["distiller"]), teacher=teacher)
         return Plan(
-            {**slots, "layout": None},
+            slots,
             attention="sdpa",
             vocab_size=len(self.tokenizer),
             made=self.tokenizer,
             stages=stages,
         )
 
+    def _node(self, kind: str, name: str) -> dict[str, Any]:
+        return dict(self.nodes.get((kind, name)) or node_of(kind, name))
+
     def _teacher(self, vision: str, projector: str) -> str:
         """Save a model with this encoder and this projector, once; returns its name."""
         folder = self.folder / f"teacher-{vision}-{projector}".replace(" ", "-")
         if not folder.exists():
-            slots = {"vision": node_of("vision", vision), "projector": node_of("projector", projector)}
+            slots = {"vision": self._node("vision", vision), "projector": self._node("projector", projector)}
             model, processor = self._model({**slots, "llm": node_of("llm", "llama")})
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
@@ -159,28 +185,26 @@ class Trial:
 
     def failure(self, plan: Plan) -> str:
         """Compose, learn from a batch and generate, whatever the check says: where it failed and how, or nothing."""
-        return self._run(plan, (self._forward, self._backward, self._generate)).reason
+        return self._run(plan, (self.forward, self.backward, self.generate)).reason
 
     def _run(self, plan: Plan, steps: Sequence[Callable[[dict[str, Any]], None]] = ()) -> Verdict:
-        steps = steps or (self._forward, self._backward, self._generate, self._save_and_load)
+        steps = steps or (self.forward, self.backward, self.generate, self.save_and_load)
         try:
-            model, processor = self._model(plan.slots, plan.attention)
-            _move(model)
+            seen = self.start(plan)
         except Exception as error:
             return _broken("built", error)
-        seen: dict[str, Any] = {"model": model, "processor": processor, "stage": plan.stages.get("main")}
         for step in steps:
             try:
                 step(seen)
             except Exception as error:  # whatever it is: the check let this composition through
-                return _broken(step.__name__.strip("_").replace("_", " "), error)
+                return _broken(step.__name__.replace("_", " "), error)
         return Verdict("yes")
 
-    def _forward(self, seen: dict[str, Any]) -> None:
+    def forward(self, seen: dict[str, Any]) -> None:
         """Losses of a row with an image and a row of text, in training."""
         model, processor, stage = seen["model"], seen["processor"], seen["stage"]
         cells = model.vision.num_tokens if model.vision is not None else 16
-        samples = [_sample(0, images=1, cells=cells), _sample(1, images=0)]
+        samples = [sample_of(0, images=1, cells=cells), sample_of(1, images=0)]
         rows = [processor.encode(s) for s in samples]
         distiller = teacher = None
         if stage is not None and stage.distiller:
@@ -198,7 +222,7 @@ class Trial:
         if not all(bool(loss.isfinite()) for loss in losses.values()):
             raise ZooError(f"The losses are {losses}.")
 
-    def _backward(self, seen: dict[str, Any]) -> None:
+    def backward(self, seen: dict[str, Any]) -> None:
         """Every parameter that trains has a gradient; experts that no token chose may have none."""
         seen["loss"].backward()
         model = seen["model"]
@@ -208,19 +232,19 @@ class Trial:
             raise ZooError(f"{len(bad)} parameters have no gradient, {bad[0]} for one.")
 
     @torch.no_grad()
-    def _generate(self, seen: dict[str, Any]) -> None:
+    def generate(self, seen: dict[str, Any]) -> None:
         """Greedy answers to a prompt with an image and one without, padded on the left."""
         model, processor = seen["model"].eval(), seen["processor"]
-        samples = [_sample(0, images=1), _sample(1, images=0)]
+        samples = [sample_of(0, images=1), sample_of(1, images=0)]
         batch = processor.collate([processor.encode_prompt(s, s.dialogs[0]) for s in samples], padding_side="left")
-        inputs = {k: v for k, v in batch.items() if k in _PROMPT}
+        inputs = {k: v for k, v in batch.items() if k in PROMPT}
         seen["prompts"] = inputs
         seen["said"] = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         if seen["said"].shape[0] != 2:
             raise ZooError(f"generate gave {tuple(seen['said'].shape)} for two prompts.")
 
     @torch.no_grad()
-    def _save_and_load(self, seen: dict[str, Any]) -> None:
+    def save_and_load(self, seen: dict[str, Any]) -> None:
         """The saved model gives the same logits, to the bit, and says the same."""
         model, batch = seen["model"], {k: v for k, v in seen["batch"].items() if k not in ("teacher", "targets")}
         folder = self.folder / "model"
@@ -238,7 +262,7 @@ class Trial:
         return self._teachers[name]
 
 
-def _refusal(plan: Plan) -> str:
+def refusal_of(plan: Plan) -> str:
     """Why the check refuses a plan; empty where it does not."""
     try:
         check(plan, fixes=0)
@@ -268,13 +292,13 @@ def _move(model: ZooModel) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=g).to(parameter))
 
 
-def _picture(seed: int) -> np.ndarray:
+def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def _sample(i: int, images: int, cells: int = 16) -> Sample:
+def sample_of(i: int, images: int, cells: int = 16) -> Sample:
     content = [{"type": "image"}] * images + [{"type": "text", "text": _QUESTIONS[i]}]
     answer = [{"type": "text", "text": _ANSWERS[i]}]
     dialog = Dialog([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
     labels = np.random.default_rng(i).integers(0, 3, (images, cells, 7))  # of each cell, as `dense` reads them
-    return Sample(f"s{i}", [_picture(i)] * images, [dialog], {"patch_labels": labels} if images else {})
+    return Sample(f"s{i}", [picture(i)] * images, [dialog], {"patch_labels": labels} if images else {})

@@ -1,0 +1,136 @@
+"""`zoo test`: try the rules of a kind on a part, and say of each what was given and what was expected."""
+
+import json
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import KINDS, ZooError, names, nearest, plugins, unknown
+from zoo.registry.table import config_of, group_of
+
+_WIDTH = 80
+_WORDS = {"ok": "ok", "broken": "BROKEN", "none": "-"}
+
+USAGE = """usage: zoo test PART ... [plugins=[...]] [option=value ...] [--json]
+
+Try a part as the zoo uses it: counts against real tensors, dtype, device,
+gradients, a batch against each alone, two images of unlike size, torch.compile,
+and a whole model that learns, answers, is saved and loaded.
+
+  zoo test pruner/my_pruner plugins=[./my_pruner.py]
+  zoo test my_pruner plugins=[./my_pruner.py] keep_ratio=0.25
+  zoo test plugins=[./my_pruner.py]       all that a plugin adds
+  zoo test pruner/random                  one of the zoo's own, of tiny size
+
+PART is kind/name, or a name that one kind has. Options are those of the part
+(zoo info PART). Exit code: 0 all rules are kept, 1 one is broken, 2 a mistake."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Try parts: `zoo test PART [plugins=...] [option=value]`. Returns 1 where a rule is broken."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        return 0 if words else 2
+    as_json = "--json" in words
+    plugins.load_installed()
+    before = len(plugins.status())
+    rest = plugins.load_words([word for word in words if word != "--json"])
+    parts = [found_part(word) for word in rest if "=" not in word]
+    if not parts:
+        parts = [_pair(word) for plugin in plugins.status()[before:] for word in plugin.adds]
+    if not parts:
+        raise ZooError("zoo test takes a part, such as pruner/my_pruner, or plugins=[...] that add one.")
+    options = [word for word in rest if "=" in word]
+    if options and len(parts) > 1:
+        raise ZooError(f"{' '.join(options)}: options are of one part, and {len(parts)} parts are to be tried.")
+    from zoo.contracts.battery import usual_node
+
+    nodes = [(kind, {**usual_node(kind, name), **options_for(kind, name, options)}) for kind, name in parts]
+    for kind, node in nodes:
+        config_of(kind, node)  # a mistake in an option is reported before anything runs
+    reports = [_tried(kind, node, quiet=as_json) for kind, node in nodes]
+    if as_json:
+        json.dump(reports, sys.stdout, indent=1)
+        print()
+    return 1 if any(report["broken"] for report in reports) else 0
+
+
+def found_part(word: str) -> tuple[str, str]:
+    """Return kind and name of a part: of `kind/name`, or of a name that one kind has.
+
+    Raises:
+        ZooError: there is none, or several kinds have one of that name.
+    """
+    kind, slash, name = word.rpartition("/")
+    kind = "dataset" if kind == "data" else kind
+    if slash:
+        if kind not in KINDS:
+            raise unknown("kind", kind, KINDS)
+        if name not in names(kind):
+            raise unknown(kind, name, names(kind))
+        return kind, name
+    found = [kind for kind in KINDS if word in names(kind)]
+    if len(found) == 1:
+        return found[0], word
+    if found:
+        raise ZooError(f"{word!r} is ambiguous: {', '.join(f'{kind}/{word}' for kind in found)}.")
+    everything = [f"{kind}/{name}" for kind in KINDS for name in names(kind)]
+    near = nearest(word, [full.partition("/")[2] for full in everything])
+    meant = [full for full in everything if near and full.endswith(f"/{near[0]}")]
+    hint = f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
+    raise ZooError(f"No part is called {word!r}.{hint} One of your own needs plugins=[./{word}.py] beside it.")
+
+
+def _pair(word: str) -> tuple[str, str]:
+    kind, _, name = word.partition("/")
+    return kind, name
+
+
+def options_for(kind: str, name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Read options of a part: `keep_ratio=0.5`, or as a run has them, `pruner.random.keep_ratio=0.5`."""
+    from omegaconf import OmegaConf
+
+    plain = []
+    for word in words:
+        key, _, value = word.partition("=")
+        for start in (f"{group_of(kind)}.{name}.", f"{group_of(kind)}."):
+            key = key.removeprefix(start)
+        plain.append(f"{key}={value}")
+    found = OmegaConf.to_container(OmegaConf.from_dotlist(plain), resolve=False)
+    return {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
+
+
+def _tried(kind: str, node: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
+    from zoo.contracts.battery import battery
+
+    options = {k: v for k, v in node.items() if k != "name"}
+    begin, verdicts = time.perf_counter(), []
+    if not quiet:
+        print(f"{kind}/{node['name']}" + "".join(f"  {k}={v}" for k, v in options.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        for verdict in battery(kind, node, Path(folder)):
+            verdicts.append(verdict)
+            if not quiet:
+                print(_line(_WORDS[verdict.word], verdict.rule, verdict.given), flush=True)
+                if verdict.expected:
+                    print(_line("", "expected", verdict.expected), flush=True)
+    counts = {word: sum(v.word == word for v in verdicts) for word in _WORDS}
+    if not quiet:
+        seconds = time.perf_counter() - begin
+        aside = f", {counts['none']} do not concern it" if counts["none"] else ""
+        print(f"\n{counts['ok']} rules kept, {counts['broken']} broken{aside}, in {seconds:.1f} s")
+    rows = [{k: v for k, v in asdict(verdict).items() if k != "seconds"} for verdict in verdicts]
+    return {"part": f"{kind}/{node['name']}", "options": options, "broken": counts["broken"], "rules": rows}
+
+
+def _line(word: str, rule: str, text: str) -> str:
+    """A verdict in 80 columns, with what does not fit in lines below."""
+    head = f"  {word:<8}{rule:<17}"
+    if not text:
+        return head.rstrip()
+    return textwrap.fill(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))

@@ -1,0 +1,92 @@
+"""Rules for tasks: what they make of right and wrong answers."""
+
+from typing import Any
+
+from zoo.contracts.case import Case, add_options_rule
+from zoo.contracts.rules import Rules, expect
+from zoo.registry import Dialog, Score, Task, ZooError, build
+
+RULES = Rules()
+# Answers that tasks can read; the first that a task prefers to nonsense is taken for the right one.
+ANSWERS = ("yes", "1 2 30 40", "A", "3", "red")
+NONSENSE = ("no", "50 50 60 60", "B", "qq")
+
+
+class TaskCase(Case):
+    """A task with its options."""
+
+    def build(self, seed: int = 0, **options: Any) -> Any:
+        return build("task", {**self.node, **options})
+
+    def truth(self) -> tuple[Dialog, str, str]:
+        """A dialog with an answer that the task can read, that answer, and a wrong one."""
+        task, said = self.build(), []
+        for right in ANSWERS:
+            dialog = _dialog(right)
+            for wrong in NONSENSE:
+                try:
+                    best, worse = (next(iter(task.score(dialog, text).values())) for text in (right, wrong))
+                except ZooError as error:  # the reference is no answer to such a task
+                    said.append(str(error))
+                    break
+                said.append(f"{right!r} scores {best:g} and {wrong!r} {worse:g}")
+                if best > worse:
+                    return dialog, right, wrong
+        expect(False, "; ".join(said[:3]), "that the first metric of a right answer is above that of a wrong one")
+        raise AssertionError
+
+
+def _dialog(answer: str) -> Dialog:
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Q"}]},
+             {"role": "assistant", "content": [{"type": "text", "text": answer}]}]  # fmt: skip
+    return Dialog(turns, choices=["yes", "no"])
+
+
+@RULES.add("mode", "it declares how it wants answers, and the longest")
+def mode(case: TaskCase) -> str:
+    task = case.build()
+    expect(isinstance(task, Task), f"its class is {type(task).__mro__[1].__name__}", "a Task")
+    expect(task.mode in ("generate", "choice"), f"mode is {task.mode!r}", "generate or choice")
+    right = task.mode == "choice" or task.max_new_tokens > 0
+    expect(right, f"max_new_tokens is {getattr(task, 'max_new_tokens', None)}", "a number above 0")
+    return task.mode
+
+
+@RULES.add("order", "a right answer scores above a wrong one, and above none, which scores 0")
+def order(case: TaskCase) -> str:
+    dialog, right, wrong = case.truth()
+    task = case.build()
+    scored = {text: task.score(dialog, text) for text in (right, wrong, "")}
+    first = next(iter(scored[right]))
+    expect(scored[right][first] > scored[""][first] == 0, f"no answer scores {scored[''][first]:g}", "0")
+    for text, row in scored.items():
+        expect(list(row) == list(scored[right]), f"{text!r} has the metrics {list(row)}", f"{list(scored[right])}")
+        for metric, value in row.items():
+            where = f"{metric} of {text!r} is {value!r}"
+            expect(isinstance(value, float), where, "a float")
+            expect(metric.startswith("_") or 0 <= value <= 1, where, "0 to 1")
+    return f"{first}: {right!r} {scored[right][first]:g}, {wrong!r} {scored[wrong][first]:g}"
+
+
+@RULES.add("summary", "summarise gives a Score of plain numbers for each metric, in any order of rows")
+def summary(case: TaskCase) -> str:
+    dialog, right, wrong = case.truth()
+    task = case.build()
+    rows = [task.score(dialog, text) for text in [right] * 3 + [wrong] * 2 + [""]]
+    scores, turned = task.summarise(rows), task.summarise(rows[::-1])
+    expect(scores, "no metric", "one or more")
+    for metric, score in scores.items():
+        expect(not metric.startswith("_"), f"{metric!r} is reported", "names without an underscore")
+        expect(isinstance(score, Score), f"{metric} is {score!r}", "a Score")
+        plain = type(score.value) is type(score.stderr) is float and type(score.n) is int
+        expect(plain, f"{metric} is {score!r}", "a float, an int and a float")
+        inside = 0 <= score.value <= 1 and score.stderr >= 0 and 0 <= score.n <= 6
+        expect(inside, f"{metric} of 6 rows is {score!r}", "a value in [0, 1] of at most 6 rows")
+        off = abs(turned[metric].value - score.value)
+        expect(off < 1e-9, f"{metric} in another order of rows differs by {off:.1e}", "the same")
+    one = task.summarise(rows[:1])
+    expect(all(score.stderr == 0 for score in one.values()), f"of one row: {one}", "stderr 0.0")
+    return ", ".join(f"{metric} {score.value:.2f}" for metric, score in scores.items())
+
+
+add_options_rule(RULES)
