@@ -18,7 +18,7 @@ class BrokenRuleError(AssertionError):
 
 
 class NotForThisPart(Exception):  # not an error: the rule is about parts of another form
-    """A rule does not concern a part; the message says why."""
+    """A rule does not concern a part; the message is the reason."""
 
 
 def expect(holds: Any, given: str, expected: str) -> None:

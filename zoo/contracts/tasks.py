@@ -26,7 +26,7 @@ class TaskCase(Case):
             for wrong in NONSENSE:
                 try:
                     best, worse = (next(iter(task.score(dialog, text).values())) for text in (right, wrong))
-                except ZooError as error:  # the reference is no answer to such a task
+                except ZooError as error:  # such a task cannot parse this reference
                     said.append(str(error))
                     break
                 said.append(f"{right!r} scores {best:g} and {wrong!r} {worse:g}")

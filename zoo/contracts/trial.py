@@ -29,7 +29,7 @@ _LLM = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "intermediate_size":
 _EXPERTS = {"num_experts": 4, "top_k": 2}
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "smollm3")
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe")
-# Options of parts whose defaults are of a size for large models; the others stand here with their defaults.
+# Options of parts whose defaults are of a size for large models; the others keep their defaults.
 _SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("pruner", "cdpruner"): {"relevance": "embeddings"},
     ("projector", "resampler"): {"num_queries": 4, "num_heads": 2},
@@ -119,7 +119,7 @@ class Trial:
         return self._plan(parts, self._needed(parts))
 
     def start(self, plan: Plan) -> dict[str, Any]:
-        """Build what a plan says, on which the steps are taken: each reads what those before it left."""
+        """Build what a plan holds, on which the steps are taken: each reads what those before it left."""
         model, processor = self._model(plan.slots, plan.attention)
         _move(model)
         return {"model": model, "processor": processor, "stage": plan.stages.get("main")}
@@ -184,7 +184,7 @@ class Trial:
         return model, processor_for(model, self.tokenizer)
 
     def failure(self, plan: Plan) -> str:
-        """Compose, learn from a batch and generate, whatever the check says: where it failed and how, or nothing."""
+        """Compose, learn from a batch and generate, without asking the check: where it failed and how, or nothing."""
         return self._run(plan, (self.forward, self.backward, self.generate)).reason
 
     def _run(self, plan: Plan, steps: Sequence[Callable[[dict[str, Any]], None]] = ()) -> Verdict:
@@ -245,7 +245,7 @@ class Trial:
 
     @torch.no_grad()
     def save_and_load(self, seen: dict[str, Any]) -> None:
-        """The saved model gives the same logits, to the bit, and says the same."""
+        """The saved model gives the same logits, to the bit, and the same answers."""
         model, batch = seen["model"], {k: v for k, v in seen["batch"].items() if k not in ("teacher", "targets")}
         folder = self.folder / "model"
         model.save_pretrained(folder)
