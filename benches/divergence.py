@@ -19,10 +19,10 @@ MMAP_THRESHOLD = 1 << 20
 
 def inputs(positions: int, vocab: int, width: int, device: torch.device | None = None) -> SimpleNamespace:
     """Hidden states and heads of student and teacher, with logits of a natural size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device or "cpu").manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(device or "cpu")
+        return torch.randn(*size, generator=generator, device=device)
 
     weight, other = (normal(vocab, width) * 2 * width**-0.5 for _ in range(2))
     rows, theirs = normal(positions, width), normal(positions, width)

@@ -26,6 +26,7 @@ BENCHES = {
     "check": Bench("zoo.benches.check", "mistakes that zoo check finds before weights load, and false alarms"),
     "claims": Bench("zoo.claims.command", "what papers claim, as small experiments over several seeds"),
     "compatibility": Bench("zoo.benches.compatibility", "which parts go together, from real runs of tiny models"),
+    "device": Bench("zoo.benches.device", "what ten minutes on one GPU tell: training, pruned prompts, kernels"),
     "features": Bench("zoo.benches.features", "steps on kept features of a frozen encoder against steps that encode"),
     "frozen": Bench("zoo.benches.frozen", "a frozen LLM with LoRA against transformers' Llava, PEFT and Trainer"),
     "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),

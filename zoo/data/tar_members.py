@@ -38,7 +38,7 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
             short: Any = NoFurther(file, size)
             archive = tarfile.open(fileobj=short, mode="r:")  # noqa: SIM115  closed with the file
             while (item := archive.next()) is not None:
-                archive.members = []  # the library keeps them all, a kilobyte each
+                archive.members = []  # type: ignore[attr-defined]  # the library keeps them all, a kilobyte each
                 last = item.name[:200]
                 wrong = item.size < 0 or item.offset_data + item.size > size
                 if wrong and item.isfile() and not item.issparse() and 0 <= item.size <= MAX_BYTES:

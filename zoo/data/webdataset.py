@@ -90,8 +90,8 @@ class WebDataset(Records):
         """Return the samples for evaluation, by number; None without an `eval_split`."""
         if not self.config.eval_split:
             return None
-        changed = {"split": self.config.eval_split, "streaming": False, "shuffle_buffer": 0, "lanes": 0, "limit": 0}
-        return WebDataset(replace(self.config, **changed))
+        split = self.config.eval_split
+        return WebDataset(replace(self.config, split=split, streaming=False, shuffle_buffer=0, lanes=0, limit=0))
 
     def sample(self, row: tuple[int, int], number: Any = None) -> Sample:
         """Make a sample of what is at `row`, (shard, its number there)."""
@@ -104,9 +104,13 @@ class WebDataset(Records):
         sources = [_image(image, stored, one=len(images) == 1) for image in images]
         return Sample(record_id(record, self.config) or stored.key, sources, [dialog], where=stored.where)
 
-    def place(self, index: Any) -> str:
-        """Name the shard of a sample, and its number there, for a message."""
-        shard, row = index if isinstance(index, (tuple, list)) else self._find(index)
+    def place(self, index: int | str | None) -> str:
+        """Name the shard of a sample, and its number there, for a message.
+
+        Args:
+            index: of a sample, or `shard:number` as a stream has it.
+        """
+        shard, row = map(int, index.split(":")) if isinstance(index, str) else self._find(index or 0)
         return f"{self.shards.paths[shard]}, sample {row + 1}"
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -164,7 +168,7 @@ class StreamedShards(WebDataset, StreamingDataset):
             numbers = _shuffled(numbers, max(1, self.config.shuffle_buffer // self._lanes), random)
         for count, row in enumerate(numbers):
             if count >= start:
-                yield StreamRow((shard, row), (shard, row))
+                yield StreamRow((shard, row), f"{shard}:{row}")
 
 
 def _shuffled(numbers: Iterator[int], size: int, random: np.random.Generator) -> Iterator[int]:
