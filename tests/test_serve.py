@@ -24,6 +24,7 @@ import zoo
 from zoo.cli import serve_command
 from zoo.cli.entry import main
 from zoo.composed.chat_session import Talk
+from zoo.loading.other_pruners import Pruned
 from zoo.registry import ZooError
 from zoo.serving.server import ServeOptions, listen, server_for
 
@@ -56,12 +57,21 @@ def user(text, *images):
     return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 
 
+def own(model, processor, name="scenes_tiny"):
+    """What `Pruned(name)` is, without loading it again."""
+    pruned = object.__new__(Pruned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zoo.loading.other_pruners.load", lambda *a, **k: (model, processor))
+        pruned.__init__(name)
+    return pruned
+
+
 @contextlib.contextmanager
 def serving(model, processor, name="tiny", **options):
     """A server on a free port, in a thread, and a client of it."""
     options = ServeOptions(port=0, **options)
     listening = listen(options)
-    server = server_for(name, model, processor, options)
+    server = server_for(name, own(model, processor), options)
     http = uvicorn.Server(uvicorn.Config(server.app(), log_level="critical", lifespan="on"))
     thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -256,6 +266,36 @@ def test_pieces_of_any_tokens_are_the_answer_that_is_read_at_the_end(long):
                 if reading.ended:
                     break
             assert shown + reading.rest() == reading.reader.read(reading.ids)
+
+
+def test_pruners_by_the_name_of_the_model_and_by_fields(tiny):
+    model, _ = tiny
+    question = user("Describe the picture.", scene())
+    with serving(*tiny, pruners=["random:0.5", "aim"]) as (_, client):
+        assert [m.id for m in client.models.list()] == ["tiny", "tiny@random:0.5", "tiny@aim"]
+        pruned, _ = zoo.load("scenes_tiny", "pruner=random", "pruner.random.keep_ratio=0.25")
+        expected = pruned.chat("Describe the picture.", scene())
+        whole = model.chat("Describe the picture.", scene())
+        for name, body, count, text in (
+            ("tiny@random:0.25", {}, 16, expected),
+            ("tiny", {"pruner": "random", "keep_ratio": 0.25}, 16, expected),
+            ("tiny@none", {}, 64, whole),
+            ("tiny", {}, 64, whole),
+        ):
+            answer = client.chat.completions.create(model=name, messages=[question], extra_body=body)
+            assert (answer.usage.prompt_tokens_details.image_tokens, text_of(answer)) == (count, text)
+            assert answer.model == name
+        for name, body, message in (
+            ("tiny@randm", {}, "Did you mean 'random'"),
+            ("tiny@random:2", {}, "at most 1"),
+            ("tiny@fastervlm", {}, "fastervlm"),  # needs a [CLS] token
+            ("tiny@pool:0.5", {}, "no option keep_ratio"),
+            ("tiny@random", {"pruner": "aim"}, "give it once"),
+            ("tiny", {"keep_ratio": 0.5}, "there is none"),
+            ("tiny", {"pruner": 3}, "name of a pruner"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=message):
+                client.chat.completions.create(model=name, messages=[question], extra_body=body)
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
@@ -528,7 +568,7 @@ def test_rows_that_wait_at_the_end_are_failed():
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_the_command_serves_until_it_is_interrupted(tiny, monkeypatch, capsys):
-    monkeypatch.setattr("zoo.loading.build.load", lambda *a, **k: tiny)
+    monkeypatch.setattr("zoo.loading.other_pruners.load", lambda *a, **k: tiny)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -28,10 +28,10 @@ def main(words: Sequence[str]) -> int:
     require_packages()
     listening = listen(options)
     try:
-        from zoo.loading.build import load
+        from zoo.loading.other_pruners import Pruned
 
-        loaded = load(model, *overrides, device=options.device, dtype=options.dtype, bits=options.bits)
-        run(server_for(model, *loaded, options), options, listening)
+        pruned = Pruned(model, overrides, device=options.device, dtype=options.dtype, bits=options.bits)
+        run(server_for(model, pruned, options), options, listening)
     finally:
         listening.close()
     return 0

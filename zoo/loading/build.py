@@ -119,7 +119,7 @@ def build(
     target = device or (source.device if source.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_model(
         ZooModel,
-        _config(source, tokenizer),
+        config_for(source, tokenizer),
         folder,
         # A saved model may have a new adapter, added by an override.
         fresh=fresh if folder is None or source.published else {*fresh, "adapter"},
@@ -133,13 +133,13 @@ def build(
     if len(tokenizer) > model.llm.vocab_size:
         raise ZooError(f"The tokenizer has {len(tokenizer)} ids, but the LLM's table only {model.llm.vocab_size}.")
     model.set_attention(source.attention)  # after moving: kernels depend on the device
-    processor, generation = _processor(source, model, tokenizer)
+    processor, generation = processor_from(source, model, tokenizer)
     model.__dict__["processor"] = processor  # for `model.chat`
     set_stops(model, processor.template, generation)
     return model, processor
 
 
-def _config(source: Source, tokenizer: Any) -> ZooConfig:
+def config_for(source: Source, tokenizer: Any) -> ZooConfig:
     """Return the config of the model, with its base checkpoint."""
     special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ZooConfig(
@@ -177,10 +177,10 @@ def processor_alone(cfg: Any, texts: Iterable[str] = ()) -> tuple[ZooProcessor, 
     with torch.device("meta"):
         parts = assemble(source.slots, vocab_size=len(tokenizer))
         model = ZooModel(ZooConfig(slots=source.slots, positions=source.positions, attention="eager"), parts=parts)
-    return _processor(source, model, tokenizer)[0], model.llm.max_positions
+    return processor_from(source, model, tokenizer)[0], model.llm.max_positions
 
 
-def _processor(source: Source, model: ZooModel, tokenizer: Any) -> tuple[ZooProcessor, Any]:
+def processor_from(source: Source, model: ZooModel, tokenizer: Any) -> tuple[ZooProcessor, Any]:
     """Return the processor of a model, and the generation config beside its weights."""
     folder, slots = source.folder, source.slots
     if folder is None:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from zoo.loading.other_pruners import Pruned
 from zoo.registry import Dialog, LengthError, Sample, ZooError
 from zoo.runs.lengths import length_of, room_for_answer
 from zoo.serving import protocol
@@ -63,26 +64,26 @@ class Server:
     """Answers requests.
 
     Args:
-        name: of the model.
-        model: composed.
-        processor: of the model.
+        name: of the model in requests.
+        pruned: the model, with any pruner.
         batcher: generates.
         pictures: takes images.
         limits: on requests.
         api_key: that requests have to bring; empty: none.
+        listed: pruners that /v1/models names, as `random` or `random:0.5`; requests may ask for others too.
     """
 
     def __init__(
         self,
         name: str,
-        model: Any,
-        processor: Any,
+        pruned: Pruned,
         batcher: Batcher,
         pictures: Pictures,
         limits: Limits = Limits(),
         api_key: str = "",
+        listed: Sequence[str] = (),
     ) -> None:
-        self.name, self.model, self.processor = name, model, processor
+        self.name, self.pruned, self.listed = name, pruned, [name, *(f"{name}@{pruner}" for pruner in listed)]
         self.batcher, self.pictures, self.limits, self.api_key = batcher, pictures, limits, api_key
         self.created = int(time.time())
         self.preparing = 0  # requests whose images are decoded, or that wait for it
@@ -121,22 +122,22 @@ class Server:
         return JSONResponse(state, 503 if self.batcher.closed else 200)
 
     async def models(self, request: Request) -> Response:
-        """List the model."""
+        """List the model, alone and with pruners."""
         self._authorize(request)
-        return JSONResponse({"object": "list", "data": [protocol.model_entry(self.name, self.created)]})
+        return JSONResponse({"object": "list", "data": [protocol.model_entry(n, self.created) for n in self.listed]})
 
     async def one_model(self, request: Request) -> Response:
         """Describe the model."""
         self._authorize(request)
         name = request.path_params["name"]
-        self._require_model(name)
+        self._pruner_of(name)
         return JSONResponse(protocol.model_entry(name, self.created))
 
     async def complete(self, request: Request) -> Response:
         """Answer a conversation, whole or as it is generated."""
         self._authorize(request)
         ask = protocol.read_ask(await self._json(request))
-        self._require_model(ask.model)
+        self._read_pruner(ask)
         self._note(ask)
         self._require_place(ask)
         self.preparing += 1
@@ -181,14 +182,39 @@ class Server:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"The request is not JSON: {error}") from error
 
-    def _require_model(self, name: str) -> None:
-        if name != self.name:
+    def _read_pruner(self, ask: Ask) -> None:
+        """Take the pruner from the name of the model, if it is there."""
+        pruner, keep_ratio = self._pruner_of(ask.model)
+        if pruner is None:
+            return
+        if ask.pruner is not None or ask.keep_ratio is not None:
+            raise RequestError("The pruner is in the name of the model and in a field: give it once.", param="pruner")
+        ask.pruner, ask.keep_ratio = pruner, keep_ratio
+
+    def _pruner_of(self, name: str) -> tuple[str | None, float | None]:
+        """Read `MODEL`, `MODEL@pruner` or `MODEL@pruner:keep_ratio`.
+
+        Raises:
+            RequestError: it is another model, or the ratio is not in (0, 1].
+        """
+        if name == self.name:
+            return None, None
+        start = f"{self.name}@"
+        if not name.startswith(start):
             raise RequestError(
                 f"There is no model {name!r:.80} here; this server has {self.name!r}.",
                 status=404,
                 code="model_not_found",
                 param="model",
             )
+        pruner, colon, ratio = name.removeprefix(start).partition(":")
+        try:
+            keep_ratio = float(ratio) if colon else None
+        except ValueError:
+            keep_ratio = -1.0
+        if keep_ratio is not None and not 0 < keep_ratio <= 1:
+            raise RequestError(f"The keep ratio {ratio!r:.20} has to be above 0 and at most 1.", param="model")
+        return pruner, keep_ratio
 
     def _note(self, ask: Ask) -> None:
         """Log ignored fields, each once."""
@@ -210,9 +236,12 @@ class Server:
         """Decode the images of a request, and encode its prompt.
 
         Raises:
-            RequestError: an image cannot be used, or the conversation does not fit the model.
+            RequestError: the pruner or the conversation does not fit the model, or an image cannot be used.
         """
-        model, processor = self.model, self.processor
+        try:
+            model, processor = self.pruned.get(ask.pruner, ask.keep_ratio)
+        except ZooError as error:
+            raise RequestError(str(error), param="pruner") from error
         try:
             shown = self.pictures.take(ask.pictures, processor)
             sample, dialog = Sample("request", [None] * len(shown), []), Dialog(ask.messages)

@@ -21,6 +21,7 @@ class ServeOptions:
     port: int = 8000  # 0: a free one, which is printed
     name: str = ""  # of the model in requests; empty: as it was loaded
     api_key: str = ""  # that requests have to bring; empty: that of ZOO_API_KEY in the environment, or none
+    pruners: list[str] = field(default_factory=list)  # that /v1/models lists, as random or random:0.5; others work too
     batch: int = 8  # answers that are generated together
     threads: int = 2  # batches at once: a long answer does not keep later ones waiting
     queue: int = 64  # answers that may wait; further requests are refused with status 429
@@ -75,20 +76,37 @@ def listen(options: ServeOptions) -> socket.socket:
     return found
 
 
-def server_for(name: str, model: Any, processor: Any, options: ServeOptions) -> Any:
-    """Return the `Server` of a loaded model."""
+def server_for(name: str, pruned: Any, options: ServeOptions) -> Any:
+    """Return the `Server` of a loaded model.
+
+    Args:
+        name: of the model.
+        pruned: `zoo.loading.other_pruners.Pruned`.
+        options: of the server.
+
+    Raises:
+        ZooError: a pruner of `options.pruners` does not exist or does not fit.
+    """
     from zoo.serving.app import Limits, Server
     from zoo.serving.batches import Batcher
     from zoo.serving.pictures import Pictures
 
+    for pruner in options.pruners:
+        chain, colon, ratio = pruner.partition(":")
+        try:
+            pruned.get(chain, float(ratio) if colon else None)
+        except ValueError as error:
+            raise (
+                error if isinstance(error, ZooError) else ZooError(f"{pruner!r}: {ratio!r} is not a ratio.")
+            ) from error
     return Server(
         options.name or name,
-        model,
-        processor,
+        pruned,
         Batcher(options.batch, options.threads),
         Pictures(options.images, options.image_mb << 20, options.image_pixels, options.fetch),
         Limits(options.queue, options.body_mb << 20, options.max_tokens),
         options.api_key or os.environ.get("ZOO_API_KEY", ""),
+        options.pruners,
     )
 
 
@@ -99,7 +117,7 @@ def run(server: Any, options: ServeOptions, listening: socket.socket) -> None:
     logging.basicConfig(format="zoo serve: %(message)s", stream=sys.stderr, level=logging.WARNING)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    device = next(server.model.parameters()).device
+    device = next(server.pruned.model.parameters()).device
     print(f"{server.name} on {device}: http://{shown}:{port}/v1  (Ctrl-C ends)", flush=True)
     if options.host not in LOCAL and not server.api_key:
         print("zoo serve: without api_key=, everyone who reaches this address may use the model", file=sys.stderr)
