@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from zoo.autoclasses import register_model
 from zoo.composed.assembly import Parts, assemble
 from zoo.composed.bases import Bases, as_whole, bases_of
+from zoo.composed.card import FILE, LAYOUTS, write_card
 from zoo.composed.forward import ForwardMixin
 from zoo.composed.generate import GenerateMixin
 from zoo.composed.keywords import require_save, split_load
@@ -83,6 +84,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         config.__dict__["_llm"] = self.llm.lm.config.get_text_config()
         self.compiled = False
         self.fresh_parts, self.masters = [], {}
+        self.described: Path | None = None  # card of the folder that the weights were loaded from
         self.loss_type = "ForCausalLM"  # transformers' Trainer then counts labels from the second position on
         self.set_attention(config.attention)
         self.bases = bases_of(self, config.slots or {}, base) if built else Bases()
@@ -126,7 +128,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         include_base: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write config.json and the weights that differ from the base checkpoints, as safetensors.
+        """Write config.json, the weights that differ from the base checkpoints, as safetensors, and the card README.md.
 
         Master weights of training are float32 in the folder, and load in the data type that they had before.
 
@@ -177,10 +179,22 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         for adapter in self.adapter.values():
             adapter.write_files(folder)
         write_weights(state, folder, max_shard_size)
+        write_card(self, folder, record=record)
         if push_to_hub:
             idle = {"save_function", "save_original_format", "save_peft_format", "safe_serialization"}
             kwargs = {key: value for key, value in kwargs.items() if key not in idle}
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def write_card(self, folder: str | Path, facts: Any = None, *, layout: str = "zoo", **more: Any) -> None:
+        """Write the card of a saved or exported model, README.md; one that a person wrote or changed stays.
+
+        Args:
+            folder: with the files.
+            facts: `zoo.composed.card_facts.Facts`; None: those of the card that the model was loaded with.
+            layout: zoo, transformers or gguf.
+            more: `name` and `notes` of `zoo.composed.card.write_card`.
+        """
+        write_card(self, Path(folder), facts, layout=LAYOUTS[layout], **more)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -236,6 +250,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             cls, config, folder, fresh=fresh, dtype=dtype, device_map=device_map, state_dict=state_dict
         )
         model.name_or_path = str(folder)
+        model.described = folder / FILE
         model.generation_config = stated_config(model, folder)  # what ends answers
         if attn_implementation is not None:
             model.set_attention(attn_implementation)

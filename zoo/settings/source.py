@@ -111,6 +111,14 @@ class Source:
         """Whether the weights are in the layout of a published family."""
         return is_published(self.content)
 
+    @property
+    def card(self) -> Path | None:
+        """The card that describes the weights: README.md beside them, of a preset our own; None for random ones."""
+        if self.folder is None:
+            return None
+        ours = Path(str(files("zoo.model_cards"))) / f"{self.name}.md"
+        return ours if self.kind == "preset" and ours.is_file() else self.folder / "README.md"
+
     # ---- tokenizer ---------------------------------------------------------------------------------------------
 
     @property

@@ -2,23 +2,24 @@
 
 import json
 import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from zoo.composed.card_facts import facts_in
 from zoo.composed.masters import is_mixed, narrow
 from zoo.evaluation.evaluate import evaluate
 from zoo.evaluation.result import EvalResult
 from zoo.evaluation.score_table import score_table
-from zoo.registry import MODEL_SLOTS, build
+from zoo.registry import build
 from zoo.runs.consent import forget
 from zoo.runs.folder import read_metrics
 from zoo.runs.processes import by_first
 from zoo.runs.progress import clock
-from zoo.storage.atomic import hashes, write_json, write_text, written_beside
+from zoo.storage.atomic import hashes, write_json, written_beside
 from zoo.storage.weights import state_of
-from zoo.text.markup import markdown
 from zoo.training.step import reseed
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def save_model(run: "Run") -> None:
         with run.folder.writing("the model"), written_beside(run.folder.model, folder=True) as beside:
             model.save_pretrained(beside, state_dict=state)
             run.processor.save_pretrained(beside)
-            (beside / "README.md").write_text(_card(run), encoding="utf-8")
+            _card(run, beside)
         run.folder.write_lock(**run.facts(model), model=hashes(run.folder.model.glob("*.safetensors")))
 
     by_first(run.accelerator, write)
@@ -91,7 +92,7 @@ def write_report(run: "Run", result: EvalResult | None) -> None:
     with run.folder.writing("scores"):
         if result is not None:
             result.save(run.folder.path)
-            write_text(run.folder.model / "README.md", _card(run, result))
+            _card(run, run.folder.model, result)
         write_json(run.folder.summary, _summary(run, result))
     forget(run.folder.path)
 
@@ -134,35 +135,18 @@ def _summary(run: "Run", result: EvalResult | None) -> dict[str, Any]:
     }
 
 
-def _card(run: "Run", result: EvalResult | None = None) -> str:
-    """Return a short model card: parts, how to load it, scores."""
-    slots = run.model.config.slots or {}
-    rows = []
-    for slot in MODEL_SLOTS:
-        node = slots.get(slot) or {}
-        rows.append(f"| {slot} | {markdown(node.get('name') or ', '.join(node) or '-')} |")
-    lines = [
-        "---",
-        "library_name: zoo",
-        "pipeline_tag: image-text-to-text",
-        "---",
-        f"# {markdown(run.folder.path.name)}",
-        "",
-    ]
-    lines += ["| slot | part |", "|---|---|", *rows, "", "```python", "import zoo", ""]
-    lines += [
-        f"model, processor = zoo.load({json.dumps(f'dir:{_short(run.folder.path)}', ensure_ascii=False)})",
-        "```",
-        "",
-    ]
-    if result is not None:
-        lines += ["| data | kind | metric | score | s.e. | n | majority | blind |", "|---|---|---|---|---|---|---|---|"]
-        for x in result.lines:
-            others = " | ".join("-" if s is None else f"{s.value:.3f}" for s in (x.majority, x.blind))
-            figures = f"{x.score.value:.3f} | {x.score.stderr:.3f} | {x.score.n}"
-            names = " | ".join(markdown(name) for name in (x.data, x.kind, x.metric))
-            lines.append(f"| {names} | {figures} | {others} |")
-    return "\n".join(lines) + "\n"
+def _card(run: "Run", folder: Path, result: EvalResult | None = None) -> None:
+    """Write the model card: what it was trained on, and its scores, beside what the model itself states."""
+    before = facts_in(run.model.described)
+    lines = [] if result is None else json.loads(json.dumps([asdict(line) for line in result.lines]))
+    datasets = dict.fromkeys([*before.datasets, *(_dataset_name(n, run.cfg.data[n]) for n in run.data.training)])
+    facts = replace(before, datasets=tuple(datasets), scores=tuple(lines))
+    run.model.write_card(folder, facts, name=run.folder.path.name)
+
+
+def _dataset_name(name: str, node: Any) -> str:
+    """Return the name of a data set: on the hub where it has one, else in the run."""
+    return str(node.get("repository") or name)
 
 
 def _short(path: Path) -> str:
