@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ FORMATS = {
     "safetensors": "zoo's own layout with all weights, independent of the checkpoints that they came from",
 }
 SPELLINGS = {"gguf-parts": "gguf", "transformers": "hf", "zoo": "safetensors"}
-OPTIONS = ("format", "merge", "family", "dtype", "max-shard-size")  # may also be written as key=value
+OPTIONS = (
+    "format",
+    "merge",
+    "family",
+    "dtype",
+    "max-shard-size",
+    "license",
+    "scores",
+)  # may also be written as key=value
 
 
 def main(words: Sequence[str]) -> int:
@@ -30,12 +39,23 @@ def main(words: Sequence[str]) -> int:
 
     model, processor = load(name, *overrides, device="cpu", dtype=args.dtype)
     with writing(f"the export to {str(out)!r}"), written_beside(out, folder=True) as beside:
-        _write(model, processor, beside, args)
+        _write(model, processor, beside, args, _facts(model, overrides, args))
     print(report(out, args.format))
     return 0
 
 
-def _write(model: Any, processor: Any, folder: Path, args: Any) -> None:
+def _facts(model: Any, overrides: Sequence[str], args: Any) -> Any:
+    """Return what the card states: what the model's own card does, and what was given."""
+    from zoo.composed.card_facts import facts_in, scores_in
+
+    facts = facts_in(model.described)
+    if any(not word.startswith("plugins=") for word in overrides):  # scores are of the parts that it was saved with
+        facts = facts.without_scores()
+    scores = scores_in(Path(args.scores).expanduser()) if args.scores else facts.scores
+    return replace(facts, scores=scores, license=args.license.lower() or facts.license)
+
+
+def _write(model: Any, processor: Any, folder: Path, args: Any, facts: Any) -> None:
     from zoo.published.export import export, merge_adapters
 
     merged = list(model.adapter)
@@ -43,10 +63,11 @@ def _write(model: Any, processor: Any, folder: Path, args: Any) -> None:
         if args.merge:
             merge_adapters(model)
         model.save_pretrained(folder, include_base=True, max_shard_size=args.max_shard_size)
+        model.write_card(folder, facts)
         processor.save_pretrained(folder)
     else:
         try:
-            export(model, processor, folder, family=args.family, max_shard_size=args.max_shard_size)
+            export(model, processor, folder, family=args.family, max_shard_size=args.max_shard_size, card=facts)
         except ZooError as error:
             hint = f"As it is, for zoo on another machine: zoo export {args.model} --format safetensors"
             raise ZooError(f"{error}\n{hint}") from error
@@ -113,6 +134,10 @@ def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
     )
     parser.add_argument("--dtype", default=None, help="of the weights, e.g. bfloat16; default: as they are")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weights file")
+    parser.add_argument("--license", default="", help="of the weights, by the hub's name: apache-2.0; for the card")
+    parser.add_argument(
+        "--scores", default="", help="a scores.json of zoo eval, for the card; default: those of the run"
+    )
     args = parser.parse_intermixed_args([flag for word in words for flag in _as_flag(word)])
     outs = [word for word in args.words if "=" not in word]
     if len(outs) > 1:

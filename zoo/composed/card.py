@@ -1,7 +1,7 @@
 """The card of a saved model: README.md with the hub's metadata, parts and licences, scores, costs, and how to load it.
 
 Metadata is written by huggingface_hub's own classes. What is not known is left out: a licence that no base states, a
-language that no card names, scores that nobody measured on these weights.
+language that no card names, scores that were not measured on these weights.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo.composed.card_facts import UNKNOWN, Facts, facts_in, hub_name, licence_of_base, strictest
+from zoo.composed.card_facts import HELD_OUT, UNKNOWN, Facts, facts_in, hub_name, licence_of_base, strictest
 from zoo.composed.costs import DecoderSizes, encoder_flops, matmul_flops
 from zoo.composed.summary import PartNumbers, summary_of
 from zoo.registry import Cut, Pruner
@@ -167,14 +167,14 @@ def _metadata(model: Any, facts: Facts, bases: Sequence[_Base], layout: Layout, 
             task_type=PLAIN,
             dataset_type=str(line["data"]),
             dataset_name=str(line["data"]),
-            dataset_config=str(line["kind"]),
-            dataset_args={"held_out": True} if line.get("held_out") else None,
+            dataset_config=f"{line['kind']}{HELD_OUT if line.get('held_out') else ''}",
             metric_type=str(line["metric"]),
             metric_name=f"{line['metric']} ({line['kind']})",
             metric_value=line["score"]["value"],
             metric_args={
                 "n": line["score"]["n"],
                 "stderr": line["score"]["stderr"],
+                **({"held_out": True} if line.get("held_out") else {}),
                 **{key: dict(line[key]) for key in ("majority", "blind") if line.get(key)},
             },
         )

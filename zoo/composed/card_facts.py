@@ -20,6 +20,7 @@ from zoo.storage.weights import snapshot
 # Licences that ask for no more than notices, by the hub's names, the one with the most conditions last.
 PERMISSIVE = ("cc0-1.0", "unlicense", "mit", "bsd-2-clause", "bsd-3-clause", "apache-2.0")
 UNKNOWN = "not stated"
+HELD_OUT = "_held_out"  # behind a kind of questions whose combinations the training data lack
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.+-]{0,95})?")
 _FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 
@@ -172,8 +173,9 @@ def _scores_of(index: Any) -> tuple[Mapping[str, Any], ...]:
         score = {"value": result.metric_value, "n": args.get("n"), "stderr": args.get("stderr")}
         if not _is_score(score):
             continue
-        line = {"data": result.dataset_type, "kind": result.dataset_config or result.dataset_type}
-        held = isinstance(result.dataset_args, dict) and result.dataset_args.get("held_out") is True
+        held = args.get("held_out") is True
+        kind = str(result.dataset_config or result.dataset_type)
+        line = {"data": result.dataset_type, "kind": kind.removesuffix(HELD_OUT) if held else kind}
         line |= {"metric": result.metric_type, "held_out": held, "score": score}
         lines.append(line | {key: args[key] for key in ("majority", "blind") if _is_score(args.get(key))})
     return tuple(lines)

@@ -1,6 +1,7 @@
 """The end of a run: save the model, score it, and print the scores and the next commands."""
 
 import json
+import re
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -145,8 +146,9 @@ def _card(run: "Run", folder: Path, result: EvalResult | None = None) -> None:
 
 
 def _dataset_name(name: str, node: Any) -> str:
-    """Return the name of a data set: on the hub where it has one, else in the run."""
-    return str(node.get("repository") or name)
+    """Return the name of a data set: on the hub where it is of the hub, else in the run."""
+    path = str(node.get("path") or "") if node["name"] == "hf" else ""
+    return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else name
 
 
 def _short(path: Path) -> str:
