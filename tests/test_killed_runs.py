@@ -176,7 +176,7 @@ def flip(file):
 
 DAMAGE = {
     "a bit of the weights": lambda c: flip(c / "weights.safetensors"),
-    "half an optimiser": lambda c: os.truncate(c / "optimizers.pt", 1000),
+    "half an optimiser": lambda c: os.truncate(c / "optimizers.safetensors", 1000),
     "no weights": lambda c: (c / "weights.safetensors").unlink(),
     "another step": lambda c: (c / "state.json").write_text((c / "state.json").read_text().replace(": 4,", ": 3,")),
     "no hashes": lambda c: (c / "SHA256SUMS").unlink(),
@@ -239,7 +239,7 @@ def whole_of_two(tmp_path_factory, words):
 
 def test_two_processes_killed_behind_a_checkpoint(tmp_path, words, whole_of_two):
     """As the oldest checkpoint goes. Metrics are written some steps at a time here, but not behind a checkpoint."""
-    ended = train(tmp_path, words, "killed_at_write", "os.remove optimizers.pt", processes=2)
+    ended = train(tmp_path, words, "killed_at_write", "os.remove optimizers.safetensors", processes=2)
     assert -9 in ended.codes, ended.said
     assert RunFolder(tmp_path / "run").list_checkpoints()[-1].name == "step-00000004"
     goes_on(tmp_path, words, processes=2)

@@ -8,6 +8,7 @@ import torch
 import zoo
 from tests.conftest import tiny_slots
 from tests.fusion_builders import VOCAB, llm_node, padded_batch, same_state, tiny_llm
+from tests.train_builders import saved
 from zoo import registry
 from zoo.checking.checker import check, show
 from zoo.checking.plan import Plan
@@ -175,8 +176,7 @@ def test_a_checkpoint_holds_each_weight_once_by_the_name_it_has_without(make_mod
     assert {n for n in found if ".lora_" not in n} == {n for n in base if ".lora_" not in n}
     assert all(found[n] is t for n, t in base.items())
     assert {id(t) for t in found.values()} >= {id(p) for p in model.parameters()}
-    checkpoint.collect(found, [], {}).save(tmp_path)
-    checkpoint.load_weights(tmp_path, found)
+    checkpoint.load_weights(saved(tmp_path, found), found)
 
 
 def test_what_it_does_not_reach_of_a_mixture_is_said():

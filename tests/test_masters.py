@@ -23,6 +23,8 @@ from zoo.registry import ZooError
 from zoo.settings.config import compose
 from zoo.settings.source import source_named
 from zoo.settings.stage import Stage
+from zoo.storage.safetensors_file import value_of
+from zoo.storage.sharded import listing_of_parts
 from zoo.training.step import Engine
 
 RATE = 2e-5
@@ -96,7 +98,8 @@ def trained(place, words, **options):
 def newest(run: Path) -> dict[str, torch.Tensor]:
     """The trained weights of a run, by their names in the model."""
     folder = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return {n.removeprefix("model."): t for n, t in load_file(folder / "weights.safetensors").items()}
+    parts = listing_of_parts(sorted(folder.glob("weights*")))
+    return {n.removeprefix("model."): value_of(t) for n, t in parts.items()}
 
 
 def start_of(root, name) -> dict[str, torch.Tensor]:

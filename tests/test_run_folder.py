@@ -6,6 +6,7 @@ from datetime import datetime
 import pytest
 import torch
 
+from tests.train_builders import saved
 from zoo.registry import ZooError
 from zoo.runs import checkpoint
 from zoo.runs.folder import RunFolder, read_metrics, runs
@@ -196,17 +197,16 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
 
     net, optimizer = made()
     step(net, optimizer, 1)
-    folder = RunFolder.create(tmp_path, "a", now=NOON)
-    with folder.checkpoint(1, keep=2) as path:
-        checkpoint.collect(named(net), [optimizer], {"step": 1, "streams": {"s": [0, 3]}}).save(path)
+    newest = saved(tmp_path / "run", named(net), [optimizer], {"step": 1, "streams": {"s": [0, 3]}})
     step(net, optimizer, 2)
 
     other, its = made()
-    (newest,) = folder.list_checkpoints()
     checkpoint.load_weights(newest, named(other))
-    checkpoint.load_optimizers(newest, [its])
+    checkpoint.load_optimizers(newest, [its], named(other))
     step(other, its, 2)
-    assert checkpoint.verify(newest) == {"format": 2, "step": 1, "streams": {"s": [0, 3]}}
+    state = checkpoint.verify(newest)
+    assert state.items() >= {"format": 3, "step": 1, "streams": {"s": [0, 3]}}.items()
+    assert its.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"], "a tuple again"
     for (name, a), b in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
         assert a.equal(b), name
 
@@ -215,13 +215,13 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
 def test_a_state_knows_what_is_not_finite(value):
     weights = {name: torch.full((4,), 3e38) for name in ("large", "bad", "other")}  # whose sum is not finite
     weights["bad"][2] = weights["other"][1] = value
-    assert checkpoint.collect(weights, [], {}).not_finite({"large", "bad"}) == ["bad"]
+    assert checkpoint.not_finite({n: weights[n] for n in ("large", "bad")}) == ["bad"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    checkpoint.collect({"model.a": torch.ones(3)}, [], {}).save(tmp_path)
+    newest = saved(tmp_path, {"model.a": torch.ones(3)})
     with pytest.raises(ZooError, match=r"'model\.a', which the model does not have"):
-        checkpoint.load_weights(tmp_path, {"b": torch.ones(3)})
+        checkpoint.load_weights(newest, {"b": torch.ones(3)})
     with pytest.raises(ZooError, match=r"\(3,\), the model has \(4,\)"):
-        checkpoint.load_weights(tmp_path, {"model.a": torch.ones(4)})
-    checkpoint.load_weights(tmp_path, {"b": torch.ones(3)}, "distiller.")
+        checkpoint.load_weights(newest, {"model.a": torch.ones(4)})
+    checkpoint.load_weights(newest, {"b": torch.ones(3)}, "distiller.")

@@ -5,9 +5,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from zoo.runs.folder import read_metrics
+import torch
+
+from zoo.runs.folder import RunFolder, read_metrics
+from zoo.runs.saving import Saver
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = """# @package _global_
@@ -56,3 +60,10 @@ def losses(folder: Path) -> dict[int, float]:
     rows = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
     return {r["step"]: r["loss"] for r in rows}
+
+
+def saved(place, named, optimizers=(), progress=None):
+    """Save a checkpoint in one process, and return its folder."""
+    folder, alone = RunFolder(place), SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    Saver(alone, folder, keep=2).save(1, named, optimizers, progress or {})
+    return folder.list_checkpoints()[-1]

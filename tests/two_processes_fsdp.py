@@ -54,3 +54,16 @@ def main(place: Path) -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def go_on(place: Path, words: list[str]) -> None:
+    """Train in halves from the start, and from a checkpoint of one process."""
+    for chosen in ([*words, f"run.folder={place / 'two'}"], ["--config-dir", words[1], f"resume={place / 'one_cut'}"]):
+        run = Run(config(chosen))
+        run.train()
+        assert halves(run) > 10, "nothing is sharded"
+        run.close()
+    del run
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()

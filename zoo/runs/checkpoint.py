@@ -1,19 +1,22 @@
 """The state of a run between two steps: weights trained so far, optimiser states, and progress.
 
 Everything else is a function of the config and of the step (see `zoo.runs.batches` and `zoo.training.step`). Frozen
-weights are not written again: they are read from the model's base checkpoints. Works for whole and for sharded
-parameters.
+weights are not written again: they are read from the model's base checkpoints.
 
-A checkpoint ends with SHA256SUMS, a hash of each of its files in the format of `sha256sum -c`. Hashing takes 0.6 s a GB
-on a core with SHA extensions (1.7 GB/s), weights and optimisers side by side, when a checkpoint is written and when a
-run is resumed: by calculation 33 s for a 7B model that trains in full, with 28 GB of weights and 56 GB of AdamW states,
-which a disk of 1 GB/s takes 84 s to write.
+    state.json                               progress, settings of the optimisers, number of files
+    weights.safetensors                      or weights-00001-of-00004.safetensors, ... of processes that hold parts
+    optimizers.safetensors                   likewise; absent between two stages
+    SHA256SUMS                               a hash of each of them, in the format of `sha256sum -c`
+
+`zoo.runs.saving` writes them, here they are read, by any number of processes: each reads the parts that it holds
+(`zoo.storage.sharded`). Nothing in them is pickled.
+
+Hashing takes 0.6 s a GB on a core with SHA extensions (1.7 GB/s), several files side by side, when a checkpoint is
+written and when a run is resumed: by calculation 33 s for a 7B model that trains in full, with 28 GB of weights and
+56 GB of AdamW states, which a disk of 1 GB/s takes 84 s to write.
 """
 
-import json
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +26,22 @@ from torch import Tensor, nn
 from zoo.registry import ZooError, refuse_code
 from zoo.registry.foreign import read_json, require_file
 from zoo.storage.atomic import hashes
-from zoo.storage.safetensors_file import listing
-from zoo.storage.weights import whole
+from zoo.storage.sharded import listing_of_parts, read_own
 
-WEIGHTS, OPTIMIZERS, STATE, SUMS = "weights.safetensors", "optimizers.pt", "state.json", "SHA256SUMS"
-FORMAT = 2  # with hashes since 2
+WEIGHTS, OPTIMIZERS, STATE, SUMS = "weights.safetensors", "optimizers.safetensors", "state.json", "SHA256SUMS"
+PICKLED = "optimizers.pt"  # of formats 1 and 2
+FORMAT = 3  # with hashes since 2, without pickles since 3
+_MOST_FILES = 100_000  # of one kind, in what a state.json may state
 
 
 class DamagedError(ZooError):
     """A checkpoint differs from what was written."""
 
 
-@dataclass
-class State:
-    """The content of a checkpoint, unsharded and on the CPU."""
-
-    weights: dict[str, Tensor]
-    optimizers: list[dict[str, Any]]
-    progress: Mapping[str, Any]
-
-    def not_finite(self, names: set[str]) -> list[str]:
-        """Return those of the weights `names` that hold a NaN or an infinity."""
-        return [n for n, t in self.weights.items() if n in names and not _is_finite(t)]
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint into an empty folder."""
-        from safetensors.torch import save_file
-
-        save_file({k: v.contiguous() for k, v in self.weights.items()}, folder / WEIGHTS)
-        if self.optimizers:
-            # Given a path, torch.save hides a full disk behind an error of its zip writer; given a file, it raises
-            # OSError.
-            with (folder / OPTIMIZERS).open("wb") as file:
-                torch.save(self.optimizers, file)
-        state = {"format": FORMAT, **self.progress}
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        lines = [f"{digest}  {name}\n" for name, digest in hashes(folder.iterdir()).items()]
-        # Last, so that it covers all files.
-        (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def collect(
-    named: Mapping[str, Tensor], optimizers: list[Any], progress: Mapping[str, Any], *, keep: bool = True
-) -> State:
-    """Gather the content of a checkpoint on the CPU. A collective operation: every process calls it.
-
-    Args:
-        named: weights and buffers by the names that checkpoints use.
-        optimizers: whose states are saved.
-        progress: of the run.
-        keep: False in processes that do not write: they send their shards and hold no copy.
-    """
-    take: Callable[[Any], Any] = whole if keep else _send_shard
-    weights = {name: take(tensor) for name, tensor in named.items()}
-    return State(weights, [_map(o.state_dict(), take) for o in optimizers], progress)
+def files_of(kind: str, count: int) -> list[str]:
+    """Return the names of `count` files of one kind, WEIGHTS or OPTIMIZERS."""
+    stem, _, end = kind.partition(".")
+    return [kind] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.{end}" for i in range(1, count + 1)]
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -99,8 +64,8 @@ def verify(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"{name!r} is not a file of the checkpoint")
             if (folder / name).exists():
                 require_file(folder / name)
-        # A list without the two files that every checkpoint has is damaged as well.
-        found = hashes(folder / name for name in {WEIGHTS, STATE, *stated})
+        # A list without the files that every checkpoint has is damaged as well.
+        found = hashes(folder / name for name in {STATE, *files_of(WEIGHTS, _count(state, "weights")), *stated})
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     except ValueError as error:
@@ -110,15 +75,36 @@ def verify(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _count(state: Any, kind: str) -> int:
+    """Return the number of files of one kind, of a state.json that may come from elsewhere."""
+    counts = state.get("files", {}) if isinstance(state, dict) else None
+    count = counts.get(kind, 1) if isinstance(counts, dict) else None
+    if type(count) is not int or not 0 <= count <= _MOST_FILES:
+        raise ValueError(f"{count!r:.20} files of {kind}")
+    return count
+
+
+def _stored(folder: Path, kind: str) -> dict[str, Any]:
+    """Return where the tensors of one kind are: name -> location."""
+    state = read_json(folder / STATE) if (folder / STATE).is_file() else {}
+    try:
+        names = files_of(kind, _count(state, kind.partition(".")[0]))
+    except ValueError as error:
+        raise ZooError(f"{str(folder / STATE)!r} cannot be read: it states {error}.") from error
+    return listing_of_parts(folder / name for name in names)
+
+
 def names_in_float32(folder: Path, prefix: str = "") -> list[str]:
     """Return the names of the checkpoint's float32 weights that begin with `prefix`, without it."""
-    stored = listing([folder / WEIGHTS]).items()
+    stored = _stored(folder, WEIGHTS).items()
     return [n.removeprefix(prefix) for n, t in stored if n.startswith(prefix) and t.dtype == torch.float32]
 
 
 @torch.no_grad()
 def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Copy the checkpoint's weights into `named`; tensors that it does not hold keep their values.
+    """Read the checkpoint's weights into `named`, of a sharded one the part that this process holds.
+
+    Tensors that the checkpoint does not hold keep their values.
 
     Args:
         folder: of the checkpoint.
@@ -128,56 +114,71 @@ def load_weights(folder: Path, named: Mapping[str, Tensor], prefix: str = "") ->
     Raises:
         ZooError: the checkpoint holds a weight that the model does not have, or of another shape.
     """
-    from safetensors import safe_open
-
-    listing([folder / WEIGHTS])  # raises a ZooError with file and reason, where the library's error has neither
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        for name in filter(lambda n: n.startswith(prefix), file.keys()):
-            tensor = file.get_tensor(name)
-            if name not in named:
-                raise ZooError(f"The checkpoint {str(folder)!r} holds {name!r}, which the model does not have.")
-            if tensor.shape != named[name].shape:
-                raise ZooError(
-                    f"The checkpoint {str(folder)!r} holds {name!r} as {tuple(tensor.shape)}, "
-                    f"the model has {tuple(named[name].shape)}."
-                )
-            named[name].copy_(shared_as(tensor.to(named[name].device), named[name]))
+    for name, stored in _stored(folder, WEIGHTS).items():
+        if not name.startswith(prefix):
+            continue
+        if name not in named:
+            raise ZooError(f"The checkpoint {str(folder)!r} holds {name!r}, which the model does not have.")
+        if tuple(stored.shape) != tuple(named[name].shape):
+            raise ZooError(
+                f"The checkpoint {str(folder)!r} holds {name!r} as {tuple(stored.shape)}, "
+                f"the model has {tuple(named[name].shape)}."
+            )
+        read_own(stored, named[name])
 
 
-def load_optimizers(folder: Path, optimizers: list[Any]) -> None:
-    """Restore the checkpoint's optimiser states.
+def load_optimizers(folder: Path, optimizers: list[Any], named: Mapping[str, Tensor]) -> None:
+    """Restore the checkpoint's optimiser states, of sharded parameters the parts that this process holds.
+
+    Args:
+        folder: of the checkpoint.
+        optimizers: of the stage, on the parameters of this process.
+        named: the parameters by the names that checkpoints use.
 
     Raises:
-        ZooError: they belong to other optimisers, or the file was not written by torch.
+        ZooError: the states belong to other optimisers, or are pickled.
     """
-    file = folder / OPTIMIZERS
-    _refuse_compressed(file)
-    try:
-        states = torch.load(file, weights_only=True, map_location="cpu")  # tensors, numbers and lists; no code runs
-    except Exception as error:  # of pickle, of zip, of torch
-        raise ZooError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    if len(states) != len(optimizers):
+    if (folder / PICKLED).exists():
         raise ZooError(
-            f"The checkpoint {str(folder)!r} is of {len(states)} optimisers, the stage has {len(optimizers)}."
+            f"{str(folder / PICKLED)!r} is a pickled file of an earlier version, which is not read: resume the run "
+            "with the version that zoo.lock names, up to the end of a stage."
         )
-    for optimizer, saved in zip(optimizers, states, strict=True):
-        # States are saved unsharded; each is sharded as its parameter is now, so the number of processes may change.
-        params = [p for g in optimizer.param_groups for p in g["params"]]
-        for index, values in saved["state"].items():
-            saved["state"][index] = {k: _placed(v, params[index]) for k, v in values.items()}
-        optimizer.load_state_dict(saved)
+    stored = _stored(folder, OPTIMIZERS)
+    settings = read_json(folder / STATE).get("optimizers")
+    if not isinstance(settings, list) or len(settings) != len(optimizers):
+        count = len(settings) if isinstance(settings, list) else 0
+        raise ZooError(f"The checkpoint {str(folder)!r} is of {count} optimisers, the stage has {len(optimizers)}.")
+    names = {id(p): n for n, p in named.items()}
+    for number, (optimizer, groups) in enumerate(zip(optimizers, settings, strict=True)):
+        mine = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        if not isinstance(groups, list) or [g.get("params") if isinstance(g, dict) else None for g in groups] != mine:
+            raise ZooError(f"The checkpoint {str(folder)!r} holds optimiser {number} of other parameters than trained.")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        index = {names[id(p)]: i for i, p in enumerate(params)}
+        states: dict[int, dict[str, Tensor]] = {}
+        for full, found in stored.items():
+            owner, key, name = [*full.split(":", 2), "", ""][:3]
+            if owner == str(number):
+                if name not in index:
+                    raise ZooError(f"The checkpoint {str(folder)!r} holds a state of {name!r}, which does not train.")
+                states.setdefault(index[name], {})[key] = _state(found, params[index[name]])
+        counts = iter(range(len(params)))
+        restored = [{**_tuples(g), "params": [next(counts) for _ in g["params"]]} for g in groups]
+        optimizer.load_state_dict({"state": states, "param_groups": restored})
 
 
-def _refuse_compressed(file: Path) -> None:
-    """Refuse an archive that unpacks to more than its own size: torch never compresses, so it may be a zip bomb."""
-    size = require_file(file)
-    try:
-        with zipfile.ZipFile(file) as members:
-            stated = sum(member.file_size for member in members.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ZooError(f"{str(file)!r} was not written by torch: {error}") from error
-    if stated > size:
-        raise ZooError(f"{str(file)!r} has {size:,} bytes and states {stated:,}: torch did not write it.")
+def _state(stored: Any, parameter: Tensor) -> Tensor:
+    """Read a state of a parameter: sharded like it if it has its shape, else whole."""
+    alike = tuple(stored.shape) == tuple(parameter.shape)
+    like = {"dtype": stored.dtype, "requires_grad": False}
+    target = torch.empty_like(parameter, **like) if alike else torch.empty(stored.shape, dtype=stored.dtype)
+    read_own(stored, target)
+    return target
+
+
+def _tuples(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of an optimiser as they were before JSON, which has no tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -191,12 +192,6 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in named.items() if first[id(t)] == n}
 
 
-def _send_shard(tensor: Any) -> None:
-    """Take part in the gathering of a sharded tensor without keeping the result."""
-    if hasattr(tensor, "full_tensor"):
-        tensor.full_tensor()
-
-
 def shared_as(tensor: Tensor, like: Any) -> Tensor:
     """Return `tensor` sharded as `like` is."""
     if not hasattr(like, "full_tensor"):
@@ -206,19 +201,12 @@ def shared_as(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
+def not_finite(named: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors of which this process holds a NaN or an infinity."""
+    own = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in named.items()}
+    return [n for n, t in own.items() if not _is_finite(t.detach())]
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether all values are finite. If their sum is, they are, and no mask is allocated."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _placed(value: Any, param: Tensor) -> Any:
-    same = isinstance(value, Tensor) and value.shape == param.shape
-    return shared_as(value.to(param.device), param) if same else value
-
-
-def _map(value: Any, function: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(v, function) for v in value)
-    return function(value)

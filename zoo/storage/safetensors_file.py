@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zoo.registry import ZooError
 from zoo.registry.foreign import require_file
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -70,12 +70,17 @@ def listing(files: Iterable[Path]) -> dict[str, Stored]:
     # Headers only: a few kilobytes per file, whatever the size of its tensors.
     found: dict[str, Stored] = {}
     for file in files:
-        for stored in _header(file):
+        for stored in tensors_in(file, *header_of(file)):
             found[stored.name] = stored
     return found
 
 
-def _header(file: Path) -> list[Stored]:
+def header_of(file: Path) -> tuple[dict[str, Any], int, int]:
+    """Read the header of a safetensors file: its JSON object, the byte behind it, and the size of the file.
+
+    Raises:
+        ZooError: the file is missing, or has no header of this format.
+    """
     try:
         if not file.exists():
             raise ZooError(f"The weights file {str(file)!r} is missing.")
@@ -92,16 +97,25 @@ def _header(file: Path) -> list[Stored]:
         raise ZooError(f"{str(file)!r} is not a safetensors file: {error}") from error
     if not isinstance(content, dict):
         raise ZooError(f"{str(file)!r} is not a safetensors file: its header is not an object.")
+    return content, 8 + length, size
+
+
+def tensors_in(file: Path, content: Mapping[str, Any], begin: int, size: int) -> list[Stored]:
+    """Return the tensors that a header (of `header_of`) states, each within the file and apart from the others.
+
+    Raises:
+        ZooError: an entry cannot be read, is out of bounds, or shares bytes with another.
+    """
     tensors = []
     for name, entry in content.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"][:_MOST_DIMENSIONS])
+            dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"][:_MOST_DIMENSIONS])
             first, last = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ZooError(f"{str(file)!r}: the entry of {name!r} cannot be read: {entry!r:.80}.") from error
-        stored = Stored(file, name, dtype, shape, 8 + length + first, last - first)
+        stored = Stored(file, name, dtype, shape, begin + first, last - first)
         # Offsets come from the file: without this check, a map or a read could leave the file or misread a neighbour.
         if (
             first < 0

@@ -33,9 +33,10 @@ from zoo.runs.left_out import LeftOut
 from zoo.runs.lengths import room_of
 from zoo.runs.lock import RunLock
 from zoo.runs.order import ShardPosition
-from zoo.runs.processes import by_first, gather, start_accelerator
+from zoo.runs.processes import by_first, gather, start_accelerator, stop_all
 from zoo.runs.progress import Display
 from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, read_config, require_same_start
+from zoo.runs.saving import Saver
 from zoo.runs.sharding import gathers_short
 from zoo.runs.step_log import StepLog, not_finite
 from zoo.runs.trackers import check_trackers, start_trackers
@@ -83,6 +84,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.display = display or Display(silent=not self.main)
         self._lock: RunLock | None = None
+        self.saver: Any = None
         try:
             self._prepare(cfg)
         except BaseException:  # Ctrl-C too: the lock must be released
@@ -93,6 +95,7 @@ class Run:
         # Several processes share one folder: the first one makes or opens it, the others are sent the result.
         began = by_first(self.accelerator, lambda: self._begin(cfg))
         self.folder, self.progress, self.newest = RunFolder(began.path), began.progress, began.newest
+        self.saver = Saver(self.accelerator, self.folder, KEEP)
         for note in began.notes:
             self.display.note(note)
         self.cfg = read_config(self.folder, cfg, began.plugins) if cfg.resume else cfg
@@ -128,6 +131,8 @@ class Run:
 
     def close(self) -> None:
         """Release the lock and flush the trackers."""
+        if self.saver is not None:
+            self.saver.close()
         trackers, self.accelerator.trackers = self.accelerator.trackers, []
         for tracker in trackers:
             tracker.finish()
@@ -151,6 +156,7 @@ class Run:
                 for index, (name, stage) in enumerate(self.stages.items()):
                     if index >= self.progress.stage:
                         self._run_stage(index, name, stage)
+                self.saver.wait()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 self.display.note(f"Stopped. To go on from the newest checkpoint: zoo train resume={self.folder.path}")
@@ -334,7 +340,7 @@ class Run:
             if self.progress.step or stage.distiller_node == list(self.stages.values())[index - 1].distiller_node:
                 checkpoint.load_weights(self.newest, self._named(engine), "distiller.")
             if self.progress.step:
-                checkpoint.load_optimizers(self.newest, engine.optimizers)
+                checkpoint.load_optimizers(self.newest, engine.optimizers, self._named(engine))
             self.newest = None
         return engine
 
@@ -414,20 +420,14 @@ class Run:
         if engine.unwrapped.features is not None:
             engine.unwrapped.features.store.flush()
         optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with new ones
-        # Gathering shards is a collective operation: every process takes part, the first one writes.
-        state = checkpoint.collect(self._named(engine), optimizers, asdict(self.progress), keep=self.main)
-
-        def write() -> None:
-            # A checkpoint with NaN would replace the last good one.
-            bad = [] if engine.stage.allow_nonfinite else state.not_finite(set(self.progress.trained))
-            if bad:
+        named = self._named(engine)
+        if not engine.stage.allow_nonfinite:  # a checkpoint with NaN would replace the last good one
+            ever = set(self.progress.trained)
+            found = gather(self.accelerator, checkpoint.not_finite({n: t for n, t in named.items() if n in ever}))
+            if bad := sorted({name for each in found for name in each}):
                 what = f"{len(bad)} weights, the first {bad[0]!r}, are not finite"
-                raise not_finite(what, self.step_log.newest, self.folder)
-            self.folder.flush_metrics()
-            with self.folder.checkpoint(self.progress.global_step, KEEP) as path:
-                state.save(path)
-
-        by_first(self.accelerator, write)
+                stop_all(self.accelerator, not_finite(what, self.step_log.newest, self.folder))
+        self.saver.save(self.progress.global_step, named, optimizers, asdict(self.progress))
 
     def _evaluate(self, engine: Engine) -> None:
         """Score the model during a stage."""
@@ -441,6 +441,7 @@ class Run:
         engine.resume_training()
 
     def _terminate(self) -> None:
+        self.saver.wait()
         self.display.note(f"Saved after SIGTERM. To go on: zoo train resume={self.folder.path}")
         raise SystemExit(TERMINATED)
 
