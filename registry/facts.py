@@ -31,14 +31,19 @@ class Facts:
     presets: Mapping[str, Preset]
 
 
-def facts_of(kind: str, name: str) -> Facts:
+def facts_of(kind: str, name: str, imported: bool = False) -> Facts:
     """Return what there is to say about a component. It is imported only where its text leaves something open.
+
+    Args:
+        kind: of the component.
+        name: of the component.
+        imported: ask the imported class, whatever its text states.
 
     Raises:
         ZooError: there is none of that name.
     """
     module, file = module_of(kind, name), source_of(kind, name)
-    found = facts_in(file, module, kind, name) if module and file else None
+    found = facts_in(file, module, kind, name) if module and file and not imported else None
     return found or _of_entry(get(kind, name))
 
 

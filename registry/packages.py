@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, metadata, packages_distributions
 from typing import Any
 
 from zoo.registry.source_text import stated
+
+OWN = "zoo-vlm"  # the distribution of the zoo itself
 
 
 @cache  # it reads what every installed distribution holds: 0.14 s
@@ -16,7 +18,17 @@ def _distributions() -> Mapping[str, list[str]]:
 def package_of(module: str) -> str:
     """Return the installed distribution that a module belongs to, or the module's first name where there is none."""
     top = module.partition(".")[0]
+    if top == __name__.partition(".")[0] and _is_installed(OWN):
+        return OWN
     return (_distributions().get(top) or [top])[0]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def licence_of(doc: str, package: str) -> str:

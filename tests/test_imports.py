@@ -284,7 +284,8 @@ def probe(*words: str, **env: str) -> tuple[int, list[str], str, str, float]:
         (["train", "--help"], "usage: zoo train"),
         (["info", "pruner/random"], "destroys  grid"),
         (["info", "vision/hf", "pruner/aim", "data/scenes", "distiller/llava_mod"], "image_tokens"),
-        (["info", "recipe/scenes_tiny"], "Train the default model"),
+        (["info", "recipe/scenes_tiny", "model/llava15_7b"], "7.1 B"),
+        (["list", "model", "--where", "params<1B and license=apache-2.0", "--json"], '"parameters": '),
     ],
 )
 def test_names_and_help_import_no_torch(words, shown):

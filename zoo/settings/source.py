@@ -80,9 +80,9 @@ class Source:
         elif self.repository:
             folder = local_folder(self.repository, self.revision or None)
         else:
-            folder = Path(str(files("zoo.model_cards"))) / self.name
-            if not (folder / "config.json").is_file():
+            if (shipped := self._shipped) is None:
                 return None
+            folder = shipped
         if stated := self.sha256.split():
             found = {file.name: sha256_of(file) for file in weight_files(folder)}
             if list(found.values()) != stated:
@@ -97,9 +97,7 @@ class Source:
         """Whether the model has trained weights; does not download anything."""
         if self.kind != "preset" or not self.pretrained:
             return self.kind != "preset"
-        return (
-            bool(self.repository) or (files("zoo.model_cards") / (self.name or "_")).joinpath("config.json").is_file()
-        )
+        return bool(self.repository) or self._shipped is not None
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -124,9 +122,16 @@ class Source:
     @property
     def tokenizer_source(self) -> str | None:
         """Hub name or folder of the tokenizer, as known before weights are downloaded; None: a new one is trained."""
-        folder = Path(self.name)
-        saved = self.kind == "dir" and (folder / "tokenizer_config.json").is_file()
-        return self.name if saved and not is_published(read_content(folder)) else self._stated_tokenizer
+        folder = Path(self.name) if self.kind == "dir" else self._shipped
+        saved = folder is not None and (folder / "tokenizer_config.json").is_file()
+        return str(folder) if saved and not is_published(read_content(folder)) else self._stated_tokenizer
+
+    @property
+    def _shipped(self) -> Path | None:
+        """The folder of the trained weights of a preset that come with the package, if it is to have them."""
+        folder = Path(str(files("zoo.model_cards"))) / (self.name or "_")
+        there = self.kind == "preset" and self.pretrained and not self.repository
+        return folder if there and (folder / "config.json").is_file() else None
 
     @property
     def _stated_tokenizer(self) -> str | None:

@@ -55,15 +55,17 @@ def console(stderr: bool = False) -> "Console":
     return Console(file=file, width=width(), highlight=False, quiet=_as_json.get() and not stderr, **plain)
 
 
-def say(text: object = "", subsequent: str = "") -> None:
-    """Print paragraphs on stdout, wrapped to the terminal; nothing with `--json`.
+def say(text: object = "", subsequent: str | None = "") -> None:
+    """Print lines on stdout, each wrapped to the terminal; nothing with `--json`.
 
     Args:
-        text: lines are wrapped one by one, so line breaks stay.
-        subsequent: begins the further lines of each wrapped one.
+        text: with line breaks, which stay.
+        subsequent: begins the further lines of a wrapped one; None: lines are printed as they are, such as those of a
+            file.
     """
     if not _as_json.get():
-        print("\n".join(wrapped(line, subsequent=subsequent) for line in str(text).split("\n")))
+        lines = str(text).split("\n")
+        print("\n".join(lines if subsequent is None else [wrapped(line, subsequent=subsequent) for line in lines]))
 
 
 def wrapped(text: str, first: str = "", subsequent: str = "", most: int | None = None) -> str:
