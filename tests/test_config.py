@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from zoo import ZooError
 from zoo.registry import build
+from zoo.settings import presets
 from zoo.settings.config import compose, slots_of, validate
 from zoo.settings.schema import RunRoot
 from zoo.settings.stage import Stage
@@ -327,3 +328,24 @@ def test_parts_without_a_model_start_as_they_are(tmp_path):
 def test_rules_of_a_section_hold_before_anything_is_made(word, reason):
     with pytest.raises(ZooError, match=reason):
         compose("check", ["model=scenes_tiny", word])
+
+
+@pytest.mark.parametrize(("option", "value"), [("data", {"scenes": 1.5}), ("lr_scale", {"projector": 2.0, "llm": 0.1})])
+@pytest.mark.parametrize("recipe", ["scenes_tiny", "null"])
+def test_names_and_numbers_of_a_stage_are_given_as_a_dict(recipe, option, value):
+    new = recipe == "null"
+    words = [f"recipe={recipe}", *(["model=scenes_tiny", "+stages.look.steps=1"] if new else [])]
+    given = ", ".join(f"{name}: {number}" for name, number in value.items())
+    cfg = compose("train", [*words, "data=[scenes]", f"{'+' if new else ''}stages.look.{option}={{{given}}}"])
+    assert {name: cfg.stages.look[option][name] for name in value} == value
+
+
+def test_a_run_on_any_data_is_scored_on_the_same(tmp_path):
+    names = presets.preset_files("data")
+    cfg = compose("train", ["model=scenes_tiny", f"data=[{','.join(sorted(names))}]"])
+    OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
+    (tmp_path / "model").mkdir()
+    card = Path(__file__).parents[1] / "model_cards" / "scenes_tiny" / "config.json"
+    (tmp_path / "model" / "config.json").write_bytes(card.read_bytes())
+    again = compose("eval", [f"model=dir:{tmp_path}"])
+    assert OmegaConf.to_container(again.data, resolve=True) == OmegaConf.to_container(cfg.data, resolve=True)

@@ -109,6 +109,14 @@ def test_columns_are_worded_and_missing_ones_have_a_value(folder):
         load(folder, {"many": many})
 
 
+@pytest.mark.parametrize("words", [{"name": "red"}, {"name": {"red ball": ["a", "b"]}}])
+def test_words_that_are_not_texts_of_values_are_refused(folder, words):
+    with pytest.raises(ZooError, match=r"^questions.name.words.name.* must"):
+        load(folder, {"name": NAME | {"words": words}})
+    with pytest.raises(ZooError, match=r"^words.name.* must"):
+        load(folder, words=words)
+
+
 def test_each_where_and_only_choose_rows(folder):
     (folder / "images/old").mkdir()
     data = load(folder, {"name": NAME | {"only": {"kinds": ["ball", "cup"]}}}, each="looks", where={"looks": ["old"]})

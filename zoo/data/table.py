@@ -16,7 +16,7 @@ import numpy as np
 
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
-from zoo.data.templates import Columns, Question, Template, columns_of, filled, listed, matches, value_of
+from zoo.data.templates import Columns, Question, Template, columns_of, filled, listed, matches, value_of, written
 from zoo.registry import MISSING, Dataset, Sample, ZooError, register, require_at_least
 from zoo.vision.images.decode import open_image
 
@@ -34,7 +34,7 @@ class TableConfig:
     eval_split: str = ""  # split for evaluation if the run has training data only; empty: none
     # Column -> values of the rows of `eval_split`, which then are not in the train split; empty: files have the splits
     eval_where: dict[str, list[str]] = field(default_factory=dict)
-    words: dict[str, dict[str, str]] = field(default_factory=dict)  # column -> value -> what is written for it
+    words: dict[str, Any] = field(default_factory=dict)  # column -> value -> what is written for it
     missing: dict[str, str] = field(default_factory=dict)  # column -> value of rows that lack it; of others: an error
     per_image: int = 0  # questions drawn for a training image; 0: all
     flip: bool = False  # show half of the training images mirrored
@@ -63,7 +63,7 @@ class Table(Dataset):
         self.training = config.split == "train"
         path = Path(config.file.replace("{split}", config.split))
         self.store: ImageStore = open_store(config.images.replace("{split}", config.split) or str(path.parent))
-        self.columns = Columns(config.words, config.missing)
+        self.columns = Columns(written(config.words, "words"), config.missing)
         self.rows: list[Mapping[str, Any]] = []
         self.places: list[str] = []
         self._read(path)

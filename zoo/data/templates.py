@@ -25,6 +25,27 @@ class Columns:
     missing: Mapping[str, str] = field(default_factory=dict)  # column -> value of rows that lack it
 
 
+def written(words: Mapping[str, Any], option: str) -> dict[str, dict[str, str]]:
+    """Return what is written for the values of columns, as text.
+
+    The options are not typed as a dict of dicts: OmegaConf cannot merge two of those (`AnyNode` is refused, 2.3.1).
+
+    Args:
+        words: column -> value -> text or number.
+        option: for messages.
+
+    Raises:
+        ZooError: a column is not given a mapping, or a value neither text nor a number.
+    """
+    for column, values in words.items():
+        if not isinstance(values, Mapping):
+            raise ZooError(f"{option}.{column} must map values to what is written for them, got {values!r}.")
+        for value, text in values.items():
+            if not isinstance(text, str | int | float):
+                raise ZooError(f"{option}.{column}.{value} must be text or a number, got {text!r}.")
+    return {str(c): {str(value): str(text) for value, text in values.items()} for c, values in words.items()}
+
+
 @dataclass
 class Template:
     """One kind of question; gives `answer` or `claim`."""
@@ -34,7 +55,7 @@ class Template:
     # What a yes/no question states, {claim} in its wordings: {name}. Half of the time it is what another row gives.
     claim: str = ""
     options: int = 0  # answers to choose from, the right one among them; {options} in a wording names them; 0: none
-    words: dict[str, dict[str, str]] = field(default_factory=dict)  # beside those of the table, for this kind alone
+    words: dict[str, Any] = field(default_factory=dict)  # as those of the table, for this kind alone
     only: dict[str, list[str]] = field(default_factory=dict)  # column -> values of the rows that are asked; empty: all
     task: str = ""  # that scores it; empty: exact, yes_no of claims, choice of options
 
@@ -57,7 +78,8 @@ class Question:
         self, kind: str, template: Template, rows: Sequence[Row], columns: Columns, where: Callable[[int], str]
     ) -> None:
         self.kind, self.template = kind, template
-        self.columns = replace(columns, words={**columns.words, **template.words})
+        own = written(template.words, f"questions.{kind}.words")
+        self.columns = replace(columns, words={**columns.words, **own})
         self.check()
         self.gives: list[list[str]] = []  # row -> what it gives; empty: it is not asked
         for index, row in enumerate(rows):

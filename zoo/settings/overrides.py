@@ -25,6 +25,7 @@ RECIPE_COMMANDS = ("train", "eval", "check", "data")  # commands that start from
 SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
 SEVERAL = tuple(group_of(kind) for kind in SLOT_KINDS if kind in MANY)
 _OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # dicts of a stage with arbitrary keys
+_OPEN_WHOLE = re.compile(_OPEN.pattern.removesuffix(r"\."))
 _TEACHING = re.compile(r"stages\.(\w+)\.(distiller|teacher)(?=\.|$)")  # untyped nodes of a stage
 _STAGE = re.compile(r"stages\.(\w+)(?:\.|$)")
 
@@ -302,6 +303,8 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
             line = line.lstrip("+")  # exists by now
         elif stage[1] not in there and (_OPEN.match(key) or _TEACHING.match(key)):  # Hydra reports others
             raise no_stage(stage[1], [*there, *choice.added])
+    if _OPEN_WHOLE.fullmatch(key) and isinstance(value, dict):  # Hydra adds no names to a dict of the schema
+        return [f"++{key}.{name}={_text(one)}" for name, one in value.items()]
     if _OPEN.match(key) and not override.is_delete():
         return ["++" + line.lstrip("+")]
     if members := having(key, choice.chosen, config_dir):
