@@ -22,7 +22,7 @@ from zoo.storage.precision import fast_products
 CLAIMS = (
     "pool", "mole", "moextend", "pruning", "pruning_fashion", "pruning_film", "vlora", "pool_cells", "mole_domains",
     "moextend_clothes", "vlora_clothes", "llava_kd", "llava_mod", "llava_kd_clothes", "llava_mod_clothes",
-    "distill_pruned", "distill_pruned_clothes",
+    "distill_pruned", "distill_pruned_clothes", "mole_smollm", "vlora_smollm", "pool_smollm", "pruning_smollm",
 )  # fmt: skip
 
 

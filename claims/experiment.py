@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, TypeVar
 
 import torch
@@ -107,10 +108,14 @@ class RowFile:
         path: of the file; None: nothing is kept.
         head: what the rows depend on; a file with another head is put aside.
         show: is told what becomes of a file that is there.
+
+    Attributes:
+        folder: beside the file, for what an arm keeps while it trains; None: nothing is kept.
     """
 
     def __init__(self, path: Path | None, head: Mapping[str, Any], show: Callable[[str], None]) -> None:
         self.path, self.lines = path, []
+        self.folder = None if path is None else path.with_suffix("")
         if path is None:
             return
         found = _lines_of(path)
@@ -121,6 +126,7 @@ class RowFile:
         elif path.exists():
             aside = path.with_suffix(".other.jsonl")
             path.replace(aside)
+            self._remove_folder()
             show(f"{path}: of other options, another torch or another state of claims/; begins anew, it is now {aside}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in (head, *self.lines)), encoding="utf-8")
@@ -137,9 +143,14 @@ class RowFile:
                 file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Rename the file, so that the next run measures anew."""
+        """Rename the file and remove the folder, so that the next run measures anew."""
         if self.path is not None:
             self.path.replace(self.path.with_suffix(".done.jsonl"))
+            self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self.folder is not None and self.folder.is_dir():
+            rmtree(self.folder)
 
 
 class Run:
@@ -169,6 +180,11 @@ class Run:
     def size(self, whole: int, small: int) -> int:
         """Return how large a test set is: `small` with a share of the steps."""
         return whole if self.share == 1 else small
+
+    @property
+    def folder(self) -> Path | None:
+        """Where an arm may keep what it has trained so far; it goes when all seeds are measured."""
+        return self._file.folder
 
     def generator(self, offset: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + offset)
