@@ -78,7 +78,7 @@ class Encoder(ModelPart):
     text_tower: int = 0
     """Weights of its text tower, once `prepare` built one."""
     lacks: Mapping[str, str] = {}
-    """Capability -> why it is not given, a sentence for messages."""
+    """Capability, or that of a block (`key_attention@9`) -> why it is not given, a sentence for messages."""
     members: Mapping[str, Encoder] = {}
     """Its encoders by name, where it joins several (`zoo.vision.encoders.fused`); their weights are
     `encoders.<name>.*`."""
@@ -200,6 +200,13 @@ class Pruner(ModelPart):
     @abstractmethod
     def num_tokens(self, n: int) -> int:
         """Count the tokens kept of `n`: exactly, and before any tensor exists; with `ragged` or `behind` the most."""
+
+    def grid_of(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the (h, w) that it makes of a row's `grid`, where it makes a smaller one; None: `num_tokens` counts.
+
+        Asked where images keep their shapes, so that each row has a grid of its own; `grid` in `__init__` is then None.
+        """
+        return None
 
     def tokens_of_image(self, n: int, cut: Cut) -> int:
         """Count the most tokens that an image divided as `cut` keeps in all, of `n` in each of its rows."""

@@ -213,9 +213,6 @@ def test_images_of_one_size_are_text_to_an_llm_of_three_axes(make_model):
         ({"layout": None}, "no layout joins them: layout=native"),
         ({"projector": {"name": "linear"}}, "makes new tokens, and vision 'qwen_vision' gives features for 3 layers"),
         ({"vision": encoder_node("qwen3_vl", out_width=32)}, "tokens are 32 wide and the LLM's 64"),
-        ({"pruner": {"pool": {"name": "pool"}}}, "needs grid"),
-        ({"pruner": {"prumerge": {"name": "prumerge", "score": "column_mean"}}}, "leaves a number that depends"),
-        ({"pruner": {"evs": {"name": "evs"}}}, "each has a grid of its own"),
         ({"adapter": {"vlora": {"rank": 4}}, "projector": None, "layout": None}, "image"),
         (
             {"vision": {"name": "timm", "image_size": 32, "patch_size": 8, "width": 64, "heads": 2, "depth": 2}},

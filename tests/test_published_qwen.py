@@ -252,6 +252,8 @@ def test_a_pruned_video_has_the_places_of_the_whole_and_its_frames_are_the_model
     row = mine.encode_prompt(Sample("v", [Video(film, frames=6)], []), Dialog(watched("video")))
     assert row.gap == int(last[0]) + 1 - len(row)
     assert isinstance(whole.chat("is it red?", video=Video(film, frames=3), max_new_tokens=3), str)
+    _, fewer = zoo.load(f"dir:{folder}", "pruner=[frames]", "pruner.frames.keep_ratio=0.5")
+    assert fewer.prepare([Video(film, frames=8)])[0].cut.rows == 2
 
 
 # ---- names and configs of repositories ---------------------------------------------------------------------------

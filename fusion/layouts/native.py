@@ -12,14 +12,14 @@ Tokens that a pruner leaves keep the places of the whole grid. With dense positi
 one by one on all axes. An LLM with positions of one axis counts the tokens, or with kept positions the places.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import Cut, Layout, ZooError, build, register, require_at_least, unknown
+from zoo.registry import Cut, Layout, Pruner, ZooError, build, register, require_at_least, unknown
 
 AFTER = ("side", "extent")
 
@@ -49,7 +49,7 @@ class Native(Layout, nn.Module):
     """
 
     native = True
-    _counts: Sequence[Callable[[int], int]]
+    _parts: Sequence[Any]
 
     def __init__(self, config: NativeConfig, *, num_tokens: int, counted: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__()
@@ -57,17 +57,20 @@ class Native(Layout, nn.Module):
         self.given: dict[str, Any] = {"num_tokens": num_tokens, "counted": [dict(c) for c in counted]}
         with torch.device("meta"):
             parts = [build(c["kind"], c["node"], **_tuples(c["given"])) for c in counted]
-        object.__setattr__(self, "_counts", [part.num_tokens for part in parts])  # they have no weights of the model
-        self._known: dict[int, int] = {}
+        object.__setattr__(self, "_parts", parts)  # they have no weights of the model
+        self._known: dict[tuple[int, int], int] = {}
 
-    def _left(self, n: int) -> int:
-        """Count what pruners and projector leave of the `n` tokens of a row."""
-        if n not in self._known:
-            left = n
-            for count in self._counts:
-                left = count(left)
-            self._known[n] = left
-        return self._known[n]
+    def _left(self, grid: tuple[int, int]) -> int:
+        """Count what pruners and projector leave of the tokens of a row with a grid."""
+        if grid not in self._known:
+            left, now = grid[0] * grid[1], grid  # of what is left, (0, 0) once tokens were dropped
+            for part in self._parts:
+                if now != (0, 0) and isinstance(part, Pruner) and (pooled := part.grid_of(now)) is not None:
+                    left, now = pooled[0] * pooled[1], pooled
+                elif (count := part.num_tokens(left)) != left:
+                    left, now = count, (0, 0)
+            self._known[grid] = left
+        return self._known[grid]
 
     def num_tokens(self, n: int) -> int:
         """Count the most that an image may take."""
@@ -75,7 +78,7 @@ class Native(Layout, nn.Module):
 
     def count(self, cut: Cut) -> int:
         """Count the tokens of an image with this grid that pruners and projector leave."""
-        return cut.rows * self._left(_grid(cut)[0] * _grid(cut)[1])
+        return cut.rows * self._left(_grid(cut))
 
     def _whole(self, cut: Cut) -> int:
         """Count the tokens that the encoder gives of an image."""

@@ -119,21 +119,27 @@ class FastVID(Pruner, nn.Module):
         if not context:
             return image.stay(salient)
         rest = (~salient).long().argsort(dim=1, descending=True, stable=True)[:, : n - budget + context]  # (T, Q)
-        index = rest.unsqueeze(-1).expand(-1, -1, image.tokens.shape[-1])
-        tokens = image.tokens.gather(1, index).float()  # (T, Q, C) that are not salient
+        tokens = _of(image.tokens, rest).float()  # (T, Q, C) that are not salient
         directions = unit(tokens)
         frames, counts, scenes = self._anchors(self._scenes(image), context, rest.shape[1])
         ranked = _by_density(tokens[frames])  # (A, Q)
         targets = [order[:count].sort().values for order, count in zip(ranked, counts, strict=True)]
-        values = [
-            self._gathered(tokens[frame, some], directions[frame, some], tokens[scene], directions[scene])
+        joins = [  # of the tokens of each scene, (n Q,)
+            (directions[scene].flatten(0, 1) @ directions[frame, some].mT).argmax(1) if len(some) else None
             for frame, some, scene in zip(frames, targets, scenes, strict=True)
         ]
         at = torch.tensor(frames, device=rest.device).repeat_interleave(torch.tensor(counts, device=rest.device))
         places = at, torch.cat(targets)
         stays = torch.zeros_like(rest, dtype=torch.bool).index_put(places, salient.new_ones(()))
-        merged = tokens.index_put(places, torch.cat(values)).to(image.tokens)
-        return image.stay(salient.scatter(1, rest, stays), image.tokens.scatter(1, index, merged))
+
+        def merged(x: Tensor) -> Tensor:  # (T, P, D), tokens or a map of their features
+            own = _of(x, rest).float()
+            plan = zip(frames, targets, scenes, joins, strict=True)
+            values = [self._gathered(own[t, some], own[scene], into) for t, some, scene, into in plan]
+            made = own.index_put(places, torch.cat(values)).to(x)
+            return x.scatter(1, rest.unsqueeze(-1).expand_as(made), made)
+
+        return image.made(merged).stay(salient.scatter(1, rest, stays))
 
     def scores(self, image: ImageFeatures) -> Tensor:
         """Return the scores of the salient tokens, (T, P) float32.
@@ -168,15 +174,19 @@ class FastVID(Pruner, nn.Module):
         frames, counts, slices = zip(*found, strict=True)
         return list(frames), list(counts), list(slices)
 
-    def _gathered(self, targets: Tensor, wanted: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
-        """Merge tokens (n, Q, C) into the targets (K, C) that they are most like, by the directions of both."""
-        if not len(targets):
+    def _gathered(self, targets: Tensor, tokens: Tensor, into: Tensor | None) -> Tensor:
+        """Merge tokens (n, Q, C) into the targets (K, C) that they join, `into` (n Q,)."""
+        if into is None:
             return targets
-        into = (directions.flatten(0, 1) @ wanted.mT).argmax(1)  # (n Q,), of equal ones the first
         many = torch.bincount(into, minlength=len(targets)).unsqueeze(1).to(targets)  # (K, 1)
         mean = torch.zeros_like(targets).index_add(0, into, tokens.flatten(0, 1)) / many.clamp(min=1)
         own = (1 / (many + 1)).clamp(min=self.config.beta)
         return own * targets + (1 - own) * mean
+
+
+def _of(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (T, Q, D) of (T, P, D) at (T, Q)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 @torch.no_grad()

@@ -35,19 +35,20 @@ class PoolPruner(Pruner, nn.Module):
         super().__init__()
         self.config = config
         self.grid_in = grid
-        self.grid = None if grid is None else self._pooled(grid)  # of the output
+        self.grid = None if grid is None else self.grid_of(grid)  # of the output
         if grid and any(a > b for a, b in zip(config.target, grid, strict=False)):
             raise ZooError(f"target {list(config.target)} is larger than the grid {list(grid)}.")
 
-    def _pooled(self, grid: tuple[int, int]) -> tuple[int, int]:
+    def grid_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return the (h, w) that a grid is pooled to; a side that is shorter than that of `target` stays."""
         if self.config.target:
-            return self.config.target[0], self.config.target[1]
+            return min(self.config.target[0], grid[0]), min(self.config.target[1], grid[1])
         return -(-grid[0] // self.config.stride), -(-grid[1] // self.config.stride)
 
     def num_tokens(self, n: int) -> int:
         """Count the tokens left of a grid with `n`."""
         if self.grid_in is None or self.grid is None:
-            return n  # refused by the check: the grid this needs is not there
+            return n  # no grid, which the check refuses, or that of each row: `grid_of`
         if n != self.grid_in[0] * self.grid_in[1]:
             raise ZooError(f"pruner 'pool' was made for a grid {list(self.grid_in)}, which does not hold {n} tokens.")
         return self.grid[0] * self.grid[1]
@@ -56,7 +57,7 @@ class PoolPruner(Pruner, nn.Module):
         """Average tokens (M, h * w, D) to (M, K, D) on the pooled grid, scores and keys likewise."""
         if image.grid is None:
             raise ZooError("pruner 'pool' needs a grid, and the image tokens have none.")
-        grid = self._pooled(image.grid)
+        grid = self.grid_of(image.grid)
         if grid == tuple(image.grid):
             return image
 

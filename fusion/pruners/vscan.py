@@ -21,7 +21,7 @@ drops the others. Encoders without [CLS]: column means of both blocks (`score=co
 which ranks without rotation. Theirs counts positions in the LLM anew from the cut on, which is `positions=dense`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ class VScan(DropsInside, nn.Module):
         if self.count(n) == n:
             return image
         valid = self.choose(image)
-        return image.stay(valid, None if self.config.merge == "none" else _merged(image.tokens, valid))
+        return (image if self.config.merge == "none" else image.made(_merge(image.tokens, valid))).stay(valid)
 
     @torch.no_grad()
     def choose(self, image: ImageFeatures) -> Tensor:
@@ -209,20 +209,28 @@ def _ranks_within(values: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(1, by_group, place.expand_as(order))
 
 
-def _merged(tokens: Tensor, valid: Tensor) -> Tensor:
-    """Average the tokens (M, N, C) that do not stay into those that do, equally many in each row: (M, N, C)."""
+def _merge(tokens: Tensor, valid: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what averages features (M, N, D) that do not stay into those that do, equally many in each row.
+
+    Args:
+        tokens: (M, N, C) by whose cosines they join.
+        valid: (M, N) those that stay.
+    """
     k = int(valid[:1].sum())
     order = valid.byte().argsort(dim=1, descending=True, stable=True)  # those that stay first, each in raster order
     stays, rest = order[:, :k], order[:, k:]
-    with torch.autocast(tokens.device.type, enabled=False):
-        with torch.no_grad():
-            unit = F.normalize(tokens.float(), dim=-1, eps=1e-8)
-            alike = _rows(unit, rest) @ _rows(unit, stays).mT  # (M, N - K, K)
-            into = stays.gather(1, alike.argmax(-1))  # (M, N - K), of equal cosines the first
-            size = torch.ones(valid.shape, device=tokens.device).scatter_add(1, into, torch.ones_like(into).float())
-        members = _rows(tokens, rest).float()
-        total = tokens.float().scatter_add(1, into.unsqueeze(-1).expand_as(members), members)
-        return (total / size.unsqueeze(-1)).to(tokens.dtype)
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(tokens.float(), dim=-1, eps=1e-8)
+        alike = _rows(unit, rest) @ _rows(unit, stays).mT  # (M, N - K, K)
+        into = stays.gather(1, alike.argmax(-1))  # (M, N - K), of equal cosines the first
+        size = torch.ones(valid.shape, device=tokens.device).scatter_add(1, into, torch.ones_like(into).float())
+
+    def merged(x: Tensor) -> Tensor:
+        members = _rows(x, rest).float()
+        total = x.float().scatter_add(1, into.unsqueeze(-1).expand_as(members), members)
+        return (total / size.unsqueeze(-1)).to(x.dtype)
+
+    return merged
 
 
 def _rows(tokens: Tensor, index: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zoo.registry import Encoder, ImageFeatures, ImageTransform, UnlikeRows, ZooError, groups_of, register, unknown
 from zoo.registry.forward_pass import Pass, current, joined
+from zoo.registry.part import block_of
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import column_mean
 from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, on_meta
@@ -130,11 +131,13 @@ class QwenVision(Encoder, nn.Module):
         self.heads = int(spec.num_heads)
         self.window = int(spec.window_size) // (MERGE * patch) if hasattr(spec, "window_size") else 0  # tokens a side
         whole = spec.fullatt_block_indexes if self.window else range(self.depth)
-        self.scored = max((i for i in whole if i < self.depth), default=-1)  # block whose attention is asked for
-        self.provides = frozenset({"key_attention", "keys"} if self.scored >= 0 else ())
+        self.whole = sorted(i for i in whole if i < self.depth)  # blocks that attend to whole rows
+        self.scored = self.whole[-1] if self.whole else -1  # block whose attention is asked for
+        self.provides = frozenset({"grid", *(("key_attention", "keys") if self.whole else ())})
+        self.attention_blocks = self.depth if self.whole else 0
         self.lacks = {
-            "grid": "its images keep their shapes, and each has a grid of its own.",
             **dict.fromkeys(("cls_attention", "prefix_tokens", "next_block"), "it has no [CLS]."),
+            **{f"key_attention@{i + 1}": self._windowed(i + 1) for i in range(self.depth) if i not in self.whole},
         }
         least = config.min_pixels or family.least
         mean, std = tuple(config.mean) or family.mean, tuple(config.std) or family.std
@@ -154,7 +157,7 @@ class QwenVision(Encoder, nn.Module):
             "image_std": list(std),
         }
         self.alone = Pass()
-        self._listens = False
+        self._listens: set[int] = set()  # blocks with hooks
 
     @property
     def num_tokens(self) -> int:  # type: ignore[override]
@@ -162,11 +165,25 @@ class QwenVision(Encoder, nn.Module):
 
     def prepare(self, need: frozenset[str]) -> None:
         """Put hooks on the block whose attention is asked for."""
-        if need & self.provides and not self._listens:
-            self._listens = True
-            attention = self.tower.blocks[self.scored].attn
+        for block in self._blocks(need) - self._listens:
+            self._listens.add(block)
+            attention = self.tower.blocks[block].attn
             attention.register_forward_pre_hook(partial(_keep_position, self), with_kwargs=True)
-            attention.qkv.register_forward_hook(partial(_keep_qkv, self))
+            attention.qkv.register_forward_hook(partial(_keep_qkv, self, block))
+
+    def _blocks(self, need: frozenset[str]) -> set[int]:
+        """Name the blocks, from 0, whose attention is asked for."""
+        named = {word: block_of(word) for word in need}
+        found = {block - 1 for block in named.values() if block is not None}
+        return found | ({self.scored} if need & {"key_attention", "keys"} else set())
+
+    def _windowed(self, block: int) -> str:
+        wide = ", ".join(str(i + 1) for i in self.whole)
+        return f"block {block} attends inside of windows, not to whole images as blocks {wide}."
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Refuse: there is no size that all images have."""
+        raise ZooError("its images keep their shapes, and vision.max_pixels makes them smaller")
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel: eager, sdpa, flash_attention_2, ..."""
@@ -206,12 +223,13 @@ class QwenVision(Encoder, nn.Module):
             Tokens (M, N, D) of each grid, and `deep`; key_attention (M, N) float32, without gradient: the attention
             that the patches of a token get in the last block that attends to whole rows, mean over heads and queries,
             summed over the patches, so that a row sums to 1; keys (M, N, H, d) of that block, rotated, mean over the
-            patches.
+            patches; block_attention by words such as key_attention@8, of other blocks that attend to whole rows.
 
         Raises:
             ZooError: a capability that the encoder does not provide, or pixels that do not fit the grids.
         """
-        if missing := sorted(need - self.provides):
+        known = self.provides | {f"key_attention@{i + 1}" for i in self.whole}
+        if missing := sorted(need - known):
             raise ZooError(f"This encoder does not provide {missing}; it provides {sorted(self.provides)}.")
         counts = [h * w for h, w in grids]
         wanted = (sum(counts) * self.patch_shape[0], self.patch_shape[1])
@@ -224,7 +242,7 @@ class QwenVision(Encoder, nn.Module):
         if pixel_values.is_meta:  # transformers reads the grids as numbers, from a tensor
             weight = next(self.tower.parameters())
             maps = [weight.new_empty(sum(counts), self.hidden_size) for _ in range(1 + self.deep)]
-            taken = _Taken(weight.new_empty(wanted[0], 3 * self._inner))
+            taken = _Taken({block: weight.new_empty(wanted[0], 3 * self._inner) for block in self._blocks(need)})
         else:
             maps, taken = self._run(pixel_values, grids, bool(need))
         groups, members = [], []
@@ -232,8 +250,9 @@ class QwenVision(Encoder, nn.Module):
         asked = self._asked(taken, counts, grids, need) if need else {}
         for grid, of in groups_of(grids).items():
             tokens, *deep = (torch.stack([some[i] for i in of]) for some in rows)  # (M, N, D)
-            known: dict[str, Any] = {name: torch.stack([values[i] for i in of]) for name, values in asked.items()}
-            groups.append(ImageFeatures(tokens, grid, deep=tuple(deep), **known))
+            given: dict[str, Any] = {name: torch.stack([values[i] for i in of]) for name, values in asked.items()}
+            blocks = {word: given.pop(word) for word in sorted(given) if block_of(word) is not None}
+            groups.append(ImageFeatures(tokens, grid, deep=tuple(deep), block_attention=blocks, **given))
             members.append(tuple(of))
         return UnlikeRows(tuple(groups), tuple(members))
 
@@ -256,24 +275,28 @@ class QwenVision(Encoder, nn.Module):
         self, taken: _Taken, counts: Sequence[int], grids: Sequence[tuple[int, int]], need: frozenset[str]
     ) -> dict[str, list[Tensor]]:
         """Compute what is asked of the attention, row by row."""
-        unit = self.patch_shape[0]
-        assert taken.qkv is not None, "the hook of the block did not fire"
-        query, key, _ = taken.qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)  # (S, H, d)
-        if taken.position is not None:
-            query, key = (_rotated(x, *taken.position) for x in (query, key))
-        found: dict[str, list[Tensor]] = {word: [] for word in sorted(need)}
-        at = 0
-        for count, grid in zip(counts, grids, strict=True):
-            row = slice(at, at + count * unit)
-            back = self._back(grid, key.device)
-            if "keys" in need:
-                mean = key[row].unflatten(0, (count, unit)).float().mean(1).to(key.dtype)  # (N, H, d)
-                found["keys"].append(mean[back])
-            if "key_attention" in need:
-                q, k = (x[row].transpose(0, 1)[None] for x in (query, key))  # (1, H, L, d)
-                scores = column_mean(q, k, q.shape[-1] ** -0.5)[0]  # (L,)
-                found["key_attention"].append(scores.unflatten(0, (count, unit)).sum(1)[back])
-            at += count * unit
+        unit, found = self.patch_shape[0], {}
+        for block in sorted(self._blocks(need)):
+            assert block in taken.qkv, "the hook of the block did not fire"
+            query, key, _ = taken.qkv[block].unflatten(-1, (3, self.heads, -1)).unbind(1)  # (S, H, d)
+            if taken.position is not None:
+                query, key = (_rotated(x, *taken.position) for x in (query, key))
+            words = {f"key_attention@{block + 1}", *(("key_attention", "keys") if block == self.scored else ())}
+            made: dict[str, list[Tensor]] = {word: [] for word in sorted(need & words)}
+            at = 0
+            for count, grid in zip(counts, grids, strict=True):
+                row = slice(at, at + count * unit)
+                back = self._back(grid, key.device)
+                if "keys" in made:
+                    mean = key[row].unflatten(0, (count, unit)).float().mean(1).to(key.dtype)  # (N, H, d)
+                    made["keys"].append(mean[back])
+                if scored := [word for word in made if word != "keys"]:
+                    q, k = (x[row].transpose(0, 1)[None] for x in (query, key))  # (1, H, L, d)
+                    scores = column_mean(q, k, q.shape[-1] ** -0.5)[0]  # (L,)
+                    for word in scored:
+                        made[word].append(scores.unflatten(0, (count, unit)).sum(1)[back])
+                at += count * unit
+            found |= made
         return found
 
     def _back(self, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -288,9 +311,9 @@ class QwenVision(Encoder, nn.Module):
 
 @dataclass
 class _Taken:
-    """What hooks take from one pass: queries, keys and values of a block before rotation, and its rotary tables."""
+    """What hooks take from one pass: queries, keys and values of blocks before rotation, and their rotary tables."""
 
-    qkv: Tensor | None = None  # (S, 3 * H * d)
+    qkv: dict[int, Tensor] = field(default_factory=dict)  # of a block, from 0: (S, 3 * H * d)
     position: tuple[Tensor, Tensor] | None = None  # cos and sin (S, d)
 
 
@@ -304,9 +327,9 @@ def _keep_position(vision: QwenVision, module: nn.Module, args: Any, kwargs: dic
         taken.position = kwargs.get("position_embeddings")
 
 
-def _keep_qkv(vision: QwenVision, module: nn.Module, args: Any, out: Tensor) -> None:
+def _keep_qkv(vision: QwenVision, block: int, module: nn.Module, args: Any, out: Tensor) -> None:
     if (taken := _taken_now(vision)) is not None:
-        taken.qkv = out.detach()
+        taken.qkv[block] = out.detach()
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

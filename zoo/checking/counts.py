@@ -7,6 +7,7 @@ image, so they run on synthetic features: of a uniform image, and of one whose p
 empty question, one with words. A part that cannot be run so is left to the first batch.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -62,7 +63,7 @@ def check_counts(parts: Parts, slots: Mapping[str, Any], positions: str = "auto"
         if parts.projector is not None:
             given |= {"grid": images[0].grid, "num_tokens": images[0].tokens.shape[1]}
             _check_projector(parts, slots["projector"], images, given)
-            _check_behind(parts, slots["pruner"])
+            _check_behind(parts, slots["pruner"], images[0])
         if parts.layout is not None and parts.layout.native:
             _check_native_layout(parts.layout, slots["layout"])
         elif parts.layout is not None:
@@ -261,7 +262,11 @@ def _check_pruner(
             f"the same number of placeholders, and its num_tokens({n}) is {pruner.num_tokens(n)}."
         )
     for shown, image in zip(images, found or (), strict=False):
-        _compare(name, image.tokens, pruner.num_tokens(n), step.width, f"num_tokens({n})")
+        pooled = pruner.grid_of(shown.grid) if parts.vision.native and shown.grid is not None else None
+        if pooled is not None:
+            _compare(name, image.tokens, math.prod(pooled), step.width, f"grid_of({shown.grid})")
+        else:
+            _compare(name, image.tokens, pruner.num_tokens(n), step.width, f"num_tokens({n})")
         if any(other.shape[:2] != image.tokens.shape[:2] for other in image.deep):
             raise ZooError(
                 f"{name} leaves features for further layers of the LLM behind: `image.take(keep)` and "
@@ -290,23 +295,32 @@ def _check_valid(name: str, pruner: Any, kept: ImageFeatures, n: int) -> None:
         raise ZooError(f"{name} keeps {found} tokens of {what}, and its tokens_of_image({n}, cut) is {most}.")
 
 
-def _check_behind(parts: Parts, nodes: Mapping[str, Any]) -> None:
-    """Run the pruners behind the projector on two images and on a video, of tokens of the LLM's width."""
+def _check_behind(parts: Parts, nodes: Mapping[str, Any], ahead: ImageFeatures) -> None:
+    """Run the pruners behind the projector on two images and on a video, of tokens of the LLM's width.
+
+    Args:
+        parts: of the model.
+        nodes: of the pruners, by name.
+        ahead: what reaches the projector, the shape of a row where images keep theirs.
+    """
     assert parts.vision is not None, "there is a projector"
     steps = {s.name: s for s in parts.steps if s.kind == "pruner"}
     for key, pruner in parts.pruner.items():
         if not pruner.behind:
             continue
         name, n, width = f"pruner {key!r}", steps[key].tokens, steps[key].width
+        grid = parts.projected_grid
+        if parts.vision.native:
+            n, grid = ahead.tokens.shape[1], ahead.grid
         shown: list[ImageFeatures] = []
         for even, cut in ((True, Cut()), (False, Cut()), (False, Cut(rows=4, kind="frame"))):
             rows = ImageFeatures.joined([_features(parts.vision, parts.requested, even) for _ in range(cut.rows)])
-            rows = behind.rescored(rows, parts.projected_grid, n)
+            rows = behind.rescored(rows, grid, n)
             tokens = (torch.ones if even else torch.randn)(cut.rows, n, width)
             about: dict[str, Any] = {"rows": (cut.rows,), "cuts": (cut,), "row_kind": cut.kind}
-            rows = replace(rows, tokens=tokens, grid=parts.projected_grid, **about)
+            rows = replace(rows, tokens=tokens, grid=grid, **about)
             shown.append(_about(parts, rows, even))
-        sizes = {"vision_dim": width, "vision_depth": parts.vision.depth, "num_tokens": n, "grid": parts.projected_grid}
+        sizes = {"vision_dim": width, "vision_depth": parts.vision.depth, "num_tokens": n, "grid": grid}
 
         def run(part: Any, device: str, shown: list[ImageFeatures] = shown) -> list[ImageFeatures]:
             part.eval() if isinstance(part, nn.Module) else None

@@ -6,6 +6,7 @@ is refused. `zoo check` does the same on the meta device. Pruners in front of th
 ahead of the others.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -132,6 +133,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
     vision_name = parts.steps[0].name if parts.steps else ""
 
     flow = Flow(tokens, grid, width, holds)
+    if parts.vision is not None and parts.vision.native:
+        flow.most = parts.vision.grid[0], parts.vision.grid[1]
     _add_pruners(parts, slots, flow, record_step, behind=False)
     tokens, grid, holds = flow.tokens, flow.grid, flow.holds
 
@@ -173,7 +176,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         if not one_by_one:  # scores of patches are no longer there, or their means in windows of the grid
             merged = flow.grid is not None and grid_now and windows(flow.grid, grid_now) != (1, 1)
             kept = holds - (ON_REQUEST - {"summary"} - (SCORES if merged else frozenset()))
-        kept = kept | {"grid"} if grid_now else kept - {"grid"}
+        own = parts.vision.native and one_by_one and "grid" in holds  # that of each row
+        kept = kept | {"grid"} if grid_now or own else kept - {"grid"}
         _add_pruners(parts, slots, Flow(tokens, grid_now, text_dim, kept, flow.ragged), record_step, behind=True)
     elif late := next((n for n in slots.get("pruner") or {} if _acts_behind(n)), ""):
         raise MisfitError(
@@ -250,6 +254,7 @@ class Flow:
     width: int
     holds: frozenset[str]
     ragged: str = ""  # the pruner that leaves rows of unequal counts
+    most: tuple[int, int] | None = None  # (h, w) of the largest row, where each has a grid of its own
 
 
 def _acts_behind(name: str) -> bool:
@@ -276,11 +281,14 @@ def _add_pruners(parts: Parts, slots: Mapping[str, Any], flow: Flow, record_step
         _require_blocks("pruner", name, pruner, parts.vision, vision)
         if name in front:
             put_in_front(name, pruner, parts.vision, slots, vision)
-            flow.tokens, flow.grid = parts.vision.num_tokens, (parts.vision.grid[0], parts.vision.grid[1])
+            if not parts.vision.native:
+                flow.tokens, flow.grid = parts.vision.num_tokens, (parts.vision.grid[0], parts.vision.grid[1])
             for step in parts.steps[1:]:  # others in front of the encoder: they get what it makes now
                 step.tokens, step.grid = flow.tokens, flow.grid
         n = flow.tokens
-        flow.tokens = _count("pruner", name, pruner, n)
+        pooled = pruner.grid_of(flow.most) if flow.most else None
+        flow.tokens = math.prod(pooled) if pooled else _count("pruner", name, pruner, n)
+        flow.most = pooled or (flow.most if flow.tokens == n else None)
         if flow.ragged and (flow.tokens != n or behind or pruner.ragged):
             raise _unequal("pruner", name, flow.ragged)
         if behind and flow.tokens != n:
@@ -395,6 +403,9 @@ def _require_blocks(kind: str, name: str, part: Part, vision: Encoder, source: s
     most = vision.attention_blocks
     for word in sorted(frozenset(part.needs) - frozenset(vision.provides)):
         block = block_of(word)
+        if block is not None and word in vision.lacks:
+            why = vision.lacks[word]
+            raise MisfitError((kind, name), f"missing: {word}", f"{kind} {name!r} needs {word}, but {why}")
         if block is None or 1 <= block <= most:
             continue
         base, given = base_of(word), f"vision {source!r}"

@@ -199,7 +199,8 @@ class ForwardMixin(ImagesMixin):
             columns=columns if held is None else held.then(past - held.index.shape[1], columns),
             length=length,
         )
-        return given, images._replace(tokens=images.tokens.reshape(-1, images.tokens.shape[-1])[alive], valid=None)
+        left = images.tokens.reshape(-1, images.tokens.shape[-1])[alive]
+        return given, images._replace(tokens=left, valid=None, deep=tuple(x[alive] for x in images.deep))
 
     def _merge(self, given: Inputs, images: Encoded) -> tuple[Tensor, Tensor | None]:
         """Insert the image tokens: embeddings (B, T, C), and where images are (B, T), None if not known."""

@@ -118,13 +118,13 @@ class ImagesMixin(QuestionMixin):
         """Run pruners, projector and layout on rows of unlike length: `encode_features` for these."""
         if self.asks and question is None:
             return Encoded(rows)
-        ahead, _ = self._before_and_behind
+        ahead, later = self._before_and_behind
         draws = pixels is not None and any(pruner.draws for pruner in ahead)
         patches = native.row_pixels(pixels, native.grids_of(rows.cuts)) if draws and pixels is not None else []
 
         def about(group: ImageFeatures, members: Sequence[int]) -> ImageFeatures:
             asked = None if question is None else question.picked(torch.tensor(members, device=group.tokens.device))
-            known: dict[str, Any] = {"question": asked, "rows": None, "cuts": None}
+            known: dict[str, Any] = {"question": asked}
             known |= {"checksum": checksum_of(torch.stack([patches[i] for i in members]))} if draws else {}
             return replace(group, **known)
 
@@ -134,8 +134,12 @@ class ImagesMixin(QuestionMixin):
         if self.projector is None:
             return Encoded(rows, kept)
         assert self.layout is not None, "the check has seen to it"
-        tokens, deep = native.joined(kept, self.projector, self.layout)
-        return Encoded(rows, kept, tokens, deep=deep)
+        made = native.projected(kept, self.projector, [partial(behind.run, p) for p in later])
+        tokens, valid, deep = native.joined(made, self.layout)
+        if later:  # for what reads which tokens stay
+            marked = zip(kept.groups, made.groups, strict=True)
+            kept = replace(kept, groups=tuple(replace(group, valid=m.valid) for group, m in marked))
+        return Encoded(rows, kept, tokens, valid, deep)
 
     def encode_features(
         self,
@@ -183,7 +187,7 @@ class ImagesMixin(QuestionMixin):
         return Encoded(image, kept, *behind.laid_out(made, self.layout, cuts))
 
     def _pruned(self, pruner: Pruner, image: ImageFeatures) -> ImageFeatures:
-        return pruner(self._projected(pruner, image))
+        return behind.run(pruner, self._projected(pruner, image))
 
     def _projected(self, pruner: Pruner, image: ImageFeatures) -> ImageFeatures:
         """Add the tokens behind the projector, for a pruner that compares those."""

@@ -47,6 +47,11 @@ class Columns:
         first = values[:, : self.whole].gather(1, index).masked_fill(~valid, padding)
         return torch.cat([first, values[:, self.whole :]], 1) if values.shape[1] > self.whole else first
 
+    def take_positions(self, values: Tensor) -> Tensor:
+        """Select the columns of positions (B, T), or (A, B, T) of several axes, with 0 where a row has fewer."""
+        index = self.index.expand(*values.shape[:-1], -1)
+        return values.gather(-1, index).masked_fill(~self.valid, 0)
+
     def then(self, more: int, new: "Columns") -> "Columns":
         """Join the columns of a cache with those that follow, `more` columns behind its prompt."""
         between = torch.arange(self.whole, self.whole + more, device=self.index.device).expand(len(self.index), -1)
@@ -69,19 +74,19 @@ def leave_out(
         index: (B, T) image token of each column, counted over the batch, -1 for text.
         alive: (S,) bool, the image tokens that stay.
         mask: (B, T) 1 for valid columns; None: all.
-        positions: (B, T) or (1, T) of the whole sequence.
+        positions: (B, T) or (1, T) of the whole sequence; (A, B, T) with several axes.
         segment_ids: (B, T) sample of a packed row.
         kept: keep these positions; else they are counted without the columns left out.
 
     Returns:
-        The columns (B, K), and their positions (B, K).
+        The columns (B, K), and their positions (B, K), or (A, B, K).
     """
     gone = (index >= 0) & ~alive[index.clamp(min=0)]
     columns = Columns.of(~gone if mask is None else ~gone & mask.bool())
-    positions = positions.expand(len(index), -1)
+    positions = positions.expand(*positions.shape[:-2], len(index), -1)
     if not kept:
         positions = positions - counted_ahead(gone.long(), segment_ids)
-    return columns, columns.take(positions)
+    return columns, columns.take_positions(positions)
 
 
 def counted_ahead(counts: Tensor, segment_ids: Tensor | None = None) -> Tensor:
@@ -110,14 +115,14 @@ def shift_of_columns(columns: Columns, wanted: Tensor, counted: Tensor) -> Tenso
 
     Args:
         columns: that stay.
-        wanted: (B, K).
+        wanted: (B, K), or (A, B, K) of several axes.
         counted: (B, K) or (1, K).
     """
     shift = (wanted - counted).masked_fill(~columns.valid, 0)
     # Padding on the right goes on where its row ends: what follows in a cache is shifted as much as its last column.
-    ends = (columns.valid * torch.arange(1, shift.shape[1] + 1, device=shift.device)).argmax(1, keepdim=True)
-    behind = torch.arange(shift.shape[1], device=shift.device) > ends
-    return torch.where(behind, shift.gather(1, ends), shift)
+    column = torch.arange(shift.shape[-1], device=shift.device)
+    ends = (columns.valid * (column + 1)).argmax(1, keepdim=True)  # (B, 1)
+    return torch.where(column > ends, shift.gather(-1, ends.expand(*shift.shape[:-1], 1)), shift)
 
 
 def put_columns(cache: Any, columns: Columns | None) -> None:

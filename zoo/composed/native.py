@@ -38,11 +38,10 @@ def misfit_of(parts: Any) -> Misfit | None:
         message = f"layout {layout!r} joins images that keep their shapes, and {what}: leave the layout out."
         return Misfit(("layout", layout), "not native", message)
     rows = f"vision {vision!r} gives images of unlike length"
-    for name, pruner in parts.pruner.items():
-        if pruner.ragged or pruner.behind or pruner.per_image or pruner.front:
-            what = "has one budget for several rows, or leaves a number that depends on the image"
-            what = "changes the size of all images" if pruner.front else what
-            return Misfit(("pruner", name), "native", f"pruner {name!r} {what}, and {rows}: it cannot be used there.")
+    if parts.projector is not None and "grid" in parts.projector.needs:
+        name = parts.name_of("projector")
+        message = f"projector {name!r} is made for one grid, and {rows}: take projector=identity, linear or mlp."
+        return Misfit(("projector", name), "native", message)
     if parts.projector is not None and parts.vision.deep and not parts.projector.passes_deep:
         name = parts.name_of("projector")
         message = (
@@ -108,26 +107,77 @@ def pruned(
         pruners: in front of the projector.
     """
     groups = []
-    for group, members in zip(rows.groups, rows.members, strict=True):
-        image = about(group, members)
+    for group, members, cuts in zip(rows.groups, rows.members, _cuts_of_groups(rows), strict=True):
+        image = replace(about(group, members), rows=tuple(c.rows for c in cuts), cuts=cuts)
+        image.row_kind = next((c.kind for c in cuts if c.kind != "image"), "image")
         for pruner in pruners:
             image = pruner(image)
         groups.append(image)
     return replace(rows, groups=tuple(groups))
 
 
-def joined(kept: UnlikeRows, projector: Projector, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Project each group and lay the rows out: image tokens (S, C), and the maps for further layers of the LLM.
+def _cuts_of_groups(rows: UnlikeRows) -> list[tuple[Cut, ...]]:
+    """Return the images of each group, whose rows have one grid, in the order of its rows."""
+    begins: dict[int, Cut] = {}
+    at = 0
+    for cut in rows.cuts:
+        begins[at] = cut
+        at += cut.rows
+    return [tuple(begins[row] for row in members if row in begins) for members in rows.members]
+
+
+def projected(
+    kept: UnlikeRows, projector: Projector, pruners: Sequence[Callable[[ImageFeatures], ImageFeatures]]
+) -> UnlikeRows:
+    """Project each group, and run the pruners behind the projector on it.
 
     Args:
-        kept: behind the pruners.
-        projector: of the model.
+        kept: behind the pruners in front of it; tokens sorted by their places where these are kept.
+        projector: of the model, one token of one.
+        pruners: behind it; what they mark, permute and merge is sorted by places, too.
+    """
+    groups = []
+    for group in kept.groups:
+        image = replace(group, tokens=projector(group))
+        if pruners:
+            own: dict[str, Any] = dict.fromkeys(("keep", "groups", "rank", "places", "num_patches", "patch_grid"))
+            piece = replace(image, **own)
+            for pruner in pruners:
+                piece = pruner(piece)
+            if piece.keep is not None:  # permuted
+                order = piece.keep.argsort(dim=1)
+                piece = replace(piece, keep=None).take(order)
+            known = {name: getattr(image, name) for name in own}
+            image = replace(piece, **known, grid=group.grid)
+        groups.append(image)
+    return replace(kept, groups=tuple(groups))
+
+
+def joined(made: UnlikeRows, layout: Layout) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """Lay the rows out: image tokens (S, C), which of them stay (S,), None for all, and the maps for further layers.
+
+    Args:
+        made: behind the projector.
         layout: of the model.
     """
-    deep = len(kept.groups[0].deep) if kept.groups else 0
-    makers: list[Callable[[ImageFeatures], Tensor]] = [projector, *(_map(k) for k in range(deep))]
-    tokens, *maps = (layout(_images(kept.in_order(make), kept.cuts), kept.cuts) for make in makers)  # type: ignore[arg-type]
-    return tokens, tuple(maps)
+
+    def laid(of: Callable[[ImageFeatures], Tensor]) -> Tensor:
+        return layout(_images(made.in_order(of), made.cuts), made.cuts)  # type: ignore[arg-type]
+
+    deep = len(made.groups[0].deep) if made.groups else 0
+    tokens, *maps = (laid(of) for of in (_tokens, *(_map(k) for k in range(deep))))
+    if all(group.valid is None for group in made.groups):
+        return tokens, None, tuple(maps)
+    return tokens, laid(_marks)[:, 0], tuple(maps)
+
+
+def _tokens(image: ImageFeatures) -> Tensor:
+    return image.tokens
+
+
+def _marks(image: ImageFeatures) -> Tensor:
+    valid = image.tokens.new_ones(image.tokens.shape[:2], dtype=torch.bool) if image.valid is None else image.valid
+    return valid.unsqueeze(-1)
 
 
 def _map(number: int) -> Callable[[ImageFeatures], Tensor]:

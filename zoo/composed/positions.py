@@ -178,6 +178,11 @@ def _of_grids(parts: Any, positions: str) -> Decided:
     found = GridPositions(parts.layout, parts.llm.axes, positions == "dense", parts.vision.grid)
     whole = Cut(patches=parts.vision.grid)
     drops = parts.layout.count(whole) != math.prod(parts.vision.grid)
+    if positions == "dense" and (ragged := next((n for n, p in parts.pruner.items() if p.ragged), "")):
+        raise ZooError(
+            f"positions=dense counts the tokens of an image one by one, and how many pruner {ragged!r} leaves is known "
+            "behind the encoder alone, where images keep their shapes: positions=kept."
+        )
     word = "kept" if positions == "auto" and parts.pruner else positions
     if parts.llm.axes == 1 and (not drops or positions == "dense"):
         return Decided(word)  # columns
