@@ -29,6 +29,7 @@ DROP = {  # what only drops
 }
 MERGE = {
     "pool": {"stride": 2},
+    "aim": {"merge_ratio": 0.5, "prune": False},
     "prumerge": {"score": "column_mean", "neighbours": 2},
     "vscan": {"keep_ratio": 0.5, "score": "column_mean", "shallow_layer": 2, "llm_ratio": 1.0},
     "fastvid": {"keep_ratio": 0.6, "context_ratio": 0.6, "stride": 2, "scenes": 2},
@@ -158,7 +159,7 @@ def test_pooled_tokens_are_means_of_windows_with_the_place_of_a_middle_one(make_
     assert first[0] == 1 and axes[0, 7] == 1 + 5  # text goes on behind the longer side of the whole grid
 
 
-@pytest.mark.parametrize("case", ["vscan", "fastvid"])
+@pytest.mark.parametrize("case", ["aim", "vscan", "fastvid"])
 def test_features_for_further_layers_are_merged_by_the_weights_of_the_tokens(case):
     from tests.fusion_builders import features
 
@@ -169,8 +170,8 @@ def test_features_for_further_layers_are_merged_by_the_weights_of_the_tokens(cas
     known |= {"block_attention": {"key_attention@2": score.flip(1)}, "row_kind": "frame", "rows": (4,)}
     part = registry.build("pruner", {"name": name, **options}, vision_dim=24, vision_depth=4, grid=None, num_tokens=12)
     left = part.eval()(ImageFeatures(**known))
-    assert left.valid is not None and not left.valid.all() and not torch.equal(left.tokens, image.tokens)
-    stays = left.valid
+    stays = torch.ones(left.tokens.shape[:2]).bool() if left.valid is None else left.valid
+    assert stays.sum() < 48 and not torch.equal(left.tokens, image.tokens)
     torch.testing.assert_close(left.deep[0][stays], left.tokens[stays], atol=0, rtol=0)
     torch.testing.assert_close(left.deep[1][stays], 2 * left.tokens[stays], atol=1e-5, rtol=1e-5)
 
@@ -217,3 +218,26 @@ def test_the_processor_counts_and_an_inspection_shows(make_model):
         view, _ = look(model, processor, picture(40, 24), "is it red?")
         kept = {t for t in view.layers[0] if t >= 0}
         assert view.grid == (3, 5) and len(view.layers[0]) == 15 and view.tokens[0] == len(kept), case
+
+
+def test_every_pruner_goes_with_it_but_those_that_the_page_names():
+    """The table of docs/concepts/native.md; `score=column_mean` where there is a choice."""
+    from zoo.checking.checker import check
+    from zoo.checking.plan import Plan
+
+    refused = {}
+    for name in registry.names("pruner"):
+        scored = (
+            {"score": "column_mean"}
+            if "column_mean" in registry.get("pruner", name).cls.choices.get("score", ())
+            else {}
+        )
+        try:
+            check(
+                Plan({"adapter": {}, **slots("qwen3_vl", pruner={name: {"name": name, **scored}})}, vocab_size=512),
+                fixes=0,
+            )
+        except ZooError as error:
+            refused[name] = str(error)
+    assert set(refused) == {"downsample", "cdpruner"}, refused
+    assert "vision.max_pixels" in refused["downsample"] and "no text tower was trained with it" in refused["cdpruner"]

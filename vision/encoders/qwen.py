@@ -130,6 +130,8 @@ class QwenVision(Encoder, nn.Module):
         self.patch_shape = (MERGE**2, spec.in_channels * FRAMES * patch**2)
         self.heads = int(spec.num_heads)
         self.window = int(spec.window_size) // (MERGE * patch) if hasattr(spec, "window_size") else 0  # tokens a side
+        if hasattr(spec, "window_size") and not self.window:
+            raise ZooError(f"window_size must be at least a token's side, {MERGE * patch}, got {spec.window_size}.")
         whole = spec.fullatt_block_indexes if self.window else range(self.depth)
         self.whole = sorted(i for i in whole if i < self.depth)  # blocks that attend to whole rows
         self.scored = self.whole[-1] if self.whole else -1  # block whose attention is asked for
@@ -137,6 +139,7 @@ class QwenVision(Encoder, nn.Module):
         self.attention_blocks = self.depth if self.whole else 0
         self.lacks = {
             **dict.fromkeys(("cls_attention", "prefix_tokens", "next_block"), "it has no [CLS]."),
+            "text_tower": "no text tower was trained with it.",
             **{f"key_attention@{i + 1}": self._windowed(i + 1) for i in range(self.depth) if i not in self.whole},
         }
         least = config.min_pixels or family.least

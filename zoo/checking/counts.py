@@ -261,8 +261,9 @@ def _check_pruner(
             f"{name} keeps {counts[0]} tokens of one image and {counts[1]} of another, of {n} each; every image has "
             f"the same number of placeholders, and its num_tokens({n}) is {pruner.num_tokens(n)}."
         )
+    native = parts.vision is not None and parts.vision.native
     for shown, image in zip(images, found or (), strict=False):
-        pooled = pruner.grid_of(shown.grid) if parts.vision.native and shown.grid is not None else None
+        pooled = pruner.grid_of(shown.grid) if native and shown.grid is not None else None
         if pooled is not None:
             _compare(name, image.tokens, math.prod(pooled), step.width, f"grid_of({shown.grid})")
         else:

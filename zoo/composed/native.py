@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.registry import Cut, ImageFeatures, InsidePruner, Layout, Projector, UnlikeRows, ZooError
+from zoo.registry import Cut, ImageFeatures, Layout, Projector, UnlikeRows, ZooError
 
 # ---- which parts -----------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def counted(parts: Any, slots: Any) -> list[dict[str, Any]]:
     found = []
     for step in parts.steps:
         sizes = {**given, "num_tokens": parts.vision.num_tokens}
-        if step.kind == "pruner" and not isinstance(parts.pruner[step.name], InsidePruner):
+        if step.kind == "pruner":
             node = {**slots["pruner"][step.name], "name": step.name}
             found.append({"kind": "pruner", "node": node, "given": sizes})
         elif step.kind == "projector":

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.fusion.pruners.inside.attention_flow import attention_flow, walk_flops
@@ -114,7 +115,9 @@ class AIM(DropsInside, nn.Module):
         if c.metric == "keys" and image.keys is None:
             raise ZooError("pruner 'aim' with metric=keys needs the keys of the encoder's attention.")
         metric = image.keys.flatten(2) if c.metric == "keys" and image.keys is not None else None  # (M, N, H * d)
-        tokens, group = merge(image.tokens, rounds, metric=metric, order=c.order, weigh_sizes=c.weigh_sizes)
+        metric = image.tokens if metric is None and image.deep else metric  # not of features for further layers
+        maps, group = merge(torch.cat(image.maps, -1), rounds, metric=metric, order=c.order, weigh_sizes=c.weigh_sizes)
+        tokens, *deep = maps.split([x.shape[-1] for x in image.maps], dim=-1)
         scores = image.cls_attention
         if scores is not None:
             # Attention to a merged token is the sum over what it contains: the softmax's mass is kept.
@@ -122,6 +125,7 @@ class AIM(DropsInside, nn.Module):
         return replace(
             image,
             tokens=tokens,  # (M, K, D)
+            deep=tuple(deep),
             grid=None,
             keep=None,
             groups=image.regrouped(group),  # (M, N0)
