@@ -10,7 +10,7 @@ import zoo
 from tests.test_export import CLIP, LLAMA, MLP, composed
 from tests.train_builders import config, recipe
 from zoo.cli.entry import main as command
-from zoo.composed.card import MARK, reload_at
+from zoo.composed.card import MARK
 from zoo.composed.card_facts import UNKNOWN, Facts, facts_in, licence_words, strictest
 from zoo.training.loop import main
 
@@ -127,12 +127,6 @@ def test_the_strictest_licence_applies(licences, wanted):
 def test_words_of_packages_are_licences():
     assert licence_words("MIT; DINOv2 itself Apache-2.0") == ("mit", "apache-2.0")
     assert licence_words("Apache-2.0 by its LICENSE file") == ("apache-2.0",)
-
-
-def test_a_load_line_names_the_repository_where_the_card_is():
-    text = '    model, processor = zoo.load("dir:mine", "plugins=[a]")\n"mine"'
-    assert 'zoo.load("hub:me/zoo", "plugins' in reload_at(text, "mine", "me/zoo")
-    assert 'from_pretrained("me/zoo")' in reload_at('X.from_pretrained("mine")', "mine", "me/zoo")
 
 
 HOSTILE = {

@@ -38,6 +38,7 @@ COMMANDS = {
         "zoo.cli.export_command:main", "write a model for transformers or for zoo elsewhere: zoo export last"
     ),
     "serve": Command("zoo.cli.serve_command:main", "answer over HTTP, as OpenAI's API does: zoo serve MODEL"),
+    "push": Command("zoo.cli.push_command:main", "put a model on the hub: zoo push last org/name --dry-run"),
     "teach": Command("zoo.training.teach:main", "store the outputs of a stage's teacher, to train from", composed=True),
     "check": Command(
         "zoo.cli.check_command:main", "check whether the parts fit, before weights are loaded", composed=True

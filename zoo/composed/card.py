@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo.composed.card_facts import HELD_OUT, UNKNOWN, Facts, facts_in, hub_name, licence_of_base, strictest
+from zoo.composed.card_facts import HELD_OUT, UNKNOWN, Facts, cards_of, facts_in, hub_name, licence_of_base, strictest
 from zoo.composed.costs import DecoderSizes, encoder_flops, matmul_flops
 from zoo.composed.summary import PartNumbers, summary_of
 from zoo.registry import Cut, Pruner
@@ -107,22 +107,6 @@ def card_text(
     return "\n\n".join(parts) + "\n"
 
 
-def reload_at(text: str, name: str, place: str) -> str:
-    """Return a card whose load lines name a repository, for its copy on the hub.
-
-    Args:
-        text: of a card.
-        name: its title, under which it was written.
-        place: `org/name`.
-    """
-    for before, after in (
-        (f'"dir:{name}"', f'"hub:{place}"'),
-        (f'from_pretrained("{name}")', f'from_pretrained("{place}")'),
-    ):
-        text = text.replace(before, after)
-    return text
-
-
 def _title(folder: Path) -> str:
     name = folder.name
     if name.startswith(".") and name.endswith(BESIDE):  # it is written beside, and renamed
@@ -185,7 +169,7 @@ def _metadata(model: Any, facts: Facts, bases: Sequence[_Base], layout: Layout, 
         license_name=names or None,
         base_model=hubs or None,
         datasets=list(facts.datasets) or None,
-        language=list(facts.language) or None,
+        language=list(facts.language) or _languages(model) or None,
         library_name=layout.library,
         pipeline_tag=PLAIN,
         tags=_tags(model, layout),
@@ -195,6 +179,13 @@ def _metadata(model: Any, facts: Facts, bases: Sequence[_Base], layout: Layout, 
         **more,
     )
     return data.to_yaml(line_break="\n").strip()
+
+
+def _languages(model: Any) -> list[str]:
+    """Return the languages that the card of the language model's, or of the whole model's, checkpoint states."""
+    entries = [model.bases.record[key] for key in ("model", "llm") if key in model.bases.record]
+    cards = [card for entry in entries for card in cards_of(str(entry.get("checkpoint", "")), entry.get("revision"))]
+    return list(dict.fromkeys(word for card in cards[:1] for word in facts_in(card).language))
 
 
 def _relation(model: Any, layout: Layout) -> str:
