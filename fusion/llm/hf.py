@@ -33,6 +33,7 @@ from zoo.fusion.llm.hf_config import (
     name_of,
     transformers_config,
 )
+from zoo.fusion.llm.kept_layers import keep_layers
 from zoo.fusion.llm.text_model import axes_of, causal_class
 from zoo.pretrained.origin import folder_of
 from zoo.registry import LanguageModel, LinearHead, Preset, ZooError, one_line, register, require_revision
@@ -86,6 +87,8 @@ class HFLanguageModel(LanguageModel, nn.Module):
             register_zoo_eager()
         source = _from_checkpoint if config.checkpoint else _from_sizes
         self.lm: Any = source(config, vocab_size, dtype, attention)
+        if config.keep_layers:
+            keep_layers(self.lm, config.keep_layers, config.checkpoint)
         require_causal(self.lm, name_of(config))
         use_zoo_grouped(self.lm)
         if config.zero_init_residual:

