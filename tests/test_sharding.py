@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zoo.registry import ZooError
-from zoo.runs.sharding import _require_one_format, gathers_short
+from zoo.runs.sharding import gathers_short, require_one_format
 from zoo.settings.parallel import ParallelConfig
 
 
@@ -42,6 +42,6 @@ def test_short_gathers_beside_float32_products_are_refused():
 def test_weights_of_two_formats_that_train_are_refused_by_name():
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2).bfloat16()})
     with pytest.raises(ZooError, match=r"b.bias in bfloat16, a.bias in float32.*master_weights=fp32"):
-        _require_one_format(module)
+        require_one_format(module)
     module["b"].requires_grad_(False)
-    _require_one_format(module)
+    require_one_format(module)

@@ -14,6 +14,7 @@ from torch import nn
 
 from zoo.registry import ZooError
 from zoo.settings.parallel import ParallelConfig
+from zoo.storage.streamed import streamed
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -45,24 +46,26 @@ def shard(accelerator: Any, model: Any, parallel: ParallelConfig, *, short: bool
 
     Args:
         accelerator: of the run, with the plugin that the launcher or `start_accelerator` made.
-        model: composed, whole on this process's device; its parameters are replaced by sharded ones.
+        model: composed, whole, on the CPU, with most of its values still in files: each process reads its own. Its
+            parameters are replaced by sharded ones.
         parallel: of the run.
         short: gather layers in bfloat16. Weights that are stored in float32 (masters) stay so in their shards.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     if is_sharded(model):
         return
-    _require_one_format(model)
     plugin = accelerator.state.fsdp_plugin
     reduce = torch.bfloat16 if parallel.reduce == "bf16" else torch.float32
     layer = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if short else None, reduce_dtype=reduce)
     # The root computes under autocast, as without shards: norms and routers keep float32 weights.
     root = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     options = {"mesh": mesh_of(accelerator), "offload_policy": plugin.cpu_offload}
-    for unit in model.llm.layers:
-        fully_shard(unit, mp_policy=layer, reshard_after_forward=plugin.reshard_after_forward, **options)
-    fully_shard(model, mp_policy=root, **options)
+    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    with streamed(model, torch.device("cpu") if offloaded else accelerator.device):
+        for unit in model.llm.layers:
+            fully_shard(unit, mp_policy=layer, reshard_after_forward=plugin.reshard_after_forward, **options)
+        fully_shard(model, mp_policy=root, **options)
 
 
 def shard_like(module: nn.Module, model: nn.Module) -> None:
@@ -83,7 +86,7 @@ def mesh_of(accelerator: Any) -> Any:
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
-def _require_one_format(model: nn.Module) -> None:
+def require_one_format(model: nn.Module) -> None:
     """Refuse weights that train in several number formats, which FSDP2 cannot reduce together."""
     found = {str(p.dtype).removeprefix("torch."): name for name, p in model.named_parameters() if p.requires_grad}
     if len(found) > 1:

@@ -37,7 +37,7 @@ from zoo.runs.processes import by_first, gather, start_accelerator, stop_all
 from zoo.runs.progress import Display
 from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, read_config, require_same_start
 from zoo.runs.saving import Saver
-from zoo.runs.sharding import gathers_short
+from zoo.runs.sharding import gathers_short, shard
 from zoo.runs.step_log import StepLog, not_finite
 from zoo.runs.trackers import check_trackers, start_trackers
 from zoo.settings.source import source_of
@@ -112,8 +112,7 @@ class Run:
         self.model, self.processor = self._compose()
         self.gather_short = False
         if getattr(self.accelerator, "is_fsdp2", False):
-            self._widen_ahead()
-            self.gather_short = gathers_short(self.parallel, map(self._precision_of, self.stages.values()))
+            self._share_out()
         if self.newest is not None:
             self._restore(self.newest)
         left_out = LeftOut(self.folder, self.cfg.max_broken, self.progress.seen, self.progress.left_out)
@@ -207,6 +206,8 @@ class Run:
     def _build(self, tokenizer: Path) -> tuple[Any, Any]:
         reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
         device = self.accelerator.device
+        if getattr(self.accelerator, "is_fsdp2", False):
+            device = torch.device("cpu")  # where values stay in files until each process reads its share of them
         model, processor = build(self.source, tokenizer_folder=tokenizer, device=device, masters=True)
         return model, processor
 
@@ -223,8 +224,15 @@ class Run:
         if self._start_adapters(range(1, stage + (step > 0))):
             checkpoint.load_weights(newest, named, "model.")
 
-    def _widen_ahead(self) -> None:
-        """Widen what any stage trains: FSDP2 takes the data types that it finds when it shards, in the first one."""
+    def _share_out(self) -> None:
+        """Share the model out over the processes, and widen in the shares what any stage trains.
+
+        Now, since a process holds no more than its share then; and FSDP2 takes the data types of its first pass.
+        """
+        self.gather_short = gathers_short(self.parallel, map(self._precision_of, self.stages.values()))
+        begun = list(self.stages.values())[self.progress.stage :][:1]
+        self.model.detach_only([name for stage in begun for name in stage.detach])
+        shard(self.accelerator, self.model, self.parallel, short=self.gather_short)
         for stage in self.stages.values():
             if (stage.master_weights or self.cfg.master_weights) == "fp32":
                 self.model.detach_only(stage.detach)

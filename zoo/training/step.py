@@ -21,7 +21,7 @@ from zoo.runs.kept_features import KeptFeatures
 from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
 from zoo.runs.order import keyed
 from zoo.runs.processes import launcher_alone
-from zoo.runs.sharding import is_sharded, shard, shard_like
+from zoo.runs.sharding import is_sharded, require_one_format, shard, shard_like
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast, resolve_precision
@@ -151,6 +151,7 @@ class Engine:
         # FSDP2 replaces parameters by sharded ones, so it comes before the optimisers are built.
         if getattr(accelerator, "is_fsdp2", False):
             shard(accelerator, model, parallel or ParallelConfig(), short=gather_short)
+            require_one_format(model)
         self.sharded = is_sharded(model)
         if self.sharded and isinstance(distiller, nn.Module):
             shard_like(distiller, model)
