@@ -59,6 +59,8 @@ def _peft(method: str, **options: Any) -> Composition:
 _EXPERTS = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
 _VLORA = {"name": "vlora", "rank": 4, "skip": 1, "width": 16, "depth": 2, "num_heads": 2}
 _ALL = ("projector", "llm")
+_NATIVE = {"name": "qwen_vision", "model_type": "qwen3_vl", "width": 32, "heads": 2, "depth": 4, "patch_size": 4}
+_NATIVE |= {"min_pixels": 64, "max_pixels": 1024, "extra": {"num_position_embeddings": 16}}
 COMPOSITIONS: dict[str, Composition] = {
     "no adapter": Composition(train=_ALL),
     "no adapter, Muon": Composition(train=_ALL, stage={"optimizer": "muon_adamw"}),
@@ -90,9 +92,14 @@ COMPOSITIONS: dict[str, Composition] = {
     "kl": Composition(train=_ALL, distiller={"name": "kl"}, teacher=True),
     "llava_kd": Composition(train=_ALL, distiller={"name": "llava_kd"}, teacher=True),
     "llava_mod": Composition(train=_ALL, distiller={"name": "llava_mod"}, teacher=True),
+    "native": Composition(  # images keep their shapes, features for three layers
+        {"vision": _NATIVE, "projector": {"name": "identity"}, "layout": {"name": "native"}},
+        llm={"model_type": "qwen3_vl_text", "num_layers": 3},
+        train=("vision", "llm"),
+    ),
     "masters, bf16": Composition(train=_ALL, bfloat16=True, stage={"precision": "bf16"}),
 }
-QUICK = ("mole", "vlora", "dense", "llava_kd")  # in the tests
+QUICK = ("mole", "vlora", "dense", "llava_kd", "native")  # in the tests
 
 
 @dataclass
@@ -216,13 +223,14 @@ def _batch(processor: Any, beside: Any, step: int, turn: int, *, text: bool) -> 
     """Two samples; every fourth pass is of text alone, so that one process has no image."""
     rows = []
     for i in range(2):
-        sample = _sample(PASSES * 2 * step + 2 * turn + i, images=int(turn % 4 != 1 or not text))
+        unlike = processor.layout is not None and processor.layout.native
+        sample = _sample(PASSES * 2 * step + 2 * turn + i, int(turn % 4 != 1 or not text), unlike)
         row = processor.encode(sample) if text else processor.encode_images(sample)
         rows += [row] if beside is None else beside.add(sample, [sample], [row])
     return processor.collate(rows)
 
 
-def _sample(number: int, images: int) -> Sample:
+def _sample(number: int, images: int, unlike: bool = False) -> Sample:
     question, answer = _WORDS[number % len(_WORDS)]
     random = np.random.default_rng(number)
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
@@ -232,6 +240,7 @@ def _sample(number: int, images: int) -> Sample:
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
     )
-    picture = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    sides = random.integers(8, 60, 2).tolist() if unlike else (32, 32)
+    picture = random.integers(0, 256, (*sides, 3), dtype=np.uint8)
     labels = random.integers(0, 3, (images, 16, 7))  # of each cell, as `dense` reads them
     return Sample(f"s{number}", [picture] * images, [dialog], {"patch_labels": labels} if images else {})

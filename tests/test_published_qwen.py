@@ -20,7 +20,7 @@ CHAT = (
 )
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 WORDS = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
-OPTIONS = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+OPTIONS = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
 
 
 def made(name, folder, tie=False):
@@ -66,6 +66,25 @@ def family(request, tmp_path_factory):
     return request.param, folder, theirs, processor, ours, mine
 
 
+SIDES = [
+    (1, 1),
+    (1, 200),
+    (200, 1),
+    (3, 7),
+    (8, 8),
+    (9, 8),
+    (27, 27),
+    (28, 28),
+    (29, 27),
+    (56, 56),
+    (16, 130),
+    (300, 5),
+]
+SIDES += [(64, 64), (65, 63), (480, 640), (200, 210), (12, 12), (11, 90), (97, 41)]
+SHAPES = {f"{h} x {w}": build.photo(h, w, seed=h) for h, w in SIDES}  # with those of `build.shapes` 40
+SHAPES |= {
+    f"{mode} {h} x {w}": build.photo(h, w, seed=w, mode=mode) for mode in ("L", "P", "RGBA") for h, w in SIDES[10:13]
+}
 PHOTOS = [build.photo(40, 90), build.photo(70, 30, 1), build.photo(9, 9, 2)]
 
 
@@ -98,7 +117,7 @@ def test_pixels_ids_logits_and_answers_are_those_of_transformers(family):
 def test_every_shape_gives_the_same_pixels_and_ids_or_is_refused(family, tmp_path):
     _, _, _, processor, _, mine = family
     text = processor.apply_chat_template(build.said(1), add_generation_prompt=True)
-    for name, image in build.shapes(tmp_path).items():
+    for name, image in {**build.shapes(tmp_path), **SHAPES}.items():
         if "2000" in name:
             with pytest.raises(ZooError, match="aspect ratio"):
                 mine(images=[image], text=text)
@@ -209,19 +228,22 @@ def watched(*parts):
     return [{"role": "user", "content": [*({"type": kind} for kind in parts), {"type": "text", "text": "is it red?"}]}]
 
 
-@pytest.mark.parametrize("frames", [2, 3, 8])
+@pytest.mark.parametrize("frames", [1, 2, 7])
 @torch.no_grad()
 def test_videos_are_those_of_transformers(family, film, frames):
-    _, _, theirs, processor, ours, mine = family
+    name, _, theirs, processor, ours, mine = family
     video = Video(film, sampling="explicit", indices=tuple(range(1, 20, 2))[:frames])
     clip = read_video(video)
     known = {"total_num_frames": 20, "fps": 10.0, "frames_indices": list(clip.indices)}
+    shown = clip.frames
+    if frames == 1 and name.startswith("qwen3"):  # which transformers refuses: the frame is shown twice, as elsewhere
+        shown, known["frames_indices"] = shown.repeat(2, axis=0), known["frames_indices"] * 2
     talks = [watched("video"), watched("image", "video", "video")]
     texts = [processor.apply_chat_template(t, add_generation_prompt=True) for t in talks]
     assert texts == [mine.apply_chat_template(t, add_generation_prompt=True) for t in talks]
     processor.tokenizer.padding_side = mine.tokenizer.padding_side = "left"
     batch = processor(
-        images=[PHOTOS[0]], videos=[clip.frames] * 3, text=texts, padding=True, return_tensors="pt",
+        images=[PHOTOS[0]], videos=[shown] * 3, text=texts, padding=True, return_tensors="pt",
         do_sample_frames=False, video_metadata=[dict(known) for _ in range(3)], cap_pixels_per_frame=False,
     )  # fmt: skip
     got = mine(images=[PHOTOS[0]], videos=[video] * 3, text=texts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,13 +158,16 @@ class Videos(Pictures):
         known = VideoMetadata(total_num_frames=clip.total, fps=clip.fps, frames_indices=list(clip.indices))
         if getattr(own, "cap_pixels_per_frame", True) is None:  # transformers warns until it is stated
             own.cap_pixels_per_frame = False
+        each, frames = int(own.temporal_patch_size), clip.frames
+        if len(frames) < each:  # Qwen3-VL's refuses a single frame; others repeat it, as all do with an odd last one
+            frames = np.concatenate([frames, np.repeat(frames[-1:], each - len(frames), 0)])
         try:
-            out = own(videos=[clip.frames], video_metadata=[known], do_sample_frames=False, return_tensors="pt")
+            out = own(videos=[frames], video_metadata=[known], do_sample_frames=False, return_tensors="pt")
         except ValueError as error:
             raise ZooError(f"Video {video.path!r}: {one_line(error)}.") from error
         height, width = clip.frames.shape[1:3]
         cut = native_cut(out["video_grid_thw"][0], own, (height, width))
-        each, shown = int(own.temporal_patch_size), [i / clip.fps for i in clip.indices]
+        shown = [i / clip.fps for i in clip.indices]
         shown += shown[-1:] * (-len(shown) % each)  # the last frame fills its row
         times = tuple((shown[i] + shown[i + each - 1]) / 2 for i in range(0, len(shown), each))
         seconds = each * clip.duration / len(clip.indices)
