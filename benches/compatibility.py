@@ -17,7 +17,7 @@ from zoo.benches.measure import Value
 from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
 from zoo.contracts.trial import KINDS, Part, Trial, Verdict, members
-from zoo.registry import MANY, ZooError
+from zoo.registry import MANY, ZooError, plugins, unknown
 from zoo.registry.versions import PYTHON, TESTED
 
 _HEAD = """# Which parts go together
@@ -54,6 +54,8 @@ versions is known to [registry/versions.py](../registry/versions.py).
 class Options:
     triples: int = 80  # sampled compositions of three parts
     pairs: int = 0  # at most this number of pairs, sampled; 0: all
+    # kind/name with commas between: only compositions with one of these; empty: those that plugins=[...] adds, else all
+    parts: str = ""
     seed: int = 0  # of the samples
     threads: int = 1  # of torch on the CPU
 
@@ -63,6 +65,9 @@ class Options:
                 f"triples and pairs must be at least 0 and threads at least 1, got {self.triples}, {self.pairs}, "
                 f"{self.threads}."
             )
+        self.chosen = [_part(word.strip()) for word in self.parts.split(",") if word.strip()]
+        own = [word for word in plugins.added() if word.partition("/")[0] in KINDS]
+        self.chosen = self.chosen or [_part(word) for word in own]
 
 
 @dataclass
@@ -120,10 +125,11 @@ def libraries() -> str:
 def run(options: Options, show: Callable[[str], None] = print) -> Page:
     """Run all pairs, and a sample of triples."""
     chance = random.Random(options.seed)
-    asked = list(pairs())
+    asked, more = list(pairs()), list(triples())
+    if options.chosen:
+        asked, more = ([parts for parts in some if set(parts) & set(options.chosen)] for some in (asked, more))
     if options.pairs:
         asked = chance.sample(asked, min(options.pairs, len(asked)))
-    more = list(triples())
     asked += chance.sample(more, min(options.triples, len(more)))
     page = Page("zoo bench compatibility", machine=machine(torch.device("cpu"), options.threads))
     with torch_threads(options.threads), tempfile.TemporaryDirectory() as folder:
@@ -133,8 +139,9 @@ def run(options: Options, show: Callable[[str], None] = print) -> Page:
             verdict = trial.run(parts)
             if verdict.word == "no" and verdict.reason not in fixes:
                 fixes[verdict.reason] = verdict.fix = trial.fix(verdict, parts)
-            if verdict.word == "broken":
-                show(f"{' + '.join(n for _, n in parts)}: {verdict.reason}")
+            if verdict.word == "broken" or (verdict.word == "no" and options.chosen):
+                fix = f"; fits with {verdict.fix}" if verdict.fix else ""
+                show(f"{verdict.word:<7}{' + '.join(n for _, n in parts)}: {verdict.reason}{fix}")
             page.found[parts] = verdict
     words = [v.word for v in page.found.values()]
     for word, what in (("yes", "run"), ("no", "are refused with a reason"), ("broken", "pass the check and fail")):
@@ -157,6 +164,20 @@ def triples() -> Iterator[tuple[Part, ...]]:
     for kinds in itertools.combinations(KINDS, 3):
         for chosen in itertools.product(*map(members, kinds)):
             yield tuple(zip(kinds, chosen, strict=True))
+
+
+def _part(word: str) -> Part:
+    """A part of the bench by `kind/name`.
+
+    Raises:
+        ZooError: the bench has no such kind, or no such member of it.
+    """
+    kind, _, name = word.partition("/")
+    if kind not in KINDS:
+        raise unknown("kind of the bench", kind, KINDS)
+    if name not in members(kind):
+        raise unknown(kind, name, members(kind))
+    return kind, name
 
 
 def _tables() -> list[tuple[str, str]]:

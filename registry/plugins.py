@@ -83,6 +83,17 @@ def load(wanted: Iterable[str] | Mapping[str, str], origin: str = "named") -> li
     return [_load(name, origin, place=places.get(name, "")) for name in wanted]
 
 
+def require(wanted: Iterable[str] | Mapping[str, str]) -> None:
+    """Load modules and files that a person named for this command.
+
+    Raises:
+        ZooError: one of them does not load: what it raised, and in which line.
+    """
+    for plugin in load(wanted):
+        if not plugin.ok:
+            raise ZooError(f"Plugin {plugin.name!r} does not load: {plugin.error}")
+
+
 def load_words(words: Iterable[str]) -> list[str]:
     """Load what `plugins=[...]` among the words of a command names, and return the other words.
 
@@ -92,10 +103,13 @@ def load_words(words: Iterable[str]) -> list[str]:
     words = list(words)
     values = [word.partition("=")[2] for word in words if word.startswith("plugins=")]
     names = [name.strip(" \"'") for value in values for name in value.strip("[]").split(",")]
-    for plugin in load(dict.fromkeys(filter(None, names))):
-        if not plugin.ok:
-            raise ZooError(f"Plugin {plugin.name!r} does not load: {plugin.error}")
+    require(dict.fromkeys(filter(None, names)))
     return [word for word in words if not word.startswith("plugins=")]
+
+
+def added() -> list[str]:
+    """Return kind/name of the components of the plugins that were named by word."""
+    return [word for p in _plugins.values() if p.ok and p.origin == "named" for word in p.adds]
 
 
 def named() -> dict[str, str]:
@@ -126,15 +140,23 @@ def _load(name: str, origin: str, point: EntryPoint | None = None, place: str = 
         raise
     except BaseException as error:  # a plugin may even call sys.exit: the rest must work
         first = (str(error).strip() or "no message").splitlines()[0]
-        plugin.error = f"{type(error).__name__}: {first}{_line_of(error, plugin.place)}"
+        plugin.error = f"{type(error).__name__}: {first}{_line_of(error)}"
     plugin.adds = sorted(_components() - before)
     return plugin
 
 
-def _line_of(error: BaseException, place: str) -> str:
-    """Return the line of the file at `place` that raised; empty for a SyntaxError, whose message has it."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
-    return f" ({Path(place).name}, line {lines[-1]})" if lines else ""
+def _line_of(error: BaseException) -> str:
+    """Return the last line of a plugin's own files that raised; empty where none ran, as for a SyntaxError."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # What comes first is this file and importlib; what raises may be a library that the plugin calls.
+    start = next((f.filename for f in frames if f.filename != __file__ and not _of_imports(f.filename)), "")
+    folder = str(Path(start).parent)
+    lines = [f for f in frames if start and str(Path(f.filename).parent) == folder]
+    return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+
+
+def _of_imports(filename: str) -> bool:
+    return filename.startswith("<frozen importlib") or Path(filename).parent.name in ("importlib", "metadata")
 
 
 def _load_file(path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import os
+import sys
 from pathlib import Path
 from traceback import walk_stack
 
@@ -47,6 +48,20 @@ def _one_thread():
 
     torch.set_num_threads(1)
     gc.freeze()  # what was imported so far is not looked through again
+
+
+def forget_plugins():
+    """Make this process one that has loaded no plugin."""
+    from zoo.registry import plugins
+    from zoo.registry import table as core
+
+    for word in [word for p in plugins.status() for word in p.adds]:
+        kind, _, name = word.partition("/")
+        core._entries[kind].pop(name, None)
+        core._declared[kind].pop(name, None)
+    for module in [name for name in sys.modules if name.startswith("zoo_plugin_")]:
+        del sys.modules[module]
+    plugins._plugins.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -275,7 +275,12 @@ def test_what_zoo_new_writes_works(tmp_path, capsys):
     for kind in new.TEMPLATES:
         assert main(["new", kind, f"my_{kind}"]) == 0
         out = capsys.readouterr().out
-        assert f"wrote my_{kind}.py and test_my_{kind}.py" in out and f"python -m pytest test_my_{kind}.py" in out
+        files = (
+            f"my_{kind}.py, test_my_{kind}.py and my_task.jsonl"
+            if kind == "task"
+            else f"my_{kind}.py and test_my_{kind}.py"
+        )
+        assert f"wrote {files}" in out and f"python -m pytest test_my_{kind}.py" in out
         lines = (tmp_path / f"my_{kind}.py").read_text().splitlines()
         assert 15 <= len(lines) <= 60
         assert main(["new", kind, f"my_{kind}"]) == 2
@@ -291,10 +296,10 @@ def test_what_zoo_new_writes_works(tmp_path, capsys):
     assert f"{len(new.TEMPLATES)} passed" in done.stdout and "failed" not in done.stdout, done.stdout
 
 
-def test_the_next_command_of_zoo_new_composes(ran, capsys):
+def test_the_training_that_zoo_new_prints_composes(ran, capsys):
     for kind in ("pruner", "projector", "adapter", "dataset", "vision"):
         assert main(["new", kind, f"my_{kind}"]) == 0
-        *_, train = capsys.readouterr().out.splitlines()
+        *_, train, _ = capsys.readouterr().out.splitlines()
         assert main(train.split()[1:]) == 0, train
         group = "data" if kind == "dataset" else kind
         node = ran[-1][group]

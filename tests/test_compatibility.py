@@ -8,6 +8,7 @@ import pytest
 
 from zoo.benches.compatibility import Options, libraries, pairs, triples
 from zoo.cli.bench import main, parse
+from zoo.cli.entry import main as zoo
 from zoo.contracts.trial import Trial
 from zoo.fusion.projectors.mlp import MLPProjector
 from zoo.registry import ZooError
@@ -75,6 +76,23 @@ def test_the_bench_writes_the_page(tmp_path):
     assert main(["compatibility", "pairs=2", "triples=1", f"markdown={file}"]) == 0
     text = file.read_text()
     assert f"    {MAKE}" in text.replace(" pairs=2 triples=1", "") and "1 compositions" in text
+
+
+def test_a_part_from_outside_is_tried_with_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert zoo(["new", "pruner", "mine"]) == 0
+    file = tmp_path / "page.md"
+    assert main(["compatibility", "plugins=[./mine.py]", "pairs=3", "triples=0", "seed=1", f"markdown={file}"]) == 0
+    assert "of 3 compositions" in capsys.readouterr().out
+    text = file.read_text()
+    assert len(re.findall(r"yes|no \(|BROKEN", text.split("## Reasons")[0].split("made by", 1)[-1])) >= 3
+    assert "mine" in text and "BROKEN (" not in text
+
+
+def test_parts_that_are_not_there_are_refused():
+    for parts, error in (("prunr/x", "No kind of the bench named 'prunr'"), ("pruner/rndom", "Did you mean 'random'")):
+        with pytest.raises(ZooError, match=error):
+            Options(parts=parts)
 
 
 def test_options_that_cannot_be_are_refused():

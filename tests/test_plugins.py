@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from zoo import ZooError
+from zoo.cli import doctor
 from zoo.cli.entry import main
 from zoo.registry import packages, plugins
 from zoo.settings.config import compose
@@ -97,14 +98,38 @@ def test_a_recipe_names_its_plugins(tmp_path):
         (PRUNER.replace("NAME", "random"), "ZooError: pruner 'random' is taken: "),
     ],
 )
-def test_one_that_raises_is_named_and_the_rest_works(tmp_path, text, error):
+def test_one_that_raises_stops_the_command_that_named_it_and_is_left_out_of_a_shells_list(
+    tmp_path, text, error, monkeypatch
+):
     good, bad = write(tmp_path, "good"), tmp_path / "bad.py"
     bad.write_text(text)
-    cfg = compose("train", [f"plugins=[{bad},{good}]", "pruner=good"])
-    assert list(cfg.pruner) == ["good"]
+    recipe = tmp_path / "recipe" / "mine.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(f"# @package _global_\ndefaults:\n  - override /model: scenes_tiny\nplugins: [{bad}]\n")
+    for words in (["plugins=[BAD,GOOD]".replace("BAD", str(bad)).replace("GOOD", str(good))], ["recipe=mine"]):
+        with pytest.raises(ZooError) as raised:
+            compose("train", words, config_dir=tmp_path)
+        assert str(raised.value).startswith(f"Plugin {str(bad)!r} does not load: {error}")
+        assert "bad.py, line " in str(raised.value) and "Plugins that failed" not in str(raised.value)
+    monkeypatch.setattr(plugins, "_plugins", {})
+    monkeypatch.setenv("ZOO_PLUGINS", f"{bad},{good}")
+    assert list(compose("train", ["pruner=good"]).pruner) == ["good"]
     (failed,) = plugins.failed()
     assert failed.name == str(bad) and failed.error.startswith(error)
     assert plugins.loaded() == [str(good)]
+
+
+def test_the_line_of_a_module_that_imports_what_is_missing(tmp_path, monkeypatch):
+    package = tmp_path / "zoo_deep"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "parts.py").write_text("import os\n\nfrom zoo_deep import missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ZooError, match=r"'zoo_deep.parts' does not load: ImportError: .* \(parts.py, line 3\)"):
+        plugins.require(["zoo_deep.parts"])
+    with pytest.raises(ZooError, match=r"does not load: ModuleNotFoundError: No module named 'zoo_deep.nothing'$"):
+        plugins.require(["zoo_deep.nothing"])
+    sys.modules.pop("zoo_deep")
 
 
 def test_a_missing_file():
@@ -169,8 +194,19 @@ def test_installed_plugins_are_listed_and_explained(found, capsys):
     assert "zoo-good" in shown
 
 
+def test_the_doctor_takes_a_plugin(tmp_path, monkeypatch, capsys):
+    file = write(tmp_path, "for_doctor")
+    for report in ("_libraries", "_weights", "_devices", "_attention"):
+        monkeypatch.setattr(doctor, report, lambda: ())
+    assert main(["doctor", f"plugins=[{file}]"]) == 0
+    assert f"ok    {file} (named)  adds pruner/for_doctor" in capsys.readouterr().out
+    assert main(["doctor", "plugins=[./nowhere.py]"]) == 2
+    assert "Plugin './nowhere.py' does not load: FileNotFoundError" in capsys.readouterr().err
+    assert main(["doctor", "word"]) == 2
+
+
 def test_a_missing_component_names_the_plugins_that_failed(found, capsys):
     assert main(["train", "pruner=from_bad"]) == 2
     said = capsys.readouterr().err
     assert "No pruner named 'from_bad'." in said
-    assert "Plugins that failed to load: 'zoo-bad' (ImportError: no module named 'foo')." in said
+    assert "Plugins that failed to load: 'zoo-bad' (ImportError: no module named 'foo' (zoo_bad.py, line 1))." in said

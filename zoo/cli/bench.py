@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import ZooError, unknown
+from zoo.registry import ZooError, plugins, unknown
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def main(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
-    name, given = words[0], list(words[1:])
+    plugins.load_installed()
+    name, given = words[0], plugins.load_words(words[1:])
     if name not in BENCHES:
         raise unknown("bench", name, BENCHES)
     module = _module(name)
@@ -134,7 +135,7 @@ def overview() -> str:
     return "\n".join(
         ["usage: zoo bench <name> [option=value ...]", ""]
         + [f"  {name:<{width}}{bench.summary}" for name, bench in BENCHES.items()]
-        + ["", "zoo bench <name> --help lists its options."]
+        + ["", "zoo bench <name> --help lists its options. plugins=[./mine.py] loads parts of your own."]
     )
 
 

@@ -19,10 +19,12 @@ LIBRARIES = tuple(name for name in TESTED if name not in OPTIONAL)
 
 def main(words: Sequence[str] = ()) -> int:
     """Print the report; return 1 if a library is missing or a plugin fails."""
-    if words:
-        print("usage: zoo doctor\n\nVersions, packages of weights, devices, attention backends and plugins.")
-        return 0 if words[0] in ("-h", "--help") else 2
+    asked = any(word in ("-h", "--help") for word in words)
     plugins.load_installed()
+    if asked or plugins.load_words(words):
+        print("usage: zoo doctor [plugins=[./my_pruner.py]]\n")
+        print("Versions, packages of weights, devices, attention backends and plugins.")
+        return 0 if asked else 2
     print(f"zoo {_version('zoo-vlm') or 'from a checkout'}  python {platform.python_version()}  {platform.platform()}")
     found = (("libraries", _libraries()), ("weights", _weights()), ("devices", _devices()), ("attention", _attention()))
     for title, lines in found:

@@ -31,7 +31,8 @@ def main(words: Sequence[str]) -> int:
         return 0 if any(w in ("-h", "--help") for w in words) else 2
     kind, name = words
     files = write(kind, name, Path.cwd())
-    print(f"wrote {' and '.join(file.name for file in files)}\n\nnext:")
+    *first, last = [file.name for file in files]
+    print(f"wrote {', '.join(first)} and {last}\n\nnext:")
     for command in next_commands(kind, name):
         print(f"  {command}")
     return 0
@@ -54,6 +55,8 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
     if name in names(kind):
         raise ZooError(f"{kind} {name!r} exists already: `zoo info {kind}/{name}` shows it.")
     files = {folder / f"{name}.py": _filled(TEMPLATES[kind], name), folder / f"test_{name}.py": _test(kind, name)}
+    if kind == "task":
+        files[folder / f"{name}.jsonl"] = templates.QUESTIONS  # data sets of the zoo name tasks of their own
     for file in files:
         if file.exists():
             raise ZooError(f"{file.name!r} exists and is not overwritten.")
@@ -69,15 +72,24 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
 def next_commands(kind: str, name: str) -> list[str]:
     """Return the commands to run after `zoo new`."""
     plugin = f"plugins=[./{name}.py]"
-    test = f"python -m pytest test_{name}.py"
-    if kind == "distiller":
-        return [test, f"zoo train {plugin} stages.<stage>.distiller={name} stages.<stage>.teacher=<model>"]
+    first = [
+        f"zoo test {name} {plugin}",
+        f"python -m pytest test_{name}.py",
+        f"zoo info {kind}/{name} {plugin}",
+    ]
     if kind == "task":
-        return [test, f"zoo eval {plugin} task={name} model=last"]
-    check = f"zoo check {plugin} {group_of(kind)}={name}"
+        asked = f"data=chat_json data.chat_json.file={name}.jsonl"
+        return [*first, f"zoo eval model=scenes_tiny {plugin} task={name} {asked}"]
+    run = f"{plugin} {_chosen(kind, name)}"
+    return [*first, f"zoo check {run}", f"zoo train {run}", f"zoo eval model=last {plugin}"]
+
+
+def _chosen(kind: str, name: str) -> str:
+    """Return how a run gets the component."""
+    if kind == "distiller":
+        return f"recipe=llava_kd_tiny stages.dft.distiller={name}"  # whose stage dft has a teacher
     recipe = " recipe=fashion_mnist" if kind == "dataset" else ""  # the default recipe needs the labels of scenes
-    info = f"zoo info {kind}/{name} {plugin}"
-    return [test, info, check, check.replace("check", "train", 1) + recipe]
+    return f"{group_of(kind)}={name}{recipe}"
 
 
 def _filled(text: str, name: str) -> str:

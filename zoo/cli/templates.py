@@ -171,6 +171,7 @@ class CLASSConfig:
 @register("distiller", "NAME")
 class CLASS(Distiller, nn.Module):
     needs = frozenset({"student.hidden", "teacher.hidden"})
+    losses = frozenset({"NAME"})
 
     def __init__(self, config: CLASSConfig) -> None:
         super().__init__()
@@ -252,6 +253,11 @@ class CLASS(Task):
         error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
         return {"mentioned": Score(fmean(values) if values else 0.0, len(values), error)}
 '''
+
+QUESTIONS = """{"id": "1", "question": "Is there a red circle?", "answer": "yes"}
+{"id": "2", "question": "What color is the square?", "answer": "blue"}
+{"id": "3", "question": "How many shapes are there?", "answer": "3"}
+"""
 
 TESTS = {
     "pruner": """    pruner = registry.build("pruner", {"name": "NAME"})

@@ -38,11 +38,10 @@ def main(words: Sequence[str]) -> int:
         return 0 if words else 2
     as_json = "--json" in words
     plugins.load_installed()
-    before = len(plugins.status())
     rest = plugins.load_words([word for word in words if word != "--json"])
     parts = [found_part(word) for word in rest if "=" not in word]
     if not parts:
-        parts = [_pair(word) for plugin in plugins.status()[before:] for word in plugin.adds]
+        parts = [_pair(word) for word in plugins.added()]
     if not parts:
         raise ZooError("zoo test takes a part, such as pruner/my_pruner, or plugins=[...] that add one.")
     options = [word for word in rest if "=" in word]

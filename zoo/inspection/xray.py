@@ -101,6 +101,7 @@ def inspect(
     Raises:
         ZooError: a named pruner does not exist or does not fit, or a plugin does not load.
     """
+    plugins.load_installed()
     plugins.load_words(overrides)
     known = registry.names("pruner")
     for name in (part for chain in pruners for part in chain.split("+")):

@@ -201,7 +201,7 @@ def read_config(folder: RunFolder, given: DictConfig, agreed: Mapping[str, str])
     from zoo.settings.schema import RunRoot
 
     path, saved = folder.config, read_run_config(folder.config)
-    plugins.load(agreed)
+    plugins.require(agreed)
     try:
         then = said_since({"slots": saved, "positions": saved.get("positions")})
         saved = {**then["slots"], "positions": then["positions"]}

@@ -116,7 +116,11 @@ def default_recipe(command: str) -> str | None:
 
 
 def load_plugins(command: str, runs: Iterable[Mapping[str, Any]], config_dir: str | Path | None = None) -> None:
-    """Load installed plugins, those that the recipes name, and those named with `plugins=`."""
+    """Load installed plugins, those that the recipes name, and those named with `plugins=`.
+
+    Raises:
+        ZooError: a plugin that a recipe or the command names does not load.
+    """
     plugins.load_installed()
     wanted: list[str] = []
     for given in runs:
@@ -124,7 +128,7 @@ def load_plugins(command: str, runs: Iterable[Mapping[str, Any]], config_dir: st
         if isinstance(recipe, str):
             wanted += presets.plugins_of(recipe, config_dir)
         wanted += [str(name) for name in presets.as_list(given.get("plugins"))]
-    plugins.load(dict.fromkeys(wanted))
+    plugins.require(dict.fromkeys(wanted))
 
 
 def check(override: Any, config_dir: str | Path | None) -> None:
