@@ -19,7 +19,9 @@ from zoo.checking.checker import PartSummary as Part
 from zoo.checking.memory import Memory
 from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
-from zoo.inspection.report import draw, report_table, summaries
+from zoo.inspection.report import report_tables
+from zoo.inspection.report_picture import draw
+from zoo.inspection.run_summary import summaries
 from zoo.inspection.views import View, Xray
 from zoo.inspection.xray_page import page
 from zoo.inspection.xray_picture import write_picture
@@ -91,7 +93,7 @@ def test_a_report_shows_runs_and_scores_as_they_are(tmp_path):
         EvalResult(lines(name)[:1]).save(run)
     found = summaries([tmp_path])
     assert len(found) == len(shown)
-    text = printed(report_table(found))
+    text = "".join(printed(table) for table in report_tables(found))
     assert "[/b]" in text and "$\\frac$" in text and "\x1b[2J" not in text
     for some in (found[:3], found[:1], found):
         draw(some, tmp_path / "a.png")

@@ -48,7 +48,9 @@ COMMANDS = {
         "survey data before a run: broken records, lengths, duplicates",
         composed=True,
     ),
-    "report": Command("zoo.inspection.report:main", "compare runs in one table and a picture"),
+    "report": Command(
+        "zoo.inspection.report:main", "compare runs: a row for each, a picture and a page of curves", json=True
+    ),
     "bench": Command("zoo.cli.bench:main", "measure speed: zoo bench train"),
     "shift": Command(
         "zoo.inspection.moextend_layers:main",

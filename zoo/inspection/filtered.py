@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from zoo.registry import Score, ZooError
@@ -28,6 +27,7 @@ from zoo.registry.foreign import INDEX, read_text
 from zoo.storage.atomic import write_json
 from zoo.tasks.estimates import mean
 from zoo.text.markup import cell
+from zoo.text.terminal import console
 
 PREDICTIONS = "predictions.jsonl"
 ALL = "all"
@@ -144,8 +144,8 @@ def _cell(score: Score | None) -> str:
     return f"{100 * score.value:.1f} ± {100 * score.stderr:.1f} ({score.n})"
 
 
-def show(options: Mapping[str, str], folders: Sequence[Path]) -> None:
-    """Print the table, and write it as JSON where `out` names a file.
+def show(options: Mapping[str, str], folders: Sequence[Path]) -> list[Figure]:
+    """Print the table, write it as JSON where `out` names a file, and return the figures.
 
     Raises:
         ZooError: `full` or `small` is missing, or no run is left to compare.
@@ -155,6 +155,7 @@ def show(options: Mapping[str, str], folders: Sequence[Path]) -> None:
             f"{lacking[0]}=<folder> is missing: full= is an evaluation without pruner, small= with downsample."
         )
     figures = filtered(Path(options["full"]), Path(options["small"]), folders)
-    Console().print(table_of(figures))
+    console().print(table_of(figures))
     if out := options.get("out"):
         write_json(Path(out), [asdict(figure) for figure in figures])
+    return figures

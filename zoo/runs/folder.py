@@ -55,6 +55,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.scores = self.path / "scores.json"
         self.summary = self.path / "summary.json"
+        self.error = self.path / "error.json"
 
     @property
     def is_finished(self) -> bool:
@@ -153,9 +154,16 @@ class RunFolder:
         remove(aside)
         return checkpoint.rename(aside)
 
+    def note_error(self, error: BaseException) -> None:
+        """Write why the run ended, for `zoo report`; a disk that is full keeps no note."""
+        with contextlib.suppress(OSError, ZooError):
+            text = " ".join(str(error).split()) or type(error).__name__
+            write_json(self.error, {"error": text, "type": type(error).__name__})
+
     def clean(self) -> None:
-        """Remove unfinished files of a killed process."""
+        """Remove unfinished files of a killed process, and its error."""
         with self.writing("anything"):
+            remove(self.error)
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
 

@@ -109,6 +109,15 @@ class RunLock:
             self._close()
 
 
+def alive(folder: Path) -> bool:
+    """Return whether a process trains in a folder, as far as this machine can tell; takes no lock."""
+    with contextlib.suppress(OSError, ValueError):
+        owner = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        if isinstance(owner, dict) and owner:
+            return owner.get("host") != platform.node() or _lives(owner.get("pid"), owner.get("born"))
+    return False
+
+
 def _born(pid: Any) -> float | None:
     """Return the start time of a process of this machine; None if it does not exist.
 

@@ -128,6 +128,7 @@ def _summary(run: "Run", result: EvalResult | None) -> dict[str, Any]:
     return {
         "name": run.folder.path.name,
         "parameters": sum(p.numel() for p in run.model.parameters()),
+        "image_tokens": run.model.num_image_tokens,
         "steps": run.progress.global_step,
         "seconds": round(run.progress.seconds, 1),
         "skipped": len(read_metrics(run.folder.skipped)),

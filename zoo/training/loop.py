@@ -87,7 +87,8 @@ class Run:
         self.saver: Any = None
         try:
             self._prepare(cfg)
-        except BaseException:  # Ctrl-C too: the lock must be released
+        except BaseException as error:  # Ctrl-C too: the lock must be released
+            self._note(error)
             self.close()
             raise
 
@@ -125,8 +126,14 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._note(error)
         self.close()
+
+    def _note(self, error: BaseException | None) -> None:
+        """Note what ended the run, which is neither a signal nor the end of its recipe."""
+        if isinstance(error, Exception) and self.main and hasattr(self, "folder"):
+            self.folder.note_error(error)
 
     def close(self) -> None:
         """Release the lock and flush the trackers."""
@@ -199,6 +206,7 @@ class Run:
         """Return what zoo.lock holds beside versions: number of processes, plugins, and weights the run began on."""
         facts: dict[str, Any] = {"processes": self.accelerator.num_processes, "plugins": list(self.cfg.plugins)}
         facts["base"] = model.config.base
+        facts |= {"parameters": sum(p.numel() for p in model.parameters()), "image_tokens": model.num_image_tokens}
         if self.source.folder is not None:
             facts["started_from"] = {"model": self.source.name, "fingerprint": fingerprint(self.source.folder)}
         return facts
