@@ -1,7 +1,7 @@
 """Evaluation: the same figures for any batch size and number of processes, beside models that do not look."""
 
 import json
-from copy import deepcopy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -148,31 +148,54 @@ def test_the_table_has_every_kind_with_its_baselines(model):
     assert result.summary()["talks/k0/accuracy"] == lines["k0"].score.value
 
 
-def test_processes_share_the_samples(model):
-    class Rank:
-        def __init__(self, rank):
-            self.process_index, self.num_processes = rank, 2
+class Rank:
+    """One of two processes, the second of which runs first; what the first one sends is lost."""
 
-    parts: dict = {}
+    num_processes = 2
 
-    def keep(call, part):
-        parts[call] = deepcopy(part)
-        return [part]
+    def __init__(self, rank):
+        self.process_index, self.is_main_process = rank, rank == 0
 
-    def run(rank, everyone):
-        import zoo.evaluation.evaluate as module
+    def wait_for_everyone(self):
+        pass
 
-        calls = iter(range(3))
-        original, module.gather = module.gather, lambda _, part: everyone(next(calls), part)
-        try:
-            return evaluate(*model, {"talks": Talks()}, batch_size=4, limit=7, accelerator=Rank(rank))
-        finally:
-            module.gather = original
 
-    run(1, keep)
-    both = run(0, lambda call, part: [part, parts[call]])
-    alone = evaluate(*model, {"talks": Talks()}, batch_size=4, limit=7)
-    assert both.predictions == alone.predictions and both.lines == alone.lines
+@pytest.fixture
+def one_after_the_other(monkeypatch, tmp_path):
+    """`run(rank)` evaluates as one of two processes; their files stay in `tmp_path`."""
+    from zoo.evaluation import evaluate as module
+    from zoo.evaluation import shares
+
+    monkeypatch.setattr(shares, "by_first", lambda one, call: call() if one.is_main_process else None)
+    monkeypatch.setattr(shares, "shares_in", lambda one, folder: nullcontext(folder))
+    monkeypatch.setattr(module, "everywhere", lambda one, value: value or ([], []))
+    options = {"batch_size": 4, "limit": 7, "skip_broken": True, "max_broken": 1.0, "folder": tmp_path}
+    return lambda model, data, rank: evaluate(*model, {"talks": data}, accelerator=Rank(rank), **options)
+
+
+def test_processes_share_the_samples(model, one_after_the_other):
+    class Holed(Talks):
+        def get(self, index, epoch=0):
+            if index in (1, 2):
+                raise ValueError(f"record {index} is broken")
+            return super().get(index, epoch)
+
+    options = {"batch_size": 4, "limit": 7, "skip_broken": True, "max_broken": 1.0}
+    for data in (Talks(), Holed()):
+        second = one_after_the_other(model, data, 1)
+        assert not second.predictions, "rows stay in their files"
+        both = one_after_the_other(model, data, 0)
+        alone = evaluate(*model, {"talks": data}, **options)
+        assert both.predictions == alone.predictions and both.lines == alone.lines
+        assert sorted(s["id"] for s in both.skipped) == sorted(s["id"] for s in alone.skipped)
+
+
+def test_a_share_that_was_cut_off_is_refused(model, one_after_the_other, tmp_path):
+    one_after_the_other(model, Talks(), 1)
+    file = tmp_path / "1.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(ZooError, match=r"1\.jsonl.* is not complete"):
+        one_after_the_other(model, Talks(), 0)
 
 
 def test_tasks_choose_the_dialogs(model):

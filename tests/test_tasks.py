@@ -5,7 +5,7 @@ from zoo import registry
 from zoo.registry import Dialog, Score, ZooError
 from zoo.tasks import estimates
 from zoo.tasks.answers import plain
-from zoo.tasks.baselines import majority
+from zoo.tasks.baselines import Commonest
 from zoo.tasks.boxes import boxes_in, overlap
 from zoo.tasks.vqa import normalise
 from zoo.tasks.yes_no import yes_or_no
@@ -258,9 +258,8 @@ def test_captions_are_scored_by_sacrebleu():
 
 def test_the_majority_of_each_kind_is_guessed():
     train = [dialog(a, kind="colour") for a in ("red", "red", "blue")] + [dialog(a, kind="count") for a in "1222"]
-    asked = [dialog(a, kind="colour") for a in ("red", "blue")] + [dialog("2", kind="count"), dialog("2", kind="new")]
-    scores = majority(train, asked, task("exact"))
-    assert {kind: s["accuracy"].value for kind, s in scores.items()} == {"colour": 0.5, "count": 1, "new": 1}
-    options = [dialog("blue", kind="colour", choices=["green", "blue"])]
-    assert majority(train, options, task("choice"))["colour"]["accuracy"].value == 1
-    assert majority([], [dialog("x")], task("exact"))[""]["accuracy"].value == 0
+    commonest, exact = Commonest(train), task("exact")
+    guesses = {kind: commonest.guess(dialog("x", kind=kind), exact) for kind in ("colour", "count", "count_big", "new")}
+    assert guesses == {"colour": "red", "count": "2", "count_big": "2", "new": ""}
+    assert commonest.guess(dialog("blue", kind="colour", choices=["green", "blue"]), task("choice")) == "blue"
+    assert commonest.guess(dialog("b", kind="new", choices=["a", "b"]), task("choice")) == "a"

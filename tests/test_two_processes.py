@@ -16,6 +16,7 @@ from tests import killed_runs, two_processes_fsdp
 from tests.teacher_builders import KD, save_teacher
 from tests.test_loader import Numbers
 from tests.train_builders import config, losses, recipe, start
+from zoo.evaluation.evaluate import evaluate
 from zoo.runs.folder import RunFolder
 from zoo.runs.order import Mix
 from zoo.storage.atomic import remove
@@ -151,7 +152,9 @@ def test_sharded_parameters_train_as_whole_ones(tmp_path, taught):
     for name, p in alone.model.named_parameters():
         # Muon iterates in bfloat16, where the last bit of a gradient may turn one in 256 of a step of 0.02.
         assert torch.allclose(sharded[f"model.{name}"], p, atol=1e-3), name
-    saved, _ = zoo.load(f"dir:{tmp_path / 'run'}", device="cpu")
+    saved, processor = zoo.load(f"dir:{tmp_path / 'run'}", device="cpu")
+    again = evaluate(saved, processor, alone.data.evaluation, limit=3)
+    assert json.loads((tmp_path / "answers.json").read_text()) == [again.predictions, again.summary()]
     assert all(p.equal(sharded[f"model.{name}"]) for name, p in saved.named_parameters())
 
 

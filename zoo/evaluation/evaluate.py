@@ -8,7 +8,7 @@ does not contain (`meta["held_out"]`) are scored separately.
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ from rich.console import Console
 from zoo.evaluation.predict import Question, answer
 from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
+from zoo.evaluation.shares import Row, everywhere, join
 from zoo.registry import Dialog, RecordError, Sample, ZooError, build, naming, read_sample, whole
 from zoo.runs.data import RunData
 from zoo.runs.folder import new_folder
 from zoo.runs.left_out import Sieve
-from zoo.runs.processes import gather, start_accelerator
+from zoo.runs.processes import by_first, start_accelerator
 from zoo.runs.progress import clock
 from zoo.runs.scored import Tasks, nothing_to_score, require_dialogs, samples_of
+from zoo.runs.sharding import gathered
 from zoo.storage.atomic import write_text, writing
 from zoo.storage.precision import autocast, fast_products
+from zoo.tasks.baselines import Commonest
 
 TRAIN_SAMPLES = 2000  # samples of the training split whose answers the majority baseline counts
 
@@ -47,11 +50,15 @@ def main(cfg: DictConfig) -> EvalResult:
     require_dialogs(datasets, tasks, cfg.limit)
     model, processor = build_model(source_of(cfg), device=accelerator.device)
     began = time.monotonic()
+    folder = None
+    if accelerator.num_processes > 1:  # their rows lie there until they are joined
+        folder = Path(by_first(accelerator, lambda: str(_folder_for(cfg))))
     result = evaluate(
         model,
         processor,
         datasets,
         tasks,
+        folder=folder,
         batch_size=cfg.batch_size,
         limit=cfg.limit,
         accelerator=accelerator,
@@ -63,9 +70,8 @@ def main(cfg: DictConfig) -> EvalResult:
         console = Console()
         # Printed before writing, since the disk may be full.
         console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))
-        name = "eval-" + Path(cfg.model.name).as_posix().removesuffix("/model").rpartition("/")[2]
         with writing("scores", "Choose another place with run.dir=<folder>."):
-            folder = Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
+            folder = folder or _folder_for(cfg)
             result.save(folder)
             if result.skipped:
                 write_text(folder / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in result.skipped))
@@ -84,12 +90,19 @@ def main(cfg: DictConfig) -> EvalResult:
     return result
 
 
+def _folder_for(cfg: DictConfig) -> Path:
+    name = "eval-" + Path(cfg.model.name).as_posix().removesuffix("/model").rpartition("/")[2]
+    with writing("scores", "Choose another place with run.dir=<folder>."):
+        return Path(cfg.run.folder) if cfg.run.folder else new_folder(cfg.run.dir, name)
+
+
 def evaluate(
     model: Any,
     processor: Any,
     datasets: Mapping[str, Any],
     tasks: Mapping[str, Any] | None = None,
     *,
+    folder: Path | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
     baselines: bool = True,
@@ -105,6 +118,7 @@ def evaluate(
         processor: of the model.
         datasets: data name -> data set.
         tasks: task name -> task. Dialogs that name another task are left out; None scores each by the task it names.
+        folder: for rows of several processes until they are joined, which all of them see; None: a temporary one.
         batch_size: dialogs at once; None chooses by the size of the model. The scores do not depend on it.
         limit: samples of each data set; None takes all.
         baselines: also score the majority and the blind model.
@@ -119,21 +133,39 @@ def evaluate(
     fast_products()
     datasets = {name: whole("dataset", dataset, name) for name, dataset in datasets.items()}
     model.eval()
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    world = 1 if accelerator is None else accelerator.num_processes
     batch_size = batch_size or _batch_size(model)
     table = Tasks(tasks)
-    with torch.no_grad(), autocast(precision, model.device):
+    sieve = Sieve(skip_broken, max_broken, "zoo eval")
+
+    def joined(rows: dict[str, list[Row]], left_out: Sieve) -> EvalResult:
+        return _result(rows.get("rows", []), rows.get("blind", []), left_out, datasets, table, tasks, baselines)
+
+    with torch.no_grad(), autocast(precision, model.device), gathered(accelerator, model) as apart:
         model.set_attention(model.config.attention)
-        sieve = Sieve(skip_broken, max_broken, "zoo eval")
-        asked = _Questions(datasets, table, limit, rank, world, sieve)
-        rows = _rows(model, processor, asked, batch_size, blind=False)
-        blind = _rows(model, processor, asked, batch_size, blind=True) if baselines else []
-    if accelerator is not None:  # each process answered every `world`-th sample
-        rows, blind = ([r for some in gather(accelerator, part) for r in some] for part in (rows, blind))
-        sieves = gather(accelerator, sieve)
-        sieve = sieves[0]
-        for other in sieves[1:]:
-            sieve.add(other)
+        rank, of = (accelerator.process_index, world) if world > 1 and apart else (0, 1)
+        asked = _Questions(datasets, table, limit, rank, of, sieve)
+        guesses = commonest_of(datasets) if baselines else {}
+        groups = [("rows", _rows(model, processor, asked, batch_size, guesses, blind=False))]
+        groups += [("blind", _rows(model, processor, asked, batch_size, {}, blind=True))] if baselines else []
+        if world == 1:
+            return joined({name: list(rows) for name, rows in groups}, sieve)
+        # Where a shared-out model is not whole anywhere, all processes answer all questions together.
+        found = join(accelerator, folder, groups, sieve, joined, shares=of)
+    lines, skipped = everywhere(accelerator, None if found is None else (found.lines, found.skipped))
+    return found or EvalResult(lines, skipped=skipped)
+
+
+def _result(
+    rows: list[Row],
+    blind: list[Row],
+    sieve: Sieve,
+    datasets: Mapping[str, Any],
+    table: Tasks,
+    tasks: Mapping[str, Any] | None,
+    baselines: bool,
+) -> EvalResult:
+    """Compute scores from the rows of all processes."""
     if (error := sieve.excess()) is not None:
         raise error
     if not rows and sieve.broken:
@@ -141,12 +173,12 @@ def evaluate(
     if not rows:
         raise nothing_to_score(datasets, tasks)
     rows.sort(key=lambda r: r["order"])  # the same predictions.jsonl for any number of processes
-    lines = _lines(rows, table)
+    lines = _lines(rows, table, "scores")
     if baselines:
-        _add(lines, _lines(blind, table), "blind")
-        _add(lines, _majority(rows, datasets, table), "majority")
+        _add(lines, _lines(blind, table, "scores"), "blind")
+        _add(lines, _lines([row for row in rows if row["guess"] is not None], table, "guess"), "majority")
     for row in rows:
-        row.pop("order"), row.pop("dialog")
+        row.pop("order"), row.pop("guess")
     return EvalResult(lines, rows, sieve.lines)
 
 
@@ -188,10 +220,11 @@ class _Questions:
         self.without.add(question.order)
 
 
-def _rows(model: Any, processor: Any, asked: _Questions, batch_size: int, *, blind: bool) -> list[dict[str, Any]]:
-    """Answer the questions, and score each answer."""
+def _rows(
+    model: Any, processor: Any, asked: _Questions, batch_size: int, guesses: Mapping[str, Commonest], *, blind: bool
+) -> Iterator[Row]:
+    """Answer the questions, and score each answer, and the commonest training answer where `guesses` has one."""
     names, tasks = list(asked.datasets), asked.tasks
-    rows = []
     answers = answer(
         model, processor, asked.questions(blind), batch_size=batch_size, blind=blind, leave_out=asked.leave_out
     )
@@ -207,40 +240,37 @@ def _rows(model: Any, processor: Any, asked: _Questions, batch_size: int, *, bli
             except RecordError as error:
                 asked.leave_out(question, error)
                 continue
-            rows.append(
-                {
-                    "data": data,
-                    "id": question.sample.id,
-                    "kind": dialog.kind or data,
-                    "task": name,
-                    "prompt": prompt_of(dialog),
-                    "prediction": text,
-                    "answers": dialog.answers or [reference_of(dialog)],
-                    "scores": scores,
-                    "meta": dialog.meta,
-                    "order": (*question.order, name),
-                    "dialog": dialog,
-                }
-            )
-    return rows
+            yield {
+                "data": data,
+                "id": question.sample.id,
+                "kind": dialog.kind or data,
+                "task": name,
+                "prompt": prompt_of(dialog),
+                "prediction": text,
+                "answers": dialog.answers or [reference_of(dialog)],
+                "scores": scores,
+                "meta": dialog.meta,
+                "order": [*question.order, name],
+                "guess": task.score(dialog, guesses[data].guess(dialog, task)) if data in guesses else None,
+            }
 
 
 Key = tuple[str, str, str, bool]  # data, kind, task, held out
 
 
-def _by_key(rows: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
-    groups: dict[Key, list[dict[str, Any]]] = {}
+def _by_key(rows: list[Row]) -> dict[Key, list[Row]]:
+    groups: dict[Key, list[Row]] = {}
     for row in rows:
         key = (row["data"], row["kind"], row["task"], bool(row["meta"].get("held_out")))
         groups.setdefault(key, []).append(row)
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][3])))
 
 
-def _lines(rows: list[dict[str, Any]], tasks: Tasks) -> list[Line]:
+def _lines(rows: list[Row], tasks: Tasks, scores: str) -> list[Line]:
     return [
         Line(data, kind, task, metric, held_out, score)
         for (data, kind, task, held_out), some in _by_key(rows).items()
-        for metric, score in tasks[task].summarise([r["scores"] for r in some]).items()
+        for metric, score in tasks[task].summarise([r[scores] for r in some]).items()
     ]
 
 
@@ -250,11 +280,9 @@ def _add(lines: list[Line], others: list[Line], what: str) -> None:
         setattr(line, what, found.get((line.data, line.kind, line.task, line.held_out, line.metric)))
 
 
-def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Tasks) -> list[Line]:
-    """Score the most frequent training answer of each kind on the dialogs that the model was scored on."""
-    from zoo.tasks.baselines import majority
-
-    lines = []
+def commonest_of(datasets: Mapping[str, Any]) -> dict[str, Commonest]:
+    """Count the answers of each data set's training split, where it has one of known length."""
+    found = {}
     for data, dataset in datasets.items():
         train = dataset.train_split()
         if train is None or train.is_stream:
@@ -263,23 +291,8 @@ def _majority(rows: list[dict[str, Any]], datasets: Mapping[str, Any], tasks: Ta
         count = min(TRAIN_SAMPLES, len(train))
         samples = (read_sample(data, train, i * len(train) // count) for i in range(count))
         dialogs = (d for sample in samples if isinstance(sample, Sample) for d in sample.dialogs)
-        trained = [d for d in dialogs if d.preference != "rejected"]
-        for (name, kind, task, held_out), some in _by_key(rows).items():
-            if name == data:
-                asked = [r["dialog"] for r in some]
-                scores = majority(_of_kind(trained, asked[0].kind), asked, tasks[task])
-                lines += [Line(data, kind, task, m, held_out, s) for got in scores.values() for m, s in got.items()]
-    return lines
-
-
-def _of_kind(dialogs: list[Dialog], kind: str) -> list[Dialog]:
-    """Return the training dialogs of a kind.
-
-    For a kind of evaluation only, those of the longest kind that its name continues (count_big -> count).
-    """
-    kinds = {d.kind for d in dialogs}
-    base = kind if kind in kinds else max((k for k in kinds if k and kind.startswith(k + "_")), key=len, default=kind)
-    return [replace(d, kind=kind) for d in dialogs if d.kind == base]
+        found[data] = Commonest(d for d in dialogs if d.preference != "rejected")
+    return found
 
 
 def _batch_size(model: Any) -> int:

@@ -215,6 +215,7 @@ def _generate(
         batch = to_device(processor.collate([rows[p] for p in chunk], padding_side="left"), model.device)
         # Overrides the checkpoint's generation config, which may sample.
         fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}
+        fixed |= {"synced_gpus": False}  # of a model that FSDP shares out, transformers waits for all processes
         fixed |= {"tokenizer": processor.tokenizer} if model.generation_config.stop_strings else {}
         both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
         if cached and chunk[0].shared:

@@ -6,7 +6,8 @@ in it, and how often, may depend on the batch of a process, and a unit that one 
 would leave both waiting.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,42 @@ def shard_like(module: nn.Module, model: nn.Module) -> None:
     # A distiller that continues from the previous stage is shared out already.
     if any(not hasattr(p, "device_mesh") for p in module.parameters()):
         fully_shard(module, mesh=next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+
+
+@contextmanager
+def gathered(accelerator: Any, model: nn.Module) -> Iterator[bool]:
+    """Hold whole weights in each process, so that each may run the model as often as it likes; False: they do not fit.
+
+    Then the processes have to run the same passes, together. A model that is not shared out is whole.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    units: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if not units or not _fits(accelerator, model):
+        yield not units
+        return
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield True
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(
+                unit is not model and accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False
+            )
+            unit.reshard()
+
+
+def _fits(accelerator: Any, model: nn.Module) -> bool:
+    """Whether whole weights fit beside all else on the device of every process."""
+    if accelerator.device.type != "cuda":
+        return True
+    free = torch.cuda.mem_get_info(accelerator.device)[0] + torch.cuda.memory_reserved(accelerator.device)
+    free -= torch.cuda.memory_allocated(accelerator.device)
+    least = torch.tensor(free, device=accelerator.device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return sum(p.numel() * p.element_size() for p in model.parameters()) < 0.8 * int(least)
 
 
 def mesh_of(accelerator: Any) -> Any:

@@ -3,35 +3,38 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from zoo.registry import Dialog, Score, Task
+from zoo.registry import Dialog, Task
 from zoo.tasks.answers import accepted
 
 
-def majority(train: Iterable[Dialog], evaluate: Iterable[Dialog], task: Task) -> dict[str, dict[str, Score]]:
-    """Score the commonest training answer of each kind; the commonest of all for a kind that training lacks.
-
-    In multiple choice the guess is the commonest answer that is among the options, or else the first option.
+class Commonest:
+    """The commonest training answer of each kind of question.
 
     Args:
         train: dialogs to count answers in.
-        evaluate: dialogs to guess.
-        task: what scores the guesses.
-
-    Returns:
-        Kind -> metric -> score.
     """
-    counts: dict[str, Counter[str]] = {}
-    everything: Counter[str] = Counter()
-    for dialog in train:
-        answer = accepted(dialog)[:1] if not dialog.answers else [Counter(dialog.answers).most_common(1)[0][0]]
-        counts.setdefault(dialog.kind, Counter()).update(answer)
-        everything.update(answer)
-    ranked = {kind: [a for a, _ in some.most_common()] for kind, some in counts.items()}
-    overall = [a for a, _ in everything.most_common()]
-    rows: dict[str, list[dict[str, float]]] = {}
-    for dialog in evaluate:
-        guesses = ranked.get(dialog.kind, overall)
+
+    def __init__(self, train: Iterable[Dialog]) -> None:
+        self.counts: dict[str, Counter[str]] = {}
+        for dialog in train:
+            answer = accepted(dialog)[:1] if not dialog.answers else [Counter(dialog.answers).most_common(1)[0][0]]
+            self.counts.setdefault(dialog.kind, Counter()).update(answer)
+        self._ranked: dict[str, list[str]] = {}
+
+    def guess(self, dialog: Dialog, task: Task) -> str:
+        """Return the answer to guess for a dialog; empty for a kind that training lacks.
+
+        For a kind of evaluation only, that of the longest kind that its name continues (count_big -> count). In
+        multiple choice it is the commonest among the options, or else the first option.
+        """
+        guesses = self._of(dialog.kind)
         if task.mode == "choice":
             guesses = [g for g in guesses if g in dialog.choices] or list(dialog.choices)
-        rows.setdefault(dialog.kind, []).append(task.score(dialog, guesses[0] if guesses else ""))
-    return {kind: task.summarise(some) for kind, some in rows.items()}
+        return guesses[0] if guesses else ""
+
+    def _of(self, kind: str) -> list[str]:
+        if kind not in self._ranked:
+            begun = (k for k in self.counts if k and kind.startswith(k + "_"))
+            base = kind if kind in self.counts else max(begun, key=len, default=kind)
+            self._ranked[kind] = [answer for answer, _ in self.counts.get(base, Counter()).most_common()]
+        return self._ranked[kind]

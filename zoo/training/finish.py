@@ -64,7 +64,8 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
         limit=limit,
         baselines=baselines,
         accelerator=run.accelerator,
-        precision="bf16" if is_mixed(run.model) else "fp32",
+        folder=run.folder.path,
+        precision="bf16" if run.gather_short or is_mixed(run.model) else "fp32",
         skip_broken=run.skips,
         max_broken=run.cfg.max_broken,
     )
