@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.stream_order import StreamOrder, StreamRow, order_of
 from zoo.registry import RecordError, Sample, ZooError, naming, placed, sample_or_error
+from zoo.runs.dealing import IMAGE, cost_of, deal
 from zoo.runs.lengths import Room
 from zoo.runs.order import Mix, ShardPosition, Where, keyed
 from zoo.settings.stage import Stage
@@ -51,6 +52,7 @@ class Batches(Dataset):
         teacher: Any = None,
         room: Room | None = None,
         recall: Callable[[Sample], list[Any]] | None = None,
+        image_cost: float = IMAGE,
     ) -> None:
         self.mix, self.processor, self.stage, self.steps, self.place = mix, processor, stage, steps, place
         self.multiple_of, self.text = multiple_of, text
@@ -63,9 +65,12 @@ class Batches(Dataset):
                 f"batch_size={stage.batch_size} does not split evenly over {place.world} processes with "
                 f"accumulate={stage.accumulate}; allowed are multiples of {parts}."
             )
-        if stage.length_buckets and None in mix.lengths:
-            name = mix.names[mix.lengths.index(None)]
-            raise ZooError(f"length_buckets needs data of known length, and data {name!r} is a stream.")
+        for option in ("length_buckets", "balance"):
+            if getattr(stage, option) and None in mix.lengths:
+                name = mix.names[mix.lengths.index(None)]
+                raise ZooError(f"{option} needs data of known length, and data {name!r} is a stream.")
+        self.image_cost = image_cost  # in tokens, for `balance`
+        self._dealt: tuple[int, list[Where]] = (-1, [])  # a step, and its samples in the order of processes and passes
         self.size = stage.batch_size // parts  # samples of one forward pass
         self._window: tuple[int, list[list[Where]]] = (-1, [])
         self.has_streams = None in mix.lengths
@@ -145,18 +150,29 @@ class Batches(Dataset):
         if self._window[0] != window:
             places = self.mix.places(window * WINDOW * size, min((window + 1) * WINDOW, self.steps) * size)
             # From the text, not the encoded row: encoding a window would take as long as its steps.
-            lengths = [_length(self.mix.read(*where)) for where in places]
+            lengths = [cost_of(self.mix.read(*where)) for where in places]
             ranked = np.argsort(lengths, kind="stable").reshape(-1, size)
             shuffled = ranked[keyed(self.mix.seed, 2, window).permutation(len(ranked))]
             self._window = (window, [[places[i] for i in row] for row in shuffled.tolist()])
         return self._window[1][step - window * WINDOW]
+
+    def _in_parts(self, step: int) -> list[Where]:
+        """Return the samples of a step in the order of its slots; with `balance`, dealt to them by cost."""
+        if not self.stage.balance:
+            return self._places(step)
+        if self._dealt[0] != step:
+            places = self._places(step)
+            costs = np.array([cost_of(self.mix.read(*where), self.image_cost) for where in places])
+            order = deal(costs, len(places) // self.size)
+            self._dealt = (step, [places[i] for i in order.tolist()])
+        return self._dealt[1]
 
     # ---- streams -----------------------------------------------------------------------------------------------
 
     def _items(self, step: int, slots: range) -> list[Item]:
         """Return the items at `slots` of an optimiser step, all of which this process computes."""
         if not self.has_streams:
-            return list(self._places(step)[slots.start : slots.stop])
+            return list(self._in_parts(step)[slots.start : slots.stop])
         if step < self._step[0]:  # streams cannot go back: read again from the checkpoint's state
             self._streams, self._step = {}, (self.place.step - 1, {})
         while self._step[0] < step:
@@ -205,15 +221,6 @@ class _Making(Dataset):
             return read if isinstance(read, ZooError) else self.batches.make(*read)
         except ZooError as error:
             return error
-
-
-def _length(sample: Sample | RecordError) -> int:
-    """Estimate a sample's length: characters of its text and 1000 per image; 0 if it is broken."""
-    if isinstance(sample, RecordError):
-        return 0
-    parts = (m["content"] for d in sample.dialogs for m in d.messages)
-    text = sum(len(c) if isinstance(c, str) else sum(len(p.get("text", "")) for p in c) for c in parts)
-    return text + 1000 * len(sample.images)
 
 
 class Loader:

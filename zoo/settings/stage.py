@@ -46,6 +46,7 @@ class Stage:
     pack: str = "dialogs"  # dialogs: those of a sample share its images in one sequence; none: one sequence for each
     pack_length: int | None = None  # maximum tokens of a row that several samples share; null: a row for each sample
     length_buckets: bool = False  # batch samples of similar length, to reduce padding
+    balance: bool = False  # deal samples by cost, so that no process waits; each process reads all records of a step
     workers: int = 0  # processes that read data; 0: one thread, best for small images
     skip_broken: bool | None = None  # leave out broken records, and list them; null: as the run
     max_length: int | None = None  # tokens of a dialog, its images included; null: the LLM's positions

@@ -27,6 +27,7 @@ from zoo.runs import checkpoint
 from zoo.runs.allocator import keep_memory
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
+from zoo.runs.dealing import image_cost
 from zoo.runs.folder import RunFolder
 from zoo.runs.kept_features import Recall, keep_features
 from zoo.runs.left_out import LeftOut
@@ -278,6 +279,7 @@ class Run:
         # Padding to multiples of 32 bounds the number of shapes that torch.compile specialises on.
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
         options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)
+        options["image_cost"] = image_cost(self.model, self.processor.num_image_tokens)
         if not done:
             calibrate_adapters(self, index, engine, options)
         if kept is not None:

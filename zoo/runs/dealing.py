@@ -1,0 +1,62 @@
+"""Deal the samples of a step to processes and passes so that each costs about the same, and none waits for another.
+
+The cost of a sample is in tokens of the LLM: those of its text and its images, and what the encoder adds.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from zoo.registry import RecordError, Sample
+
+CHARACTERS = 4  # of a token of text, about
+IMAGE = 250.0  # cost of an image whose number of tokens depends on it
+
+
+def deal(costs: np.ndarray, parts: int) -> np.ndarray:
+    """Return the samples in the order of the parts that they are dealt to, equally many to each.
+
+    From the costliest on, `parts` samples at a time, the costliest of them to the part that has the least so far: sums
+    are alike, and so are the lengths in a part's k-th place, which padding makes equal. A function of the costs alone.
+
+    Args:
+        costs: (S,), S a multiple of `parts`.
+        parts: processes times passes.
+
+    Returns:
+        (S,) indices: those of part 0, in ascending order, then those of part 1, ...
+    """
+    loads, dealt = np.zeros(parts), np.empty((parts, len(costs) // parts), dtype=np.int64)
+    for turn, samples in enumerate(np.argsort(-costs, kind="stable").reshape(-1, parts)):
+        takers = np.argsort(loads, kind="stable")
+        dealt[takers, turn] = samples
+        loads[takers] += costs[samples]
+    return np.sort(dealt, axis=1).ravel()
+
+
+def cost_of(sample: Sample | RecordError, image: float = IMAGE) -> float:
+    """Estimate the cost of a sample from its text and its number of images; 0 if it is broken."""
+    if isinstance(sample, RecordError):
+        return 0.0
+    parts = (m["content"] for d in sample.dialogs for m in d.messages)
+    text = sum(len(c) if isinstance(c, str) else sum(len(p.get("text", "")) for p in c) for c in parts)
+    return text / CHARACTERS + image * len(sample.images)
+
+
+def image_cost(model: Any, tokens: int) -> float:
+    """Return the cost of an image: its tokens in the LLM, and its patches by the encoder's share of parameters.
+
+    Args:
+        model: composed, with the parameters that train set: a frozen encoder has no backward pass, two thirds of it.
+        tokens: of an image in the sequence; 0: not the same for all images.
+    """
+    vision = model.vision
+    if vision is None or (not tokens and not vision.num_tokens):
+        return IMAGE
+    share = _size(vision) / max(1, _size(model.llm))
+    trains = any(p.requires_grad for p in vision.parameters())
+    return (tokens or IMAGE) + (vision.num_tokens or 0) * share * (1.0 if trains else 1 / 3)
+
+
+def _size(part: Any) -> int:
+    return sum(p.numel() for p in part.parameters())
