@@ -116,6 +116,7 @@ LEAVES["options check themselves"] = [
     "fusion/pruners/topk.py",
     "vision/encoders/sizes.py",
     "vision/encoders/timm.py",
+    "zoo/settings/parallel.py",
     "zoo/settings/stage.py",
 ]
 LEAVES["how options are read, what is loaded on the way, what is refused"] = [
