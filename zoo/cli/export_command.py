@@ -14,17 +14,11 @@ from zoo.text.sizes import size_text
 FORMATS = {
     "hf": "the layout of a published family, which transformers loads without zoo",
     "safetensors": "zoo's own layout with all weights, independent of the checkpoints that they came from",
+    "gguf": "files of llama.cpp: the language model, and CLIP or SigLIP with the projector (mmproj)",
 }
 SPELLINGS = {"gguf-parts": "gguf", "transformers": "hf", "zoo": "safetensors"}
-OPTIONS = (
-    "format",
-    "merge",
-    "family",
-    "dtype",
-    "max-shard-size",
-    "license",
-    "scores",
-)  # may also be written as key=value
+# May also be written as key=value.
+OPTIONS = ("format", "merge", "family", "dtype", "type", "max-shard-size", "license", "scores")
 
 
 def main(words: Sequence[str]) -> int:
@@ -57,6 +51,7 @@ def _facts(model: Any, overrides: Sequence[str], args: Any) -> Any:
 
 def _write(model: Any, processor: Any, folder: Path, args: Any, facts: Any) -> None:
     from zoo.published.export import export, merge_adapters
+    from zoo.published.gguf_export import export_gguf
 
     merged = list(model.adapter)
     if args.format == "safetensors":
@@ -67,7 +62,10 @@ def _write(model: Any, processor: Any, folder: Path, args: Any, facts: Any) -> N
         processor.save_pretrained(folder)
     else:
         try:
-            export(model, processor, folder, family=args.family, max_shard_size=args.max_shard_size, card=facts)
+            if args.format == "gguf":
+                export_gguf(model, processor, folder, name=label_of(model_word(args.model)), type=args.type, card=facts)
+            else:
+                export(model, processor, folder, family=args.family, max_shard_size=args.max_shard_size, card=facts)
         except ZooError as error:
             hint = f"As it is, for zoo on another machine: zoo export {args.model} --format safetensors"
             raise ZooError(f"{error}\n{hint}") from error
@@ -94,6 +92,9 @@ def load_lines(place: str, format: str) -> list[str]:
             f'model = AutoModelForImageTextToText.from_pretrained("{place}")',
             f'processor = AutoProcessor.from_pretrained("{place}")',
         ]
+    if format == "gguf":
+        llm, clip = sorted(Path(place).glob("*.gguf"), key=lambda file: file.name.startswith("mmproj-"))
+        return [f"llama-mtmd-cli -m {llm} --mmproj {clip} --image photo.jpg -p 'What is this?'"]
     return ["import zoo", f'model, processor = zoo.load("dir:{place}")']
 
 
@@ -133,6 +134,7 @@ def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
         "--family", default="", help="layout of hf: llava, llava_next, ...; default: the first that fits"
     )
     parser.add_argument("--dtype", default=None, help="of the weights, e.g. bfloat16; default: as they are")
+    parser.add_argument("--type", default="", help="of gguf: f32, f16, bf16 or q8_0; default: as the weights are")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weights file")
     parser.add_argument("--license", default="", help="of the weights, by the hub's name: apache-2.0; for the card")
     parser.add_argument(

@@ -50,7 +50,8 @@ TRANSFORMERS = Layout(
         'processor = AutoProcessor.from_pretrained("{place}")',
     ),
 )
-LAYOUTS = {"zoo": ZOO, "transformers": TRANSFORMERS}
+GGUF = Layout("gguf", ("llama-mtmd-cli -m {files[0]} --mmproj {files[1]} --image photo.jpg -p 'What is this?'",))
+LAYOUTS = {"zoo": ZOO, "transformers": TRANSFORMERS, "gguf": GGUF}
 
 
 def write_card(
@@ -62,6 +63,7 @@ def write_card(
     name: str = "",
     record: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    files: Sequence[str] = (),
 ) -> None:
     """Write README.md; one that a person wrote or changed stays.
 
@@ -73,6 +75,7 @@ def write_card(
         name: title; empty: that of the folder.
         record: of the bases that the folder names; None: what its config.json states.
         notes: further sentences on the weights.
+        files: names of the GGUF files: of the language model, of encoder and projector.
     """
     file = folder / FILE
     if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
@@ -81,7 +84,9 @@ def write_card(
         stated = read_json(folder / "config.json") if layout.zoo and (folder / "config.json").is_file() else {}
         record = stated.get("base") or {} if layout.zoo else model.bases.record
     known = facts_in(model.described).without_scores() if facts is None else facts
-    write_text(file, card_text(model, known, layout=layout, name=name or _title(folder), record=record, notes=notes))
+    title = name or _title(folder)
+    text = card_text(model, known, layout=layout, name=title, record=record, notes=notes, files=files)
+    write_text(file, text)
 
 
 def card_text(
@@ -92,6 +97,7 @@ def card_text(
     name: str = "model",
     record: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    files: Sequence[str] = (),
 ) -> str:
     """Return the text of a card. Args: as `write_card`."""
     bases = _bases(model, model.bases.record if record is None else record)
@@ -99,7 +105,7 @@ def card_text(
     front = _metadata(model, facts, bases, layout, name)
     parts = [f"---\n{front}\n---", MARK, f"# {markdown(name)}", _about(summary)]
     parts += [" ".join(notes)] if notes else []
-    parts += ["## Load it", _load(model, layout, _place(name, layout), bases)]
+    parts += ["## Load it", _load(model, layout, _place(name, layout), bases, files)]
     parts += ["## Parts", *_parts(summary.parts, bases, facts)]
     if facts.scores:
         parts += ["## Scores", "\n".join(_score_rows(facts.scores))]
@@ -215,7 +221,9 @@ def _place(name: str, layout: Layout) -> str:
     return f"dir:{name}" if layout.zoo else name
 
 
-def _load(model: Any, layout: Layout, place: str, bases: Sequence[_Base]) -> str:
+def _load(model: Any, layout: Layout, place: str, bases: Sequence[_Base], files: Sequence[str]) -> str:
+    if files:
+        return f"    {layout.load[0].format(files=files)}"
     named = model.config.plugins or []
     plugins = f', "plugins=[{",".join(named)}]"' if named else ""
     place = json.dumps(place, ensure_ascii=False)[1:-1]

@@ -64,8 +64,8 @@ def export(
         ZooError: a part has no place in the layout, with the reason.
     """
     record = (model.config.base or {}).get("model")
-    _refuse_adapters(model)
-    known, encoder = _place_for(model, family or (record or {}).get("family", ""), record)
+    refuse_adapters(model)
+    known, encoder = place_for(model, family or (record or {}).get("family", ""), record)
     theirs = their_processor(model, processor, known)
     merge_adapters(model)
     config = known.config(model, encoder)
@@ -106,7 +106,7 @@ def _stops(model: Any) -> Any:
 # ---- whether there is a place ----------------------------------------------------------------------------------------
 
 
-def _place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple[Family, Encoder]:
+def place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple[Family, Encoder]:
     """Find the layout that supports a model, or raise with the reasons.
 
     Args:
@@ -152,7 +152,8 @@ def _require_plain(model: Any) -> None:
         )
 
 
-def _refuse_adapters(model: Any) -> None:
+def refuse_adapters(model: Any) -> None:
+    """Refuse a model with adapters that cannot be merged."""
     for name, adapter in model.adapter.items():
         if not adapter.can_merge:
             raise ZooError(
@@ -167,7 +168,7 @@ def merge_adapters(model: Any) -> None:
     Raises:
         ZooError: one cannot be merged; nothing was.
     """
-    _refuse_adapters(model)
+    refuse_adapters(model)
     for name, adapter in list(model.adapter.items()):
         adapter.merge()
         del model.adapter[name]
@@ -176,6 +177,11 @@ def merge_adapters(model: Any) -> None:
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def state_of_layout(model: Any, encoder: Encoder, known: Family, config: Any) -> dict[str, Tensor]:
+    """Return a model's weights by the names of published files. Args: see `place_for` and `Family.config`."""
+    return _state(model, encoder, known, config, {})
 
 
 def _state(model: Any, encoder: Encoder, known: Family, config: Any, spare: Held) -> dict[str, Tensor]:
