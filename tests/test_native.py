@@ -288,6 +288,54 @@ def test_a_teacher_shares_a_frozen_encoder(make_model):
     assert not ran and torch.equal(seen.logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("normalise", ["none", "centred_unit"])
+def test_image_tokens_are_distilled_by_row_and_cell(make_model, normalise):
+    """Visual and relation losses of LLaVA-KD, as they follow from logits: of all tokens, and of those a pruner left."""
+    from zoo.composed.outputs import Seen
+
+    few = {"divprune": {"name": "divprune", "keep_ratio": 0.5}}
+    batches, models = [], []
+    for seed, pruner in ((1, {}), (1, few), (2, {})):
+        model, processor = make_model(seed=seed, **slots("qwen3_vl", pruner=pruner))
+        sharpen(model, 2.0)
+        rows = [processor.encode(shown_sample((QUESTIONS[i], ANSWERS[i]), sizes=SIZES[i], seed=i)) for i in (0, 1)]
+        batches.append(processor.collate(rows))
+        models.append(model)
+    teacher = models[2].requires_grad_(False).eval()
+    taught = Seen(teacher(**batches[2], all_logits=True), teacher.llm)
+    node = {"name": "llava_kd", "relation_normalise": normalise, "response_weight": 0.0}
+    for model, batch in zip(models[:2], batches[:2], strict=True):
+        seen = Seen(model.train()(**batch, all_logits=True), model.llm)
+        losses = registry.build("distiller", node)(seen, taught, {**batch, "num_images": count_images(batch)})
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in model.vision.parameters())
+        logits, wanted, kept, place = seen.logits, taught.logits, seen.image_kept, 0
+        ours, theirs = (x[m["input_ids"] == model.image_token_id] for x, m in ((logits, batch), (wanted, batches[2])))
+        visual, relation = [], []
+        at = 0
+        for row, cells in enumerate(
+            kept.in_order(lambda g: g.tokens.new_zeros(g.tokens.shape[:2]) if g.places is None else g.places)
+        ):
+            n = int(torch.tensor(batch["cuts"][row].patches).prod())
+            whole = theirs[at : at + n]
+            mine = ours[place : place + len(cells)]
+            chosen = whole if len(cells) == n else whole[cells.long()]
+            visual.append(
+                torch.nn.functional.kl_div(
+                    mine.log_softmax(-1), chosen.log_softmax(-1), reduction="none", log_target=True
+                )
+                .sum(-1)
+                .mean()
+            )
+            pair = [x - x.mean(-1, keepdim=True) if normalise != "none" else x for x in (mine, chosen)]
+            pair = [torch.nn.functional.normalize(x, dim=-1) if normalise != "none" else x for x in pair]
+            flat = [(x @ x.T).flatten() for x in pair]
+            relation.append(1 - torch.nn.functional.cosine_similarity(*flat, dim=0))
+            at, place = at + n, place + len(cells)
+        torch.testing.assert_close(losses["visual"], torch.stack(visual).mean(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(losses["relation"], torch.stack(relation).mean(), atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.fixes
 @pytest.mark.parametrize(
     ("changed", "fix"),
@@ -298,3 +346,28 @@ def test_a_refusal_offers_what_fits(changed, fix):
         check(Plan({"pruner": {}, "adapter": {}, **slots("qwen3_vl", **changed)}, vocab_size=512))
     assert fix in refusal.value.fixes
     assert check(Plan({"pruner": {}, "adapter": {}, **slots("qwen3_vl")}, vocab_size=512)).num_image_tokens == 64
+
+
+def test_image_tokens_of_a_teacher_align_or_are_refused(make_model):
+    from types import SimpleNamespace
+
+    from zoo.checking.teachers import ON_IMAGES, _check_images
+    from zoo.composed.assembly import assemble
+
+    stage = SimpleNamespace(distiller_node={"name": "llava_kd"})
+    whole = slots("qwen3_vl")
+    teacher = assemble({"pruner": {}, "adapter": {}, **whole}, vocab_size=512)
+    for changed, message in (
+        ({}, ""),
+        ({"pruner": {"divprune": {"name": "divprune"}}}, ""),
+        ({"pruner": {"pool": {"name": "pool"}}}, "makes new tokens, which the teacher does not have"),
+        ({"pruner": {"evs": {"name": "evs"}}}, "keeps a number of its own"),
+        ({"vision": encoder_node("qwen3_vl", max_pixels=1024)}, "each of 8 pixels a side, by the shape of an image of"),
+    ):
+        model, _ = make_model(**slots("qwen3_vl", **changed))
+        given = ("kd", stage, ON_IMAGES, model, model.config.slots, teacher, {"pruner": {}, **whole})
+        if not message:
+            _check_images(*given)
+            continue
+        with pytest.raises(ZooError, match=message):
+            _check_images(*given)

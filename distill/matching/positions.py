@@ -2,7 +2,8 @@
 
 Answer tokens are the same in both sequences, in the same order, whatever the number of image tokens before them. An
 image token is identified by its image and its cell in the encoder's grid, so that a student that keeps a quarter of
-the tokens is compared with a teacher that keeps all, on the tokens kept. Tiles and frames count as images.
+the tokens is compared with a teacher that keeps all, on the tokens kept. Tiles and frames count as images, and so does
+each row of images that keep their shapes, whose grids differ.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.distill.losses.chunked import LiveTeacher, TopKTeacher
-from zoo.registry import IGNORE_INDEX, ImageFeatures, ZooError
+from zoo.registry import IGNORE_INDEX, ImageFeatures, UnlikeRows, ZooError
 
 PREFIX = "teacher"  # of the batch's targets that hold a stored teacher: teacher.<positions>.<what>
 
@@ -72,6 +73,8 @@ def match_images(student: Any, teacher: Any, batch: Mapping[str, Any]) -> Matche
 
 def num_shown(seen: Any) -> int:
     """Count the images of a batch, each tile as one."""
+    if isinstance(seen.image_kept, UnlikeRows):
+        return int(seen.image_kept.num_rows)
     return len(seen.image_tokens if seen.image_kept is None else seen.image_kept.tokens)
 
 
@@ -115,16 +118,30 @@ def _image_tokens(seen: Any) -> tuple[Tensor, Tensor]:
         return torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, 2, dtype=torch.long, device=device)
     flat = index.flatten()
     where = (flat >= 0).nonzero().squeeze(-1)  # (P,)
+    if isinstance(seen.image_kept, UnlikeRows):
+        return where, _of_rows(seen.image_kept)[flat[where]]
     count = seen.image_tokens.shape[:-1].numel() // num_shown(seen)  # (M, K, C), or (M * K, C) from a layout
     image, place = flat[where] // count, flat[where] % count
     cells = _cells(seen.image_kept, count)
     return where, torch.stack([image, place if cells is None else cells[image, place]], -1)
 
 
-def _cuts(seen: Any) -> list[tuple[int, tuple[int, int]]]:
-    """Number of tiles, and their rows and columns, of each image; empty if none was cut."""
+def _of_rows(kept: UnlikeRows) -> Tensor:
+    """Return the row, and the cell in the grid of that row, of each image token, row by row: (S, 2)."""
+
+    def cells(group: ImageFeatures) -> Tensor:
+        m, count = group.tokens.shape[:2]
+        found = _cells(group, count)
+        return torch.arange(count, device=group.tokens.device).expand(m, -1) if found is None else found
+
+    rows = kept.in_order(cells)
+    return torch.cat([torch.stack([torch.full_like(cell, i), cell], -1) for i, cell in enumerate(rows)])
+
+
+def _cuts(seen: Any) -> list[tuple[Any, ...]]:
+    """Number of rows of each image, and their rows and columns; empty if none was cut."""
     cuts = seen.image_kept.cuts if seen.image_kept is not None else None
-    return [(cut.rows, cut.grid) for cut in cuts or ()]
+    return [(cut.rows, cut.grid, cut.patches) for cut in cuts or ()]
 
 
 def _cells(kept: ImageFeatures | None, count: int) -> Tensor | None:

@@ -209,7 +209,8 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any,
         raise ZooError(f"distiller {who!r} needs image features, but the model has no vision encoder.")
     if "student.image" in needs and model.vision is not None and model.vision.native:
         raise ZooError(
-            f"distiller {who!r} reads image features on one grid, and the images of this encoder keep their shapes."
+            f"distiller {who!r} reads labels of the cells of one grid, which data states for each image alike, and the "
+            "images of this encoder keep their shapes: each has a grid of its own."
         )
     if "student.prefix" in needs and (model.vision is None or "prefix_tokens" not in model.vision.provides):
         raise ZooError(f"distiller {who!r} reads [CLS], and the encoder has none: set vision.cls_token=true.")

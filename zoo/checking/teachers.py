@@ -20,6 +20,7 @@ from zoo.teaching.teacher_store import read_about
 from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
 
 ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # needs of losses on image tokens
+_ROW = (4, 6)  # tokens of an image, where images keep their shapes
 
 
 def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan: Any) -> int:
@@ -91,6 +92,11 @@ def check_store(
             f"the stored teacher in {folder!r} has {' and '.join(about['positions'])} positions, not {what}. "
             f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}, or load the teacher"
         )
+    if needs & ON_IMAGES and model.vision is not None and model.vision.native:
+        raise ZooError(
+            "a store has as many image tokens of each image, and images of the student keep their shapes. "
+            f"{_without_images(name, stage, needs)}, or load the teacher"
+        )
     if needs & ON_IMAGES:
         with torch.device("meta"):
             parts = assemble(about["slots"], vocab_size=about["vocab_size"])
@@ -136,7 +142,7 @@ def _check_images(
                 f"the response only. {fix}"
             )
     for who, made in (("student", model.layout), ("teacher", parts.layout)):
-        if made is not None and not made.row_tokens:
+        if made is not None and not made.row_tokens and not made.native:
             name = (our_slots if who == "student" else their_slots)["layout"]["name"]
             raise ZooError(
                 f"the losses {what} compare one grid of cells for each image or tile, and the {who}'s layout "
@@ -200,7 +206,7 @@ def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any])
 
     Pruners that keep all tokens and projectors that map each token by itself change nothing, and are left out.
     """
-    h, w = vision.grid
+    h, w = _ROW if vision.native else vision.grid
     n = h * w
     score = torch.linspace(0, 9, n).sin().abs()[None]  # all tokens different, so that a pruner's choice is unique
     tokens = score.unsqueeze(-1) + torch.linspace(0, 5, n * vision.hidden_size).cos().view(1, n, -1)
@@ -226,6 +232,11 @@ def _layout(vision: Any, pruners: Any, projector: Any, slots: Mapping[str, Any])
         image = after
     mixed = "" if _one_to_one(projector, image.tokens.shape[1]) else _options("projector", slots["projector"])
     apart = f", of {len(vision.members)} encoders" if vision.members and vision.token_grid is None else ""
+    if vision.native:
+        own = vision.pictures
+        sides = f"{own['patch_size'] * own['merge_size']} pixels a side"
+        least, most = own["size"]["shortest_edge"], own["size"]["longest_edge"]
+        return (tuple(vision.grid), f"each of {sides}, by the shape of an image of {least} to {most}"), steps, mixed
     return ((h, w), vision.transform.fit + apart), steps, mixed
 
 

@@ -85,6 +85,11 @@ def main(cfg: DictConfig) -> Path:
     mix = data.mix(stage, cfg.seed * 1000 + list(cfg.stages).index(name))
     needs = needs_of(cfg, stage)
     model, processor = load_teacher(stage.teacher_node or {}, device=accelerator.device, precision=precision)
+    if f"teacher.{VISUAL}" in needs and model.vision is not None and model.vision.native:
+        raise ZooError(
+            "A store has as many image tokens of each image, and images of this teacher keep their shapes: set "
+            "visual_weight=0 in the stage's distiller, or train with the teacher itself."
+        )
     teacher = Teacher(model, needs)
     k = min(cfg.teach.k, len(processor.tokenizer) - 1)  # at least one token is left for `log_rest`
     # What the stored numbers depend on; training refuses a store whose data or tokenizer differs.
