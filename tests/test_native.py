@@ -371,3 +371,36 @@ def test_image_tokens_of_a_teacher_align_or_are_refused(make_model):
             continue
         with pytest.raises(ZooError, match=message):
             _check_images(*given)
+
+
+@pytest.mark.parametrize(
+    ("family", "node"),
+    [
+        ("qwen2_5_vl", {"name": "mole", "rank": 4, "dropout": 0.0}),
+        ("qwen3_vl_moe", {"name": "mole", "rank": 4, "dropout": 0.0}),
+        ("qwen3_vl_moe", {"name": "moextend", "calibration_width": 4}),
+        ("qwen3_vl", {"name": "upcycle"}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x["name"],
+)
+def test_adapters_learn_and_are_saved(make_model, tmp_path, family, node):
+    model, processor = make_model(**slots(family, adapter={node["name"]: node}))
+    sharpen(model, 2.0)
+    model.requires_grad_(False)
+    g, part = torch.Generator().manual_seed(1), model.adapter[node["name"]]
+    with torch.no_grad():
+        for p in part.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=g))
+    part.requires_grad_(True)
+    sample = shown_sample((QUESTIONS[0], ANSWERS[0]), sizes=SIZES[0])
+    loss = model.train()(**processor.collate([processor.encode(sample)])).loss
+    loss.backward()
+    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in part.parameters())
+    batch = processor(images=SHOWN, text=TEXTS)
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model.eval()(**batch).logits
+        alone = model(**processor(images=SHOWN[2:], text=TEXTS[1])).logits[0]
+        agree(wanted[1][mask[1]], alone, atol=2e-5)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(ZooModel.from_pretrained(tmp_path)(**batch).logits, wanted)

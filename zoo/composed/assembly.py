@@ -204,8 +204,8 @@ def assemble(slots: Mapping[str, Any], *, vocab_size: int | None, fill: Filler |
         if flow.ragged and _uses_image(adapter):
             raise _unequal("adapter", name, flow.ragged)
         if parts.vision is not None and parts.vision.native and _uses_image(adapter):
-            why = f"adapter {name!r} takes equally many tokens of each image, and vision {vision_name!r} does not give "
-            raise MisfitError(("adapter", name), "native", f"{why}them: its images keep their shapes.")
+            why = f"adapter {name!r} reads images on one grid, and those of vision {vision_name!r} keep their shapes"
+            raise MisfitError(("adapter", name), "native", f"{why}: each has a grid of its own.")
         _refuse_shared(name, adapter, parts.adapter)
         _exclude("adapter", name, adapter, holds, parts.steps)
         holds = (holds - frozenset(adapter.destroys)) | frozenset(adapter.provides)
