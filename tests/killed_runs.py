@@ -64,7 +64,14 @@ class Ended:
         return self.codes[0]
 
 
-def train(place: Path, words: list[str], *moment: Any, processes: int = 1, ranks: tuple[int, ...] = (0,)) -> Ended:
+def train(
+    place: Path,
+    words: list[str],
+    *moment: Any,
+    processes: int = 1,
+    ranks: tuple[int, ...] = (0,),
+    launcher: bool = True,
+) -> Ended:
     """Run `zoo train` with these words in the folder `place`.
 
     Args:
@@ -73,6 +80,7 @@ def train(place: Path, words: list[str], *moment: Any, processes: int = 1, ranks
         moment: name of one of the functions below, and its arguments.
         processes: that make up the run.
         ranks: of those that the moment is for.
+        launcher: kill the other processes where one is gone, as a launcher does.
     """
     place.mkdir(exist_ok=True)
     port = _free_port()
@@ -83,8 +91,8 @@ def train(place: Path, words: list[str], *moment: Any, processes: int = 1, ranks
     first = children[ranks[0]]
     first.join(PATIENCE)
     for child in children:
-        if first.exitcode and first.exitcode < 0 and child is not first:
-            child.kill()  # as a launcher does where one of its processes is gone
+        if launcher and first.exitcode and first.exitcode < 0 and child is not first:
+            child.kill()
         child.join(PATIENCE)
     return _ended(place, children)
 
@@ -184,6 +192,19 @@ def terminated_at_step(number: int, when: str) -> None:
         if when == "behind" and calls[0] == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
+
+    Engine.run = run  # type: ignore[method-assign]
+
+
+def killed_in_step(number: int) -> None:
+    """SIGKILL ahead of optimiser step `number`, while the other processes go into theirs."""
+    inner, calls = Engine.run, [0]
+
+    def run(self: Engine, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, *args)
 
     Engine.run = run  # type: ignore[method-assign]
 

@@ -246,6 +246,18 @@ def test_two_processes_killed_behind_a_checkpoint(tmp_path, words, whole_of_two)
     assert left(tmp_path / "run") == whole_of_two
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+def test_the_process_that_is_left_leaves(tmp_path, words, whole_of_two, gone):
+    """Under a launcher that lets it live, as `srun` does."""
+    begin = time.monotonic()
+    ended = train(tmp_path, words, "killed_in_step", 4, processes=2, ranks=(gone,), launcher=False)
+    assert ended.codes == ([-9, 2] if gone == 0 else [2, -9]), ended.said
+    assert time.monotonic() - begin < 60, "within a minute"
+    assert "zoo train resume=run" in ended.said and " gone" in ended.said and "Traceback" not in ended.said, ended.said
+    goes_on(tmp_path, words, processes=2)
+    assert left(tmp_path / "run") == whole_of_two
+
+
 def test_two_processes_stop_together_on_sigterm_to_one(tmp_path, words, whole_of_two):
     ended = train(tmp_path, words, "terminated_at_step", STEPS, "behind", processes=2, ranks=(1,))
     assert ended.code == 143, ended.said

@@ -41,6 +41,7 @@ from zoo.runs.saving import Saver
 from zoo.runs.sharding import gathers_short, shard
 from zoo.runs.step_log import StepLog, not_finite
 from zoo.runs.trackers import check_trackers, start_trackers
+from zoo.runs.watch import Watch, as_gone
 from zoo.settings.source import source_of
 from zoo.settings.stage import Stage, stages_of
 from zoo.storage.atomic import written_beside
@@ -86,6 +87,7 @@ class Run:
         self.display = display or Display(silent=not self.main)
         self._lock: RunLock | None = None
         self.saver: Any = None
+        self._watch: Watch | None = None
         try:
             self._prepare(cfg)
         except BaseException as error:  # Ctrl-C too: the lock must be released
@@ -98,6 +100,8 @@ class Run:
         began = by_first(self.accelerator, lambda: self._begin(cfg))
         self.folder, self.progress, self.newest = RunFolder(began.path), began.progress, began.newest
         self.saver = Saver(self.accelerator, self.folder, KEEP)
+        self._go_on = f"zoo train resume={self.folder.path}"
+        self._watch = Watch(self.accelerator, self._go_on)
         for note in began.notes:
             self.display.note(note)
         self.cfg = read_config(self.folder, cfg, began.plugins) if cfg.resume else cfg
@@ -140,6 +144,8 @@ class Run:
         """Release the lock and flush the trackers."""
         if self.saver is not None:
             self.saver.close()
+        if self._watch is not None:
+            self._watch.stop()
         trackers, self.accelerator.trackers = self.accelerator.trackers, []
         for tracker in trackers:
             tracker.finish()
@@ -166,8 +172,10 @@ class Run:
                 self.saver.wait()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
-                self.display.note(f"Stopped. To go on from the newest checkpoint: zoo train resume={self.folder.path}")
+                self.display.note(f"Stopped. To go on from the newest checkpoint: {self._go_on}")
             self.close()
+            if (gone := as_gone(error, self.accelerator, self._go_on)) is not None:
+                raise gone from error
             raise
         finally:
             if listen:
@@ -460,7 +468,7 @@ class Run:
 
     def _terminate(self) -> None:
         self.saver.wait()
-        self.display.note(f"Saved after SIGTERM. To go on: zoo train resume={self.folder.path}")
+        self.display.note(f"Saved after SIGTERM. To go on: {self._go_on}")
         raise SystemExit(TERMINATED)
 
     def _on_sigterm(self, *_: Any) -> None:
