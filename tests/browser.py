@@ -1,5 +1,6 @@
 """A headless Chromium over its debugging pipe, with the standard library alone; the skip where there is none."""
 
+import base64
 import fcntl
 import json
 import os
@@ -40,20 +41,43 @@ class Browser:
         os.set_blocking(self.read, False)
         self.left, self.number, self.session = b"", 0, ""
 
-    def open(self, page: Path) -> None:
+    def open(self, page: Path | str) -> None:
+        """Open a file, or an address."""
+        address = page.as_uri() if isinstance(page, Path) else page
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.call("Page.navigate", url=page.as_uri())
-        end = time.monotonic() + SECONDS
-        while self.value("document.readyState + location.protocol") != "completefile:":
-            assert time.monotonic() < end, "the page does not open"
-            time.sleep(0.05)
+        self.call("Page.navigate", url=address)
+        self.until("document.readyState + location.protocol", "complete" + address.partition("//")[0])
 
     def value(self, expression: str) -> Any:
         """Evaluate an expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def until(self, expression: str, value: Any = True) -> None:
+        """Wait until an expression has a value."""
+        end = time.monotonic() + SECONDS
+        while (found := self.value(expression)) != value:
+            assert time.monotonic() < end, f"{expression} is {found!r}, not {value!r}"
+            time.sleep(0.05)
+
+    def upload(self, selector: str, file: Path) -> None:
+        """Choose a file in the file input that a CSS selector finds."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+
+    def size(self, width: int, height: int) -> None:
+        """Set the size of the page, in pixels."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+
+    def shoot(self, file: Path) -> None:
+        """Save the whole page as a PNG."""
+        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        file.write_bytes(base64.b64decode(found["data"]))
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self.number += 1

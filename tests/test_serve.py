@@ -595,8 +595,12 @@ def test_the_command_serves_until_it_is_interrupted(tiny, monkeypatch, capsys):
     assert "Cannot listen on 127.0.0.1" in capsys.readouterr().err
 
 
+def words_of(words):
+    return serve_command.parsed(words, ServeOptions, "zoo serve")
+
+
 def test_words_of_the_command(capsys):
-    model, options, rest = serve_command.parsed(
+    (model,), options, rest = words_of(
         [
             "port=1",
             "dir:x",
@@ -620,5 +624,5 @@ def test_words_of_the_command(capsys):
         (["a", "--port"], "needs a value"),
     ):
         with pytest.raises(ZooError, match=message):
-            serve_command.parsed(words)
+            words_of(words)
     assert main(["serve", "--help"]) == 0 and "api_key" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from zoo.registry.versions import TESTED
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 OPTIONAL = {"flash-attn": "flash", "av": "video", "decord": "video", "datasets": "datasets", "tensorboard": "trackers"}
-OPTIONAL |= {"trackio": "trackers", "wandb": "trackers", "starlette": "serve", "uvicorn": "serve"}
+OPTIONAL |= {"trackio": "trackers", "wandb": "trackers", "starlette": "serve", "uvicorn": "serve", "gradio": "demo"}
 LIBRARIES = tuple(name for name in TESTED if name not in OPTIONAL)
 
 

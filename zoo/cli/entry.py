@@ -37,6 +37,7 @@ COMMANDS = {
     "export": Command(
         "zoo.cli.export_command:main", "write a model for transformers or for zoo elsewhere: zoo export last"
     ),
+    "demo": Command("zoo.cli.demo_command:main", "talk to models on a page, with what pruners keep: zoo demo MODEL"),
     "serve": Command("zoo.cli.serve_command:main", "answer over HTTP, as OpenAI's API does: zoo serve MODEL"),
     "push": Command("zoo.cli.push_command:main", "put a model on the hub: zoo push last org/name --dry-run"),
     "teach": Command("zoo.training.teach:main", "store the outputs of a stage's teacher, to train from", composed=True),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from zoo.cli.bench import parse
 from zoo.registry import ZooError, options_of, unknown
@@ -22,9 +23,9 @@ URLs, streamed or not; requests that wait are generated together.
 def main(words: Sequence[str]) -> int:
     """Load the model and serve it until it is interrupted."""
     if not words or any(word in ("-h", "--help", "help") for word in words):
-        print(describe())
+        print(describe(USAGE, ServeOptions))
         return 0
-    model, options, overrides = parsed(words)
+    (model,), options, overrides = parsed(words, ServeOptions, "zoo serve")
     require_packages()
     listening = listen(options)
     try:
@@ -37,9 +38,19 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def parsed(words: Sequence[str]) -> tuple[str, ServeOptions, list[str]]:
-    """Separate the model, options of the server, also as `--port 80`, and those of the model."""
-    known = {f.name for f in dataclasses.fields(ServeOptions)}
+def parsed(words: Sequence[str], schema: type, command: str, most: int = 1) -> tuple[list[str], Any, list[str]]:
+    """Separate names of models, options of the command, also as `--port 80`, and those of the models.
+
+    Args:
+        words: as typed.
+        schema: dataclass of the command's options.
+        command: for messages.
+        most: models.
+
+    Raises:
+        ZooError: there are no models or too many, or an option is unknown or has a wrong value.
+    """
+    known = {f.name for f in dataclasses.fields(schema)}
     own: list[str] = []
     rest: list[str] = []
     left = list(words)
@@ -57,15 +68,16 @@ def parsed(words: Sequence[str]) -> tuple[str, ServeOptions, list[str]]:
             rest.append(word)
     for name in (word.partition("=")[0] for word in rest if "=" in word):
         if "." not in name and name not in RunRoot.__dataclass_fields__:  # neither of the server nor of a model
-            raise unknown("option of zoo serve", name, known)
+            raise unknown(f"option of {command}", name, known)
     names = [word for word in rest if "=" not in word]
-    if len(names) != 1:
-        raise ZooError(f"zoo serve takes one model, got {', '.join(map(repr, names)) or 'none'}.")
-    return names[0], parse("serve", ServeOptions, own, "zoo serve"), [word for word in rest if "=" in word]
+    if not 1 <= len(names) <= most:
+        number = "one model" if most == 1 else f"one to {most} models"
+        raise ZooError(f"{command} takes {number}, got {', '.join(map(repr, names)) or 'none'}.")
+    return names, parse(command, schema, own, command), [word for word in rest if "=" in word]
 
 
-def describe() -> str:
-    """Return the help text, with the options of the server."""
-    rows = [(f"{o.name}={o.default}", o.doc) for o in options_of(ServeOptions)]
+def describe(usage: str, schema: type) -> str:
+    """Return a help text, with the options of a command."""
+    rows = [(f"{o.name}={o.default}", o.doc) for o in options_of(schema)]
     width = max(len(left) for left, _ in rows) + 2
-    return "\n".join([USAGE, *(f"  {left:<{width}}{doc}" for left, doc in rows)])
+    return "\n".join([usage, *(f"  {left:<{width}}{doc}" for left, doc in rows)])

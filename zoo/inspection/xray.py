@@ -134,8 +134,18 @@ def _load(model: str, overrides: list[str], question: str, seed: int) -> tuple[A
 
 
 @torch.no_grad()
-def look(model: Any, processor: Any, image: Any, question: str, name: str = "") -> tuple[View, Any]:
+def look(
+    model: Any, processor: Any, image: Any, question: str, name: str = "", answer: str | None = None
+) -> tuple[View, Any]:
     """Run one question about one image, and follow its patches through the model.
+
+    Args:
+        model: composed.
+        processor: of the model.
+        image: a source for `open_image`.
+        question: text of the prompt.
+        name: of the view.
+        answer: of the view; None: it is generated.
 
     Returns:
         The view, and the image after preprocessing, enlarged for small encoders.
@@ -148,7 +158,9 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
     inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
     inputs |= {key: batch[key] for key in ("cuts", "questions") if key in batch}
     out = model(**inputs)
-    written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    if answer is None:
+        written = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answer = reader_for(model, processor.template).read(written.tolist())
     # An image that keeps its shape is a group of its own.
     before, kept = (x.groups[0] if isinstance(x, UnlikeRows) else x for x in (out.image, out.image_kept))
     grid = before.grid if model.vision.native and before.grid is not None else tuple(model.vision.grid)
@@ -168,7 +180,7 @@ def look(model: Any, processor: Any, image: Any, question: str, name: str = "") 
         grid=grid,
         layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in alive],
         tokens=[int(row.sum()) for row in alive],
-        answer=reader_for(model, processor.template).read(written.tolist()),
+        answer=answer,
         scores=_scores(model, replace(before, question=kept.question)),
         mixed=mixed,
     )

@@ -1,0 +1,70 @@
+"""`zoo demo MODEL [MODEL] [option=value ...]`: a page on which people talk to models about pictures."""
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from zoo.cli.serve_command import describe, parsed
+from zoo.registry import ZooError
+
+USAGE = """\
+usage: zoo demo MODEL [MODEL ...] [option=value ...] [options as for zoo.load]
+
+A page with a picture, questions about it in several turns, a pruner and how much it keeps, and two of them side by
+side. MODEL is a preset, dir:<folder> or hub:<org>/<name>; a page offers up to four.
+
+  zoo demo scenes_tiny
+  zoo demo scenes_tiny dir:runs/last port=8080 pruners=[random,hiprune]
+"""
+MOST = 4  # models of a page
+
+
+@dataclass
+class DemoOptions:
+    """Options of `zoo demo`."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every one of this machine
+    port: int = 7860  # 0: a free one, which is printed
+    share: bool = False  # also under a public address, by a tunnel of Gradio's
+    pruners: list[str] = field(default_factory=list)  # to offer; none: all that fit the model and act on images
+    max_tokens: int = 256  # of an answer
+    batch: int = 8  # answers that are generated together
+    threads: int = 2  # batches at once
+    image_mb: int = 20  # size of a picture, in MiB
+    device: str | None = None  # cpu, cuda, cuda:0, mps; null: CUDA if available
+    dtype: str | None = None  # of the parameters, e.g. bfloat16; null: that of the files
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch", "threads", "image_mb"):
+            if getattr(self, name) < 1:
+                raise ZooError(f"{name} has to be at least 1, got {getattr(self, name)}.")
+
+
+def main(words: Sequence[str]) -> int:
+    """Load the models and show the page until it is interrupted."""
+    if not words or any(word in ("-h", "--help", "help") for word in words):
+        print(describe(USAGE, DemoOptions))
+        return 0
+    names, options, overrides = parsed(words, DemoOptions, "zoo demo", MOST)
+    try:
+        from zoo.inspection.demo_page import build_page, launch
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ZooError("zoo demo needs gradio: pip install 'zoo-vlm[demo]'") from error
+    from zoo.inspection.demo import Demo
+    from zoo.loading.other_pruners import Pruned
+
+    models = {name: Pruned(name, overrides, device=options.device, dtype=options.dtype) for name in names}
+    demo = Demo(models, options.max_tokens, options.batch, options.threads, options.pruners)
+    page = build_page(demo, f"zoo demo: {', '.join(names)}")
+    try:
+        address = launch(page, options.host, options.port, options.share, options.image_mb)
+        print(f"{', '.join(names)}: {address}  (Ctrl-C ends)", flush=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+        demo.close()
+    return 0
