@@ -51,7 +51,7 @@ def test_groups_are_made_by_the_two_and_counted(places):
 
 def test_the_command_prints_the_table_and_writes_the_figures(places, tmp_path, capsys):
     words = [f"full={places['full']}", f"small={places['small']}", str(places["good"]), f"out={tmp_path / 'f.json'}"]
-    assert main(words) == 0
+    assert main(words).status == 0
     assert "right at both" in capsys.readouterr().out
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures[-1]["run"] == "good" and figures[-1]["needs"]["n"] == 3

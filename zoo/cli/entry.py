@@ -31,7 +31,10 @@ COMMANDS = {
         "zoo.training.loop:main", "train a model; without options, a small one on drawn scenes", composed=True
     ),
     "eval": Command(
-        "zoo.evaluation.evaluate:main", "score a model: model=last, model=dir:runs/x, or a preset", composed=True
+        "zoo.evaluation.evaluate:main",
+        "score a model, model=last, or compare two, model=[a,b]",
+        composed=True,
+        json=True,
     ),
     "chat": Command("zoo.cli.chat_command:main", "talk to a model: zoo chat MODEL --image photo.jpg"),
     "export": Command(
@@ -141,9 +144,15 @@ def _run(words: list[str]) -> Any:
             return command.load()(rest)
         except SystemExit as done:  # of argparse, after --help
             return done.code
+    from zoo.cli import compare_command
     from zoo.cli.launch import launch
 
-    return launch(name, command.summary, command.load, rest)
+    def run(words: Sequence[str]) -> Any:
+        return launch(name, command.summary, command.load, words)
+
+    if name == "eval" and not set(rest) & {*HELP_FLAGS} and compare_command.names_two(rest):
+        return compare_command.main(rest, run)
+    return run(rest)
 
 
 def _status(result: Any) -> int:

@@ -36,6 +36,10 @@ WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this proce
 MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # new locations of the run's initial weights
 MOVED_OF_SEVERAL = re.compile(r"vision\.encoders\.\w+\.checkpoint").fullmatch
 NONE = ("", "null")
+_FOLDERS = (
+    "  runs/a runs/b   compare two folders of evaluations; nothing is run",
+    "  --flips N       of a comparison: answers shown that are right of one alone (5)",
+)
 LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
 
 
@@ -236,6 +240,8 @@ def usage(command: str, summary: str) -> str:
     if section := {"teach": "teach", "data": "survey"}.get(command):  # options of this command alone
         own = options_of(SECTIONS[section])
         lines += ["", *(f"  {section + '.' + o.name + '=':<18}{o.doc}" for o in own if o.doc)]
+    if command == "eval":
+        lines += ["", "  model=[a,b]     compare two models on the same samples", *_FOLDERS]
     listing = "\n".join(lines)
     return f"""zoo {command}: {summary}
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from zoo.evaluation.predict import Question, answer
 from zoo.evaluation.result import EvalResult, Line
@@ -32,6 +31,7 @@ from zoo.runs.sharding import gathered
 from zoo.storage.atomic import write_text, writing
 from zoo.storage.precision import autocast, fast_products
 from zoo.tasks.baselines import Commonest
+from zoo.text.terminal import console, say
 
 TRAIN_SAMPLES = 2000  # samples of the training split whose answers the majority baseline counts
 
@@ -67,25 +67,19 @@ def main(cfg: DictConfig) -> EvalResult:
         max_broken=cfg.max_broken,
     )
     if accelerator.is_main_process:
-        console = Console()
+        screen = console()
         # Printed before writing, since the disk may be full.
-        console.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))
+        screen.print(score_table(result.lines, f"{cfg.model.name}, in per cent"))
         with writing("scores", "Choose another place with run.dir=<folder>."):
             folder = folder or _folder_for(cfg)
             result.save(folder)
             if result.skipped:
                 write_text(folder / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in result.skipped))
             OmegaConf.save(cfg, folder / "eval.yaml", resolve=True)
-        seconds = clock(time.monotonic() - began)
+        result.model, result.folder, result.seconds = cfg.model.name, str(folder), round(time.monotonic() - began, 2)
         if result.skipped:
-            text = f"{len(result.skipped)} records were left out; skipped.jsonl has the reasons."
-            console.print(text, soft_wrap=True, highlight=False)
-        console.print(
-            f"{len(result.predictions)} answers in {seconds}, all in {folder}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
+            say(f"{len(result.skipped)} records were left out; skipped.jsonl has the reasons.")
+        say(f"{len(result.predictions)} answers in {clock(result.seconds)}, all in {folder}", None)
     accelerator.wait_for_everyone()
     return result
 

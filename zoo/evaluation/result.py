@@ -35,6 +35,14 @@ class EvalResult:
     lines: list[Line]
     predictions: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)  # records that were left out, with reasons
+    model: str = ""  # set by `zoo eval`, as are folder and seconds
+    folder: str = ""
+    seconds: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the scores; each answer is in predictions.jsonl of the folder."""
+        head = {"model": self.model, "folder": self.folder, "seconds": self.seconds, "answers": len(self.predictions)}
+        return {**head, "skipped": self.skipped, "scores": [asdict(line) for line in self.lines]}
 
     def summary(self) -> dict[str, float]:
         """Return the value of every figure, by `data/kind/metric`."""

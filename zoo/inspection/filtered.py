@@ -11,31 +11,27 @@ compared with it there.
 Paper: Liao et al., arXiv:2510.07143 (VTC-Bench); which group its own files call A and B is not consistent.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
+from zoo.evaluation.compared import RIGHT, Key, answers_of, require_same
 from zoo.registry import Score, ZooError
-from zoo.registry.foreign import INDEX, read_text
 from zoo.storage.atomic import write_json
 from zoo.tasks.estimates import mean
 from zoo.text.markup import cell
 from zoo.text.terminal import console
 
-PREDICTIONS = "predictions.jsonl"
 ALL = "all"
 GROUPS = {
     "needs": "right at full size only",
     "easy": "right at both",
 }
-Key = tuple[Any, ...]
 
 
 @dataclass
@@ -62,13 +58,7 @@ def filtered(full: Path, small: Path, others: Sequence[Path]) -> list[Figure]:
         ZooError: a folder has no predictions, or they are of other questions.
     """
     right = {folder: rights(folder) for folder in (full, small, *others)}
-    for folder, found in right.items():
-        if missing := [key for key in right[full] if key not in found] or [k for k in found if k not in right[full]]:
-            data, name, _, prompt = missing[0][:4]
-            raise ZooError(
-                f"The evaluations in {str(full)!r} and {str(folder)!r} are of other questions: {len(missing)} are in "
-                f"one of them, the first is {prompt!r} of {data}/{name}. Run both with the same data and limit."
-            )
+    require_same([str(folder) for folder in right], list(right.values()))
     kinds = list(dict.fromkeys((data, kind) for data, _, kind, *_ in right[full]))
     several = [data for data, count in Counter(data for data, _ in kinds).items() if count > 1]
     names = _names(list(right))
@@ -86,28 +76,13 @@ def filtered(full: Path, small: Path, others: Sequence[Path]) -> list[Figure]:
 
 
 def rights(folder: Path) -> dict[Key, bool]:
-    """Return which answers of an evaluation are right, by data, sample, kind, prompt, and how often it came before.
+    """Return which answers of an evaluation are right, by question.
 
     Raises:
         ZooError: there are no predictions, or a line is not one.
     """
-    path = folder / PREDICTIONS if folder.is_dir() else folder
-    if not path.is_file():
-        raise ZooError(f"{str(folder)!r} has no {PREDICTIONS}: it is not a folder of `zoo eval`.")
-    found: dict[Key, bool] = {}
-    seen: Counter[Key] = Counter()
-    for number, line in enumerate(read_text(path, INDEX).rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            key = tuple(str(row[name]) for name in ("data", "id", "kind", "prompt"))
-            score = float(next(iter(row["scores"].values())))
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as error:
-            raise ZooError(f"{path}, line {number} is not a scored answer: {type(error).__name__}: {error}.") from error
-        found[*key, seen[key]] = score >= 0.5
-        seen[key] += 1
-    if not found:
-        raise ZooError(f"{str(path)!r} is empty.")
-    return found
+    first = {key: next(iter(row["scores"].values())) for key, row in answers_of(folder).items()}
+    return {key: float(score) >= RIGHT for key, score in first.items()}
 
 
 def _share(right: Mapping[Key, bool], keys: Sequence[Key]) -> Score:
