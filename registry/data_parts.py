@@ -81,13 +81,23 @@ class Task(Part):
     """Turns predictions into numbers; knows nothing of models. `__init__(config)`."""
 
     mode: str = "generate"
-    """generate: free text, greedy; choice: the likeliest of `dialog.choices`."""
+    """What it is given of a model: generate, a text, greedy; choice, the likeliest of its candidates; scores, the
+    log-probability of each candidate; hidden, the hidden state behind the last token of the prompt."""
     max_new_tokens: int
     """Longest answer, in tokens."""
+    layer: int = -1
+    """With mode hidden, whose state: -1 behind the last norm, as the head reads it; 0 embeddings, k behind layer k."""
+
+    def candidates(self, dialog: Dialog) -> Sequence[str]:
+        """Return the answers to compare, with the modes choice and scores; each counts with the end of its turn."""
+        return dialog.choices
 
     @abstractmethod
-    def score(self, dialog: Dialog, prediction: str) -> dict[str, float]:
+    def score(self, dialog: Dialog, prediction: Any) -> dict[str, float]:
         """Give metric name -> value of one prediction, each in [0, 1].
+
+        The prediction is a text; with mode scores, candidate -> log-probability; with mode hidden, a list of C numbers,
+        which `summarise` finds in the row under `_state`.
 
         Names that begin with an underscore are not metrics but counts of any size, which `summarise` needs.
         """

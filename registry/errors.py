@@ -143,6 +143,41 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ZooError:
     return ZooError(f"No {what} named {given!r}.{hint} Available: {', '.join(allowed) or 'none'}.")
 
 
+# Words that other projects have for parts -> the kind that they are here. The kinds are the places of a model and of a
+# run, with a contract each that every command relies on: plugins add parts to them, and no kinds.
+_KIND_OF = {
+    **dict.fromkeys(("merger", "token_merger", "reducer", "compressor", "selector", "pooler"), "pruner"),
+    **dict.fromkeys(("connector", "resampler", "qformer", "abstractor", "mm_projector", "bridge"), "projector"),
+    **dict.fromkeys(("encoder", "tower", "vision_tower", "image_encoder", "backbone"), "vision"),
+    **dict.fromkeys(("decoder", "language_model", "lm", "text_model"), "llm"),
+    **dict.fromkeys(("tuner", "peft", "lora", "moe", "expert"), "adapter"),
+    **dict.fromkeys(("loss", "criterion", "teacher"), "distiller"),
+    **dict.fromkeys(("tiling", "cropping", "tiler", "anyres"), "layout"),
+    **dict.fromkeys(("metric", "benchmark", "evaluator", "scorer", "reranker", "rerank", "retriever"), "task"),
+    **dict.fromkeys(("retrieval", "reranking", "embedding", "embedder"), "task"),
+    **dict.fromkeys(("loader", "dataloader", "reader", "corpus"), "dataset"),
+}
+_ABOUT = {
+    "pruner": "it may drop image tokens or merge them, ahead of the projector, behind it or inside the LLM",
+    "projector": "it makes tokens of the LLM's width, as many as it counts",
+    "adapter": "it adds weights to the LLM, or changes its layers",
+    "task": "it may ask for texts, choices, log-probabilities of answers, or hidden states",
+    "distiller": "its losses need no teacher",
+}
+
+
+def unknown_kind(what: str, given: str, allowed: Iterable[str]) -> ZooError:
+    """The error for a kind that does not exist: the nearest one, or the one that such a part is of."""
+    kind = _KIND_OF.get(given.lower().replace("-", "_").rstrip("s"))
+    if kind is None:
+        return unknown(what, given, allowed)
+    about = f": {_ABOUT[kind]}" if kind in _ABOUT else ""
+    return ZooError(
+        f"No {what} named {given!r}. The list of kinds is fixed, and a plugin adds parts to it; what others call "
+        f"{given!r} is a {kind} here{about}. Available: {', '.join(sorted(allowed))}."
+    )
+
+
 def unknown_option(owner: str, given: str, options: Sequence[Option]) -> ZooError:
     """The error for an option that `owner` ("pruner 'random'") does not have, with the nearest one and its type."""
     by_name = {option.name: option for option in options}

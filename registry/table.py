@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from zoo.registry.conversion import converted, made
-from zoo.registry.errors import ZooError, unknown, unknown_option, wrong_value
+from zoo.registry.errors import ZooError, unknown, unknown_kind, unknown_option, wrong_value
 from zoo.registry.hooks import class_value, require_component, whole
 from zoo.registry.options import Option, options_of
 from zoo.registry.packages import licence_of, package_of
@@ -129,7 +129,7 @@ def kind_of(group: str) -> str | None:
 def declare(kind: str, name: str, module: str) -> None:
     """Name the module of a component without importing it; the module registers the component on first use."""
     if kind not in _declared:
-        raise unknown("kind of component", kind, KINDS)
+        raise unknown_kind("kind of component", kind, KINDS)
     _declared[kind][name] = module
 
 
@@ -145,7 +145,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         TypeError: `__init__` does not annotate `config` with a dataclass, or that dataclass has a field `name`.
     """
     if kind not in _entries:
-        raise unknown("kind of component", kind, KINDS)
+        raise unknown_kind("kind of component", kind, KINDS)
     if not re.fullmatch(r"[a-z0-9_]*[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
 
@@ -182,14 +182,14 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 def names(kind: str, pattern: str = "*") -> list[str]:
     """Return the registered names of a kind that match a shell pattern, sorted. Imports nothing."""
     if kind not in _declared:
-        raise unknown("kind of component", kind, KINDS)
+        raise unknown_kind("kind of component", kind, KINDS)
     return sorted(n for n in {*_declared[kind], *_entries[kind]} if fnmatchcase(n, pattern))
 
 
 def get(kind: str, name: str) -> Entry:
     """Return the entry called `name`, importing its module where that has not happened yet."""
     if kind not in _entries:
-        raise unknown("kind of component", kind, KINDS)
+        raise unknown_kind("kind of component", kind, KINDS)
     if name not in _entries[kind] and (module := _declared[kind].get(name)):
         try:
             import_module(module)

@@ -71,6 +71,14 @@ def test_help_of_a_composed_command(command, capsys):
         (["list", "plugins=no_such_module"], "Plugin 'no_such_module' does not load: ModuleNotFoundError"),
         (["info", "prunr/random"], "No kind named 'prunr'. Did you mean 'pruner'?"),
         (["new", "prunr", "x"], "No kind named 'prunr'. Did you mean 'pruner'?"),
+        (
+            ["new", "merger", "x"],
+            "The list of kinds is fixed, and a plugin adds parts to it; what others call 'merger'",
+        ),
+        (
+            ["info", "reranker/x"],
+            "is a task here: it may ask for texts, choices, log-probabilities of answers",
+        ),
         (["new", "layout", "x"], "no template of a layout: start from a copy of one; `zoo info layout/anyres`"),
         (["new", "pruner", "torch"], "torch.py would hide the module 'torch'"),
         (["new", "pruner", "My-Pruner"], "lower case letters, digits and underscores, got 'My-Pruner'"),

@@ -36,6 +36,7 @@ def nodes(tmp_path, class_files, nlvr_files, table_files):
         "hf": {"path": str(tmp_path / "rows.jsonl")},
         "nlvr": {"root": str(nlvr_files), "grid": 4},
         "preference": {"path": str(tmp_path / "pairs.jsonl")},
+        "retrieval": {"pairs": 12, "size": 32},
         "scenes": {"scenes": 300, "eval_scenes": 140, "size": 32},
         "table": {
             "file": str(table_files / "table.jsonl"),

@@ -21,6 +21,7 @@ from zoo.registry import (
     source_presets,
     unknown,
 )
+from zoo.registry.errors import unknown_kind
 from zoo.registry.facts import facts_of
 from zoo.registry.source_text import summary_of
 from zoo.registry.table import group_of, parts_of, source_of
@@ -103,7 +104,7 @@ def _asked(words: Sequence[str]) -> tuple[Sequence[str], str]:
         return (words[0],), words[1] if len(words) > 1 else "*"
     if len(words) == 1 and any(c in words[0] for c in "*?["):
         return NOUNS, words[0]
-    raise unknown("kind", words[0], NOUNS)
+    raise unknown_kind("kind", words[0], NOUNS)
 
 
 def _rows(noun: str, pattern: str) -> list[tuple[str, str]]:
@@ -222,7 +223,7 @@ def _find(word: str) -> list[tuple[str, str]]:
     noun, slash, name = word.rpartition("/")
     if slash:
         if noun not in NOUNS:
-            raise unknown("kind", noun, NOUNS)
+            raise unknown_kind("kind", noun, NOUNS)
         if (noun, name) in everything:
             return [(noun, name)]
         if noun == "data" and ("dataset", name) in everything:

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from zoo.cli import templates
-from zoo.registry import KINDS, ZooError, names, unknown
+from zoo.registry import KINDS, ZooError, names
+from zoo.registry.errors import unknown_kind
 from zoo.registry.table import group_of
 
 TEMPLATES = {
@@ -49,7 +50,7 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
         if kind in KINDS:
             where = f"`zoo info {kind}/{names(kind)[0]}` shows its file"
             raise ZooError(f"There is no template of a {kind}: start from a copy of one; {where}.")
-        raise unknown("kind", kind, TEMPLATES)
+        raise unknown_kind("kind", kind, TEMPLATES)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
     if name in names(kind):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import KINDS, ZooError, names, nearest, plugins, unknown
+from zoo.registry.errors import unknown_kind
 from zoo.registry.table import config_of, group_of
 
 _WIDTH = 80
@@ -69,7 +70,7 @@ def found_part(word: str) -> tuple[str, str]:
     kind = "dataset" if kind == "data" else kind
     if slash:
         if kind not in KINDS:
-            raise unknown("kind", kind, KINDS)
+            raise unknown_kind("kind", kind, KINDS)
         if name not in names(kind):
             raise unknown(kind, name, names(kind))
         return kind, name

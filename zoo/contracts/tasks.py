@@ -3,12 +3,13 @@
 from typing import Any
 
 from zoo.contracts.case import Case, add_options_rule
-from zoo.contracts.rules import Rules, expect
+from zoo.contracts.rules import NotForThisPart, Rules, expect
 from zoo.registry import Dialog, Score, Task, ZooError, build
 
 RULES = Rules()
 # Answers that tasks can read; the first that a task prefers to nonsense is taken for the right one.
 ANSWERS = ("yes", "1 2 30 40", "A", "3", "red")
+MODES = ("generate", "choice", "scores", "hidden")
 NONSENSE = ("no", "50 50 60 60", "B", "qq")
 
 
@@ -21,6 +22,8 @@ class TaskCase(Case):
     def truth(self) -> tuple[Dialog, str, str]:
         """A dialog with an answer that the task can read, that answer, and a wrong one."""
         task, said = self.build(), []
+        if task.mode not in ("generate", "choice"):
+            raise NotForThisPart("it is given numbers, not answers")
         for right in ANSWERS:
             dialog = _dialog(right)
             for wrong in NONSENSE:
@@ -39,15 +42,15 @@ class TaskCase(Case):
 def _dialog(answer: str) -> Dialog:
     turns = [{"role": "user", "content": [{"type": "text", "text": "Q"}]},
              {"role": "assistant", "content": [{"type": "text", "text": answer}]}]  # fmt: skip
-    return Dialog(turns, choices=["yes", "no"])
+    return Dialog(turns, choices=["yes", "no"], meta={"group": "one"})
 
 
 @RULES.add("mode", "it declares how it wants answers, and the longest")
 def mode(case: TaskCase) -> str:
     task = case.build()
     expect(isinstance(task, Task), f"its class is {type(task).__mro__[1].__name__}", "a Task")
-    expect(task.mode in ("generate", "choice"), f"mode is {task.mode!r}", "generate or choice")
-    right = task.mode == "choice" or task.max_new_tokens > 0
+    expect(task.mode in MODES, f"mode is {task.mode!r}", ", ".join(MODES))
+    right = task.mode != "generate" or task.max_new_tokens > 0
     expect(right, f"max_new_tokens is {getattr(task, 'max_new_tokens', None)}", "a number above 0")
     return task.mode
 
@@ -87,6 +90,31 @@ def summary(case: TaskCase) -> str:
     one = task.summarise(rows[:1])
     expect(all(score.stderr == 0 for score in one.values()), f"of one row: {one}", "stderr 0.0")
     return ", ".join(f"{metric} {score.value:.2f}" for metric, score in scores.items())
+
+
+@RULES.add("numbers", "of log-probabilities or hidden states it makes rows of numbers, and a Score of each metric")
+def numbers(case: TaskCase) -> str:
+    task = case.build()
+    if task.mode in ("generate", "choice"):
+        raise NotForThisPart("it is given answers")
+    rows = []
+    for answer, good in (("yes", 1.0), ("no", 0.0)):
+        dialog = _dialog(answer)
+        if task.mode == "scores":
+            prediction: Any = {c: -1.0 - abs(good - (c == "yes")) for c in task.candidates(dialog)}
+        else:
+            dialog.messages[0]["content"] += [{"type": "image"}] if good else []
+            prediction = [good, 1.0, 0.5]
+        row = task.score(dialog, prediction)
+        numeric = all(isinstance(value, float) for value in row.values())
+        expect(numeric, f"a row is {row}", "names and floats")
+        rows.append(row | ({"_state": prediction} if task.mode == "hidden" else {}))
+    scores = task.summarise(rows)
+    expect(scores, "no metric", "one or more")
+    for metric, score in scores.items():
+        right = isinstance(score, Score) and 0 <= score.value <= 1 and score.stderr >= 0
+        expect(right and not metric.startswith("_"), f"{metric} is {score!r}", "a Score in [0, 1]")
+    return ", ".join(scores)
 
 
 add_options_rule(RULES)

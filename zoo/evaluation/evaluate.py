@@ -172,7 +172,7 @@ def _result(
         _add(lines, _lines(blind, table, "scores"), "blind")
         _add(lines, _lines([row for row in rows if row["guess"] is not None], table, "guess"), "majority")
     for row in rows:
-        row.pop("order"), row.pop("guess")
+        row.pop("order"), row.pop("guess"), row.pop("state")
     return EvalResult(lines, rows, sieve.lines)
 
 
@@ -203,15 +203,25 @@ class _Questions:
                 for number, dialog in enumerate(sample.dialogs):
                     if dialog.preference == "rejected" or (at, index, number) in self.without:
                         continue
-                    # Tasks with the same mode and length share one answer.
-                    modes = {(self.tasks[t].mode, self.tasks[t].max_new_tokens): None for t in self.tasks.of(dialog)}
-                    for mode, most in modes:
-                        yield Question(sample, dialog, mode, most, (at, index, number))
+                    # Tasks that want the same share one answer.
+                    asked = {_wanted(self.tasks[t], dialog): None for t in self.tasks.of(dialog)}
+                    for mode, most, candidates, layer in asked:
+                        yield Question(sample, dialog, mode, most, (at, index, number), candidates, layer)
 
     def leave_out(self, question: Question, error: RecordError) -> None:
         """Leave out a question."""
         self.sieve.leave_out(error)
         self.without.add(question.order)
+
+
+Wanted = tuple[str, int, tuple[str, ...] | None, int]  # mode, max_new_tokens, candidates, layer
+
+
+def _wanted(task: Any, dialog: Dialog) -> Wanted:
+    """Return what a task wants of a model: two that want the same share an answer."""
+    if task.mode in ("choice", "scores"):
+        return task.mode, task.max_new_tokens, tuple(task.candidates(dialog)), -1
+    return task.mode, task.max_new_tokens, None, task.layer if task.mode == "hidden" else -1
 
 
 def _rows(
@@ -222,30 +232,34 @@ def _rows(
     answers = answer(
         model, processor, asked.questions(blind), batch_size=batch_size, blind=blind, leave_out=asked.leave_out
     )
-    for question, text in answers:
+    for question, said in answers:
+        wanted = question.mode, question.max_new_tokens, question.candidates, question.layer
         dialog, data = question.dialog, names[question.order[0]]
         for name in tasks.of(dialog):
             task = tasks[name]
-            if (task.mode, task.max_new_tokens) != (question.mode, question.max_new_tokens):
+            if _wanted(task, dialog) != wanted:
                 continue
             try:  # the reference may not be an answer that the task can parse
                 with naming(data, question.sample.where, question.sample.id):
-                    scores = task.score(dialog, text)
+                    scores = task.score(dialog, said)
             except RecordError as error:
                 asked.leave_out(question, error)
                 continue
+            guessed = data in guesses and task.mode in ("generate", "choice")  # a guess is an answer, and no number
+            hidden = task.mode == "hidden"
             yield {
                 "data": data,
                 "id": question.sample.id,
                 "kind": dialog.kind or data,
                 "task": name,
                 "prompt": prompt_of(dialog),
-                "prediction": text,
+                "prediction": f"{len(said)} numbers" if hidden else said,
                 "answers": dialog.answers or [reference_of(dialog)],
                 "scores": scores,
                 "meta": dialog.meta,
                 "order": [*question.order, name],
-                "guess": task.score(dialog, guesses[data].guess(dialog, task)) if data in guesses else None,
+                "guess": task.score(dialog, guesses[data].guess(dialog, task)) if guessed else None,
+                "state": said if hidden else None,
             }
 
 
@@ -264,8 +278,14 @@ def _lines(rows: list[Row], tasks: Tasks, scores: str) -> list[Line]:
     return [
         Line(data, kind, task, metric, held_out, score)
         for (data, kind, task, held_out), some in _by_key(rows).items()
-        for metric, score in tasks[task].summarise([r[scores] for r in some]).items()
+        for metric, score in tasks[task].summarise([_with_state(r, scores) for r in some]).items()
     ]
+
+
+def _with_state(row: Row, scores: str) -> dict[str, Any]:
+    """What a task gave of a prediction, with the hidden state where it asked for one."""
+    found: dict[str, Any] = row[scores]
+    return found if row["state"] is None else found | {"_state": row["state"]}
 
 
 def _add(lines: list[Line], others: list[Line], what: str) -> None:

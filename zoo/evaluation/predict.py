@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo.composed.image_path import Encoded
 from zoo.composed.outputs import LOSS_ALONE
 from zoo.composed.prefix_cache import PrefixCache
-from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, RecordError, Sample, naming
+from zoo.registry import IGNORE_INDEX, Dialog, ImageFeatures, RecordError, Sample, ZooError, naming
 from zoo.runs.lengths import require_room, room_for_answer
 from zoo.text.batch import EncodedSample, to_device
 from zoo.text.stops import reader_for
@@ -32,9 +32,11 @@ class Question:
 
     sample: Sample
     dialog: Dialog
-    mode: str  # generate | choice
+    mode: str  # generate | choice | scores | hidden, as `Task.mode`
     max_new_tokens: int
     order: tuple[Any, ...] = ()  # sort key in the evaluation: data set, sample, dialog
+    candidates: tuple[str, ...] | None = None  # of choice and scores; None: `dialog.choices`
+    layer: int = -1  # of hidden
 
 
 def answer(
@@ -45,8 +47,8 @@ def answer(
     batch_size: int,
     blind: bool = False,
     leave_out: Callable[[Question, RecordError], None] | None = None,
-) -> Iterator[tuple[Question, str]]:
-    """Yield each question with the model's answer, in the order of `questions`.
+) -> Iterator[tuple[Question, Any]]:
+    """Yield each question with the model's answer, in the order of `questions`: of the form of `Task.mode`.
 
     Args:
         model: in eval mode.
@@ -64,9 +66,9 @@ def answer(
     # Windows bound the memory for images, and are long enough to sort by length and to share images.
     while window := list(islice(source, WINDOW * batch_size)):
         pictures = _Pictures(model, processor, window, blind, batch_size)
-        texts: dict[int, str] = {}
+        texts: dict[int, Any] = {}
         broken = {i: pictures.broken[id(q.sample)] for i, q in enumerate(window) if id(q.sample) in pictures.broken}
-        for mode, write, do in (("generate", _prompts, _generate), ("choice", _options, _choose)):
+        for mode, write, do in _MODES:
             asked = {i: q for i, q in enumerate(window) if q.mode == mode and i not in broken}
             rows, refused = _encoded(write, model, processor, asked, pictures)
             broken |= refused
@@ -178,7 +180,7 @@ def _options(model: Any, processor: Any, q: Question, pictures: _Pictures) -> li
     turns = q.dialog.messages
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     rows = []
-    for option in q.dialog.choices:
+    for option in q.dialog.choices if q.candidates is None else q.candidates:
         answered = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
         shown = pictures.show(q.sample)
         ids, last = processor.tokenize_dialog(answered, q.sample.id, shown, only_last=True)
@@ -255,9 +257,23 @@ def _choose(
     batch_size: int,
 ) -> dict[int, str]:
     """Answer with the most likely option: the one whose tokens, end of turn included, have the largest probability."""
+    scored = _score(model, processor, questions, written, pictures, batch_size)
+    return {i: max(some, key=some.__getitem__) for i, some in scored.items()}
+
+
+@torch.no_grad()
+def _score(
+    model: Any,
+    processor: Any,
+    questions: dict[int, Question],
+    written: dict[int, list[tuple[str, EncodedSample]]],
+    pictures: _Pictures,
+    batch_size: int,
+) -> dict[int, dict[str, float]]:
+    """Return the log-probability of each option's tokens, end of turn included."""
     options = [(i, option, row) for i in questions for option, row in written[i]]
     options.sort(key=lambda o: len(o[2]))
-    found: dict[int, tuple[float, str]] = {}
+    found: dict[int, dict[str, float]] = {}
     for at in range(0, len(options), batch_size):
         chunk = options[at : at + batch_size]
         batch = to_device(processor.collate([o[2] for o in chunk]), model.device)
@@ -265,9 +281,44 @@ def _choose(
         batch["images_per_row"] = [len(some) for some in images]
         out = model(**batch, **pictures.batch([i for some in images for i in some]), **LOSS_ALONE)
         for (i, option, _), value in zip(chunk, _likelihood(model, out).tolist(), strict=True):
-            if i not in found or value > found[i][0]:
-                found[i] = (value, option)
-    return {i: option for i, (_, option) in found.items()}
+            found.setdefault(i, {})[option] = value
+    return found
+
+
+@torch.no_grad()
+def _embed(
+    model: Any,
+    processor: Any,
+    questions: dict[int, Question],
+    written: dict[int, tuple[_Prompt, EncodedSample]],
+    pictures: _Pictures,
+    batch_size: int,
+) -> dict[int, list[float]]:
+    """Return the hidden state behind the last token of each prompt: C numbers. Pruners never drop that token."""
+    found: dict[int, list[float]] = {}
+    for layer in {q.layer for q in questions.values()}:
+        if layer > model.llm.num_layers:
+            raise ZooError(f"layer must be at most {model.llm.num_layers}, the layers of this LLM, got {layer}.")
+        asked = sorted((i for i in questions if questions[i].layer == layer), key=lambda i: len(written[i][0].ids))
+        for at in range(0, len(asked), batch_size):
+            chunk = asked[at : at + batch_size]
+            prompts = [written[i][0] for i in chunk]
+            batch = to_device(processor.collate([written[i][1] for i in chunk], padding_side="left"), model.device)
+            inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "questions") if k in batch}
+            inputs |= pictures.batch([i for p in prompts for i in p.images]) | dict(LOSS_ALONE)
+            shown = [len(p.images) for p in prompts]
+            out = model(**inputs, images_per_row=shown, output_hidden_states=layer >= 0)
+            states = out.last_hidden_state if layer < 0 else out.hidden_states[layer]
+            found |= dict(zip(chunk, states[:, -1].float().tolist(), strict=True))
+    return found
+
+
+_MODES: tuple[tuple[str, Callable[..., Any], Callable[..., dict[int, Any]]], ...] = (
+    ("generate", _prompts, _generate),
+    ("choice", _options, _choose),
+    ("scores", _options, _score),
+    ("hidden", _prompts, _embed),
+)
 
 
 def _likelihood(model: Any, out: Any) -> Tensor:
