@@ -33,6 +33,7 @@ FLAGS = {  # our flags and Hydra's; True if the flag takes a value
     "--json": False,
 }
 WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
+WITH_LOCK = {"lock", "device", "log", "plugins", "run.dir", "run.name", "run.folder"}  # the same, of a new run
 MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # new locations of the run's initial weights
 MOVED_OF_SEVERAL = re.compile(r"vision\.encoders\.\w+\.checkpoint").fullmatch
 NONE = ("", "null")
@@ -95,7 +96,7 @@ def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]],
 
 
 def resumes_alone(overrides: Sequence[str]) -> None:
-    """Refuse options beside `resume`, since a run keeps those that it was started with.
+    """Refuse options beside `resume` and `lock`, since a run keeps those that it was started with.
 
     Raises:
         ZooError: an option would be ignored.
@@ -104,11 +105,16 @@ def resumes_alone(overrides: Sequence[str]) -> None:
     resumed = next(
         (word for word, name in names.items() if name == "resume" and word.partition("=")[2] not in NONE), None
     )
-    extra = [word for word, name in names.items() if name not in WITH_RESUME | MOVED and not MOVED_OF_SEVERAL(name)]
-    if resumed and extra:
+    replayed = next(
+        (word for word, name in names.items() if name == "lock" and word.partition("=")[2] not in NONE), None
+    )
+    word, allowed = (resumed, WITH_RESUME) if resumed else (replayed, WITH_LOCK)
+    extra = [word for word, name in names.items() if name not in allowed | MOVED and not MOVED_OF_SEVERAL(name)]
+    if word and extra:
+        does = "goes on" if resumed else "trains once more"
         raise ZooError(
-            f"{resumed} goes on with the options that the run was started with; it cannot take {', '.join(extra)}. "
-            f"Allowed beside it: {', '.join(sorted(WITH_RESUME - {'resume'}))}; and for weights that were moved, "
+            f"{word} {does} with the options that the run was started with; it cannot take {', '.join(extra)}. "
+            f"Allowed beside it: {', '.join(sorted(allowed - {'resume', 'lock'}))}; and for weights that were moved, "
             f"{', '.join(sorted(MOVED))}."
         )
 

@@ -16,7 +16,8 @@ from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.runs.folder import read_metrics, runs
 from zoo.runs.lock import alive
 
-OWN = ("run", "resume", "hydra", "log", "loggers", "defaults", "survey", "teach")  # of one run, or of its process
+# Of one run, or of its process.
+OWN = ("run", "resume", "lock", "hydra", "log", "loggers", "defaults", "survey", "teach")
 GROUPS = {group_of(kind): kind in MANY for kind in SLOT_KINDS} | {"data": True, "task": True}
 SHOWN = 4  # changed options in the name of a run; figures for programs have all
 Value = dict[str, float]  # value, stderr, n

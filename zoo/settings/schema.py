@@ -141,6 +141,7 @@ class RunRoot:
     # Training
     stages: dict[str, Stage] = field(default_factory=dict)
     resume: str | None = None  # folder of a run, or `last`
+    lock: str | None = None  # folder of a run that is trained once more from its zoo.lock, or `last`
     teach: TeachConfig = field(default_factory=TeachConfig)
     survey: SurveyConfig = field(default_factory=SurveyConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)

@@ -6,10 +6,12 @@ scores.
 """
 
 import json
+import os
 import signal
 import threading
 import time
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from zoo.composed.assembly import build_distiller
 from zoo.composed.masters import widen, widen_names
 from zoo.loading.build import build, load_teacher
 from zoo.registry import Distiller, ZooError
+from zoo.registry.foreign import read_object
 from zoo.runs import checkpoint
 from zoo.runs.allocator import keep_memory
 from zoo.runs.batches import Batches, Loader
@@ -36,6 +39,7 @@ from zoo.runs.lock import RunLock
 from zoo.runs.order import ShardPosition
 from zoo.runs.processes import by_first, gather, start_accelerator, stop_all
 from zoo.runs.progress import Display
+from zoo.runs.replay import config_hash, data_facts, replayed, verdict
 from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, read_config, require_same_start
 from zoo.runs.saving import Saver
 from zoo.runs.sharding import gathers_short, shard
@@ -64,11 +68,17 @@ def main(cfg: DictConfig) -> RunFolder:
     Raises:
         SystemExit: on SIGTERM, with code 143; the run can be resumed.
     """
-    if not cfg.resume:
+    if cfg.lock and not cfg.resume:
+        cfg, notes = replayed(cfg)
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join([f"Replaying {cfg.lock}.", *(f"  different here: {note}" for note in notes)]))
+    elif not cfg.resume:
         check(plan_from(cfg))  # before a folder is made or data is read
     with Run(cfg) as run:
         run.train()
         finish(run)
+    if run.main and run.cfg.lock:
+        print("\n".join(verdict(run.cfg.lock, run.folder)))
     return run.folder
 
 
@@ -214,11 +224,18 @@ class Run:
     def facts(self, model: Any) -> dict[str, Any]:
         """Return what zoo.lock holds beside versions: number of processes, plugins, and weights the run began on."""
         facts: dict[str, Any] = {"processes": self.accelerator.num_processes, "plugins": list(self.cfg.plugins)}
+        facts |= {"config": config_hash(self.folder), "data": self._data_facts}
         facts["base"] = model.config.base
         facts |= {"parameters": sum(p.numel() for p in model.parameters()), "image_tokens": model.num_image_tokens}
         if self.source.folder is not None:
             facts["started_from"] = {"model": self.source.name, "fingerprint": fingerprint(self.source.folder)}
         return facts
+
+    @cached_property
+    def _data_facts(self) -> dict[str, Any]:
+        """Lengths and hashes of the data sets, as the run found them when it began."""
+        noted = read_object(self.folder.lock).get("data") if self.folder.lock.is_file() else None
+        return noted if isinstance(noted, dict) else data_facts(self.data)
 
     def _build(self, tokenizer: Path) -> tuple[Any, Any]:
         reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process

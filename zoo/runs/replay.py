@@ -1,0 +1,185 @@
+"""`zoo train lock=RUN`: train a run once more from its folder, on what zoo.lock states that it ran on.
+
+Before the first step, everything is compared that the losses depend on: versions of libraries and the machine, which
+are noted, and the weights, the data and the config, without which it would be another run. Behind the last step the
+losses of both are compared to the bit.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.composed.own_checkpoints import own_checkpoints
+from zoo.pretrained.origin import origin_of
+from zoo.registry import ZooError, plugins
+from zoo.registry.foreign import read_object, read_run_config
+from zoo.runs.data import RunData
+from zoo.runs.folder import RunFolder, environment, read_metrics
+from zoo.runs.resume import read_config
+from zoo.storage.weights import fingerprint
+
+LISTED = 8  # differences that are written out
+OF_MACHINE = ("python", "machine", "system", "cpu", "threads", "devices", "processes")
+
+
+def replayed(given: DictConfig) -> tuple[DictConfig, list[str]]:
+    """Return the config of the run that `lock` names, for a new run, and what is different here, for the user.
+
+    Args:
+        given: config of this process, with `lock`.
+
+    Raises:
+        ZooError: there is no such run, it has no zoo.lock, or weights, data or config are others now.
+    """
+    folder = RunFolder.open(given.lock, Path(given.run.dir))
+    if not folder.lock.is_file():
+        raise ZooError(f"The run {str(folder.path)!r} has no zoo.lock: it was stopped before its first step.")
+    noted = read_object(folder.lock)
+    named = [str(name) for name in read_run_config(folder.config).get("plugins") or []]
+    if absent := [name for name in named if not plugins.is_loaded(name)]:
+        raise ZooError(f"The run {str(folder.path)!r} had plugins, which are code: add plugins=[{','.join(absent)}].")
+    # A run that is replayed once more is compared with this one, not with the one before.
+    read = read_config(folder, given, {})
+    cfg: Any = OmegaConf.create({key: read[key] for key in read if key not in ("hydra", "defaults")})  # a new run's
+    cfg.run, cfg.log, cfg.lock = given.run, list(given.log), str(folder.path.resolve())
+    cfg.run.name = given.run.name or f"{folder.path.name}-again"
+    if given.device != "auto":
+        cfg.device = given.device
+    if wrong := [*_config(folder, noted), *_weights(cfg, noted), *_data(cfg, noted)]:
+        lines = "\n".join(f"  {line}" for line in wrong[:LISTED])
+        raise ZooError(f"This would be another run than {str(folder.path)!r}:\n{lines}")
+    return cfg, list(_machine(noted))
+
+
+def data_facts(data: RunData) -> dict[str, Any]:
+    """Return what zoo.lock notes of each data set: its length, and a hash of some records at equal distances."""
+    return {name: _facts(name, dataset) for name, dataset in data.all.items()}
+
+
+def config_hash(folder: RunFolder) -> str:
+    """Return the SHA-256 of a run's config.yaml."""
+    return hashlib.sha256(folder.config.read_bytes()).hexdigest()
+
+
+def verdict(before: str | Path, now: RunFolder) -> list[str]:
+    """Compare the losses and the model of a finished run with those of the run that it replays; lines for the user."""
+    old = RunFolder(before)
+    mine, theirs = ({r["step"]: r for r in read_metrics(f.metrics) if "loss" in r} for f in (now, old))
+    both = sorted(mine.keys() & theirs.keys())
+    unequal = [step for step in both if _losses(mine[step]) != _losses(theirs[step])]
+    lines = []
+    if not both:
+        lines.append(f"No step of {old.path} is left to compare with: {old.metrics.name} has no losses.")
+    elif unequal:
+        first, most = unequal[0], max(unequal, key=lambda s: abs(mine[s]["loss"] - theirs[s]["loss"]))
+        lines.append(
+            f"Losses differ from {old.path} from step {first} on: {mine[first]['loss']!r}, there "
+            f"{theirs[first]['loss']!r}. The most at step {most}: {mine[most]['loss'] - theirs[most]['loss']:+.2e}."
+        )
+    else:
+        lines.append(f"The losses of all {len(both)} steps are those of {old.path}, to the bit.")
+    if only := sorted(mine.keys() ^ theirs.keys()):
+        lines.append(f"{len(only)} steps are in one of the two runs only, the first is {only[0]}.")
+    hashes = [read_object(f.lock).get("model") for f in (now, old) if f.lock.is_file()]
+    if len(hashes) == 2 and all(hashes):
+        lines.append(
+            "The saved weights are equal to the bit." if hashes[0] == hashes[1] else "The saved weights differ."
+        )
+    return lines
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+def _config(folder: RunFolder, noted: Mapping[str, Any]) -> Iterator[str]:
+    was = noted.get("config")
+    if was and was != config_hash(folder):
+        now = config_hash(folder)
+        yield f"config: {folder.config.name} was changed since the run (hash {now[:12]}, was {str(was)[:12]})"
+
+
+def _weights(cfg: DictConfig, noted: Mapping[str, Any]) -> Iterator[str]:
+    """Compare fingerprints of base checkpoints in folders and packages, and of the model that the run began on."""
+    base = noted.get("base") or {}
+    for part, own in own_checkpoints(cfg).items():
+        place = str((OmegaConf.select(cfg, own.module) or {}).get(own.option) or "")
+        yield from _fingerprint(f"base weights of {part}", place, (base.get(part) or {}).get("fingerprint"))
+    if started := noted.get("started_from"):
+        yield from _fingerprint("weights that it began on", str(cfg.model.name), started.get("fingerprint"))
+
+
+def _fingerprint(what: str, place: str, was: Any) -> Iterator[str]:
+    if not was or not place:
+        return
+    origin = origin_of(place)
+    if origin is None and not Path(place).is_dir():
+        return  # of the hub: the commit is pinned, and its weights are compared when they are read
+    now = fingerprint(Path(place)) if origin is None else origin.sha256
+    if now != was:
+        yield f"{what} in {place!r}: fingerprint {now[:12]}, was {str(was)[:12]}"
+
+
+def _data(cfg: DictConfig, noted: Mapping[str, Any]) -> Iterator[str]:
+    was = noted.get("data") or {}
+    for name, now in data_facts(RunData(cfg.data, skip_broken=True)).items():
+        before = was.get(name)
+        if before is None or before == now:
+            continue
+        if before.get("records") != now["records"]:
+            yield f"data {name}: {now['records']} records, was {before.get('records')}"
+        else:
+            yield f"data {name}: other records (hash {str(now['hash'])[:12]}, was {str(before.get('hash'))[:12]})"
+
+
+def _machine(noted: Mapping[str, Any]) -> Iterator[str]:
+    """Versions and the machine, which may change the last bits of losses, and what zoo.lock did not note."""
+    now = environment() | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
+    versions = noted.get("versions") or {}
+    for library, version in now["versions"].items():
+        if versions.get(library) != version:
+            yield f"{library} {version}, was {versions.get(library)}"
+    for key in OF_MACHINE:
+        if key in noted and noted[key] != now[key]:
+            yield f"{key} {now[key]}, was {noted[key]}"
+    if "data" not in noted:
+        yield "zoo.lock has no hash of the data, which was not noted at that time"
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+_READ = 16  # records of each data set, at equal distances
+
+
+def _facts(name: str, dataset: Any) -> dict[str, Any]:
+    if dataset.is_stream:  # its records are not read before they are trained on
+        return {"records": None, "hash": None}
+    digest, size = hashlib.sha256(), len(dataset)
+    for index in sorted({i * size // _READ for i in range(_READ)} if size else ()):
+        try:
+            sample = dataset[index]
+        except Exception as error:  # a broken record is one in the replay, too
+            digest.update(type(error).__name__.encode())
+            continue
+        for dialog in sample.dialogs:
+            digest.update(json.dumps([dialog.messages, dialog.answers], default=str).encode())
+        for image in sample.images:
+            digest.update(_image(image))
+    return {"records": size, "hash": digest.hexdigest()}
+
+
+def _image(image: Any) -> bytes:
+    """Return what tells an image from others at little cost: pixels, bytes, or the size of its file."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path) and Path(image).is_file():
+        return str(Path(image).stat().st_size).encode()
+    return image.tobytes() if hasattr(image, "tobytes") else b""
+
+
+def _losses(row: Mapping[str, Any]) -> Any:
+    return row["loss"], row.get("losses")
