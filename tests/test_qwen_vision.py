@@ -91,6 +91,28 @@ def test_scores_are_the_column_means_of_the_attention_that_runs(family):
         torch.testing.assert_close(mean[order], key[0].transpose(0, 1).unflatten(0, (-1, 4)).mean(1))
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_segments_in_batches_are_segments_one_by_one_to_the_bit(family):
+    """Values and gradients of transformers' loop over sdpa; windows that divide the grid, and others."""
+    for grids in ([(4, 4)], GRIDS, [(2, 2)] * 3):
+        found = []
+        for loop in (False, True):
+            vision = encoder(family)
+            assert vision.tower.config._attn_implementation == "zoo_flash_segments"
+            if loop:
+                vision.tower.config._attn_implementation_internal = "sdpa"
+            got = vision(patches(vision, grids), grids=grids)
+            sum(x.square().mean() for g in got.groups for x in g.maps).backward()
+            found.append((got.in_order(lambda g: g.tokens), [p.grad for p in vision.parameters()]))
+        (tokens, grads), (wanted, others) = found
+        assert all(torch.equal(a, b) for a, b in zip(tokens, wanted, strict=True))
+        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(grads, others, strict=True))
+    vision.set_attention("eager")
+    assert vision.tower.config._attn_implementation == "eager"
+    vision.set_attention("sdpa")
+    assert vision.tower.config._attn_implementation == "zoo_flash_segments"
+
+
 def raster(family, h, w):
     """The tokens in the order of the tower: window by window of 2 x 2 in Qwen2.5-VL."""
     cells = [(i, j) for i in range(h) for j in range(w)]

@@ -5,7 +5,8 @@ frames. The merger, which makes a token of the LLM's width of neighbouring patch
 what it makes. Qwen3-VL also gives maps of middle blocks, each merged, for layers of the LLM (`ImageFeatures.deep`;
 DeepStack, arXiv:2406.04334).
 
-transformers' own towers run, on the rows of a batch packed one behind the other.
+transformers' own towers run, on the rows of a batch packed one behind the other, with attention by
+`zoo.vision.encoders.segments`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import column_mean
 from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, on_meta
 from zoo.vision.encoders.checkpoints import load_part, read_json, with_revision
+from zoo.vision.encoders.segments import use_segments
 
 MERGE = 2  # patches of a token, a side
 FRAMES = 2  # of a row: a still image is shown twice
@@ -118,6 +120,8 @@ class QwenVision(Encoder, nn.Module):
             self.tower: Any = load_part(source, cls(spec), ("model.visual.", "visual."), "encoder")
         else:
             self.tower = cls(spec)
+        if self.tower.config._attn_implementation == "sdpa":
+            use_segments(self.tower)
         if spec.spatial_merge_size != MERGE or spec.temporal_patch_size != FRAMES:
             raise ZooError(
                 f"Its encoder merges {spec.spatial_merge_size} x {spec.spatial_merge_size} patches of "
@@ -191,6 +195,8 @@ class QwenVision(Encoder, nn.Module):
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel: eager, sdpa, flash_attention_2, ..."""
         self.tower.set_attn_implementation("eager" if name.endswith("eager") else name)
+        if name == "sdpa":
+            use_segments(self.tower)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
