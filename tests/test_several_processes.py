@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.killed_runs import SERVER, served
+from tests import two_processes_muon
+from tests.killed_runs import SERVER, call_in_two, served
 from zoo.benches import processes_work as work
 from zoo.settings.parallel import ParallelConfig
 
@@ -30,3 +31,9 @@ def test_two_processes_train_as_one(ended, name):
         two = work.Trained.load(ended / shard / f"{work.file_name(name)}.pt")
         loss, weight = work.differences(two, one)
         assert loss < 1e-6 and weight < 1e-5, shard
+
+
+def test_muon_works_on_each_matrix_once(tmp_path):
+    with served():
+        ended = call_in_two(tmp_path, two_processes_muon.main)
+    assert ended.code == 0, ended.said

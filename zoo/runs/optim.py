@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from zoo.registry import ZooError, unknown
 from zoo.runs.checkpoint import shared_as
+from zoo.runs.shared_matrices import worked_on
 from zoo.settings.stage import Stage
 
 MATRIX_BYTES = 256 * 2**20  # the most that one stack of matrices may hold, in float32
 
 
 class StackedMuon(Muon):
-    """`torch.optim.Muon` with matrices of the same shape stacked.
+    """`torch.optim.Muon` with matrices of the same shape stacked, each worked on in one of several processes.
 
     Torch's own loop takes 131 ms for the 38 matrices of a 1.5 M-parameter model on two cores, this one 10 ms.
     """
@@ -33,6 +35,7 @@ class StackedMuon(Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._turn = 0  # matrices of this step so far
         for group in self.param_groups:
             self._step_group(group)
         return loss
@@ -48,15 +51,27 @@ class StackedMuon(Muon):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = [g.lerp(b, momentum) for g, b in zip(grads, buffers, strict=True)] if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        # Newton-Schulz mixes all rows and columns of a matrix, so sharded updates are gathered first.
+        coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
+
+        def work(stack: Tensor) -> Tensor:
+            return orthogonalise(stack, coefficients, steps, eps)
+
         for rows in _stacks(updates):
-            stack = torch.stack([_whole(updates[i]) for i in rows])  # (n, rows, columns)
-            a, b, c = group["ns_coefficients"]
-            stack = orthogonalise(stack, (a, b, c), group["ns_steps"], group["eps"])
-            height, width = stack.shape[-2:]
+            found = worked_on([updates[i] for i in rows], work, self._turn)
+            self._turn += len(rows)
+            height, width = updates[rows[0]].shape
             rate = lr * math.sqrt(max(1.0, height / width))  # torch's adjust_lr_fn "original"
-            for i, update in zip(rows, stack.unbind(), strict=True):
-                params[i].add_(shared_as(update.to(params[i].dtype), params[i]), alpha=-rate)
+            for i, update in zip(rows, found, strict=True):
+                params[i].add_(_as_share(update.to(params[i].dtype), params[i]), alpha=-rate)
+
+
+def _as_share(update: Tensor, like: Any) -> Tensor:
+    """Return an update, whole or this process's share, in the form of its parameter."""
+    if not hasattr(like, "to_local") or update.shape == like.shape != like.to_local().shape:
+        return shared_as(update, like)
+    return DTensor.from_local(
+        update, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def orthogonalise(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -82,11 +97,6 @@ def _stacks(updates: list[Tensor]) -> Iterable[list[int]]:
         most = max(1, MATRIX_BYTES // (4 * shape.numel()))
         for start in range(0, len(rows), most):
             yield rows[start : start + most]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return the unsharded matrix."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def build_optimizers(
