@@ -5,14 +5,17 @@ The forward passes of a step are the same on any number of processes: with fewer
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from zoo.composed.assembly import build_distiller
 from zoo.composed.model import ZooModel
@@ -20,7 +23,7 @@ from zoo.loading.build import processor_for
 from zoo.model_config import ZooConfig
 from zoo.registry import Dialog, Sample
 from zoo.runs.processes import start_accelerator
-from zoo.runs.sharding import gathers_short
+from zoo.runs.sharding import gathers_short, shard_layers
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.stage import Stage
 from zoo.storage.weights import state_of
@@ -109,9 +112,11 @@ class Trained:
     losses: list[float]
     weights: dict[str, Tensor]
     unused: str = ""
+    moved: dict[str, int] = field(default_factory=dict)  # bytes that a step moves, by kind
+    gradients: int = 0  # bytes of gradients that a process holds behind the passes ahead of the last one
 
     def save(self, file: Path) -> None:
-        torch.save([self.losses, self.weights, self.unused], file)
+        torch.save([self.losses, self.weights, self.unused, self.moved, self.gradients], file)
 
     @classmethod
     def load(cls, file: Path) -> "Trained":
@@ -130,6 +135,8 @@ def train(name: str, steps: int, parallel: ParallelConfig) -> Trained:
     teacher = beside = None
     if this.teacher:
         taught_by, theirs = _model(Composition(), tokenizer, seed=5)
+        if getattr(accelerator, "is_fsdp2", False):
+            shard_layers(accelerator, taught_by)
         assert distiller is not None, "a teacher has one"
         teacher, beside = Teacher(taught_by, distiller.needs, len(tokenizer)), TeacherRows(theirs, processor)
     engine = Engine(
@@ -141,10 +148,49 @@ def train(name: str, steps: int, parallel: ParallelConfig) -> Trained:
     for step in range(steps):
         turns = range(rank, PASSES, world)
         batches = [_batch(processor, beside, step, turn, text=engine.run_llm) for turn in turns]
-        found, _ = engine.run(step, step, batches, False)
+        with Moved() as moved, _gradients(engine) as held:
+            found, _ = engine.run(step, step, batches, False)
         losses.append(_mean(engine.unwrapped.total(found), world))
     weights = {n: t.clone() for n, t in state_of(model).items()}
-    return Trained(losses, weights, engine.unused or "")
+    return Trained(losses, weights, engine.unused or "", moved.bytes, max(held, default=0))
+
+
+class Moved(TorchDispatchMode):
+    """Adds up what collective operations give this process, by their kind."""
+
+    KINDS: ClassVar = {"allgather": "gathered", "reduce_scatter": "reduced", "allreduce": "reduced", "alltoall": "sent"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = next((k for word, k in self.KINDS.items() if word in func.__name__), "")
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            if kind and tensors:  # the whole of a gather or a reduction is its larger side
+                self.bytes[kind] = self.bytes.get(kind, 0) + max(t.nbytes for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _gradients(engine: Engine) -> Iterator[list[int]]:
+    """Note the bytes of gradients that this process holds at the beginning of each pass."""
+    held: list[int] = []
+
+    def note(*_: Any) -> None:
+        own = (p for o in engine.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None)
+        whole = sum((g._local_tensor if hasattr(g := p.grad, "_local_tensor") else g).nbytes for p in own)
+        units = [m._get_fsdp_state() for m in engine.model.modules() if hasattr(m, "_get_fsdp_state")]
+        params = (p for unit in units for group in unit._fsdp_param_groups for p in group.fsdp_params)
+        whole += sum(p.unsharded_accumulated_grad.nbytes for p in params if p.unsharded_accumulated_grad is not None)
+        held.append(whole)
+
+    handle = engine.unwrapped.register_forward_pre_hook(note)
+    try:
+        yield held
+    finally:
+        handle.remove()
 
 
 def differences(this: Trained, one: Trained) -> tuple[float, float]:
@@ -155,13 +201,13 @@ def differences(this: Trained, one: Trained) -> tuple[float, float]:
     return max(losses), max(weights)
 
 
-def work(rank: int, world: int, port: int, folder: str, names: Sequence[str], steps: int, shard: str) -> None:
+def work(rank: int, world: int, port: int, folder: str, names: Sequence[str], steps: int, how: ParallelConfig) -> None:
     """Train compositions as process `rank` of `world`; the first one writes what came of each."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     for name in names:
-        found = train(name, steps, ParallelConfig(shard=shard))
+        found = train(name, steps, how)
         if rank == 0:
             found.save(Path(folder) / f"{file_name(name)}.pt")
     import gc
@@ -171,13 +217,13 @@ def work(rank: int, world: int, port: int, folder: str, names: Sequence[str], st
     torch.distributed.destroy_process_group()
 
 
-def start(world: int, folder: Path, names: Iterable[str], steps: int, shard: str, context: Any) -> list[Any]:
+def start(world: int, folder: Path, names: Iterable[str], steps: int, how: ParallelConfig, context: Any) -> list[Any]:
     """Start the processes of `work`, and return them."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = (world, port, str(folder), list(names), steps, shard)
+    arguments = (world, port, str(folder), list(names), steps, how)
     children = [context.Process(target=work, args=(rank, *arguments)) for rank in range(world)]
     for child in children:
         child.start()

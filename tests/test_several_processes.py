@@ -16,7 +16,7 @@ def ended(tmp_path_factory):
     place = tmp_path_factory.mktemp("processes")
     with served():
         for shard in ("none", "fsdp2"):
-            children = work.start(2, place / shard, work.QUICK, STEPS, shard, SERVER)
+            children = work.start(2, place / shard, work.QUICK, STEPS, ParallelConfig(shard=shard), SERVER)
             for child in children:
                 child.join(120)
             hang = [child.kill() for child in children if child.exitcode is None]

@@ -45,3 +45,9 @@ def test_weights_of_two_formats_that_train_are_refused_by_name():
         require_one_format(module)
     module["b"].requires_grad_(False)
     require_one_format(module)
+
+
+@pytest.mark.parametrize("options", [{"replicate": 0}, {"replicate": 2, "shard": "none"}])
+def test_groups_that_cannot_be_are_refused(options):
+    with pytest.raises(ZooError, match=r"parallel\.replicate"):
+        ParallelConfig(**options)

@@ -32,6 +32,7 @@ BENCHES = {
     "fusion": Bench("zoo.benches.fusion", "what projectors and adapters cost, against what they replace"),
     "generate": Bench("zoo.benches.generate", "prefill and decode speed against transformers on the same checkpoint"),
     "load": Bench("zoo.benches.load", "memory and seconds of loading a checkpoint against transformers"),
+    "processes": Bench("zoo.benches.processes", "training on several processes against one: losses, weights, bytes"),
     "memory": Bench("zoo.benches.memory", "the memory that zoo check states for training, against what training takes"),
     "roundtrip": Bench("zoo.benches.roundtrip", "what a saved folder gives back, over sources, optimisers, processes"),
     "save": Bench("zoo.benches.save", "what it costs to find out at the end which weights changed"),

@@ -96,7 +96,7 @@ def start_accelerator(device: str = "auto", parallel: ParallelConfig | None = No
             f"On CPU use: {USE_TORCHRUN}"
         )
     if plugin is not None and accelerator.num_processes > 1:
-        _use_fsdp(accelerator, plugin)
+        _use_fsdp(accelerator, plugin, (parallel or ParallelConfig()).replicate)
     if device != "auto" and accelerator.device.type != device.partition(":")[0]:
         raise ZooError(f"device={device} was asked for, but this process would run on {accelerator.device.type}.")
     return accelerator
@@ -122,12 +122,26 @@ def _fsdp_plugin(parallel: ParallelConfig) -> Any:
     return FullyShardedDataParallelPlugin(fsdp_version=2)
 
 
-def _use_fsdp(accelerator: Any, plugin: Any) -> None:
-    """Choose FSDP2 on CPUs too, where accelerate ignores the plugin and would train whole copies."""
+def _use_fsdp(accelerator: Any, plugin: Any, replicate: int) -> None:
+    """Choose FSDP2 on CPUs too, where accelerate ignores the plugin and would train whole copies.
+
+    Raises:
+        ZooError: the processes do not form `replicate` groups of two or more.
+    """
+    from accelerate import ParallelismConfig
     from accelerate.utils import DistributedType
 
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
+    if replicate > 1:
+        world = accelerator.num_processes
+        if world % replicate or world // replicate < 2:
+            raise ZooError(
+                f"parallel.replicate={replicate} does not divide {world} processes into groups of two or more."
+            )
+        groups = ParallelismConfig(dp_replicate_size=replicate, dp_shard_size=world // replicate)
+        accelerator.state.parallelism_config = groups
+        accelerator.state.device_mesh = groups.get_device_mesh(accelerator.device.type)
 
 
 def by_first(accelerator: Any, function: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ in it, and how often, may depend on the batch of a process, and a unit that one 
 would leave both waiting.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,24 @@ def shard(accelerator: Any, model: Any, parallel: ParallelConfig, *, short: bool
         for unit in model.llm.layers:
             fully_shard(unit, mp_policy=layer, reshard_after_forward=plugin.reshard_after_forward, **options)
         fully_shard(model, mp_policy=root, **options)
+
+
+def may_share(teacher: Mapping[str, Any]) -> bool:
+    """Whether a teacher of these options is shared out beside a student that is."""
+    return bool(teacher["shard"]) and not teacher["bits"] and not teacher["device"]
+
+
+def shard_layers(accelerator: Any, teacher: Any) -> None:
+    """Share the decoder layers of a frozen model out over the processes, in the number format that they have.
+
+    All else stays whole: a student may use the same encoder.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(accelerator)
+    teacher.requires_grad_(False)
+    for layer in teacher.llm.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def shard_like(module: nn.Module, model: nn.Module) -> None:

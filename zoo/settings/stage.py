@@ -26,6 +26,7 @@ TEACHER: dict[str, Any] = {
     "device": "",  # empty: that of the run
     "attention": "auto",
     "bits": 0,  # 8 or 4: quantize the weights of its decoder; 0: do not
+    "shard": True,  # where FSDP2 shares the student out, its decoder layers too; not with bits or a device of its own
     "store": "",  # folder of `zoo teach`, instead of a model
 }
 
@@ -179,6 +180,8 @@ def _check_teacher(given: Any) -> None:
         raise ZooError(f"A teacher's bits are 8, 4 or 0 (not quantized), got {given['bits']!r}.")
     if given.get("dtype") not in (None, *_DTYPES):
         raise unknown("dtype of a teacher", str(given["dtype"]), _DTYPES[1:])
+    if not isinstance(given.get("shard", True), bool):
+        raise ZooError(f"A teacher's shard is true or false, got {given['shard']!r}.")
     if bool(given.get("model")) == bool(given.get("store")):
         raise ZooError("A teacher is either a model (model: NAME) or a store of zoo teach (store: FOLDER): give one.")
 

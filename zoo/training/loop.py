@@ -42,7 +42,7 @@ from zoo.runs.progress import Display
 from zoo.runs.replay import config_hash, data_facts, replayed, verdict
 from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, read_config, require_same_start
 from zoo.runs.saving import Saver
-from zoo.runs.sharding import gathers_short, shard
+from zoo.runs.sharding import gathers_short, may_share, shard, shard_layers
 from zoo.runs.step_log import StepLog, not_finite
 from zoo.runs.trackers import check_trackers, start_trackers
 from zoo.runs.watch import Watch, as_gone
@@ -424,6 +424,8 @@ class Run:
             self._teachers.clear()  # frees the previous teacher before the next one is loaded
             precision = resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device)
             self._teachers[key] = load_teacher(node, device=self.accelerator.device, precision=precision)
+            if getattr(self.accelerator, "is_fsdp2", False) and may_share(node):
+                shard_layers(self.accelerator, self._teachers[key][0])
         model, processor = self._teachers[key]
         shared = shared_tokens(self.processor.tokenizer, processor.tokenizer)
         return Teacher(model, needs, shared), TeacherRows(processor, self.processor, model.llm.max_positions)
