@@ -21,7 +21,7 @@ def worked_on(matrices: Sequence[Tensor], work: Work, first: int = 0) -> list[Te
     Args:
         matrices: (rows, columns) each; plain and then the same in every process, or sharded over its rows.
         work: what is computed of each.
-        first: number of matrices before these in the step, which says whose turn it is.
+        first: number of matrices before these in the step: owners take turns over all.
     """
     group = _group_of(matrices[0])
     if group is None:
@@ -34,7 +34,7 @@ def worked_on(matrices: Sequence[Tensor], work: Work, first: int = 0) -> list[Te
 
 
 def _group_of(matrix: Any) -> Any:
-    """Return the processes that divide the work; None: this one alone, or shards that are no blocks of rows."""
+    """Return the processes that divide the work; None: this one alone, or shards of something else than rows."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     if not hasattr(matrix, "to_local"):
