@@ -8,8 +8,11 @@ such as the expert of a token, are spread evenly.
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -17,17 +20,72 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 from zoo.storage.precision import autocast
 
 _CPU = torch.device("cpu")
+_CHOICES = (torch.ops.aten.argmax, torch.ops.aten.argmin)
 _BY_MASK = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+@dataclass
+class Trace:
+    """What a step took.
+
+    Attributes:
+        most: bytes that were held at once beside the weights.
+        kinds: of them `activations`, `logits` and `gradients`.
+        gradients: bytes of gradients at the end.
+        flops: of products and attention, a multiplication with its addition being 2.
+    """
+
+    most: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    gradients: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Unit:
+    """Weights that are gathered together, and whose gradients are reduced and divided together.
+
+    Attributes:
+        names: of the weights.
+        reduce: bytes that the reduction holds.
+        share: bytes of this process's gradients, which stay.
+    """
+
+    names: Sequence[str]
+    reduce: int
+    share: int
 
 
 def bytes_of_step(
     model: Any, batch: Mapping[str, Any], precision: str, wide: Mapping[str, Any], *, passes: int = 1, options: Any = ()
 ) -> tuple[int, int]:
     """Return the most bytes that the passes of a step hold beside the weights, and those of the gradients at its end.
+
+    See `trace_step`.
+    """
+    trace = trace_step(model, batch, precision, wide, passes=passes, options=options)
+    return trace.most, trace.gradients
+
+
+def trace_step(
+    model: Any,
+    batch: Mapping[str, Any],
+    precision: str,
+    wide: Mapping[str, Any],
+    *,
+    passes: int = 1,
+    options: Any = (),
+    units: Sequence[Unit] = (),
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    short: Sequence[nn.Module] = (),
+) -> Trace:
+    """Run the passes of a step, and return what they take on one process.
 
     Args:
         model: on any device, the meta device too; in the mode of training, with the parameters that train set.
@@ -36,19 +94,39 @@ def bytes_of_step(
         wide: names of weights that are float32 in training.
         passes: of the step; from the second on there are gradients to add to.
         options: further arguments of the model's forward.
+        units: gradients of each are freed when all of them are there: FSDP divides them among the processes.
+        dtypes: name -> data type that products read the weight in, where it is not that of the model.
+        short: modules whose inputs are cast to bfloat16, as FSDP does.
+        shapes: name -> shape of the part of the weight that this process has (tensor parallelism).
     """
-    mode, peak = FakeTensorMode(allow_non_fake_inputs=True), _Peak()
+    mode, peak = FakeTensorMode(allow_non_fake_inputs=True), _Peak(getattr(model.llm, "vocab_size", 0))
     with mode:
-        held = _empty(model, wide)
+        held = _empty(model, wide, dtypes or {}, shapes or {})
         batch = {k: _like(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     peak.know([*held.values(), *batch.values()])
-    held = {f"model.{name}": tensor for name, tensor in held.items()}
     once = {id(t): t for t in held.values()}.values()
+    peak.watch(once)
+    for unit in units:
+        peak.divide([held[name] for name in unit.names if held[name].requires_grad], unit)
+    held = {f"model.{name}": tensor for name, tensor in held.items()}
     step = _Step(model, precision, dict(options))
-    with mode, peak, _silent():
-        for _ in range(min(passes, 2)):
-            torch.func.functional_call(step, held, (batch,), tie_weights=True)
-    return peak.most, sum(t.grad.nbytes for t in once if t.grad is not None)
+    hooks = [module.register_forward_pre_hook(_to_short, with_kwargs=True) for module in short]
+    try:
+        with mode, peak, _silent():
+            for _ in range(min(passes, 2)):
+                torch.func.functional_call(step, held, (batch,), tie_weights=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = sum(t.grad.nbytes for t in once if t.grad is not None)
+    return Trace(peak.most, peak.kinds, gradients, peak.flops // min(passes, 2))
+
+
+def _to_short(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def cast(x: Any) -> Any:
+        return x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tree_map(cast, args), tree_map(cast, kwargs)
 
 
 @contextmanager
@@ -80,20 +158,26 @@ class _Step(nn.Module):
         total.backward()
 
 
-def _empty(model: nn.Module, wide: Mapping[str, Any]) -> dict[str, Tensor]:
+def _empty(
+    model: nn.Module,
+    wide: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, Tensor]:
     """Return fake parameters and buffers on the CPU, tied ones once; integers are zeros."""
     made: dict[int, Tensor] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     ids = {id(t) for t in wide.values()}
-    for _, tensor in named:
+    for name, tensor in named:
         if id(tensor) not in made:
-            made[id(tensor)] = _like(tensor, torch.float32 if id(tensor) in ids else None)
+            dtype = dtypes.get(name) or (torch.float32 if id(tensor) in ids else None)
+            made[id(tensor)] = _like(tensor, dtype, shapes.get(name))
     return {name: made[id(tensor)] for name, tensor in named}
 
 
-def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _like(tensor: Tensor, dtype: torch.dtype | None = None, shape: Sequence[int] | None = None) -> Tensor:
     if tensor.is_floating_point():
-        empty = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=_CPU)
+        empty = torch.empty(shape or tensor.shape, dtype=dtype or tensor.dtype, device=_CPU)
         return empty.requires_grad_(tensor.requires_grad)
     with unset_fake_temporarily():
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
@@ -103,14 +187,59 @@ class _Peak(TorchDispatchMode):
     """Adds up the storages that operations make, until they are freed.
 
     Attributes:
-        now: bytes that are held.
-        most: the most that were held at once.
+        most: bytes, the most that were held at once.
+        kinds: of them `activations`, `logits` and `gradients`.
+        flops: of all operations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.most = self.flops = 0
+        self.kinds: dict[str, int] = {}
+        self._vocab_size = vocab_size
+        self._now = {"activations": 0, "logits": 0, "gradients": 0}
+        self._kind: dict[int, str] = {}
         self._known: dict[int, Any] = {}
+
+    def watch(self, weights: Any) -> None:
+        """Tell gradients from activations."""
+        for tensor in weights:
+            if tensor.requires_grad:
+                tensor.register_post_accumulate_grad_hook(lambda t: self._is_gradient(t.grad))
+
+    def divide(self, weights: Sequence[Tensor], unit: Unit) -> None:
+        """Free the gradients of a unit when all are there, but for a share; until it is reduced, they are held."""
+        left: set[int] = set()
+        share = unit.share
+
+        def there(tensor: Tensor) -> None:
+            nonlocal share
+            left.discard(id(tensor))
+            if not left:
+                self._note(unit.reduce)
+                for weight in weights:
+                    weight.grad = None
+                self._now["gradients"] += share
+                share = 0  # later passes add to it
+                left.update(id(weight) for weight in weights)
+
+        left.update(id(weight) for weight in weights)
+        for weight in weights:
+            weight.register_post_accumulate_grad_hook(there)
+
+    def _is_gradient(self, tensor: Tensor) -> None:
+        key = tensor.untyped_storage()._cdata
+        if (before := self._kind.get(key)) is not None and before != "gradients":
+            size = tensor.untyped_storage().nbytes()
+            self._now[before] -= size
+            self._now["gradients"] += size
+            self._kind[key] = "gradients"
+
+    def _note(self, more: int = 0) -> None:
+        """Note what is held, if it is the most so far."""
+        if (total := sum(self._now.values()) + more) > self.most:
+            self.most, self.kinds = total, dict(self._now)
+            self.kinds["gradients"] += more
 
     def know(self, values: Any) -> None:
         """Leave out tensors that were there before, and their views."""
@@ -126,8 +255,14 @@ class _Peak(TorchDispatchMode):
         if func.overloadpacket in _BY_MASK:
             args = (args[0], _indices(args[1]), *args[2:])
         if func.overloadpacket is torch.ops.aten._grouped_mm:
-            return self._counted(_grouped(*args, **kwargs))
-        return self._counted(tree_map(_with_content, func(*args, **kwargs)))
+            made: Any = _grouped(*args, **kwargs)
+        else:
+            made = func(*args, **kwargs)
+        self.flops += _flops_of(func, args, kwargs, made)
+        most = 0
+        if func.overloadpacket in _CHOICES:  # of what: an expert, say
+            most = args[0].shape[args[1]] if len(args) > 1 and args[1] is not None else args[0].numel()
+        return self._counted(tree_map(partial(_with_content, most=most), made))
 
     def _counted(self, made: Any) -> Any:
         for tensor in tree_leaves(made):
@@ -135,13 +270,29 @@ class _Peak(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if (key := storage._cdata) not in self._known:
                     self._known[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
+                    kind = "logits" if tensor.dim() and tensor.shape[-1] == self._vocab_size else "activations"
+                    self._kind[key] = kind
+                    self._now[kind] += storage.nbytes()
+                    self._note()
         return made
 
     def _free(self, key: int, size: int) -> None:
         self._known.pop(key, None)
-        self.now -= size
+        self._now[self._kind.pop(key)] -= size
+
+
+def _flops_of(func: Any, args: Any, kwargs: Mapping[str, Any], made: Any) -> int:
+    """Count the operations of a product or an attention, by torch's formulas; of attention on a CPU it has none."""
+    packet, aten = func.overloadpacket, torch.ops.aten
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return 4 * prod(args[0].shape) * args[1].shape[-2]
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return 10 * prod(args[1].shape) * args[2].shape[-2]
+    if packet is aten._grouped_mm:
+        return 2 * prod(args[0].shape) * int(args[1].shape[-1])
+    if (formula := flop_registry.get(packet)) is None:
+        return 0
+    return int(formula(*args, **kwargs, out_val=made))
 
 
 def _is_real(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -154,8 +305,13 @@ def _is_real(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     return bool(tensors) or func.overloadpacket is torch.ops.aten.arange
 
 
-def _with_content(made: Any) -> Any:
-    """Give integers and masks that follow from numbers a content: evenly spread indices, and true."""
+def _with_content(made: Any, most: int = 0) -> Any:
+    """Give integers and masks that follow from numbers a content: evenly spread indices, and true.
+
+    Args:
+        made: by an operation.
+        most: number of things that are chosen from; 0: not known.
+    """
     if not isinstance(made, FakeTensor) or made.is_floating_point():
         return made
     with unset_fake_temporarily():
@@ -164,7 +320,7 @@ def _with_content(made: Any) -> Any:
         # Of the last dimension, up to its length: no index is too large for what it was taken from.
         return (
             torch.arange(made.numel(), dtype=made.dtype)
-            .remainder_(max(1, made.shape[-1] if made.dim() else 1))
+            .remainder_(max(1, most or (made.shape[-1] if made.dim() else 1)))
             .view(tuple(made.shape))
         )
 

@@ -76,21 +76,27 @@ def memory_of(stage: Any, model: Any, plan: Plan, *, weights: int, distiller: An
     head = sum(p.nbytes for p in heads)
     batch = batch if batch is not None else assumed_batch(stage, model)
     labels = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    _set_up(model, stage, plan, device, precision)
+    set_up(model, stage, plan, device, precision)
     answers = stage.loss_weights.get("answer", 1.0) > 0 or bool(stage.teacher)
     options = LOSS_ALONE | {"all_logits": False, "run_llm": answers, "run_head": answers}
     try:
         step, _ = bytes_of_step(model, batch, precision, wide, passes=stage.accumulate, options=options)
         estimated = False
     except Exception:  # of any part that asks for numbers: a Python `if` on a loss, say
-        step, estimated = _by_formula(stage, model, batch, labels) + sum(trained.values()), True
+        step, estimated = by_formula(stage, model, batch, labels) + sum(trained.values()), True
     rows = tuple(batch["labels"].shape)
     return Memory(weights + head, masters, moments + 2 * head, step + head, (rows[0], rows[1]), labels, estimated)
 
 
-def assumed_batch(stage: Any, model: Any) -> dict[str, Any]:
-    """Return a batch of one image and `TEXT` tokens a sample, all of them learnt, in rows of `pack_length` if set."""
-    samples = max(1, stage.batch_size // stage.accumulate)
+def assumed_batch(stage: Any, model: Any, samples: int = 0) -> dict[str, Any]:
+    """Return a batch of one image and `TEXT` tokens a sample, all of them learnt, in rows of `pack_length` if set.
+
+    Args:
+        stage: its settings.
+        model: for the tokens of an image.
+        samples: of the batch; 0: those of a pass of one process.
+    """
+    samples = samples or max(1, stage.batch_size // stage.accumulate)
     vision, layout = model.vision, model.layout
     cut = None if layout is None else Cut(size=vision.transform.size)
     image = model.num_image_tokens if layout is None or cut is None else layout.count(cut)
@@ -120,7 +126,7 @@ def _trained(model: Any) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
-def _set_up(model: Any, stage: Any, plan: Plan, device: torch.device, precision: str) -> None:
+def set_up(model: Any, stage: Any, plan: Plan, device: torch.device, precision: str) -> None:
     """Set the model up as the stage would."""
     model.train()
     for part in model.children():
@@ -139,7 +145,7 @@ def _set_up(model: Any, stage: Any, plan: Plan, device: torch.device, precision:
         model.vision.set_attention(resolve_attention(kernel, device, dtype, model.vision.num_tokens))
 
 
-def _by_formula(stage: Any, model: Any, batch: Mapping[str, Any], labels: int) -> int:
+def by_formula(stage: Any, model: Any, batch: Mapping[str, Any], labels: int) -> int:
     """Return the bytes of activations and logits of a pass, of a decoder as most are."""
     text, width = model.llm.lm.config.get_text_config(), model.llm.hidden_size
     inner = getattr(text, "intermediate_size", None) or 4 * width

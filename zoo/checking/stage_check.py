@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.checking.devices import OnDevice, on_device
 from zoo.checking.memory import Memory, memory_of
 from zoo.checking.plan import device_of
 from zoo.composed.assembly import build_distiller
@@ -26,10 +27,12 @@ class Stagecheck:
     name: str
     trainable: dict[str, int]
     measure: Callable[[Any, int], Memory]  # of a batch, or None for an assumed one, and the id of its placeholders
+    spread: Callable[[Any, Any, Any, int], OnDevice]  # the same for many devices, and how they share the model
     one_dialog: str = ""  # why a row can hold one dialog only; empty: it can hold several
     needs: frozenset[str] = frozenset()  # words of the distiller
     grid: tuple[int, int] | None = None  # of the distiller's targets
     batch: Any = None  # of the stage's data, as the processor collates it; None: one is assumed
+    share_batch: Any = None  # the same for one of many devices
     placeholder: int = -1  # id of image tokens in it
 
     @cached_property
@@ -68,15 +71,22 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
     except ZooError as error:
         raise ZooError(where + str(error)) from error
 
-    def measure(batch: Any, placeholder: int) -> Memory:
-        """Set the model up for this stage again, since others were checked in between, and measure."""
+    def set_up(placeholder: int) -> None:
+        """Set the model up for this stage again, since others were checked in between."""
         model.config.image_token_id = placeholder
         model.detach_only(stage.detach)
         model.set_trainable(stage.train, stage.freeze)
+
+    def measure(batch: Any, placeholder: int) -> Memory:
+        set_up(placeholder)
         return memory_of(stage, model, plan, weights=weights + teacher, distiller=distiller, batch=batch)
 
+    def spread(scale: Any, parallel: Any, batch: Any, placeholder: int) -> OnDevice:
+        set_up(placeholder)
+        return on_device(stage, model, plan, scale, parallel, batch)
+
     needs, grid = (frozenset(), None) if distiller is None else (frozenset(distiller.needs), distiller.grid)
-    return Stagecheck(name, trainable, measure, _one_dialog(stage, model, plan), needs, grid)
+    return Stagecheck(name, trainable, measure, spread, _one_dialog(stage, model, plan), needs, grid)
 
 
 def _check_data(stage: Any, plan: Any) -> None:

@@ -35,6 +35,7 @@ BENCHES = {
     "processes": Bench("zoo.benches.processes", "training on several processes against one: losses, weights, bytes"),
     "memory": Bench("zoo.benches.memory", "the memory that zoo check states for training, against what training takes"),
     "roundtrip": Bench("zoo.benches.roundtrip", "what a saved folder gives back, over sources, optimisers, processes"),
+    "scale": Bench("zoo.benches.scale", "what recipes hold and send on 8 to 512 devices, beside torch's own estimate"),
     "save": Bench("zoo.benches.save", "what it costs to find out at the end which weights changed"),
     "threads": Bench("zoo.benches.threads", "people who chat with one model at once, in turns, and as a batch"),
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),

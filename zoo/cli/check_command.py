@@ -1,9 +1,11 @@
 """`zoo check`: check whether the parts and data of a run fit together."""
 
+from dataclasses import replace
 from typing import Any
 
 from zoo.checking.checker import CheckReport, check, show
 from zoo.checking.data_check import check_data
+from zoo.checking.devices import scale_text, share_of
 from zoo.checking.plan import plan_from
 from zoo.loading.build import processor_alone
 from zoo.registry import ZooError
@@ -11,6 +13,8 @@ from zoo.runs.batches import Batches
 from zoo.runs.data import RunData
 from zoo.runs.lengths import room_of
 from zoo.runs.order import ShardPosition
+from zoo.settings.parallel import ParallelConfig
+from zoo.settings.scale import ScaleConfig
 from zoo.settings.stage import stages_of
 
 PASSES = 4  # of each stage, whose batches are made; the memory is that of the largest
@@ -25,6 +29,21 @@ def main(cfg: Any) -> None:
     if not unread and plan.tokenizer is not None:  # else the data set is large, or the tokenizer is trained on it
         add_batches(cfg, report)
     show(report, "The composition fits.")
+    if cfg.scale.devices:
+        show_devices(cfg, report)
+
+
+def show_devices(cfg: Any, report: CheckReport) -> None:
+    """Print what each device of `scale.devices` holds and sends in each stage."""
+    scale, parallel = scale_of(cfg), ParallelConfig(**cfg.parallel)
+    for found in report.stages:
+        try:
+            shared = found.spread(scale, parallel, found.share_batch, found.placeholder)
+        except ZooError as error:
+            raise ZooError(f"Stage {found.name!r}: {error}") from error
+        print(f"stage {found.name} on {scale_text(scale, parallel)}")
+        for line in shared.lines(scale):
+            print(f"  {line}")
 
 
 def add_batches(cfg: Any, report: CheckReport) -> None:
@@ -40,10 +59,23 @@ def add_batches(cfg: Any, report: CheckReport) -> None:
         try:
             mix = data.mix(stage, cfg.seed * 1000 + index)
             room = room_of(stage, positions, processor)
-            batches = Batches(mix, processor, stage, 1, ShardPosition(0, 1, 0, {}), room=room)
-            made = [batches[i]["batch"] for i in range(min(PASSES, len(batches)))]
+            found.batch = _largest(Batches(mix, processor, stage, 1, ShardPosition(), room=room))
+            if cfg.scale.devices:
+                samples, passes = share_of(stage, scale_of(cfg), [])
+                share = replace(stage, batch_size=samples * passes, accumulate=passes)
+                found.share_batch = _largest(Batches(mix, processor, share, 1, ShardPosition(), room=room))
         except ZooError:  # a broken record: `zoo data` finds them all
             continue
-        if made := [batch for batch in made if batch is not None and "labels" in batch]:
-            found.batch = max(made, key=lambda batch: batch["labels"].numel())
-            found.placeholder = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.image_token)
+        found.placeholder = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.image_token)
+
+
+def scale_of(cfg: Any) -> ScaleConfig:
+    """Return the devices of a config."""
+    return ScaleConfig(**cfg.scale)
+
+
+def _largest(batches: Batches) -> Any:
+    """Return the batch of most positions among the first; None: none has labels."""
+    made = [batches[i]["batch"] for i in range(min(PASSES, len(batches)))]
+    made = [batch for batch in made if batch is not None and "labels" in batch]
+    return max(made, key=lambda batch: batch["labels"].numel()) if made else None

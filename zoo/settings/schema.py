@@ -9,6 +9,7 @@ from zoo.registry import MANY, ZooError, unknown
 from zoo.registry.conversion import converted
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings.parallel import ParallelConfig
+from zoo.settings.scale import ScaleConfig
 from zoo.settings.stage import Stage
 
 CONFIG_NAME = "zoo"
@@ -157,6 +158,7 @@ class RunRoot:
     attention: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_<n>
     workers: int = 0  # processes of `zoo data`; for training: stages.<stage>.workers
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     # The run
     plugins: list[str] = field(default_factory=list)  # modules and files to load first
     log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb
