@@ -112,6 +112,15 @@ def _parts(options: Options, root: Path) -> int:
 _WRITE: dict[str, Callable[[Options, Path], int]] = {"published": _published, "parts": _parts}
 
 
+def write_kind(kind: str, sizes: str, dtype: str, root: Path) -> list[str]:
+    """Write the files of a model of one of KINDS, and return the words that load it."""
+    _WRITE[kind](Options(sizes=sizes, dtype=dtype), root)
+    if kind == "published":
+        return [f"model=dir:{root / kind}"]
+    words = ["vision=hf", f"vision.checkpoint={root / 'vision'}", "llm=hf", f"llm.checkpoint={root / 'llm'}"]
+    return [*words, "projector=mlp", "device=cpu"]
+
+
 def measure(kind: str, root: str, dtype: str, threads: int, whole: bool) -> None:
     """Load a model, save it, and print seconds and memory."""
     torch.set_num_threads(threads)

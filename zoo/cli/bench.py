@@ -24,6 +24,9 @@ class Bench:
 
 BENCHES = {
     "check": Bench("zoo.benches.check", "mistakes that zoo check finds before weights load, and false alarms"),
+    "checkpoint": Bench(
+        "zoo.benches.checkpoint", "saving, loading and resuming what processes share, against DCP alone"
+    ),
     "claims": Bench("zoo.claims.command", "what papers claim, as small experiments over several seeds"),
     "compatibility": Bench("zoo.benches.compatibility", "which parts go together, from real runs of tiny models"),
     "device": Bench("zoo.benches.device", "what ten minutes on one GPU tell: training, pruned prompts, kernels"),

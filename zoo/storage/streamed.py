@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.storage.pages import CleanPages
 from zoo.storage.sharded import offsets_of
 
 
@@ -25,11 +26,16 @@ def streamed(model: nn.Module, device: torch.device) -> Iterator[None]:
         device: of the parts.
     """
     values = _take(model)
+    pages = CleanPages()
+    for value in values.values():  # what has been read so far, the head in a check of it, say
+        pages.give_back(value)
     yield
     # Through `_apply`, by which FSDP takes note of new storage. Buffers keep their values.
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     for name, parameter in model.named_parameters():
-        _fill(parameter, values.pop(name))  # its pages are given back
+        value = values.pop(name)
+        _fill(parameter, value)
+        pages.give_back(value)
     assert not values, f"left without a parameter: {sorted(values)[:3]}"
 
 
