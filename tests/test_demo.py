@@ -3,9 +3,11 @@
 Gradio (extra `demo`) and Chromium are optional; the tests that need them skip where they are absent.
 """
 
+import json
 import re
 import socket
 import threading
+import urllib.request
 from itertools import pairwise
 
 import numpy as np
@@ -178,6 +180,12 @@ def test_the_client_of_gradio_keeps_visitors_apart(page, demo, photo):
     assert chats[0] == ["what color is the square?", "blue", "is there a red circle?", "yes"]
     assert chats[1][0::2] == chats[0][0::2] and first[0] == ""
     assert "32 image tokens of 64" in second[5] and "32 image tokens of 64" in second[6]
+    stolen = {"path": str(photo), "meta": {"_type": "gradio.FileData"}}  # a file that nobody uploaded
+    body = json.dumps({"data": [stolen, "what color is the square?", False, *sides]}).encode()
+    request = urllib.request.Request(f"{page}gradio_api/call/ask", body, {"content-type": "application/json"})
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    answer = urllib.request.urlopen(f"{page}gradio_api/call/ask/{event}").read().decode()
+    assert "event: error" in answer and "blue" not in answer
     with pytest.raises(Exception, match="no question"):
         clients[1].predict(none, "", False, *sides, api_name="/ask")
     with pytest.raises(Exception, match="Value: other is not in the list"):

@@ -136,7 +136,10 @@ def build_page(demo: Demo, title: str) -> Any:
         chats, xrays, captions = ([getattr(side, name) for side in sides] for name in ("chat", "xray", "caption"))
         shown = [*xrays, *captions]
 
-        asked = {"inputs": [talk, picture, question, compare, *chosen], "outputs": [talk, question, *chats, *shown]}
+        asked: dict[str, Any] = {
+            "inputs": [talk, picture, question, compare, *chosen],
+            "outputs": [talk, question, *chats, *shown],
+        }
         for trigger, name in ((send.click, "ask"), (question.submit, None)):
             trigger(
                 page.ask, **asked, api_name=name, show_progress="hidden", api_visibility="public" if name else "private"

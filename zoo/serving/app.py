@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """Whether the server takes requests, and how many wait."""
-        state = {"status": "closing" if self.batcher.closed else "ok", "model": self.name}
+        state: dict[str, Any] = {"status": "closing" if self.batcher.closed else "ok", "model": self.name}
         state |= {"waiting": self.preparing + len(self.batcher.waiting), "running": len(self.batcher.running)}
         state |= {"batches": self.batcher.batches, "answers": self.batcher.rows}
         return JSONResponse(state, 503 if self.batcher.closed else 200)
@@ -278,7 +279,7 @@ class Server:
             rows.append(
                 Row(
                     prepared.model, prepared.processor, prepared.prompt, prepared.limit, ask.sampling,
-                    lambda piece, i=i: hand(i, piece), ask.stop, seed,
+                    partial(hand, i), ask.stop, seed,
                 )
             )  # fmt: skip
         return rows
