@@ -404,3 +404,35 @@ def test_adapters_learn_and_are_saved(make_model, tmp_path, family, node):
         agree(wanted[1][mask[1]], alone, atol=2e-5)
         model.save_pretrained(tmp_path)
         assert torch.equal(ZooModel.from_pretrained(tmp_path)(**batch).logits, wanted)
+
+
+def test_buckets_put_images_of_like_shapes_together(make_model, tmp_path):
+    """By the sizes in the files' headers, rotated ones too; a batch is then hardly padded."""
+    from zoo.runs.batches import Batches, Loader
+    from zoo.runs.order import Mix, ShardPosition
+    from zoo.settings.stage import Stage
+
+    _, processor = make_model(**slots("qwen3_vl"))
+    sides = torch.randint(6, 90, (64, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    for i, (w, h) in enumerate(sides):
+        picture(w, h, i).save(tmp_path / f"{i}.png")
+
+    class Shapes(registry.Dataset):
+        def __len__(self):
+            return len(sides)
+
+        def get(self, index, epoch=0):
+            shown = str(tmp_path / f"{index}.png") if index % 2 else picture(*sides[index], index)
+            return Sample(str(index), [shown], [talk(QUESTIONS[0], "yes", 1)])
+
+    def padding(buckets):
+        stage = Stage(steps=16, batch_size=4, length_buckets=buckets)
+        batches = [
+            i["batch"] for i in Loader(Batches(Mix({"a": Shapes()}, {}, 0), processor, stage, 16, ShardPosition()))
+        ]
+        assert sorted(c.size for b in batches for c in b["cuts"]) == sorted((h, w) for w, h in sides)
+        masks = [b["attention_mask"] for b in batches]
+        return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    assert padding(True) < 0.06 < 0.25 < padding(False), (padding(True), padding(False))
+    assert processor.pictures.share_of(str(tmp_path / "none.png")) == 1.0

@@ -27,6 +27,31 @@ TEXT = 1 << 20  # largest text chunk of a PNG, in bytes, that is read for the or
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+def size_of(source: Any) -> tuple[int, int] | None:
+    """Return (height, width) of an image in pixels, as stored, without decoding it; None: it is not known so.
+
+    Args:
+        source: as in `open_image`; text is taken for a path.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return source.height, source.width
+    shape = getattr(source, "shape", ())
+    if len(shape) >= 2:  # (3, h, w), or colours last
+        h, w = shape[-2:] if len(shape) == 3 and shape[0] == 3 else shape[:2]
+        return int(h), int(w)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    elif not isinstance(source, (str, Path)):
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as image:
+            return image.height, image.width
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
 def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> Image.Image:
     """Decode `source` to an RGB image, rotated by its EXIF orientation.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.registry import Cut, ImageTransform, ZooError, one_line
 from zoo.registry.versions import BY_PILLOW
-from zoo.vision.images.decode import open_image
+from zoo.vision.images.decode import open_image, size_of
 from zoo.vision.images.transform import one_row
 from zoo.vision.images.video import ByModel, Video, as_video, read_video
 
@@ -72,6 +72,23 @@ class Pictures:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
+
+    def share_of(self, source: Any) -> float:
+        """Return which share of the tokens of the largest image an image that keeps its shape has.
+
+        By its size, which is read without decoding it; 1 where that is not possible.
+
+        Args:
+            source: as in `open_image`.
+        """
+        size = size_of(source)
+        most = int(self.processor.size["longest_edge"]) / self.processor.patch_size**2
+        if size is None:
+            return 1.0
+        try:
+            return float(self.processor.get_number_of_image_patches(*size) / most)
+        except ValueError:  # of a shape which no number of pixels allows: refused when it is prepared
+            return 1.0
 
     def __call__(
         self, source: Any, where: str = "", several: bool = False, options: Mapping[str, Any] | None = None

@@ -70,6 +70,10 @@ class Batches(Dataset):
                 name = mix.names[mix.lengths.index(None)]
                 raise ZooError(f"{option} needs data of known length, and data {name!r} is a stream.")
         self.image_cost = image_cost  # in tokens, for `balance`
+        layout = getattr(
+            processor, "layout", None
+        )  # where images keep their shapes, their tokens are known by their sizes
+        self.share = processor.pictures.share_of if layout is not None and layout.native else None
         self._dealt: tuple[int, list[Where]] = (-1, [])  # a step, and its samples in the order of processes and passes
         self.size = stage.batch_size // parts  # samples of one forward pass
         self._window: tuple[int, list[list[Where]]] = (-1, [])
@@ -150,7 +154,8 @@ class Batches(Dataset):
         if self._window[0] != window:
             places = self.mix.places(window * WINDOW * size, min((window + 1) * WINDOW, self.steps) * size)
             # From the text, not the encoded row: encoding a window would take as long as its steps.
-            lengths = [cost_of(self.mix.read(*where)) for where in places]
+            image = IMAGE if self.share is None else float(self.processor.num_image_tokens)
+            lengths = [cost_of(self.mix.read(*where), image, self.share) for where in places]
             ranked = np.argsort(lengths, kind="stable").reshape(-1, size)
             shuffled = ranked[keyed(self.mix.seed, 2, window).permutation(len(ranked))]
             self._window = (window, [[places[i] for i in row] for row in shuffled.tolist()])
@@ -162,7 +167,7 @@ class Batches(Dataset):
             return self._places(step)
         if self._dealt[0] != step:
             places = self._places(step)
-            costs = np.array([cost_of(self.mix.read(*where), self.image_cost) for where in places])
+            costs = np.array([cost_of(self.mix.read(*where), self.image_cost, self.share) for where in places])
             order = deal(costs, len(places) // self.size)
             self._dealt = (step, [places[i] for i in order.tolist()])
         return self._dealt[1]

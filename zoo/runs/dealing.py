@@ -3,6 +3,7 @@
 The cost of a sample is in tokens of the LLM: those of its text and its images, and what the encoder adds.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,20 @@ def deal(costs: np.ndarray, parts: int) -> np.ndarray:
     return np.sort(dealt, axis=1).ravel()
 
 
-def cost_of(sample: Sample | RecordError, image: float = IMAGE) -> float:
-    """Estimate the cost of a sample from its text and its number of images; 0 if it is broken."""
+def cost_of(sample: Sample | RecordError, image: float = IMAGE, share: Callable[[Any], float] | None = None) -> float:
+    """Estimate the cost of a sample from its text and its images; 0 if it is broken.
+
+    Args:
+        sample: of a data set.
+        image: cost of an image, or of the largest.
+        share: which share of that an image costs; None: all of it.
+    """
     if isinstance(sample, RecordError):
         return 0.0
     parts = (m["content"] for d in sample.dialogs for m in d.messages)
     text = sum(len(c) if isinstance(c, str) else sum(len(p.get("text", "")) for p in c) for c in parts)
-    return text / CHARACTERS + image * len(sample.images)
+    shown = len(sample.images) if share is None else sum(map(share, sample.images))
+    return text / CHARACTERS + image * shown
 
 
 def image_cost(model: Any, tokens: int) -> float:
