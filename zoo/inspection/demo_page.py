@@ -217,7 +217,7 @@ def _examples(picture: Any, question: Any) -> None:
         texts.append(text)
     gr.Markdown("Or one of these:", elem_classes="kept")
     gallery = gr.Gallery(
-        files, show_label=False, columns=3, rows=1, height=120, object_fit="cover", allow_preview=False,
+        files, show_label=False, columns=3, rows=1, height=150, object_fit="cover", allow_preview=False,
         interactive=False, buttons=[], elem_id="examples",
     )  # fmt: skip
 
