@@ -44,7 +44,7 @@ def test_tensorboard_holds_every_step_once(tmp_path):
     from zoo.runs.folder import read_metrics
 
     stages = {"a": "steps: 4, batch_size: 4, checkpoint_every: 2, eval_every: 2"}
-    words = [*recipe(tmp_path, stages), "limit=1"]
+    words = [*recipe(tmp_path, stages), "limit=1", "log_pictures=1"]
     folder = tmp_path / "run"
     run = Run(config(words, "log=[tensorboard]", f"run.folder={folder}"))
     inner = run._step
@@ -64,3 +64,51 @@ def test_tensorboard_holds_every_step_once(tmp_path):
     drawn = [(e.step, e.value) for e in events.Scalars("loss")]
     assert drawn == [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in rows]
     assert {"answer", "lr", "scenes/exist/accuracy"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["answers/0"] and [e.step for e in events.Images("answers/0")][-1] == 4
+
+
+def test_a_missing_package_is_said_before_anything_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr("zoo.training.loop.check", lambda plan: pytest.fail("this came first"))
+    with pytest.raises(ZooError, match="pip install wandb"):
+        main(config(recipe(tmp_path, {"a": "steps: 1"}), "log=[wandb]"))
+
+
+def asked(number, right):
+    about = {"data": "scenes", "id": f"eval-{number}", "prompt": "<image> what " * 30, "answers": ["yes"]}
+    return {**about, "prediction": "no\x1b", "scores": {"accuracy": float(right)}}
+
+
+def test_pictures_of_answers_have_every_image_once():
+    from zoo.registry import build
+    from zoo.training.shown_answers import shown_answers
+
+    data = build("dataset", {"name": "scenes", "split": "eval"})
+    rows = [asked(number, right) for number in (0, 2, 2, 3) for right in (True, False)]
+    made = shown_answers({"scenes": data}, rows, 2)
+    assert [picture.width for picture in made] == [320, 320] and made[1].height > made[0].height > 320
+    assert len(shown_answers({"scenes": data}, rows, 9)) == 3 and not shown_answers({"scenes": data}, [], 9)
+
+
+class Tracker:
+    def __init__(self, name):
+        self.name, self.sent = name, []
+        self.writer = self
+
+    def log_images(self, values, step):
+        self.sent.append((values, step))
+
+    def add_image(self, name, values, step, dataformats):
+        self.sent.append((name, values.shape, step, dataformats))
+
+
+def test_trackers_that_take_no_pictures_are_named():
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    found = [Tracker(name) for name in ("tensorboard", "wandb", "mlflow")]
+    pictures = [Image.new("RGB", (32, 40)), Image.new("RGB", (32, 50))]
+    assert trackers.send_pictures(SimpleNamespace(trackers=found), "answers", pictures, 7) == ["mlflow"]
+    assert found[0].sent == [("answers/0", (40, 32, 3), 7, "HWC"), ("answers/1", (50, 32, 3), 7, "HWC")]
+    assert found[1].sent == [({"answers": pictures}, 7)] and found[2].sent == []

@@ -8,6 +8,7 @@ from rich.table import Table
 from zoo.evaluation.result import Line
 from zoo.registry import Score
 from zoo.text.markup import cell
+from zoo.text.terminal import wrapped
 
 
 def score_table(lines: Sequence[Line], title: str = "") -> Table:
@@ -32,6 +33,16 @@ def score_table(lines: Sequence[Line], title: str = "") -> Table:
             table.add_row(*names, *row)
             last = line.data
     return table
+
+
+def in_words(lines: Sequence[Line], step: int) -> str:
+    """Write the first score of each kind in a few lines, for the progress of a run."""
+    groups: dict[str, dict[str, str]] = {}
+    for line in lines:
+        name = f"{line.data}, never seen" if line.held_out else line.data
+        groups.setdefault(name, {}).setdefault(line.kind, f"{line.kind} {100 * line.score.value:.0f}")
+    texts = (f"{name}: {', '.join(scores.values())}" for name, scores in groups.items())
+    return "\n".join(wrapped(text, subsequent="  ") for text in (f"scores at step {step}, in per cent", *texts))
 
 
 def per_cent(score: Score | None) -> str:

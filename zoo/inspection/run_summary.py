@@ -17,7 +17,7 @@ from zoo.runs.folder import read_metrics, runs
 from zoo.runs.lock import alive
 
 # Of one run, or of its process.
-OWN = ("run", "resume", "lock", "hydra", "log", "loggers", "defaults", "survey", "teach")
+OWN = ("run", "resume", "lock", "hydra", "log", "log_pictures", "defaults", "survey", "teach")
 GROUPS = {group_of(kind): kind in MANY for kind in SLOT_KINDS} | {"data": True, "task": True}
 SHOWN = 4  # changed options in the name of a run; figures for programs have all
 Value = dict[str, float]  # value, stderr, n

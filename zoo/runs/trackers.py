@@ -57,6 +57,33 @@ def start_trackers(accelerator: Any, names: Sequence[str], folder: Path, step: i
     accelerator.init_trackers("zoo", config=dict(config), init_kwargs=own)
 
 
+def send_pictures(accelerator: Any, name: str, pictures: Sequence[Any], step: int) -> list[str]:
+    """Send pictures to the trackers that take them; return the names of those that do not.
+
+    Args:
+        accelerator: of the run, whose first process calls this.
+        name: of the pictures.
+        pictures: of PIL.
+        step: of the run.
+    """
+    import numpy as np
+
+    refused = []
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for number, picture in enumerate(pictures):  # heights differ, so not in one call
+                tracker.writer.add_image(f"{name}/{number}", np.asarray(picture), step, dataformats="HWC")
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({f"{name}/{i}": trackio.Image(picture) for i, picture in enumerate(pictures)}, step=step)
+        elif tracker.name in ("wandb", "swanlab"):
+            tracker.log_images({name: list(pictures)}, step=step)
+        else:
+            refused.append(tracker.name)
+    return refused
+
+
 def _is_installed(package: str) -> bool:
     """Return whether a package can be imported."""
     # A folder of that name in the working folder, as `wandb` makes, is found as a namespace package without an origin.

@@ -162,6 +162,7 @@ class RunRoot:
     # The run
     plugins: list[str] = field(default_factory=list)  # modules and files to load first
     log: list[str] = field(default_factory=list)  # trackers beside metrics.jsonl: tensorboard, trackio, wandb
+    log_pictures: int = 0  # images with their answers that trackers get with each evaluation; 0: none
     run: RunConfig = field(default_factory=RunConfig)
 
 

@@ -19,8 +19,10 @@ from zoo.runs.consent import forget
 from zoo.runs.folder import read_metrics
 from zoo.runs.processes import by_first
 from zoo.runs.progress import clock
+from zoo.runs.trackers import send_pictures
 from zoo.storage.atomic import hashes, write_json, written_beside
 from zoo.storage.weights import state_of
+from zoo.training.shown_answers import shown_answers
 from zoo.training.step import reseed
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def finish(run: "Run") -> None:
     result = score(run, limit=run.cfg.limit or SAMPLES, baselines=True)
     if result is not None:
         run.step_log.track(result.summary(), run.progress.global_step)
+        track_answers(run, result)
     by_first(run.accelerator, lambda: write_report(run, result))
     if run.main:
         report(run, result, Console())
@@ -73,6 +76,18 @@ def score(run: "Run", limit: int, baselines: bool = False) -> EvalResult | None:
     new = [{**at, **line} for line in run.step_log.left_out.new(result.skipped)]
     by_first(run.accelerator, lambda: run.folder.log_skipped(*new))
     return result
+
+
+def track_answers(run: "Run", result: EvalResult) -> None:
+    """Send images with their answers to the trackers, if asked for."""
+    count = run.cfg.log_pictures
+    if not (count and run.main and run.accelerator.trackers):
+        return
+    pictures = shown_answers(run.data.evaluation, result.predictions, count)
+    refused = send_pictures(run.accelerator, "answers", pictures, run.progress.global_step)
+    if refused and not run.noted_pictures:
+        run.noted_pictures = True
+        run.display.note(f"log_pictures: {', '.join(refused)} takes no pictures from here.")
 
 
 def save_model(run: "Run") -> None:

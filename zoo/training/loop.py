@@ -23,6 +23,7 @@ from zoo.checking.checker import check
 from zoo.checking.plan import plan_from
 from zoo.composed.assembly import build_distiller
 from zoo.composed.masters import widen, widen_names
+from zoo.evaluation.score_table import in_words
 from zoo.loading.build import build, load_teacher
 from zoo.registry import Distiller, ZooError
 from zoo.registry.foreign import read_object
@@ -55,7 +56,7 @@ from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.teaching.teacher_store import TeacherStore
 from zoo.text.tokenizer import shared_tokens, tokens_hash
 from zoo.training.calibration import begins_in, calibrate_adapters
-from zoo.training.finish import finish, score
+from zoo.training.finish import finish, score, track_answers
 from zoo.training.step import Engine, count_images, reseed
 
 TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
@@ -68,6 +69,7 @@ def main(cfg: DictConfig) -> RunFolder:
     Raises:
         SystemExit: on SIGTERM, with code 143; the run can be resumed.
     """
+    check_trackers(list(cfg.log))  # before anything costs time
     if cfg.lock and not cfg.resume:
         cfg, notes = replayed(cfg)
         if os.environ.get("RANK", "0") == "0":
@@ -135,6 +137,7 @@ class Run:
         self.step_log = StepLog(self.accelerator, self.folder, self.display, left_out)
         self._distiller: tuple[Any, Any] = (None, None)  # node and distiller
         self._teachers: dict[str, Any] = {}
+        self.noted_pictures = False  # that a tracker takes none
         self._asked = False  # this process received SIGTERM
         self._leave = False  # one of the processes received SIGTERM, and all agreed to stop after this step
 
@@ -482,7 +485,8 @@ class Run:
             scores, step = result.summary(), self.progress.global_step
             by_first(self.accelerator, lambda: self.folder.log({"step": step, "scores": scores}))
             self.step_log.track(scores, step)
-            self.display.note("  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            track_answers(self, result)
+            self.display.note(in_words(result.lines, step))
         engine.resume_training()
 
     def _terminate(self) -> None:
