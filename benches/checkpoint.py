@@ -98,7 +98,7 @@ def _save(options: Options, place: Path, context: Any) -> list[Row]:
     note = f"{ranks[0]['own'] / 1e6:.0f} MB in each process"
     rows = []
     for way, words in (("sync", "at once"), ("behind", "behind the training")):
-        extra = [max(rank[way][i]["extra"] / rank["own"] for rank in ranks) for i in range(options.rounds)]
+        extra = [max(rank["extra"][way] / rank["own"] for rank in ranks)]
         bound = 1.05 if way == "behind" else None
         rows.append(Row(f"saving {words}: memory over a share", Value.of(extra), bound=bound, at_most=True, note=note))
     alone = slowest("dcp", "seen")

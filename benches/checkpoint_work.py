@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.benches.peak import forget_peak, memory
+from zoo.benches.peak import forget_peak, give_back, memory
 from zoo.runs.processes import start_accelerator
 from zoo.settings.parallel import ParallelConfig
 
@@ -58,9 +58,12 @@ def save(width: int, layers: int, rounds: int, root: str) -> dict[str, Any]:
 
     ways = {"dcp": by_dcp, "sync": lambda: by_ours("sync"), "behind": lambda: by_ours("behind")}
     found: dict[str, Any] = {way: [] for way in ways}
-    for number in range(rounds + 1):
+    memory_of: dict[str, int] = {}
+    for number in range(rounds + 2):  # the first makes folders, groups and threads; the second is for memory
         for way, work in ways.items():
             step += 1
+            if number == 1:
+                give_back()  # a run on a CPU keeps freed memory (zoo.runs.allocator), which would hide what is taken
             torch.distributed.barrier()
             before, start, cpu = forget_peak(), time.perf_counter(), time.process_time()
             rest = work()
@@ -71,12 +74,13 @@ def save(width: int, layers: int, rounds: int, root: str) -> dict[str, Any]:
             if way == "dcp" and accelerator.is_main_process:
                 shutil.rmtree(Path(root) / f"dcp-{step}")
             torch.distributed.barrier()
-            row = {"seen": seen, "cpu": time.process_time() - cpu, "extra": peak}
-            if number:  # the first round makes folders, groups and threads
-                found[way].append(row)
+            if number == 1:
+                memory_of[way] = peak
+            elif number:
+                found[way].append({"seen": seen, "cpu": time.process_time() - cpu})
     content, _ = content_of(named, [optimizer])
     own = sum(_local(t).nbytes for tensors in content.values() for t in tensors.values())
-    return {"own": own, **found}
+    return {"own": own, "extra": memory_of, **found}
 
 
 def load(words: list[str]) -> dict[str, float]:
