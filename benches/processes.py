@@ -14,6 +14,7 @@ import torch
 
 from zoo.benches.measure import Value
 from zoo.benches.place import at_least_one, chosen, torch_threads
+from zoo.benches.processes_balance import balance_rows
 from zoo.benches.processes_work import COMPOSITIONS, Trained, differences, file_name, start, train
 from zoo.benches.report import Report, Row, machine
 from zoo.registry import ZooError
@@ -29,7 +30,7 @@ WAYS = {
     "fsdp2 reduce": ParallelConfig(shard="fsdp2", reduce="bf16"),
     "hsdp": ParallelConfig(shard="fsdp2", replicate=2),
 }
-SECTIONS = ("ddp", "fsdp2", "hsdp", "moved")
+SECTIONS = ("ddp", "fsdp2", "hsdp", "moved", "balance")
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Options:
     processes: int = 2  # 2 or 4; `hsdp` always has 4
     steps: int = 10  # of the optimiser
     compositions: str = ""  # their names, with semicolons between; empty: all
-    only: str = ""  # sections, with commas between: ddp, fsdp2, hsdp, moved; empty: all
+    only: str = ""  # sections, with commas between: ddp, fsdp2, hsdp, moved, balance; empty: all
     patience: int = 600  # seconds that processes may take
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
     report.setting = [f"{options.steps} steps of four passes, one with text alone; AdamW at 3e-4; CPU processes, gloo"]
     with torch_threads(1), tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        equal = [s for s in options.sections if s != "moved"]
+        equal = [s for s in options.sections if s not in ("moved", "balance")]
         show("training on one process")
         one = {name: train(name, options.steps, ParallelConfig()) for name in options.names} if equal else {}
         for section in equal:
@@ -67,6 +68,9 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         if "moved" in options.sections:
             show("counting what is moved")
             report.add(*_moved(place, options))
+        if "balance" in options.sections:
+            show("dealing samples of real data")
+            report.add(*balance_rows())
     return report
 
 
