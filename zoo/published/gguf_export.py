@@ -68,7 +68,7 @@ def export_gguf(
     _write(files[0], text, llm_tensors(state, text), kind, lambda w: llm_fields(w, text, tokenizer, ends, name))
     _write(files[1], None, clip_tensors(state, config), kind, lambda w: clip_fields(w, config, processor, name))
     note = f"Matrices are {kind.upper()}. The files were read back and compared; llama.cpp itself was not run."
-    if kind == "q8_0" or getattr(card, "scores", ()):
+    if kind == "q8_0" or (card is not None and card.scores):
         note += " Scores, where there are some, are those of the weights before they were converted."
     model.write_card(folder, card, layout="gguf", name=name, notes=[note], files=[f.name for f in files])
     return list(files)
