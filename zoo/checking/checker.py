@@ -29,6 +29,7 @@ from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
 from zoo.text.markup import cell
 from zoo.text.sizes import count_text, size_text
+from zoo.text.terminal import console, say
 from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
 _MOST_TRIES = 60  # candidate fixes that are tried before the search gives up
@@ -67,6 +68,13 @@ class CheckReport:
     text_tower: int = 0  # parameters of the encoder's text tower, which is loaded where a part needs it
     notes: list[str] = field(default_factory=list)  # what fits, and may surprise
     parts: Parts | None = None  # on the meta device
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain values; memory in bytes."""
+        stages = [{"name": s.name, "trainable": dict(s.trainable), "memory_bytes": s.memory.total} for s in self.stages]
+        head = {"parts": self.rows, "image_tokens": self.num_image_tokens, "positions": self.places or None}
+        sizes = {"parameters": sum(row.parameters for row in self.rows), "memory_bytes": self.memory}
+        return {**head, **sizes, "stages": stages, "notes": self.notes, "seconds": round(self.seconds, 2)}
 
 
 class RefusedError(ZooError):
@@ -310,7 +318,6 @@ def _check_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
 def show(report: CheckReport, title: str = "") -> None:
     """Print a report as a table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=cell(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -324,25 +331,22 @@ def show(report: CheckReport, title: str = "") -> None:
         what = "; ".join(f"{word} {', '.join(sorted(some))}" for word, some in words if some)
         sizes = (count_text(r.parameters), size_text(r.bytes) + "B")
         table.add_row(cell(f"{r.kind} {r.name}"), str(r.tokens), grid, str(r.width), *sizes, cell(what or "-"))
-    console = Console()
-    console.print(table)
+    console().print(table)
     total = sum(r.parameters for r in report.rows)
     on = f", on {report.places} positions (kept)" if report.places else ""
-    console.print(
+    say(
         f"{report.num_image_tokens} image tokens = placeholders per image{on}; {count_text(total)} parameters; "
-        f"inference takes about {size_text(report.memory)}B; checked in {report.seconds:.1f} s",
-        highlight=False,
-        soft_wrap=True,
+        f"inference takes about {size_text(report.memory)}B; checked in {report.seconds:.1f} s"
     )
     for line in report.encoders:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(line, subsequent="  ")
     if report.text_tower:
         line = f"vision includes its text tower, which a part needs: {count_text(report.text_tower)} parameters"
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line, subsequent="  ")
     for stage in report.stages:
         parts = ", ".join(f"{part} {count_text(n)}" for part, n in stage.trainable.items())
         line = f"stage {stage.name}: trains {parts}; training takes about {size_text(stage.memory.total)}B"
         line += f" ({stage.memory.describe()})"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(line, subsequent="  ")
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        say(f"note: {note}", subsequent="  ")

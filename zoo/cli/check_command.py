@@ -20,8 +20,8 @@ from zoo.settings.stage import stages_of
 PASSES = 4  # of each stage, whose batches are made; the memory is that of the largest
 
 
-def main(cfg: Any) -> None:
-    """Print the report; a misfit is raised as an error."""
+def main(cfg: Any) -> CheckReport:
+    """Print and return the report; a misfit is raised as an error."""
     plan = plan_from(cfg)
     report = check(plan)
     unread = check_data(cfg, report.stages)
@@ -31,6 +31,7 @@ def main(cfg: Any) -> None:
     show(report, "The composition fits.")
     if cfg.scale.devices:
         show_devices(cfg, report)
+    return report
 
 
 def show_devices(cfg: Any, report: CheckReport) -> None:

@@ -45,7 +45,7 @@ COMMANDS = {
     "push": Command("zoo.cli.push_command:main", "put a model on the hub: zoo push last org/name --dry-run"),
     "teach": Command("zoo.training.teach:main", "store the outputs of a stage's teacher, to train from", composed=True),
     "check": Command(
-        "zoo.cli.check_command:main", "check whether the parts fit, before weights are loaded", composed=True
+        "zoo.cli.check_command:main", "check whether the parts fit, before weights are loaded", composed=True, json=True
     ),
     "data": Command(
         "zoo.inspection.survey_report:main",
