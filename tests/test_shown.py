@@ -63,7 +63,12 @@ def test_tables_show_names_as_they_are(name):
         rows = [Part("vision", name, 4, None, 8, 1, 1, frozenset({name}), frozenset(), frozenset(), 2)]
         show(
             CheckReport(
-                rows, 4, 1, [Stagecheck(name, {name: 1}, lambda batch, placeholder: MEMORY)], 0.1, notes=[name]
+                rows,
+                4,
+                1,
+                [Stagecheck(name, {name: 1}, lambda batch, placeholder: MEMORY, lambda *_: None)],
+                0.1,
+                notes=[name],
             ),
             name,
         )
