@@ -53,7 +53,7 @@ def test_what_zoo_new_writes_keeps_every_rule(kind, capsys):
     assert main(["new", kind, f"own_{kind}"]) == 0
     capsys.readouterr()
     assert main(["test", f"plugins=[./own_{kind}.py]", "--json"]) == 0
-    (report,) = json.loads(capsys.readouterr().out)
+    (report,) = json.loads(capsys.readouterr().out)["parts"]
     assert report["part"] == f"{kind}/own_{kind}" and report["broken"] == 0
     assert sum(rule["word"] == "ok" for rule in report["rules"]) >= 4
     assert not [rule for rule in report["rules"] if "a rule before it broke" in rule["given"]]
@@ -95,7 +95,7 @@ def test_what_the_part_itself_raises_has_its_line(tmp_path, capsys):
 @pytest.mark.parametrize("part", ["pruner/fastv", "layout/native", "pruner/fastervlm pruner.fastervlm.keep_ratio=0.5"])
 def test_parts_of_the_zoo_are_tried_at_a_tiny_size(part, capsys):
     assert main(["test", *part.split(), "--json"]) == 0, capsys.readouterr().out
-    rules = {rule["rule"]: rule for rule in json.loads(capsys.readouterr().out)[0]["rules"]}
+    rules = {rule["rule"]: rule for rule in json.loads(capsys.readouterr().out)["parts"][0]["rules"]}
     assert rules["fits"]["word"] == rules["saved"]["word"] == "ok"
     if part == "pruner/fastv":
         assert rules["layers"]["given"] == "16 16 8 8" and rules["without it"]["word"] == "ok"

@@ -71,7 +71,9 @@ COMMANDS = {
     ),
     "new": Command("zoo.cli.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
     "test": Command(
-        "zoo.cli.test_command:main", "try all that a part has to do: zoo test my_part plugins=[./my_part.py]"
+        "zoo.cli.test_command:main",
+        "try all that a part has to do: zoo test my_part plugins=[./my_part.py]",
+        json=True,
     ),
     "doctor": Command("zoo.cli.doctor:main", "show versions, devices, attention backends and plugins"),
     "version": Command("zoo.cli.entry:version", "print the version"),

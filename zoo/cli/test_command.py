@@ -1,7 +1,5 @@
 """`zoo test`: try the rules of a kind on a part, and say of each what was given and what was expected."""
 
-import json
-import sys
 import tempfile
 import textwrap
 import time
@@ -13,6 +11,7 @@ from typing import Any
 from zoo.registry import KINDS, ZooError, names, nearest, plugins, unknown
 from zoo.registry.errors import unknown_kind
 from zoo.registry.table import config_of, group_of
+from zoo.text.terminal import Answer, is_json
 
 _WIDTH = 80
 _WORDS = {"ok": "ok", "broken": "BROKEN", "none": "-"}
@@ -32,12 +31,11 @@ PART is kind/name, or a name that one kind has. Options are those of the part
 (zoo info PART). Exit code: 0 all rules are kept, 1 one is broken, 2 a mistake."""
 
 
-def main(words: Sequence[str]) -> int:
-    """Try parts: `zoo test PART [plugins=...] [option=value]`. Returns 1 where a rule is broken."""
+def main(words: Sequence[str]) -> Answer:
+    """Try parts: `zoo test PART [plugins=...] [option=value]`. The status is 1 where a rule is broken."""
     if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
-        return 0 if words else 2
-    as_json = "--json" in words
+        return Answer(status=0 if words else 2)
     plugins.load_installed()
     rest = plugins.load_words([word for word in words if word != "--json"])
     parts = [found_part(word) for word in rest if "=" not in word]
@@ -53,11 +51,8 @@ def main(words: Sequence[str]) -> int:
     nodes = [(kind, {**usual_node(kind, name), **options_for(kind, name, options)}) for kind, name in parts]
     for kind, node in nodes:
         config_of(kind, node)  # a mistake in an option is reported before anything runs
-    reports = [_tried(kind, node, quiet=as_json) for kind, node in nodes]
-    if as_json:
-        json.dump(reports, sys.stdout, indent=1)
-        print()
-    return 1 if any(report["broken"] for report in reports) else 0
+    reports = [_tried(kind, node, quiet=is_json()) for kind, node in nodes]
+    return Answer({"parts": reports}, status=1 if any(report["broken"] for report in reports) else 0)
 
 
 def found_part(word: str) -> tuple[str, str]:
