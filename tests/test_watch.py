@@ -27,13 +27,19 @@ def watched(how: str) -> None:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         return
+    if how == "fail" and rank == 1:
+        watch.stop(failed=True)
+        time.sleep(3)  # an error whose process does not end at once
+        sys.exit(3)
     if rank == (0 if how == "first" else 1):
         os.kill(os.getpid(), signal.SIGKILL if how != "hang" else signal.SIGSTOP)
     time.sleep(50)
     sys.exit(3)
 
 
-@pytest.mark.parametrize(("how", "codes"), [("kill", [GONE, -9]), ("first", [-9, GONE]), ("leave", [0, 0])])
+@pytest.mark.parametrize(
+    ("how", "codes"), [("kill", [GONE, -9]), ("first", [-9, GONE]), ("fail", [GONE, 3]), ("leave", [0, 0])]
+)
 def test_the_others_leave(how, codes, tmp_path):
     with killed_runs.served():
         ended = killed_runs.call_in_two(tmp_path, watched, how)

@@ -46,10 +46,16 @@ class Watch:
             self._thread = threading.Thread(target=self._look, name="zoo-watch", daemon=True)
             self._thread.start()
 
-    def stop(self) -> None:
-        """Leave: the others no longer expect a beat of this process."""
+    def stop(self, *, failed: bool = False) -> None:
+        """Leave: the others no longer expect a beat of this process.
+
+        Args:
+            failed: by an error of this process, for which the others would wait: they miss its beats, and leave too.
+        """
         if self._thread is not None and not self._stopped.is_set():
             self._stopped.set()
+            if failed:
+                return
             with contextlib.suppress(RuntimeError):  # the first process, whose store it is, may have left
                 self._store.set(self._key(self.rank), _LEFT)
 

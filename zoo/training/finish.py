@@ -36,7 +36,8 @@ def finish(run: "Run") -> None:
 
     A run that was killed in between resumes here and repeats the unfinished part, to the same bits.
     """
-    if not (run.resumed_trained and run.folder.has_model):
+    # The first process looks: to another one, late or on a network file system, the folder may look different.
+    if not by_first(run.accelerator, lambda: run.resumed_trained and run.folder.has_model):
         save_model(run)
     if not any(hasattr(p, "full_tensor") for p in run.model.parameters()):
         narrow(run.model)  # as a saved model loads

@@ -104,7 +104,7 @@ class Run:
             self._prepare(cfg)
         except BaseException as error:  # Ctrl-C too: the lock must be released
             self._note(error)
-            self.close()
+            self.close(error)
             raise
 
     def _prepare(self, cfg: DictConfig) -> None:
@@ -146,19 +146,24 @@ class Run:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._note(error)
-        self.close()
+        self.close(error)
 
     def _note(self, error: BaseException | None) -> None:
         """Note what ended the run, which is neither a signal nor the end of its recipe."""
         if isinstance(error, Exception) and self.main and hasattr(self, "folder"):
             self.folder.note_error(error)
 
-    def close(self) -> None:
-        """Release the lock and flush the trackers."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Release the lock and flush the trackers.
+
+        Args:
+            error: that ended the run in this process.
+        """
         if self.saver is not None:
             self.saver.close()
         if self._watch is not None:
-            self._watch.stop()
+            # Processes that agreed to end exit with SystemExit; another error may be of this process alone.
+            self._watch.stop(failed=error is not None and not isinstance(error, SystemExit))
         trackers, self.accelerator.trackers = self.accelerator.trackers, []
         for tracker in trackers:
             tracker.finish()
@@ -186,7 +191,7 @@ class Run:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 self.display.note(f"Stopped. To go on from the newest checkpoint: {self._go_on}")
-            self.close()
+            self.close(error)
             if (gone := as_gone(error, self.accelerator, self._go_on)) is not None:
                 raise gone from error
             raise
