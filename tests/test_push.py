@@ -43,6 +43,17 @@ def test_a_dry_run_shows_what_would_go_and_asks_nothing(saved, capsys, monkeypat
     assert not files & {*ODD, "model-link.safetensors"} and set(parcel_of(saved, "me/tiny").left_out) >= set(ODD)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "config.json", "m-F16.gguf"])
+def test_a_model_whose_file_is_a_link_is_not_pushed_without_it(name, tmp_path):
+    (tmp_path / "elsewhere").write_text("{}")
+    (folder := tmp_path / "mine").mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ZooError, match=f"{name}' is a link that leads out of the folder"):
+        parcel_of(folder, "me/tiny")
+
+
 def test_no_path_of_this_machine_goes_along(saved, tmp_path):
     config = json.loads((saved / "config.json").read_text())
     config |= {"plugins": ["/home/me/my_pruner.py"], "base": {"llm": {"checkpoint": "/home/me/llm", "whole": True}}}

@@ -32,6 +32,8 @@ SECRETS = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 SEARCHED = ("*.md", "*config.json", "*.jinja", "*.txt")
+# A model without one of these is not whole. A link that leads out of its folder is not followed: it may lead anywhere.
+NEEDED = re.compile(r"config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors|.+\.gguf")
 # An older set of weights would be read instead of a new one.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "*.gguf")
 
@@ -106,7 +108,7 @@ def parcel_of(folder: Path, repository: str) -> Parcel:
     """Choose the files of a model, and change what names this machine: paths in its config, load lines of its card.
 
     Raises:
-        ZooError: the model needs weights of a folder on this machine, or a file holds a key.
+        ZooError: the model needs weights of a folder on this machine or is a link to them, or a file holds a key.
     """
     parcel = Parcel(folder)
     root = folder.resolve()
@@ -116,6 +118,10 @@ def parcel_of(folder: Path, repository: str) -> Parcel:
         known = "/" not in name or name.partition("/")[0] in FOLDERS
         if inside and known and any(fnmatch(path.name, pattern) for pattern in KEPT):
             parcel.files[name] = path
+        elif known and path.is_symlink() and NEEDED.fullmatch(path.name):
+            raise ZooError(
+                f"{str(path)!r} is a link that leads out of the folder: put a copy of the file in its place."
+            )
         else:
             parcel.left_out.append(name)
     card = Path(str(package_files("zoo.model_cards"))) / f"{folder.name}.md"
