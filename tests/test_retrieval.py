@@ -115,3 +115,12 @@ def test_both_are_scored_on_drawn_pairs(make_model, task, metric, n):
     assert "state" not in result.predictions[0] and len(result.predictions) == (12 if task == "recall" else 18)
     said = result.predictions[0]["prediction"]
     assert said == "32 numbers" if task == "recall" else set(said) == {"yes", "no"}
+
+
+def test_a_model_whose_numbers_are_nan_finds_nothing():
+    states = [{"_group": i // 2 / 8, "_shown": float(i % 2), "_state": [float("nan")] * 4} for i in range(8)]
+    found = build("task", {"name": "recall", "at": [1, 3]}).summarise(states)
+    assert {score.value for score in found.values()} == {0.0}
+    ranked = [{"_group": i // 4 / 8, "_right": float(i % 4 == 0), "_score": float("nan")} for i in range(8)]
+    found = build("task", {"name": "rerank"}).summarise(ranked)
+    assert (found["recall@1"].value, found["mrr"].value) == (0.0, 0.25)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from zoo.registry import Dialog, Score, Task, ZooError, register
-from zoo.tasks.estimates import mean
+from zoo.tasks.estimates import column, mean
 from zoo.tasks.groups import group_of
 
 
@@ -66,7 +66,7 @@ def _ranks(asked: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, f
     ours, theirs = (np.array([row["_state"] for row in some], np.float64) for some in (asked, others))
     ours, theirs = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (ours, theirs))
     near = ours @ theirs.T  # (asked, others)
-    same = np.array([[a["_group"] == b["_group"] for b in others] for a in asked])
+    same = column(asked, "_group")[:, None] == column(others, "_group")
     best = np.where(same, near, -np.inf).max(1, keepdims=True)
-    ranks = 1 + ((near >= best - 1e-9) & ~same).sum(1)
+    ranks = 1 + (~(near < best - 1e-9) & ~same).sum(1)  # NaN is not smaller: a broken model finds nothing
     return ranks[same.any(1)]

@@ -63,6 +63,7 @@ class Rerank(Task):
         for group in np.unique(groups):
             of = groups == group
             if right[of].any():
-                ranks.append(1 + int(((right[of] == 0) & (score[of] >= score[of][right[of] == 1].max())).sum()))
+                best = score[of][right[of] == 1].max()
+                ranks.append(1 + int(((right[of] == 0) & ~(score[of] < best)).sum()))  # NaN is not smaller
         found = np.array(ranks, np.float64)
         return {f"recall@{k}": mean((found <= k).astype(np.float64)) for k in self.at} | {"mrr": mean(1 / found)}
