@@ -77,6 +77,11 @@ def test_samples_are_what_was_packed(folder):
     assert len(list(folder.glob(".*.zoo-index"))) == len(SIZES) + 1
 
 
+def test_an_eval_split_is_not_the_training_data(folder):
+    with pytest.raises(ZooError, match=r"eval_split='dev' would be the training data: \{split\} has to be in shards"):
+        build(folder / "train-*.tar", eval_split="dev")
+
+
 def test_texts_several_images_and_names_in_records(tmp_path):
     long = "a" * 120 + "/"  # a name that needs a second header
     members = {

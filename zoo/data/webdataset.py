@@ -55,6 +55,11 @@ class WebDatasetConfig(RecordFields):
         for name in ("shuffle_buffer", "lanes", "limit"):
             if getattr(self, name) < 0:
                 raise ZooError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.eval_split and "{split}" not in self.shards:
+            raise ZooError(
+                f"eval_split={self.eval_split!r} would be the training data: {{split}} has to be in shards, which "
+                f"names the shards of both, got {self.shards!r}."
+            )
         if (self.shuffle_buffer or self.lanes) and not self.streaming:
             raise ZooError(
                 "shuffle_buffer and lanes order a stream; without streaming=true the sampler shuffles all samples."
