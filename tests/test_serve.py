@@ -307,7 +307,10 @@ WRONG = [
     ({"messages": [HELLO, {"role": "assistant", "content": "x"}]}, "messages", None),
     ({"messages": [{"role": "system", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", None),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]", None),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role", None),
     ({"temperature": 2.5}, "temperature", None),
+    ({"temperature": 10**400}, "temperature", None),
+    ({"seed": 10**400}, "seed", None),
     ({"temperature": True}, "temperature", None),
     ({"top_p": 0}, "top_p", None),
     ({"n": 0}, "n", None),
@@ -409,11 +412,21 @@ def test_urls_are_fetched_from_hosts_that_are_named_alone(tiny):
         place = f"127.0.0.1:{host.server_port}"
         answer = ask(client, user("What color is the square?", f"http://{place}/there.png"))
         assert text_of(answer) == tiny[0].chat("What color is the square?", scene("red"))
-        for url in (f"http://{place}/moved", f"http://localhost:{host.server_port}/there.png", "http://127.0.0.1:1/x"):
+        for url in (f"http://{place}/moved", f"http://localhost:{host.server_port}/there.png", "http://127.0.0.1:1/x",
+                    f"http://{place}/two words.png"):  # fmt: skip
             with pytest.raises(openai.BadRequestError) as found:
                 ask(client, user("what?", url))
             assert found.value.code == "invalid_image_url"
         host.shutdown()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+def test_a_temperature_near_zero_takes_the_most_likely_token(long, temperature):
+    model, processor = long
+    scores = torch.tensor([1.0, 9.0, 3.0, -torch.inf, 8.9])
+    row = answers.Row(model, processor, None, 4, answers.Sampling(temperature=temperature), None, seed=0)
+    row.choose(scores)
+    assert scores.argmax() == 1 and scores.isinf().sum() == 4
 
 
 def test_plain_http(served):

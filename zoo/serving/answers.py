@@ -21,6 +21,8 @@ from zoo.serving.protocol import Sampling
 from zoo.text.batch import EncodedSample
 from zoo.text.stops import AnswerReader, listed, reader_for
 
+COLDEST = 1e-6  # temperature, below which scores would be divided to infinity
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -158,7 +160,8 @@ class Row:
             scores[used] -= how.presence_penalty + how.frequency_penalty * counts
         if self.generator is None:
             return
-        probs, order = (scores / how.temperature).softmax(-1).sort(descending=True, stable=True)
+        heat = max(how.temperature, COLDEST)
+        probs, order = (scores / heat).softmax(-1).sort(descending=True, stable=True)
         mass = probs.cumsum(-1)
         # The fewest tokens that have `top_p` of the probability, at least one; the draw is a place in their sum. One
         # number is drawn on the CPU, so that a seed means the same on every device.

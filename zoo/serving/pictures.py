@@ -1,8 +1,8 @@
 """Images of requests: from data URLs, and from hosts that are allowed, within bounds on bytes and pixels."""
 
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -96,7 +96,7 @@ class Pictures:
         try:
             with opener.open(request, timeout=SECONDS) as answer:
                 return answer.read(self.max_bytes + 1)
-        except (OSError, urllib.error.URLError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
             why = f"{picture.where}: {picture.url[:80]!r} cannot be fetched: {error}"
             raise RequestError(why, code="invalid_image_url", param=picture.where) from error
 

@@ -4,7 +4,6 @@ Source: https://platform.openai.com/docs/api-reference/chat. Nothing here loads 
 """
 
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -185,12 +184,14 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
         value = given.get(name, field_.default)
         kinds = (int,) if field_.whole else (int, float)
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, kinds) or value != value:  # NaN
                 what = "an integer" if field_.whole else "a number"
                 raise RequestError(f"{name!r} has to be {what}, got {value!r:.60}.", param=name)
             if not field_.low <= value <= field_.high or (value == 0 and name in ("top_p", "keep_ratio")):
                 low = "above 0" if name in ("top_p", "keep_ratio") else f"at least {field_.low:g}"
-                raise RequestError(f"{name!r} has to be {low} and at most {field_.high:g}, got {value}.", param=name)
+                raise RequestError(
+                    f"{name!r} has to be {low} and at most {field_.high:g}, got {value!s:.60}.", param=name
+                )
         options[name] = value
     for name in ("stream",):
         options[name] = given.get(name, False)
@@ -227,7 +228,7 @@ def _messages(given: Any) -> tuple[list[dict[str, Any]], list[Picture]]:
     for i, message in enumerate(given):
         where = f"messages[{i}]"
         role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             allowed = ", ".join(ROLES)
             raise RequestError(f"{where}.role is {role!r:.60}; allowed: {allowed}.", param=f"{where}.role")
         parts: list[dict[str, Any]] = []
