@@ -80,6 +80,7 @@ def test_a_key_in_a_text_is_found(saved, tmp_path):
 
 
 REFUSED = {
+    "a flag": (["mine", "me/x", "--dryrun"], "zoo push has no flag '--dryrun'. Did you mean '--dry-run'?"),
     "a name": (["mine", "tiny"], "'tiny' is not the name of a repository"),
     "a preset without files": (["llava15_7b", "me/x"], "zoo export llava15_7b OUT"),
     "the hub's": (["hub:a/b", "me/x"], "on the hub already"),

@@ -90,11 +90,15 @@ def test_nothing_is_written_over_and_nothing_is_half_written(saved, capsys, monk
     with monkeypatch.context() as patch:
         patch.setattr("zoo.published.export.write_weights", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            main(["export", "mine", "out"])
+            main(["export", "mine", "new/folder/out"])
     assert sorted(path.name for path in Path().iterdir()) == ["mine", "there"]
 
 
 REFUSED = {
+    "a flag": (["--formt", "gguf"], "zoo export has no flag '--formt'. Did you mean '--format'?"),
+    "a type of another format": (["--type", "f32"], "--type is of --format gguf, and this export is hf"),
+    "a layout of another format": (["--family", "llava", "format=zoo"], "of --format hf, and this export is safet"),
+    "a size": (["--max-shard-size", "1foo"], "--max-shard-size is a size such as 500MB or 5GB, got '1foo'"),
     "a format": (["--format", "hff"], "No format of zoo export named 'hff'. Did you mean 'hf'?"),
     "two folders": (["a", "b"], "takes one folder to write to, got 'a', 'b'"),
     "a layout": (["--family", "idefics3"], "'clip_vision_model'.*As it is.*zoo export mine --format safetensors"),

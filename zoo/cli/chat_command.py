@@ -1,12 +1,12 @@
 """`zoo chat MODEL`: talk to a model on the command line, with images and videos."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from zoo.registry import ZooError
+from zoo.text.command_line import Parser
 
 HELP = "/image PATH and /video PATH add a file to the next question, /new starts a new conversation, /quit exits."
 
@@ -77,9 +77,9 @@ def _line() -> str | None:
 
 
 def _parsed(words: Sequence[str]) -> Any:
-    parser = argparse.ArgumentParser(prog="zoo chat", description=__doc__, epilog=HELP)
+    parser = Parser("chat", "Talk to a model on the command line, with images and videos.", more=HELP)
     parser.add_argument("model", help="a preset, dir:<folder> or hub:<org>/<name>")
-    parser.add_argument("options", nargs="*", help="options as for zoo.load: pruner=[pool], ...")
+    parser.add_argument("options", nargs="*", default=[], help="options as for zoo.load: pruner=[pool], ...")
     parser.add_argument("-q", "--question", default="", help="answer this and exit; else read a question per line")
     parser.add_argument("--image", action="append", default=[], help="file for the first question; repeatable")
     parser.add_argument("--video", action="append", default=[], help="the same for videos")
@@ -89,4 +89,4 @@ def _parsed(words: Sequence[str]) -> Any:
     parser.add_argument("--dtype", default=None, help="of the parameters, e.g. bfloat16; default: that of the files")
     parser.add_argument("--bits", type=int, default=0, help="8 or 4 for the language model, on CUDA; 0: not quantized")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0, mps; default: CUDA if available")
-    return parser.parse_args(list(words))
+    return parser.read(words)

@@ -1,14 +1,15 @@
 """`zoo export MODEL [OUT]`: write a model for other programs, or whole for zoo on another machine."""
 
-import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zoo.registry import ZooError, unknown
 from zoo.storage.atomic import writing, written_beside
+from zoo.text.command_line import Parser
 from zoo.text.sizes import size_text
 
 FORMATS = {
@@ -19,23 +20,49 @@ FORMATS = {
 SPELLINGS = {"gguf-parts": "gguf", "transformers": "hf", "zoo": "safetensors"}
 # May also be written as key=value.
 OPTIONS = ("format", "merge", "family", "dtype", "type", "max-shard-size", "license", "scores")
+# Formats that have an option; the others are of all.
+FORMATS_WITH = {"family": ("hf",), "type": ("gguf",), "max-shard-size": ("hf", "safetensors")}
+SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 
 def main(words: Sequence[str]) -> int:
     """Load the model, write it beside the folder of that name, rename it, and print what was written."""
     args, overrides = _parsed(words)
-    if args.format not in FORMATS:
-        raise unknown("format of zoo export", args.format, FORMATS)
+    _check(args)
     name = model_word(args.model)
     out = Path(args.out or f"{label_of(name)}-{args.format}").expanduser()
     require_free(out)
     from zoo.loading.build import load  # after the checks above, which need no torch
 
     model, processor = load(name, *overrides, device="cpu", dtype=args.dtype)
-    with writing(f"the export to {str(out)!r}"), written_beside(out, folder=True) as beside:
+    with _no_new_parents(out), writing(f"the export to {str(out)!r}"), written_beside(out, folder=True) as beside:
         _write(model, processor, beside, args, _facts(model, overrides, args))
     print(report(out, args.format))
     return 0
+
+
+def _check(args: Any) -> None:
+    """Refuse what no export could have, and options that the format would ignore."""
+    if args.format not in FORMATS:
+        raise unknown("format of zoo export", args.format, FORMATS)
+    for option, formats in FORMATS_WITH.items():
+        if getattr(args, option.replace("-", "_")) and args.format not in formats:
+            raise ZooError(f"--{option} is of --format {' or '.join(formats)}, and this export is {args.format}.")
+    if args.max_shard_size and not SIZE.fullmatch(args.max_shard_size):
+        raise ZooError(f"--max-shard-size is a size such as 500MB or 5GB, got {args.max_shard_size!r}.")
+
+
+@contextmanager
+def _no_new_parents(out: Path) -> Iterator[None]:
+    """Remove the folders above `out` that were made for it, where it could not be written."""
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # not made, or with files of others
+                folder.rmdir()
+        raise
 
 
 def _facts(model: Any, overrides: Sequence[str], args: Any) -> Any:
@@ -53,11 +80,11 @@ def _write(model: Any, processor: Any, folder: Path, args: Any, facts: Any) -> N
     from zoo.published.export import export, merge_adapters
     from zoo.published.gguf_export import export_gguf
 
-    merged = list(model.adapter)
+    merged, size = list(model.adapter), args.max_shard_size or "5GB"
     if args.format == "safetensors":
         if args.merge:
             merge_adapters(model)
-        model.save_pretrained(folder, include_base=True, max_shard_size=args.max_shard_size)
+        model.save_pretrained(folder, include_base=True, max_shard_size=size)
         model.write_card(folder, facts)
         processor.save_pretrained(folder)
     else:
@@ -65,7 +92,7 @@ def _write(model: Any, processor: Any, folder: Path, args: Any, facts: Any) -> N
             if args.format == "gguf":
                 export_gguf(model, processor, folder, name=label_of(model_word(args.model)), type=args.type, card=facts)
             else:
-                export(model, processor, folder, family=args.family, max_shard_size=args.max_shard_size, card=facts)
+                export(model, processor, folder, family=args.family, max_shard_size=size, card=facts)
         except ZooError as error:
             hint = f"As it is, for zoo on another machine: zoo export {args.model} --format safetensors"
             raise ZooError(f"{error}\n{hint}") from error
@@ -125,9 +152,11 @@ def require_free(out: Path) -> None:
 def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
     """Separate the options of the command from those of the model (`pruner=[]`)."""
     formats = "; ".join(f"{name}: {about}" for name, about in FORMATS.items())
-    parser = argparse.ArgumentParser(prog="zoo export", description=__doc__)
+    parser = Parser("export", "Write a model for other programs, or whole for zoo on another machine.")
     parser.add_argument("model", help="a preset, a folder, a run, last, or hub:<org>/<name>")
-    parser.add_argument("words", nargs="*", metavar="out", help="the new folder, and options of zoo.load: pruner=[]")
+    parser.add_argument(
+        "words", nargs="*", default=[], metavar="out", help="the new folder, and options of zoo.load: pruner=[]"
+    )
     parser.add_argument("--format", default="hf", help=f"{formats}. Default: hf")
     parser.add_argument("--merge", action="store_true", help="merge adapters; always done where a layout has none")
     parser.add_argument(
@@ -135,12 +164,12 @@ def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
     )
     parser.add_argument("--dtype", default=None, help="of the weights, e.g. bfloat16; default: as they are")
     parser.add_argument("--type", default="", help="of gguf: f32, f16, bf16 or q8_0; default: as the weights are")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a weights file")
+    parser.add_argument("--max-shard-size", default="", metavar="SIZE", help="of a weights file; default: 5GB")
     parser.add_argument("--license", default="", help="of the weights, by the hub's name: apache-2.0; for the card")
     parser.add_argument(
         "--scores", default="", help="a scores.json of zoo eval, for the card; default: those of the run"
     )
-    args = parser.parse_intermixed_args([flag for word in words for flag in _as_flag(word)])
+    args = parser.read([flag for word in words for flag in _as_flag(word)])
     outs = [word for word in args.words if "=" not in word]
     if len(outs) > 1:
         raise ZooError(f"zoo export takes one folder to write to, got {', '.join(map(repr, outs))}.")

@@ -1,6 +1,5 @@
 """`zoo push MODEL org/name`: put a saved or exported model on the Hugging Face hub."""
 
-import argparse
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from zoo.cli.export_command import model_word
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_json, read_text
 from zoo.settings import model_names
+from zoo.text.command_line import Parser
 from zoo.text.sizes import size_text
 
 # What a model is loaded from. Anything else in its folder is left out: optimisers, logs, notes, keys.
@@ -253,7 +253,7 @@ def upload(parcel: Parcel, args: Any) -> str:
 
 
 def _parsed(words: Sequence[str]) -> Any:
-    parser = argparse.ArgumentParser(prog="zoo push", description=__doc__)
+    parser = Parser("push", "Put a saved or exported model on the Hugging Face hub.")
     parser.add_argument("model", help="a run, last, or a folder that was saved or that zoo export wrote")
     parser.add_argument("repository", help="<org>/<name>; made if it does not exist")
     parser.add_argument("--dry-run", action="store_true", help="show what would go, with sizes and the card's head")
@@ -261,7 +261,7 @@ def _parsed(words: Sequence[str]) -> Any:
     parser.add_argument("--revision", default="", help="branch to push to; made if it does not exist")
     parser.add_argument("--pr", action="store_true", help="open a pull request instead of pushing to the branch")
     parser.add_argument("--message", default="Upload a model of zoo", help="of the commit")
-    args = parser.parse_args(list(words))
+    args = parser.read(words)
     if args.pr and args.revision:
         raise ZooError("--pr opens a pull request against the main branch: leave --revision out.")
     return args
