@@ -3,7 +3,9 @@
 import io
 import json
 import random
+import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,23 @@ def test_samples_are_what_was_packed(folder):
     assert len(build(folder / "train-*.tar", limit=8)) == 8
     assert names([build(folder / "train-{002..003}.tar").get(12)]) == ["3-0"]
     assert len(list(folder.glob(".*.zoo-index"))) == len(SIZES) + 1
+
+
+def test_threads_read_side_by_side(folder):
+    data = build(folder / "train-*.tar")
+    was, wrong = sys.getswitchinterval(), []
+
+    def read():
+        wrong.extend(i for _ in range(20) for i in range(len(data)) if names([data.get(i)]) != [STORED[i]])
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for ended in [pool.submit(read) for _ in range(3)]:
+                ended.result()
+    finally:
+        sys.setswitchinterval(was)
+    assert not wrong
 
 
 def test_an_eval_split_is_not_the_training_data(folder):

@@ -47,26 +47,32 @@ class RecordIndex:
 
     def __getitem__(self, index: int) -> tuple[int, int, int]:
         """Return start, length and line of a record."""
+        if self._entries is None and self._open is None:
+            self._open = self._opened()
+        return self._entry(self._open, index)
+
+    def once(self, index: int) -> tuple[int, int, int]:
+        """Return the same, and keep no file open, of which a process may have too many; threads may do so at once."""
+        if self._entries is not None:
+            return self._entry(None, index)
+        with self._opened() as file:
+            return self._entry(file, index)
+
+    def _opened(self) -> Any:
+        if self._stored() != self._number:
+            raise ZooError(f"{self.path} has changed since it was opened, and so has its index: start again.")
+        return self.file.open("rb")
+
+    def _entry(self, file: Any, index: int) -> tuple[int, int, int]:
         if self._entries is not None:
             start, length, line = self._entries[index].tolist()
         else:
-            if self._open is None:
-                if self._stored() != self._number:
-                    raise ZooError(f"{self.path} has changed since it was opened, and so has its index: start again.")
-                self._open = self.file.open("rb")
-            piece = os.pread(self._open.fileno(), ENTRY.itemsize, HEADER + ENTRY.itemsize * index)
-            start, length, line = (
-                np.frombuffer(piece, ENTRY)[0].tolist() if len(piece) == ENTRY.itemsize else (-1, 0, 0)
-            )
+            piece = os.pread(file.fileno(), ENTRY.itemsize, HEADER + ENTRY.itemsize * index)
+            whole = len(piece) == ENTRY.itemsize
+            start, length, line = np.frombuffer(piece, ENTRY)[0].tolist() if whole else (-1, 0, 0)
         if start < 0 or start + length > self.state[0]:
             raise ZooError(f"{self.file} is broken at record {index + 1}: delete it, and it is made anew.")
         return start, length, line
-
-    def close(self) -> None:
-        """Close the file; it is opened again where it is needed."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
 
     def require_same(self, file: int) -> None:
         """Refuse an open file that is not in the state that the index belongs to: its records are elsewhere.

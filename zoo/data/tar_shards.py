@@ -78,10 +78,7 @@ class Shards:
         """
         shard, row = place
         path, index = self.paths[shard], self._indexes[shard]
-        try:
-            start, length, _ = index[row]
-        finally:
-            index.close()  # of thousands of shards, too many files would be open
+        start, length, _ = index.once(row)
         try:
             with path.open("rb") as file:
                 about = os.fstat(file.fileno())
