@@ -16,6 +16,7 @@ from zoo.settings.config import compose
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.scale import ScaleConfig
 from zoo.settings.stage import Stage
+from zoo.text.terminal import plain
 
 TINY = SIZES["tiny"]["7b"]
 
@@ -107,6 +108,10 @@ def test_speeds_of_rings():
 
 def test_the_command_prints_them(capsys):
     cfg = compose("check", ["scale.devices=4", "model=scenes_tiny", "data=[scenes_basics]"])
-    check_command.main(cfg)
+    report = check_command.main(cfg)
     said = capsys.readouterr().out
     assert "on 4 devices, shards over 4 (FSDP2)" in said and "a step sends" in said and "logits" in said
+    assert max(map(len, said.splitlines())) <= 80
+    found = plain(report.as_json())["devices"]
+    assert [row["stage"] for row in found] == [stage.name for stage in report.stages]
+    assert all(row["total"] > row["weights"] > 0 and row["sent"] for row in found)

@@ -174,6 +174,14 @@ def test_runs_can_be_chosen(place, tmp_path):
     assert (tmp_path / "one.png").is_file()
 
 
+def test_jobs_of_a_sweep_are_below_the_folder_of_all_runs(tmp_path, capsys):
+    for job in "01":
+        folder = tmp_path / "sweeps" / "2026-11-30" / "1" / job
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config(PRUNERS[int(job)])))
+    assert len(main([str(tmp_path)]).as_json()["runs"]) == 2
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ZooError, match="There is no folder"):
         main([str(tmp_path / "nothing")])

@@ -67,6 +67,7 @@ class CheckReport:
     places: int = 0  # positions that an image takes, where they are kept; 0: as many as it has tokens
     text_tower: int = 0  # parameters of the encoder's text tower, which is loaded where a part needs it
     notes: list[str] = field(default_factory=list)  # what fits, and may surprise
+    devices: list[dict[str, Any]] = field(default_factory=list)  # what each of many holds in a stage, in bytes
     parts: Parts | None = None  # on the meta device
 
     def as_json(self) -> dict[str, Any]:
@@ -74,7 +75,8 @@ class CheckReport:
         stages = [{"name": s.name, "trainable": dict(s.trainable), "memory_bytes": s.memory.total} for s in self.stages]
         head = {"parts": self.rows, "image_tokens": self.num_image_tokens, "positions": self.places or None}
         sizes = {"parameters": sum(row.parameters for row in self.rows), "memory_bytes": self.memory}
-        return {**head, **sizes, "stages": stages, "notes": self.notes, "seconds": round(self.seconds, 2)}
+        found = {"stages": stages, "devices": self.devices, "notes": self.notes}
+        return {**head, **sizes, **found, "seconds": round(self.seconds, 2)}
 
 
 class RefusedError(ZooError):

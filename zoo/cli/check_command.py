@@ -1,6 +1,6 @@
 """`zoo check`: check whether the parts and data of a run fit together."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from zoo.checking.checker import CheckReport, check, show
@@ -16,6 +16,7 @@ from zoo.runs.order import ShardPosition
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.scale import ScaleConfig
 from zoo.settings.stage import stages_of
+from zoo.text.terminal import say
 
 PASSES = 4  # of each stage, whose batches are made; the memory is that of the largest
 
@@ -42,9 +43,10 @@ def show_devices(cfg: Any, report: CheckReport) -> None:
             shared = found.spread(scale, parallel, found.share_batch, found.placeholder)
         except ZooError as error:
             raise ZooError(f"Stage {found.name!r}: {error}") from error
-        print(f"stage {found.name} on {scale_text(scale, parallel)}")
+        say(f"stage {found.name} on {scale_text(scale, parallel)}", subsequent="  ")
         for line in shared.lines(scale):
-            print(f"  {line}")
+            say(f"  {line}", subsequent="    ")
+        report.devices.append({"stage": found.name, **asdict(shared), "total": shared.total})
 
 
 def add_batches(cfg: Any, report: CheckReport) -> None:

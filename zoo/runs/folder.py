@@ -245,9 +245,8 @@ def runs(root: Path | str) -> list[Path]:
     root = Path(root)
     if (root / "config.yaml").is_file():
         return [root]
-    return sorted(
-        {p.parent for depth in ("*", "*/*", "*/*/*") for p in root.glob(depth + "/config.yaml") if _own(root, p)}
-    )
+    depths = ("*", "*/*", "*/*/*", "*/*/*/*")  # of jobs of a sweep: sweeps/2026-11-30/1/0
+    return sorted({p.parent for depth in depths for p in root.glob(depth + "/config.yaml") if _own(root, p)})
 
 
 def _own(root: Path, path: Path) -> bool:
