@@ -32,7 +32,7 @@ openai = pytest.importorskip("openai", reason="the package openai is not install
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
-from zoo.serving import answers  # noqa: E402
+from zoo.serving import answers, protocol  # noqa: E402
 from zoo.serving.answers import Piece, Reading  # noqa: E402
 from zoo.serving.batches import Batcher  # noqa: E402
 from zoo.text.stops import reader_for  # noqa: E402
@@ -427,6 +427,13 @@ def test_a_temperature_near_zero_takes_the_most_likely_token(long, temperature):
     row = answers.Row(model, processor, None, 4, answers.Sampling(temperature=temperature), None, seed=0)
     row.choose(scores)
     assert scores.argmax() == 1 and scores.isinf().sum() == 4
+
+
+def test_many_unknown_fields_do_not_keep_others_waiting():
+    body = {"model": "tiny", "messages": [HELLO], **{f"temperatur_{i}": 1 for i in range(50_000)}, "x" * 10**7: 1}
+    begun = time.process_time()
+    assert "did you mean 'temperature'" in protocol.read_ask(body).ignored[0]
+    assert time.process_time() - begun < 1
 
 
 def test_plain_http(served):

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from zoo.registry import ZooError, nearest
@@ -15,6 +16,7 @@ from zoo.registry import ZooError, nearest
 log = logging.getLogger("zoo.serve")
 
 MAX_CHOICES = 16  # answers to one request (`n`)
+MAX_IGNORED = 20  # fields that are named: a search for a near name takes a quarter of a millisecond
 MAX_STOPS = 4  # texts that end an answer, as OpenAI has it
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -211,13 +213,13 @@ def _stops(given: Any) -> tuple[str, ...]:
 
 
 def _ignored(given: Mapping[str, Any]) -> list[str]:
-    """Name the fields that this server does not know, with the nearest one that it knows."""
-    unknown = []
-    for name in given:
-        if name not in TAKEN and name not in NEUTRAL and name not in REFUSED:
-            near = nearest(name, TAKEN)
-            unknown.append(f"{name!r:.60}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    return unknown
+    """Name the first fields that this server does not know, with the nearest one that it knows."""
+    unknown = (name for name in given if name not in TAKEN and name not in NEUTRAL and name not in REFUSED)
+    named = []
+    for name in islice(unknown, MAX_IGNORED):
+        near = nearest(name[:60], TAKEN)
+        named.append(f"{name!r:.60}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return named
 
 
 def _messages(given: Any) -> tuple[list[dict[str, Any]], list[Picture]]:
