@@ -3,7 +3,6 @@
 Source: https://platform.openai.com/docs/api-reference/chat. Nothing here loads or runs a model.
 """
 
-import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,6 @@ from itertools import islice
 from typing import Any
 
 from zoo.registry import ZooError, nearest
-
-log = logging.getLogger("zoo.serve")
 
 MAX_CHOICES = 16  # answers to one request (`n`)
 MAX_IGNORED = 20  # fields that are named: a search for a near name takes a quarter of a millisecond

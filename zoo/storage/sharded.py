@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _whole(name: str, parts: Sequence[tuple[Stored, tuple[int, ...]]]) -> Stored
         ends = [tuple(o + n for o, n in zip(at, p.shape, strict=True)) for p, at in parts]
         shape = tuple(map(max, zip(*ends, strict=True)))
         # The numbers in the files bound the size, so that no file can state a tensor that fills memory.
-        if sum(math.prod(p.shape) for p, _ in parts) == math.prod(shape):
+        if sum(math.prod(p.shape) for p, _ in parts) == math.prod(shape) and not _overlap(parts):
             pieces = [
                 (p, tuple(slice(o, o + n) for o, n in zip(at, p.shape, strict=True)))
                 for p, at in parts
@@ -141,6 +142,17 @@ def _whole(name: str, parts: Sequence[tuple[Stored, tuple[int, ...]]]) -> Stored
             ]
             return first if len(parts) == 1 else Joined(shape, tuple(pieces) or ((first, ()),))
     raise ZooError(f"The parts of {name!r} in {str(first.file.parent)!r} do not make up one tensor.")
+
+
+def _overlap(parts: Sequence[tuple[Stored, tuple[int, ...]]]) -> bool:
+    """Whether two parts have numbers in common: then others are in none, although their count is right."""
+    boxes = sorted((at, p.shape) for p, at in parts if math.prod(p.shape))
+    if all(a[0] + n[0] <= b[0] for (a, n), (b, _) in pairwise(boxes)):  # of rows, as shards are
+        return False
+    return any(
+        all(x < y + m and y < x + n for x, n, y, m in zip(*one, *other, strict=True))
+        for one, other in combinations(boxes, 2)
+    )
 
 
 # ---- reading what a process holds --------------------------------------------------------------------------------
