@@ -92,10 +92,10 @@ def test_models_are_scored_on_the_same_words_and_compared(tmp_path, monkeypatch,
         asked.append(words)
         return EvalResult([], rows([len(asked) == 2] * 4))
 
-    found = compare_command.main(["limit=4", "model=[x,dir:runs/y]", f"run.dir={tmp_path}", "--json"], run)
-    assert [words[:2] for words in asked] == [["model=x", "limit=4"], ["model=dir:runs/y", "limit=4"]]
+    found = compare_command.main(["limit=4", "model=[scenes_tiny,hub:a/y]", f"run.dir={tmp_path}", "--json"], run)
+    assert [words[:2] for words in asked] == [["model=scenes_tiny", "limit=4"], ["model=hub:a/y", "limit=4"]]
     assert all(any(word.startswith("run.folder=") for word in words) for words in asked)
-    assert found.names == ("x", "dir:runs/y") and len(found.flips) == 4 and found.flips[0].better == "second"
+    assert found.names == ("scenes_tiny", "hub:a/y") and len(found.flips) == 4 and found.flips[0].better == "second"
     assert "100.0" in capsys.readouterr().out
 
 
@@ -107,6 +107,8 @@ def test_mistakes(tmp_path, capsys):
         ([str(a), str(tmp_path)], "has no predictions.jsonl"),
         (["model=[x]"], "compares two models, model=[a,b]; got 'model=[x]'"),
         (["model=[x,y,z]"], "got 'model=[x,y,z]'"),
+        (["model=[scenes_tiny,scenes_tny]"], "No model named 'scenes_tny'. Did you mean 'scenes_tiny'?"),
+        (["model=[scenes_tiny,dir:nowhere]"], "model 'dir:nowhere': no such folder"),
         (["model=[x,y]", "--flip", "3"], "has no flag '--flip'. Did you mean '--flips'?"),
     ):
         assert main(["eval", *words]) == 2

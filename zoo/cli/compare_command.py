@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import ZooError
+from zoo.settings import model_names
 from zoo.text.command_line import Parser
 
 FLIPS = 5  # printed of each direction
@@ -41,6 +42,8 @@ def main(words: Sequence[str], evaluate: Any) -> Any:
     names = _models(next(word for word in args.word if word.startswith("model=[")))
     rest = [word for word in args.word if not word.startswith("model=[")]
     given = dict(word.split("=", 1) for word in rest)
+    for name in names:  # the second one, too, before the first is scored
+        model_names.require(name, given, args.config_dir)
     root = given.get("run.folder") or str(
         Path(given.get("run.dir", "runs")) / f"{datetime.now():%Y-%m-%d/%H-%M-%S}-compare"
     )

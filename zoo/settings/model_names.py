@@ -48,6 +48,24 @@ def resolve(
     raise ambiguous(asked, presets.available("model", config_dir))
 
 
+def require(asked: str, given: Mapping[str, Any], config_dir: str | Path | None = None) -> None:
+    """Refuse a name that no model has; what the model is made of is not looked at, and a hub is not asked.
+
+    Raises:
+        ZooError: as `resolve`.
+    """
+    kind, colon, place = asked.partition(":")
+    if asked == "last":
+        newest(Path(str(given.get("run.dir", "runs"))))
+    elif colon and kind == "dir":
+        content_of(Path(place).expanduser(), asked)
+    elif not (colon and kind == "hub") and asked not in {
+        *presets.available("model", config_dir),
+        *presets._private["model"],
+    }:
+        raise ambiguous(asked, presets.available("model", config_dir))
+
+
 def ambiguous(asked: str, allowed: list[str]) -> ZooError:
     """Return the error for a model name that is not a preset, with the spellings that would work."""
     meant = []
