@@ -152,11 +152,12 @@ def test_the_commands_at_the_end_of_a_run_work_as_they_are(name, tmp_path):
     from types import SimpleNamespace
 
     folder = SimpleNamespace(path=tmp_path / name, skipped=tmp_path / "skipped.jsonl")
-    cfg = SimpleNamespace(plugins=[])
+    cfg = SimpleNamespace(plugins=[], run=SimpleNamespace(dir=str(tmp_path / "runs")))
     run = SimpleNamespace(folder=folder, progress=SimpleNamespace(seconds=1), cfg=cfg)
     file = io.StringIO()
     report(run, EvalResult(lines(name)), Console(file=file, width=500))
     said = [line.strip() for line in file.getvalue().splitlines() if line.startswith(("    zoo", "    python"))]
     words = [shlex.split(line) for line in said]
     assert words[0] == ["zoo", "eval", f"model=dir:{tmp_path / name}"]
+    assert words[1] == ["zoo", "report", str(tmp_path / name)]  # the folder of all runs where the run is below it
     assert words[2][:2] == ["python", "-c"] and compile(words[2][2], "x", "exec") and str(tmp_path) in words[2][2]

@@ -131,10 +131,11 @@ def report(run: "Run", result: EvalResult | None, console: Console) -> None:
     console.print("Try next:")
     # A model folder names its plugins but does not bring their code: the commands must name them as well.
     plugins = [f"plugins=[{','.join(run.cfg.plugins)}]"] if run.cfg.plugins else []
+    root, here = Path(run.cfg.run.dir), run.folder.path.resolve()
     given = ", ".join([named, *(json.dumps(word, ensure_ascii=False) for word in plugins)])
     for command in (
         f"zoo eval {shlex.join([f'model=dir:{path}', *plugins])}",
-        "zoo report runs",
+        f"zoo report {shlex.quote(_short(root if here.is_relative_to(root.resolve()) else here))}",
         f"python -c {shlex.quote(f'import zoo; print(zoo.load({given}))')}",
     ):
         console.print(f"    {command}", soft_wrap=True, highlight=False, markup=False)
