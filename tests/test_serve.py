@@ -641,6 +641,7 @@ def test_words_of_the_command(capsys):
         (["a", "prot=80"], "Did you mean 'port'"),
         (["a", "--prot", "80"], "Did you mean 'port'"),
         (["a", "batch=0"], "at least 1"),
+        (["a", "grace=-1"], "grace has to be at least 0, got -1"),
         (["a", "--port"], "needs a value"),
     ):
         with pytest.raises(ZooError, match=message):

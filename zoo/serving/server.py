@@ -42,6 +42,8 @@ class ServeOptions:
                 raise ZooError(f"{name} has to be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.port < 65536:
             raise ZooError(f"port has to be from 0 to 65535, got {self.port}.")
+        if self.grace < 0:
+            raise ZooError(f"grace has to be at least 0, got {self.grace}.")
 
 
 def require_packages() -> None:
