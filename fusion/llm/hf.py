@@ -11,6 +11,7 @@ factor is applied here.
 import inspect
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from zoo.pretrained.origin import folder_of
 from zoo.registry import LanguageModel, LinearHead, Preset, ZooError, one_line, register, require_revision
 from zoo.registry.foreign import gone
 from zoo.registry.forward_pass import Pass, joined, required
+from zoo.registry.quiet import errors_alone, no_progress_bar
 
 # Arguments that a composed model passes to every LLM itself, and so does not take from its callers.
 _GIVEN = frozenset(
@@ -279,15 +281,18 @@ def _from_checkpoint(
         return cls.from_config(hf, **kwargs)
     require_filled(hf, place)
     kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **where}
+    bar = nullcontext() if sys.stderr.isatty() else no_progress_bar()
     try:
-        loaded: Any = cls.from_pretrained(place, config=hf, **kwargs)
+        with errors_alone(), bar:
+            loaded: Any = cls.from_pretrained(place, config=hf, **kwargs)
     except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
         raise ZooError(f"llm checkpoint {config.checkpoint!r} cannot be used: {one_line(error)}") from error
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers initialises them at random, with a warning
         raise ZooError(f"llm checkpoint {config.checkpoint!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
     if vocab_size and vocab_size > lm.get_input_embeddings().weight.shape[0]:
-        lm.resize_token_embeddings(vocab_size)
+        with errors_alone():
+            lm.resize_token_embeddings(vocab_size)
     return lm.train()
 
 

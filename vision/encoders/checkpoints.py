@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.pretrained.origin import folder_of
 from zoo.registry import ZooError, one_line, require_revision
 from zoo.registry.foreign import read_model_config, require_plausible
+from zoo.registry.quiet import errors_alone, no_progress_bar
 
 ALLOWED = (
     "config.json",
@@ -114,8 +115,6 @@ def load_hf(source: str, cls: Any, spec: Any, what: str, spare: Collection[str] 
     Raises:
         ZooError: weights are missing, of another shape, or cannot be read.
     """
-    from transformers.utils import logging
-
     if is_local(source) and not fetch(source, "model.safetensors.index.json", optional=True):
         fetch(source, "model.safetensors")
     if is_local(source):
@@ -123,22 +122,19 @@ def load_hf(source: str, cls: Any, spec: Any, what: str, spare: Collection[str] 
         files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
         require_filled(lambda: cls(deepcopy(spec)), files, f"The config of {source!r}")
     name, _, revision = (source, "", "") if is_local(source) else source.partition("@")
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns of every weight of the removed blocks
     try:
-        tower, report = cls.from_pretrained(
-            name,
-            revision=revision or "main",
-            config=spec,
-            dtype=torch.get_default_dtype(),
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=bool(spare),
-        )
+        with errors_alone(), no_progress_bar():  # transformers warns of every weight of the removed blocks
+            tower, report = cls.from_pretrained(
+                name,
+                revision=revision or "main",
+                config=spec,
+                dtype=torch.get_default_dtype(),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=bool(spare),
+            )
     except Exception as error:  # a wrong shape, a truncated file, a missing package: each raises its own class
         raise ZooError(f"The weights of {source!r} cannot be read: {error}") from error
-    finally:
-        logging.set_verbosity(level)
     other = [key[0] if isinstance(key, tuple) else str(key) for key in report.get("mismatched_keys", ())]
     if missing := [key for key in [*sorted(report["missing_keys"]), *sorted(other)] if key not in spare]:
         raise ZooError(f"{source!r} lacks {len(missing)} weights of its {what}, e.g. {missing[0]}.")

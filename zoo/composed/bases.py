@@ -26,10 +26,11 @@ from zoo.composed.own_checkpoints import Own, node_at, own_checkpoints
 from zoo.pretrained.origin import origin_of
 from zoo.registry import ZooError
 from zoo.registry.part import base_of
+from zoo.registry.quiet import no_progress_bar
 from zoo.storage.precision import cast_parameters, dtype_of
 from zoo.storage.rows import rows_behind, rows_in_common
 from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
-from zoo.storage.weights import fingerprint, names_of, no_progress_bar, snapshot
+from zoo.storage.weights import fingerprint, names_of, snapshot
 
 WHOLE = "model"  # key of a published checkpoint that all parts have their weights from
 

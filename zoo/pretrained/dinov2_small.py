@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from zoo.registry import ZooError
+from zoo.registry.quiet import no_progress_bar
 
 _BACKBONE = "/backbone/"
 # Nodes that read the position of [CLS], and those of the patches.
@@ -57,7 +58,8 @@ def convert(file: Path, folder: Path) -> None:
     config.save_pretrained(folder)
     text = json.dumps(_PIXELS, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
-    loaded: Any = Dinov2Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    with no_progress_bar():
+        loaded: Any = Dinov2Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     report = loaded[1]
     if odd := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise ZooError(f"{str(file)!r} does not hold the weights of DINOv2-small: {str(sorted(map(str, odd))[0])!r}.")

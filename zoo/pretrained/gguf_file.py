@@ -16,8 +16,8 @@ import torch
 
 from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import require_model_config, require_plausible
+from zoo.registry.quiet import no_progress_bar
 from zoo.registry.versions import gguf_fields, gguf_text_cuts, unpacked_gguf
-from zoo.storage.weights import no_progress_bar
 
 _EXACT = 10**9  # weights up to which nothing is rounded: 4 GB
 # Text is cut into single digits before GPT-2's cuts, by names of llama.cpp; transformers does the latter alone.

@@ -9,8 +9,8 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -279,17 +279,3 @@ def whole(tensor: Any) -> Any:
         return tensor.cpu()
     full = tensor.full_tensor().cpu()
     return full.clone() if full.untyped_storage().nbytes() > full.nbytes else full  # uneven shards are padded
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Suppress transformers' progress bars: reading for a comparison or a conversion would look like a second load."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
