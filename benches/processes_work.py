@@ -64,6 +64,19 @@ _VLORA = {"name": "vlora", "rank": 4, "skip": 1, "width": 16, "depth": 2, "num_h
 _ALL = ("projector", "llm")
 _NATIVE = {"name": "qwen_vision", "model_type": "qwen3_vl", "width": 32, "heads": 2, "depth": 4, "patch_size": 4}
 _NATIVE |= {"min_pixels": 64, "max_pixels": 1024, "extra": {"num_position_embeddings": 16}}
+_PEFT: dict[str, dict[str, Any]] = {
+    "boft": {"boft_block_size": 4},
+    "dora": {"r": 4},
+    "fourierft": {"n_frequency": 20},
+    "ia3": {"target_modules": ["k_proj", "o_proj"], "feedforward_modules": ["o_proj"]},
+    "ln_tuning": {"target_modules": ["input_layernorm"]},
+    "loha": {"r": 2},
+    "lokr": {"r": 2},
+    "oft": {"oft_block_size": 4},
+    "pissa": {"r": 4},
+    "rslora": {"r": 4, "target_modules": "all-linear"},
+    "vera": {"r": 4},
+}
 COMPOSITIONS: dict[str, Composition] = {
     "no adapter": Composition(train=_ALL),
     "no adapter, Muon": Composition(train=_ALL, stage={"optimizer": "muon_adamw"}),
@@ -73,22 +86,7 @@ COMPOSITIONS: dict[str, Composition] = {
     "moextend": replace(_adapter("moextend", calibration_width=4, guard=True), llm=_EXPERTS),
     "upcycle": _adapter("upcycle"),
     "vlora": Composition({"projector": None, "adapter": {"vlora": _VLORA}}, train=("adapter",)),
-    **{
-        f"peft {method}": _peft(method, **options)
-        for method, options in {
-            "boft": {"boft_block_size": 4},
-            "dora": {"r": 4},
-            "fourierft": {"n_frequency": 20},
-            "ia3": {"target_modules": ["k_proj", "o_proj"], "feedforward_modules": ["o_proj"]},
-            "ln_tuning": {"target_modules": ["input_layernorm"]},
-            "loha": {"r": 2},
-            "lokr": {"r": 2},
-            "oft": {"oft_block_size": 4},
-            "pissa": {"r": 4},
-            "rslora": {"r": 4, "target_modules": "all-linear"},
-            "vera": {"r": 4},
-        }.items()
-    },
+    **{f"peft {method}": _peft(method, **options) for method, options in _PEFT.items()},
     "dense": Composition(
         train=("vision", "projector"), distiller={"name": "dense"}, stage={"loss_weights": {"answer": 0.0}}
     ),
@@ -267,7 +265,7 @@ def _model(this: Composition, tokenizer: Any, seed: int) -> tuple[Any, Any]:
 
 def _batch(processor: Any, beside: Any, step: int, turn: int, *, text: bool) -> dict[str, Any]:
     """Two samples; every fourth pass is of text alone, so that one process has no image."""
-    rows = []
+    rows: list[Any] = []
     for i in range(2):
         unlike = processor.layout is not None and processor.layout.native
         sample = _sample(PASSES * 2 * step + 2 * turn + i, int(turn % 4 != 1 or not text), unlike)

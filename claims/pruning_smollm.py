@@ -34,7 +34,7 @@ DENSE = "dense positions"
 
 def chains() -> dict[str, list[str]]:
     """Name of an arm -> options that put its pruner in."""
-    found = {f"all {TOKENS}": []}
+    found: dict[str, list[str]] = {f"all {TOKENS}": []}
     for k in KEPT:
         share = k / TOKENS
         found[f"fastervlm {k}"] = ["pruner=fastervlm", f"pruner.fastervlm.num_keep={k}"]

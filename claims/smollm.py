@@ -4,7 +4,7 @@ The language model and the encoders are those of the packages of `.[weights]`. E
 rows, so that a run that was killed goes on within an arm.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -107,7 +107,8 @@ def scores(run: Run, model: Any, processor: Any, data: Iterable[str], samples: i
 
 def _by_set(lines: Sequence[Line], end: str, score_of: Callable[[Line], Score | None]) -> dict[str, float]:
     """Accuracy on each data set, kinds of question by their number, and the mean over data sets."""
-    right, asked = Counter[str](), Counter[str]()
+    right: dict[str, float] = defaultdict(float)
+    asked = Counter[str]()
     for line in lines:
         if (score := score_of(line)) is not None:
             right[line.data] += score.value * score.n

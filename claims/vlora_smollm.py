@@ -4,6 +4,8 @@ The language model stays as it is; what learns is a generator of changes to its 
 image tokens to the same frozen model. Text without an image must come out the same to the bit.
 """
 
+from typing import Any
+
 import torch
 
 from zoo.claims.experiment import Bound, Experiment, Run, gap, row
@@ -36,7 +38,7 @@ def measure(run: Run) -> None:
 
 
 @torch.no_grad()
-def _same_text(model: object, processor: object) -> float:
+def _same_text(model: Any, processor: Any) -> float:
     """Whether the model gives the logits of its language model alone."""
     ids = processor.tokenizer("The capital of France is", return_tensors="pt").input_ids
     whole = model(input_ids=ids, all_logits=True).logits

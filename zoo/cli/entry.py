@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zoo: {error}", file=sys.stderr)
         if with_json:
             fixes = getattr(error, "fixes", None)  # of a composition that was refused
-            write_answer(name, 2, {"error": str(error)} if fixes is None else {"error": error.reason, "fixes": fixes})
+            why = str(error) if fixes is None else getattr(error, "reason", str(error))
+            write_answer(name, 2, {"error": why} if fixes is None else {"error": why, "fixes": fixes})
         return 2
     except KeyboardInterrupt:
         return 130

@@ -178,6 +178,8 @@ def _described(noun: str, name: str, build: bool = False) -> str:
 
 def _as_json(noun: str, name: str, build: bool) -> dict[str, Any]:
     """Return everything about a component or a preset as plain values."""
+    facts: dict[str, Any]
+    more: dict[str, Any]
     if noun not in KINDS:
         file = presets.preset_files(noun)[name]
         facts = _sized(name, build).as_json() if noun == "model" else {}

@@ -175,7 +175,7 @@ def _scores_of(index: Any) -> tuple[Mapping[str, Any], ...]:
             continue
         held = args.get("held_out") is True
         kind = str(result.dataset_config or result.dataset_type)
-        line = {"data": result.dataset_type, "kind": kind.removesuffix(HELD_OUT) if held else kind}
+        line: dict[str, Any] = {"data": result.dataset_type, "kind": kind.removesuffix(HELD_OUT) if held else kind}
         line |= {"metric": result.metric_type, "held_out": held, "score": score}
         lines.append(line | {key: args[key] for key in ("majority", "blind") if _is_score(args.get(key))})
     return tuple(lines)

@@ -204,7 +204,7 @@ def learnt(case: AdapterCase, prepare: Any, **options: Any) -> list[Tensor]:
 
 
 def _expect_like(there: list[Tensor], wanted: list[Tensor], how: str) -> str:
-    off = max(float((a - b).abs().max() / max(1, b.abs().max())) for a, b in zip(there, wanted, strict=True))
+    off = max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in zip(there, wanted, strict=True))
     expect(off <= 1e-5, f"{how}, gradients differ by {off:.1e}", "at most 1e-05 of the largest")
     return f"by {off:.0e}"
 

@@ -9,8 +9,10 @@ from zoo.contracts.rules import NotForThisPart, Rules, expect
 from zoo.registry import Distiller, build, nearest
 
 RULES = Rules()
-NEEDS = ("student.image", "student.prefix", "student.hidden", "student.logits", "teacher.response", "teacher.visual")
-NEEDS += ("teacher.relation", "teacher.pairs", "teacher.hidden", "teacher.logits")
+NEEDS = (
+    "student.image", "student.prefix", "student.hidden", "student.logits", "teacher.response", "teacher.visual",
+    "teacher.relation", "teacher.pairs", "teacher.hidden", "teacher.logits",
+)  # fmt: skip
 
 
 class DistillerCase(Case):

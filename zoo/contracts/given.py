@@ -74,7 +74,7 @@ def image_row(image: ImageFeatures, i: int) -> ImageFeatures:
     """One row of the features, all that is known of it included."""
     tensors = {f.name: getattr(image, f.name) for f in fields(image)}
     blocks = {word: scores[i : i + 1] for word, scores in image.block_attention.items()}
-    rows = {k: v[i : i + 1] for k, v in tensors.items() if isinstance(v, Tensor)}
+    rows: dict[str, Any] = {k: v[i : i + 1] for k, v in tensors.items() if isinstance(v, Tensor)}
     asked = None if image.question is None else image.question.picked(slice(i, i + 1))
     return replace(image, **rows, block_attention=blocks, question=asked)
 

@@ -1,5 +1,6 @@
 """Rules for layouts, each built alone for rows of 16 tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from zoo.contracts.rules import NotForThisPart, Rules, expect, expect_close
 from zoo.registry import Cut, ImageFeatures, Layout, build
 
 TEXT, GRID, SIDE = 24, (4, 4), 32
-CUTS = (Cut(1, "image", (SIDE, SIDE)), Cut(3, "frame", (SIDE, SIDE)))
+CUTS: Sequence[Cut] = (Cut(1, "image", (SIDE, SIDE)), Cut(3, "frame", (SIDE, SIDE)))
 RULES = Rules()
 
 
@@ -29,7 +30,8 @@ class LayoutCase(Case):
 
 def laid_out(layout: Any, which: slice = slice(0, 2), dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The tokens (S, C) of the image and the video of `CUTS`, or of one of them."""
-    cuts, rows = CUTS[which], slice(0, 1) if which.stop == 1 else slice(which.start, 4)
+    cuts = tuple(CUTS[which])
+    rows = slice(0, 1) if which.stop == 1 else slice(which.start, 4)
     tokens = features(m=4, grid=GRID, dim=TEXT).tokens[rows].to(dtype)
     image = ImageFeatures(tokens, GRID, prefix=tokens[:, :1], rows=tuple(cut.rows for cut in cuts), cuts=cuts)
     out: torch.Tensor = layout(layout.project(image, lambda some: some.tokens, cuts), cuts)

@@ -62,5 +62,10 @@ def placed(value: Any, move: Callable[[Tensor], Any]) -> Any:
 def tensors_of(value: Any) -> list[Tensor]:
     """Return the tensors in a value."""
     found: list[Tensor] = []
-    placed(value, lambda tensor: found.append(tensor) or tensor)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    placed(value, keep)
     return found

@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,10 +132,11 @@ class Demo:
         if not question.strip():
             raise ZooError("There is no question.")
         pieces: queue.Queue[tuple[int, Piece]] = queue.Queue()
-        rows = [
-            self._row(talk, question, i, side, lambda piece, i=i: pieces.put((i, piece)))
-            for i, side in enumerate(sides)
-        ]
+
+        def hand(index: int, piece: Piece) -> None:
+            pieces.put((index, piece))
+
+        rows = [self._row(talk, question, i, side, partial(hand, i)) for i, side in enumerate(sides)]
         texts, left = [""] * len(rows), len(rows)
         try:
             self.batcher.add(rows)

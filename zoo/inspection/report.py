@@ -155,7 +155,7 @@ def figures(found: Sequence[Summary]) -> list[tuple[str, list[str], list[bool]]]
         better = min if name.rpartition("/")[2] in LESS_IS_BETTER else max
         best = better((s["value"] for s in scores if s), default=0.0) if len(found) > 1 else math.inf
         cells = [f"{100 * s['value']:.1f}±{100 * s['stderr']:.1f}" if s else "-" for s in scores]
-        columns.append((heading, cells, [bool(s) and s["value"] == best for s in scores]))
+        columns.append((heading, cells, [s is not None and s["value"] == best for s in scores]))
     return columns
 
 

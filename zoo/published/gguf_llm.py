@@ -137,7 +137,8 @@ def llm_fields(writer: Any, text: Any, tokenizer: Any, ends: Any, name: str) -> 
     eps = getattr(text, known.eps)
     (writer.add_layer_norm_rms_eps if known.eps == "rms_norm_eps" else writer.add_layer_norm_eps)(eps)
     rope = _rope(text)
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or getattr(text, "rope_theta", 10000.0)))
+    theta: Any = rope.get("rope_theta") or getattr(text, "rope_theta", 10000.0)
+    writer.add_rope_freq_base(float(theta))
     if rope.get("rope_type") == "linear":
         import gguf
 

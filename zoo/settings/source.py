@@ -123,8 +123,9 @@ class Source:
     def tokenizer_source(self) -> str | None:
         """Hub name or folder of the tokenizer, as known before weights are downloaded; None: a new one is trained."""
         folder = Path(self.name) if self.kind == "dir" else self._shipped
-        saved = folder is not None and (folder / "tokenizer_config.json").is_file()
-        return str(folder) if saved and not is_published(read_content(folder)) else self._stated_tokenizer
+        if folder is None or not (folder / "tokenizer_config.json").is_file() or is_published(read_content(folder)):
+            return self._stated_tokenizer
+        return str(folder)
 
     @property
     def _shipped(self) -> Path | None:

@@ -62,10 +62,13 @@ def write_parts(file: Path, parts: Sequence[Part], values: Iterator[Tensor]) -> 
 
         def put(data: Any) -> None:
             # Large pieces are hashed by another thread: both hashing and writing release Python's lock.
-            hashed = other.submit(digest.update, data) if len(data) > _WRITTEN // 8 else digest.update(data)
+            if len(data) <= _WRITTEN // 8:
+                digest.update(data)
+                stream.write(data)
+                return
+            hashed = other.submit(digest.update, data)
             stream.write(data)
-            if hashed is not None:
-                hashed.result()
+            hashed.result()
 
         put(len(header).to_bytes(8, "little") + header)
         for part, value in zip(parts, values, strict=True):

@@ -53,7 +53,7 @@ class Recall(Task):
         """Compare all pictures with all texts."""
         found: dict[str, Score] = {}
         sides = [[row for row in rows if bool(row["_shown"]) is shown] for shown in (True, False)]
-        for name, asked, others in (("text", *sides), ("image", *sides[::-1])):
+        for name, asked, others in (("text", sides[0], sides[1]), ("image", sides[1], sides[0])):
             ranks = _ranks(asked, others)
             found |= {f"{name}@{k}": mean((ranks <= k).astype(np.float64)) for k in self.at}
         return found
