@@ -1,8 +1,9 @@
-"""The recipe of picturebook_135m: what it is composed of, what it learns from, what it would ship."""
+"""picturebook_135m: what it is composed of, what it learns from, what it ships and answers."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import zoo
@@ -56,3 +57,15 @@ def test_what_training_draws_from_is_what_the_card_states(monkeypatch, tmp_path)
     assert not sample.images and data["talk"].eval_split() is None
     longest = max(len(data[name].get(i).dialogs) for name in data for i in range(min(9, len(data[name]))))
     assert longest <= 5  # a row is to hold several samples
+
+
+def test_it_ships_and_answers_offline(packages):
+    folder = Path(__file__).parents[1] / "model_cards" / "picturebook_135m"
+    assert (folder / "model.safetensors").stat().st_size < 8e6
+    model, _ = zoo.load("picturebook_135m")
+    assert model.chat("What is the capital of France?") == "The capital of France is Paris."
+    trousers, bag = np.zeros((2, 28, 28, 3), np.uint8)  # drawn, for want of photos
+    trousers[1:27, 8:13] = trousers[1:27, 15:20] = trousers[1:6, 8:20] = 170
+    bag[10:26, 3:25] = bag[4:10, 9:11] = bag[4:10, 17:19] = bag[4:6, 9:19] = 170
+    said = [model.chat("What is this, Trouser, Bag, Dress or Coat?", image) for image in (trousers, bag)]
+    assert said == ["Trouser", "Bag"]
