@@ -284,3 +284,11 @@ def test_reads_vqa_rad_as_it_is():
     dev = data.eval_split()
     assert sum(len(dev.get(i).dialogs) for i in range(len(dev))) == 145
     assert Image.open(io.BytesIO(dev.get(0).images[0]())).size[0] <= 320
+
+
+def test_an_eval_split_is_not_the_training_data(folder):
+    (folder / "all.jsonl").write_text("")
+    with pytest.raises(
+        ZooError, match=r"eval_split='dev' would be the training data: \{split\} has to be in file, or sp"
+    ):
+        open_file(folder, "all.jsonl", eval_split="dev")

@@ -15,6 +15,7 @@ from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.record_groups import Grouping, Groups, kept_groups
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
+from zoo.data.splits import require_split
 from zoo.registry import MISSING, Dataset, Dialog, RecordError, Sample, ZooError, naming, register
 from zoo.vision.images.video import VIDEOS, Video
 
@@ -42,6 +43,8 @@ class ChatJsonConfig(RecordFields):
         super().__post_init__()
         if self.limit < 0:
             raise ZooError(f"limit must be 0 (all records) or more, got {self.limit}.")
+        if not self.split_field:
+            require_split(self.eval_split, {"file": self.file}, "split_field has to name a column")
 
 
 @register("dataset", "chat_json")

@@ -14,6 +14,7 @@ import numpy as np
 
 from zoo.data.absent import absent
 from zoo.data.pairs import in_pairs
+from zoo.data.splits import require_split
 from zoo.registry import MISSING, Dataset, Dialog, Sample, ZooError, register
 
 OPPOSITE = {"yes": "no", "no": "yes"}
@@ -46,6 +47,7 @@ class ClassesConfig:
         for name in ("yes_no", "shift", "limit"):
             if getattr(self, name) < 0:
                 raise ZooError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        require_split(self.eval_split, {"images": self.images, "labels": self.labels})
         if not self.name_question and not (self.yes_no_question and self.yes_no):
             raise ZooError("There is nothing to ask: name_question and yes_no_question are both off.")
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
+from zoo.data.splits import require_split
 from zoo.data.templates import Columns, Question, Template, columns_of, filled, listed, matches, value_of, written
 from zoo.registry import MISSING, Dataset, Sample, ZooError, register, require_at_least
 from zoo.vision.images.decode import open_image
@@ -50,6 +51,9 @@ class TableConfig:
             raise ZooError("Rows come from a file, or from the paths of images: give one of file and paths.")
         if self.paths and not self.images:
             raise ZooError("paths needs images, the folder or archive that they are in.")
+        if not self.eval_where:
+            names = {"file": self.file, "images": self.images, "paths": self.paths}
+            require_split(self.eval_split, names, "eval_where has to choose rows")
         if self.questions != MISSING and not self.questions:
             raise ZooError("questions is empty, so there is nothing to ask.")
 

@@ -14,6 +14,7 @@ import numpy as np
 from zoo.data.image_store import TarMember
 from zoo.data.record_file import parse_value
 from zoo.data.records import IMAGE_COLUMNS, RecordFields, inline_image, read_record, record_id
+from zoo.data.splits import require_split
 from zoo.data.stream_order import Lanes, StreamRow
 from zoo.data.tar_shards import Shards, ShardSample, find_shards
 from zoo.registry import (
@@ -55,11 +56,7 @@ class WebDatasetConfig(RecordFields):
         for name in ("shuffle_buffer", "lanes", "limit"):
             if getattr(self, name) < 0:
                 raise ZooError(f"{name} must be 0 or more, got {getattr(self, name)}.")
-        if self.eval_split and "{split}" not in self.shards:
-            raise ZooError(
-                f"eval_split={self.eval_split!r} would be the training data: {{split}} has to be in shards, which "
-                f"names the shards of both, got {self.shards!r}."
-            )
+        require_split(self.eval_split, {"shards": self.shards})
         if (self.shuffle_buffer or self.lanes) and not self.streaming:
             raise ZooError(
                 "shuffle_buffer and lanes order a stream; without streaming=true the sampler shuffles all samples."

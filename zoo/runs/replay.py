@@ -181,5 +181,5 @@ def _image(image: Any) -> bytes:
     return image.tobytes() if hasattr(image, "tobytes") else b""
 
 
-def _losses(row: Mapping[str, Any]) -> Any:
-    return row["loss"], row.get("losses")
+def _losses(row: Mapping[str, Any]) -> str:
+    return repr((row["loss"], row.get("losses")))  # as text, in which NaN equals NaN
