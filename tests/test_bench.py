@@ -175,3 +175,11 @@ def test_frozen_models_and_kept_features_are_measured(tmp_path):
         rows = json.loads(file.read_text())["rows"]
         assert {row["bound"] for row in rows if row["bound"]} == bounds
         assert all(row["value"]["median"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("rounds=abc", r"'rounds' of bench 'train' takes int \(default 9\), got 'abc'")]
+)
+def test_a_value_of_another_type_is_named_with_its_option(word, said):
+    with pytest.raises(ZooError, match=said):
+        parse("train", Options, [word])
