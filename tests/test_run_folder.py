@@ -29,6 +29,13 @@ def test_an_exact_folder_is_not_overwritten(tmp_path):
         RunFolder.create(tmp_path, "", exact=str(tmp_path / "x"))
 
 
+def test_a_run_is_not_written_among_the_files_of_a_saved_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ZooError, match=r"holds a saved model\. Choose another folder"):
+        RunFolder.create(tmp_path, "x", exact=str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_last_is_the_newest_and_moves(tmp_path):
     with pytest.raises(ZooError, match="There is no last run"):
         RunFolder.open("last", tmp_path)

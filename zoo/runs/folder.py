@@ -83,16 +83,18 @@ class RunFolder:
         return folder
 
     def require_empty(self) -> None:
-        """Refuse a folder that holds a run.
+        """Refuse a folder that holds a run, or a saved model, among whose files a run would be lost.
 
         Raises:
-            ZooError: it has a config.yaml.
+            ZooError: it has a config.yaml, or a config.json.
         """
         if self.config.exists():
             raise ZooError(
                 f"{str(self.path)!r} holds a run already. To go on with it: resume={self.path}; "
                 "else choose another folder."
             )
+        if (self.path / "config.json").exists():
+            raise ZooError(f"{str(self.path)!r} holds a saved model. Choose another folder for the run.")
 
     @classmethod
     def open(cls, name: str, root: Path | str = "runs") -> "RunFolder":
