@@ -321,7 +321,7 @@ def test_the_check_shows_each_encoder_and_what_it_gives(capsys):
 
     given = words({"a": A, "b": B}, "pruner=fastervlm", "vision.gives.cls_attention=b")
     show(check(plan_from(compose("check", ["recipe=null", *given]))))
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert (
         "vision.a: hf, images of 32 x 32, 4 x 4 tokens of width 32, 19.4 K parameters; gives key_attention, keys"
         in shown

@@ -134,7 +134,7 @@ def test_killed_while_scoring(tmp_path, words, whole, times, capsys):
 def test_a_full_disk_is_an_error_and_the_last_good_state_stays(tmp_path, words, whole, size):
     ended = train(tmp_path, words, "on_a_full_disk", size)
     assert ended.code == 2
-    assert re.search(r"zoo: Cannot write the (checkpoint of step \d|model) to 'run': File too large", ended.said)
+    assert re.search(r"zoo: Cannot write (a checkpoint|the model) to 'run': File too large", ended.said)
     assert "zoo train resume=run" in ended.said and "Traceback" not in ended.said
     assert not [p for p in (tmp_path / "run").rglob(".*") if p.name != ".running"], "half a file holds no room"
     goes_on(tmp_path, words)

@@ -200,7 +200,7 @@ def test_the_check_and_loading_say_it(capsys):
     walk = check(plan)
     assert len(walk.notes) == 1 and "up_proj here means the shared expert alone" in walk.notes[0]
     show(walk)
-    assert f"note: {walk.notes[0]}" in capsys.readouterr().out
+    assert f"note: {walk.notes[0]}" in " ".join(capsys.readouterr().out.split())
     vision = ["vision=timm", *(f"vision.{k}={v}" for k, v in tiny_slots()["vision"].items() if k != "name")]
     words = [f"llm.{k}={v}" for k, v in llm.items() if k != "name"]
     with pytest.warns(UserWarning, match="reaches no routed expert"):

@@ -30,7 +30,8 @@ def test_two_processes_train_as_one(ended, name):
     for shard in ("none", "fsdp2"):
         two = work.Trained.load(ended / shard / f"{work.file_name(name)}.pt")
         loss, weight = work.differences(two, one)
-        assert loss < 1e-6 and weight < 1e-5, shard
+        # The gradient of a bias of keys is rounding alone, which AdamW makes a step of: VLoRA has such biases.
+        assert loss < 1e-6 and weight < (5e-5 if name == "vlora" else 1e-5), shard
 
 
 def test_muon_works_on_each_matrix_once(tmp_path):

@@ -117,6 +117,7 @@ LEAVES["options check themselves"] = [
     "vision/encoders/sizes.py",
     "vision/encoders/timm.py",
     "zoo/settings/parallel.py",
+    "zoo/settings/scale.py",
     "zoo/settings/stage.py",
 ]
 LEAVES["how options are read, what is loaded on the way, what is refused"] = [

@@ -99,7 +99,7 @@ def trace_step(
         short: modules whose inputs are cast to bfloat16, as FSDP does.
         shapes: name -> shape of the part of the weight that this process has (tensor parallelism).
     """
-    mode, peak = FakeTensorMode(allow_non_fake_inputs=True), _Peak(getattr(model.llm, "vocab_size", 0))
+    mode, peak = FakeTensorMode(allow_non_fake_inputs=True), _Peak(model.llm.vocab_size)
     with mode:
         held = _empty(model, wide, dtypes or {}, shapes or {})
         batch = {k: _like(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}

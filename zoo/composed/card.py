@@ -59,7 +59,7 @@ def write_card(
     folder: Path,
     facts: Facts | None = None,
     *,
-    layout: Layout = ZOO,
+    form: Layout = ZOO,
     name: str = "",
     record: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -71,7 +71,7 @@ def write_card(
         model: as it is saved in the folder.
         folder: of the model.
         facts: None: those of the card that the model was loaded with, without its scores.
-        layout: of the files.
+        form: of the files.
         name: title; empty: that of the folder.
         record: of the bases that the folder names; None: what its config.json states.
         notes: further sentences on the weights.
@@ -81,11 +81,11 @@ def write_card(
     if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return
     if record is None:
-        stated = read_json(folder / "config.json") if layout.zoo and (folder / "config.json").is_file() else {}
-        record = stated.get("base") or {} if layout.zoo else model.bases.record
+        stated = read_json(folder / "config.json") if form.zoo and (folder / "config.json").is_file() else {}
+        record = stated.get("base") or {} if form.zoo else model.bases.record
     known = facts_in(model.described).without_scores() if facts is None else facts
     title = name or _title(folder)
-    text = card_text(model, known, layout=layout, name=title, record=record, notes=notes, files=files)
+    text = card_text(model, known, form=form, name=title, record=record, notes=notes, files=files)
     write_text(file, text)
 
 
@@ -93,7 +93,7 @@ def card_text(
     model: Any,
     facts: Facts,
     *,
-    layout: Layout = ZOO,
+    form: Layout = ZOO,
     name: str = "model",
     record: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -102,10 +102,10 @@ def card_text(
     """Return the text of a card. Args: as `write_card`."""
     bases = _bases(model, model.bases.record if record is None else record)
     summary = summary_of(model)
-    front = _metadata(model, facts, bases, layout, name)
+    front = _metadata(model, facts, bases, form, name)
     parts = [f"---\n{front}\n---", MARK, f"# {markdown(name)}", _about(summary)]
     parts += [" ".join(notes)] if notes else []
-    parts += ["## Load it", _load(model, layout, _place(name, layout), bases, files)]
+    parts += ["## Load it", _load(model, form, _place(name, form), bases, files)]
     parts += ["## Parts", *_parts(summary.parts, bases, facts)]
     if facts.scores:
         parts += ["## Scores", "\n".join(_score_rows(facts.scores))]
@@ -145,13 +145,13 @@ def _bases(model: Any, record: Mapping[str, Any]) -> list[_Base]:
     return found
 
 
-def _metadata(model: Any, facts: Facts, bases: Sequence[_Base], layout: Layout, name: str) -> str:
+def _metadata(model: Any, facts: Facts, bases: Sequence[_Base], form: Layout, name: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     stated = [facts.license] if facts.license else []
     licence, names = strictest([*stated, *(base.licence for base in bases)])
     hubs = list(dict.fromkeys([*(base.hub for base in bases if base.hub), *facts.base_models]))
-    more: dict[str, Any] = {"base_model_relation": _relation(model, layout)} if hubs else {}
+    more: dict[str, Any] = {"base_model_relation": _relation(model, form)} if hubs else {}
     results = [
         EvalResult(
             task_type=PLAIN,
@@ -176,9 +176,9 @@ def _metadata(model: Any, facts: Facts, bases: Sequence[_Base], layout: Layout, 
         base_model=hubs or None,
         datasets=list(facts.datasets) or None,
         language=list(facts.language) or _languages(model) or None,
-        library_name=layout.library,
+        library_name=form.library,
         pipeline_tag=PLAIN,
-        tags=_tags(model, layout),
+        tags=_tags(model, form),
         metrics=sorted({str(line["metric"]) for line in facts.scores}) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -194,12 +194,12 @@ def _languages(model: Any) -> list[str]:
     return list(dict.fromkeys(word for card in cards[:1] for word in facts_in(card).language))
 
 
-def _relation(model: Any, layout: Layout) -> str:
+def _relation(model: Any, form: Layout) -> str:
     """How a model came from its bases, in the hub's words."""
-    return "adapter" if layout.zoo and len(model.adapter) else "finetune"
+    return "adapter" if form.zoo and len(model.adapter) else "finetune"
 
 
-def _tags(model: Any, layout: Layout) -> list[str]:
+def _tags(model: Any, form: Layout) -> list[str]:
     slots = model.config.slots or {}
     kinds = [str((slots.get("llm") or {}).get("model_type") or ""), *map(str, model.adapter), *map(str, model.pruner)]
     return list(dict.fromkeys(filter(None, ["zoo", "vision-language", *kinds])))
@@ -217,21 +217,21 @@ def _about(summary: Any) -> str:
     )
 
 
-def _place(name: str, layout: Layout) -> str:
-    return f"dir:{name}" if layout.zoo else name
+def _place(name: str, form: Layout) -> str:
+    return f"dir:{name}" if form.zoo else name
 
 
-def _load(model: Any, layout: Layout, place: str, bases: Sequence[_Base], files: Sequence[str]) -> str:
+def _load(model: Any, form: Layout, place: str, bases: Sequence[_Base], files: Sequence[str]) -> str:
     if files:
-        return f"    {layout.load[0].format(files=files)}"
+        return f"    {form.load[0].format(files=files)}"
     named = model.config.plugins or []
     plugins = f', "plugins=[{",".join(named)}]"' if named else ""
     place = json.dumps(place, ensure_ascii=False)[1:-1]
-    code = "\n".join(line.format(place=place, plugins=plugins) for line in layout.load)
+    code = "\n".join(line.format(place=place, plugins=plugins) for line in form.load)
     text = f"```python\n{code}\n```"
-    if layout.zoo:
+    if form.zoo:
         text = f"    pip install zoo-vlm\n\n{text}"
-    absent = [base for base in bases if not base.whole] if layout.zoo else []
+    absent = [base for base in bases if not base.whole] if form.zoo else []
     if absent:
         needs = ", ".join(f"`{base.checkpoint}` ({base.part})" for base in absent)
         text += f"\n\nThe files hold what differs from {needs}, which is read too."

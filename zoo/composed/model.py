@@ -194,7 +194,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             layout: zoo, transformers or gguf.
             more: `name` and `notes` of `zoo.composed.card.write_card`.
         """
-        write_card(self, Path(folder), facts, layout=LAYOUTS[layout], **more)
+        write_card(self, Path(folder), facts, form=LAYOUTS[layout], **more)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -55,7 +55,7 @@ def grid(case: PrunerCase) -> str:
     if out.grid is None:
         return "none is given"
     expect(out.grid[0] * out.grid[1] == k, f"{k} tokens with the grid {out.grid}", "h * w tokens, or destroys 'grid'")
-    own = tuple(getattr(pruner, "grid", None) or GRID)
+    own = tuple(pruner.grid or GRID)
     expect(own == tuple(out.grid), f"`grid` is {own} and that of its output {out.grid}", "the same")
     return f"{k} tokens on {out.grid[0]} x {out.grid[1]}"
 

@@ -51,7 +51,7 @@ def mode(case: TaskCase) -> str:
     expect(isinstance(task, Task), f"its class is {type(task).__mro__[1].__name__}", "a Task")
     expect(task.mode in MODES, f"mode is {task.mode!r}", ", ".join(MODES))
     right = task.mode != "generate" or task.max_new_tokens > 0
-    expect(right, f"max_new_tokens is {getattr(task, 'max_new_tokens', None)}", "a number above 0")
+    expect(right, f"max_new_tokens is {task.max_new_tokens}", "a number above 0")
     return task.mode
 
 

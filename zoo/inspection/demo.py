@@ -107,7 +107,7 @@ class Demo:
 
     def has_ratio(self, side: Side) -> bool:
         """Whether the keep ratio of a side means anything."""
-        chosen = list(self.models[side.model].model.pruner) if side.pruner == AS_LOADED else side.pruner.split("+")
+        chosen = list(self.models[side.model].model.pruner) if side.pruner == AS_LOADED else str(side.pruner).split("+")
         return any(name != NONE and has_ratio(name) for name in chosen)
 
     def model_of(self, side: Side) -> tuple[Any, Any]:

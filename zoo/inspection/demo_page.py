@@ -155,10 +155,10 @@ def build_page(demo: Demo, title: str) -> Any:
             **private,
         )
         for side in sides:
-            model, pruner, ratio = side.choice
+            model, pruning, ratio = side.choice
             look = {"inputs": [picture, question, *side.choice], "outputs": [side.xray, side.caption], **private}
-            model.change(page.pick_model, [model], [pruner, ratio], **private).then(page.xray, **look)
-            pruner.input(page.ratio, [model, pruner], [ratio], **private).then(page.xray, **look)
+            model.change(page.pick_model, [model], [pruning, ratio], **private).then(page.xray, **look)
+            pruning.input(page.ratio, [model, pruning], [ratio], **private).then(page.xray, **look)
             ratio.release(page.xray, **look)
     blocks.queue(default_concurrency_limit=8)
     return blocks

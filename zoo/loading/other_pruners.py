@@ -81,7 +81,7 @@ def words_for(pruner: str, keep_ratio: float | None = None) -> list[str]:
         if keep_ratio is not None:
             raise ZooError("keep_ratio is an option of a pruner, and there is none.")
         return ["pruner=null"]
-    names = pruner.split("+")
+    names = str(pruner).split("+")
     known = registry.names("pruner")
     for name in names:
         if name not in known:

@@ -93,13 +93,13 @@ def server_for(name: str, pruned: Any, options: ServeOptions) -> Any:
     from zoo.serving.batches import Batcher
     from zoo.serving.pictures import Pictures
 
-    for pruner in options.pruners:
-        chain, colon, ratio = pruner.partition(":")
+    for listed in options.pruners:
+        chain, colon, ratio = listed.partition(":")
         try:
             pruned.get(chain, float(ratio) if colon else None)
         except ValueError as error:
             raise (
-                error if isinstance(error, ZooError) else ZooError(f"{pruner!r}: {ratio!r} is not a ratio.")
+                error if isinstance(error, ZooError) else ZooError(f"{listed!r}: {ratio!r} is not a ratio.")
             ) from error
     return Server(
         options.name or name,

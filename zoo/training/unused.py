@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.registry import Distiller
+from zoo.registry import Distiller, Encoder
 from zoo.settings.stage import Stage
 
 
@@ -46,9 +46,14 @@ def _reasons(model: Any, stage: Stage, distiller: Distiller | None, run_llm: boo
         yield f"the experts in {experts!r} are modules of their own, and one without tokens has no gradient"
     parts = [p for p in behind if p is not None]
     for part in [*parts, model.llm, *model.pruner.values(), *model.adapter.values()]:
-        for one in (getattr(part, "members", None) or {"": part}).values():
+        for one in _members(part):
             if _trains(one) and _may_skip(one):
                 yield f"{type(one).__name__} may leave weights out of a pass (skips_weights)"
+
+
+def _members(part: Any) -> list[Any]:
+    """The encoders of a part that has several, else the part."""
+    return list(part.members.values()) or [part] if isinstance(part, Encoder) else [part]
 
 
 def require_gradients(step: nn.Module) -> None:
@@ -72,7 +77,7 @@ def _trains(module: Any) -> bool:
 
 def _may_skip(part: Any) -> bool:
     """What the part declares; of parts from elsewhere that declare nothing it is not known."""
-    declared = getattr(part, "skips_weights", None)
+    declared = part.skips_weights
     return not type(part).__module__.startswith("zoo.") if declared is None else bool(declared)
 
 
