@@ -225,6 +225,7 @@ def train(root: Path, source: str, optimizer: str, how: str = "one") -> None:
         (place / "changed.json").write_text(json.dumps([changed, len(after)]), encoding="utf-8")
         save_file(answer, place / "answer.safetensors")
     run.accelerator.wait_for_everyone()
+    run.close()
 
 
 def place_of(root: Path, source: str, optimizer: str, how: str) -> Path:

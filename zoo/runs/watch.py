@@ -8,6 +8,7 @@ Each process counts up a number of its own in the store by which the group was m
 looks at the numbers of the others.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -45,6 +46,8 @@ class Watch:
             self._store.set(self._key(self.rank), "0")
             self._thread = threading.Thread(target=self._look, name="zoo-watch", daemon=True)
             self._thread.start()
+            # A thread within the store while the interpreter ends aborts the process ("terminate called").
+            atexit.register(self.stop, failed=True)
 
     def stop(self, *, failed: bool = False) -> None:
         """Leave: the others no longer expect a beat of this process.
@@ -54,6 +57,9 @@ class Watch:
         """
         if self._thread is not None and not self._stopped.is_set():
             self._stopped.set()
+            atexit.unregister(self.stop)
+            if threading.current_thread() is not self._thread:
+                self._thread.join(self.every)  # at once, unless the store does not answer
             if failed:
                 return
             with contextlib.suppress(RuntimeError):  # the first process, whose store it is, may have left
