@@ -132,12 +132,12 @@ def parse(name: str, schema: type, words: Sequence[str], owner: str = "") -> Any
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given, kept))
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
-        option = next((o for o in options_of(schema) if o.name == key.partition(".")[0]), None)
+        found = next((o for o in options_of(schema) if o.name == key.partition(".")[0]), None)
         value = next((word.partition("=")[2] for word in words if word.partition("=")[0] == key), None)
-        if option is None or value is None:
+        if found is None or value is None:
             raise ZooError(f"{owner}: {str(error).splitlines()[0]}") from error
         raise ZooError(
-            f"Option {key!r} of {owner} takes {option.type} (default {option.default}), got {value!r}."
+            f"Option {key!r} of {owner} takes {found.type} (default {found.default}), got {value!r}."
         ) from error
 
 
