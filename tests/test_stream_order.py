@@ -205,7 +205,7 @@ def test_a_broken_row_is_skipped_and_the_stream_goes_on(tmp_path, workers):
     items = list(Loader(batches(data, batch=4, steps=4, workers=workers, skip_broken=True)))
     assert ids(items) == list("013467" * 2)
     lines = [line for item in items for line in item["info"]["broken"]]
-    assert [line["where"].rpartition(", ")[2] for line in lines] == ["row 2", "row 5"] * 2
+    assert [line["where"].rpartition(":")[2] for line in lines] == ["3", "6"] * 2
     assert lines[0]["reason"] == "not today" and "'answer' is empty" in lines[1]["reason"]
 
 

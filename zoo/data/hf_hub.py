@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.hub_rows import open_rows, read_rows, row_image, shard_lengths
+from zoo.data.hub_rows import line_files, open_rows, read_rows, row_image, shard_lengths
 from zoo.data.image_store import ImageStore, open_store
+from zoo.data.line_files import LineFiles
+from zoo.data.numbered_stream import LANES, NumberedStream, Place
 from zoo.data.records import RecordFields, read_record, record_id
 from zoo.data.stream_order import InOrder, Lanes, StreamOrder, StreamRow
+from zoo.data.two_forms import InTwoForms
 from zoo.registry import (
     MISSING,
     Dataset,
@@ -28,8 +31,6 @@ from zoo.registry import (
     sample_or_error,
 )
 
-LANES = 16  # of a shuffled stream
-
 
 @dataclass
 class HubDataConfig(RecordFields):
@@ -40,8 +41,9 @@ class HubDataConfig(RecordFields):
     revision: str = ""  # commit, tag or branch on the hub; empty: the newest
     streaming: bool = False  # read row by row, without a download in front
     shuffle_buffer: int = 0  # rows among which a stream draws the next, anew in each epoch; 0: the stored order
-    # Files of a parquet stream that are read side by side, the buffer shared among them: with as many as there are
-    # processes, or a multiple, each process reads files of its own; 0: 16 of a shuffled stream, 1 of a stored order
+    # Files of a stream that are read side by side, the buffer shared among them: with as many as there are processes,
+    # or a multiple, each process reads parquet files of its own (of .jsonl and .csv on a disk each reads its own rows,
+    # whatever the lanes); 0: 16 of a shuffled stream, 1 of a stored order
     lanes: int = 0
     images: str = ""  # folder or tar archive where the image column holds names of files
     seed: int = 0  # of the stream's order, with the epoch
@@ -60,22 +62,24 @@ class HubDataConfig(RecordFields):
 
 
 @register("dataset", "hf")
-class HubData(Records):
-    """Builds a `MappedHubData`, or with `streaming=true` a `StreamedHubData`."""
+class HubData(InTwoForms):
+    """Builds a `MappedHubData`, or with `streaming=true` a `StreamedHubData` or a `StreamedLines`."""
 
-    def __new__(cls, config: HubDataConfig) -> "HubData":
-        kind = StreamedHubData if config.streaming else MappedHubData
-        return object.__new__(kind if cls is HubData else cls)
+    @classmethod
+    def form(cls, config: HubDataConfig) -> type[Records]:
+        """Return the class for a config."""
+        if not config.streaming:
+            return MappedHubData
+        return StreamedLines if line_files(config) else StreamedHubData
 
     def __init__(self, config: HubDataConfig) -> None:
         self.config = config
         self.store: ImageStore | None = open_store(config.images) if config.images else None
-        self.rows = open_rows(config)
-        if config.limit:
-            self.rows = self.rows.take(config.limit)
+        self.rows = self._opened()
 
-    def __getnewargs__(self) -> tuple[HubDataConfig]:
-        return (self.config,)
+    def _opened(self) -> Any:
+        rows = open_rows(self.config)
+        return rows.take(self.config.limit) if self.config.limit else rows
 
     def train_split(self) -> "HubData":
         """Return the rows of the split `train`, for baselines of constant answers."""
@@ -89,8 +93,10 @@ class HubData(Records):
 
     def sample(self, row: dict[str, Any], number: int | str | None) -> Sample:
         """Turn row `number` into a sample."""
+        return self._sample_of(row, number, self.place(number))
+
+    def _sample_of(self, row: dict[str, Any], number: int | str | None, where: str) -> Sample:
         name = record_id(row, self.config) or str(number)
-        where = self.place(number)
         images, dialog = read_record(row, self.config, where)
         shown = [row_image(image, self.store, where, self.config.path) for image in images]
         return Sample(name, shown, [dialog], where=where)
@@ -113,6 +119,32 @@ class MappedHubData(HubData, Dataset):
         return self.sample(self.rows[index], index)
 
 
+class StreamedLines(HubData, NumberedStream):
+    """Rows of .jsonl, .json and .csv files on a disk: each process reads its own, an interrupted stream goes on."""
+
+    rows: LineFiles
+
+    def _opened(self) -> LineFiles:
+        return LineFiles(line_files(self.config))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each file, those beyond the limit left out."""
+        ends = np.cumsum(self.rows.lengths)
+        found: list[int] = np.diff(np.minimum(ends, self.config.limit or ends[-1]), prepend=0).tolist()
+        return found
+
+    def sample(self, row: Place, number: Any = None) -> Sample:
+        """Read the row at a place and turn it into a sample."""
+        where = self.rows.where(row)
+        return self._sample_of(self.rows.record(row, self.config.named), number, where)
+
+    def place(self, index: int | str | None) -> str:
+        """Name the file and line of a row, given as `shard:number`, for a message."""
+        shard, _, number = str(index).rpartition(":")
+        return self.rows.where((int(shard or 0), int(number)))
+
+
 class StreamedHubData(HubData, StreamingDataset):
     """Rows in the order of the stream; an interrupted stream continues from its place."""
 
@@ -128,7 +160,10 @@ class StreamedHubData(HubData, StreamingDataset):
             return None
         lengths = shard_lengths(config, self.rows)
         if lengths is None and config.lanes:
-            raise ZooError(f"lanes={config.lanes} needs a stream of several parquet files; {config.path!r} is none.")
+            raise ZooError(
+                f"lanes={config.lanes} needs a stream of several parquet files, or of .jsonl or .csv files on a disk; "
+                f"{config.path!r} is none."
+            )
         return lengths
 
     @property

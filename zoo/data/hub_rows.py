@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zoo.data.image_store import MAX_BYTES, Folder, ImageStore
+from zoo.data.line_files import SUFFIXES
 from zoo.data.records import inline_image
 from zoo.registry import ZooError, first_line
 from zoo.registry.foreign import require_file
 
+OF_PLACE = {
+    "name",
+    "version",
+    "data_dir",
+    "data_files",
+    "description",
+}  # of the library's config: no options of reading
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
@@ -140,6 +148,33 @@ def open_rows(config: HubRows) -> Any:
         return _undecoded(datasets.load_dataset(*named, split=config.split, streaming=config.streaming, **options))
 
 
+def line_files(config: HubRows) -> list[Path]:
+    """Return the files of a stream that are .jsonl, .json or .csv on this machine; none: it is of another kind.
+
+    Raises:
+        ZooError: they do not exist.
+    """
+    path = Path(config.path)
+    _refuse_pipes(path)
+    if not path.is_dir() and path.suffix not in SUFFIXES:
+        return []
+    with _named(config):
+        files, builder = _files(config)
+    # A folder's card may name columns, separators and types, which the library knows how to read.
+    plain, options = type(builder)(name=builder.name), set(vars(builder)) - OF_PLACE
+    if any(getattr(plain, name) != getattr(builder, name) for name in options):
+        return []
+    found = [Path(file) for file in files]
+    return found if all(f.suffix in SUFFIXES and f.is_file() for f in found) else []
+
+
+def _files(config: HubRows) -> tuple[list[str], Any]:
+    """Return the files of a split, and the library's config for them."""
+    named, options = _what(config)
+    builder = _library().load_dataset_builder(*named, **options).config
+    return list(map(str, (builder.data_files or {}).get(config.split, []))), builder
+
+
 def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
     """Count the rows of each shard of a stream by the ends of its parquet files; None for other files.
 
@@ -158,12 +193,11 @@ def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
             return count
 
     with _named(config):
-        named, options = _what(config)
-        files = (_library().load_dataset_builder(*named, **options).config.data_files or {}).get(config.split, [])
-        if len(files) != rows.num_shards or not all(str(file).endswith(".parquet") for file in files):
+        files, _ = _files(config)
+        if len(files) != rows.num_shards or not all(file.endswith(".parquet") for file in files):
             return None
         with ThreadPoolExecutor(16) as pool:  # files of a hub are a request each
-            return list(pool.map(length, map(str, files)))
+            return list(pool.map(length, files))
 
 
 def _refuse_pipes(path: Path) -> None:

@@ -127,15 +127,9 @@ class _OnDisk:
     """A file that is read record by record, by an index beside it."""
 
     def __init__(self, path: Path, as_lines: bool) -> None:
-        def find() -> Iterator[np.ndarray]:
-            if _form(path, _head(path), as_lines)[0] == "lines":
-                yield from plain_lines(path, _behind_blanks)
-            else:
-                yield entries_of(*_located(path, _read(path), as_lines))
-
         self._path = path
         self._open: Any = None
-        self._index = RecordIndex(path, find)
+        self._index = RecordIndex(path, lambda: places_of(path, as_lines))
         self.state = self._index.state
 
     def __len__(self) -> int:
@@ -154,6 +148,18 @@ class _OnDisk:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}
+
+
+def places_of(path: Path, as_lines: bool) -> Iterator[np.ndarray]:
+    """Find the records of a file of plain UTF-8: arrays of `ENTRY`.
+
+    Raises:
+        ZooError: its list cannot be split into records.
+    """
+    if _form(path, _head(path), as_lines)[0] == "lines":
+        yield from plain_lines(path, _behind_blanks)
+    else:
+        yield entries_of(*_located(path, _read(path), as_lines))
 
 
 def _stays_on_disk(path: Path) -> bool:

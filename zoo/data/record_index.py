@@ -17,6 +17,7 @@ import numpy as np
 from zoo.registry import ZooError
 
 ENTRY = np.dtype([("start", "<i8"), ("length", "<u4"), ("line", "<u4")])  # 16 bytes
+MAX_RECORD = (1 << 32) - 1  # bytes, the largest length of an entry
 HEADER = 64  # bytes: magic, size, time and checksum of the file, number of records; the rest is 0
 MAGIC = int.from_bytes(b"zoo-idx1", "little")
 CHUNK = 8 << 20  # bytes of the file that are searched for ends of lines at a time
@@ -140,9 +141,16 @@ def _state(file: int) -> tuple[int, int, int]:
 
 
 def entries_of(starts: Any, ends: Any, lines: Any) -> np.ndarray:
-    """Put places together: (R,) each, in bytes -> (R,) of `ENTRY`."""
-    found = np.empty(len(starts), ENTRY)
-    found["start"], found["length"], found["line"] = starts, np.subtract(ends, starts), lines
+    """Put places together: (R,) each, in bytes -> (R,) of `ENTRY`.
+
+    Raises:
+        ZooError: a record is longer than its entry can hold.
+    """
+    found, lengths = np.empty(len(starts), ENTRY), np.subtract(ends, starts, dtype=np.int64)
+    if len(lengths) and lengths.max() > MAX_RECORD:
+        at = int(lengths.argmax())
+        raise ZooError(f"The record at byte {int(starts[at]):,} has {int(lengths[at]):,} bytes; 4 GiB are allowed.")
+    found["start"], found["length"], found["line"] = starts, lengths, lines
     return found
 
 

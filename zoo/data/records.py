@@ -63,6 +63,12 @@ class RecordFields:
             if not name.isidentifier():
                 raise ZooError(f"prompt takes columns by name, as in '{{question}}'; got {{{name}}}.")
 
+    @property
+    def named(self) -> list[str]:
+        """The columns that a person has named, or that the prompt takes: a record has to have them."""
+        own = [self.image_field, self.choices_field, self.kind_field, self.task_field, *self.meta_fields]
+        return [*filter(None, own), *(name for name in _columns_of(self.prompt) if name != "question")]
+
 
 def _columns_of(prompt: str) -> list[str]:
     try:

@@ -4,7 +4,6 @@ Needs no package. Read by number, or as a stream in the order of the files, whic
 slowly are meant for. Members are images, JSON and text; nothing pickled is read.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,28 +11,25 @@ from typing import Any
 import numpy as np
 
 from zoo.data.image_store import TarMember
+from zoo.data.numbered_stream import NumberedStream
 from zoo.data.record_file import parse_value
 from zoo.data.records import IMAGE_COLUMNS, RecordFields, inline_image, read_record, record_id
 from zoo.data.splits import require_split
-from zoo.data.stream_order import Lanes, StreamRow
 from zoo.data.tar_shards import Shards, ShardSample, find_shards
+from zoo.data.two_forms import InTwoForms
 from zoo.registry import (
     MISSING,
     Dataset,
     ImageError,
-    RecordError,
     Records,
     Sample,
-    StreamingDataset,
     ZooError,
     register,
-    sample_or_error,
 )
 from zoo.vision.images.video import VIDEOS
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "jp2"}
 TEXTS = {"txt", "text", "caption", "cls", "question", "answer"}
-LANES = 16  # shards that a stream reads side by side
 
 
 @dataclass
@@ -64,12 +60,13 @@ class WebDatasetConfig(RecordFields):
 
 
 @register("dataset", "webdataset")
-class WebDataset(Records):
+class WebDataset(InTwoForms):
     """Builds a `MappedShards`, or with `streaming=true` a `StreamedShards`."""
 
-    def __new__(cls, config: WebDatasetConfig) -> "WebDataset":
-        kind = StreamedShards if config.streaming else MappedShards
-        return object.__new__(kind if cls is WebDataset else cls)
+    @classmethod
+    def form(cls, config: WebDatasetConfig) -> type[Records]:
+        """Return the class for a config."""
+        return StreamedShards if config.streaming else MappedShards
 
     def __init__(self, config: WebDatasetConfig) -> None:
         self.config = config
@@ -78,9 +75,6 @@ class WebDataset(Records):
         self.ends = np.minimum(ends, config.limit) if config.limit else ends
         if not self.ends[-1]:
             raise ZooError(f"{config.shards} has no samples: members are named as in 0017.jpg and 0017.json.")
-
-    def __getnewargs__(self) -> tuple[WebDatasetConfig]:
-        return (self.config,)
 
     def train_split(self) -> "WebDataset":
         """Return the samples of the split `train`, for baselines of constant answers."""
@@ -133,57 +127,14 @@ class MappedShards(WebDataset, Dataset):
         return self.sample(self._find(index))
 
 
-class StreamedShards(WebDataset, StreamingDataset):
+class StreamedShards(WebDataset, NumberedStream):
     """Samples in the order of the shards, or shuffled within a window; an interrupted stream continues exactly."""
 
-    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Sample | RecordError]:
-        """Yield the samples of an epoch from number `start` on; their order depends on (seed, epoch)."""
-        order = self.order("", 1, {"epoch": epoch, "drawn": 0, "lanes": []})
-        for number in range(int(self.ends[-1])):
-            if (row := order.next(number, number >= start)) is not None:
-                yield self._taken(row)
-
-    def _taken(self, row: StreamRow) -> Sample | RecordError:
-        return sample_or_error("", self.place(row.number), lambda: self.sample(row.value))
-
-    def order(self, name: str, size: int, place: Mapping[str, Any]) -> Lanes:
-        """Return the order of the samples: as they are stored or shuffled, shard by shard or several side by side.
-
-        Args:
-            name: of the data, for errors.
-            size: samples of an optimiser step.
-            place: where to begin.
-        """
-        seed = self.config.seed if self.config.shuffle_buffer else None
-        lengths = np.diff(self.ends, prepend=0).tolist()
-        return Lanes(name, lengths, self._rows, size=size, lanes=self._lanes, seed=seed, place=place)
-
     @property
-    def _lanes(self) -> int:
-        return min(self.config.lanes or (LANES if self.config.shuffle_buffer else 1), len(self.ends))
-
-    def _rows(self, epoch: int, shard: int, start: int) -> Iterator[StreamRow]:
-        """Yield the numbers of a shard's samples from the `start`-th of the epoch on; what they hold is read later."""
-        numbers: Iterator[int] = iter(range(int(self.ends[shard] - (self.ends[shard - 1] if shard else 0))))
-        if self.config.shuffle_buffer:
-            random = np.random.default_rng([self.config.seed & 0xFFFFFFFF, epoch, shard + 1])
-            numbers = _shuffled(numbers, max(1, self.config.shuffle_buffer // self._lanes), random)
-        for count, row in enumerate(numbers):
-            if count >= start:
-                yield StreamRow((shard, row), f"{shard}:{row}")
-
-
-def _shuffled(numbers: Iterator[int], size: int, random: np.random.Generator) -> Iterator[int]:
-    """Draw each number from a buffer of `size`, which the next ones fill; 8 bytes a place, whatever a sample holds."""
-    buffer: list[int] = []
-    for number in numbers:
-        if len(buffer) < size:
-            buffer.append(number)
-            continue
-        at = int(random.integers(size))
-        yield buffer[at]
-        buffer[at] = number
-    yield from (buffer[at] for at in random.permutation(len(buffer)).tolist())
+    def lengths(self) -> list[int]:
+        """Samples of each shard."""
+        found: list[int] = np.diff(self.ends, prepend=0).tolist()
+        return found
 
 
 def _suffix(field: str) -> str:
