@@ -35,7 +35,7 @@ class LineFiles:
         paths: of the files, plain UTF-8.
 
     Raises:
-        ZooError: a file is in another encoding, or its records cannot be told apart.
+        ZooError: a file is in another encoding, or its records cannot be separated.
     """
 
     def __init__(self, paths: list[Path]) -> None:

@@ -27,7 +27,7 @@ def lanes_of(config: OrderFields, shards: int) -> int:
 
 
 class NumberedStream(StreamingDataset):
-    """An order of numbers: what they stand for is read in `sample`, by the process or loader worker that needs it."""
+    """An order of numbers; a record is read in `sample`, by the process or loader worker that needs it."""
 
     config: Any  # with the options of `OrderFields`
 
