@@ -97,12 +97,12 @@ def train(
     return _ended(place, children)
 
 
-def call_in_two(place: Path, function: Callable[..., Any], *args: Any) -> Ended:
-    """Call a function in two processes that make up one group; `place` is their working folder."""
+def call_in_two(place: Path, function: Callable[..., Any], *args: Any, processes: int = 2) -> Ended:
+    """Call a function in two or more processes that make up one group; `place` is their working folder."""
     port = _free_port()
     children = []
-    for rank in range(2):
-        env = _environment(rank, 2, port)
+    for rank in range(processes):
+        env = _environment(rank, processes, port)
         children.append(SERVER.Process(target=_call, args=(str(place), env, f"said.{rank}", function, args)))
         children[-1].start()
     for child in children:

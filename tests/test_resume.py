@@ -9,9 +9,10 @@ import torch
 
 from tests import killed_runs
 from tests.train_builders import config, losses, recipe
+from zoo.cli.launch import resumes_alone
 from zoo.registry import ZooError
 from zoo.runs.folder import RunFolder
-from zoo.runs.resume import device_and_trackers
+from zoo.runs.resume import device_and_trackers, parallel_of
 from zoo.settings.config import compose
 from zoo.training.loop import Run
 
@@ -145,6 +146,26 @@ def test_a_run_goes_on_with_the_device_and_trackers_that_it_had(tmp_path):
     for words, wanted in (([], ["tensorboard"]), (["log=[wandb]"], ["wandb"])):
         assert device_and_trackers(compose("train", [f"resume={path}", *words])) == ("cpu", wanted)
     assert device_and_trackers(compose("train", [f"resume={path}", "device=cuda"]))[0] == "cuda"
+
+
+def test_how_processes_share_the_model_is_as_typed_else_as_the_run_began(tmp_path):
+    path = tmp_path / "run"
+    began = ["parallel.shard=none", "parallel.reduce=bf16"]
+    Run(config(recipe(tmp_path, {"a": "steps: 1, batch_size: 4"}), *began, f"run.folder={path}")).close()
+    found = {}
+    for words in (
+        (),
+        ("parallel.shard=fsdp2", "parallel.replicate=2", "parallel.reduce=fp32"),
+        ("parallel.shard=launcher",),
+    ):
+        resumes_alone([f"resume={path}", *words])
+        it = parallel_of(compose("train", [f"resume={path}", *words]))
+        found[len(words)] = (it.shard, it.replicate, it.reduce)
+    assert found == {0: ("none", 1, "bf16"), 3: ("fsdp2", 2, "fp32"), 1: ("launcher", 1, "bf16")}
+    with pytest.raises(ZooError, match=r"not none. The run began with parallel.shard=none, .*replaces it"):
+        parallel_of(compose("train", [f"resume={path}", "parallel.replicate=2"]))
+    with pytest.raises(ZooError, match=r"trains once more .* cannot take parallel"):
+        resumes_alone([f"lock={path}", "parallel.replicate=2"])
 
 
 def test_weights_that_changed_since_the_start_are_not_gone_on_from(tmp_path, make_model):

@@ -159,34 +159,35 @@ def test_sharded_parameters_train_as_whole_ones(tmp_path, taught):
 
 
 def test_checkpoints_go_on_in_another_number_of_processes(tmp_path):
-    """From one to two and from two to one, with the states of both optimisers, in parts where they are sharded."""
+    """From one to four, and from two groups of two (HSDP) to one, with the states of both optimisers."""
     stages = {"a": "steps: 3, batch_size: 8, checkpoint_every: 1, lr: 0.001, optimizer: muon_adamw"}
     words = [*recipe(tmp_path, stages), two_processes_fsdp.SHARDED]
     Run(config([*words, f"run.folder={tmp_path / 'one'}"])).train()
-    cut(tmp_path, "one")
-    ended = killed_runs.call_in_two(tmp_path, two_processes_fsdp.go_on, tmp_path, words)
+    shutil.copytree(cut(tmp_path, "one"), tmp_path / "one_cut2")
+    ended = killed_runs.call_in_two(tmp_path, two_processes_fsdp.go_on, tmp_path, words, processes=4)
     assert ended.code == 0, ended.said
     parts = [f"{kind}-{i:05d}-of-00002.safetensors" for kind in ("optimizers", "weights") for i in (1, 2)]
-    newest = RunFolder(tmp_path / "two").list_checkpoints()[-2]
+    newest = RunFolder(tmp_path / "groups").list_checkpoints()[-2]
     assert {p.name for p in newest.iterdir()} == {"SHA256SUMS", *parts, "state.json"}
-    cut(tmp_path, "two")
-    Run(config(["--config-dir", words[1], f"resume={tmp_path / 'two_cut'}"])).train()
+    cut(tmp_path, "groups")
+    Run(config(["--config-dir", words[1], f"resume={tmp_path / 'groups_cut'}"])).train()
     whole = weights_of(tmp_path / "one")
-    for name in ("one_cut", "two", "two_cut"):
+    for name in ("one_cut", "one_cut2", "groups", "groups_cut"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-6), name
         for key, weight in weights_of(tmp_path / name).items():
             assert torch.allclose(weight, whole[key], atol=2e-4), f"{key} of {name}"  # of steps of 0.02 in bfloat16
     # The files are those that torch's own reader takes.
     found = {n: torch.zeros(t.shape) for n, t in whole.items()}
     torch.distributed.checkpoint.load(found, storage_reader=HuggingFaceStorageReader(str(newest)), no_dist=True)
-    mine = weights_of(tmp_path / "two", -2)
+    mine = weights_of(tmp_path / "groups", -2)
     assert all(found[n].equal(t) for n, t in mine.items())
 
 
 def cut(place, name):
-    """Copy a run as if it had been killed ahead of its last checkpoint."""
+    """Copy a run as if it had been killed ahead of its last checkpoint; returns the folder of the copy."""
     folder = RunFolder(shutil.copytree(place / name, place / f"{name}_cut"))
     remove(folder.list_checkpoints()[-1])
+    return folder.path
 
 
 def weights_of(folder, which=-1):

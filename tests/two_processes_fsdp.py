@@ -61,11 +61,15 @@ def main(place: Path) -> None:
 
 
 def go_on(place: Path, words: list[str]) -> None:
-    """Train in halves from the start, and from a checkpoint of one process."""
-    for chosen in ([*words, f"run.folder={place / 'two'}"], ["--config-dir", words[1], f"resume={place / 'one_cut'}"]):
+    """Train in two groups from the start, and from a checkpoint of one process in quarters and in groups."""
+    begun = [[*words, "parallel.replicate=2", f"run.folder={place / 'groups'}"]]
+    resumed = [[f"resume={place / 'one_cut'}"], [f"resume={place / 'one_cut2'}", "parallel.replicate=2"]]
+    for chosen in [*begun, *([*words[:2], *more] for more in resumed)]:
         run = Run(config(chosen))
         run.train()
         assert halves(run) > 10, "nothing is sharded"
+        (mesh,) = {p.device_mesh.shape for p in run.model.parameters()}
+        assert mesh == ((2, 2) if "parallel.replicate=2" in chosen else (4,))
         run.close()
     del run
     gc.collect()

@@ -36,6 +36,7 @@ WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this proce
 WITH_LOCK = {"lock", "device", "log", "plugins", "run.dir", "run.name", "run.folder"}  # the same, of a new run
 MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # new locations of the run's initial weights
 MOVED_OF_SEVERAL = re.compile(r"vision\.encoders\.\w+\.checkpoint").fullmatch
+PARALLEL = "parallel."  # how the processes of this launch share the model: a checkpoint is read by any of them
 NONE = ("", "null")
 _FOLDERS = (
     "  runs/a runs/b   compare two folders of evaluations; nothing is run",
@@ -109,13 +110,17 @@ def resumes_alone(overrides: Sequence[str]) -> None:
         (word for word, name in names.items() if name == "lock" and word.partition("=")[2] not in NONE), None
     )
     word, allowed = (resumed, WITH_RESUME) if resumed else (replayed, WITH_LOCK)
-    extra = [word for word, name in names.items() if name not in allowed | MOVED and not MOVED_OF_SEVERAL(name)]
+    extra = [
+        word
+        for word, name in names.items()
+        if name not in allowed | MOVED and not MOVED_OF_SEVERAL(name) and not (resumed and name.startswith(PARALLEL))
+    ]
     if word and extra:
-        does = "goes on" if resumed else "trains once more"
+        does, shared = ("goes on", f", {PARALLEL}<option>") if resumed else ("trains once more", "")
         raise ZooError(
             f"{word} {does} with the options that the run was started with; it cannot take {', '.join(extra)}. "
-            f"Allowed beside it: {', '.join(sorted(allowed - {'resume', 'lock'}))}; and for weights that were moved, "
-            f"{', '.join(sorted(MOVED))}."
+            f"Allowed beside it: {', '.join(sorted(allowed - {'resume', 'lock'}))}{shared}; and for weights that were "
+            f"moved, {', '.join(sorted(MOVED))}."
         )
 
 

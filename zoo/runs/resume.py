@@ -17,6 +17,7 @@ from zoo.registry.foreign import read_json, read_run_config, said_since
 from zoo.runs import checkpoint, consent, moved
 from zoo.runs.folder import RunFolder
 from zoo.runs.lock import RunLock
+from zoo.settings.config import typed_of
 from zoo.settings.parallel import ParallelConfig
 from zoo.storage.atomic import written_beside
 
@@ -180,12 +181,24 @@ def device_and_trackers(cfg: DictConfig) -> tuple[str, list[str]]:
 
 
 def parallel_of(cfg: DictConfig) -> ParallelConfig:
-    """Return how the processes of a run share the model: what this process was given, else what the run began with."""
-    given = cfg.parallel
+    """Return how the processes of a run share the model: as typed beside `resume`, else as the run began.
+
+    Raises:
+        ZooError: what is typed contradicts what the run began with.
+    """
+    given, saved = cfg.parallel, {}
     if cfg.resume:
-        saved = read_run_config(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config)
-        given = OmegaConf.merge(OmegaConf.structured(ParallelConfig), saved.get("parallel") or {})
-    found: Any = OmegaConf.to_object(given)
+        saved = read_run_config(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config).get("parallel") or {}
+        typed = typed_of(cfg)
+        mine = {name: given[name] for name in (typed.options_of("parallel") if typed else ())}
+        given = OmegaConf.merge(OmegaConf.structured(ParallelConfig), saved, mine)
+    try:
+        found: Any = OmegaConf.to_object(given)
+    except ZooError as error:
+        if not saved:
+            raise
+        began = ", ".join(f"parallel.{name}={value}" for name, value in saved.items())
+        raise ZooError(f"{error} The run began with {began}; what is typed beside resume replaces it.") from error
     return found
 
 

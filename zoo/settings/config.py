@@ -73,6 +73,11 @@ class Typed:
     overrides: tuple[str, ...]
     config_dir: str | Path | None = None
 
+    def options_of(self, section: str) -> list[str]:
+        """Return the options of a section that were typed: `replicate` of `parallel.replicate=2`."""
+        names = (word.lstrip("+").partition("=")[0] for word in self.overrides)
+        return [name.removeprefix(f"{section}.") for name in names if name.startswith(f"{section}.")]
+
     def with_one_more(self, override: str) -> Any:
         """Compose again, with another override appended."""
         return compose(self.command, [*self.overrides, override], self.config_dir)
