@@ -28,9 +28,11 @@ _SIZES = (
     (re.compile(r"experts?"), 4096),
     (re.compile(r"labels|codebook|regist|heads?$|image_size|crop_size|patch_size|tile|crops?$|frames$"), 1 << 16),
     (re.compile(r"position|length|n_ctx|theta|token|window"), 1 << 40),
-    (re.compile(r"height|width|edge"), 1 << 14),
+    (re.compile(r"^(?!pixels ).*(height|width|edge)"), 1 << 14),
     (re.compile(r"size|dim|hidden|inner|num_|n_|rank|channels|pixels"), 1 << 28),
 )
+# Processors whose `shortest_edge` and `longest_edge` are pixels of an image, not of a side.
+_AREAS = re.compile(r"^(Qwen[23]VL|Glm4v|Glm46V|PaddleOCRVL)(Image|Video)Processor(Fast)?$")
 _LABELS = ("id2label", "label2id")  # of classifiers: their keys are words of any kind
 # field of config.json -> its type, where it is not null; `true` is not accepted as a number
 _TYPES: dict[str, tuple[type, str]] = {
@@ -177,6 +179,11 @@ def require_model_config(content: Any, where: str) -> None:
         name, item = rest.pop()
         if isinstance(item, Mapping):
             part = f"{name}." if _KERNELS.search(name) else ""  # a kernel for each part of a model
+            kind = item.get("video_processor_type") or item.get("image_processor_type")
+            if isinstance(kind, str) and _AREAS.match(kind):
+                areas = {key: item[key] for key in ("size", "max_image_size") if isinstance(item.get(key), Mapping)}
+                rest += [(f"pixels {key}", value) for area in areas.values() for key, value in area.items()]
+                item = {key: value for key, value in item.items() if key not in areas}
             rest += [(f"{part}{key}", value) for key, value in item.items() if key not in _LABELS]
         elif isinstance(item, (list, tuple)):
             rest += [(name, value) for value in item]

@@ -306,6 +306,8 @@ class Layout(ModelPart):
     """Arguments it was built with beside its options: the processor builds the same layout for its counts."""
     spells: bool = False
     """Whether a video is written as text, by `spell`."""
+    films_as_images: bool = False
+    """Whether `text` writes a video with the placeholder of images, of a layout with `native`."""
     native: bool = False
     """Whether it joins rows of unlike length, of an encoder with `native`: `forward` gets the rows of each image
     (R, K, C), `count` follows `Cut.patches`, and `__init__` may name `counted`: the nodes of the parts that tokens go

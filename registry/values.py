@@ -45,6 +45,7 @@ class Cut:
     # (h, w) of the tokens that the encoder gives for each row, where images keep their shapes; (0, 0): the encoder's
     patches: tuple[int, int] = (0, 0)
     interval: float = 0.0  # of a video, seconds from a row to the next by the frames shown and the length
+    starts: tuple[float, ...] = ()  # of rows of several frames, of the first one in seconds
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tests.published_builders import tokenizer as fast_tokenizer
 from zoo import ZooError
 from zoo.fusion.llm.hf import HFLanguageModel, HFLanguageModelConfig
 from zoo.registry import build
+from zoo.registry.foreign import require_model_config
 from zoo.text.tokenizer_files import read_tokenizer
 
 KERNELS = ("user/kernel", "kernels-community/flash-attn2", "user/repo@v1:function", "../x/y", "hub:a", "a.b")
@@ -276,3 +277,17 @@ def test_a_field_of_a_generation_config(field, value, tmp_path):
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(content | {field: value}))
     with pytest.raises(ZooError, match=rf"generation_config.json (states {field}|cannot be read)"):
         zoo.load(f"dir:{tmp_path / 'model'}")
+
+
+@pytest.mark.parametrize("kind", ["Qwen2VLImageProcessorFast", "Qwen3VLVideoProcessor", "Glm4vVideoProcessor"])
+def test_bounds_in_pixels_are_taken_where_a_processor_counts_pixels(kind):
+    word = "video_processor_type" if "Video" in kind else "image_processor_type"
+    stated = {word: kind, "size": {"longest_edge": 47_040_000, "shortest_edge": 12_544}}
+    require_model_config({"image_processor": stated}, "a file")  # as repositories of Qwen3-VL and GLM-4.1V state them
+    for changed in (
+        stated | {word: "CLIPImageProcessor"},
+        stated | {"size": {"longest_edge": 1 << 40}},
+        stated | {"crop_size": {"longest_edge": 47_040_000}},
+    ):
+        with pytest.raises(ZooError, match=r"longest_edge=\d+; at most"):
+            require_model_config({"image_processor": changed}, "a file")

@@ -3,7 +3,8 @@
 Paper: Wang et al., arXiv:2409.12191 (Qwen2-VL), M-RoPE. An image of h x w tokens that begins at position c has its
 token (i, j) at (c, c + i, c + j), and what follows goes on at c + max(h, w). A video is a row for each pair of frames,
 the k-th at time c + k, or with `tokens_per_second` (Qwen2.5-VL, arXiv:2502.13923) as much later as its seconds. With
-`timestamps` (Qwen3-VL, arXiv:2511.21631) each pair is an image of its own, behind its time in words.
+`timestamps` (Qwen3-VL, arXiv:2511.21631) each pair is an image of its own, behind its time in words; in front of it in
+the GLM-V family (arXiv:2507.01006), which writes it as images are (`clock`).
 
 transformers 5 goes on behind a video as behind an image, also where it lasts longer than it is wide
 (`after_video=side`); earlier versions went on at the largest position of any axis and one (`extent`).
@@ -24,10 +25,26 @@ from zoo.registry import Cut, Layout, Pruner, ZooError, build, register, require
 AFTER = ("side", "extent")
 
 
+@dataclass(frozen=True)
+class Clock:
+    """How a family writes a pair of frames with its time."""
+
+    words: str  # around `shown`, the pair: `mean` of its times, `start` that of its first frame, `second` a whole one
+    as_image: bool = False  # with the placeholder of images, not of videos
+
+
+CLOCKS = {
+    "qwen3_vl": Clock("<{mean:.1f} seconds>{shown}"),
+    "glm4v": Clock("{shown}{second}", as_image=True),
+    "glm46v": Clock("{shown}{start:.1f} seconds", as_image=True),
+}
+
+
 @dataclass
 class NativeConfig:
     tokens_per_second: float = 0.0  # positions of a second of video on the first axis; 0: one for each pair of frames
     timestamps: bool = False  # write the time in front of each pair of frames, which is then an image of its own
+    clock: str = "qwen3_vl"  # with timestamps: the family whose words they are, qwen3_vl | glm4v | glm46v
     begin: str = "<|vision_start|>"  # with timestamps: in front of a pair
     end: str = "<|vision_end|>"  # with timestamps: behind a pair
     after_video: str = "side"  # where text goes on behind a video: side (its longer one) | extent (of all axes)
@@ -36,6 +53,8 @@ class NativeConfig:
         require_at_least(0, tokens_per_second=self.tokens_per_second)
         if self.after_video not in AFTER:
             raise unknown("after_video", self.after_video, AFTER)
+        if self.clock not in CLOCKS:
+            raise unknown("clock", self.clock, CLOCKS)
 
 
 @register("layout", "native")
@@ -54,6 +73,7 @@ class Native(Layout, nn.Module):
     def __init__(self, config: NativeConfig, *, num_tokens: int, counted: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__()
         self.config, self.most = config, num_tokens
+        self.films_as_images = config.timestamps and CLOCKS[config.clock].as_image
         self.given: dict[str, Any] = {"num_tokens": num_tokens, "counted": [dict(c) for c in counted]}
         with torch.device("meta"):
             parts = [build(c["kind"], c["node"], **_tuples(c["given"])) for c in counted]
@@ -129,8 +149,11 @@ class Native(Layout, nn.Module):
         """Write a video with timestamps: the time of each pair of its frames, and the pair as an image."""
         if cut.kind != "frame" or not self.config.timestamps:
             return None
+        words = CLOCKS[self.config.clock].words
         shown = self.config.begin + token * (self.count(cut) // cut.rows) + self.config.end
-        return "".join(f"<{seconds:.1f} seconds>{shown}" for seconds in cut.times)
+        starts = cut.starts or cut.times
+        times = zip(cut.times, starts, strict=True)
+        return "".join(words.format(mean=m, start=s, second=int(s), shown=shown) for m, s in times)
 
     def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
         """Join the rows of each image (R, K, C) to one sequence (S, C)."""

@@ -1,9 +1,9 @@
-"""The encoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images keep their shapes, and 2 x 2 patches become one token.
+"""The encoders of Qwen-VL and GLM-V: images keep their shapes, and 2 x 2 patches become one token.
 
 An image is a grid of patches of its own size, and attention stays inside of it; a video is one row for each pair of
 frames. The merger, which makes a token of the LLM's width of neighbouring patches, belongs to the encoder: pruners get
 what it makes. Qwen3-VL also gives maps of middle blocks, each merged, for layers of the LLM (`ImageFeatures.deep`;
-DeepStack, arXiv:2406.04334).
+DeepStack, arXiv:2406.04334). GLM-4.1V's (arXiv:2507.01006) has positions of a table, bicubic, besides rotary ones.
 
 transformers' own towers run, on the rows of a batch packed one behind the other, with attention by
 `zoo.vision.encoders.segments`.
@@ -29,6 +29,7 @@ from zoo.vision.encoders.attention_scores import column_mean
 from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, on_meta
 from zoo.vision.encoders.checkpoints import load_part, read_json, with_revision
 from zoo.vision.encoders.segments import use_segments
+from zoo.vision.images.processors import frames_counted
 
 MERGE = 2  # patches of a token, a side
 FRAMES = 2  # of a row: a still image is shown twice
@@ -46,6 +47,7 @@ class Family:
     least: int  # pixels of an image
     width: str = "hidden_size"  # field of the tower's width
     out: str = "out_hidden_size"  # field of the width behind the merger
+    images: str = "Qwen2VLImageProcessor"  # class of its image processor
 
 
 FAMILIES = {
@@ -58,6 +60,9 @@ FAMILIES = {
     ),
     "qwen3_vl": Family("qwen3_vl", "Qwen3VLVisionModel", 16, HALF, HALF, 256 * 256),
     "qwen3_vl_moe": Family("qwen3_vl_moe", "Qwen3VLMoeVisionModel", 16, HALF, HALF, 256 * 256),
+    "glm4v": Family(
+        "glm4v", "Glm4vVisionModel", 14, CLIP_MEAN, CLIP_STD, 112 * 112 // 2, images="Glm4vImageProcessor"
+    ),
 }  # fmt: skip
 
 
@@ -67,14 +72,14 @@ class QwenVisionConfig:
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     min_pixels: int = 0  # least pixels of an image, smaller ones are enlarged; 0: the family's
     max_pixels: int = 1024 * 1024  # most pixels of an image, larger ones are made smaller
-    # Sizes, used without a `checkpoint`. The families: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe.
+    # Sizes, used without a `checkpoint`. The families: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v.
     model_type: str = "qwen2_vl"  # family
     patch_size: int = 0  # pixels a side; 0: the family's, 14 or 16
     width: int = 192  # of a patch inside the encoder
     out_width: int = 0  # D, of a token behind the merger, for projector=identity the LLM's; 0: `width`
     depth: int = 12  # blocks
     heads: int = 3  # attention heads
-    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`; of glm4v: of the merger's
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the family's transformers config
     # Pixels; empty: the family's.
     mean: list[float] = field(default_factory=list)  # of RGB in [0, 1]
@@ -147,6 +152,7 @@ class QwenVision(Encoder, nn.Module):
             **{f"key_attention@{i + 1}": self._windowed(i + 1) for i in range(self.depth) if i not in self.whole},
         }
         least = config.min_pixels or family.least
+        counted = frames_counted(family.images)
         mean, std = tuple(config.mean) or family.mean, tuple(config.std) or family.std
         side = patch * MERGE
         if config.max_pixels < side**2:  # a checkpoint's patches may be larger than the options'
@@ -155,11 +161,14 @@ class QwenVision(Encoder, nn.Module):
         size = (self.grid[0] * side, self.grid[1] * side)
         self.transform = ImageTransform(size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
         self.pictures: Mapping[str, Any] = {
-            "image_processor_type": "Qwen2VLImageProcessor",
+            "image_processor_type": family.images,
             "patch_size": patch,
             "merge_size": MERGE,
             "temporal_patch_size": FRAMES,
-            "size": {"shortest_edge": min(least, config.max_pixels), "longest_edge": config.max_pixels},
+            "size": {
+                "shortest_edge": min(least, config.max_pixels) * counted,
+                "longest_edge": config.max_pixels * counted,
+            },
             "image_mean": list(mean),
             "image_std": list(std),
         }

@@ -24,6 +24,9 @@ from zoo.vision.images.video import ByModel, Video, as_video, read_video
 # Our keys among the values of a processor.
 _OURS = ("call", "whole_if_several", "processor_class", "sizes", "frame_share", "also")
 
+# Image processors whose bounds count the pixels of both frames that a still image is shown as.
+BOTH_FRAMES = ("Glm4vImageProcessor", "Glm46VImageProcessor")
+
 _SIZES = ("size", "crop_size", "max_image_size", "image_grid_pinpoints")  # values in pixels
 FEATURES = "features"  # key of a batch: what is kept of its images, see `zoo.runs.kept_features`
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
@@ -83,6 +86,7 @@ class Pictures:
         """
         size = size_of(source)
         most = int(self.processor.size["longest_edge"]) / self.processor.patch_size**2
+        most /= frames_counted(str(self.config["image_processor_type"]))
         if size is None:
             return 1.0
         try:
@@ -142,6 +146,11 @@ def native_cut(grid: Sequence[Any], processor: Any, size: tuple[int, int]) -> Cu
     return Cut(rows, "image", size, patches=(height // merge, width // merge))
 
 
+def frames_counted(kind: str) -> int:
+    """Count how often the bounds of an image processor, by its class's name, count a pixel of a still image."""
+    return 2 if kind.removesuffix("Fast") in BOTH_FRAMES else 1
+
+
 class Videos(Pictures):
     """A video processor of transformers: selected frames, each prepared as an image.
 
@@ -189,6 +198,7 @@ class Videos(Pictures):
         times = tuple((shown[i] + shown[i + each - 1]) / 2 for i in range(0, len(shown), each))
         seconds = each * clip.duration / len(clip.indices)
         about: dict[str, Any] = {"times": times, "duration": clip.duration, "interval": seconds}
+        about["starts"] = tuple(shown[::each])
         return Picture(out["pixel_values_videos"], replace(cut, kind="frame", **about))
 
     def _chosen(self, total: int, fps: float) -> Sequence[int]:
@@ -196,10 +206,11 @@ class Videos(Pictures):
         from transformers.video_utils import VideoMetadata
 
         own, more = self.processor, {}
+        length = total / fps if fps else 0.0
         if own.fps is None and own.num_frames is None:
             more = {"fps": 2.0}  # that of the authors' own code, where a checkpoint states none
         try:
-            return own.sample_frames(VideoMetadata(total_num_frames=total, fps=fps), **more)
+            return own.sample_frames(VideoMetadata(total_num_frames=total, fps=fps, duration=length), **more)
         except ValueError as error:
             raise ZooError(f"The model's video processor chooses no frames of {total}: {one_line(error)}.") from error
 

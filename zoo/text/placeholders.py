@@ -38,7 +38,8 @@ class PlaceholdersMixin:
 
     def _image_text(self, cut: Cut) -> str:
         """Write the text of an image with this cut: placeholders, and text that the layout writes around them."""
-        token = self.video_token if cut.kind == "frame" and self.layout.native else None
+        film = cut.kind == "frame" and self.layout.native and not self.layout.films_as_images
+        token = self.video_token if film else None
         if (written := self.layout.text(cut, token or self.image_token)) is not None:
             return written
         own = cut.kind == "frame" and self.video_token_id != self.image_token_id
