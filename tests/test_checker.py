@@ -148,7 +148,7 @@ FAULTS = [
     ("interpolation in a config", {"projector": {"name": "mlp", "depth": "${oc.env:HOME}"}}, "interpolation"),
     ("unknown projector", {"projector": {"name": "mpl"}}, "Did you mean 'mlp'"),
     ("CUDA where there is none", {"device": "cuda"}, "finds no CUDA device"),
-    ("unknown device", {"device": "tpu"}, "No device named 'tpu'"),
+    ("unknown device", {"device": "tpu"}, "there is no such device"),
     ("unknown precision", {"precision": "fp8"}, "No precision named 'fp8'"),
     ("flash attention without CUDA", {"attention": "flash_attention_2"}, "flash_attention_2 runs on CUDA only"),
     ("a kernel that a family lacks", {**llm(model_type="gemma2"), "attention": "sdpa"}, "attention 'sdpa' cannot run: Gemma2ForCausalLM has none"),

@@ -1,12 +1,15 @@
 """What commands print: 80 columns, flags in any place, and with --json one object alone on stdout."""
 
 import json
+import random
+from dataclasses import dataclass
 
 import pytest
 
 from zoo.cli import entry
 from zoo.cli.entry import main
 from zoo.registry import ZooError
+from zoo.registry.devices import require_device
 from zoo.text import terminal
 from zoo.text.command_line import Parser
 from zoo.text.terminal import Answer, columns, console, say, wrapped
@@ -64,8 +67,8 @@ def test_flags_are_before_or_behind_names(words):
     ("words", "message"),
     [
         (["--wher", "x"], "zoo thing has no flag '--wher'. Did you mean '--where'? Flags: --help, --where."),
-        (["--where"], "zoo thing: argument --where: expected one argument. Its form: zoo thing"),
-        (["a", "b"], "zoo thing takes no 'b'. Its form: zoo thing [-h] [--where WHERE] [name]"),
+        (["--where"], "zoo thing: --where needs a value. Its form: zoo thing"),
+        (["a", "b"], "zoo thing takes no 'b'. Its form: zoo thing [name] [flags]"),
     ],
 )
 def test_mistakes_repeat_what_was_typed(words, message):
@@ -75,6 +78,118 @@ def test_mistakes_repeat_what_was_typed(words, message):
     with pytest.raises(ZooError) as caught:
         parser.read(words)
     assert str(caught.value).startswith(message)
+
+
+@dataclass
+class Options:
+    port: int = 8000  # to listen on
+    share: bool = False  # with others
+
+
+def thing() -> Parser:
+    parser = Parser("thing", "Do it.", options="of the model", schema=Options)
+    parser.add_argument("model")
+    parser.add_argument("-q", "--question", default="")
+    parser.add_argument("--image", action="append", default=[])
+    parser.add_argument("--merge", action="store_true")
+    return parser
+
+
+WORDS = [
+    "-q what",
+    "--port 80",
+    "--share",
+    "--merge",
+    "image=b.jpg",
+    "--image=a.jpg",
+    "pruner.keep_ratio=.5",
+    "pruner=x",
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_names_flags_and_options_come_in_any_order(seed, capsys):
+    order = [*WORDS, "dir:runs/lr=1"]
+    random.Random(seed).shuffle(order)
+    args = thing().read([word for words in order for word in words.split(" ")])
+    assert (args.model, args.question, args.merge) == ("dir:runs/lr=1", "what", True)
+    assert sorted(args.image) == ["a.jpg", "b.jpg"] and sorted(args.given) == ["port=80", "share=true"]
+    assert sorted(args.options) == ["pruner.keep_ratio=.5", "pruner=x"] and capsys.readouterr().err == ""
+
+
+def test_what_was_given_several_values_is_named(capsys):
+    words = ["seed=1", "m", "--port", "80", "seed=2", "-q", "a", "port=80", "--question=b", "seed=1", "--port=81"]
+    args = thing().read([*words, "image=a", "image=b"])
+    assert args.options == ["seed=1", "seed=2", "seed=1"] and args.question == "b" and args.given[-1] == "port=81"
+    lines = " ".join(capsys.readouterr().err.split()).split(" zoo: ")
+    assert lines == [
+        "zoo: seed was given twice, seed=2 and seed=1: seed=1 is used.",
+        "port was given twice, port=80 and --port=81: --port=81 is used.",
+        "question was given twice, -q a and --question=b: --question=b is used.",
+    ]
+
+
+def test_of_a_run_too(monkeypatch, capsys):
+    ran: list = []
+    monkeypatch.setattr(entry.Command, "load", lambda self: ran.append)
+    assert main(["train", "seed=3", "recipe=nlvr", "seed=4", "pruner=random", "seed=5", "recipe=scenes_tiny"]) == 0
+    assert ran[0].seed == 5
+    said = " ".join(capsys.readouterr().err.split())
+    assert "zoo: seed was given 3 times, seed=3, seed=4 and seed=5: seed=5 is used." in said
+    assert "zoo: recipe was given twice, recipe=nlvr and recipe=scenes_tiny: recipe=scenes_tiny is used." in said
+
+
+DEVICES = {  # as typed -> what is proposed
+    "cud": "cuda",
+    "CUDA": "cuda",
+    "cuda0": "cuda:0",
+    "cuda:x": "cuda",
+    "cpu:3": "cpu",
+    "gpu": "cuda",
+    "gpu1": "cuda:1",
+    "1": "cuda:1",
+    "xla": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_does_not_exist_is_refused_with_the_nearest_one(device):
+    with pytest.raises(ZooError) as caught:
+        require_device(device)
+    hint = f" Did you mean device={DEVICES[device]}?" if DEVICES[device] else ""
+    allowed = "auto, cpu, cuda, cuda:<n> (cuda:0 is the first one), mps"
+    assert str(caught.value) == f"device={device}: there is no such device.{hint} Allowed: {allowed}."
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cpu:0", "cuda", "cuda:0", "cuda:11", "mps", None])
+def test_a_device_that_may_exist_is_taken(device):
+    require_device(device)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([name, "device=cud"] for name, command in entry.COMMANDS.items() if command.composed),
+        ["train", "stages.look.teacher={model: scenes_tiny, device: cud}"],
+        *(["chat", "scenes_tiny", *flag] for flag in (["--device", "cud"], ["device=cud"])),
+        ["serve", "scenes_tiny", "--device", "cud"],
+        ["demo", "scenes_tiny", "device=cud"],
+        ["inspect", "scenes_tiny", "--image", "x.jpg", "device=cud"],
+        ["export", "scenes_tiny", "device=cud"],
+        ["bench", "train", "device=cud"],
+        ["shift", "base=scenes_tiny", "probe=scenes_tiny", "device=cud"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_refuses_it_before_anything_is_loaded(words, monkeypatch, capsys):
+    def loads(*args, **kwargs):
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr("zoo.loading.build.build", loads)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "=cud: there is no such device. Did you mean " in said and "=cuda? Allowed: auto, cpu, cuda" in said
 
 
 def answered(capsys, *words: str) -> tuple[int, dict]:

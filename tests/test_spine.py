@@ -121,6 +121,7 @@ LEAVES["options check themselves"] = [
     "zoo/settings/stage.py",
 ]
 LEAVES["how options are read, what is loaded on the way, what is refused"] = [
+    "registry/devices.py",
     "registry/errors.py",
     "registry/options.py",
     "registry/conversion.py",

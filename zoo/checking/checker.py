@@ -24,6 +24,7 @@ from zoo.composed.assembly import Parts, assemble
 from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.fusion.llm.attention import require_attention, require_kernel
 from zoo.registry import Cut, ZooError
+from zoo.registry.devices import require_present
 from zoo.registry.quiet import errors_alone
 from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
@@ -198,13 +199,7 @@ def _untrained(plan: Plan, stages: list[Stagecheck]) -> Iterator[str]:
 
 def _check_machine(plan: Plan) -> None:
     """Refuse devices, precisions and kernels that cannot run here."""
-    devices = ("auto", "cpu", "cuda", "mps")
-    if plan.device.partition(":")[0] not in devices:
-        raise registry.unknown("device", plan.device, devices)
-    if plan.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ZooError(f"device={plan.device} was asked for, but torch {torch.__version__} finds no CUDA device here.")
-    if plan.device == "mps" and not torch.backends.mps.is_available():
-        raise ZooError("device=mps was asked for, but there is none here.")
+    require_present(plan.device)
     device = device_of(plan)
     if plan.precision not in ("auto", "fp32", "bf16"):
         raise registry.unknown("precision", plan.precision, ("auto", "fp32", "bf16"))

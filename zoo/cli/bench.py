@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import ZooError, plugins, unknown
+from zoo.registry.devices import require_device
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ def parse(name: str, schema: type, words: Sequence[str], owner: str = "") -> Any
     outputs = set() if owner else set(OUTPUTS)
     owner = owner or f"bench {name!r}"
     known = {f.name for f in dataclasses.fields(schema)}
+    for word in words:
+        if word.startswith("device="):
+            require_device(None if word == "device=null" else word.removeprefix("device="))
     texts = {o.name: text for o in options_of(schema) if (text := text_of(o.type)) and not text.inside}
     for word in words:
         option, equals, _ = word.partition("=")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import ZooError
+from zoo.registry.devices import require_device
 from zoo.text.command_line import Parser
 
 HELP = "/image PATH and /video PATH add a file to the next question, /new starts a new conversation, /quit exits."
@@ -14,6 +15,7 @@ HELP = "/image PATH and /video PATH add a file to the next question, /new starts
 def main(words: Sequence[str]) -> int:
     """Load the model and answer the question of `--question`, or each line of the input."""
     args = _parsed(words)
+    require_device(args.device, "--device")
     for path in [*args.image, *args.video]:
         if not Path(path).expanduser().is_file():
             raise ZooError(f"There is no file {path!r}.")
@@ -77,9 +79,15 @@ def _line() -> str | None:
 
 
 def _parsed(words: Sequence[str]) -> Any:
-    parser = Parser("chat", "Talk to a model on the command line, with images and videos.", more=HELP)
-    parser.add_argument("model", help="a preset, dir:<folder> or hub:<org>/<name>")
-    parser.add_argument("options", nargs="*", default=[], help="options as for zoo.load: pruner=[pool], ...")
+    parser = Parser(
+        "chat",
+        "Talk to a model on the command line, with images and videos.",
+        """zoo chat picturebook_135m --image photo.jpg -q "What is in the picture?"
+        zoo chat last pruner=fastervlm pruner.fastervlm.keep_ratio=0.25""",
+        more=HELP,
+        options="of the model, as for zoo.load: pruner=[pool]",
+    )
+    parser.add_argument("model", help="a preset, dir:<folder>, hub:<org>/<name>, or last: that of the newest run")
     parser.add_argument("-q", "--question", default="", help="answer this and exit; else read a question per line")
     parser.add_argument("--image", action="append", default=[], help="file for the first question; repeatable")
     parser.add_argument("--video", action="append", default=[], help="the same for videos")

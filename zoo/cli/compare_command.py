@@ -23,24 +23,23 @@ def main(words: Sequence[str], evaluate: Any) -> Any:
 
     Args:
         words: behind `zoo eval`.
-        evaluate: runs `zoo eval` with words, and returns its result.
+        evaluate: runs `zoo eval` with words, and returns its result; notes on these words are printed here.
 
     Raises:
         ZooError: not two are named, or they answered other questions.
     """
-    parser = Parser("eval", "Compare two models on the same samples.", usage="model=[a,b] [key=value ...] [flags]")
-    parser.add_argument("word", nargs="*")
+    form = "model=[a,b] [key=value ...] [flags]"
+    parser = Parser("eval", "Compare two models on the same samples.", json=True, usage=form, options="of a run")
+    parser.add_argument("folder", nargs="*")
     parser.add_argument("--flips", type=int, default=FLIPS)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--config-dir", "-cd")
     args = parser.read(words)
-    folders = [Path(word) for word in args.word if "=" not in word]
-    if folders:
-        return _folders(folders, args)
+    if args.folder:
+        return _folders([Path(word) for word in args.folder], args)
     from zoo.evaluation.compared import by_question, compared, show
 
-    names = _models(next(word for word in args.word if word.startswith("model=[")))
-    rest = [word for word in args.word if not word.startswith("model=[")]
+    names = _models(next(word for word in args.options if word.startswith("model=[")))
+    rest = [word for word in args.options if not word.startswith("model=[")]
     given = dict(word.split("=", 1) for word in rest)
     for name in names:  # the second one, too, before the first is scored
         model_names.require(name, given, args.config_dir)
@@ -64,7 +63,7 @@ def _folders(folders: Sequence[Path], args: Any) -> Any:
     """Compare two finished evaluations, without running a model."""
     from zoo.evaluation.compared import answers_of, compared, show
 
-    given = [word for word in args.word if "=" in word]
+    given = args.options
     if len(folders) != 2 or given:
         shown = ", ".join(map(repr, [*map(str, folders), *given]))
         raise ZooError(

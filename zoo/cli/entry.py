@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from zoo.registry import ZooError, nearest
+from zoo.text.command_line import HELP
 from zoo.text.terminal import columns, only_json, wrapped, write_answer
 
 
@@ -85,7 +86,6 @@ EXAMPLES = (
     ("zoo train -m pruner=null,random,pool", "a sweep: a run for each value"),
     ("zoo eval model=last", "the newest run, on its data"),
 )
-HELP_FLAGS = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZooError as error:
         if "1" in (os.environ.get("ZOO_DEBUG"), os.environ.get("HYDRA_FULL_ERROR")):
             raise
-        print(f"zoo: {error}", file=sys.stderr)
+        lines = f"zoo: {error}".split("\n")
+        if sys.stderr.isatty():  # in a pipe, a line of a log is searched
+            lines = [wrapped(line, subsequent="  ") for line in lines]
+        print("\n".join(lines), file=sys.stderr)
         if with_json:
             fixes = getattr(error, "fixes", None)  # of a composition that was refused
             why = str(error) if fixes is None else getattr(error, "reason", str(error))
@@ -128,7 +131,7 @@ def _command_first(words: Sequence[str]) -> list[str]:
 def _run(words: list[str]) -> Any:
     if words[:1] in (["-sc"], ["--shell-completion"]):
         return _completion(words[1:])
-    if not words or words[0] in HELP_FLAGS:
+    if not words or words[0] in HELP:
         print(overview())
         return 0
     name, rest = words[0], words[1:]
@@ -150,11 +153,11 @@ def _run(words: list[str]) -> Any:
     from zoo.cli import compare_command
     from zoo.cli.launch import launch
 
-    def run(words: Sequence[str]) -> Any:
-        return launch(name, command.summary, command.load, words)
+    def run(words: Sequence[str], notes: bool = True) -> Any:
+        return launch(name, command.summary, command.load, words, json=command.json, notes=notes)
 
-    if name == "eval" and not set(rest) & {*HELP_FLAGS} and compare_command.names_two(rest):
-        return compare_command.main(rest, run)
+    if name == "eval" and not set(rest) & {*HELP} and compare_command.names_two(rest):
+        return compare_command.main(rest, lambda words: run(words, notes=False))
     return run(rest)
 
 

@@ -18,8 +18,6 @@ FORMATS = {
     "gguf": "files of llama.cpp: the language model, and CLIP or SigLIP with the projector (mmproj)",
 }
 SPELLINGS = {"gguf-parts": "gguf", "transformers": "hf", "zoo": "safetensors"}
-# May also be written as key=value.
-OPTIONS = ("format", "merge", "family", "dtype", "type", "max-shard-size", "license", "scores")
 # Formats that have an option; the others are of all.
 FORMATS_WITH = {"family": ("hf",), "type": ("gguf",), "max-shard-size": ("hf", "safetensors")}
 SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
@@ -152,11 +150,15 @@ def require_free(out: Path) -> None:
 def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
     """Separate the options of the command from those of the model (`pruner=[]`)."""
     formats = "; ".join(f"{name}: {about}" for name, about in FORMATS.items())
-    parser = Parser("export", "Write a model for other programs, or whole for zoo on another machine.")
-    parser.add_argument("model", help="a preset, a folder, a run, last, or hub:<org>/<name>")
-    parser.add_argument(
-        "words", nargs="*", default=[], metavar="out", help="the new folder, and options of zoo.load: pruner=[]"
+    parser = Parser(
+        "export",
+        "Write a model for other programs, or whole for zoo on another machine.",
+        """zoo export last
+        zoo export dir:runs/x/model out --format gguf --type q8_0""",
+        options="of the model, as for zoo.load: pruner=[]",
     )
+    parser.add_argument("model", help="a preset, a folder, a run, last, or hub:<org>/<name>")
+    parser.add_argument("out", nargs="?", default="", help="the new folder; default: MODEL-FORMAT here")
     parser.add_argument("--format", default="hf", help=f"{formats}. Default: hf")
     parser.add_argument("--merge", action="store_true", help="merge adapters; always done where a layout has none")
     parser.add_argument(
@@ -169,21 +171,6 @@ def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
     parser.add_argument(
         "--scores", default="", help="a scores.json of zoo eval, for the card; default: those of the run"
     )
-    args = parser.read([flag for word in words for flag in _as_flag(word)])
-    outs = [word for word in args.words if "=" not in word]
-    if len(outs) > 1:
-        raise ZooError(f"zoo export takes one folder to write to, got {', '.join(map(repr, outs))}.")
-    args.out = outs[0] if outs else ""
+    args = parser.read(words)
     args.format = SPELLINGS.get(args.format, args.format)
-    return args, [word for word in args.words if "=" in word]
-
-
-def _as_flag(word: str) -> list[str]:
-    """Return `format=hf` as `--format hf`, and other words as they are."""
-    key, equals, value = word.partition("=")
-    name = key.replace("_", "-")
-    if not equals or name not in OPTIONS:
-        return [word]
-    if name == "merge":
-        return ["--merge"] if value.lower() not in ("false", "no", "0", "") else []
-    return [f"--{name}", value]
+    return args, args.options

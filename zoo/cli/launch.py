@@ -13,39 +13,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import ZooError, nearest, plugins
+from zoo.registry import ZooError, plugins
+from zoo.text.command_line import HELP, Parser
+from zoo.text.terminal import columns, wrapped
 
-FLAGS = {  # our flags and Hydra's; True if the flag takes a value
-    "-h": False,
-    "--help": False,
-    "-m": False,
-    "--multirun": False,
-    "-c": True,
-    "--cfg": True,
-    "-p": True,
-    "--package": True,
-    "-i": True,
-    "--info": True,
-    "-cd": True,
-    "--config-dir": True,
-    "--resolve": False,
-    "--hydra-help": False,
-    "--json": False,
-}
+HYDRAS = ("--multirun", "--cfg", "--package", "--info", "--resolve", "--hydra-help")
 WITH_RESUME = {"resume", "device", "log", "plugins", "run.dir"}  # of this process, or needed to find the run
 WITH_LOCK = {"lock", "device", "log", "plugins", "run.dir", "run.name", "run.folder"}  # the same, of a new run
 MOVED = {"llm.checkpoint", "model", "model.base", "vision.checkpoint"}  # new locations of the run's initial weights
 MOVED_OF_SEVERAL = re.compile(r"vision\.encoders\.\w+\.checkpoint").fullmatch
 PARALLEL = "parallel."  # how the processes of this launch share the model: a checkpoint is read by any of them
 NONE = ("", "null")
-_FOLDERS = (
-    "  runs/a runs/b   compare two folders of evaluations; nothing is run",
-    "  --flips N       of a comparison: answers shown that are right of one alone (5)",
-)
-LONG = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir", "-h": "--help"}
+OPTIONS = "of a run; a slot's component has options of its own, and so has a stage of the recipe"
 
 
-def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]], words: Sequence[str]) -> Any:
+def launch(
+    command: str,
+    summary: str,
+    load: Callable[[], Callable[[Any], Any]],
+    words: Sequence[str],
+    json: bool = False,
+    notes: bool = True,
+) -> Any:
     """Run a command that takes a composed config, and return what it returns; 0 for a sweep, help and Hydra's views.
 
     Args:
@@ -53,17 +42,20 @@ def launch(command: str, summary: str, load: Callable[[], Callable[[Any], Any]],
         summary: what it does, for its help.
         load: imports and returns it; called after the config was validated, so that mistakes are reported fast.
         words: overrides and flags.
+        json: whether it takes `--json`.
+        notes: print a note for what is given several values.
     """
-    overrides, flags = split(words)
-    with_json = flags.pop("--json", None) is not None
-    config_dir = flags.pop("--config-dir", None)
+    parser = parser_of(command, summary, json)
+    if set(words) & set(HELP):
+        print(usage(command, parser))
+        return 0
+    args = parser.read(words, notes)
+    overrides, flags = [*args.word, *args.options], _flags(args)
+    with_json, config_dir = getattr(args, "json", False), args.config_dir
     if with_json and flags:
         raise ZooError(f"--json is for one run: it cannot be combined with {', '.join(flags)}.")
     if config_dir and not Path(config_dir).is_dir():
         raise ZooError(f"--config-dir {config_dir!r}: no such folder.")
-    if "--help" in flags:
-        print(usage(command, summary))
-        return 0
     from zoo.settings.config import explained
 
     if not flags:  # without hydra.main, which would take over sys.argv, logging and errors
@@ -124,36 +116,29 @@ def resumes_alone(overrides: Sequence[str]) -> None:
         )
 
 
-def split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Separate overrides from flags.
+def parser_of(command: str, summary: str, json: bool = False) -> Parser:
+    """Return the parser of a command that takes a composed config: Hydra's flags, and options of the run."""
+    about, form = f"{summary[:1].upper()}{summary[1:]}.", "[key=value ...] [flags]"
+    parser = Parser(command, about, json=json, usage=form, options=OPTIONS)
+    parser.add_argument("word", nargs="*", help=argparse.SUPPRESS)  # refused where overrides are read
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of comma-separated values")
+    parser.add_argument("-c", "--cfg", metavar="job", help="print the config and stop; with -p, a part of it")
+    parser.add_argument("-p", "--package", metavar="key", help="the part that --cfg prints")
+    parser.add_argument("-i", "--info", metavar="what", help="print what Hydra knows: searchpath, defaults-tree, ...")
+    parser.add_argument("-cd", "--config-dir", metavar="dir", help="a folder of yours with model/, recipe/ and data/")
+    parser.add_argument("--resolve", action="store_true", help="of --cfg: with interpolations resolved")
+    parser.add_argument("--hydra-help", action="store_true", help="print the help of Hydra")
+    return parser
 
-    Raises:
-        ZooError: a flag does not exist, or has no value.
-    """
-    overrides: list[str] = []
-    flags: dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
-        name, equals, value = word.partition("=")
-        if name not in FLAGS:
-            near = nearest(name, [f for f in FLAGS if f.startswith("--")])
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            option = f" Options of a run have no dashes: {name.lstrip('-')}=<value>." if not near else ""
-            raise ZooError(f"No flag {name!r}.{hint}{option} Flags: {', '.join(f for f in FLAGS if f[:2] == '--')}.")
-        if FLAGS[name] and not equals:
-            if not rest:
-                raise ZooError(f"{name} needs a value.")
-            value = rest.pop(0)
-        flags[LONG.get(name, name)] = value
-    return overrides, flags
+
+def _flags(args: Any) -> dict[str, str]:
+    """Return the flags that are for Hydra, and `--multirun`, with their values."""
+    given = {name: getattr(args, name[2:].replace("-", "_")) for name in HYDRAS}
+    return {name: "" if value is True else value for name, value in given.items() if value}
 
 
 def _as_words(flags: dict[str, str]) -> list[str]:
-    return [word for name, value in flags.items() for word in ([name, value] if FLAGS[name] else [name])]
+    return [word for name, value in flags.items() for word in filter(None, (name, value))]
 
 
 @contextmanager
@@ -229,10 +214,9 @@ def shell_script(words: Sequence[str]) -> int:
     return 0
 
 
-def usage(command: str, summary: str) -> str:
+def usage(command: str, parser: Parser) -> str:
     """Return the text of `zoo train --help`."""
     from dataclasses import fields
-    from textwrap import fill
 
     from zoo.registry import options_of
     from zoo.settings.overrides import SEVERAL, SLOTS
@@ -241,28 +225,27 @@ def usage(command: str, summary: str) -> str:
 
     plugins.load_installed()
     models = [*available("model"), "dir:<folder>", "hub:<org>/<name>", "last"]
-    groups = [("recipe", available("recipe")), ("model", models)]
-    groups += [(slot, available(slot)) for slot in SLOTS]
-    heads = {key: f"  {key + ('=[...]' if key in SEVERAL else '='):<16}" for key, _ in groups}
-    lines = [fill(heads[key] + ", ".join(found), 110, subsequent_indent=" " * 18) for key, found in groups]
+    groups = [("recipe", available("recipe")), ("model", models), *((slot, available(slot)) for slot in SLOTS)]
+    parts = [(f"{key}=[...]" if key in SEVERAL else f"{key}=", ", ".join(found)) for key, found in groups]
     shown = {f.name for f in fields(RunRoot)} - {"defaults", "hydra", "model", "stages", *SLOTS}
-    options = [o for o in options_of(RunRoot) if o.name in shown and o.doc]
-    lines += ["", *(f"  {o.name + '=':<16}{o.doc}" for o in options)]
+    options = [(f"{o.name}=", o.doc) for o in options_of(RunRoot) if o.name in shown and o.doc]
     if section := {"teach": "teach", "data": "survey"}.get(command):  # options of this command alone
-        own = options_of(SECTIONS[section])
-        lines += ["", *(f"  {section + '.' + o.name + '=':<18}{o.doc}" for o in own if o.doc)]
+        options += [(f"{section}.{o.name}=", o.doc) for o in options_of(SECTIONS[section]) if o.doc]
+    several = ""
     if command == "eval":
-        lines += ["", "  model=[a,b]     compare two models on the same samples", *_FOLDERS]
-    listing = "\n".join(lines)
-    return f"""zoo {command}: {summary}
-
-usage: zoo {command} [key=value ...] [flags]
-
-{listing}
-
-  <slot>.<option>=, <slot>.<name>.<option>=     an option of a slot's component; zoo info <kind>/<name> lists them
-  stages.<stage>.<option>=                      an option of a stage of the recipe
-
-  -m, --multirun          run every combination of comma-separated values
-  --cfg job [-p KEY]      print the config and stop
-  --config-dir DIR        a folder of your own with model/, recipe/ and data/"""
+        rows = [
+            ("model=[a,b]", "compare two models on the same samples"),
+            ("runs/a runs/b", "compare two folders of evaluations; nothing is run"),
+            ("--flips N", "of a comparison: answers shown that are right of one alone (5)"),
+        ]
+        several = f"two models:\n{columns(rows)}"
+    within = [
+        ("<slot>.<option>=", "an option of a slot's component, such as projector.depth=2"),
+        ("<slot>.<name>.<option>=", "the same where several are chosen: pruner.random.keep_ratio=0.5"),
+        ("stages.<stage>.<option>=", "an option of a stage of the recipe"),
+    ]
+    more = wrapped("zoo info <kind>/<name> lists the options of a component, zoo info recipe/<name> shows the stages.")
+    tables = (("parts:", parts), ("options of the run:", options), ("options of parts and stages:", within))
+    listed = [f"{title}\n{columns(rows)}" for title, rows in tables]
+    parser.epilog = "\n\n".join(filter(None, [*listed, several, more]))
+    return parser.format_help().rstrip()

@@ -26,8 +26,10 @@ from zoo.published.composed import VIDEO, cut_by, tokens_for
 from zoo.published.folder import read_content, require_same
 from zoo.published.text import pictures_in, video_token_id_in, video_token_in, videos_in
 from zoo.registry import ImageTransform, Pruner, ZooError, plugins
+from zoo.registry.devices import require_present
 from zoo.settings import config as configs
 from zoo.settings.source import Source, source_named, source_of
+from zoo.storage.precision import dtype_of
 from zoo.text.processor import ZooProcessor
 from zoo.text.stops import end_tokens, keep_shared, set_stops, stated_config
 from zoo.text.tokenizer import CHAT_TEMPLATES, image_separator
@@ -66,6 +68,8 @@ def load(
     Example:
         >>> model, processor = zoo.load("scenes_tiny")
     """
+    require_present(device if isinstance(device, str) else None)
+    dtype_of(dtype)  # a mistake is named before a repository is fetched, and here
     source = source_named(name, *overrides)
     if (chosen := attention or attn_implementation) is not None:
         source.attention = chosen

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.registry import MANY, POSITIONS, ZooError, config_of, unknown
+from zoo.registry.devices import require_device
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings.overrides import prepare
 from zoo.settings.schema import CONFIG_NAME, SECTIONS, RunRoot
@@ -134,6 +135,7 @@ def validate(cfg: Any) -> None:
     """
     from omegaconf import OmegaConf
 
+    require_device(cfg.device)
     for kind, key, node in slots_of(cfg):
         if not hasattr(node, "keys") or "name" not in node:
             slot = group_of(kind)

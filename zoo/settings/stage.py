@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.registry import ZooError, unknown
+from zoo.registry.devices import require_device
 
 OPTIMIZERS = ("muon_adamw", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -180,6 +181,7 @@ def _check_teacher(given: Any) -> None:
         raise ZooError(f"A teacher's bits are 8, 4 or 0 (not quantized), got {given['bits']!r}.")
     if given.get("dtype") not in (None, *_DTYPES):
         raise unknown("dtype of a teacher", str(given["dtype"]), _DTYPES[1:])
+    require_device(given.get("device") or None, "device of a teacher")
     if not isinstance(given.get("shard", True), bool):
         raise ZooError(f"A teacher's shard is true or false, got {given['shard']!r}.")
     if bool(given.get("model")) == bool(given.get("store")):

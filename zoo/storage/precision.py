@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import ZooError, unknown
+from zoo.registry import ZooError, nearest, unknown
 
 SHORT = (torch.float16, torch.bfloat16)
+_NAMES = ("float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what people call them
 LARGEST_ERROR = 2e-6  # relative, of a float32 product; measured 3-4e-7, while bfloat16 operands would give 1e-3
 
 
@@ -80,7 +82,9 @@ def dtype_of(dtype: Any) -> torch.dtype | None:
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
-        raise ZooError(f"dtype must be a torch dtype or its name, such as bfloat16, got {dtype!r}.")
+        near = nearest(str(dtype), [*_NAMES, *_SHORT])
+        hint = f" Did you mean {_SHORT.get(near[0], near[0])!r}?" if near else ""
+        raise ZooError(f"dtype must be a torch dtype or its name: {', '.join(_NAMES)}; got {dtype!r}.{hint}")
     return found
 
 
