@@ -335,7 +335,10 @@ def test_a_flat_config_of_old_repositories_is_read(tmp_path):
     content = {**text, **content, "sliding_window": 4096, "use_sliding_window": False, "model_type": "qwen2_vl"}
     content["vision_config"]["model_type"] = "qwen2_vl"
     (tmp_path / "config.json").write_text(json.dumps(content))
+    pixels = {**processor.image_processor.to_dict(), "size": {"shortest_edge": 64, "longest_edge": 1 << 17}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
     ours, mine = zoo.load(f"dir:{tmp_path}")
+    assert mine.num_image_tokens == (1 << 17) // 64
     mine.tokenizer.padding_side = "left"
     batch = asked(processor, prompts(processor))
     mask = batch["attention_mask"].bool()

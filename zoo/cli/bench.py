@@ -45,6 +45,9 @@ BENCHES = {
     "train": Bench("zoo.benches.train", "our training step against transformers' Llava and Trainer, and the floor"),
     "prune": Bench("zoo.benches.prune", "one card for all pruners: tokens, FLOPs, time, memory, answers by ability"),
     "positions": Bench("zoo.benches.positions", "scores with fewer image tokens, by whether they keep their places"),
+    "native": Bench(
+        "zoo.benches.native", "images that keep their shapes: attention inside windows, unlike images in batches"
+    ),
     "video": Bench("zoo.benches.video", "what a few frames of a clip cost, against decoding all of it"),
     "distill": Bench("zoo.benches.distill", "learning from a teacher against the plain way: memory, and time of steps"),
 }
