@@ -26,6 +26,7 @@ from zoo.registry.source_text import line_in, options_in, presets_in, stated, su
 from zoo.registry.values import KINDS
 
 T = TypeVar("T", bound=type)
+NAMED_CHILDREN = ("pruner", "adapter")  # kinds of which a model may have several, which it holds by their names
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,16 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     it is given those that its signature names.
 
     Raises:
-        ZooError: the kind is unknown, the name is not a plain word, or is taken; the class lacks a method of its
-            kind, or has one that looks like a misspelt hook.
+        ZooError: the kind is unknown, the name is not a plain word, is one of modules, or is taken; the class lacks a
+            method of its kind, or has one that looks like a misspelt hook.
         TypeError: `__init__` does not annotate `config` with a dataclass, or that dataclass has a field `name`.
     """
     if kind not in _entries:
         raise unknown_kind("kind of component", kind, KINDS)
     if not re.fullmatch(r"[a-z0-9_]*[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
+    if kind in NAMED_CHILDREN:
+        require_child_name(kind, name)
 
     def add(cls: T) -> T:
         config: Any = get_type_hints(cls.__init__).get("config")  # type: ignore[misc]
@@ -177,6 +180,18 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         return cls
 
     return add
+
+
+def require_child_name(kind: str, name: str) -> None:
+    """Refuse a name under which a torch module holds no child: that of an attribute of modules, such as `train`.
+
+    Raises:
+        ZooError: with the name.
+    """
+    from torch import nn  # listing names goes without
+
+    if hasattr(nn.ModuleDict(), name):
+        raise ZooError(f"{kind} {name!r}: every torch module has an attribute of that name; choose another.")
 
 
 def names(kind: str, pattern: str = "*") -> list[str]:

@@ -82,6 +82,7 @@ def test_help_of_a_composed_command(command, capsys):
         (["new", "layout", "x"], "no template of a layout: start from a copy of one; `zoo info layout/anyres`"),
         (["new", "pruner", "torch"], "torch.py would hide the module 'torch'"),
         (["new", "pruner", "My-Pruner"], "lower case letters, digits and underscores, got 'My-Pruner'"),
+        (["new", "pruner", "half"], "pruner 'half': every torch module has an attribute"),
         (["new", "pruner", "random"], "pruner 'random' exists already"),
         (["-sc", "install=tcsh"], "shells: bash, fish, zsh"),
     ],

@@ -181,6 +181,7 @@ def test_a_pruner_keeps_the_tokens_that_it_keeps_with_the_encoder_alone():
         ({"encoders": {"a": A, "b": B}, "gives": {"cls": "a"}}, "Did you mean 'cls_attention'"),
         ({"encoders": {"a": A, "b": B}, "gives": {"cls_attention": "a"}}, "'a' does not provide it; 'b' would"),
         ({"encoders": {"a": A, "my b": B}}, "a word of letters"),
+        ({"encoders": {"a": A, "keys": B}}, "encoder 'keys': every torch module has an attribute"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(options, message):

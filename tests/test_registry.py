@@ -114,6 +114,13 @@ def test_names_are_plain_words(table, name):
         registry.register("pruner", name)
 
 
+@pytest.mark.parametrize("kind", ["pruner", "adapter"])
+@pytest.mark.parametrize("name", ["train", "keys", "half", "training", "forward"])
+def test_a_name_that_every_module_has_is_refused(table, kind, name):
+    with pytest.raises(ZooError, match=f"{kind} {name!r}: every torch module has an attribute"):
+        registry.register(kind, name)
+
+
 def test_a_class_without_a_dataclass_or_with_a_field_name(table):
     with pytest.raises(TypeError, match="must annotate `config` with a dataclass"):
         registry.register("pruner", "odd")(type("Odd", (), {"__init__": lambda self, config: None}))

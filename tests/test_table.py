@@ -190,9 +190,40 @@ def test_draws_some_questions_in_training_and_asks_all_in_evaluation(folder):
     assert [d.kind for d in data.eval_split().get(0).dialogs] == ["a", "b", "c"]
 
 
+BOX = {"ask": ["Where?"], "answer": "{box}", "bins": 32}
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "words"),
+    [
+        ([0, 0, 640, 480], (640, 480), "0 0 31 31"),
+        ([260, 177, 491, 376], (640, 480), "13 11 24 25"),
+        ([-3, 1.5, 30, 700], (60, 600), "0 0 16 31"),  # annotated beyond the frame
+    ],
+)
+def test_a_box_is_written_in_shares_of_the_image(folder, box, size, words):
+    row = {**ROWS[0], "box": box, "width": size[0], "height": size[1]}
+    (folder / "table.jsonl").write_text(json.dumps(row))
+    (dialog,) = load(folder, {"q": BOX}).get(0).dialogs
+    assert said(dialog) == ("Where?", words) and dialog.task == "boxes"
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3], [4, 1, 4, 9], ["1", 2, 3, 4], 5, [1, 2, float("nan"), 4]])
+def test_a_box_that_is_none_names_its_row(folder, box):
+    (folder / "table.jsonl").write_text(json.dumps({**ROWS[0], "box": box, "width": 10, "height": 10}))
+    with pytest.raises(ZooError, match=r"table\.jsonl:1, box"):
+        load(folder, {"q": BOX})
+
+
 @pytest.mark.parametrize(
     ("questions", "options", "message"),
     [
+        ({"q": BOX}, {"flip": True}, "questions.q asks for a box, which flip and crop would not move"),
+        (
+            {"q": {**BOX, "answer": "at {box}"}},
+            {},
+            "questions.q: bins is 2 or more, and goes with an answer that is one",
+        ),
         ({"q": {"ask": ["What?"]}}, {}, "questions.q: give either an answer or a claim"),
         ({"q": {"answer": "{name}"}}, {}, "questions.q: ask is empty"),
         ({"q": {"ask": ["Is it?"], "claim": "{name}"}}, {}, r"must have \{claim\}"),
@@ -258,6 +289,7 @@ PRESETS = {
     "emoji_both": (96, 96),
     "sign_digits": (1634, 92),
     "bccd": (205, 87),
+    "bccd_boxes": (194, 85),
     "omniglot": (2176, 544),
     "mulberry": (2763, 334),
 }
@@ -265,7 +297,9 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_read_the_public_data(name, monkeypatch):
-    folder = {"emoji_concepts": "emoji", "emoji_style": "emoji", "emoji_both": "emoji"}.get(name, name)
+    folder = {"emoji_concepts": "emoji", "emoji_style": "emoji", "emoji_both": "emoji", "bccd_boxes": "bccd"}.get(
+        name, name
+    )
     monkeypatch.setenv("ZOO_DATA", str(shared(folder).parent))
     data = registry.build("dataset", compose("train", [f"data=[{name}]"]).data[name])
     dev = data.eval_split()

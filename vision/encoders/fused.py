@@ -24,7 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.registry import Encoder, ImageFeatures, ImageTransform, ZooError, build, completed, nearest, register, unknown
+from zoo.registry import (
+    Encoder,
+    ImageFeatures,
+    ImageTransform,
+    ZooError,
+    build,
+    completed,
+    nearest,
+    register,
+    require_child_name,
+    unknown,
+)
 from zoo.registry.part import OF_BLOCKS, base_of, block_of
 from zoo.vision.images.transform import split_row
 
@@ -59,6 +70,7 @@ class FusedConfig:
         for name, node in self.encoders.items():
             if not re.fullmatch(r"[A-Za-z]\w*", str(name)):
                 raise ZooError(f"The name of an encoder is a word of letters, digits and underscores, got {name!r}.")
+            require_child_name("encoder", str(name))
             if not isinstance(node, Mapping) or not node.get("name"):
                 meant = nearest(str(name), [other for other in self.encoders if other != name])
                 hint = f"Did you mean {meant[0]!r}?" if meant else f"Write vision.encoders.{name}.name=hf, for example."

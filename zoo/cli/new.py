@@ -8,7 +8,7 @@ from pathlib import Path
 from zoo.cli import templates
 from zoo.registry import KINDS, ZooError, names
 from zoo.registry.errors import unknown_kind
-from zoo.registry.table import group_of
+from zoo.registry.table import NAMED_CHILDREN, group_of, require_child_name
 
 TEMPLATES = {
     "pruner": templates.PRUNER,
@@ -53,6 +53,8 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
         raise unknown_kind("kind", kind, TEMPLATES)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
+    if kind in NAMED_CHILDREN:
+        require_child_name(kind, name)
     if name in names(kind):
         raise ZooError(f"{kind} {name!r} exists already: `zoo info {kind}/{name}` shows it.")
     files = {folder / f"{name}.py": _filled(TEMPLATES[kind], name), folder / f"test_{name}.py": _test(kind, name)}

@@ -56,6 +56,11 @@ class TableConfig:
             require_split(self.eval_split, names, "eval_where has to choose rows")
         if self.questions != MISSING and not self.questions:
             raise ZooError("questions is empty, so there is nothing to ask.")
+        boxes = (
+            [kind for kind, template in self.questions.items() if template.bins] if self.questions != MISSING else []
+        )
+        if boxes and (self.flip or self.crop):
+            raise ZooError(f"questions.{boxes[0]} asks for a box, which flip and crop would not move with the image.")
 
 
 @register("dataset", "table")

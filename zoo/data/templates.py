@@ -4,6 +4,7 @@ Braces in a template take columns of the row: `{name}`; `{counts.WBC}` takes a v
 that of each mapping in a list. A list gives one of its values, drawn anew for each question; all are accepted answers.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -57,7 +58,10 @@ class Template:
     options: int = 0  # answers to choose from, the right one among them; {options} in a wording names them; 0: none
     words: dict[str, Any] = field(default_factory=dict)  # as those of the table, for this kind alone
     only: dict[str, list[str]] = field(default_factory=dict)  # column -> values of the rows that are asked; empty: all
-    task: str = ""  # that scores it; empty: exact, yes_no of claims, choice of options
+    # The answer is a column with a box, x1, y1, x2, y2 in pixels of an image whose size is in the columns width and
+    # height; it is written as four numbers from 0 to bins - 1, shares of the image, as those of `scenes` (32). 0: none
+    bins: int = 0
+    task: str = ""  # that scores it; empty: exact, yes_no of claims, choice of options, boxes of bins
 
 
 class Question:
@@ -84,14 +88,25 @@ class Question:
         self.gives: list[list[str]] = []  # row -> what it gives; empty: it is not asked
         for index, row in enumerate(rows):
             asked = matches(row, template.only, where(index), self.columns)
-            values = filled(template.answer or template.claim, row, where(index), self.columns) if asked else []
-            self.gives.append(list(dict.fromkeys(values)))
+            self.gives.append(list(dict.fromkeys(self._given(row, where(index)))) if asked else [])
         self.pool = [value for values in self.gives for value in values]  # values in the frequency of the rows
         different = len(set(self.pool))
         if template.claim and different < 2:
             raise ZooError(f"questions.{kind}: all rows give the same claim, so that no claim would be wrong.")
         if template.options > different:
             raise ZooError(f"questions.{kind}: options is {template.options}, and the rows give {different} answers.")
+
+    def _given(self, row: Row, where: str) -> list[str]:
+        if not self.template.bins:
+            return filled(self.template.answer or self.template.claim, row, where, self.columns)
+        column = columns_of(self.template.answer)[0]
+        return [
+            box_in_words(
+                *(value_of(row, name, where) for name in (column, "width", "height")),
+                self.template.bins,
+                f"{where}, {column}",
+            )
+        ]
 
     def check(self) -> None:
         """Refuse a template that contradicts itself.
@@ -107,6 +122,8 @@ class Question:
         require_at_least(0, **{f"{name}.options": own.options})
         if own.options == 1 or (own.options and own.claim):
             raise ZooError(f"{name}: options goes with an answer, and is 2 or more, got {own.options}.")
+        if own.bins and (own.bins < 2 or own.options or not re.fullmatch(r"\{[^{}]+\}", own.answer)):
+            raise ZooError(f"{name}: bins is 2 or more, and goes with an answer that is one column, as '{{box}}'.")
         for text in own.ask:
             if own.claim and "claim" not in columns_of(text):
                 raise ZooError(f"{name}: {text!r} must have {{claim}} where the claim is to be.")
@@ -135,13 +152,13 @@ class Question:
             more = {"options": f"{', '.join(choices[:-1])} or {choices[-1]}"}
             answers = []
         text = filled(wording, {**row, **more}, where, self.columns)[0]
-        task = own.task or ("yes_no" if own.claim else "choice" if own.options else "exact")
+        by_kind = "yes_no" if own.claim else "choice" if own.options else "boxes" if own.bins else "exact"
         asked = [{"type": "image"}, {"type": "text", "text": text}]
         messages = [
             {"role": "user", "content": asked},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
-        return Dialog(messages, kind=self.kind, task=task, answers=answers, choices=choices)
+        return Dialog(messages, kind=self.kind, task=own.task or by_kind, answers=answers, choices=choices)
 
     def _other(self, random: np.random.Generator, than: set[str]) -> str:
         """Draw what another row gives, as often as rows give it, so that a claim alone does not tell its truth."""
@@ -212,6 +229,22 @@ def value_of(row: Row, name: str, where: str, missing: Mapping[str, str] | None 
             found.append(each[part])
         value = found if isinstance(value, (list, tuple)) else found[0]
     return value
+
+
+def box_in_words(box: Any, width: Any, height: Any, bins: int, where: str) -> str:
+    """Write a box in pixels as `x1 y1 x2 y2`, each the bin of the image that it is in.
+
+    Raises:
+        ZooError: it is not four numbers, or has no area; the message begins with `where`.
+    """
+    numbers = [*listed(box), width, height]
+    if len(numbers) != 6 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
+        raise ZooError(f"{where}: a box of four numbers and the image's width and height are needed, got {numbers}.")
+    x1, y1, x2, y2 = numbers[:4]
+    if not (x1 < x2 and y1 < y2 and width > 0 and height > 0):
+        raise ZooError(f"{where}: a box has x1 < x2 and y1 < y2, got {box} in an image of {width} x {height}.")
+    shares = (x1 / width, y1 / height, x2 / width, y2 / height)
+    return " ".join(str(min(bins - 1, max(0, int(share * bins)))) for share in shares)
 
 
 def listed(value: Any) -> list[Any]:
