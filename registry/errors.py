@@ -168,8 +168,8 @@ _ABOUT = {
 
 def unknown_kind(what: str, given: str, allowed: Iterable[str]) -> ZooError:
     """The error for a kind that does not exist: the nearest one, or the one that such a part is of."""
-    kind = _KIND_OF.get(given.lower().replace("-", "_").rstrip("s"))
-    if kind is None:
+    kind, allowed = _KIND_OF.get(given.lower().replace("-", "_").rstrip("s")), list(allowed)
+    if kind not in allowed:
         return unknown(what, given, allowed)
     about = f": {_ABOUT[kind]}" if kind in _ABOUT else ""
     return ZooError(

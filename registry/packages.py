@@ -8,6 +8,7 @@ from typing import Any
 from zoo.registry.source_text import stated
 
 OWN = "zoo-vlm"  # the distribution of the zoo itself
+FILE_PLUGIN = "zoo_plugin_"  # begins the module of a plugin that is a file
 
 
 @cache  # it reads what every installed distribution holds: 0.14 s
@@ -16,8 +17,13 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 def package_of(module: str) -> str:
-    """Return the installed distribution that a module belongs to, or the module's first name where there is none."""
+    """Return the installed distribution that a module belongs to, or the module's first name where there is none.
+
+    A plugin that is a file has neither.
+    """
     top = module.partition(".")[0]
+    if top.startswith(FILE_PLUGIN):
+        return ""
     if top == __name__.partition(".")[0] and _is_installed(OWN):
         return OWN
     return (_distributions().get(top) or [top])[0]
@@ -35,6 +41,8 @@ def licence_of(doc: str, package: str) -> str:
     """Return the licence that a module's docstring states; else that of the package."""
     if found := stated(doc, "Licence"):
         return found
+    if not package:
+        return ""
     try:
         facts: Any = metadata(package)
     except PackageNotFoundError:

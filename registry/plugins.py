@@ -19,6 +19,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from zoo.registry.errors import ZooError
+from zoo.registry.packages import FILE_PLUGIN
 from zoo.registry.table import names
 from zoo.registry.values import KINDS
 
@@ -163,7 +164,7 @@ def _load_file(path: Path) -> None:
     """Run a Python file as a module of its own, so that two files of the same name do not collide."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    name = f"zoo_plugin_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{FILE_PLUGIN}{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:  # registering its components twice would clash with themselves
         return
     spec = spec_from_file_location(name, path)

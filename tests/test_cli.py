@@ -79,7 +79,14 @@ def test_help_of_a_composed_command(command, capsys):
             ["info", "reranker/x"],
             "is a task here: it may ask for texts, choices, log-probabilities of answers",
         ),
-        (["new", "layout", "x"], "no template of a layout: start from a copy of one; `zoo info layout/anyres`"),
+        (
+            ["check", "merger=x"],
+            "No option named 'merger'. The list of kinds is fixed, and a plugin adds parts to it; ",
+        ),
+        (
+            ["new", "recipe", "x"],
+            "A recipe is a file of YAML, not a component: `zoo info recipe/scenes_tiny` shows one",
+        ),
         (["new", "pruner", "torch"], "torch.py would hide the module 'torch'"),
         (["new", "pruner", "My-Pruner"], "lower case letters, digits and underscores, got 'My-Pruner'"),
         (["new", "pruner", "half"], "pruner 'half': every torch module has an attribute"),

@@ -54,7 +54,7 @@ def test_what_zoo_new_writes_keeps_every_rule(kind, capsys):
     capsys.readouterr()
     assert main(["test", f"plugins=[./own_{kind}.py]", "--json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)["parts"]
-    assert report["part"] == f"{kind}/own_{kind}" and report["broken"] == 0
+    assert report["part"] == f"{new.kind_of_template(kind)}/own_{kind}" and report["broken"] == 0
     assert sum(rule["word"] == "ok" for rule in report["rules"]) >= 4
     assert not [rule for rule in report["rules"] if "a rule before it broke" in rule["given"]]
 

@@ -147,9 +147,10 @@ def naming_failed_plugins() -> Iterator[None]:
     try:
         yield
     except ZooError as error:
-        if not plugins.failed():
+        others = [p for p in plugins.failed() if p.error not in str(error)]
+        if not others:
             raise
-        broken = "; ".join(f"{p.name!r} ({p.error})" for p in plugins.failed())
+        broken = "; ".join(f"{p.name!r} ({p.error})" for p in others)
         raise ZooError(f"{error} Plugins that failed to load: {broken}.") from error
     for plugin in plugins.failed():
         print(f"zoo: plugin {plugin.name!r} was left out: {plugin.error}", file=sys.stderr)

@@ -5,24 +5,33 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from zoo.cli import templates
-from zoo.registry import KINDS, ZooError, names
+from zoo.cli import template_tests, templates
+from zoo.registry import ZooError, names
 from zoo.registry.errors import unknown_kind
 from zoo.registry.table import NAMED_CHILDREN, group_of, require_child_name
 
 TEMPLATES = {
     "pruner": templates.PRUNER,
+    "inside_pruner": templates.INSIDE_PRUNER,
     "projector": templates.PROJECTOR,
     "adapter": templates.ADAPTER,
     "dataset": templates.DATASET,
     "task": templates.TASK,
     "vision": templates.VISION,
+    "layout": templates.LAYOUT,
+    "llm": templates.LLM,
     "distiller": templates.DISTILLER,
 }
 # Imports of a kind's test: from the standard library, whether torch, from zoo.registry.
 _STANDARD = {"distiller": ["from types import SimpleNamespace"]}
-_TORCH = {"pruner", "projector", "vision", "adapter", "distiller"}
-_CONTRACTS = {"pruner": "ImageFeatures, ", "projector": "ImageFeatures, ", "task": "Dialog, "}
+_NO_TORCH = {"dataset", "task"}
+_CONTRACTS = {"pruner": "ImageFeatures, ", "projector": "ImageFeatures, ", "task": "Dialog, ", "layout": "Cut, "}
+_YAML = {  # what is no component -> where to begin
+    "model": "`zoo info model/scenes_tiny` shows one, and my_conf/model/NAME.yaml is found by `zoo check --config-dir "
+    "my_conf model=NAME`",
+    "recipe": "`zoo info recipe/scenes_tiny` shows one, and my_conf/recipe/NAME.yaml is found by `zoo train "
+    "--config-dir my_conf recipe=NAME`",
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,25 +48,34 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def write(kind: str, name: str, folder: Path) -> list[Path]:
+def write(template: str, name: str, folder: Path) -> list[Path]:
     """Write the component and its test into `folder`.
 
+    Args:
+        template: of `TEMPLATES`; `data` is `dataset`, as elsewhere on the command line.
+        name: of the component and of its file.
+        folder: that exists.
+
     Raises:
-        ZooError: the kind has no template, the name is not an identifier in lower case, or a component, file or module
+        ZooError: there is no such template, the name is not an identifier in lower case, or a component, file or module
             has that name.
     """
-    if kind not in TEMPLATES:
-        if kind in KINDS:
-            where = f"`zoo info {kind}/{names(kind)[0]}` shows its file"
-            raise ZooError(f"There is no template of a {kind}: start from a copy of one; {where}.")
-        raise unknown_kind("kind", kind, TEMPLATES)
+    template = "dataset" if template == "data" else template
+    if template in _YAML:
+        raise ZooError(f"A {template} is a file of YAML, not a component: {_YAML[template]}.")
+    if template not in TEMPLATES:
+        raise unknown_kind("kind", template, TEMPLATES)
+    kind = kind_of_template(template)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
     if kind in NAMED_CHILDREN:
         require_child_name(kind, name)
     if name in names(kind):
         raise ZooError(f"{kind} {name!r} exists already: `zoo info {kind}/{name}` shows it.")
-    files = {folder / f"{name}.py": _filled(TEMPLATES[kind], name), folder / f"test_{name}.py": _test(kind, name)}
+    files = {
+        folder / f"{name}.py": _filled(TEMPLATES[template], name),
+        folder / f"test_{name}.py": _test(template, name),
+    }
     if kind == "task":
         files[folder / f"{name}.jsonl"] = templates.QUESTIONS  # data sets of the zoo name tasks of their own
     for file in files:
@@ -72,9 +90,14 @@ def write(kind: str, name: str, folder: Path) -> list[Path]:
     return list(files)
 
 
-def next_commands(kind: str, name: str) -> list[str]:
+def kind_of_template(template: str) -> str:
+    """Return the kind of the component that a template makes."""
+    return "pruner" if template == "inside_pruner" else template
+
+
+def next_commands(template: str, name: str) -> list[str]:
     """Return the commands to run after `zoo new`."""
-    plugin = f"plugins=[./{name}.py]"
+    kind, plugin = kind_of_template(template), f"plugins=[./{name}.py]"
     first = [
         f"zoo test {name} {plugin}",
         f"python -m pytest test_{name}.py",
@@ -83,16 +106,20 @@ def next_commands(kind: str, name: str) -> list[str]:
     if kind == "task":
         asked = f"data=chat_json data.chat_json.file={name}.jsonl"
         return [*first, f"zoo eval model=scenes_tiny {plugin} task={name} {asked}"]
-    run = f"{plugin} {_chosen(kind, name)}"
+    run = f"{plugin} {_chosen(template, name)}"
     return [*first, f"zoo check {run}", f"zoo train {run}", f"zoo eval model=last {plugin}"]
 
 
-def _chosen(kind: str, name: str) -> str:
+def _chosen(template: str, name: str) -> str:
     """Return how a run gets the component."""
+    kind = kind_of_template(template)
     if kind == "distiller":
         return f"recipe=llava_kd_tiny stages.dft.distiller={name}"  # whose stage dft has a teacher
-    recipe = " recipe=fashion_mnist" if kind == "dataset" else ""  # the default recipe needs the labels of scenes
-    return f"{group_of(kind)}={name}{recipe}"
+    more = {
+        "dataset": " recipe=fashion_mnist",  # the default recipe needs the labels of scenes
+        "inside_pruner": " stages.name.pack=none stages.relate.pack=none",  # it keeps other tokens for each question
+    }
+    return f"{group_of(kind)}={name}{more.get(template, '')}"
 
 
 def _filled(text: str, name: str) -> str:
@@ -102,8 +129,8 @@ def _filled(text: str, name: str) -> str:
 def _test(kind: str, name: str) -> str:
     """Return the text of a test that loads the component as a plugin, as a run does."""
     standard = ["from pathlib import Path", *_STANDARD.get(kind, [])]
-    others = ["import torch"] if kind in _TORCH else []
+    others = [] if kind in _NO_TORCH else ["import torch"]
     others += ["from zoo import registry", f"from zoo.registry import {_CONTRACTS.get(kind, '')}plugins"]
     imports = "\n".join([*standard, "", *others])
     load = f'plugins.load([str(Path(__file__).with_name("{name}.py"))])'
-    return f"{imports}\n\n{load}\n\n\ndef test_{name}():\n{_filled(templates.TESTS[kind], name)}"
+    return f"{imports}\n\n{load}\n\n\ndef test_{name}():\n{_filled(template_tests.TESTS[kind], name)}"

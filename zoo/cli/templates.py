@@ -1,4 +1,4 @@
-"""Templates of `zoo new`: for each kind a small working component."""
+"""Templates of `zoo new`: for each kind a small working component; their tests are in `template_tests`."""
 
 # NAME is replaced by the component's name, and CLASS by the name of its class.
 
@@ -42,6 +42,51 @@ class CLASS(Pruner, nn.Module):
             return image
         best_first = torch.arange(k, device=image.tokens.device).expand(m, -1)  # (M, K), indices into N
         return image.take_best(best_first)  # (M, K, D), in grid order
+'''
+
+INSIDE_PRUNER = '''"""CLASS: from a layer of the LLM on, keep the image tokens that the last token attends to most."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.fusion.pruners.inside.attention_tap import AttentionInputs
+from zoo.fusion.pruners.inside.dropper import Dropper, DropsInside
+from zoo.registry import LanguageModel, ZooError, register
+
+
+@dataclass
+class CLASSConfig:
+    keep_ratio: float = 0.5  # share of the image tokens kept, in (0, 1]
+    layer: int = 1  # first layer with fewer tokens, counted from 0; at least 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise ZooError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}.")
+        if self.layer < 1:
+            raise ZooError(f"layer must be at least 1, the layer before it is scored, got {self.layer}.")
+
+
+@register("pruner", "NAME")
+class CLASS(DropsInside, nn.Module):
+    def __init__(self, config: CLASSConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def tokens_per_layer(self, n: int, num_layers: int) -> list[int]:
+        left = int(self._budget(0, torch.tensor(n, device="cpu")))
+        return [n if layer < self.config.layer else left for layer in range(num_layers)]
+
+    def attach(self, llm: LanguageModel) -> None:
+        after = [] if self.config.keep_ratio == 1 else [self.config.layer - 1]
+        self.drop_by(Dropper(llm, "pruner 'NAME'", after, self._budget, self._score))
+
+    def _budget(self, layer: int, total: Tensor) -> Tensor:
+        return (total * self.config.keep_ratio + 0.5).long().clamp(min=1)  # (B, samples), of so many image tokens
+
+    def _score(self, given: AttentionInputs) -> Tensor:
+        return given.voted()  # (B, L), attention of the prompt's last token, the mean over heads
 '''
 
 PROJECTOR = '''"""CLASS: a norm and a linear layer from the encoder's width to the LLM's."""
@@ -103,6 +148,112 @@ class CLASS(Encoder, nn.Module):
     def forward(self, pixel_values: Tensor, *, need: frozenset[str] = frozenset()) -> ImageFeatures:
         tokens = self.proj(pixel_values).flatten(2).transpose(1, 2)  # (M, N, D)
         return ImageFeatures(tokens, self.grid)
+'''
+
+LAYOUT = '''"""CLASS: the rows of an image (crops, frames) one after the other, each with a learned token at its end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.registry import Cut, ImageFeatures, Layout, register
+
+
+@dataclass
+class CLASSConfig:
+    std: float = 0.02  # of the learned token's initial values
+
+
+@register("layout", "NAME")
+class CLASS(Layout, nn.Module):
+    def __init__(self, config: CLASSConfig, *, num_tokens: int, text_dim: int | None) -> None:
+        super().__init__()
+        self.tokens = num_tokens  # K, of a row behind the projector
+        self.given = {"num_tokens": num_tokens}  # the processor builds another one of these, which only counts
+        self.end = None if text_dim is None else nn.Parameter(config.std * torch.randn(text_dim))
+
+    def num_tokens(self, n: int) -> int:
+        return n + 1
+
+    def count(self, cut: Cut) -> int:
+        return cut.rows * (self.tokens + 1)
+
+    def forward(self, tokens: Tensor, cuts: Sequence[Cut]) -> Tensor:
+        m, _, c = tokens.shape
+        # Marks of tokens (M, K, 1) are laid out like the tokens themselves; what is added here stays.
+        end = tokens.new_ones(1) if c == 1 or self.end is None else self.end.to(tokens.dtype)
+        return torch.cat([tokens, end.expand(m, 1, c)], dim=1).flatten(0, 1)  # (M * (K + 1), C)
+
+    def places(self, rows: Tensor, image: ImageFeatures, cuts: Sequence[Cut], whole: Layout) -> Tensor:
+        """Give where each token stood without a pruner; `rows` (M, K) has that of each among its row's."""
+        n = whole.tokens  # type: ignore[attr-defined]
+        rows = torch.cat([rows, rows.new_full((len(rows), 1), n)], dim=1)  # the end token is the row's last
+        number = torch.cat([torch.arange(cut.rows, device=rows.device) for cut in cuts])  # of a row in its image
+        return (rows + number.unsqueeze(1) * (n + 1)).flatten()
+'''
+
+LLM = '''"""CLASS: a decoder of transformers; put your own class and config in the place of Llama's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zoo.registry import LanguageModel, LinearHead, register
+
+
+@dataclass
+class CLASSConfig:
+    hidden_size: int = 128  # C
+    num_layers: int = 4  # of the decoder
+    num_heads: int = 4  # of attention, a divisor of hidden_size
+    max_positions: int = 512  # longest sequence
+
+
+@register("llm", "NAME")
+class CLASS(LanguageModel, nn.Module):
+    provides = frozenset({"dense"})  # "moe" for one with experts
+
+    def __init__(
+        self, config: CLASSConfig, *, vocab_size: int, dtype: torch.dtype | None = None, attention: str | None = None
+    ) -> None:
+        super().__init__()
+        sizes = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=config.max_positions,
+            tie_word_embeddings=True,
+        )
+        how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+        self.lm = LlamaForCausalLM._from_config(sizes, **{k: v for k, v in how.items() if v is not None})
+        self.hidden_size, self.num_layers = config.hidden_size, config.num_layers
+        self.vocab_size, self.max_positions = vocab_size, config.max_positions
+
+    @property
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
+        return self.lm.model.layers
+
+    def set_attention(self, name: str) -> None:
+        self.lm.set_attn_implementation(name)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.lm.get_input_embeddings()(input_ids)  # (B, T, C)
+
+    def hidden(self, *, padding_mask: Tensor | None = None, **inputs: Any) -> Any:
+        return self.lm.model(**{"use_cache": False, **inputs})  # .last_hidden_state (B, T, C)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.lm.lm_head(hidden)  # (..., V)
+
+    def linear_head(self) -> LinearHead | None:
+        return None  # LinearHead(weight, bias), where `head` is one linear layer: losses then compute fewer logits
 '''
 
 ADAPTER = '''"""CLASS: add a learned vector to the output of each decoder layer, at first zero: the base model."""
@@ -258,45 +409,3 @@ QUESTIONS = """{"id": "1", "question": "Is there a red circle?", "answer": "yes"
 {"id": "2", "question": "What color is the square?", "answer": "blue"}
 {"id": "3", "question": "How many shapes are there?", "answer": "3"}
 """
-
-TESTS = {
-    "pruner": """    pruner = registry.build("pruner", {"name": "NAME"})
-    image = ImageFeatures(torch.randn(2, 16, 8), (4, 4))
-    assert pruner(image).tokens.shape == (2, pruner.num_tokens(16), 8)
-    keeps_all = registry.build("pruner", {"name": "NAME", "keep_ratio": 1.0})
-    assert keeps_all(image).grid == (4, 4) and "grid" not in keeps_all.destroys
-""",
-    "projector": """    projector = registry.build("projector", {"name": "NAME"}, vision_dim=8, text_dim=12)
-    tokens = projector(ImageFeatures(torch.randn(2, 16, 8), (4, 4)))
-    assert tokens.shape == (2, projector.num_tokens(16), 12)
-""",
-    "vision": """    vision = registry.build("vision", {"name": "NAME"})
-    image = vision(torch.randn(2, 3, *vision.transform.size))
-    assert image.tokens.shape == (2, vision.num_tokens, vision.hidden_size)
-    assert image.grid == vision.grid
-""",
-    "adapter": """    llm = registry.build("llm", {"name": "hf", "hidden_size": 32, "num_layers": 2}, vocab_size=64)
-    ids = torch.arange(8).unsqueeze(0)
-    base = llm.lm(input_ids=ids).logits
-    adapter = registry.build("adapter", {"name": "NAME"}, llm=llm, text_dim=32)
-    adapter.attach()
-    assert torch.equal(llm.lm(input_ids=ids).logits, base)  # it starts as the base model
-    adapter.detach()
-    assert torch.equal(llm.lm(input_ids=ids).logits, base)
-""",
-    "distiller": """    distiller = registry.build("distiller", {"name": "NAME"})
-    out = SimpleNamespace(last_hidden_state=torch.randn(2, 5, 8))
-    assert distiller(out, out, {})["NAME"] == 0  # teacher == student: nothing to learn
-""",
-    "dataset": """    data = registry.build("dataset", {"name": "NAME"})
-    one, two = data.get(3), data.get(3)
-    assert one.dialogs == two.dialogs  # the same index gives the same sample
-    assert (one.images[0] == two.images[0]).all()
-    assert data.get(0).images[0].shape == (64, 64, 3)
-""",
-    "task": """    task = registry.build("task", {"name": "NAME"})
-    dialog = Dialog([], answers=["red"])
-    rows = [task.score(dialog, text) for text in ("It is red.", "It is blue.")]
-    assert task.summarise(rows)["mentioned"].value == 0.5
-""",
-}

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import MANY, ZooError, plugins, source_options, source_presets, unknown
+from zoo.registry import MANY, ZooError, plugins, source_options, source_presets
+from zoo.registry.errors import unknown_kind
 from zoo.registry.presets import PRESET
 from zoo.registry.table import EMPTY_SLOT, SLOT_KINDS, group_of, kind_of
 from zoo.settings import component_presets, presets, several_encoders
@@ -170,7 +171,7 @@ def require_option(
     if head not in known:
         if head == key and (error := elsewhere("", head, chosen(), config_dir)):
             raise error
-        raise unknown("option", head, known)
+        raise unknown_kind("option", head, known)
 
 
 def _chosen(command: str, parsed: Sequence[Any], config_dir: str | Path | None) -> Mapping[str, Any]:
