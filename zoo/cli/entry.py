@@ -76,7 +76,9 @@ COMMANDS = {
         "try all that a part has to do: zoo test my_part plugins=[./my_part.py]",
         json=True,
     ),
-    "doctor": Command("zoo.cli.doctor:main", "show versions, devices, attention backends and plugins"),
+    "doctor": Command(
+        "zoo.cli.doctor:main", "show versions, devices and plugins, and what is worth installing", json=True
+    ),
     "version": Command("zoo.cli.entry:version", "print the version"),
 }
 
