@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from zoo.benches.measure import Clock, Plain, Value, interleave
 from zoo.benches.place import at_least_one, chosen, torch_threads
-from zoo.benches.published import SIZES, write
+from zoo.benches.published import MODELS
 from zoo.benches.report import Report, Row, machine
 
 
 @dataclass
 class Options:
-    sizes: str = "tiny,100m"  # of LLaVAs with random weights, with commas between: tiny, 100m, 1b, 7b
+    # Models with random weights, with commas between: tiny, 100m, 1b, 7b of LLaVA; qwen2_vl, qwen2_5_vl, qwen3_vl,
+    # qwen3_vl_moe.
+    sizes: str = "tiny,100m"
     batch: int = 1  # prompts, each with one image
     text: int = 48  # tokens of text of each
     new: int = 32  # tokens that are generated
@@ -28,7 +29,7 @@ class Options:
     device: str = "auto"  # auto | cpu | cuda
 
     def __post_init__(self) -> None:
-        chosen("sizes", self.sizes, SIZES)
+        chosen("sizes", self.sizes, MODELS)
         at_least_one(self, "batch", "new", "rounds")
 
 
@@ -46,7 +47,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
     with torch_threads(options.threads):
         for name in options.sizes.split(","):
             show(f"measuring: {name}")
-            report.setting.append(f"{name}: {SIZES[name].describe()}")
+            report.setting.append(f"{name}: {MODELS[name].describe()}")
             report.add(*_rows(name, options, device, clock))
     return report
 
@@ -56,28 +57,22 @@ def _rows(name: str, options: Options, device: torch.device, clock: Clock) -> li
 
     import zoo
 
-    sizes, dtype = SIZES[name], getattr(torch, options.dtype)
+    made, dtype = MODELS[name], getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as temporary:
-        write(sizes, Path(temporary), dtype)
+        made.write(Path(temporary), dtype)
         ours, processor = zoo.load(f"dir:{temporary}", device=device, dtype=dtype, attention=options.attention)
-        theirs: Any = transformers.LlavaForConditionalGeneration.from_pretrained(temporary, dtype=dtype)
+        theirs: Any = transformers.AutoModelForImageTextToText.from_pretrained(temporary, dtype=dtype)
     taken = ours.set_attention(options.attention)
     theirs = theirs.to(device).eval()
     theirs.generation_config = ours.generation_config  # the same end tokens, which cost each step a little
     theirs.set_attn_implementation(taken if not taken.startswith("zoo") else "eager")
-    generator = np.random.default_rng(0)
-    ids = torch.from_numpy(generator.integers(8, 256, (options.batch, options.text + sizes.image_tokens)))
-    ids[:, 4 : 4 + sizes.image_tokens] = processor.image_token_id
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(options.batch, 3, sizes.image_size, sizes.image_size, dtype=dtype),
-    }
-    batch = {key: value.to(device) for key, value in batch.items()}
+    prompts = made.prompts(processor.image_token_id, options.batch, options.text, dtype)
+    given = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in prompt.items()} for prompt in prompts]
+    batches = {id(ours): given[0], id(theirs): given[1]}
 
     def answer(model: Any, new: int) -> Callable[[], Any]:
         fixed = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
-        return lambda: model.generate(**batch, **fixed)
+        return lambda: model.generate(**batches[id(model)], **fixed)
 
     same = torch.equal(answer(ours, options.new)(), answer(theirs, options.new)())
     variants = {
@@ -86,7 +81,7 @@ def _rows(name: str, options: Options, device: torch.device, clock: Clock) -> li
         for who, model in (("ours", ours), ("theirs", theirs))
     }
     times = interleave(variants, clock, options.rounds, 1)
-    positions, rows = ids.numel(), []
+    positions, rows = given[0]["input_ids"].numel(), []
     for what, tokens, take in (
         ("prefill", positions, lambda who: times.seconds(f"{who} 1")),
         (

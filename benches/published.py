@@ -1,11 +1,13 @@
-"""A LLaVA of any size with random weights, in the published layout: what loading and generating are measured on."""
+"""Models with random weights, in the published layout: what loading and generating are measured on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zoo.benches.llava import Sizes, config
+from zoo.benches.published_qwen import QWEN, QwenVL
 from zoo.benches.random_files import write_random
 
 SIZES = {  # as those of zoo.benches.llava
@@ -53,3 +55,37 @@ def write(sizes: Sizes, folder: Path, dtype: torch.dtype) -> int:
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
     return written
+
+
+@dataclass(frozen=True)
+class Llava:
+    """A LLaVA, as `QwenVL` is a Qwen-VL."""
+
+    sizes: Sizes
+
+    @property
+    def tiny(self) -> "Llava":
+        return Llava(SIZES["tiny"])
+
+    @property
+    def image_tokens(self) -> int:
+        return self.sizes.image_tokens
+
+    def describe(self) -> str:
+        return self.sizes.describe()
+
+    def write(self, folder: Path, dtype: torch.dtype) -> int:
+        return write(self.sizes, folder, dtype)
+
+    def prompts(self, image_token: int, rows: int, text: int, dtype: torch.dtype) -> tuple[dict, dict]:
+        """Return prompts of one image and `text` tokens each, as both models take them."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(8, 256, (rows, text + self.image_tokens), generator=generator)
+        ids[:, 4 : 4 + self.image_tokens] = image_token
+        side = self.sizes.image_size
+        pixels = torch.randn(rows, 3, side, side, generator=generator).to(dtype)
+        both = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        return both, both
+
+
+MODELS: dict[str, Llava | QwenVL] = {name: Llava(sizes) for name, sizes in SIZES.items()} | QWEN

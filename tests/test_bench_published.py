@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from zoo.benches import load
-from zoo.benches.generate import Options
+from zoo.benches.generate import Options, run
 from zoo.benches.peak import in_process
-from zoo.benches.published import SIZES, write
+from zoo.benches.published import MODELS, SIZES, write
 from zoo.cli.bench import main
 from zoo.registry import ZooError
 
@@ -16,6 +16,14 @@ def test_generation_is_compared_and_the_answers_are_equal(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "tiny: prefill" in out and "tiny: decode" in out and "bound <= 1.03x" in out
     assert "answers differ" not in out
+
+
+def test_families_of_native_resolution_are_compared(monkeypatch):
+    for name in ("qwen2_5_vl", "qwen3_vl_moe"):
+        monkeypatch.setitem(MODELS, name, MODELS[name].tiny)
+    options = Options(sizes="qwen2_5_vl,qwen3_vl_moe", rounds=1, new=3, text=12, device="cpu")
+    report = run(options, lambda line: None)
+    assert len(report.rows) == 12 and not any(row.note for row in report.rows)
 
 
 def test_a_few_frames_of_a_clip_cost_a_few(capsys):
