@@ -23,6 +23,7 @@ CLAIMS = (
     "pool", "mole", "moextend", "pruning", "pruning_fashion", "pruning_film", "vlora", "pool_cells", "mole_domains",
     "moextend_clothes", "vlora_clothes", "llava_kd", "llava_mod", "llava_kd_clothes", "llava_mod_clothes",
     "distill_pruned", "distill_pruned_clothes", "mole_smollm", "vlora_smollm", "pool_smollm", "pruning_smollm",
+    "llava_kd_smollm", "llava_mod_smollm", "moextend_smollm",
 )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ The language model and the encoders are those of the packages of `.[weights]`. E
 rows, so that a run that was killed goes on within an arm.
 """
 
+import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ CONVOLUTIONS = (  # 8 x 8 positions, joined to 16 tokens: as in `picturebook_135
 )  # fmt: skip
 LORA = ("adapter=[lora]", "adapter.lora.rank=8", "adapter.lora.alpha=16")
 PACKED = 288  # tokens of a row, at most
+COST = "seconds_of_a_step.json"
 STAGE: dict[str, Any] = {
     "lr": 1e-3,
     "weight_decay": 0.01,
@@ -50,7 +53,7 @@ def trained(run: Run, name: str, words: Sequence[str], stages: Mapping[str, Mapp
         words: options of `zoo train` that compose the model and its data.
         stages: name of a stage -> its options where they differ from `STAGE`.
     """
-    folder = _place(run) / "".join(c if c.isalnum() else "_" for c in name)
+    folder = place_of(run) / "".join(c if c.isalnum() else "_" for c in name)
     if (folder / "model").is_dir():
         return folder / "model"
     if (folder / "config.yaml").is_file():
@@ -67,9 +70,17 @@ def trained(run: Run, name: str, words: Sequence[str], stages: Mapping[str, Mapp
         own = [f"run.folder={folder}", f"seed={run.seed}", "precision=bf16", "recipe=null", *words, *stated]
         cfg = compose("train", own)
     with Training(cfg, Display(silent=True)) as training:
+        begun, done = time.process_time(), training.progress.global_step
         training.train()
+        if (steps := training.progress.global_step - done) > 0:
+            (folder / COST).write_text(json.dumps((time.process_time() - begun) / steps), encoding="utf-8")
         save_model(training)
     return folder / "model"
+
+
+def seconds_of_a_step(folder: Path) -> float:
+    """CPU seconds of an optimiser step of `trained`, the teacher's included, where it took its last ones at once."""
+    return float(json.loads((folder.parent / COST).read_text(encoding="utf-8")))
 
 
 def loaded(folder: Path, *words: str) -> tuple[Any, Any]:
@@ -116,7 +127,8 @@ def _by_set(lines: Sequence[Line], end: str, score_of: Callable[[Line], Score | 
     return {f"all{end}": mean(list(rows.values())), **rows}
 
 
-def _place(run: Run) -> Path:
+def place_of(run: Run) -> Path:
+    """Where a seed keeps its models: beside its rows, or in a new folder where rows are not kept."""
     return run.folder if run.folder is not None else Path(mkdtemp(prefix="zoo-claims-"))
 
 

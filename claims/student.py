@@ -140,17 +140,7 @@ class Trainer:
         """Accuracy over all questions, and what is said about presence."""
         processor, limit = processor or self.teachers_processor, self.run.size(self.num_test, 4)
         rows = evaluate(model, processor, {"pictures": self.test}, limit=limit, baselines=False).predictions
-        asked = [(yes_or_no(r["prediction"]), r["answers"][0] == "yes") for r in rows if r["kind"] == self.presence]
-        kinds = sorted({r["kind"] for r in rows})
-        scores = {k: mean([_right(r) for r in rows if r["kind"] == k]) for k in kinds}
-        return {
-            "accuracy": mean([_right(r) for r in rows]),
-            **scores,
-            "false positives": mean([said is True for said, there in asked if not there]),
-            "false negatives": mean([said is not True for said, there in asked if there]),
-            "yes": mean([said is True for said, _ in asked]),
-            "valid": mean([said is not None for said, _ in asked]),
-        }
+        return said_of(rows, self.presence)
 
 
 class Scenes(Trainer):
@@ -180,6 +170,25 @@ class Clothes(Trainer):
         self.photos = part("dataset", {**nodes.fashion_mnist, "seed": run.seed})
         self.pairs = part("dataset", {**nodes.fashion_pairs, "seed": run.seed})
         self.test = part("dataset", nodes.fashion_mnist).eval_split()
+
+
+def said_of(rows: Sequence[Mapping[str, Any]], presence: str) -> dict[str, float]:
+    """Accuracy over all questions and of each kind, and what is said about presence.
+
+    Args:
+        rows: predictions of `evaluate`.
+        presence: the kind of question about what is there, answered by yes or no.
+    """
+    asked = [(yes_or_no(r["prediction"]), r["answers"][0] == "yes") for r in rows if r["kind"] == presence]
+    scores = {kind: mean([_right(r) for r in rows if r["kind"] == kind]) for kind in sorted({r["kind"] for r in rows})}
+    return {
+        "accuracy": mean([_right(r) for r in rows]),
+        **scores,
+        "false positives": mean([said is True for said, there in asked if not there]),
+        "false negatives": mean([said is not True for said, there in asked if there]),
+        "yes": mean([said is True for said, _ in asked]),
+        "valid": mean([said is not None for said, _ in asked]),
+    }
 
 
 def _right(row: Mapping[str, Any]) -> float:

@@ -34,11 +34,11 @@ def measure(run: Run) -> None:
         model, processor = loaded(folder)
         found = scores(run, model, processor, DATA, TEST, baselines=part == "projector")
         run.add({name if what == "all" else f"{name}, {what}": one for what, one in found.items()})
-        run.add({f"{name}, {SAME}": _same_text(model, processor)})
+        run.add({f"{name}, {SAME}": same_text(model, processor)})
 
 
 @torch.no_grad()
-def _same_text(model: Any, processor: Any) -> float:
+def same_text(model: Any, processor: Any) -> float:
     """Whether the model gives the logits of its language model alone."""
     ids = processor.tokenizer("The capital of France is", return_tensors="pt").input_ids
     whole = model(input_ids=ids, all_logits=True).logits
