@@ -97,14 +97,28 @@ def train(
     return _ended(place, children)
 
 
-def call_in_two(place: Path, function: Callable[..., Any], *args: Any, processes: int = 2) -> Ended:
-    """Call a function in two or more processes that make up one group; `place` is their working folder."""
+def call_in_two(
+    place: Path, function: Callable[..., Any], *args: Any, processes: int = 2, until: int | None = None
+) -> Ended:
+    """Call a function in processes that make up one group; `place` is their working folder.
+
+    Args:
+        place: working folder.
+        function: to call with `args`.
+        args: of the function.
+        processes: how many.
+        until: the process that is waited for, where others hang; they are killed behind it.
+    """
     port = _free_port()
     children = []
     for rank in range(processes):
         env = _environment(rank, processes, port)
         children.append(SERVER.Process(target=_call, args=(str(place), env, f"said.{rank}", function, args)))
         children[-1].start()
+    if until is not None:
+        children[until].join(PATIENCE)
+        for child in children:
+            child.kill()
     for child in children:
         child.join(PATIENCE)
     return _ended(place, children)

@@ -1,5 +1,6 @@
 """A process of a run that is gone, or hangs, is noticed by the others, whatever they wait for."""
 
+import functools
 import os
 import signal
 import sys
@@ -45,6 +46,33 @@ def test_the_others_leave(how, codes, tmp_path):
         ended = killed_runs.call_in_two(tmp_path, watched, how)
     assert ended.codes == codes, ended.said
     assert ("zoo train resume=x" in ended.said) == (how != "leave"), ended.said
+
+
+def scoring(command: str, how: str) -> None:
+    """`zoo eval` or `zoo teach` in two processes, the second of which goes, or hangs, as models are loaded."""
+    from zoo.cli.entry import main
+    from zoo.loading import build
+    from zoo.runs import watch
+    from zoo.training import teach
+
+    def load(*args, **options):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        torch.distributed.barrier()
+        pytest.fail("the other process is gone")
+
+    watch.Watch = functools.partial(Watch, every=0.1, patience=10)  # type: ignore[misc]
+    build.build, teach.load_teacher = load, load  # type: ignore[assignment]
+    words = ["model=scenes_tiny", "data=[scenes]"] if command == "eval" else ["recipe=llava_kd_tiny", "teach.stage=dpt"]
+    sys.exit(main([command, *words, "device=cpu", "run.dir=runs"]))
+
+
+@pytest.mark.parametrize(("command", "how"), [("eval", "hang"), ("teach", "kill")])
+def test_the_others_leave_an_evaluation(command, how, tmp_path):
+    with killed_runs.served():
+        ended = killed_runs.call_in_two(tmp_path, scoring, command, how, until=0)
+    assert ended.codes[0] == GONE and "To go on: " in ended.said, ended.said
+    assert ("evaluation again" if command == "eval" else "samples that are stored stay so") in ended.said
 
 
 def test_errors_of_the_network_are_of_a_process_that_is_gone():

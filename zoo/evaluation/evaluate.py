@@ -28,6 +28,7 @@ from zoo.runs.processes import by_first, start_accelerator
 from zoo.runs.progress import clock
 from zoo.runs.scored import Tasks, nothing_to_score, require_dialogs, samples_of
 from zoo.runs.sharding import gathered
+from zoo.runs.watch import watched
 from zoo.storage.atomic import write_text, writing
 from zoo.storage.precision import autocast, fast_products
 from zoo.tasks.baselines import Commonest
@@ -38,10 +39,17 @@ TRAIN_SAMPLES = 2000  # samples of the training split whose answers the majority
 
 def main(cfg: DictConfig) -> EvalResult:
     """Score the model of the config on its data, print the table, and write scores and predictions."""
+    accelerator = start_accelerator(cfg.device)
+    with watched(accelerator, "start the evaluation again; answers of one that did not end are not kept"):
+        result = _evaluated(cfg, accelerator)
+        accelerator.wait_for_everyone()
+    return result
+
+
+def _evaluated(cfg: DictConfig, accelerator: Any) -> EvalResult:
     from zoo.loading.build import build as build_model
     from zoo.settings.source import source_of
 
-    accelerator = start_accelerator(cfg.device)
     data = RunData(cfg.data, skip_broken=cfg.skip_broken)
     datasets = data.evaluation or data.all
     if not datasets:
@@ -80,7 +88,6 @@ def main(cfg: DictConfig) -> EvalResult:
         if result.skipped:
             say(f"{len(result.skipped)} records were left out; skipped.jsonl has the reasons.")
         say(f"{len(result.predictions)} answers in {clock(result.seconds)}, all in {folder}", None)
-    accelerator.wait_for_everyone()
     return result
 
 

@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,6 +101,28 @@ class Watch:
         # Without cleaning up: the main thread waits in an exchange that never ends. Locks end with the process.
         print(f"zoo: {what}. Process {self.rank} leaves. To go on: {self.go_on}", file=sys.stderr, flush=True)
         os._exit(GONE)
+
+
+@contextlib.contextmanager
+def watched(accelerator: Any, go_on: str) -> Iterator[None]:
+    """Watch the other processes while a command runs that has one group of them.
+
+    Args:
+        accelerator: of the command.
+        go_on: what a person does where one is gone, for the message.
+
+    Raises:
+        ZooError: an exchange failed, since another process is gone.
+    """
+    watch = Watch(accelerator, go_on)
+    try:
+        yield
+    except BaseException as error:
+        watch.stop(failed=not isinstance(error, SystemExit))  # all agreed on that
+        if (gone := as_gone(error, accelerator, go_on)) is not None:
+            raise gone from error
+        raise
+    watch.stop()
 
 
 def as_gone(error: BaseException, accelerator: Any, go_on: str) -> ZooError | None:

@@ -34,6 +34,7 @@ from zoo.runs.lengths import require_room
 from zoo.runs.order import Mix, ShardPosition
 from zoo.runs.processes import gather, start_accelerator
 from zoo.runs.progress import clock
+from zoo.runs.watch import watched
 from zoo.settings.stage import Stage, stages_of
 from zoo.storage.atomic import write_text
 from zoo.storage.precision import autocast, fast_products, resolve_precision
@@ -78,6 +79,11 @@ def main(cfg: DictConfig) -> Path:
     """Store the outputs of a stage's teacher; return the folder."""
     name, stage = stage_of(cfg)
     accelerator = start_accelerator(cfg.device)
+    with watched(accelerator, "give the same command again; samples that are stored stay so"):
+        return _stored(cfg, name, stage, accelerator)
+
+
+def _stored(cfg: DictConfig, name: str, stage: Stage, accelerator: Any) -> Path:
     rank, world = accelerator.process_index, accelerator.num_processes
     fast_products()
     precision = resolve_precision(stage.precision or cfg.precision, accelerator.device)
