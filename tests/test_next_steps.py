@@ -16,7 +16,7 @@ def _here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", new.TEMPLATES)
-def test_each_line_runs(kind, capsys):
+def test_each_line_runs(kind, tmp_path, capsys):
     assert main(["new", kind, f"own_{kind}"]) == 0
     _, _, lines = capsys.readouterr().out.partition("\nnext:\n")
     first, second, *commands = [line.split() for line in lines.splitlines()]
@@ -33,3 +33,6 @@ def test_each_line_runs(kind, capsys):
         said = capsys.readouterr().err
         assert "needs dataset 'own_dataset', which the model got from a plugin that is not loaded" in said
         assert "If you trust it, add plugins=[./own_dataset.py]." in said
+    if kind == "inside_pruner":
+        assert main(["train", "plugins=[./own_inside_pruner.py]", "pruner=own_inside_pruner"]) == 2
+        assert "Set stages.name.pack=none." in capsys.readouterr().err and not (tmp_path / "runs").exists()

@@ -26,7 +26,7 @@ TEMPLATES = {
 _STANDARD = {"distiller": ["from types import SimpleNamespace"]}
 _NO_TORCH = {"dataset", "task"}
 _CONTRACTS = {"pruner": "ImageFeatures, ", "projector": "ImageFeatures, ", "task": "Dialog, ", "layout": "Cut, "}
-_YAML = {  # what is no component -> where to begin
+_YAML = {  # what has no template -> where to begin
     "model": "`zoo info model/scenes_tiny` shows one, and my_conf/model/NAME.yaml is found by `zoo check --config-dir "
     "my_conf model=NAME`",
     "recipe": "`zoo info recipe/scenes_tiny` shows one, and my_conf/recipe/NAME.yaml is found by `zoo train "

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from zoo.checking.checker import check
+from zoo.checking.data_check import check_data
 from zoo.checking.plan import plan_from
 from zoo.composed.assembly import build_distiller
 from zoo.composed.masters import widen, widen_names
@@ -75,7 +76,9 @@ def main(cfg: DictConfig) -> RunFolder:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join([f"Replaying {cfg.lock}.", *(f"  different here: {note}" for note in notes)]))
     elif not cfg.resume:
-        check(plan_from(cfg))  # before a folder is made or data is read
+        report = check(plan_from(cfg))  # before a folder is made or data is read
+        if alone := [stage for stage in report.stages if stage.one_dialog]:  # in a later stage it would cost a training
+            check_data(cfg, alone)
     with Run(cfg) as run:
         run.train()
         finish(run)
