@@ -7,6 +7,7 @@ from PIL import Image
 from zoo.vision.encoders.qwen import QwenVision, QwenVisionConfig
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+NATIVE = [*FAMILIES, "glm4v"]
 SIZES = {"width": 32, "heads": 2, "depth": 4, "patch_size": 4, "out_width": 64, "max_pixels": 64 * 64, "min_pixels": 64}
 EXTRA = {
     "qwen2_vl": {},
@@ -14,6 +15,7 @@ EXTRA = {
     "qwen3_vl": {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1, 2]},
 }
 EXTRA["qwen3_vl_moe"] = EXTRA["qwen3_vl"]
+EXTRA["glm4v"] = {"image_size": 24}
 
 
 def encoder_node(family: str, **options) -> dict:
@@ -50,6 +52,7 @@ def slots(family: str, **replaced) -> dict:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     if family.startswith("qwen3"):
         rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    rope |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5} if family == "glm4v" else {}
     llm = {"name": "hf", "model_type": f"{family}_text", "hidden_size": 64, "num_layers": 4, "num_heads": 4}
     llm |= {"num_kv_heads": 2, "intermediate_size": 96, "max_positions": 1024, "extra": {"rope_parameters": rope}}
     llm |= {"num_experts": 4, "top_k": 2} if family.endswith("moe") else {}

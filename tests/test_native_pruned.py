@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import QUESTIONS
-from tests.qwen_builders import FAMILIES, for_whole, picture, sharpen, slots, whole_of
+from tests.qwen_builders import NATIVE, for_whole, picture, sharpen, slots, whole_of
 from zoo.registry import ImageFeatures, ZooError
 from zoo.registry.versions import cache_argument
 
@@ -60,7 +60,7 @@ def model_family(model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE)
 @torch.no_grad()
 def test_dropping_is_hiding_in_the_whole_model(make_model, family, side):
     model, processor = made(make_model, family, pruner_slot("fastervlm"))

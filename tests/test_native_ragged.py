@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.qwen_builders import FAMILIES, encoder, patches, picture, sharpen, slots
+from tests.qwen_builders import NATIVE, encoder, patches, picture, sharpen, slots
 from zoo import registry
 from zoo.registry import Cut, ImageFeatures, ZooError
 from zoo.registry.versions import cache_argument
@@ -86,7 +86,7 @@ def stays_of(out):
 @pytest.mark.parametrize("case", DROP)
 @torch.no_grad()
 def test_dropping_is_hiding(make_model, case, left):
-    for family in FAMILIES if case in ("hiprune", "evs") else ["qwen3_vl"]:
+    for family in NATIVE if case in ("hiprune", "evs") else ["qwen3_vl"]:
         model, bare = made(make_model, family, node(case, DROP)), made(make_model, family)
         bare.load_state_dict(model.state_dict())
         out, whole = model(**batch_of(model, left=left)), batch_of(bare, left=left)
