@@ -50,7 +50,10 @@ class Dense(Distiller, nn.Module):
     def __init__(self, config: DenseConfig, *, vision_dim: int, grid: tuple[int, int] | None) -> None:
         super().__init__()
         if grid is None:
-            raise ZooError("labels of cells need an encoder whose tokens are one grid of them")
+            raise ZooError(
+                "labels of cells need an encoder whose tokens are one grid of them. Without a recipe of one's own: "
+                "recipe=null"
+            )
         self.classes, self.target, self.grid = list(config.classes), config.target, (grid[0], grid[1])
         self.label_weights = list(config.weights) or [1.0] * len(self.classes)
         self.needs = frozenset({"student.image", f"batch.{config.target}"})

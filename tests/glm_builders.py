@@ -1,4 +1,4 @@
-"""Tiny models of GLM-4.1V by transformers' own classes."""
+"""Tiny models of GLM-4.1V and GLM-4.6V by transformers' own classes."""
 
 import torch
 
@@ -13,6 +13,7 @@ CHAT = (
 )
 MARKS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|video|>")
 SPECIAL = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>", *MARKS)
+WORDS = {"glm4v": "Glm4v", "glm46v": "Glm46V"}
 FAMILIES = ["glm4v"]
 VISION = {"depth": 4, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 72}
 VISION |= {"patch_size": 4, "image_size": 24}
@@ -32,10 +33,15 @@ def made(name, folder, tie=False, **text):
     names = {"image_start": MARKS[0], "image_end": MARKS[1], "video_start": MARKS[2], "video_end": MARKS[3]}
     names |= {"image": "<|image|>", "video": "<|video|>"}
     ids = {f"{name}_token_id": tok.convert_tokens_to_ids(token) for name, token in names.items()}
-    config = t.Glm4vConfig(text_config=text, vision_config=VISION, tie_word_embeddings=tie, **ids)
+    words = WORDS[name]
+    parts = {
+        "text_config": {"model_type": "glm4v_text", **text},
+        "vision_config": {"model_type": "glm4v_vision", **VISION},
+    }
+    config = getattr(t, f"{words}Config")(**parts, tie_word_embeddings=tie, **ids)
+    model = getattr(t, f"{words}ForConditionalGeneration")(config)
     sizes = {"patch_size": 4, "size": {"shortest_edge": 128, "longest_edge": 2 * 64 * 64}}
-    processor = t.Glm4vProcessor(
-        image_processor=t.Glm4vImageProcessor(**sizes), tokenizer=tok, chat_template=CHAT,
-        video_processor=t.Glm4vVideoProcessor(**sizes | {"size": {"shortest_edge": 128, "longest_edge": 16384}}),
-    )  # fmt: skip
-    return build.finish(build.shake(t.Glm4vForConditionalGeneration(config)), processor, folder)
+    videos = getattr(t, f"{words}VideoProcessor")(**sizes | {"size": {"shortest_edge": 128, "longest_edge": 16384}})
+    images = getattr(t, f"{words}ImageProcessor")(**sizes)
+    processor = getattr(t, f"{words}Processor")(images, tok, video_processor=videos, chat_template=CHAT)
+    return build.finish(build.shake(model), processor, folder)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.video_utils import VideoMetadata
 
 import zoo
 from tests import glm_builders
@@ -28,7 +29,7 @@ def made(name, folder, tie=False):
     """A tiny model by transformers' own classes, saved and loaded again."""
     import transformers as t
 
-    if name in glm_builders.FAMILIES:
+    if name in glm_builders.WORDS:
         return glm_builders.made(name, folder, tie)
     tok = build.tokenizer("<|image_pad|>", extra=SPECIAL)
     tok = type(tok)(
@@ -282,6 +283,32 @@ def test_a_pruned_video_has_the_places_of_the_whole_and_its_frames_are_the_model
     assert isinstance(whole.chat("is it red?", video=Video(film, frames=3), max_new_tokens=3), str)
     _, fewer = zoo.load(f"dir:{folder}", "pruner=[frames]", "pruner.frames.keep_ratio=0.5")
     assert fewer.prepare([Video(film, frames=8)])[0].cut.rows == 2
+
+
+@torch.no_grad()
+def test_glm46v_is_glm4v_with_other_times_and_another_choice_of_frames(film, tmp_path):
+    theirs, processor = made("glm46v", tmp_path / "own")
+    ours, mine = zoo.load(f"dir:{tmp_path / 'own'}")
+    video = Video(film, sampling="model")
+    about = VideoMetadata(total_num_frames=20, fps=10.0, duration=2.0)
+    chosen = tuple(int(i) for i in processor.video_processor.sample_frames(about))
+    clip = read_video(Video(film, sampling="explicit", indices=chosen))
+    assert mine.prepare([video])[0].cut.starts == (0.0, 0.4, 0.7, 1.0, 1.4, 1.7)  # three pairs a second
+    text = processor.apply_chat_template(watched("video"), add_generation_prompt=True)
+    known = {"total_num_frames": 20, "fps": 10.0, "frames_indices": list(clip.indices)}
+    batch = processor(
+        videos=[clip.frames], text=[text], return_tensors="pt", do_sample_frames=False, video_metadata=[known]
+    )
+    got = mine(videos=[video], text=text)
+    assert "0.4 seconds" in mine.tokenizer.decode(got["input_ids"][0])
+    assert torch.equal(got["input_ids"], batch["input_ids"])
+    assert torch.equal(got["pixel_values"], batch["pixel_values_videos"])
+    wanted = theirs(**batch).logits
+    assert (ours(**got).logits - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    zoo.export(ours, mine, tmp_path / "out")
+    again, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(again.eval()(**batch).logits, wanted)
 
 
 # ---- names and configs of repositories ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from zoo.registry import ZooError, unknown
 
 # `model_type` in config.json -> module of the family
 FAMILIES = {
+    "glm46v": "zoo.published.glm4v",
     "glm4v": "zoo.published.glm4v",
     "idefics3": "zoo.published.idefics3",
     "internvl": "zoo.published.internvl",

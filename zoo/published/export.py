@@ -29,7 +29,14 @@ from zoo.text.stops import keep_stops
 
 # Layouts for models composed from own parts, in the order in which they are tried.
 _ORDER = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
-_NATIVE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")  # of models whose images keep their shapes
+_NATIVE = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "glm4v",
+    "glm46v",
+)  # of models whose images keep their shapes
 # Encoders that hub repositories keep below a level of their own.
 _NESTED = ("clip_vision_model", "siglip_vision_model")
 _TOWER = re.compile(r"^(vision_tower|image_tower|video_tower)\.")
