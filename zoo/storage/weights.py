@@ -82,14 +82,20 @@ def state_of(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str,
     Raises:
         ZooError: `given` lacks a weight.
     """
-    state: dict[str, Tensor] = {}
+    found = once_each(model, given)
+    return {n: whole(t) if hasattr(t, "full_tensor") else t.detach() for n, t in found.items()}
+
+
+def once_each(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return a model's weights as they are, each once, by the first of its names; `given` as in `state_of`."""
+    found: dict[str, Tensor] = {}
     source = named_weights(model) if given is None else given
     for name, names in names_of(model).items():
-        found = next((source[n] for n in names if n in source), None)
-        if found is None:
+        one = next((source[n] for n in names if n in source), None)
+        if one is None:
             raise ZooError(f"state_dict lacks {name!r}: it must hold every weight of the model.")
-        state[name] = whole(found) if hasattr(found, "full_tensor") else found.detach()
-    return state
+        found[name] = one
+    return found
 
 
 def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB") -> None:

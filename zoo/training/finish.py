@@ -20,8 +20,8 @@ from zoo.runs.folder import read_metrics
 from zoo.runs.processes import by_first
 from zoo.runs.progress import clock
 from zoo.runs.trackers import send_pictures
+from zoo.runs.whole_weights import whole_weights
 from zoo.storage.atomic import hashes, write_json, written_beside
-from zoo.storage.weights import state_of
 from zoo.training.shown_answers import shown_answers
 from zoo.training.step import reseed
 
@@ -93,16 +93,17 @@ def track_answers(run: "Run", result: EvalResult) -> None:
 
 def save_model(run: "Run") -> None:
     """Write the final model and its processor to the run's folder."""
-    model, state = run.model, state_of(run.model)  # gathers shards, so every process takes part
+    model = run.model
+    with whole_weights(run.accelerator, model, run.folder) as state:
 
-    def write() -> None:
-        with run.folder.writing("the model"), written_beside(run.folder.model, folder=True) as beside:
-            model.save_pretrained(beside, state_dict=state)
-            run.processor.save_pretrained(beside)
-            _card(run, beside)
-        run.folder.write_lock(**run.facts(model), model=hashes(run.folder.model.glob("*.safetensors")))
+        def write() -> None:
+            with run.folder.writing("the model"), written_beside(run.folder.model, folder=True) as beside:
+                model.save_pretrained(beside, state_dict=state)
+                run.processor.save_pretrained(beside)
+                _card(run, beside)
+            run.folder.write_lock(**run.facts(model), model=hashes(run.folder.model.glob("*.safetensors")))
 
-    by_first(run.accelerator, write)
+        by_first(run.accelerator, write)
 
 
 def write_report(run: "Run", result: EvalResult | None) -> None:
