@@ -80,6 +80,9 @@ def test_mistakes_repeat_what_was_typed(words, message):
     assert str(caught.value).startswith(message)
 
 
+HELPS = [name for name in entry.COMMANDS if name != "version"]
+
+
 @dataclass
 class Options:
     port: int = 8000  # to listen on
@@ -175,7 +178,7 @@ def test_a_device_that_may_exist_is_taken(device):
         *(["chat", "scenes_tiny", *flag] for flag in (["--device", "cud"], ["device=cud"])),
         ["serve", "scenes_tiny", "--device", "cud"],
         ["demo", "scenes_tiny", "device=cud"],
-        ["inspect", "scenes_tiny", "--image", "x.jpg", "device=cud"],
+        ["inspect", "scenes_tiny", "--image", __file__, "device=cud"],
         ["export", "scenes_tiny", "device=cud"],
         ["bench", "train", "device=cud"],
         ["shift", "base=scenes_tiny", "probe=scenes_tiny", "device=cud"],
@@ -190,6 +193,31 @@ def test_every_command_refuses_it_before_anything_is_loaded(words, monkeypatch, 
     assert main(words) == 2
     said = capsys.readouterr().err
     assert "=cud: there is no such device. Did you mean " in said and "=cuda? Allowed: auto, cpu, cuda" in said
+
+
+@pytest.mark.parametrize("words", [*HELPS, "", "bench train", "bench prune", "bench claims"])
+def test_every_help_fits_80_columns(words, capsys):
+    assert main([*words.split(), "--help"]) == 0
+    out, err = capsys.readouterr()
+    wide = [line for line in out.splitlines() if len(line) > 80]
+    assert not wide and not err and "\x1b" not in out
+    assert f"usage: zoo {words}".rstrip() in out and "--help" in out
+    assert out == out.strip("\n") + "\n" and "\n\n\n" not in out
+
+
+@pytest.mark.parametrize("name", [name for name in HELPS if name not in ("doctor", "list", "report")])
+def test_every_command_names_the_nearest_flag_and_takes_help_anywhere(name, capsys):
+    typed = ["train"] if name == "bench" else ["a"]
+    assert main([name, *typed, "--hepl"]) == 2
+    assert "has no flag '--hepl'. Did you mean '--help'?" in capsys.readouterr().err
+    assert main([name, *typed, "-h"]) == 0 and f"usage: zoo {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["chat", "export", "push", "serve", "demo", "inspect", "shift", "new", "info"])
+def test_a_command_without_what_it_needs_shows_its_help(name, capsys):
+    assert main([name]) == 2
+    out, err = capsys.readouterr()
+    assert f"usage: zoo {name}" in err and out == ""
 
 
 def answered(capsys, *words: str) -> tuple[int, dict]:

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 
 import zoo
 from tests.browser import Browser
-from zoo.cli.demo_command import DemoOptions
+from zoo.cli.demo_command import DemoOptions, parser_of_demo
 from zoo.cli.entry import main
-from zoo.cli.serve_command import parsed
+from zoo.cli.serve_command import own_options
 from zoo.composed.chat_session import Talk as Chat
 from zoo.inspection.demo import AS_LOADED, Demo, Side, Talk, examples
 from zoo.inspection.xray import inspect
@@ -133,13 +133,18 @@ def test_what_is_refused_leaves_the_conversation_as_it_was(demo, photo, tmp_path
 
 
 def test_words_of_the_command(capsys, monkeypatch):
-    names, options, rest = parsed(["a", "dir:b", "port=1", "--share=true", "pruner=random"], DemoOptions, "zoo demo", 4)
-    assert (names, options.port, options.share, rest) == (["a", "dir:b"], 1, True, ["pruner=random"])
+    args = parser_of_demo().read(["a", "port=1", "--share", "dir:b", "pruner=random", "--max-tokens", "9"])
+    options = own_options(args, DemoOptions, "zoo demo")
+    assert (args.model, options.port, options.share, options.max_tokens) == (["a", "dir:b"], 1, True, 9)
+    assert args.options == ["pruner=random"]
     assert DemoOptions().share is False and DemoOptions().host == "127.0.0.1"
-    for words in (["a", "prot=1"], ["a", "batch=0"], [*"abcde"]):
-        with pytest.raises(ZooError):
-            parsed(words, DemoOptions, "zoo demo", 4)
-    assert main(["demo", "--help"]) == 0 and "share=False" in capsys.readouterr().out
+    for words, why in (
+        (["a", "prot=1"], "'port'?"),
+        (["a", "batch=0"], "batch has to"),
+        ([*"abcde"], "one to 4 models"),
+    ):
+        assert main(["demo", *words]) == 2 and why in capsys.readouterr().err
+    assert main(["demo", "--help"]) == 0 and "share=false" in capsys.readouterr().out
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     monkeypatch.delitem(__import__("sys").modules, "zoo.inspection.demo_page", raising=False)
     assert main(["demo", TINY]) == 2 and "zoo-vlm[demo]" in capsys.readouterr().err

@@ -60,8 +60,8 @@ def test_saved_with_its_new_experts_it_loads_to_the_bit(two, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give base=<model> and probe=<model>"),
-        (["samples=many"], "samples and share are numbers, got 'many'"),
+        ([], "it needs --probe"),
+        (["samples=many"], "--samples takes a whole number, got 'many'"),
         (["share=0.1"], "leave a layer of 2, got 0.1"),
         (["samples=0"], "samples must be at least 1, got 0"),
     ],

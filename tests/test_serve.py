@@ -616,11 +616,12 @@ def test_the_command_serves_until_it_is_interrupted(tiny, monkeypatch, capsys):
 
 
 def words_of(words):
-    return serve_command.parsed(words, ServeOptions, "zoo serve")
+    args, options = serve_command.parsed(words)
+    return args.model, options, args.options
 
 
 def test_words_of_the_command(capsys):
-    (model,), options, rest = words_of(
+    model, options, rest = words_of(
         [
             "port=1",
             "dir:x",
@@ -635,11 +636,11 @@ def test_words_of_the_command(capsys):
     assert (model, rest) == ("dir:x", ["pruner=random", "pruner.random.keep_ratio=0.5"])
     assert (options.port, options.api_key, options.batch, options.fetch) == (1, "k", 4, ["a", "b"])
     for words, message in (
-        (["a", "b"], "one model"),
-        (["port=1"], "one model"),
-        (["a", "port=x"], "zoo serve"),
+        (["a", "b"], "takes no 'b'"),
+        (["port=1"], "it needs model"),
+        (["a", "port=x"], "'port' of zoo serve takes int"),
         (["a", "prot=80"], "Did you mean 'port'"),
-        (["a", "--prot", "80"], "Did you mean 'port'"),
+        (["a", "--prot", "80"], "Did you mean '--port'"),
         (["a", "batch=0"], "at least 1"),
         (["a", "grace=-1"], "grace has to be at least 0, got -1"),
         (["a", "--port"], "needs a value"),

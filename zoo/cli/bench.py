@@ -4,6 +4,7 @@ A bench is a module of `zoo.benches` with a dataclass `Options` and a function `
 and claims are in the repository (`benches/`, `claims/`) and not in the installed package.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 from zoo.registry import ZooError, plugins, unknown
 from zoo.registry.devices import require_device
+from zoo.text.command_line import HELP, Parser
+from zoo.text.terminal import columns
 
 
 @dataclass(frozen=True)
@@ -52,31 +55,30 @@ BENCHES = {
     "distill": Bench("zoo.benches.distill", "learning from a teacher against the plain way: memory, and time of steps"),
 }
 
+FORM = "<name> [key=value ...] [flags]"
 OUTPUTS = {
-    "json": "file for the rows and the machine as JSON",
-    "markdown": "file for the rows as a Markdown table",
-    "png": "file for a picture, of benches that draw one",
+    "json": "for the rows and the machine as JSON",
+    "markdown": "for the rows as a Markdown table",
+    "png": "for a picture, of benches that draw one",
 }
 
 
 def main(words: Sequence[str]) -> int:
     """Run a bench and print its rows. Returns 0 even if a bound is missed, which the rows show."""
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
+    named = [word for word in words if word[:1] != "-" and word not in HELP and "=" not in word]
+    if not named:
+        _parser().read(words or ["--help"])
     plugins.load_installed()
-    name, given = words[0], plugins.load_words(words[1:])
+    words = plugins.load_words(words)
+    name = next((word for word in named if word in BENCHES), named[0])
     if name not in BENCHES:
         raise unknown("bench", name, BENCHES)
     module = _module(name)
-    if any(word in ("-h", "--help") for word in given):
-        print(describe(name, module.Options))
-        return 0
-    files = {key: Path(value) for key, _, value in (w.partition("=") for w in given) if key in OUTPUTS and value}
-    chosen = [w for w in given if w.partition("=")[0] not in files]
-    options = parse(name, module.Options, module.words(chosen) if hasattr(module, "words") else chosen)
+    args = _parser(name, module.Options).read(words)
+    files = {key: Path(value) for key in OUTPUTS if (value := getattr(args, key))}
+    options = parse(name, module.Options, module.words(args.given) if hasattr(module, "words") else args.given)
     report = module.run(options, lambda line: print(line, flush=True))
-    report.command = " ".join(["zoo bench", name, *chosen])
+    report.command = " ".join(["zoo bench", name, *args.given])
     report.print()
     if "json" in files:
         report.write_json(files["json"])
@@ -148,21 +150,27 @@ def parse(name: str, schema: type, words: Sequence[str], owner: str = "") -> Any
         ) from error
 
 
+def _parser(name: str = "", schema: type | None = None) -> Parser:
+    """Return the parser of a bench; without one, that of the command."""
+    if schema is None:
+        more = "zoo bench <name> --help lists its options. plugins=[./mine.py] loads parts of your own."
+        parser = Parser("bench", "Measure on this machine, each number beside a reference.", usage=FORM, more=more)
+        parser.epilog = f"benches:\n{columns([(n, b.summary) for n, b in BENCHES.items()])}\n\n{parser.epilog}"
+        parser.add_argument("name", help="which bench")
+        return parser
+    about, form = BENCHES[name].summary, FORM.replace("<name>", name)
+    parser = Parser("bench", f"{about[:1].upper()}{about[1:]}.", schema=schema, usage=form)
+    parser.add_argument("name", help=argparse.SUPPRESS)
+    for key, written in OUTPUTS.items():
+        parser.add_argument(f"--{key}", metavar="file", help=written)
+    return parser
+
+
 def overview() -> str:
     """Return the text of `zoo bench --help`."""
-    width = max(map(len, BENCHES)) + 2
-    return "\n".join(
-        ["usage: zoo bench <name> [option=value ...]", ""]
-        + [f"  {name:<{width}}{bench.summary}" for name, bench in BENCHES.items()]
-        + ["", "zoo bench <name> --help lists its options. plugins=[./mine.py] loads parts of your own."]
-    )
+    return _parser().format_help()
 
 
 def describe(name: str, schema: type) -> str:
     """Return the options of a bench with their defaults and comments, read from the source of its dataclass."""
-    from zoo.registry import options_of
-
-    rows = [(f"{o.name}={o.default}", o.doc) for o in options_of(schema)]
-    rows += [(f"{key}=<path>", doc) for key, doc in OUTPUTS.items()]
-    width = max(len(left) for left, _ in rows) + 2
-    return "\n".join([f"usage: zoo bench {name} [option=value ...]", "", *(f"  {a:<{width}}{b}" for a, b in rows)])
+    return _parser(name, schema).format_help()

@@ -5,18 +5,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from zoo.cli.serve_command import describe, parsed
+from zoo.cli.serve_command import MODEL, OF_MODEL, own_options
 from zoo.registry import ZooError
+from zoo.text.command_line import Parser
 
-USAGE = """\
-usage: zoo demo MODEL [MODEL ...] [option=value ...] [options as for zoo.load]
-
-A page with a picture, questions about it in several turns, a pruner and how much it keeps, and two of them side by
-side. MODEL is a preset, dir:<folder> or hub:<org>/<name>; a page offers up to four.
-
-  zoo demo scenes_tiny
-  zoo demo scenes_tiny dir:runs/last port=8080 pruners=[random,hiprune]
-"""
+EXAMPLES = """zoo demo scenes_tiny
+zoo demo scenes_tiny last --port 8080 pruners=[random,hiprune]"""
 MOST = 4  # models of a page
 
 
@@ -43,10 +37,11 @@ class DemoOptions:
 
 def main(words: Sequence[str]) -> int:
     """Load the models and show the page until it is interrupted."""
-    if not words or any(word in ("-h", "--help", "help") for word in words):
-        print(describe(USAGE, DemoOptions))
-        return 0
-    names, options, overrides = parsed(words, DemoOptions, "zoo demo", MOST)
+    args = parser_of_demo().read(words)
+    names, overrides = args.model, args.options
+    if len(names) > MOST:
+        raise ZooError(f"zoo demo takes one to {MOST} models, got {', '.join(map(repr, names))}.")
+    options = own_options(args, DemoOptions, "zoo demo")
     try:
         from zoo.inspection.demo_page import build_page, launch
     except ModuleNotFoundError as error:
@@ -68,3 +63,17 @@ def main(words: Sequence[str]) -> int:
         page.close(verbose=False)
         demo.close()
     return 0
+
+
+def parser_of_demo() -> Parser:
+    """Return what reads the words behind `zoo demo`."""
+    parser = Parser(
+        "demo",
+        "Show a page with a picture, questions about it in several turns, a pruner and how much it keeps, and two of "
+        "them side by side.",
+        EXAMPLES,
+        schema=DemoOptions,
+        options=OF_MODEL,
+    )
+    parser.add_argument("model", nargs="+", help=f"{MODEL}; up to {MOST}")
+    return parser

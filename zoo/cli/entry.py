@@ -59,11 +59,9 @@ COMMANDS = {
     "bench": Command("zoo.cli.bench:main", "measure speed: zoo bench train"),
     "shift": Command(
         "zoo.inspection.moextend_layers:main",
-        "find the layers of a mixture of experts whose routing new data shifts most, for moextend",
+        "find the layers whose experts new data shifts most, for adapter moextend",
     ),
-    "inspect": Command(
-        "zoo.inspection.xray:main", "show what pruners keep of a picture: zoo inspect MODEL --image cat.jpg"
-    ),
+    "inspect": Command("zoo.inspection.xray:main", "what pruners keep of a picture: zoo inspect MODEL --image cat.jpg"),
     "list": Command(
         "zoo.cli.listing:list_main", "list components, models, recipes and data: zoo list [kind] [pattern]", json=True
     ),
@@ -73,7 +71,7 @@ COMMANDS = {
     "new": Command("zoo.cli.new:main", "write a component of your own to start from: zoo new pruner my_pruner"),
     "test": Command(
         "zoo.cli.test_command:main",
-        "try all that a part has to do: zoo test my_part plugins=[./my_part.py]",
+        "try all that a part has to do: zoo test pruner/random",
         json=True,
     ),
     "doctor": Command(
@@ -83,9 +81,9 @@ COMMANDS = {
 }
 
 EXAMPLES = (
-    ("zoo train pruner=random pruner.random.keep_ratio=0.25", "a part, and an option of it"),
-    ("zoo train adapter=[lora] adapter.lora.rank=8", "several parts in a slot"),
-    ("zoo train -m pruner=null,random,pool", "a sweep: a run for each value"),
+    ("zoo train pruner=random pruner.keep_ratio=0.25", "a part, and an option of it"),
+    ("zoo train adapter=[lora] adapter.lora.rank=8", "one of several in a slot"),
+    ("zoo train -m pruner=null,random,pool", "a sweep: a run for each"),
     ("zoo eval model=last", "the newest run, on its data"),
 )
 
@@ -178,7 +176,7 @@ usage: zoo <command> [name or key=value ...] [flags]
 
 {commands}
 
-{columns(EXAMPLES, widest=54)}
+{columns(EXAMPLES, widest=48)}
 
 {wrapped(more)}
 Completion: eval "$(zoo -sc install=bash)\""""

@@ -149,28 +149,26 @@ def require_free(out: Path) -> None:
 
 def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
     """Separate the options of the command from those of the model (`pruner=[]`)."""
-    formats = "; ".join(f"{name}: {about}" for name, about in FORMATS.items())
     parser = Parser(
         "export",
         "Write a model for other programs, or whole for zoo on another machine.",
         """zoo export last
         zoo export dir:runs/x/model out --format gguf --type q8_0""",
         options="of the model, as for zoo.load: pruner=[]",
+        more="\n\n".join(f"{name}: {about}." for name, about in FORMATS.items()),
     )
     parser.add_argument("model", help="a preset, a folder, a run, last, or hub:<org>/<name>")
     parser.add_argument("out", nargs="?", default="", help="the new folder; default: MODEL-FORMAT here")
-    parser.add_argument("--format", default="hf", help=f"{formats}. Default: hf")
+    parser.add_argument("--format", default="hf", metavar="name", help=f"{', '.join(FORMATS)}, see below; default: hf")
     parser.add_argument("--merge", action="store_true", help="merge adapters; always done where a layout has none")
+    parser.add_argument("--family", default="", metavar="name", help="of hf: llava, ...; default: the first that fits")
+    parser.add_argument("--dtype", metavar="name", help="of the weights: bfloat16; default: as they are")
     parser.add_argument(
-        "--family", default="", help="layout of hf: llava, llava_next, ...; default: the first that fits"
+        "--type", default="", metavar="name", help="of gguf: f32, f16, bf16, q8_0; default: as they are"
     )
-    parser.add_argument("--dtype", default=None, help="of the weights, e.g. bfloat16; default: as they are")
-    parser.add_argument("--type", default="", help="of gguf: f32, f16, bf16 or q8_0; default: as the weights are")
-    parser.add_argument("--max-shard-size", default="", metavar="SIZE", help="of a weights file; default: 5GB")
-    parser.add_argument("--license", default="", help="of the weights, by the hub's name: apache-2.0; for the card")
-    parser.add_argument(
-        "--scores", default="", help="a scores.json of zoo eval, for the card; default: those of the run"
-    )
+    parser.add_argument("--max-shard-size", default="", metavar="size", help="of a file of weights; default: 5GB")
+    parser.add_argument("--license", default="", metavar="id", help="of the weights, for the card: apache-2.0")
+    parser.add_argument("--scores", default="", metavar="file", help="scores.json of zoo eval; default: of the run")
     args = parser.read(words)
     args.format = SPELLINGS.get(args.format, args.format)
     return args, args.options

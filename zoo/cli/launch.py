@@ -220,6 +220,7 @@ def usage(command: str, parser: Parser) -> str:
     from dataclasses import fields
 
     from zoo.registry import options_of
+    from zoo.registry.presets import shown
     from zoo.settings.overrides import SEVERAL, SLOTS
     from zoo.settings.presets import available
     from zoo.settings.schema import SECTIONS, RunRoot
@@ -228,10 +229,10 @@ def usage(command: str, parser: Parser) -> str:
     models = [*available("model"), "dir:<folder>", "hub:<org>/<name>", "last"]
     groups = [("recipe", available("recipe")), ("model", models), *((slot, available(slot)) for slot in SLOTS)]
     parts = [(f"{key}=[...]" if key in SEVERAL else f"{key}=", ", ".join(found)) for key, found in groups]
-    shown = {f.name for f in fields(RunRoot)} - {"defaults", "hydra", "model", "stages", *SLOTS}
-    options = [(f"{o.name}=", o.doc) for o in options_of(RunRoot) if o.name in shown and o.doc]
+    of_run = {f.name for f in fields(RunRoot)} - {"defaults", "hydra", "model", "stages", *SLOTS}
+    options = [(f"{o.name}={shown(o.default)}", o.doc) for o in options_of(RunRoot) if o.name in of_run and o.doc]
     if section := {"teach": "teach", "data": "survey"}.get(command):  # options of this command alone
-        options += [(f"{section}.{o.name}=", o.doc) for o in options_of(SECTIONS[section]) if o.doc]
+        options += [(f"{section}.{o.name}={shown(o.default)}", o.doc) for o in options_of(SECTIONS[section]) if o.doc]
     several = ""
     if command == "eval":
         rows = [

@@ -9,6 +9,8 @@ from zoo.cli import template_tests, templates
 from zoo.registry import ZooError, names
 from zoo.registry.errors import unknown_kind
 from zoo.registry.table import NAMED_CHILDREN, group_of, require_child_name
+from zoo.text.command_line import Parser
+from zoo.text.terminal import say
 
 TEMPLATES = {
     "pruner": templates.PRUNER,
@@ -36,15 +38,15 @@ _YAML = {  # what has no template -> where to begin
 
 def main(words: Sequence[str]) -> int:
     """Write a component: `zoo new <kind> <name>`."""
-    if len(words) != 2 or words[0].startswith("-"):
-        print(f"usage: zoo new <kind> <name>\n\nkinds: {', '.join(TEMPLATES)}\n\n  zoo new pruner my_pruner")
-        return 0 if any(w in ("-h", "--help") for w in words) else 2
-    kind, name = words
-    files = write(kind, name, Path.cwd())
+    parser = Parser("new", "Write a component of your own to start from, with a test.", "zoo new pruner my_pruner")
+    parser.add_argument("kind", help=", ".join(TEMPLATES))
+    parser.add_argument("name", help="of the component and its file: lower case letters, digits and underscores")
+    args = parser.read(words)
+    files = write(args.kind, args.name, Path.cwd())
     *first, last = [file.name for file in files]
-    print(f"wrote {', '.join(first)} and {last}\n\nnext:")
-    for command in next_commands(kind, name):
-        print(f"  {command}")
+    say(f"wrote {', '.join(first)} and {last}\n\nnext:")
+    for command in next_commands(args.kind, args.name):
+        say(f"  {command}", None)
     return 0
 
 

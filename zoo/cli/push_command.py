@@ -253,14 +253,16 @@ def upload(parcel: Parcel, args: Any) -> str:
 
 
 def _parsed(words: Sequence[str]) -> Any:
-    parser = Parser("push", "Put a saved or exported model on the Hugging Face hub.")
+    examples = """zoo push last me/model --dry-run
+    zoo push last me/model --private"""
+    parser = Parser("push", "Put a saved or exported model on the Hugging Face hub.", examples)
     parser.add_argument("model", help="a run, last, or a folder that was saved or that zoo export wrote")
     parser.add_argument("repository", help="<org>/<name>; made if it does not exist")
     parser.add_argument("--dry-run", action="store_true", help="show what would go, with sizes and the card's head")
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--revision", default="", help="branch to push to; made if it does not exist")
+    parser.add_argument("--revision", default="", metavar="name", help="branch to push to; made if it does not exist")
     parser.add_argument("--pr", action="store_true", help="open a pull request instead of pushing to the branch")
-    parser.add_argument("--message", default="Upload a model of zoo", help="of the commit")
+    parser.add_argument("--message", default="Upload a model of zoo", metavar="text", help="of the commit")
     args = parser.read(words)
     if args.pr and args.revision:
         raise ZooError("--pr opens a pull request against the main branch: leave --revision out.")

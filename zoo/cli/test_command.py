@@ -11,39 +11,35 @@ from typing import Any
 from zoo.registry import KINDS, ZooError, names, nearest, plugins, unknown
 from zoo.registry.errors import unknown_kind
 from zoo.registry.table import config_of, group_of
-from zoo.text.terminal import Answer, is_json
+from zoo.text.command_line import Parser
+from zoo.text.terminal import Answer, is_json, width
 
-_WIDTH = 80
 _WORDS = {"ok": "ok", "broken": "BROKEN", "none": "-"}
-
-USAGE = """usage: zoo test PART ... [plugins=[...]] [option=value ...] [--json]
-
-Try a part as the zoo uses it: counts against real tensors, dtype, device,
-gradients, a batch against each alone, two images of unlike size, torch.compile,
-and a whole model that learns, answers, is saved and loaded.
-
-  zoo test pruner/my_pruner plugins=[./my_pruner.py]
-  zoo test my_pruner plugins=[./my_pruner.py] keep_ratio=0.25
-  zoo test plugins=[./my_pruner.py]       all that a plugin adds
-  zoo test pruner/random                  one of the zoo's own, of tiny size
-
-PART is kind/name, or a name that one kind has. Options are those of the part
-(zoo info PART). Exit code: 0 all rules are kept, 1 one is broken, 2 a mistake."""
 
 
 def main(words: Sequence[str]) -> Answer:
     """Try parts: `zoo test PART [plugins=...] [option=value]`. The status is 1 where a rule is broken."""
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(USAGE)
-        return Answer(status=0 if words else 2)
+    parser = Parser(
+        "test",
+        "Try a part as the zoo uses it: counts against real tensors, dtype, device, gradients, a batch against each "
+        "alone, two images of unlike size, torch.compile, and a whole model that learns, answers, is saved and loaded.",
+        """zoo test pruner/my_pruner plugins=[./my_pruner.py]
+        zoo test my_pruner plugins=[./my_pruner.py] keep_ratio=0.25
+        zoo test plugins=[./my_pruner.py]       all that a plugin adds
+        zoo test pruner/random                  one of the zoo's own, of tiny size""",
+        json=True,
+        options="of the part: zoo info PART lists them; plugins=[...] loads yours",
+        more="Exit code: 0 all rules are kept, 1 one is broken, 2 a mistake.",
+    )
+    parser.add_argument("part", nargs="*", help="kind/name, or a name that one kind has")
+    args = parser.read(words or ["--help"])
     plugins.load_installed()
-    rest = plugins.load_words([word for word in words if word != "--json"])
-    parts = [found_part(word) for word in rest if "=" not in word]
+    options = plugins.load_words(args.options)
+    parts = [found_part(word) for word in args.part]
     if not parts:
         parts = [_pair(word) for word in plugins.added()]
     if not parts:
         raise ZooError("zoo test takes a part, such as pruner/my_pruner, or plugins=[...] that add one.")
-    options = [word for word in rest if "=" in word]
     if options and len(parts) > 1:
         raise ZooError(f"{' '.join(options)}: options are of one part, and {len(parts)} parts are to be tried.")
     from zoo.contracts.battery import usual_node
@@ -124,8 +120,8 @@ def _tried(kind: str, node: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
 
 
 def _line(word: str, rule: str, text: str) -> str:
-    """A verdict in 80 columns, with what does not fit in lines below."""
+    """A verdict, with what does not fit in lines below."""
     head = f"  {word:<8}{rule:<17}"
     if not text:
         return head.rstrip()
-    return textwrap.fill(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+    return textwrap.fill(text, width(), initial_indent=head, subsequent_indent=" " * len(head))

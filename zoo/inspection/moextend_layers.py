@@ -12,38 +12,34 @@ import torch
 from zoo.composed.outputs import LOSS_ALONE
 from zoo.registry import RecordError, ZooError, naming, read_sample
 from zoo.text.batch import to_device
-
-USAGE = """usage: zoo shift base=<model> probe=<model> [option=value ...]
-
-  base=<model>      the model to extend, as model= takes it: dir:runs/x
-  probe=<model>     the same after its routers were tuned, as by recipe=moextend_probe
-  samples=1000      number of samples, at equal distances in the training data
-  share=0.5         of the layers with experts, rounded down
-  data=[...], ...   as for zoo eval; default: the data of the probe"""
+from zoo.text.command_line import Parser
 
 
 def main(words: Sequence[str]) -> int:
     """Count routed tokens in both models and print the options."""
-    if not words or any(w in ("-h", "--help", "help") for w in words):
-        print(USAGE)
-        return 0
-    own = {"base": "", "probe": "", "samples": "1000", "share": "0.5"}
-    rest = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            rest.append(word)
-    if not own["base"] or not own["probe"]:
-        raise ZooError("zoo shift compares two models: give base=<model> and probe=<model>.")
-    try:
-        samples, share = int(own["samples"]), float(own["share"])
-    except ValueError as error:
-        raise ZooError(f"samples and share are numbers, got {own['samples']!r} and {own['share']!r}.") from error
-    if samples < 1:
-        raise ZooError(f"samples must be at least 1, got {samples}.")
-    print(options_for(own["base"], own["probe"], rest, samples=samples, share=share))
+    parser = Parser(
+        "shift",
+        "Find the layers of a mixture of experts whose routing new data shifts most, for adapter moextend.",
+        "zoo shift base=dir:runs/x probe=last data=[scenes]",
+        usage="base=<model> probe=<model> [key=value ...] [flags]",
+        options="as for zoo eval: data=[...] of the train split; default: the data of the probe",
+    )
+    parser.add_argument(
+        "--base", required=True, metavar="model", help="the one to extend, as model= takes it: dir:runs/x"
+    )
+    parser.add_argument(
+        "--probe", required=True, metavar="model", help="the same with tuned routers, as by recipe=moextend_probe"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1000, metavar="N", help="at equal distances in the data; default: 1000"
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.5, metavar="S", help="of the layers with experts, rounded down; default: 0.5"
+    )
+    args = parser.read(words)
+    if args.samples < 1:
+        raise ZooError(f"samples must be at least 1, got {args.samples}.")
+    print(options_for(args.base, args.probe, args.options, samples=args.samples, share=args.share))
     return 0
 
 

@@ -1,16 +1,7 @@
 """`zoo inspect`: compare which patches of an image pruners keep, in a picture and a self-contained HTML page.
 
-zoo inspect scenes_tiny --image cat.jpg --pruner fastervlm,aim     kept and dropped patches, merged groups, answers
-zoo inspect dir:runs/last --image cat.jpg --question "A cat?"      every pruner that fits the model
-zoo inspect vision=hf llm=hf projector=mlp --image cat.jpg         parts with random weights
-
---pruner     names, separated by commas; random+aim is a chain; default: every registered one that fits
---question   text of the prompt; default: "What is in the picture?"
---out        folder for xray.png and xray.html; default: xray
-
-Further words are options as for other commands: pruner.fastervlm.keep_ratio=0.1 is passed to that pruner alone, and
-plugins=[./mine.py] loads one of your own. The page uses only the interface of pruners: `keep` and `groups` of the
-features that they return, `kept(passed)` for the tokens in each layer of the LLM, `scores(image)` if they rank tokens.
+The page uses only the interface of pruners: `keep` and `groups` of the features that they return, `kept(passed)` for
+the tokens in each layer of the LLM, `scores(image)` if they rank tokens.
 """
 
 from collections.abc import Sequence
@@ -26,28 +17,25 @@ from zoo.composed import behind
 from zoo.inspection.views import NONE, View, Xray
 from zoo.registry import Dialog, ImageFeatures, Sample, UnlikeRows, ZooError, plugins, unknown
 from zoo.registry.forward_pass import Pass
+from zoo.text.command_line import Parser
 from zoo.text.stops import reader_for
 
-OPTIONS = ("image", "pruner", "question", "out")
+EXAMPLES = """zoo inspect scenes_tiny --image cat.jpg --pruner fastervlm,aim
+zoo inspect last --image cat.jpg --question "A cat?"
+zoo inspect vision=hf llm=hf projector=mlp --image cat.jpg    random weights"""
 _NEW = 32  # tokens of an answer
 _SHOWN = 560  # minimum side of the shown image, in pixels
 
 
 def main(words: Sequence[str]) -> int:
     """Write the picture and the page."""
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return 0
-    given, rest = parse(words)
-    if not given.get("image"):
-        raise ZooError("zoo inspect needs an image: --image cat.jpg")
-    model = "" if not rest or "=" in rest[0] else rest.pop(0)
-    asked = [name for name in given.get("pruner", "").split(",") if name]
-    found = inspect(model, rest, given["image"], asked, given.get("question") or "What is in the picture?")
+    args = _parsed(words)
+    asked = [name for name in args.pruner.split(",") if name]
+    found = inspect(args.model, args.options, args.image, asked, args.question)
     from zoo.inspection.xray_page import write_page
     from zoo.inspection.xray_picture import write_picture
 
-    folder = Path(given.get("out") or "xray")
+    folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_picture(found, folder / "xray.png")
     write_page(found, folder / "xray.html")
@@ -62,27 +50,28 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate `--option value` and `--option=value` from the other words.
-
-    Raises:
-        ZooError: there is no such option, or its value is missing.
-    """
-    given: dict[str, str] = {}
-    rest: list[str] = []
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("--"):
-            rest.append(word)
-            continue
-        name, equals, value = word.removeprefix("--").partition("=")
-        if name not in OPTIONS:
-            raise unknown("option of zoo inspect", name, OPTIONS)
-        if not equals and not left:
-            raise ZooError(f"--{name} needs a value.")
-        given[name] = value if equals else left.pop(0)
-    return given, rest
+def _parsed(words: Sequence[str]) -> Any:
+    parser = Parser(
+        "inspect",
+        "Compare which patches of an image pruners keep, in a picture and a page.",
+        EXAMPLES,
+        usage="[model] --image file [key=value ...] [flags]",
+        options="of the model; those of a pruner go to that one alone: pruner.aim.keep_ratio=0.1",
+        more="plugins=[./mine.py] loads a pruner of your own.",
+    )
+    parser.add_argument(
+        "model", nargs="?", default="", help="a preset, dir:<folder>, last, ...; none: parts by options"
+    )
+    parser.add_argument("--image", required=True, metavar="file", help="what the model is shown")
+    parser.add_argument(
+        "--pruner", default="", metavar="a,b", help="which ones, random+aim is a chain; default: all that fit"
+    )
+    parser.add_argument("--question", default="What is in the picture?", metavar="text", help="of the prompt")
+    parser.add_argument("--out", default="xray", metavar="folder", help="for xray.png and xray.html; default: xray")
+    args = parser.read(words)
+    if ":" not in args.image and not Path(args.image).expanduser().is_file():
+        raise ZooError(f"There is no file {args.image!r}.")
+    return args
 
 
 def inspect(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from zoo.registry import ZooError, nearest, options_of
+from zoo.registry.presets import shown
 from zoo.text.terminal import columns, width, wrapped
 
 JSON = "print one JSON object on stdout, and nothing else there"
@@ -64,15 +65,15 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         self._form_given, self._takes_options = usage, bool(options)
         self._fields = {o.name: o for o in options_of(schema)} if schema is not None else {}
-        rows = [(f"{o.name}={_shown(o.default)}", o.doc) for o in self._fields.values()]
+        rows = [(f"{o.name}={shown(o.default)}", o.doc) for o in self._fields.values()]
         rows += [("key=value", options)] if options else []
         table = f"options:\n{columns(rows)}" if rows else ""
         paragraphs = [wrapped(line) for line in more.split("\n\n") if line]
-        shown = "\n\n".join(filter(None, [table, *paragraphs, _indented(examples)])).strip("\n")
+        epilog = "\n\n".join(filter(None, [table, *paragraphs, _indented(examples)])).strip("\n")
         super().__init__(
             f"zoo {command}",
             description=wrapped(summary),
-            epilog=shown or None,
+            epilog=epilog or None,
             allow_abbrev=False,
             add_help=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
@@ -94,7 +95,11 @@ class Parser(argparse.ArgumentParser):
 
         Raises:
             ZooError: a flag does not exist, its value is missing or not allowed, or there are too many names.
+            SystemExit: after the help was printed, with status 2 where nothing was typed that is needed.
         """
+        if not words and any(a.required and a.nargs not in ("*", "?") for a in self._actions):
+            print(self.format_help().rstrip(), file=sys.stderr)
+            raise SystemExit(2)
         found = self._sorted(["--help"] if list(words) == ["help"] else words)
         args, extra = self.parse_known_args([*found.flags, *found.names])
         if extra:
@@ -213,15 +218,6 @@ def note_repeat(name: str, several: Sequence[str]) -> None:
     times = {2: "twice"}.get(len(several), f"{len(several)} times")
     listed = f"{', '.join(several[:-1])} and {several[-1]}"
     print(wrapped(f"zoo: {name} was given {times}, {listed}: {several[-1]} is used."), file=sys.stderr)
-
-
-def _shown(default: Any) -> str:
-    """Return a default as a person types it."""
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    if isinstance(default, list | tuple):
-        return f"[{','.join(map(str, default))}]"
-    return "" if default == "" else str(default)
 
 
 def _indented(examples: str) -> str:
