@@ -55,6 +55,18 @@ def _adapter(name: str, **options: Any) -> Composition:
     return Composition({"adapter": {name: {"name": name, **options}}})
 
 
+def _native(family: str) -> Composition:
+    """Images that keep their shapes; Qwen3-VL with features for three layers."""
+    three = family.startswith("qwen3")
+    extra: dict[str, Any] = {"window_size": 16} if family == "qwen2_5_vl" else {}
+    vision = {"name": "qwen_vision", "model_type": family, "width": 32, "heads": 2, "depth": 4, "patch_size": 4}
+    vision |= {"min_pixels": 64, "max_pixels": 1024, "extra": {"num_position_embeddings": 16} if three else extra}
+    llm = {"model_type": f"{family}_text", "num_layers": 3}
+    llm |= {"num_experts": 4, "top_k": 2} if family.endswith("moe") else {}
+    slots = {"vision": vision, "projector": {"name": "identity"}, "layout": {"name": "native"}}
+    return Composition(slots, llm=llm, train=("vision", "llm"))
+
+
 def _peft(method: str, **options: Any) -> Composition:
     return _adapter("peft", method=method, options=options)
 
@@ -62,8 +74,6 @@ def _peft(method: str, **options: Any) -> Composition:
 _EXPERTS = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
 _VLORA = {"name": "vlora", "rank": 4, "skip": 1, "width": 16, "depth": 2, "num_heads": 2}
 _ALL = ("projector", "llm")
-_NATIVE = {"name": "qwen_vision", "model_type": "qwen3_vl", "width": 32, "heads": 2, "depth": 4, "patch_size": 4}
-_NATIVE |= {"min_pixels": 64, "max_pixels": 1024, "extra": {"num_position_embeddings": 16}}
 _PEFT: dict[str, dict[str, Any]] = {
     "boft": {"boft_block_size": 4},
     "dora": {"r": 4},
@@ -93,11 +103,8 @@ COMPOSITIONS: dict[str, Composition] = {
     "kl": Composition(train=_ALL, distiller={"name": "kl"}, teacher=True),
     "llava_kd": Composition(train=_ALL, distiller={"name": "llava_kd"}, teacher=True),
     "llava_mod": Composition(train=_ALL, distiller={"name": "llava_mod"}, teacher=True),
-    "native": Composition(  # images keep their shapes, features for three layers
-        {"vision": _NATIVE, "projector": {"name": "identity"}, "layout": {"name": "native"}},
-        llm={"model_type": "qwen3_vl_text", "num_layers": 3},
-        train=("vision", "llm"),
-    ),
+    "native": _native("qwen3_vl"),
+    **{f"native, {name}": _native(name) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe")},
     "masters, bf16": Composition(train=_ALL, bfloat16=True, stage={"precision": "bf16"}),
 }
 QUICK = ("mole", "vlora", "dense", "llava_kd", "native")  # in the tests

@@ -72,7 +72,7 @@ def test_dropping_is_hiding_in_the_whole_model(make_model, family, side):
     mask = batch["attention_mask"].bool()
     got, wanted = out.logits[mask], wanted[stays]
     assert got.shape == wanted.shape and len(got) < int(bare_tokens(whole_processor))
-    assert (got - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert (got - wanted).abs().max() <= 3e-6 * max(1.0, float(wanted.abs().max()))
     dense, _ = made(make_model, family, pruner_slot("fastervlm"), positions="dense")
     assert (dense(**batch).logits[mask] - got).abs().max() > 1e-2
 
@@ -90,7 +90,7 @@ def test_every_pruner_that_drops_equals_hiding(make_model, name):
     out = model(**batch)
     wanted, stays = hidden_in_whole(model, bare, whole_processor, out, "right")
     got, wanted = out.logits[batch["attention_mask"].bool()], wanted[stays]
-    assert (got - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert (got - wanted).abs().max() <= 3e-6 * max(1.0, float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("name", [*DROP, *MERGE])
@@ -141,8 +141,10 @@ def test_deep_features_are_merged_by_the_weights_of_the_tokens(name):
 # ---- inside the LLM ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [("qwen2_vl", 2), ("qwen2_5_vl", 1), *(("qwen3_vl", i) for i in (1, 2, 3)), *(("qwen3_vl_moe", i) for i in (1, 3))],
+)
 @torch.no_grad()
 def test_deep_features_follow_the_tokens_left_inside(make_model, family, layer):
     fastv = {"fastv": {"name": "fastv", "layer": layer, "keep_ratio": 0.5}}

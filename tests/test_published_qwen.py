@@ -12,6 +12,7 @@ from tests import glm_builders
 from tests import published_builders as build
 from tests.qwen_builders import EXTRA, FAMILIES
 from zoo.registry import Dialog, Sample, ZooError
+from zoo.registry.versions import cache_argument
 from zoo.vision.images.video import Video, read_video
 
 CHAT = (
@@ -309,6 +310,26 @@ def test_glm46v_is_glm4v_with_other_times_and_another_choice_of_frames(film, tmp
     again, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(again.eval()(**batch).logits, wanted)
+
+
+@torch.no_grad()
+def test_own_loops_behind_a_video_write_what_generate_writes(family, film):
+    """In transformers `forward` goes on elsewhere than `generate`; ours go on at the same place, by either option."""
+    name, folder, _, _, ours, mine = family
+    models = [(ours, mine), zoo.load(f"dir:{folder}", "layout.after_video=extent")]
+    where = []
+    for model, processor in models:
+        text = processor.apply_chat_template(watched("video"), add_generation_prompt=True)
+        batch = processor(videos=[Video(film, sampling="explicit", indices=tuple(range(20)))], text=text)
+        wanted = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        ids, out = batch["input_ids"], model(**batch, use_cache=True)
+        where.append(out.passed.sequence.axes[:, 0, -1].tolist())
+        for _ in range(4):
+            new = out.logits[:, -1:].argmax(-1)
+            ids, out = torch.cat([ids, new], 1), model(new, **cache_argument(out.cache), use_cache=True)
+        assert torch.equal(ids, wanted)
+    side, extent = where  # ten pairs of 6 x 8 tokens; by seconds they take eight positions, and with words none
+    assert side < extent if name == "qwen2_vl" else side == extent
 
 
 # ---- names and configs of repositories ---------------------------------------------------------------------------

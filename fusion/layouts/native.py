@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -128,16 +129,17 @@ class Native(Layout, nn.Module):
             return torch.arange(rows * left, device=places.device).expand(axes, -1)
         if axes == 1:
             return (torch.arange(rows, device=places.device)[:, None] * (h * w) + places).reshape(1, -1)
-        time = self._times(cut).to(places.device)[:, None]
+        time = torch.from_numpy(self._times(cut)).to(places.device)[:, None]
         return torch.stack([time.expand_as(places), places // w, places % w]).flatten(1)
 
-    def _times(self, cut: Cut) -> Tensor:
-        """Return the position of each row on the first axis, from that of the first row: (R,)."""
-        rows = torch.arange(cut.rows)
+    def _times(self, cut: Cut) -> np.ndarray:
+        """Return the position of each row on the first axis, from that of the first row: (R,) int64."""
+        rows = np.arange(cut.rows)
         if cut.kind != "frame" or not self.config.tokens_per_second:
             return rows
         # In float32, as transformers computes it: whole numbers are met or missed alike.
-        return (rows * (self.config.tokens_per_second * torch.tensor(cut.interval, dtype=torch.float32))).long()
+        step = np.float32(self.config.tokens_per_second) * np.float32(cut.interval)
+        return (rows.astype(np.float32) * step).astype(np.int64)
 
     def pieces(self, cut: Cut) -> list[Cut]:
         """Divide a video into the pairs that are images of their own in the prompt."""
