@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from zoo.benches.generate_named import named_rows
 from zoo.benches.measure import Clock, Plain, Value, interleave
 from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.published import MODELS
@@ -19,10 +20,11 @@ class Options:
     # Models with random weights, with commas between: tiny, 100m, 1b, 7b of LLaVA; qwen2_vl, qwen2_5_vl, qwen3_vl,
     # qwen3_vl_moe.
     sizes: str = "tiny,100m"
+    model: str = ""  # a named model with its weights, instead, against its language model in transformers and PEFT
     batch: int = 1  # prompts, each with one image
     text: int = 48  # tokens of text of each
     new: int = 32  # tokens that are generated
-    dtype: str = "float32"  # of the parameters
+    dtype: str = "float32"  # of the parameters; with `model`, those are as saved
     attention: str = "auto"  # auto | eager | sdpa | flash_attention_<n>
     rounds: int = 9  # turns of each
     threads: int = 1  # of torch on the CPU
@@ -45,6 +47,9 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         f"{options.dtype}; {clock.name} time, {options.rounds} rounds"
     ]
     with torch_threads(options.threads):
+        if options.model:
+            report.add(*named_rows(options, device, clock))
+            return report
         for name in options.sizes.split(","):
             show(f"measuring: {name}")
             report.setting.append(f"{name}: {MODELS[name].describe()}")

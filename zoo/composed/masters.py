@@ -62,6 +62,18 @@ def widen_names(model: Any, names: Iterable[str]) -> None:
     _cast(model, dict.fromkeys(ids_of(chosen.values()), torch.float32))
 
 
+def widen_terms(model: Any) -> None:
+    """Make an adapter's weights of 16 bits float32 where no weight of the language model has 16.
+
+    LoRA is often saved in 16 bits beside a base of float32. Products of one row are slow in bfloat16 on a CPU, and cast
+    their inputs: a layer of SmolLM2-135M with LoRA takes twice as long. Values stay, and are saved as they were.
+    """
+    inside = {n: t for n, t in named_weights(model).items() if n.startswith("llm.") and t.dtype in SHORT}
+    parts = {name: model.part_of(name) for name in inside}
+    if "llm" not in parts.values():
+        widen_names(model, [name for name, part in parts.items() if part.startswith("adapter.")])
+
+
 def narrow(model: Any) -> None:
     """Round master weights to the data type that they had when they were loaded."""
     named = named_weights(model)
