@@ -1,6 +1,8 @@
 """The encoders of Qwen-VL compute what transformers' towers do, rows of unlike grids by themselves."""
 
+import importlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.qwen_builders import NATIVE, encoder, patches, picture
 from zoo.registry import UnlikeRows, ZooError
+from zoo.vision.encoders import segments
 from zoo.vision.encoders.qwen import QwenVision, QwenVisionConfig
 from zoo.vision.images.decode import open_image
 from zoo.vision.images.processors import Pictures, stack
@@ -113,6 +116,52 @@ def test_segments_in_batches_are_segments_one_by_one_to_the_bit(family):
     assert vision.tower.config._attn_implementation == "eager"
     vision.set_attention("sdpa")
     assert vision.tower.config._attn_implementation == "zoo_flash_segments"
+
+
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"device": "cpu"}, False),
+        ({"head": 20}, False),
+        ({"head": 512}, False),
+        ({"dropout": 0.1}, False),
+        ({"capability": (7, 5)}, False),
+        ({"cuda": None}, False),
+    ],
+    ids=str,
+)
+def test_torchs_kernel_for_unlike_lengths_is_taken_where_it_works(monkeypatch, changed, taken):
+    case = {"dtype": torch.bfloat16, "device": "cuda", "head": 80, "dropout": 0.0, "capability": (8, 0), "cuda": "13.0"}
+    case |= changed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(torch.version, "cuda", case["cuda"])
+    query = SimpleNamespace(shape=(1, 2, 9, case["head"]), dtype=case["dtype"], device=torch.device(case["device"]))
+    kernel = segments.unlike_lengths(query, case["dropout"])
+    assert kernel is (importlib.import_module("torch.nn.attention.varlen").varlen_attn if taken else None)
+
+
+@torch.no_grad()
+def test_torchs_kernel_for_unlike_lengths_is_given_all_segments(monkeypatch):
+    """In its place, a loop over segments by its arguments; the encoder's tokens are as without it."""
+    called = []
+
+    def kernel(q, k, v, ends, ends_k, most, most_k, *, scale):
+        assert ends is ends_k and ends.dtype == torch.int32 and most == most_k == int(ends.diff().max())
+        called.append(len(ends) - 1)
+        lengths = ends.diff().tolist()
+        parts = [x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)]  # (H, L, d)
+        made = [torch.nn.functional.scaled_dot_product_attention(*x, scale=scale) for x in zip(*parts, strict=True)]
+        return torch.cat(made, 1).transpose(0, 1)
+
+    vision = encoder("qwen2_5_vl")
+    wanted = vision(patches(vision, GRIDS), grids=GRIDS).in_order(lambda g: g.tokens)
+    monkeypatch.setattr(segments, "unlike_lengths", lambda query, dropout: kernel)
+    got = vision(patches(vision, GRIDS), grids=GRIDS).in_order(lambda g: g.tokens)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, wanted, strict=True))
+    assert len(called) == vision.depth and called[0] > called[1] == len(GRIDS)
 
 
 def raster(family, h, w):

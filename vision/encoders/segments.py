@@ -2,9 +2,13 @@
 
 transformers gives kernels of its flash kind all rows at once, with where each segment ends, and calls any other kernel
 for one segment after the other. Here segments of one length are one batch, without a mask: the same numbers to the bit
-in a few calls, where an image of 1092 x 1932 has 180 windows in each of 28 blocks.
+in a few calls, where an image of 1092 x 1932 has 180 windows in each of 28 blocks. On CUDA in 16 bits all segments go
+to torch's kernel for segments of unlike length (`torch.nn.attention.varlen`), in one call. **That way ran on no GPU**:
+which way is taken, and what the kernel is given, is tested on a CPU. flash-attn, where it is installed, is chosen by
+`attention=flash_attention_2`, and transformers calls it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +26,28 @@ def use_segments(tower: Any) -> None:
     tower.config._attn_implementation_internal = SEGMENTS  # the setter looks for a package of that name
 
 
+def unlike_lengths(query: Tensor, dropout: float) -> Callable[..., Tensor] | None:
+    """Return torch's kernel for segments of unlike length; None where it does not take these queries.
+
+    It takes float16 and bfloat16 on CUDA devices of capability 8 and more, heads of a multiple of 8 numbers, at most
+    256, and drops no weights.
+
+    Args:
+        query: of shape (..., d).
+        dropout: of the weights.
+    """
+    wide = query.shape[-1]
+    if query.device.type != "cuda" or dropout or wide % 8 or wide > 256:
+        return None
+    if query.dtype not in (torch.float16, torch.bfloat16) or torch.version.cuda is None:
+        return None
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -31,6 +57,7 @@ def attend(
     *,
     scaling: float,
     cu_seq_lens_q: Tensor,
+    max_length_q: int | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -44,12 +71,18 @@ def attend(
         attention_mask: None; a segment attends to all of itself.
         scaling: of the products.
         cu_seq_lens_q: (segments + 1,) where segments begin, and where the last one ends.
+        max_length_q: patches of the longest segment; None: counted.
         dropout: of the weights.
         kwargs: what other kernels take besides.
 
     Returns:
         (1, S, H, d), and no weights.
     """
+    if (kernel := unlike_lengths(query, dropout)) is not None:
+        ends = cu_seq_lens_q.to(torch.int32)
+        most = int(max_length_q or (ends[1:] - ends[:-1]).max())
+        packed = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, H, d)
+        return kernel(*packed, ends, ends, most, most, scale=scaling)[None], None
     how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
     lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
     if len(set(lengths)) == 1:  # views, no copies
