@@ -230,6 +230,19 @@ def test_fixes_of_trained_models_leave_their_weights_alone():
         zoo.load("fashion_tiny", f"pruner=[{name}]", first)
 
 
+def test_parts_are_compared_with_stored_weights_and_fixes_fit_them():
+    import zoo
+
+    for word, why, fix in (
+        ("vision.layer=1", "unknown in vision: 12 tensors", "vision.layer=-1"),
+        ("llm.hidden_size=64", "other shape: llm.lm.lm_head.weight: (426, 128) in the file", "llm.hidden_size=128"),
+    ):
+        with pytest.raises(RefusedError, match="do not fit the model") as refusal:
+            zoo.check("scenes_tiny", word, fixes=1)
+        assert why in refusal.value.reason and refusal.value.fixes == [fix]
+    zoo.check("scenes_tiny", "adapter=[lora]")  # a new adapter may start without weights
+
+
 @pytest.mark.fixes
 def test_tokenizers_that_cannot_end_an_answer_are_refused(tokenizer, tmp_path):
     from transformers import AutoTokenizer

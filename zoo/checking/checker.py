@@ -23,11 +23,15 @@ from zoo.checking.stage_check import Stagecheck, check_stage
 from zoo.composed.assembly import Parts, assemble
 from zoo.composed.own_checkpoints import have_checkpoints, node_at, own_checkpoints
 from zoo.fusion.llm.attention import require_attention, require_kernel
+from zoo.published import is_published
+from zoo.published.folder import read_content, require_same
 from zoo.registry import Cut, ZooError
 from zoo.registry.devices import require_present
 from zoo.registry.quiet import errors_alone
 from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
+from zoo.storage.safetensors_file import listing
+from zoo.storage.weights import require_fit, weight_files
 from zoo.text.markup import cell
 from zoo.text.sizes import count_text, size_text
 from zoo.text.terminal import console, say
@@ -139,6 +143,7 @@ def _report_of(plan: Plan) -> CheckReport:
     attention = "auto" if plan.attention.startswith("flash") else plan.attention  # flash kernels refuse meta tensors
     with torch.device("meta"):
         model = ZooModel(ZooConfig(slots=dict(plan.slots), positions=plan.positions, attention=attention), parts=parts)
+    _check_stored(plan, model)
     rows = [_summary(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
     if weights > _MOST_BYTES:
@@ -231,6 +236,18 @@ def _check_positions(parts: Parts, positions: str) -> None:
             f"llm {parts.name_of('llm')!r} has {limit} positions; one image of {n} tokens and {TEXT} of text need "
             f"{needed}."
         )
+
+
+def _check_stored(plan: Plan, model: Any) -> None:
+    """Refuse parts that the trained weights do not fit, by the names and shapes in their files."""
+    if plan.stored is None:
+        return
+    content = read_content(plan.stored)
+    if is_published(content):
+        require_same(plan.slots, plan.stored, plan.fresh)
+        return
+    whole = not content.get("base") and not have_checkpoints(plan.slots)  # else some weights are in those checkpoints
+    require_fit(model, plan.stored, listing(weight_files(plan.stored)), fresh=plan.fresh, whole=whole)
 
 
 def _summary(step: Any, parts: Parts, model: Any) -> PartSummary:

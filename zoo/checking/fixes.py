@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import registry
 from zoo.composed.own_checkpoints import encoder_paths, node_at, with_node
+from zoo.published.folder import read_content
 from zoo.registry import MISSING, ZooError
 from zoo.text.tokenizer import CHAT_TEMPLATES, OF_MODEL
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     """Yield overrides as a user would write them, each with the plan that they make; not tried yet."""
+    yield from _as_stored(plan)
     for name, stage in plan.stages.items():
         yield from _other_teaching(plan, name, stage)
     for key in ("device", "precision", "attention"):
@@ -67,6 +69,19 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
 
 def _excludes_tokens(adapter: str) -> bool:
     return "image_tokens" in getattr(registry.get("adapter", adapter).cls, "excludes", ())
+
+
+def _as_stored(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
+    """Yield each option of a part with trained weights set to what these were trained with."""
+    stated = read_content(plan.stored).get("slots") if plan.stored is not None else None
+    for kind in registry.SINGLE_SLOTS:
+        ours, theirs = plan.slots.get(kind) or {}, (stated or {}).get(kind) or {}
+        if ours.get("name") != theirs.get("name"):
+            continue
+        for key, value in theirs.items():
+            if ours.get(key, value) != value and not isinstance(value, Mapping):
+                slots = {**plan.slots, kind: {**ours, key: deepcopy(value)}}
+                yield f"{kind}.{key}={_shown(value)}", replace(plan, slots=slots)
 
 
 def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:

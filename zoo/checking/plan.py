@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Plan:
     made: Any = None  # the tokenizer itself, where it is loaded
     origin: str = ""  # folder or repository that all weights come from, if from one
     trained: bool = False  # the model has trained weights, even if its parts name no checkpoint
+    stored: Path | None = None  # folder of the trained weights, where it is on this machine
+    fresh: tuple[str, ...] = ("adapter",)  # parts that may start without trained weights
     splits: Mapping[str, str] | None = None  # of the data, by name; None: not known
     typed: Typed | None = None  # the command line that it was composed from; fixes are tried as further words of it
 
@@ -55,6 +58,7 @@ def plan_for(source: Source, tokenizer: Any = None) -> Plan:
         made=tokenizer,
         origin="" if source.kind == "preset" else source.name,
         trained=source.is_trained,
+        stored=source.present,
         splits=source.data,
         typed=source.typed,
     )

@@ -115,7 +115,9 @@ def build(
         require_same(source.slots, folder, fresh)
     tokenizer = source.make_tokenizer(texts, tokenizer_folder)
     plan = plan_for(source, tokenizer)
-    plan.trained = folder is not None
+    plan.trained, plan.stored = folder is not None, folder
+    # A saved model may have a new adapter, added by an override.
+    plan.fresh = tuple(fresh) if folder is None or source.published else (*fresh, "adapter")
     plan.splits = None if source.pretrained else plan.splits  # a model that is only scored needs no training data
     report = check(plan)
     for note in report.notes:
@@ -125,8 +127,7 @@ def build(
         ZooModel,
         config_for(source, tokenizer),
         folder,
-        # A saved model may have a new adapter, added by an override.
-        fresh=fresh if folder is None or source.published else {*fresh, "adapter"},
+        fresh=plan.fresh,
         dtype=dtype,
         device_map=target if device_map is None else device_map,
         bits=bits,

@@ -99,6 +99,11 @@ class Source:
             return self.kind != "preset"
         return bool(self.repository) or self._shipped is not None
 
+    @property
+    def present(self) -> Path | None:
+        """The folder of the trained weights, if it is known without a download."""
+        return Path(self.name) if self.kind == "dir" else self._shipped
+
     @cached_property
     def content(self) -> dict[str, Any]:
         """The config.json beside the weights; empty for a model that starts from its parts."""

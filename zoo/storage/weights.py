@@ -21,7 +21,7 @@ from torch import Tensor
 from zoo.registry import ZooError, first_line, one_line, require_revision
 from zoo.registry.foreign import INDEX, read_json
 from zoo.storage.rows import split
-from zoo.storage.safetensors_file import listing, read
+from zoo.storage.safetensors_file import Stored, listing, read
 
 WEIGHTS = "model.safetensors"
 _ENDS = 1 << 20  # bytes read from each end of a file for its fingerprint
@@ -178,42 +178,76 @@ def read_weights(
     Raises:
         ZooError: a tensor is missing, unknown or of another shape; reported by part.
     """
-    allowed, done = set(fresh), done or {}
-    own = named_weights(model)
-    shared = {name: names for names in names_of(model).values() for name in names}
-    missing, unexpected, misshapen = set(shared) - model.bases.names, [], []
-    for listed, stored in listing(weight_files(folder)).items():
+    done, stored = done or {}, listing(weight_files(folder))
+    missing = require_fit(model, folder, stored, fresh=fresh)
+    own, shared = named_weights(model), _shared(model)
+    for listed, tensor in stored.items():
         name, first = split(listed)
-        if name not in shared:
-            if not may_start_fresh(name.partition(".")[0], allowed):
-                unexpected.append(listed)
-            continue
-        held = tuple(own[name].shape)
-        if stored.shape != (held if not first else (held[0] - first, *held[1:])):
-            if not may_start_fresh(model.part_of(name), allowed):
-                misshapen.append(f"{listed}: {stored.shape} in the file, {held} in the model")
-            continue
+        if name not in shared or not _of_shape(tensor, own[name], first):
+            continue  # of a part that starts fresh
         if first:  # the rows ahead are those of its base
             if name in model.bases.names:
-                read(stored, own[name].detach()[first:])
+                read(tensor, own[name].detach()[first:])
         elif id(own[name]) not in done:
-            dtype = (dtypes or {}).get(name, stored.dtype)
+            dtype = (dtypes or {}).get(name, tensor.dtype)
             if own[name].dtype != dtype:  # the model takes the dtype of the file; casting comes later
                 own[name].data = torch.empty_like(own[name], dtype=dtype)
-            read(stored, own[name])
-        if not first:
-            missing.difference_update(shared[name])
-    left = {n for n in missing if not may_start_fresh(model.part_of(n), allowed)}
-    if left or unexpected or misshapen:
-        lines = [f"The weights in {folder} do not fit the model."]
-        lines += by_part("missing", left, model.part_of) + by_part("unknown", unexpected, lambda n: n.partition(".")[0])
-        lines += [f"  other shape: {m}" for m in misshapen[:5]]
-        raise ZooError("\n".join(lines))
+            read(tensor, own[name])
     started = {model.part_of(n) for n in missing}
     for name, adapter in getattr(model, "adapter", {}).items():
         if f"adapter.{name}" in started:
             adapter.start()  # it copies weights of the language model, which are loaded only now
     return sorted(missing)
+
+
+def require_fit(
+    model: Any, folder: Path, stored: Mapping[str, Stored], *, fresh: Iterable[str] = (), whole: bool = True
+) -> set[str]:
+    """Compare the tensors of a folder with a model's, by name and shape; nothing is read, and the model may be empty.
+
+    Args:
+        model: composed; tensors on the meta device do.
+        folder: for messages.
+        stored: what the folder has.
+        fresh: parts that may start without weights, or `all`.
+        whole: all that is not of `model.bases` is to be in the folder; else some may come from elsewhere.
+
+    Returns:
+        Names of tensors that are neither in the folder nor from a base checkpoint.
+
+    Raises:
+        ZooError: a tensor is missing, unknown or of another shape; reported by part.
+    """
+    allowed, own, shared = set(fresh), named_weights(model), _shared(model)
+    missing, unexpected, misshapen = set(shared) - model.bases.names, [], []
+    for listed, tensor in stored.items():
+        name, first = split(listed)
+        if name not in shared:
+            if not may_start_fresh(name.partition(".")[0], allowed):
+                unexpected.append(listed)
+        elif not _of_shape(tensor, own[name], first):
+            if not may_start_fresh(model.part_of(name), allowed):
+                misshapen.append(f"{listed}: {tensor.shape} in the file, {tuple(own[name].shape)} in the model")
+        elif not first:
+            missing.difference_update(shared[name])
+    left = {n for n in missing if whole and not may_start_fresh(model.part_of(n), allowed)}
+    if left or unexpected or misshapen:
+        lines = [f"The weights in {folder} do not fit the model."]
+        lines += by_part("missing", left, model.part_of) + by_part("unknown", unexpected, lambda n: n.partition(".")[0])
+        lines += [f"  other shape: {m}" for m in misshapen[:5]]
+        raise ZooError("\n".join(lines))
+    return missing
+
+
+def _shared(model: Any) -> dict[str, list[str]]:
+    """Map each name of a tensor to all of its names."""
+    return {name: names for names in names_of(model).values() for name in names}
+
+
+def _of_shape(stored: Stored, held: Tensor, first: int) -> bool:
+    """Whether a stored tensor is as large as a model's, or as its rows from `first` on."""
+    shape = tuple(held.shape)
+    return stored.shape == ((shape[0] - first, *shape[1:]) if first else shape)
 
 
 def may_start_fresh(part: str, allowed: Iterable[str]) -> bool:
