@@ -26,6 +26,7 @@ from zoo.benches.place import torch_threads
 from zoo.benches.report import Report, Row, machine
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.data_check import check_data
+from zoo.checking.fixes import AND
 from zoo.checking.plan import Plan, plan_from
 from zoo.contracts.trial import Trial
 from zoo.registry import ZooError
@@ -144,7 +145,7 @@ def _type_fixes(words: list[str], found: Findings) -> None:
         for fix in error.fixes:
             found.offered += 1
             try:
-                _typed([*words, fix], 0)
+                _typed([*words, *fix.split(AND)], 0)
             except ZooError as still:
                 found.broken.append(f"fix {fix} of {' '.join(words)}: {still}")
     except ZooError:

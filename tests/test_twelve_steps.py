@@ -93,8 +93,13 @@ def test_5_compose_by_config_only(say):
         "vision=hf vision.model_type=siglip vision.image_size=32 vision.patch_size=8 vision.width=32 vision.depth=2"
     )
     rest = "vision.heads=2 projector=pool pruner=[fastervlm] pruner.fastervlm.keep_ratio=0.25 llm=hf"
-    status, said = say(f"zoo check recipe=null {siglip} {rest} llm.hidden_size=32 llm.num_heads=2 llm.num_layers=1")
+    line = f"zoo check recipe=null {siglip} {rest} llm.hidden_size=32 llm.num_heads=2 llm.num_layers=1"
+    status, said = say(line)
     assert status == 2 and "pruner 'fastervlm' needs cls_attention, but vision 'hf' does not give it" in said
+    fix = "pruner.fastervlm.score=column_mean projector=mlp"  # two: `pool` needs the grid that pruners destroy
+    assert f"fix 1: {fix} fix 2: " in said
+    status, said = say(line.replace("projector=pool", fix))
+    assert status == 0 and "pruner fastervlm 4" in said
 
 
 def test_6_typos(say):

@@ -15,7 +15,7 @@ import torch
 
 from zoo import registry
 from zoo.checking.counts import check_counts
-from zoo.checking.fixes import candidates
+from zoo.checking.fixes import AND, candidates
 from zoo.checking.memory import TEXT
 from zoo.checking.plan import Plan, device_of, plan_from, plan_of
 from zoo.checking.several_encoders import described
@@ -85,12 +85,19 @@ class CheckReport:
 
 
 class RefusedError(ZooError):
-    """The composition does not fit. `reason` is the sentence, `fixes` the overrides that make it fit."""
+    """The composition does not fit. `reason` is the sentence, `fixes` the overrides that make it fit.
+
+    A fix of two overrides has `zoo.checking.fixes.AND` between them.
+    """
 
     def __init__(self, reason: str, fixes: Sequence[str] = ()) -> None:
-        lines = [reason, *(f"  fix {i}: {for_a_shell(fix)}" for i, fix in enumerate(fixes, 1))]
+        lines = [reason, *(f"  fix {i}: {_for_a_shell(fix)}" for i, fix in enumerate(fixes, 1))]
         super().__init__("\n".join(lines))
         self.reason, self.fixes = reason, list(fixes)
+
+
+def _for_a_shell(fix: str) -> str:
+    return " ".join(map(for_a_shell, fix.split(AND)))
 
 
 def for_a_shell(override: str) -> str:
@@ -290,6 +297,10 @@ def _fixes(plan: Plan, most: int) -> Iterator[str]:
         if found == most or tries >= _MOST_TRIES or time.thread_time() - start > _SECONDS:
             return
         try:
+            if AND in override:
+                projector = {"projector": candidate.slots["projector"]}
+                if _fits(replace(plan, slots={**plan.slots, **projector})):
+                    continue  # the second of two changes is enough
             _report_of(candidate)
             _check_as_typed(plan, candidate, override)
         except Exception:  # of any kind: the candidate is then not a fix
@@ -298,13 +309,21 @@ def _fixes(plan: Plan, most: int) -> Iterator[str]:
         found += 1
 
 
+def _fits(plan: Plan) -> bool:
+    try:
+        _report_of(plan)
+    except ZooError:
+        return False
+    return True
+
+
 def _check_as_typed(plan: Plan, candidate: Plan, override: str) -> None:
     """Check the user's words with a fix appended, and their data, where the plan comes from a command line."""
     if plan.typed is None:
         return
     from zoo.checking.data_check import check_data
 
-    cfg = plan.typed.with_one_more(override)
+    cfg = plan.typed.with_more(*override.split(AND))
     tokens: dict[str, Any] = {
         name: getattr(candidate, name) for name in ("vocab_size", "tokenizer", "made", "placeholders")
     }

@@ -14,6 +14,8 @@ from zoo.text.tokenizer import CHAT_TEMPLATES, OF_MODEL
 if TYPE_CHECKING:
     from zoo.checking.plan import Plan
 
+AND = "\n"  # between the two overrides of a change that takes two
+
 
 def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
     """Yield overrides as a user would write them, each with the plan that they make; not tried yet."""
@@ -46,6 +48,7 @@ def candidates(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
             turned = dict(reversed(members.items()))
             yield f"{kind}={_shown(turned)}", replace(plan, slots={**plan.slots, kind: turned})
     yield from _other_options(plan)
+    yield from _options_without_grid(plan)
     yield from _other_stages(plan)
     lists: dict[str, dict[str, Any]] = {kind: dict(plan.slots.get(kind) or {}) for kind in ("pruner", "adapter")}
     for kind, members in lists.items():  # left out, before the many that could be in its place
@@ -120,6 +123,25 @@ def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
                     changed = slots[kind][name] if many else slots[kind]
                     changed[outer] = {**(changed.get(outer) or {}), key: value}
                     yield f"{path}.{inside}={_shown(value)}", replace(plan, slots=slots)
+
+
+def _options_without_grid(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
+    """Yield the choices of pruners' options once more, with `mlp` for a projector that needs the grid they destroy."""
+    name = (plan.slots.get("projector") or {}).get("name")
+    if name not in registry.names("projector") or "grid" not in _capabilities("projector", name, "needs"):
+        return
+    for pruner, node in (plan.slots.get("pruner") or {}).items():
+        if pruner not in registry.names("pruner") or "grid" not in _capabilities("pruner", pruner, "destroys"):
+            continue
+        for option, values in registry.get("pruner", pruner).choices.items():
+            for value in values:
+                slots = with_node(plan.slots, ("pruner", pruner), deepcopy({**node, option: value}))
+                override = f"pruner.{pruner}.{option}={_shown(value)}{AND}projector=mlp"
+                yield override, replace(plan, slots={**slots, "projector": {"name": "mlp"}})
+
+
+def _capabilities(kind: str, name: str, word: str) -> frozenset[str]:
+    return registry.table.capabilities(getattr(registry.get(kind, name).cls, word, ()))
 
 
 def _other_stages(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from zoo.checking.checker import RefusedError, check
+from zoo.checking.fixes import AND
 from zoo.checking.plan import Plan
 from zoo.composed.assembly import build_distiller
 from zoo.composed.model import ZooModel
@@ -130,7 +131,7 @@ class Trial:
         try:
             check(verdict.plan)
         except RefusedError as error:
-            fixes = [fix.replace(f"dir:{self.folder}/", "") for fix in error.fixes]
+            fixes = [fix.replace(f"dir:{self.folder}/", "").replace(AND, " ") for fix in error.fixes]
             own = [fix for fix in fixes if any(f".{name}." in fix for _, name in parts)]
             return next(iter([*own, *fixes]), "")
         return ""

@@ -79,9 +79,9 @@ class Typed:
         names = (word.lstrip("+").partition("=")[0] for word in self.overrides)
         return [name.removeprefix(f"{section}.") for name in names if name.startswith(f"{section}.")]
 
-    def with_one_more(self, override: str) -> Any:
-        """Compose again, with another override appended."""
-        return compose(self.command, [*self.overrides, override], self.config_dir)
+    def with_more(self, *overrides: str) -> Any:
+        """Compose again, with further overrides appended."""
+        return compose(self.command, [*self.overrides, *overrides], self.config_dir)
 
 
 def typed_of(cfg: Any) -> Typed | None:
