@@ -5,7 +5,9 @@ weights are 0.5 B, `scenes_tiny` for `tiny/llava-siglip-qwen`, `zoo chat` and `z
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import zoo
 from tests.conftest import forget_plugins
 from zoo.cli import doctor
 from zoo.cli.entry import main
+from zoo.training.step import Engine
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_data"
 RECIPE = ["--config-dir", ".", "recipe=own_data"]
@@ -122,7 +125,25 @@ def test_8_train_and_go_on(say, place):
     run = next(path.parent for path in (place / "journey").rglob("zoo.lock"))
     assert {"config.yaml", "zoo.lock", "metrics.jsonl"} <= {path.name for path in run.iterdir()}
     status, said = say("zoo train resume=last run.dir=journey")
-    assert status == 2 and "finished" in said, said  # killed ones go on: tests/test_resume.py
+    assert status == 2 and "finished" in said, said
+
+
+def test_8_survives_a_kill(say, place, monkeypatch):
+    """Killed by SIGTERM in its first step and resumed, it is the run of `test_8_train_and_go_on` to the bit."""
+    inner = Engine.run
+
+    def killed(self, number, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, number, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(Engine, "run", killed)
+        say("zoo train", *RECIPE, *SHORT, "run.dir=killed")
+    assert left.value.code == 143
+    status, said = say("zoo train resume=last run.dir=killed")
+    assert status == 0 and "Trained in" in said, said
+    ours, theirs = (next((place / name).rglob("model/model.safetensors")) for name in ("journey", "killed"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_9_evaluate(say):
@@ -132,9 +153,17 @@ def test_9_evaluate(say):
         assert part in said, part
 
 
-def test_10_compare(say, place):
-    status, said = say("zoo report journey --json")
-    assert status == 0 and json.loads(said), said
+def test_10_sweep_and_compare(say, place):
+    """A member without the option of another is run all the same."""
+    swept = "zoo train -m pruner=null,random pruner.random.keep_ratio=0.25 run.dir=swept"
+    status, said = say(swept, *RECIPE, *SHORT)
+    assert status == 0 and "keep_ratio=0.25 is left out of 1 of 2 runs that have no such option" in said, said
+    status, said = say("zoo report swept")
+    assert status == 0, said
+    for row in ("null", "random"):
+        assert row in said, said
+    status, said = say("zoo report swept --json")
+    assert status == 0 and len(json.loads(said)["runs"]) == 2, said
 
 
 def test_11_bring_your_own_part(say):

@@ -41,6 +41,8 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
     """
     parsed = parse(overrides)
     for_hydra = [o.input_line for o in parsed if o.is_hydra_override()]
+    if own := next((o.key_or_group for o in parsed if o.key_or_group in ("hydra.sweep.dir", "hydra.run.dir")), None):
+        raise ZooError(f"{own} has no effect in a sweep, whose folder is run.dir=<folder>.")
     parsed = [o for o in parsed if not o.is_hydra_override()]
     product = _split(parsed)
     load_plugins(command, [values(parse(job)) for job in product], config_dir)
