@@ -9,6 +9,7 @@ is installed, docs/compatibility.md#libraries lists them, and tests hold them to
     torchvision 0.27    resamples tensors by lanczos too.
     transformers 5.23   gradient checkpointing is called activation checkpointing; the old name warns. It recomputes the
                         `forward` of a layer; before, it did so with `__call__`, the hooks on the layer included.
+                        Configs of encoders of Qwen-VL and GLM-V give their `depth` as `num_hidden_layers`, too.
 
 Two more differences need no version to be asked for, since what is done about them is right on every version:
 torch's FLOP counter has no formula for attention fused on a CPU (`benches/flops.py`, torch 2.14), and its grouped
@@ -126,6 +127,14 @@ def with_old_cache_name(output: type) -> type:
     if CACHE != "cache":
         output.past_key_values = property(lambda self: self.cache)  # type: ignore[attr-defined]
     return output
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(config: Any) -> int:
+    """Return how many layers the config of an encoder states."""
+    return int(config.num_hidden_layers if hasattr(config, "num_hidden_layers") else config.depth)
 
 
 # ---- activation checkpointing ----------------------------------------------------------------------------------------

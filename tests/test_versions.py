@@ -6,10 +6,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from zoo.registry.versions import TESTED, Versions
+from zoo.registry.versions import TESTED, Versions, blocks_of
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -106,3 +107,10 @@ def test_nothing_but_versions_py_asks_for_a_version():
         for path in (ROOT / folder).rglob("*.py"):
             if path != ROOT / "registry" / "versions.py":
                 assert not re.search(asks, path.read_text()), path
+
+
+def test_an_encoders_layers_are_counted_by_either_name():
+    both = SimpleNamespace(depth=3, num_hidden_layers=3)
+    assert (
+        blocks_of(SimpleNamespace(depth=3)) == blocks_of(both) == blocks_of(SimpleNamespace(num_hidden_layers=3)) == 3
+    )

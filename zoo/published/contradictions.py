@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zoo.registry import ZooError
+from zoo.registry.versions import blocks_of
 from zoo.storage.safetensors_file import Joined, Stored, value_of
 
 _LAYER = re.compile(r"^(?:vision\.(?:frame_)?tower|llm\.lm)\.(?:\D+\.)?(\d+)\.")  # the first number in a name
@@ -25,7 +26,7 @@ def between(hf: Any, tensors: Mapping[str, Stored | Joined]) -> dict[str, list[s
     lines: dict[str, list[str]] = {}
     for part, name, stated in (
         ("llm", "text_config.num_hidden_layers", text.num_hidden_layers),
-        ("vision", "vision_config.num_hidden_layers", vision.num_hidden_layers),
+        ("vision", "vision_config.num_hidden_layers", blocks_of(vision)),
     ):
         held = _count(tensors, part, _LAYER)
         if held > stated:
