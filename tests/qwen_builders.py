@@ -7,7 +7,7 @@ from PIL import Image
 from zoo.vision.encoders.qwen import QwenVision, QwenVisionConfig
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-NATIVE = [*FAMILIES, "glm4v"]
+NATIVE = [*FAMILIES, "glm4v", "paddleocr_vl"]
 SIZES = {"width": 32, "heads": 2, "depth": 4, "patch_size": 4, "out_width": 64, "max_pixels": 64 * 64, "min_pixels": 64}
 EXTRA = {
     "qwen2_vl": {},
@@ -15,7 +15,7 @@ EXTRA = {
     "qwen3_vl": {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1, 2]},
 }
 EXTRA["qwen3_vl_moe"] = EXTRA["qwen3_vl"]
-EXTRA["glm4v"] = {"image_size": 24}
+EXTRA["glm4v"] = EXTRA["paddleocr_vl"] = {"image_size": 24}
 
 
 def encoder_node(family: str, **options) -> dict:
@@ -77,14 +77,24 @@ def whole_of(model, family: str, attention: str = "sdpa"):
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
     vision = {k: v for k, v in model.vision.tower.config.to_dict().items() if k != "model_type"}
-    config = CONFIG_MAPPING[family](text_config=model.llm.lm.config.to_dict(), vision_config=vision)
+    text = model.llm.lm.config.to_dict()
+    config = CONFIG_MAPPING[family](text_config=text, vision_config=vision, tie_word_embeddings=False)
     config.image_token_id, config.video_token_id = model.config.image_token_id, model.llm.vocab_size - 1
     config.vision_start_token_id = config.vision_end_token_id = model.llm.vocab_size - 2
     theirs = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
     theirs.model.language_model.load_state_dict(model.llm.decoder.state_dict())
-    theirs.model.visual.load_state_dict(model.vision.tower.state_dict())
+    for mine, other in towers(model, theirs):
+        other.load_state_dict(mine.state_dict())
     theirs.lm_head.load_state_dict(model.llm.lm.lm_head.state_dict())
     return theirs
+
+
+def towers(model, theirs) -> list:
+    """The encoder of a composed model, and that of transformers' class: PaddleOCR-VL's are the ViT and the merger."""
+    inner, tower = theirs.model, model.vision.tower
+    if hasattr(inner, "projector"):
+        return [(tower.visual, inner.visual), (tower.projector, inner.projector)]
+    return [(tower, inner.visual)]
 
 
 def for_whole(batch: dict, image_token_id: int) -> dict:
@@ -92,6 +102,8 @@ def for_whole(batch: dict, image_token_id: int) -> dict:
     given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if cuts := batch.get("cuts"):
         grids = torch.tensor([(c.rows, 2 * c.patches[0], 2 * c.patches[1]) for c in cuts])
-        given |= {"pixel_values": batch["pixel_values"], "image_grid_thw": grids}
+        shown = batch["pixel_values"]
+        one_frame = shown.shape[1] == 3 * SIZES["patch_size"] ** 2  # PaddleOCR-VL's, which are not flat there
+        given |= {"pixel_values": shown.unflatten(1, (3, 4, 4)) if one_frame else shown, "image_grid_thw": grids}
         given["mm_token_type_ids"] = (batch["input_ids"] == image_token_id).int()
     return given

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, talk
-from tests.qwen_builders import NATIVE, encoder_node, for_whole, picture, sharpen, slots, whole_of
+from tests.qwen_builders import NATIVE, encoder_node, for_whole, picture, sharpen, slots, towers, whole_of
 from zoo import registry
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
@@ -134,8 +134,8 @@ def test_a_step_learns_what_transformers_class_learns(pair):
     wanted = theirs.train()(**given, labels=batch["labels"])
     wanted.loss.backward()
     torch.testing.assert_close(ours.loss, wanted.loss, atol=1e-5, rtol=1e-5)
-    pairs = [(model.llm.decoder, theirs.model.language_model), (model.vision.tower, theirs.model.visual)]
-    for mine, other in [*pairs, (model.llm.lm.lm_head, theirs.lm_head)]:
+    pairs = [(model.llm.decoder, theirs.model.language_model), (model.llm.lm.lm_head, theirs.lm_head)]
+    for mine, other in [*pairs, *towers(model, theirs)]:
         reference = dict(other.named_parameters())
         for name, p in mine.named_parameters():
             grad = reference[name].grad

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its MoE, GLM-4.1V as published: loaded, asked, trained, saved and exported."""
+"""Qwen-VL, GLM-V and PaddleOCR-VL as published: loaded, asked, trained from, saved and exported."""
 
 import json
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.video_utils import VideoMetadata
 
 import zoo
-from tests import glm_builders
+from tests import glm_builders, paddle_builders
 from tests import published_builders as build
 from tests.qwen_builders import EXTRA, FAMILIES
 from zoo.registry import Dialog, Sample, ZooError
@@ -30,8 +30,9 @@ def made(name, folder, tie=False):
     """A tiny model by transformers' own classes, saved and loaded again."""
     import transformers as t
 
-    if name in glm_builders.WORDS:
-        return glm_builders.made(name, folder, tie)
+    for others in (glm_builders, paddle_builders):
+        if name in others.WORDS:
+            return others.made(name, folder, tie)
     tok = build.tokenizer("<|image_pad|>", extra=SPECIAL)
     tok = type(tok)(
         tokenizer_object=tok.backend_tokenizer, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left"
@@ -62,7 +63,7 @@ def made(name, folder, tie=False):
     return build.finish(build.shake(model), processor, folder)
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *glm_builders.FAMILIES])
+@pytest.fixture(scope="module", params=[*FAMILIES, *glm_builders.FAMILIES, *paddle_builders.WORDS])
 def family(request, tmp_path_factory):
     """Name, folder, transformers' model and processor, ours."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -111,7 +112,7 @@ def test_pixels_ids_logits_and_answers_are_those_of_transformers(family):
     mine.tokenizer.padding_side = "left"
     batch, got = asked(processor, texts), mine(images=PHOTOS, text=texts)
     assert torch.equal(got["input_ids"], batch["input_ids"])
-    assert torch.equal(got["pixel_values"], batch["pixel_values"])
+    assert torch.equal(got["pixel_values"], batch["pixel_values"].flatten(1))
     mask = batch["attention_mask"].bool()
     wanted = theirs(**batch).logits[mask]
     assert (ours(**got).logits[mask] - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
@@ -131,7 +132,7 @@ def test_every_shape_gives_the_same_pixels_and_ids_or_is_refused(family, tmp_pat
 
         expected = processor(images=[open_image(image)], text=[text], return_tensors="pt")
         got = mine(images=[image], text=text)
-        assert torch.equal(got["pixel_values"], expected["pixel_values"]), name
+        assert torch.equal(got["pixel_values"], expected["pixel_values"].flatten(1)), name
         assert torch.equal(got["input_ids"], expected["input_ids"]), name
 
 
@@ -162,8 +163,9 @@ def test_export_is_loaded_by_transformers_alone(family, tmp_path):
     assert torch.equal(same["input_ids"], batch["input_ids"]) and torch.equal(
         same["pixel_values"], batch["pixel_values"]
     )
-    out = type(processor).from_pretrained(tmp_path / "out").video_processor
-    assert out.to_dict() == processor.video_processor.to_dict()
+    again = type(processor).from_pretrained(tmp_path / "out")
+    for kind in {"image_processor", "video_processor"} & vars(processor).keys():
+        assert getattr(again, kind).to_dict() == getattr(processor, kind).to_dict()
     written = {n for file in (tmp_path / "out").glob("*.safetensors") for n in load_file(file)}
     assert written == {n for file in folder.glob("*.safetensors") for n in load_file(file)}, name
 
@@ -237,6 +239,10 @@ def watched(*parts):
 @torch.no_grad()
 def test_videos_are_those_of_transformers(family, film, frames):
     name, _, theirs, processor, ours, mine = family
+    if name in paddle_builders.WORDS:
+        with pytest.raises(ZooError, match="takes images only"):
+            ours.chat("is it red?", video=Video(film, frames=frames))
+        return
     video = Video(film, sampling="explicit", indices=tuple(range(1, 20, 2))[:frames])
     clip = read_video(video)
     known = {"total_num_frames": 20, "fps": 10.0, "frames_indices": list(clip.indices)}
@@ -269,6 +275,8 @@ def test_videos_are_those_of_transformers(family, film, frames):
 @torch.no_grad()
 def test_a_pruned_video_has_the_places_of_the_whole_and_its_frames_are_the_models_choice(family, film):
     name, folder, _, _, _, mine = family
+    if name in paddle_builders.WORDS:
+        pytest.skip("it takes no videos")
     chosen = mine.prepare([Video(film, sampling="model")])[0].cut
     assert chosen.rows == 2 and chosen.kind == "frame"  # four frames: two a second of two seconds
     model, processor = zoo.load(f"dir:{folder}", "pruner=[random]", "pruner.random.keep_ratio=0.5")
@@ -387,6 +395,27 @@ def test_a_flat_config_of_old_repositories_is_read(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
     ours, mine = zoo.load(f"dir:{tmp_path}")
     assert mine.num_image_tokens == (1 << 17) // 64
+    mine.tokenizer.padding_side = "left"
+    batch = asked(processor, prompts(processor))
+    mask = batch["attention_mask"].bool()
+    got = ours(**mine(images=PHOTOS, text=prompts(mine))).logits[mask]
+    torch.testing.assert_close(got, theirs(**batch).logits[mask], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_repository_of_paddleocr_is_read_with_its_flat_config_and_weights_that_no_model_has(tmp_path):
+    theirs, processor = made(
+        "paddleocr_vl", tmp_path, tie=True
+    )  # tied: transformers ties whatever a flat config states
+    content = json.loads((tmp_path / "config.json").read_text())
+    content |= {**content.pop("text_config"), "model_type": "paddleocr_vl"}
+    content["vision_config"]["model_type"] = "paddleocr_vl"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    held = load_file(tmp_path / "model.safetensors")
+    spare = ("head.probe", "embeddings.packing_position_embedding.weight")
+    save_file({**held, **{f"visual.vision_model.{n}": torch.zeros(3) for n in spare}}, tmp_path / "model.safetensors")
+    assert {name.split(".")[0] for name in held} == {"visual", "mlp_AR", "model"}
+    ours, mine = zoo.load(f"dir:{tmp_path}")
     mine.tokenizer.padding_side = "left"
     batch = asked(processor, prompts(processor))
     mask = batch["attention_mask"].bool()

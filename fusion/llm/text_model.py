@@ -10,6 +10,7 @@ positions are the same on all of them.
 """
 
 from functools import cache as once
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ TEXT_MODELS = (
     "glm4v_text",
     "glm_ocr_text",
     "hunyuan_vl_text",
+    "paddleocr_vl_text",
     "qwen2_5_vl_text",
     "qwen2_vl_text",
     "qwen3_vl_moe_text",
@@ -47,13 +49,23 @@ def causal_class(config: Any) -> Any:
         `AutoModelForCausalLM`, a class around a text model, or None where there is no causal LM of this config.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
-    if getattr(config, "model_type", "") in TEXT_MODELS and type(config) in MODEL_MAPPING:
-        return _with_head(MODEL_MAPPING[type(config)])
+    if getattr(config, "model_type", "") in TEXT_MODELS and (text := _text_class(type(config))) is not None:
+        return _with_head(text)
     return None
+
+
+def _text_class(config: Any) -> Any:
+    """Return the text model of a config's class, also of those that transformers' table of models leaves out."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if config in MODEL_MAPPING:
+        return MODEL_MAPPING[config]
+    file = import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    return getattr(file, config.__name__.replace("Config", "Model"), None)
 
 
 def axes_of(decoder: nn.Module) -> int:

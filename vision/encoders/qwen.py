@@ -28,6 +28,7 @@ from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import column_mean
 from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, on_meta
 from zoo.vision.encoders.checkpoints import load_part, read_json, with_revision
+from zoo.vision.encoders.paddle_ocr import PaddleOCRTower
 from zoo.vision.encoders.segments import use_segments
 from zoo.vision.images.processors import frames_counted
 
@@ -40,14 +41,19 @@ class Family:
     """A generation: where its tower is in transformers, and what its image processor does by default."""
 
     module: str  # of transformers.models
-    tower: str  # class of the tower
+    tower: str  # class of the tower; empty: `PaddleOCRTower`
     patch: int  # pixels a side
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     least: int  # pixels of an image
     width: str = "hidden_size"  # field of the tower's width
-    out: str = "out_hidden_size"  # field of the width behind the merger
+    out: str = "out_hidden_size"  # field of the width behind the merger; empty: none, it is the LLM's
     images: str = "Qwen2VLImageProcessor"  # class of its image processor
+    frames: int = FRAMES  # of a row
+    vit: str = ""  # the model of transformers in the tower; empty: all of it
+    attention: tuple[str, ...] = ("attn", "qkv")  # of a block, and in it what gives queries and keys, or each of them
+    raster: bool = False  # patches come row by row, not token by token
+    read: tuple[tuple[str, tuple[str, ...]], ...] = (("", ("model.visual.", "visual.")),)  # prefixes in checkpoints
 
 
 FAMILIES = {
@@ -63,6 +69,11 @@ FAMILIES = {
     "glm4v": Family(
         "glm4v", "Glm4vVisionModel", 14, CLIP_MEAN, CLIP_STD, 112 * 112 // 2, images="Glm4vImageProcessor"
     ),
+    "paddleocr_vl": Family(
+        "paddleocr_vl", "", 14, CLIP_MEAN, CLIP_STD, 384 * 384, out="", images="PaddleOCRVLImageProcessor", frames=1,
+        vit="visual", attention=("self_attn", "q_proj", "k_proj"), raster=True,
+        read=(("visual", ("model.visual.", "visual.")), ("projector", ("model.projector.", "mlp_AR."))),
+    ),
 }  # fmt: skip
 
 
@@ -72,7 +83,8 @@ class QwenVisionConfig:
     revision: str = ""  # branch, tag or commit of a hub checkpoint
     min_pixels: int = 0  # least pixels of an image, smaller ones are enlarged; 0: the family's
     max_pixels: int = 1024 * 1024  # most pixels of an image, larger ones are made smaller
-    # Sizes, used without a `checkpoint`. The families: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v.
+    # Sizes, used without a `checkpoint`. The families: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v,
+    # paddleocr_vl.
     model_type: str = "qwen2_vl"  # family
     patch_size: int = 0  # pixels a side; 0: the family's, 14 or 16
     width: int = 192  # of a patch inside the encoder
@@ -118,26 +130,26 @@ class QwenVision(Encoder, nn.Module):
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
         source = with_revision(config.checkpoint, config.revision)
-        name, spec = _from_json(source) if source else (config.model_type, config_from_sizes(config))
+        name, spec, out = _from_json(source) if source else (config.model_type, config_from_sizes(config), 0)
         self.family = family = FAMILIES[name]
-        cls = _class(family)
+        self.hidden_size = int(getattr(spec, family.out)) if family.out else out or config.out_width or config.width
+        self.tower: Any = _class(family)(spec, *([] if family.out else [self.hidden_size]))
         if source and not on_meta():
-            self.tower: Any = load_part(source, cls(spec), ("model.visual.", "visual."), "encoder")
-        else:
-            self.tower = cls(spec)
+            for part, prefixes in family.read:
+                load_part(source, self.tower.get_submodule(part), prefixes, "encoder")
         if self.tower.config._attn_implementation == "sdpa":
             use_segments(self.tower)
-        if spec.spatial_merge_size != MERGE or spec.temporal_patch_size != FRAMES:
+        frames = getattr(spec, "temporal_patch_size", 1)
+        if spec.spatial_merge_size != MERGE or frames != family.frames:
             raise ZooError(
-                f"Its encoder merges {spec.spatial_merge_size} x {spec.spatial_merge_size} patches of "
-                f"{spec.temporal_patch_size} frames; {MERGE} x {MERGE} of {FRAMES} are supported."
+                f"Its encoder merges {spec.spatial_merge_size} x {spec.spatial_merge_size} patches of {frames} frames; "
+                f"{MERGE} x {MERGE} of {family.frames} are supported."
             )
         patch = int(spec.patch_size)
-        self.hidden_size = int(getattr(spec, family.out))
-        self.depth = int(spec.depth)
+        self.depth = len(self.tower.blocks)
         self.deep = len(getattr(spec, "deepstack_visual_indexes", ()))
-        self.patch_shape = (MERGE**2, spec.in_channels * FRAMES * patch**2)
-        self.heads = int(spec.num_heads)
+        self.patch_shape = (MERGE**2, 3 * frames * patch**2)
+        self.heads = int(getattr(spec, "num_heads", 0) or spec.num_attention_heads)
         self.window = int(spec.window_size) // (MERGE * patch) if hasattr(spec, "window_size") else 0  # tokens a side
         if hasattr(spec, "window_size") and not self.window:
             raise ZooError(f"window_size must be at least a token's side, {MERGE * patch}, got {spec.window_size}.")
@@ -164,7 +176,7 @@ class QwenVision(Encoder, nn.Module):
             "image_processor_type": family.images,
             "patch_size": patch,
             "merge_size": MERGE,
-            "temporal_patch_size": FRAMES,
+            "temporal_patch_size": frames,
             "size": {
                 "shortest_edge": min(least, config.max_pixels) * counted,
                 "longest_edge": config.max_pixels * counted,
@@ -183,9 +195,11 @@ class QwenVision(Encoder, nn.Module):
         """Put hooks on the block whose attention is asked for."""
         for block in self._blocks(need) - self._listens:
             self._listens.add(block)
-            attention = self.tower.blocks[block].attn
+            name, *parts = self.family.attention
+            attention = self.tower.blocks[block].get_submodule(name)
             attention.register_forward_pre_hook(partial(_keep_position, self), with_kwargs=True)
-            attention.qkv.register_forward_hook(partial(_keep_qkv, self, block))
+            for part in parts:
+                attention.get_submodule(part).register_forward_hook(partial(_keep_qkv, self, block))
 
     def _blocks(self, need: frozenset[str]) -> set[int]:
         """Name the blocks, from 0, whose attention is asked for."""
@@ -203,16 +217,16 @@ class QwenVision(Encoder, nn.Module):
 
     def set_attention(self, name: str) -> None:
         """Choose the attention kernel: eager, sdpa, flash_attention_2, ..."""
-        self.tower.set_attn_implementation("eager" if name.endswith("eager") else name)
+        self._vit.set_attn_implementation("eager" if name.endswith("eager") else name)
         if name == "sdpa":
             use_segments(self.tower)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         if enable:
-            checkpoint_activations(self.tower)
+            checkpoint_activations(self._vit)
         else:
-            keep_activations(self.tower)
+            keep_activations(self._vit)
 
     def train(self, mode: bool = True) -> QwenVision:
         """Switch to training; a frozen tower stays in evaluation."""
@@ -260,7 +274,7 @@ class QwenVision(Encoder, nn.Module):
         if pixel_values.is_meta:  # transformers reads the grids as numbers, from a tensor
             weight = next(self.tower.parameters())
             maps = [weight.new_empty(sum(counts), self.hidden_size) for _ in range(1 + self.deep)]
-            taken = _Taken({block: weight.new_empty(wanted[0], 3 * self._inner) for block in self._blocks(need)})
+            taken = _Taken({block: [weight.new_empty(wanted[0], 3 * self._inner)] for block in self._blocks(need)})
         else:
             maps, taken = self._run(pixel_values, grids, bool(need))
         groups, members = [], []
@@ -273,6 +287,10 @@ class QwenVision(Encoder, nn.Module):
             groups.append(ImageFeatures(tokens, grid, deep=tuple(deep), block_attention=blocks, **given))
             members.append(tuple(of))
         return UnlikeRows(tuple(groups), tuple(members))
+
+    @property
+    def _vit(self) -> Any:
+        return self.tower.get_submodule(self.family.vit)
 
     @property
     def _inner(self) -> int:
@@ -297,14 +315,15 @@ class QwenVision(Encoder, nn.Module):
         found: dict[str, list[Tensor]] = {}
         for block in sorted(self._blocks(need)):
             assert block in taken.qkv, "the hook of the block did not fire"
-            query, key, _ = taken.qkv[block].unflatten(-1, (3, self.heads, -1)).unbind(1)  # (S, H, d)
+            joined = torch.cat(taken.qkv[block], -1)
+            query, key = joined.unflatten(-1, (-1, self.heads, self._inner // self.heads)).unbind(1)[:2]  # (S, H, d)
             if taken.position is not None:
                 query, key = (_rotated(x, *taken.position) for x in (query, key))
             words = {f"key_attention@{block + 1}", *(("key_attention", "keys") if block == self.scored else ())}
             made: dict[str, list[Tensor]] = {word: [] for word in sorted(need & words)}
             at = 0
             for count, grid in zip(counts, grids, strict=True):
-                row = slice(at, at + count * unit)
+                row = self._patches(at, grid, key.device)
                 back = self._back(grid, key.device)
                 if "keys" in made:
                     mean = key[row].unflatten(0, (count, unit)).float().mean(1).to(key.dtype)  # (N, H, d)
@@ -317,6 +336,14 @@ class QwenVision(Encoder, nn.Module):
                 at += count * unit
             found |= made
         return found
+
+    def _patches(self, at: int, grid: tuple[int, int], device: torch.device) -> slice | Tensor:
+        """Return the patches of a row that begins at patch `at`, those of a token one behind the other."""
+        count = grid[0] * grid[1] * self.patch_shape[0]
+        if not self.family.raster:
+            return slice(at, at + count)
+        order = torch.arange(at, at + count, device=device)
+        return order.view(grid[0], MERGE, grid[1], MERGE).transpose(1, 2).flatten()
 
     def _back(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Return where the tokens of a grid are in the tower's order, which may go window by window."""
@@ -332,7 +359,7 @@ class QwenVision(Encoder, nn.Module):
 class _Taken:
     """What hooks take from one pass: queries, keys and values of blocks before rotation, and their rotary tables."""
 
-    qkv: dict[int, Tensor] = field(default_factory=dict)  # of a block, from 0: (S, 3 * H * d)
+    qkv: dict[int, list[Tensor]] = field(default_factory=dict)  # of a block, from 0: (S, 3 * H * d), or one by one
     position: tuple[Tensor, Tensor] | None = None  # cos and sin (S, d)
 
 
@@ -348,7 +375,7 @@ def _keep_position(vision: QwenVision, module: nn.Module, args: Any, kwargs: dic
 
 def _keep_qkv(vision: QwenVision, block: int, module: nn.Module, args: Any, out: Tensor) -> None:
     if (taken := _taken_now(vision)) is not None:
-        taken.qkv[block] = out.detach()
+        taken.qkv.setdefault(block, []).append(out.detach())
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -371,19 +398,27 @@ def _grid_of_most(most: int) -> tuple[int, int]:
 
 
 def _class(family: Family) -> Any:
+    if not family.tower:
+        return PaddleOCRTower
     return getattr(
         importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}"), family.tower
     )
+
+
+def _config_class(family: Family) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return _class(family).config_class if family.tower else CONFIG_MAPPING[f"{family.module}_vision"]
 
 
 def config_from_sizes(config: QwenVisionConfig) -> Any:
     """Translate options to the family's vision config of transformers."""
     family, depth = FAMILIES[config.model_type], config.depth
     patch = config.patch_size or family.patch
-    known = _class(family).config_class
+    known = _config_class(family)
     values: dict[str, Any] = {
-        "depth": depth,
-        "num_heads": config.heads,
+        **dict.fromkeys(("depth", "num_hidden_layers"), depth),
+        **dict.fromkeys(("num_heads", "num_attention_heads"), config.heads),
         "patch_size": patch,
         "intermediate_size": round(config.width * config.mlp_ratio),
         "mlp_ratio": int(config.mlp_ratio),
@@ -396,12 +431,13 @@ def config_from_sizes(config: QwenVisionConfig) -> Any:
         if name not in fields:
             raise unknown(f"field of {known.__name__}", str(name), fields)
     values = {name: value for name, value in values.items() if name in fields}
-    values |= {family.out: config.out_width or config.width, family.width: config.width}
+    values |= {family.out: config.out_width or config.width} if family.out else {}
+    values |= {family.width: config.width}
     return known(**{**values, **config.extra})
 
 
-def _from_json(source: str) -> tuple[str, Any]:
-    """Read the family and the vision config of a checkpoint's `config.json`."""
+def _from_json(source: str) -> tuple[str, Any, int]:
+    """Read the family, the vision config and the LLM's width of a checkpoint's `config.json`."""
     content = read_json(source)
     name = str(content.get("model_type", ""))
     if name not in FAMILIES:
@@ -409,4 +445,5 @@ def _from_json(source: str) -> tuple[str, Any]:
             f"{source!r} holds a model of type {name or 'unknown'!r}; it must be one of {', '.join(FAMILIES)}."
         )
     inner = {k: v for k, v in (content.get("vision_config") or {}).items() if k != "model_type"}
-    return name, _class(FAMILIES[name]).config_class.from_dict(inner)
+    width = int((content.get("text_config") or content).get("hidden_size", 0))
+    return name, _config_class(FAMILIES[name]).from_dict(inner), width

@@ -116,7 +116,9 @@ class Pictures:
             raise ZooError(f"{name} of {image.height} x {image.width} pixels: {one_line(error)}.") from error
         pixels = out["pixel_values"]
         if "image_grid_thw" in out:  # patches, in rows of unlike length
-            return Picture(pixels, native_cut(out["image_grid_thw"][0], self.processor, (image.height, image.width)))
+            return Picture(
+                pixels.flatten(1), native_cut(out["image_grid_thw"][0], self.processor, (image.height, image.width))
+            )
         pixels = pixels[0] if pixels.ndim == 5 else pixels  # (R, 3, h, w)
         grid = tuple(int(out[key][0][0]) for key in ("rows", "cols")) if "rows" in out else (1, 1)
         kind = "image" if len(pixels) == 1 else "crop"

@@ -20,6 +20,7 @@ FAMILIES = {
     "llava_next": "zoo.published.llava_next",
     "llava_next_video": "zoo.published.llava_next_video",
     "llava_onevision": "zoo.published.llava_onevision",
+    "paddleocr_vl": "zoo.published.paddleocr_vl",
     "qwen2_5_vl": "zoo.published.qwen_vl",
     "qwen2_vl": "zoo.published.qwen_vl",
     "qwen3_vl": "zoo.published.qwen_vl",

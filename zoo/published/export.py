@@ -36,6 +36,7 @@ _NATIVE = (
     "qwen3_vl_moe",
     "glm4v",
     "glm46v",
+    "paddleocr_vl",
 )  # of models whose images keep their shapes
 # Encoders that hub repositories keep below a level of their own.
 _NESTED = ("clip_vision_model", "siglip_vision_model")
@@ -276,7 +277,13 @@ def _spare(record: Mapping[str, Any] | None, known: Family, config: Any) -> Held
         towers = _towers(getattr(transformers, known.model)(config), known)
     vision = torch.nn.Module()
     for name, tower in towers.items():
-        vision.add_module(name.partition(".")[2], tower)
+        *above, last = name.split(".")[1:]
+        parent = vision
+        for part in above:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, tower)
     return {n: t for n, t in as_modules(tensors, {"vision": vision}).items() if SPARE.search(n)}
 
 

@@ -27,6 +27,7 @@ CANONICAL = (
 # Weights that files may have and models do not: blocks and norms after the used layer, and buffers of old files.
 SPARE = re.compile(
     r"^vision\.(frame_)?tower\.((encoder|model)\.layers?\.\d+|post_layernorm|layernorm|norm|head)\."
+    r"|^vision\.tower\.visual\.vision_model\.(head|embeddings\.packing_position_embedding)\."
     r"|^vision\.(frame_)?tower\.embeddings\.mask_token$|rotary_emb\.inv_freq$|position_ids$"
 )
 

@@ -1,10 +1,11 @@
-"""Shared by published families whose images keep their shapes: Qwen-VL and GLM-V.
+"""Shared by published families whose images keep their shapes: Qwen-VL, GLM-V and PaddleOCR-VL.
 
 Each has the encoder `qwen_vision` of its own `model_type`, the projector `identity`, the layout `native` and the text
 model of transformers beside its encoder.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,12 +30,14 @@ class Native:
         name: `model_type` in config.json.
         words: how names of transformers' classes begin.
         processor: class of its processor.
-        videos: class of its video processor.
+        videos: class of its video processor; empty: it takes none.
         video: placeholder of a video in a prompt.
         marks: field of the config -> token that it has the number of.
         layout: vision config -> options of `native`, how videos are placed and written.
         encoder: family of the encoder, in `qwen_vision`.
         texts: `model_type`s of language models.
+        keys: pairs of prefixes of weights, theirs and ours.
+        canonical: pairs of pattern and replacement, of names in files.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Native:
     layout: Callable[[Any], dict[str, Any]]
     encoder: str
     texts: frozenset[str]
+    keys: Sequence[tuple[str, str]] = KEYS
+    canonical: Sequence[tuple[re.Pattern[str], str]] = ()
 
     def family(self) -> Family:
         """Return what the application asks of a family."""
@@ -54,14 +59,14 @@ class Native:
             f"{self.words}ForConditionalGeneration",
             self.processor,
             partial(_slots, self),
-            KEYS,
+            self.keys,
             partial(_config, self),
             partial(_processor_options, self),
             partial(_misfit, self),
             frozenset({f"{self.encoder}_vision", self.encoder}),  # transformers 5.21 calls the encoder as the whole
             partial(_tokens, self),
-            canonical=(),
-            videos=True,
+            canonical=self.canonical,
+            videos=bool(self.videos),
             video_processor=self.videos,
         )
 
@@ -69,14 +74,14 @@ class Native:
 def _slots(own: Native, hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a config."""
     return {
-        "vision": _vision_slot(own.encoder, hf.vision_config, pixels),
+        "vision": _vision_slot(own.encoder, hf.vision_config, hf.text_config.hidden_size, pixels),
         "projector": {"name": "identity"},
         "layout": {"name": "native", **own.layout(hf.vision_config)},
         "llm": llm_slot(hf.text_config, bool(hf.tie_word_embeddings)),
     }
 
 
-def _vision_slot(name: str, vision: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
+def _vision_slot(name: str, vision: Any, text_width: int, pixels: Mapping[str, Any]) -> dict[str, Any]:
     from zoo.vision.encoders.qwen import FAMILIES, QwenVisionConfig, config_from_sizes
     from zoo.vision.images.processors import frames_counted
 
@@ -86,9 +91,9 @@ def _vision_slot(name: str, vision: Any, pixels: Mapping[str, Any]) -> dict[str,
         "model_type": name,
         "patch_size": int(vision.patch_size),
         "width": width,
-        "out_width": getattr(vision, known.out),
-        "depth": vision.depth,
-        "heads": vision.num_heads,
+        "out_width": getattr(vision, known.out) if known.out else text_width,
+        "depth": getattr(vision, "depth", 0) or vision.num_hidden_layers,
+        "heads": getattr(vision, "num_heads", 0) or vision.num_attention_heads,
         "mlp_ratio": float(getattr(vision, "mlp_ratio", 0) or vision.intermediate_size / width),
     }
     size = pixels.get("size") or {}
@@ -137,7 +142,7 @@ def _processor_options(own: Native, model: Any, processor: Any) -> dict[str, Any
     """Return the video processor, which the family's processors require, where the model has none."""
     from zoo.vision.images.processors import processor_of
 
-    if processor.videos is not None:
+    if processor.videos is not None or not own.videos:
         return {}
     sizes = {k: processor.pictures.config[k] for k in ("patch_size", "merge_size", "temporal_patch_size")}
     return {"video_processor": processor_of({**sizes, "video_processor_type": own.videos})}

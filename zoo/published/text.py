@@ -54,7 +54,10 @@ def video_token_id_in(folder: Path) -> int | None:
     """Return the placeholder of videos, if the family has one."""
     from zoo.published.family import parse
 
-    return getattr(parse(read_content(folder), f"{folder}/config.json"), "video_token_id", None)
+    content = read_content(folder)
+    if not family_of(content, f"{folder}/config.json").videos:
+        return None  # some configs number one that no processor writes
+    return getattr(parse(content, f"{folder}/config.json"), "video_token_id", None)
 
 
 def video_token_in(folder: Path, tokenizer: Any) -> str | None:
