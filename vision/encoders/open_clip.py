@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.pretrained.origin import folder_of
 from zoo.registry import ImageTransform, ZooError, register, unknown
+from zoo.registry.foreign import require_model_config
 from zoo.vision.encoders.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -54,6 +56,8 @@ class OpenClipVisionConfig:
     pooling_head: bool = False  # SigLIP: keep the pooling head, and the blocks before it, for a pruner's scores
     summary: bool = False  # SigLIP: keep that head whole, for a pruner that compares frames by its output
     next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
+    # what a checkpoint's open_clip_config.json had, in its place: of models saved with all their weights
+    architecture: dict[str, Any] = field(default_factory=dict)
     # Sizes, used without `model` and `checkpoint`.
     patch_size: int = 16  # pixels a side
     width: int = 192  # D
@@ -67,7 +71,9 @@ class OpenClipVisionConfig:
             raise unknown("library to resample by", self.resample_by, LIBRARIES)
         if (self.pooling_head or self.summary) and self.next_block:
             raise ZooError("pooling_head, or summary, and next_block need the same blocks: set one of them.")
-        if not self.model and not self.checkpoint:
+        if self.architecture and (self.model or self.checkpoint):
+            raise ZooError("architecture is a checkpoint's config without its weights: leave model and checkpoint out.")
+        if not self.model and not self.checkpoint and not self.architecture:
             check_sizes(self)
 
 
@@ -212,6 +218,10 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
     """Find the weights file (none for random weights), the architecture and the preprocessing."""
     import open_clip
 
+    if config.architecture:
+        require_model_config(config.architecture, "The architecture of the encoder")
+        told = dict(config.architecture)
+        return None, told.get("model_cfg", told), told.get("preprocess_cfg", {})
     if not config.model and not config.checkpoint:
         vision = {
             "image_size": config.image_size or 224,
@@ -252,6 +262,15 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
         filename.replace("pytorch_model.bin", "model.safetensors") or WEIGHTS,
     )
     return weights, architecture, tag
+
+
+def description(config: OpenClipVisionConfig) -> dict[str, Any]:
+    """Return what an encoder's checkpoint or name describes, as the option `architecture` takes it."""
+    with torch.device("meta"):
+        _, architecture, preprocess = _resolve(config)
+    told = {k: preprocess[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in preprocess}
+    plain: dict[str, Any] = json.loads(json.dumps({"model_cfg": architecture, "preprocess_cfg": told}))
+    return plain
 
 
 def _build(architecture: dict[str, Any], image_size: int, name: str) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
+from zoo.registry.foreign import require_model_config
 from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
 from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
 from zoo.vision.encoders.conv_stem import ConvStem
@@ -48,6 +52,8 @@ class TimmVisionConfig:
     next_block: bool = False  # keep what a pruner reads of the block behind `layer`: its norm, queries and keys
     # of `model` with random weights: arguments of its class in timm, e.g. {depths: [1, 1, 2, 1], dims: [8, 16, 32, 64]}
     extra: dict[str, Any] = field(default_factory=dict)
+    # what a checkpoint's config.json had, in its place: of models saved with all their weights
+    architecture: dict[str, Any] = field(default_factory=dict)
     # Sizes of a ViT, used without `model` and `checkpoint`.
     stem: str = "patch"  # patch: one projection per patch; conv: 3x3 convolutions of stride 2
     patch_size: int = 16  # pixels a side
@@ -74,9 +80,11 @@ class TimmVisionConfig:
             raise ZooError("pooling_head, or summary, and next_block need the same blocks: set one of them.")
         if self.checkpoint == "pretrained" and not self.model:
             raise ZooError("checkpoint=pretrained loads timm's weights of a `model`: name one.")
+        if self.architecture and (self.model or self.checkpoint):
+            raise ZooError("architecture is a checkpoint's config without its weights: leave model and checkpoint out.")
         if self.extra and (self.checkpoint or not self.model):
             raise ZooError("extra is for random weights of a named `model`, without a checkpoint.")
-        if not self.model and not self.checkpoint:
+        if not self.model and not self.checkpoint and not self.architecture:
             check_sizes(self)
 
 
@@ -91,8 +99,8 @@ class TimmVision(Tower):
     }
 
     def __init__(self, config: TimmVisionConfig) -> None:
-        named = config.model or config.checkpoint
-        tower: Any = _named(config) if named else _sized(config)
+        named = config.model or config.checkpoint or str(config.architecture.get("architecture") or "")
+        tower: Any = _described(config) if config.architecture else _named(config) if named else _sized(config)
         side = config.image_size or _stated_size(config)
         size = (side, side) if side else own_size(tower)
         runner: Runner
@@ -162,6 +170,15 @@ def _named(config: TimmVisionConfig) -> nn.Module:
     return _create(name, options)
 
 
+def _described(config: TimmVisionConfig) -> nn.Module:
+    """Build what the options hold a checkpoint's config of; timm reads it from a folder, as that of a checkpoint."""
+    require_model_config(config.architecture, "The architecture of the encoder")
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config.architecture), encoding="utf-8")
+        name = f"local-dir:{folder}"
+        return _create(name, _taken(name, {"img_size": config.image_size}) if config.image_size else {})
+
+
 def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
     import timm
 
@@ -171,11 +188,18 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
         raise ZooError(f"timm cannot build {name!r} with {options}: {error}") from error
 
 
+def description(config: TimmVisionConfig) -> dict[str, Any]:
+    """Return the config of an encoder from a checkpoint, as the option `architecture` takes it; empty: timm names it."""
+    if config.architecture or config.model:
+        return dict(config.architecture)
+    return read_json(with_revision(config.checkpoint, config.revision))
+
+
 def _stated_size(config: TimmVisionConfig) -> int:
     """Return the side in pixels that the folder's model was built for, which timm keeps apart; 0: not stated."""
-    if config.model or not config.checkpoint:
+    if config.model or not (config.checkpoint or config.architecture):
         return 0
-    size = (read_json(with_revision(config.checkpoint, config.revision)).get("model_args") or {}).get("img_size", 0)
+    size = (description(config).get("model_args") or {}).get("img_size", 0)
     return size if isinstance(size, int) else 0
 
 

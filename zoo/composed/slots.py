@@ -47,20 +47,23 @@ def without_checkpoint(model: Any, key: str, slots: Mapping[str, Any]) -> dict[s
         slots: options of its parts, as they are to be saved.
 
     Returns:
-        The part's options. None where options cannot describe it: towers of open_clip, and of timm of which the
-        checkpoint alone has the architecture.
+        The part's options. None where options cannot describe it: families of transformers that the zoo knows from
+        checkpoints only.
     """
     own = own_checkpoints(slots)[key]
     node = node_at(slots, own.path)
     if own.inside:
         return {k: v for k, v in node.items() if k not in (own.option, own.revision)} | _text_sizes(own.of(model))
-    if node["name"] not in ("hf", "timm"):
+    if node["name"] not in ("hf", "timm", "open_clip"):
         return None
     try:
         if key == "llm":
             return _llm(model)
         if node["name"] == "timm":
-            return _timm(own.of(model), node, model.requested)
+            found = _timm(own.of(model), node, model.requested)
+            return found or _described("timm", own.of(model), node, model.requested)
+        if node["name"] == "open_clip":
+            return _described("open_clip", own.of(model), node, model.requested)
         return _vision(own.of(model), node, model.requested)
     except ZooError:  # a family that is known from checkpoints only
         return None
@@ -120,6 +123,21 @@ def _timm(encoder: Any, given: Mapping[str, Any], requested: frozenset[str]) -> 
     name = ".".join(part for part in (known.get("architecture"), known.get("tag")) if part)
     node = {**given, "model": name, "checkpoint": "", "revision": "", "image_size": encoder.own_size[0]}
     return node if _builds(node, encoder, requested) else None
+
+
+def _described(
+    library: str, encoder: Any, given: Mapping[str, Any], requested: frozenset[str]
+) -> dict[str, Any] | None:
+    """Describe an encoder of timm or open_clip by the config of its checkpoint."""
+    from zoo.vision.encoders import open_clip, timm
+
+    options = {k: v for k, v in _options(given).items() if k != "preset"}
+    if library == "timm":
+        told = timm.description(timm.TimmVisionConfig(**options))
+    else:
+        told = open_clip.description(open_clip.OpenClipVisionConfig(**options))
+    node = {**given, "model": "", "checkpoint": "", "revision": "", "architecture": told}
+    return node if told and _builds(node, encoder, requested) else None
 
 
 def _pixels(encoder: Any) -> dict[str, Any]:
