@@ -189,7 +189,7 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def description(config: TimmVisionConfig) -> dict[str, Any]:
-    """Return the config of an encoder from a checkpoint, as the option `architecture` takes it; empty: timm names it."""
+    """Return the config of an encoder's checkpoint, as option `architecture` takes it; empty: timm knows its name."""
     if config.architecture or config.model:
         return dict(config.architecture)
     return read_json(with_revision(config.checkpoint, config.revision))
