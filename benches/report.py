@@ -9,6 +9,8 @@ from typing import Any
 from zoo.benches.measure import Value
 from zoo.text.markup import cell, in_cell
 
+_TIMES = {" s": 1.0, " ms": 1e3, " µs": 1e6}  # unit -> how many of it are a second
+
 
 @dataclass
 class Row:
@@ -42,8 +44,20 @@ class Row:
         if self.bound is None:
             return ""
         word = "reached" if self.reached else "MISSED"
-        bound = f"{'<= ' if self.at_most else ''}{short(self.bound)}{self.unit}"
-        return f"bound {bound}: {word} {short(self.value.median)}{self.unit}"
+        factor, unit = self.scale
+        bound = f"{'<= ' if self.at_most else ''}{short(self.bound * factor)}{unit}"
+        return f"bound {bound}: {word} {short(self.value.median * factor)}{unit}"
+
+    @property
+    def scale(self) -> tuple[float, str]:
+        """What numbers of the row are multiplied by for people, and their unit then: 23.6 µs rather than 2.36e-05 s."""
+        units = list(_TIMES)
+        if self.unit not in units:
+            return 1.0, self.unit
+        value, place = abs(self.value.median), units.index(self.unit)
+        while 0 < value < 1 and place + 1 < len(units):
+            value, place = value * 1000, place + 1
+        return _TIMES[units[place]] / _TIMES[self.unit], units[place]
 
 
 @dataclass
@@ -113,8 +127,9 @@ class Report:
 
 
 def _cells(row: Row) -> list[str]:
-    low, high = short(row.value.low), short(row.value.high)
-    return [row.what, short(row.value.median) + row.unit, f"{low} to {high}" if low != high else "", row.note]
+    factor, unit = row.scale
+    low, high = short(row.value.low * factor), short(row.value.high * factor)
+    return [row.what, short(row.value.median * factor) + unit, f"{low} to {high}" if low != high else "", row.note]
 
 
 def short(number: float) -> str:

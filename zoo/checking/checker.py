@@ -33,7 +33,7 @@ from zoo.settings.source import tokenizer_at
 from zoo.storage.safetensors_file import listing
 from zoo.storage.weights import require_fit, weight_files
 from zoo.text.markup import cell
-from zoo.text.sizes import count_text, size_text
+from zoo.text.sizes import bytes_text, count_text, size_text
 from zoo.text.terminal import console, say
 from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
 
@@ -349,7 +349,7 @@ def show(report: CheckReport, title: str = "") -> None:
         grid = f"{r.grid[0]}x{r.grid[1]}" if r.grid else "-"
         words = (("needs", r.needs), ("gives", r.provides), ("destroys", r.destroys))
         what = "; ".join(f"{word} {', '.join(sorted(some))}" for word, some in words if some)
-        sizes = (count_text(r.parameters), size_text(r.bytes) + "B")
+        sizes = (count_text(r.parameters), bytes_text(r.bytes))
         table.add_row(cell(f"{r.kind} {r.name}"), str(r.tokens), grid, str(r.width), *sizes, cell(what or "-"))
     console().print(table)
     total = sum(r.parameters for r in report.rows)

@@ -26,7 +26,7 @@ from zoo.runs.optim import matrices_in
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.scale import ScaleConfig
 from zoo.storage.precision import resolve_precision
-from zoo.text.sizes import size_text
+from zoo.text.sizes import seconds_text, size_text
 
 GPU = torch.device("cuda")  # precision `auto` is what it is on one
 
@@ -86,13 +86,13 @@ class OnDevice:
         lines = [f"each of {scale.devices} devices: {size_text(self.total)}B of {scale.memory:.0f} GB ({parts})"]
         lines[0] += f", {self.passes} pass{'es' * (self.passes > 1)} of {b} x {t} positions"
         for name, (size, seconds) in self.sent.items():
-            lines.append(f"a step sends {size_text(size)}B to {name}" + (f", {seconds:.3g} s" if seconds else ""))
+            lines.append(
+                f"a step sends {size_text(size)}B to {name}" + (f", {seconds_text(seconds)}" if seconds else "")
+            )
         operations, network = self.seconds(scale)
         if operations and network:
-            lines.append(
-                f"a step: {operations:.3g} s of operations, {network:.3g} s of network, side by side in part; bound by "
-                f"{self.bound(scale)}"
-            )
+            both = f"{seconds_text(operations)} of operations, {seconds_text(network)} of network"
+            lines.append(f"a step: {both}, side by side in part; bound by {self.bound(scale)}")
         return lines + self.notes
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from zoo.registry import ZooError, unknown
 from zoo.storage.atomic import writing, written_beside
 from zoo.text.command_line import Parser
-from zoo.text.sizes import size_text
+from zoo.text.sizes import bytes_text
 
 FORMATS = {
     "hf": "the layout of a published family, which transformers loads without zoo",
@@ -104,8 +104,8 @@ def report(folder: Path, format: str) -> str:
     names = [path.relative_to(folder).as_posix() for path in files]
     width = max(map(len, names))
     sizes = [path.stat().st_size for path in files]
-    lines = [f"  {name:<{width}}  {size_text(size):>6}B" for name, size in zip(names, sizes, strict=True)]
-    head = f"Wrote {folder}, {len(files)} files, {size_text(sum(sizes))}B:"
+    lines = [f"  {name:<{width}}  {bytes_text(size):>7}" for name, size in zip(names, sizes, strict=True)]
+    head = f"Wrote {folder}, {len(files)} files, {bytes_text(sum(sizes))}:"
     return "\n".join([head, *lines, "Load it with:", *(f"    {line}" for line in load_lines(str(folder), format))])
 
 

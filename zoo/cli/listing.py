@@ -27,6 +27,7 @@ from zoo.registry.source_text import summary_of
 from zoo.registry.table import group_of, parts_of, source_of
 from zoo.settings import presets
 from zoo.text.command_line import Parser
+from zoo.text.file_text import markdown_text, yaml_text
 from zoo.text.terminal import Answer, columns, is_json, say, wrapped
 
 PRESETS = ("model", "recipe", "data")  # kinds of YAML files
@@ -217,7 +218,7 @@ def _part(kind: str, name: str) -> str:
     """Describe a part with its weights by its card."""
     head = f"{wrapped(f'{kind}/{name}  {_part_summary(kind, name)}', subsequent=_EDGE)}\nuse       {kind}={name}"
     card = files("zoo.model_cards").joinpath("parts", f"{name}.md")
-    return f"{head}\n\n{card.read_text(encoding='utf-8').rstrip()}" if card.is_file() else head
+    return f"{head}\n\n{markdown_text(card.read_text(encoding='utf-8'))}" if card.is_file() else head
 
 
 def _find(word: str) -> list[tuple[str, str]]:
@@ -251,7 +252,7 @@ def _preset(noun: str, name: str, build: bool) -> str:
     head = [wrapped(f"{noun}/{name}  {yaml_summary(file)}", subsequent=_EDGE), f"file      {file}", ""]
     if noun == "model":
         head += [shown(_sized(name, build)), ""]
-    return "\n".join(head) + "\n" + file.read_text(encoding="utf-8").rstrip()
+    return "\n".join(head) + "\n" + yaml_text(file.read_text(encoding="utf-8"))
 
 
 def _component(kind: str, name: str, build: bool) -> str:
@@ -271,7 +272,7 @@ def _component(kind: str, name: str, build: bool) -> str:
     lines = [wrapped(f"{kind}/{name}  {known.summary}", subsequent=_EDGE), ""]
     lines += [wrapped(f"{key:<10}{value}", subsequent=_EDGE) for key, value in facts.items() if value]
     if known.options:
-        rows = [(o.name, o.type, _shown(o.default), o.doc) for o in known.options]
+        rows = [(o.name, o.type, *_default_and_doc(o)) for o in known.options]
         lines += ["", "options", columns(rows, widest=_WIDE)]
     if known.presets:
         lines += ["", f"presets   {usage(kind, name).partition(' ')[0]} {_option(kind, name, 'preset')}=..."]
@@ -290,6 +291,16 @@ def usage(kind: str, name: str) -> str:
 
 def _option(kind: str, name: str, option: str) -> str:
     return f"{group_of(kind)}.{name}.{option}" if kind in MANY else f"{group_of(kind)}.{option}"
+
+
+def _default_and_doc(option: Any) -> tuple[str, str]:
+    """Return the two last cells of an option; a long default goes behind its text, where it can be wrapped."""
+    default = _shown(option.default)
+    return (
+        (default, option.doc)
+        if len(default) <= _WIDE
+        else ("", f"{option.doc.rstrip('.')}; default: {default}".lstrip("; "))
+    )
 
 
 def _shown(default: Any) -> str:

@@ -15,7 +15,7 @@ from zoo.registry import ZooError
 from zoo.registry.foreign import read_json, read_text
 from zoo.settings import model_names
 from zoo.text.command_line import Parser
-from zoo.text.sizes import size_text
+from zoo.text.sizes import bytes_text
 
 # What a model is loaded from. Anything else in its folder is left out: optimisers, logs, notes, keys.
 KEPT = (
@@ -181,8 +181,8 @@ def shown(parcel: Parcel) -> Iterator[str]:
     """Lines with the files and their sizes, and what is left out."""
     width = max(map(len, parcel.files), default=0)
     for name in parcel.files:
-        yield f"  {name:<{width}}  {size_text(parcel.size(name)):>6}B"
-    yield f"  {len(parcel.files)} files, {size_text(sum(map(parcel.size, parcel.files)))}B in all"
+        yield f"  {name:<{width}}  {bytes_text(parcel.size(name)):>7}"
+    yield f"  {len(parcel.files)} files, {bytes_text(sum(map(parcel.size, parcel.files)))} in all"
     if parcel.left_out:
         names = ", ".join(parcel.left_out[:6])
         more = f" and {len(parcel.left_out) - 6} more" if len(parcel.left_out) > 6 else ""

@@ -63,7 +63,7 @@ def _surveyed(name: str, dataset: Any, look: Look, cfg: Any, display: Display) -
     total = None if dataset.is_stream else len(dataset)
     total = cfg.limit if total is None else min(total, cfg.limit or total)
     with display:
-        display.begin(name, total or 0)
+        display.begin(name, total or 0, what="record")
         for part in survey(name, dataset, look, limit=cfg.limit, workers=cfg.workers):
             whole.add(part)
             rate = whole.records / max(1e-9, time.monotonic() - began)

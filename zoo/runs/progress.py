@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from zoo.text.markup import printable
+from zoo.text.terminal import wrapped
 
 EVERY = 10.0  # seconds between plain lines
 MEMORY = 0.95  # share of the old value in the losses shown
+ROOMY = 110  # columns of a terminal that has room for a long bar
 
 
 class Display:
@@ -30,17 +32,19 @@ class Display:
         self._smooth: dict[str, float] = {}
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar, as it is: it may end in a command."""
         (self._bar.console if self._bar else self.console).print(text, markup=False, soft_wrap=True)
 
-    def begin(self, stage: str, steps: int, done: int = 0) -> None:
-        """Start a stage of `steps` steps, `done` of which were run before."""
+    def begin(self, stage: str, steps: int, done: int = 0, what: str = "step") -> None:
+        """Start a stage of `steps` steps, `done` of which were run before; `what` is a step called."""
         self.end()
+        self.what = what
         self.stage, self.steps, self.first = stage, steps, done
         self.started = self.shown = time.monotonic()
         self._smooth = {}
         if self.live:
-            columns = (_column("{task.description}"), BarColumn(bar_width=20), _column("{task.fields[text]}"))
+            wide = 20 if self.console.width >= ROOMY else 5
+            columns = (_column("{task.description}"), BarColumn(bar_width=wide), _column("{task.fields[text]}"))
             self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
             self._task = self._bar.add_task(printable(stage), total=steps, completed=done, text="")
             self._bar.start()
@@ -66,7 +70,7 @@ class Display:
             self._bar.update(self._task, completed=done, text=text)
         else:
             self.shown = now
-            self.console.print(f"{self.stage} {text}", markup=False, soft_wrap=True)
+            self.console.print(wrapped(f"{self.stage}, {text}", subsequent="  "), markup=False, soft_wrap=True)
 
     def end(self) -> None:
         """Close the bar; its last state remains visible."""
@@ -81,11 +85,23 @@ class Display:
         self.end()
 
     def _text(self, done: int, rate: float, unit: str, wait: float, now: float) -> str:
-        losses = " ".join(f"{name} {value:.3f}" for name, value in self._smooth.items())
-        losses += " | " if losses else ""
+        """Say where the stage is; beside a bar, what has no room there is left out."""
         pace = (now - self.started) / max(1, done - self.first)
-        waiting = f" | waits for data {wait:.0%}" if wait > 0.03 else ""
-        return f"{done}/{self.steps} | {losses}{rate:,.0f} {unit}/s{waiting} | {clock(pace * (self.steps - done))} left"
+        losses = " ".join(f"{name} {value:.3f}" for name, value in self._smooth.items())
+        left, speed = f"{clock(pace * (self.steps - done))} left", f"{rate:,.0f} {unit}/s"
+        parts = [
+            f"{self.what} {done:,} of {self.steps:,}",
+            losses,
+            speed,
+            f"waits for data {wait:.0%}" if wait > 0.03 else "",
+            left,
+        ]
+        room = self.console.width - len(self.stage) - (22 if self.console.width >= ROOMY else 7)
+        for leave in ("", speed, losses) if self._bar else ():
+            parts = [part for part in parts if part and part != leave]
+            if len(" | ".join(parts)) <= room:
+                break
+        return " | ".join(filter(None, parts))
 
 
 def _column(text: str) -> TextColumn:

@@ -55,6 +55,8 @@ from zoo.storage.precision import fast_products, resolve_precision
 from zoo.storage.weights import fingerprint
 from zoo.teaching.teacher import Teacher, TeacherRows
 from zoo.teaching.teacher_store import TeacherStore
+from zoo.text.sizes import count_text
+from zoo.text.terminal import wrapped
 from zoo.text.tokenizer import shared_tokens, tokens_hash
 from zoo.training.calibration import begins_in, calibrate_adapters
 from zoo.training.finish import finish, score, track_answers
@@ -323,11 +325,10 @@ class Run:
             options["recall"] = Recall(kept.store, self.processor, pixels)
         batches = Batches(mix, self.processor, stage, steps, place, **options)
         loader = Loader(batches, pin_memory=self.accelerator.device.type == "cuda")
-        parts = ", ".join(f"{part} {count:,}" for part, count in engine.trainable.items())
-        self.display.note(
-            f"stage {name}: {steps} steps, trains {parts}; {engine.precision}, {engine.attention} attention"
-        )
-        self.display.begin(f"{name} ({index + 1}/{len(self.stages)})", steps, done)
+        parts = ", ".join(f"{part} {count_text(count)}" for part, count in engine.trainable.items())
+        about = f"stage {name}, {index + 1} of {len(self.stages)}: {steps:,} steps; trains {parts} parameters"
+        self.display.note(wrapped(f"{about}; {engine.precision}, {engine.attention} attention", subsequent="  "))
+        self.display.begin(name, steps, done)
         source = iter(loader)
         for number in range(done, steps):
             self._step(name, number, engine, loader, source)
