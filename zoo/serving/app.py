@@ -25,6 +25,7 @@ from zoo.runs.lengths import length_of, room_for_answer
 from zoo.serving import protocol
 from zoo.serving.answers import Piece, Row, described
 from zoo.serving.batches import Batcher, ClosedError
+from zoo.serving.bodies import drop_body, read_json, require_size
 from zoo.serving.pictures import Pictures
 from zoo.serving.protocol import Ask, Choice, RequestError
 from zoo.text.batch import EncodedSample
@@ -136,17 +137,17 @@ class Server:
 
     async def complete(self, request: Request) -> Response:
         """Answer a conversation, whole or as it is generated."""
-        self._authorize(request)
-        ask = protocol.read_ask(await self._json(request))
+        await self._admit(request)
+        ask = protocol.read_ask(await read_json(request, self.limits.body))
         self._read_pruner(ask)
         self._note(ask)
-        self._require_place(ask)
+        self._require_place(ask.n)
         self.preparing += 1
         try:
             prepared = await asyncio.get_running_loop().run_in_executor(self._decoders, self.prepare, ask)
         finally:
             self.preparing -= 1
-        self._require_place(ask)
+        self._require_place(ask.n)
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         rows = self._rows(prepared, pieces)
         try:
@@ -159,29 +160,22 @@ class Server:
 
     # ---- a request -------------------------------------------------------------------------------------------------
 
+    async def _admit(self, request: Request) -> None:
+        """Refuse, by its headers alone, a request whose body would be read for nothing."""
+        try:
+            self._authorize(request)
+            require_size(request, self.limits.body)
+            self._require_place(1)
+        except RequestError:
+            await drop_body(request)
+            raise
+
     def _authorize(self, request: Request) -> None:
         if not self.api_key:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
             raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
-
-    async def _json(self, request: Request) -> Any:
-        """Read the body, up to the limit."""
-        # A page in a browser may send plain text to any address, but JSON only where the server allows it.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise RequestError("The content type has to be application/json.", status=415)
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self.limits.body:
-                raise RequestError(
-                    f"The request has more than {self.limits.body} bytes.", status=413, code="request_too_large"
-                )
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"The request is not JSON: {error}") from error
 
     def _read_pruner(self, ask: Ask) -> None:
         """Take the pruner from the name of the model, if it is there."""
@@ -224,9 +218,9 @@ class Server:
                 self._named.add(name)
                 log.warning("requests have the field %s, which is ignored", name)
 
-    def _require_place(self, ask: Ask) -> None:
+    def _require_place(self, answers: int) -> None:
         waiting = self.preparing + len(self.batcher.waiting)
-        if waiting + ask.n > self.limits.queue:
+        if waiting + answers > self.limits.queue:
             raise RequestError(
                 f"{waiting} answers are waiting already; at most {self.limits.queue} do. Try again later.",
                 status=429,

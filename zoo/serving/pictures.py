@@ -20,7 +20,8 @@ class Pictures:
         most: images of one request.
         max_bytes: of an encoded image.
         max_pixels: of a decoded one.
-        hosts: names from which http and https URLs are fetched; none by default.
+        hosts: names from which http and https URLs are fetched, as `images.example.org` for the port of the scheme or
+            `images.example.org:8080`; none by default.
     """
 
     def __init__(self, most: int, max_bytes: int, max_pixels: int, hosts: Sequence[str] = ()) -> None:
@@ -80,11 +81,7 @@ class Pictures:
 
     def _fetched(self, picture: Picture) -> bytes:
         """Fetch an image from one of the allowed hosts. Redirects are not followed: they may lead to another host."""
-        try:
-            host = urlsplit(picture.url).hostname
-        except ValueError:
-            host = None
-        if host not in self.hosts:
+        if _place(picture.url) not in self.hosts:
             raise RequestError(
                 f"{picture.where}: {picture.url[:80]!r} is not fetched: send the image as a data URL, or start the "
                 "server with fetch=<host>.",
@@ -99,6 +96,17 @@ class Pictures:
         except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
             why = f"{picture.where}: {picture.url[:80]!r} cannot be fetched: {error}"
             raise RequestError(why, code="invalid_image_url", param=picture.where) from error
+
+
+def _place(url: str) -> str:
+    """Return the host of a URL, with its port where that is not the scheme's own; empty: it has none."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return ""
+    host = f"[{host}]" if ":" in host else host
+    return host if port in (None, {"http": 80, "https": 443}[parts.scheme]) else f"{host}:{port}"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

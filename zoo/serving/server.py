@@ -30,7 +30,9 @@ class ServeOptions:
     image_mb: int = 20  # size of an encoded image, in MiB
     image_pixels: int = 89_478_485  # of a decoded image
     images: int = 32  # of a request
-    fetch: list[str] = field(default_factory=list)  # hosts whose http(s) images are fetched; none: data URLs only
+    fetch: list[str] = field(
+        default_factory=list
+    )  # hosts (images.example.org, or with :port) whose http(s) images are fetched
     grace: int = 10  # seconds that answers have to end after an interrupt
     device: str | None = None  # cpu, cuda, cuda:0, mps; null: CUDA if available
     dtype: str | None = None  # of the parameters, e.g. bfloat16; null: that of the files
