@@ -32,7 +32,8 @@ bit. Adapters' weights are moved off their start first. Made by
 **yes**: all of that passed. **no**: the check refuses it before a weight is read; the number is the reason below.
 **BROKEN**: the check let it through and it failed, which is our mistake. In tables of one kind, the row stands ahead of
 the column. Other slots: encoder timm, projector mlp, LLM llama, no pruner, adapter or distiller; but no projector where
-`vlora` is, and mixtral where `moextend` is. A teacher has the encoder and the projector of its student and no pruner.
+`vlora` is, and mixtral where `moextend` is. `qwen_vision` has the layout `native`, and as Qwen3-VL's the projector
+`identity`. A teacher has the encoder and the projector of its student and no pruner.
 `aim`, `dart`, `fastv`, `pyramiddrop` and `sparsevlm` drop tokens inside the LLM;
 `llava_mod` runs with its objective `mimic`, `peft` with method=dora, `prumerge` with score=column_mean.
 """

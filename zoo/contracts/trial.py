@@ -43,7 +43,9 @@ _SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("adapter", "vlora"): {"rank": 4, "skip": 2, "width": 16, "depth": 2, "num_heads": 2},
 }
 # What other slots may hold in place of the defaults (timm, mlp, llama, no teacher), where a part does not fit these.
-_OTHERS: tuple[dict[str, str], ...] = ({}, {"teacher": "yes"}, {"llm": "mixtral"}, {"projector": ""})
+_NATIVE = {"layout": "native"}  # of encoders whose images keep their shapes
+_OTHERS: tuple[dict[str, str], ...] = ({}, {"teacher": "yes"}, {"llm": "mixtral"}, {"projector": ""}, _NATIVE)
+_OTHERS += ({**_NATIVE, "projector": "identity"},)
 PROMPT = ("input_ids", "attention_mask", "pixel_values", "images_per_row", "questions", "cuts")
 _QUESTIONS = ("is there a red circle?", "what is it?")
 _ANSWERS = ("yes", "a blue square")
@@ -56,10 +58,9 @@ def members(kind: str) -> list[str]:
     if kind == "llm":
         return [*DENSE, *MOE, *(name for name in names("llm") if name != "hf")]
     if kind == "vision":
-        # `fused` is of others: `benches/check_valid.py` draws it. `qwen_vision` goes with a layout and a projector of
-        # its own: tests/test_native.py.
-        alone = [name for name in names("vision") if name not in ("fused", "qwen_vision")]
-        return [n for name in alone for n in (("hf clip", "hf siglip") if name == "hf" else (name,))]
+        families = {"hf": ("hf clip", "hf siglip"), "qwen_vision": ("qwen_vision qwen2_5_vl", "qwen_vision qwen3_vl")}
+        alone = [name for name in names("vision") if name != "fused"]  # of others: `benches/check_valid.py` draws it
+        return [n for name in alone for n in families.get(name, (name,))]
     return [name for name in names(kind) if (kind, name) != ("projector", "identity")]
 
 
@@ -69,6 +70,9 @@ def node_of(kind: str, name: str) -> dict[str, Any]:
         groups = {} if name == "phi3" else {"num_kv_heads": 2}
         return {"name": "hf", "model_type": name, **_LLM, **groups, **(_EXPERTS if name in MOE else {})}
     library, _, family = name.partition(" ")
+    if kind == "vision" and library == "qwen_vision" and family:
+        sizes = {"width": 32, "heads": 2, "depth": 4, "patch_size": 4, "min_pixels": 64, "max_pixels": 1024}
+        return {"name": library, "model_type": family, "out_width": _LLM["hidden_size"], **sizes}
     if kind == "vision" and library in _TOWERS:
         return {"name": library, **_TOWER, **({"model_type": family} if family == "siglip" else {})}
     return {"name": name, **_SMALL.get((kind, name), {})}
@@ -154,7 +158,8 @@ class Trial:
         slots |= {kind: {name: self._node(kind, name) for name in given[kind]} for kind in ("pruner", "adapter")}
         stages = {}
         if "distiller" in chosen:
-            teacher = self._teacher(chosen["vision"], chosen["projector"] or "mlp") if "teacher" in chosen else ""
+            seen = (chosen["vision"], chosen["projector"] or "mlp", chosen.get("layout", ""))
+            teacher = self._teacher(*seen) if "teacher" in chosen else ""
             stages["main"] = Stage(steps=1, distiller=self._node("distiller", chosen["distiller"]), teacher=teacher)
         return Plan(
             slots,
@@ -167,11 +172,15 @@ class Trial:
     def _node(self, kind: str, name: str) -> dict[str, Any]:
         return dict(self.nodes.get((kind, name)) or node_of(kind, name))
 
-    def _teacher(self, vision: str, projector: str) -> str:
-        """Save a model with this encoder and this projector, once; returns its name."""
-        folder = self.folder / f"teacher-{vision}-{projector}".replace(" ", "-")
+    def _teacher(self, vision: str, projector: str, layout: str) -> str:
+        """Save a model with this encoder, projector and layout, once; returns its name."""
+        folder = self.folder / f"teacher-{vision}-{projector}-{layout}".replace(" ", "-")
         if not folder.exists():
-            slots = {"vision": self._node("vision", vision), "projector": self._node("projector", projector)}
+            slots: dict[str, Any] = {
+                "vision": self._node("vision", vision),
+                "projector": self._node("projector", projector),
+                "layout": self._node("layout", layout) if layout else None,
+            }
             model, processor = self._model({**slots, "llm": node_of("llm", "llama")})
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
