@@ -13,7 +13,7 @@ CHAT = (
 )
 MARKS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|video|>")
 SPECIAL = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>", *MARKS)
-WORDS = {"glm4v": "Glm4v", "glm46v": "Glm46V"}
+WORDS = {"glm4v": "Glm4v", "glm46v": "Glm46V", "glm4v_moe": "Glm4vMoe"}
 FAMILIES = ["glm4v"]
 VISION = {"depth": 4, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 72}
 VISION |= {"patch_size": 4, "image_size": 24}
@@ -33,13 +33,17 @@ def made(name, folder, tie=False, **text):
     names = {"image_start": MARKS[0], "image_end": MARKS[1], "video_start": MARKS[2], "video_end": MARKS[3]}
     names |= {"image": "<|image|>", "video": "<|video|>"}
     ids = {f"{name}_token_id": tok.convert_tokens_to_ids(token) for name, token in names.items()}
-    words = WORDS[name]
+    words, kind = WORDS[name], "glm4v"
+    if name == "glm4v_moe":
+        kind = name
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     parts = {
-        "text_config": {"model_type": "glm4v_text", **text},
-        "vision_config": {"model_type": "glm4v_vision", **VISION},
+        "text_config": {"model_type": f"{kind}_text", **text},
+        "vision_config": {"model_type": f"{kind}_vision", **VISION},
     }
     config = getattr(t, f"{words}Config")(**parts, tie_word_embeddings=tie, **ids)
     model = getattr(t, f"{words}ForConditionalGeneration")(config)
+    words = "Glm4v" if name == "glm4v_moe" else words
     sizes = {"patch_size": 4, "size": {"shortest_edge": 128, "longest_edge": 2 * 64 * 64}}
     videos = getattr(t, f"{words}VideoProcessor")(**sizes | {"size": {"shortest_edge": 128, "longest_edge": 16384}})
     images = getattr(t, f"{words}ImageProcessor")(**sizes)

@@ -340,6 +340,22 @@ def test_own_loops_behind_a_video_write_what_generate_writes(family, film):
     assert side < extent if name == "qwen2_vl" else side == extent
 
 
+@torch.no_grad()
+def test_a_mixture_of_glm_is_read_and_written_with_a_matrix_for_each_expert(tmp_path):
+    theirs, processor = made("glm4v_moe", tmp_path / "own")
+    held = load_file(tmp_path / "own" / "model.safetensors")
+    assert "model.language_model.layers.1.mlp.experts.3.up_proj.weight" in held
+    ours, mine = zoo.load(f"dir:{tmp_path / 'own'}")
+    mine.tokenizer.padding_side = "left"
+    batch, got = asked(processor, prompts(processor)), mine(images=PHOTOS, text=prompts(mine))
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours(**got).logits[mask], theirs(**batch).logits[mask], atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.generate(**got, **OPTIONS), theirs.generate(**batch, **OPTIONS))
+    zoo.export(ours, mine, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == held.keys() and all(torch.equal(held[n], t) for n, t in written.items())
+
+
 # ---- names and configs of repositories ---------------------------------------------------------------------------
 
 

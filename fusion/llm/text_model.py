@@ -149,4 +149,18 @@ def _with_head(text: Any) -> Any:
     # whether their kernel can be chosen.
     TextCausalLM.__name__ = TextCausalLM.__qualname__ = f"{text.__name__.removesuffix('Model')}ForCausalLM"
     TextCausalLM.__module__ = text.__module__
+    _name_experts(TextCausalLM)
     return TextCausalLM
+
+
+def _name_experts(cls: Any) -> None:
+    """Tell transformers how files hold the experts of a text model alone: as those of the whole model, one by one."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    whole = get_checkpoint_conversion_mapping(cls.config_class.model_type.removesuffix("_text")) or []
+    one_by_one = [change for change in whole if any("experts.*" in name for name in change.source_patterns)]
+    if one_by_one:
+        register_checkpoint_conversion_mapping(cls.__name__, one_by_one, overwrite=True)

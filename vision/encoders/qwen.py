@@ -69,6 +69,9 @@ FAMILIES = {
     "glm4v": Family(
         "glm4v", "Glm4vVisionModel", 14, CLIP_MEAN, CLIP_STD, 112 * 112 // 2, images="Glm4vImageProcessor"
     ),
+    "glm4v_moe": Family(
+        "glm4v_moe", "Glm4vMoeVisionModel", 14, CLIP_MEAN, CLIP_STD, 112 * 112 // 2, images="Glm4vImageProcessor"
+    ),
     "paddleocr_vl": Family(
         "paddleocr_vl", "", 14, CLIP_MEAN, CLIP_STD, 384 * 384, out="", images="PaddleOCRVLImageProcessor", frames=1,
         vit="visual", attention=("self_attn", "q_proj", "k_proj"), raster=True,
@@ -84,7 +87,7 @@ class QwenVisionConfig:
     min_pixels: int = 0  # least pixels of an image, smaller ones are enlarged; 0: the family's
     max_pixels: int = 1024 * 1024  # most pixels of an image, larger ones are made smaller
     # Sizes, used without a `checkpoint`. The families: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v,
-    # paddleocr_vl.
+    # glm4v_moe, paddleocr_vl.
     model_type: str = "qwen2_vl"  # family
     patch_size: int = 0  # pixels a side; 0: the family's, 14 or 16
     width: int = 192  # of a patch inside the encoder

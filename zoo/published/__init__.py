@@ -14,6 +14,7 @@ from zoo.registry import ZooError, unknown
 FAMILIES = {
     "glm46v": "zoo.published.glm4v",
     "glm4v": "zoo.published.glm4v",
+    "glm4v_moe": "zoo.published.glm4v",
     "idefics3": "zoo.published.idefics3",
     "internvl": "zoo.published.internvl",
     "llava": "zoo.published.llava",

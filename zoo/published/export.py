@@ -35,6 +35,7 @@ _NATIVE = (
     "qwen3_vl",
     "qwen3_vl_moe",
     "glm4v",
+    "glm4v_moe",
     "glm46v",
     "paddleocr_vl",
 )  # of models whose images keep their shapes

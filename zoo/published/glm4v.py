@@ -1,7 +1,7 @@
-"""GLM-4.1V and GLM-4.6V-Flash: images keep their shapes, positions have three axes, a video is its frames as images.
+"""GLM-4.1V, GLM-4.5V, GLM-4.6V-Flash: images keep their shapes, positions have three axes, videos are frames as images.
 
-Paper: GLM-V team, arXiv:2507.01006. Published as `zai-org/GLM-4.1V-9B-Thinking`, `zai-org/GLM-4.1V-9B-Base` and
-`zai-org/GLM-4.6V-Flash`.
+Paper: GLM-V team, arXiv:2507.01006. Published as `zai-org/GLM-4.1V-9B-Thinking`, `zai-org/GLM-4.1V-9B-Base`,
+`zai-org/GLM-4.5V` (a mixture of experts) and `zai-org/GLM-4.6V-Flash`.
 """
 
 from functools import partial
@@ -20,15 +20,19 @@ _MARKS = {
 }
 
 
-def _videos(name: str, vision: Any) -> dict[str, Any]:
+def _videos(clock: str, vision: Any) -> dict[str, Any]:
     """Return how videos are written, as options of `native`: each pair of frames is an image, with its time behind."""
-    return {"timestamps": True, "clock": name, "begin": BEGIN, "end": END}
+    return {"timestamps": True, "clock": clock, "begin": BEGIN, "end": END}
 
 
-def _family(name: str, words: str) -> Family:
-    processor, videos = f"{words}Processor", f"{words}VideoProcessor"
-    texts = frozenset({"glm4v_text"})
-    return Native(name, words, processor, videos, VIDEO, _MARKS, partial(_videos, name), "glm4v", texts).family()
+def _family(name: str, words: str, prepared: str, parts: str = "glm4v", clock: str = "glm4v") -> Family:
+    processor, videos = f"{prepared}Processor", f"{prepared}VideoProcessor"
+    layout, texts = partial(_videos, clock), frozenset({f"{parts}_text"})
+    return Native(name, words, processor, videos, VIDEO, _MARKS, layout, parts, texts).family()
 
 
-FAMILIES = {"glm4v": _family("glm4v", "Glm4v"), "glm46v": _family("glm46v", "Glm46V")}
+FAMILIES = {
+    "glm4v": _family("glm4v", "Glm4v", "Glm4v"),
+    "glm4v_moe": _family("glm4v_moe", "Glm4vMoe", "Glm4v", "glm4v_moe"),
+    "glm46v": _family("glm46v", "Glm46V", "Glm46V", clock="glm46v"),
+}
