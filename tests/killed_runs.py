@@ -41,7 +41,8 @@ TIMED = {"images_per_s", "samples_per_s", "wait", "seconds"}
 def served() -> Iterator[None]:
     """Start the server that the processes are forked from, where it does not run yet."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
-    os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, (str(REPO), before["PYTHONPATH"])))
+    os.environ |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
         SERVER.set_forkserver_preload(PRELOADED)
         multiprocessing.forkserver.ensure_running()

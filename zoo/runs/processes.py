@@ -9,12 +9,12 @@ import torch
 
 from zoo.registry import ZooError
 from zoo.runs.launchers import USE_TORCHRUN, adopt_launcher
+from zoo.runs.zero import ASKED, use_zero, zero_plugin
 from zoo.settings.parallel import ParallelConfig
 
 T = TypeVar("T")
 # Modes of `accelerate launch` that the training loop does not support, by the variable that the launcher sets.
 UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
@@ -70,20 +70,24 @@ def start_accelerator(device: str = "auto", parallel: ParallelConfig | None = No
     for variable, what in UNSUPPORTED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
             raise ZooError(
-                f"The launcher asks for {what} ({variable}={os.environ[variable]}); this loop runs on one process, DDP "
-                "or FSDP2. Choose one of them with `accelerate config`, or unset the variable."
+                f"The launcher asks for {what} ({variable}={os.environ[variable]}); this loop runs on one process, "
+                "DDP, FSDP2 or DeepSpeed. Choose one of them with `accelerate config`, or unset the variable."
             )
     place = adopt_launcher()
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if place is not None and not cpu and place.local_world > 1 and torch.cuda.device_count() == 1:
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cuda:0")  # the task was given one device, not all of the node
     plugin = _fsdp_plugin(parallel or ParallelConfig())
+    with launcher_alone():
+        zero = zero_plugin(parallel or ParallelConfig())
     ddp = DistributedDataParallelKwargs()  # `Engine` sets find_unused_parameters, stage by stage
     # accelerate keeps settings in a singleton; the process group, in PartialState, stays.
     AcceleratorState._reset_state(reset_partial_state=False)
     try:
-        with launcher_alone(), _decided_here("ACCELERATE_USE_FSDP"):
-            accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp], fsdp_plugin=plugin)
+        with launcher_alone(), _decided_here("ACCELERATE_USE_FSDP"), _decided_here(ASKED):
+            accelerator = Accelerator(
+                cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp], fsdp_plugin=plugin, deepspeed_plugin=zero
+            )
     except (ImportError, ValueError) as error:
         given = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("ACCELERATE_"))
         raise ZooError(
@@ -97,6 +101,8 @@ def start_accelerator(device: str = "auto", parallel: ParallelConfig | None = No
         )
     if plugin is not None and accelerator.num_processes > 1:
         _use_fsdp(accelerator, plugin, (parallel or ParallelConfig()).replicate)
+    if zero is not None and accelerator.num_processes > 1:
+        use_zero(accelerator, zero)
     if device != "auto" and accelerator.device.type != device.partition(":")[0]:
         raise ZooError(f"device={device} was asked for, but this process would run on {accelerator.device.type}.")
     return accelerator

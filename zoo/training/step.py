@@ -22,6 +22,7 @@ from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
 from zoo.runs.order import keyed
 from zoo.runs.processes import launcher_alone
 from zoo.runs.sharding import is_sharded, require_one_format, shard, shard_like
+from zoo.runs.zero import Zero, is_zero
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast, resolve_precision
@@ -156,23 +157,29 @@ class Engine:
         if self.sharded and isinstance(distiller, nn.Module):
             shard_like(distiller, model)
         self.unused = why_unused(model, stage, distiller, run_llm=step.run_llm, run_head=step.runs_head)
+        zero = is_zero(accelerator)
         if accelerator.ddp_handler is not None:
             accelerator.ddp_handler.find_unused_parameters = self.unused is not None
         with launcher_alone():
-            # DDP wraps it to average gradients; FSDP has sharded the model in place above.
-            self.wrapped: Any = step if self.sharded else accelerator.prepare_model(step)
+            # DDP wraps it to average gradients; FSDP has sharded the model in place above, and DeepSpeed comes below.
+            self.wrapped: Any = step if self.sharded or zero else accelerator.prepare_model(step)
         self.unwrapped, self.run_llm = step, step.run_llm
         self.unseen = set(stage.loss_weights)  # weights whose loss has not occurred yet; see `_expect`
         self.summed = frozenset({"answer"})  # losses that are divided by `Counts` inside the pass
         if distiller is not None:
             self.summed |= distiller.per_label | distiller.per_image
-        aside = self.sharded or stage.gradient_checkpointing or stage.compile
+        aside = self.sharded or zero or stage.gradient_checkpointing or stage.compile
         release(model)  # what an earlier engine left
         self.short = ShortWeights(model) if self.precision == "bf16" and not aside else None
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
         self.optimizers = build_optimizers(modules, stage, parts_of(model))
+        self.zero: Zero | None = None
+        if zero:
+            with launcher_alone():
+                self.zero = Zero(accelerator, step, self.optimizers, stage, self.precision)
+            self.optimizers = [self.zero.optimizer]
         self.clipped = _params(self.optimizers[-1])  # AdamW's: Muon's update does not depend on the gradient's norm
         self.adapters = [adapter for name, adapter in model.adapter.items() if name not in stage.detach]
         for adapter in self.adapters:
@@ -219,20 +226,23 @@ class Engine:
         for turn, (batch, counted) in enumerate(passes):
             last = turn + 1 == len(passes)
             with contextlib.nullcontext() if last else self._no_sync():
+                given = to_device(batch, self.device), counts
                 with autocast(self.precision, self.device):
-                    losses = self.wrapped(to_device(batch, self.device), counts)
+                    losses = self.wrapped(*given) if self.zero is None else self.zero(*given, last=last)
                 self._expect(losses, batch)
                 losses = {k: v if k in self.summed else v / counts.passes for k, v in losses.items()}
                 losses = losses if counted else {k: v * 0.0 for k, v in losses.items()}
                 # Not accelerator.backward, which would divide by the number of passes; `counts` has done so.
                 total = self.unwrapped.total(losses)
-                if total.requires_grad or world > 1:  # a text teaches nothing to an adapter that reads images
+                if self.zero is not None:
+                    self.zero.backward(total)
+                elif total.requires_grad or world > 1:  # a text teaches nothing to an adapter that reads images
                     total.backward()
-            if self.unused is None and last and not self.sharded and world > 1:
+            if self.unused is None and last and not self.sharded and self.zero is None and world > 1:
                 require_gradients(self.unwrapped)
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        if self.stage.clip:
+        if self.stage.clip and self.zero is None:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.stage.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -286,7 +296,8 @@ class Engine:
         Those of FSDP2 are divided among the processes in every pass: whole gradients, kept until the last one, would
         take as much memory as the model.
         """
-        return contextlib.nullcontext() if self.sharded else self.accelerator.no_sync(self.wrapped)
+        aside = self.sharded or self.zero is not None
+        return contextlib.nullcontext() if aside else self.accelerator.no_sync(self.wrapped)
 
     def _agree(self, labels: int, images: int, passes: int, stop: bool) -> tuple[Counts, bool]:
         """Add up counts and stop requests over the processes.
