@@ -99,6 +99,7 @@ REFUSED = {
     "a type of another format": (["--type", "f32"], "--type is of --format gguf, and this export is hf"),
     "a layout of another format": (["--family", "llava", "format=zoo"], "of --format hf, and this export is safet"),
     "a size": (["--max-shard-size", "1foo"], "--max-shard-size is a size such as 500MB or 5GB, got '1foo'"),
+    "a licence": (["--license", "foolicense"], "the hub has no licence of that name.*--license other:<name>"),
     "a format": (["--format", "hff"], "No format of zoo export named 'hff'. Did you mean 'hf'?"),
     "two folders": (["a", "b"], "takes no 'b'. Its form: zoo export model"),
     "a layout": (["--family", "idefics3"], "'clip_vision_model'.*As it is.*zoo export mine --format safetensors"),

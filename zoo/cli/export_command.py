@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from zoo.composed.licences import licence_given
 from zoo.registry import ZooError, unknown
 from zoo.storage.atomic import writing, written_beside
 from zoo.text.command_line import Parser
@@ -46,6 +47,7 @@ def _check(args: Any) -> None:
     for option, formats in FORMATS_WITH.items():
         if getattr(args, option.replace("-", "_")) and args.format not in formats:
             raise ZooError(f"--{option} is of --format {' or '.join(formats)}, and this export is {args.format}.")
+    args.license = licence_given(args.license, "--license")
     if args.max_shard_size and not SIZE.fullmatch(args.max_shard_size):
         raise ZooError(f"--max-shard-size is a size such as 500MB or 5GB, got {args.max_shard_size!r}.")
 
@@ -71,7 +73,7 @@ def _facts(model: Any, overrides: Sequence[str], args: Any) -> Any:
     if any(not word.startswith("plugins=") for word in overrides):  # scores are of the parts that it was saved with
         facts = facts.without_scores()
     scores = scores_in(Path(args.scores).expanduser()) if args.scores else facts.scores
-    return replace(facts, scores=scores, license=args.license.lower() or facts.license)
+    return replace(facts, scores=scores, license=args.license or facts.license)
 
 
 def _write(model: Any, processor: Any, folder: Path, args: Any, facts: Any) -> None:
@@ -167,7 +169,9 @@ def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:
         "--type", default="", metavar="name", help="of gguf: f32, f16, bf16, q8_0; default: as they are"
     )
     parser.add_argument("--max-shard-size", default="", metavar="size", help="of a file of weights; default: 5GB")
-    parser.add_argument("--license", default="", metavar="id", help="of the weights, for the card: apache-2.0")
+    parser.add_argument(
+        "--license", default="", metavar="id", help="of the weights, for the card: apache-2.0, other:<name>"
+    )
     parser.add_argument("--scores", default="", metavar="file", help="scores.json of zoo eval; default: of the run")
     args = parser.read(words)
     args.format = SPELLINGS.get(args.format, args.format)

@@ -12,6 +12,7 @@ from typing import Any
 
 from zoo.composed.card_facts import HELD_OUT, UNKNOWN, Facts, cards_of, facts_in, hub_name, licence_of_base, strictest
 from zoo.composed.costs import DecoderSizes, encoder_flops, matmul_flops
+from zoo.composed.licences import on_card
 from zoo.composed.summary import PartNumbers, summary_of
 from zoo.registry import Cut, Pruner
 from zoo.registry.foreign import read_json
@@ -150,6 +151,7 @@ def _metadata(model: Any, facts: Facts, bases: Sequence[_Base], form: Layout, na
 
     stated = [facts.license] if facts.license else []
     licence, names = strictest([*stated, *(base.licence for base in bases)])
+    licence, names = (licence, names) if names else on_card(licence)
     hubs = list(dict.fromkeys([*(base.hub for base in bases if base.hub), *facts.base_models]))
     more: dict[str, Any] = {"base_model_relation": _relation(model, form)} if hubs else {}
     results = [
