@@ -3,6 +3,7 @@
 llama.cpp itself is not run here. Its graph of LLaVA is written down once more below, in torch, on the file's tensors.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import zoo
 from tests.test_export import CLIP, LLAMA, MLP, NO_CLS, PINPOINTS, composed, encoder, llm
 from zoo.cli.entry import main
-from zoo.published.gguf_export import compare, export_gguf
+from zoo.published.gguf_export import architecture, compare, export_gguf
 from zoo.published.gguf_llm import cut_name
 from zoo.registry import ZooError
 
@@ -26,6 +27,16 @@ MODELS = {
         *llm("qwen3", "llm.extra={head_dim: 128}"),
     ],  # transformers reads no other
     "timm mistral": [*encoder("timm", *NO_CLS), *MLP, *llm("mistral")],
+    "siglip smollm2": [  # the shape of SmolLM2: tied, several queries to a key, a theta of its own
+        *encoder("siglip"),
+        *MLP,
+        *llm(
+            "llama",
+            "llm.tie_embeddings=true",
+            "llm.num_kv_heads=1",
+            "llm.extra={rope_parameters: {rope_type: default, rope_theta: 100000.0}}",
+        ),
+    ],
     "clip starcoder2": [*CLIP, *MLP, *llm("starcoder2")],
 }
 
@@ -124,6 +135,54 @@ def test_clip_computes_the_image_tokens(written, case):
         want = model.encode_images(pixels).tokens
     # clip's gelu is the approximation by tanh.
     torch.testing.assert_close(got, want, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_names_are_those_of_the_package(written, case):
+    """Each key and each tensor is one that gguf states for llama.cpp, but for two keys that clip.cpp itself has."""
+
+    def keys_of(holder):
+        for name, value in vars(holder).items():
+            if isinstance(value, str) and not name.startswith("__"):
+                yield value
+            elif isinstance(value, type):
+                yield from keys_of(value)
+
+    keys = {key for holder in (gguf.Keys.General, gguf.Keys.Clip, gguf.Keys.ClipVision) for key in keys_of(holder)}
+    model, _, files = written(case)
+    for file, arch in zip(files, (architecture(model.llm.lm.config), "clip"), strict=True):
+        about = fields(file)
+        assert about["general.architecture"] == arch and about["GGUF.version"] == 3
+        model_arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+        known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[model_arch]}
+        bare = (name.removesuffix(".weight").removesuffix(".bias") for name in tensors(file))
+        named = {re.sub(r"\.\d+", ".{bid}", name, count=1) for name in bare}
+        assert named <= known, named - known
+        if arch == "clip":
+            own = {key for key in about if not key.startswith("GGUF.")}
+            assert own - keys == {"clip.has_text_encoder", "clip.vision.feature_layer"}
+            count = {name.partition("ln1")[0] for name in tensors(file) if ".ln1." in name}
+            assert len(count) == about["clip.vision.block_count"]
+        else:
+            held = about[f"{arch}.rope.freq_base"], about[f"{arch}.attention.head_count_kv"]
+            text = model.llm.lm.config
+            assert held == (text.rope_parameters["rope_theta"], text.num_key_value_heads)
+            assert ("output.weight" in tensors(file)) is not bool(text.tie_word_embeddings)
+
+
+def test_both_files_are_written_or_none(tmp_path):
+    model, processor = composed(MODELS["clip llama"])
+    files = export_gguf(model, processor, tmp_path / "old", type="f16")
+    before = [file.read_bytes() for file in files]
+    with torch.no_grad():
+        model.llm.lm.model.norm.weight.mul_(2)
+        next(p for p in model.projector.parameters() if p.ndim == 2)[0, 0] = 1e6
+    for place in ("old", "new"):
+        with pytest.raises(ZooError, match=r"mm\.0\.weight has values beyond what float16 holds: --type bf16 or f32"):
+            export_gguf(model, processor, tmp_path / place, type="f16")
+    assert not (tmp_path / "new").exists()
+    assert [file.read_bytes() for file in files] == before
+    assert {file.name for file in (tmp_path / "old").iterdir()} == {*(file.name for file in files), "README.md"}
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
