@@ -157,6 +157,10 @@ class Adapter(ModelPart):
         first stage in which it acts.
         """
 
+    def options_now(self, node: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options `node` as a saved model states them, which holds this adapter's weights."""
+        return dict(node)
+
     def passes_first(self) -> int:
         """Say over how many batches of a stage `calibrate` has to run the model, ahead of the first stage in which the
         adapter acts; 0: none.

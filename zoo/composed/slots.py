@@ -26,6 +26,8 @@ def slots_now(model: Any) -> dict[str, Any]:
         own = model.bases.own[key]
         stated = {k: node[k] for k in (own.option, own.revision) if k in node}
         slots = with_node(slots, own.path, {**node_at(slots, own.path), **stated})
+    if model.adapter:
+        slots["adapter"] = {n: model.adapter[n].options_now(node) for n, node in slots["adapter"].items()}
     merged = {name: adapter for name, adapter in model.adapter.items() if adapter.merged}
     if lasting := [name for name, adapter in merged.items() if not adapter.merged_for_good]:
         raise ZooError(

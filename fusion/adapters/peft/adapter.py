@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.fusion.adapters.peft import peft_file
+from zoo.fusion.adapters.peft import peft_file, peft_folder
 from zoo.fusion.adapters.peft.budget import LOSS, Budget
 from zoo.fusion.adapters.peft.calibration import corda_eigens, eva_vectors
 from zoo.fusion.adapters.peft.layers import Places
@@ -56,9 +56,16 @@ class PeftAdapterConfig:
     # Fields of PEFT's config class, as PEFT calls them: {r: 8, target_modules: [q_proj, v_proj]}.
     options: dict[str, Any] = field(default_factory=dict)
     batches: int = 8  # forward passes over the stage's batches whose activations eva and corda read
+    # folder that PEFT wrote (adapter_config.json, adapter_model.safetensors): method, options and weights are its own
+    checkpoint: str = ""
 
     def __post_init__(self) -> None:
         require_at_least(1, batches=self.batches)
+        if self.checkpoint:
+            method, options, _ = peft_folder.described(self.checkpoint)
+            if (self.method, self.options) not in ((method, options), ("lora", {})):
+                raise ZooError(f"method and options come from checkpoint={self.checkpoint!r}: leave them out.")
+            self.method, self.options = method, options
         Method(self.method, self.options)
 
 
@@ -88,6 +95,9 @@ class PeftAdapter(Adapter, nn.Module):
         self.concurrent = not self.method.options.get("target_parameters")
         self.losses = frozenset({LOSS}) if self.method.name == "adalora" else frozenset()
         self.notes = self._unreached()
+        if config.checkpoint:
+            base = peft_folder.described(config.checkpoint)[2]
+            self.notes += peft_folder.base_note(base, llm.lm, config.checkpoint)
         self.merged = False  # for good
         self.beginning, self.budget = nn.ModuleDict(), None
         if self.method.from_data:
@@ -109,6 +119,12 @@ class PeftAdapter(Adapter, nn.Module):
         if self.method.name == "adalora":
             config = self.places.made.peft_config[NAME]
             self.budget = Budget(self.places.made.base_model, config, self.places.every())
+        self._read()
+
+    def _read(self) -> None:
+        """Read the weights of the folder that the options name, with the layers in."""
+        if self.config.checkpoint and self.places is not None and not weights_follow():
+            peft_folder.read_into(self.places.made, NAME, self.config.checkpoint)
 
     def detach(self) -> None:
         """Put the modules back; the language model computes what it did before, bit for bit."""
@@ -144,8 +160,15 @@ class PeftAdapter(Adapter, nn.Module):
         fresh = self._make(self._config_here())
         fresh.detach()
         self._take(fresh.every())
-        if attached:
-            self.attach()
+        self.attach()
+        self._read()
+        if not attached:
+            self.detach()
+
+    def options_now(self, node: Mapping[str, Any]) -> dict[str, Any]:
+        """Name the method and its options, and no folder: a saved model has the weights."""
+        own = {"method": self.config.method, "options": self.config.options} if self.config.checkpoint else {}
+        return {k: v for k, v in node.items() if k != "checkpoint"} | own
 
     @torch.no_grad()
     def _take(self, values: Mapping[str, Tensor]) -> None:

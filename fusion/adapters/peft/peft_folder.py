@@ -1,0 +1,137 @@
+"""A folder that PEFT wrote, read as an adapter: its method and options, and the weights where the layers are.
+
+`adapter_config.json` gives options as `zoo.fusion.adapters.peft.methods` takes them; what is refused there is refused
+here, with the same reason. The weights are put in by PEFT itself, after names and shapes were compared.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.registry import ZooError, nearest
+from zoo.registry.foreign import read_object
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Fields that follow from the model, or say what was done before.
+_APART = {
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type", "peft_version",
+    "revision", "task_type", "total_step",
+}  # fmt: skip
+_CAUSAL = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
+
+
+def described(checkpoint: str) -> tuple[str, dict[str, Any], str]:
+    """Return the method, the options and the name of the base model that a folder's config has.
+
+    Raises:
+        ZooError: the folder has no such config, or pickled weights alone; or it is for another task.
+    """
+    folder = Path(checkpoint).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise ZooError(f"adapter.peft.checkpoint={checkpoint!r} needs a folder that PEFT wrote: it has no {CONFIG}.")
+    if not (folder / WEIGHTS).is_file():
+        raise ZooError(
+            f"{str(folder)!r} has no {WEIGHTS}. Pickled weights (adapter_model.bin) are not read: save the adapter "
+            "again with PEFT, whose save_pretrained writes safetensors."
+        )
+    config = read_object(folder / CONFIG)
+    method = str(config.get("peft_type") or "").lower()
+    if not method:
+        raise ZooError(f"{str(folder / CONFIG)!r} names no method (peft_type).")
+    if config.get("task_type") not in _CAUSAL:
+        raise ZooError(f"{str(folder)!r} is for {config['task_type']}, and a language model here is a CAUSAL_LM.")
+    if method == "adalora":
+        raise ZooError(
+            f"{str(folder)!r} is of AdaLoRA, whose layers have unlike ranks once its budget is met; what would train "
+            "them on is not in the folder. Merge it into its base with PEFT."
+        )
+    options = {key: value for key, value in config.items() if key not in _APART and value not in (None, {}, [])}
+    init = str(options.get("init_lora_weights", "")).lower()
+    if init == "corda":
+        raise ZooError(
+            f"{str(folder)!r} begins at components (corda) that were taken out of the base weights by data it does not "
+            "hold. Save it with PEFT's path_initial_model_for_weight_conversion."
+        )
+    if init == "eva":  # initial values, which the file replaces
+        options = {k: v for k, v in options.items() if k not in ("init_lora_weights", "eva_config")}
+    if isinstance(targets := options.get("target_modules"), str) and targets != "all-linear":
+        options["target_modules"] = _paths(method, names_in(checkpoint), str(folder))  # no regular expression is run
+    return method, options, str(config.get("base_model_name_or_path") or "")
+
+
+def _paths(method: str, names: Iterable[str], where: str) -> list[str]:
+    """The modules that have weights, where the config has a regular expression for them."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefix = {kind.value.lower(): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}.get(method)
+    found = {name.removeprefix("base_model.model.").partition(f".{prefix}")[0] for name in names if prefix}
+    if not found:
+        raise ZooError(f"{where!r} names its modules by a regular expression, and its weights name none.")
+    return sorted(found)
+
+
+def base_note(base: str, lm: Any, checkpoint: str) -> list[str]:
+    """Describe a base model of another name than the language model's; folders are compared by their last parts."""
+    here = str(getattr(lm, "name_or_path", "") or "")
+    names = [Path(name.rstrip("/")).name for name in (base, here)]
+    if not all(names) or names[0] == names[1]:
+        return []
+    return [f"adapter 'peft': {checkpoint!r} was trained on {base!r}, and this language model is from {here!r}"]
+
+
+def names_in(checkpoint: str) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the weights, without reading them."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(checkpoint).expanduser() / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def require_fit(checkpoint: str, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a folder whose weights are not those of the layers, by name and shape.
+
+    Args:
+        checkpoint: the folder.
+        wanted: as PEFT would write the layers that were made here.
+
+    Raises:
+        ZooError: the first names that differ.
+    """
+    held = names_in(checkpoint)
+    spare, lacking = sorted(held.keys() - wanted.keys()), sorted(wanted.keys() - held.keys())
+    if spare:
+        near = nearest(spare[0], list(wanted), 1)
+        hint = f" Nearest here: {near[0]!r}." if near else ""
+        raise ZooError(
+            f"The adapter in {checkpoint!r} has {len(spare)} weights for which this language model has no layer, such "
+            f"as {spare[0]!r}.{hint} It was trained on another base, or on its decoder without the head."
+        )
+    if lacking:
+        raise ZooError(f"The adapter in {checkpoint!r} lacks {len(lacking)} weights, such as {lacking[0]!r}.")
+    for name, shape in held.items():
+        if shape != wanted[name]:
+            raise ZooError(f"{name!r} in {checkpoint!r} has shape {shape}, and the layer here {wanted[name]}.")
+
+
+def read_into(model: Any, name: str, checkpoint: str) -> None:
+    """Put the weights of a folder into PEFT's layers; on the meta device they are compared only.
+
+    Raises:
+        ZooError: names or shapes differ.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    require_fit(checkpoint, {key: tuple(tensor.shape) for key, tensor in wanted.items()})
+    if any(tensor.is_meta for tensor in wanted.values()):
+        return
+    state = load_file(Path(checkpoint).expanduser() / WEIGHTS)
+    kept = {id(p): p for p in model.parameters()}
+    set_peft_model_state_dict(model, state, adapter_name=name)
+    if any(id(p) not in kept for p in model.parameters()):  # an optimiser, or a process, may hold the old ones
+        raise ZooError(f"PEFT replaced parameters while it read {checkpoint!r}, which is not supported.")
