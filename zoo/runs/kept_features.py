@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from zoo.composed.image_path import checksum_of
-from zoo.registry import ImageFeatures, Sample, ZooError, naming
+from zoo.registry import ImageFeatures, Sample, UnlikeRows, ZooError, naming
+from zoo.runs.kept_rows import apart, lengths_of, together
 from zoo.settings.schema import FeaturesConfig
 from zoo.storage.feature_store import FeatureStore
 from zoo.storage.packed_features import pack, unpack, unpackable
@@ -62,11 +63,6 @@ def keep_features(
     if any(weight.requires_grad for weight in vision.parameters()):
         note(f"stage {stage}: the encoder trains, and its features are not kept")
         return None
-    if vision.native:
-        raise ZooError(
-            f"features.keep={config.keep} keeps equally many features of each image, and this encoder takes images in "
-            "shapes of their own: set features.keep=live."
-        )
     if sharded:
         raise ZooError(
             "features.keep does not work with FSDP: all processes run a sharded encoder together, and here one may "
@@ -149,6 +145,8 @@ class KeptFeatures:
 
     def __init__(self, model: Any, store: FeatureStore, keep: str) -> None:
         self.model, self.store, self.keep = model, store, keep
+        self.native = bool(model.vision.native)
+        self.grid = None if self.native else model.vision.token_grid
         self.dtypes: dict[str, str] = {}  # of the encoder's tensors; empty until it ran
         self.found = self.encoded = 0  # images so far
 
@@ -177,12 +175,14 @@ class KeptFeatures:
                 whole = {name: torch.cat([part[name].to(device) for part in parts]) for name in parts[0]}
         else:
             self.found += len(shown["there"])
-        image = unpack(whole, self.dtypes or self.store.dtypes, self.model.vision.token_grid)
+        image: Any = unpack(whole, self.dtypes or self.store.dtypes, self.grid)
+        image = together(image, shown["cuts"]) if self.native else image
         return own | {"encoded": (image, None, None, None)}
 
     def _parts(self, batch: Mapping[str, Any], shown: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
         """Return the packed rows of each image, of a batch in which some are not kept yet."""
-        rows = [n for n, there in zip(shown["rows"], shown["there"], strict=True) if there]
+        lengths = lengths_of(shown["cuts"], self.native)
+        rows = [n for n, there in zip(lengths, shown["there"], strict=True) if there]
         kept = {name: iter(value.split(rows)) for name, value in shown["kept"].items()}
         parts: list[Mapping[str, Tensor] | None] = [
             {name: next(each) for name, each in kept.items()} if there else None for there in shown["there"]
@@ -199,18 +199,19 @@ class KeptFeatures:
         for group in [[i] for i in missing] if alone else [missing] if missing else []:
             cuts = [shown["cuts"][i] for i in group] if "cuts" in batch else None
             packed, self.dtypes = self._packed(*self.model.features_of(torch.cat([pixels[i] for i in group]), cuts))
-            each = {name: iter(value.split([shown["rows"][i] for i in group])) for name, value in packed.items()}
+            each = {name: iter(value.split([lengths[i] for i in group])) for name, value in packed.items()}
             for i in group:
                 own = parts[i] = {name: next(values) for name, values in each.items()}
                 if shown["keys"][i]:
                     self.store.add(shown["keys"][i], shown["cuts"][i], own, self.dtypes)
         return [part for part in parts if part is not None]
 
-    def _packed(self, image: ImageFeatures, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
-        vision = self.model.vision
-        if (what := unpackable(image, vision.token_grid)) is not None:
+    def _packed(self, image: ImageFeatures | UnlikeRows, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if isinstance(image, UnlikeRows):
+            return pack(apart(image, pixels), self.keep)
+        if (what := unpackable(image, self.grid)) is not None:
             raise ZooError(
-                f"The features of {type(vision).__name__} cannot be kept, since they have {what}: set "
+                f"The features of {type(self.model.vision).__name__} cannot be kept, since they have {what}: set "
                 "features.keep=live."
             )
         image.checksum = checksum_of(pixels)

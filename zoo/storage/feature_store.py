@@ -4,7 +4,8 @@
 `shard-*.safetensors` (`zoo.storage.shards`) have for each image
 
     keys              (n, 16) uint8, a hash of the image's content
-    rows.offsets      (n + 1,) int64, which rows are its own: one, or one for each crop or frame
+    rows.offsets      (n + 1,) int64, which rows are its own: one, one for each crop or frame, or, where images keep
+                      their shapes, one for each token
     cuts              bytes, how it was cut, as JSON; `cuts.offsets` (n + 1,)
     tokens, ...       (S, ...) what `zoo.storage.packed_features` makes of the features
 
@@ -173,7 +174,7 @@ class FeatureStore:
         cuts = [json.dumps(asdict(f.cut)).encode() for f in found]
         tensors = {name: torch.cat([f.tensors[name] for f in found]).contiguous() for name in found[0].tensors}
         tensors |= {
-            "rows.offsets": offsets_of([f.cut.rows for f in found]),
+            "rows.offsets": offsets_of([len(next(iter(f.tensors.values()))) for f in found]),
             "cuts": torch.frombuffer(bytearray(b"".join(cuts)), dtype=torch.uint8),
             "cuts.offsets": offsets_of([len(cut) for cut in cuts]),
         }

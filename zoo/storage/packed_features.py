@@ -19,6 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 BLOCK = 32  # values of a row that share a scale
 SCALE = "/scale"
 _BLOCKS = "block_attention/"  # its scores are a dict, by word
+_KEYS = "attention/keys"  # `keys` of a shard are those of its images
+_DEEP = "deep/"  # maps for further layers of the LLM, by number
 
 
 def unpackable(image: ImageFeatures, grid: tuple[int, int] | None) -> str | None:
@@ -28,7 +30,7 @@ def unpackable(image: ImageFeatures, grid: tuple[int, int] | None) -> str | None
     for field in fields(image):
         value = getattr(image, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.name != "grid" and not isinstance(value, (Tensor, dict)) and value != default:
+        if field.name not in ("grid", "deep") and not isinstance(value, (Tensor, dict)) and value != default:
             return repr(field.name)
     return None
 
@@ -44,7 +46,10 @@ def pack(image: ImageFeatures, keep: str) -> tuple[dict[str, Tensor], dict[str, 
         ZooError: a value, or with int8 its scale, is too large for float16.
     """
     found = {f.name: x for f in fields(image) if isinstance(x := getattr(image, f.name), Tensor)}
+    if "keys" in found:
+        found[_KEYS] = found.pop("keys")
     found |= {_BLOCKS + word: scores for word, scores in image.block_attention.items()}
+    found |= {f"{_DEEP}{i}": features for i, features in enumerate(image.deep)}
     packed: dict[str, Tensor] = {}
     for name, value in found.items():
         value = value.detach()
@@ -77,15 +82,18 @@ def unpack(packed: Mapping[str, Tensor], dtypes: Mapping[str, str], grid: tuple[
         grid: of the encoder.
     """
     found: dict[str, Any] = {"block_attention": {}}
+    deep: dict[int, Tensor] = {}
     for name, stated in dtypes.items():
         dtype = getattr(torch, stated)
         scale = packed.get(name + SCALE)
         value = packed[name].to(dtype) if scale is None else _from_blocks(packed[name], scale, dtype)
         if name.startswith(_BLOCKS):
             found["block_attention"][name.removeprefix(_BLOCKS)] = value
+        elif name.startswith(_DEEP):
+            deep[int(name.removeprefix(_DEEP))] = value
         else:
-            found[name] = value
-    return ImageFeatures(**found, grid=grid)
+            found["keys" if name == _KEYS else name] = value
+    return ImageFeatures(**found, grid=grid, deep=tuple(deep[i] for i in sorted(deep)))
 
 
 def _in_blocks(value: Tensor) -> tuple[Tensor, Tensor]:

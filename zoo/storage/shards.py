@@ -60,7 +60,8 @@ def keys_of(file: Path, what: str = "a store") -> list[bytes]:
     """
     from safetensors import safe_open
 
-    if "keys" not in listing([file]):
+    known = listing([file])
+    if "keys" not in known or known["keys"].shape[1:] != (KEY,):
         raise ZooError(f"{str(file)!r} is not a shard of {what}: it has no keys.")
     with safe_open(file, framework="np") as shard:
         return [row.tobytes() for row in shard.get_tensor("keys")]
