@@ -80,6 +80,9 @@ class Window(Dataset):
     def place(self, index: int) -> str:
         return str(self.whole.place(self.start + index))
 
+    def train_split(self) -> Any:
+        return self.whole.train_split()
+
 
 def evaluated(config: Any) -> dict[str, Any]:
     """Return the data sets that a config evaluates on.
@@ -93,11 +96,18 @@ def evaluated(config: Any) -> dict[str, Any]:
     return dict(found)
 
 
-def scores(model: Any, processor: Any, config: Any, limit: int, draw: int = 0) -> dict[str, Score]:
+def scores(
+    model: Any, processor: Any, config: Any, limit: int, draw: int = 0, baselines: bool = False
+) -> dict[str, dict[str, Score]]:
     """Score a model on `limit` samples of each data set, by kind of question: the first metric of each.
 
     Args:
         draw: which `limit` samples: those of different draws are different.
+        baselines: score what does not look at the images, too.
+
+    Returns:
+        `model`: kind -> score; with `baselines` also `majority`, the commonest training answer, and `blind`, the model
+        that is shown zero pixels.
 
     Raises:
         ZooError: a data set has too few samples for the draw.
@@ -106,12 +116,15 @@ def scores(model: Any, processor: Any, config: Any, limit: int, draw: int = 0) -
 
     datasets = {name: _window(name, whole, draw * limit, limit) for name, whole in evaluated(config).items()}
     tasks = {str(name): build("task", node) for name, node in config.task.items()}
-    result = evaluate(model, processor, datasets, tasks, limit=limit, baselines=False)
-    found: dict[str, Score] = {}
+    result = evaluate(model, processor, datasets, tasks, limit=limit, baselines=baselines)
+    found: dict[str, dict[str, Score]] = {}
     for line in result.lines:
         several = len(datasets) > 1
         kind = f"{line.kind} unseen" if line.held_out else line.kind
-        found.setdefault(f"{line.data}: {kind}" if several and line.data != line.kind else kind, line.score)
+        kind = f"{line.data}: {kind}" if several and line.data != line.kind else kind
+        for of, score in (("model", line.score), ("majority", line.majority), ("blind", line.blind)):
+            if score is not None:
+                found.setdefault(of, {}).setdefault(kind, score)
     return found
 
 

@@ -99,5 +99,5 @@ def _row(what: str, score: Ability) -> Row:
 def _score(arms: Arms, pruner: str, node: dict[str, Any] | None, limit: int) -> Ability:
     """The mean over kinds of questions."""
     model, draws = arms.model(pruner, node), Draws()
-    draws.add(scores(model, arms.processor, arms.config, limit))
+    draws.add(scores(model, arms.processor, arms.config, limit)["model"])
     return mean_of(draws.abilities())

@@ -35,6 +35,8 @@ class Point:
     tokens: float  # image tokens of a layer of the LLM, the mean over layers
     flops: int  # of encoder, prefill and scoring
     abilities: dict[str, Ability]
+    # what does not look at the images: `majority`, the commonest training answer, `blind`, zero pixels; without pruner
+    baselines: dict[str, dict[str, Ability]] = field(default_factory=dict)
 
 
 @dataclass
@@ -202,6 +204,8 @@ class PruneReport(Report):
                     if p.share in (share, None):
                         cells = [_score(p.abilities.get(kind)) for kind in kinds]
                         table.add(name, f"{p.tokens:.0f}", giga(p.flops), _score(mean_of(p.abilities)), *cells)
+                        for of, own in p.baselines.items():
+                            table.add(of, "", "", _score(mean_of(own)), *(_score(own.get(kind)) for kind in kinds))
             yield table
 
 

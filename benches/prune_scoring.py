@@ -11,6 +11,8 @@ from zoo.benches.peak import peak_bytes
 from zoo.benches.report import Row
 from zoo.fusion.pruners.inside.attention_flow import attention_flow
 
+JUDGED_TOKENS = 2048  # from which on the walk is held to bounds: shorter sequences are dominated by calls
+
 
 def scoring_rows(
     time: Callable[[Mapping[str, Callable[[], object]]], Turns],
@@ -18,6 +20,7 @@ def scoring_rows(
     tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    judged: bool = True,
 ) -> list[Row]:
     """Time the walk for one layer of a decoder.
 
@@ -27,6 +30,7 @@ def scoring_rows(
         tokens: of the sequence.
         device: of the model.
         dtype: of its weights.
+        judged: hold it to its bounds.
     """
     shape = (1, sizes.heads, tokens, sizes.head_dim)
     query, key, value = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
@@ -63,11 +67,11 @@ def scoring_rows(
         Row(
             f"aim: scoring over eager attention, time {at}",
             times.ratio("walk", "eager"),
-            bound=0.8,
+            bound=0.8 if judged else None,
             at_most=True,
             note=f"{took['walk']} and {took['eager']}",
         ),
-        Row(f"aim: scoring over eager attention, memory {at}", memory, "x", 0.15, True, note),
+        Row(f"aim: scoring over eager attention, memory {at}", memory, "x", 0.15 if judged else None, True, note),
         Row(
             f"aim: fused attention and scoring over eager attention and dense scoring, time {at}",
             times.ratio("both", "eager scored"),

@@ -168,25 +168,24 @@ def greedy(x: Tensor, r: Tensor, k: int) -> Tensor:
     """
     length = x.square().sum(-1)
     length = torch.where((length - 1).abs() < 1e-5, 1.0, length)  # so that rounding breaks no tie
-    start = r.square() * length  # (M, N) the kernel's diagonal
-    residual = start.clone()
-    taken = torch.zeros_like(r, dtype=torch.bool)
+    residual = r.square() * length  # (M, N) the kernel's diagonal
+    floor = SPENT * residual  # up to which a token adds nothing
+    # Where no token adds anything the order is that of r, below all residuals: the place in it, negative.
+    spare = -1.0 - r.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     rows = x.new_zeros(x.shape[0], k, x.shape[1])  # (M, K, N) of the Cholesky factor
     chosen = []
-    for t in range(k):
-        live = (residual > SPENT * start) & ~taken  # (M, N)
-        some = live.any(1, keepdim=True)
-        order = torch.where(some, residual.masked_fill(~live, -torch.inf), r.masked_fill(taken, -torch.inf))
-        pick = order.argmax(dim=1, keepdim=True)  # (M, 1)
+    for t in range(k):  # few operations a step: on a CPU their calls take longer than their numbers
+        most, pick = torch.where(residual > floor, residual, spare).max(1, keepdim=True)  # (M, 1)
         at = pick.unsqueeze(-1)
         token = x.gather(1, at.expand(-1, 1, x.shape[-1]))  # (M, 1, C)
-        row = r * r.gather(1, pick) * (x @ token.transpose(1, 2)).squeeze(-1)  # (M, N) of the kernel
+        row = (r * r.gather(1, pick)).mul_((x @ token.transpose(1, 2)).squeeze(-1))  # (M, N) of the kernel
         if t:
             explained = rows[:, :t].gather(2, at.expand(-1, t, 1)).transpose(1, 2)  # (M, 1, t)
-            row = row - (explained @ rows[:, :t]).squeeze(1)
-        row = torch.where(some, row / residual.gather(1, pick).clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0)
+            row.sub_((explained @ rows[:, :t]).squeeze(1))
+        row.div_(torch.where(most > 0, most, torch.inf).sqrt_())  # zero where no token adds anything
         rows[:, t] = row
-        residual = residual - row.square()
-        taken = taken.scatter(1, pick, True)
+        residual.sub_(row.square_())
+        floor.scatter_(1, pick, torch.inf)
+        spare.scatter_(1, pick, -torch.inf)
         chosen.append(pick)
     return torch.cat(chosen, dim=1)
