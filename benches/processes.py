@@ -15,7 +15,7 @@ import torch
 from zoo.benches.measure import Value
 from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.processes_balance import balance_rows
-from zoo.benches.processes_work import COMPOSITIONS, Trained, differences, file_name, start, train
+from zoo.benches.processes_work import COMPOSITIONS, DIVISIBLE, Trained, differences, file_name, start, train
 from zoo.benches.report import Report, Row, machine
 from zoo.registry import ZooError
 from zoo.settings.parallel import ParallelConfig
@@ -29,8 +29,9 @@ WAYS = {
     "fsdp2 fp32": ParallelConfig(shard="fsdp2", gather="fp32"),
     "fsdp2 reduce": ParallelConfig(shard="fsdp2", reduce="bf16"),
     "hsdp": ParallelConfig(shard="fsdp2", replicate=2),
+    "tensor": ParallelConfig(shard="fsdp2", tensor=2),
 }
-SECTIONS = ("ddp", "fsdp2", "hsdp", "moved", "balance")
+SECTIONS = ("ddp", "fsdp2", "hsdp", "tensor", "moved", "balance")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Options:
     processes: int = 2  # 2 or 4; `hsdp` always has 4
     steps: int = 10  # of the optimiser
     compositions: str = ""  # their names, with semicolons between; empty: all
-    only: str = ""  # sections, with commas between: ddp, fsdp2, hsdp, moved, balance; empty: all
+    only: str = ""  # sections, with commas between: ddp, fsdp2, hsdp, tensor, moved, balance; empty: all
     patience: int = 600  # seconds that processes may take
 
     def __post_init__(self) -> None:
@@ -62,9 +63,10 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         one = {name: train(name, options.steps, ParallelConfig()) for name in options.names} if equal else {}
         for section in equal:
             world = 4 if section == "hsdp" else options.processes
+            names = [name for name in options.names if section != "tensor" or name in DIVISIBLE]
             show(f"training on {world} processes: {section}")
-            found = _trained(place / section, options.names, section, world, options)
-            report.add(*(row for name in options.names for row in _compared(name, section, world, found, one)))
+            found = _trained(place / section, names, section, world, options)
+            report.add(*(row for name in names for row in _compared(name, section, world, found, one)))
         if "moved" in options.sections:
             show("counting what is moved")
             report.add(*_moved(place, options))

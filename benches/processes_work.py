@@ -24,6 +24,7 @@ from zoo.model_config import ZooConfig
 from zoo.registry import Dialog, Sample
 from zoo.runs.processes import start_accelerator
 from zoo.runs.sharding import gathers_short, shard_layers
+from zoo.runs.tensor_parallel import reader_of
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.stage import Stage
 from zoo.storage.weights import state_of
@@ -90,6 +91,8 @@ _PEFT: dict[str, dict[str, Any]] = {
 COMPOSITIONS: dict[str, Composition] = {
     "no adapter": Composition(train=_ALL),
     "no adapter, Muon": Composition(train=_ALL, stage={"optimizer": "muon_adamw"}),
+    "qwen2": Composition(llm={"model_type": "qwen2"}, train=_ALL),
+    "qwen3": Composition(llm={"model_type": "qwen3"}, train=_ALL),
     "experts": Composition(llm={**_EXPERTS, "router_aux_coef": 0.01}, train=_ALL),
     "lora": _adapter("lora", rank=4),
     "mole": _adapter("mole", rank=4, dropout=0.0),
@@ -107,6 +110,7 @@ COMPOSITIONS: dict[str, Composition] = {
     **{f"native, {name}": _native(name) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe")},
     "masters, bf16": Composition(train=_ALL, bfloat16=True, stage={"precision": "bf16"}),
 }
+DIVISIBLE = ("no adapter", "qwen2", "qwen3", "dense", "kl", "llava_kd", "llava_mod")  # by tensor parallelism
 QUICK = ("mole", "vlora", "dense", "llava_kd", "native")  # in the tests
 
 
@@ -148,14 +152,14 @@ def train(name: str, steps: int, parallel: ParallelConfig) -> Trained:
         accelerator, model, stage, steps, precision="fp32", distiller=distiller, teacher=teacher, parallel=parallel,
         gather_short=gathers_short(parallel, [stage.precision or "fp32"]),
     )  # fmt: skip
-    rank, world = accelerator.process_index, accelerator.num_processes
+    (rank, world), every = reader_of(accelerator), accelerator.num_processes
     losses = []
     for step in range(steps):
         turns = range(rank, PASSES, world)
         batches = [_batch(processor, beside, step, turn, text=engine.run_llm) for turn in turns]
         with Moved() as moved, _gradients(engine) as held:
             found, _ = engine.run(step, step, batches, False)
-        losses.append(_mean(engine.unwrapped.total(found), world))
+        losses.append(_mean(engine.unwrapped.total(found), every))
     weights = {n: t.clone() for n, t in state_of(model).items()}
     return Trained(losses, weights, engine.unused or "", moved.bytes, max(held, default=0))
 

@@ -22,7 +22,7 @@ from zoo.checking.plan import Plan, plan_from
 from zoo.registry import ZooError
 from zoo.settings.config import compose
 from zoo.settings.parallel import ParallelConfig
-from zoo.settings.scale import ScaleConfig
+from zoo.settings.scale import Devices
 from zoo.settings.stage import Stage
 
 CLIP_L = [
@@ -70,7 +70,7 @@ class Options:
         self.recipes = chosen("recipe", self.recipe, RECIPES)
         self.twins = chosen("sizes", self.sizes, TWINS)
         try:
-            self.counts = [ScaleConfig(devices=int(word)).devices for word in self.devices.split(",")]
+            self.counts = [Devices(devices=int(word)).devices for word in self.devices.split(",")]
         except ValueError as error:
             raise ZooError(f"devices is numbers with commas between, got {self.devices!r}: {error}") from None
 
@@ -78,7 +78,7 @@ class Options:
 def run(options: Options, show: Callable[[str], None] = print) -> Report:
     """Compute what `options.only` asks for."""
     report = Report("zoo bench scale", machine=machine(torch.device("cpu"), torch.get_num_threads()))
-    scale = ScaleConfig(devices=8)
+    scale = Devices(devices=8)
     report.setting = [
         f"devices of {scale.memory:.0f} GB and {scale.tflops:.0f} TFLOP/s, {scale.node} in a machine, "
         f"{scale.within:.0f} GB/s between them and {scale.between:.0f} GB/s from a machine to others; FSDP2"
@@ -98,7 +98,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
 
 def _rows(name: str, devices: int) -> Iterator[Row]:
     stage, words = RECIPES[name]
-    scale = ScaleConfig(devices=devices)
+    scale = Devices(devices=devices)
     found = _of_recipe(name, stage, words, scale)
     held = {k: getattr(found, k) for k in ("weights", "gathered", "gradients", "optimizer", "activations", "logits")}
     note = ", ".join(f"{k} {size / 1e9:.2f}" for k, size in held.items())
@@ -115,7 +115,7 @@ def _rows(name: str, devices: int) -> Iterator[Row]:
     )
 
 
-def _of_recipe(name: str, stage: str, words: list[str], scale: ScaleConfig) -> OnDevice:
+def _of_recipe(name: str, stage: str, words: list[str], scale: Devices) -> OnDevice:
     cfg = compose("check", [f"recipe={name}", *words])
     plan = plan_from(cfg)
     plan.stages = {stage: plan.stages[stage]}
@@ -136,7 +136,7 @@ def twin_row(name: str, devices: int) -> Row:
         made.vision.requires_grad_(False)
         return made
 
-    ours = on_device(stage, model(), plan, ScaleConfig(devices=devices), ParallelConfig(shard="fsdp2"))
+    ours = on_device(stage, model(), plan, Devices(devices=devices), ParallelConfig(shard="fsdp2"))
     theirs = by_torch(model(), stage, plan, devices, samples=4)
     parts = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in theirs.items() if size >= 1e7)
     note = f"{ours.total / 1e9:.3f} GB; torch: {parts}"

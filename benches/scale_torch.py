@@ -13,6 +13,7 @@ from zoo.checking.memory import assumed_batch, set_up
 from zoo.composed.masters import to_widen
 from zoo.composed.outputs import LOSS_ALONE
 from zoo.runs.sharding import shard
+from zoo.runs.tensor_parallel import MESH
 from zoo.settings.parallel import ParallelConfig
 from zoo.storage.precision import autocast
 
@@ -26,7 +27,7 @@ def pretended(devices: int) -> Iterator[Any]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
     try:
-        yield init_device_mesh("cpu", (devices,), mesh_dim_names=("shards",))
+        yield init_device_mesh("cpu", (1, devices, 1), mesh_dim_names=MESH)
     finally:
         dist.destroy_process_group()
 
@@ -56,9 +57,8 @@ def by_torch(model: Any, stage: Any, plan: Any, devices: int, samples: int) -> d
             k: dry_run._like(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()
         }
         plugin = SimpleNamespace(cpu_offload=OffloadPolicy(), reshard_after_forward=True)
-        names = SimpleNamespace(fsdp_dim_names=("shards",))
         accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), device=cpu)
-        accelerator.torch_device_mesh, accelerator.parallelism_config = mesh, names
+        accelerator.torch_device_mesh = mesh
         shard(accelerator, model, ParallelConfig(shard="fsdp2"), short=stage.precision == "bf16")
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=False)

@@ -14,7 +14,7 @@ from zoo.cli import check_command
 from zoo.registry import ZooError
 from zoo.settings.config import compose
 from zoo.settings.parallel import ParallelConfig
-from zoo.settings.scale import ScaleConfig
+from zoo.settings.scale import Devices
 from zoo.settings.stage import Stage
 from zoo.text.terminal import plain
 
@@ -31,7 +31,7 @@ def model(**slots):
 def spread(devices, shard="fsdp2", made=None, batch=2, scale=None, **stage):
     made = made or model()
     stage = Stage(steps=1, batch_size=batch * devices, precision="bf16", **stage)
-    scale = ScaleConfig(devices=devices, **(scale or {}))
+    scale = Devices(devices=devices, **(scale or {}))
     return on_device(stage, made, Plan(slots={}), scale, ParallelConfig(shard=shard)), scale
 
 
@@ -63,7 +63,7 @@ def test_shares_and_what_is_sent_are_those_by_hand():
         assert ("reduce over copies" in found.sent) == (copies > 1)
         assert all(seconds > 0 for _, seconds in found.sent.values()) and found.seconds(scale)[0] > 0
         assert ("HSDP" in scale_text(scale, ParallelConfig(shard="fsdp2"))) == (copies > 1)
-    assert found.bound(ScaleConfig(devices=4, memory=1e-9)) == "memory"
+    assert found.bound(Devices(devices=4, memory=1e-9)) == "memory"
 
 
 def test_layers_that_devices_share():
@@ -93,15 +93,15 @@ def test_steps_that_are_too_small_are_said_to_be():
         (20, 1, 1, 2, "rounded down"),
     ):
         stage = Stage(steps=1, batch_size=batch, accumulate=accumulate, precision="bf16")
-        found = on_device(stage, model(), Plan(slots={}), ScaleConfig(devices=8), ParallelConfig())
+        found = on_device(stage, model(), Plan(slots={}), Devices(devices=8), ParallelConfig())
         assert (found.passes, found.rows[0]) == (passes, rows) and note in found.notes[0]
     for wrong, message in [({"devices": 9, "replicate": 2}, "not a multiple"), ({"tensor": 16}, "between machines")]:
         with pytest.raises(ZooError, match=message):
-            ScaleConfig(**wrong)
+            Devices(**wrong)
 
 
 def test_speeds_of_rings():
-    scale = ScaleConfig(devices=64, within=450, between=400)
+    scale = Devices(devices=64, within=450, between=400)
     assert scale.rate(8, 1) == 450e9 and scale.rate(64, 1) == 400e9
     assert scale.rate(8, 8) == 50e9  # one of each machine: an eighth of its network
 

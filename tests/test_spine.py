@@ -108,6 +108,7 @@ LEAVES = {
         "zoo/text/tokenizer.py",
     ],
     "optimisers and number formats": ["zoo/runs/optim.py", "zoo/storage/precision.py"],
+    "which processes read the same samples": ["zoo/runs/tensor_parallel.py"],
     "threads, and options that are refused": ["zoo/composed/generate_options.py", "zoo/composed/turns.py"],
 }
 LEAVES["options check themselves"] = [

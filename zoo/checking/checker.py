@@ -28,6 +28,7 @@ from zoo.published.folder import read_content, require_same
 from zoo.registry import Cut, ZooError
 from zoo.registry.devices import require_present
 from zoo.registry.quiet import errors_alone
+from zoo.runs.tensor_parallel import require_divisible
 from zoo.settings.component_presets import explained
 from zoo.settings.source import tokenizer_at
 from zoo.storage.safetensors_file import listing
@@ -163,6 +164,7 @@ def _report_of(plan: Plan) -> CheckReport:
     report.parts = parts
     report.notes = list(explained(plan.typed.overrides, plan.slots)) if plan.typed else []
     report.notes += [note for adapter in parts.adapter.values() for note in adapter.notes]
+    require_divisible(model, plan.tensor, plan.stages)
     for name, stage in plan.stages.items():
         report.stages.append(check_stage(name, stage, model, plan, weights))
     report.places = model.unpruned.longest if model.unpruned is not None else 0

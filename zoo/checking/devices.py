@@ -7,7 +7,6 @@ each decoder layer, and the root for all else, which is gathered for a whole pas
 rounds up and leaves unused, the CUDA context and buffers of its libraries (some GB together), a teacher.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ from zoo.checking.memory import assumed_batch, by_formula, set_up
 from zoo.checking.plan import Plan
 from zoo.composed.masters import to_widen
 from zoo.composed.outputs import LOSS_ALONE
-from zoo.registry import IGNORE_INDEX, ZooError
+from zoo.registry import IGNORE_INDEX
 from zoo.runs.optim import matrices_in
+from zoo.runs.tensor_parallel import DIVIDED, planned
 from zoo.settings.parallel import ParallelConfig
-from zoo.settings.scale import ScaleConfig
+from zoo.settings.scale import Devices
 from zoo.storage.precision import resolve_precision
 from zoo.text.sizes import seconds_text, size_text
 
@@ -65,19 +65,19 @@ class OnDevice:
     def total(self) -> int:
         return self.weights + self.gathered + self.gradients + self.optimizer + self.activations + self.logits
 
-    def seconds(self, scale: ScaleConfig) -> tuple[float, float]:
+    def seconds(self, scale: Devices) -> tuple[float, float]:
         """Return the seconds of a step's operations, and of what it sends; 0 where a speed is not given."""
         operations = self.flops / (scale.tflops * 1e12) if scale.tflops else 0.0
         return operations, sum(seconds for _, seconds in self.sent.values())
 
-    def bound(self, scale: ScaleConfig) -> str:
+    def bound(self, scale: Devices) -> str:
         """Say what bounds the step: memory, the network or operations."""
         operations, network = self.seconds(scale)
         if self.total > scale.memory * 1e9:
             return "memory"
         return "network" if network > operations else "operations"
 
-    def lines(self, scale: ScaleConfig) -> list[str]:
+    def lines(self, scale: Devices) -> list[str]:
         """Say in words what a device holds and sends."""
         b, t = self.rows
         held = {name: getattr(self, name) for name in ("weights", "gathered", "gradients", "optimizer")}
@@ -97,7 +97,7 @@ class OnDevice:
 
 
 def on_device(
-    stage: Any, model: Any, plan: Plan, scale: ScaleConfig, parallel: ParallelConfig, batch: Any = None
+    stage: Any, model: Any, plan: Plan, scale: Devices, parallel: ParallelConfig, batch: Any = None
 ) -> OnDevice:
     """Return what a device of many holds and sends in a stage.
 
@@ -135,7 +135,7 @@ def on_device(
     return found
 
 
-def share_of(stage: Any, scale: ScaleConfig, notes: list[str]) -> tuple[int, int]:
+def share_of(stage: Any, scale: Devices, notes: list[str]) -> tuple[int, int]:
     """Return the samples of a device's pass, and the passes of a step: as the stage has them, or as fit."""
     passes = stage.accumulate
     while passes > 1 and stage.batch_size % (scale.readers * passes):
@@ -156,7 +156,7 @@ class _Weights:
     """The weights of a model over devices."""
 
     def __init__(
-        self, model: Any, stage: Any, plan: Plan, scale: ScaleConfig, parallel: ParallelConfig, precision: str
+        self, model: Any, stage: Any, plan: Plan, scale: Devices, parallel: ParallelConfig, precision: str
     ) -> None:
         self.scale, self.sharded = scale, parallel.shard != "none"
         self.wide = to_widen(model, precision) if (stage.master_weights or plan.master_weights) == "fp32" else {}
@@ -236,7 +236,7 @@ class _Weights:
 
 
 def _send(
-    found: OnDevice, weights: _Weights, scale: ScaleConfig, model: Any, rows: tuple[int, int], short: bool, stage: Any
+    found: OnDevice, weights: _Weights, scale: Devices, model: Any, rows: tuple[int, int], short: bool, stage: Any
 ) -> None:
     """Fill in what a step sends, as rings do: to gather or reduce n bytes over s devices, each sends n (s - 1) / s."""
     trained, passes = weights.trained(), found.passes
@@ -268,7 +268,7 @@ def _send(
         add("sum over tensor parallel devices", one * times * model.llm.num_layers * passes, t, 1)
 
 
-def scale_text(scale: ScaleConfig, parallel: ParallelConfig) -> str:
+def scale_text(scale: Devices, parallel: ParallelConfig) -> str:
     """Say in words how devices share a model."""
     parts = [f"{scale.devices} devices"]
     if parallel.shard == "none":
@@ -287,26 +287,12 @@ def local_shapes(model: Any, tensor: int) -> dict[str, tuple[int, ...]]:
     Raises:
         ZooError: there is no plan, or heads or rows do not divide.
     """
-    lm, config = model.llm.lm, model.llm.lm.config.get_text_config()
-    plan = {k: v for k, v in (getattr(config, "base_model_tp_plan", None) or {}).items() if "layers" in k}
-    if not plan:
-        raise ZooError(
-            f"scale.tensor={tensor}: transformers has no plan of tensor parallelism for {type(lm).__name__}."
-        )
-    for what in ("num_attention_heads", "num_key_value_heads"):
-        if (heads := getattr(config, what, None) or tensor) % tensor:
-            raise ZooError(f"scale.tensor={tensor} does not divide the {heads} {what.replace('num_', '')} of the LLM.")
     found = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        for pattern, way in plan.items():
-            if not re.search(rf"^llm[.].*{pattern.replace('.', '[.]').replace('*', '[0-9]+')}[.](weight|bias)$", name):
-                continue
-            dim = {"colwise": 0, "rowwise": 1}.get(str(way).partition("_")[0])
-            if dim is None or dim >= weight.dim():
-                continue
-            if weight.shape[dim] % tensor:
-                raise ZooError(f"scale.tensor={tensor} does not divide {name}, {tuple(weight.shape)}.")
-            shape = list(weight.shape)
-            shape[dim] //= tensor
-            found[name] = tuple(shape)
+    for name, way in planned(model.llm, tensor).items():
+        for key, weight in model.llm.lm.get_submodule(name).named_parameters(recurse=False):
+            dim = DIVIDED.get(way)
+            if dim is not None and dim < weight.dim():  # a bias of rows is whole
+                shape = list(weight.shape)
+                shape[dim] //= tensor
+                found[f"llm.lm.{name}.{key}"] = tuple(shape)
     return found

@@ -1,7 +1,7 @@
 """What a check looks at, as plain values: the slots of a composed config, and how they are to be used."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Plan:
     precision: str = "auto"
     master_weights: str = "fp32"
     device: str = "auto"
+    tensor: int = 1  # processes that share each layer of the LLM
     made: Any = None  # the tokenizer itself, where it is loaded
     origin: str = ""  # folder or repository that all weights come from, if from one
     trained: bool = False  # the model has trained weights, even if its parts name no checkpoint
@@ -66,7 +67,7 @@ def plan_for(source: Source, tokenizer: Any = None) -> Plan:
 
 def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
     """Return the plan of a composed config; one with stages trains, so a preset in it starts from its parts."""
-    return plan_for(source_of(cfg, pretrained=not cfg.stages), tokenizer)
+    return replace(plan_for(source_of(cfg, pretrained=not cfg.stages), tokenizer), tensor=cfg.parallel.tensor)
 
 
 def plan_of(name: str, *overrides: str) -> Plan:

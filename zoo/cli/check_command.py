@@ -14,7 +14,7 @@ from zoo.runs.data import RunData
 from zoo.runs.lengths import room_of
 from zoo.runs.order import ShardPosition
 from zoo.settings.parallel import ParallelConfig
-from zoo.settings.scale import ScaleConfig
+from zoo.settings.scale import Devices
 from zoo.settings.stage import stages_of
 from zoo.text.terminal import say
 
@@ -72,9 +72,9 @@ def add_batches(cfg: Any, report: CheckReport) -> None:
         found.placeholder = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.image_token)
 
 
-def scale_of(cfg: Any) -> ScaleConfig:
-    """Return the devices of a config."""
-    return ScaleConfig(**cfg.scale)
+def scale_of(cfg: Any) -> Devices:
+    """Return the devices of a config, and how they share the model."""
+    return Devices(**cfg.scale, replicate=cfg.parallel.replicate, tensor=cfg.parallel.tensor)
 
 
 def _largest(batches: Batches) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from zoo.registry import ZooError
 from zoo.runs.launchers import USE_TORCHRUN, adopt_launcher
+from zoo.runs.tensor_parallel import MESH
 from zoo.runs.zero import ASKED, use_zero, zero_plugin
 from zoo.settings.parallel import ParallelConfig
 
@@ -99,8 +100,8 @@ def start_accelerator(device: str = "auto", parallel: ParallelConfig | None = No
             f"The launcher started {wanted} processes, but this one is in a group of {accelerator.num_processes}. "
             f"On CPU use: {USE_TORCHRUN}"
         )
-    if plugin is not None and accelerator.num_processes > 1:
-        _use_fsdp(accelerator, plugin, (parallel or ParallelConfig()).replicate)
+    if plugin is not None:
+        _use_fsdp(accelerator, plugin, parallel or ParallelConfig())
     if zero is not None and accelerator.num_processes > 1:
         use_zero(accelerator, zero)
     if device != "auto" and accelerator.device.type != device.partition(":")[0]:
@@ -117,10 +118,10 @@ def _fsdp_plugin(parallel: ParallelConfig) -> Any:
     from accelerate import FullyShardedDataParallelPlugin
 
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if parallel.shard == "none" or (parallel.shard == "launcher" and not asked):
+    if parallel.shard == "none" or (parallel.shard == "launcher" and not asked and parallel.tensor == 1):
         return None
     version = os.environ.get("FSDP_VERSION", "1")
-    if parallel.shard == "launcher" and version != "2":
+    if parallel.shard == "launcher" and asked and version != "2":
         raise ZooError(
             f"The launcher asks for FSDP of version {version} (ACCELERATE_USE_FSDP=true); this loop runs on FSDP2: "
             "accelerate launch --use_fsdp --fsdp_version 2, or parallel.shard=fsdp2."
@@ -128,26 +129,34 @@ def _fsdp_plugin(parallel: ParallelConfig) -> Any:
     return FullyShardedDataParallelPlugin(fsdp_version=2)
 
 
-def _use_fsdp(accelerator: Any, plugin: Any, replicate: int) -> None:
+def _use_fsdp(accelerator: Any, plugin: Any, parallel: ParallelConfig) -> None:
     """Choose FSDP2 on CPUs too, where accelerate ignores the plugin and would train whole copies.
 
-    Raises:
-        ZooError: the processes do not form `replicate` groups of two or more.
-    """
-    from accelerate import ParallelismConfig
-    from accelerate.utils import DistributedType
+    The mesh is torch's own: accelerate's ParallelismConfig has one for FSDP2 beside tensor parallelism only where
+    `from_pretrained` divided the layers.
 
+    Raises:
+        ZooError: the processes do not form the groups that are asked for.
+    """
+    from accelerate.utils import DistributedType
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world, copies, tensor = accelerator.num_processes, parallel.replicate, parallel.tensor
+    if world % tensor:
+        raise ZooError(f"parallel.tensor={tensor} does not divide {world} process{'es' * (world > 1)} into groups.")
+    readers = world // tensor
+    if copies > 1 and world > 1 and (readers % copies or readers // copies < 2):
+        raise ZooError(
+            f"parallel.replicate={copies} does not divide {readers} processes into groups of two or more"
+            + (f" (of {world}, {tensor} share each layer)." if tensor > 1 else ".")
+        )
+    if world == 1:
+        return
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
-    if replicate > 1:
-        world = accelerator.num_processes
-        if world % replicate or world // replicate < 2:
-            raise ZooError(
-                f"parallel.replicate={replicate} does not divide {world} processes into groups of two or more."
-            )
-        groups = ParallelismConfig(dp_replicate_size=replicate, dp_shard_size=world // replicate)
-        accelerator.state.parallelism_config = groups
-        accelerator.state.device_mesh = groups.get_device_mesh(accelerator.device.type)
+    if copies * tensor > 1:
+        shape = (copies, readers // copies, tensor)
+        accelerator.state.device_mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=MESH)
 
 
 def by_first(accelerator: Any, function: Callable[[], T]) -> T:

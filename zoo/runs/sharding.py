@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from zoo.registry import ZooError
+from zoo.runs.tensor_parallel import MESH, divide, tensor_size
 from zoo.settings.parallel import ParallelConfig
 from zoo.storage.streamed import streamed
 
@@ -64,6 +65,8 @@ def shard(accelerator: Any, model: Any, parallel: ParallelConfig, *, short: bool
     options = {"mesh": mesh_of(accelerator), "offload_policy": plugin.cpu_offload}
     offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     with streamed(model, torch.device("cpu") if offloaded else accelerator.device):
+        if tensor_size(accelerator) > 1:
+            divide(model.llm, accelerator.torch_device_mesh[MESH[-1]])
         for unit in model.llm.layers:
             fully_shard(unit, mp_policy=layer, reshard_after_forward=plugin.reshard_after_forward, **options)
         fully_shard(model, mp_policy=root, **options)
@@ -87,34 +90,35 @@ def shard_layers(accelerator: Any, teacher: Any) -> None:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
-def shard_like(module: nn.Module, model: nn.Module) -> None:
+def shard_like(module: nn.Module, accelerator: Any) -> None:
     """Share a distiller out over the processes that share the model, so that its gradients are averaged too."""
     from torch.distributed.fsdp import fully_shard
 
     # A distiller that continues from the previous stage is shared out already.
     if any(not hasattr(p, "device_mesh") for p in module.parameters()):
-        fully_shard(module, mesh=next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+        fully_shard(module, mesh=mesh_of(accelerator))
 
 
 @contextmanager
 def gathered(accelerator: Any, model: nn.Module) -> Iterator[bool]:
-    """Hold whole weights in each process, so that each may run the model as often as it likes; False: they do not fit.
+    """Hold whole weights in each process, so that each may run the model as often as it likes; False: it may not.
 
-    Then the processes have to run the same passes, together. A model that is not shared out is whole.
+    Then they do not fit, or processes share layers, and all have to run the same passes, together: what is outside of
+    the decoder layers is held all the same, since an answer runs parts of it by themselves. A model that is not shared
+    out is whole.
     """
     from torch.distributed.fsdp import FSDPModule
 
     units: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    if not units or not _fits(accelerator, model):
-        yield not units
-        return
-    for unit in units:
+    fits = not units or _fits(accelerator, model)
+    held: list[Any] = units if fits else [model]
+    for unit in held:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        yield True
+        yield fits and tensor_size(accelerator) == 1
     finally:
-        for unit in units:
+        for unit in held:
             unit.set_reshard_after_forward(
                 unit is not model and accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False
             )
@@ -137,7 +141,7 @@ def mesh_of(accelerator: Any) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     if (mesh := accelerator.torch_device_mesh) is not None:
-        return mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+        return mesh[MESH[:2]] if mesh[MESH[0]].size() > 1 else mesh[MESH[1]]
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 

@@ -16,6 +16,7 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.left_out import LeftOut
 from zoo.runs.processes import by_first, gather, stop_all
 from zoo.runs.progress import Display
+from zoo.runs.tensor_parallel import tensor_size
 
 SHOWN = 10  # records that were left out are printed; further ones are only listed in the file
 FLUSH = 10  # steps between readings of losses on a GPU or with several processes
@@ -63,7 +64,7 @@ class StepLog:
         own = [(record, {k: v.item() for k, v in losses.items()}) for record, losses in self._pending]
         now, self._pending = time.perf_counter(), []
         # All processes decide on the same figures, so that either all of them stop or none.
-        everyone = gather(self.accelerator, own)
+        everyone = gather(self.accelerator, own)[:: tensor_size(self.accelerator)]  # one process of each reader
         seconds = (now - own[0][0]["start"]) / len(own)
         lines = [_line(at, everyone, seconds) for at in range(len(own))]
         skipped = [row for at, line in enumerate(lines) for row in self._skipped(line, at, everyone)]

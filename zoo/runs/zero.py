@@ -48,6 +48,7 @@ def zero_plugin(parallel: ParallelConfig) -> Any:
         ZooError: DeepSpeed is not installed, or its config asks for what the loop does not do.
     """
     asked = os.environ.get(ASKED, "").lower() in ("1", "true", "yes", "on") and parallel.shard == "launcher"
+    asked = asked and parallel.tensor == 1  # else FSDP2, as for parallel.shard=fsdp2
     if not asked or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     from accelerate import DeepSpeedPlugin

@@ -46,6 +46,7 @@ from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, 
 from zoo.runs.saving import Saver
 from zoo.runs.sharding import gathers_short, may_share, shard, shard_layers
 from zoo.runs.step_log import StepLog, not_finite
+from zoo.runs.tensor_parallel import reader_of, require_divisible
 from zoo.runs.trackers import check_trackers, start_trackers
 from zoo.runs.watch import Watch, as_gone
 from zoo.settings.source import source_of
@@ -279,6 +280,7 @@ class Run:
         self.gather_short = gathers_short(self.parallel, map(self._precision_of, self.stages.values()))
         begun = list(self.stages.values())[self.progress.stage :][:1]
         self.model.detach_only([name for stage in begun for name in stage.detach])
+        require_divisible(self.model, self.parallel.tensor, self.stages)
         shard(self.accelerator, self.model, self.parallel, short=self.gather_short)
         for stage in self.stages.values():
             if (stage.master_weights or self.cfg.master_weights) == "fp32":
@@ -311,9 +313,7 @@ class Run:
         done = self.progress.step
         if not done:
             self.step_log.left_out.begin()  # max_broken is a share of each stage's records
-        place = ShardPosition(
-            self.accelerator.process_index, self.accelerator.num_processes, done, self.progress.streams
-        )
+        place = ShardPosition(*reader_of(self.accelerator), done, self.progress.streams)
         # Padding to multiples of 32 bounds the number of shapes that torch.compile specialises on.
         options = {"multiple_of": 32 if stage.compile else 1, "text": engine.run_llm, "teacher": twins}
         options["room"] = room_of(stage, self.model.llm.max_positions, self.processor)

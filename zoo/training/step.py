@@ -22,6 +22,7 @@ from zoo.runs.optim import build_optimizers, parts_of, rate_at, set_rate
 from zoo.runs.order import keyed
 from zoo.runs.processes import launcher_alone
 from zoo.runs.sharding import is_sharded, require_one_format, shard, shard_like
+from zoo.runs.tensor_parallel import clip_gradients, reader_of, tensor_size
 from zoo.runs.zero import Zero, is_zero
 from zoo.settings.parallel import ParallelConfig
 from zoo.settings.stage import Stage
@@ -153,9 +154,9 @@ class Engine:
         if getattr(accelerator, "is_fsdp2", False):
             shard(accelerator, model, parallel or ParallelConfig(), short=gather_short)
             require_one_format(model)
-        self.sharded = is_sharded(model)
+        self.sharded, self.tensor = is_sharded(model), tensor_size(accelerator)
         if self.sharded and isinstance(distiller, nn.Module):
-            shard_like(distiller, model)
+            shard_like(distiller, accelerator)
         self.unused = why_unused(model, stage, distiller, run_llm=step.run_llm, run_head=step.runs_head)
         zero = is_zero(accelerator)
         if accelerator.ddp_handler is not None:
@@ -207,7 +208,7 @@ class Engine:
             Losses by name, and whether any process received SIGTERM.
         """
         # Dropout and router noise depend on (seed, step, process) only, so that a resumed run draws the same numbers.
-        reseed(self.seed, global_step, self.accelerator.process_index)
+        reseed(self.seed, global_step, reader_of(self.accelerator)[0])
         if self.distiller is not None:
             self.distiller.begin_step(number, self.steps)
         there = [b for b in batches if b is not None]
@@ -242,7 +243,9 @@ class Engine:
                 require_gradients(self.unwrapped)
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        if self.stage.clip and self.zero is None:
+        if self.stage.clip and self.tensor > 1:
+            clip_gradients(self.clipped, self.stage.clip)
+        elif self.stage.clip and self.zero is None:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.stage.clip)
         for optimizer in self.optimizers:
             optimizer.step()
