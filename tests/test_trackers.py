@@ -1,6 +1,12 @@
-"""Trackers beside metrics.jsonl: refused before anything is made, and TensorBoard really written."""
+"""Trackers beside metrics.jsonl: refused before anything is made; TensorBoard, wandb and trackio really written."""
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.train_builders import config, recipe
 from zoo.registry import ZooError
@@ -67,6 +73,30 @@ def test_tensorboard_holds_every_step_once(tmp_path):
     assert events.Tags()["images"] == ["answers/0"] and [e.step for e in events.Images("answers/0")][-1] == 4
 
 
+def test_wandb_and_trackio_hold_losses_and_pictures(tmp_path, monkeypatch):
+    """The packages themselves, without a network: wandb's offline folder and trackio's own database."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    wandb, trackio = pytest.importorskip("wandb"), pytest.importorskip("trackio")
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")  # for one that was imported before
+
+    from zoo.runs.folder import read_metrics
+
+    words = [*recipe(tmp_path, {"a": "steps: 2, batch_size: 4, eval_every: 2"}), "limit=1", "log_pictures=1"]
+    folder = tmp_path / "run"
+    main(config(words, "log=[wandb,trackio]", f"run.folder={folder}"))
+    wandb.teardown()
+    (sent,) = folder.rglob("offline-run-*/files/media/images/answers_2_*.png")
+    with closing(sqlite3.connect(next((tmp_path / "trackio").glob("*.db")))) as database:
+        rows = [(step, json.loads(held)) for step, held in database.execute("select step, metrics from metrics")]
+    drawn = {step: held["loss"] for step, held in rows if "loss" in held}
+    assert drawn == {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+    (shown,) = (held["answers/0"]["file_path"] for _, held in rows if "answers/0" in held)
+    one, same = (Image.open(file) for file in (sent, next((tmp_path / "trackio").rglob(Path(shown).name))))
+    assert one.size == same.size and one.tobytes() == same.convert(one.mode).tobytes()
+
+
 def test_a_missing_package_is_said_before_anything_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     monkeypatch.setattr("zoo.training.loop.check", lambda plan: pytest.fail("this came first"))
@@ -104,8 +134,6 @@ class Tracker:
 
 def test_trackers_that_take_no_pictures_are_named():
     from types import SimpleNamespace
-
-    from PIL import Image
 
     found = [Tracker(name) for name in ("tensorboard", "wandb", "mlflow")]
     pictures = [Image.new("RGB", (32, 40)), Image.new("RGB", (32, 50))]
