@@ -182,6 +182,16 @@ def test_generation_is_forward_step_by_step(make_model, pruners, name, way, posi
     assert out.tolist() == step_by_step(model, batch).tolist()
 
 
+@pytest.mark.parametrize("name", ["behind", "ahead"])
+def test_a_family_that_counts_tokens_by_itself_generates(make_model, pruners, name):
+    """It takes no positions, so that there are none to shift."""
+    model, processor = made(make_model, pruners[name], "bloom", "dense", "auto")
+    batch = processor.collate([processor.encode_prompt(s := sample((QUESTIONS[0], "yes"), images=2), s.dialogs[0])])
+    model.generation_config.eos_token_id = None
+    out = model.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=6, do_sample=False)
+    assert out.tolist() == step_by_step(model, batch).tolist()
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}])
 @pytest.mark.parametrize("name", ["behind", "ahead"])
 def test_a_batch_is_generated_as_each_alone(make_model, pruners, name, options):

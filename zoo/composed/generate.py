@@ -354,6 +354,8 @@ class Prompt:
 
     def _shifted(self, inputs: dict[str, Any], shift: Tensor, start: int, rows: int, q: int) -> dict[str, Any]:
         """Shift the positions of the columns from `start` on; a mask keeps gaps from being taken for packed samples."""
+        if "position_ids" not in inputs and not bool(shift.any()):
+            return inputs  # the family counts tokens by itself (BLOOM, MPT), so that positions are dense
         cache, columns = cache_in(inputs), torch.arange(start, start + q, device=shift.device)
         shift = repeated(shift[..., columns.clamp(max=shift.shape[-1] - 1)], rows)  # (rows, q), or (A, rows, q)
         held = 0 if cache is None else int(cache.get_seq_length())
