@@ -1,7 +1,10 @@
-"""Without transformers' messages about things that a person cannot act on."""
+"""Without messages of libraries about things that a person cannot act on."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -29,3 +32,32 @@ def errors_alone() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+@contextmanager
+def no_warning_of(*patterns: str) -> Iterator[None]:
+    """Suppress warnings whose message begins with one of the patterns (regular expressions)."""
+    with warnings.catch_warnings():
+        for pattern in patterns:
+            warnings.filterwarnings("ignore", message=pattern)
+        yield
+
+
+@contextmanager
+def for_people() -> Iterator[None]:
+    """Show warnings on a command line as a line without file and code, and none that are for authors of libraries.
+
+    With `python -W`, or PYTHONWARNINGS, all are shown as Python does.
+    """
+    if sys.warnoptions:
+        yield
+        return
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = _shown
+        yield
+
+
+def _shown(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+    print(f"zoo: {' '.join(str(message).split())}", file=sys.stderr)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from zoo.registry import ZooError, nearest
+from zoo.registry.quiet import for_people
 from zoo.text.command_line import HELP
 from zoo.text.terminal import columns, only_json, wrapped, write_answer
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # step's cores: stage `look` of the default recipe ran at half its speed. numpy reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        with only_json() if with_json else nullcontext():
+        with only_json() if with_json else nullcontext(), for_people() if argv is None else nullcontext():
             result = _run(words)
         status = _status(result)
         if with_json:

@@ -88,7 +88,10 @@ class Display:
         """Say where the stage is; beside a bar, what has no room there is left out."""
         pace = (now - self.started) / max(1, done - self.first)
         losses = " ".join(f"{name} {value:.3f}" for name, value in self._smooth.items())
-        left, speed = f"{clock(pace * (self.steps - done))} left", f"{rate:,.0f} {unit}/s"
+        left, speed = (
+            f"{clock(pace * (self.steps - done))} left",
+            f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s",
+        )
         parts = [
             f"{self.what} {done:,} of {self.steps:,}",
             losses,

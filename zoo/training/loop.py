@@ -326,7 +326,8 @@ class Run:
         batches = Batches(mix, self.processor, stage, steps, place, **options)
         loader = Loader(batches, pin_memory=self.accelerator.device.type == "cuda")
         parts = ", ".join(f"{part} {count_text(count)}" for part, count in engine.trainable.items())
-        about = f"stage {name}, {index + 1} of {len(self.stages)}: {steps:,} steps; trains {parts} parameters"
+        many = "step" if steps == 1 else "steps"
+        about = f"stage {name}, {index + 1} of {len(self.stages)}: {steps:,} {many}; trains {parts} parameters"
         self.display.note(wrapped(f"{about}; {engine.precision}, {engine.attention} attention", subsequent="  "))
         self.display.begin(name, steps, done)
         source = iter(loader)

@@ -22,7 +22,6 @@ Where we differ from `get_peft_model`, with equal outputs and gradients:
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from zoo.fusion.adapters.peft.targets import resolved
 from zoo.fusion.attach import add_to_output, fused_experts, refer
 from zoo.registry import Adapter, ImageFeatures, ZooError, one_line, register, require_at_least
 from zoo.registry.following import weights_follow
+from zoo.registry.quiet import no_warning_of
 
 SPARE = 1 << 28  # numbers that new weights may have beside eight times those of the language model
 NAME = "peft"  # PEFT's name for this set of weights: `q_proj.lora_A.peft.weight`
@@ -193,9 +193,9 @@ class PeftAdapter(Adapter, nn.Module):
         """Make PEFT's layers. The base weights stay what they are; new ones are float32 where the base has 16 bits."""
         from peft import PeftModelForCausalLM
 
-        with _base_kept(self.lm, self.exclusive if self.method.residual else ()), warnings.catch_warnings():
-            # Of tied embeddings, which stay as they are, and of a renamed property of transformers.
-            warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|is_gradient_checkpointing).*")
+        # Of tied embeddings, which stay as they are, and of a renamed property of transformers.
+        known = no_warning_of("(?s).*(tie_word_embeddings|is_gradient_checkpointing).*")
+        with _base_kept(self.lm, self.exclusive if self.method.residual else ()), known:
             try:
                 with _device_of_indices(self.method.name, self.lm):
                     places = Places(self.lm, lambda: PeftModelForCausalLM(self.lm, config, adapter_name=NAME))
