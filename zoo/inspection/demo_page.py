@@ -23,7 +23,11 @@ CSS = """
 #title p { margin: .1rem 0 0; opacity: .75; }
 .kept p { font-size: .85rem; opacity: .8; margin: 0; min-height: 1.3rem; }
 .side { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px !important; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+.side .block:has(input[type=range]:disabled) > * { opacity: .4; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  #chat-a, #chat-b { order: -1; }
+}
 """
 
 
@@ -199,8 +203,9 @@ def _side(demo: Demo, letter: str, model: str, visible: bool) -> _Column:
             label=f"Answers {letter}", height=260, render_markdown=False, buttons=[], show_label=False,
             elem_id=f"chat-{low}",             placeholder="Nothing asked yet", feedback_options=None,
         )  # fmt: skip
+        gr.Markdown("What is kept", elem_classes="kept")  # a label of the image would cover its corner
         side.xray = gr.Image(
-            label="What is kept", interactive=False, height=280, format="png", buttons=["fullscreen"],
+            label="What is kept", show_label=False, interactive=False, height=280, format="png", buttons=["fullscreen"],
             elem_id=f"xray-{low}",
         )  # fmt: skip
         side.caption = gr.Markdown("", elem_id=f"kept-{low}", elem_classes="kept")
