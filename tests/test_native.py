@@ -12,6 +12,7 @@ from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
 from zoo.composed.model import ZooModel
 from zoo.inspection.xray import look
+from zoo.published.export import place_for
 from zoo.registry import Cut, Sample, ZooError
 from zoo.registry.versions import cache_argument
 from zoo.teaching.teacher import Teacher
@@ -201,12 +202,43 @@ def test_an_llm_of_one_axis_counts_tokens_or_places(make_model):
     assert where[at + count] == at + whole and where[at : at + count].max() < at + whole
 
 
+@pytest.mark.parametrize("other", ["llama", "next"])
 @torch.no_grad()
-def test_images_of_one_size_are_text_to_an_llm_of_three_axes(make_model):
-    whole = slots("qwen2_vl")
-    model, processor = make_model(llm=whole["llm"])
-    out = model(**processor(images=SHOWN[:1], text="<image> a"))
-    assert out.passed.sequence.axes is None and out.logits.isfinite().all()
+def test_an_encoder_with_another_llm_is_right_and_no_layout_of_a_family_has_a_place_for_it(make_model, family, other):
+    """Rows are the rows alone, a step on a cache is the whole pass, and transformers has no class for the pair."""
+    llm = slots(NATIVE[NATIVE.index(family) - 1])["llm"]
+    if other == "llama":
+        llm = {"name": "hf", "hidden_size": 64, "num_layers": 3, "num_heads": 4, "max_positions": 1024}
+    model, processor = make_model(**slots(family, llm=llm))
+    sharpen(model)
+    batch = processor(images=SHOWN, text=TEXTS, padding_side="left")
+    got, mask = model(**batch).logits, batch["attention_mask"].bool()
+    shown = [SHOWN[:2], SHOWN[2:], []]
+    for i, text in enumerate(TEXTS):
+        agree(got[i][mask[i]], model(**processor(images=shown[i] or None, text=text)).logits[0])
+    one = processor(images=SHOWN[:2], text=TEXTS[0])
+    ids = one["input_ids"]
+    cache = model(ids[:, :-1], pixel_values=one["pixel_values"], cuts=one["cuts"], use_cache=True).cache
+    step = model(ids[:, -1:], **cache_argument(cache), use_cache=True)
+    agree(step.logits[:, 0], model(**one).logits[:, -1])
+    with pytest.raises(ZooError, match=rf"{family}: (its language model is of type|layout\.)"):
+        place_for(model, "", None)
+
+
+@torch.no_grad()
+def test_images_of_one_size_are_text_to_an_llm_of_three_axes(make_model, family):
+    model, processor = make_model(llm=slots(family)["llm"])
+    sharpen(model)
+    batch = processor(images=SHOWN[:1], text=["<image> a", "yes"], padding_side="left")
+    out = model(**batch)
+    assert out.passed.sequence.axes is None
+    for i, alone in enumerate(({"images": SHOWN[:1], "text": "<image> a"}, {"text": "yes"})):
+        agree(out.logits[i][batch["attention_mask"][i].bool()], model(**processor(**alone)).logits[0])
+    if family != "paddleocr_vl":  # whose text model transformers builds in its own class alone
+        assert place_for(model, "", None)[0].model_type == "llava"
+        return
+    with pytest.raises(ZooError, match="AutoModel, which has none of type 'paddleocr_vl_text'"):
+        place_for(model, "", None)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple[
         try:
             _require_plain(model)
             encoder = encoder_of(model, known.encoders, _depth(model, record))
-            if not (wrong := known.misfit(model, encoder)):
+            wrong = known.misfit(model, encoder) or ("" if kind in _NATIVE else _unknown_llm(model))
+            if not wrong:
                 return known, encoder
         except ZooError as error:
             wrong = str(error)
@@ -138,6 +139,16 @@ def place_for(model: Any, name: str, record: Mapping[str, Any] | None) -> tuple[
         raise ZooError(f"{family_named(reasons[0][0]).model} has no place for the model: {reasons[0][1]}.")
     lines = [f"  {kind}: {wrong}" for kind, wrong in reasons]
     raise ZooError("\n".join(["No published layout has a place for the model:", *lines]))
+
+
+def _unknown_llm(model: Any) -> str:
+    """Return why a class that builds its language model by `AutoModel` cannot; empty if it can."""
+    from transformers import MODEL_MAPPING
+
+    config = model.llm.lm.config
+    if type(config) in MODEL_MAPPING:
+        return ""
+    return f"it finds language models by transformers' AutoModel, which has none of type {config.model_type!r}"
 
 
 def _require_plain(model: Any) -> None:
