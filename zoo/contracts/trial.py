@@ -58,7 +58,8 @@ def members(kind: str) -> list[str]:
     if kind == "llm":
         return [*DENSE, *MOE, *(name for name in names("llm") if name != "hf")]
     if kind == "vision":
-        families = {"hf": ("hf clip", "hf siglip"), "qwen_vision": ("qwen_vision qwen2_5_vl", "qwen_vision qwen3_vl")}
+        native = ("qwen2_5_vl", "qwen3_vl", "glm4v", "paddleocr_vl")
+        families = {"hf": ("hf clip", "hf siglip"), "qwen_vision": tuple(f"qwen_vision {name}" for name in native)}
         alone = [name for name in names("vision") if name != "fused"]  # of others: `benches/check_valid.py` draws it
         return [n for name in alone for n in families.get(name, (name,))]
     return [name for name in names(kind) if (kind, name) != ("projector", "identity")]
