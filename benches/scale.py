@@ -124,10 +124,10 @@ def _of_recipe(name: str, stage: str, words: list[str], scale: Devices) -> OnDev
         return report.stages[0].spread(scale, ParallelConfig(shard="fsdp2"), None, -1)
 
 
-def twin_row(name: str, devices: int) -> Row:
+def twin_row(name: str, devices: int, tensor: int = 1) -> Row:
     """Compare both estimates of a model whose LLM and projector train."""
     sizes, again = TWINS[name]
-    stage = Stage(steps=1, batch_size=4 * devices, gradient_checkpointing=again, precision="bf16")
+    stage = Stage(steps=1, batch_size=4 * devices // tensor, gradient_checkpointing=again, precision="bf16")
     plan = Plan(slots={})
 
     def model() -> Any:
@@ -136,8 +136,8 @@ def twin_row(name: str, devices: int) -> Row:
         made.vision.requires_grad_(False)
         return made
 
-    ours = on_device(stage, model(), plan, Devices(devices=devices), ParallelConfig(shard="fsdp2"))
-    theirs = by_torch(model(), stage, plan, devices, samples=4)
+    ours = on_device(stage, model(), plan, Devices(devices=devices, tensor=tensor), ParallelConfig(shard="fsdp2"))
+    theirs = by_torch(model(), stage, plan, devices, samples=4, tensor=tensor)
     parts = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in theirs.items() if size >= 1e7)
     note = f"{ours.total / 1e9:.3f} GB; torch: {parts}"
     what = f"{name} on {devices} devices: memory of a device over torch's estimate"

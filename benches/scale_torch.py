@@ -19,7 +19,7 @@ from zoo.storage.precision import autocast
 
 
 @contextlib.contextmanager
-def pretended(devices: int) -> Iterator[Any]:
+def pretended(devices: int, tensor: int = 1) -> Iterator[Any]:
     """Be the first of many processes that exist only in torch's fake process group."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -27,12 +27,12 @@ def pretended(devices: int) -> Iterator[Any]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
     try:
-        yield init_device_mesh("cpu", (1, devices, 1), mesh_dim_names=MESH)
+        yield init_device_mesh("cpu", (1, devices // tensor, tensor), mesh_dim_names=MESH)
     finally:
         dist.destroy_process_group()
 
 
-def by_torch(model: Any, stage: Any, plan: Any, devices: int, samples: int) -> dict[str, int]:
+def by_torch(model: Any, stage: Any, plan: Any, devices: int, samples: int, tensor: int = 1) -> dict[str, int]:
     """Return bytes by torch's kinds and `Total`, at the largest moment of the second step.
 
     The model's parameters are replaced: it cannot be used again.
@@ -42,6 +42,7 @@ def by_torch(model: Any, stage: Any, plan: Any, devices: int, samples: int) -> d
         stage, plan: as in `zoo.checking.devices.on_device`; AdamW, one pass a step.
         devices: that share the model by `zoo.runs.sharding`.
         samples: of a device's pass.
+        tensor: devices that share each layer of the LLM.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -51,7 +52,7 @@ def by_torch(model: Any, stage: Any, plan: Any, devices: int, samples: int) -> d
     batch = assumed_batch(stage, model, samples)
     set_up(model, stage, plan, torch.device("cuda"), stage.precision)
     wide = {id(p) for p in to_widen(model, stage.precision).values()}
-    with pretended(devices) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with pretended(devices, tensor) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         _fill(model, wide)
         batch = {
             k: dry_run._like(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()

@@ -86,6 +86,12 @@ def test_layers_that_devices_share():
             local_shapes(made, tensor)
 
 
+def test_experts_that_are_chosen_by_a_maximum_run_without_numbers():
+    """MoLE takes the index of `max` along a side, and counts tokens by it."""
+    found, _ = spread(4, made=model(adapter={"mole": {"name": "mole", "rank": 2}}))
+    assert found.flops > 0 and not found.notes
+
+
 def test_steps_that_are_too_small_are_said_to_be():
     for batch, accumulate, passes, rows, note in (
         (16, 4, 2, 1, "accumulate=2"),

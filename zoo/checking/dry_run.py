@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from zoo.storage.precision import autocast
 
 _CPU = torch.device("cpu")
-_CHOICES = (torch.ops.aten.argmax, torch.ops.aten.argmin)
+_CHOICES = (torch.ops.aten.argmax, torch.ops.aten.argmin, torch.ops.aten.max, torch.ops.aten.min)
 _BY_MASK = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
@@ -261,7 +261,7 @@ class _Peak(TorchDispatchMode):
         self.flops += _flops_of(func, args, kwargs, made)
         most = 0
         if func.overloadpacket in _CHOICES:  # of what: an expert, say
-            most = args[0].shape[args[1]] if len(args) > 1 and args[1] is not None else args[0].numel()
+            most = args[0].shape[args[1]] if len(args) > 1 and isinstance(args[1], int) else args[0].numel()
         return self._counted(tree_map(partial(_with_content, most=most), made))
 
     def _counted(self, made: Any) -> Any:
