@@ -213,3 +213,13 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
         build("vision", {"name": "hf", "checkpoint": "./nowhere"})
     with pytest.raises(ZooError, match=r"No model_type named 'clipp'. Did you mean 'clip'"):
         build("vision", {"name": "hf", "model_type": "clipp"})
+
+
+@pytest.mark.parametrize("name", ["hf", "timm", "open_clip"])
+def test_a_language_model_in_a_gguf_file_is_refused_by_the_name_that_was_typed(name, tmp_path):
+    file = tmp_path / "llm.gguf"
+    file.write_bytes(b"not read")
+    with pytest.raises(
+        ZooError, match=f"checkpoint '{file}' is a GGUF file, which holds a language model: llm.checkpoint="
+    ):
+        build("vision", {"name": name, "checkpoint": str(file)})

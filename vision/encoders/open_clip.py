@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.pretrained.origin import folder_of
 from zoo.registry import ImageTransform, ZooError, register, unknown
 from zoo.registry.foreign import require_model_config
 from zoo.vision.encoders.base import (
@@ -24,7 +23,7 @@ from zoo.vision.encoders.base import (
     Tower,
     on_meta,
 )
-from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
+from zoo.vision.encoders.checkpoints import fetch, is_local, place_of, read_json, require_filled, with_revision
 from zoo.vision.encoders.map_runner import TimmMapRunner, require_map_options
 from zoo.vision.encoders.open_clip_maps import ResNetMapRunner
 from zoo.vision.encoders.open_clip_text import text_tower_of
@@ -232,7 +231,7 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
             "mlp_ratio": config.mlp_ratio,
         }
         return None, {"embed_dim": config.width, "vision_cfg": vision, "quick_gelu": config.quick_gelu}, {}
-    place = folder_of(config.checkpoint)
+    place = place_of(config.checkpoint)
     hub = "/" in place or is_local(place)
     source = with_revision(place, config.revision) if hub else place
     if not config.model:
