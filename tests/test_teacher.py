@@ -61,14 +61,14 @@ def test_a_run_learns_and_the_teacher_does_not(tmp_path, teacher):
     run = Run(cfg)
     before = {}
 
-    def remember(stage, distiller, inner=run._teacher_of):
+    def remember(stage, distiller, inner=run.teachers.teacher):
         found = inner(stage, distiller)
         before.update({n: p.clone() for n, p in found[0].model.named_parameters()})
         return found
 
-    run._teacher_of = remember
+    run.teachers.teacher = remember
     run.train()
-    (taught_by, _), *_ = run._teachers.values()
+    (taught_by, _), *_ = run.teachers.loaded.values()
     assert all(p.equal(before[n]) and p.grad is None for n, p in taught_by.named_parameters())
     assert not taught_by.training and not any(p.requires_grad for p in taught_by.parameters())
     found = [r["losses"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]

@@ -117,8 +117,8 @@ def test_a_distiller_goes_on_or_starts_afresh(made):
     stages = {n: f"steps: 1, batch_size: 4, distiller: {d}" for n, d in (("a", "dense"), ("b", "dense"), ("c", "null"))}
     run = made(stages)
     seen = []
-    inner = run._distiller_of
-    run._distiller_of = lambda stage: seen.append(inner(stage)) or seen[-1]
+    inner = run.teachers.distiller
+    run.teachers.distiller = lambda stage: seen.append(inner(stage)) or seen[-1]
     run.train()
     assert seen[0] is seen[1] is not None and seen[2] is None
 

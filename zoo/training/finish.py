@@ -22,6 +22,7 @@ from zoo.runs.progress import clock
 from zoo.runs.trackers import send_pictures
 from zoo.runs.whole_weights import whole_weights
 from zoo.storage.atomic import hashes, write_json, written_beside
+from zoo.training.run_model import facts_of
 from zoo.training.shown_answers import shown_answers
 from zoo.training.step import reseed
 
@@ -101,7 +102,7 @@ def save_model(run: "Run") -> None:
                 model.save_pretrained(beside, state_dict=state)
                 run.processor.save_pretrained(beside)
                 _card(run, beside)
-            run.folder.write_lock(**run.facts(model), model=hashes(run.folder.model.glob("*.safetensors")))
+            run.folder.write_lock(**facts_of(run, model), model=hashes(run.folder.model.glob("*.safetensors")))
 
         by_first(run.accelerator, write)
 

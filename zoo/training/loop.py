@@ -5,13 +5,11 @@ and exits with code 143. `zoo train resume=last` continues a run that was killed
 scores.
 """
 
-import json
 import os
 import signal
 import threading
 import time
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,8 @@ from torch import nn
 from zoo.checking.checker import check
 from zoo.checking.data_check import check_data
 from zoo.checking.plan import plan_from
-from zoo.composed.assembly import build_distiller
-from zoo.composed.masters import widen, widen_names
 from zoo.evaluation.score_table import in_words
-from zoo.loading.build import build, load_teacher
 from zoo.registry import Distiller, ZooError
-from zoo.registry.foreign import read_object
 from zoo.runs import checkpoint
 from zoo.runs.allocator import keep_memory
 from zoo.runs.batches import Batches, Loader
@@ -41,26 +35,23 @@ from zoo.runs.lock import RunLock
 from zoo.runs.order import ShardPosition
 from zoo.runs.processes import by_first, gather, start_accelerator, stop_all
 from zoo.runs.progress import Display
-from zoo.runs.replay import config_hash, data_facts, replayed, verdict
-from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, read_config, require_same_start
+from zoo.runs.replay import replayed, verdict
+from zoo.runs.resume import Beginning, begin, device_and_trackers, parallel_of, read_config
 from zoo.runs.saving import Saver
-from zoo.runs.sharding import gathers_short, may_share, shard, shard_layers
 from zoo.runs.step_log import StepLog, not_finite
-from zoo.runs.tensor_parallel import reader_of, require_divisible
+from zoo.runs.tensor_parallel import reader_of
 from zoo.runs.trackers import check_trackers, start_trackers
 from zoo.runs.watch import Watch, as_gone
 from zoo.settings.source import source_of
 from zoo.settings.stage import Stage, stages_of
-from zoo.storage.atomic import written_beside
 from zoo.storage.precision import fast_products, resolve_precision
-from zoo.storage.weights import fingerprint
-from zoo.teaching.teacher import Teacher, TeacherRows
-from zoo.teaching.teacher_store import TeacherStore
+from zoo.teaching.teacher import Teacher
 from zoo.text.sizes import count_text
 from zoo.text.terminal import wrapped
-from zoo.text.tokenizer import shared_tokens, tokens_hash
-from zoo.training.calibration import begins_in, calibrate_adapters
+from zoo.training.calibration import calibrate_adapters
 from zoo.training.finish import finish, score, track_answers
+from zoo.training.run_model import compose_model, restore, share_out, start_adapters
+from zoo.training.stage_teachers import StageTeachers
 from zoo.training.step import Engine, count_images, reseed
 
 TERMINATED = 143  # exit code after SIGTERM, as a shell reports it
@@ -133,16 +124,15 @@ class Run:
         self.skips = self.cfg.skip_broken or any(s.skip_broken for s in self.stages.values())
         self.data = RunData(self.cfg.data, skip_broken=self.skips)
         self.source = source_of(self.cfg, pretrained=False)
-        self.model, self.processor = self._compose()
+        self.model, self.processor = compose_model(self)
         self.gather_short = False
         if getattr(self.accelerator, "is_fsdp2", False):
-            self._share_out()
+            share_out(self)
         if self.newest is not None:
-            self._restore(self.newest)
+            restore(self, self.newest)
         left_out = LeftOut(self.folder, self.cfg.max_broken, self.progress.seen, self.progress.left_out)
         self.step_log = StepLog(self.accelerator, self.folder, self.display, left_out)
-        self._distiller: tuple[Any, Any] = (None, None)  # node and distiller
-        self._teachers: dict[str, Any] = {}
+        self.teachers = StageTeachers(self)
         self.noted_pictures = False  # that a tracker takes none
         self._asked = False  # this process received SIGTERM
         self._leave = False  # one of the processes received SIGTERM, and all agreed to stop after this step
@@ -213,82 +203,8 @@ class Run:
         found, self._lock = begin(cfg)
         return found
 
-    def _compose(self) -> tuple[Any, Any]:
-        """Compose the model, with the tokenizer of the run's folder, which the first process saves there.
-
-        A trained tokenizer depends on the data; a resumed run must not train it again.
-        """
-        made = self.folder.path / "tokenizer"
-        by_first(self.accelerator, lambda: self._make_tokenizer(made))
-        model, processor = self._build(made)
-        by_first(self.accelerator, lambda: self._note_start(model))
-        return model, processor
-
-    def _make_tokenizer(self, made: Path) -> None:
-        if not made.is_dir():
-            with self.folder.writing("the tokenizer"), written_beside(made, folder=True) as beside:
-                self.source.find_tokenizer(self.data.texts()).save_pretrained(beside)
-
-    def _note_start(self, model: Any) -> None:
-        if self.folder.lock.is_file():
-            require_same_start(self.folder, model, self.facts(model))
-        else:
-            self.folder.write_lock(**self.facts(model))
-
-    def facts(self, model: Any) -> dict[str, Any]:
-        """Return what zoo.lock holds beside versions: number of processes, plugins, and weights the run began on."""
-        facts: dict[str, Any] = {"processes": self.accelerator.num_processes, "plugins": list(self.cfg.plugins)}
-        facts |= {"config": config_hash(self.folder), "data": self._data_facts}
-        facts["base"] = model.config.base
-        facts |= {"parameters": sum(p.numel() for p in model.parameters()), "image_tokens": model.num_image_tokens}
-        if self.source.folder is not None:
-            facts["started_from"] = {"model": self.source.name, "fingerprint": fingerprint(self.source.folder)}
-        return facts
-
-    @cached_property
-    def _data_facts(self) -> dict[str, Any]:
-        """Lengths and hashes of the data sets, as the run found them when it began."""
-        noted = read_object(self.folder.lock).get("data") if self.folder.lock.is_file() else None
-        return noted if isinstance(noted, dict) else data_facts(self.data)
-
-    def _build(self, tokenizer: Path) -> tuple[Any, Any]:
-        reseed(self.cfg.seed, 0, -1)  # new weights are a function of the seed alone, the same in every process
-        device = self.accelerator.device
-        if getattr(self.accelerator, "is_fsdp2", False):
-            device = torch.device("cpu")  # where values stay in files until each process reads its share of them
-        model, processor = build(self.source, tokenizer_folder=tokenizer, device=device, masters=True)
-        return model, processor
-
-    def _restore(self, newest: Path) -> None:
-        """Load the checkpoint's weights into the model."""
-        stage, step = self.progress.stage, self.progress.step
-        # Names of weights depend on which adapters are attached, so the stage's adapters come first.
-        self.model.detach_only([] if self.is_trained else list(self.stages.values())[stage].detach)
-        widen_names(self.model, checkpoint.names_in_float32(newest, "model."))  # the checkpoint has master weights
-        named = self._named()
-        checkpoint.load_weights(newest, named, "model.")
-        # `start` copies weights of the LLM (into upcycled experts, say), which must be the trained ones; it overwrites
-        # those of the adapter, so the checkpoint is loaded once more.
-        if self._start_adapters(range(1, stage + (step > 0))):
-            checkpoint.load_weights(newest, named, "model.")
-
-    def _share_out(self) -> None:
-        """Share the model out over the processes, and widen in the shares what any stage trains.
-
-        Now, since a process holds no more than its share then; and FSDP2 takes the data types of its first pass.
-        """
-        self.gather_short = gathers_short(self.parallel, map(self._precision_of, self.stages.values()))
-        begun = list(self.stages.values())[self.progress.stage :][:1]
-        self.model.detach_only([name for stage in begun for name in stage.detach])
-        require_divisible(self.model, self.parallel.tensor, self.stages)
-        shard(self.accelerator, self.model, self.parallel, short=self.gather_short)
-        for stage in self.stages.values():
-            if (stage.master_weights or self.cfg.master_weights) == "fp32":
-                self.model.detach_only(stage.detach)
-                self.model.set_trainable(stage.train, stage.freeze)
-                widen(self.model, self._precision_of(stage))
-
-    def _precision_of(self, stage: Stage) -> str:
+    def precision_of(self, stage: Stage) -> str:
+        """Return the number format of a stage's products, fp32 or bf16."""
         return resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device)
 
     # ---- stages ------------------------------------------------------------------------------------------------
@@ -297,8 +213,8 @@ class Run:
         mix = self.data.mix(stage, self.cfg.seed * 1000 + index)  # each stage has an order of its own
         steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
         reseed(self.cfg.seed, index, -2)  # new weights of a distiller are a function of the seed and the stage
-        distiller = self._distiller_of(stage)
-        teacher, twins = self._teacher_of(stage, distiller)
+        distiller = self.teachers.distiller(stage)
+        teacher, twins = self.teachers.teacher(stage, distiller)
         engine = self._engine(index, stage, steps, distiller, teacher)
         kept = engine.unwrapped.features = keep_features(
             self.cfg.features,
@@ -389,76 +305,20 @@ class Run:
         )
         self.progress.trained = sorted({*self.progress.trained, *engine.named_parameters()})
         if not self.progress.step:
-            self._start_adapters(range(index, index + 1))
+            start_adapters(self, range(index, index + 1))
         if self.newest is not None:
             # At the beginning of a stage the checkpoint holds the previous stage's distiller, which continues only if
             # both stages configure it alike, as in a run that was not interrupted.
             if self.progress.step or stage.distiller_node == list(self.stages.values())[index - 1].distiller_node:
-                checkpoint.load_weights(self.newest, self._named(engine), "distiller.")
+                checkpoint.load_weights(self.newest, self.named_tensors(engine), "distiller.")
             if self.progress.step:
-                checkpoint.load_optimizers(self.newest, engine.optimizers, self._named(engine))
+                checkpoint.load_optimizers(self.newest, engine.optimizers, self.named_tensors(engine))
             self.newest = None
         return engine
 
-    def _start_adapters(self, stages: range) -> bool:
-        """Start the adapters whose first stage is among these, other than stage 0; return whether there are any.
-
-        Such adapters copy weights that earlier stages trained.
-        """
-        found = False
-        for name, adapter in self.model.adapter.items():
-            begins = begins_in(name, self.stages)
-            if begins and begins in stages:
-                reseed(self.cfg.seed, begins, -4)
-                adapter.start()
-                found = True
-        return found
-
-    def _distiller_of(self, stage: Stage) -> Any:
-        """Return the stage's distiller: the previous stage's, with its trained weights, if the options are the same."""
-        node = stage.distiller_node
-        if node != self._distiller[0]:
-            self._distiller = (node, None if node is None else build_distiller(self.model, node))
-        return self._distiller[1]
-
-    def _teacher_of(self, stage: Stage, distiller: Distiller | None) -> tuple[Any, Any]:
-        """Return the stage's teacher and what adds its rows to the student's.
-
-        A model that consecutive stages share is loaded once.
-        """
-        node = stage.teacher_node
-        if node is None:
-            return None, None
-        needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
-        if node["store"]:
-            return self._stored(stage, node["store"], needs)
-        key = json.dumps(node, default=str, sort_keys=True)
-        if key not in self._teachers:
-            self._teachers.clear()  # frees the previous teacher before the next one is loaded
-            precision = resolve_precision(stage.precision or self.cfg.precision, self.accelerator.device)
-            self._teachers[key] = load_teacher(node, device=self.accelerator.device, precision=precision)
-            if getattr(self.accelerator, "is_fsdp2", False) and may_share(node):
-                shard_layers(self.accelerator, self._teachers[key][0])
-        model, processor = self._teachers[key]
-        shared = shared_tokens(self.processor.tokenizer, processor.tokenizer)
-        return Teacher(model, needs, shared), TeacherRows(processor, self.processor, model.llm.max_positions)
-
-    def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[TeacherStore, TeacherStore]:
-        """Open a store of `zoo teach`; refuse one of other data or another tokenizer."""
-        stored = TeacherStore(folder, needs)
-        if stored.about["tokens"] != tokens_hash(self.processor.tokenizer):
-            teacher = stored.about["teacher"]["model"]
-            raise ZooError(
-                f"The stored teacher {teacher!r} has another tokenizer or chat template than the student. "
-                f"Set tokenizer.checkpoint=model:{teacher}."
-            )
-        mix = self.data.mix(stage, 0)
-        stored.verify(dict(zip(mix.names, mix.datasets, strict=True)))
-        return stored, stored
-
     # ---- checkpoints and the end -------------------------------------------------------------------------------
 
-    def _named(self, engine: Engine | None = None) -> dict[str, torch.Tensor]:
+    def named_tensors(self, engine: Engine | None = None) -> dict[str, torch.Tensor]:
         """Return the tensors of a checkpoint: weights that any stage trained so far, and the model's buffers."""
         named = {f"model.{n}": t for n, t in checkpoint.tensors_of(self.model).items()}
         if engine is not None and isinstance(engine.distiller, nn.Module):
@@ -478,7 +338,7 @@ class Run:
         if engine.unwrapped.features is not None:
             engine.unwrapped.features.store.flush()
         optimizers = engine.optimizers if self.progress.step else []  # the next stage begins with new ones
-        named = self._named(engine)
+        named = self.named_tensors(engine)
         if not engine.stage.allow_nonfinite:  # a checkpoint with NaN would replace the last good one
             ever = set(self.progress.trained)
             found = gather(self.accelerator, checkpoint.not_finite({n: t for n, t in named.items() if n in ever}))

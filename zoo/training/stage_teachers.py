@@ -1,0 +1,68 @@
+"""What a stage compares its model with: the distiller, and the teacher, loaded or stored."""
+
+import json
+from typing import Any
+
+from zoo.composed.assembly import build_distiller
+from zoo.loading.build import load_teacher
+from zoo.registry import Distiller, ZooError
+from zoo.runs.sharding import may_share, shard_layers
+from zoo.settings.stage import Stage
+from zoo.teaching.teacher import Teacher, TeacherRows
+from zoo.teaching.teacher_store import TeacherStore
+from zoo.text.tokenizer import shared_tokens, tokens_hash
+
+
+class StageTeachers:
+    """Distillers and teachers of the stages of a run; what consecutive stages share is made once.
+
+    Args:
+        run: with its model, processor and data.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+        self.loaded: dict[str, tuple[Any, Any]] = {}  # options of a teacher -> it and its processor
+        self._distiller: tuple[Any, Any] = (None, None)  # node and distiller
+
+    def distiller(self, stage: Stage) -> Any:
+        """Return the stage's distiller: the previous stage's, with its trained weights, if the options are the same."""
+        node = stage.distiller_node
+        if node != self._distiller[0]:
+            self._distiller = (node, None if node is None else build_distiller(self.run.model, node))
+        return self._distiller[1]
+
+    def teacher(self, stage: Stage, distiller: Distiller | None) -> tuple[Any, Any]:
+        """Return the stage's teacher and what adds its rows to the student's.
+
+        A model that consecutive stages share is loaded once.
+        """
+        node = stage.teacher_node
+        if node is None:
+            return None, None
+        needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
+        if node["store"]:
+            return self._stored(stage, node["store"], needs)
+        key = json.dumps(node, default=str, sort_keys=True)
+        if key not in self.loaded:
+            self.loaded.clear()  # frees the previous teacher before the next one is loaded
+            precision = self.run.precision_of(stage)
+            self.loaded[key] = load_teacher(node, device=self.run.accelerator.device, precision=precision)
+            if getattr(self.run.accelerator, "is_fsdp2", False) and may_share(node):
+                shard_layers(self.run.accelerator, self.loaded[key][0])
+        model, processor = self.loaded[key]
+        shared = shared_tokens(self.run.processor.tokenizer, processor.tokenizer)
+        return Teacher(model, needs, shared), TeacherRows(processor, self.run.processor, model.llm.max_positions)
+
+    def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[TeacherStore, TeacherStore]:
+        """Open a store of `zoo teach`; refuse one of other data or another tokenizer."""
+        stored = TeacherStore(folder, needs)
+        if stored.about["tokens"] != tokens_hash(self.run.processor.tokenizer):
+            teacher = stored.about["teacher"]["model"]
+            raise ZooError(
+                f"The stored teacher {teacher!r} has another tokenizer or chat template than the student. "
+                f"Set tokenizer.checkpoint=model:{teacher}."
+            )
+        mix = self.run.data.mix(stage, 0)
+        stored.verify(dict(zip(mix.names, mix.datasets, strict=True)))
+        return stored, stored
