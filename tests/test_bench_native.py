@@ -2,11 +2,14 @@
 
 import pytest
 
+from zoo.benches import native_page, native_windows
 from zoo.benches.native import Options, run
 from zoo.registry import ZooError
 
 
-def test_windows_and_a_page_are_measured():
+def test_windows_and_a_page_are_measured(monkeypatch):
+    monkeypatch.setattr(native_windows, "PATCHES", 64)
+    monkeypatch.setattr(native_page, "SIDES", (32, 96))
     report = run(Options(width=80, depth=2, rounds=1, images=4, batch=2), lambda line: None)
     rows = {row.what: row for row in report.rows}
     windows = rows["qwen2_5_vl, 16 windows: time over transformers'"]
