@@ -6,6 +6,7 @@ from typing import Any
 from zoo.checking.checker import CheckReport, check, show
 from zoo.checking.data_check import check_data
 from zoo.checking.devices import scale_text, share_of
+from zoo.checking.kept_size import kept_note
 from zoo.checking.plan import plan_from
 from zoo.loading.build import processor_alone
 from zoo.registry import ZooError
@@ -27,12 +28,21 @@ def main(cfg: Any) -> CheckReport:
     report = check(plan)
     unread = check_data(cfg, report.stages)
     report.notes += unread
+    if not unread:
+        report.notes += _of_features(cfg, report)
     if not unread and plan.tokenizer is not None:  # else the data set is large, or the tokenizer is trained on it
         add_batches(cfg, report)
     show(report, "The composition fits.")
     if cfg.scale.devices:
         show_devices(cfg, report)
     return report
+
+
+def _of_features(cfg: Any, report: CheckReport) -> list[str]:
+    trained = {stage.name for stage in report.stages if any(part.startswith("vision") for part in stage.trainable)}
+    frozen = {name: stage for name, stage in stages_of(cfg).items() if name not in trained}
+    vision = report.parts.vision if report.parts else None
+    return kept_note(cfg, frozen, vision, RunData(cfg.data, skip_broken=True)) if frozen else []
 
 
 def show_devices(cfg: Any, report: CheckReport) -> None:
