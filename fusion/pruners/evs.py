@@ -17,9 +17,9 @@ it does for Qwen's positions of several axes.
 Departures. The code computes cosines in the tokens' data type; in bfloat16 small changes are equal, and the stable
 order gives them all to early frames. Here they are float32, and changes below `still` are none: what rounding makes of
 a static place would decide otherwise (`still=0` is the code). `count=after_first` is the paper's count, a share 1 - q
-of all frames but the first; its measure, differences of pixels, is not offered. `reference=last_kept` is ours: a token
-is compared with the last one of its place that stayed, so that a slow drift adds up. The threshold at which K tokens
-stay is then searched, and what is left of K goes to the largest changes below it.
+of all frames but the first; its measure, differences of pixels, is not offered: a pruner gets no pixels.
+`reference=last_kept` is ours: a token is compared with the last one of its place that stayed, so that a slow drift adds
+up. The threshold at which K tokens stay is then searched, and what is left of K goes to the largest changes below it.
 """
 
 from dataclasses import dataclass

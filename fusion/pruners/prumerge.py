@@ -22,9 +22,10 @@ are each patch from K = N / 6 on, so that nothing is dropped, fail from N / 3 on
 there. Where N is 32 or less their code fails; ours takes N - 1 neighbours. Their weights are raw, so that norms grow;
 the paper has means of the clusters (`weights=normalised`). Equal scores and equal cosines are decided in favour of the
 first patch. With `num_keep` or `keep_ratio` counts are fixed: the best patches; with `plus` half of them, and evenly
-spaced ones of the others. Encoders without [CLS] are none of the paper's: `score=column_mean` takes the column means
-and the keys of the block that made the features, `score=cls` the row of [CLS] and the keys of that block; both work
-without `next_block`.
+spaced ones of the others, so that no patch comes twice: what the authors train with, the 72 best beside every eighth
+patch, has some of them twice and is not offered. Encoders without [CLS] are none of the paper's: `score=column_mean`
+takes the column means and the keys of the block that made the features, `score=cls` the row of [CLS] and the keys of
+that block; both work without `next_block`.
 """
 
 from dataclasses import dataclass, replace

@@ -18,7 +18,9 @@ whole map, from each window at most its share rounded up; exactly T stay. Where 
 of what is left. Theirs are 6 x 6 of 24 x 24 patches; ours are a quarter of the shorter side, and those at the lower and
 right border take what does not divide. Equal scores and cosines are decided in favour of the first token. `merge=none`
 drops the others. Encoders without [CLS]: column means of both blocks (`score=column_mean`), as in their code for Qwen,
-which ranks without rotation. Theirs counts positions in the LLM anew from the cut on, which is `positions=dense`.
+which ranks without rotation; its settings for Qwen2.5-VL, shares of .167 or .6 and then of .333 or .67 at layer 14 of
+28, are options here and no presets, and one cut is made, where their code takes a list. Theirs counts positions in the
+LLM anew from the cut on, which is `positions=dense`.
 """
 
 from collections.abc import Callable, Sequence
