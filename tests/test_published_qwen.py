@@ -324,6 +324,8 @@ def test_glm46v_is_glm4v_with_other_times_and_another_choice_of_frames(film, tmp
 def test_own_loops_behind_a_video_write_what_generate_writes(family, film):
     """In transformers `forward` goes on elsewhere than `generate`; ours go on at the same place, by either option."""
     name, folder, _, _, ours, mine = family
+    if name in paddle_builders.WORDS:
+        pytest.skip("it takes no videos")
     models = [(ours, mine), zoo.load(f"dir:{folder}", "layout.after_video=extent")]
     where = []
     for model, processor in models:
