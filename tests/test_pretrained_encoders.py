@@ -46,11 +46,17 @@ def test_tensors_are_read_as_they_were_saved(tmp_path, wide):
     """Views, strides, shared storages, whole numbers, no dimensions, no elements; more names than fit into a byte."""
     noise = torch.randn(6, 5)
     state = {"a": noise, "t": noise.T, "row": noise[2], "n": torch.tensor(7), "none": torch.zeros(0, 3)}
+    state["same"] = torch.ones(1).expand(4)
     state |= {f"x{i}": torch.full((2, 1, 3), float(i)) for i in range(300 if wide else 2)}
     found = read_tensors(saved(state, tmp_path / "x.pth"))
     assert list(found) == list(state)
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in state.items())
     assert all(tensor.is_contiguous() for tensor in found.values())
+
+
+def test_a_tensor_that_repeats_a_number_without_end_is_refused(tmp_path):
+    with pytest.raises(ZooError, match=r"'a' states 1,000,000,000,000 numbers, and its storage has 1"):
+        read_tensors(saved({"a": torch.ones(1).expand(10**12)}, tmp_path / "x.pth"))
 
 
 def test_a_module_with_versions_is_read_as_its_dict(tmp_path):

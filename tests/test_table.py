@@ -334,3 +334,16 @@ def test_the_check_takes_no_wording_for_a_file(folder):
     data = {"t": node, "c": {**wordy, "answer_field": "name"}}
     cfg = OmegaConf.create({"data": data, "task": {}, "stages": {}, "skip_broken": False, "limit": None})
     assert check_data(cfg, []) == []
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_image_of_a_zip_with_other_bytes_than_it_states_is_refused(tmp_path, packed):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        archive.writestr("a.png", bytes(range(200)))
+    assert open_store(str(path)).find("a.png", "here")() == bytes(range(200))
+    data = bytearray(path.read_bytes())
+    data[60] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"x.zip::a.png (has other bytes|cannot be unpacked)"):
+        open_store(str(path)).find("a.png", "here")()

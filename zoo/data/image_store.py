@@ -45,6 +45,7 @@ class ZipMember(TarMember):
 
     packed: int
     deflated: bool
+    checksum: int  # CRC-32 of the bytes, as the archive's list states it
 
     def __call__(self) -> bytes:
         if not self.size:  # zlib takes 0 for no limit, and a stated size may be wrong
@@ -55,9 +56,12 @@ class ZipMember(TarMember):
             file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
             data = file.read(self.packed)
         try:
-            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size) if self.deflated else data
+            found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size) if self.deflated else data
         except zlib.error as error:
             raise OSError(f"{self} cannot be unpacked: {error}") from None
+        if zlib.crc32(found) != self.checksum:
+            raise OSError(f"{self} has other bytes than its archive states (CRC-32): fetch the archive again.")
+        return found
 
 
 class ImageStore(Protocol):
@@ -128,7 +132,7 @@ class Archives:
                     if item.compress_type not in kinds or item.flag_bits & 1:
                         raise ZooError(f"{path}: {item.filename[:200]!r} is encrypted, or packed by another method.")
                     place = item.header_offset, item.file_size, item.compress_size
-                    self._add(ZipMember(str(path), _plain(item.filename), *place, kinds[item.compress_type]))
+                    self._add(ZipMember(str(path), _plain(item.filename), *place, kinds[item.compress_type], item.CRC))
         except (zipfile.BadZipFile, ValueError, OSError, OverflowError) as error:
             if isinstance(error, ZooError):
                 raise

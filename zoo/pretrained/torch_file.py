@@ -5,6 +5,7 @@ and the numbers of each storage behind them. A pickle is a program, and unpickli
 read as a list; the handful of which a dict of tensors is made get a meaning, in this file, and any other is refused.
 """
 
+import math
 import pickletools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class _Place:
 
 
 _MARK = object()
+REPEATED = 1 << 20  # numbers of a tensor that repeats those of a shorter storage, at most
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -94,6 +96,8 @@ def _tensor(numbers: np.ndarray, place: _Place, name: str) -> Tensor:
     last = place.offset + sum((n - 1) * step for n, step in zip(place.shape, place.stride, strict=True))
     if min(sizes, default=0) < 0 or (0 not in place.shape and last >= len(numbers)):
         raise ZooError(f"{name!r} lies outside of its storage.")
+    if math.prod(place.shape) > max(len(numbers), REPEATED):  # a stride of 0 makes any size of a few numbers
+        raise ZooError(f"{name!r} states {math.prod(place.shape):,} numbers, and its storage has {len(numbers):,}.")
     view = torch.as_strided(torch.from_numpy(numbers.copy()), place.shape, place.stride, place.offset)
     return view.clone(memory_format=torch.contiguous_format)
 
