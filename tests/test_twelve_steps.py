@@ -121,7 +121,7 @@ def test_7_check_without_weights(say):
 
 def test_8_train_and_go_on(say, place):
     status, said = say("zoo train", *RECIPE, *SHORT, "run.dir=journey")
-    assert status == 0 and "answer (1/1) 2/2" in said, said
+    assert status == 0 and "answer, step 2 of 2" in said, said
     run = next(path.parent for path in (place / "journey").rglob("zoo.lock"))
     assert {"config.yaml", "zoo.lock", "metrics.jsonl"} <= {path.name for path in run.iterdir()}
     status, said = say("zoo train resume=last run.dir=journey")
