@@ -80,7 +80,7 @@ def test_layers_that_devices_share():
     assert one.rows == two.rows and two.activations < one.activations
     assert 0.4 < (two.flops - one.flops / 2) / one.flops + 0.5 < 0.8  # the encoder and the head are on each
     length, width, layers = two.rows[1], 32, 6
-    assert two.sent["sum over tensor parallel devices"][0] == 4 * layers * two.rows[0] * length * width * 2
+    assert two.sent["sum over tensor parallel devices"][0] == 7 * layers * two.rows[0] * length * width * 2
     for tensor, message in ((4, "does not divide the 2 key_value_heads"), (3, "does not divide the 4")):
         with pytest.raises(ZooError, match=message):
             local_shapes(made, tensor)

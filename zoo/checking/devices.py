@@ -264,8 +264,11 @@ def _send(
     if scale.tensor > 1:
         t, (b, length) = scale.tensor, rows
         one = 2 * (t - 1) / t * b * length * model.llm.hidden_size * (2 if short else 4)
-        times = 6 if stage.gradient_checkpointing else 4  # two sums a layer: forward, again, backward
-        add("sum over tensor parallel devices", one * times * model.llm.num_layers * passes, t, 1)
+        # transformers sums behind each linear layer of rows, and backward in front of each one of columns: seven sums
+        # of a layer of Llama, as counted on two processes (56 in four passes of two layers).
+        ways = list(planned(model.llm, t).values())
+        times = ways.count("rowwise") * (2 if stage.gradient_checkpointing else 1) + ways.count("colwise")
+        add("sum over tensor parallel devices", one * times * passes, t, 1)
 
 
 def scale_text(scale: Devices, parallel: ParallelConfig) -> str:
