@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.fusion.llm.causal import require_decoder_config
 from zoo.fusion.llm.text_model import TEXT_MODELS, causal_types, with_sections
 from zoo.registry import ZooError, nearest, one_line, require_at_least, unknown
+from zoo.registry.quiet import errors_alone
 
 # Names of our size fields in families that differ from Llama.
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim")
@@ -117,8 +119,10 @@ def transformers_config(config: HFLanguageModelConfig, vocab_size: int) -> Any:
         raise ZooError(f"{config.model_type!r} has no separate key/value heads: leave num_kv_heads at 0.")
     values = {cls.attribute_map.get(k, k): v for k, v in values.items()}
     values |= {cls.attribute_map.get(str(k), str(k)): v for k, v in config.extra.items()}
+    quiet = errors_alone() if config.model_type in TEXT_MODELS else nullcontext()  # of positions of three axes
     try:
-        hf = cls(**values)
+        with quiet:
+            hf = cls(**values)
     except Exception as error:  # transformers raises its own classes here, one per kind of check
         raise ZooError(f"{cls.__name__} refuses these sizes: {one_line(error)}") from error
     if config.model_type in TEXT_MODELS and not {"rope_parameters", "rope_scaling"} & config.extra.keys():
