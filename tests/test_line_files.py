@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import tarfile
 
 import pytest
 
@@ -13,6 +14,8 @@ from tests.test_stream_order import batches, ids, of_ranks
 from zoo import registry
 from zoo.data import line_files
 from zoo.data.line_files import LineFiles
+from zoo.data.record_index import entries_of
+from zoo.data.tar_shards import Shards
 from zoo.registry import RecordError, ZooError
 from zoo.runs.batches import Loader
 
@@ -151,3 +154,18 @@ def test_a_broken_row_is_named_and_a_file_that_changes_is_refused(tmp_path):
     path.write_bytes(path.read_bytes() + b"more,rows\n")
     (changed, *_) = data.stream()
     assert "has changed since it was opened" in str(changed)
+
+
+def test_a_record_that_its_entry_cannot_hold_is_refused():
+    assert entries_of([0], [(1 << 32) - 1], [1])["length"][0] == (1 << 32) - 1
+    with pytest.raises(ZooError, match="record at byte 7 has 4,294,967,296 bytes; 4 GiB are allowed"):
+        entries_of([0, 7], [7, (1 << 32) + 7], [1, 2])
+
+
+def test_a_sparse_member_of_a_shard_is_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        for name, kind in (("a.json", tarfile.REGTYPE), ("a.png", tarfile.GNUTYPE_SPARSE), ("a.txt", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.size, member.type = 2, kind
+            shard.addfile(member, io.BytesIO(b"{}"))
+    assert set(Shards([tmp_path / "x.tar"])[0, 0].members) == {"json", "txt"}

@@ -91,7 +91,7 @@ class Shards:
             raise ZooError(f"{path}, sample {row + 1}, cannot be read: {error}") from None
         members, key = {}, ""
         for item in items:
-            if item.isfile() and (named := NAME.fullmatch(item.name)):
+            if item.isfile() and not item.issparse() and (named := NAME.fullmatch(item.name)):
                 key, field = named[1], named[2].lower()
                 members[field] = TarMember(str(path), item.name, item.offset_data, item.size)
         return ShardSample(path, key, members)
