@@ -9,6 +9,7 @@ from zoo.benches import native_page, native_windows
 from zoo.benches.measure import Clock
 from zoo.benches.place import at_least_one, chosen, torch_threads
 from zoo.benches.report import Report, machine
+from zoo.runs.allocator import keep_memory
 from zoo.vision.encoders.qwen import FAMILIES
 
 SECTIONS = {"windows": native_windows.run, "page": native_page.run}
@@ -39,6 +40,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
     clock = Clock(device, options.threads)
     report = Report("zoo bench native", machine=machine(device, options.threads))
     report.setting = [f"float32, random weights; {clock.name} time, {options.rounds} rounds"]
+    keep_memory()  # as runs do on a CPU: else page faults of either way outweigh what attention takes
     with torch_threads(options.threads):
         for name in chosen("only", options.only, SECTIONS):
             setting, rows = SECTIONS[name](options, clock, show)

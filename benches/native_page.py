@@ -64,7 +64,7 @@ class Page(Dataset):
         width, height = self.sides[index]
         noise = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
         asked = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        said = [{"role": "user", "content": asked}, {"role": "assistant", "content": ANSWER}]
+        said: list[dict[str, Any]] = [{"role": "user", "content": asked}, {"role": "assistant", "content": ANSWER}]
         return Sample(str(index), [Image.fromarray(noise)], [Dialog(said)])
 
 

@@ -132,7 +132,7 @@ class QwenVL:
         tokenizer = train_tokenizer(["a picture of a red circle"], 320, "chatml")
         tokenizer.add_special_tokens({"extra_special_tokens": sorted(IDS.values())})
         three = self.family.startswith("qwen3")
-        sizes = {"patch_size": PATCH, "size": {"shortest_edge": 56 * 56, "longest_edge": 1024 * 1024}}
+        sizes: dict[str, Any] = {"patch_size": PATCH, "size": {"shortest_edge": 56 * 56, "longest_edge": 1024 * 1024}}
         videos = transformers.Qwen3VLVideoProcessor if three else transformers.Qwen2VLVideoProcessor
         cls = getattr(transformers, f"{'Qwen3VL' if three else CLASSES[self.family]}Processor")
         return cls(

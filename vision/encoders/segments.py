@@ -9,7 +9,7 @@ which way is taken, and what the kernel is given, is tested on a CPU. flash-attn
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def unlike_lengths(query: Tensor, dropout: float) -> Callable[..., Tensor] | Non
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn
+    return cast(Callable[..., Tensor], varlen_attn)  # it gives further tensors only where they are asked for
 
 
 def attend(
