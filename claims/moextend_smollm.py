@@ -67,7 +67,7 @@ def upcycled(source: Path, folder: Path, every: int) -> Path:
                 torch.nn.init.normal_(new.mlp.gate.weight, std=config.initializer_range)
                 for weight in new.mlp.shared_expert.parameters():
                     weight.zero_()
-    sparse.to(torch.bfloat16).save_pretrained(folder)
+    sparse.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
 

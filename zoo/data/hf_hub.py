@@ -91,7 +91,7 @@ class HubData(InTwoForms):
             return None
         return HubData(replace(self.config, split=self.config.eval_split, shuffle_buffer=0, limit=0))
 
-    def sample(self, row: dict[str, Any], number: int | str | None) -> Sample:
+    def sample(self, row: Any, number: int | str | None = None) -> Sample:
         """Turn row `number` into a sample."""
         return self._sample_of(row, number, self.place(number))
 

@@ -100,13 +100,8 @@ class Question:
         if not self.template.bins:
             return filled(self.template.answer or self.template.claim, row, where, self.columns)
         column = columns_of(self.template.answer)[0]
-        return [
-            box_in_words(
-                *(value_of(row, name, where) for name in (column, "width", "height")),
-                self.template.bins,
-                f"{where}, {column}",
-            )
-        ]
+        box, width, height = (value_of(row, name, where) for name in (column, "width", "height"))
+        return [box_in_words(box, width, height, self.template.bins, f"{where}, {column}")]
 
     def check(self) -> None:
         """Refuse a template that contradicts itself.

@@ -186,7 +186,8 @@ def parallel_of(cfg: DictConfig) -> ParallelConfig:
     Raises:
         ZooError: what is typed contradicts what the run began with.
     """
-    given, saved = cfg.parallel, {}
+    given = cfg.parallel
+    saved: dict[str, Any] = {}
     if cfg.resume:
         saved = read_run_config(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config).get("parallel") or {}
         typed = typed_of(cfg)

@@ -175,7 +175,7 @@ class Engine:
         modules = {"": model}
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
-        self.optimizers = build_optimizers(modules, stage, parts_of(model))
+        self.optimizers: list[Any] = build_optimizers(modules, stage, parts_of(model))
         self.zero: Zero | None = None
         if zero:
             with launcher_alone():
