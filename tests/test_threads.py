@@ -1,4 +1,4 @@
-"""Twelve people at once on one model: each gets what they get alone, to the bit, whatever parts it is made of.
+"""Eight people at once on one model: each gets what they get alone, to the bit, whatever parts it is made of.
 
 Every part that is registered runs here, with pruners that ask encoders for what their hooks take. Python changes
 threads a thousand times as often as usual, so that what a pass leaves on a module is met by others.
@@ -22,7 +22,7 @@ from zoo import registry
 from zoo.contracts.trial import MOE, node_of
 from zoo.vision.encoders.hf import FAMILIES
 
-PEOPLE = 12
+PEOPLE = 8
 NEW = {"max_new_tokens": 3, "min_new_tokens": 3}
 WORDS = ("is there a red circle?", "what color is the square? and the cross?", "how many?", "describe the picture.")
 

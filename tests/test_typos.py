@@ -78,11 +78,11 @@ def test_letters_that_no_word_has_are_alike():
 
 
 def test_one_edit_typos_of_every_name_and_option_get_the_right_suggestion():
-    """Of every third word of each pool, from a first that differs: all of them take a quarter of a minute."""
+    """Of every fifth word of each pool, from a first that differs: all of them take half a minute."""
     right = total = 0
     wrong = []
     for place, (pool, words) in enumerate(pools().items()):
-        for word in words[place % min(3, len(words)) :: 3] if words else []:
+        for word in words[place % min(5, len(words)) :: 5] if words else []:
             for typo, times in typos(word, words).items():
                 total += times
                 if nearest(typo, words) == [word]:
@@ -91,7 +91,7 @@ def test_one_edit_typos_of_every_name_and_option_get_the_right_suggestion():
                     wrong.append((pool, typo, word))
     share = right / total
     print(f"\n{right} of {total} one-edit typos ({share:.2%}) get the right suggestion first; not: {wrong[:8]}")
-    assert total > 50_000
+    assert total > 30_000
     assert share >= 0.99
 
 

@@ -302,9 +302,11 @@ class QwenVision(Encoder, nn.Module):
     def _run(self, pixels: Tensor, grids: Sequence[tuple[int, int]], keep: bool) -> tuple[list[Tensor], _Taken]:
         """Run the tower: maps (sum of N, D), the tokens first, and what its hooks took."""
         shapes = torch.tensor([(1, h * MERGE, w * MERGE) for h, w in grids], device=pixels.device)
-        learns = pixels.requires_grad or any(p.requires_grad for p in self.tower.parameters())
+        learns = torch.is_grad_enabled() and (
+            pixels.requires_grad or any(p.requires_grad for p in self.tower.parameters())
+        )
         taken = _Taken()
-        with joined(self.alone) as now, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with joined(self.alone) as now, torch.set_grad_enabled(learns):
             now.taken = taken if keep else None
             out = self.tower(pixels, grid_thw=shapes)
             now.taken = None  # recomputation in backward finds none and stores nothing
