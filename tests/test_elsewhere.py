@@ -55,8 +55,8 @@ def test_a_stage_that_is_added(tmp_path, added):
 
 @pytest.mark.parametrize("text", ["1e5", "012", "on", "null", "12:30", "true"])
 def test_texts_in_a_dict(tmp_path, text):
-    cfg = config(recipe(tmp_path, STAGES), f"stages.b.teacher={{model: x, device: {text}, bits: 8}}")
-    assert dict(cfg.stages.b.teacher) == {"model": "x", "device": None if text == "null" else text, "bits": 8}
+    cfg = config(recipe(tmp_path, STAGES), f"stages.b.teacher={{model: x, attention: {text}, bits: 8}}")
+    assert dict(cfg.stages.b.teacher) == {"model": "x", "attention": None if text == "null" else text, "bits": 8}
     cfg = config(recipe(tmp_path, STAGES), f"stages.b.teacher={{model: x, options: [a, {text}]}}")
     assert cfg.stages.b.teacher.options == ["a", text]
 

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-import zoo
 from tests.conftest import QUESTIONS, sample
 from tests.test_video_pruners import NAMES, PRUNERS
 from tests.video_builders import LAYOUTS, film, inputs_of, rows_of, video_model
+from zoo.checking.checker import check
+from zoo.checking.plan import plan_for
 from zoo.registry import Cut, ZooError
 from zoo.runs.lengths import length_of, require_room, room_for_answer, shorten
+from zoo.settings.config import compose
+from zoo.settings.source import source_of
 from zoo.text.batch import pack
 from zoo.text.processor import ZooProcessor
 
@@ -130,10 +133,11 @@ def test_images_without_a_layout_count_too(make_model, third):
 
 
 def test_the_check_asks_for_as_many_positions_as_are_left(third):
-    words = ["pruner=[third]", "llm.max_positions=100"]  # images of 64 tokens, 21 of them left, and 64 of text
+    words = ["model=scenes_tiny", "pruner=[third]", "llm.max_positions=100"]
+    # Images of 64 tokens, 21 of them left, and 64 of text; the pruner has weights: all are random here.
     with pytest.raises(ZooError, match=r"has 100 positions; one image of 64 tokens and 64 of text need 128"):
-        zoo.check("scenes_tiny", *words)
-    zoo.check("scenes_tiny", *words, "positions=dense")
+        check(plan_for(source_of(compose("load", words), pretrained=False)))
+    check(plan_for(source_of(compose("load", [*words, "positions=dense"]), pretrained=False)))
 
 
 def test_films_of_these_tests():

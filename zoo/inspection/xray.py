@@ -30,7 +30,7 @@ _SHOWN = 560  # minimum side of the shown image, in pixels
 def main(words: Sequence[str]) -> int:
     """Write the picture and the page."""
     args = _parsed(words)
-    asked = [name for name in args.pruner.split(",") if name]
+    asked = [name for name in args.names.split(",") if name]
     found = inspect(args.model, args.options, args.image, asked, args.question)
     from zoo.inspection.xray_page import write_page
     from zoo.inspection.xray_picture import write_picture
@@ -64,7 +64,11 @@ def _parsed(words: Sequence[str]) -> Any:
     )
     parser.add_argument("--image", required=True, metavar="file", help="what the model is shown")
     parser.add_argument(
-        "--pruner", default="", metavar="a,b", help="which ones, random+aim is a chain; default: all that fit"
+        "--pruner",
+        dest="names",
+        default="",
+        metavar="a,b",
+        help="which ones, random+aim is a chain; default: all that fit",
     )
     parser.add_argument("--question", default="What is in the picture?", metavar="text", help="of the prompt")
     parser.add_argument("--out", default="xray", metavar="folder", help="for xray.png and xray.html; default: xray")
