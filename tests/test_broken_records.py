@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import pickle
 import tarfile
 
@@ -92,8 +93,10 @@ def test_what_is_not_the_records_fault_ends_the_run(fault):
 def test_workers_raise_the_error_itself_and_not_its_traceback():
     data = Raising(8)
     data.error = OSError(5, "Input/output error")
+    before = set(multiprocessing.active_children())
     with pytest.raises(RecordError) as caught:
         items(data, workers=2, skip=False)
+    assert before.issuperset(multiprocessing.active_children()), "they end with the error, whatever holds its traceback"
     assert str(caught.value).endswith("OSError: [Errno 5] Input/output error") and "Traceback" not in str(caught.value)
     assert [i["info"] for i in items(data, workers=2)] == [i["info"] for i in items(data)]
 

@@ -238,7 +238,7 @@ class Loader:
         self.batches, self.ahead, self.pin_memory = batches, ahead, pin_memory
         self.waited = 0.0  # seconds that the consumer has waited for batches
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Generator[dict[str, Any], None, None]:
         first = self.batches.place.step * self.batches.stage.accumulate
         turns = range(first, len(self.batches))
         batches = self.batches
@@ -280,6 +280,9 @@ class Loader:
                     raise item
                 yield item
         finally:
+            # The traceback of an error holds this frame. A collector that finds both ends torch's queues to the workers
+            # first, and the workers, which then do not learn that they are to end, are waited for 5 seconds each.
+            del source
             if feed is not None:
                 feed.close()
 

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -246,20 +247,20 @@ class Run:
         about = f"stage {name}, {index + 1} of {len(self.stages)}: {steps:,} {many}; trains {parts} parameters"
         self.display.note(wrapped(f"{about}; {engine.precision}, {engine.attention} attention", subsequent="  "))
         self.display.begin(name, steps, done)
-        source = iter(loader)
-        for number in range(done, steps):
-            self._step(name, number, engine, loader, source)
-            last = number + 1 == steps
-            if stage.eval_every and (number + 1) % stage.eval_every == 0 and not last:
-                self._evaluate(engine)
-            if last:
-                self.step_log.end_stage(name, allow_nonfinite=stage.allow_nonfinite)
-                # Before saving, so that a resumed run begins the next stage.
-                self.progress.stage, self.progress.step, self.progress.streams = index + 1, 0, {}
-            if last or self._leave or (stage.checkpoint_every and (number + 1) % stage.checkpoint_every == 0):
-                self._save(engine)
-            if self._leave:
-                self._terminate()
+        with closing(iter(loader)) as source:  # workers end with the stage, whatever a traceback holds
+            for number in range(done, steps):
+                self._step(name, number, engine, loader, source)
+                last = number + 1 == steps
+                if stage.eval_every and (number + 1) % stage.eval_every == 0 and not last:
+                    self._evaluate(engine)
+                if last:
+                    self.step_log.end_stage(name, allow_nonfinite=stage.allow_nonfinite)
+                    # Before saving, so that a resumed run begins the next stage.
+                    self.progress.stage, self.progress.step, self.progress.streams = index + 1, 0, {}
+                if last or self._leave or (stage.checkpoint_every and (number + 1) % stage.checkpoint_every == 0):
+                    self._save(engine)
+                if self._leave:
+                    self._terminate()
         self.display.end()
         engine.release()
         if kept is not None:
