@@ -279,6 +279,7 @@ def _settle(place: str, env: dict[str, str], said: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= env
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a run that a person starts
     gc.freeze()  # what was imported is not looked through again
 
 
