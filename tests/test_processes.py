@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.train_builders import config, recipe
 from zoo.registry import ZooError
+from zoo.runs import processes
 from zoo.runs.processes import IGNORED, UNSUPPORTED, by_first, launcher_alone, start_accelerator
 from zoo.training.loop import Run
 
@@ -107,3 +109,37 @@ def test_an_error_of_the_first_process_ends_the_others_in_silence(monkeypatch):
     assert left.value.code == 2
     sent[:] = [(True, 7)]
     assert by_first(Two(False), lambda: 0) == 7
+
+
+class Alone:
+    """A process on a machine with two GPUs, as far as `_use_device` looks."""
+
+    def __init__(self, processes=1):
+        self.state = SimpleNamespace(device=torch.device("cuda"))
+        self.num_processes = processes
+
+    @property
+    def device(self):
+        return self.state.device
+
+
+def test_a_device_that_is_named_by_its_number_is_used_or_refused(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    alone = Alone()
+    processes._use_device(alone, torch.device("cuda"))
+    assert alone.device == torch.device("cuda") and not chosen
+    processes._use_device(alone, torch.device("cuda:1"))
+    assert alone.device == torch.device("cuda:1") and chosen == [alone.device]
+    with pytest.raises(ZooError, match="device=cuda:2 was asked for, and there are 2, counted from cuda:0"):
+        processes._use_device(alone, torch.device("cuda:2"))
+    with pytest.raises(ZooError, match="device=cuda:0 is one device, and the launcher started 2 processes"):
+        processes._use_device(Alone(2), torch.device("cuda:0"))
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_accelerate_runs_where_its_state_says(as_it_was):
+    accelerator = start_accelerator("cpu")
+    accelerator.state.device = torch.device("meta")
+    assert accelerator.device == torch.device("meta") and start_accelerator("cpu:0").device.type == "cpu"

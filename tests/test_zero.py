@@ -65,3 +65,12 @@ def test_without_the_package_it_is_named(monkeypatch):
     with pytest.raises(ZooError, match="pip install deepspeed, or choose DDP or FSDP2"):
         zero_plugin(ParallelConfig())
     assert zero_plugin(ParallelConfig(shard="fsdp2")) is None, "the config decides"
+
+
+@pytest.mark.parametrize("name", ["tensor", "replicate"])
+def test_groups_of_fsdp2_are_refused_where_the_launcher_asks_for_deepspeed(monkeypatch, name):
+    monkeypatch.setenv(ASKED, "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ZooError, match=rf"parallel\.{name}=2 is for FSDP2, .* asks for DeepSpeed .*shard=fsdp2"):
+        zero_plugin(ParallelConfig(**{name: 2}))
+    assert zero_plugin(ParallelConfig(shard="fsdp2", **{name: 2})) is None

@@ -75,7 +75,7 @@ def start_accelerator(device: str = "auto", parallel: ParallelConfig | None = No
                 "DDP, FSDP2 or DeepSpeed. Choose one of them with `accelerate config`, or unset the variable."
             )
     place = adopt_launcher()
-    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    cpu = torch.device(device).type == "cpu" if device != "auto" else not torch.cuda.is_available()
     if place is not None and not cpu and place.local_world > 1 and torch.cuda.device_count() == 1:
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cuda:0")  # the task was given one device, not all of the node
     plugin = _fsdp_plugin(parallel or ParallelConfig())
@@ -104,9 +104,32 @@ def start_accelerator(device: str = "auto", parallel: ParallelConfig | None = No
         _use_fsdp(accelerator, plugin, parallel or ParallelConfig())
     if zero is not None and accelerator.num_processes > 1:
         use_zero(accelerator, zero)
-    if device != "auto" and accelerator.device.type != device.partition(":")[0]:
-        raise ZooError(f"device={device} was asked for, but this process would run on {accelerator.device.type}.")
+    if device != "auto":
+        _use_device(accelerator, torch.device(device))
     return accelerator
+
+
+def _use_device(accelerator: Any, device: torch.device) -> None:
+    """Choose the device that was named: accelerate alone takes the first one, or that of a process by its number.
+
+    Raises:
+        ZooError: it is not there, or one device was named for several processes.
+    """
+    there = accelerator.device
+    if there.type != device.type:
+        raise ZooError(f"device={device} was asked for, but this process would run on {there.type}.")
+    if device.type != "cuda" or device.index is None:
+        return
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise ZooError(f"device={device} was asked for, and there are {count}, counted from cuda:0.")
+    if accelerator.num_processes > 1 and count > 1:
+        raise ZooError(
+            f"device={device} is one device, and the launcher started {accelerator.num_processes} processes, each of "
+            "which takes its own: set device=cuda, and choose among devices by CUDA_VISIBLE_DEVICES."
+        )
+    torch.cuda.set_device(device)  # what takes no device runs there, too
+    accelerator.state.device = device
 
 
 def _fsdp_plugin(parallel: ParallelConfig) -> Any:

@@ -48,9 +48,14 @@ def zero_plugin(parallel: ParallelConfig) -> Any:
         ZooError: DeepSpeed is not installed, or its config asks for what the loop does not do.
     """
     asked = os.environ.get(ASKED, "").lower() in ("1", "true", "yes", "on") and parallel.shard == "launcher"
-    asked = asked and parallel.tensor == 1  # else FSDP2, as for parallel.shard=fsdp2
     if not asked or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
+    for name in ("tensor", "replicate"):
+        if (given := getattr(parallel, name)) > 1:
+            raise ZooError(
+                f"parallel.{name}={given} is for FSDP2, and the launcher asks for DeepSpeed ({ASKED}="
+                f"{os.environ[ASKED]}): set parallel.shard=fsdp2, or leave parallel.{name} out."
+            )
     from accelerate import DeepSpeedPlugin
 
     try:
