@@ -9,6 +9,7 @@ import random
 import tarfile
 
 import pytest
+from PIL import Image
 
 from tests.test_stream_order import batches, ids, of_ranks
 from zoo import registry
@@ -118,6 +119,28 @@ def test_any_csv_is_what_the_whole_file_is_to_the_csv_module(tmp_path, seed):
     for number, row in enumerate(rows):
         assert list(files.record((0, number)).values()) == [field or None for field in row]
         assert files.record((0, number)).keys() == {"a", "b", "c"}
+
+
+CARD = """---
+dataset_info:
+  features:
+  - {name: image, dtype: image}
+  - {name: question, dtype: string}
+  - {name: answer, dtype: string}
+configs:
+- {config_name: default, data_files: [{split: train, path: rows.jsonl}]}
+---
+"""
+
+
+def test_images_that_a_folders_card_has_are_its_files(tmp_path):
+    """The library makes images of names; a stream has them as the data without streaming has."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "question": "why", "answer": "so"}))
+    (tmp_path / "README.md").write_text(CARD)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (streamed,) = stream(tmp_path).stream()
+    assert streamed.images == [tmp_path / "a.png"]
+    assert streamed.images == registry.build("dataset", {"name": "hf", "path": str(tmp_path)}).get(0).images
 
 
 def test_a_column_that_some_rows_lack_is_none_and_one_that_all_lack_is_named(tmp_path):

@@ -161,18 +161,26 @@ def line_files(config: HubRows) -> list[Path]:
     with _named(config):
         files, builder = _files(config)
     # A folder's card may name columns, separators and types, which the library knows how to read.
-    plain, options = type(builder)(name=builder.name), set(vars(builder)) - OF_PLACE
-    if any(getattr(plain, name) != getattr(builder, name) for name in options):
+    own = builder.config
+    plain, options = type(own)(name=own.name), set(vars(own)) - OF_PLACE
+    if any(getattr(plain, name) != getattr(own, name) for name in options) or _makes(builder.info.features):
         return []
     found = [Path(file) for file in files]
     return found if all(f.suffix in SUFFIXES and f.is_file() for f in found) else []
 
 
+def _makes(feature: Any) -> bool:
+    """Whether a type of the library makes images, or numbers of classes, of what a file has."""
+    inside = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    datasets = _library()
+    return isinstance(feature, (datasets.Image, datasets.ClassLabel)) or any(_makes(f) for f in inside if f is not None)
+
+
 def _files(config: HubRows) -> tuple[list[str], Any]:
-    """Return the files of a split, and the library's config for them."""
+    """Return the files of a split, and the library's builder for them."""
     named, options = _what(config)
-    builder = _library().load_dataset_builder(*named, **options).config
-    return list(map(str, (builder.data_files or {}).get(config.split, []))), builder
+    builder = _library().load_dataset_builder(*named, **options)
+    return list(map(str, (builder.config.data_files or {}).get(config.split, []))), builder
 
 
 def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
