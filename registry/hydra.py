@@ -43,9 +43,23 @@ def _structured(schema: Any) -> Any:
     return node
 
 
+class SharedRepo(dict[str, Any]):
+    """What Hydra's store holds. A deep copy of the store shares it.
+
+    Hydra copies the whole store for each config that it composes, and only reads from the copy. Presets that were made
+    in this process add 0.7 ms each to such a copy, so that the jobs of a long sweep would start ever more slowly.
+    """
+
+    def __deepcopy__(self, memo: Any) -> "SharedRepo":
+        return self
+
+
 def flush() -> None:
     """Make every registered component an option of its group; add what was registered since the last time."""
-    repo = ConfigStore.instance().repo
+    store = ConfigStore.instance()
+    if not isinstance(store.repo, SharedRepo):
+        store.repo = SharedRepo(store.repo)
+    repo = store.repo
     for kind in SLOT_KINDS:
         group = repo.setdefault(group_of(kind), {})
         group.update({f"{name}.yaml": ComponentNode(kind, name) for name in names(kind)})

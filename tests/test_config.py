@@ -302,6 +302,19 @@ def test_every_preset_of_ours_composes():
         compose("load", [f"data=[{name}]"])
 
 
+def test_presets_made_in_this_process_do_not_slow_later_configs():
+    """Hydra copies its store for each config; what it read from it before is not changed by who has the config."""
+    from copy import deepcopy
+
+    from hydra.core.config_store import ConfigStore
+
+    before = OmegaConf.to_yaml(first := compose("load"))
+    store = ConfigStore.instance()
+    assert deepcopy(store).repo is store.repo
+    first.projector.depth, first.tokenizer.chat_template = 7, "chatml"
+    assert OmegaConf.to_yaml(compose("load")) == before
+
+
 def test_parts_without_a_model_start_as_they_are(tmp_path):
     """Neither a composition from parts nor a recipe that names its own parts takes options of the default model."""
     (tmp_path / "recipe").mkdir()
