@@ -16,6 +16,7 @@ import torch
 from zoo import registry
 from zoo.checking.counts import check_counts
 from zoo.checking.fixes import AND, candidates
+from zoo.checking.left_out import unused_options, unused_weights
 from zoo.checking.memory import TEXT
 from zoo.checking.plan import Plan, device_of, plan_from, plan_of
 from zoo.checking.several_encoders import described
@@ -128,6 +129,9 @@ def check(plan: Plan | str, *overrides: str, fixes: int = 3) -> CheckReport:
             report = _report_of(plan)
         except ZooError as error:
             raise RefusedError(str(error), list(_fixes(plan, fixes))) from error
+    if plan.typed is not None:
+        report.notes += unused_weights(plan.typed, plan.unused if plan.stages else "")
+        report.notes += unused_options(plan.typed)
     report.seconds = time.perf_counter() - start
     return report
 

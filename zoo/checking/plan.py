@@ -33,6 +33,7 @@ class Plan:
     origin: str = ""  # folder or repository that all weights come from, if from one
     trained: bool = False  # the model has trained weights, even if its parts name no checkpoint
     stored: Path | None = None  # folder of the trained weights, where it is on this machine
+    unused: str = ""  # the `model=` that starts from trained weights, which this one leaves out; empty: there are none
     fresh: tuple[str, ...] = ("adapter",)  # parts that may start without trained weights
     splits: Mapping[str, str] | None = None  # of the data, by name; None: not known
     typed: Typed | None = None  # the command line that it was composed from; fixes are tried as further words of it
@@ -60,6 +61,7 @@ def plan_for(source: Source, tokenizer: Any = None) -> Plan:
         origin="" if source.kind == "preset" else source.name,
         trained=source.is_trained,
         stored=source.present,
+        unused=source.unused_weights,
         splits=source.data,
         typed=source.typed,
     )

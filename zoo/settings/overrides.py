@@ -111,6 +111,12 @@ def values(parsed: Iterable[Any]) -> dict[str, Any]:
     return {o.key_or_group: o.value() for o in parsed if not o.is_delete()}
 
 
+def typed_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return key -> value of overrides as they were typed."""
+    words = component_presets.with_components(several_encoders.with_encoders(overrides))
+    return values(chosen_last(parse(words)))
+
+
 def default_recipe(command: str) -> str | None:
     """Return the recipe of a command without `recipe=`."""
     return DEFAULT_RECIPE if command in RECIPE_COMMANDS else None
@@ -234,7 +240,7 @@ def choose(command: str, given: Mapping[str, Any], config_dir: str | Path | None
                 presets.require(key, name, config_dir)
     without: dict[str, frozenset[str]] = {}
     if source.get("source", "preset") == "preset":
-        without = _of_random_parts(given, model, recipe, config_dir)
+        without = _of_random_parts(given, model, recipe, own, from_model, config_dir)
     else:
         _refuse_checkpoints(given, model, str(asked), config_dir)
     if "vision.encoders" in given and without.get("vision", True):  # they are named anew, not added to a preset's
@@ -255,7 +261,12 @@ def _refuse_checkpoints(given: Mapping[str, Any], model: str, asked: str, config
 
 
 def _of_random_parts(
-    given: Mapping[str, Any], model: str, recipe: str | None, config_dir: str | Path | None
+    given: Mapping[str, Any],
+    model: str,
+    recipe: str | None,
+    own: Mapping[str, Any],
+    own_of_model: Mapping[str, Any],
+    config_dir: str | Path | None,
 ) -> dict[str, frozenset[str]]:
     """Return the options that presets state for a part with random weights, if the run gives it a checkpoint or family.
 
@@ -267,8 +278,10 @@ def _of_random_parts(
     """
     found: dict[str, frozenset[str]] = {}
     for slot in ("vision", "llm"):
-        stated = presets.section("model", model, slot, config_dir)
+        same = own.get(slot) == own_of_model.get(slot)  # else the recipe replaces the part
+        stated = presets.section("model", model, slot, config_dir) if same else {}
         stated |= presets.section("recipe", recipe, slot, config_dir) if recipe else {}
+        stated = presets.spelled_out(slot, own.get(slot, ""), stated, config_dir)
         checkpoint = given.get(f"{slot}.checkpoint")
         if (checkpoint or given.get(f"{slot}.model")) and not (stated.get("checkpoint") or stated.get("model")):
             found[slot] = frozenset()
@@ -277,6 +290,8 @@ def _of_random_parts(
                 found["tokenizer"] = frozenset({"checkpoint", "vocab_size", "template_options"})
                 if has_template(str(checkpoint)):
                     found["tokenizer"] = frozenset()
+        elif given.get(f"{slot}.model") and not checkpoint and not stated.get("model"):
+            found[slot] = frozenset({"checkpoint", "revision"})  # of another model
         elif given.get(f"{slot}.model_type", stated.get("model_type")) != stated.get("model_type"):
             found[slot] = frozenset({"extra"})
     return found

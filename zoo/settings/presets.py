@@ -278,11 +278,11 @@ def _without_unchosen(
             continue
         if kind in MANY:
             members = _chosen_members(options, group, chosen, config_dir)
-            body[group] = {key: _written_out(kind, key, node, config_dir) for key, node in members.items()}
+            body[group] = {key: spelled_out(kind, key, node, config_dir) for key, node in members.items()}
         elif group in own and own[group] != chosen[group]:
             del body[group]  # the options are of another component
         else:
-            body[group] = _written_out(kind, chosen[group], options, config_dir)
+            body[group] = spelled_out(kind, chosen[group], options, config_dir)
     if "data" in chosen and isinstance(body.get("stages"), dict):
         body["stages"] = {
             key: {**stage, "data": _chosen_members(stage["data"], "data", chosen, config_dir)}
@@ -293,7 +293,7 @@ def _without_unchosen(
     return body
 
 
-def _written_out(kind: str, key: str, node: Any, config_dir: str | Path | None) -> Any:
+def spelled_out(kind: str, key: str, node: Any, config_dir: str | Path | None) -> Any:
     """Return the options of a component with those of the preset that it names, if it does, in place of the name."""
     if not isinstance(node, dict) or PRESET not in node:
         return node

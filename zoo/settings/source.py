@@ -4,7 +4,7 @@ The check's plan, the builder, training and teachers use it. Only this file deci
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -103,6 +103,15 @@ class Source:
     def present(self) -> Path | None:
         """The folder of the trained weights, if it is known without a download."""
         return Path(self.name) if self.kind == "dir" else self._shipped
+
+    @property
+    def unused_weights(self) -> str:
+        """The `model=` of the trained weights of a preset that starts from its parts; empty: there are none."""
+        if self.kind != "preset" or self.pretrained:
+            return ""
+        if self.repository:
+            return f"hub:{self.repository}"
+        return f"dir:{shipped}" if (shipped := replace(self, pretrained=True)._shipped) else ""
 
     @cached_property
     def content(self) -> dict[str, Any]:
