@@ -1,5 +1,6 @@
 """What `zoo serve` refuses, each in the protocol's form: fields, images, addresses, bodies, keys."""
 
+import asyncio
 import base64
 import http.client
 import http.server
@@ -16,8 +17,10 @@ from PIL import Image
 
 import zoo
 from tests.serve_builders import HELLO, ask, data_url, long_winded, openai, scene, serving, text_of, user
+from zoo.registry import ZooError
 from zoo.serving import answers, bodies, protocol
 from zoo.serving.pictures import Pictures
+from zoo.serving.server import ServeOptions
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +251,9 @@ def test_plain_http(served):
         ("https://a.org:80/x.png", False),
         ("http://b.org:8080/x.png", True),
         ("http://b.org/x.png", False),
+        ("http://c.org/x.png", True),  # named with the port of the scheme
+        ("https://c.org/x.png", False),
+        ("http://c.org:0/x.png", False),
         ("http://a.org@b.org/x.png", False),
         ("http://[::1]:8080/x.png", True),
         ("http://[::1]/x.png", False),
@@ -260,7 +266,29 @@ def test_a_host_is_allowed_on_its_port_alone(url, allowed, monkeypatch):
         raise RuntimeError("reached")
 
     monkeypatch.setattr("urllib.request.build_opener", opened)
-    taken = Pictures(1, 1 << 20, 1 << 20, ["a.org", "b.org:8080", "[::1]:8080"])
+    taken = Pictures(1, 1 << 20, 1 << 20, ["a.org", "b.org:8080", "[::1]:8080", "C.org:80"])
     error, words = (RuntimeError, "reached") if allowed else (protocol.RequestError, "is not fetched")
     with pytest.raises(error, match=words):
         taken.take([protocol.Picture(url, "here")], None)
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_a_body_of_no_stated_size_that_is_too_large_is_refused(more, monkeypatch):
+    """Also where its last part alone is too much, behind which nothing is to be read."""
+    from starlette.requests import Request
+
+    monkeypatch.setattr(bodies, "LINGER", 0.1)
+    parts = [{"type": "http.request", "body": b"x" * 6, "more_body": more}]
+
+    async def receive():
+        return parts.pop() if parts else {"type": "http.disconnect"}
+
+    with pytest.raises(protocol.RequestError, match="more than 5 bytes") as found:
+        asyncio.run(bodies.read_json(Request({"type": "http", "headers": []}, receive), 5))
+    assert found.value.status == 413
+
+
+@pytest.mark.parametrize("word", ["", "*", "*.a.org", "https://a.org", "a.org/x", "me@a.org", "a.org:x", "a.org:99999"])
+def test_what_is_no_host_is_refused_at_once(word):
+    with pytest.raises(ZooError, match="name a host, such as"):
+        ServeOptions(fetch=[word])

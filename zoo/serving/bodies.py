@@ -34,12 +34,12 @@ async def read_json(request: Request, most: int) -> Any:
     Raises:
         RequestError: it is larger, does not come, or is not JSON.
     """
-    body = bytearray()
-    async for part in _parts(request, SECONDS):
+    body, parts = bytearray(), _parts(request, SECONDS)
+    async for part in parts:
         body += part
         if len(body) > most:
             body.clear()
-            await drop_body(request)
+            await _drop(parts)
             raise _too_large(most)
     try:
         return json.loads(body)
@@ -53,9 +53,13 @@ async def drop_body(request: Request) -> None:
     Most clients send all of a request before they read: if the connection were closed ahead of that, they would find it
     broken, and not the reason.
     """
+    await _drop(_parts(request, LINGER))
+
+
+async def _drop(parts: AsyncIterator[bytes]) -> None:
     with suppress(RequestError, TimeoutError):
         async with asyncio.timeout(LINGER):
-            async for _ in _parts(request, LINGER):
+            async for _ in parts:
                 pass
 
 

@@ -4,9 +4,9 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
 from zoo.registry import ZooError
+from zoo.serving.hosts import host_named, names_of
 from zoo.serving.protocol import Picture, RequestError
 from zoo.vision.images.decode import data_url_bytes, open_image
 
@@ -26,7 +26,7 @@ class Pictures:
 
     def __init__(self, most: int, max_bytes: int, max_pixels: int, hosts: Sequence[str] = ()) -> None:
         self.most, self.max_bytes, self.max_pixels = most, max_bytes, max_pixels
-        self.hosts = frozenset(host.lower() for host in hosts)
+        self.hosts = frozenset(map(host_named, hosts))
 
     def take(self, pictures: Sequence[Picture], processor: Any) -> list[Any]:
         """Decode images one after the other, and prepare them as the encoder takes them.
@@ -81,7 +81,7 @@ class Pictures:
 
     def _fetched(self, picture: Picture) -> bytes:
         """Fetch an image from one of the allowed hosts. Redirects are not followed: they may lead to another host."""
-        if _place(picture.url) not in self.hosts:
+        if not self.hosts & names_of(picture.url):
             raise RequestError(
                 f"{picture.where}: {picture.url[:80]!r} is not fetched: send the image as a data URL, or start the "
                 "server with fetch=<host>.",
@@ -96,17 +96,6 @@ class Pictures:
         except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
             why = f"{picture.where}: {picture.url[:80]!r} cannot be fetched: {error}"
             raise RequestError(why, code="invalid_image_url", param=picture.where) from error
-
-
-def _place(url: str) -> str:
-    """Return the host of a URL, with its port where that is not the scheme's own; empty: it has none."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        return ""
-    host = f"[{host}]" if ":" in host else host
-    return host if port in (None, {"http": 80, "https": 443}[parts.scheme]) else f"{host}:{port}"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

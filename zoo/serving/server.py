@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.registry import ZooError
+from zoo.serving.hosts import host_named
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -46,6 +47,8 @@ class ServeOptions:
             raise ZooError(f"port has to be from 0 to 65535, got {self.port}.")
         if self.grace < 0:
             raise ZooError(f"grace has to be at least 0, got {self.grace}.")
+        for host in self.fetch:
+            host_named(host)
 
 
 def require_packages() -> None:
