@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -249,3 +250,51 @@ def test_a_mistake_is_json_too(capsys):
     assert answered(capsys, "--json", "list", "layout")[1]["layout"][0]["name"] == "anyres"
     assert main(["new", "--json"]) == 2
     assert "zoo new has no flag '--json'. Commands that have it: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--merge=false", "merge=no", "--merge=0"])
+def test_a_switch_that_is_off_is_off(word):
+    assert thing().read(["m", word]).merge is False
+    assert thing().read(["m", word.partition("=")[0] + "=true"]).merge is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["m", "--merge=maybe"], "zoo thing: --merge takes true or false, got 'maybe'."),
+        (["m", "-q", "--image", "a.jpg"], "zoo thing: -q needs a value."),
+        (["m", "--port", "--share"], "zoo thing: --port needs a value."),
+    ],
+)
+def test_a_value_that_is_none_is_refused(words, message):
+    with pytest.raises(ZooError, match=message):
+        thing().read(words)
+
+
+def test_a_switch_is_found_by_either_spelling():
+    parser = Parser("thing", "Do it.", json=True)
+    parser.add_argument("--dry-run", action="store_true")
+    assert parser.read(["dry_run=true"]).dry_run and not parser.read(["dry-run=false"]).dry_run
+    for word in ("json=true", "--json=true"):  # which the command itself would not act on
+        with pytest.raises(ZooError, match="--json is written without a value"):
+            parser.read([word])
+
+
+def test_values_of_flags_are_no_folders_to_compare(monkeypatch, capsys, tmp_path):
+    ran: list = []
+    monkeypatch.setattr(entry.Command, "load", lambda self: ran.append)
+    assert main(["eval", "--config-dir", str(tmp_path), "model=scenes_tiny"]) == 0 and len(ran) == 1
+    assert main(["eval", "--cfg", "job", "model=scenes_tiny"]) == 0
+    assert "name: scenes_tiny" in capsys.readouterr().out
+    assert main(["eval", "--json", "help"]) == 0 and "usage: zoo eval" in capsys.readouterr().out
+
+
+def test_the_json_of_a_bench_is_a_file(monkeypatch, tmp_path):
+    from zoo.benches import train
+
+    files: list = []
+    report = SimpleNamespace(print=lambda: None, write_json=files.append)
+    monkeypatch.setattr(train, "run", lambda options, show: report)
+    for words in (["--json", "x.json"], ["--json=x.json"], ["json=x.json"]):
+        assert main(["bench", "train", *words]) == 0
+    assert list(map(str, files)) == 3 * ["x.json"]

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from zoo.cli import launch
 from zoo.registry import ZooError
 from zoo.settings import model_names
 from zoo.text.command_line import Parser
@@ -15,7 +16,9 @@ FLIPS = 5  # printed of each direction
 
 def names_two(words: Sequence[str]) -> bool:
     """Return whether the words behind `zoo eval` name two models, or folders of evaluations."""
-    return any(word.startswith("model=[") or not ("=" in word or word.startswith("-")) for word in words)
+    valued = {"--flips", *launch.parser_of("eval", "").valued}
+    named = [word for before, word in zip(["", *words], words, strict=False) if before not in valued]
+    return any(word.startswith("model=[") or not ("=" in word or word.startswith("-")) for word in named)
 
 
 def main(words: Sequence[str], evaluate: Any) -> Any:

@@ -22,6 +22,7 @@ class Command:
     summary: str
     composed: bool = False  # takes a config composed from overrides; else the words unchanged
     json: bool = False  # takes --json: what it returns is an `Answer`, or has `as_json`
+    json_file: bool = False  # its --json is another, which takes a file
 
     def load(self) -> Callable[..., Any]:
         module, _, function = self.target.partition(":")
@@ -57,7 +58,7 @@ COMMANDS = {
     "report": Command(
         "zoo.inspection.report:main", "compare runs: a row for each, a picture and a page of curves", json=True
     ),
-    "bench": Command("zoo.cli.bench:main", "measure speed: zoo bench train"),
+    "bench": Command("zoo.cli.bench:main", "measure speed: zoo bench train", json_file=True),
     "shift": Command(
         "zoo.inspection.moextend_layers:main",
         "find the layers whose experts new data shifts most, for adapter moextend",
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `zoo <argv>` and return the exit status: 0, or 2 for an error of the user."""
     words = _command_first(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
-    with_json = "--json" in words and name in COMMANDS and COMMANDS[name].json and not set(words) & {"-h", "--help"}
+    with_json = "--json" in words and name in COMMANDS and COMMANDS[name].json and not set(words) & {*HELP}
     # Loader threads prepare samples while a step runs; OpenBLAS threads for numpy's small products would take the
     # step's cores: stage `look` of the default recipe ran at half its speed. numpy reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -143,7 +144,7 @@ def _run(words: list[str]) -> Any:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ZooError(f"No command named {name!r}.{hint} Available: {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
-    if "--json" in rest and not command.json:
+    if "--json" in rest and not (command.json or command.json_file):
         having = ", ".join(name for name, command in COMMANDS.items() if command.json)
         raise ZooError(f"zoo {name} has no flag '--json'. Commands that have it: {having}.")
     if not command.composed:

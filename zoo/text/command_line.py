@@ -15,6 +15,7 @@ JSON = "print one JSON object on stdout, and nothing else there"
 HELP = ("-h", "--help", "help")
 _OPTION = re.compile(r"[+~]*((?:hydra/)?[A-Za-z_][\w.-]*)=(.*)", re.DOTALL)  # dir:runs/lr=1 is a folder
 _KINDS = {"int": "a whole number", "float": "a number"}
+_SWITCHES = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
 
 @dataclass
@@ -132,12 +133,12 @@ class Parser(argparse.ArgumentParser):
         if action is None and option is None:
             self._refuse([word])
         if action is not None and action.nargs == 0:
-            found.flags.append(key)
+            self._switch(key, value if equals else None, found)
             return
         if not equals:
             if option is not None and option.type == "bool" and left[:1] not in (["true"], ["false"]):
                 left.insert(0, "true")
-            if not left:
+            if not left or self._is_flag(left[0]):
                 raise ZooError(f"{self.prog}: {word} needs a value. Its form: {self._form()}")
             value = left.pop(0)
             word = f"{word} {value}"
@@ -146,9 +147,10 @@ class Parser(argparse.ArgumentParser):
     def _option(self, word: str, key: str, value: str, found: "_Sorted") -> None:
         """Sort a word `key=value`."""
         name = key.replace("-", "_")
-        action = self._option_string_actions.get(f"--{key.replace('_', '-')}")
+        flag = f"--{key.replace('_', '-')}"
+        action = self._option_string_actions.get(flag)
         if action is not None and action.nargs == 0:
-            found.flags += [f"--{key}"] if value.lower() not in ("false", "no", "0", "") else []
+            self._switch(flag, value, found)
         elif action is not None or name.partition(".")[0] in self._fields or (self._fields and not self._takes_options):
             self._valued(word, name, value, action, found)
         elif self._takes_options:
@@ -157,6 +159,18 @@ class Parser(argparse.ArgumentParser):
         else:
             found.names.append(word)
 
+    def _is_flag(self, word: str) -> bool:
+        key = word.partition("=")[0]
+        return key in self._option_string_actions or (key[:2] == "--" and key[2:].replace("-", "_") in self._fields)
+
+    def _switch(self, flag: str, value: str | None, found: "_Sorted") -> None:
+        """Sort a flag that is on or off; None: written without a value."""
+        if value is not None and (flag == "--json" or value.lower() not in _SWITCHES):
+            takes = "is written without a value" if flag == "--json" else "takes true or false"
+            raise ZooError(f"{self.prog}: {flag} {takes}, got {value!r}.")
+        if value is None or _SWITCHES[value.lower()]:
+            found.flags.append(flag)
+
     def _valued(self, word: str, name: str, value: str, action: Any, found: "_Sorted") -> None:
         if action is None:
             found.given.append(f"{name}={value}")
@@ -164,6 +178,11 @@ class Parser(argparse.ArgumentParser):
             found.flags.append(f"{next(s for s in action.option_strings if s.startswith('--'))}={value}")
         if not isinstance(action, argparse._AppendAction):
             found.note(name if action is None else action.dest, value, word)
+
+    @property
+    def valued(self) -> list[str]:
+        """Flags that take a value, in all their spellings."""
+        return [name for action in self._actions if action.nargs != 0 for name in action.option_strings]
 
     def format_usage(self) -> str:
         """Return the line of a help's usage; flags are listed below it."""
