@@ -201,3 +201,11 @@ def test_a_published_model_shows_the_overview_of_its_crops(tmp_path):
     assert sum(t >= 0 for t in ranked.layers[0]) == round(side**2 / 4) < ranked.tokens[0]
     assert len(inside.moments) == (1 if len(inside.tokens) <= 2 else 2) and not inside.mixed
     assert xray.image.size[0] == xray.image.size[1] >= 560
+
+
+def test_options_of_pruners_reach_them_or_are_refused():
+    words = ["pruner.keep_ratio=0.25"]
+    assert inspect("", TINY + words, picture(3), ["random"], "red?").views[1].tokens[0] == 4
+    for word in ("pruner.keep_ratoi=0.5", "pruner.pool.stride=2"):
+        with pytest.raises(ZooError, match="is of none of these pruners: random"):
+            inspect("", [*TINY, word], picture(3), ["random"], "red?")

@@ -16,9 +16,7 @@ def main(words: Sequence[str]) -> int:
     """Load the model and answer the question of `--question`, or each line of the input."""
     args = _parsed(words)
     require_device(args.device, "--device")
-    for path in [*args.image, *args.video]:
-        if not Path(path).expanduser().is_file():
-            raise ZooError(f"There is no file {path!r}.")
+    args.image, args.video = ([_file(path) for path in paths] for paths in (args.image, args.video))
     from zoo.composed.chat_session import Talk  # after the checks above, which need no torch
     from zoo.loading.build import load
 
@@ -38,12 +36,15 @@ def main(words: Sequence[str]) -> int:
         if line == "/new":
             talk, images, videos = Talk(model, processor, system=args.system), [], []
         elif command in ("/image", "/video"):
-            if not Path(rest).expanduser().is_file():
-                print(f"There is no file {rest!r}.")
-            elif command == "/image":
-                images.append(rest)
+            try:
+                file = _file(rest)
+            except ZooError as error:
+                print(error)
+                continue
+            if command == "/image":
+                images.append(file)
             else:
-                videos.append(_video(rest, args))
+                videos.append(_video(file, args))
         elif line.startswith("/"):
             print(HELP)
         elif line:
@@ -52,6 +53,18 @@ def main(words: Sequence[str]) -> int:
             except ZooError as error:
                 print(f"zoo: {error}", file=sys.stderr)
             images, videos = [], []
+
+
+def _file(path: str) -> str:
+    """Return the path of a file that was typed, in which a shell has not always expanded `~`.
+
+    Raises:
+        ZooError: there is none.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ZooError(f"There is no file {path!r}.")
+    return str(file)
 
 
 def _answer(talk: Any, text: str, images: list[Any], videos: list[Any], args: Any) -> None:

@@ -30,7 +30,7 @@ _SHOWN = 560  # minimum side of the shown image, in pixels
 def main(words: Sequence[str]) -> int:
     """Write the picture and the page."""
     args = _parsed(words)
-    asked = [name for name in args.names.split(",") if name]
+    asked = [name.strip() for name in args.names.strip("[]").split(",") if name.strip()]
     found = inspect(args.model, args.options, args.image, asked, args.question)
     from zoo.inspection.xray_page import write_page
     from zoo.inspection.xray_picture import write_picture
@@ -73,8 +73,10 @@ def _parsed(words: Sequence[str]) -> Any:
     parser.add_argument("--question", default="What is in the picture?", metavar="text", help="of the prompt")
     parser.add_argument("--out", default="xray", metavar="folder", help="for xray.png and xray.html; default: xray")
     args = parser.read(words)
-    if ":" not in args.image and not Path(args.image).expanduser().is_file():
-        raise ZooError(f"There is no file {args.image!r}.")
+    if ":" not in args.image:
+        if not Path(args.image).expanduser().is_file():
+            raise ZooError(f"There is no file {args.image!r}.")
+        args.image = str(Path(args.image).expanduser())
     return args
 
 
@@ -100,12 +102,16 @@ def inspect(
     for name in (part for chain in pruners for part in chain.split("+")):
         if name not in known:
             raise unknown("pruner", name, known)
+    chains = [NONE, *(pruners or known)]
     of_others = [o for o in overrides if not o.startswith("pruner.")]
+    for word in overrides:
+        if word.startswith("pruner.") and not any(_is_of(word, chain.split("+"), known) for chain in chains[1:]):
+            raise ZooError(f"{word!r} is of none of these pruners: {', '.join(chains[1:])}.")
     views, refused, shown = [], {}, None
-    for chain in [NONE, *(pruners or known)]:
+    for chain in chains:
         names = [] if chain == NONE else chain.split("+")
         slot = f"pruner=[{','.join(names)}]" if names else "pruner=null"
-        own = [o for o in overrides if o.startswith(tuple(f"pruner.{n}." for n in names))] if names else []
+        own = [o for o in overrides if o.startswith("pruner.") and _is_of(o, names, known)]
         try:
             built, processor = _load(model, [*of_others, slot, *own], question, seed)
         except ZooError as error:
@@ -117,6 +123,14 @@ def inspect(
         view.options = {o.removeprefix("pruner.").partition("=")[0]: o.partition("=")[2] for o in own}
         views.append(view)
     return Xray(shown, question, model or "parts with random weights", views, refused)
+
+
+def _is_of(word: str, names: Sequence[str], known: Sequence[str]) -> bool:
+    """Return whether `pruner.<name>.<option>=`, or `pruner.<option>=` of all that have it, is of one of these."""
+    head = word.partition("=")[0].split(".")[1]
+    if head in known:
+        return head in names
+    return any(option.name == head for name in names for option in registry.source_options("pruner", name))
 
 
 def _load(model: str, overrides: list[str], question: str, seed: int) -> tuple[Any, Any]:
