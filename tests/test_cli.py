@@ -313,13 +313,12 @@ def test_what_zoo_new_writes_works(tmp_path, capsys):
 
 
 def test_the_training_that_zoo_new_prints_composes(ran, capsys):
-    for kind in ("pruner", "projector", "adapter", "dataset", "vision"):
+    for kind in ("pruner", "projector", "adapter", "data", "vision"):
         assert main(["new", kind, f"my_{kind}"]) == 0
         *_, train, _ = capsys.readouterr().out.splitlines()
         assert main(train.split()[1:]) == 0, train
-        group = "data" if kind == "dataset" else kind
-        node = ran[-1][group]
-        assert f"my_{kind}" in (node if kind in ("pruner", "adapter", "dataset") else node.values())
+        node = ran[-1][kind]
+        assert f"my_{kind}" in (node if kind in ("pruner", "adapter", "data") else node.values())
 
 
 def test_python_3_14_checks_help_that_is_no_string():

@@ -33,6 +33,8 @@ class DemoOptions:
         for name in ("max_tokens", "batch", "threads", "image_mb"):
             if getattr(self, name) < 1:
                 raise ZooError(f"{name} has to be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.port < 65536:
+            raise ZooError(f"port has to be from 0 to 65535, got {self.port}.")
 
 
 def main(words: Sequence[str]) -> int:

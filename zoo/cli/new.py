@@ -42,6 +42,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("kind", help=", ".join(TEMPLATES))
     parser.add_argument("name", help="of the component and its file: lower case letters, digits and underscores")
     args = parser.read(words)
+    args.kind = "dataset" if args.kind == "data" else args.kind  # as elsewhere on the command line
     files = write(args.kind, args.name, Path.cwd())
     *first, last = [file.name for file in files]
     say(f"wrote {', '.join(first)} and {last}\n\nnext:")
@@ -54,7 +55,7 @@ def write(template: str, name: str, folder: Path) -> list[Path]:
     """Write the component and its test into `folder`.
 
     Args:
-        template: of `TEMPLATES`; `data` is `dataset`, as elsewhere on the command line.
+        template: of `TEMPLATES`.
         name: of the component and of its file.
         folder: that exists.
 
@@ -62,7 +63,6 @@ def write(template: str, name: str, folder: Path) -> list[Path]:
         ZooError: there is no such template, the name is not an identifier in lower case, or a component, file or module
             has that name.
     """
-    template = "dataset" if template == "data" else template
     if template in _YAML:
         raise ZooError(f"A {template} is a file of YAML, not a component: {_YAML[template]}.")
     if template not in TEMPLATES:
