@@ -1,5 +1,7 @@
 """LoRA through PEFT: its equation, its targets, its names, merging."""
 
+import copy
+import itertools
 import re
 
 import pytest
@@ -54,8 +56,7 @@ def test_autocast_casts_an_input_once_and_the_outputs_stay_those_of_peft(base):
         shake(adapter)
         layers = [llm.lm.get_submodule(name) for name in adapter.targets]
         for layer in [] if own else layers:
-            layer._forward_pre_hooks.clear()
-            del layer._cast_input_dtype
+            layer.__class__ = type(layer).__mro__[1]
         weights = [w for n, w in llm.lm.named_parameters() if adapter.owns(n)]
         for weight in weights:
             weight.requires_grad_(True)
@@ -80,6 +81,46 @@ def test_autocast_casts_an_input_once_and_the_outputs_stay_those_of_peft(base):
     llm.lm.to(torch.bfloat16)
     shake(lora_on(llm))
     assert llm.lm.model(inputs_embeds=torch.randn(1, 3, 32).bfloat16()).last_hidden_state.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_layer_has_no_hook_and_does_what_peft_does_with_it():
+    """Also in a copy; switched off; with another set of weights; and merged."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    llm = tiny_llm()
+    shake(lora_on(llm))
+    lm = copy.deepcopy(llm.lm)
+    layers = [m for m in lm.modules() if hasattr(m, "lora_A")]
+    assert layers and not any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
+    mine, x = type(layers[0]), torch.randn(2, 5, 32)
+
+    def both():
+        made = []
+        for kind in (mine, mine.__mro__[1]):
+            for layer in layers:
+                layer.__class__ = kind
+            made.append(lm.model(inputs_embeds=x, use_cache=False).last_hidden_state)
+        assert torch.equal(*made)
+        return made[0]
+
+    told = [llm.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state, both()]
+    assert torch.equal(*told)
+    for change in (
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.enable_adapters(True),
+        lambda layer: layer.merge(),
+        lambda layer: layer.unmerge(),
+    ):
+        for layer in layers:
+            change(layer)
+        told.append(both())
+    inject_adapter_in_model(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]), lm, "more")
+    for layer in layers:
+        layer.set_adapter(["lora", "more"] if "more" in layer.lora_A else "lora")
+    told.append(both())
+    apart = [(a - b).abs().max() > 1e-4 for a, b in itertools.pairwise(told[1:])]
+    assert apart == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe"])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.fusion.adapters.lora_layer import shorten
 from zoo.fusion.adapters.peft.layers import Places
 from zoo.fusion.attach import find_linears, fused_experts, means, refer
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
@@ -150,32 +151,5 @@ class LoRA(Adapter, nn.Module):
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         if not self.config.dropout:  # which is exact in float32 alone
             for layer in places.layers.values():
-                _cast_once(layer)
+                shorten(layer, _NAME)
         return places
-
-
-def _cast_once(layer: Any) -> None:
-    """Under autocast, let a PEFT layer cast its input once, for the base and the term.
-
-    PEFT casts it to the term's float32, and autocast back, beside the base's own cast. Outputs are the same to the bit.
-    Measured on SmolLM2-135M, 8 rows of 100, rank 8, one thread: 0.93 of the time of forward and backward.
-    """
-    layer.register_forward_pre_hook(_to_products)
-    layer._cast_input_dtype = _to_term
-
-
-def _to_products(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x = args[0]
-    return (x.to(torch.get_autocast_dtype(x.device.type)), *args[1:]) if _autocasts(x) else args
-
-
-def _to_term(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if _autocasts(x) else x.to(dtype)
-
-
-def _autocasts(x: Tensor) -> bool:
-    return (
-        x.device.type != "meta"
-        and torch.is_autocast_enabled(x.device.type)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    )
