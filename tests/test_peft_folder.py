@@ -24,6 +24,25 @@ METHODS = {
     ),
     "ranks": peft.LoraConfig(r=2, target_modules=SOME, rank_pattern={"down_proj": 5}, init_lora_weights=False),
     "pissa": peft.LoraConfig(r=2, target_modules=SOME, init_lora_weights="pissa"),
+    "alphas: the first key counts": peft.LoraConfig(
+        r=2,
+        lora_alpha=5.5,
+        target_modules=SOME,
+        alpha_pattern={
+            r"model\.layers\.0\.self_attn\.q_proj": 3,
+            "q_proj": 8,
+            "layers.1.self_attn.q_proj": 64,
+            "^layers.1.mlp.down_proj": 64,
+            "^model.layers.0.mlp.down_proj": 7.5,
+            "k_proj": 64,
+        },
+        init_lora_weights=False,
+    ),
+    "some layers": peft.LoraConfig(r=2, target_modules=SOME, layers_to_transform=[1], init_lora_weights=False),
+    "all but some": peft.LoraConfig(
+        r=2, target_modules=SOME, exclude_modules=r".*layers\.1\..*_proj", init_lora_weights=False
+    ),
+    "embeddings": peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
     "ia3": peft.IA3Config(target_modules=SOME, feedforward_modules=["down_proj"], init_ia3_weights=False),
     "oft": peft.OFTConfig(target_modules=SOME, oft_block_size=4, init_weights=False),
     "loha": peft.LoHaConfig(r=2, target_modules=SOME, init_weights=False),
@@ -119,6 +138,12 @@ def other_layers(folder):
     )
 
 
+def other_embedding(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights["base_model.model.model.embed_tokens.weight"] = torch.zeros(400, 32)
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
 REFUSED = {
     "no folder": (lambda f: shutil.rmtree(f), "it has no adapter_config.json"),
     "pickled": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "are not read"),
@@ -126,7 +151,13 @@ REFUSED = {
     "prompts": (lambda f: change(f, peft_type="PROMPT_TUNING"), "virtual tokens"),
     "unknown": (lambda f: change(f, peft_type="LORAX"), "Did you mean"),
     "task": (lambda f: change(f, task_type="SEQ_CLS"), "is for SEQ_CLS"),
-    "trained whole": (lambda f: change(f, modules_to_save=["lm_head"]), "trains copies of whole modules"),
+    "trained whole": (
+        lambda f: change(f, modules_to_save=["lm_head"]),
+        "trains copies of whole modules.*Or merge the adapter in",
+    ),
+    "a regular expression for scales": (lambda f: change(f, alpha_pattern={".*q_proj": 3}), "which is not run"),
+    "no such layers": (lambda f: change(f, layers_to_transform=[7]), r"layers_to_transform=\[7\] leaves none"),
+    "another embedding": (other_embedding, "base was resized or trained, too"),
     "bias": (lambda f: change(f, bias="all"), "'bias' of PEFT's LoraConfig does not work here"),
     "another decoder": (other_layers, "weights for which this language model has no layer"),
     "another rank": (lambda f: change(f, r=3), r"has shape \(2, 64\), and the layer here \(3, 64\)"),

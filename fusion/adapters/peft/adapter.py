@@ -66,7 +66,16 @@ class PeftAdapterConfig:
             if (self.method, self.options) not in ((method, options), ("lora", {})):
                 raise ZooError(f"method and options come from checkpoint={self.checkpoint!r}: leave them out.")
             self.method, self.options = method, options
-        Method(self.method, self.options)
+        try:
+            Method(self.method, self.options)
+        except ZooError as error:
+            whole = any(self.options.get(name, "none") != "none" for name in ("bias", "modules_to_save"))
+            if not (self.checkpoint and whole):
+                raise
+            raise ZooError(
+                f"{error} Or merge the adapter in {self.checkpoint!r} into its base with PEFT (merge_and_unload), and "
+                "name the result as llm.checkpoint."
+            ) from None
 
 
 @register("adapter", "peft")

@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
     "rslora": {"use_rslora": True},
 }
-_OWN = {  # fields that follow from the model
+OWN = {  # fields that follow from the model, or say what was done before
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type", "peft_version",
     "revision", "task_type", "total_step",
 }  # fmt: skip
@@ -191,7 +191,7 @@ def options_of(config: type) -> list[Option]:
     hints = typing.get_type_hints(config)
     found = []
     for f in fields(config):
-        if f.name in _OWN or f.name in _REFUSED_OPTIONS:
+        if f.name in OWN or f.name in _REFUSED_OPTIONS:
             continue
         default = f.default if f.default is not NO_DEFAULT else MISSING
         if default is MISSING and f.default_factory is not NO_DEFAULT:
@@ -209,10 +209,13 @@ def checked(config: type, given: Mapping[str, Any], owner: str) -> dict[str, Any
         ZooError: a field does not exist, is not for users, or has a value of another type.
     """
     hints = typing.get_type_hints(config)
+    hints |= {
+        name: hints[name] | float for name in ("lora_alpha",) if name in hints
+    }  # annotated as int, used as a float
     by_name = {f.name: f for f in fields(config)}
     values: dict[str, Any] = {}
     for name, value in given.items():
-        if name in _OWN and name in by_name:
+        if name in OWN and name in by_name:
             raise ZooError(f"Option {name!r} of {owner} is not set by hand: it follows from the model and the stage.")
         if name not in by_name:
             raise unknown_option(owner, str(name), options_of(config))

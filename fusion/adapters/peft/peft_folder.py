@@ -4,19 +4,21 @@
 here, with the same reason. The weights are put in by PEFT itself, after names and shapes were compared.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from zoo.fusion.adapters.peft.methods import OWN
 from zoo.registry import ZooError, nearest
 from zoo.registry.foreign import read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Fields that follow from the model, or say what was done before.
-_APART = {
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type", "peft_version",
-    "revision", "task_type", "total_step",
-}  # fmt: skip
+_MODULES = ("target_modules", "exclude_modules")
 _CAUSAL = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 
 
@@ -45,7 +47,7 @@ def described(checkpoint: str) -> tuple[str, dict[str, Any], str]:
             f"{str(folder)!r} is of AdaLoRA, whose layers have unlike ranks once its budget is met; what would train "
             "them on is not in the folder. Merge it into its base with PEFT."
         )
-    options = {key: value for key, value in config.items() if key not in _APART and value not in (None, {}, [])}
+    options = {key: value for key, value in config.items() if key not in OWN and value not in (None, {}, [])}
     init = str(options.get("init_lora_weights", "")).lower()
     if init == "corda":
         raise ZooError(
@@ -54,20 +56,40 @@ def described(checkpoint: str) -> tuple[str, dict[str, Any], str]:
         )
     if init == "eva":  # initial values, which the file replaces
         options = {k: v for k, v in options.items() if k not in ("init_lora_weights", "eva_config")}
-    if isinstance(targets := options.get("target_modules"), str) and targets != "all-linear":
-        options["target_modules"] = _paths(method, names_in(checkpoint), str(folder))  # no regular expression is run
+    paths = partial(_paths, method, checkpoint)
+    if any(isinstance(options.get(name), str) and options[name] != "all-linear" for name in _MODULES):
+        options["target_modules"] = paths()  # no regular expression is run
+        options.pop("exclude_modules", None)
+    for name in [name for name in options if name.endswith("_pattern") and isinstance(options[name], dict)]:
+        options[name] = _by_path(options[name], paths(), f"{name} in {str(folder / CONFIG)!r}")
     return method, options, str(config.get("base_model_name_or_path") or "")
 
 
-def _paths(method: str, names: Iterable[str], where: str) -> list[str]:
-    """The modules that have weights, where the config has a regular expression for them."""
+def _paths(method: str, checkpoint: str) -> list[str]:
+    """The modules that have weights."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefix = {kind.value.lower(): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}.get(method)
-    found = {name.removeprefix("base_model.model.").partition(f".{prefix}")[0] for name in names if prefix}
+    cut = [name.removeprefix("base_model.model.").partition(f".{prefix}") for name in names_in(checkpoint)]
+    found = {path.removesuffix(".base_layer") for path, mark, _ in cut if mark and prefix}
     if not found:
-        raise ZooError(f"{where!r} names its modules by a regular expression, and its weights name none.")
+        raise ZooError(f"{checkpoint!r} names its modules by regular expressions, and its weights name none.")
     return sorted(found)
+
+
+def _by_path(pattern: Mapping[str, Any], paths: Sequence[str], what: str) -> dict[str, Any]:
+    """Values by whole names of modules: that of the first key which means one, as PEFT has it.
+
+    PEFT takes a key as a regular expression for the last parts of a name, with `^` for the whole one, which is not run here.
+    """
+    found: dict[str, Any] = {}
+    for key, value in reversed(pattern.items()):
+        name = re.sub(r"\\(\W)", r"\1", key.removeprefix("^").removesuffix("$"))
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ZooError(f"{what} has the regular expression {key!r}, which is not run: write names of modules.")
+        whole = key.startswith("^")
+        found |= {path: value for path in paths if path == name or (not whole and path.endswith(f".{name}"))}
+    return found
 
 
 def base_note(base: str, lm: Any, checkpoint: str) -> list[str]:
@@ -91,18 +113,19 @@ def names_in(checkpoint: str) -> dict[str, tuple[int, ...]]:
         raise ZooError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def require_fit(checkpoint: str, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def require_fit(checkpoint: str, wanted: Mapping[str, tuple[int, ...]], tables: Iterable[str] = ()) -> None:
     """Refuse a folder whose weights are not those of the layers, by name and shape.
 
     Args:
         checkpoint: the folder.
         wanted: as PEFT would write the layers that were made here.
+        tables: names of embeddings of the base, which PEFT writes beside a term on them.
 
     Raises:
         ZooError: the first names that differ.
     """
     held = names_in(checkpoint)
-    spare, lacking = sorted(held.keys() - wanted.keys()), sorted(wanted.keys() - held.keys())
+    spare, lacking = sorted(held.keys() - wanted.keys() - set(tables)), sorted(wanted.keys() - held.keys())
     if spare:
         near = nearest(spare[0], list(wanted), 1)
         hint = f" Nearest here: {near[0]!r}." if near else ""
@@ -113,8 +136,18 @@ def require_fit(checkpoint: str, wanted: Mapping[str, tuple[int, ...]]) -> None:
     if lacking:
         raise ZooError(f"The adapter in {checkpoint!r} lacks {len(lacking)} weights, such as {lacking[0]!r}.")
     for name, shape in held.items():
-        if shape != wanted[name]:
+        if shape != wanted.get(name, shape):
             raise ZooError(f"{name!r} in {checkpoint!r} has shape {shape}, and the layer here {wanted[name]}.")
+
+
+def _tables(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Embeddings of the base by the names under which PEFT writes them: with a term on them, and resized."""
+    inside = model.get_base_model()
+    layers = [inside.get_input_embeddings(), inside.get_output_embeddings()]
+    tables = {id(getattr(layer, "base_layer", layer)) for layer in layers if layer is not None}
+    for name, module in model.named_modules():
+        if id(module) in tables:
+            yield f"{name}.weight", module.weight.detach()
 
 
 def read_into(model: Any, name: str, checkpoint: str) -> None:
@@ -127,10 +160,19 @@ def read_into(model: Any, name: str, checkpoint: str) -> None:
     from safetensors.torch import load_file
 
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    require_fit(checkpoint, {key: tuple(tensor.shape) for key, tensor in wanted.items()})
+    there = names_in(checkpoint)
+    base = {key: tensor for key, tensor in _tables(model) if key in there}
+    require_fit(checkpoint, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, base)
     if any(tensor.is_meta for tensor in wanted.values()):
         return
     state = load_file(Path(checkpoint).expanduser() / WEIGHTS)
+    for key, tensor in base.items():
+        held = state.pop(key)
+        if held.shape != tensor.shape or not torch.equal(held.to(tensor), tensor):
+            raise ZooError(
+                f"The adapter in {checkpoint!r} holds {key!r}, and that of this language model is another: its base "
+                "was resized or trained, too. Merge it into its base with PEFT, and name the result as llm.checkpoint."
+            )
     kept = {id(p): p for p in model.parameters()}
     set_peft_model_state_dict(model, state, adapter_name=name)
     if any(id(p) not in kept for p in model.parameters()):  # an optimiser, or a process, may hold the old ones

@@ -1,5 +1,6 @@
 """Which modules of a language model PEFT's options mean, as whole names, each of which has to exist."""
 
+import copy
 import re
 from typing import Any
 
@@ -24,6 +25,7 @@ def resolved(method: Method, lm: Any) -> tuple[Any, list[str]]:
         ZooError: a name means no module or no parameter of this model.
     """
     config = method.config()
+    words = getattr(config, "target_modules", None)
     known = {n: m for n, m in lm.named_modules() if n}
     for field in _LISTS:
         given = getattr(config, field, None)
@@ -33,9 +35,10 @@ def resolved(method: Method, lm: Any) -> tuple[Any, list[str]]:
             setattr(config, field, _named(field, given, known, lm))
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         _put_defaults(config, method, lm, known)
+    _keep_layers(config, words or ())
     for field in [f for f in vars(config) if f.endswith("_pattern") and isinstance(getattr(config, f), dict)]:
         spelt: dict[str, Any] = {}
-        for name, value in getattr(config, field).items():
+        for name, value in reversed(getattr(config, field).items()):  # the first name that means a module is its own
             spelt |= {re.escape(n): value for n in _named(field, [name], known, lm)}
         setattr(config, field, spelt)
     widest = max(known[n].weight.shape[-1] for n in linears(lm, lm.get_output_embeddings()))
@@ -91,6 +94,30 @@ def _put_defaults(config: Any, method: Method, lm: Any, known: dict[str, nn.Modu
             setattr(config, field, [n for n in known if re.fullmatch(words, n)])
         elif words:
             setattr(config, field, [n for n in known if any(means(word, n) for word in words)])
+
+
+def _keep_layers(config: Any, words: Any) -> None:
+    """Leave the targets in the layers of `layers_to_transform`, which PEFT disregards for whole names.
+
+    Args:
+        config: with whole names.
+        words: its targets as they were given; a whole name among them is meant in any layer.
+
+    Raises:
+        ZooError: they have none.
+    """
+    layers, names = getattr(config, "layers_to_transform", None), getattr(config, "target_modules", None)
+    if layers is None or layers == [] or not names:
+        return
+    tuner, short = tuner_of(config), copy.copy(config)
+    kept = []
+    for name in names:
+        short.target_modules = [name.rpartition(".")[2]]
+        if name in words or tuner._check_target_module_exists(short, name):
+            kept.append(name)
+    if not kept:
+        raise ZooError(f"layers_to_transform={layers} leaves none of the target_modules.")
+    config.target_modules = kept
 
 
 def _changed(config: Any, known: dict[str, nn.Module], lm: Any) -> list[str]:
