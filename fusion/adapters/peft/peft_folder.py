@@ -80,7 +80,7 @@ def _paths(method: str, checkpoint: str) -> list[str]:
 def _by_path(pattern: Mapping[str, Any], paths: Sequence[str], what: str) -> dict[str, Any]:
     """Values by whole names of modules: that of the first key which means one, as PEFT has it.
 
-    PEFT takes a key as a regular expression for the last parts of a name, with `^` for the whole one, which is not run here.
+    PEFT takes a key as a regular expression for the last parts of a name (`^`: the whole one), which is not run here.
     """
     found: dict[str, Any] = {}
     for key, value in reversed(pattern.items()):
