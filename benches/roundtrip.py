@@ -41,7 +41,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
         root = Path(folder)
         write_checkpoints(root)
         cases = [(source, optimizer, how) for source in sources for optimizer in optimizers for how in ways]
-        if several := [":".join(case) for case in cases if case[2] != "one"]:
+        if several := [case for case in cases if case[2] != "one"]:
             show(f"{len(several)} trainings on two processes")
             train_in_two(root, several)
         for source, optimizer, how in cases:

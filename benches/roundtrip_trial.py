@@ -1,15 +1,10 @@
 """Tiny checkpoints of every source; a short training on each; and what its saved folder gives back.
 
-Training and saving run in this process, or under torchrun in several (`python -m torch.distributed.run ... -m
-zoo.benches.roundtrip_trial <folder> <source>:<optimizer>:two ...`); what the trained model answered is noted beside the
-saved one, and compared afterwards.
+Training and saving run in this process or in a group of two; what the trained model answered is noted beside the saved
+one, and compared afterwards.
 """
 
-import gc
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.benches.groups import in_group
 from zoo.registry import ZooError
 
 _PARTS = ("vision={vision}", "vision.checkpoint={root}/{folder}", "llm=hf", "llm.checkpoint={root}/{llm}")
@@ -333,29 +329,21 @@ def _far(one: Tensor, two: Tensor) -> float:
     return float((one - two).abs().max()) if one.shape == two.shape else float("inf")
 
 
-def train_in_two(root: Path, words: Sequence[str]) -> None:
-    """Run `main` under torchrun, on two processes.
+def train_in_two(root: Path, cases: Sequence[tuple[str, str, str]], context: Any = None) -> None:
+    """Run the trainings that `(source, optimizer, how)` name, all in one group of two processes.
+
+    Args:
+        root: folder of `write_checkpoints`.
+        cases: arguments of `train`.
+        context: of multiprocessing, as `in_group` takes it.
 
     Raises:
-        ZooError: a process failed, with the end of what they said.
+        ZooError: a process failed; what it wrote is on the terminal.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "zoo.benches.roundtrip_trial", str(root), *words]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=1200)
-    if done.returncode:
-        raise ZooError(f"Training in two processes failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    in_group(2, train_all, str(root), [list(case) for case in cases], context=context)
 
 
-def main(words: Sequence[str]) -> None:
-    """Run the trainings that `<source>:<optimizer>:<how>` words name, in this process of several."""
-    for word in words[1:]:
-        train(Path(words[0]), *word.split(":"))
-    gc.collect()
-    # Leaving with collectives in flight aborts at times.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def train_all(root: str, cases: Sequence[Sequence[str]]) -> None:
+    """Run these trainings, in this process of several."""
+    for case in cases:
+        train(Path(root), *case)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import killed_runs
 from tests.fusion_builders import padded_batch, tiny_llm
 from tests.test_peft_methods import adapter_on, answers, move, own, plain
-from tests.train_builders import config, losses, recipe, start
+from tests.train_builders import config, losses, recipe
 from zoo.composed.outputs import LLMSequence
 from zoo.registry import ZooError
 from zoo.registry.forward_pass import running
@@ -84,9 +85,10 @@ def test_two_processes_begin_as_one(tmp_path):
     """EVA reads the same batches in each, and what follows is averaged: the weights of one process."""
     alone = Run(config(recipe(tmp_path / "a", STAGES), *words("eva", tmp_path / "a" / "run")))
     alone.train()
-    process = start([*recipe(tmp_path / "b", STAGES), *words("eva", tmp_path / "b" / "run")], processes=2)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
+    with killed_runs.served():
+        two = [*recipe(tmp_path / "b", STAGES), *words("eva", tmp_path / "b" / "run")]
+        ended = killed_runs.train(tmp_path / "forked", two, processes=2)
+    assert ended.code == 0, ended.said
     found = load_file(tmp_path / "b" / "run" / "model" / "model.safetensors")
     for name, tensor in weights(alone).items():
         assert torch.allclose(found[name].to(tensor.dtype), tensor, atol=1e-5), name

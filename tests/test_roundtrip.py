@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from tests.killed_runs import SERVER, served
 from zoo.benches.roundtrip_trial import OPTIMIZERS, SOURCES, compare, train, train_in_two, write_checkpoints
 from zoo.cli.bench import main
 
@@ -26,8 +27,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained_by_two(root):
-    """One start of two processes for all: most of the time would be theirs."""
-    train_in_two(root, [":".join(case) for case in TWO])
+    """One group of two processes for all: most of the time would be that of starting them."""
+    with served():
+        train_in_two(root, TWO, SERVER)
     return root
 
 
