@@ -138,7 +138,9 @@ def train(name: str, steps: int, parallel: ParallelConfig) -> Trained:
     accelerator = start_accelerator("cpu", parallel)
     tokenizer = train_tokenizer([f"{q} {a}" for q, a in _WORDS], 320)
     model, processor = _model(this, tokenizer, seed=0)
-    stage = Stage(steps=steps, batch_size=2 * PASSES, train=list(this.train), lr=3e-4, warmup_ratio=0.0, **this.stage)
+    (rank, world), every = reader_of(accelerator), accelerator.num_processes
+    size = {"batch_size": 2 * PASSES, "accumulate": PASSES // world}
+    stage = Stage(steps=steps, train=list(this.train), lr=3e-4, warmup_ratio=0.0, **size, **this.stage)
     reseed(0, 0, -2)
     distiller = None if this.distiller is None else build_distiller(model, this.distiller)
     teacher = beside = None
@@ -152,7 +154,6 @@ def train(name: str, steps: int, parallel: ParallelConfig) -> Trained:
         accelerator, model, stage, steps, precision="fp32", distiller=distiller, teacher=teacher, parallel=parallel,
         gather_short=gathers_short(parallel, [stage.precision or "fp32"]),
     )  # fmt: skip
-    (rank, world), every = reader_of(accelerator), accelerator.num_processes
     losses = []
     for step in range(steps):
         turns = range(rank, PASSES, world)

@@ -34,6 +34,11 @@ ELSEWHERE = {
     "activation_checkpointing": "stages.<stage>.gradient_checkpointing",
     "data_types": "precision",
 }
+# Those that would train something else: layers or batches divided by DeepSpeed itself, gradients that are not averaged.
+ALTERING = (
+    "tensor_parallel", "expert_parallel", "pipeline", "data_efficiency", "curriculum_learning", "compression_training",
+    "progressive_layer_drop", "autotuning", "hybrid_engine", "gradient_allreduce_op", "managed_gradient_accumulation",
+)  # fmt: skip
 FULL = (
     "ZeRO stage 3 leaves weights empty behind a pass and keeps its own flat shares of them, and checkpoints, "
     "evaluations and the next stage read the weights themselves. FSDP2 shares them out in a form that all of these "
@@ -85,6 +90,11 @@ def require_run_by_us(config: Mapping[str, Any]) -> None:
         section = config.get(name)
         if isinstance(section, Mapping) and section.get("enabled", True) in (True, "true"):
             raise ZooError(f"DeepSpeed's config has {name!r}, which is {place} of the run: take it out.")
+    for name in ALTERING:
+        if (given := config.get(name)) not in (None, "auto", "mean", True, {}) and not (
+            isinstance(given, Mapping) and given.get("enabled") in (False, "false")
+        ):
+            raise ZooError(f"DeepSpeed's config has {name!r}, which would train something else: take it out.")
     for name in ("offload_optimizer", "offload_param"):
         if str((zero.get(name) or {}).get("device", "none")) != "none":
             raise ZooError(
@@ -140,13 +150,16 @@ class Zero:
         zero = {k: v for k, v in (asked.get("zero_optimization") or {}).items() if v != "auto"}
         trained = sum(p.numel() for p in step.parameters() if p.requires_grad)
         for name in ("reduce_bucket_size", "allgather_bucket_size"):
-            zero.setdefault(name, max(1, min(BUCKET, trained)))
+            zero.setdefault(name, min(BUCKET, trained + trained % 2))  # DeepSpeed wants an even one
+        zero["overlap_comm"] = False  # see `reduce_in_order`
         plugin.deepspeed_config.clear()
         plugin.deepspeed_config.update({**asked, **ours, "zero_optimization": zero, "steps_per_print": 10**9})
         accelerator.gradient_accumulation_steps = stage.accumulate
         self.optimizer = ZeroOptimizer(inner)
         self.engine, _ = accelerator.prepare(_Within(step, precision, accelerator.device), inner)
         self.optimizer.engine = self.engine
+        if self.optimizer.zero is not None:
+            reduce_in_order(self.optimizer.zero)
 
     def __call__(self, *args: Any, last: bool) -> Any:
         """Run a pass; `last`: the optimiser steps behind it."""
@@ -156,6 +169,38 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         """Add up gradients of a loss that is divided by the counts of its step already."""
         self.engine.backward(loss, scale_wrt_gas=False)
+
+
+def reduce_in_order(zero: Any) -> None:
+    """Let DeepSpeed's optimiser reduce the gradients of a pass in one order, all of them, in every process.
+
+    It fills buckets in the order in which gradients arise, and leaves out weights that have none. Both depend on the
+    batch (one of text alone, in one of the processes), and buckets of unlike content were added up.
+    """
+
+    def filled() -> None:
+        for group in zero.bit16_groups:
+            for parameter in group:
+                if zero.get_gradient_for_reduction(parameter) is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        if zero.use_grad_accum_attribute:  # of weights of 16 bits in stage 1
+            zero.fill_grad_accum_attribute()
+
+    if not zero.partition_gradients:  # stage 1, which goes through all weights behind the last pass
+        reduce = zero.reduce_gradients
+        zero.reduce_gradients = lambda **options: (filled(), reduce(**options))
+        return
+    take, finish = zero.process_gradients, zero.overlapping_partition_gradients_reduce_epilogue
+
+    def all_of_a_pass() -> None:
+        filled()
+        for number, group in enumerate(zero.bit16_groups):
+            for parameter in group:
+                take(parameter, number)
+        finish()
+
+    zero.process_gradients = lambda *_: None  # called as each gradient arises
+    zero.overlapping_partition_gradients_reduce_epilogue = all_of_a_pass
 
 
 class _Within(nn.Module):
