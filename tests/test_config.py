@@ -298,8 +298,8 @@ def test_every_preset_of_ours_composes():
         compose("load", [f"model={name}"])
     for name in available("recipe"):
         compose("train", [f"recipe={name}"])
-    for name in preset_files("data"):
-        compose("load", [f"data=[{name}]"])
+    data = list(preset_files("data"))
+    assert list(compose("load", [f"data=[{','.join(data)}]"]).data) == data
 
 
 def test_presets_made_in_this_process_do_not_slow_later_configs():
