@@ -64,10 +64,17 @@ def test_every_named_model_has_a_card(name):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not (ROOT / "model_cards" / name).is_dir()])
 def test_the_checks_that_cards_print_pass(name, monkeypatch):
-    """As typed, but for a smaller language model."""
+    """As typed, but for a smaller language model; the sizes are those that they give of the whole."""
+    from zoo.inspection.model_facts import stored
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for line in {*re.findall(r"`zoo (check .*?)`", (ROOT / "model_cards" / f"{name}.md").read_text())}:
+    card = (ROOT / "model_cards" / f"{name}.md").read_text()
+    for line in {*re.findall(r"`zoo (check .*?)`", card)}:
         assert main([*line.split(), "llm.num_layers=4"]) == 0, line
+    if found := re.search(r"\| image tokens \| (?:up to )?(\d+)(?: \||;)", card):
+        assert int(found[1]) == stored(name).image_tokens
+    if found := re.search(r"\| parameters \| (\S+) B \|", card):
+        assert found[1] == f"{stored(name).parameters / 1e9:.2f}"
 
 
 @pytest.mark.parametrize("name", ["scenes_tiny", "llava_kd_tiny", "llava_mod_tiny"])
