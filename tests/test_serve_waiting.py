@@ -183,6 +183,8 @@ def test_words_of_the_command(capsys):
     )
     assert (model, rest) == ("dir:x", ["pruner=random", "pruner.random.keep_ratio=0.5"])
     assert (options.port, options.api_key, options.batch, options.fetch) == (1, "k", 4, ["a", "b"])
+    assert words_of(["m", "--fetch", "a.org:80"])[1].fetch == ["a.org:80"]
+    assert words_of(["m", "fetch=a.org,b.org"])[1].fetch == ["a.org", "b.org"]
     for words, message in (
         (["a", "b"], "takes no 'b'"),
         (["port=1"], "it needs model"),

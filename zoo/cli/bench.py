@@ -133,6 +133,8 @@ def parse(name: str, schema: type, words: Sequence[str], owner: str = "") -> Any
             raise ZooError(f"{owner} takes option=value, got {word!r}. Options: {', '.join(sorted(known))}.")
         if option.partition(".")[0] not in known:
             raise unknown(f"option of {owner}", option, known | outputs)
+    lists = {o.name for o in options_of(schema) if o.type.startswith("list[")}
+    words = [_as_list(word) if word.partition("=")[0] in lists else word for word in words]
     # Options of type str take the word as it is: YAML would read 1e3 or [a] as something else.
     typed = {key: value for key, _, value in (word.partition("=") for word in words) if key in texts}
     kept = {key: None if value == "null" and texts[key].optional else value for key, value in typed.items()}
@@ -148,6 +150,12 @@ def parse(name: str, schema: type, words: Sequence[str], owner: str = "") -> Any
         raise ZooError(
             f"Option {key!r} of {owner} takes {found.type} (default {found.default}), got {value!r}."
         ) from error
+
+
+def _as_list(word: str) -> str:
+    """Write `fetch=a.org` as `fetch=[a.org]`."""
+    option, _, value = word.partition("=")
+    return word if value.startswith("[") or value in ("", "null") else f"{option}=[{value}]"
 
 
 def _parser(name: str = "", schema: type | None = None) -> Parser:
