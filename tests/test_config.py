@@ -228,6 +228,7 @@ def test_a_saved_model_asks_for_its_plugin_by_name(tmp_path):
         (["projector.depth=null"], "takes int (default 2), got 'null'."),
         (["projector.depth=0"], "projector 'mlp': depth must be at least 1, got 0."),
         (["seed=one"], "Option 'seed' of the run takes int (default 0), got 'one'."),
+        (["survey.limit=3"], "of the run itself. It is limit or teach.limit."),
         (["run=3"], "Write run.<option>=<value>."),
         (["stages=3"], "Write stages.<stage>.<option>=<value>."),
         (["stages.nowhere.lr=1"], "No stage named 'nowhere'."),

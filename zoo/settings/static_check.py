@@ -73,7 +73,8 @@ def elsewhere(
     Returns:
         None if nothing in the run has an option of that name.
     """
-    homes = ["stages.<stage>"] if any(o.name == name for o in options_of(Stage)) else []
+    homes = [""] if given and any(o.name == name for o in options_of(RunRoot)) else []
+    homes += ["stages.<stage>"] if any(o.name == name for o in options_of(Stage)) else []
     homes += [key for key, section in SECTIONS.items() if any(o.name == name for o in options_of(section))]
     for group, picked in chosen.items():
         kind = kind_of(group)
@@ -82,7 +83,7 @@ def elsewhere(
                 homes.append(f"{group}.{member}" if kind in MANY else group)
     if not homes:
         return None
-    places = " or ".join(f"{home}.{name}" for home in homes)
+    places = " or ".join(".".join(filter(None, [home, name])) for home in homes)
     return ZooError(f"No option named {'.'.join(filter(None, [given, name]))!r} of the run itself. It is {places}.")
 
 
