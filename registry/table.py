@@ -26,6 +26,7 @@ from zoo.registry.source_text import line_in, options_in, presets_in, stated, su
 from zoo.registry.values import KINDS
 
 T = TypeVar("T", bound=type)
+_VALUES = {"null", "true", "false", "yes", "no", "on", "off", "inf", "nan"}  # to Hydra or YAML
 NAMED_CHILDREN = ("pruner", "adapter")  # kinds of which a model may have several, which it holds by their names
 
 
@@ -149,6 +150,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         raise unknown_kind("kind of component", kind, KINDS)
     if not re.fullmatch(r"[a-z0-9_]*[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
+    require_word(kind, name)
     if kind in NAMED_CHILDREN:
         require_child_name(kind, name)
 
@@ -180,6 +182,16 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         return cls
 
     return add
+
+
+def require_word(kind: str, name: str) -> None:
+    """Refuse a name that overrides or YAML read as a value: `pruner=null` empties the slot.
+
+    Raises:
+        ZooError: with the name.
+    """
+    if name in _VALUES:
+        raise ZooError(f"{kind} {name!r}: in {group_of(kind)}={name} the word is a value, not a name; choose another.")
 
 
 def require_child_name(kind: str, name: str) -> None:

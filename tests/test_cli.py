@@ -91,6 +91,8 @@ def test_help_of_a_composed_command(command, capsys):
         (["new", "pruner", "My-Pruner"], "lower case letters, digits and underscores, got 'My-Pruner'"),
         (["new", "pruner", "half"], "pruner 'half': every torch module has an attribute"),
         (["new", "pruner", "random"], "pruner 'random' exists already"),
+        (["new", "pruner", "null"], "pruner 'null': in pruner=null the word is a value, not a name"),
+        (["new", "vision", "none"], "'none' is a word of Python"),  # its class would be None
         (["-sc", "install=tcsh"], "shells: bash, fish, zsh"),
     ],
 )

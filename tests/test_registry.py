@@ -114,6 +114,13 @@ def test_names_are_plain_words(table, name):
         registry.register("pruner", name)
 
 
+@pytest.mark.parametrize("name", ["null", "true", "on", "nan"])
+def test_names_are_not_values(table, name):
+    """`pruner=null` empties the slot, whatever is called so."""
+    with pytest.raises(ZooError, match=f"in data={name} the word is a value"):
+        registry.register("dataset", name)
+
+
 @pytest.mark.parametrize("kind", ["pruner", "adapter"])
 @pytest.mark.parametrize("name", ["train", "keys", "half", "training", "forward"])
 def test_a_name_that_every_module_has_is_refused(table, kind, name):

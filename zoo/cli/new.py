@@ -1,5 +1,6 @@
 """`zoo new`: write a working component to start from, with a test, and print the commands that try it."""
 
+import keyword
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from pathlib import Path
 from zoo.cli import template_tests, templates
 from zoo.registry import ZooError, names
 from zoo.registry.errors import unknown_kind
-from zoo.registry.table import NAMED_CHILDREN, group_of, require_child_name
+from zoo.registry.table import NAMED_CHILDREN, group_of, require_child_name, require_word
 from zoo.text.command_line import Parser
 from zoo.text.terminal import say
 
@@ -70,6 +71,9 @@ def write(template: str, name: str, folder: Path) -> list[Path]:
     kind = kind_of_template(template)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZooError(f"A component's name is lower case letters, digits and underscores, got {name!r}.")
+    require_word(kind, name)
+    if keyword.iskeyword(name) or keyword.iskeyword(_class_name(name)):
+        raise ZooError(f"{name!r} is a word of Python, which no module or class can be called: choose another name.")
     if kind in NAMED_CHILDREN:
         require_child_name(kind, name)
     if name in names(kind):
@@ -125,7 +129,11 @@ def _chosen(template: str, name: str) -> str:
 
 
 def _filled(text: str, name: str) -> str:
-    return text.replace("CLASS", "".join(word.capitalize() for word in name.split("_"))).replace("NAME", name)
+    return text.replace("CLASS", _class_name(name)).replace("NAME", name)
+
+
+def _class_name(name: str) -> str:
+    return "".join(word.capitalize() for word in name.split("_"))
 
 
 def _test(kind: str, name: str) -> str:
