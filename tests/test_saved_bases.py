@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 import zoo
@@ -228,6 +229,23 @@ def test_a_whole_folder_of_parts_needs_no_other(places, tmp_path, vision, llm):
     again, processor = zoo.load(f"dir:{tmp_path / 'whole'}", device="cpu")
     assert torch.equal(answers(again, processor), wanted)
     assert torch.equal(answers(zoo.ZooModel.from_pretrained(tmp_path / "whole"), processor), wanted)
+
+
+def test_a_whole_folder_keeps_what_no_shape_of_an_encoder_shows(places, tmp_path):
+    import timm
+
+    copied, own = shutil.copytree(places, tmp_path / "bases"), {"img_size": 32, "act_layer": "relu"}
+    tower = timm.create_model("test_vit", **own)
+    save_file(tower.state_dict(), copied / "timm" / "model.safetensors")
+    known = {**tower.pretrained_cfg, "input_size": [3, 32, 32]}
+    content = {"architecture": known.pop("architecture"), "model_args": own, "pretrained_cfg": known}
+    (copied / "timm" / "config.json").write_text(json.dumps(content))
+    model, processor = composed(copied, "timm")
+    model.save_pretrained(tmp_path / "whole", include_base=True)
+    processor.save_pretrained(tmp_path / "whole")
+    shutil.rmtree(copied)
+    again, _ = zoo.load(f"dir:{tmp_path / 'whole'}", device="cpu")
+    assert torch.equal(answers(again, processor), answers(model, processor))
 
 
 def test_a_whole_folder_says_what_it_still_needs(places, tmp_path, monkeypatch):

@@ -121,6 +121,8 @@ def _maps(encoder: Any, given: Mapping[str, Any], requested: frozenset[str]) -> 
 
 def _timm(encoder: Any, given: Mapping[str, Any], requested: frozenset[str]) -> dict[str, Any] | None:
     """Describe an encoder of timm by the name of its architecture, where that builds the same."""
+    if (_stated("timm", given).get("model_args") or {}).keys() - {"img_size"}:  # an activation, which no shape shows
+        return None
     known = encoder.runner.tower.pretrained_cfg
     name = ".".join(part for part in (known.get("architecture"), known.get("tag")) if part)
     node = {**given, "model": name, "checkpoint": "", "revision": "", "image_size": encoder.own_size[0]}
@@ -131,15 +133,19 @@ def _described(
     library: str, encoder: Any, given: Mapping[str, Any], requested: frozenset[str]
 ) -> dict[str, Any] | None:
     """Describe an encoder of timm or open_clip by the config of its checkpoint."""
+    stated = _stated(library, given)
+    node = {**given, "model": "", "checkpoint": "", "revision": "", "architecture": stated}
+    return node if stated and _builds(node, encoder, requested) else None
+
+
+def _stated(library: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the config of an encoder's checkpoint; empty: timm knows it by its name."""
     from zoo.vision.encoders import open_clip, timm
 
     options = {k: v for k, v in _options(given).items() if k != "preset"}
     if library == "timm":
-        told = timm.description(timm.TimmVisionConfig(**options))
-    else:
-        told = open_clip.description(open_clip.OpenClipVisionConfig(**options))
-    node = {**given, "model": "", "checkpoint": "", "revision": "", "architecture": told}
-    return node if told and _builds(node, encoder, requested) else None
+        return timm.description(timm.TimmVisionConfig(**options))
+    return open_clip.description(open_clip.OpenClipVisionConfig(**options))
 
 
 def _pixels(encoder: Any) -> dict[str, Any]:
