@@ -420,25 +420,36 @@ def test_a_flat_config_of_old_repositories_is_read(tmp_path):
     torch.testing.assert_close(got, theirs(**batch).logits[mask], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tie", [True, False])
 @torch.no_grad()
-def test_a_repository_of_paddleocr_is_read_with_its_flat_config_and_weights_that_no_model_has(tmp_path):
-    theirs, processor = made(
-        "paddleocr_vl", tmp_path, tie=True
-    )  # tied: transformers ties whatever a flat config states
+def test_a_repository_of_paddleocr_is_read_with_its_flat_config_and_weights_that_no_model_has(tmp_path, tie):
+    theirs, processor = made("paddleocr_vl", tmp_path, tie)
     content = json.loads((tmp_path / "config.json").read_text())
-    content |= {**content.pop("text_config"), "model_type": "paddleocr_vl"}
+    content |= {**content.pop("text_config"), "model_type": "paddleocr_vl", "tie_word_embeddings": tie}
     content["vision_config"]["model_type"] = "paddleocr_vl"
     (tmp_path / "config.json").write_text(json.dumps(content))
     held = load_file(tmp_path / "model.safetensors")
     spare = ("head.probe", "embeddings.packing_position_embedding.weight")
     save_file({**held, **{f"visual.vision_model.{n}": torch.zeros(3) for n in spare}}, tmp_path / "model.safetensors")
-    assert {name.split(".")[0] for name in held} == {"visual", "mlp_AR", "model"}
+    assert {name.split(".")[0] for name in held} == {"visual", "mlp_AR", "model", *["lm_head"] * (not tie)}
     ours, mine = zoo.load(f"dir:{tmp_path}")
     mine.tokenizer.padding_side = "left"
     batch = asked(processor, prompts(processor))
     mask = batch["attention_mask"].bool()
     got = ours(**mine(images=PHOTOS, text=prompts(mine))).logits[mask]
     torch.testing.assert_close(got, theirs(**batch).logits[mask], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_statistics_of_pixels_may_be_one_number(tmp_path):
+    _, processor = made("glm4v", tmp_path)
+    processor.image_processor.image_mean, processor.image_processor.image_std = 0.5, 0.25
+    processor.save_pretrained(tmp_path)
+    model, mine = zoo.load(f"dir:{tmp_path}")
+    assert model.vision.transform.mean == (0.5, 0.5, 0.5) and model.vision.transform.std == (0.25, 0.25, 0.25)
+    texts = prompts(processor)[2:]
+    batch = processor(images=PHOTOS[2:], text=texts, return_tensors="pt")
+    assert torch.equal(mine(images=PHOTOS[2:], text=texts)["pixel_values"], batch["pixel_values"])
 
 
 @torch.no_grad()

@@ -101,7 +101,12 @@ def _parsed(text: str) -> Any:
 
     content = json.loads(text)
     with errors_alone():  # it finds positions of three axes odd in PaddleOCR-VL's
-        return CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    if (
+        content.get("tie_word_embeddings") is False and "text_config" not in content
+    ):  # of PaddleOCR-VL it takes a default
+        config.tie_word_embeddings = False
+    return config
 
 
 def llm_slot(text: Any, tie: bool) -> dict[str, Any]:

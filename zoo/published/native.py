@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from zoo.published.encoders import Encoder
-from zoo.published.family import Family, different, layout_misfit, llm_slot, text_options
+from zoo.published.family import Family, different, layout_misfit, llm_slot, statistics, text_options
 
 KEYS = (
     ("model.visual.", "vision.tower."),
@@ -100,9 +100,7 @@ def _vision_slot(name: str, vision: Any, text_width: int, pixels: Mapping[str, A
     for ours, theirs in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if isinstance(value := size.get(theirs), int):
             node[ours] = value // frames_counted(known.images)
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if pixels.get(theirs):
-            node[ours] = [float(v) for v in pixels[theirs]]
+    node |= {name: value for name, value in statistics(pixels).items() if name in ("mean", "std")}
     extra = different(vision, config_from_sizes(QwenVisionConfig(**node)), but=set())
     return {"name": "qwen_vision", **node, "extra": extra}
 
