@@ -47,6 +47,7 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+    os.fsync = lambda _: None  # as in tests/killed_runs.py; a run of five steps waits 59 times
     gc.freeze()  # what was imported so far is not looked through again
 
 

@@ -23,11 +23,12 @@ from zoo.training.loop import Run
 # The rate is high, so that a gradient that is half of what it should be is seen; qwen3 has norms of heads.
 STAGES = {"a": "steps: 3, batch_size: 8, checkpoint_every: 1, lr: 0.01, clip: 0.5, gradient_checkpointing: true"}
 QWEN = ["llm.model_type=qwen3", "llm.num_kv_heads=2"]
+FEW = "data.scenes.questions={exist: 1, color: 1, shape: 0, size: 0, count: 0, relation: 0, box: 1}"
 
 
 def test_layers_in_halves_train_answer_and_are_saved_as_whole_ones(tmp_path):
     """On two processes; a checkpoint of them goes on on four, where FSDP2 divides further."""
-    words = [*recipe(tmp_path, STAGES), *QWEN]
+    words = [*recipe(tmp_path, STAGES), *QWEN, FEW]
     alone = Run(config([*words, f"run.folder={tmp_path / 'one'}"]))
     alone.train()
     with killed_runs.served():

@@ -30,7 +30,7 @@ def watched(how: str) -> None:
         return
     if how == "fail" and rank == 1:
         watch.stop(failed=True)
-        time.sleep(3)  # an error whose process does not end at once
+        time.sleep(1)  # an error whose process does not end at once
         sys.exit(3)
     if rank == (0 if how == "first" else 1):
         os.kill(os.getpid(), signal.SIGKILL if how != "hang" else signal.SIGSTOP)
