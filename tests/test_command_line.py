@@ -298,3 +298,14 @@ def test_the_json_of_a_bench_is_a_file(monkeypatch, tmp_path):
     for words in (["--json", "x.json"], ["--json=x.json"], ["json=x.json"]):
         assert main(["bench", "train", *words]) == 0
     assert list(map(str, files)) == 3 * ["x.json"]
+
+
+def test_fixes_in_json_are_words_to_append(monkeypatch, capsys):
+    from zoo.checking.checker import RefusedError
+    from zoo.checking.fixes import AND
+
+    def refused(cfg):
+        raise RefusedError("It does not fit.", ["pruner=null", f"pruner.x.score=y{AND}projector=mlp"])
+
+    monkeypatch.setattr(entry.Command, "load", lambda self: refused)
+    assert answered(capsys, "check", "--json")[1]["fixes"] == ["pruner=null", "pruner.x.score=y projector=mlp"]

@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if with_json:
             fixes = getattr(error, "fixes", None)  # of a composition that was refused
             why = str(error) if fixes is None else getattr(error, "reason", str(error))
+            fixes = fixes and [fix.replace("\n", " ") for fix in fixes]  # of two overrides, as they are typed
             write_answer(name, 2, {"error": why} if fixes is None else {"error": why, "fixes": fixes})
         return 2
     except KeyboardInterrupt:
