@@ -16,6 +16,8 @@ from zoo.settings.overrides import prepare
 from zoo.settings.schema import CONFIG_NAME, SECTIONS, RunRoot
 from zoo.settings.stage import MASTER_WEIGHTS, PRECISIONS
 
+_UNREAD = ("hydra/help", "hydra/hydra_help")  # texts of Hydra's own --help: to parse them takes a tenth of composing
+
 
 def store_schema() -> None:
     """Store the root schema in Hydra, once: making it takes about 20 ms, and Hydra copies what it reads."""
@@ -59,7 +61,8 @@ def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: st
         from hydra import compose as hydra_compose
 
         with hydra_of_its_own(config_dir):
-            cfg = hydra_compose(CONFIG_NAME, prepared)
+            unread = [f"~{group}" for group in _UNREAD if not any(line.startswith(group) for line in prepared)]
+            cfg = hydra_compose(CONFIG_NAME, [*unread, *prepared])
         validate(cfg)
     # As an attribute and not in the content, so that config.yaml does not contain it.
     cfg.__dict__["_typed"] = Typed(command, tuple(overrides), config_dir)
