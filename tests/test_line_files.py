@@ -94,6 +94,13 @@ def test_goes_on_at_its_row_whatever_the_workers(pattern, workers):
     assert ids(Loader(batches(data, start=3, streams=streams, workers=workers))) == ids(one[3:])
 
 
+@pytest.mark.parametrize("lane", [[5, 0], [1, 4]])
+def test_a_stream_with_less_than_when_a_run_stopped_is_refused(pattern, lane):
+    place = {"epoch": 0, "drawn": 1, "lanes": [lane]}  # of a sixth file, and of more rows than the second one has
+    with pytest.raises(ZooError, match=r"Data 'rows' has fewer shards or rows than when this run was stopped"):
+        stream(pattern).order("rows", 4, place)
+
+
 def test_the_first_rows_only(pattern):
     for options in ({}, {"shuffle_buffer": 4}):
         data = stream(pattern, limit=22, **options)

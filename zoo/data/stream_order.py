@@ -124,6 +124,8 @@ class Lanes:
         self.most = min(lanes, size)
         self.epoch, self.drawn = place.get("epoch", 0), place.get("drawn", 0)
         self.lanes = [list(lane) for lane in place.get("lanes", [])]  # of each: shard, and rows of it that were taken
+        if any(shard >= len(lengths) or taken > lengths[shard] for shard, taken in self.lanes):
+            raise ZooError(f"Data {name!r} has fewer shards or rows than when this run was stopped: it cannot go on.")
         self._order = self._shards(self.epoch)
         self._step = -1
         self._open: dict[int, tuple[Iterator[StreamRow], int]] = {}  # shard -> its rows, how many were read here

@@ -49,8 +49,8 @@ def whole_weights(accelerator: Any, model: Any, folder: RunFolder) -> Iterator[d
             pass
 
     def write() -> None:
-        remove(file)
         try:
+            remove(file)
             with folder.writing("the model"):
                 write_parts(file, parts, values)
         finally:
