@@ -61,7 +61,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_weights(tmp_path, method):
         pass
 
     run = Run(config(recipe(tmp_path / "b", STAGES), *words(method, tmp_path / "b" / "run")))
-    stop = {2, 4, 6}
+    stop = {2, 4, 6} if method == "adalora" else {2, 4}  # whose ranks change between the two; the others only go on
     while stop:
         inner = run._save
 
