@@ -51,6 +51,13 @@ def _one_thread():
     gc.freeze()  # what was imported so far is not looked through again
 
 
+@pytest.fixture(scope="module")
+def frozen():
+    """For modules whose work begins with collections: what other tests left is not looked through for each of them."""
+    gc.collect()
+    gc.freeze()
+
+
 def forget_plugins():
     """Make this process one that has loaded no plugin."""
     from zoo.registry import plugins

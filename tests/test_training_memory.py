@@ -1,6 +1,5 @@
 """The memory that the check states for training, against what two steps of the same stage take."""
 
-import gc
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from zoo.checking.plan import plan_from
 from zoo.cli.check_command import add_batches
 from zoo.settings.config import compose
 
+pytestmark = pytest.mark.usefixtures("frozen")
 LLM = {"hidden_size": 48, "num_layers": 4, "num_heads": 3, "intermediate_size": 128}
 LORA = {"adapter": {"lora": {"name": "lora"}}}
 VLORA = {"projector": None, "adapter": {"vlora": {"name": "vlora", "width": 32, "rank": 4, "depth": 2}}}
@@ -32,13 +32,6 @@ CASES = {
     "experts": bench.Recipe({"precision": "bf16"}, MOE),
     "a chunked loss": bench.Recipe({"precision": "bf16"}, vocab=20_000, labels=100),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """What other tests left is not looked through for each case, which begins with a collection."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
