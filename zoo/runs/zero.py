@@ -188,7 +188,12 @@ def reduce_in_order(zero: Any) -> None:
 
     if not zero.partition_gradients:  # stage 1, which goes through all weights behind the last pass
         reduce = zero.reduce_gradients
-        zero.reduce_gradients = lambda **options: (filled(), reduce(**options))
+
+        def all_of_a_step(**options: Any) -> None:
+            filled()
+            reduce(**options)
+
+        zero.reduce_gradients = all_of_a_step
         return
     take, finish = zero.process_gradients, zero.overlapping_partition_gradients_reduce_epilogue
 
