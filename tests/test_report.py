@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -84,6 +85,14 @@ def test_a_row_for_each_run_named_by_what_was_changed(place, capsys):
     assert "failed" in words and "20/50" in words and "waiting" in words and "1.6 M" in words
     assert "3 failed: The loss 'answer' is nan at step 21" in words and "zoo train resume=" in words
     assert len(summaries([place])) == 4, "`last` is no run of its own"
+
+
+def test_commands_name_folders_as_a_shell_takes_them(place, capsys):
+    moved = place.rename(place.with_name(f"{place.name} über uns"))
+    main([str(moved)])
+    out = capsys.readouterr().out
+    (command,) = [line for line in out.splitlines() if "zoo train resume=" in line]
+    assert str(moved) in shlex.split(command)[-1]
 
 
 def test_what_is_equal_is_said_once(place, capsys):

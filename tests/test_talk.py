@@ -32,6 +32,12 @@ def test_chat_is_generate_on_the_chat_template(llava):
     assert answer == expected == "".join(pieces).strip()
 
 
+def test_a_list_is_not_one_image(llava):
+    folder, model, _ = llava
+    with pytest.raises(ZooError, match="takes one image, got a list"):
+        model.chat("which is red?", image=[folder / "photo.png"] * 2)
+
+
 def test_turns_are_remembered_and_images_prepared_once(llava, monkeypatch):
     folder, model, processor = llava
     talk = Talk(model)

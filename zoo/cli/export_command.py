@@ -1,6 +1,7 @@
 """`zoo export MODEL [OUT]`: write a model for other programs, or whole for zoo on another machine."""
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -94,7 +95,7 @@ def _write(model: Any, processor: Any, folder: Path, args: Any, facts: Any) -> N
             else:
                 export(model, processor, folder, family=args.family, max_shard_size=size, card=facts)
         except ZooError as error:
-            hint = f"As it is, for zoo on another machine: zoo export {args.model} --format safetensors"
+            hint = f"As it is, for zoo on another machine: zoo export {shlex.quote(args.model)} --format safetensors"
             raise ZooError(f"{error}\n{hint}") from error
     if gone := [adapter for adapter in merged if adapter not in model.adapter]:
         print(f"Merged into the language model: {', '.join(gone)}.")

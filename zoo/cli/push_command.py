@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -101,7 +102,9 @@ def folder_of(name: str, typed: str) -> Path:
     folder = Path(str(package_files("zoo.model_cards"))) / name
     if re.fullmatch(r"\w+", name) and (folder / "config.json").is_file():
         return folder
-    raise ZooError(f"{typed!r} is not a folder with a model: write it to one first, zoo export {typed} OUT.")
+    raise ZooError(
+        f"{typed!r} is not a folder with a model: write it to one first, zoo export {shlex.quote(typed)} OUT."
+    )
 
 
 def parcel_of(folder: Path, repository: str) -> Parcel:
@@ -149,7 +152,8 @@ def _require_no_local_base(config: Any, folder: Path) -> None:
         if _is_path(place) and not entry.get("whole"):
             raise ZooError(
                 f"The weights of {part} are in {place!r}, a folder of this machine, and the model holds what differs. "
-                f"Write all of it first: zoo export dir:{folder} OUT --format safetensors; then zoo push OUT."
+                f"Write all of it first: zoo export {shlex.quote(f'dir:{folder}')} OUT --format safetensors; then "
+                "zoo push OUT."
             )
 
 

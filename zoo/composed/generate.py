@@ -244,6 +244,10 @@ class GenerateMixin(nn.Module):
         """
         from zoo.composed.chat_session import Talk
 
+        if isinstance(image, list | tuple):
+            raise ZooError(
+                f"chat(image=) takes one image, got a {type(image).__name__}. Several go beside it: images=."
+            )
         shown = [*([image] if image is not None else []), *images]
         return Talk(self).say(text, shown, [video] if video is not None else [], **options)
 

@@ -7,6 +7,7 @@ the table. Runs that are under way, failed or were stopped are in it with the fi
 import csv
 import io
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def _remarks(found: Sequence[Summary]) -> None:
         if run.state == "failed":
             say(f"{number} failed: {printable(run.error)}", subsequent="  ")
         if run.state in ("failed", "stopped"):
-            say(f"  to go on: zoo train resume={_near(run.path)}", None)
+            say(f"  to go on: zoo train resume={shlex.quote(_near(run.path))}", None)
     say()
 
 

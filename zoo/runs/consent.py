@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -60,7 +61,7 @@ def agreed(run: Path, wanted: Iterable[str]) -> dict[str, str]:
         raise ZooError(
             f"The run {str(run)!r} asks for the plugins {', '.join(map(repr, unknown))}. That is code, and this run "
             "was not started with it here. If you trust it, name it: "
-            f"zoo train resume={run} plugins=[{','.join(unknown)}]."
+            f"zoo train resume={shlex.quote(str(run))} plugins=[{','.join(unknown)}]."
         )
     return {name: known[name] for name in absent}
 

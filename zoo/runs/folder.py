@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -129,7 +130,7 @@ class RunFolder:
             there = self.list_checkpoints()
             whole = f"The checkpoint {there[-1].name} is whole" if there else "What was there before is whole"
             raise WriteError(
-                f"{error} {whole}; when there is room again, zoo train resume={self.path} goes on."
+                f"{error} {whole}; when there is room again, zoo train resume={shlex.quote(str(self.path))} goes on."
             ) from error.__cause__
 
     # ---- checkpoints -------------------------------------------------------------------------------------------

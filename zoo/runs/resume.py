@@ -4,6 +4,7 @@ A run resumes from its newest checkpoint with correct hashes. If it was stopped 
 scoring are repeated.
 """
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -137,7 +138,8 @@ def _require_start(folder: RunFolder, damaged: dict[Path, str]) -> None:
     if folder.has_model:
         raise ZooError(
             f"The run {str(folder.path)!r} has its model but no checkpoint, so it would train from the start. Score "
-            f"the model with zoo eval model=dir:{folder.path}, or remove {str(folder.model)!r} to train again."
+            f"the model with zoo eval model=dir:{shlex.quote(str(folder.path))}, or remove {str(folder.model)!r} to "
+            "train again."
         )
 
 

@@ -5,6 +5,7 @@ stored as a preset with typed options, so that `pruner=...` and other overrides 
 """
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -120,7 +121,7 @@ def content_of(folder: Path, asked: str) -> tuple[Path, dict[str, Any]]:
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         raise ZooError(
             f"model {asked!r}: the run in this folder has not saved its model yet. If it was stopped, "
-            f"zoo train resume={folder} goes on to the end."
+            f"zoo train resume={shlex.quote(str(folder))} goes on to the end."
         )
     raise ZooError(
         f"model {asked!r}: the folder holds no saved model (a config.json with the key 'slots') and none of a "

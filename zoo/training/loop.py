@@ -6,6 +6,7 @@ scores.
 """
 
 import os
+import shlex
 import signal
 import threading
 import time
@@ -110,7 +111,7 @@ class Run:
         began = by_first(self.accelerator, lambda: self._begin(cfg))
         self.folder, self.progress, self.newest = RunFolder(began.path), began.progress, began.newest
         self.saver = Saver(self.accelerator, self.folder, KEEP)
-        self._go_on = f"zoo train resume={self.folder.path}"
+        self._go_on = f"zoo train resume={shlex.quote(str(self.folder.path))}"
         self._watch = Watch(self.accelerator, self._go_on)
         for note in began.notes:
             self.display.note(note)
