@@ -139,7 +139,7 @@ def train(name: str, steps: int, parallel: ParallelConfig) -> Trained:
     tokenizer = train_tokenizer([f"{q} {a}" for q, a in _WORDS], 320)
     model, processor = _model(this, tokenizer, seed=0)
     (rank, world), every = reader_of(accelerator), accelerator.num_processes
-    size = {"batch_size": 2 * PASSES, "accumulate": PASSES // world}
+    size: dict[str, Any] = {"batch_size": 2 * PASSES, "accumulate": PASSES // world}
     stage = Stage(steps=steps, train=list(this.train), lr=3e-4, warmup_ratio=0.0, **size, **this.stage)
     reseed(0, 0, -2)
     distiller = None if this.distiller is None else build_distiller(model, this.distiller)
