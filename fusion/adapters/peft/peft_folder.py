@@ -83,7 +83,7 @@ def _by_path(pattern: Mapping[str, Any], paths: Sequence[str], what: str) -> dic
     PEFT takes a key as a regular expression for the last parts of a name (`^`: the whole one), which is not run here.
     """
     found: dict[str, Any] = {}
-    for key, value in reversed(pattern.items()):
+    for key, value in reversed(list(pattern.items())):
         name = re.sub(r"\\(\W)", r"\1", key.removeprefix("^").removesuffix("$"))
         if not re.fullmatch(r"[\w.-]+", name):
             raise ZooError(f"{what} has the regular expression {key!r}, which is not run: write names of modules.")
