@@ -26,12 +26,6 @@ def shorten(layer: nn.Module, name: str) -> None:
     layer.__class__ = _shorter(kind, name)
 
 
-def _empty(theirs: Any, name: str) -> Any:
-    """Make a layer without its state, for unpickling."""
-    kind: Any = _shorter(theirs, name)
-    return kind.__new__(kind)
-
-
 @cache
 def _shorter(theirs: Any, name: str) -> type:
     from peft.tuners.lora.layer import Linear
@@ -54,9 +48,6 @@ def _shorter(theirs: Any, name: str) -> type:
 
         def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
             return x if x is not None and _autocasts(x) else super()._cast_input_dtype(x, dtype)
-
-        def __reduce__(self) -> Any:
-            return _empty, (theirs, name), self.__dict__
 
     Shorter.__name__, Shorter.__qualname__, Shorter.__module__ = theirs.__name__, theirs.__qualname__, theirs.__module__
     return Shorter
