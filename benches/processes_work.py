@@ -75,7 +75,7 @@ def _peft(method: str, **options: Any) -> Composition:
 _EXPERTS = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
 _VLORA = {"name": "vlora", "rank": 4, "skip": 1, "width": 16, "depth": 2, "num_heads": 2}
 _ALL = ("projector", "llm")
-_PEFT: dict[str, dict[str, Any]] = {
+PEFT: dict[str, dict[str, Any]] = {  # method -> options of a size for tiny models
     "boft": {"boft_block_size": 4},
     "dora": {"r": 4},
     "fourierft": {"n_frequency": 20},
@@ -99,7 +99,7 @@ COMPOSITIONS: dict[str, Composition] = {
     "moextend": replace(_adapter("moextend", calibration_width=4, guard=True), llm=_EXPERTS),
     "upcycle": _adapter("upcycle"),
     "vlora": Composition({"projector": None, "adapter": {"vlora": _VLORA}}, train=("adapter",)),
-    **{f"peft {method}": _peft(method, **options) for method, options in _PEFT.items()},
+    **{f"peft {method}": _peft(method, **options) for method, options in PEFT.items()},
     "dense": Composition(
         train=("vision", "projector"), distiller={"name": "dense"}, stage={"loss_weights": {"answer": 0.0}}
     ),

@@ -3,6 +3,7 @@
 import torch
 
 from zoo import registry
+from zoo.benches.processes_work import PEFT
 from zoo.contracts.given import (  # noqa: F401  # the tests take them from here
     MOE,
     NO_GROUPS,
@@ -23,19 +24,9 @@ SMALL: dict[str, dict] = {"vlora": {"rank": 4, "skip": 1, "width": 16, "depth": 
 # Methods of PEFT with options of a size for tiny models, those that begin from data and on a schedule among them.
 PEFT_METHODS: dict[str, dict] = {
     "adalora": {"target_modules": ["q_proj", "v_proj"], "init_r": 4, "target_r": 2},
-    "boft": {"boft_block_size": 4},
     "corda": {"r": 4},
-    "dora": {"r": 4},
     "eva": {"r": 4},
-    "fourierft": {"n_frequency": 20},
-    "ia3": {"target_modules": ["k_proj", "o_proj"], "feedforward_modules": ["o_proj"]},
-    "ln_tuning": {"target_modules": ["input_layernorm"]},
-    "loha": {"r": 2},
-    "lokr": {"r": 2},
-    "oft": {"oft_block_size": 4},
-    "pissa": {"r": 4},
-    "rslora": {"r": 4, "target_modules": "all-linear"},
-    "vera": {"r": 4},
+    **PEFT,
 }
 
 
