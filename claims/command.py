@@ -82,7 +82,7 @@ def _seeds(claim: str, told: Experiment, options: Options, show: Callable[[str],
     for seed in range(options.first, options.first + options.seeds):
         show(f"{claim}: seed {seed}")
         head = {"claim": claim, "seed": seed, "share": options.share, "threads": options.threads}
-        head |= {"torch": torch.__version__, "code": source_hash()}
+        head |= {"torch": torch.__version__, "code": source_hash(claim)}
         file = RowFile(Path(options.rows) / f"{claim}-{seed}.jsonl" if options.rows else None, head, show)
         one = Run(seed, options.share, show, file)
         if not file.whole:

@@ -4,6 +4,7 @@ A run that was killed goes on behind the last arm whose rows are in its file. Nu
 arm is trained from its own seed, and where arms draw from one stream the state of the stream is kept with the rows.
 """
 
+import ast
 import base64
 import hashlib
 import json
@@ -21,6 +22,7 @@ from zoo.benches.report import Row, short
 
 Numbers = Mapping[str, float]  # name of a row -> its number
 T = TypeVar("T")
+_PACKAGE = "zoo.claims"
 
 
 @dataclass(frozen=True)
@@ -224,10 +226,27 @@ def over_seeds(runs: Sequence[Run]) -> dict[str, list[float]]:
     return {name: [run.found[name] for run in runs] for name in runs[0].found}
 
 
-def source_hash() -> str:
-    """What the code of all claims is: rows of two states of it do not mix."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+def source_hash(claim: str) -> str:
+    """What the code of a claim is, and of the files of this folder that it imports: rows of two states do not mix."""
+    wanted, found = {claim, Path(__file__).stem}, dict[str, bytes]()
+    while wanted:
+        name = wanted.pop()
+        found[name] = Path(__file__).with_name(f"{name}.py").read_bytes()
+        wanted |= _imported(found[name]) - found.keys()
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+
+
+def _imported(code: bytes) -> set[str]:
+    """Names of the files of this folder that code imports."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, _, name = node.module.rpartition(".")
+            if package == _PACKAGE:
+                names.add(name)
+            elif node.module == _PACKAGE:
+                names |= {alias.name for alias in node.names}
+    return names
 
 
 def _rest(key: str, arm: str) -> str:

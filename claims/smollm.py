@@ -137,4 +137,6 @@ def _word(value: Any) -> str:
         return "{" + ",".join(f"{key}: {_word(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(_word, value)) + "]"
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -29,7 +29,10 @@ SAME = "logits of text, same to the bit"
 def measure(run: Run) -> None:
     """Train every arm on the frozen model, and compare what it makes of text with what the base makes of it."""
     for name, (words, part) in run.arms(ARMS):
-        stages = {"learn": {"steps": STEPS, "train": [part], "lr": 1e-3 if part == "projector" else 5e-4}}
+        learn: dict[str, Any] = {"steps": STEPS, "train": [part], "lr": 1e-3}
+        if part == "adapter":  # weights that change with the image are those of a whole row: one sample in each
+            learn |= {"lr": 5e-4, "pack_length": None}
+        stages = {"learn": learn}
         folder = trained(run, name, [LLM, *ENCODER, *words, *DATA], stages)
         model, processor = loaded(folder)
         found = scores(run, model, processor, DATA, TEST, baselines=part == "projector")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import zoo
 from tests.pretrained_builders import SPECIAL, TEMPLATE, package, theirs, tiny_gguf, vocabulary
@@ -23,6 +24,7 @@ from zoo.pretrained import converted, origin
 from zoo.pretrained.known import KNOWN
 from zoo.pretrained.origin import digest, folder_of, origin_of
 from zoo.registry import ZooError, completed
+from zoo.storage.safetensors_file import header_of
 from zoo.text.tokenizer import load_tokenizer
 from zoo.text.tokenizer_files import read_tokenizer
 
@@ -98,6 +100,27 @@ def test_it_is_converted_once_and_read_only(tmp_path, capsys):
     assert folder_of(str(file)) != str(folder)
 
 
+def test_data_begin_at_a_line_of_the_cache(tmp_path, monkeypatch):
+    """Numbers, names and texts of the header stay; a file that is aligned is left as it is."""
+    file = tmp_path / "model.safetensors"
+    for more in range(9):
+        tensors = {"a" * (more + 1): torch.randn(3, 5), "b": torch.arange(7)}
+        save_file(tensors, file, metadata={"format": "pt"})
+        converted.align(file)
+        with safe_open(file, framework="pt") as read:
+            assert read.metadata() == {"format": "pt"}
+            assert all(torch.equal(read.get_tensor(name), value) for name, value in tensors.items())
+        assert header_of(file)[1] % 64 == 0
+        assert [path.name for path in tmp_path.iterdir()] == [file.name]
+        written = file.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(converted.shutil, "copyfileobj", None)
+            converted.align(file)
+        assert file.read_bytes() == written
+    folder = folder_of(str(tiny_gguf(tmp_path / "tiny.gguf")))
+    assert header_of(Path(folder) / "model.safetensors")[1] % 64 == 0
+
+
 @pytest.mark.parametrize("harm", ["cut", "gone", "no record"])
 def test_a_cache_that_is_not_whole_is_written_anew(tmp_path, harm):
     file = tiny_gguf(tmp_path / "tiny.gguf")
@@ -133,7 +156,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_several_processes_convert_once(tmp_path, monkeypatch):
     """The second waits for the first, and reads what it wrote."""
     source, log = tmp_path / "weights.bin", tmp_path / "log"
-    source.write_bytes(b"weights")
+    save_file({"weights": torch.arange(8)}, source)
 
     def slowly(file: Path, folder: Path) -> None:
         with log.open("a") as lines:
@@ -141,8 +164,8 @@ def test_several_processes_convert_once(tmp_path, monkeypatch):
         time.sleep(0.3)
         (folder / "model.safetensors").write_bytes(file.read_bytes())
 
-    def read(_: int) -> bytes:
-        return (converted.converted(source, digest(source), "gguf_file") / "model.safetensors").read_bytes()
+    def read(_: int) -> torch.Tensor:
+        return load_file(converted.converted(source, digest(source), "gguf_file") / "model.safetensors")["weights"]
 
     monkeypatch.setattr("zoo.pretrained.gguf_file.convert", slowly)
     processes = [multiprocessing.get_context("fork").Process(target=read, args=(i,)) for i in range(4)]
@@ -151,7 +174,7 @@ def test_several_processes_convert_once(tmp_path, monkeypatch):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert read(0) == b"weights" and len(log.read_text().splitlines()) == 1
+    assert torch.equal(read(0), torch.arange(8)) and len(log.read_text().splitlines()) == 1
 
 
 def test_the_tokenizer_of_a_gguf_file_is_its_own(tmp_path):

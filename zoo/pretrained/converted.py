@@ -7,6 +7,7 @@ Several processes may ask at once: the first converts, the others wait.
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -23,9 +24,11 @@ from zoo.pretrained.cache import RECORD, cache
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_object
 from zoo.storage.atomic import write_json, writing, written_beside
+from zoo.storage.safetensors_file import header_of
 from zoo.storage.weights import fingerprint, library_versions
 
-VERSION = 1  # of the converters: raised when one of them writes something else
+VERSION = 2  # of the converters and of what is done behind them: raised when something else is written
+_LINE = 64  # bytes of a cache line
 
 
 def converted(file: Path, sha256: str, converter: str) -> Path:
@@ -69,6 +72,8 @@ def _write(file: Path, sha256: str, converter: str, folder: Path) -> None:
     with written_beside(folder, folder=True) as beside:
         with _by_itself():
             convert(file, beside)
+        for weights in beside.glob("*.safetensors"):
+            align(weights)
         write_json(
             beside / RECORD,
             {
@@ -82,6 +87,23 @@ def _write(file: Path, sha256: str, converter: str, folder: Path) -> None:
         )
         for path in beside.iterdir():
             path.chmod(0o444)
+
+
+def align(file: Path) -> None:
+    """Let the data of a safetensors file begin at a multiple of 64 bytes, by spaces behind its header.
+
+    The library aligns to 8. Parameters are maps of the file, and products with a matrix that begins within a line of
+    the processor's cache take longer: a decoded token of SmolLM2-135M in float32 by 3 to 4 %.
+    """
+    _, begin, _ = header_of(file)
+    if not (spaces := -begin % _LINE):
+        return
+    beside = file.with_name(f"{file.name}.aligned")
+    with file.open("rb") as source, beside.open("wb") as target:
+        source.seek(8)
+        target.write((begin - 8 + spaces).to_bytes(8, "little") + source.read(begin - 8) + b" " * spaces)
+        shutil.copyfileobj(source, target, 1 << 24)
+    beside.replace(file)
 
 
 @contextlib.contextmanager
