@@ -59,16 +59,7 @@ def trained(run: Run, name: str, words: Sequence[str], stages: Mapping[str, Mapp
     if (folder / "config.yaml").is_file():
         cfg = compose("train", [f"resume={folder}"])
     else:
-        nodes = {stage: {**STAGE, **options} for stage, options in stages.items()}
-        for node in nodes.values():
-            node["steps"] = run.steps(node["steps"])
-            if run.share < 0.1:
-                node |= {"batch_size": 2, "accumulate": 1}
-        stated = [
-            f"+stages.{stage}.{key}={_word(value)}" for stage, node in nodes.items() for key, value in node.items()
-        ]
-        own = [f"run.folder={folder}", f"seed={run.seed}", "precision=bf16", "recipe=null", *words, *stated]
-        cfg = compose("train", own)
+        cfg = compose("train", [f"run.folder={folder}", *words, *options_of(run, stages)])
     with Training(cfg, Display(silent=True)) as training:
         begun, done = time.process_time(), training.progress.global_step
         training.train()
@@ -76,6 +67,18 @@ def trained(run: Run, name: str, words: Sequence[str], stages: Mapping[str, Mapp
             (folder / COST).write_text(json.dumps((time.process_time() - begun) / steps), encoding="utf-8")
         save_model(training)
     return folder / "model"
+
+
+def options_of(run: Run, stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the options of `zoo train` for the stages of an arm, as `trained` takes them."""
+    words = [f"seed={run.seed}", "precision=bf16", "recipe=null"]
+    for stage, options in stages.items():
+        node = {**STAGE, **options}
+        node["steps"] = run.steps(node["steps"])
+        if run.share < 0.1:
+            node |= {"batch_size": 2, "accumulate": 1}
+        words += [f"+stages.{stage}.{key}={_word(value)}" for key, value in node.items()]
+    return words
 
 
 def seconds_of_a_step(folder: Path) -> float:
