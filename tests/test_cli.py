@@ -245,6 +245,15 @@ def test_list_and_info(capsys):
     assert "override /vision:" in out
 
 
+def test_a_word_is_found_anywhere_in_a_name(capsys):
+    assert main(["list", "llava_kd"]) == 0
+    found = capsys.readouterr().out
+    assert main(["list", "*llava_kd*"]) == 0
+    assert capsys.readouterr().out == found and "distiller\n" in found and "llava_kd_tiny" in found
+    assert main(["list", "model", "kd_tiny"]) == 0
+    assert "llava_kd_tiny" in capsys.readouterr().out
+
+
 def test_list_and_info_know_a_plugin(tmp_path, capsys):
     assert main(["new", "pruner", "informed"]) == 0
     assert "zoo info pruner/informed plugins=[./informed.py]" in capsys.readouterr().out

@@ -47,7 +47,7 @@ def list_main(words: Sequence[str]) -> Answer:
         json=True,
         more=f"Kinds: {', '.join(NOUNS)}.",
     )
-    parser.add_argument("name", nargs="*", metavar="kind, pattern", help="what to list; without any, everything")
+    parser.add_argument("name", nargs="*", metavar="kind, pattern", help="what to list (a word is anywhere in a name); nothing: all")
     parser.add_argument("--where", default="", metavar="X", help="models that fit: 'params<1B and license=mit'")
     parser.add_argument("--sort", default="", metavar="FACT", help=f"order models by {', '.join(FIELDS)}")
     parser.add_argument("--reverse", action="store_true", help="the largest first")
@@ -109,10 +109,16 @@ def _asked(words: Sequence[str]) -> tuple[Sequence[str], str]:
     if not words:
         return NOUNS, "*"
     if words[0] in NOUNS:
-        return (words[0],), words[1] if len(words) > 1 else "*"
-    if len(words) == 1 and any(c in words[0] for c in "*?["):
-        return NOUNS, words[0]
+        return (words[0],), _pattern(words[1]) if len(words) > 1 else "*"
+    pattern = _pattern(words[0])
+    if len(words) == 1 and (pattern == words[0] or any(_rows(noun, pattern) for noun in NOUNS)):
+        return NOUNS, pattern
     raise unknown_kind("kind", words[0], NOUNS)
+
+
+def _pattern(word: str) -> str:
+    """Return the pattern of a word: without wildcards it may be anywhere in a name."""
+    return word if any(c in word for c in "*?[") else f"*{word}*"
 
 
 def _with_weights(nouns: Sequence[str]) -> Sequence[str]:
