@@ -47,7 +47,9 @@ def list_main(words: Sequence[str]) -> Answer:
         json=True,
         more=f"Kinds: {', '.join(NOUNS)}.",
     )
-    parser.add_argument("name", nargs="*", metavar="kind, pattern", help="what to list (a word is anywhere in a name); nothing: all")
+    parser.add_argument(
+        "name", nargs="*", metavar="kind, pattern", help="what to list (a word is anywhere in a name); nothing: all"
+    )
     parser.add_argument("--where", default="", metavar="X", help="models that fit: 'params<1B and license=mit'")
     parser.add_argument("--sort", default="", metavar="FACT", help=f"order models by {', '.join(FIELDS)}")
     parser.add_argument("--reverse", action="store_true", help="the largest first")
