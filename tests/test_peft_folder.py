@@ -119,6 +119,31 @@ def test_it_may_be_put_into_a_model_that_is_saved(base, tmp_path):
     assert torch.equal(logits(again), logits(model)) and not torch.equal(logits(again), logits(bare))
 
 
+def test_it_may_be_a_repository_of_the_hub(base, tmp_path, monkeypatch):
+    """In its cache, in two commits; nothing can be reached here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--adapter"
+    folders = []
+    for commit, method in (("a", "lora"), ("b", "loha")):
+        (repository / "snapshots").mkdir(parents=True, exist_ok=True)
+        folders.append(written(base, METHODS[method], repository / "snapshots" / (commit * 40)))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    for folder, words in zip(folders, ([], [f"adapter.peft.revision={'b' * 40}"]), strict=True):
+        model, _ = composed(base, "org/adapter", *words)
+        assert torch.equal(logits(model), logits(composed(base, folder)[0]))
+        model.save_pretrained(tmp_path / "saved")
+        config = (tmp_path / "saved" / "config.json").read_text()
+        assert "org/adapter" not in config and "b" * 40 not in config  # a saved model has the weights
+    for words, why in {
+        ("org/other",): "there is no folder 'org/other' here. The hub repository 'org/other' is not in the cache",
+        (folders[0], "adapter.peft.revision=main"): "is of a hub repository, and .* is a folder",
+        ("", "adapter.peft.revision=main"): "name it, checkpoint=org/name",
+    }.items():
+        with pytest.raises(ZooError, match=why):
+            composed(base, *words)
+
+
 def test_a_base_of_another_name_is_noted(base, tmp_path):
     folder = written(base, METHODS["lora"], tmp_path / "adapter")
     change(folder, base_model_name_or_path="org/another_llama")

@@ -281,7 +281,8 @@ def snapshot(checkpoint: str, revision: str | None = None) -> Path | None:
 def local_folder(name: str | Path, revision: str | None = None, **hub: Any) -> Path:
     """Return the folder of a model: a local one as it is, a hub repository from the cache or downloaded.
 
-    Only configs, tokenizers, templates, cards and safetensors are fetched. `hub`: options of `snapshot_download`.
+    Only configs, tokenizers, templates, cards and safetensors are fetched, or what the option `allow_patterns` names.
+    `hub`: options of `snapshot_download`.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -290,13 +291,13 @@ def local_folder(name: str | Path, revision: str | None = None, **hub: Any) -> P
     from huggingface_hub import snapshot_download
 
     revision = require_revision(revision)
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"]
+    hub = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "*.model"], **hub}
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
+        return Path(snapshot_download(str(name), revision=revision, **hub))
     except Exception as error:  # offline, not found, no access: each raises its own class
         with suppress(Exception):  # huggingface_hub before 2.0 requests a list of files even if all are in the cache
             hub["local_files_only"] = True
-            return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, **hub))
+            return Path(snapshot_download(str(name), revision=revision, **hub))
         first = first_line(error)
         raise ZooError(
             f"The hub repository {str(name)!r} is not in the cache and cannot be fetched: {first}"

@@ -56,13 +56,17 @@ class PeftAdapterConfig:
     # Fields of PEFT's config class, as PEFT calls them: {r: 8, target_modules: [q_proj, v_proj]}.
     options: dict[str, Any] = field(default_factory=dict)
     batches: int = 8  # forward passes over the stage's batches whose activations eva and corda read
-    # folder that PEFT wrote (adapter_config.json, adapter_model.safetensors): method, options and weights are its own
+    # folder or hub repository that PEFT wrote (adapter_config.json, adapter_model.safetensors): method, options and
+    # weights are its own
     checkpoint: str = ""
+    revision: str = ""  # branch, tag or commit of the repository
 
     def __post_init__(self) -> None:
         require_at_least(1, batches=self.batches)
+        if self.revision and not self.checkpoint:
+            raise ZooError(f"revision={self.revision} is of a hub repository: name it, checkpoint=org/name.")
         if self.checkpoint:
-            method, options, _ = peft_folder.described(self.checkpoint)
+            method, options, _ = peft_folder.described(self.folder)
             if (self.method, self.options) not in ((method, options), ("lora", {})):
                 raise ZooError(f"method and options come from checkpoint={self.checkpoint!r}: leave them out.")
             self.method, self.options = method, options
@@ -76,6 +80,11 @@ class PeftAdapterConfig:
                 f"{error} Or merge the adapter in {self.checkpoint!r} into its base with PEFT (merge_and_unload), and "
                 "name the result as llm.checkpoint."
             ) from None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of `checkpoint`, which is fetched where it is a repository of the hub."""
+        return peft_folder.folder_of(self.checkpoint, self.revision)
 
 
 @register("adapter", "peft")
@@ -105,7 +114,7 @@ class PeftAdapter(Adapter, nn.Module):
         self.losses = frozenset({LOSS}) if self.method.name == "adalora" else frozenset()
         self.notes = self._unreached()
         if config.checkpoint:
-            base = peft_folder.described(config.checkpoint)[2]
+            base = peft_folder.described(config.folder)[2]
             self.notes += peft_folder.base_note(base, llm.lm, config.checkpoint)
         self.merged = False  # for good
         self.beginning, self.budget = nn.ModuleDict(), None
@@ -133,7 +142,7 @@ class PeftAdapter(Adapter, nn.Module):
     def _read(self) -> None:
         """Read the weights of the folder that the options name, with the layers in."""
         if self.config.checkpoint and self.places is not None and not weights_follow():
-            peft_folder.read_into(self.places.made, NAME, self.config.checkpoint)
+            peft_folder.read_into(self.places.made, NAME, self.config.folder)
 
     def detach(self) -> None:
         """Put the modules back; the language model computes what it did before, bit for bit."""
@@ -177,7 +186,7 @@ class PeftAdapter(Adapter, nn.Module):
     def options_now(self, node: Mapping[str, Any]) -> dict[str, Any]:
         """Name the method and its options, and no folder: a saved model has the weights."""
         own = {"method": self.config.method, "options": self.config.options} if self.config.checkpoint else {}
-        return {k: v for k, v in node.items() if k != "checkpoint"} | own
+        return {k: v for k, v in node.items() if k not in ("checkpoint", "revision")} | own
 
     @torch.no_grad()
     def _take(self, values: Mapping[str, Tensor]) -> None:

@@ -16,21 +16,38 @@ from torch import Tensor
 from zoo.fusion.adapters.peft.methods import OWN
 from zoo.registry import ZooError, nearest
 from zoo.registry.foreign import read_object
+from zoo.storage.weights import local_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODULES = ("target_modules", "exclude_modules")
 _CAUSAL = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 
 
-def described(checkpoint: str) -> tuple[str, dict[str, Any], str]:
+def folder_of(checkpoint: str, revision: str = "") -> Path:
+    """Return the folder of an adapter: a local one as it is, a hub repository from the cache or downloaded.
+
+    Raises:
+        ZooError: there is no such folder, and no such repository that can be fetched.
+    """
+    place = Path(checkpoint).expanduser()
+    if place.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint):
+        if revision:
+            raise ZooError(f"adapter.peft.revision={revision} is of a hub repository, and {checkpoint!r} is a folder.")
+        return place
+    try:
+        return local_folder(checkpoint, revision, allow_patterns=[CONFIG, WEIGHTS])
+    except ZooError as error:
+        raise ZooError(f"adapter.peft.checkpoint: there is no folder {checkpoint!r} here. {error}") from error
+
+
+def described(folder: Path) -> tuple[str, dict[str, Any], str]:
     """Return the method, the options and the name of the base model that a folder's config has.
 
     Raises:
         ZooError: the folder has no such config, or pickled weights alone; or it is for another task.
     """
-    folder = Path(checkpoint).expanduser()
     if not (folder / CONFIG).is_file():
-        raise ZooError(f"adapter.peft.checkpoint={checkpoint!r} needs a folder that PEFT wrote: it has no {CONFIG}.")
+        raise ZooError(f"adapter.peft.checkpoint={str(folder)!r} needs a folder that PEFT wrote: it has no {CONFIG}.")
     if not (folder / WEIGHTS).is_file():
         raise ZooError(
             f"{str(folder)!r} has no {WEIGHTS}. Pickled weights (adapter_model.bin) are not read: save the adapter "
@@ -56,7 +73,7 @@ def described(checkpoint: str) -> tuple[str, dict[str, Any], str]:
         )
     if init == "eva":  # initial values, which the file replaces
         options = {k: v for k, v in options.items() if k not in ("init_lora_weights", "eva_config")}
-    paths = partial(_paths, method, checkpoint)
+    paths = partial(_paths, method, folder)
     if any(isinstance(options.get(name), str) and options[name] != "all-linear" for name in _MODULES):
         options["target_modules"] = paths()  # no regular expression is run
         options.pop("exclude_modules", None)
@@ -65,15 +82,15 @@ def described(checkpoint: str) -> tuple[str, dict[str, Any], str]:
     return method, options, str(config.get("base_model_name_or_path") or "")
 
 
-def _paths(method: str, checkpoint: str) -> list[str]:
+def _paths(method: str, folder: Path) -> list[str]:
     """The modules that have weights."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefix = {kind.value.lower(): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}.get(method)
-    cut = [name.removeprefix("base_model.model.").partition(f".{prefix}") for name in names_in(checkpoint)]
+    cut = [name.removeprefix("base_model.model.").partition(f".{prefix}") for name in names_in(folder)]
     found = {path.removesuffix(".base_layer") for path, mark, _ in cut if mark and prefix}
     if not found:
-        raise ZooError(f"{checkpoint!r} names its modules by regular expressions, and its weights name none.")
+        raise ZooError(f"{str(folder)!r} names its modules by regular expressions, and its weights name none.")
     return sorted(found)
 
 
@@ -101,11 +118,11 @@ def base_note(base: str, lm: Any, checkpoint: str) -> list[str]:
     return [f"adapter 'peft': {checkpoint!r} was trained on {base!r}, and this language model is from {here!r}"]
 
 
-def names_in(checkpoint: str) -> dict[str, tuple[int, ...]]:
+def names_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the weights, without reading them."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(checkpoint).expanduser() / WEIGHTS
+    path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no mapping
@@ -113,31 +130,31 @@ def names_in(checkpoint: str) -> dict[str, tuple[int, ...]]:
         raise ZooError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def require_fit(checkpoint: str, wanted: Mapping[str, tuple[int, ...]], tables: Iterable[str] = ()) -> None:
+def require_fit(folder: Path, wanted: Mapping[str, tuple[int, ...]], tables: Iterable[str] = ()) -> None:
     """Refuse a folder whose weights are not those of the layers, by name and shape.
 
     Args:
-        checkpoint: the folder.
+        folder: of the adapter.
         wanted: as PEFT would write the layers that were made here.
         tables: names of embeddings of the base, which PEFT writes beside a term on them.
 
     Raises:
         ZooError: the first names that differ.
     """
-    held = names_in(checkpoint)
+    held = names_in(folder)
     spare, lacking = sorted(held.keys() - wanted.keys() - set(tables)), sorted(wanted.keys() - held.keys())
     if spare:
         near = nearest(spare[0], list(wanted), 1)
         hint = f" Nearest here: {near[0]!r}." if near else ""
         raise ZooError(
-            f"The adapter in {checkpoint!r} has {len(spare)} weights for which this language model has no layer, such "
+            f"The adapter in {str(folder)!r} has {len(spare)} weights for which this language model has no layer, such "
             f"as {spare[0]!r}.{hint} It was trained on another base, or on its decoder without the head."
         )
     if lacking:
-        raise ZooError(f"The adapter in {checkpoint!r} lacks {len(lacking)} weights, such as {lacking[0]!r}.")
+        raise ZooError(f"The adapter in {str(folder)!r} lacks {len(lacking)} weights, such as {lacking[0]!r}.")
     for name, shape in held.items():
         if shape != wanted.get(name, shape):
-            raise ZooError(f"{name!r} in {checkpoint!r} has shape {shape}, and the layer here {wanted[name]}.")
+            raise ZooError(f"{name!r} in {str(folder)!r} has shape {shape}, and the layer here {wanted[name]}.")
 
 
 def _tables(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -150,7 +167,7 @@ def _tables(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.weight", module.weight.detach()
 
 
-def read_into(model: Any, name: str, checkpoint: str) -> None:
+def read_into(model: Any, name: str, folder: Path) -> None:
     """Put the weights of a folder into PEFT's layers; on the meta device they are compared only.
 
     Raises:
@@ -160,20 +177,20 @@ def read_into(model: Any, name: str, checkpoint: str) -> None:
     from safetensors.torch import load_file
 
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    there = names_in(checkpoint)
+    there = names_in(folder)
     base = {key: tensor for key, tensor in _tables(model) if key in there}
-    require_fit(checkpoint, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, base)
+    require_fit(folder, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, base)
     if any(tensor.is_meta for tensor in wanted.values()):
         return
-    state = load_file(Path(checkpoint).expanduser() / WEIGHTS)
+    state = load_file(folder / WEIGHTS)
     for key, tensor in base.items():
         held = state.pop(key)
         if held.shape != tensor.shape or not torch.equal(held.to(tensor), tensor):
             raise ZooError(
-                f"The adapter in {checkpoint!r} holds {key!r}, and that of this language model is another: its base "
+                f"The adapter in {str(folder)!r} holds {key!r}, and that of this language model is another: its base "
                 "was resized or trained, too. Merge it into its base with PEFT, and name the result as llm.checkpoint."
             )
     kept = {id(p): p for p in model.parameters()}
     set_peft_model_state_dict(model, state, adapter_name=name)
     if any(id(p) not in kept for p in model.parameters()):  # an optimiser, or a process, may hold the old ones
-        raise ZooError(f"PEFT replaced parameters while it read {checkpoint!r}, which is not supported.")
+        raise ZooError(f"PEFT replaced parameters while it read {str(folder)!r}, which is not supported.")
