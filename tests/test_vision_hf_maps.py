@@ -1,11 +1,15 @@
 """Encoders of transformers with feature maps, against its own backbones, in folders that transformers saves."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
 from tests.vision_builders import pixels, settle
 from zoo.registry import ZooError, build
 from zoo.vision.encoders.hf_maps import TYPES
+from zoo.vision.images.transform import to_pixels
 
 FOUR = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
 HEADS = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
@@ -101,6 +105,51 @@ def test_a_classifiers_checkpoint_and_its_processor(tmp_path):
     assert torch.equal(tower(pixels(size=64)).tokens, want.flatten(2).transpose(1, 2))
     with pytest.raises(ZooError, match="lacks 2 weights of its encoder"):
         build("vision", {"name": "hf", "checkpoint": str(tmp_path), "norm": True})
+
+
+VIT, CONVNEXT, BIT = ("ViTFeatureExtractor", "ConvNextImageProcessor", "BitImageProcessorFast")
+STATISTICS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"feature_extractor_type": VIT, "size": 64, **STATISTICS, "resample": 3},  # published Swins
+        {"feature_extractor_type": VIT, "size": [64, 64]},  # mean, std and filter of the class
+        {"image_processor_type": CONVNEXT, "size": {"shortest_edge": 64}, "crop_pct": 1.0, **STATISTICS},
+        {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 64, "crop_pct": 1.0, "resample": 2},
+        {"image_processor_type": CONVNEXT, "size": {"shortest_edge": 384}, **STATISTICS},  # squashed from 384 on
+        {"image_processor_type": CONVNEXT, "size": {"shortest_edge": 64}, "crop_pct": 1.0, "do_normalize": False},
+        {"image_processor_type": BIT, "size": {"shortest_edge": 64}, "crop_size": 64, **STATISTICS},  # it crops
+    ],
+    ids=str,
+)
+def test_pixels_are_those_of_the_processor_in_the_folder(stated, tmp_path):
+    from transformers import AutoImageProcessor, ConvNextConfig
+
+    ConvNextConfig(**FOUR).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    with torch.device("meta"):
+        transform = build("vision", {"name": "hf", "checkpoint": str(tmp_path)}).transform
+    image = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    want = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(to_pixels(image, transform), want, atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_of_a_processor_are_of_each_colour(tmp_path):
+    from transformers import ConvNextConfig
+
+    ConvNextConfig(**FOUR).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    with torch.device("meta"):
+        file.write_text(json.dumps({"image_mean": 0.25, "image_std": [0.5]}))
+        with pytest.raises(ZooError, match=r"image_std=\[0.5\]: three numbers are needed"):
+            build("vision", {"name": "hf", "checkpoint": str(tmp_path)})
+        file.write_text(json.dumps({"image_mean": 0.25, "size": "large"}))
+        with pytest.raises(ZooError, match="size='large', which is not a size"):
+            build("vision", {"name": "hf", "checkpoint": str(tmp_path)})
+        file.write_text(json.dumps({"image_mean": 0.25}))
+        assert build("vision", {"name": "hf", "checkpoint": str(tmp_path)}).transform.mean == (0.25,) * 3
 
 
 def test_wrong_options_are_refused():

@@ -17,6 +17,7 @@ from zoo.vision.encoders.attention_scores import pooling_head
 from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
 from zoo.vision.encoders.checkpoints import load_hf, read_json, with_revision
 from zoo.vision.encoders.hf_maps import TYPES, HFMapRunner, map_spec
+from zoo.vision.encoders.hf_pixels import StatedPixels, stated_pixels
 from zoo.vision.encoders.hf_text import text_tower_of
 from zoo.vision.encoders.map_runner import require_map_options
 from zoo.vision.encoders.runner import QueryKey, Runner, block_count, count_with_next
@@ -76,7 +77,6 @@ FAMILIES = {
 }  # fmt: skip
 # Statistics of encoders with feature maps, for checkpoints without a processor file.
 MAPS = Family("", "", "", "", IMAGENET_MEAN, IMAGENET_STD, "bicubic", "crop", has_cls=False, any_size=True)
-RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
 @dataclass
@@ -375,19 +375,10 @@ def _from_json(source: str) -> Any:
 
 def _transform(source: str, config: HFVisionConfig, spec: Any, family: Family) -> tuple[int, ImageTransform]:
     """Size and statistics as configured, or of the checkpoint's processor; missing values are those of the family."""
-    processor: dict[str, Any] = {}
-    if source:
-        processor = read_json(source, "preprocessor_config.json", optional=True)
-        if not processor:
-            processor = read_json(source, "processor_config.json", optional=True).get("image_processor", {})
-    own = processor.get("size")
-    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    if isinstance(own, int):  # the form of processors saved before 2022
-        own = {"shortest_edge": own}
-    fit = "crop" if crop or "shortest_edge" in (own or {}) else "squash" if "height" in (own or {}) else family.fit
-    asked = crop if isinstance(crop, int) else (crop or own or {}).get("height", 0)
+    own = stated_pixels(source) if source else StatedPixels()
+    asked = own.height
     if family is MAPS:
-        asked = asked or (crop or own or {}).get("shortest_edge", 0)
+        asked = asked or own.shortest
         size = config.image_size or asked or side(getattr(spec, "image_size", 224))
     elif not hasattr(spec, "image_size"):  # SigLIP 2 states its number of patches only
         size = config.image_size or round(spec.num_patches**0.5) * spec.patch_size
@@ -397,10 +388,10 @@ def _transform(source: str, config: HFVisionConfig, spec: Any, family: Family) -
     stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v}
     transform = ImageTransform(
         size=(size, size),
-        mean=tuple(processor.get("image_mean") or family.mean),
-        std=tuple(processor.get("image_std") or family.std),
-        resample=RESAMPLES.get(processor.get("resample", -1), family.resample),
-        fit=fit,
+        mean=own.mean or family.mean,
+        std=own.std or family.std,
+        resample=own.resample or family.resample,
+        fit=own.fit or family.fit,
         resample_by="torchvision",
     )
     return size, replace(transform, **stated)

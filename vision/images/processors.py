@@ -224,13 +224,12 @@ def processor_of(config: Mapping[str, Any]) -> Any:
         ZooError: transformers has no such class, or it refuses the values.
     """
     import transformers
-    from transformers.image_processing_utils import BaseImageProcessor
 
     values = {key: value for key, value in config.items() if key not in _OURS}
     name = str(values.pop("video_processor_type", None) or values.pop("image_processor_type", "")).removesuffix("Fast")
     values.pop("image_processor_type", None)
-    cls = getattr(transformers, name, None) if name.endswith(("ImageProcessor", "VideoProcessor")) else None
-    if not (isinstance(cls, type) and issubclass(cls, BaseImageProcessor)):
+    cls = class_named(name)
+    if cls is None:
         raise ZooError(f"transformers has no image processor {name!r}, which the model names for its pixels.")
     if name in BY_PILLOW:  # as AutoImageProcessor does
         cls = getattr(transformers, f"{name}Pil")
@@ -238,6 +237,16 @@ def processor_of(config: Mapping[str, Any]) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ZooError(f"{name} does not take the values that the model states: {error}") from error
+
+
+def class_named(name: str) -> Any:
+    """Return the class of an image or video processor of transformers; None: it has none of this name."""
+    import transformers
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    name = name.removesuffix("Fast")
+    cls = getattr(transformers, name, None) if name.endswith(("ImageProcessor", "VideoProcessor")) else None
+    return cls if isinstance(cls, type) and issubclass(cls, BaseImageProcessor) else None
 
 
 def resized(config: Mapping[str, Any]) -> dict[str, Any]:
