@@ -71,6 +71,24 @@ def test_norms_biases_and_embeddings_do_not_decay():
     assert where["a.bias"][1]["weight_decay"] == where["embed.weight"][1]["weight_decay"] == 0.0
 
 
+def test_tables_of_tokens_do_not_decay_whatever_they_are_called():
+    net = nn.ModuleDict({"wte": nn.Embedding(50, 8), "a": nn.Linear(8, 8)})
+    where = places(net, Stage(steps=1, weight_decay=0.1))
+    assert where["a.weight"][1]["weight_decay"] == 0.1 and where["wte.weight"][1]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("rank", [8, 48])
+def test_factors_of_lora_are_not_for_muon_whatever_their_rank(rank):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    net = inject_adapter_in_model(LoraConfig(r=rank, target_modules=["a"]), Net())
+    net.a.base_layer.weight.requires_grad_(True)
+    where = places(net, Stage(steps=1, optimizer="muon_adamw"))
+    assert {n: kind for n, (kind, _) in where.items()} == {
+        "a.base_layer.weight": "StackedMuon", "a.lora_A.default.weight": "AdamW", "a.lora_B.default.weight": "AdamW",
+    }  # fmt: skip
+
+
 def test_lr_scale_by_part_and_glob():
     where = places(Net(), Stage(steps=1, lr=1.0, lr_scale={"a": 0.1, "*.bias": 0.5}))
     assert where["a.weight"][1]["lr"] == 0.1

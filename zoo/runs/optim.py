@@ -122,6 +122,8 @@ def build_optimizers(
         raise ZooError(f"Nothing trains: no parameter is left by train={stage.train} and freeze={stage.freeze}.")
     scales = rate_scales(list(named), stage.lr_scale, part_of)
     matrices = matrices_in(modules) if stage.optimizer == "muon_adamw" else set()
+    # By their kind, since not all are called so: GPT-2's are wte and wpe.
+    tables = {id(m.weight) for root in modules.values() for m in root.modules() if isinstance(m, nn.Embedding)}
     muon: dict[float, list[nn.Parameter]] = defaultdict(list)
     adamw: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in named.items():
@@ -129,7 +131,7 @@ def build_optimizers(
             muon[scales[name]].append(p)
         else:
             # No decay of biases, norms and embeddings: a token that does not occur would shrink without a gradient.
-            adamw[scales[name], p.ndim >= 2 and "embed" not in name].append(p)
+            adamw[scales[name], p.ndim >= 2 and "embed" not in name and id(p) not in tables].append(p)
     result: list[Optimizer] = []
     if muon:
         groups = [{"params": ps, "lr": stage.matrix_lr * scale} for scale, ps in muon.items()]
@@ -157,12 +159,19 @@ def matrices_in(modules: dict[str, nn.Module]) -> set[str]:
     for prefix, module in modules.items():
         tables: list[Any] = [m for m in module.modules() if hasattr(m, "get_output_embeddings")]
         heads = {id(m.get_output_embeddings()) for m in tables}
+        factors = _layers_of_peft(module)
         for name, layer in module.named_modules():
-            # By size, since factors of LoRA and of other adapters are plain linear layers.
-            low_rank = isinstance(layer, nn.Linear) and min(layer.weight.shape) < 32
+            # By size, since factors of other adapters are plain linear layers.
+            low_rank = isinstance(layer, nn.Linear) and (min(layer.weight.shape) < 32 or id(layer) in factors)
             if isinstance(layer, nn.Linear) and id(layer) not in heads and not low_rank and prefix != "distiller":
                 found.add(".".join(word for word in (prefix, name, "weight") if word))
     return found
+
+
+def _layers_of_peft(root: nn.Module) -> set[int]:
+    """The ids of the layers that PEFT put beside those of a model: factors of LoRA of any rank."""
+    added = [getattr(m, name, None) for m in root.modules() for name in getattr(m, "adapter_layer_names", ())]
+    return {id(layer) for part in added if isinstance(part, nn.Module) for layer in part.modules()}
 
 
 def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:

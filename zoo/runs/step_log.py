@@ -142,7 +142,7 @@ def not_finite(what: str, at: Mapping[str, Any], folder: RunFolder) -> ZooError:
 
 
 def _line(at: int, everyone: list[list[tuple[dict[str, Any], dict[str, float]]]], seconds: float) -> dict[str, Any]:
-    """Return the line of metrics.jsonl for a step: losses are means over the processes that computed them.
+    """Return the line of metrics.jsonl for a step: losses are means over processes, as their gradients are.
 
     A step whose records are all left out has no loss.
     """
@@ -164,7 +164,6 @@ def _line(at: int, everyone: list[list[tuple[dict[str, Any], dict[str, float]]]]
 
 
 def _mean(rows: list[Mapping[str, float]]) -> dict[str, float]:
-    """Average each loss over the processes that computed it."""
+    """Average each loss over processes; one without it, as without an image in its batches, adds nothing to the sum."""
     names = dict.fromkeys(name for row in rows for name in row)
-    values = {n: [row[n] for row in rows if n in row] for n in names}
-    return {n: sum(v) / len(v) for n, v in values.items()}
+    return {n: sum(row.get(n, 0.0) for row in rows) / len(rows) for n in names}

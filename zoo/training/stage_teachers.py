@@ -35,18 +35,20 @@ class StageTeachers:
     def teacher(self, stage: Stage, distiller: Distiller | None) -> tuple[Any, Any]:
         """Return the stage's teacher and what adds its rows to the student's.
 
-        A model that consecutive stages share is loaded once.
+        A model that consecutive stages share is loaded once, where both hold its weights in one number format.
         """
         node = stage.teacher_node
+        if node is None or node["store"]:
+            self.loaded.clear()  # the check counts no teacher's weights for such a stage
         if node is None:
             return None, None
         needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
         if node["store"]:
             return self._stored(stage, node["store"], needs)
-        key = json.dumps(node, default=str, sort_keys=True)
+        precision = self.run.precision_of(stage)
+        key = json.dumps([node, None if node["dtype"] else precision], default=str, sort_keys=True)
         if key not in self.loaded:
             self.loaded.clear()  # frees the previous teacher before the next one is loaded
-            precision = self.run.precision_of(stage)
             self.loaded[key] = load_teacher(node, device=self.run.accelerator.device, precision=precision)
             if getattr(self.run.accelerator, "is_fsdp2", False) and may_share(node):
                 shard_layers(self.run.accelerator, self.loaded[key][0])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from zoo.composed.masters import widen
 from zoo.composed.outputs import LOSS_ALONE, DistillView
@@ -56,8 +57,9 @@ class TrainStep(nn.Module):
         self.loss_weights = dict(stage.loss_weights)
         self.keep_range = stage.keep_range
         needs: frozenset[str] = frozenset() if distiller is None else distiller.needs
-        if "student.prefix" in needs:
-            model.requested |= {"prefix_tokens"}
+        # What the encoder gives in this stage alone; see `Engine.release`.
+        self.asked = frozenset({"prefix_tokens"} if "student.prefix" in needs else ()) - model.requested
+        model.requested |= self.asked
         # A stage that trains an encoder on dense targets alone skips the LLM, and its batches have no text.
         inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
         self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
@@ -176,6 +178,7 @@ class Engine:
         if isinstance(distiller, nn.Module):
             modules["distiller"] = distiller
         self.optimizers: list[Any] = build_optimizers(modules, stage, parts_of(model))
+        self.peak, self.factor = stage.lr if isinstance(self.optimizers[-1], AdamW) else stage.matrix_lr, 1.0
         self.zero: Zero | None = None
         if zero:
             with launcher_alone():
@@ -219,7 +222,8 @@ class Engine:
         passes: list[tuple[Any, bool]] = [(b, True) for b in there]
         if spares:
             passes = [(s, False) if b is None else (b, True) for b, s in zip(batches, spares, strict=True)]
-        set_rate(self.optimizers, rate_at(number, self.steps, self.stage))
+        self.factor = rate_at(number, self.steps, self.stage)
+        set_rate(self.optimizers, self.factor)
         if self.short is not None:
             self.short.ready()
         sums: dict[str, Tensor] = {}
@@ -279,8 +283,8 @@ class Engine:
 
     @property
     def rate(self) -> float:
-        """The current learning rate of AdamW, or of Muon if no parameter is left for AdamW."""
-        return self.optimizers[-1].param_groups[0]["lr"]
+        """The current learning rate of AdamW, or of Muon if no parameter is left for AdamW, ahead of `lr_scale`."""
+        return self.peak * self.factor
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the stage trains, by the names that checkpoints use."""
@@ -290,8 +294,10 @@ class Engine:
         return named
 
     def release(self) -> None:
-        """Leave the model as it was ahead of the stage, but for what it learnt."""
+        """Leave the model as it was ahead of the stage, but for what it learnt, and hold its teacher no longer."""
         release(self.model)
+        self.model.requested -= self.unwrapped.asked
+        self.unwrapped.asked, self.unwrapped.teacher = frozenset(), None  # the accelerator holds the step for now
 
     def _no_sync(self) -> Any:
         """Postpone what only the last pass of a step has to send: DDP's gradients add up locally.
