@@ -248,6 +248,23 @@ def test_a_whole_folder_keeps_what_no_shape_of_an_encoder_shows(places, tmp_path
     assert torch.equal(answers(again, processor), answers(model, processor))
 
 
+def test_a_whole_folder_keeps_the_pixels_of_a_model_that_was_named(tmp_path):
+    import timm
+    from timm.models._hub import save_for_hf
+
+    model = timm.create_model("test_convnext")
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    save_for_hf(model, tmp_path / "timm", safe_serialization=True)
+    vision = ("vision=timm", "vision.model=test_convnext", f"vision.checkpoint={tmp_path / 'timm'}")
+    model, processor = zoo.compose(*vision, "projector=mlp", "llm=hf", "llm.hidden_size=32", texts=["a"])
+    model.save_pretrained(tmp_path / "whole", include_base=True)
+    processor.save_pretrained(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "timm")
+    again, _ = zoo.load(f"dir:{tmp_path / 'whole'}", device="cpu")
+    assert again.vision.transform == model.vision.transform and again.vision.transform.mean == (0.1, 0.2, 0.3)
+    assert torch.equal(again.vision.tower.stem[0].weight, model.vision.tower.stem[0].weight)
+
+
 def test_a_whole_folder_says_what_it_still_needs(places, tmp_path, monkeypatch):
     monkeypatch.setattr(composed_model, "without_checkpoint", lambda *given: None)  # a family known from checkpoints
     model, _ = composed(places, "timm")

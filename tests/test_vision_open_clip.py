@@ -1,6 +1,7 @@
 """Encoders of open_clip against open_clip itself, on tiny checkpoints in the layout of its hub repositories."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,26 @@ def test_meta_builds_named_models_without_weights(saved, tmp_path):
     assert {p.device.type for t in (clip, plain, siglip, local) for p in t.parameters()} == {"meta"}
     with pytest.raises(ZooError, match=r"has no open_clip_model.safetensors"):
         build("vision", {"name": "open_clip", "checkpoint": str(tmp_path)})
+
+
+def test_a_named_model_takes_pixels_and_activation_of_its_weights(saved, tmp_path, monkeypatch):
+    """The config in a folder states them, also where the model is named beside it."""
+    import open_clip
+
+    folder = Path(saved[0])
+    told = json.loads((folder / "open_clip_config.json").read_text())
+    told["model_cfg"]["quick_gelu"] = not told["model_cfg"].get("quick_gelu", False)
+    plain = {k: v for k, v in told["model_cfg"].items() if k != "quick_gelu"}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", plain)
+    told["preprocess_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "resize_mode": "squash"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+    (tmp_path / "open_clip_model.safetensors").symlink_to(folder / "open_clip_model.safetensors")
+    alone = {"name": "open_clip", "checkpoint": str(tmp_path)}
+    one, two = (build("vision", {**alone, **more}).eval() for more in ({}, {"model": "tiny"}))
+    assert one.transform == two.transform and two.transform.fit == "squash"
+    images = pixels(size=two.transform.size[0])
+    with torch.no_grad():
+        assert torch.equal(one(images).tokens, two(images).tokens)
 
 
 def test_wrong_names_are_refused():

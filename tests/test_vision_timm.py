@@ -190,6 +190,25 @@ def test_a_weights_file_goes_with_a_named_model(tmp_path):
         build("vision", {"name": "timm", "checkpoint": file})
 
 
+def test_a_named_model_takes_the_pixels_of_its_weights(tmp_path):
+    """The config in a folder states them, also where the model is named beside it, on the meta device too."""
+    import timm
+    from timm.models._hub import save_for_hf
+
+    model = timm.create_model("test_convnext")
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.3,) * 3, "crop_mode": "squash"}
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    alone = {"name": "timm", "checkpoint": str(tmp_path)}
+    want = build("vision", alone).transform
+    assert (want.mean, want.fit) == ((0.1, 0.2, 0.3), "squash")
+    named = {**alone, "model": "test_convnext"}
+    assert build("vision", named).transform == want
+    with torch.device("meta"):
+        assert build("vision", named).transform == want
+        hub = {**named, "checkpoint": "timm/nowhere"}  # nothing is fetched for a model without weights
+        assert build("vision", hub).transform.size == want.size
+
+
 def test_images_that_are_not_square_may_be_squashed_or_padded():
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, :3] = 255  # white at the left end

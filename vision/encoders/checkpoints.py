@@ -120,6 +120,22 @@ def read_json(checkpoint: str, name: str = "config.json", optional: bool = False
     return read_model_config(path)
 
 
+def read_beside(source: str, name: str, reach: bool) -> dict[str, Any]:
+    """Read the config beside the weights of a model that was named; empty: there is none.
+
+    Args:
+        source: folder, file of weights, or hub name (`org/name@revision`).
+        name: of the config.
+        reach: its repository has to be reached; else, where no weights are read, it is read if that is possible.
+    """
+    try:
+        return read_json(source, name, optional=True)
+    except ZooError:
+        if reach or is_local(source):
+            raise
+        return {}
+
+
 def load_hf(source: str, cls: Any, spec: Any, what: str, spare: Collection[str] = ()) -> Any:
     """Build a model of transformers with the weights that a checkpoint has for it.
 

@@ -23,7 +23,15 @@ from zoo.vision.encoders.base import (
     Tower,
     on_meta,
 )
-from zoo.vision.encoders.checkpoints import fetch, is_local, place_of, read_json, require_filled, with_revision
+from zoo.vision.encoders.checkpoints import (
+    fetch,
+    is_local,
+    place_of,
+    read_beside,
+    read_json,
+    require_filled,
+    with_revision,
+)
 from zoo.vision.encoders.map_runner import TimmMapRunner, require_map_options
 from zoo.vision.encoders.open_clip_maps import ResNetMapRunner
 from zoo.vision.encoders.open_clip_text import text_tower_of
@@ -244,7 +252,11 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
     if not source:
         return None, architecture, {}
     if hub:
-        return None if on_meta() else fetch(source, WEIGHTS), architecture, {}
+        told = read_beside(source, CONFIG, reach=not on_meta())
+        stated = told.get("model_cfg", told)
+        if isinstance(stated, dict) and "quick_gelu" in stated:  # no shape shows the activation
+            architecture["quick_gelu"] = stated["quick_gelu"]
+        return None if on_meta() else fetch(source, WEIGHTS), architecture, told.get("preprocess_cfg", {})
     tag = open_clip.get_pretrained_cfg(config.model, config.checkpoint)
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(config.model)

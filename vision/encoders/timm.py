@@ -16,7 +16,7 @@ from torch import nn
 from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
 from zoo.registry.foreign import require_model_config
 from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
-from zoo.vision.encoders.checkpoints import fetch, is_local, read_json, require_filled, with_revision
+from zoo.vision.encoders.checkpoints import fetch, is_local, read_beside, read_json, require_filled, with_revision
 from zoo.vision.encoders.conv_stem import ConvStem
 from zoo.vision.encoders.map_runner import TimmMapRunner, own_size, require_map_options
 from zoo.vision.encoders.runner import Runner
@@ -26,6 +26,7 @@ from zoo.vision.images.transform import LIBRARIES
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 _OWN_ARGUMENTS = {"self", "img_size", "in_chans", "num_classes", "global_pool", "kwargs", "device", "dtype"}
+_PIXELS = ("mean", "std", "interpolation", "crop_mode")  # of `pretrained_cfg`
 FITS = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -161,13 +162,14 @@ def _named(config: TimmVisionConfig) -> nn.Module:
     options = {**config.extra, **({"img_size": config.image_size} if config.image_size else {})}
     if options:
         options = _taken(name, options)
+    pixels = _stated_pixels(config)
     if source and not on_meta():
         file = _weights(config, source)
         require_filled(lambda: _create(name, options), [file], f"The config of {source or config.model!r}")
         # custom_load: older timm uses an architecture's own loader (JAX's npz) for safetensors too.
-        overlay = {"source": "", "custom_load": False, "file": str(file)}
+        overlay = {**pixels, "source": "", "custom_load": False, "file": str(file)}
         return _create(name, {**options, "pretrained": True, "pretrained_cfg_overlay": overlay})
-    return _create(name, options)
+    return _create(name, {**options, "pretrained_cfg_overlay": pixels} if pixels else options)
 
 
 def _described(config: TimmVisionConfig) -> nn.Module:
@@ -190,9 +192,32 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 def description(config: TimmVisionConfig) -> dict[str, Any]:
     """Return the config of an encoder's checkpoint, as option `architecture` takes it; empty: timm knows its name."""
-    if config.architecture or config.model:
+    if config.architecture:
         return dict(config.architecture)
+    if config.model:
+        return _with_pixels(config.model, _stated_pixels(config))
     return read_json(with_revision(config.checkpoint, config.revision))
+
+
+def _stated_pixels(config: TimmVisionConfig) -> dict[str, Any]:
+    """Return what the config beside the weights of a named model states of pixels."""
+    if not config.model or config.checkpoint in ("", "pretrained"):
+        return {}
+    content = read_beside(with_revision(config.checkpoint, config.revision), "config.json", reach=not on_meta())
+    stated = content.get("pretrained_cfg") or content  # older files have it alone
+    known = stated if isinstance(stated, Mapping) else {}
+    return {key: known[key] for key in _PIXELS if known.get(key) is not None}
+
+
+def _with_pixels(model: str, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a model of timm as the config of a checkpoint; empty: its name does, it has no pixels of its own."""
+    import timm
+
+    known = timm.get_pretrained_cfg(model) if pixels else None
+    if known is None:
+        return {}
+    usual = {key: getattr(known, key) for key in ("input_size", *_PIXELS, "num_classes", "first_conv", "classifier")}
+    return {"architecture": model.partition(".")[0], "pretrained_cfg": {**usual, **pixels}}
 
 
 def _stated_size(config: TimmVisionConfig) -> int:
