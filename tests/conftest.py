@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 from traceback import walk_stack
 
@@ -88,6 +89,14 @@ def _table_as_it_was():
         core._declared[kind].update(declared[kind])
     plugins._plugins.clear()
     plugins._plugins.update(loaded)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_traced():
+    """Fail a test that leaves tracing or profiling on: later ones of the process would take several times as long."""
+    before = tracemalloc.is_tracing(), sys.getprofile()
+    yield
+    assert (tracemalloc.is_tracing(), sys.getprofile()) == before
 
 
 @pytest.fixture(autouse=True)
