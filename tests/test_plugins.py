@@ -1,6 +1,8 @@
 """Components from outside: installed, named, from a file; and that a broken one breaks nothing else."""
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +173,20 @@ def test_installed_plugins_and_the_doctor(installed):
     assert "ok    zoo-good (installed)  adds pruner/zoo_good" in report.stdout
     assert "FAIL  zoo-bad (installed)  ImportError: no module named 'foo'" in report.stdout
     assert report.returncode == 1
+
+
+def test_what_is_installed_while_a_process_runs_is_found_by_its_next_config(tmp_path, installed, monkeypatch):
+    place = tmp_path / "site"
+    place.mkdir()
+    os.utime(place, (1, 1))  # else it may have been made within the same tick of the file system's clock
+    monkeypatch.syspath_prepend(place)
+    compose("load")
+    assert not plugins.status()
+    shutil.copytree(installed / "zoo_good-1.0.dist-info", place / "zoo_good-1.0.dist-info")
+    shutil.copy(installed / "zoo_good.py", place)
+    importlib.invalidate_caches()
+    assert "zoo_good" in compose("load", ["pruner=zoo_good"]).pruner
+    sys.modules.pop("zoo_good", None)
 
 
 @pytest.fixture

@@ -16,7 +16,12 @@ from zoo.settings.overrides import prepare
 from zoo.settings.schema import CONFIG_NAME, SECTIONS, RunRoot
 from zoo.settings.stage import MASTER_WEIGHTS, PRECISIONS
 
-_UNREAD = ("hydra/help", "hydra/hydra_help")  # texts of Hydra's own --help: to parse them takes a tenth of composing
+# Groups of Hydra's own: the texts of its --help, where it logs and writes, how it sweeps. A config has nothing of them,
+# and to read them takes a fifth of composing it.
+_UNREAD = tuple(
+    f"~hydra/{group}"
+    for group in ("help", "hydra_help", "output", "launcher", "sweeper", "hydra_logging", "job_logging", "env")
+)
 
 
 def store_schema() -> None:
@@ -61,8 +66,8 @@ def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: st
         from hydra import compose as hydra_compose
 
         with hydra_of_its_own(config_dir):
-            unread = [f"~{group}" for group in _UNREAD if not any(line.startswith(group) for line in prepared)]
-            cfg = hydra_compose(CONFIG_NAME, [*unread, *prepared])
+            typed = any(line.lstrip("+~").startswith("hydra") for line in prepared)  # they may choose in these groups
+            cfg = hydra_compose(CONFIG_NAME, [*(() if typed else _UNREAD), *prepared])
         validate(cfg)
     # As an attribute and not in the content, so that config.yaml does not contain it.
     cfg.__dict__["_typed"] = Typed(command, tuple(overrides), config_dir)
