@@ -8,7 +8,7 @@ such as the expert of a token, are spread evenly.
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -248,6 +248,8 @@ class _Peak(TorchDispatchMode):
                 self._known[tensor.untyped_storage()._cdata] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two of three calls: autograd asks it of every tensor that it meets
+            return FakeTensor.__torch_dispatch__(func, types, args, kwargs or {})
         kwargs = kwargs or {}
         if _is_real(func, args, kwargs):
             with unset_fake_temporarily():
@@ -262,18 +264,18 @@ class _Peak(TorchDispatchMode):
         most = 0
         if func.overloadpacket in _CHOICES:  # of what: an expert, say
             most = args[0].shape[args[1]] if len(args) > 1 and isinstance(args[1], int) else args[0].numel()
-        return self._counted(tree_map(partial(_with_content, most=most), made))
+        filled = partial(_with_content, most=most)
+        return self._counted(filled(made) if isinstance(made, Tensor) else tree_map(filled, made))
 
     def _counted(self, made: Any) -> Any:
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if (key := storage._cdata) not in self._known:
-                    self._known[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
-                    kind = "logits" if tensor.dim() and tensor.shape[-1] == self._vocab_size else "activations"
-                    self._kind[key] = kind
-                    self._now[kind] += storage.nbytes()
-                    self._note()
+        for tensor in _tensors_in([made]):
+            storage = tensor.untyped_storage()
+            if (key := storage._cdata) not in self._known:
+                self._known[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
+                kind = "logits" if tensor.dim() and tensor.shape[-1] == self._vocab_size else "activations"
+                self._kind[key] = kind
+                self._now[kind] += storage.nbytes()
+                self._note()
         return made
 
     def _free(self, key: int, size: int) -> None:
@@ -295,9 +297,18 @@ def _flops_of(func: Any, args: Any, kwargs: Mapping[str, Any], made: Any) -> int
     return int(formula(*args, **kwargs, out_val=made))
 
 
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors of an operation, which takes and makes no trees but lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+
+
 def _is_real(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether an operation has integers and masks only, and makes such."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [*_tensors_in(args), *_tensors_in(kwargs.values())]
     if any(isinstance(x, FakeTensor) or x.is_floating_point() for x in tensors):
         return False
     if (dtype := kwargs.get("dtype")) is not None:
