@@ -13,9 +13,9 @@ from zoo.cli.check_command import add_batches
 from zoo.settings.config import compose
 
 pytestmark = pytest.mark.usefixtures("frozen")
-LLM = {"hidden_size": 48, "num_layers": 4, "num_heads": 3, "intermediate_size": 128}
+LLM = {"hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 128}
 LORA = {"adapter": {"lora": {"name": "lora"}}}
-VLORA = {"projector": None, "adapter": {"vlora": {"name": "vlora", "width": 32, "rank": 4, "depth": 2}}}
+VLORA = {"projector": None, "adapter": {"vlora": {"name": "vlora", "width": 32, "rank": 4, "depth": 2, "skip": 2}}}
 MOE = {"model_type": "mixtral", "num_experts": 4, "top_k": 2}
 FROZEN = {"train": ["projector"], "precision": "bf16"}
 CASES = {
@@ -63,7 +63,8 @@ def test_where_a_part_asks_for_numbers_it_is_a_formula(monkeypatch):
 
 def test_rows_are_those_of_the_data():
     words = ["recipe=null", "data=[scenes]", "data.scenes.scenes=8", "data.scenes.size=32", "model=scenes_tiny"]
-    words += ["+stages.a.batch_size=4", "+stages.a.steps=1", "+stages.a.pack_length=400", "+stages.b.steps=1"]
+    words += ["llm.num_layers=2", "vision.depth=2", "+stages.a.batch_size=4", "+stages.a.steps=1"]
+    words += ["+stages.a.pack_length=400", "+stages.b.steps=1"]
     cfg = compose("check", words)
     report = check(plan_from(cfg))
     stage = report.stages[1]
