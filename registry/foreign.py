@@ -49,7 +49,7 @@ _PLAUSIBLE = 32, 1 << 28
 def gone(checkpoint: str) -> str:
     """Return why a checkpoint named by a path is not found; empty where it exists, and for names of the hub."""
     path = checkpoint.startswith(("./", "../", "/", "~")) or checkpoint.count("/") > 1
-    return "there is no such folder." if path and not Path(checkpoint).exists() else ""
+    return "there is no such folder." if path and not Path(checkpoint).expanduser().exists() else ""
 
 
 def require_file(path: Path, most: int | None = None) -> int:

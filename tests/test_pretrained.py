@@ -81,6 +81,7 @@ def test_folders_and_names_of_the_hub_stay_as_they_are(tmp_path):
     assert [folder_of(name) for name in ("org/name", "", "pretrained", str(tmp_path))] == [
         "org/name", "", "pretrained", str(tmp_path)
     ]  # fmt: skip
+    assert folder_of("~/x") == str(Path.home() / "x")  # no shell writes it out behind llm.checkpoint=
 
 
 def test_it_is_converted_once_and_read_only(tmp_path, capsys):

@@ -146,6 +146,27 @@ def test_a_base_that_was_named_from_here_is_found_from_anywhere(copied, tmp_path
     assert torch.equal(answers(zoo.ZooModel.from_pretrained("../after"), processor), wanted)
 
 
+def test_a_base_in_a_file_is_known_by_its_content(tmp_path, monkeypatch):
+    """Weights of a model that is named may be one file; `~` is written out."""
+    import timm
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights, file = timm.create_model("test_convnext").state_dict(), tmp_path / "w.safetensors"
+    save_file(weights, file)
+    vision = ("vision=timm", "vision.model=test_convnext", "vision.checkpoint=~/w.safetensors")
+    model, processor = zoo.compose(*vision, "projector=mlp", "llm=hf", "llm.hidden_size=32", texts=["a"])
+    with pytest.raises(ZooError, match="is where the base weights of vision come from"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "thin")
+    processor.save_pretrained(tmp_path / "thin")
+    assert json.loads((tmp_path / "thin" / "config.json").read_text())["base"]["vision"]["checkpoint"] == str(file)
+    again = zoo.ZooModel.from_pretrained(tmp_path / "thin")
+    assert torch.equal(again.vision.tower.stem[0].weight, model.vision.tower.stem[0].weight)
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, file)
+    with pytest.raises(ZooError, match=r"base weights of vision .* differ from those the model was saved on"):
+        zoo.ZooModel.from_pretrained(tmp_path / "thin")
+
+
 def test_a_base_that_moved_is_named_again(copied, tmp_path):
     model, processor = published(copied)
     in_place(model)

@@ -94,6 +94,7 @@ class Bases:
         """
         for key, entry in self.record.items():
             place = self.folder if key == WHOLE and self.folder is not None else Path(entry["checkpoint"])
+            place = place.parent if place.is_file() else place
             if place.is_dir() and folder.is_dir() and folder.samefile(place):
                 raise ZooError(f"{str(folder)!r} is where the base weights of {key} come from: save to another folder.")
 
@@ -242,12 +243,12 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         checkpoint, revision = node[option], node.get(at) or None
         entry: dict[str, Any] = {"checkpoint": checkpoint, "revision": revision}
         origin = origin_of(checkpoint)
-        folder = snapshot(checkpoint, revision)
+        folder, here = snapshot(checkpoint, revision), Path(checkpoint).expanduser()
         if origin is not None:  # a package or a GGUF file: what it is converted to is made anew where it is not there
             entry |= {"checkpoint": origin.name, "fingerprint": origin.sha256}
             node = {**node, option: origin.name}
-        elif folder is not None and folder == Path(checkpoint):
-            entry |= {"checkpoint": str(folder.absolute()), "fingerprint": fingerprint(folder)}
+        elif here.exists():  # a folder, or a file of weights
+            entry |= {"checkpoint": str(here.absolute()), "fingerprint": fingerprint(here)}
             node = {**node, option: entry["checkpoint"]}
         elif folder is not None and at in node:
             entry["revision"] = folder.name  # the commit: a branch may have moved on when the model is loaded

@@ -49,13 +49,14 @@ class Origin:
 
 
 def folder_of(checkpoint: str) -> str:
-    """Return the folder of a checkpoint in a package or a GGUF file; any other checkpoint as it is.
+    """Return the folder of a checkpoint in a package or a GGUF file; any other checkpoint as it is, `~` written out.
 
     Raises:
         ZooError: the package is not installed, its weights are not those that are known, or they cannot be read.
     """
-    origin = origin_of(checkpoint)
-    return checkpoint if origin is None else str(origin.folder)
+    if (origin := origin_of(checkpoint)) is not None:
+        return str(origin.folder)
+    return str(Path(checkpoint).expanduser()) if checkpoint.startswith("~") else checkpoint
 
 
 def origin_of(checkpoint: str) -> Origin | None:

@@ -65,8 +65,8 @@ def _locate_model(cfg: DictConfig, given: DictConfig, noted: Mapping[str, Any] |
 
 
 def _require_same(option: str, place: str, what: str, record: Mapping[str, Any] | None) -> None:
-    origin, folder = origin_of(place), Path(place)
-    if origin is None and not folder.is_dir():
+    origin, folder = origin_of(place), Path(place).expanduser()
+    if origin is None and not folder.exists():
         raise ZooError(f"{option}={place}: no such folder.")
     if record is None:
         return
@@ -83,7 +83,7 @@ def _require_same(option: str, place: str, what: str, record: Mapping[str, Any] 
 def _require_there(place: str, what: str, option: str) -> None:
     if place.startswith(PYPI):
         origin_of(place)  # it is found, or the error has the line that installs it
-    elif not Path(place).exists():
+    elif not Path(place).expanduser().exists():
         raise ZooError(
             f"The {what} are not in {place!r} any more. If they were moved: zoo train resume=<run> {option}."
         )

@@ -117,9 +117,10 @@ def _fingerprint(what: str, place: str, was: Any) -> Iterator[str]:
     if not was or not place:
         return
     origin = origin_of(place)
-    if origin is None and not Path(place).is_dir():
+    here = Path(place).expanduser()
+    if origin is None and not here.exists():
         return  # of the hub: the commit is pinned, and its weights are compared when they are read
-    now = fingerprint(Path(place)) if origin is None else origin.sha256
+    now = fingerprint(here) if origin is None else origin.sha256
     if now != was:
         yield f"{what} in {place!r}: fingerprint {now[:12]}, was {str(was)[:12]}"
 

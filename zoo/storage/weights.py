@@ -29,12 +29,15 @@ _ENDS = 1 << 20  # bytes read from each end of a file for its fingerprint
 _OF_BITS = re.compile(r"\.(SCB|weight_format|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)$")
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash the names, sizes and both ends of the safetensors files in a folder, at a cost independent of their size."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+def fingerprint(place: Path) -> str:
+    """Hash the names, sizes and both ends of the safetensors files in a folder, at a cost independent of their size.
+
+    Of a single file the name does not count.
+    """
+    digest, alone = hashlib.sha256(), place.is_file()
+    for file in [place] if alone else sorted(place.glob("*.safetensors")):
         size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
+        digest.update(f"{'' if alone else file.name}:{size}".encode())
         with file.open("rb") as stream:
             digest.update(stream.read(_ENDS))
             stream.seek(max(0, size - _ENDS))
