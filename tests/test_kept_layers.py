@@ -70,6 +70,41 @@ def test_layers_that_do_not_exist_or_do_not_ascend_are_refused(kept, tmp_path):
         build("llm", {"name": "hf", "checkpoint": str(tmp_path), "keep_layers": kept})
 
 
+@pytest.mark.parametrize(
+    ("family", "kept", "why"),
+    [
+        (
+            "qwen2_moe",
+            [1, 3, 5],
+            r"layer 1 would be layer 0, .* 'qwen2_moe' .* \(mlp: .*MoeBlock for .*MLP\).*: 0, 2, 4",
+        ),
+        ("qwen2_moe", [0, 3, 4], ""),
+        ("glm4_moe", [2, 4], r"layer 2 would be layer 0, .* Of that kind: 0\."),
+        ("glm4_moe", [0, 4], ""),
+        ("minimax", [1, 3], r"layer 1 would be layer 0, .*self_attn: num_hidden_layers=6 for 2"),
+    ],
+)
+def test_kinds_of_layers_that_follow_from_their_numbers_have_to_stay_in_place(family, kept, why, tmp_path):
+    """A rule of the config, such as a mixture in every second layer, puts another kind where one stays."""
+    of = {"qwen2_moe": {"decoder_sparse_step": 2, "num_experts": 4, "shared_expert_intermediate_size": 16}}
+    of["glm4_moe"] = {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    of["minimax"] = {"num_local_experts": 2}
+    sizes = SIZES | of[family] | {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(family, **sizes, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "whole")
+    node = {"name": "hf", "checkpoint": str(tmp_path / "whole"), "keep_layers": kept}
+    if why:
+        with pytest.raises(ZooError, match=why):
+            build("llm", node)
+        return
+    lm = build("llm", node, dtype=torch.float32).lm.eval()
+    lm.save_pretrained(tmp_path / "thin")
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path / "thin", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    ids = torch.arange(9)[None]
+    assert torch.equal(again.eval()(input_ids=ids).logits, lm(input_ids=ids).logits)
+
+
 def test_they_are_for_checkpoints():
     with pytest.raises(ZooError, match=r"keep_layers is for a checkpoint; .* has num_layers"):
         build("llm", {"name": "hf", "keep_layers": [0]}, vocab_size=20)
