@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import sample
+from zoo.runs.optim import build_optimizers, parts_of
 from zoo.runs.processes import start_accelerator
 from zoo.runs.step_log import _line
 from zoo.settings.stage import Stage
@@ -101,3 +102,16 @@ def test_losses_are_averaged_over_all_processes():
     # Three images in the first of two processes, whose losses sum to 6: the mean over images is 2.
     found = _line(0, [[(record, {"answer": 1.0, "visual": 6.0 / (3 / 2)})], [(record, {"answer": 3.0})]], 1.0)
     assert found["losses"] == {"answer": 2.0, "visual": 2.0} and found["loss"] == 6.0
+
+
+def test_names_of_weights_are_those_of_checkpoints_where_an_adapter_wraps_layers(make_model):
+    """In `train`, `freeze` and `lr_scale`; a pattern over whole names would else mean the layers without one."""
+    lora = {"lora": {"name": "lora", "rank": 2, "targets": ["*.layers.0.*.q_proj"]}}
+    model, _ = make_model(adapter=lora)
+    pattern, width = "llm.lm.model.layers.*.q_proj.weight", model.llm.hidden_size
+    assert model.set_trainable([pattern]) == {"llm": 2 * width * width}
+    assert model.set_trainable(["llm"], [pattern])["llm"] == model.set_trainable(["llm"])["llm"] - 2 * width * width
+    stage = Stage(steps=1, lr=0.01, lr_scale={pattern: 0.5})
+    groups = build_optimizers({"": model}, stage, parts_of(model))[0].param_groups
+    scaled = [p for group in groups for p in group["params"] if group["lr"] == 0.005]
+    assert sum(p.numel() for p in scaled) == 2 * width * width

@@ -1,5 +1,6 @@
 """Which parameters of a composed model train, which stay float32, and which parts are compiled or detached."""
 
+import re
 from collections.abc import Callable, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 
 from zoo.registry import Adapter, Encoder, LanguageModel, Projector, ZooError, unknown
 from zoo.storage.precision import SHORT, ids_of, kept_wide
+
+
+def meant(pattern: str, name: str) -> bool:
+    """Whether a glob means the parameter `name`: as it is, or as checkpoints have it, without the level of PEFT."""
+    return fnmatchcase(name, pattern) or fnmatchcase(re.sub(r"(\.base_layer)+(?=\.)", "", name), pattern)
 
 
 class PartsMixin(nn.Module):
@@ -73,7 +79,8 @@ class PartsMixin(nn.Module):
         """Make exactly the parameters trainable that match `train` and not `freeze`.
 
         Args:
-            train: parts (`vision`, `projector`, `llm`, `adapter`, `adapter.lora`, `all`) or globs over parameter names.
+            train: parts (`vision`, `projector`, `llm`, `adapter`, `adapter.lora`, `all`) or globs over parameter names,
+                those that checkpoints have.
             freeze: the same; has precedence over `train`.
 
         Returns:
@@ -87,7 +94,7 @@ class PartsMixin(nn.Module):
 
         def matches(pattern: str, name: str) -> bool:
             part = parts[name]
-            return pattern == "all" or pattern in {part, part.partition(".")[0]} or fnmatchcase(name, pattern)
+            return pattern == "all" or pattern in {part, part.partition(".")[0]} or meant(pattern, name)
 
         for pattern in [*train, *freeze]:
             if not any(matches(pattern, name) for name in named):

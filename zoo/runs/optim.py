@@ -7,7 +7,6 @@ speed only: matrices of one shape are orthogonalised in one batched product.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
+from zoo.composed.trainable import meant
 from zoo.registry import ZooError, unknown
 from zoo.runs.checkpoint import shared_as
 from zoo.runs.shared_matrices import worked_on
@@ -190,7 +190,7 @@ def rate_scales(
     """Return the factor on each parameter's learning rate: the last entry of `lr_scale` that matches name or part."""
     result = dict.fromkeys(names, 1.0)
     for pattern, factor in wanted.items():
-        hit = [n for n in names if pattern in part_of(n) or fnmatchcase(n, pattern)]
+        hit = [n for n in names if pattern in part_of(n) or meant(pattern, n)]
         if not hit:
             raise unknown("trainable part for lr_scale", pattern, {p for n in names for p in part_of(n)})
         result |= dict.fromkeys(hit, factor)
