@@ -223,6 +223,35 @@ def gguf_fields(file: Any) -> dict[str, Any]:
     return read_gguf_metadata(str(file))[0]
 
 
+def gguf_tensors(file: Any) -> tuple[str, ...]:
+    """Return the names of the tensors in a GGUF file."""
+    try:
+        from transformers.integrations.gguf.reader import read_gguf_metadata
+    except ImportError:
+        from gguf import GGUFReader
+
+        return tuple(tensor.name for tensor in GGUFReader(file).tensors)
+    return tuple(read_gguf_metadata(str(file))[1])
+
+
+def gguf_taken(architecture: str, lm: Any) -> frozenset[str] | None:
+    """Return the names of tensors that transformers reads from a GGUF file into a model, some without `.weight`.
+
+    None: its newer reader, which reports the others itself.
+    """
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    try:
+        from transformers.integrations.gguf.utils import is_gguf_arch_supported
+    except ImportError:  # before 5.24
+        pass
+    else:
+        if is_gguf_arch_supported(architecture):
+            return None
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=lm.config.to_dict())
+    return frozenset(get_gguf_hf_weights_map(lm, processor))
+
+
 def gguf_text_cuts() -> frozenset[str]:
     """Return the names of ways to cut text before merges that transformers knows in a GGUF file."""
     try:

@@ -1,7 +1,9 @@
 """Tiny sources of weights: GGUF files of a Llama, and installed packages that hold a file."""
 
+from collections.abc import Callable
 from importlib import invalidate_caches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +37,18 @@ def vocabulary() -> tuple[list[str], list[str]]:
 
 
 def tiny_gguf(
-    file: Path, kind: str = "Q4_1", pre: str = "smollm", template: str = TEMPLATE, left_out: str = "", layers: int = 2
+    file: Path,
+    kind: str = "Q4_1",
+    pre: str = "smollm",
+    template: str = TEMPLATE,
+    left_out: str = "",
+    layers: int = 2,
+    more: Callable[[Any], None] = lambda writer: None,
 ) -> Path:
-    """Write a Llama of two layers with random weights, its matrices in blocks or numbers of a kind."""
+    """Write a Llama of two layers with random weights, its matrices in blocks or numbers of a kind.
+
+    `more` adds to the writer of the package gguf.
+    """
     gguf = pytest.importorskip("gguf", reason="GGUF files are written by the package gguf: pip install gguf")
     tokens, merges = vocabulary()
     wide, inner, heads = 64, 96, 4
@@ -89,6 +100,7 @@ def tiny_gguf(
         add(f"blk.{i}.ffn_up.weight", inner, wide)
         add(f"blk.{i}.ffn_down.weight", wide, inner)
     add("output_norm.weight", wide)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

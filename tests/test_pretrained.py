@@ -66,6 +66,83 @@ def test_a_gguf_file_gives_the_numbers_of_transformers(tmp_path, kind):
     llm.lm.save_pretrained(tmp_path / "again")
 
 
+def of_llama3(factor: float, dim: int = 16, theta: float = 10000.0) -> torch.Tensor:
+    """Divisors of the frequencies as llama.cpp writes them for Llama 3: for waves of up to 2048 tokens 1."""
+    waves = 2 * torch.pi * theta ** (torch.arange(dim // 2) / (dim // 2))
+    smooth = ((8192 / waves - 1) / 3).clamp(0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def scaling(**fields):
+    """What `tiny_gguf` adds to its writer: fields of rope.scaling, and the tensor of divisors."""
+
+    def more(writer) -> None:
+        for name, value in fields.items():
+            if name == "divisors":
+                writer.add_tensor("rope_freqs.weight", value.numpy())
+            elif name == "bias":
+                writer.add_tensor("blk.0.attn_q.bias", value.numpy())
+            elif isinstance(value, str):
+                writer.add_string(f"llama.rope.scaling.{name}", value)
+            elif isinstance(value, int):
+                writer.add_uint32(f"llama.rope.scaling.{name}", value)
+            else:
+                writer.add_float32(f"llama.rope.scaling.{name}", value)
+
+    return more
+
+
+@pytest.mark.parametrize(
+    ("fields", "divisors"),
+    [
+        ({"type": "linear", "factor": 4.0}, torch.full((8,), 4.0)),
+        ({"factor": 2.0}, torch.full((8,), 2.0)),  # linear is llama.cpp's default
+        ({"type": "none", "factor": 2.0}, torch.ones(8)),
+        ({"divisors": of_llama3(8.0)}, of_llama3(8.0)),
+        ({"divisors": of_llama3(32.0)}, of_llama3(32.0)),
+        ({"divisors": torch.ones(8)}, torch.ones(8)),
+    ],
+)
+def test_positions_are_scaled_as_the_file_states(tmp_path, fields, divisors):
+    file = tiny_gguf(tmp_path / "tiny.gguf", "F32", more=scaling(**fields))
+    ids = torch.arange(60)[None] * 5
+    reference = theirs(file)
+    reference.model.rotary_emb.inv_freq /= divisors
+    got = HFLanguageModel(HFLanguageModelConfig(checkpoint=str(file))).lm.eval()
+    plain, wanted = logits(theirs(file), ids), logits(reference, ids)
+    assert bool((divisors == 1).all()) == torch.allclose(plain, wanted, atol=1e-2), "what is scaled shows"
+    torch.testing.assert_close(logits(got, ids), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_yarn_of_a_gguf_file_is_that_of_transformers(tmp_path):
+    fields = scaling(type="yarn", factor=4.0, original_context_length=64)
+    file = tiny_gguf(tmp_path / "tiny.gguf", "F32", more=fields)
+    rope = json.loads((Path(folder_of(str(file))) / "config.json").read_text())["rope_parameters"]
+    assert rope == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"type": "longrope", "factor": 4.0}, "scales positions by 'longrope', which is not read"),
+        ({"type": "yarn", "factor": 4.0}, "by 'yarn', which is not read"),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 16.0},
+            "by 'yarn' with yarn_beta_fast",
+        ),
+        ({"divisors": torch.linspace(1, 8, 8)}, "by rope_freqs.weight, and not as Llama 3 does"),
+        ({"divisors": of_llama3(8.0), "factor": 2.0}, "scales positions twice"),
+        ({"bias": torch.ones(64)}, "has 1 tensors that transformers does not read into a 'llama', 'blk.0.attn_q.bias'"),
+    ],
+)
+def test_what_a_gguf_file_has_and_transformers_leaves_out_is_refused(tmp_path, fields, message):
+    file = tiny_gguf(tmp_path / "tiny.gguf", "F32", more=scaling(**fields))
+    with pytest.raises(ZooError, match=message):
+        folder_of(str(file))
+
+
 def test_a_folder_with_one_gguf_file_is_that_file(tmp_path):
     (tmp_path / "only").mkdir()
     file = tiny_gguf(tmp_path / "only" / "tiny.gguf")

@@ -6,7 +6,7 @@ float32 holds exactly; models of more than a billion weights are stored as bfloa
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 
+from zoo.pretrained.gguf_positions import DIVISORS, scale_positions
 from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import require_model_config, require_plausible
 from zoo.registry.quiet import no_progress_bar
-from zoo.registry.versions import gguf_fields, gguf_text_cuts, unpacked_gguf
+from zoo.registry.versions import gguf_fields, gguf_taken, gguf_tensors, gguf_text_cuts, unpacked_gguf
 
 _EXACT = 10**9  # weights up to which nothing is rounded: 4 GB
 # Text is cut into single digits before GPT-2's cuts, by names of llama.cpp; transformers does the latter alone.
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Tensors that need no weight: divisors are in the config then, and tied outputs may be in the file once more. Layers of
+# several tokens at once (`.nextn.`) are for speculative decoding.
+_SPARE = (DIVISORS, "output.weight")
 _AS_GPT2 = ("gpt-2", "gpt2", "default", "")
 
 
@@ -59,7 +63,10 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
     given: dict[str, Any] = {"gguf_file": place.name, "trust_remote_code": False}
     with _refused(file), no_progress_bar():
         config = AutoConfig.from_pretrained(place.parent, **given)
+        stated, names = gguf_fields(file), gguf_tensors(file)
+        divisors = _tensor(file, DIVISORS) if DIVISORS in names else None
     require_model_config(config.to_dict(), f"The config in {str(file)!r}")
+    scale_positions(config, stated, divisors, repr(str(file)))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZooError(f"{str(file)!r} holds a model of type {config.model_type!r}, which is not a causal LM.")
     with torch.device("meta"), _refused(file):
@@ -79,12 +86,41 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers initialises them at random
         raise ZooError(f"{str(file)!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
+    _require_read(names, str(stated.get("general.architecture")), lm, [*report["unexpected_keys"]], file)
     # Marks of a quantised model, with which transformers refuses to save it: its weights are plain numbers now.
     lm.hf_quantizer = None
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     lm.config._name_or_path = file.stem
     lm.save_pretrained(folder)
+
+
+def _tensor(file: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a GGUF file, as float32."""
+    from gguf import GGUFReader, dequantize
+
+    found = next(tensor for tensor in GGUFReader(file).tensors if tensor.name == name)
+    return torch.from_numpy(dequantize(found.data, found.tensor_type).astype("float32"))
+
+
+def _require_read(names: Iterable[str], architecture: str, lm: Any, unread: list[str], file: Path) -> None:
+    """Refuse a file with tensors that are in no weight of the model: without them it computes something else.
+
+    Args:
+        names: of all tensors.
+        architecture: by the name that the file has for it.
+        lm: what was read.
+        unread: names that transformers reports.
+        file: for the message.
+    """
+    if (taken := gguf_taken(architecture, lm)) is not None:
+        unread += [name for name in names if not {name, name.removesuffix(".weight")} & taken]
+    if left := sorted(name for name in unread if name not in _SPARE and ".nextn." not in name):
+        raise ZooError(
+            f"{str(file)!r} has {len(left)} tensors that transformers does not read into a {lm.config.model_type!r}, "
+            f"{left[0]!r} for one, so that it would compute something else. "
+            "The model's folder of safetensors has what is needed: llm.checkpoint=<folder or hub name>."
+        )
 
 
 def _write_tokenizer(file: Path, place: Path, folder: Path) -> None:
