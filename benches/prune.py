@@ -329,8 +329,7 @@ class _Bench:
             return
         for name, v in self.variants.items():
             self.show(f"measuring: batches, {name}")
-            self.arms.model(name, o.node(name, self.base.grid))  # for its processor
-            same, asked = batches_answer_alike(v.model, self.arms.processor, self.arms.config, o.questions, o.together)
+            same, asked = batches_answer_alike(v.model, v.model.processor, self.arms.config, o.questions, o.together)
             self.cards[name].alike = share = 100 * same / asked
             what = f"{name}: answers in batches of {o.together} that are those of one by one"
             yield Row(what, Value.one(share), " %", bound=100.0, note=f"{same} of {asked}, {o.dtype}")

@@ -214,8 +214,6 @@ class Arms:
     def _built(self, pruner: str, node: dict[str, Any] | None) -> ZooModel:
         if not self.trained:
             return self._random(pruner, node)
-        from zoo.checking.checker import check
-        from zoo.checking.plan import plan_from
         from zoo.loading.build import build
         from zoo.settings.config import compose
         from zoo.settings.source import source_of
@@ -224,8 +222,7 @@ class Arms:
         words += [f"data=[{self.data}]", "recipe=null"] if self.data else []
         words += [f"pruner.{pruner}.{key}={shown(value)}" for key, value in (node or {}).items()]
         self.config = compose("eval", words)
-        check(plan_from(self.config), fixes=0)  # building searches for changes that fit, for seconds
-        model, self.processor = build(source_of(self.config), device="cpu")
+        model, self.processor = build(source_of(self.config), device="cpu", fixes=0)  # the search takes seconds
         return model
 
     def _random(self, pruner: str, node: dict[str, Any] | None) -> ZooModel:

@@ -100,6 +100,7 @@ def build(
     bits: int = 0,
     fresh: Iterable[str] = (),
     masters: bool = False,
+    fixes: int = 3,
 ) -> tuple[ZooModel, ZooProcessor]:
     """Check a source, and build its model and processor.
 
@@ -109,6 +110,7 @@ def build(
         tokenizer_folder: of the tokenizer, for a model that starts from its parts.
         device, dtype, device_map, bits, fresh: see `load`.
         masters: keep master weights of a saved model in float32, to train on.
+        fixes: how many to search for where something does not fit, as `check` does.
     """
     folder = source.folder
     if folder is not None and source.published:
@@ -119,7 +121,7 @@ def build(
     # A saved model may have a new adapter, added by an override.
     plan.fresh = tuple(fresh) if folder is None or source.published else (*fresh, "adapter")
     plan.splits = None if source.pretrained else plan.splits  # a model that is only scored needs no training data
-    report = check(plan)
+    report = check(plan, fixes=fixes)
     for note in report.notes:
         warnings.warn(note, stacklevel=2)
     target = device or (source.device if source.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
