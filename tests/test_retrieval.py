@@ -20,6 +20,11 @@ def state(group, shown, vector):
     return recall().score(dialog, vector) | {"_state": vector}
 
 
+def test_a_turn_may_be_a_text():
+    dialog = Dialog([{"role": "user", "content": "one word:"}], meta={"group": 1})
+    assert recall().score(dialog, [0.0])["_shown"] == 0
+
+
 def test_recall_is_that_of_a_loop_over_pairs():
     rng = np.random.default_rng(0)
     n, texts = 23, rng.normal(size=(23, 6))

@@ -154,6 +154,13 @@ def test_vqa_normalises_as_the_official_script(text, form):
     assert normalise(text) == form
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_one_of_ten_people_who_wrote_nothing_counts_among_them(blank):
+    ten = dialog(answers=["red", *["blue"] * 8, blank])
+    assert task("vqa").score(ten, "red") == {"accuracy": pytest.approx(0.3)}
+    assert task("vqa").score(ten, blank) == {"accuracy": 0.0}
+
+
 def test_vqa_with_fewer_answers_takes_any_and_numbers_within_the_tolerance():
     assert task("vqa").score(dialog("x", answers=["MRI", "the scan"]), "scan")["accuracy"] == 1
     assert task("vqa").score(dialog("100"), "104")["accuracy"] == 0
@@ -254,6 +261,15 @@ def test_captions_are_scored_by_sacrebleu():
 
 
 # ---- baselines
+
+
+def test_captions_without_a_match_of_four_words_are_smoothed_as_sacrebleu_does():
+    from sacrebleu.metrics import BLEU
+
+    said, written = ["a red dog on a mat", "two cats sleep"], ["a red cat on a mat runs", "two cats on a mat sleep"]
+    found = run("caption", [(dialog(w), s) for w, s in zip(written, said, strict=True)])["bleu"]
+    expected = BLEU(lowercase=True).corpus_score(said, [written]).score / 100
+    assert found.value == pytest.approx(expected) and expected > 0.2
 
 
 def test_the_majority_of_each_kind_is_guessed():

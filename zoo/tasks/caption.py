@@ -68,7 +68,9 @@ class Caption(Task):
     def _bleu(self, counts: np.ndarray) -> float:
         correct, total = counts[:ORDER].astype(int).tolist(), counts[ORDER : 2 * ORDER].astype(int).tolist()
         length, reference = counts[2 * ORDER :].astype(int).tolist()
-        return float(self._metrics[0].compute_bleu(correct, total, length, reference).score) / 100
+        metric = self._metrics[0]
+        smoothed = {"smooth_method": metric.smooth_method, "smooth_value": metric.smooth_value}
+        return float(metric.compute_bleu(correct, total, length, reference, **smoothed).score) / 100
 
     @cached_property
     def _metrics(self) -> tuple[Any, Any]:

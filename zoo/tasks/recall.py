@@ -46,7 +46,8 @@ class Recall(Task):
         """
         if not (group := group_of(dialog)):
             raise ZooError("Task 'recall' needs meta[\"group\"], which a picture and its text have in common.")
-        shown = any(part["type"] == "image" for turn in dialog.messages for part in turn["content"])
+        contents = (turn["content"] for turn in dialog.messages)
+        shown = any(part["type"] == "image" for parts in contents if not isinstance(parts, str) for part in parts)
         return {**group, "_shown": float(shown)}
 
     def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:

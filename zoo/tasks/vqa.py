@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from zoo.registry import Dialog, Score, Task, ZooError, register
-from zoo.tasks.answers import plain, truths
+from zoo.tasks.answers import accepted, plain, truths
 from zoo.tasks.estimates import means
 
 NUMBERS = {
@@ -91,11 +91,11 @@ class VQA(Task):
         Raises:
             ZooError: the dialog has no accepted answer.
         """
-        answers = truths(dialog, "vqa")
+        answers, people = truths(dialog, "vqa"), accepted(dialog)
         if not prediction.strip():
             return {"accuracy": 0.0}
-        if len(answers) >= HUMANS:
-            return {"accuracy": agreement(prediction, answers)}
+        if len(people) >= HUMANS:  # one who wrote nothing counts among them
+            return {"accuracy": agreement(prediction, people)}
         if self.tolerance and any(_close(prediction, answer, self.tolerance) for answer in answers):
             return {"accuracy": 1.0}
         return {"accuracy": float(any(alike(prediction, answer) for answer in answers))}
