@@ -11,6 +11,7 @@ from tests.chat_families import SHAPES, tokenizer
 from tests.conftest import picture, sample
 from zoo.composed.model import ZooModel
 from zoo.evaluation.predict import Question, answer
+from zoo.registry import ZooError
 from zoo.text.stops import AnswerReader
 
 PARTS = ["vision=timm", "vision.width=16", "vision.heads=2", "vision.depth=2", "vision.image_size=32"]
@@ -237,3 +238,23 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
     assert reader.visible("<think>\n\n</think>\n\nred").strip() == "red"
     assert reader.visible("<think>\nhm\n</think>\n\nred") == "<think>\nhm\n</think>\n\nred"  # a thought is
     assert reader.read(script(made, "red<|im_end|> more")) == "red"
+
+
+def test_options_of_sampling_without_do_sample_are_saved_as_stated(tmp_path):
+    """As Vicuna's, beside which the model gets end tokens: transformers refuses to save the two together."""
+    folder = tmp_path / "llava"
+    build.llava(folder)
+    stated = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "max_length": 4096}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    model, processor = zoo.load(f"dir:{folder}", device="cpu")
+    assert model.generation_config.pad_token_id is not None
+    model.save_pretrained(tmp_path / "saved")
+    zoo.export(model, processor, tmp_path / "exported")
+    for name in ("saved", "exported"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text()).items() >= stated.items()
+    assert ZooModel.from_pretrained(tmp_path / "saved").generation_config.temperature == 0.9
+    model.generation_config.max_new_tokens = -1
+    for write in (model.save_pretrained, lambda to: zoo.export(model, processor, to)):
+        with pytest.raises(ZooError, match=r"cannot be saved.*max_new_tokens"):
+            write(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

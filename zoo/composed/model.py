@@ -33,7 +33,7 @@ from zoo.model_config import ZooConfig
 from zoo.published.checkpoint import base_at
 from zoo.registry import ZooError, refuse_code
 from zoo.storage.weights import library_versions, local_folder, state_of, write_weights
-from zoo.text.stops import stated_config
+from zoo.text.stops import require_valid, stated_config, write_config
 
 
 class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreTrainedModel):  # type: ignore[misc]
@@ -149,6 +149,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             self.bases.require_whole(self)
         folder = Path(save_directory)
         self.bases.require_elsewhere(folder)
+        if self.generation_config is not None:
+            require_valid(self.generation_config)
         config = type(self.config).from_dict(self.config.to_dict())
         config.slots = slots_now(self)
         state, config.masters = as_saved(state, self.masters, self.part_of)
@@ -173,7 +175,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         config.versions = library_versions()
         config.save_pretrained(folder)
         if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
+            write_config(self.generation_config, folder)
         if self.vision is not None:
             self.vision.write_files(folder)
         for adapter in self.adapter.values():

@@ -25,7 +25,7 @@ from zoo.published.their_processor import their_processor
 from zoo.registry import ZooError
 from zoo.storage.safetensors_file import read
 from zoo.storage.weights import write_weights
-from zoo.text.stops import keep_stops
+from zoo.text.stops import keep_stops, require_valid, write_config
 
 # Layouts for models composed from own parts, in the order in which they are tried.
 _ORDER = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
@@ -74,6 +74,7 @@ def export(
     """
     record = (model.config.base or {}).get("model")
     refuse_adapters(model)
+    require_valid(model.generation_config)
     known, encoder = place_for(model, family or (record or {}).get("family", ""), record)
     theirs = their_processor(model, processor, known)
     merge_adapters(model)
@@ -86,7 +87,7 @@ def export(
     with TemporaryDirectory(dir=folder) as beside:  # a failure leaves the files of the folder unchanged
         config.save_pretrained(beside)
         keep_stops(model, processor.template)
-        _stops(model).save_pretrained(beside)
+        write_config(_stops(model), Path(beside))
         theirs.save_pretrained(beside)
         for file in sorted(Path(beside).iterdir()):
             file.replace(folder / file.name)

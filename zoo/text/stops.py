@@ -72,6 +72,27 @@ def _wrong_type(name: str, value: Any) -> str:
     return "a finite number" if isinstance(value, float) and not isfinite(value) else ""
 
 
+def require_valid(config: Any) -> None:
+    """Refuse to save a generation config that could not be read again.
+
+    Raises:
+        ZooError: with the values that are not allowed.
+    """
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ZooError(f"model.generation_config cannot be saved: {' '.join(str(error).split())}") from error
+
+
+def write_config(config: Any, folder: Path) -> None:
+    """Write generation_config.json.
+
+    Published checkpoints state options of sampling without `do_sample` (Vicuna). transformers' own `save_pretrained`
+    refuses these as soon as another field differs from the file that was read, such as an end token.
+    """
+    config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+
+
 def keep_shared(config: Any, tokenizer: Any, llm: Mapping[str, Any], source: str | None) -> None:
     """Keep those of a language model's end tokens that are the same tokens in the composed model's tokenizer.
 
