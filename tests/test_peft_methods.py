@@ -454,3 +454,24 @@ def test_a_pass_leaves_nothing_on_modules_and_all_methods_come_back(method):
     assert torch.equal(answers(other.lm), moved)
     adapter.detach()
     assert torch.equal(answers(llm.lm), wanted)
+
+
+@pytest.mark.parametrize("method", ["lora", *RESIDUAL])
+def test_merged_into_weights_of_16_bits_it_is_rounded_once(method):
+    """The terms of PiSSA and OLoRA are as large as the weights, and what was learnt is the difference of two."""
+    llm = tiny_llm()
+    llm.lm.to(torch.bfloat16)
+    adapter = adapter_on(llm, method, **RESIDUAL.get(method, {"r": 4}), target_modules=["q_proj", "down_proj"])
+    with torch.no_grad():
+        for name, tensor in own(llm, adapter).items():
+            tensor.add_(1e-3 if "lora_A" in name else 2e-3)
+    beginnings, exact = dict(adapter._beginnings()), {}
+    for path, layer in adapter.places.layers.items():
+        exact[path] = layer.base_layer.weight.float() + layer.get_delta_weight("peft").float()
+        exact[path] -= beginnings[path].weight() if beginnings else 0.0
+    adapter.merge()
+    for path, wanted in exact.items():
+        merged = llm.lm.get_submodule(path).weight
+        assert merged.dtype == torch.bfloat16
+        error, least = ((w.float() - wanted).norm() for w in (merged, wanted.to(torch.bfloat16)))
+        assert error <= 1.02 * least, path

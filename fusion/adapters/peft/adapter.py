@@ -25,14 +25,15 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.fusion.adapters.peft import peft_file, peft_folder
+from zoo.fusion.adapters.peft.beginning import Beginning, subtracted
 from zoo.fusion.adapters.peft.budget import LOSS, Budget
 from zoo.fusion.adapters.peft.calibration import corda_eigens, eva_vectors
 from zoo.fusion.adapters.peft.layers import Places
@@ -131,7 +132,7 @@ class PeftAdapter(Adapter, nn.Module):
         self.places = self._make(self._config_here())
         if self.method.residual:
             for path in self.exclusive:
-                beginning = Beginning(self.places.layers[path])
+                beginning = Beginning(self.places.layers[path], NAME)
                 self.beginning[path.replace(".", "-")] = beginning
                 add_to_output(self.lm, path, beginning.__call__)
         if self.method.name == "adalora":
@@ -158,13 +159,9 @@ class PeftAdapter(Adapter, nn.Module):
         if self.places is None or not self.places.attached:
             raise ZooError("adapter 'peft' is not attached: there is nothing to merge into.")
         try:
-            self.places.merge()
+            self.places.merge(partial(subtracted, dict(self._beginnings()), self.lm))
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise ZooError(f"PEFT cannot merge {self.config.method!r}: {one_line(error)}") from error
-        with torch.no_grad():
-            for path, beginning in self._beginnings():
-                weight = self.lm.get_submodule(path).weight
-                weight.sub_(beginning.weight().to(weight.dtype))
         self.places = None
         self.beginning, self.budget, self.exclusive = nn.ModuleDict(), None, []
         self.merged = True
@@ -345,34 +342,6 @@ class PeftAdapter(Adapter, nn.Module):
             return []
         words = ", ".join(sorted({name.rpartition(".")[2] for name in fused}))
         return [f"adapter 'peft' reaches no routed expert: name their tensors, target_parameters=[{words}]."]
-
-
-class Beginning(nn.Module):
-    """The term -scale B0 A0 x of a layer of LoRA, which cancels the one that it starts with."""
-
-    A: Tensor  # (R, I)
-    B: Tensor  # (O, R)
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.scale, self.transposed = layer.scaling[NAME], layer.fan_in_fan_out
-        self.register_buffer("A", layer.lora_A[NAME].weight.detach().clone())
-        self.register_buffer("B", layer.lora_B[NAME].weight.detach().clone())
-
-    def take(self, layer: Any) -> None:
-        """Take the factors of the layer as they are now."""
-        self.A.copy_(layer.lora_A[NAME].weight)
-        self.B.copy_(layer.lora_B[NAME].weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the term of x: (..., I) -> (..., O)."""
-        term = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)  # (..., O)
-        return (term * -self.scale).to(x.dtype)
-
-    def weight(self) -> Tensor:
-        """The term as a weight, laid out as the base layer's."""
-        full = self.scale * self.B @ self.A  # (O, I)
-        return full.T if self.transposed else full
 
 
 def _first_entries(layer: Any, r: int, **_: Any) -> Tensor:

@@ -6,7 +6,7 @@ to the bit, what trains is left as it was, and base weights keep their names: `q
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,21 +76,25 @@ class Places:
         for layer in self.layers.values():
             layer.to("meta")
 
-    def merge(self) -> None:
+    def merge(self, around: Callable[[str], AbstractContextManager] = nullcontext) -> None:
         """Take the layers out with their terms in the base weights.
+
+        Args:
+            around: path of a layer -> a context in which it is merged.
 
         Raises:
             NotImplementedError: PEFT cannot merge the method.
         """
         left = []
         try:
-            for _, _, _, new in self._places:
+            for path, (_, _, _, new) in zip(self.layers, self._places, strict=True):
                 module: Any = new
-                if hasattr(module, "unload_and_optionally_merge_module"):  # rows of an embedding
-                    left.append(module.unload_and_optionally_merge_module(True, False, None))
-                else:
-                    module.merge()
-                    left.append(module.get_base_layer())
+                with around(path):
+                    if hasattr(module, "unload_and_optionally_merge_module"):  # rows of an embedding
+                        left.append(module.unload_and_optionally_merge_module(True, False, None))
+                    else:
+                        module.merge()
+                        left.append(module.get_base_layer())
         except Exception:
             for _, _, _, module in self._places[: len(left)]:
                 module.unmerge()
