@@ -8,7 +8,7 @@ import torch
 
 from tests.vision_builders import pixels, settle
 from zoo.registry import ZooError, build
-from zoo.vision.encoders.hf_maps import TYPES
+from zoo.vision.encoders.hf_maps import TYPES, in_units
 from zoo.vision.images.transform import to_pixels
 
 FOUR = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
@@ -57,6 +57,8 @@ def test_tokens_are_transformers_map(kind, stage, tmp_path):
         return
     node = {"name": "hf", "checkpoint": str(tmp_path), "image_size": 64, "stage": stage}
     tower, x = build("vision", node).eval().requires_grad_(False), pixels(size=64)
+    if kind == "hiera":
+        in_units(model)  # see below
     plain = []  # what the norm of the stage gets: (M, D, h, w), or with channels last
     for norm in getattr(model, "hidden_states_norms", {}).values():
         norm.register_forward_pre_hook(lambda module, args: plain.append(args[0]))
@@ -76,6 +78,26 @@ def test_tokens_are_transformers_map(kind, stage, tmp_path):
     else:
         with pytest.raises(ZooError, match="has no norm for the maps"):
             build("vision", {**node, "norm": True})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("pools", [1, 3])
+def test_hiera_pools_and_attends_in_the_units_of_its_model(stage, pools, tmp_path):
+    """The backbone of transformers does not order the patches: its own maps are others."""
+    from transformers import HieraConfig, HieraModel
+
+    torch.manual_seed(0)
+    config = HieraConfig(**{**SMALL["hiera"], "image_size": [128, 128], "num_query_pool": pools})
+    model = settle(HieraModel(config))
+    model.save_pretrained(tmp_path)
+    node = {"name": "hf", "checkpoint": str(tmp_path), "image_size": 128, "stage": stage}
+    tower, x = build("vision", node).eval().requires_grad_(False), pixels(size=128)
+    with torch.no_grad():
+        maps = model(x.contiguous(memory_format=torch.channels_last), output_hidden_states=True)
+    want = maps.reshaped_hidden_states[stage - 5]  # (M, h, w, D)
+    got = tower(x)
+    assert got.grid == want.shape[1:3]
+    torch.testing.assert_close(got.tokens, want.flatten(1, 2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", TYPES)

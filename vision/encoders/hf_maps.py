@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ TYPES = (
     "bit", "convnext", "convnextv2", "dinov3_convnext", "focalnet", "hgnet_v2", "hiera", "pvt_v2", "resnet", "swin",
     "swinv2", "textnet",
 )  # fmt: skip
-WHOLE = {"focalnet"}  # its stages end with the downsampling for the next, and so do its maps: never cut
+# Never cut: FocalNet's stages end with the downsampling for the next, and so do its maps; Hiera's units follow from the
+# number of its stages.
+WHOLE = {"focalnet", "hiera"}
 NORMS = "hidden_states_norms"  # one for each stage that a backbone gives; checkpoints of classifiers have none
 
 
@@ -86,6 +89,8 @@ class HFMapRunner(MapRunner):
             self.tower = load_hf(source, cls, spec, "encoder", spare) if source else cls(deepcopy(spec))
             self._set_norm(stages[index], norm)
             self.hold(idle)
+        if spec.model_type == "hiera":
+            in_units(self.tower)
         tables_follow(self.tower)
         self.lacks |= dict.fromkeys(("key_attention", "keys"), self.NO_SCORES)
         self.patch = (round(size / self.grid[0]), round(size / self.grid[1]))
@@ -109,6 +114,24 @@ class HFMapRunner(MapRunner):
     def set_gradient_checkpointing(self, enable: bool) -> None:
         with suppress(ValueError):  # of families that cannot: they keep their activations
             (checkpoint_activations if enable else keep_activations)(self.tower)
+
+
+def in_units(tower: Any) -> None:
+    """Let Hiera's backbone order patches by the units that it pools and attends in.
+
+    HieraModel does, with which checkpoints were trained; HieraBackbone of transformers 5.24 leaves it out, and its
+    units are then pieces of rows.
+    """
+    if not hasattr(tower, "unroll_schedule"):  # which HieraModel does it by
+        tower.embeddings.register_forward_hook(partial(_in_units, tower.config))
+
+
+def _in_units(config: Any, module: nn.Module, args: tuple[Tensor, ...], out: tuple[Any, ...]) -> tuple[Any, ...]:
+    from transformers.models.hiera.modeling_hiera import unroll
+
+    schedule = [config.query_stride] * (len(config.depths) - 1)
+    size = tuple(args[0].shape[-2:])
+    return (unroll(out[0], image_shape=size, patch_stride=config.patch_stride, schedule=schedule), *out[1:])
 
 
 def _cut(spec: Any, count: int, cls: Any) -> Any:
