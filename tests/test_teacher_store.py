@@ -21,11 +21,11 @@ from zoo.runs.order import Mix
 from zoo.settings.stage import Stage
 from zoo.storage.shards import shards_of
 from zoo.teaching.teacher import Teacher, TeacherRows
-from zoo.teaching.teacher_store import TeacherStore, Writer, data_hash, read_about, sample_key
+from zoo.teaching.teacher_store import TeacherStore, Writer, data_hash, draws_pictures, read_about, sample_key
 from zoo.text.tokenizer import OF_MODEL
 from zoo.training.loop import Run
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
-from zoo.training.teach import Truncation, main, outputs_of, samples, stage_of
+from zoo.training.teach import Truncation, batches, main, outputs_of, samples, stage_of
 from zoo.vision.images.processors import Pictures
 
 NO_RELATION = "{name: llava_kd, relation_weight: 0}"
@@ -221,6 +221,31 @@ def test_a_sample_is_known_by_what_it_says():
             return sample((QUESTIONS[index], "yes"), seed=self.seed + index)
 
     assert data_hash(Data(0)) == data_hash(Data(0)) != data_hash(Data(1)), "pictures count"
+
+
+def test_pictures_that_are_drawn_anew_in_each_epoch_are_stored_for_each(tmp_path):
+    class Data(Dataset):
+        def __init__(self, moves):
+            self.moves = moves
+
+        def __len__(self):
+            return 2
+
+        def get(self, index, epoch=0):
+            return sample((QUESTIONS[index], "yes"), seed=index + 2 * self.moves * (epoch % 2))
+
+    stage = Stage(steps=6, batch_size=2)  # six epochs, in which two pictures of each sample turn up
+    for moves, drawn in ((0, []), (1, ["a"])):
+        mix = Mix({"a": Data(moves)}, {}, 0)
+        assert draws_pictures(mix.datasets[0]) is bool(drawn)
+        asked = [each for group in batches(samples(mix, stage, None), 4, set(), drawn) for each in group]
+        assert len(asked) == 2 + 2 * moves
+        store = TeacherStore.__new__(TeacherStore)
+        store.folder, store.positions, store.about = tmp_path, [], {"pictures": drawn}
+        store.shards = SimpleNamespace(where=dict.fromkeys([key for key, _ in asked[:2]], (0, 0)))
+        assert store.add(asked[0][1], [], []) == []
+    with pytest.raises(ZooError, match="its text, or its picture, which is drawn anew in each epoch, differs"):
+        store.add(asked[-1][1], [], [])
 
 
 def test_half_a_shard_is_no_shard(tmp_path):

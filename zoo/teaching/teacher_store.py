@@ -9,12 +9,14 @@ A folder holds `store.json` (teacher, data, settings) and `shard-00000.safetenso
 
 For `pairs`, the reference of a preference loss, a position is a whole answer with one number: its log-probability.
 Samples are looked up by hash, so that order, packing, workers and epochs may change. Changed text is not found; changed
-images are detected by the hash of the data set.
+images are detected by the hash of the data set. Of data that shows its images otherwise in each epoch (flips, shifts,
+crops; `pictures` of `store.json`) the hash is of the images too, and each epoch is stored.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ import torch
 from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, read_sample, refuse_code
 from zoo.registry.foreign import read_json
 from zoo.storage.atomic import write_json
-from zoo.storage.shards import Place, Shards, keys_of, offsets_of, shards_of, write_shard
+from zoo.storage.shards import Place, Shards, key_of, keys_of, offsets_of, shards_of, write_shard
 from zoo.text.batch import EncodedSample
+from zoo.vision.images.identity import identify
 from zoo.vision.images.processors import Picture
 
 INDEX = "store.json"
@@ -36,10 +39,25 @@ WHAT = ("ids", "log_probs", "log_rest")
 WHAT_STORE = "a stored teacher"  # for messages
 
 
-def sample_key(sample: Sample) -> bytes:
-    """Hash a sample's id and messages to 16 bytes."""
+def sample_key(sample: Sample, pictures: bool = False) -> bytes:
+    """Hash a sample's id and messages, and its images if `pictures` is true, to 16 bytes."""
     text = json.dumps([sample.id, len(sample.images), [d.messages for d in sample.dialogs]], default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    whole = hashlib.blake2b(text.encode(), digest_size=16)
+    for image in sample.images if pictures else ():
+        whole.update(key_of(*identify(image)[0]))
+    return whole.digest()
+
+
+def draws_pictures(dataset: Any) -> bool:
+    """Whether a data set shows `PROBES` of its samples otherwise in later epochs; of a stream it is not known."""
+    if dataset.is_stream:
+        return False
+    for index in _probes(dataset):
+        made = (read_sample("", dataset, index, epoch) for epoch in range(3))
+        keys = {sample_key(replace(s, id="", dialogs=[]), True) for s in made if not isinstance(s, RecordError)}
+        if len(keys) > 1:
+            return True
+    return False
 
 
 def data_hash(dataset: Any) -> str:
@@ -53,7 +71,7 @@ def data_hash(dataset: Any) -> str:
     from zoo.vision.images.decode import open_image
 
     whole = hashlib.sha256(str(len(dataset)).encode())
-    for index in sorted({i * len(dataset) // PROBES for i in range(PROBES)}):
+    for index in _probes(dataset):
         sample = read_sample("", dataset, index)
         if isinstance(sample, RecordError):
             whole.update(b"broken")  # a record that breaks, or is mended, changes the hash too
@@ -67,6 +85,10 @@ def data_hash(dataset: Any) -> str:
                 pixels = b"broken"
             whole.update(pixels)
     return whole.hexdigest()
+
+
+def _probes(dataset: Any) -> list[int]:
+    return sorted({i * len(dataset) // PROBES for i in range(PROBES)})
 
 
 class Writer:
@@ -163,11 +185,13 @@ class TeacherStore:
         Raises:
             ZooError: the store does not have the sample, or has another number of labels or image tokens for it.
         """
-        found = self.shards.where.get(sample_key(sample))
+        drawn = sample.data in (self.about.get("pictures") or ())
+        found = self.shards.where.get(sample_key(sample, drawn))
         if found is None:
+            what = "its text, or its picture, which is drawn anew in each epoch," if drawn else "its text"
             raise ZooError(
-                f"Sample {sample.id!r} is not in the store {str(self.folder)!r}: its text differs, or zoo teach was "
-                f"stopped before it. Run zoo teach again with the same data."
+                f"Sample {sample.id!r} is not in the store {str(self.folder)!r}: {what} differs, or zoo teach was "
+                f"stopped before it. Run zoo teach again with the same data{' and length of the stage' * drawn}."
             )
         stored = {p: self.read(found, p) for p in self.positions}
         # The model shifts labels by one, so the first position has no prediction.

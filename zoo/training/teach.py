@@ -10,7 +10,7 @@ gradient that the truncation to K tokens causes.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,7 @@ from zoo.settings.stage import Stage, stages_of
 from zoo.storage.atomic import write_text
 from zoo.storage.precision import autocast, fast_products, resolve_precision
 from zoo.teaching.teacher import Teacher
-from zoo.teaching.teacher_store import PAIRS, RESPONSE, VISUAL, Writer, data_hash, sample_key
+from zoo.teaching.teacher_store import PAIRS, RESPONSE, VISUAL, Writer, data_hash, draws_pictures, sample_key
 from zoo.text.batch import EncodedSample, collate, to_device
 from zoo.text.tokenizer import tokens_hash
 
@@ -110,6 +110,9 @@ def _stored(cfg: DictConfig, name: str, stage: Stage, accelerator: Any) -> Path:
         "cells": (None if model.layout is None else model.layout.row_tokens) or model.num_image_tokens,
         "data": {n: data_hash(d) for n, d in zip(mix.names, mix.datasets, strict=True)},
     }
+    drawn = [n for n, d in zip(mix.names, mix.datasets, strict=True) if draws_pictures(d)]
+    if drawn:  # no word of it else, so that stores of an earlier version are gone on with
+        about["pictures"] = drawn
     folder = Path(cfg.teach.folder or Path(cfg.run.dir) / "teach" / f"{cfg.run.recipe or cfg.model.name}-{name}")
     with accelerator.main_process_first():
         writer = Writer(folder, about, rank, world)
@@ -117,11 +120,13 @@ def _stored(cfg: DictConfig, name: str, stage: Stage, accelerator: Any) -> Path:
     accelerator.wait_for_everyone()  # every process must have listed the stored samples before the first shard is added
     say = accelerator.print
     say(f"{len(known):,} samples are stored already." if known else f"Writing to {folder}", flush=True)
+    if drawn:
+        say(f"{', '.join(drawn)}: pictures are drawn anew in each epoch, so that each epoch is stored.")
     kept: list[Any] = []
     count = 0
     sieve = Sieve(bool(stage.skip_broken), cfg.max_broken, "zoo teach")
     # Each process iterates over all samples and takes every `world`-th batch, so that no communication is needed.
-    groups = batches(sieve.sound(samples(mix, stage, cfg.teach.limit)), stage.batch_size, known)
+    groups = batches(sieve.sound(samples(mix, stage, cfg.teach.limit)), stage.batch_size, known, drawn)
     for group in islice(groups, rank, None, world):
         batch = encoded(processor, group, sieve, model.llm.max_positions)
         if (error := sieve.excess()) is not None:
@@ -209,11 +214,13 @@ def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | Reco
     return islice(found, limit)
 
 
-def batches(source: Iterator[Sample], size: int, known: set[bytes]) -> Iterator[list[tuple[bytes, Sample]]]:
-    """Group samples that are not stored yet, without repetitions in later epochs."""
+def batches(
+    source: Iterator[Sample], size: int, known: set[bytes], drawn: Sequence[str] = ()
+) -> Iterator[list[tuple[bytes, Sample]]]:
+    """Group samples that are not stored yet, without repetitions in later epochs; of data `drawn` each picture once."""
     group: list[tuple[bytes, Sample]] = []
     for sample in source:
-        key = sample_key(sample)
+        key = sample_key(sample, sample.data in drawn)
         if key in known:
             continue
         known.add(key)
