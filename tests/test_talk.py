@@ -1,5 +1,7 @@
 """Talking to a model, in Python and on the command line; finding one by its size."""
 
+import io
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tests import published_builders as build
 from zoo.cli.entry import main
 from zoo.composed.chat_session import Talk
 from zoo.registry import ZooError
+from zoo.vision.images.video import Video
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,71 @@ def test_turns_are_remembered_and_images_prepared_once(llava, monkeypatch):
     talk.say("and now?", max_new_tokens=4)
     assert prepared == [[]] and len(talk.shown) == 1
     assert [m["role"] for m in talk.messages] == ["user", "assistant", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ({}, {"max_new_tokens": 256, "do_sample": False}),
+        ({"temperature": 0.7}, {"max_new_tokens": 256, "do_sample": True}),
+        ({"top_p": 0.9, "do_sample": False}, {"max_new_tokens": 256, "do_sample": False}),
+        ({"top_k": 5, "temperature": 0}, {"max_new_tokens": 256, "do_sample": False}),
+        ({"max_length": 40}, {"max_length": 40, "max_new_tokens": None, "do_sample": False}),
+        ({"max_new_tokens": 5, "max_length": 40}, {"max_new_tokens": 5, "max_length": 40}),
+        ({"generation_config": {"max_new_tokens": 5}}, {"max_new_tokens": 5, "do_sample": False}),
+        ({"generation_config": {"do_sample": True, "max_length": 9}}, {"max_new_tokens": None, "do_sample": True}),
+        ({"generation_config": {"top_p": 0.9}, "max_new_tokens": 5}, {"max_new_tokens": 5, "do_sample": True}),
+        ({"return_dict_in_generate": True, "output_scores": True}, {"output_scores": True, "do_sample": False}),
+    ],
+)
+def test_what_is_asked_for_reaches_generate_and_the_rest_is_greedy(llava, monkeypatch, given, wanted):
+    from transformers import GenerationConfig
+
+    folder, model, _ = llava
+    if "generation_config" in given:
+        given = given | {"generation_config": GenerationConfig(**given["generation_config"])}
+    before, seen, run = str(given), [], type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda self, **options: seen.append(options) or run(
+        self, **{k: v for k, v in options.items() if k in ("input_ids", "attention_mask", "pixel_values")},
+        max_new_tokens=2, return_dict_in_generate=bool(options.get("return_dict_in_generate")),
+    ))  # fmt: skip
+    assert isinstance(model.chat("is it red?", folder / "photo.png", **given), str)
+    asked = seen[0] | (vars(seen[0]["generation_config"]) if "generation_config" in given else {})
+    assert {name: asked.get(name) for name in wanted} == wanted and str(given) == before
+    assert not ("generation_config" in given and {"max_new_tokens", "do_sample"} & seen[0].keys())
+
+
+def test_several_answers_are_refused(llava):
+    with pytest.raises(ZooError, match="one answer; num_return_sequences=3 goes to"):
+        llava[1].chat("is it red?", num_return_sequences=3, do_sample=True)
+
+
+def test_images_of_later_turns_are_prepared_as_in_one_prompt(tmp_path):
+    """LLaVA-OneVision cuts a single image, and leaves several whole: transformers' processor gets them all at once."""
+    from transformers import AutoProcessor
+
+    build.llava_onevision(tmp_path)
+    model, processor = zoo.load(f"dir:{tmp_path}", device="cpu")
+    talk, photos = Talk(model), [build.photo(40, 90), build.photo(90, 40, 1)]
+    talk.say("is it red?", photos[:1], max_new_tokens=2)
+    assert talk.shown[0].cut.rows > 1
+    talk.say("and here?", [io.BytesIO(png(photos[1]))], max_new_tokens=2)
+    talk.say("sure?", max_new_tokens=2)
+    theirs = AutoProcessor.from_pretrained(tmp_path)(images=[photos], text="<image><image>", return_tensors="pt")
+    ours = torch.cat([picture.pixels for picture in talk.shown])
+    assert torch.equal(ours, theirs["pixel_values"].flatten(0, 1))
+    mixed = processor.prepare([photos[0], films(processor)])  # a video beside it does not count, as in the call
+    assert mixed[0].cut.rows == processor(images=photos[:1], text="<image>")["cuts"][0].rows > 1
+
+
+def png(image):
+    image.save(made := io.BytesIO(), "PNG")
+    return made.getvalue()
+
+
+def films(processor):
+    processor.videos = lambda video: None
+    return Video("film.mp4")
 
 
 def test_without_a_processor_it_says_so(llava):

@@ -286,6 +286,11 @@ def as_cut(config: Mapping[str, Any], image: tuple[int, int]) -> dict[str, Any]:
     return {}
 
 
+def has_several(sources: Sequence[Any]) -> bool:
+    """Whether a sample shows several images; videos beside an image do not count."""
+    return sum(not isinstance(source, Video) for source in sources) > 1
+
+
 def stack(pictures: Sequence[Tensor | Picture]) -> dict[str, Any]:
     """Stack images for the encoder: `pixel_values` (M, 3, h, w), or patches (S, P); `cuts` if images have rows."""
     if not pictures:

@@ -25,7 +25,7 @@ from zoo.storage.packed_features import pack, unpack, unpackable
 from zoo.storage.shards import key_of
 from zoo.storage.weights import library_versions
 from zoo.vision.images.identity import identify
-from zoo.vision.images.processors import FEATURES, Shown, cut_of, flat
+from zoo.vision.images.processors import FEATURES, Shown, cut_of, flat, has_several
 from zoo.vision.images.video import Video
 
 
@@ -117,7 +117,7 @@ class Recall:
         """
         with naming(sample.data, sample.where, sample.id, "image"):
             images = flat(sample.images)
-            return [self._shown(image, len(images) > 1) for image in images]
+            return [self._shown(image, has_several(images)) for image in images]
 
     def _shown(self, image: Any, several: bool) -> Shown:
         content, image, where = identify(image)

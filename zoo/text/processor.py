@@ -25,7 +25,7 @@ from zoo.text.processor_keywords import LoadedMixin
 from zoo.text.questions import QuestionsMixin
 from zoo.text.tokenized_chat import Chat
 from zoo.text.tokenizer import pad_id_of, require_token
-from zoo.vision.images.processors import Picture, Pictures, Videos, as_clip, cut_of, flat, processor_of
+from zoo.vision.images.processors import Picture, Pictures, Videos, as_clip, cut_of, flat, has_several, processor_of
 from zoo.vision.images.transform import to_pixels
 from zoo.vision.images.video import Video
 
@@ -169,6 +169,11 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         if self.transform is None or self.transform.fit == "pad" or self.transform.also:
             return None
         return processor_of(as_clip(self.transform))
+
+    @property
+    def whole_if_several(self) -> bool:
+        """Whether an image that is cut by itself stays whole beside others, so that later ones change its pixels."""
+        return self.pictures is not None and bool(self.pictures.config.get("whole_if_several"))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -373,7 +378,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         """
         nested = isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images)
         groups = [flat(group) for group in images] if nested else [[image] for image in flat(images)]
-        return [self.pixels_of(image, len(group) > 1, options) for group in groups for image in group]
+        return [self.pixels_of(image, has_several(group), options) for group in groups for image in group]
 
     def pixels_of(
         self, source: Any, several: bool = False, options: Mapping[str, Any] | None = None, where: str = ""
