@@ -67,11 +67,18 @@ def exact(schema: type, plain: Mapping[str, Any]) -> dict[str, Any] | None:
             if default and type(default) is dict:
                 return None
             if hints[f.name] is float and type(value) is int:
-                value = float(value)
+                value = _as_float(value, f.name)
         if (default is NO_DEFAULT and f.name not in plain) or not _is_exactly(value, hints[f.name]):
             return None
         found[f.name] = value
     return found
+
+
+def _as_float(value: int, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:  # a file may hold a number of any length
+        raise ZooError(f"{name} must be a finite number, got a whole number of {value.bit_length()} bits.") from error
 
 
 def _by_omegaconf(schema: type, plain: Mapping[str, Any]) -> Any:
@@ -81,7 +88,10 @@ def _by_omegaconf(schema: type, plain: Mapping[str, Any]) -> Any:
         wanted = ", ".join(f"{name}: {getattr(hint, '__name__', hint)}" for name, hint in _hints(schema).items())
         raise ZooError(f"without OmegaConf, values must have the types of their options ({wanted}).") from error
 
-    merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+    try:
+        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+    except OverflowError as error:
+        raise ZooError(f"numbers must be finite, and one is too large ({error}).") from error
     missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]
     if missing:
         raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")

@@ -129,10 +129,25 @@ def kind_of(group: str) -> str | None:
 
 
 def declare(kind: str, name: str, module: str) -> None:
-    """Name the module of a component without importing it; the module registers the component on first use."""
+    """Name the module of a component without importing it; the module registers the component on first use.
+
+    Raises:
+        ZooError: the kind is unknown, or another module has a component of that name.
+    """
     if kind not in _declared:
         raise unknown_kind("kind of component", kind, KINDS)
+    if name in _entries[kind]:
+        _require_owner(kind, name, _entries[kind][name].cls.__module__, module)
+    _require_owner(kind, name, _declared[kind].get(name), module)
     _declared[kind][name] = module
+
+
+def _require_owner(kind: str, name: str, owner: str | None, module: str) -> None:
+    """Refuse a name whose component is in another module than `module`."""
+    if owner and owner != module:
+        file = source_of(kind, name)
+        at = f"{file}:{line_in(file, kind, name)}" if file else owner
+        raise ZooError(f"{kind} {name!r} is taken: {owner} in {at}.")
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:
@@ -167,11 +182,8 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         # The same class again is a module that was reloaded, as notebooks do.
         if taken and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ZooError(f"{kind} {name!r} is taken: {taken.cls.__qualname__} in {taken.file}:{taken.line}.")
-        owner = _declared[kind].get(name)
-        if not taken and owner and owner != cls.__module__:
-            file = source_of(kind, name)
-            at = f"{file}:{line_in(file, kind, name)}" if file else owner
-            raise ZooError(f"{kind} {name!r} is taken: {owner} in {at}.")
+        if not taken:
+            _require_owner(kind, name, _declared[kind].get(name), cls.__module__)
         node = make_dataclass(
             config.__name__,
             [("name", str, field(default=name, kw_only=True))],

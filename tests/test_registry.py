@@ -76,6 +76,7 @@ def test_facts_of_an_entry(table):
         ({"name": "tiny", "must": "x", "rate": -1}, "pruner 'tiny': rate must not be negative, got -1.0."),
         ({"name": "tiny", "must": "x", "rate": "fast"}, "takes float (default 0.5), got 'fast'."),
         ({"name": "tiny", "must": "x", "sizes": [1, "b"]}, "Option 'sizes' of pruner 'tiny' takes list[int]"),
+        ({"name": "tiny", "must": "x", "rate": 10**400}, "pruner 'tiny': rate must be a finite number"),
         ({"name": "tiny", "must": "x", "rat": 1}, "named 'rat'. Did you mean 'rate' (float, default 0.5)?"),
         ({"name": "tiny", "must": "${oc.env:HOME}"}, "holds the interpolation"),
         ({"name": "tiny", "_target_": "os.system"}, "holds '_target_': configs name registered components"),
@@ -99,6 +100,15 @@ def test_a_duplicate_names_file_and_line_of_the_first(table):
 def test_a_duplicate_of_one_that_is_not_imported_yet(table):
     with pytest.raises(ZooError, match=r"projector 'linear' is taken: .*linear.py:(1\d|2\d)\."):
         registry.register("projector", "linear")(type("Mine", (Tiny,), {"__init__": Tiny.__init__}))
+
+
+def test_what_a_plugin_declares_does_not_replace_another_one(table):
+    registry.register("pruner", "tiny")(Tiny)
+    for kind, known, file in (("projector", "linear", "linear"), ("pruner", "tiny", "test_registry")):
+        with pytest.raises(ZooError, match=rf"{kind} '{known}' is taken: .* in .*{file}.py:\d+"):
+            registry.declare(kind, known, "theirs.parts")
+    registry.declare("pruner", "tiny", Tiny.__module__)  # a package that is reloaded
+    assert registry.get("pruner", "tiny").cls is Tiny
 
 
 def test_the_same_class_again_is_a_reload(table):
