@@ -156,6 +156,13 @@ def test_a_sweep_drops_options_that_a_job_does_not_have(ran, capsys, tmp_path):
     assert Path(ran[-1].run.folder).parent != folders[0].parent  # a sweep never writes into another
 
 
+@pytest.mark.parametrize("root", ["it's", "läufe (1)", "a=b,{c}"])
+def test_a_sweep_in_a_folder_of_any_name(root, ran, tmp_path):
+    assert main(["train", "-m", f'run.dir="{root}"', "seed=1,2"]) == 0
+    assert [Path(cfg.run.folder).parts[0] for cfg in ran] == [root] * 2
+    assert {p.name for p in tmp_path.iterdir()} == {root}
+
+
 def test_a_sweep_runs_equal_jobs_once(ran, capsys):
     assert main(["train", "-m", "pruner=null,random", "pruner.keep_ratio=0.25,0.5"]) == 0
     assert [cfg.pruner.random.keep_ratio if cfg.pruner else None for cfg in ran] == [None, 0.25, 0.5]
@@ -179,6 +186,7 @@ def test_a_sweep_over_single_slots_and_their_options(ran):
         (["pruner=null,rndom"], "No pruner named 'rndom'. Did you mean 'random'?"),
         (["pruner=random", "pruner.random.keep_ratio=0.5,2"], "keep_ratio must be in (0, 1], got 2"),
         (["seed=1,x"], "Option 'seed' of the run takes int"),
+        (["run.dir=a,b", "seed=1,2"], "run.dir=a,b: it is the folder of the whole sweep"),
     ],
 )
 def test_a_mistake_in_a_sweep(words, message, ran, capsys):

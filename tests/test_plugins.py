@@ -60,6 +60,13 @@ def test_a_file_on_the_command_line(tmp_path):
         compose("train", [f"plugins={file}", "pruner=mine", "pruner.mine.kep_ratio=0.3"])
 
 
+@pytest.mark.parametrize("name", ["it's", "part (1)", "größe", "a=b", "a{b}"])
+def test_a_file_of_any_name(name, tmp_path):
+    file = write(tmp_path, "mine").rename(tmp_path / f"{name}.py")
+    for words in (f"plugins={file}", f"plugins=[{file}]"):
+        assert list(compose("load", [words, "model=scenes_tiny", "pruner=[mine]"]).plugins) == [str(file)]
+
+
 def test_two_files_of_one_name(tmp_path):
     for folder, name in (("a", "first"), ("b", "second")):
         (tmp_path / folder).mkdir()

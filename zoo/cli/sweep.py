@@ -19,7 +19,7 @@ from zoo.registry.presets import PRESET
 from zoo.registry.table import kind_of
 from zoo.settings import presets
 from zoo.settings.config import compose, hydra_of_its_own
-from zoo.settings.overrides import SEVERAL, choose, having, load_plugins, parse, prepare, values
+from zoo.settings.overrides import SEVERAL, choose, having, load_plugins, parse, prepare, quoted, values
 from zoo.settings.schema import CONFIG_NAME
 from zoo.settings.text_options import TextOptions
 
@@ -44,6 +44,8 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
     if own := next((o.key_or_group for o in parsed if o.key_or_group in ("hydra.sweep.dir", "hydra.run.dir")), None):
         raise ZooError(f"{own} has no effect in a sweep, whose folder is run.dir=<folder>.")
     parsed = [o for o in parsed if not o.is_hydra_override()]
+    if several := next((o for o in parsed if o.key_or_group == "run.dir" and o.is_sweep_override()), None):
+        raise ZooError(f"{several.input_line}: it is the folder of the whole sweep, so it takes one value.")
     product = _split(parsed)
     load_plugins(command, [values(parse(job)) for job in product], config_dir)
 
@@ -88,7 +90,7 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
 
     # Hydra's launcher without its sweeper: the jobs are planned already.
     with hydra_of_its_own(config_dir) as hydra:
-        overrides = [*sweep.for_hydra, f"hydra.sweep.dir='{sweep.folder}'"]
+        overrides = [*sweep.for_hydra, f"hydra.sweep.dir={quoted(str(sweep.folder))}"]
         config = hydra.compose_config(CONFIG_NAME, overrides, RunMode.MULTIRUN, with_log_configuration=False)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
         launcher = Plugins.instance().instantiate_launcher(context, task, config)
@@ -130,7 +132,7 @@ def _error_of(result: Any) -> Exception | None:
 def _job(command: str, job: Sequence[str], folder: Path, config_dir: str | Path | None) -> list[str]:
     lines = prepare(command, job, config_dir)
     named = any(line.startswith(("run.folder=", "resume=")) for line in job)
-    return lines if named else [*lines, f"run.folder='{folder}'"]
+    return lines if named else [*lines, f"run.folder={quoted(str(folder))}"]
 
 
 def _folder(root: Path) -> Path:

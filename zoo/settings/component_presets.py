@@ -50,7 +50,7 @@ def expanded(parsed: Sequence[Any], chosen: Mapping[str, Any], config_dir: str |
         for owner, kind, component in owners if override.value() is not None else []:
             what = called(path[0], kind, owner.rpartition(".")[2], component)
             preset = preset_called(name, what, source_presets(kind, component))
-            options += [f"{owner}.{option}={_quoted(value)}" for option, value in preset.options.items()]
+            options += [f"{owner}.{option}={written_value(value)}" for option, value in preset.options.items()]
     return [*options, *rest]
 
 
@@ -79,14 +79,14 @@ def _name(word: str) -> str:
     return word.partition("=")[2].strip().strip("'\"")
 
 
-def _quoted(value: Any) -> str:
+def written_value(value: Any) -> str:
     """Write a value for Hydra's grammar, with texts in quotes."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     if isinstance(value, str):
         return QuotedString(value, Quote.single).with_quotes()
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_quoted, value))}]"
+        return f"[{','.join(map(written_value, value))}]"
     return shown(value)
 
 

@@ -313,7 +313,7 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
         names = TextOptions(choice.chosen, config_dir).choice(value)
         return [override.input_line] if names == value else [f"data={_text(presets.as_list(names))}"]
     if key in ("plugins", "log") and not isinstance(value, list):
-        return [f"{key}={_text(presets.as_list(value))}"]
+        return [f"{key}={component_presets.written_value(presets.as_list(value))}"]
     line = override.input_line
     if stage := _STAGE.match(key):
         there = {
@@ -363,7 +363,7 @@ def _names_another(key: str, value: Mapping[str, Any], recipe: str | None, confi
 
 def quoted(text: str) -> str:
     """Quote a string, such as a path, for Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+    return component_presets.written_value(text).replace("${", "\\${")
 
 
 def having(key: str, chosen: Mapping[str, Any], config_dir: str | Path | None = None) -> list[str]:
