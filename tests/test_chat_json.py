@@ -292,3 +292,25 @@ def test_an_eval_split_is_not_the_training_data(folder):
         ZooError, match=r"eval_split='dev' would be the training data: \{split\} has to be in file, or sp"
     ):
         open_file(folder, "all.jsonl", eval_split="dev")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_an_image_may_be_base64_without_an_address(folder, kind):
+    data = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(data, kind)
+    text = base64.b64encode(data.getvalue()).decode()
+    records = [
+        {"image": text, "question": "q", "answer": "a"},
+        {"image": text[:-9] + "*", "question": "q", "answer": "a"},
+    ]
+    found = load(folder, records)
+    assert found.get(0).images == [data.getvalue()]
+    with pytest.raises(ZooError, match=f"the image in '{text[:10]}"):
+        found.get(1)
+
+
+def test_the_commonest_answer_that_is_not_empty_is_learnt(folder):
+    dialog = load(folder, [{"question": "q", "answer": ["", " ", "", "red", "blue", "red"]}]).get(0).dialogs[0]
+    assert dialog.messages[-1]["content"][0]["text"] == "red"
+    with pytest.raises(ZooError, match="'answer' is empty"):
+        load(folder, [{"question": "q", "answer": ["", " "]}])

@@ -1,4 +1,5 @@
 import builtins
+import datetime
 import io
 import pickle
 
@@ -87,6 +88,44 @@ def test_a_stream_goes_on_where_it_broke_off(places):
 def test_travels_to_another_process(places, streaming):
     data = pickle.loads(pickle.dumps(load(places / "rows.parquet", streaming=streaming)))
     assert question(next(iter(data.stream())) if streaming else data.get(0)) == "q0"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("place", ["t.csv", ""])
+def test_values_of_csv_are_the_texts_of_the_file(tmp_path, streaming, place):
+    said = ["007", "1.50", "None", "n/a", "TRUE", "1e5", 'two\nlines, "quoted"']
+    rows = [f'{i},q{i},"{text.replace(chr(34), chr(34) * 2)}",\r\n' for i, text in enumerate(said)]
+    name = place or "train.csv"
+    (tmp_path / name).write_bytes(("\ufeff,question,answer,nothing\r\n" + "".join(rows)).encode())
+    data = load(tmp_path / place, streaming=streaming, meta_fields=["nothing"])
+    samples = list(data.stream()) if streaming else [data.get(i) for i in range(len(data))]
+    assert [s.dialogs[0].messages[-1]["content"][0]["text"] for s in samples] == said
+    assert all(s.dialogs[0].meta == {"nothing": None} for s in samples)
+
+
+def test_a_column_of_csv_is_there_once(tmp_path):
+    (tmp_path / "t.csv").write_text("question,answer,answer\nq,a,b\n")
+    with pytest.raises(ZooError, match=r"t.csv:1 names the column 'answer' twice"):
+        load(tmp_path / "t.csv")
+
+
+def test_a_column_of_bytes_is_an_image_and_a_date_beside_predictions_is_a_text(tmp_path):
+    day = datetime.datetime(2020, 1, 2)
+    rows = {"image": [png()], "question": ["q"], "answer": ["a"], "when": [{"day": [day], "n": 3}]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
+    sample = load(tmp_path / "t.parquet", meta_fields=["when"]).get(0)
+    assert sample.images == [png()]
+    assert sample.dialogs[0].meta == {"when": {"day": ["2020-01-02 00:00:00"], "n": 3}}
+    with pytest.raises(ZooError, match="row 0, image: a text is needed, got bytes"):
+        load(tmp_path / "t.parquet", meta_fields=["image"]).get(0)
+
+
+def test_the_split_for_evaluation_may_have_fewer_files_than_the_stream_has_lanes(tmp_path):
+    for name, n in (("train-0", 2), ("train-1", 2), ("test-0", 1)):
+        rows = {"question": ["q"] * n, "answer": ["a"] * n}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{name}.parquet")
+    data = load(tmp_path, streaming=True, lanes=2, eval_split="test")
+    assert (len(list(data.stream())), len(list(data.eval_split().stream()))) == (4, 1)
 
 
 def test_knows_its_other_splits(places):

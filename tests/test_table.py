@@ -347,3 +347,10 @@ def test_an_image_of_a_zip_with_other_bytes_than_it_states_is_refused(tmp_path, 
     path.write_bytes(data)
     with pytest.raises(OSError, match=r"x.zip::a.png (has other bytes|cannot be unpacked)"):
         open_store(str(path)).find("a.png", "here")()
+
+
+def test_a_seed_may_be_negative(folder):
+    one, other = (load(folder, flip=True, seed=seed).get(0) for seed in (-1, -1))
+    assert one.dialogs == other.dialogs
+    scenes = registry.build("dataset", {"name": "scenes", "scenes": 2, "seed": -1})
+    assert scenes.get(0).dialogs == scenes.get(0).dialogs

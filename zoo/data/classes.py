@@ -76,7 +76,7 @@ class Classes(Dataset):
             raise IndexError(index)
         label = int(self.labels[index])
         dialogs = []
-        random = np.random.default_rng([self.config.seed, epoch, index])
+        random = np.random.default_rng([self.config.seed & 0xFFFFFFFF, epoch, index])
         if self.config.name_question:
             question = self._worded(random, self.config.name_question, self.config.name_wordings)
             dialog = _dialog(question, self.config.classes[label], "name")

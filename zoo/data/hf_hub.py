@@ -89,7 +89,7 @@ class HubData(InTwoForms):
         """Return the rows for evaluation; None without an `eval_split`."""
         if not self.config.eval_split:
             return None
-        return HubData(replace(self.config, split=self.config.eval_split, shuffle_buffer=0, limit=0))
+        return HubData(replace(self.config, split=self.config.eval_split, shuffle_buffer=0, lanes=0, limit=0))
 
     def sample(self, row: Any, number: int | str | None = None) -> Sample:
         """Turn row `number` into a sample."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zoo.data.image_store import MAX_BYTES, Folder, ImageStore
-from zoo.data.line_files import SUFFIXES
+from zoo.data.line_files import SUFFIXES, header_of
 from zoo.data.records import inline_image
 from zoo.registry import ZooError, first_line
 from zoo.registry.foreign import require_file
@@ -50,6 +50,8 @@ def row_image(image: Any, store: ImageStore | None, where: str, path: str) -> An
     Raises:
         ZooError: it is not an image, or its file does not belong to the data set.
     """
+    if isinstance(image, (bytes, bytearray)):  # a column of plain bytes
+        return bytes(image)
     if isinstance(image, dict) and ("bytes" in image or "path" in image):
         if image.get("bytes"):
             return image["bytes"]
@@ -145,6 +147,7 @@ def open_rows(config: HubRows) -> Any:
                 found = found[config.split]
             return _undecoded(found.to_iterable_dataset() if config.streaming else found)
         named, options = _what(config)
+        options |= {} if config.streaming else _as_texts(config)
         return _undecoded(datasets.load_dataset(*named, split=config.split, streaming=config.streaming, **options))
 
 
@@ -167,6 +170,23 @@ def line_files(config: HubRows) -> list[Path]:
         return []
     found = [Path(file) for file in files]
     return found if all(f.suffix in SUFFIXES and f.is_file() for f in found) else []
+
+
+def _as_texts(config: HubRows) -> dict[str, Any]:
+    """Return options by which the values of CSV files are their texts, an empty one None, as those of a stream.
+
+    The library guesses: 007 would be 7 or 7.0, and None or n/a no answer.
+    """
+    path = Path(config.path)
+    if path.suffix != ".csv" and not (path.is_dir() and any(path.rglob("*.csv"))):
+        return {}
+    files = line_files(config)
+    if not files or any(file.suffix != ".csv" for file in files):
+        return {}
+    datasets = _library()
+    named = [name for name in header_of(files[0]) if name]  # the column of row numbers that pandas writes has none
+    texts = datasets.Features(dict.fromkeys(named, datasets.Value("string")))
+    return {"features": texts, "keep_default_na": False, "na_values": [""]}
 
 
 def _makes(feature: Any) -> bool:

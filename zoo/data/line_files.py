@@ -121,9 +121,23 @@ def _header(path: Path, index: RecordIndex) -> list[str] | None:
     if path.suffix != ".csv" or not len(index):
         return None
     start, length, line = index.once(0)
-    names = _fields(_read(path, index, start, length), f"{path}:{line}")
+    return _unlike(_fields(_read(path, index, start, length), f"{path}:{line}"), f"{path}:{line}")
+
+
+def header_of(path: Path) -> list[str]:
+    """Return the names of the columns of a CSV file, without an index of its records."""
+    require_file(path)
+    _any_size()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return _unlike(next((fields for fields in csv.reader(file) if fields), []), f"{path}:1")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ZooError(f"{path}:1 is not CSV in UTF-8: {error}.") from None
+
+
+def _unlike(names: list[str], where: str) -> list[str]:
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ZooError(f"{path}:{line} names the column {twice!r} twice.")
+        raise ZooError(f"{where} names the column {twice!r} twice.")
     return names
 
 

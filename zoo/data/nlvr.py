@@ -103,7 +103,7 @@ class NLVR(Dataset):
         """Return one picture and its sentences."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        random = np.random.default_rng([self.config.seed, epoch, index])
+        random = np.random.default_rng([self.config.seed & 0xFFFFFFFF, epoch, index])
         identifier, members = self.groups[index]
         if len(members) > self.config.most_sentences:
             members = [members[i] for i in sorted(random.permutation(len(members))[: self.config.most_sentences])]

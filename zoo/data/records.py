@@ -21,7 +21,7 @@ from string import Formatter
 from typing import Any
 
 from zoo.registry import Dialog, ZooError, unknown
-from zoo.vision.images.decode import data_url_bytes
+from zoo.vision.images.decode import base64_bytes, data_url_bytes
 
 MARK = "<image>"
 FORMATS = ("auto", "conversations", "messages", "columns")
@@ -35,6 +35,7 @@ ROLES = {
     "system": "system",
 }
 IMAGE_PARTS = ("image", "image_url")
+BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how JPEG, PNG, GIF and WebP begin in it
 IMAGE_COLUMNS = ("image", "images")  # used if no column is named
 
 
@@ -104,7 +105,7 @@ def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> 
         task=_text(record, fields.task_field, where) or fields.task,
         answers=answers,
         choices=_choices(_column(record, fields.choices_field, where), f"{where}, {fields.choices_field}"),
-        meta={name: _column(record, name, where) for name in fields.meta_fields},
+        meta={name: _plain(_column(record, name, where), f"{where}, {name}") for name in fields.meta_fields},
     )
 
 
@@ -262,7 +263,7 @@ def _question(record: Mapping[str, Any], fields: RecordFields, where: str) -> tu
     if isinstance(answer, (list, tuple)):
         given = [a["answer"] if isinstance(a, Mapping) and "answer" in a else a for a in answer]
         answers = [_as_text(a, f"{where}, {fields.answer_field}") for a in given]
-        answer = Counter(answers).most_common(1)[0][0] if answers else None
+        answer = next(iter(Counter(a for a in answers if a.strip()).most_common(1)), (None,))[0]
     answer = None if answer is None else _as_text(answer, f"{where}, {fields.answer_field}")
     if answer is None or answer.strip() == "":
         raise ZooError(f"{where}: {fields.answer_field!r} is empty, so there is nothing to learn or to compare with.")
@@ -305,20 +306,31 @@ def _as_text(value: Any, where: str) -> str:
     return str(value)
 
 
+def _plain(value: Any, where: str) -> Any:
+    """Return a value as JSON holds it, since predictions are written with it: a date becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one, where) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one, where) for one in value]
+    return value if value is None or isinstance(value, (str, int, float)) else _as_text(value, where)
+
+
 def _shown(value: Any) -> str:
     """Format a value for a message."""
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def inline_image(name: str, where: str) -> bytes | None:
-    """Return the bytes of a `data:` address, or None for any other name.
+    """Return the bytes of a `data:` address, or of an image in base64 without one; None for any other name.
 
     Raises:
-        ZooError: the address is broken.
+        ZooError: the address, or the base64, is broken.
     """
-    if not name.startswith("data:"):
+    bare = name.startswith(BASE64) and "." not in name  # a file's name has an ending
+    if not (bare or name.startswith("data:")):
         return None
     try:
-        return data_url_bytes(name)
+        return base64_bytes(name) if bare else data_url_bytes(name)
     except ValueError as error:
-        raise ZooError(f"{where}: the image in {name.partition(',')[0][:40]!r} cannot be read: {error}") from None
+        shown = name[:40] if bare else name.partition(",")[0][:40]
+        raise ZooError(f"{where}: the image in {shown!r} cannot be read: {error}") from None

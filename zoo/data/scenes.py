@@ -191,8 +191,8 @@ class Scenes(Dataset):
         return Chunk(held_out, number // CHUNK), number % CHUNK
 
     def _key(self, stream: int, chunk: Chunk, epoch: int = 0) -> list[int]:
-        split = SPLITS.index(self.config.split)
-        return [self.config.seed, split, self.config.difficulty, stream, int(chunk.held_out), chunk.number, epoch]
+        seed, split = self.config.seed & 0xFFFFFFFF, SPLITS.index(self.config.split)
+        return [seed, split, self.config.difficulty, stream, int(chunk.held_out), chunk.number, epoch]
 
     def _rng(self, stream: int, chunk: Chunk, epoch: int = 0) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(self._key(stream, chunk, epoch))))

@@ -94,7 +94,7 @@ class Table(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         config, at = self.config, self.asked[index]
-        random = np.random.default_rng([config.seed, epoch if self.training else 0, index])
+        random = np.random.default_rng([config.seed & 0xFFFFFFFF, epoch if self.training else 0, index])
         row, where = self.rows[at], self.places[at]
         questions = [q for q in self.questions if q.gives[at]]
         if self.training and 0 < config.per_image < len(questions):

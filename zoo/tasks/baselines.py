@@ -17,7 +17,8 @@ class Commonest:
     def __init__(self, train: Iterable[Dialog]) -> None:
         self.counts: dict[str, Counter[str]] = {}
         for dialog in train:
-            answer = accepted(dialog)[:1] if not dialog.answers else [Counter(dialog.answers).most_common(1)[0][0]]
+            several = Counter(filter(str.strip, dialog.answers)).most_common(1)
+            answer = [several[0][0]] if several else accepted(dialog)[:1]
             self.counts.setdefault(dialog.kind, Counter()).update(answer)
         self._ranked: dict[str, list[str]] = {}
 
