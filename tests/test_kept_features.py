@@ -231,6 +231,14 @@ def test_an_image_is_what_it_holds(tmp_path):
         assert identify(source)[0] in ((), (b"array", b"float64 (3,)", bytes(24)))
 
 
+@pytest.mark.parametrize("kind", [str, Video])
+def test_what_may_never_end_is_not_read(tmp_path, kind):
+    """A pipe and a device: what decodes them refuses them."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", "/dev/zero"):
+        assert identify(kind(str(place)))[0] == ()
+
+
 def test_a_video_is_the_same_with_indices_of_numpy(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"frames")
     chosen = [

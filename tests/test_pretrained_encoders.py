@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from collections import OrderedDict
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -57,6 +58,26 @@ def test_tensors_are_read_as_they_were_saved(tmp_path, wide):
 def test_a_tensor_that_repeats_a_number_without_end_is_refused(tmp_path):
     with pytest.raises(ZooError, match=r"'a' states 1,000,000,000,000 numbers, and its storage has 1"):
         read_tensors(saved({"a": torch.ones(1).expand(10**12)}, tmp_path / "x.pth"))
+
+
+def test_a_storage_that_is_larger_than_the_file_is_refused(tmp_path):
+    """Before its memory is taken: the size is stated twice in the file, and both may lie."""
+    storage = ("storage", torch.FloatStorage, "0", "cpu", 2**40, None)
+
+    class Tensor:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (storage, 0, (4,), (1,), False, OrderedDict())
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return value if value is storage else None
+
+    with (tmp_path / "x.pth").open("wb") as file:
+        for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {"a": Tensor()}, ["0"]):
+            Pickler(file, 2).dump(value)
+        file.write((2**40).to_bytes(8, "little") + bytes(16))
+    with pytest.raises(ZooError, match=r"a storage states 1,099,511,627,776 numbers, and the file has 16 bytes more"):
+        read_tensors(tmp_path / "x.pth")
 
 
 def test_a_module_with_versions_is_read_as_its_dict(tmp_path):

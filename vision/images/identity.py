@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from zoo.registry import ZooError
+from zoo.registry.foreign import require_file
 from zoo.vision.images.decode import data_url_bytes, open_image
 from zoo.vision.images.video import Video
 
@@ -34,7 +35,9 @@ def _identified(image: Any) -> tuple[tuple[bytes, ...], Any, str]:
     from PIL import Image
 
     if isinstance(image, Video):
-        with Path(image.path).open("rb") as file:  # too large to be held in memory
+        place = Path(image.path).expanduser()
+        require_file(place)
+        with place.open("rb") as file:  # too large to be held in memory
             content = hashlib.file_digest(file, hashlib.blake2b).digest()
         # Indices may be integers of numpy.
         choice = {name: value for name, value in asdict(image).items() if name != "path"}
@@ -45,7 +48,9 @@ def _identified(image: Any) -> tuple[tuple[bytes, ...], Any, str]:
     if isinstance(image, str) and image.startswith("data:"):
         image = data_url_bytes(image)
     elif isinstance(image, (str, Path)):
-        image, where = Path(image).read_bytes(), repr(str(Path(image)))
+        place = Path(image)
+        require_file(place)  # reading a pipe or a device may never end
+        image, where = place.read_bytes(), repr(str(place))
     elif hasattr(image, "read"):
         image.seek(0)
         image = image.read()

@@ -6,6 +6,7 @@ read as a list; the handful of which a dict of tensors is made get a meaning, in
 """
 
 import math
+import os
 import pickletools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ def _numbers(file: BinaryIO, storage: _Storage) -> np.ndarray:
     if int.from_bytes(file.read(8), "little") != storage.numbers:
         raise ZooError("a storage has another size than its tensors state.")
     dtype = np.dtype(_STORAGES[storage.kind])
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if storage.numbers * dtype.itemsize > left:  # before as much memory is taken
+        raise ZooError(f"a storage states {storage.numbers:,} numbers, and the file has {left:,} bytes more.")
     return np.frombuffer(file.read(storage.numbers * dtype.itemsize), dtype, storage.numbers)
 
 
