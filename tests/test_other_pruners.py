@@ -52,6 +52,18 @@ def test_ratios_names_and_what_is_kept(llava):
     assert len(pruned._made) == 2
 
 
+def test_another_ratio_of_its_own_pruners_leaves_their_other_options(llava, tmp_path):
+    """Of the command line, and of a saved model."""
+    words = ["pruner=[random]", "pruner.random.seed=7", "pruner.random.keep_ratio=0.75"]
+    pruned = Pruned(llava, words, device="cpu")
+    pruned.model.save_pretrained(tmp_path)
+    pruned.processor.save_pretrained(tmp_path)
+    for one in (pruned, Pruned(f"dir:{tmp_path}", device="cpu")):
+        model, _ = one.get(None, 0.25)
+        node = one.model.config.slots["pruner"]["random"]
+        assert model.config.slots["pruner"] == {"random": node | {"keep_ratio": 0.25}} and node["seed"] == 7
+
+
 def test_weights_that_a_pruner_would_change_are_refused(llava):
     pruned = Pruned(llava)
     pruned.model.vision.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))

@@ -37,7 +37,7 @@ class Pruned:
     def __init__(self, name: str, overrides: Sequence[str] = (), *, most: int = 8, **options: Any) -> None:
         self.name, self.overrides, self.most = name, list(overrides), most
         self.model, self.processor = load(name, *overrides, **options)
-        self._made: OrderedDict[tuple[str, float | None], tuple[ZooModel, ZooProcessor]] = OrderedDict()
+        self._made: OrderedDict[tuple[str | None, float | None], tuple[ZooModel, ZooProcessor]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, pruner: str | None = None, keep_ratio: float | None = None) -> tuple[ZooModel, ZooProcessor]:
@@ -52,8 +52,6 @@ class Pruned:
         """
         if pruner is None and keep_ratio is None:
             return self.model, self.processor
-        if pruner is None:
-            pruner = "+".join(self.model.pruner) or NONE
         with self._lock:
             key = pruner, keep_ratio
             if key not in self._made:
@@ -86,13 +84,17 @@ def words_for(pruner: str, keep_ratio: float | None = None) -> list[str]:
     for name in names:
         if name not in known:
             raise unknown("pruner", name, [*known, NONE])
-    words = [f"pruner=[{','.join(names)}]"]
-    if keep_ratio is not None:
-        having = [name for name in names if has_ratio(name)]
-        if not having:
-            raise ZooError(f"pruner {pruner!r} has no option {RATIO}.")
-        words += [f"pruner.{name}.{RATIO}={keep_ratio!r}" for name in having]
-    return words
+    return [f"pruner=[{','.join(names)}]", *_ratios(names, keep_ratio)]
+
+
+def _ratios(names: Sequence[str], keep_ratio: float | None) -> list[str]:
+    """Return the options that set the keep ratio of those pruners that have one."""
+    if keep_ratio is None:
+        return []
+    having = [name for name in names if has_ratio(name)]
+    if not having:
+        raise ZooError(f"pruner {'+'.join(names)!r} has no option {RATIO}.")
+    return [f"pruner.{name}.{RATIO}={keep_ratio!r}" for name in having]
 
 
 def has_ratio(pruner: str) -> bool:
@@ -102,7 +104,12 @@ def has_ratio(pruner: str) -> bool:
 
 @torch.no_grad()
 def with_pruners(
-    model: ZooModel, processor: ZooProcessor, name: str, overrides: Sequence[str], pruner: str, keep_ratio: Any = None
+    model: ZooModel,
+    processor: ZooProcessor,
+    name: str,
+    overrides: Sequence[str],
+    pruner: str | None,
+    keep_ratio: Any = None,
 ) -> tuple[ZooModel, ZooProcessor]:
     """Return a model with other pruners that shares its weights with `model`, and its processor.
 
@@ -110,15 +117,19 @@ def with_pruners(
         model: loaded by `zoo.load(name, *overrides)`.
         processor: of the model.
         name: as for `zoo.load`.
-        overrides: with which `model` was loaded; those of its pruners are left out.
-        pruner: a name, a chain `a+b`, or `none`.
+        overrides: with which `model` was loaded; those of its pruners are left out where there are others.
+        pruner: a name, a chain `a+b`, or `none`; None: those of `model`, with all of their options.
         keep_ratio: of the pruners; None: their defaults.
 
     Raises:
         ZooError: they do not fit the model, have weights of their own, or the model is quantized or on several devices.
     """
-    kept = [word for word in overrides if not word.startswith(("pruner=", "pruner."))]
-    source = source_named(name, *kept, *words_for(pruner, keep_ratio))
+    if pruner is None and model.pruner:
+        words = [*overrides, *_ratios(list(model.pruner), keep_ratio)]
+    else:
+        kept = [word for word in overrides if not word.startswith(("pruner=", "pruner."))]
+        words = [*kept, *words_for(pruner or NONE, keep_ratio)]
+    source = source_named(name, *words)
     source.attention = model.config.attention
     several = len({weight.device for weight in model.parameters()}) > 1
     if several or any(getattr(model.llm.lm, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
