@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,16 @@ class Facts:
 
 def facts_in(card: Path | None) -> Facts:
     """Read the metadata of a card; empty where there is none, or none that can be read."""
-    front = _front_matter(card)
+    try:
+        return _facts_of(read_text(card)) if card is not None and card.is_file() else Facts()
+    except ZooError:
+        return Facts()
+
+
+@lru_cache(maxsize=128)
+def _facts_of(text: str) -> Facts:
+    """Facts of a card's text. Cached, since every model that is saved looks through all cards of ours."""
+    front = _front_matter(text)
     names = front.get("license"), front.get("license_name")
     stated = names[1] if names[0] == "other" else names[0]
     return Facts(
@@ -141,15 +151,13 @@ def strictest(licences: Iterable[str]) -> tuple[str, str]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _front_matter(card: Path | None) -> dict[str, Any]:
+def _front_matter(text: str) -> dict[str, Any]:
     import yaml
 
-    if card is None or not card.is_file():
-        return {}
     try:
-        found = _FRONT.match(read_text(card))
+        found = _FRONT.match(text)
         content = yaml.safe_load(found[1]) if found else None
-    except (ZooError, yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
