@@ -57,6 +57,7 @@ def _call(rank: int, world: int, port: int, folder: str, function: Callable[...,
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not looked through again
     found = function(*args)
     (Path(folder) / str(rank)).write_text(json.dumps(found))
     gc.collect()
