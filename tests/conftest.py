@@ -52,9 +52,9 @@ def _one_thread():
     gc.freeze()  # what was imported so far is not looked through again
 
 
-@pytest.fixture(scope="module")
-def frozen():
-    """For modules whose work begins with collections: what other tests left is not looked through for each of them."""
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """Set aside what earlier modules left: every stage of a run begins with a collection, 0.4 s among their objects."""
     gc.collect()
     gc.freeze()
 

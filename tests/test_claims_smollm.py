@@ -24,7 +24,6 @@ from zoo.claims.experiment import RowFile, Run
 from zoo.claims.smollm import options_of
 from zoo.settings.config import compose
 
-pytestmark = pytest.mark.usefixtures("frozen")
 SCENES = ["data=[scenes]", "data.scenes.questions={box: 2}", "data.scenes.scenes=8", "data.scenes.eval_scenes=4"]
 SMALL = [
     f"model=dir:{Path(__file__).parents[1] / 'model_cards' / 'scenes_tiny'}",

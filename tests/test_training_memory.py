@@ -12,7 +12,6 @@ from zoo.checking.plan import plan_from
 from zoo.cli.check_command import add_batches
 from zoo.settings.config import compose
 
-pytestmark = pytest.mark.usefixtures("frozen")
 LLM = {"hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 128}
 LORA = {"adapter": {"lora": {"name": "lora"}}}
 VLORA = {"projector": None, "adapter": {"vlora": {"name": "vlora", "width": 32, "rank": 4, "depth": 2, "skip": 2}}}
