@@ -167,6 +167,17 @@ def test_another_tokenizer_is_refused(teachers, tmp_path):
     assert f"tokenizer.checkpoint=model:{teachers['plain']}" in refusal.value.fixes
 
 
+def test_weights_that_know_other_words_are_not_given_the_tokenizer_of_the_teacher(teachers, tmp_path):
+    """It would fit, and each id would mean another word than the language model learnt."""
+    from zoo.text.tokenizer import train_tokenizer
+
+    train_tokenizer(["other words than those, of another kind"] * 5, 300, "plain").save_pretrained(tmp_path)
+    wanted = replace(plan(teachers["plain"]), tokenizer=str(tmp_path), trained=True)
+    with pytest.raises(RefusedError, match="know the words of its own tokenizer alone: name a teacher") as refusal:
+        check(wanted)
+    assert not any("tokenizer.checkpoint" in fix for fix in refusal.value.fixes)
+
+
 def test_a_teacher_that_is_the_student_is_refused(teachers):
     from zoo.checking.plan import plan_from
     from zoo.settings import config as configs

@@ -179,7 +179,9 @@ def _other_teaching(plan: "Plan", name: str, stage: Any) -> Iterator[tuple[str, 
     node = stage.teacher_node
     if node is None:
         return
-    if node["model"]:
+    from zoo.checking.teachers import may_take_tokens
+
+    if node["model"] and may_take_tokens(plan, node["model"], node["options"]):
         source = f"{OF_MODEL}{node['model']}"
         yield f"tokenizer.checkpoint={source}", replace(plan, tokenizer=source, vocab_size=None, made=None)
     own = stage.distiller_node

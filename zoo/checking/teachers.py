@@ -20,6 +20,7 @@ from zoo.teaching.teacher_store import read_about
 from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
 
 ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # needs of losses on image tokens
+_ALIKE = 0.95  # of the words of a tokenizer; another that has as many is of its family, with other words added
 _ROW = (4, 6)  # tokens of an image, where images keep their shapes
 
 
@@ -121,7 +122,27 @@ def _check_tokens(name: str, plan: Any, theirs: Any) -> int:
     try:
         return shared_tokens(ours, theirs)
     except ZooError as error:
-        raise ZooError(f"{error}. Set tokenizer.checkpoint={OF_MODEL}{name}") from error
+        fix = f"Set tokenizer.checkpoint={OF_MODEL}{name}"
+        if not _may_take(plan, ours, theirs):
+            where = (plan.slots.get("llm") or {}).get("checkpoint") or "the model"
+            fix = (
+                f"The language model's weights ({where}) know the words of its own tokenizer alone: name a teacher, or "
+                "a language model, so that both are of one family"
+            )
+        raise ZooError(f"{error}. {fix}") from error
+
+
+def may_take_tokens(plan: Any, name: str, options: Sequence[str]) -> bool:
+    """Whether the student may have the teacher's tokenizer: its LLM is new, or nearly all ids mean the same in both."""
+    ours = plan.made or (_tokenizer(plan.tokenizer, plan.template) if plan.tokenizer is not None else None)
+    return ours is None or _may_take(plan, ours, _teacher(name, tuple(options))[1])
+
+
+def _may_take(plan: Any, ours: Any, theirs: Any) -> bool:
+    if not (plan.trained or (plan.slots.get("llm") or {}).get("checkpoint")):
+        return True
+    own, other = ours.get_vocab(), theirs.get_vocab()
+    return sum(other.get(word) == i for word, i in own.items()) >= _ALIKE * len(own)
 
 
 def _check_images(
