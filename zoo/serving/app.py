@@ -16,7 +16,7 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zoo.loading.other_pruners import Pruned
@@ -26,6 +26,7 @@ from zoo.serving import protocol
 from zoo.serving.answers import Piece, Row, described
 from zoo.serving.batches import Batcher, ClosedError
 from zoo.serving.bodies import drop_body, read_json, require_size
+from zoo.serving.leaving import Events, cancel, unless_left
 from zoo.serving.pictures import Pictures
 from zoo.serving.protocol import Ask, Choice, RequestError
 from zoo.text.batch import EncodedSample
@@ -155,7 +156,7 @@ class Server:
         except ClosedError as error:
             raise RequestError(str(error), status=503, code="shutting_down") from error
         if ask.stream:
-            return await self._streamed(prepared, rows, pieces)
+            return await self._streamed(request, prepared, rows, pieces)
         return await self._whole(request, prepared, rows, pieces)
 
     # ---- a request -------------------------------------------------------------------------------------------------
@@ -286,60 +287,53 @@ class Server:
         self, request: Request, prepared: Prepared, rows: Sequence[Row], pieces: "asyncio.Queue[tuple[int, Piece]]"
     ) -> Response:
         """Wait for all choices, or until the client has left."""
-        gathered = asyncio.ensure_future(_gathered(rows, pieces))
-        left = asyncio.ensure_future(_left(request))
         try:
-            await asyncio.wait({gathered, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not gathered.done():
+            choices = await unless_left(request, _gathered(rows, pieces))
+            if choices is None:
                 return Response(status_code=499)  # which is not read any more
-            return JSONResponse(protocol.completion(prepared.ask, gathered.result(), self._usage(prepared, rows)))
+            return JSONResponse(protocol.completion(prepared.ask, choices, self._usage(prepared, rows)))
         finally:
-            for row in rows:
-                row.cancelled = True
-            gathered.cancel()
-            left.cancel()
+            cancel(rows)
 
     async def _streamed(
-        self, prepared: Prepared, rows: Sequence[Row], pieces: "asyncio.Queue[tuple[int, Piece]]"
+        self, request: Request, prepared: Prepared, rows: Sequence[Row], pieces: "asyncio.Queue[tuple[int, Piece]]"
     ) -> Response:
         """Send pieces as server-sent events. What fails before the first piece is a plain error."""
         try:
-            first = await pieces.get()
-            if first[1].error is not None:
+            first = await unless_left(request, pieces.get())
+            if first is not None and first[1].error is not None:
                 raise _error_of(first[1].error)
         except BaseException:
-            for row in rows:
-                row.cancelled = True
+            cancel(rows)
             raise
+        if first is None:
+            cancel(rows)
+            return Response(status_code=499)
 
         ask = prepared.ask
 
         async def events() -> AsyncIterator[str]:
-            try:
-                for i in range(ask.n):
-                    yield _event(protocol.chunk(ask, i, {"role": "assistant", "content": ""}))
-                left, (index, piece) = ask.n, first
-                while True:
-                    if piece.error is not None:
-                        yield _event(_error_of(piece.error).body())
-                        return
-                    if piece.text:
-                        yield _event(protocol.chunk(ask, index, {"content": piece.text}))
-                    if piece.finish:
-                        yield _event(protocol.chunk(ask, index, {}, piece.finish))
-                        left -= 1
-                    if not left:
-                        break
-                    index, piece = await pieces.get()
-                if ask.include_usage:
-                    yield _event(protocol.last_chunk(ask, self._usage(prepared, rows)))
-                yield "data: [DONE]\n\n"
-            finally:
-                for row in rows:
-                    row.cancelled = True
+            for i in range(ask.n):
+                yield _event(protocol.chunk(ask, i, {"role": "assistant", "content": ""}))
+            left, (index, piece) = ask.n, first
+            while True:
+                if piece.error is not None:
+                    yield _event(_error_of(piece.error).body())
+                    return
+                if piece.text:
+                    yield _event(protocol.chunk(ask, index, {"content": piece.text}))
+                if piece.finish:
+                    yield _event(protocol.chunk(ask, index, {}, piece.finish))
+                    left -= 1
+                if not left:
+                    break
+                index, piece = await pieces.get()
+            if ask.include_usage:
+                yield _event(protocol.last_chunk(ask, self._usage(prepared, rows)))
+            yield "data: [DONE]\n\n"
 
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+        return Events(events(), rows, headers)
 
 
 async def _gathered(rows: Sequence[Row], pieces: "asyncio.Queue[tuple[int, Piece]]") -> list[Choice]:
@@ -356,12 +350,6 @@ async def _gathered(rows: Sequence[Row], pieces: "asyncio.Queue[tuple[int, Piece
         texts[index] += piece.text
         finish[index] = piece.finish
     return [Choice(t, f, row.tokens) for t, f, row in zip(texts, finish, rows, strict=True)]
-
-
-async def _left(request: Request) -> None:
-    """Return once the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(content: Any) -> str:
