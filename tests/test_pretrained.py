@@ -152,6 +152,24 @@ def test_a_folder_with_one_gguf_file_is_that_file(tmp_path):
         folder_of(str(tmp_path / "only"))
 
 
+def test_a_model_in_several_gguf_files_is_to_be_joined(tmp_path):
+    more = lambda writer: writer.add_uint16("split.count", 3)  # noqa: E731
+    file = tiny_gguf(tmp_path / "tiny-00001-of-00003.GGUF", "F32", more=more)
+    with pytest.raises(ZooError, match=r"is one of 3 GGUF files of a model: .*llama-gguf-split --merge"):
+        folder_of(str(file))
+    for i in (1, 2):
+        (tmp_path / f"tiny-0000{i}-of-00002.gguf").touch()
+    with pytest.raises(ZooError, match=r"one model in several GGUF files, .*llama-gguf-split --merge"):
+        folder_of(str(tmp_path))
+
+
+def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "page.gguf").write_bytes(b"<html>" * 100)
+    with pytest.raises(ZooError, match=r"page.gguf' cannot be read .*page\.gguf does not start") as error:
+        folder_of(str(tmp_path / "page.gguf"))
+    assert "model.gguf" not in str(error.value)  # the name that transformers was given
+
+
 def test_folders_and_names_of_the_hub_stay_as_they_are(tmp_path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "x.gguf").touch()  # beside safetensors, which are read

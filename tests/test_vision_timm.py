@@ -1,5 +1,6 @@
 """Encoders of timm against timm itself, on tiny variants of named models, in the folders that it saves."""
 
+import json
 import shutil
 
 import numpy as np
@@ -207,6 +208,27 @@ def test_a_named_model_takes_the_pixels_of_its_weights(tmp_path):
         assert build("vision", named).transform == want
         hub = {**named, "checkpoint": "timm/nowhere"}  # nothing is fetched for a model without weights
         assert build("vision", hub).transform.size == want.size
+
+
+def test_a_checkpoint_of_another_library_is_said_to_be_one(tmp_path):
+    from transformers import ConvNextConfig
+
+    for name, content in (("timm", {"architecture": "resnet18"}), ("open_clip", None)):
+        (tmp_path / name).mkdir()
+        file = "config.json" if content else "open_clip_config.json"
+        (tmp_path / name / file).write_text(json.dumps(content or {}))
+    ConvNextConfig().save_pretrained(tmp_path / "hf")
+    for library in ("timm", "hf", "open_clip"):
+        for of in {"timm", "hf", "open_clip"} - {library}:
+            with torch.device("meta"), pytest.raises(ZooError, match=f"which vision={of} reads"):
+                build("vision", {"name": library, "checkpoint": str(tmp_path / of)})
+
+
+def test_pixels_of_a_checkpoint_have_three_colours(tmp_path):
+    content = {"architecture": "test_resnet", "pretrained_cfg": {"mean": [0.1, 0.2], "input_size": [3, 64, 64]}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with torch.device("meta"), pytest.raises(ZooError, match=r"The mean .* has three numbers, got \[0.1, 0.2\]"):
+        build("vision", {"name": "timm", "checkpoint": str(tmp_path)})
 
 
 def test_images_that_are_not_square_may_be_squashed_or_padded():

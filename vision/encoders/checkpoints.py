@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,9 @@ def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
             return path
         if optional:
             return None
-        raise ZooError(f"Checkpoint folder {checkpoint!r} has no {name}. It holds: {_listing(place)}.")
+        raise ZooError(
+            f"Checkpoint folder {checkpoint!r} has no {name}. It holds: {_listing(place)}.{_other_library(place, name)}"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -110,6 +112,24 @@ def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
         raise ZooError(f"{checkpoint!r} is neither a local folder nor a hub name such as 'org/name'.") from error
     except (HfHubHTTPError, OSError) as error:
         raise ZooError(f"{name} of {checkpoint!r} cannot be fetched: {error}") from error
+
+
+def library_of(content: Mapping[str, Any]) -> str:
+    """Return a sentence that names the component for a checkpoint by its config.json; empty: it is of neither kind."""
+    if "model_type" in content:
+        return f" It is a {content['model_type']!r} of transformers, which vision=hf reads."
+    if "architecture" in content:
+        return f" It is a {content['architecture']!r} of timm, which vision=timm reads."
+    return ""
+
+
+def _other_library(folder: Path, name: str) -> str:
+    """Name the component for a folder that lacks the config `name`, if it is of another library."""
+    if name == "config.json" and (folder / "open_clip_config.json").is_file():
+        return " It is a checkpoint of open_clip, which vision=open_clip reads."
+    if name == "open_clip_config.json" and (folder / "config.json").is_file():
+        return library_of(read_model_config(folder / "config.json"))
+    return ""
 
 
 def read_json(checkpoint: str, name: str = "config.json", optional: bool = False) -> dict[str, Any]:

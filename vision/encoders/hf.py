@@ -15,7 +15,7 @@ from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
 from zoo.registry.versions import checkpoint_activations, keep_activations
 from zoo.vision.encoders.attention_scores import pooling_head
 from zoo.vision.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
-from zoo.vision.encoders.checkpoints import load_hf, read_json, with_revision
+from zoo.vision.encoders.checkpoints import library_of, load_hf, read_json, with_revision
 from zoo.vision.encoders.hf_maps import TYPES, HFMapRunner, map_spec
 from zoo.vision.encoders.hf_pixels import StatedPixels, stated_pixels
 from zoo.vision.encoders.hf_text import text_tower_of
@@ -368,7 +368,7 @@ def _from_json(source: str) -> Any:
     if name not in FAMILIES:
         raise ZooError(
             f"{source!r} holds a model of type {whole or 'unknown'!r}; its encoder must be one of"
-            f" {', '.join((*FAMILIES, *TYPES))}."
+            f" {', '.join((*FAMILIES, *TYPES))}.{'' if whole else library_of(plain)}"
         )
     return _class(FAMILIES[name]).config_class.from_dict(plain)
 

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.registry import ImageTransform, Preset, ZooError, register, unknown
+from zoo.registry import ImageTransform, Preset, ZooError, one_line, register, unknown
 from zoo.registry.foreign import require_model_config
 from zoo.vision.encoders.base import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower, on_meta
-from zoo.vision.encoders.checkpoints import fetch, is_local, read_beside, read_json, require_filled, with_revision
+from zoo.vision.encoders.checkpoints import (
+    fetch,
+    is_local,
+    library_of,
+    read_beside,
+    read_json,
+    require_filled,
+    with_revision,
+)
 from zoo.vision.encoders.conv_stem import ConvStem
 from zoo.vision.encoders.map_runner import TimmMapRunner, own_size, require_map_options
 from zoo.vision.encoders.runner import Runner
@@ -157,7 +165,9 @@ def _named(config: TimmVisionConfig) -> nn.Module:
         _check_name(config.model)
         name = config.model
     else:
-        read_json(source)  # timm reads the file itself; this raises a ZooError for a broken one
+        content = read_json(source)  # timm reads the file itself; this raises a ZooError for a broken one
+        if "architecture" not in content:
+            raise ZooError(f"The config.json of {source!r} names no architecture of timm.{library_of(content)}")
         name = f"local-dir:{source}" if is_local(source) else f"hf-hub:{source}"
     options = {**config.extra, **({"img_size": config.image_size} if config.image_size else {})}
     if options:
@@ -187,7 +197,7 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **options)
     except Exception as error:  # a wrong shape, a truncated file, an unknown option: each raises its own class
-        raise ZooError(f"timm cannot build {name!r} with {options}: {error}") from error
+        raise ZooError(f"timm cannot build {name!r} with {options}: {one_line(error)}") from error
 
 
 def description(config: TimmVisionConfig) -> dict[str, Any]:

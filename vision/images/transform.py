@@ -79,6 +79,9 @@ def require_transform(transform: ImageTransform) -> None:
         )
     if transform.resample_by not in LIBRARIES:
         raise unknown("library to resample by", transform.resample_by, LIBRARIES)
+    for name in ("mean", "std"):
+        if len(getattr(transform, name)) != 3:
+            raise ZooError(f"The {name} of an image transform has three numbers, got {list(getattr(transform, name))}.")
     if not min(transform.std) > 0:
         raise ZooError(f"The std of an image transform must be more than 0 for each colour, got {list(transform.std)}.")
 

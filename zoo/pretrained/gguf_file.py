@@ -5,6 +5,7 @@ float32 holds exactly; models of more than a billion weights are stored as bfloa
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from zoo.pretrained.gguf_positions import DIVISORS, scale_positions
+from zoo.pretrained.origin import JOIN
 from zoo.registry import ZooError, one_line
 from zoo.registry.foreign import require_model_config, require_plausible
 from zoo.registry.quiet import no_progress_bar
@@ -62,6 +64,8 @@ def _write_model(file: Path, place: Path, folder: Path) -> None:
 
     given: dict[str, Any] = {"gguf_file": place.name, "trust_remote_code": False}
     with _refused(file), no_progress_bar():
+        if (pieces := int(gguf_fields(file).get("split.count") or 1)) > 1:
+            raise ZooError(f"{str(file)!r} is one of {pieces} GGUF files of a model: {JOIN}")
         config = AutoConfig.from_pretrained(place.parent, **given)
         stated, names = gguf_fields(file), gguf_tensors(file)
         divisors = _tensor(file, DIVISORS) if DIVISORS in names else None
@@ -160,4 +164,5 @@ def _refused(file: Path) -> Iterator[None]:
     except ZooError:
         raise
     except Exception as error:  # an architecture it does not know, a file cut short: each raises its own class
-        raise ZooError(f"{str(file)!r} cannot be read as a GGUF file of a language model: {one_line(error)}") from error
+        why = re.sub(r"\S*/model\.gguf", file.name, one_line(error))  # by the name that it was given here
+        raise ZooError(f"{str(file)!r} cannot be read as a GGUF file of a language model: {why}") from error

