@@ -225,6 +225,31 @@ def test_tasks_choose_the_dialogs(model):
         evaluate(*model, {"talks": Named()}, boxes, batch_size=16)
 
 
+def test_several_tasks_that_give_the_same_metric_are_told_apart(model, tmp_path):
+    from zoo.evaluation.score_table import score_table
+    from zoo.inspection.run_summary import summarise
+    from zoo.registry import build
+
+    tasks = {name: build("task", {"name": name}) for name in ("exact", "vqa")}
+    result = evaluate(*model, {"talks": Talks()}, tasks, batch_size=16, baselines=False)
+    names = [f"talks/{kind}/{task}.accuracy" for kind in ("k0", "k1", "k2_held_out") for task in tasks]
+    assert sorted(result.summary()) == sorted(names)
+    assert list(map(str, score_table(result.lines).columns[2].cells))[:2] == ["exact.accuracy", "vqa.accuracy"]
+    result.save(tmp_path)
+    (tmp_path / "eval.yaml").write_text("seed: 0")
+    assert sorted(summarise(tmp_path).scores) == sorted(names)
+
+
+def test_data_for_evaluation_alone_have_no_majority(model, capsys):
+    class Alone(Talks):
+        def train_split(self):
+            raise ZooError("There is no file 'train.json'.")
+
+    result = evaluate(*model, {"talks": Alone()}, batch_size=16)
+    assert result.lines and all(line.majority is None and line.blind is not None for line in result.lines)
+    assert "No majority for data 'talks'" in capsys.readouterr().out
+
+
 def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
     from tests.train_builders import config, recipe
     from zoo.settings.config import compose

@@ -163,3 +163,15 @@ def test_without_the_library_the_extra_is_named(places, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ZooError, match=r"needs the package `datasets`: pip install 'zoo-vlm\[datasets\]'"):
         load(places / "rows.parquet")
+
+
+def test_a_part_of_the_train_split_is_for_training_beside_one_for_evaluation(places):
+    from zoo.runs.data import RunData
+    from zoo.settings.stage import Stage
+
+    node = {"name": "hf", "path": str(places / "rows.parquet"), "split": "train[:75%]"}
+    run = RunData({"hf": {**node, "eval_split": "train[75%:]"}})
+    assert {n: len(d) for n, d in run.training.items()} == {"hf": 15}
+    assert {n: len(d) for n, d in run.evaluation.items()} == {"hf": 5}
+    with pytest.raises(ZooError, match=r"name it: stages.<stage>.data=\{hf: 1\}"):
+        RunData({"hf": node}).mix(Stage(steps=1), 0)

@@ -241,3 +241,22 @@ def test_a_browser_draws_the_page(place, tmp_path):
         assert browser.value("document.querySelector('figure').dataset.lines") == "2"
     finally:
         browser.close()
+
+
+def test_a_score_that_is_no_mean_of_its_kinds_has_no_figure_of_all(tmp_path):
+    def line(kind, metric, value):
+        about = {"data": "pope", "kind": kind, "task": "yes_no", "metric": metric, "held_out": False}
+        return {**about, "score": {"value": value, "n": 10, "stderr": 0.0}}
+
+    run = RunFolder.create(tmp_path, "run")
+    run.config.write_text(yaml.safe_dump(config({})))
+    scores = {"accuracy": (1.0, 0.1), "f1": (1.0, 2 / 11)}  # of all: 22 / 31, and not the mean
+    write_json(run.scores, [line(k, m, v) for m, both in scores.items() for k, v in zip("ab", both, strict=True)])
+    columns = {heading: cells[0] for heading, cells, _ in report.figures(summaries([tmp_path])) if "\n" in heading}
+    assert columns == {
+        "all\naccuracy": "55.0±0.0",
+        "a\naccuracy": "100.0±0.0",
+        "b\naccuracy": "10.0±0.0",
+        "a\nf1": "100.0±0.0",
+        "b\nf1": "18.2±0.0",
+    }

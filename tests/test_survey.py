@@ -1,9 +1,13 @@
 """`zoo data`: figures as a loop over encoded samples gives them, every broken record, what is there twice."""
 
+import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.conftest import sample
 from tests.test_broken_records import BROKEN, GOOD, RaisingStream, png
@@ -118,3 +122,36 @@ def test_it_is_completed_and_its_options_are_checked():
         from zoo.settings.schema import SurveyConfig
 
         SurveyConfig(images="opne")
+
+
+def png_of(pixels):
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+def of_array(pixels):
+    return pixels
+
+
+def of_torch(pixels):
+    return torch.from_numpy(pixels)
+
+
+def of_function(pixels):
+    return lambda: pixels
+
+
+@pytest.mark.parametrize("made", [of_array, of_torch, Image.fromarray, png_of, of_function])
+def test_unlike_pictures_are_unlike_whatever_holds_them(make_model, made):
+    class Pictures(Dataset):
+        def __len__(self):
+            return 40
+
+        def get(self, index, epoch=0):
+            pixels = np.zeros((40, 40, 3), np.uint8)
+            pixels[20, 20] = 3 if index == 9 else index  # corners and size are alike, and so may be addresses
+            return replace(sample(("what?", "yes"), name=f"n{index}"), images=[made(pixels)])
+
+    twice = looked(Pictures(), make_model()[1]).twice("contents")
+    assert twice == ([] if made is of_function else [("record 3 (n3)", "record 9 (n9)")])

@@ -151,8 +151,12 @@ def open_rows(config: HubRows) -> Any:
         return _undecoded(datasets.load_dataset(*named, split=config.split, streaming=config.streaming, **options))
 
 
-def line_files(config: HubRows) -> list[Path]:
+def line_files(config: HubRows, split: str = "") -> list[Path]:
     """Return the files of a stream that are .jsonl, .json or .csv on this machine; none: it is of another kind.
+
+    Args:
+        config: names the data set.
+        split: whose files; empty: that of the config.
 
     Raises:
         ZooError: they do not exist.
@@ -162,7 +166,7 @@ def line_files(config: HubRows) -> list[Path]:
     if not path.is_dir() and path.suffix not in SUFFIXES:
         return []
     with _named(config):
-        files, builder = _files(config)
+        files, builder = _files(config, split or config.split)
     # A folder's card may name columns, separators and types, which the library knows how to read.
     own = builder.config
     plain, options = type(own)(name=own.name), set(vars(own)) - OF_PLACE
@@ -180,7 +184,7 @@ def _as_texts(config: HubRows) -> dict[str, Any]:
     path = Path(config.path)
     if path.suffix != ".csv" and not (path.is_dir() and any(path.rglob("*.csv"))):
         return {}
-    files = line_files(config)
+    files = line_files(config, _whole(config.split))
     if not files or any(file.suffix != ".csv" for file in files):
         return {}
     datasets = _library()
@@ -196,11 +200,11 @@ def _makes(feature: Any) -> bool:
     return isinstance(feature, (datasets.Image, datasets.ClassLabel)) or any(_makes(f) for f in inside if f is not None)
 
 
-def _files(config: HubRows) -> tuple[list[str], Any]:
+def _files(config: HubRows, split: str) -> tuple[list[str], Any]:
     """Return the files of a split, and the library's builder for them."""
     named, options = _what(config)
     builder = _library().load_dataset_builder(*named, **options)
-    return list(map(str, (builder.config.data_files or {}).get(config.split, []))), builder
+    return list(map(str, (builder.config.data_files or {}).get(split, []))), builder
 
 
 def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
@@ -221,7 +225,7 @@ def shard_lengths(config: HubRows, rows: Any) -> list[int] | None:
             return count
 
     with _named(config):
-        files, _ = _files(config)
+        files, _ = _files(config, config.split)
         if len(files) != rows.num_shards or not all(file.endswith(".parquet") for file in files):
             return None
         with ThreadPoolExecutor(16) as pool:  # files of a hub are a request each
@@ -241,8 +245,13 @@ def _what(config: HubRows) -> tuple[tuple[str, str | None], dict[str, Any]]:
     """Return what the library's functions take to find the data: name and subset, and options."""
     suffix = Path(config.path).suffix
     if suffix in FILES:
-        return (FILES[suffix], None), {"data_files": {config.split: config.path}}
+        return (FILES[suffix], None), {"data_files": {_whole(config.split): config.path}}
     return (config.path, config.subset or None), {"revision": config.revision or None}
+
+
+def _whole(split: str) -> str:
+    """The split that a part of it, such as `train[:90%]`, is taken of."""
+    return split.partition("[")[0]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoo.evaluation.result import metrics_of
 from zoo.registry import Score, ZooError
 from zoo.registry.foreign import INDEX, read_text
 from zoo.tasks.estimates import mean
@@ -196,12 +197,13 @@ def difference_table(found: Compared) -> "Table":
     for name in ("first", "second", "difference", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     last = ""
-    for line in found.differences:
+    metrics = metrics_of([(line.data, line.kind, line.task, line.metric) for line in found.differences])
+    for line, metric in zip(found.differences, metrics, strict=True):
         d = line.difference
         text = f"{100 * d.value:+.1f} ± {100 * d.stderr:.1f}"
         text = f"[bold]{text}[/bold]" if abs(d.value) > 2 * d.stderr and d.value else text
         cells = (f"{100 * line.first.value:.1f}", f"{100 * line.second.value:.1f}", text, str(d.n))
-        table.add_row(cell(line.data if line.data != last else ""), cell(line.kind), cell(line.metric), *cells)
+        table.add_row(cell(line.data if line.data != last else ""), cell(line.kind), cell(metric), *cells)
         last = line.data
     return table
 

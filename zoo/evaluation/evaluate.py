@@ -7,7 +7,7 @@ does not contain (`meta["held_out"]`) are scored separately.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -146,7 +146,8 @@ def evaluate(
         model.set_attention(model.config.attention)
         rank, of = (accelerator.process_index, world) if world > 1 and apart else (0, 1)
         asked = _Questions(datasets, table, limit, rank, of, sieve)
-        guesses = commonest_of(datasets) if baselines else {}
+        first = accelerator is None or accelerator.is_main_process
+        guesses = commonest_of(datasets, say if first else None) if baselines else {}
         groups = [("rows", _rows(model, processor, asked, batch_size, guesses, blind=False))]
         groups += [("blind", _rows(model, processor, asked, batch_size, {}, blind=True))] if baselines else []
         if world == 1:
@@ -301,11 +302,21 @@ def _add(lines: list[Line], others: list[Line], what: str) -> None:
         setattr(line, what, found.get((line.data, line.kind, line.task, line.held_out, line.metric)))
 
 
-def commonest_of(datasets: Mapping[str, Any]) -> dict[str, Commonest]:
-    """Count the answers of each data set's training split, where it has one of known length."""
+def commonest_of(datasets: Mapping[str, Any], note: Callable[[str], None] | None = None) -> dict[str, Commonest]:
+    """Count the answers of each data set's training split, where it has one of known length.
+
+    Args:
+        datasets: data name -> data set.
+        note: called with the reason where a training split cannot be opened, as of data that are for evaluation alone.
+    """
     found = {}
     for data, dataset in datasets.items():
-        train = dataset.train_split()
+        try:
+            train = dataset.train_split()
+        except ZooError as error:
+            if note is not None:
+                note(f"No majority for data {data!r}, whose training split cannot be opened: {error}")
+            continue
         if train is None or train.is_stream:
             continue
         # At equal distances, since data sets are often sorted by kind.

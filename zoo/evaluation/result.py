@@ -1,6 +1,8 @@
 """Scores of a model, and its predictions."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,21 @@ class Line:
     majority: Score | None = None
 
     @property
-    def name(self) -> str:
-        kind = f"{self.kind}_held_out" if self.held_out else self.kind
-        return f"{self.data}/{kind}/{self.metric}"
+    def group(self) -> str:
+        """The kind, also by whether training shows it."""
+        return f"{self.kind}_held_out" if self.held_out else self.kind
+
+
+def metrics_of(figures: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """Name the metric of each (data, kind, task, metric), with the task in front where several tasks give the same."""
+    same = Counter((data, kind, metric) for data, kind, _, metric in figures)
+    return [metric if same[data, kind, metric] < 2 else f"{task}.{metric}" for data, kind, task, metric in figures]
+
+
+def names_of(figures: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """Name each (data, kind, task, metric): `data/kind/metric`, the metric as in `metrics_of`."""
+    named = zip(figures, metrics_of(figures), strict=True)
+    return [f"{data}/{kind}/{metric}" for (data, kind, *_), metric in named]
 
 
 @dataclass
@@ -45,8 +59,9 @@ class EvalResult:
         return {**head, "skipped": self.skipped, "scores": [asdict(line) for line in self.lines]}
 
     def summary(self) -> dict[str, float]:
-        """Return the value of every figure, by `data/kind/metric`."""
-        return {line.name: line.score.value for line in self.lines}
+        """Return the value of every figure, by `data/kind/metric`; `task.metric` where several tasks give the same."""
+        names = names_of([(line.data, line.group, line.task, line.metric) for line in self.lines])
+        return {name: line.score.value for name, line in zip(names, self.lines, strict=True)}
 
     def save(self, folder: Path) -> None:
         """Write scores.json and predictions.jsonl."""

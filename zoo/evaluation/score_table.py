@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from zoo.evaluation.result import Line
+from zoo.evaluation.result import Line, metrics_of
 from zoo.registry import Score
 from zoo.text.markup import cell
 from zoo.text.terminal import wrapped
@@ -19,6 +19,8 @@ def score_table(lines: Sequence[Line], title: str = "") -> Table:
         table.add_column(name)
     for name in ("score", "± s.e.", "n", *["majority"] * with_majority, *["blind"] * with_blind):
         table.add_column(name, justify="right")
+    metrics = metrics_of([(line.data, line.group, line.task, line.metric) for line in lines])
+    named = {id(line): metric for line, metric in zip(lines, metrics, strict=True)}
     for held_out in (False, True):
         some = [line for line in lines if line.held_out == held_out]
         if held_out and some and len(some) < len(lines):
@@ -27,7 +29,7 @@ def score_table(lines: Sequence[Line], title: str = "") -> Table:
             table.caption, table.caption_justify = "never seen: combinations that training does not show", "left"
         last = ""
         for line in some:
-            names = [cell(name) for name in (line.data if line.data != last else "", line.kind, line.metric)]
+            names = [cell(name) for name in (line.data if line.data != last else "", line.kind, named[id(line)])]
             row = [per_cent(line.score), f"{100 * line.score.stderr:.1f}", str(line.score.n)]
             row += [per_cent(line.majority)] * with_majority + [per_cent(line.blind)] * with_blind
             table.add_row(*names, *row)

@@ -38,6 +38,7 @@ MORE = (
     "waiting: without a step; scored: by zoo eval."
 )
 LESS_IS_BETTER = ("unparsed",)
+NO_MEANS = ("f1", "bleu")  # the mean over kinds is not the score of all answers
 
 
 def main(words: Sequence[str]) -> Answer:
@@ -153,7 +154,7 @@ def figures(found: Sequence[Summary]) -> list[tuple[str, list[str], list[bool]]]
             columns.append((heading, ["-" if v is None else text(v) for v in values], [False] * len(found)))
     for name, heading in _headings(found).items():
         scores = [run.scores.get(name) or pooled(run, name) for run in found]
-        better = min if name.rpartition("/")[2] in LESS_IS_BETTER else max
+        better = min if _metric(name) in LESS_IS_BETTER else max
         best = better((s["value"] for s in scores if s), default=0.0) if len(found) > 1 else math.inf
         cells = [f"{100 * s['value']:.1f}±{100 * s['stderr']:.1f}" if s else "-" for s in scores]
         columns.append((heading, cells, [s is not None and s["value"] == best for s in scores]))
@@ -164,6 +165,7 @@ def _headings(found: Sequence[Summary]) -> dict[str, str]:
     """Return the scores and their headings, without the words that all of them have; `all` first, of several kinds."""
     names = [tuple(name.split("/")) for name in dict.fromkeys(n for run in found for n in run.scores)]
     groups = dict.fromkeys((n[0], n[-1]) for n in names)
+    groups = {g: None for g in groups if _metric(g[1]) not in NO_MEANS}
     several = [g for g in groups if sum((n[0], n[-1]) == g and not n[1].endswith("_held_out") for n in names) > 1]
     every = [*((data, "all", metric) for data, metric in several), *names]
     varied = [len({n[i] for n in names}) > 1 for i in (0, -1)]
@@ -173,6 +175,11 @@ def _headings(found: Sequence[Summary]) -> dict[str, str]:
         )
         for n in every
     }
+
+
+def _metric(name: str) -> str:
+    """The metric of a score, without the task that gives it."""
+    return name.rpartition("/")[2].rpartition(".")[2]
 
 
 def pooled(run: Summary, name: str) -> Value | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from zoo.evaluation.result import names_of
 from zoo.registry import MANY, ZooError
 from zoo.registry.foreign import INDEX, read_json, read_text
 from zoo.registry.table import SLOT_KINDS, group_of
@@ -115,7 +116,7 @@ def summarise(path: Path) -> Summary:
         seconds=done.get("seconds"),
         ms_per_sample=round(statistics.median(paces), 3) if paces else None,
         loss=rows[-1]["loss"] if rows else None,
-        scores={_name_of(line): line["score"] for line in lines},
+        scores=dict(zip(names_of([_figure(line) for line in lines]), (line["score"] for line in lines), strict=True)),
         curve=[(r["step"], r["loss"]) for r in rows],
         score_curves=curves,
         options=flat(config),
@@ -133,9 +134,9 @@ def _state(path: Path, done: Mapping[str, Any], rows: Sequence[Any], error: str,
     return "failed" if error else "stopped" if rows else "waiting"
 
 
-def _name_of(line: Mapping[str, Any]) -> str:
+def _figure(line: Mapping[str, Any]) -> tuple[str, str, str, str]:
     kind = f"{line['kind']}_held_out" if line.get("held_out") else line["kind"]
-    return f"{line['data']}/{kind}/{line['metric']}"
+    return line["data"], kind, line.get("task", ""), line["metric"]
 
 
 def _json(path: Path) -> Any:

@@ -179,9 +179,22 @@ def _turns(dialog: Any) -> int:
 
 def _content(sample: Sample) -> bytes:
     """Return the messages and image names of a sample, without its id."""
-    images = [s if isinstance(s, bytes) else str(s).encode("utf-8", "surrogatepass") for s in sample.images]
+    images = [_shown(source, sample) for source in sample.images]
     text = repr([(d.messages, d.preference) for d in sample.dialogs]).encode("utf-8", "surrogatepass")
     return b"\0".join([text, *images])
+
+
+def _shown(source: Any, sample: Sample) -> bytes:
+    """Return what an image is: its bytes or pixels, else its name; what has a memory address is like no other."""
+    if isinstance(source, bytes):
+        return source
+    array = source.detach().cpu().numpy() if hasattr(source, "detach") else source
+    if hasattr(array, "tobytes"):  # a picture of Pillow or an array, whose text is its address or its corners
+        about = [getattr(array, name, None) for name in ("mode", "size", "shape")]
+        return repr(about).encode() + bytes(array.tobytes())
+    name = str(source)
+    name += f" of {sample.where}, {sample.id}" if " at 0x" in name else ""
+    return name.encode("utf-8", "surrogatepass")
 
 
 def _hash(data: bytes) -> int:

@@ -16,7 +16,8 @@ class RunData:
     """The data sets of a run, built once.
 
     A data set whose option `split` is not `train` is for evaluation: a stage trains on it only if it names it. In a run
-    without such data, training data sets that have an `eval_split` are evaluated on that split.
+    without such data, training data sets that have an `eval_split` are evaluated on that split. A part of the train
+    split, `train[:90%]` of a Hugging Face data set, is for training where an `eval_split` is beside it.
 
     Args:
         nodes: data name -> node of the data set.
@@ -26,8 +27,7 @@ class RunData:
     def __init__(self, nodes: Mapping[str, Any], skip_broken: bool = False) -> None:
         self.skip_broken = skip_broken
         self.all = {str(name): build("dataset", self._lenient(node)) for name, node in nodes.items()}
-        splits = {str(name): str(node.get("split", "train") or "train") for name, node in nodes.items()}
-        self.training = {n: d for n, d in self.all.items() if splits[n] == "train"}
+        self.training = {n: d for n, d in self.all.items() if _trains(nodes[n])}
         self._mixes: dict[tuple, Mix] = {}
 
     def _lenient(self, node: Any) -> Any:
@@ -53,8 +53,9 @@ class RunData:
         datasets = self.all if stage.data else self.training
         if not datasets:
             given = ", ".join(self.all) or "none"
+            other = f", or let the stage name it: stages.<stage>.data={{{next(iter(self.all))}: 1}}" if self.all else ""
             raise ZooError(
-                f"There is no data to train on: data holds {given}. Choose data of the train split, data=[...]."
+                f"There is no data to train on: data holds {given}. Choose data of the train split, data=[...]{other}."
             )
         return Mix(datasets, stage.data, seed)
 
@@ -69,6 +70,12 @@ class RunData:
                 for dialog in sample.dialogs:
                     for message in dialog.messages:
                         yield from _texts_of(message["content"])
+
+
+def _trains(node: Any) -> bool:
+    """Whether a data set is for training, by its options."""
+    split = str(node.get("split", "train") or "train")
+    return split == "train" or (split.startswith("train[") and bool(node.get("eval_split")))
 
 
 def spread_over(name: str, dataset: Any, most: int) -> Iterator[Sample | RecordError]:
