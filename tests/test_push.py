@@ -12,6 +12,7 @@ from tests.hub_stand_in import TOKEN, serving
 from tests.test_export import CLIP, LLAMA, MLP, composed
 from zoo.cli.entry import main
 from zoo.cli.push_command import parcel_of, without_paths
+from zoo.composed.card import MARK
 from zoo.registry import ZooError
 
 ODD = ("optimizer.pt", "trainer_state.json", ".env", "credentials.json", "checkpoints/step-1/model.safetensors",
@@ -63,6 +64,10 @@ def test_no_path_of_this_machine_goes_along(saved, tmp_path):
     assert json.loads(parcel.text("config.json"))["plugins"] == ["my_pruner.py"] and "/home" not in parcel.text(
         "config.json"
     )
+    load = 'zoo.load("dir:mine", "plugins=[/home/me/my_pruner.py,~/b.py,my_package.parts]")'
+    (folder / "README.md").write_text(f"{MARK}\n{load}\n")
+    wanted = 'zoo.load("hub:me/tiny", "plugins=[my_pruner.py,b.py,my_package.parts]")'
+    assert parcel_of(folder, "me/tiny").text("README.md") == f"{MARK}\n{wanted}\n"
     config["base"]["llm"]["whole"] = False
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ZooError, match=r"weights of llm are in '/home/me/llm'.*zoo export .*--format safetensors"):
@@ -71,11 +76,13 @@ def test_no_path_of_this_machine_goes_along(saved, tmp_path):
     assert without_paths(kept) == kept
 
 
-def test_a_key_in_a_text_is_found(saved, tmp_path):
-    (folder := tmp_path / "mine").mkdir()
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "chat_template.json", "peft/mine/adapter_config.json"])
+def test_a_key_in_a_text_is_found(name, saved, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / name).parent.mkdir(parents=True)
     (folder / "config.json").write_text((saved / "config.json").read_text())
-    (folder / "README.md").write_text(f"# mine\n\nlogin with {TOKEN}\n")
-    with pytest.raises(ZooError, match=r"README.md holds what looks like a key \(hf_ttt\.\.\.\)"):
+    (folder / name).write_text(f"# mine\n\nlogin with {TOKEN}\n")
+    with pytest.raises(ZooError, match=rf"{name} holds what looks like a key \(hf_ttt\.\.\.\)"):
         parcel_of(folder, "me/tiny")
 
 

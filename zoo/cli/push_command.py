@@ -32,7 +32,7 @@ SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{32,}|\bgh[pousr]_[A-Za-z0-9]{36,}|\bAKIA[0-9A-Z]{16}\b"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-SEARCHED = ("*.md", "*config.json", "*.jinja", "*.txt")
+SEARCHED = ("*.md", "*config.json", "*.jinja", "*.txt", "chat_template.json", "*LICENSE", "*NOTICE")
 # A model without one of these is not whole. A link that leads out of its folder is not followed: it may lead anywhere.
 NEEDED = re.compile(r"config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors|.+\.gguf")
 # An older set of weights would be read instead of a new one.
@@ -172,13 +172,18 @@ def _is_path(text: str) -> bool:
 
 
 def loaded_from(card: str, repository: str) -> str:
-    """Return a card whose load lines name a repository; one that a person wrote stays as it is."""
+    """Return a card whose load lines name a repository, and no path of this machine; one that a person wrote stays."""
     from zoo.composed.card import MARK
 
     if MARK not in card:
         return card
+    card = re.sub(r'"plugins=\[([^"\n]*)\]"', _plugins_alone, card)
     card = re.sub(r'zoo\.load\("dir:[^"\n]*"', f'zoo.load("hub:{repository}"', card)
     return re.sub(r'from_pretrained\("[^"\n]*"', f'from_pretrained("{repository}"', card)
+
+
+def _plugins_alone(found: re.Match[str]) -> str:
+    return f'"plugins=[{",".join(without_paths(found[1].split(",")))}]"'
 
 
 def shown(parcel: Parcel) -> Iterator[str]:
