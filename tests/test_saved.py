@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import zoo
@@ -123,6 +124,23 @@ def test_rows_that_were_drawn_for_new_tokens_are_saved(places, tmp_path):
     torch.manual_seed(1)
     again, _ = zoo.load(f"dir:{tmp_path}", device="cpu")
     assert torch.equal(answers(again, processor), answers(model, processor))
+
+
+def test_they_are_loaded_by_name_too(places, tmp_path):
+    """As transformers' `Trainer` does when it resumes, in a model that is composed anew; PEFT may be around it."""
+    model, processor = composed(places, "hf", "small")
+    with torch.no_grad():
+        model.llm.lm.lm_head.weight[310:] += 1
+    saved(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for prefix in ("", "within."):
+        other, _ = composed(places, "hf", "small")
+        outer = torch.nn.ModuleDict({"within": other}) if prefix else other
+        found = outer.load_state_dict({prefix + name: tensor for name, tensor in state.items()}, strict=False)
+        assert not found.unexpected_keys and not any("lm_head" in name for name in found.missing_keys)
+        assert torch.equal(answers(other, processor), answers(model, processor))
+    state["llm.lm.lm_head.weight[301:]"] = state.pop("llm.lm.lm_head.weight[300:]")
+    assert composed(places, "hf", "small")[0].load_state_dict(state, strict=False).unexpected_keys
 
 
 def test_saving_draws_no_random_numbers(places, tmp_path):

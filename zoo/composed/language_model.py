@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zoo.registry import Encoder, LanguageModel, ZooError
 from zoo.registry.versions import checkpoint_activations, keep_activations
+from zoo.storage.rows import split
 
 
 class LanguageModelMixin(nn.Module):
@@ -93,6 +95,19 @@ class LanguageModelMixin(nn.Module):
             if "vocab_size" in (node.get("extra") or {}):
                 node["extra"]["vocab_size"] = self.llm.vocab_size
         return table
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take the rows of a table that `save_pretrained` wrote alone: those ahead of them are the model's own.
+
+        transformers' `Trainer` loads the tensors of its checkpoints by their names when it resumes.
+        """
+        parts = [key for key in state_dict if key.startswith(prefix) and split(key)[1]]
+        own = dict(self.named_parameters(prefix.removesuffix("."), remove_duplicate=False)) if parts else {}
+        for listed in parts:
+            (name, first), rows = split(listed), state_dict[listed]
+            if name in own and own[name][first:].shape == rows.shape:
+                state_dict[name] = torch.cat([own[name].detach()[:first].to(rows), state_dict.pop(listed)])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
