@@ -475,3 +475,22 @@ def test_merged_into_weights_of_16_bits_it_is_rounded_once(method):
         assert merged.dtype == torch.bfloat16
         error, least = ((w.float() - wanted).norm() for w in (merged, wanted.to(torch.bfloat16)))
         assert error <= 1.02 * least, path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_term_on_one_of_two_tied_layers_is_not_merged_into_both(tied, target):
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "tie_embeddings": tied}
+    llm = registry.build("llm", {"name": "hf", **sizes}, vocab_size=50).eval()
+    adapter = adapter_on(llm, "lora", r=2, target_modules=["q_proj", target])
+    move(own(llm, adapter))
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        wanted = llm.lm(input_ids=ids).logits
+        if tied:
+            with pytest.raises(ZooError, match=rf"a term on '[\w.]*{target}', whose matrix is that of '[\w.]+' too"):
+                adapter.merge()
+        else:
+            adapter.merge()
+        torch.testing.assert_close(llm.lm(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
+    assert adapter.merged is not tied

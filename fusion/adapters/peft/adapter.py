@@ -154,10 +154,15 @@ class PeftAdapter(Adapter, nn.Module):
         """Add the terms to the base weights and detach for good; a plain language model is left.
 
         Raises:
-            ZooError: it is not attached, or PEFT cannot merge the method.
+            ZooError: it is not attached, or PEFT cannot merge the method; or a matrix is that of another layer too.
         """
         if self.places is None or not self.places.attached:
             raise ZooError("adapter 'peft' is not attached: there is nothing to merge into.")
+        if tied := self.places.tied():
+            raise ZooError(
+                f"adapter 'peft' has a term on {tied[0]!r}, whose matrix is that of {tied[1]!r} too (tied embeddings): "
+                f"merged, it would change both. Keep the adapter, or train one without {tied[0]!r} in target_modules."
+            )
         try:
             self.places.merge(partial(subtracted, dict(self._beginnings()), self.lm))
         except (NotImplementedError, ValueError, AttributeError) as error:

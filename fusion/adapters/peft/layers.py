@@ -103,6 +103,20 @@ class Places:
             parent.add_module(name, module)
         self.attached = False
 
+    def tied(self) -> tuple[str, str] | None:
+        """A layer with a term on a matrix that another layer has too, and that one; None: there is no such layer.
+
+        Rows of tokens are not meant, which PEFT changes in both alike.
+        """
+        for path, (_, _, old, new) in zip(self.layers, self._places, strict=True):
+            if "trainable_tokens" in type(new).__module__ or hasattr(new, "unload_and_optionally_merge_module"):
+                continue
+            mine = {id(p) for p in old.parameters()}
+            for name, module in self.lm.named_modules():
+                if module is not old and mine & {id(p) for p in module._parameters.values()}:
+                    return path, name.removesuffix(".base_layer")
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the layers by their names in a saved model, also while the layers are out."""
         found: dict[str, Tensor] = {}
