@@ -23,6 +23,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -281,13 +282,9 @@ def environment() -> dict[str, Any]:
     """Return versions of libraries, the machine, and the commit of the working folder if it is in git."""
     import torch
 
-    versions = {}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
     return {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": dict(_versions()),
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -295,6 +292,15 @@ def environment() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "commit": _commit(),
     }
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    versions = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return versions
 
 
 def _commit() -> str | None:
