@@ -146,6 +146,32 @@ def test_a_base_that_was_named_from_here_is_found_from_anywhere(copied, tmp_path
     assert torch.equal(answers(zoo.ZooModel.from_pretrained("../after"), processor), wanted)
 
 
+def test_weights_by_a_word_of_the_library_are_those_of_the_commit_that_was_read(tmp_path, monkeypatch):
+    """`pretrained` of timm is a repository of the hub, which may change."""
+    import timm
+
+    place = tmp_path / "hub" / f"models--{timm.get_pretrained_cfg('test_convnext').hf_hub_id.replace('/', '--')}"
+    for commit, factor in (("a" * 40, 1), ("b" * 40, 2)):
+        (place / "snapshots" / commit).mkdir(parents=True)
+        weights = {name: factor * value for name, value in timm.create_model("test_convnext").state_dict().items()}
+        save_file(weights, place / "snapshots" / commit / "model.safetensors")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "pretrained").mkdir()
+    monkeypatch.chdir(tmp_path)  # a folder of that name is another thing
+    vision = ("vision=timm", "vision.model=test_convnext", "vision.checkpoint=pretrained")
+    model, processor = zoo.compose(*vision, "projector=mlp", "llm=hf", "llm.hidden_size=32", texts=["a"])
+    model.save_pretrained(tmp_path / "thin")
+    processor.save_pretrained(tmp_path / "thin")
+    config = json.loads((tmp_path / "thin" / "config.json").read_text())
+    assert config["base"]["vision"] == {"checkpoint": "pretrained", "revision": "a" * 40}
+    (place / "refs" / "main").write_text("b" * 40)
+    again = zoo.ZooModel.from_pretrained(tmp_path / "thin")
+    assert torch.equal(again.vision.tower.stem[0].weight, model.vision.tower.stem[0].weight)
+
+
 def test_a_base_in_a_file_is_known_by_its_content(tmp_path, monkeypatch):
     """Weights of a model that is named may be one file; `~` is written out."""
     import timm

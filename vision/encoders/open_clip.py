@@ -265,14 +265,24 @@ def _resolve(config: OpenClipVisionConfig) -> tuple[Path | None, dict[str, Any],
     architecture["quick_gelu"] = tag.get("quick_gelu", architecture.get("quick_gelu", False))
     if on_meta():
         return None, architecture, tag
-    repository, _, filename = (tag.get("hf_hub") or "").rpartition("/")
-    if not repository:
+    place, _, filename = (tag.get("hf_hub") or "").rpartition("/")
+    if not place:
         raise ZooError(f"open_clip has no safetensors weights {config.checkpoint!r} of {config.model!r} on the hub.")
     weights = fetch(
-        with_revision(repository, config.revision),
+        with_revision(place, config.revision),
         filename.replace("pytorch_model.bin", "model.safetensors") or WEIGHTS,
     )
     return weights, architecture, tag
+
+
+def repository(config: OpenClipVisionConfig) -> str:
+    """Return the repository of the hub that a tag's weights are in; empty: the weights are named otherwise."""
+    import open_clip
+
+    if not config.model or "/" in config.checkpoint or is_local(config.checkpoint):
+        return ""
+    tag = open_clip.get_pretrained_cfg(config.model, config.checkpoint) or {}
+    return str(tag.get("hf_hub") or "").rpartition("/")[0]
 
 
 def description(config: OpenClipVisionConfig) -> dict[str, Any]:

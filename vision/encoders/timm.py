@@ -260,10 +260,18 @@ def _weights(config: TimmVisionConfig, source: str) -> Any:
     if source != "pretrained":
         return fetch(source, "model.safetensors")
     known = timm.get_pretrained_cfg(config.model)
-    if known is None or not known.hf_hub_id:
+    if known is None or not (place := repository(config)):
         raise ZooError(f"timm has no safetensors weights for {config.model!r}; name a checkpoint.")
     filename = (known.hf_hub_filename or "model.safetensors").replace("pytorch_model.bin", "model.safetensors")
-    return fetch(with_revision(known.hf_hub_id, config.revision), filename)
+    return fetch(with_revision(place, config.revision), filename)
+
+
+def repository(config: TimmVisionConfig) -> str:
+    """Return the repository of the hub that timm's own weights of a model are in; empty: others are named, or none."""
+    import timm
+
+    known = timm.get_pretrained_cfg(config.model) if config.checkpoint == "pretrained" else None
+    return str(known.hf_hub_id or "") if known is not None else ""
 
 
 def _check_name(model: str) -> None:

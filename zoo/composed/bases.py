@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.composed.own_checkpoints import Own, node_at, own_checkpoints
+from zoo.composed.slots import hub_name
 from zoo.pretrained.origin import origin_of
 from zoo.registry import ZooError
 from zoo.registry.part import base_of
@@ -243,11 +244,12 @@ def bases_of(model: Any, slots: Mapping[str, Any], published: Any = None) -> Bas
         checkpoint, revision = node[option], node.get(at) or None
         entry: dict[str, Any] = {"checkpoint": checkpoint, "revision": revision}
         origin = origin_of(checkpoint)
-        folder, here = snapshot(checkpoint, revision), Path(checkpoint).expanduser()
+        on_hub, here = hub_name(own, node), Path(checkpoint).expanduser()
+        folder = snapshot(on_hub, revision)
         if origin is not None:  # a package or a GGUF file: what it is converted to is made anew where it is not there
             entry |= {"checkpoint": origin.name, "fingerprint": origin.sha256}
             node = {**node, option: origin.name}
-        elif here.exists():  # a folder, or a file of weights
+        elif on_hub == checkpoint and here.exists():  # a folder, or a file of weights
             entry |= {"checkpoint": str(here.absolute()), "fingerprint": fingerprint(here)}
             node = {**node, option: entry["checkpoint"]}
         elif folder is not None and at in node:

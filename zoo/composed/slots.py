@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zoo.composed.own_checkpoints import node_at, own_checkpoints, with_node
+from zoo.composed.own_checkpoints import Own, node_at, own_checkpoints, with_node
 from zoo.registry import ZooError, build
 from zoo.registry.part import base_of
 from zoo.vision.encoders.map_runner import MapRunner
@@ -146,6 +146,20 @@ def _stated(library: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if library == "timm":
         return timm.description(timm.TimmVisionConfig(**options))
     return open_clip.description(open_clip.OpenClipVisionConfig(**options))
+
+
+def hub_name(own: Own, node: Mapping[str, Any]) -> str:
+    """Return the checkpoint of a part as the hub names it, where a library has a word for it (`pretrained`, a tag)."""
+    from zoo.vision.encoders import open_clip, timm
+
+    options, checkpoint = {k: v for k, v in _options(node).items() if k != "preset"}, str(node[own.option])
+    if own.kind != "vision" or own.inside:
+        return checkpoint
+    if node["name"] == "timm":
+        return timm.repository(timm.TimmVisionConfig(**options)) or checkpoint
+    if node["name"] == "open_clip":
+        return open_clip.repository(open_clip.OpenClipVisionConfig(**options)) or checkpoint
+    return checkpoint
 
 
 def _pixels(encoder: Any) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def snapshot(checkpoint: str, revision: str | None = None) -> Path | None:
 
     found = (
         try_to_load_from_cache(checkpoint, name, revision=require_revision(revision))
-        for name in ("config.json", "open_clip_config.json")
+        for name in ("config.json", "open_clip_config.json", WEIGHTS, "open_clip_model.safetensors")
     )
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
