@@ -152,8 +152,9 @@ def test_the_commands_at_the_end_of_a_run_work_as_they_are(name, tmp_path):
     from types import SimpleNamespace
 
     folder = SimpleNamespace(path=tmp_path / name, skipped=tmp_path / "skipped.jsonl")
-    cfg = SimpleNamespace(plugins=[], run=SimpleNamespace(dir=str(tmp_path / "runs")))
-    run = SimpleNamespace(folder=folder, progress=SimpleNamespace(seconds=1), cfg=cfg)
+    cfg = SimpleNamespace(plugins=[], run=SimpleNamespace(dir=str(tmp_path / "runs")), limit=None)
+    data = SimpleNamespace(evaluation={})
+    run = SimpleNamespace(folder=folder, progress=SimpleNamespace(seconds=1), cfg=cfg, data=data)
     file = io.StringIO()
     report(run, EvalResult(lines(name)), Console(file=file, width=500))
     said = [line.strip() for line in file.getvalue().splitlines() if line.startswith(("    zoo", "    python"))]
@@ -161,3 +162,21 @@ def test_the_commands_at_the_end_of_a_run_work_as_they_are(name, tmp_path):
     assert words[0] == ["zoo", "eval", f"model=dir:{tmp_path / name}"]
     assert words[1] == ["zoo", "report", str(tmp_path / name)]  # the folder of all runs where the run is below it
     assert words[2][:2] == ["python", "-c"] and compile(words[2][2], "x", "exec") and str(tmp_path) in words[2][2]
+
+
+def test_scores_at_the_end_of_a_run_name_how_many_samples_they_are_of(tmp_path):
+    from types import SimpleNamespace
+
+    class Data(list):
+        is_stream = False
+
+    folder = SimpleNamespace(path=tmp_path / "run", skipped=tmp_path / "skipped.jsonl")
+    for limit, length, note in ((None, 400, ""), (None, 401, "first 400 samples"), (20, 50, "first 20 samples")):
+        cfg = SimpleNamespace(plugins=[], run=SimpleNamespace(dir=str(tmp_path)), limit=limit)
+        data = SimpleNamespace(evaluation={"a": Data(range(length))})
+        run, file = (
+            SimpleNamespace(folder=folder, progress=SimpleNamespace(seconds=1), cfg=cfg, data=data),
+            io.StringIO(),
+        )
+        report(run, EvalResult(lines("a")), Console(file=file, width=500))
+        assert note in file.getvalue() and ("samples were scored" in file.getvalue()) is bool(note)

@@ -81,7 +81,7 @@ class Stage:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     # Intervals, in optimiser steps
     checkpoint_every: int = 500  # 0: only at the end of the stage
-    eval_every: int = 0  # 0: only at the end of the run
+    eval_every: int = 0  # scores 100 samples of each data set; 0: only at the end of the run
 
     def __post_init__(self) -> None:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
