@@ -255,6 +255,33 @@ def test_a_refusal_merges_nothing(tmp_path):
     assert "lora" in model.adapter
 
 
+def test_a_failure_leaves_a_folder_as_it_was(tmp_path, monkeypatch):
+    model, processor = composed([*CLIP, *MLP, *LLAMA])
+    zoo.export(model, processor, tmp_path / "there", max_shard_size="100KB")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    other, prepares = composed([*CLIP, *MLP, *llm("qwen2")], seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", lambda *a, **k: 1 / 0)
+        for name in ("there", "new"):
+            with pytest.raises(ZeroDivisionError):
+                zoo.export(other, prepares, tmp_path / name)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+    zoo.export(other, prepares, tmp_path / "there")  # no shard of the first one is left
+    assert [path.name for path in (tmp_path / "there").glob("model*")] == ["model.safetensors"]
+
+
+def test_parts_of_several_data_types_are_noted(tmp_path):
+    model, processor = composed([*CLIP, *MLP, *LLAMA])
+    model.llm.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"vision float32, projector float32, llm bfloat16.* loads all .* as bfloat16"):
+        zoo.export(model, processor, tmp_path)
+    model.to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zoo.export(model, processor, tmp_path)
+
+
 # ---- more ways to get there ----------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,11 @@ REFUSED = {
     "a format": (["--format", "hff"], "No format of zoo export named 'hff'. Did you mean 'hf'?"),
     "two folders": (["a", "b"], "takes no 'b'. Its form: zoo export model"),
     "a layout": (["--family", "idefics3"], "'clip_vision_model'.*As it is.*zoo export mine --format safetensors"),
+    "a layout that there is not": (
+        ["--family", "lava"],
+        r"named 'lava'. Did you mean 'llava'\?.*smolvlm, video_llava.\s*\Z",
+    ),
+    "a type": (["--format", "gguf", "--type", "q8_1"], r"named 'q8_1'. Did you mean 'q8_0'\?.*q8_0.\s*\Z"),
     "a model": (["--format", "hf", "pruner=[randm]"], "Did you mean 'random'"),
 }
 
@@ -116,6 +121,13 @@ def test_a_refusal_names_what_to_do(saved, capsys, case):
     found = capsys.readouterr().err
     assert re.search(why, found, re.DOTALL), found
     assert sorted(path.name for path in Path().iterdir()) == ["mine"]
+
+
+def test_the_working_folder_is_not_replaced(saved, capsys, monkeypatch):
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    assert main(["export", "../mine", "."]) == 2
+    assert "'.' is the working folder" in capsys.readouterr().err
 
 
 def test_adapters_that_cannot_be_merged_are_kept_or_refused():

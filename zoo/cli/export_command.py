@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.composed.licences import licence_given
+from zoo.published import FAMILIES
 from zoo.registry import ZooError, unknown
 from zoo.storage.atomic import writing, written_beside
 from zoo.text.command_line import Parser
@@ -48,6 +49,13 @@ def _check(args: Any) -> None:
     for option, formats in FORMATS_WITH.items():
         if getattr(args, option.replace("-", "_")) and args.format not in formats:
             raise ZooError(f"--{option} is of --format {' or '.join(formats)}, and this export is {args.format}.")
+    if args.family and args.family not in FAMILIES:  # before weights are loaded
+        raise unknown("published family", args.family, FAMILIES)
+    if args.type:
+        from zoo.published.gguf_export import TYPES
+
+        if args.type.lower() not in TYPES:
+            raise unknown("type of GGUF weights", args.type, TYPES)
     args.license = licence_given(args.license, "--license")
     if args.max_shard_size and not SIZE.fullmatch(args.max_shard_size):
         raise ZooError(f"--max-shard-size is a size such as 500MB or 5GB, got {args.max_shard_size!r}.")
@@ -122,6 +130,7 @@ def load_lines(place: str, format: str) -> list[str]:
         ]
     if format == "gguf":
         llm, clip = sorted(Path(place).glob("*.gguf"), key=lambda file: file.name.startswith("mmproj-"))
+        llm, clip = shlex.quote(str(llm)), shlex.quote(str(clip))
         return [f"llama-mtmd-cli -m {llm} --mmproj {clip} --image photo.jpg -p 'What is this?'"]
     return ["import zoo", f'model, processor = zoo.load("dir:{place}")']
 
@@ -144,10 +153,12 @@ def require_free(out: Path) -> None:
     """Refuse to write over anything.
 
     Raises:
-        ZooError: `out` is a file, or a folder that is not empty.
+        ZooError: `out` is a file, a folder that is not empty, or the working folder.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ZooError(f"{str(out)!r} exists and is not empty: name another folder, or remove it first.")
+    if not out.name:
+        raise ZooError(f"{str(out)!r} is the working folder, which is in use: name a new one in it.")
 
 
 def _parsed(words: Sequence[str]) -> tuple[Any, list[str]]:

@@ -23,8 +23,9 @@ from zoo.published.family import SPARE, Family
 from zoo.published.file_names import DecoderNames, Held, as_files, as_modules
 from zoo.published.their_processor import their_processor
 from zoo.registry import ZooError
+from zoo.storage.atomic import made_folder
 from zoo.storage.safetensors_file import read
-from zoo.storage.weights import write_weights
+from zoo.storage.weights import replace_weights, write_weights
 from zoo.text.stops import keep_stops, require_valid, write_config
 
 # Layouts for models composed from own parts, in the order in which they are tried.
@@ -82,18 +83,32 @@ def export(
     config.architectures = [known.model]
     config.dtype = next(model.llm.parameters()).dtype
     state = _state(model, encoder, known, config, _spare(record, known, config))
+    _note_dtypes(model, config.dtype)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as beside:  # a failure leaves the files of the folder unchanged
+    with made_folder(folder), TemporaryDirectory(dir=folder) as beside:  # a failure leaves the folder as it was
         config.save_pretrained(beside)
         keep_stops(model, processor.template)
         write_config(_stops(model), Path(beside))
         theirs.save_pretrained(beside)
-        for file in sorted(Path(beside).iterdir()):
-            file.replace(folder / file.name)
-    write_weights(state, folder, max_shard_size)
+        write_weights(state, Path(beside), max_shard_size)
+        replace_weights(Path(beside), folder)
     model.write_card(folder, card, layout="transformers", notes=[f"In the layout of {known.model}."])
     return folder
+
+
+def _note_dtypes(model: Any, dtype: torch.dtype) -> None:
+    """Note parts of several data types, which a composed model computes in as they are and transformers does not."""
+    parts = {kind: getattr(model, kind) for kind in ("vision", "projector", "layout", "llm")}
+    weights = {kind: next(part.parameters(), None) for kind, part in parts.items() if part is not None}
+    held = {kind: str(weight.dtype).removeprefix("torch.") for kind, weight in weights.items() if weight is not None}
+    if len(set(held.values())) > 1:
+        listed = ", ".join(f"{kind} {name}" for kind, name in held.items())
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"The parts have several data types ({listed}), and transformers loads all of them as {name}, so that "
+            "answers may differ from this model's. zoo.load(..., dtype=...), or --dtype of zoo export, gives them one.",
+            stacklevel=3,
+        )
 
 
 def _stops(model: Any) -> Any:

@@ -5,8 +5,7 @@ every tensor compared, before it counts as written. Sources of the layout: llama
 models/llava.cpp, legacy-models/convert_image_encoder_to_gguf.py) and its `conversion/`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from zoo.published.export import merge_adapters, place_for, refuse_adapters, sta
 from zoo.published.gguf_clip import clip_fields, clip_tensors, require_clip
 from zoo.published.gguf_llm import llm_fields, llm_tensors, require_llm
 from zoo.registry import ZooError, unknown
-from zoo.storage.atomic import remove, written_beside
+from zoo.storage.atomic import made_folder, written_beside
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -69,7 +68,7 @@ def export_gguf(
     ends = model.generation_config.eos_token_id
     about_llm = partial(llm_fields, text=text, tokenizer=tokenizer, ends=ends, name=name)
     about_clip = partial(clip_fields, config=config, processor=processor, name=name)
-    with _made(folder), written_beside(files[0]) as first, written_beside(files[1]) as second:  # both, or none
+    with made_folder(folder), written_beside(files[0]) as first, written_beside(files[1]) as second:  # both, or none
         _write(first, text, llm_tensors(state, text), kind, about_llm)
         _write(second, None, clip_tensors(state, config), kind, about_clip)
     note = f"Matrices are {kind.upper()}. The files were read back and compared; llama.cpp itself was not run."
@@ -77,19 +76,6 @@ def export_gguf(
         note += " Scores, where there are some, are those of the weights before they were converted."
     model.write_card(folder, card, layout="gguf", name=name, notes=[note], files=[f.name for f in files])
     return list(files)
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make a folder, and remove it again where the block fails; one that was there stays."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if new:
-            remove(folder)
-        raise
 
 
 def _require_package() -> None:

@@ -78,6 +78,19 @@ def written_beside(final: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and remove it again where the block fails; one that was there stays."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            remove(folder)
+        raise
+
+
+@contextlib.contextmanager
 def moved_aside(path: Path) -> Iterator[None]:
     """Rename an old folder while the block creates a new one of its name, then remove it."""
     aside = path.with_name(f".{path.name}{ASIDE}")

@@ -121,13 +121,18 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (Path(beside) / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        written = {path.name: path.replace(folder / path.name) for path in sorted(Path(beside).iterdir())}
-    for old in [*folder.glob("model*.safetensors"), folder / f"{WEIGHTS}.index.json"]:
-        if old.name not in written:
-            old.unlink(missing_ok=True)
+        replace_weights(Path(beside), folder)
     if (config := folder / "config.json").is_file():
         for path in folder.glob("*.safetensors"):
             shutil.copymode(config, path)  # safetensors creates files readable by their owner only
+
+
+def replace_weights(beside: Path, folder: Path) -> None:
+    """Move all files of a folder to another, and remove there the weights that an earlier write left."""
+    written = {path.name: path.replace(folder / path.name) for path in sorted(beside.iterdir())}
+    for old in [*folder.glob("model*.safetensors"), folder / f"{WEIGHTS}.index.json"]:
+        if old.name not in written:
+            old.unlink(missing_ok=True)
 
 
 def _alone(tensor: Tensor, shared: bool) -> Tensor:
