@@ -116,3 +116,12 @@ def test_mistakes(tmp_path, capsys):
     (tmp_path / "a" / "predictions.jsonl").write_text('{"data": 1}\n')
     with pytest.raises(ZooError, match="line 1 is not a scored answer: KeyError"):
         answers_of(tmp_path / "a")
+
+
+def test_answers_are_read_line_by_line(tmp_path):
+    file = saved(tmp_path, rows([1, 0])) / "predictions.jsonl"
+    file.write_bytes(file.read_bytes() + b"\n")
+    assert len(answers_of(tmp_path)) == 2
+    file.write_bytes(file.read_bytes() + b'{"data": "\xff"}')
+    with pytest.raises(ZooError, match="line 4 is not a scored answer: UnicodeDecodeError"):
+        answers_of(tmp_path)

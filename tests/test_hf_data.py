@@ -115,7 +115,7 @@ def test_a_column_of_bytes_is_an_image_and_a_date_beside_predictions_is_a_text(t
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
     sample = load(tmp_path / "t.parquet", meta_fields=["when"]).get(0)
     assert sample.images == [png()]
-    assert sample.dialogs[0].meta == {"when": {"day": ["2020-01-02 00:00:00"], "n": 3}}
+    assert sample.dialogs[0].meta == {"when": {"day": ["2020-01-02"], "n": 3}}
     with pytest.raises(ZooError, match="row 0, image: a text is needed, got bytes"):
         load(tmp_path / "t.parquet", meta_fields=["image"]).get(0)
 
@@ -175,3 +175,27 @@ def test_a_part_of_the_train_split_is_for_training_beside_one_for_evaluation(pla
     assert {n: len(d) for n, d in run.evaluation.items()} == {"hf": 5}
     with pytest.raises(ZooError, match=r"name it: stages.<stage>.data=\{hf: 1\}"):
         RunData({"hf": node}).mix(Stage(steps=1), 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"t.csv": "question,answer\nq,a\nq,a,b\n"}, "Expected 2 fields in line 3, saw 3"),
+        (
+            {"a.jsonl": '{"question": "q"}', "b.jsonl": '{"question": "q", "answer": "a"}'},
+            "answer: string .* column names don't match",
+        ),
+    ],
+)
+def test_what_the_library_cannot_read_is_said(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    with pytest.raises(ZooError, match=message):
+        load(tmp_path)
+
+
+def test_dates_of_a_file_stay_what_they_were(tmp_path):
+    said = ["2020-01-31", "2021-02-03"]  # which the library takes for times
+    (tmp_path / "t.jsonl").write_text("\n".join(f'{{"question": "q", "answer": "{day}"}}' for day in said))
+    data = load(tmp_path / "t.jsonl")
+    assert [data.get(i).dialogs[0].messages[-1]["content"][0]["text"] for i in range(2)] == said

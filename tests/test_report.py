@@ -260,3 +260,11 @@ def test_a_score_that_is_no_mean_of_its_kinds_has_no_figure_of_all(tmp_path):
         "a\nf1": "100.0±0.0",
         "b\nf1": "18.2±0.0",
     }
+
+
+@pytest.mark.parametrize(("stages", "planned"), [([50, 20], 70), ([50, None], None), ([None], None), ([], None)])
+def test_the_planned_steps_are_those_of_all_stages_or_not_known(tmp_path, stages, planned):
+    run = RunFolder.create(tmp_path, "run")
+    of = {f"s{i}": {"steps": steps, "epochs": None if steps else 1} for i, steps in enumerate(stages)}
+    run.config.write_text(yaml.safe_dump(config({}, stages=of)))
+    assert summaries([tmp_path])[0].planned == planned

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from zoo.data.image_store import MAX_BYTES, Folder, ImageStore
 from zoo.data.line_files import SUFFIXES, header_of
 from zoo.data.records import inline_image
-from zoo.registry import ZooError, first_line
+from zoo.registry import ZooError, first_line, one_line
 from zoo.registry.foreign import require_file
 
 OF_PLACE = {
@@ -22,6 +22,7 @@ OF_PLACE = {
     "data_files",
     "description",
 }  # of the library's config: no options of reading
+GENERATING = "An error occurred while generating the dataset"  # how the library begins
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
@@ -262,7 +263,10 @@ def _named(config: HubRows, doing: str = "opened") -> Iterator[None]:
     except ZooError:
         raise
     except (OSError, ValueError, RuntimeError, _library().exceptions.DatasetsError) as error:
-        raise ZooError(f"Data set {config.path!r} cannot be {doing}: {first_line(error)}") from error
+        reason = first_line(error)
+        if isinstance(error, _library().exceptions.DatasetGenerationError):  # what is wrong is below its first line
+            reason = (one_line(error).removeprefix(GENERATING).strip() or one_line(error.__cause__ or error))[:400]
+        raise ZooError(f"Data set {config.path!r} cannot be {doing}: {reason}") from error
 
 
 def read_rows(rows: Any, config: HubRows) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ letters (`zoo.text.plain_text`): `</s>` in a question ends nothing.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, time
 from math import isfinite
 from string import Formatter
 from typing import Any
@@ -303,6 +304,8 @@ def _as_text(value: Any, where: str) -> str:
         raise ZooError(f"{where}: a text is needed, got {_shown(value)}.")
     if isinstance(value, float) and not isfinite(value):
         raise ZooError(f"{where}: a text is needed, got {_shown(value)}.")
+    if isinstance(value, datetime) and value.time() == time():  # the library makes times of dates: 2020-01-31
+        return str(value.date())
     return str(value)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from zoo.evaluation.result import metrics_of
 from zoo.registry import Score, ZooError
-from zoo.registry.foreign import INDEX, read_text
 from zoo.tasks.estimates import mean
 from zoo.text.markup import cell, printable
 from zoo.text.terminal import console, say, width
@@ -90,15 +89,19 @@ def answers_of(folder: Path) -> dict[Key, dict[str, Any]]:
     if not path.is_file():
         raise ZooError(f"{str(folder)!r} has no {PREDICTIONS}: it is not a folder of `zoo eval`.")
     rows = []
-    for number, line in enumerate(read_text(path, INDEX).rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            for score in row["scores"].values():
-                float(score)
-            next(iter(row["scores"]))
-            rows.append({**row, **{name: str(row[name]) for name in ("data", "id", "kind", "prompt")}})
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as error:
-            raise ZooError(f"{path}, line {number} is not a scored answer: {type(error).__name__}: {error}.") from error
+    with path.open("rb") as lines:  # of any size: those of the 214,354 questions of VQA v2 take 100 MB
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                for score in row["scores"].values():
+                    float(score)
+                next(iter(row["scores"]))
+                rows.append({**row, **{name: str(row[name]) for name in ("data", "id", "kind", "prompt")}})
+            except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ZooError(f"{path}, line {number} is not a scored answer: {reason}.") from error
     if not rows:
         raise ZooError(f"{str(path)!r} is empty.")
     return by_question(rows)

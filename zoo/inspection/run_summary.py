@@ -34,7 +34,7 @@ class Summary:
     parameters: int | None
     image_tokens: int | None  # of one image, as the LLM is given them
     steps: int
-    planned: int | None  # steps of all stages
+    planned: int | None  # steps of all stages; None: of one they depend on the data
     seconds: float | None
     ms_per_sample: float | None  # median of the training steps
     loss: float | None
@@ -112,7 +112,7 @@ def summarise(path: Path) -> Summary:
         parameters=done.get("parameters", lock.get("parameters")),
         image_tokens=done.get("image_tokens", lock.get("image_tokens")),
         steps=rows[-1]["step"] if rows else 0,
-        planned=sum(int(stage.get("steps") or 0) for stage in stages) or None,
+        planned=_planned(stages),
         seconds=done.get("seconds"),
         ms_per_sample=round(statistics.median(paces), 3) if paces else None,
         loss=rows[-1]["loss"] if rows else None,
@@ -122,6 +122,11 @@ def summarise(path: Path) -> Summary:
         options=flat(config),
         error=error,
     )
+
+
+def _planned(stages: Sequence[Mapping[str, Any]]) -> int | None:
+    steps = [int(stage.get("steps") or 0) for stage in stages]
+    return sum(steps) if steps and all(steps) else None
 
 
 def _state(path: Path, done: Mapping[str, Any], rows: Sequence[Any], error: str, scored: bool) -> str:
