@@ -1,5 +1,7 @@
 """`llm.keep_layers`: some decoder layers of a checkpoint, numbered anew, that compute what they did."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -103,6 +105,21 @@ def test_kinds_of_layers_that_follow_from_their_numbers_have_to_stay_in_place(fa
     assert not found["missing_keys"] and not found["unexpected_keys"]
     ids = torch.arange(9)[None]
     assert torch.equal(again.eval()(input_ids=ids).logits, lm(input_ids=ids).logits)
+
+
+def test_layers_in_few_bits_are_of_the_kind_that_they_were_made_of():
+    """Their linear layers are of other classes, which no config describes."""
+    from zoo.fusion.llm.kept_layers import keep_layers
+
+    class Few(torch.nn.Linear):
+        pass
+
+    lm: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    for layer in lm.model.layers:
+        layer.mlp.up_proj = Few(32, 24)
+    lm.hf_quantizer = object()
+    keep_layers(lm, KEPT, "mine")
+    assert len(lm.model.layers) == 3 and type(lm.model.layers[2].mlp.up_proj) is Few
 
 
 def test_they_are_for_checkpoints():

@@ -36,11 +36,14 @@ def keep_layers(lm: Any, kept: Sequence[int], name: str) -> None:
         )
     if shared := [field for field in _SHARED if getattr(text, field, 0)]:
         raise ZooError(f"keep_layers: layers of {text.model_type!r} use what others compute ({shared[0]}); keep all.")
+    # Layers of few bits are compared by what they were made of.
+    plain = decoder_of(lm) if getattr(lm, "hf_quantizer", None) is None else _described(lm)
     before: dict[str, list[Kind]] = {}  # path of a list of layers -> what each of them was
     for path, parent in list(decoder_of(lm).named_modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, nn.ModuleList) and len(module) == depth:
-                before[f"{path}.{child}" if path else child] = [_kind(layer) for layer in module]
+                at = f"{path}.{child}" if path else child
+                before[at] = [_kind(layer) for layer in plain.get_submodule(at)]
                 setattr(parent, child, nn.ModuleList([module[i] for i in kept]))
                 _number(getattr(parent, child))
     for field, value in list(vars(text).items()):
@@ -51,8 +54,7 @@ def keep_layers(lm: Any, kept: Sequence[int], name: str) -> None:
     text.num_hidden_layers = len(kept)
     where = f"keep_layers={list(kept)} of llm {name!r}"
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            again = decoder_of(type(lm)(copy.deepcopy(lm.config)))
+        again = _described(lm)
     except Exception as error:  # of any family's own checks
         raise ZooError(f"{where}: {text.model_type!r} has no such model: {one_line(error)}") from error
     for path, kinds in before.items():
@@ -64,6 +66,12 @@ def keep_layers(lm: Any, kept: Sequence[int], name: str) -> None:
 Kind = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]  # module -> class, plain attributes, shapes of weights
 _SHARED = ("num_kv_shared_layers",)  # Gemma 3n: the last layers read keys of earlier ones
 _NUMBERS = ("mlp_only_layers",)  # fields that hold numbers of layers
+
+
+def _described(lm: Any) -> Any:
+    """The decoder that the config of a model describes, without weights."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return decoder_of(type(lm)(copy.deepcopy(lm.config)))
 
 
 def _kind(layer: nn.Module) -> Kind:
