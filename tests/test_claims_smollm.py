@@ -111,6 +111,7 @@ EXIST = ("data.scenes.scenes=8", f"data.scenes.questions={QUIET}")
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
     """Two steps of an arm; models and data are those of drawn scenes."""
+    monkeypatch.setattr("zoo.evaluation.evaluate.TRAIN_SAMPLES", 100)  # whose answers a constant guess is made of
     student = ("model=llava_kd_tiny", "tokenizer.checkpoint=model:scenes_tiny")
     for claim in (llava_kd_smollm, llava_mod_smollm):
         monkeypatch.setattr(claim, "STUDENT", student)
