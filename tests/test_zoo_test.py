@@ -8,6 +8,7 @@ from torch import nn
 
 from zoo.cli import new
 from zoo.cli.entry import main
+from zoo.cli.test_command import options_for
 from zoo.contracts.on_device import devices_of_outputs
 from zoo.contracts.rules import BrokenRuleError, NotForThisPart
 from zoo.registry import plugins
@@ -139,3 +140,11 @@ def test_fake_tensors_know_devices():
         found(lambda x: x.gather(1, torch.zeros(2, 1, dtype=torch.long)))
     with pytest.raises(NotForThisPart, match="reads numbers"):
         found(lambda x: x * float(x.sum()))
+
+
+def test_options_of_a_part_are_read_as_those_of_a_run():
+    """A text stays what was typed, though YAML would read a number, a mapping or a comment."""
+    found = options_for("dataset", "chat_json", ["file=0012", "data.prompt=1e5", "data.chat_json.system=a: b's #c"])
+    assert found == {"file": "0012", "prompt": "1e5", "system": "a: b's #c"}
+    assert options_for("pruner", "random", ["keep_ratio=0.5", "pruner.seed=3"]) == {"keep_ratio": 0.5, "seed": 3}
+    assert options_for("dataset", "chat_json", ["file='a b'"]) == {"file": "a b"}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zoo.registry import KINDS, ZooError, names, nearest, plugins, unknown
+from zoo.registry import KINDS, ZooError, names, nearest, plugins, source_options, unknown
 from zoo.registry.errors import unknown_kind
 from zoo.registry.table import config_of, group_of
 from zoo.text.command_line import Parser
@@ -86,11 +86,16 @@ def options_for(kind: str, name: str, words: Sequence[str]) -> dict[str, Any]:
     """Read options of a part: `keep_ratio=0.5`, or as a run has them, `pruner.random.keep_ratio=0.5`."""
     from omegaconf import OmegaConf
 
+    from zoo.settings.text_options import text_of
+
+    held = {o.name: text for o in source_options(kind, name) if (text := text_of(o.type)) and not text.inside}
     plain = []
     for word in words:
         key, _, value = word.partition("=")
         for start in (f"{group_of(kind)}.{name}.", f"{group_of(kind)}."):
             key = key.removeprefix(start)
+        if (text := held.get(key)) and value[:1] not in ("'", '"') and not (value == "null" and text.optional):
+            value = "'" + value.replace("'", "''") + "'"  # YAML would read 0012 as 10
         plain.append(f"{key}={value}")
     found = OmegaConf.to_container(OmegaConf.from_dotlist(plain), resolve=False)
     return {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
