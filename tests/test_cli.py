@@ -1,6 +1,7 @@
 """The command `zoo`: what it prints, its exit status, sweeps, and that it leaves nothing behind."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from zoo import ZooError
 from zoo.cli import entry as cli
 from zoo.cli import new
 from zoo.cli.entry import main
+from zoo.settings import presets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,6 +136,19 @@ def test_a_users_own_folder_of_presets(ran, tmp_path):
     assert main(["train", "-m", "model=mine,scenes_tiny", "--config-dir", "conf"]) == 0
     assert [cfg.projector.name for cfg in ran][:4] == ["linear"] * 4
     assert [cfg.model.name for cfg in ran] == ["mine"] * 4 + ["scenes_tiny"]
+
+
+@pytest.mark.parametrize("group", ["model", "recipe", "data"])
+def test_a_users_preset_of_a_name_that_is_there_is_not_passed_over(group, ran, tmp_path, capsys):
+    name = "scenes" if group == "data" else "scenes_tiny"
+    (own := tmp_path / "conf" / group).mkdir(parents=True)
+    (own / f"{name}.yaml").write_text("# @package _global_\nseed: 3\n")
+    assert main(["train", f"{group}={name}", "--config-dir", "conf"]) == 2
+    what = "data set" if group == "data" else group
+    assert f"there is a {what} '{name}' already, so yours needs another name" in capsys.readouterr().err
+    if group != "data":  # a copy of the zoo's folder
+        shutil.copy(presets.preset_files(group)[name], own)
+        assert main(["train", f"{group}={name}", "--config-dir", "conf"]) == 0
 
 
 def test_the_config_is_shown(ran, capsys):

@@ -107,6 +107,7 @@ def _read(group: str, name: str, config_dir: str | Path | None) -> dict[str, Any
     file = preset_files(group, config_dir).get(name)
     if file is None:  # a component, which has no file of options
         return {}
+    _require_own_name(group, name, file, config_dir)
     from yaml import YAMLError
 
     try:
@@ -116,6 +117,21 @@ def _read(group: str, name: str, config_dir: str | Path | None) -> dict[str, Any
     if not isinstance(content, dict):
         raise ZooError(f"{group} {name!r} ({file}) must hold a mapping.")
     return {str(key): value for key, value in content.items()}
+
+
+def _require_own_name(group: str, name: str, file: Path, config_dir: str | Path | None) -> None:
+    """Refuse a file of a user's own folder with the name of a preset or a component: it would not be read.
+
+    Raises:
+        ZooError: with both.
+    """
+    own = Path(config_dir) / group / f"{name}.yaml" if config_dir else None
+    if own is None or not own.is_file():
+        return
+    what, kind = KIND_WORDS.get(group, group), kind_of(group)
+    if (kind and name in names(kind)) or (file != own and file.read_bytes() != own.read_bytes()):
+        hint = "" if kind else f" Yours may start from it: defaults: [{name}, ...]."
+        raise ZooError(f"{str(own)!r}: there is a {what} {name!r} already, so yours needs another name.{hint}")
 
 
 @lru_cache(maxsize=256)
