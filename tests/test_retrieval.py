@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.conftest import sample
+from zoo.data.retrieval import TASKS
 from zoo.evaluation.evaluate import evaluate
 from zoo.evaluation.predict import Question, answer
 from zoo.registry import Dialog, ZooError, build
@@ -129,3 +130,14 @@ def test_a_model_whose_numbers_are_nan_finds_nothing():
     ranked = [{"_group": i // 4 / 8, "_right": float(i % 4 == 0), "_score": float("nan")} for i in range(8)]
     found = build("task", {"name": "rerank"}).summarise(ranked)
     assert (found["recall@1"].value, found["mrr"].value) == (0.0, 0.25)
+
+
+def test_captions_that_two_pictures_have_fit_both():
+    data = {t: build("dataset", {"name": "retrieval", "task": t, "pairs": 60, "difficulty": 0}) for t in TASKS}
+    for some in data.values():  # three captions for all pictures
+        some._pair = lambda index, own=some._pair: (own(index)[0], f"caption {index % 3}")
+    asked = [d for i in range(60) for d in data["rerank"].get(i).dialogs]
+    fits = [d.messages[0]["content"][-1]["text"].endswith(f"caption {i // 5 % 3}") for i, d in enumerate(asked)]
+    assert [d.messages[-1]["content"][0]["text"] == "yes" for d in asked] == fits and sum(fits) == 2 * 60
+    groups = [data["recall"].get(i).dialogs[0].meta["group"] for i in range(120)]
+    assert groups[:6] == groups[6:12] and len(set(groups)) == 3

@@ -54,16 +54,17 @@ class Retrieval(Dataset):
             asked = [{"type": "text", "text": f"{caption}\nSummary above sentence in one word:"}]
         else:
             asked = [{"type": "image"}, {"type": "text", "text": "Summary above image in one word:"}]
-        dialog = _dialog(asked, caption, pair, "recall")
+        dialog = _dialog(asked, caption, caption, "recall")  # pictures of equal captions belong together
         return Sample(f"pair-{pair}-{'text' if text else 'image'}", [] if text else scene.images, [dialog])
 
     def _candidates(self, pair: int) -> Sample:
-        scene, _ = self._pair(pair)
+        scene, own = self._pair(pair)
         dialogs = []
         for step in range(self.config.others + 1):  # its own, and those of the pictures behind it
             caption = self._pair((pair + step) % self.config.pairs)[1]
             question = {"type": "text", "text": f"Does this describe the picture: {caption}"}
-            dialogs.append(_dialog([{"type": "image"}, question], "no" if step else "yes", pair, "rerank"))
+            fits = "yes" if caption == own else "no"  # of many pictures, two may have the same
+            dialogs.append(_dialog([{"type": "image"}, question], fits, f"pair-{pair}", "rerank"))
         return Sample(f"pair-{pair}", scene.images, dialogs)
 
     def _pair(self, index: int) -> tuple[Sample, str]:
@@ -72,7 +73,7 @@ class Retrieval(Dataset):
         return scene, caption.messages[-1]["content"][0]["text"]
 
 
-def _dialog(asked: list[dict[str, Any]], answer: str, pair: int, task: str) -> Dialog:
+def _dialog(asked: list[dict[str, Any]], answer: str, group: str, task: str) -> Dialog:
     messages = [{"role": "user", "content": asked}]
     messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return Dialog(messages, kind=task, task=task, meta={"group": f"pair-{pair}"})
+    return Dialog(messages, kind=task, task=task, meta={"group": group})
