@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from zoo import registry
-from zoo.registry import ZooError
+from zoo.registry import ZooError, read_sample
 
 datasets = pytest.importorskip("datasets")
 
@@ -199,3 +199,17 @@ def test_dates_of_a_file_stay_what_they_were(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(f'{{"question": "q", "answer": "{day}"}}' for day in said))
     data = load(tmp_path / "t.jsonl")
     assert [data.get(i).dialogs[0].messages[-1]["content"][0]["text"] for i in range(2)] == said
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_is_written_by_its_name(tmp_path, streaming):
+    label = datasets.ClassLabel(names=["cat", "red dog"])
+    rows = {"question": ["q"] * 3, "label": [1, 0, -1], "all": [[0, 1], [1], []]}
+    features = {"question": datasets.Value("string"), "label": label, "all": datasets.List(label)}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(tmp_path / "t.parquet")
+    options = {"streaming": streaming, "answer_field": "label", "meta_fields": ["all"]}
+    data = load(tmp_path / "t.parquet", **options)
+    one, two, none = data.stream() if streaming else [read_sample("hf", data, i) for i in range(3)]
+    said = [s.dialogs[0].messages[-1]["content"][0]["text"] for s in (one, two)]
+    assert said == ["red dog", "cat"] and one.dialogs[0].meta == {"all": ["cat", "red dog"]}
+    assert "'label' is empty" in str(none)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.hub_rows import line_files, open_rows, read_rows, row_image, shard_lengths
+from zoo.data.hub_rows import classes_of, line_files, open_rows, read_rows, row_image, shard_lengths, with_names
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.line_files import LineFiles
 from zoo.data.numbered_stream import LANES, NumberedStream, Place
@@ -76,6 +76,7 @@ class HubData(InTwoForms):
         self.config = config
         self.store: ImageStore | None = open_store(config.images) if config.images else None
         self.rows = self._opened()
+        self.classes = classes_of(self.rows)
 
     def _opened(self) -> Any:
         rows = open_rows(self.config)
@@ -96,6 +97,7 @@ class HubData(InTwoForms):
         return self._sample_of(row, number, self.place(number))
 
     def _sample_of(self, row: dict[str, Any], number: int | str | None, where: str) -> Sample:
+        row = with_names(row, self.classes)
         name = record_id(row, self.config) or str(number)
         images, dialog = read_record(row, self.config, where)
         shown = [row_image(image, self.store, where, self.config.path) for image in images]

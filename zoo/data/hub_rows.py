@@ -290,6 +290,27 @@ def read_rows(rows: Any, config: HubRows) -> Iterator[dict[str, Any]]:
         number += 1
 
 
+def classes_of(rows: Any) -> dict[str, list[str]]:
+    """Return the names of the classes of each column that holds their numbers, or lists of these."""
+    found = {}
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, _library().ClassLabel):
+            found[name] = list(inner.names)
+    return found
+
+
+def with_names(row: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:
+    """Return a row with the names of classes in place of their numbers; -1, of a row without a label, is None."""
+
+    def named(value: Any, names: list[str]) -> Any:
+        if isinstance(value, list):
+            return [named(one, names) for one in value]
+        return value if not isinstance(value, int) else names[value] if 0 <= value < len(names) else None
+
+    return row | {name: named(row[name], names) for name, names in classes.items() if name in row}
+
+
 def _undecoded(rows: Any) -> Any:
     """Decoding belongs to the place that uses them, and may never be needed."""
     datasets = _library()
