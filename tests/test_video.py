@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+import struct
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from tests.data_places import shared
 from zoo.registry import ZooError
-from zoo.vision.images.video import READERS, Video, read_video
+from zoo.vision.images.video import READERS, ByModel, Video, read_video
 
 av = pytest.importorskip("av")
 
@@ -164,3 +165,65 @@ def test_mistakes_are_said(clip):
         Video("x.mp4", sampling="unifrom")
     with pytest.raises(ZooError, match="frames must be at least 1"):
         Video("x.mp4", frames=0)
+
+
+QUARTER = 1 << 16  # 1 in the numbers of a track's matrix
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def marked(request, tmp_path_factory):
+    """Twelve frames at ten a second, the first one a keyframe; red on top, else frame i has the grey level 20 i."""
+    if request.param not in av.codecs_available:
+        pytest.skip(f"no encoder {request.param} here")
+    path = tmp_path_factory.mktemp("marked") / f"{request.param}.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(request.param, rate=10, options=CODECS[request.param])
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for i in range(12):
+            picture = np.full((32, 64, 3), 20 * i, np.uint8)
+            picture[:8] = 255, 0, 0
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("reader", ["auto", *READERS])
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((1, 0, 0, 1), 0)],
+    ids=["right", "half", "left", "upright"],
+)
+def test_a_video_of_a_phone_is_upright(marked, tmp_path, matrix, turn, reader):
+    if reader not in ["auto", *installed()] or (reader == "decord" and marked.stem != "libx264"):
+        pytest.skip(f"{reader} does not read it")
+    data = bytearray(marked.read_bytes())
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (x * QUARTER for x in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "phone.mp4").write_bytes(data)
+    got = read_video(Video(str(tmp_path / "phone.mp4"), frames=3, reader=reader)).frames
+    as_stored = read_video(Video(str(marked), frames=3, reader="pyav")).frames
+    np.testing.assert_array_equal(got, np.rot90(as_stored, turn, axes=(1, 2)))
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav"])
+def test_frames_that_a_cut_clip_hides_do_not_count(marked, tmp_path, reader):
+    """As `ffmpeg -ss 0.5 -c copy` leaves it: the file has all frames from a keyframe on, and shows the last seven."""
+    data = bytearray(marked.read_bytes())
+    at = data.index(b"elst") + 12
+    length, start, hidden = *struct.unpack(">Ii", data[at : at + 8]), 5
+    with av.open(str(marked)) as container:
+        unit = container.streams.video[0].time_base
+    data[at : at + 8] = struct.pack(">Ii", length * 7 // 12, start + int(hidden / 10 / unit))
+    (tmp_path / "cut.mp4").write_bytes(data)
+    for indices in ((0,), (6, 0, 3), tuple(range(7))):
+        got = read_video(Video(str(tmp_path / "cut.mp4"), sampling="explicit", indices=indices, reader=reader))
+        assert got.total == 7 and got.times == pytest.approx([i / 10 for i in indices], abs=1e-3)
+        shown = got.frames[:, 16:].mean((1, 2, 3))
+        np.testing.assert_allclose(shown, [20 * (i + hidden) for i in indices], atol=4)
+
+
+def test_a_share_of_the_frames_that_a_model_chooses(clip):
+    chosen = ByModel(str(clip), sampling="model", by=lambda total, fps: range(0, total, 4))
+    assert read_video(chosen, share=0.5).indices == [0, 8, 16, 24, 32]
+    assert read_video(Video(str(clip), sampling="explicit", indices=(3, 9, 5)), share=0.3).indices == [3]

@@ -1,8 +1,9 @@
 """Read frames of a video with decord or PyAV; the only place where videos are decoded.
 
 Readers are opened per call and closed again: one that lives across a fork hangs. Frames are counted in presentation
-order. With PyAV, keyframes are located without decoding, and a seek happens only if one lies between the last frame
-read and the next one needed, so that a few frames of a long clip cost a few decoded frames.
+order, those that players show: a clip that was cut without encoding it anew begins with hidden ones. They come upright,
+as players turn the video of a phone. With PyAV, keyframes are located without decoding, and a seek happens only if one
+lies between the last frame read and the next one needed, so that a few frames of a long clip cost a few decoded frames.
 """
 
 from __future__ import annotations
@@ -94,12 +95,14 @@ class ByModel(Video):
 
 @dataclass(frozen=True)
 class _Thinned(Video):
-    """A share of the frames that a video of these options shows."""
+    """A share of the frames that another one shows."""
 
+    whole: Video | None = None
     share: float = 1.0
 
     def choose(self, total: int, fps: float) -> list[int]:
-        chosen = super().choose(total, fps)
+        assert self.whole is not None, "it is made with it"
+        chosen = self.whole.choose(total, fps)
         count = max(1, math.floor(len(chosen) * self.share + 0.5))
         return [chosen[i * len(chosen) // count] for i in range(count)]
 
@@ -149,7 +152,7 @@ def read_video(video: Video | str | Path, share: float = 1.0) -> Clip:
     """
     video = as_video(video)
     if share != 1:
-        video = _Thinned(**vars(video), share=share)
+        video = _Thinned(video.path, reader=video.reader, whole=video, share=share)
     path = Path(video.path).expanduser()
     if not path.is_file():
         raise ZooError(f"Video {str(path)!r} does not exist or is not a file.")
@@ -177,12 +180,16 @@ def read_video(video: Video | str | Path, share: float = 1.0) -> Clip:
 
 
 def _exact_in_decord(path: Path) -> bool:
-    """Whether decord returns exact frames of this codec; not so for MPEG-4 with B-frames, and AV1 is unsupported."""
+    """Whether decord returns exact frames of this file; not so for MPEG-4 with B-frames, and AV1 is unsupported.
+
+    Where frames are hidden ahead of the first one it counts them, and then gives others than it is asked for.
+    """
     import av
 
     try:
         with av.open(f"file:{path}", container_options=_OPTIONS) as container:
-            return any(s.codec_context.name in EXACT_IN_DECORD for s in container.streams.video)
+            stream: Any = next((s for s in container.streams.video if s.codec_context.name in EXACT_IN_DECORD), None)
+            return stream is not None and not next(container.demux(stream)).is_discard
     except av.error.FFmpegError:
         return False
 
@@ -240,11 +247,15 @@ def _with_pyav(path: Path, video: Video) -> Clip:
 
 
 def _places(container: Any, stream: Any) -> tuple[list[int], list[int]]:
-    """List the times of all frames and of keyframes in units of the stream, ascending, without decoding."""
+    """List the times of all frames and of keyframes in units of the stream, ascending, without decoding.
+
+    Hidden frames are left out; a keyframe may be one of them.
+    """
     places, keys = [], []
     for packet in container.demux(stream):
         if packet.pts is not None and packet.size:
-            places.append(packet.pts)
+            if not packet.is_discard:
+                places.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
     return sorted(places), sorted(keys)
@@ -271,10 +282,21 @@ def _decode(container: Any, stream: Any, wanted: Sequence[int], keys: list[int])
                 return found, decoded
             decoded, at = decoded + 1, frame.pts
             if at == place:
-                found[place] = frame.to_ndarray(format="rgb24")
+                found[place] = _upright(frame)
             elif at > place:
                 break
     return found, decoded
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """Return a frame as RGB, turned and mirrored as its file asks; by quarters of a turn."""
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    if (matrix := frame.side_data.get("DISPLAYMATRIX")) is None:
+        return pixels
+    a, b, _, c, d = memoryview(bytes(matrix)).cast("i")[:5]  # x' = a x + c y, y' = b x + d y
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _kinds(container: Any) -> str:
