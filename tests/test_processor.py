@@ -213,3 +213,18 @@ def test_a_tokenizer_is_trained_in_time_where_a_word_is_a_whole_file():
 
 def test_a_tokenizer_is_trained_beside_a_text_that_is_none():
     assert train_tokenizer([*TEXTS, "\ud800 and \udfff"], 300).vocab_size == train_tokenizer(TEXTS, 300).vocab_size
+
+
+def test_tokens_that_are_kept_do_not_fill_the_memory(monkeypatch):
+    """Dialogs of most data sets are read once in an epoch; those that repeat are found."""
+    monkeypatch.setattr("zoo.text.processor._CACHED", 400)
+    monkeypatch.setattr("zoo.text.tokenized_chat._CACHED", 400)
+    processor, fresh = processor_with("chatml"), processor_with("chatml")
+    for number in range(40):
+        one = sample((f"{QUESTIONS[0]} {number % 30}", f"{ANSWERS[0]} {number}"))
+        kept, alone = processor.encode(one), fresh.encode(one)
+        assert (kept.input_ids == alone.input_ids).all() and (kept.labels == alone.labels).all()
+        assert processor.encode(one).input_ids is kept.input_ids
+        for held in (processor._chat_now()[3], processor._chat._segments):
+            assert 0 < held.tokens <= 400
+        fresh._made = None

@@ -105,6 +105,7 @@ LEAVES = {
         "zoo/text/plain_text.py",
         "zoo/text/questions.py",
         "zoo/text/stops.py",
+        "zoo/text/token_cache.py",
         "zoo/text/tokenizer.py",
     ],
     "optimisers and number formats": ["zoo/runs/optim.py", "zoo/storage/precision.py"],

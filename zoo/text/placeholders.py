@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from zoo.registry import IGNORE_INDEX, Cut, ZooError
+from zoo.text.token_cache import TokenCache
 from zoo.vision.images.processors import cut_of
 
 
@@ -24,7 +25,7 @@ class PlaceholdersMixin:
     left_out: dict[str, Any] | None
     _leaves: Any  # the pruner that leaves out placeholders, for its count; None: all stay, or the count is not known
     _whole: Any  # the layout without pruners
-    _images: dict[Cut, np.ndarray]  # token ids by the cut of an image
+    _images: TokenCache  # token ids by the cut of an image
 
     def _instead(self, picture: Any, mark: str) -> str:
         """Write the text that replaces the token of an image or a video."""
@@ -117,14 +118,16 @@ class PlaceholdersMixin:
 
     def _image_ids(self, cut: Cut) -> np.ndarray:
         """Token ids of an image with this cut: placeholders, and text that the layout writes around them."""
-        if cut not in self._images:
+        known: np.ndarray | None = self._images.get(cut)
+        if known is None:
             if self.layout.text(cut, self.image_token) is None:
                 token = self.video_token_id if cut.kind == "frame" else self.image_token_id
-                self._images[cut] = np.full(self.layout.count(cut), token, dtype=np.int64)
+                known = np.full(self.layout.count(cut), token, dtype=np.int64)
             else:
                 ids = self.tokenizer(self._image_text(cut), add_special_tokens=False)["input_ids"]
-                self._images[cut] = np.array(ids, dtype=np.int64)
-        return self._images[cut]
+                known = np.array(ids, dtype=np.int64)
+            self._images.put(cut, known, len(known))
+        return known
 
 
 def films_of(pictures: Sequence[Any]) -> Iterator[Cut]:

@@ -68,8 +68,10 @@ class PlainText:
 
     def _character(self, text: str) -> str:
         if text not in self._characters:
-            character = chr(FIRST + len(self._characters))
-            self._characters[text], self._texts[character] = character, text
+            number = len(self._texts)
+            while self._texts.setdefault(character := chr(FIRST + number), text) != text:
+                number += 1  # another thread has taken it
+            self._characters[text] = character
         return self._characters[text]
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:

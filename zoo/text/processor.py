@@ -23,13 +23,15 @@ from zoo.text.processor_call import CallMixin
 from zoo.text.processor_chat import ChatMixin
 from zoo.text.processor_keywords import LoadedMixin
 from zoo.text.questions import QuestionsMixin
+from zoo.text.token_cache import TokenCache
 from zoo.text.tokenized_chat import Chat
 from zoo.text.tokenizer import pad_id_of, require_token
 from zoo.vision.images.processors import Picture, Pictures, Videos, as_clip, cut_of, flat, has_several, processor_of
 from zoo.vision.images.transform import to_pixels
 from zoo.vision.images.video import Video
 
-_CACHE = 200_000  # dialogs whose tokens are cached: questions repeat, and a step may have hundreds
+_CACHED = 1 << 23  # tokens of dialogs, 24 bytes each at most
+_CACHED_IMAGES = 1 << 20  # tokens of images by their cuts, of which those that keep their shapes have any number
 
 
 class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, QuestionsMixin, ProcessorMixin):  # type: ignore[misc]  # from_pretrained's keywords
@@ -93,7 +95,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         self.spells = bool(video_token) and self.layout is not None and self.layout.spells
         known = video_token is not None and video_token in tokenizer.get_vocab()
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if known else self.image_token_id
-        self._images: dict[Cut, np.ndarray] = {}
+        self._images = TokenCache(_CACHED_IMAGES)
         self._separator = image_separator
         self.end_tokens = list(end_tokens or ())
         self.unpruned = dict(unpruned) if unpruned else None
@@ -102,10 +104,10 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         self.asks = bool(asks)
         whole = (unpruned or {}).get("layout")
         self._whole: Any = build_layout(whole) if whole else None
-        self._made: tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]] | None = None
+        self._made: tuple[Any, Any, Chat, TokenCache] | None = None
         self._chat_now()
 
-    def _chat_now(self) -> tuple[Any, Any, Chat, dict[Any, list[TokenizedDialog]]]:
+    def _chat_now(self) -> tuple[Any, Any, Chat, TokenCache]:
         """Return the tokenizer, its chat template, the `Chat` of both and the cache of dialogs, renewed after a change.
 
         Users may set tokenizer or template at any time, which invalidates the cache.
@@ -117,7 +119,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         if made is None or made[0] is not tokenizer or made[1] != tokenizer.chat_template:
             require_token(tokenizer, self.image_token, self.image_token_id)
             chat = Chat(tokenizer, self.video_token, self.end_tokens)
-            made = self._made = tokenizer, tokenizer.chat_template, chat, {}
+            made = self._made = tokenizer, tokenizer.chat_template, chat, TokenCache(_CACHED)
         return made
 
     def require_own_tokenizer(self) -> None:
@@ -238,14 +240,12 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
         if self.layout is not None:  # the number of placeholders depends on the cut of the images
             key = key, tuple([cut_of(p) for p in pixels])
         dialogs = self._chat_now()[3]
-        known = dialogs.get(key)
+        known: list[TokenizedDialog] | None = dialogs.get(key)
         if known is None:
-            if len(dialogs) >= _CACHE:
-                dialogs.clear()
             rows = self._rows(dialog, sample.id, pixels)
             asked = next(iter(self.asked(dialog.messages, only_last=bool(dialog.preference))), None)
             known = [TokenizedDialog(ids, labels, self._shared(ids), shown, asked=asked) for ids, labels in rows]
-            dialogs[key] = known
+            dialogs.put(key, known, sum(len(ids) for ids, _ in rows))
         return known
 
     def _rows(self, dialog: Dialog, sample_id: str, pixels: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,11 +17,12 @@ from zoo.registry import IGNORE_INDEX, ZooError
 from zoo.text.answer_spans import AnswerFinder
 from zoo.text.chat_template import ChatTemplate, Messages
 from zoo.text.plain_text import VEILED, PlainText
+from zoo.text.token_cache import TokenCache
 from zoo.text.tokenizer import CHAT_TEMPLATES
 
 _HALVES = re.compile("[\ud800-\udfff]")
 Tokens = tuple[list[int], list[int]]  # ids, and the character at which each ends
-_CACHE = 200_000  # pieces of text whose tokens are cached
+_CACHED = 1 << 20  # tokens of pieces of text, some 80 bytes each
 
 
 class Chat:
@@ -38,7 +39,7 @@ class Chat:
         self.template = ChatTemplate(tokenizer, video_token, end_tokens)
         self.answers = AnswerFinder(self.template, verbatim={text for text, _ in CHAT_TEMPLATES.values()})
         self.plain = PlainText(self.template, (getattr(tokenizer, "image_token", None), video_token))
-        self._segments: dict[str, tuple[list[int], list[int]]] = {}
+        self._segments = TokenCache(_CACHED)
 
     @property
     def typed(self) -> bool:
@@ -151,15 +152,15 @@ class Chat:
             return list(out["input_ids"]), _rising(out["offset_mapping"])
         ids, ends, at = [], [], 0
         for segment in self._special.split(text):
-            if segment not in self._segments:
-                if len(self._segments) >= _CACHE:
-                    self._segments.clear()
+            found: Tokens | None = self._segments.get(segment)
+            if found is None:
                 if VEILED.search(segment):
-                    self._segments[segment] = self.plain.encode(segment)
+                    found = self.plain.encode(segment)
                 else:
                     encoding = self.tokenizer.backend_tokenizer.encode(segment, add_special_tokens=False)
-                    self._segments[segment] = encoding.ids, _rising(encoding.offsets)
-            some, stops = self._segments[segment]
+                    found = encoding.ids, _rising(encoding.offsets)
+                self._segments.put(segment, found, len(found[0]))
+            some, stops = found
             ids += some
             ends += [at + s for s in stops]
             at += len(segment)
