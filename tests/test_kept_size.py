@@ -31,6 +31,26 @@ def test_images_that_come_once_or_train_the_encoder_are_not_mentioned(words):
     assert not notes(*words)
 
 
+@pytest.mark.parametrize(
+    "lengths, said",
+    [
+        ({"first": ("scenes", "epochs=1"), "second": ("scenes_basics", "epochs=1")}, ""),  # each image comes once
+        ({"first": ("scenes", "epochs=1"), "second": ("scenes_basics", "epochs=2")}, "of data 'scenes_basics' 2 times"),
+        (
+            {"a": ("scenes", "steps=10"), "b": ("scenes", "steps=20"), "c": ("scenes_basics", "steps=1")},
+            "each image of data 'scenes' 3 times",
+        ),
+    ],
+)
+def test_images_are_counted_by_their_data(lengths, said):
+    words = ["data=[scenes,scenes_basics]", "data.scenes_basics.scenes=30"]
+    for stage, (data, length) in lengths.items():
+        words += [f"+stages.{stage}.train=[projector]", f"+stages.{stage}.{length}", f"+stages.{stage}.batch_size=5"]
+        words += [f"+stages.{stage}.data={{{data}: 1.0}}"]
+    found = notes(*words)
+    assert (said in found[0] and len(found) == 1) if said else not found
+
+
 def test_what_is_kept_is_stated_and_whether_it_has_room():
     words = (TRAIN, "+stages.learn.steps=2", "features.keep=int8")
     (note,) = notes(*words)

@@ -115,6 +115,17 @@ def test_tokens_of_images_that_are_cut_are_those_of_training(make_model):
     assert tally.lengths == [len(processor.encode(Sizes().get(i))) for i in range(4)] and len(set(tally.lengths)) > 1
 
 
+def test_a_video_does_not_make_an_image_one_of_several():
+    from zoo.vision.images.video import Video
+
+    look = Look(None, None, open_images=False)
+    look._picture = lambda source, several: several
+    shown = sample(("what?", "yes"))
+    for images, several in (([*shown.images, Video("a.mp4")], False), (shown.images * 2, True)):
+        shown.images = images
+        assert look._pictures(shown) == [several] * 2
+
+
 def test_it_is_completed_and_its_options_are_checked():
     assert "survey.json=" in complete("zoo data survey.", {"data": True})
     assert "data" in complete("zoo da", {"data": True, "train": True})

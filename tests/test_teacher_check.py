@@ -12,6 +12,7 @@ from zoo import registry
 from zoo.checking import checker
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
+from zoo.loading.build import load_teacher
 from zoo.registry import ImageFeatures, ZooError
 from zoo.settings.stage import Stage
 from zoo.text.tokenizer import OF_MODEL
@@ -66,6 +67,7 @@ def teachers(tmp_path_factory, tokenizer):
         "coarse": {"vision": {**VISION, "patch_size": 16}},
         "tiled": {"layout": TILES},
         "joined": {"layout": JOINED},
+        "adapted": {"adapter": {"lora": {"name": "lora", "rank": 4}}},
     }
     return {name: save_teacher(place / name, tokenizer, **more) for name, more in slots.items()}
 
@@ -196,6 +198,20 @@ def test_the_teachers_memory_counts(teachers):
     alone = replace(teacher, stages={"dft": Stage(steps=1)})
     taught, plain = (check(p).stages[0].memory.weights for p in (teacher, alone))
     assert taught - plain > 50_000
+
+
+@pytest.mark.parametrize(
+    "options, precision", [({}, "bf16"), ({"dtype": "float32"}, "bf16"), ({"bits": 8}, "fp32"), ({"bits": 4}, "bf16")]
+)
+def test_a_teachers_memory_is_that_of_its_weights_as_they_are_loaded(options, precision, teachers):
+    node = {"model": teachers["adapted"], **options}
+    stage = Stage(steps=1, distiller="kl", teacher=node, precision=precision)
+    given = Plan(tiny_slots(), stages={"dft": stage}, tokenizer=f"{OF_MODEL}{node['model']}", device="cpu")
+    alone = replace(given, stages={"dft": Stage(steps=1, precision=precision)})
+    taught, plain = (check(p).stages[0].memory.weights for p in (given, alone))
+    model, _ = load_teacher(stage.teacher_node, device=torch.device("cpu"), precision=precision)
+    there = [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith(("weight_bits", "scale")))]
+    assert taught - plain == pytest.approx(sum(t.nbytes for t in there), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -36,17 +36,28 @@ def kept_note(cfg: Any, frozen: Mapping[str, Stage], vision: Any, data: RunData)
         full = f"; features.max_gb={room:g}: the rest is encoded in each pass" if each * samples > 1e9 * room else ""
         return [f"features.keep={keep} takes {takes}{full}."]
     changed = any(cfg.data[name].get(option) for name in sets for option in _DRAWN)
-    seen = sum(_samples(stage, samples) for stage in frozen.values())
-    if changed or seen < PASSES * samples:
+    seen = {name: sum(_seen(name, stage, data) for stage in frozen.values()) for name in sets}
+    again = [name for name, one in sets.items() if seen[name] >= PASSES * len(one)]
+    if changed or not again:
         return []
-    times = f"{seen / samples:.0f} times"
-    return [f"the encoder is frozen and encodes each image {times}: features.keep=bf16 would keep it, {takes}."]
+    of = "" if len(again) == len(sets) else f" of data {', '.join(map(repr, again))}"
+    times = sum(seen[name] for name in again) / sum(len(sets[name]) for name in again)
+    comes = f"the encoder is frozen and encodes each image{of} {times:.0f} times"
+    return [f"{comes}: features.keep=bf16 would keep it, {takes}."]
 
 
 def _read(name: str, frozen: Mapping[str, Stage], data: RunData) -> bool:
     return any(stage.data.get(name) if stage.data else name in data.training for stage in frozen.values())
 
 
-def _samples(stage: Stage, samples: int) -> float:
-    """Samples that a stage reads."""
-    return stage.steps * stage.batch_size if stage.steps else (stage.epochs or 0) * samples
+def _seen(name: str, stage: Stage, data: RunData) -> float:
+    """Samples of a data set that a stage reads."""
+    mixed = data.all if stage.data else data.training
+    sizes = {
+        other: 0 if one.is_stream else len(one)
+        for other, one in mixed.items()
+        if not stage.data or stage.data.get(other)
+    }
+    parts = dict(stage.data) if stage.data else sizes  # without weights every sample comes equally often
+    whole = stage.steps * stage.batch_size if stage.steps else (stage.epochs or 0) * sum(sizes.values())
+    return whole * parts.get(name, 0) / max(1e-9, sum(parts.values()))

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from zoo.checking.plan import plan_for
+from zoo.checking.plan import device_of, plan_for
 from zoo.composed.assembly import Parts, assemble
+from zoo.composed.quantized import quantize
 from zoo.registry import Distiller, ImageFeatures, ZooError, config_of
 from zoo.settings.source import source_named, tokenizer_at
+from zoo.storage.precision import resolve_precision
 from zoo.teaching.teacher_store import read_about
 from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
 
@@ -54,8 +57,26 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
             f"the loss on hidden states needs LLMs of one width: the student has {model.llm.hidden_size}, the teacher "
             f"{parts.llm.hidden_size}. Set stages.{name}.distiller.hidden_layers={{}}"
         )
-    modules = [parts.vision, parts.projector, parts.llm, *parts.pruner.values(), *parts.adapter.values()]
-    return sum(int(p.numel()) * p.element_size() for m in modules if m is not None for p in m.parameters())
+    return _bytes_loaded(
+        parts, node, resolve_precision(stage.precision or plan.precision, torch.device(device_of(plan)))
+    )
+
+
+def _bytes_loaded(parts: Parts, node: Mapping[str, Any], precision: str) -> int:
+    """Return the bytes of a teacher's weights as `zoo.loading.build.load_teacher` holds them."""
+    some = [parts.vision, parts.projector, parts.llm, *parts.pruner.values(), *parts.adapter.values()]
+    modules = [part for part in some if isinstance(part, nn.Module)]
+    dtype = node["dtype"] or ("bfloat16" if precision == "bf16" else "")
+    for module in modules if dtype else ():
+        module.to(getattr(torch, dtype))
+    weights = {id(p): p.nbytes for module in modules for p in module.parameters()}  # each once
+    if not node["bits"]:
+        return sum(weights.values())
+    path = next(name for name, module in parts.llm.lm.named_modules() if module is parts.llm.layers)
+    own = [adapter.owns for adapter in parts.adapter.values()]
+    with torch.device("meta"):
+        saved = quantize(parts.llm.layers, int(node["bits"]), lambda name: any(owns(f"{path}.{name}") for owns in own))
+    return sum(weights.values()) - saved
 
 
 @lru_cache(maxsize=4)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from zoo.registry import IGNORE_INDEX, LengthError, RecordError, Sample, naming, placed, read_sample
 from zoo.runs.lengths import length_of
 from zoo.vision.images.decode import open_image
-from zoo.vision.images.processors import Picture
+from zoo.vision.images.processors import Picture, has_several
 from zoo.vision.images.video import Video
 
 CHUNK = 512  # records that a worker reads at once
@@ -103,7 +103,7 @@ class Look:
 
     def _pictures(self, sample: Sample) -> list[Any]:
         """Return a placeholder for each image, with its division into crops if the number of tokens depends on it."""
-        several = len(sample.images) > 1
+        several = has_several(sample.images)  # as in training: videos do not count
         return [self._picture(source, several) for source in sample.images]
 
     def _picture(self, source: Any, several: bool) -> Any:
