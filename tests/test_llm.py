@@ -1,5 +1,8 @@
 """The transformers causal LM as a part: sizes, head, embeddings, experts, checkpoints."""
 
+import json
+import warnings
+
 import pytest
 import torch
 
@@ -175,6 +178,45 @@ def test_a_checkpoint_without_some_of_its_weights_is_refused(tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ZooError, match=r"lacks 1 weights, 'model.layers.1.mlp.up_proj.weight'"):
         registry.build("llm", {"name": "hf", "checkpoint": str(tmp_path)}, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("stated", "first"),
+    [
+        ({"num_hidden_layers": 1}, "model.layers.1.input"),
+        ({"attention_bias": False}, "model.layers.0.self_attn.k_proj.bias"),
+    ],
+)
+def test_weights_that_the_config_of_a_checkpoint_leaves_out_are_named(tmp_path, stated, first):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, attention_bias=True, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    node = {"name": "hf", "checkpoint": str(tmp_path)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.build("llm", node, vocab_size=40)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, **stated}))
+    with pytest.warns(UserWarning, match=rf"has \d+ weights that a 'llama' .*{first}.*left out"):
+        registry.build("llm", node, vocab_size=40)
+
+
+@pytest.mark.parametrize("grows", [0, 8])
+def test_two_matrices_of_a_checkpoint_stay_two_whatever_its_config_ties(tmp_path, grows):
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "tie_word_embeddings": True}))
+    lm = registry.build("llm", {"name": "hf", "checkpoint": str(tmp_path)}, vocab_size=40 + grows).lm
+    held = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(lm.get_input_embeddings().weight[:40], held["model.embed_tokens.weight"])
+    assert torch.equal(lm.get_output_embeddings().weight[:40], held["lm_head.weight"])
+    assert not lm.config.tie_word_embeddings  # what a saved model will state
 
 
 def test_only_safetensors_and_causal_lms_are_read(tmp_path):

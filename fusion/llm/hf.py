@@ -10,6 +10,7 @@ factor is applied here.
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -290,10 +291,30 @@ def _from_checkpoint(
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers initialises them at random, with a warning
         raise ZooError(f"llm checkpoint {config.checkpoint!r} lacks {len(missing)} weights, {missing[0]!r} for one.")
+    if spare := sorted(report["unexpected_keys"]):  # of which transformers warns, too
+        warnings.warn(
+            f"llm checkpoint {config.checkpoint!r} has {len(spare)} weights that a {hf.model_type!r} of its "
+            f"config.json does not have, {spare[0]!r} for one: they are left out.",
+            stacklevel=2,
+        )
+    _keep_apart(lm)
     if vocab_size and vocab_size > lm.get_input_embeddings().weight.shape[0]:
         with errors_alone():
             lm.resize_token_embeddings(vocab_size)
     return lm.train()
+
+
+def _keep_apart(lm: Any) -> None:
+    """State in the config that embeddings are not tied, where it ties them and the files have two unlike matrices.
+
+    transformers keeps both then, but ties them as soon as the table grows: the table would be that of the head.
+    """
+    head, config = lm.get_output_embeddings(), lm.config
+    tied = getattr(head, "weight", None) is lm.get_input_embeddings().weight
+    if not tied and head is not None:
+        for part in (config, config.get_text_config()):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
 
 
 def _require_safetensors(checkpoint: str) -> None:
