@@ -89,6 +89,16 @@ def test_factors_of_lora_are_not_for_muon_whatever_their_rank(rank):
     }  # fmt: skip
 
 
+def test_vectors_of_peft_that_scale_do_not_decay_to_zero():
+    from peft import IA3Config, LoraConfig, inject_adapter_in_model
+
+    for config, decay in ((IA3Config(target_modules=["a"], feedforward_modules=[]), 0.0),
+                          (LoraConfig(r=1, target_modules=["a"]), 0.1)):  # fmt: skip
+        net = inject_adapter_in_model(config, Net())
+        where = places(net, Stage(steps=1, weight_decay=0.1))
+        assert where and {group["weight_decay"] for _, group in where.values()} == {decay}, config.peft_type
+
+
 def test_lr_scale_by_part_and_glob():
     where = places(Net(), Stage(steps=1, lr=1.0, lr_scale={"a": 0.1, "*.bias": 0.5}))
     assert where["a.weight"][1]["lr"] == 0.1

@@ -123,7 +123,8 @@ def build_optimizers(
     scales = rate_scales(list(named), stage.lr_scale, part_of)
     matrices = matrices_in(modules) if stage.optimizer == "muon_adamw" else set()
     # By their kind, since not all are called so: GPT-2's are wte and wpe.
-    tables = {id(m.weight) for root in modules.values() for m in root.modules() if isinstance(m, nn.Embedding)}
+    still = {id(m.weight) for root in modules.values() for m in root.modules() if isinstance(m, nn.Embedding)}
+    still |= {i for root in modules.values() for i in _scales_of_peft(root)}
     muon: dict[float, list[nn.Parameter]] = defaultdict(list)
     adamw: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in named.items():
@@ -131,7 +132,7 @@ def build_optimizers(
             muon[scales[name]].append(p)
         else:
             # No decay of biases, norms and embeddings: a token that does not occur would shrink without a gradient.
-            adamw[scales[name], p.ndim >= 2 and "embed" not in name and id(p) not in tables].append(p)
+            adamw[scales[name], p.ndim >= 2 and "embed" not in name and id(p) not in still].append(p)
     result: list[Optimizer] = []
     if muon:
         groups = [{"params": ps, "lr": stage.matrix_lr * scale} for scale, ps in muon.items()]
@@ -168,10 +169,22 @@ def matrices_in(modules: dict[str, nn.Module]) -> set[str]:
     return found
 
 
+def _added_by_peft(root: nn.Module) -> list[nn.Module]:
+    """What PEFT put beside the layers of a model: modules, or dicts of parameters."""
+    added = [getattr(m, name, None) for m in root.modules() for name in getattr(m, "adapter_layer_names", ())]
+    return [part for part in added if isinstance(part, nn.Module)]
+
+
 def _layers_of_peft(root: nn.Module) -> set[int]:
     """The ids of the layers that PEFT put beside those of a model: factors of LoRA of any rank."""
-    added = [getattr(m, name, None) for m in root.modules() for name in getattr(m, "adapter_layer_names", ())]
-    return {id(layer) for part in added if isinstance(part, nn.Module) for layer in part.modules()}
+    return {id(layer) for part in _added_by_peft(root) for layer in part.modules()}
+
+
+def _scales_of_peft(root: nn.Module) -> set[int]:
+    """The ids of PEFT's vectors, which scale: those of IA3 have two dimensions, and begin at 1."""
+    factors = {id(m.weight) for m in root.modules() if isinstance(m, nn.Linear)}  # also of rank 1
+    own = {id(p): p for part in _added_by_peft(root) for p in part.parameters() if id(p) not in factors}
+    return {i for i, p in own.items() if p.numel() == max(p.shape, default=0)}
 
 
 def parts_of(model: Any) -> Callable[[str], tuple[str, str]]:
