@@ -11,6 +11,7 @@ import zoo
 from tests import glm_builders, paddle_builders
 from tests import published_builders as build
 from tests.qwen_builders import EXTRA, FAMILIES
+from zoo.published import family_named
 from zoo.registry import Dialog, Sample, ZooError
 from zoo.registry.versions import cache_argument
 from zoo.vision.images.video import Video, read_video
@@ -151,10 +152,13 @@ def test_chat_shows_images_and_goes_on(family):
     assert first == processor.decode(out[0], skip_special_tokens=True).strip()
 
 
-def test_export_is_loaded_by_transformers_alone(family, tmp_path):
+def test_export_is_loaded_by_transformers_alone(family, tmp_path, monkeypatch):
     name, folder, theirs, processor, ours, mine = family
+    monkeypatch.delitem(ours.__dict__, "processor")  # as `from_pretrained` gives a model
     zoo.export(ours, mine, tmp_path / "out")
     again, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    for mark in family_named(name).marks:
+        assert getattr(again.config, mark) == getattr(theirs.config, mark), mark
     assert not info["missing_keys"] and not info["unexpected_keys"]
     batch = asked(processor, prompts(processor))
     with torch.no_grad():

@@ -80,6 +80,10 @@ def export(
     theirs = their_processor(model, processor, known)
     merge_adapters(model)
     config = known.config(model, encoder)
+    vocabulary = processor.tokenizer.get_vocab()
+    for name, token in known.marks.items():
+        if token in vocabulary:
+            setattr(config, name, vocabulary[token])
     config.architectures = [known.model]
     config.dtype = next(model.llm.parameters()).dtype
     state = _state(model, encoder, known, config, _spare(record, known, config))

@@ -52,6 +52,7 @@ class Family:
         encoders: `model_type`s of encoders that the class takes.
         tokens: (composed model, our processor) -> names that the processor's class wants tokens to have.
         canonical: pairs of pattern and replacement, in this order.
+        marks: field of the config -> token of the tokenizer that it has the number of.
         call: options of the image processor's call.
         whole_if_several: do not cut an image that is one of several of a sample.
         videos: whether the family takes videos.
@@ -70,6 +71,7 @@ class Family:
     encoders: frozenset[str]
     tokens: Callable[[Any, Any], dict[str, str]]
     canonical: Sequence[tuple[re.Pattern[str], str]] = CANONICAL
+    marks: Mapping[str, str] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     whole_if_several: bool = False
     videos: bool = False

@@ -66,6 +66,7 @@ class Native:
             frozenset({f"{self.encoder}_vision", self.encoder}),  # transformers 5.21 calls the encoder as the whole
             partial(_tokens, self),
             canonical=self.canonical,
+            marks=self.marks,
             videos=bool(self.videos),
             video_processor=self.videos,
         )
@@ -127,12 +128,9 @@ def _config(own: Native, model: Any, encoder: Encoder) -> Any:
     """Translate a composed model to a config of the family's class."""
     import transformers
 
-    processor = model.__dict__.get("processor")
-    vocabulary = processor.tokenizer.get_vocab() if processor is not None else {}
-    known = {key: vocabulary[token] for key, token in own.marks.items() if token in vocabulary}
     vision = {k: v for k, v in encoder.config.to_dict().items() if k != "model_type"}
     return getattr(transformers, f"{own.words}Config")(
-        vision_config=vision, image_token_id=model.image_token_id, **known, **text_options(model)
+        vision_config=vision, image_token_id=model.image_token_id, **text_options(model)
     )
 
 
