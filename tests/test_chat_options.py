@@ -11,7 +11,7 @@ import zoo
 from tests import published_builders as build
 from tests.published_builders import ASK, LLAVA_CHAT
 from tests.test_processor_options import same
-from zoo.registry import ZooError
+from zoo.registry import Dialog, Sample, ZooError
 
 # LLaVA's way, with the answers marked, tools and documents shown, and a variable of its own.
 MARKED = (
@@ -223,10 +223,43 @@ def test_what_is_not_done_is_refused_by_name(llava):
         ({"role": "user", "content": [text("<image>")]}, "A text part holds the image token"),
         ({"role": "user", "content": ["yes"]}, "A message part must be a mapping with a type, got 'yes'"),
         ({"role": "user", "content": [{"type": "image", "base64": "%"}, text("a")]}, "base64 that cannot be decoded"),
+        (
+            {"role": "user", "content": [text(5)]},
+            "of type 'text' must hold a string as 'text', got {'type': 'text', 't",
+        ),
+        ({"role": "user", "content": [{"type": "text", "content": "a"}]}, "must hold a string as 'text'"),
+        (
+            {"role": "user", "content": text("a")},
+            "must be a text or a list of parts, got {'type': 'text', 'text': 'a'}",
+        ),
     ):
         with pytest.raises(ZooError) as found:
             ours.apply_chat_template([message], tokenize=True)
         assert words in str(found.value)
+
+
+def test_messages_of_another_form_are_described(llava):
+    """By the template's call, and by samples of data sets, whose name is said."""
+    _, ours = llava
+    with pytest.raises(ZooError, match="A conversation is a list of messages, got a mapping"):
+        ours.apply_chat_template({"role": "user", "content": "a"})
+    with pytest.raises(ZooError, match="text is an empty list"):
+        ours(text=[])
+    answer, content = {"role": "assistant", "content": "yes"}, "must be a text or a list of parts, got None"
+    for messages, words in (
+        ([{"content": "a"}, answer], r"message 0: A message must be a mapping with role and content, got \{'content'"),
+        ([{"role": "user", "content": None}, answer], f"message 0: The content of a message {content}"),
+        (
+            [{"role": "user", "content": "a"}, {**answer, "content": [text(5)]}],
+            "message 1: A message part of type 'text'",
+        ),
+        ([{"role": "user", "content": "a"}, "yes"], "message 1: A message must be a mapping"),
+    ):
+        for encode in (ours.encode, lambda one: ours.encode_prompt(one, one.dialogs[0])):
+            with pytest.raises(ZooError, match=f"Sample 's', {words}"):
+                encode(Sample("s", [], [Dialog(messages)]))
+    with pytest.raises(ZooError, match="Sample 's' has no dialog"):
+        ours.encode(Sample("s", [], []))
 
 
 def test_no_argument_of_the_installed_transformers_is_left_out(llava):

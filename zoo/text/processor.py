@@ -20,7 +20,7 @@ from zoo.text.batch import EncodedSample, TokenizedDialog, collate, number_pairs
 from zoo.text.chat_template import ChatTemplate
 from zoo.text.placeholders import PlaceholdersMixin, films_of
 from zoo.text.processor_call import CallMixin
-from zoo.text.processor_chat import ChatMixin
+from zoo.text.processor_chat import ChatMixin, require_messages
 from zoo.text.processor_keywords import LoadedMixin
 from zoo.text.questions import QuestionsMixin
 from zoo.text.token_cache import TokenCache
@@ -210,15 +210,22 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
                 leave no clear border between question and answer; the message shows the text at that place.
         """
         pixels = self._images_of(sample) if pixel_values is None else pixel_values
-        rows = [(d, row) for d in sample.dialogs for row in self._tokenize_cached(d, sample, pixels)]
+        if not sample.dialogs:
+            raise ZooError(f"Sample {sample.id!r} has no dialog: there is nothing to learn.")
+        try:
+            rows = [(d, row) for d in sample.dialogs for row in self._tokenize_cached(d, sample, pixels)]
+        except (KeyError, TypeError):
+            for dialog in sample.dialogs:
+                require_messages(dialog.messages, sample.id)
+            raise
         dialogs = number_pairs(sample.id, [d.preference for d, _ in rows], [row for _, row in rows])
         common: dict[str, Any] = {
             "pixel_values": pixels,
             "targets": sample.targets,
             "ids": [sample.id],
         }
-        common["gap"] = self.gap_of(dialogs[0].input_ids, pixels) if dialogs else 0
-        common["fewer"] = self.fewer_of(dialogs[0].input_ids, pixels) if dialogs else 0
+        common["gap"] = self.gap_of(dialogs[0].input_ids, pixels)
+        common["fewer"] = self.fewer_of(dialogs[0].input_ids, pixels)
         common["asked"] = one_question(dialogs, sample.id)
         if len(dialogs) == 1:
             return EncodedSample(dialogs[0].input_ids, dialogs[0].labels, pairs=dialogs[0].pairs, **common)
@@ -272,6 +279,7 @@ class ZooProcessor(LoadedMixin, CallMixin, ChatMixin, PlaceholdersMixin, Questio
             pixel_values: prepared images; an empty list encodes the text alone, if all images have equally many tokens.
         """
         messages = dialog.messages
+        require_messages(messages, sample.id)
         if (shown := _count_images(messages)) != len(sample.images):
             raise ZooError(f"Sample {sample.id!r} has {len(sample.images)} images, but a dialog shows {shown}.")
         if messages and messages[-1]["role"] == "assistant":

@@ -105,6 +105,8 @@ class CallMixin:
     ) -> tuple[dict[str, Any], list[Any]]:
         """Tokenize texts with the placeholders of their images; also return the images in the order of the texts."""
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ZooError("text is an empty list: give one text or more, or leave it out.")
         if any(not isinstance(t, str) for t in texts):
             kinds = ", ".join(sorted({type(t).__name__ for t in texts}))
             raise ZooError(

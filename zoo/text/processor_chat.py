@@ -106,6 +106,8 @@ class ChatMixin:
         if options and not tokenize:
             raise ZooError(f"tokenize=False gives the text, which the option {sorted(options)[0]!r} does not change.")
 
+        if isinstance(conversation, Mapping):
+            raise ZooError("A conversation is a list of messages, got a mapping: put one message into a list.")
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         talks = [_plain(talk) for talk in (conversation if several else [conversation])]
         texts, spans = self._rendered(
@@ -214,15 +216,47 @@ def _plain(talk: Any) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise ZooError(f"A message must be a mapping with role and content, got {type(message).__name__}.")
         kept = {key: value for key, value in message.items() if value is not None}
-        if isinstance(kept.get("content"), (list, tuple)):
-            kept["content"] = [_part(part) for part in kept["content"]]
+        if "content" in kept:
+            require_content(kept["content"])
+            if not isinstance(kept["content"], str):
+                kept["content"] = [_part(part) for part in kept["content"]]
         result.append(kept)
     return result
 
 
-def _part(part: Any) -> dict[str, Any]:
-    if not isinstance(part, Mapping) or "type" not in part:
-        raise ZooError(f"A message part must be a mapping with a type, got {part!r}.")
+def require_messages(messages: Sequence[Any], sample_id: str) -> None:
+    """Refuse messages of a sample that are of another form.
+
+    Raises:
+        ZooError: with the sample, and what a message has and should have.
+    """
+    for number, message in enumerate(messages):
+        try:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise ZooError(f"A message must be a mapping with role and content, got {message!r:.80}.")
+            require_content(message["content"])
+        except ZooError as error:
+            raise ZooError(f"Sample {sample_id!r}, message {number}: {error}") from None
+
+
+def require_content(content: Any) -> None:
+    """Refuse the content of a message that is neither text nor typed parts.
+
+    Raises:
+        ZooError: with what it is.
+    """
+    if isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        raise ZooError(f"The content of a message must be a text or a list of parts, got {content!r:.80}.")
+    for part in content:
+        if not isinstance(part, Mapping) or "type" not in part:
+            raise ZooError(f"A message part must be a mapping with a type, got {part!r:.80}.")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise ZooError(f"A message part of type 'text' must hold a string as 'text', got {dict(part)!r:.80}.")
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "image_url":
         return dict(part)
     where = part.get("image_url")
