@@ -143,11 +143,16 @@ class ImageFeatures:
     def made(self, change: Callable[[Tensor], Tensor], **known: Any) -> ImageFeatures:
         """Make the tokens of a pruner that merges, from the tokens and from each map for a further layer alike.
 
+        Where they are fewer, what was known of each token is left out.
+
         Args:
             change: (M, N, D) -> (M, K, D), the same weighted sums whatever D is.
             known: what else is new.
         """
-        return replace(self, tokens=change(self.tokens), deep=tuple(change(x) for x in self.deep), **known)
+        tokens = change(self.tokens)
+        if tokens.shape[1] != self.tokens.shape[1]:
+            known = {**dict.fromkeys((*_OF_TOKENS, "rank", "places")), "block_attention": {}, **known}
+        return replace(self, tokens=tokens, deep=tuple(change(x) for x in self.deep), **known)
 
     def stay(self, valid: Tensor, tokens: Tensor | None = None) -> ImageFeatures:
         """Keep some of the tokens where their number differs from row to row: the others become padding, in place.

@@ -208,3 +208,33 @@ def test_a_model_draws_by_pixels_and_one_from_before_as_it_did(make_model, tmp_p
     (tmp_path / "config.json").write_text(json.dumps(content))
     before = ZooModel.from_pretrained(tmp_path).encode_images(pixels).kept.keep
     assert torch.equal(before, build("random", draw="fixed")(features(m=4, grid=(4, 4))).keep)
+
+
+FIELDS = {"cls_attention": "cls_attention", "key_attention": "key_attention", "pooling_head": "pooling_attention"}
+FIELDS |= {"keys": "keys", "text_tower": "patch_embeds", "next_block": "next_attention"}  # of capabilities
+MORE = {"cdpruner": {"relevance": "none", "similarity": "encoder"}, "hiprune": {"object_layer": 1}}
+MORE |= {"vscan": {"shallow_layer": 1, "llm_ratio": 1.0}}
+
+
+@pytest.mark.parametrize("name", registry.names("pruner"))
+def test_what_is_known_of_tokens_is_of_those_left(name):
+    """A capability that a pruner does not destroy is one of as many tokens as it leaves; others are gone."""
+    image, draw = image_of(m=2), torch.Generator().manual_seed(6)
+    scores = image.key_attention.flip(1)
+    vectors = torch.randn(2, 24, 8, generator=draw)
+    known = {"pooling_attention": scores, "next_attention": scores, "next_keys": vectors, "patch_embeds": vectors}
+    first = image.take_best(torch.arange(24).expand(2, -1)).rank  # as if another pruner had been ahead
+    words = {f"{word}@1": scores for word in ("cls_attention", "key_attention")}
+    image = replace(image, **known, rank=first, block_attention=words)
+    pruner = registry.build(
+        "pruner", {"name": name, **MORE.get(name, {})}, grid=(4, 6), num_tokens=24, vision_dim=24, vision_depth=4
+    ).eval()
+    left = pruner(image)
+    count = left.tokens.shape[1]
+    assert count == pruner.num_tokens(24)
+    for field in (*FIELDS.values(), "next_keys", "rank", "keep"):
+        if (value := getattr(left, field)) is not None:
+            assert value.shape[:2] == (2, count), field
+    assert all(scores.shape == (2, count) for scores in left.block_attention.values())
+    for word, field in FIELDS.items():
+        assert (getattr(left, field) is None) <= (word in pruner.destroys), word

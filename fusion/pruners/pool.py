@@ -81,7 +81,9 @@ class PoolPruner(Pruner, nn.Module):
             cls_attention=pool_scores(image.cls_attention),
             key_attention=pool_scores(image.key_attention),
             pooling_attention=pool_scores(image.pooling_attention),
+            next_attention=pool_scores(image.next_attention),
             keys=pool_keys(image.keys),
+            next_keys=None if image.next_keys is None else pool(image.next_keys),
             patch_embeds=None if image.patch_embeds is None else pool(image.patch_embeds),
             block_attention={word: pool(s.unsqueeze(-1)).squeeze(-1) for word, s in image.block_attention.items()},
         )

@@ -49,7 +49,7 @@ class VisionZip(Pruner, nn.Module):
 
     needs: frozenset[str] = frozenset({"cls_attention", "keys", "prefix_tokens"})
     destroys: frozenset[str] = frozenset(
-        {"grid", "cls_attention", "key_attention", "keys", "pooling_head", "text_tower"}
+        {"grid", "cls_attention", "key_attention", "keys", "next_block", "pooling_head", "text_tower"}
     )
     choices = {"score": tuple(SCORES)}  # what the check may offer beside defaults
     presets = {  # the paper counts [CLS] among the dominant tokens
@@ -116,11 +116,6 @@ class VisionZip(Pruner, nn.Module):
             groups=image.regrouped(groups),  # (M, N0)
             num_patches=image.num_patches or n,
             patch_grid=image.patch_grid or image.grid,
-            cls_attention=None,
-            key_attention=None,
-            pooling_attention=None,
-            keys=None,
-            block_attention={},
         )
 
 

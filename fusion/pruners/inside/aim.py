@@ -33,7 +33,8 @@ from zoo.registry import ImageFeatures, Preset, ZooError, register, require_at_l
 
 # Layers l1 and l2 by the depth of the LLM, in the authors' code: Qwen2 7B (LLaVA-OneVision), Vicuna 7B (LLaVA-1.5).
 RELEASED = {28: (14, 22), 32: (13, 21)}
-_MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys", "text_tower"})  # not of merged tokens
+# Not of merged tokens.
+_MERGED_AWAY = frozenset({"grid", "key_attention", "pooling_head", "keys", "next_block", "text_tower"})
 
 
 @dataclass
@@ -130,10 +131,16 @@ class AIM(DropsInside, nn.Module):
             keep=None,
             groups=image.regrouped(group),  # (M, N0)
             num_patches=image.num_patches or n,
+            patch_grid=image.patch_grid or image.grid,
+            rank=None,
             cls_attention=scores,
             key_attention=None,
             pooling_attention=None,
             keys=None,
+            next_attention=None,
+            next_keys=None,
+            patch_embeds=None,
+            projected=None,
             block_attention={},
         )
 
