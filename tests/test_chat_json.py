@@ -160,6 +160,12 @@ def test_groups_records_that_begin_with_the_same_images(folder):
     assert texts == [["A", "C"], ["B"], ["image"], ["E"]]
 
 
+def test_dialogs_that_are_grouped_keep_the_ids_of_their_records(folder):
+    records = [llava(text, id=name) for text, name in (("A", 7), ("B", "q8"), ("C", None))]
+    sample = load(folder, [*records, llava("D", id="q9", image="b.png")], group_by_image=True).get(0)
+    assert sample.id == "7" and [d.meta for d in sample.dialogs] == [{"id": "7"}, {"id": "q8"}, {}]
+
+
 def test_split_is_part_of_the_name_or_a_column(folder):
     for split in ("train", "dev"):
         load(folder, [llava(f"Q {split}")], f"{split}.jsonl")

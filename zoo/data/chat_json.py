@@ -33,7 +33,8 @@ class ChatJsonConfig(RecordFields):
     eval_split: str = ""  # split for evaluation if the run has training data only; empty: none
     split_field: str = ""  # column with the split of a record; empty: all records are taken
     frames: int = 8  # frames of a video (a file named as an image that ends in .mp4, .webm and the like), evenly spaced
-    group_by_image: bool = False  # one sample for all records about the same images, with a dialog for each
+    # One sample for all records about the same images, with a dialog for each, whose meta has the record's id
+    group_by_image: bool = False
     limit: int = 0  # number of records, the first ones; 0: all
     # Read records when the file is opened, to report broken ones early: all of them up to a million, 100,000 evenly
     # spread of more; skip_broken=true turns it off
@@ -74,6 +75,8 @@ class ChatJson(Dataset):
         for member in members:
             record = self.records[member]
             images, dialog = read_record(record, self.config, self._where(record, member))
+            if len(members) > 1 and (own := record_id(record, self.config)):  # the sample has that of the first
+                dialog.meta.setdefault("id", own)
             dialogs.append(dialog)
         first = self.records[members[0]]
         name = record_id(first, self.config) or f"{self.records.path.name}:{members[0]}"
