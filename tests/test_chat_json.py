@@ -320,3 +320,20 @@ def test_the_commonest_answer_that_is_not_empty_is_learnt(folder):
     assert dialog.messages[-1]["content"][0]["text"] == "red"
     with pytest.raises(ZooError, match="'answer' is empty"):
         load(folder, [{"question": "q", "answer": ["", " "]}])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("images/sub/c.png", "sub/c.png"),
+        ("sub\\c.png", "sub/c.png"),
+        ("sub/c", "sub/c.png"),
+        ("sub/c.jpg", "sub/c.png"),
+        ("Sub/C.PNG", "sub/c.png"),
+        ("sub/d.png", ""),
+    ],
+)
+def test_the_name_of_a_missing_image_that_was_meant(folder, name, meant):
+    with pytest.raises(ImageError) as error:
+        load(folder, [{"image": name, "question": "q", "answer": "a"}]).get(0)
+    assert str(error.value).partition("Did you mean ")[2] == (f"{meant!r}?" if meant else "")

@@ -15,6 +15,15 @@ from zoo.data.tar_members import MAX_BYTES, tar_members
 from zoo.registry import ImageError, ZooError, nearest
 from zoo.registry.foreign import require_file
 
+ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".JPG",
+    ".JPEG",
+    ".PNG",
+)  # that a missing image may have in place of its own
 _LOCAL = 30  # bytes of a zip member's local header, ahead of its name and extra fields
 
 
@@ -96,8 +105,19 @@ class Folder:
         if not path.is_relative_to(self.root):
             raise ZooError(f"{where}: image {name!r} is a link that leads out of {self.root}.")
         if not found:
-            raise ImageError(f"{where}: there is no image {name!r} in {self.root}.")
+            near = self._near(name)
+            raise ImageError(
+                f"{where}: there is no image {name!r} in {self.root}." + (f" Did you mean {near!r}?" if near else "")
+            )
         return path
+
+    def _near(self, name: str) -> str:
+        """Return the name that was meant if it is one of few: without the first folders, of another ending or case."""
+        plain = PurePosixPath(name.replace("\\", "/"))
+        tails = [PurePosixPath(*plain.parts[first:]) for first in range(len(plain.parts))]
+        ended = [plain.with_suffix(ending) for ending in ENDINGS] if 0 < len(plain.name) < 200 else []  # of 255 allowed
+        tried = [*tails, *ended, PurePosixPath(str(plain).lower())]
+        return next((str(path) for path in tried if str(path) != name and (self.root / path).is_file()), "")
 
     def names(self) -> list[str]:
         """Return the names of all files below the root, sorted."""
